@@ -1,0 +1,35 @@
+"""Run Mixture-of-Experts language models on machines that are too small for them.
+
+The public names are imported when they are first used, so that ``import moetier`` costs no torch:
+
+    load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer)
+    register()                                         afterwards plain from_pretrained(DIR) works
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .runtime.generate import load as load
+    from .runtime.registration import register as register
+    from .tiers.errors import MoetierError as MoetierError
+
+_HOMES = {
+    "MoetierError": "moetier.tiers.errors",
+    "load": "moetier.runtime.generate",
+    "register": "moetier.runtime.registration",
+}
+
+__all__ = ["MoetierError", "load", "register"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moetier' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Models and processes: the transformers integration, and what stands between it and the tiers."""

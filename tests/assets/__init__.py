@@ -1,0 +1,1 @@
+"""The model and the texts that ship with the project."""

@@ -1,0 +1,93 @@
+"""What can go wrong through no fault of this project's code. A fault of ours is an ``assert``.
+
+    MoetierError
+    ├── StoreError                 the SSD tier
+    │   ├── StoreFormatError       not a store that this version reads
+    │   ├── IncompleteStoreError   its conversion was cut
+    │   ├── MissingExpertError     a record that is not there
+    │   ├── ChecksumError          a record whose bytes are not what was written
+    │   └── StoreReadError         the disk answered with an error
+    ├── CheckpointError            a source checkpoint that can't be read
+    │   ├── UnsafeCheckpointError  pickle, code of its own, paths that lead out of it
+    │   └── UnsupportedModelError  dense, or without transformers' experts interface
+    ├── TargetError                the place that a conversion would write to
+    │   ├── TargetExistsError      it holds something else
+    │   └── DiskSpaceError         it is too small
+    ├── BudgetError                memory budgets that can't work
+    ├── ConfigError                an option that is unknown or malformed
+    └── ClosedError                a tier was used after close()
+"""
+
+from __future__ import annotations
+
+
+class MoetierError(Exception):
+    """One line of cause and one line of what to do."""
+
+    def __init__(self, cause: str, fix: str) -> None:
+        super().__init__(f"{cause}\n{fix}")
+        self.cause = cause
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type[MoetierError], tuple[str, str]]:
+        return type(self), (self.cause, self.fix)
+
+
+class StoreError(MoetierError):
+    """The SSD tier."""
+
+
+class StoreFormatError(StoreError):
+    """Not a store that this version reads."""
+
+
+class IncompleteStoreError(StoreError):
+    """Its conversion was cut; the fix names the command that resumes it."""
+
+
+class MissingExpertError(StoreError):
+    """A record that is not there."""
+
+
+class ChecksumError(StoreError):
+    """A record whose bytes are not what was written."""
+
+
+class StoreReadError(StoreError):
+    """The disk answered with an error, twice."""
+
+
+class CheckpointError(MoetierError):
+    """A source checkpoint that can't be read."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """Pickle, code of its own, or paths that lead out of the checkpoint."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A dense model, or an architecture without transformers' experts interface."""
+
+
+class TargetError(MoetierError):
+    """The place that a conversion would write to."""
+
+
+class TargetExistsError(TargetError):
+    """It holds a different model, or something that is no model."""
+
+
+class DiskSpaceError(TargetError):
+    """It is too small."""
+
+
+class BudgetError(MoetierError):
+    """A memory budget that can't work; the fix names the smallest and the largest that do."""
+
+
+class ConfigError(MoetierError):
+    """An option that is unknown or malformed."""
+
+
+class ClosedError(MoetierError):
+    """A tier was used after close()."""

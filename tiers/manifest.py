@@ -1,0 +1,120 @@
+"""What a store says of itself: the attributes of its zarr group, written last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import StoreFormatError
+from .keys import RecordLayout
+
+FORMAT = 1
+FEATURES: frozenset[str] = frozenset()  # what a store may require and this version has
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One Experts module: its path in the model, where its records lie, and its routing."""
+
+    path: str  # "model.layers.0.mlp.experts"
+    array: str  # the zarr array of its record geometry
+    index: int  # in that array
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of format version 1. ``blocks[b]`` is what ``ExpertKey.block == b`` names."""
+
+    model: str  # hub id or folder name of the source
+    source_digest: str  # sha256 over the source's config and the names, shapes, types and offsets of its tensors
+    blocks: tuple[Block, ...]
+    layouts: Mapping[str, RecordLayout]  # by array name
+    version: str  # of moetier, that wrote it
+    digest: str = ""  # sha256 over the crc32c (LE u32) of every record, block by block; identifies the store
+    requires: tuple[str, ...] = ()
+
+    def layout(self, block: int) -> RecordLayout:
+        return self.layouts[self.blocks[block].array]
+
+    def shape(self, array: str) -> tuple[int, int, int]:
+        """[blocks, experts, record bytes] of a zarr array."""
+        members = [b for b in self.blocks if b.array == array]
+        return len(members), members[0].experts, self.layouts[array].record_bytes
+
+    @property
+    def record_count(self) -> int:
+        return sum(block.experts for block in self.blocks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all records with their checksums."""
+        return sum(block.experts * self.layouts[block.array].slot_bytes for block in self.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "requires": list(self.requires),
+            "model": self.model,
+            "source_digest": self.source_digest,
+            "blocks": [
+                {"path": b.path, "array": b.array, "index": b.index, "experts": b.experts, "top_k": b.top_k}
+                for b in self.blocks
+            ],
+            "layouts": {name: layout.to_json() for name, layout in self.layouts.items()},
+            "version": self.version,
+            "digest": self.digest,
+        }
+
+    @classmethod
+    def from_json(cls, value: object, where: str) -> Manifest:
+        """Ignores unknown optional keys; raises StoreFormatError, naming ``where``, on all else that is not format 1."""
+        if not isinstance(value, dict) or "format" not in value:
+            raise StoreFormatError(f"{where} is not a moetier store: it has no manifest.", "Convert the model again.")
+        if value["format"] != FORMAT:
+            raise StoreFormatError(
+                f"{where} has format version {value['format']}; this moetier reads version {FORMAT}.",
+                "Install a moetier that reads it, or convert the model again.",
+            )
+        try:
+            if missing := set(value["requires"]) - FEATURES:
+                raise StoreFormatError(
+                    f"{where} requires {', '.join(sorted(missing))}, which this moetier does not have.",
+                    "Install a newer moetier, or convert the model again.",
+                )
+            manifest = cls(
+                model=str(value["model"]),
+                source_digest=str(value["source_digest"]),
+                blocks=tuple(
+                    Block(str(b["path"]), str(b["array"]), int(b["index"]), int(b["experts"]), int(b["top_k"]))
+                    for b in value["blocks"]
+                ),
+                layouts={name: RecordLayout.from_json(layout) for name, layout in value["layouts"].items()},
+                version=str(value["version"]),
+                digest=str(value["digest"]),
+                requires=tuple(value["requires"]),
+            )
+            manifest._check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreFormatError(
+                f"{where}: its manifest is malformed ({type(error).__name__}: {error}).", "Convert the model again."
+            ) from error
+        return manifest
+
+    def _check(self) -> None:
+        """Raises ValueError unless the blocks fill their arrays exactly."""
+        if not self.blocks:
+            raise ValueError("it has no blocks")
+        for name in self.layouts:
+            members = [b for b in self.blocks if b.array == name]
+            if sorted(b.index for b in members) != list(range(len(members))) or not members:
+                raise ValueError(f"the blocks of array {name} are not numbered from 0")
+            if len({b.experts for b in members}) != 1:
+                raise ValueError(f"the blocks of array {name} differ in their number of experts")
+        if len({b.path for b in self.blocks}) != len(self.blocks):
+            raise ValueError("two blocks have one path")
+        for block in self.blocks:
+            if not 1 <= block.top_k <= block.experts:
+                raise ValueError(f"block {block.path}: top-{block.top_k} of {block.experts} experts")

@@ -1,0 +1,49 @@
+"""The one interface of every tier, and of the daemon's client: something that experts are acquired from.
+
+*Acquire* is demand: the caller computes next with what it asks for. *Prefetch* is a wish: it may be refused.
+A *lease* is a pin with an owner, for as long as it is computed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from .keys import ExpertKey
+from .stats import TierStats
+
+Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
+
+
+@dataclass(frozen=True, slots=True)
+class Lease(Generic[Record]):
+    """One expert's record, ``record_bytes`` long, read-only, valid until the next lease is taken from the iterator."""
+
+    key: ExpertKey
+    record: Record
+    slot: int  # of the tier that gave it
+
+
+class ExpertSource(Protocol[Record]):
+    def acquire(self, keys: Sequence[ExpertKey]) -> Iterator[Lease[Record]]:
+        """Yields one lease for each of the distinct ``keys``, all of one block: resident ones first, then as they arrive.
+
+        A lease ends when the next is taken, when the iterator is exhausted or closed. So a block with more wanted
+        experts than slots streams through, and nobody waits for a lease while one that it holds is unprocessed:
+        two callers at the smallest budget can't deadlock. Raises StoreError when a load fails: nothing is cached then,
+        and everyone who waits for that key gets the error.
+        """
+        ...
+
+    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+        """Returns at once. Replaces the block's earlier wishes that have not begun; a demand for the block clears them."""
+        ...
+
+    def stats(self) -> TierStats:
+        """Counters of this tier since it was opened."""
+        ...
+
+    def close(self) -> None:
+        """Releases memory, descriptors and threads; waits for loads that have begun. Idempotent."""
+        ...
