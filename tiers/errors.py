@@ -1,21 +1,21 @@
 """What can go wrong through no fault of this project's code. A fault of ours is an ``assert``.
 
-    MoetierError
-    ├── StoreError                 the SSD tier
-    │   ├── StoreFormatError       not a store that this version reads
-    │   ├── IncompleteStoreError   its conversion was cut
-    │   ├── MissingExpertError     a record that is not there
-    │   ├── ChecksumError          a record whose bytes are not what was written
-    │   └── StoreReadError         the disk answered with an error
-    ├── CheckpointError            a source checkpoint that can't be read
-    │   ├── UnsafeCheckpointError  pickle, code of its own, paths that lead out of it
-    │   └── UnsupportedModelError  dense, or without transformers' experts interface
-    ├── TargetError                the place that a conversion would write to
-    │   ├── TargetExistsError      it holds something else
-    │   └── DiskSpaceError         it is too small
-    ├── BudgetError                memory budgets that can't work
-    ├── ConfigError                an option that is unknown or malformed
-    └── ClosedError                a tier was used after close()
+MoetierError
+├── StoreError                 the SSD tier
+│   ├── StoreFormatError       not a store that this version reads
+│   ├── IncompleteStoreError   its conversion was cut
+│   ├── MissingExpertError     a record that is not there
+│   ├── ChecksumError          a record whose bytes are not what was written
+│   └── StoreReadError         the disk answered with an error
+├── CheckpointError            a source checkpoint that can't be read
+│   ├── UnsafeCheckpointError  pickle, code of its own, paths that lead out of it
+│   └── UnsupportedModelError  dense, or without transformers' experts interface
+├── TargetError                the place that a conversion would write to
+│   ├── TargetExistsError      it holds something else
+│   └── DiskSpaceError         it is too small
+├── BudgetError                memory budgets that can't work
+├── ConfigError                an option that is unknown or malformed
+└── ClosedError                a tier was used after close()
 """
 
 from __future__ import annotations

@@ -95,9 +95,7 @@ def _pair_pieces(p: Projection) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(f"{p.name}.pairs", "uint8", (groups, rows, 2)), (f"{p.name}.pair_scales", "bfloat16", (blocks, 2, 2))]
 
 
-def _pieces(
-    projections: Iterable[Projection], biases: Iterable[Bias]
-) -> Iterable[tuple[str, str, tuple[int, ...]]]:
+def _pieces(projections: Iterable[Projection], biases: Iterable[Bias]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of each section, in the order in which they are stored."""
     last: list[tuple[str, str, tuple[int, ...]]] = []  # low planes of 8-bit codes: behind everything else
     middle: list[tuple[str, str, tuple[int, ...]]] = []
@@ -181,9 +179,7 @@ class RecordLayout:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RecordLayout:
         """Raises KeyError, TypeError or ValueError on anything that is not a layout of this format."""
-        layout = cls(
-            tuple(Projection(**p) for p in value["projections"]), tuple(Bias(**b) for b in value["biases"])
-        )
+        layout = cls(tuple(Projection(**p) for p in value["projections"]), tuple(Bias(**b) for b in value["biases"]))
         if any(p.bits not in BITS for p in layout.projections):
             raise ValueError(f"bits {sorted({p.bits for p in layout.projections})} are not among {sorted(BITS)}")
         if layout.to_json() != dict(value):
