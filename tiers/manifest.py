@@ -70,7 +70,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
-        """Ignores unknown optional keys; raises StoreFormatError, naming ``where``, on all else that is not format 1."""
+        """Ignores unknown optional keys; raises StoreFormatError, naming ``where``, on what is not format 1."""
         if not isinstance(value, dict) or "format" not in value:
             raise StoreFormatError(f"{where} is not a moetier store: it has no manifest.", "Convert the model again.")
         if value["format"] != FORMAT:

@@ -27,7 +27,7 @@ class Lease(Generic[Record]):
 
 class ExpertSource(Protocol[Record]):
     def acquire(self, keys: Sequence[ExpertKey]) -> Iterator[Lease[Record]]:
-        """Yields one lease for each of the distinct ``keys``, all of one block: resident ones first, then as they arrive.
+        """Yields one lease for each distinct key of one block: resident ones first, then as they arrive.
 
         A lease ends when the next is taken, when the iterator is exhausted or closed. So a block with more wanted
         experts than slots streams through, and nobody waits for a lease while one that it holds is unprocessed:
@@ -37,7 +37,7 @@ class ExpertSource(Protocol[Record]):
         ...
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        """Returns at once. Replaces the block's earlier wishes that have not begun; a demand for the block clears them."""
+        """Returns at once. Replaces the block's wishes that have not begun; a demand for the block clears them."""
         ...
 
     def stats(self) -> TierStats:
