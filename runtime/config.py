@@ -1,0 +1,74 @@
+"""How much of the machine a process may use: one frozen value, checked once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from moetier.tiers.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*|%)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """An amount of memory: bytes, or a share of what there is."""
+
+    bytes: int | None = None
+    share: Fraction | None = None
+
+    @classmethod
+    def parse(cls, text: str | int) -> Size:
+        """``"6GiB"`` (1024-based, as is a bare ``"6G"``), ``"6GB"`` (1000-based), ``"50%"``, or a number of bytes.
+
+        Raises ConfigError.
+        """
+        match = _SIZE.fullmatch(str(text))
+        unit = match.group(2).lower() if match else "?"
+        number = Fraction(match.group(1)) if match else Fraction(0)
+        if unit == "%" and 0 < number <= 100:
+            return cls(share=number / 100)
+        if unit not in _UNITS or number <= 0:
+            raise ConfigError(f"{text!r} is not an amount of memory.", 'Give a size such as "6GiB", or a share: "50%".')
+        return cls(bytes=int(number * _UNITS[unit]))
+
+    def of(self, total: int) -> int:
+        """In bytes, where ``total`` bytes are what a share is taken of."""
+        return self.bytes if self.bytes is not None else int((self.share or 0) * total)
+
+
+@dataclass(frozen=True, slots=True)
+class TierConfig:
+    """Budgets of the tiers of one process. None means the default: 80 % of what the trunk and the KV cache leave."""
+
+    ram: Size | None = None  # of host records; a share is of the memory that is available
+    device_memory: Size | None = None  # of device records; a share is of what is free on the device
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
+
+    @classmethod
+    def of(
+        cls, *, ram: str | int | None = None, device_memory: str | int | None = None, device: str = "auto"
+    ) -> TierConfig:
+        """From what a person writes; raises ConfigError."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ConfigError(f"{device!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
+        return cls(
+            ram=None if ram is None else Size.parse(ram),
+            device_memory=None if device_memory is None else Size.parse(device_memory),
+            device=device,
+        )
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

@@ -1,0 +1,100 @@
+"""What memory there is for this process, and which budgets work.
+
+psutil sees the machine and not the control group that a container or a service runs in, so the limits of both versions
+of control groups are read here (kernel documentation: admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v2.rst).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from moetier.tiers.errors import BudgetError
+
+from .config import Size, format_bytes
+
+DEFAULT_SHARE = 0.8  # of what is left: a page cache, a second program and a longer context need some too
+_NO_LIMIT = 1 << 60  # version 1 writes a huge number where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Available:
+    """``bytes`` more can be allocated; ``limiter`` says by whom that is limited."""
+
+    bytes: int
+    limiter: str
+
+
+def available_memory(root: Path = Path("/")) -> Available:
+    """The least of what the machine has free and of what each control group above this process leaves.
+
+    ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Pages of files count as free: they can be dropped.
+    """
+    return min(
+        [Available(psutil.virtual_memory().available, "this machine"), *_groups(root)], key=lambda known: known.bytes
+    )
+
+
+def _groups(root: Path) -> Iterator[Available]:
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        elif not controllers:
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        if not group.is_dir():  # in a container the path is the host's, and the group is mounted as the top
+            group = top
+        for folder in (group, *group.parents):
+            if (left := _left(folder, *names)) is not None:
+                yield Available(max(left, 0), f"the control group {path}")
+            if folder == top:
+                break
+
+
+def _left(folder: Path, limit_name: str, usage_name: str, prefix: str) -> int | None:
+    """Bytes that a group leaves; None where it has no limit."""
+    try:
+        limit = (folder / limit_name).read_text().strip()
+        usage = int((folder / usage_name).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if limit == "max" or int(limit) >= _NO_LIMIT:
+        return None
+    droppable = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
+    return int(limit) - (usage - droppable)
+
+
+def host_budget(asked: Size | None, *, smallest: int, largest: int, reserve: int, available: Available) -> int:
+    """Bytes for the host tier.
+
+    ``smallest`` and ``largest`` are what the tier can work with and make use of; ``reserve`` is kept for the KV cache.
+    Raises BudgetError when nothing works, or when what was asked for doesn't.
+    """
+    most = available.bytes - reserve
+    if most < smallest:
+        raise BudgetError(
+            f"Of the {format_bytes(available.bytes)} that {available.limiter} leaves, {format_bytes(reserve)} are for "
+            f"the KV cache: too little for the {format_bytes(smallest)} that one token's experts of a block take.",
+            "Free some memory, raise the limit, or convert the model to fewer bits.",
+        )
+    if asked is None:
+        return min(largest, max(smallest, int(most * DEFAULT_SHARE)))
+    budget = asked.of(available.bytes)
+    if not smallest <= budget <= available.bytes:
+        what = "too small" if budget < smallest else f"more than {available.limiter} leaves"
+        raise BudgetError(
+            f"A host budget of {format_bytes(budget)} is {what}.",
+            f"Give --ram from {smallest} bytes ({format_bytes(smallest)}) to {format_bytes(min(largest, most))}.",
+        )
+    return min(budget, largest)

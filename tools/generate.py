@@ -1,0 +1,79 @@
+"""``moetier generate DIR PROMPT``: streams text, then says what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from moetier.tiers.errors import ConfigError
+
+from .report import Timing, tier_json, tier_report
+
+HELP = "generate text from a model directory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
+    parser.add_argument(
+        "--ram", metavar="SIZE", help='host budget for experts: "6GiB" or "50%%" (default: 80%% of the rest)'
+    )
+    parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
+    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
+        raise ConfigError("--max-new-tokens must be 1 or more, and --temperature 0 or more.", "Give other values.")
+    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    if not prompt:
+        raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
+
+    import torch
+    import transformers
+
+    from moetier.runtime.generate import load
+    from moetier.runtime.streamer import TimedStreamer
+
+    start = time.perf_counter()
+    model, tokenizer = load(
+        arguments.directory, ram=arguments.ram, device_memory=arguments.device_memory, device=arguments.device
+    )
+    load_seconds = time.perf_counter() - start
+    with model.tiers:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        torch.manual_seed(arguments.seed)
+        sampling = {"do_sample": arguments.temperature > 0}
+        if arguments.temperature:
+            sampling["temperature"] = arguments.temperature
+        streamer = TimedStreamer(tokenizer, echo=not arguments.json)
+        model.generate(**inputs, **sampling, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+        first_token, total = streamer.seconds
+        timing = Timing(inputs["input_ids"].shape[1], streamer.tokens, first_token, total)
+        tiers = model.tiers.stats()
+
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "prompt": prompt,
+                    "text": streamer.text,
+                    "seed": arguments.seed,
+                    "load_s": load_seconds,
+                    **timing.to_json(),
+                    "tiers": {stats.name: tier_json(stats, timing) for stats in tiers},
+                    "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+                }
+            )
+        )
+    else:
+        sys.stdout.flush()
+        print(f"\nload     {load_seconds:.2f} s\n{tier_report(timing, tiers)}", file=sys.stderr)
+    return 0

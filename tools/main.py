@@ -1,0 +1,58 @@
+"""The ``moetier`` command: finds the subcommand, runs it, and says errors in two lines."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from moetier.tiers.errors import MoetierError
+
+COMMANDS = ("convert", "generate", "verify", "inspect", "quality", "synthetic")
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2  # argparse's own
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command's module is light: torch, transformers and zarr are imported when it runs."""
+    parser = argparse.ArgumentParser(
+        prog="moetier", description="Run Mixture-of-Experts language models on machines that are too small for them."
+    )
+    parser.add_argument("--version", action="version", version=f"moetier {version('moetier')}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = import_module(f"moetier.tools.{name}")
+        subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except MoetierError as error:
+        if os.environ.get("MOETIER_DEBUG") == "1":
+            raise
+        print(f"moetier: {error.cause}\n  {error.fix}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("moetier: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

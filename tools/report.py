@@ -1,0 +1,96 @@
+"""The tier report: what a run cost, tier by tier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moetier.runtime.config import format_bytes
+from moetier.tiers.stats import TierStats
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one generation: token counts, and seconds from its start."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token: float  # seconds to the first new token
+    total: float  # seconds to the last
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second, up to the first new token."""
+        return self.prompt_tokens / self.first_token if self.first_token else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second behind the first; 0 where there is only one."""
+        seconds = self.total - self.first_token
+        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "time_to_first_token_s": self.first_token,
+            "total_s": self.total,
+            "prefill_tokens_per_s": self.prefill_rate,
+            "decode_tokens_per_s": self.decode_rate,
+        }
+
+
+def tier_json(stats: TierStats, timing: Timing) -> dict[str, Any]:
+    """A tier's counters with what follows from them for this run."""
+    tokens = timing.prompt_tokens + timing.new_tokens
+    return stats.to_json() | {
+        "bytes_per_token": stats.bytes_in / tokens if tokens else 0.0,
+        "wait_share": stats.wait_seconds / timing.total if timing.total else 0.0,
+    }
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as they must be: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def tier_report(timing: Timing, tiers: list[TierStats]) -> str:
+    """For people."""
+    head = [
+        "tier",
+        "slots",
+        "hits",
+        "misses",
+        "hit ratio",
+        "read",
+        "a token",
+        "evictions",
+        "wait p50",
+        "p99",
+        "of time",
+    ]
+    rows = [head]
+    for stats in tiers:
+        more = tier_json(stats, timing)
+        rows.append(
+            [
+                stats.name,
+                f"{stats.ready}/{stats.slots}",
+                str(stats.hits),
+                str(stats.misses),
+                f"{stats.hit_ratio:.1%}",
+                format_bytes(stats.bytes_in),
+                format_bytes(more["bytes_per_token"]),
+                str(stats.evictions),
+                f"{stats.wait_median * 1e3:.2f} ms",
+                f"{stats.wait_p99 * 1e3:.2f} ms",
+                f"{more['wait_share']:.1%}",
+            ]
+        )
+    return (
+        f"prefill  {timing.prompt_tokens} tokens, {timing.prefill_rate:.1f} tokens/s, "
+        f"first token after {timing.first_token:.2f} s\n"
+        f"decode   {timing.new_tokens} tokens, {timing.decode_rate:.1f} tokens/s\n{table(rows)}"
+    )
