@@ -1,0 +1,54 @@
+# `make demo` and `make test` set up what they need, in .venv, the first time.
+PYTHON ?= python3
+RUN := .venv/bin/python
+DEMO := build/demo/tinymix-4bit
+# tinymix has 64 experts; at 4 bits a record takes 225,280 bytes: this holds a quarter of them
+DEMO_RAM := 3520KiB
+DEMO_PROMPT ?= def read_lines(path):
+
+.PHONY: help setup demo check format test test-slow wheel clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.ready  ## a virtual environment with everything
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "moetier needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch .venv/.ready
+
+demo: .venv/.ready  ## convert the bundled model and generate with room for a quarter of its experts
+	$(RUN) -m moetier.tools.main convert tests/assets/tinymix $(DEMO) --bits 4
+	$(RUN) -m moetier.tools.main generate $(DEMO) --ram $(DEMO_RAM) --max-new-tokens 96 '$(DEMO_PROMPT)'
+
+# mypy does not follow the import hook of an editable install: these links are the package as it is installed
+build/types/.ready: Makefile
+	@mkdir -p build/types/moetier
+	@for name in __init__.py py.typed; do ln -sfn "../../../moetier/$$name" "build/types/moetier/$$name"; done
+	@for name in tiers runtime tools; do ln -sfn "../../../$$name" "build/types/moetier/$$name"; done
+	@ln -sfn ../../../tests/assets build/types/moetier/assets
+	@touch build/types/.ready
+
+check: .venv/.ready build/types/.ready  ## lint, format, types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: .venv/.ready  ## put the code into its form
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+test: .venv/.ready  ## the tests, but for the slow ones
+	$(RUN) -m pytest
+
+test-slow: .venv/.ready  ## the slow tests: minutes and gigabytes
+	$(RUN) -m pytest -m slow
+
+wheel: .venv/.ready  ## build/dist/*.whl
+	$(RUN) -m build --wheel --outdir build/dist .
+
+clean:  ## everything that was made, the environment too
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,55 @@
+"""Every test must leave as it found: threads, descriptors, shared-memory maps, and torch's number of threads."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+GRACE = 5.0  # seconds for what is ending already
+
+
+def _descriptors() -> Counter[str]:
+    """What this process has open, by where it leads."""
+    targets: Counter[str] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            targets[os.readlink(f"/proc/self/fd/{number}")] += 1
+        except OSError:  # the listing's own
+            continue
+    return targets
+
+
+def _arenas() -> int:
+    """Maps of memory files."""
+    return sum("/memfd:" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fails a test that leaks a thread, a descriptor or a map of a memory file."""
+    threads, descriptors, arenas = _threads(), _descriptors(), _arenas()
+    yield
+    deadline = time.monotonic() + GRACE
+    while True:
+        leaked = {
+            "threads": [thread.name for thread in _threads() - threads],
+            "descriptors": sorted((_descriptors() - descriptors).elements()),
+            "arenas": [""] * max(_arenas() - arenas, 0),
+        }
+        if not any(leaked.values()):
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {leaked}")
+        gc.collect()  # a map goes with the last view of it
+        time.sleep(0.02)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetier.runtime.config import Size, TierConfig, format_bytes
+from moetier.tiers.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("6GiB", 6 << 30),
+        ("6 gib", 6 << 30),
+        ("6G", 6 << 30),
+        ("6GB", 6_000_000_000),
+        ("1.5MiB", 3 << 19),
+        ("3520KiB", 3520 << 10),
+        ("4096", 4096),
+        ("4096B", 4096),
+        (4096, 4096),
+    ],
+)
+def test_sizes(text: str | int, expected: int) -> None:
+    assert Size.parse(text).of(0) == expected
+
+
+def test_shares() -> None:
+    assert Size.parse("50%") == Size(share=Fraction(1, 2))
+    assert Size.parse("12.5%").of(1 << 20) == 1 << 17
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "0%", "101%", "6XB", "6 GiB more", "1e9", "nan", "½"])
+def test_malformed_sizes_are_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Size.parse(text)
+    assert repr(text) in caught.value.cause
+    assert "6GiB" in caught.value.fix
+
+
+@given(st.integers(1, 1 << 50))
+def test_bytes_survive(count: int) -> None:
+    assert Size.parse(str(count)).of(0) == count
+
+
+def test_devices_are_checked() -> None:
+    assert TierConfig.of(ram="1GiB", device="cuda:1") == TierConfig(ram=Size(bytes=1 << 30), device="cuda:1")
+    with pytest.raises(ConfigError, match="'gpu' is not a device"):
+        TierConfig.of(device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5 << 40, "5 TiB"), (3 << 29, "1.5 GiB")]
+)
+def test_bytes_for_people(count: int, text: str) -> None:
+    assert format_bytes(count) == text

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moetier.runtime.config import Size
+from moetier.runtime.memory import Available, available_memory, host_budget
+from moetier.tiers.errors import BudgetError
+
+GIB = 1 << 30
+V1 = Path("/sys/fs/cgroup/memory")
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def fake_v2(root: Path, *, limit: str, current: int, inactive_file: int = 0, path: str = "/user.slice/job") -> Path:
+    write(root / "proc/self", cgroup=f"0::{path}")
+    top = root / "sys/fs/cgroup"
+    write(top / path.lstrip("/"), memory__max=limit, memory__current=str(current))
+    write(top / path.lstrip("/"), memory__stat=f"anon 5\ninactive_file {inactive_file}\nactive_file 0")
+    return top
+
+
+def test_without_groups_it_is_what_the_machine_has(tmp_path: Path) -> None:
+    known = available_memory(tmp_path)
+    assert known.limiter == "this machine"
+    assert known.bytes == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_version_2_counts_file_pages_as_free(tmp_path: Path) -> None:
+    fake_v2(tmp_path, limit=str(1 << 20), current=900_000, inactive_file=500_000)
+    assert available_memory(tmp_path) == Available((1 << 20) - 400_000, "the control group /user.slice/job")
+
+
+def test_version_2_without_a_limit(tmp_path: Path) -> None:
+    fake_v2(tmp_path, limit="max", current=900_000)
+    assert available_memory(tmp_path).limiter == "this machine"
+
+
+def test_version_2_a_parent_limits_too(tmp_path: Path) -> None:
+    top = fake_v2(tmp_path, limit="max", current=10)
+    write(top / "user.slice", memory__max="4096", memory__current="1096", memory__stat="anon 1")
+    assert available_memory(tmp_path).bytes == 3000
+
+
+def test_in_a_container_the_group_is_the_mounted_top(tmp_path: Path) -> None:
+    write(tmp_path / "proc/self", cgroup="0::/../../elsewhere")
+    write(tmp_path / "sys/fs/cgroup", memory__max="8192", memory__current="192", memory__stat="anon 1")
+    assert available_memory(tmp_path).bytes == 8000
+
+
+def test_version_1(tmp_path: Path) -> None:
+    write(tmp_path / "proc/self", cgroup="9:name=systemd:/\n4:cpu,memory:/job\n0::/")
+    write(tmp_path / "sys/fs/cgroup/memory/job", memory__limit_in_bytes="100000", memory__usage_in_bytes="60000")
+    write(tmp_path / "sys/fs/cgroup/memory/job", memory__stat="inactive_file 1\ntotal_inactive_file 20000")
+    assert available_memory(tmp_path).bytes == 60000
+
+
+def test_version_1_for_real() -> None:
+    """A child in a real group of 512 MiB sees that limit and not the machine's memory."""
+    if not os.access(V1, os.W_OK):
+        pytest.skip("no writable control group of version 1 for memory")
+    group = V1 / f"moetier-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(512 << 20))
+        code = "from moetier.runtime.memory import available_memory as a; print(a().bytes, a().limiter)"
+        enter = f'echo $$ > "{group}/cgroup.procs" && exec "{sys.executable}" -c "{code}"'
+        output = subprocess.run(["/bin/sh", "-c", enter], capture_output=True, text=True, check=True).stdout
+        count, limiter = output.split(maxsplit=1)
+        assert 300 << 20 < int(count) < 512 << 20
+        assert group.name in limiter
+    finally:
+        group.rmdir()
+
+
+HERE = Available(8 * GIB, "this machine")
+
+
+def test_the_default_is_four_fifths_of_what_is_left() -> None:
+    assert host_budget(None, smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE) == int(7 * GIB * 0.8)
+
+
+def test_the_default_is_no_more_than_all_experts_and_no_less_than_the_smallest() -> None:
+    assert host_budget(None, smallest=GIB, largest=2 * GIB, reserve=GIB, available=HERE) == 2 * GIB
+    assert host_budget(None, smallest=7 * GIB, largest=9 * GIB, reserve=GIB, available=HERE) == 7 * GIB
+
+
+def test_what_was_asked_for_is_given() -> None:
+    assert host_budget(Size(bytes=3 * GIB), smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 3 * GIB
+    share = Size(share=Fraction(1, 4))
+    assert host_budget(share, smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 2 * GIB
+    assert host_budget(Size(bytes=3 * GIB), smallest=GIB, largest=2 * GIB, reserve=0, available=HERE) == 2 * GIB
+
+
+@pytest.mark.parametrize(("asked", "why"), [(GIB - 1, "too small"), (9 * GIB, "more than this machine leaves")])
+def test_what_can_not_work_is_refused_with_what_would(asked: int, why: str) -> None:
+    with pytest.raises(BudgetError, match=why) as caught:
+        host_budget(Size(bytes=asked), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
+    assert f"{GIB} bytes (1 GiB)" in caught.value.fix
+    assert "7 GiB" in caught.value.fix
+
+
+def test_a_machine_that_is_too_small_is_said_to_be() -> None:
+    with pytest.raises(BudgetError, match="this machine leaves"):
+        host_budget(None, smallest=8 * GIB, largest=9 * GIB, reserve=GIB, available=HERE)
