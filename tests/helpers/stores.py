@@ -1,0 +1,82 @@
+"""Small real stores for tests: written by the product's own writer, with random bytes for records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from moetier.tiers.keys import ExpertKey, Projection, RecordLayout
+from moetier.tiers.manifest import Block, Manifest
+from moetier.tiers.shard import GROUP
+from moetier.tiers.writer import StoreWriter, array_metadata
+
+
+def layout_of(rows: int = 64, columns: int = 32) -> RecordLayout:
+    """Two 16-bit projections; the default's slot is 16,384 bytes."""
+    return RecordLayout(
+        (
+            Projection("gate_up_proj", 2 * rows, columns, bits=16),
+            Projection("down_proj", columns, rows, bits=16),
+        )
+    )
+
+
+def make_plan(
+    *,
+    blocks: int = 3,
+    experts: int = 4,
+    top_k: int = 2,
+    layout: RecordLayout | None = None,
+    model: str = "acme/tiny-moe",
+) -> Manifest:
+    return Manifest(
+        model=model,
+        source_digest="0" * 64,
+        blocks=tuple(Block(f"model.layers.{b}.mlp.experts", "records", b, experts, top_k) for b in range(blocks)),
+        layouts={"records": layout or layout_of()},
+        version="0.1.0",
+    )
+
+
+def make_records(plan: Manifest, seed: int = 0) -> dict[ExpertKey, bytes]:
+    """Random payloads, ``record_bytes`` long, zeros in the padding."""
+    random = np.random.default_rng(seed)
+    records = {}
+    for block, entry in enumerate(plan.blocks):
+        layout = plan.layout(block)
+        padding = bytes(layout.record_bytes - layout.payload_bytes)
+        for expert in range(entry.experts):
+            records[ExpertKey(block, expert)] = random.bytes(layout.payload_bytes) + padding
+    return records
+
+
+def write_store(folder: Path, plan: Manifest, records: dict[ExpertKey, bytes]) -> Manifest:
+    """Writes what is missing of the store ``folder/experts.zarr``."""
+    with StoreWriter.open(folder / GROUP, plan) as writer:
+        for block in sorted(set(range(len(plan.blocks))) - writer.finished_blocks):
+            with writer.block(block) as shard:
+                for expert in range(plan.blocks[block].experts):
+                    shard.write(records[ExpertKey(block, expert)])
+        return writer.finish()
+
+
+def make_store(
+    folder: Path,
+    *,
+    blocks: int = 3,
+    experts: int = 4,
+    top_k: int = 2,
+    layout: RecordLayout | None = None,
+    seed: int = 0,
+) -> dict[ExpertKey, bytes]:
+    """Writes ``folder/experts.zarr`` and returns every record, without its checksum."""
+    plan = make_plan(blocks=blocks, experts=experts, top_k=top_k, layout=layout)
+    records = make_records(plan, seed)
+    write_store(folder, plan, records)
+    return records
+
+
+# zarr starts its event loop's thread when it is first used, for the life of the process. It starts here, when tests are
+# collected, and not in a test that looks for threads and descriptors left behind.
+array_metadata(make_plan(), "records")

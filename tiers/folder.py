@@ -1,0 +1,110 @@
+"""A store's folder as a reader finds it: its manifest, its arrays' metadata, and what is wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import IncompleteStoreError, StoreFormatError, StoreReadError
+from .manifest import Manifest
+from .shard import GROUP, METADATA, PLAN, ShardFile
+
+
+def store_folder(folder: Path) -> Path:
+    """``experts.zarr`` of a model directory; of itself, itself. Raises StoreFormatError for any other place."""
+    if (folder / GROUP).is_dir():
+        return folder / GROUP
+    if folder.name == GROUP and folder.is_dir():
+        return folder
+    missing = "has no experts.zarr" if folder.is_dir() else "is not a folder"
+    raise StoreFormatError(
+        f"{folder} is not a model directory: it {missing}.", f"Convert a model into it: moetier convert SRC {folder}"
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an ``experts.zarr``. Raises IncompleteStoreError when its conversion was cut."""
+    path = folder / METADATA
+    if not path.exists():
+        raise _incomplete(folder)
+    group = _read_json(path)
+    attributes = group.get("attributes")
+    return Manifest.from_json(attributes.get("moetier") if isinstance(attributes, dict) else None, str(folder.parent))
+
+
+def _incomplete(folder: Path) -> IncompleteStoreError:
+    target = folder.parent
+    if not (folder / PLAN).exists():
+        return IncompleteStoreError(
+            f"{target} is incomplete: {folder} has no manifest.",
+            f"Convert the model again: moetier convert SRC {target}",
+        )
+    plan = Manifest.from_json(_read_json(folder / PLAN), str(target))
+    blocks = range(len(plan.blocks))
+    there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
+    return IncompleteStoreError(
+        f"{target} is incomplete: its conversion was cut; {there} of {len(blocks)} blocks are there.",
+        f"Resume it: moetier convert {plan.model} {target}",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with read_errors(path):
+            found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreFormatError(f"{path} is missing.", "Convert the model again.") from None
+    except ValueError as error:
+        raise StoreFormatError(f"{path} is not JSON ({error}).", "Convert the model again.") from error
+    if not isinstance(found, dict):
+        raise StoreFormatError(f"{path} is not a JSON object.", "Convert the model again.")
+    return found
+
+
+def check_array(path: Path, manifest: Manifest, array: str) -> None:
+    """Raises StoreFormatError unless an array's zarr metadata says what the manifest says."""
+    found = _read_json(path)
+    shape = manifest.shape(array)
+    inner, outer = [1, 1, shape[2]], [1, shape[1], shape[2]]
+    expected = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": "uint8",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": inner,
+                    "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+                    "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                    "index_location": "end",
+                },
+            }
+        ],
+    }
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise StoreFormatError(
+                f"{path}: {name} is {json.dumps(found.get(name))}, the manifest says {json.dumps(value)}.",
+                "Convert the model again.",
+            )
+
+
+@contextlib.contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turns what the disk answers into a StoreReadError with the path; FileNotFoundError passes."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreReadError(
+            f"{path} can't be read: {error.strerror} (errno {error.errno}).",
+            "Check the disk and the file's permissions; if it is lost, convert the model again.",
+        ) from error
