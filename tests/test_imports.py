@@ -19,7 +19,20 @@ LAYERS = {
 
 # within tiers: who may import whom
 NOUNS = {"keys", "errors", "stats"}
-PARTS = NOUNS | {"manifest", "source", "policy", "slots", "arena", "quantize", "hqq", "planes", "stream", "shard"}
+PARTS = NOUNS | {
+    "manifest",
+    "source",
+    "policy",
+    "slots",
+    "arena",
+    "quantize",
+    "hqq",
+    "planes",
+    "stream",
+    "shard",
+    "folder",
+    "durable",
+}
 TIERS_MAY_IMPORT = {name: PARTS for name in PARTS} | {
     "keys": set(),
     "errors": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,10 @@ class Manifest:
         """Raises ValueError unless the blocks fill their arrays exactly."""
         if not self.blocks:
             raise ValueError("it has no blocks")
+        if names := [name for name in self.layouts if not re.fullmatch(r"[\w-]+", name)]:
+            raise ValueError(f"{names[0]!r} is no name of an array")  # it becomes the name of a folder
+        if strangers := {b.array for b in self.blocks} - set(self.layouts):
+            raise ValueError(f"its blocks are in arrays that have no layout: {sorted(strangers)}")
         for name in self.layouts:
             members = [b for b in self.blocks if b.array == name]
             if sorted(b.index for b in members) != list(range(len(members))) or not members:

@@ -74,6 +74,7 @@ class ExpertStore:
         except BaseException:
             store.close()
             raise
+        store._direct = all(shard.direct for shard in store._shards.values())
         return store
 
     def __init__(self, folder: Path, manifest: Manifest, readers: int) -> None:
@@ -83,6 +84,7 @@ class ExpertStore:
         self._readers = readers
         self._shards: dict[int, _Shard] = {}
         self._faults: dict[int, StoreError] = {}
+        self._direct = False
         self._state = threading.Condition()  # guards the three below
         self._pool: ThreadPoolExecutor | None = None
         self._reading = 0  # calls that use a descriptor now
@@ -96,7 +98,7 @@ class ExpertStore:
     @property
     def direct(self) -> bool:
         """Whether O_DIRECT is in use for every shard."""
-        return all(shard.direct for shard in self._shards.values())
+        return self._direct
 
     def layout(self, block: int) -> RecordLayout:
         return self.manifest.layout(block)

@@ -1,0 +1,56 @@
+"""How far a long command is: a bar on a terminal, a plain line now and then anywhere else. Always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0  # between two plain lines
+
+
+class Progress:
+    """Counts bytes up to ``total``. Used by one thread."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label = label
+        self._total = total
+        self._done = 0
+        self._start = self._last = time.monotonic()
+        self._bar = (
+            tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            rate = self._done / self.seconds
+            print(
+                f"{self._label}: {self._done / self._total:.0%}, {rate / 1e9:.2f} GB/s, "
+                f"{(self._total - self._done) / rate:.0f} s left",
+                file=sys.stderr,
+            )
+
+    def say(self, line: str) -> None:
+        """A line on standard output that the bar makes room for."""
+        tqdm.write(line, file=sys.stdout)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,139 @@
+"""``moetier verify DIR``: reads every record of a store and names each that is not what was written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from moetier.runtime.config import format_bytes
+from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+
+if TYPE_CHECKING:
+    from moetier.tiers.store import ExpertStore
+
+HELP = "check every record of a model directory against its checksum"
+
+READS = 8  # in flight: what it takes to be as fast as the disk
+BUFFER_BYTES = 256 << 20  # of all reads in flight, unless one record is larger
+
+EXIT_BAD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """``block`` is None where the store as a whole is wrong, ``expert`` where a block's whole file is."""
+
+    block: int | None
+    expert: int | None
+    file: str
+    cause: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """1 when anything is bad. Raises StoreError where there is nothing that can be checked."""
+    from moetier.tiers.store import ExpertStore
+
+    from .progress import Progress
+
+    with ExpertStore.open(arguments.directory, readers=READS, damaged=True) as store:
+        manifest = store.manifest
+        readable = [entry for block, entry in enumerate(manifest.blocks) if block not in store.faults]
+        total = sum(entry.experts * manifest.layouts[entry.array].slot_bytes for entry in readable)
+        problems = []
+        with Progress("verify", total) as progress:
+            for found in scrub(store):
+                if isinstance(found, int):
+                    progress.advance(found)
+                else:
+                    problems.append(found)
+                    if not arguments.json:
+                        progress.say(f"bad: {found.cause}")
+            seconds = progress.seconds
+    if arguments.json:
+        report = {
+            "model": manifest.model,
+            "digest": manifest.digest,
+            "blocks": len(manifest.blocks),
+            "records": manifest.record_count,
+            "bytes_read": total,
+            "seconds": seconds,
+            "direct": store.direct,
+            "bad": [asdict(problem) for problem in problems],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        print(
+            f"{manifest.model}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks, "
+            f"{format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
+            f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(problems)} bad' if problems else 'all good'}"
+        )
+    return EXIT_BAD if problems else 0
+
+
+def scrub(store: ExpertStore) -> Iterator[int | Problem]:
+    """Yields problems as they are found, and the bytes of each record that has been read.
+
+    Several records are read at a time, in the order of the disk, into buffers that are used again.
+    """
+    from moetier.tiers.errors import StoreError
+    from moetier.tiers.shard import StoreDigest
+
+    manifest = store.manifest
+    largest = max(layout.slot_bytes for layout in manifest.layouts.values())
+    reads = max(1, min(READS, BUFFER_BYTES // largest))
+    buffers: SimpleQueue[memoryview] = SimpleQueue()
+    for _ in range(reads):
+        buffers.put(memoryview(mmap.mmap(-1, largest)))
+
+    def check(key: ExpertKey) -> tuple[int, Problem | None]:
+        """The record's crc32c as stored, and what is wrong with it."""
+        buffer = buffers.get()
+        try:
+            slot = buffer[: store.layout(key.block).slot_bytes]
+            store.read_into(key, slot)
+            return int.from_bytes(slot[-CHECKSUM_BYTES:], "little"), None
+        except StoreError as error:
+            return 0, Problem(key.block, key.expert, str(store.path(key.block)), error.cause)
+        finally:
+            buffers.put(buffer)
+
+    for block, fault in store.faults.items():
+        yield Problem(block, None, str(store.path(block)), fault.cause)
+    good = not store.faults
+    digest = StoreDigest()
+    keys = [
+        ExpertKey(block, expert)
+        for block, entry in enumerate(manifest.blocks)
+        if block not in store.faults
+        for expert in range(entry.experts)
+    ]
+    with ThreadPoolExecutor(reads, thread_name_prefix="moetier-verify") as pool:
+        try:
+            for key, (crc, problem) in zip(keys, pool.map(check, keys), strict=True):
+                digest.add([crc])
+                if problem is not None:
+                    good = False
+                    yield problem
+                yield store.layout(key.block).slot_bytes
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if good and digest.hexdigest() != manifest.digest:
+        yield Problem(
+            None,
+            None,
+            str(store.folder),
+            f"{store.folder}: every record is whole, but they are not those that were converted: "
+            f"digest {digest.hexdigest()}, the manifest says {manifest.digest}.",
+        )
