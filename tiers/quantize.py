@@ -1,0 +1,273 @@
+"""Weights of one expert <-> the bytes of its record.
+
+A quantised weight is w = (c - 2^(bits-1)) * s + b with c its code of ``bits`` bits and (s, b) the bf16 pair of its
+group: computed in fp32 (the product is exact, the sum is rounded once) and then rounded to the type that is asked for.
+``decode`` is that function; whatever else is called "the dequantised weights" equals it.
+
+In the terms of torch's int4 kernel, w = (q - 8) * s + b with q in 0..15:
+
+    4 bits   q = c
+    3 bits   q = c + 4, which expansion adds: two low bits folded in half, the third bit a plane folded in four
+    2 bits   q = c + 6, likewise: folded in half
+    8 bits   the sum of two matrices: a high plane q = c >> 4 with pairs (16 s, b), a low one q = c & 15 with (s, 8 s)
+
+so that b is one number in all of these; it lies near the middle of its group, where rounding it to bf16 costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import hqq, planes
+from .errors import CheckpointError, ConfigError
+from .keys import BITS, ROW_TILE, Bias, Bits, Projection, RecordLayout
+from .pairs import load_pairs, store_pairs
+
+# group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md)
+DEFAULTS: dict[Bits, tuple[int, str]] = {
+    8: (64, "bfloat16"),
+    4: (64, "bfloat16"),
+    3: (64, "bfloat16"),
+    2: (64, "bfloat16"),
+}
+GROUPS = (256, 128, 64, 32)  # that torch's int4 kernel takes
+STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
+TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # what expansion adds to both nibbles
+TILE_WEIGHTS = 2**19  # decoded at a time: 2 MiB in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """How far stored weights are from what they were: sums over weights, so that they can be added."""
+
+    squared: float = 0.0  # of (stored - original)^2
+    absolute: float = 0.0  # of |stored - original|
+    squared_norm: float = 0.0  # of original^2
+    absolute_norm: float = 0.0
+
+    def __add__(self, other: WeightError) -> WeightError:
+        return WeightError(
+            self.squared + other.squared,
+            self.absolute + other.absolute,
+            self.squared_norm + other.squared_norm,
+            self.absolute_norm + other.absolute_norm,
+        )
+
+    @property
+    def relative(self) -> float:
+        """Frobenius norm of the error over that of the weights; 0 for exact weights, all-zero ones included."""
+        return (self.squared / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
+
+    @property
+    def relative_absolute(self) -> float:
+        """The mean absolute error, which HQQ watches, over the mean absolute weight."""
+        return self.absolute / self.absolute_norm if self.absolute_norm else 0.0
+
+
+def layout_for(
+    parameters: Mapping[str, tuple[tuple[int, ...], str]],
+    *,
+    bits: Bits,
+    group: int | None = None,
+    pairs: str | None = None,
+    transposed: bool = False,
+) -> RecordLayout:
+    """The record of an expert whose ``parameters`` are name -> (shape of its slice as the module holds it, dtype name).
+
+    Two dimensions are a projection, one is a bias. ``group`` and ``pairs`` None: the defaults of the width.
+    A projection's group is the largest of {group, 128, 64, 32} (16 too with 8-bit pairs) that divides its inputs and is
+    not above ``group``; a projection that none divides stays 16-bit. fp32 is stored as bf16 where it is not quantised.
+    Raises ConfigError for settings that don't exist, CheckpointError for parameters that can't be stored.
+    """
+    if bits not in BITS:
+        raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
+    default_group, default_pairs = DEFAULTS.get(bits, (0, ""))
+    group, pairs = group or default_group, pairs or default_pairs
+    if bits != 16:
+        _check(group, pairs)
+    projections, biases = [], []
+    for name, (shape, dtype) in parameters.items():
+        if dtype not in STORED_AS:
+            raise CheckpointError(f"{name} has type {dtype}.", f"moetier stores {', '.join(STORED_AS)}.")
+        if len(shape) == 1:
+            biases.append(Bias(name, shape[0], STORED_AS[dtype]))
+        elif len(shape) == 2:
+            columns, rows = shape if transposed else shape[::-1]
+            chosen = _group_of(columns, group, pairs) if bits != 16 else 0
+            if chosen:
+                projections.append(Projection(name, rows, columns, bits, dtype, transposed, chosen, pairs))
+            else:
+                projections.append(Projection(name, rows, columns, 16, STORED_AS[dtype], transposed))
+        else:
+            raise CheckpointError(
+                f"{name} of one expert has shape {list(shape)}.", "One or two dimensions can be stored."
+            )
+    return RecordLayout(tuple(projections), tuple(biases))
+
+
+def _check(group: int, pairs: str) -> None:
+    if pairs not in ("bfloat16", "uint8"):
+        raise ConfigError(f"Pairs of type {pairs} are not supported.", "Choose bfloat16 or uint8.")
+    sizes = (*GROUPS, 16) if pairs == "uint8" else GROUPS
+    if group not in sizes:
+        raise ConfigError(
+            f"Groups of {group} weights are not supported with {pairs} pairs.",
+            f"Choose a group size among {', '.join(map(str, sizes))}.",
+        )
+
+
+def _group_of(columns: int, asked: int, pairs: str) -> int:
+    smaller = (128, 64, 32, 16) if pairs == "uint8" else (128, 64, 32)
+    return next((g for g in (asked, *smaller) if g <= asked and columns % g == 0), 0)
+
+
+def sections(record: Tensor, layout: RecordLayout) -> dict[str, Tensor]:
+    """Typed views of the sections of ``record`` (uint8, at least payload_bytes, 64-byte aligned): no copy."""
+    return {
+        s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in layout.sections
+    }
+
+
+def encode(
+    tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
+) -> dict[str, WeightError]:
+    """Writes one expert's record: ``tensors`` are its slices as the module holds them, ``out`` record_bytes long.
+
+    ``fast`` is plain rounding in place of HQQ. Returns the error of each projection and bias.
+    The bytes depend on the weights and the layout alone, not on the number of threads.
+    Raises CheckpointError for weights to be quantised that aren't finite numbers.
+    """
+    record = torch.frombuffer(out, dtype=torch.uint8)
+    assert len(record) == layout.record_bytes, f"a record has {layout.record_bytes} bytes, not {len(record)}"
+    record.zero_()
+    views = sections(record, layout)
+    errors = {}
+    for p in layout.projections:
+        weights = tensors[p.name]
+        assert tuple(weights.shape) == p.shape, f"{p.name} is {tuple(weights.shape)}, not {p.shape}"
+        if p.bits == 16:
+            errors[p.name] = _copy(weights, views[p.name])
+        else:
+            errors[p.name] = _encode(weights.T if p.transposed else weights, p, views, fast)
+    for b in layout.biases:
+        errors[b.name] = _copy(tensors[b.name], views[b.name])
+    return errors
+
+
+def _copy(values: Tensor, section: Tensor) -> WeightError:
+    section.copy_(values)
+    error = WeightError()
+    for start in range(0, len(values), ROW_TILE):
+        error += _error(values[start : start + ROW_TILE], section[start : start + ROW_TILE])
+    return error
+
+
+def _error(original: Tensor, stored: Tensor) -> WeightError:
+    original, difference = original.double(), stored.double() - original.double()
+    return WeightError(
+        float(difference.square().sum()),
+        float(difference.abs().sum()),
+        float(original.square().sum()),
+        float(original.abs().sum()),
+    )
+
+
+def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
+    """weights [N, K] -> the sections of one quantised projection, in three passes over tiles of hqq.GROUPS groups."""
+    groups = p.columns // p.group
+    tile = max(1, hqq.GROUPS // groups // ROW_TILE) * ROW_TILE  # rows
+    tiles = [slice(start, min(start + tile, p.rows)) for start in range(0, p.rows, tile)]
+
+    def grouped(rows: slice) -> Tensor:  # [rows * K / g, g]
+        return weights[rows].float().reshape(-1, p.group)
+
+    steps = torch.cat([hqq.steps(grouped(rows), p.bits) for rows in tiles]).view(-1, groups)
+    if not steps.isfinite().all():
+        raise CheckpointError(
+            f"{p.name} has weights that are not finite numbers.",
+            "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
+        )
+    steps = store_pairs(steps, 0, p, views).contiguous()  # from here on what is stored is what is computed with
+    find = hqq.plain_offsets if fast else lambda w, step: hqq.solve(w, step, p.bits)
+    offsets = torch.cat([find(grouped(rows), steps[rows].reshape(-1)) for rows in tiles]).view(-1, groups)
+    offsets = store_pairs(offsets, 1, p, views).contiguous()
+
+    # codes in kernel order: the sections themselves, or what is folded into them at the end
+    high = low = torch.empty(0)
+    match p.bits:
+        case 8:
+            high, low = views[f"{p.name}.high"].view(-1), views[f"{p.name}.low"].view(-1)
+        case 4:
+            low = views[f"{p.name}.codes"].view(-1)
+        case _:
+            low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
+    error = WeightError()
+    for rows in tiles:
+        w, step, offset = grouped(rows), steps[rows].reshape(-1), offsets[rows].reshape(-1)
+        centred = hqq.centred_codes(w, step, offset, p.bits)
+        error += _error(w, centred * step[:, None] + offset[:, None])
+        codes = (centred + 2 ** (p.bits - 1)).to(torch.uint8).view(-1, p.columns)
+        codes = F.pad(codes, (0, 0, 0, -len(codes) % ROW_TILE))
+        at = slice(rows.start * p.columns // 2, (rows.start + len(codes)) * p.columns // 2)
+        low[at] = planes.to_kernel_order(codes & 0xF)
+        if p.bits == 8:
+            high[at] = planes.to_kernel_order(codes >> 4)
+    if p.bits in (3, 2):
+        planes.fold(low, 2, views[f"{p.name}.codes"])
+    if p.bits == 3:
+        planes.fold(low >> 2, 4, views[f"{p.name}.plane"])
+    return error
+
+
+def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
+    """uint8 [(stop - start) * K / 2]: the codes q of rows ``start`` to ``stop`` (multiples of 64), in kernel order.
+
+    What torch's int4 kernel takes, from a projection of 4 bits or fewer. Elementwise; at 4 bits a view.
+    """
+    first, last = start * p.columns // 2, stop * p.columns // 2
+    codes = views[f"{p.name}.codes"].view(-1)
+    if p.bits == 4:
+        return codes[first:last]
+    nibbles = planes.unfold(codes, 2, first, last)
+    if p.bits == 3:
+        nibbles |= planes.unfold(views[f"{p.name}.plane"], 4, first, last) << 2
+    return nibbles.add_(CENTRING[p.bits])
+
+
+def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tensor:
+    """The projection ``name`` of ``record``, dequantised into ``out``, which it returns.
+
+    ``out`` is as the module holds it: [N, K], or [K, N] if transposed. In tiles of rows, in fp32, rounded to the type
+    of ``out`` at the end.
+    """
+    p = next(p for p in layout.projections if p.name == name)
+    assert out.shape == p.shape, f"{name} is {p.shape}, not {tuple(out.shape)}"
+    views = sections(record, layout)
+    if p.bits == 16:
+        return out.copy_(views[name])
+    by_rows = out.T if p.transposed else out
+    tile = max(1, TILE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
+    for start in range(0, p.rows, tile):
+        rows = min(tile, p.rows - start)
+        by_rows[start : start + rows] = _decode(views, p, start, min(start + tile, p.padded_rows))[:rows]
+    return out
+
+
+def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
+    """fp32 [stop - start, K], padding rows included."""
+    if p.bits == 8:
+        high, low = (views[f"{p.name}.{plane}"][start:stop].view(-1) for plane in ("high", "low"))
+        codes = (planes.from_kernel_order(high, p.columns) << 4) | planes.from_kernel_order(low, p.columns)
+        centre = 128
+    else:
+        codes, centre = planes.from_kernel_order(expand(views, p, start, stop), p.columns), 8
+    step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)  # [rows, K / g, 1]
+    w = codes.view(stop - start, -1, p.group).float()
+    return w.sub_(centre).mul_(step).add_(offset).view(stop - start, -1)
