@@ -36,12 +36,12 @@ def steps(w: Tensor, bits: int) -> Tensor:
 def plain_offsets(w: Tensor, step: Tensor) -> Tensor:
     """[groups, g], [groups] -> [groups]: b of plain rounding, which centres the levels on the group's range."""
     low, high = w.aminmax(dim=1)
-    return low + (high - low + step) / 2
+    return low + (high - low) / 2 + step / 2
 
 
 def centred_codes(w: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """[groups, g], [groups], [groups] -> [groups, g]: the nearest codes, fp32 integers -2^(bits-1) to 2^(bits-1) - 1."""
-    inverse = torch.where(step > 0, 1 / step, 0.0)
+    """[groups, g], [groups], [groups] -> [groups, g]: the nearest codes, integers in -2^(bits-1) .. 2^(bits-1) - 1."""
+    inverse = torch.where(step < TINY, 0.0, 1 / step)
     half = 2 ** (bits - 1)
     return (w - offset[:, None]).mul_(inverse[:, None]).round_().clamp_(-half, half - 1)
 

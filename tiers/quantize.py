@@ -170,12 +170,13 @@ def _copy(values: Tensor, section: Tensor) -> WeightError:
 
 
 def _error(original: Tensor, stored: Tensor) -> WeightError:
-    original, difference = original.double(), stored.double() - original.double()
+    original = original.float()
+    difference, norm = stored.float() - original, torch.linalg.vector_norm
     return WeightError(
-        float(difference.square().sum()),
-        float(difference.abs().sum()),
-        float(original.square().sum()),
-        float(original.abs().sum()),
+        squared=float(norm(difference, 2, dtype=torch.float64)) ** 2,
+        absolute=float(norm(difference, 1, dtype=torch.float64)),
+        squared_norm=float(norm(original, 2, dtype=torch.float64)) ** 2,
+        absolute_norm=float(norm(original, 1, dtype=torch.float64)),
     )
 
 
@@ -189,15 +190,15 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
         return weights[rows].float().reshape(-1, p.group)
 
     steps = torch.cat([hqq.steps(grouped(rows), p.bits) for rows in tiles]).view(-1, groups)
-    if not steps.isfinite().all():
-        raise CheckpointError(
-            f"{p.name} has weights that are not finite numbers.",
-            "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
-        )
     steps = store_pairs(steps, 0, p, views).contiguous()  # from here on what is stored is what is computed with
     find = hqq.plain_offsets if fast else lambda w, step: hqq.solve(w, step, p.bits)
     offsets = torch.cat([find(grouped(rows), steps[rows].reshape(-1)) for rows in tiles]).view(-1, groups)
     offsets = store_pairs(offsets, 1, p, views).contiguous()
+    if not (steps.isfinite().all() and offsets.isfinite().all()):
+        raise CheckpointError(
+            f"{p.name} has weights that are not finite numbers.",
+            "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
+        )
 
     # codes in kernel order: the sections themselves, or what is folded into them at the end
     high = low = torch.empty(0)
