@@ -80,7 +80,7 @@ class ShardFile:
                 raise ValueError(f"expert {expert} begins at {offset:,}, which is not a multiple of {PAGE}")
             if offset + size > self.data_bytes:
                 raise ValueError(
-                    f"expert {expert} would end at {offset + size:,}, behind the {self.data_bytes:,} of data"
+                    f"expert {expert} would end at {offset + size:,}, behind its {self.data_bytes:,} bytes of data"
                 )
             offsets.append(offset)
         placed = sorted(offset for offset in offsets if offset >= 0)

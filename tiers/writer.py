@@ -105,7 +105,8 @@ class StoreWriter:
             with self._disk_errors():
                 make_folders(file.path.parent)
                 file.path.unlink(missing_ok=True)  # there, but not complete
-            with partial.open("wb", buffering=0) as stream:
+                stream = partial.open("wb", buffering=0)
+            with stream:
                 with self._disk_errors():
                     allocate(stream.fileno(), file.file_bytes)
                 shard = ShardWriter(stream.fileno(), file, self._disk_errors)

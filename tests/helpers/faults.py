@@ -1,0 +1,51 @@
+"""Real faults for tests: flipped bits, full disks, disks that fail. Skips, saying why, where one can't be made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    """In the file itself; ``position`` in bytes, negative from its end. Twice gives the file back."""
+    with path.open("r+b") as stream:
+        stream.seek(position, os.SEEK_SET if position >= 0 else os.SEEK_END)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ (1 << bit)]))
+
+
+@contextlib.contextmanager
+def mounted(kind: str, folder: Path, options: str = "") -> Iterator[Path]:
+    """A small file system of its own on ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", kind, *(["-o", options] if options else []), "moetier-test", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip(f"mounting {kind} needs root")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip(f"can't mount {kind}: {result.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def strace(options: list[str], script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a Python script under strace; what strace itself says is in ``stderr``."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    allowed = subprocess.run(["strace", "-qq", "-e", "trace=none", "true"], capture_output=True, check=False)
+    if allowed.returncode:
+        pytest.skip(f"strace is not allowed here: {allowed.stderr.decode().strip()}")
+    return subprocess.run(
+        ["strace", "-f", "-qq", *options, *command], capture_output=True, text=True, check=False, timeout=120
+    )

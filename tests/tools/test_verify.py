@@ -1,0 +1,135 @@
+"""``moetier verify`` names each bad record of a real store, goes on behind it, and says so in its exit status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import flip_bit
+from stores import layout_of, make_plan, make_store
+
+from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
+from moetier.tiers.shard import GROUP, METADATA, ShardFile
+from moetier.tools import verify
+
+
+def run(folder: Path, *options: str) -> int:
+    parser = ArgumentParser()
+    verify.add_arguments(parser)
+    return verify.run(parser.parse_args([str(folder), *options]))
+
+
+def path_of(folder: Path, block: int) -> Path:
+    return ShardFile.of(folder / GROUP, make_plan(), block).path
+
+
+def test_a_good_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path)
+    assert run(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("acme/tiny-moe: 12 records in 3 blocks, 192 KiB read in ")
+    assert "GB/s" in out
+    assert out.endswith("all good\n")
+    assert run(tmp_path / GROUP, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["records"], report["blocks"], report["bytes_read"], report["bad"]) == (12, 3, 12 * 16384, [])
+
+
+def test_every_bad_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path)
+    flip_bit(path_of(tmp_path, 0), 3 * 16384 + 17, 5)
+    flip_bit(path_of(tmp_path, 2), 0)
+    flip_bit(path_of(tmp_path, 2), 16383)  # in the checksum of expert 0, which is bad already
+    flip_bit(path_of(tmp_path, 2), 2 * 16384 - 1, 7)
+    assert run(tmp_path, "--json") == 1
+    bad: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["bad"]
+    assert [(b["block"], b["expert"], b["file"]) for b in bad] == [
+        (0, 3, str(path_of(tmp_path, 0))),
+        (2, 0, str(path_of(tmp_path, 2))),
+        (2, 1, str(path_of(tmp_path, 2))),
+    ]
+    assert run(tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("bad: acme/tiny-moe, block 0 (model.layers.0.mlp.experts), expert 3: checksum mismatch")
+    assert lines[-1].endswith("3 bad")
+
+
+def test_bad_shards_are_named_and_the_rest_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path, blocks=4)
+    path_of(tmp_path, 0).unlink()
+    path_of(tmp_path, 1).write_bytes(b"")
+    flip_bit(ShardFile.of(tmp_path / GROUP, make_plan(blocks=4), 3).path, 100)
+    assert run(tmp_path, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [(b["block"], b["expert"]) for b in report["bad"]] == [(0, None), (1, None), (3, 0)]
+    assert "is missing" in report["bad"][0]["cause"]
+    assert "has 0 bytes" in report["bad"][1]["cause"]
+    assert report["bytes_read"] == 8 * 16384
+
+
+def test_no_shard_is_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path, blocks=1)
+    path_of(tmp_path, 0).unlink()
+    assert run(tmp_path) == 1
+    assert "is missing" in capsys.readouterr().out
+
+
+def test_whole_records_of_another_store_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path)
+    shutil.copyfile(path_of(tmp_path, 0), path_of(tmp_path, 1))
+    assert run(tmp_path) == 1
+    assert "every record is whole, but they are not those that were converted" in capsys.readouterr().out
+
+
+def test_more_records_than_reads_in_flight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path, blocks=3, experts=40)
+    plan = make_plan(experts=40)
+    flip_bit(ShardFile.of(tmp_path / GROUP, plan, 1).path, 39 * 16384)
+    assert run(tmp_path, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [(b["block"], b["expert"]) for b in report["bad"]] == [(1, 39)]
+    assert report["bytes_read"] == 120 * 16384
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    make_store(tmp_path, blocks=2, experts=8, layout=layout_of(1024, 1024))  # 6 MiB a record, 96 MiB in all
+    command = (
+        "import resource, sys; from argparse import Namespace; from pathlib import Path;"
+        "from moetier.tools import verify; import moetier.tiers.store, tqdm;"
+        "verify.BUFFER_BYTES = 13 << 20;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "status = verify.run(Namespace(directory=Path(sys.argv[1]), json=True));"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "sys.exit(status or (after - before > 20 << 10))"
+    )
+    subprocess.run([sys.executable, "-c", command, str(tmp_path)], check=True, capture_output=True)
+
+
+def test_what_can_not_be_checked_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreFormatError, match="no experts"):
+        run(tmp_path)
+    make_store(tmp_path)
+    (tmp_path / GROUP / METADATA).unlink()
+    with pytest.raises(IncompleteStoreError, match="is incomplete"):
+        run(tmp_path)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    command = [sys.executable, "-m", "moetier.tools.main", "verify", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("all good\n")
+    (tmp_path / GROUP / METADATA).unlink()
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 2
+    assert "is incomplete" in result.stderr
+    assert "moetier convert" in result.stderr
