@@ -36,6 +36,7 @@ class Manifest:
     version: str  # of moetier, that wrote it
     digest: str = ""  # sha256 over the crc32c (LE u32) of every record, block by block; identifies the store
     requires: tuple[str, ...] = ()
+    method: str = "hqq"  # how the codes were found: "hqq", or "rounding"
 
     def layout(self, block: int) -> RecordLayout:
         return self.layouts[self.blocks[block].array]
@@ -67,6 +68,7 @@ class Manifest:
             "layouts": {name: layout.to_json() for name, layout in self.layouts.items()},
             "version": self.version,
             "digest": self.digest,
+            "method": self.method,
         }
 
     @classmethod
@@ -96,6 +98,7 @@ class Manifest:
                 version=str(value["version"]),
                 digest=str(value["digest"]),
                 requires=tuple(value["requires"]),
+                method=str(value.get("method", "hqq")),
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:

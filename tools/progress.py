@@ -12,16 +12,17 @@ LINE_SECONDS = 10.0  # between two plain lines
 
 
 class Progress:
-    """Counts bytes up to ``total``. Used by one thread."""
+    """Counts bytes up to ``total``; says nothing if ``quiet``. Used by one thread."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._label = label
         self._total = total
         self._done = 0
         self._start = self._last = time.monotonic()
         self._bar = (
             tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and not quiet
             else None
         )
 
@@ -33,7 +34,7 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._last >= LINE_SECONDS:
+        elif not self._quiet and time.monotonic() - self._last >= LINE_SECONDS:
             self._last = time.monotonic()
             rate = self._done / self.seconds
             print(

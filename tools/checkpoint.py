@@ -1,0 +1,234 @@
+"""A source checkpoint: found, vetted, its tensors listed. Nothing that it brings is executed, nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+
+from .shards import FLOATS, StoredTensor, read_header
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+
+# What a model directory takes over as it is: tokenizer, chat template, generation defaults, processors, licence.
+COPIED = re.compile(
+    r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|spiece\.model|sentencepiece(\.bpe)?\.model|\w+\.tiktoken|tekken\.json|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[\w.-]+\.jinja|generation_config\.json"
+    r"|(image_|video_|feature_extractor_)?(pre)?processor_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.\w+)?",
+)
+DOWNLOADED = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
+    "chat_template.*", "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+NOT_CARRIED = (
+    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "fusion_config",
+    "kernel_config", "transformers_weights", "quantization_config", "compression_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that passed every check. ``tensors`` by name, over all shards; ``copied`` relative names."""
+
+    name: str  # hub id, or the folder's name
+    folder: Path
+    config: Mapping[str, Any]  # config.json
+    tensors: Mapping[str, StoredTensor]
+    copied: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """Its quantization_config, wherever it is kept."""
+        places = (self.config, self.config.get("text_config") or {})
+        return next((found for place in places if (found := place.get("quantization_config"))), None)
+
+    @property
+    def first_dtype(self) -> str | None:
+        """torch's name for the type of its first floats."""
+        return next((FLOATS[t.dtype] for t in self.tensors.values() if t.dtype in FLOATS), None)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the config and the names, shapes, types and offsets of all tensors."""
+        state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            place = [name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset]
+            state.update(json.dumps(place).encode())
+        return state.hexdigest()
+
+
+def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
+    """Opens a folder or a hub id. Raises CheckpointError or UnsafeCheckpointError.
+
+    ``ignore_code`` accepts a checkpoint that names code of its own; that code is not executed either way.
+    """
+    name, folder = locate(source)
+    config = _read_json(folder, "config.json")
+    if not ignore_code:
+        _refuse_code(folder, config)
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
+    names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        config=config,
+        tensors=_read_tensors(folder, config),
+        copied=tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name)),
+    )
+
+
+def carried(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what names code, kernels or files to load, and without its quantisation; its parts likewise."""
+    return {
+        name: carried(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in NOT_CARRIED
+    }
+
+
+def locate(source: str | Path) -> tuple[str, Path]:
+    """(name, folder). A hub id is downloaded into huggingface_hub's cache, or found there."""
+    folder = Path(source)
+    if folder.is_dir():
+        folder = folder.resolve()
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):  # a hub cache
+            return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder
+        return folder.name, folder
+    if folder.exists():
+        raise CheckpointError(f"{source} is not a folder.", "Give the folder that holds config.json, or a hub id.")
+    if not HUB_ID.fullmatch(str(source)):
+        raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(source), Path(snapshot_download(str(source), allow_patterns=list(DOWNLOADED)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"There is no folder {source}, and the hub did not give a model of that id: {reason}",
+            "Check the name and the network; for a model behind a licence, log in with `hf auth login`.",
+        ) from error
+
+
+def contained(folder: Path, name: str) -> Path:
+    """The path of a checkpoint's file. Raises UnsafeCheckpointError when it leads out of the checkpoint.
+
+    The links of a hub cache's snapshot into its own blobs are within it.
+    """
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
+        raise UnsafeCheckpointError(f"{folder} names a file outside itself: {name!r}.", "Don't use this checkpoint.")
+    path = folder / relative
+    real, allowed = path.resolve(), [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parents[1].resolve() / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UnsafeCheckpointError(
+            f"{path} is a link that leads out of the checkpoint, to {real}.", "Don't use this checkpoint."
+        )
+    return path
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = contained(folder, name)
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {name}.", "Give the folder of a Hugging Face checkpoint.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}).", "Download the checkpoint again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object.", "Download the checkpoint again.")
+    return found
+
+
+def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    found = {name: _read_json(folder, name) for name in others if contained(folder, name).exists()}
+    for name, value in {"config.json": config, **found}.items():
+        if _names_code(value):
+            raise UnsafeCheckpointError(
+                f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
+                "If transformers has this architecture itself, --ignore-code converts it with transformers' class.",
+            )
+
+
+def _names_code(value: object) -> bool:
+    if isinstance(value, dict):
+        return "auto_map" in value or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))
+
+
+def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    weights = _weights_file(folder, config)
+    if not weights.endswith(".index.json"):
+        return read_header(contained(folder, weights))
+    index = _read_json(folder, weights)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise CheckpointError(f"{folder / weights} has no weight_map.", "Download the checkpoint again.")
+    paths = {name: contained(folder, name) for name in sorted(set(places.values()))}
+    if missing := [name for name, path in paths.items() if not path.is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks {_some(missing)}, which {weights} names.", "Download the checkpoint again."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for name, path in paths.items():
+        if not name.endswith(".safetensors"):
+            raise UnsafeCheckpointError(
+                f"{folder / weights} names weights that are not safetensors: {name}.", "Get it as safetensors."
+            )
+        found = read_header(path)
+        if doubled := tensors.keys() & found.keys():
+            raise CheckpointError(f"{path} holds {_some(doubled)} a second time.", "Download the checkpoint again.")
+        tensors |= found
+    if absent := [name for name, file in places.items() if name not in tensors or tensors[name].file != paths[file]]:
+        raise CheckpointError(
+            f"{folder / weights} names tensors that are not in their files: {_some(absent)}.",
+            "Download the checkpoint again.",
+        )
+    return tensors
+
+
+def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
+    """In transformers' own order; ``transformers_weights`` is what a config may name instead."""
+    named = config.get("transformers_weights")
+    if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
+        return named
+    for name in (WEIGHTS, INDEX):
+        if contained(folder, name).is_file():
+            return name
+    if pickles := [p.name for p in folder.iterdir() if p.suffix in PICKLES]:
+        raise UnsafeCheckpointError(
+            f"{folder} holds its weights as pickle ({_some(pickles)}), which can run code when it is read.",
+            "Get the checkpoint as safetensors.",
+        )
+    raise CheckpointError(
+        f"{folder} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    """At most three of them."""
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

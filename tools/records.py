@@ -1,0 +1,106 @@
+"""Experts -> records: workers quantise them side by side, their records come out in order.
+
+Each worker computes on one thread, so the bytes depend on no machine. What is held at a time is bounded: one record for
+each worker and one that is being written; a block that must be read whole is the only one while it is worked on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+
+import torch
+
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.quantize import WeightError, encode
+
+from .blueprint import Blueprint
+from .shards import Bytes
+
+INTERPRETER_BYTES = 600 << 20  # torch, transformers, the solver's temporaries
+
+
+class Encoder:
+    """Makes the records of a plan."""
+
+    def __init__(self, blueprint: Blueprint, plan: Manifest, *, workers: int, fast: bool) -> None:
+        self.workers = workers
+        self._blueprint = blueprint
+        self._plan = plan
+        self._fast = fast
+        self._turn = threading.Lock()  # one worker reads and merges at a time: that takes two copies of a projection
+
+    @property
+    def peak_bytes(self) -> int:
+        """About what it takes, the interpreter included."""
+        peak = 0
+        for index, block in enumerate(self._blueprint.blocks):
+            itemsize = max(_itemsize(dtype) for _, dtype in block.parameters.values())
+            largest = max(torch.Size(shape).numel() for shape, _ in block.parameters.values())
+            layout = self._plan.layout(index)
+            codes = 0 if all(p.bits == 16 for p in layout.projections) else 2  # bytes a weight, before they are packed
+            each = largest * codes + layout.record_bytes
+            if block.apart:
+                reading = 2 * largest * itemsize
+                each += largest * itemsize
+            else:
+                weights = sum(torch.Size(shape).numel() for shape, _ in block.parameters.values())
+                reading = block.experts * (weights + largest) * itemsize
+            peak = max(peak, reading + self.workers * each + layout.record_bytes)
+        return INTERPRETER_BYTES + peak
+
+    def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
+        """In the order of ``keys``. A record is valid until the next one is asked for. Close it to stop early."""
+        free: SimpleQueue[Bytes] = SimpleQueue()
+        size = max((self._plan.layout(key.block).record_bytes for key in keys), default=0)
+        for _ in range(self.workers + 1):
+            free.put(torch.empty(size, dtype=torch.uint8).numpy())
+        waiting = deque(keys)
+        ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightError]]]] = deque()
+        with _one_thread_each(), ThreadPoolExecutor(self.workers, "convert", lambda: torch.set_num_threads(1)) as pool:
+            try:
+                while waiting or ahead:
+                    while waiting and len(ahead) <= self.workers and self._may_start(waiting[0], ahead):
+                        key = waiting.popleft()
+                        ahead.append((key, pool.submit(self._encode, key, free)))
+                    key, future = ahead.popleft()
+                    record, error = future.result()
+                    yield key, record[: self._plan.layout(key.block).record_bytes], error
+                    free.put(record)
+                    if not waiting or waiting[0].block != key.block:
+                        self._blueprint.blocks[key.block].forget()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                free.put(torch.empty(size, dtype=torch.uint8).numpy())  # a worker may be waiting for one
+
+    def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
+        """A block that is read whole neither overlaps with the one before it nor with the one behind."""
+        blocks = self._blueprint.blocks
+        return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
+
+    def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes]) -> tuple[Bytes, WeightError]:
+        layout = self._plan.layout(key.block)
+        tensors: Mapping[str, torch.Tensor] = self._blueprint.blocks[key.block].expert(key.expert, self._turn)
+        record = free.get()
+        errors = encode(tensors, layout, record[: layout.record_bytes], fast=self._fast)
+        return record, sum(errors.values(), WeightError())
+
+
+def _itemsize(dtype: str) -> int:
+    kind: torch.dtype = getattr(torch, dtype)
+    return kind.itemsize
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

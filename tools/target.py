@@ -1,0 +1,197 @@
+"""The model directory that a conversion writes: what is there already, and the small files beside trunk and experts.
+
+The manifest inside ``experts.zarr`` is written last of all, so a directory without it is one whose conversion was cut.
+``conversion.json`` is there only until then: the command that resumes it, and the errors of the finished blocks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from moetier.tiers.durable import sync_folder, write_durably
+from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.manifest import FORMAT, Manifest
+from moetier.tiers.shard import GROUP, METADATA, PARTIAL, PLAN, ShardFile
+from moetier.tiers.writer import is_complete
+
+from .checkpoint import COPIED, INDEX, Checkpoint, carried, contained
+from .trunk import TrunkFile, index_of
+
+CONFIG = "config.json"
+JOURNAL = "conversion.json"
+WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{JOURNAL}")
+SLACK_BYTES = 1 << 20  # folders and small files
+
+
+class State(Enum):
+    NEW = "new"
+    CUT = "cut"  # holds a part of this very conversion
+    COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class Target:
+    """``small`` holds the bytes of every file that is neither trunk nor experts, by relative name."""
+
+    folder: Path
+    plan: Manifest
+    trunk: tuple[TrunkFile, ...]
+    small: Mapping[str, bytes]
+
+    @property
+    def store(self) -> Path:
+        return self.folder / GROUP
+
+    @property
+    def total_bytes(self) -> int:
+        """Of everything, when it is complete."""
+        return self.plan.stored_bytes + sum(file.size for file in self.trunk) + sum(map(len, self.small.values()))
+
+    def state(self) -> State:
+        """Raises TargetExistsError when the folder holds anything but this conversion, whole or in part."""
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return State.NEW
+        if not self.folder.is_dir():
+            raise TargetExistsError(f"{self.folder} is not a folder.", "Choose another place.")
+        if not is_ours(self.folder):
+            raise TargetExistsError(
+                f"{self.folder} holds files that are no moetier model.",
+                "Choose another folder, or empty this one; moetier deletes nothing that it did not write.",
+            )
+        if (self.store / METADATA).exists():
+            try:
+                found = replace(read_manifest(self.store), digest="")
+            except StoreError as error:
+                raise self._differs(f"one that can't be read ({error.cause})") from error
+            if found != self.plan:
+                raise self._differs(f"of {found.model}")
+            whole = all(file.is_complete(self.folder) for file in self.trunk)
+            whole = whole and all((self.folder / name).is_file() for name in self.small)
+            return State.COMPLETE if whole else State.CUT
+        if (self.store / PLAN).exists():
+            found_plan = json.loads((self.store / PLAN).read_bytes())
+            if found_plan != self.plan.to_json():
+                raise self._differs(f"of {found_plan.get('model')}, which was cut")
+        return State.CUT
+
+    def _differs(self, what: str) -> TargetExistsError:
+        return TargetExistsError(
+            f"{self.folder} holds a different conversion: {what}.",
+            "Choose another folder, or replace it with --overwrite.",
+        )
+
+    def missing_bytes(self) -> int:
+        """That are still to be written."""
+        shards = [ShardFile.of(self.store, self.plan, block) for block in range(len(self.plan.blocks))]
+        return (
+            sum(shard.file_bytes for shard in shards if not is_complete(shard))
+            + sum(file.size for file in self.trunk if not file.is_complete(self.folder))
+            + sum(map(len, self.small.values()))
+        )
+
+    def check_disk(self) -> None:
+        """Raises DiskSpaceError, naming what is needed and what is free."""
+        place = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        disk = os.statvfs(place)
+        free, needed = disk.f_bavail * disk.f_frsize, self.missing_bytes() + SLACK_BYTES
+        if needed > free:
+            raise DiskSpaceError(
+                f"{self.folder} needs {needed:,} bytes more; {free:,} are free.",
+                "Free some space, choose fewer --bits, or another disk.",
+            )
+
+    def write_small(self) -> None:
+        for name, data in self.small.items():
+            path = self.folder / name
+            if not (path.parent.is_dir()):
+                path.parent.mkdir()
+                sync_folder(self.folder)
+            write_durably(path, data)
+
+    def read_journal(self) -> dict[int, float]:
+        """Relative error of each block that an earlier run finished."""
+        try:
+            found = json.loads((self.folder / JOURNAL).read_bytes())
+            return {int(block): float(error) for block, error in found["errors"].items()}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def write_journal(self, command: list[str], errors: Mapping[int, float]) -> None:
+        journal = {"command": command, "errors": {str(block): error for block, error in sorted(errors.items())}}
+        write_durably(self.folder / JOURNAL, json.dumps(journal).encode())
+
+    def tidy(self) -> None:
+        """Removes what only a conversion under way has."""
+        for name in (JOURNAL, *(file.name + PARTIAL for file in self.trunk)):
+            (self.folder / name).unlink(missing_ok=True)
+        sync_folder(self.folder)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a conversion wrote, or began to write, this folder."""
+    return (folder / GROUP).is_dir()
+
+
+def check_place(folder: Path, source: Path) -> None:
+    """Raises TargetError when a conversion would write into its own source, or around it."""
+    target, source = folder.resolve(), source.resolve()
+    if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+        raise TargetError(f"{folder} overlaps with the source, {source}.", "Choose a folder outside it.")
+
+
+def remove(folder: Path) -> None:
+    """Removes what moetier writes into a model directory: first what makes it whole, last what makes it ours."""
+    lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(folder)
+    except BlockingIOError:
+        raise TargetExistsError(f"Another process is converting into {folder}.", "Wait until it has ended.") from None
+    finally:
+        os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    (folder / GROUP / METADATA).unlink(missing_ok=True)
+    sync_folder(folder / GROUP)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if WRITTEN.fullmatch(name.removesuffix(PARTIAL)) or COPIED.fullmatch(name.removesuffix(PARTIAL)):
+            path.unlink()
+    shutil.rmtree(folder / GROUP)
+    sync_folder(folder)
+
+
+def small_files(checkpoint: Checkpoint, bits: int, dtype: str, trunk: tuple[TrunkFile, ...]) -> dict[str, bytes]:
+    """config.json, the trunk's index, and what is copied: tokenizer, chat template, other configs."""
+    made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
+    return {**made, INDEX: index_of(trunk), CONFIG: _config(checkpoint.config, bits, dtype)}
+
+
+def _config(config: Mapping[str, Any], bits: int, dtype: str) -> bytes:
+    made = carried(config)
+    if not made.keys() & {"dtype", "torch_dtype"}:
+        made["dtype"] = dtype
+    made["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
+    made["experts_implementation"] = "moetier"  # so that a process without moetier fails, and does not invent experts
+    return json.dumps(made, indent=2).encode() + b"\n"
+
+
+def _without_code(path: Path) -> bytes:
+    """A copied file's bytes; of a JSON file that names code (auto_map), all but that."""
+    data = path.read_bytes()
+    if path.suffix == ".json" and b'"auto_map"' in data:
+        found = json.loads(data)
+        found.pop("auto_map", None)
+        return json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n"
+    return data
