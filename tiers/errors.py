@@ -14,6 +14,7 @@ MoetierError
 │   ├── TargetExistsError      it holds something else
 │   └── DiskSpaceError         it is too small
 ├── BudgetError                memory budgets that can't work
+├── ArenaError                 shared memory that is not safe to map
 ├── ConfigError                an option that is unknown or malformed
 └── ClosedError                a tier was used after close()
 """
@@ -83,6 +84,10 @@ class DiskSpaceError(TargetError):
 
 class BudgetError(MoetierError):
     """A memory budget that can't work; the fix names the smallest and the largest that do."""
+
+
+class ArenaError(MoetierError):
+    """Shared memory of another process that is not safe to map."""
 
 
 class ConfigError(MoetierError):

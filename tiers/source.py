@@ -6,11 +6,12 @@ A *lease* is a pin with an owner, for as long as it is computed on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from .keys import ExpertKey
+from .manifest import Manifest
 from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
@@ -25,14 +26,28 @@ class Lease(Generic[Record]):
     slot: int  # of the tier that gave it
 
 
+class RecordReader(Protocol):
+    """What a host tier stands on: a store, or anything else that can read one record into a slot. Thread-safe."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+        """Fills a writable slot of ``slot_bytes``, which begins on a page, with a record and its checksum.
+
+        Raises StoreError.
+        """
+        ...
+
+
 class ExpertSource(Protocol[Record]):
-    def acquire(self, keys: Sequence[ExpertKey]) -> Iterator[Lease[Record]]:
+    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Record], None, None]:
         """Yields one lease for each distinct key of one block: resident ones first, then as they arrive.
 
         A lease ends when the next is taken, when the iterator is exhausted or closed. So a block with more wanted
         experts than slots streams through, and nobody waits for a lease while one that it holds is unprocessed:
-        two callers at the smallest budget can't deadlock. Raises StoreError when a load fails: nothing is cached then,
-        and everyone who waits for that key gets the error.
+        two callers at the smallest budget can't deadlock. Keys given first are evicted last. Raises StoreError when a
+        load fails: nothing is cached then, and everyone who waits for that key gets the error.
         """
         ...
 

@@ -1,0 +1,70 @@
+"""The device tier: records where they are computed on. It sees the tier below only as an ExpertSource."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
+import torch
+
+from .errors import ClosedError
+from .keys import ExpertKey
+from .source import ExpertSource, Lease
+from .stats import TierStats
+
+
+def _as_tensor(record: memoryview) -> torch.Tensor:
+    """[record bytes] uint8 over a record's own memory, which lives as long as the tensor. Never to be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+        return torch.frombuffer(record, dtype=torch.uint8)
+
+
+class _Views:
+    """A tensor for each slot of a source, made once: a decode step allocates nothing."""
+
+    def __init__(self) -> None:
+        self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
+
+    def of(self, lease: Lease[memoryview]) -> torch.Tensor:
+        known = self._views.get(lease.slot)
+        if known is None or known[0] is not lease.record:
+            known = self._views[lease.slot] = (lease.record, _as_tensor(lease.record))
+        return known[1]
+
+    def clear(self) -> None:
+        self._views.clear()
+
+
+class HostViews:
+    """The device tier of a CPU: the host's records are computed on where they lie; nothing is copied or cached."""
+
+    def __init__(self, source: ExpertSource[memoryview]) -> None:
+        self._source = source
+        self._views = _Views()
+        self._closed = False
+
+    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
+        self._check_open()
+        with closing(self._source.acquire(keys)) as leases:
+            for lease in leases:
+                self._check_open()
+                yield Lease(lease.key, self._views.of(lease), lease.slot)
+
+    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+        self._check_open()
+        self._source.prefetch(block, wishes)
+
+    def stats(self) -> TierStats:
+        """The source's: there is nothing else to count."""
+        return self._source.stats()
+
+    def close(self) -> None:
+        """The source stays open."""
+        self._closed = True
+        self._views.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("The device tier was closed.", "Load the model again.")
