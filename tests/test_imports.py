@@ -28,6 +28,7 @@ PARTS = NOUNS | {
     "quantize",
     "hqq",
     "planes",
+    "pairs",
     "stream",
     "shard",
     "folder",
@@ -45,7 +46,16 @@ TIERS_MAY_IMPORT = {name: PARTS for name in PARTS} | {
 
 # library -> the only modules that may import it
 HOMES = {
-    "torch": {"tiers/device", "tiers/quantize", "tiers/hqq", "tiers/planes", "tiers/stream", "runtime/", "tools/"},
+    "torch": {
+        "tiers/device",
+        "tiers/quantize",
+        "tiers/hqq",
+        "tiers/planes",
+        "tiers/pairs",
+        "tiers/stream",
+        "runtime/",
+        "tools/",
+    },
     "transformers": {
         "runtime/registration",
         "runtime/gates",
