@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     load_seconds = time.perf_counter() - start
     with model.tiers:
+        if tokenizer is None:
+            raise ConfigError(f"{arguments.directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         torch.manual_seed(arguments.seed)
         sampling = {"do_sample": arguments.temperature > 0}

@@ -1,0 +1,163 @@
+"""moetier as transformers sees it: a quantiser that takes the experts away, and an experts function.
+
+transformers builds a model on the meta device, asks the quantiser, and loads what parameters there are: the trunk.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.manifest import FORMAT, Manifest
+
+from .config import TierConfig
+from .experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
+from .kv_cache import kv_cache_bytes
+from .tiers import Tiers
+
+NAME = "moetier"  # the quantisation method, and the experts implementation, in config.json
+DEFAULT_CONTEXT = 4096  # tokens whose keys and values the default budget leaves room for
+
+_lock = threading.Lock()
+
+
+def register() -> None:
+    """Afterwards plain ``AutoModelForCausalLM.from_pretrained(DIR)`` loads a model directory. Idempotent."""
+    with _lock:
+        if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+            register_quantizer(NAME)(MoetierQuantizer)
+            register_quantization_config(NAME)(MoetierConfig)
+
+
+class MoetierConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a model directory. Budgets are in it when somebody put them there: load() does."""
+
+    def __init__(
+        self,
+        quant_method: str = NAME,
+        format: int = FORMAT,
+        ram: str | int | None = None,
+        device_memory: str | int | None = None,
+        **more: Any,
+    ) -> None:
+        if format != FORMAT:
+            raise StoreFormatError(
+                f"The model directory has format version {format}; this moetier reads version {FORMAT}.",
+                "Install a moetier that reads it, or convert the model again.",
+            )
+        self.quant_method: Any = quant_method
+        self.format = format
+        self.ram = ram
+        self.device_memory = device_memory
+        self.more = more  # what the converter notes for people
+
+
+class MoetierQuantizer(HfQuantizer):
+    """Takes the experts' parameters away before the weights are loaded, and attaches the tiers afterwards."""
+
+    requires_calibration = True  # it loads what was converted, and converts nothing
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        assert checkpoint_files, "weights given as a state dict have no store"
+        self._folder = Path(checkpoint_files[0]).parent
+        modules = experts_modules(model)
+        self._check(model, modules, read_manifest(store_folder(self._folder)))
+        for module in modules.values():
+            for name in EXPERT_PARAMETERS:
+                module._parameters.pop(name, None)  # on meta: nothing was ever allocated
+            module._is_hf_initialized = True  # there is nothing left that _init_weights could fill
+            module.config._experts_implementation_internal = NAME
+        model.config._experts_implementation = NAME
+        for plan in ("_tp_plan", "_ep_plan"):
+            kept = {key: style for key, style in (getattr(model, plan) or {}).items() if ".experts" not in key}
+            setattr(model, plan, kept)
+
+    def _check(self, model: PreTrainedModel, modules: dict[str, Any], manifest: Manifest) -> None:
+        """Raises unless the model's Experts modules are the store's blocks, shape by shape."""
+        if not modules:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no module with transformers' experts interface.",
+                "Load the class that config.json names in architectures.",
+            )
+        blocks = {block.path: (number, block) for number, block in enumerate(manifest.blocks)}
+        if strangers := sorted(modules.keys() ^ blocks.keys()):
+            whose = "model" if strangers[0] in modules else "store"
+            raise StoreFormatError(
+                f"{self._folder} does not fit {type(model).__name__}: only the {whose} has {strangers[0]}.",
+                "Load the class that config.json names in architectures, or convert the model again.",
+            )
+        for path, module in modules.items():
+            number, block = blocks[path]
+            layout = manifest.layout(number)
+            stored = {p.name: p.shape for p in layout.projections} | {b.name: (b.size,) for b in layout.biases}
+            wanted = {name: tuple(p.shape[1:]) for name, p in module._parameters.items() if name in EXPERT_PARAMETERS}
+            if stored != wanted or block.experts != module.num_experts:
+                raise StoreFormatError(
+                    f"{self._folder}: {path} has {block.experts} experts of {stored} in the store, "
+                    f"and {module.num_experts} of {wanted} in {type(model).__name__}.",
+                    "Check that config.json belongs to this store, or convert the model again.",
+                )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        given: Any = self.quantization_config
+        device = _device_of(model)
+        tiers = Tiers.open(
+            self._folder,
+            TierConfig.of(ram=given.ram, device_memory=given.device_memory, device=str(device)),
+            device,
+            reserve=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype) + _mapped_bytes(model),
+        )
+        weakref.finalize(model, tiers.close)
+        model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
+        modules = experts_modules(model)
+        for number, block in enumerate(tiers.store.manifest.blocks):
+            layout = tiers.store.layout(number)
+            modules[block.path].tiered = TieredBlock(number, layout, tiers.device, tiers.kernels, device)
+        return model
+
+    def is_serializable(self) -> bool:
+        """The model in memory has no experts to save; its directory can be copied."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Which experts are wanted is known only when the router has run."""
+        return False
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where the trunk is. Raises ConfigError when it is in several places."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise ConfigError(
+            f"The trunk is spread over {', '.join(sorted(map(str, devices)))}.",
+            'Load it on one device: device_map={"": "cuda:0"}, or none for the CPU.',
+        )
+    return devices.pop()
+
+
+def _mapped_bytes(model: PreTrainedModel) -> int:
+    """Of parameters that lie in mapped files: the trunk stays in memory, but nothing counts its pages as taken."""
+    return sum(p.nbytes for p in model.parameters() if p.device.type == "cpu" and p.untyped_storage().filename)
