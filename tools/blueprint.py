@@ -8,6 +8,7 @@ parameters are cut to one expert and the rules are run for one expert at a time;
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import threading
 from collections import defaultdict
@@ -321,7 +322,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             f"Supported model types: {', '.join(supported_types())}.",
         )
     try:
-        made = CONFIG_MAPPING[model_type].from_dict(carried(config))
+        made = CONFIG_MAPPING[model_type].from_dict(_with_floats(carried(config)))
         dtype = getattr(made, "dtype", None) or first_dtype or "float32"
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         made.dtype = dtype
@@ -335,7 +336,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
     except Exception as error:  # whatever a config that does not fit makes transformers raise
         raise CheckpointError(
             f"transformers can't build {architecture} from this config.json "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}).",
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}).",
             "Check that config.json is whole and of a version that transformers reads.",
         ) from error
     if not experts_modules(model):
@@ -345,6 +346,12 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             f"Supported model types: {', '.join(supported_types())}.",
         )
     return model, dtype
+
+
+def _with_floats(config: Mapping[str, Any]) -> Any:
+    """With infinities and NaNs, which JSON lacks and transformers writes as {"__float__": "Infinity"}."""
+    tag = {"__float__"}
+    return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
 
 
 def supported_types() -> list[str]:

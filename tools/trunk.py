@@ -98,7 +98,9 @@ def _itemsize(tensor: SourceTensor) -> int:
     return dtype.itemsize
 
 
-def plan_trunk(tensors: Mapping[str, SourceTensor], file_bytes: int = FILE_BYTES) -> tuple[TrunkFile, ...]:
+def plan_trunk(
+    tensors: Mapping[str, SourceTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
+) -> tuple[TrunkFile, ...]:
     """Distributes tensors over files of about ``file_bytes``: a function of names, shapes and types alone."""
     odd = [name for name in tensors if nbytes(tensors[name]) % ALIGNMENT]
     matrices = [name for name in odd if len(tensors[name].shape) > 1]
@@ -122,7 +124,7 @@ def plan_trunk(tensors: Mapping[str, SourceTensor], file_bytes: int = FILE_BYTES
     files += [[name] for name in matrices]
     files = [members for members in files if members]
     return tuple(
-        TrunkFile(f"trunk-{i:05}-of-{len(files):05}.safetensors", {name: tensors[name] for name in members})
+        TrunkFile(f"{stem}-{i:05}-of-{len(files):05}.safetensors", {name: tensors[name] for name in members})
         for i, members in enumerate(files, start=1)
     )
 
