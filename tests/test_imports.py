@@ -30,11 +30,14 @@ PARTS = NOUNS | {
     "planes",
     "pairs",
     "stream",
+    "budget",
+    "ledger",
+    "monitor",
     "shard",
     "folder",
     "durable",
 }
-TIERS_MAY_IMPORT = {name: PARTS for name in PARTS} | {
+TIERS_MAY_IMPORT = dict.fromkeys(PARTS, PARTS) | {
     "keys": set(),
     "errors": set(),
     "stats": set(),
