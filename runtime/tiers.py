@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
-from moetier.tiers.device import HostViews
 from moetier.tiers.host import HostTier
 from moetier.tiers.source import ExpertSource
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store import ExpertStore
+from moetier.tiers.views import HostViews
 
 from .config import TierConfig
 from .kernels import Kernels

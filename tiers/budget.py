@@ -10,7 +10,7 @@ from .manifest import Block, Manifest
 
 def smallest_budget(manifest: Manifest) -> int:
     """Bytes for one token's experts of one block, in every record geometry."""
-    return sum(manifest.layouts[name].slot_bytes * least for name, (least, _) in _ranges(manifest).items())
+    return sum(manifest.layouts[name].slot_bytes * least for name, (least, _) in slot_ranges(manifest).items())
 
 
 def largest_budget(manifest: Manifest) -> int:
@@ -29,7 +29,7 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
             f"{budget_bytes:,} bytes can't hold the experts that one token needs in one block.",
             f"Give from {smallest:,} to {largest:,} bytes.",
         )
-    ranges = _ranges(manifest)
+    ranges = slot_ranges(manifest)
     slots = {name: least for name, (least, _) in ranges.items()}
     if above := largest - smallest:  # what is left over, in proportion to what each can still use
         extra = min(budget_bytes, largest) - smallest
@@ -49,7 +49,7 @@ def members(manifest: Manifest, array: str) -> dict[int, Block]:
     return {index: block for index, block in enumerate(manifest.blocks) if block.array == array}
 
 
-def _ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
+def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
     """The fewest and the most slots that make sense, by array."""
     ranges = {}
     for name in manifest.layouts:

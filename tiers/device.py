@@ -1,70 +1,328 @@
-"""The device tier: records where they are computed on. It sees the tier below only as an ExpertSource."""
+"""The device tier: records where they are computed on. It sees the tier below only as an ExpertSource.
+
+A device does what it is told later, and each stream in its own time. Three orders are kept:
+
+    compute on a slot starts after the copy into it: the stream of the lease waits for the copy's event;
+    the copy that refills a slot starts after every use of it: the copy stream waits for an event that was recorded, at
+    the end of each lease, on the stream that used it;
+    a lease of the host ends after the copy out of it: the caller waits for the copy's event before it takes the next.
+
+Nobody waits for ever: a caller that waits for the host holds no slot of this tier, so all that are held belong to
+callers that are awake and compute. Who waits for a slot, a lease of the host in hand, waits for one of those.
+"""
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
 
-from .errors import ClosedError
+from .budget import members, slot_ranges
+from .errors import BudgetError, ClosedError
 from .keys import ExpertKey
+from .manifest import Manifest
+from .monitor import Monitor
+from .policy import BlockLru, plan_groups
+from .slots import Slots, State
 from .source import ExpertSource, Lease
-from .stats import TierStats
+from .stats import TierCounters, TierStats
+from .stream import Device, Event, Stream
+from .views import SlotViews
 
 
-def _as_tensor(record: memoryview) -> torch.Tensor:
-    """[record bytes] uint8 over a record's own memory, which lives as long as the tensor. Never to be written to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-        return torch.frombuffer(record, dtype=torch.uint8)
+class _Pool:
+    """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
 
-
-class _Views:
-    """A tensor for each slot of a source, made once: a decode step allocates nothing."""
-
-    def __init__(self) -> None:
-        self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
-
-    def of(self, lease: Lease[memoryview]) -> torch.Tensor:
-        known = self._views.get(lease.slot)
-        if known is None or known[0] is not lease.record:
-            known = self._views[lease.slot] = (lease.record, _as_tensor(lease.record))
-        return known[1]
+    def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor) -> None:
+        """``memory`` [slots * slot_bytes] uint8, on the device."""
+        layout = manifest.layouts[array]
+        slots = memory.view(-1, layout.slot_bytes)
+        self.first = first
+        self.slot_bytes = layout.slot_bytes
+        self.slots = Slots(len(slots))
+        self.policy = BlockLru(self.slots, plan_groups(len(slots), members(manifest, array)))
+        self.records = [slot[: layout.record_bytes] for slot in slots]
+        self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
+        self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # the end of each stream's last use of a slot
 
     def clear(self) -> None:
-        self._views.clear()
+        """The memory goes, or stays as long as a record of it is held."""
+        self.records.clear()
 
 
-class HostViews:
-    """The device tier of a CPU: the host's records are computed on where they lie; nothing is copied or cached."""
+class _Visit:
+    """One call of acquire."""
 
-    def __init__(self, source: ExpertSource[memoryview]) -> None:
-        self._source = source
-        self._views = _Views()
+    __slots__ = ("leased", "pool", "ready")
+
+    def __init__(self, pool: _Pool) -> None:
+        self.pool = pool
+        self.ready: deque[int] = deque()  # pinned, not yielded yet
+        self.leased: tuple[int, Stream] | None = None  # pinned; computed on in this stream
+
+
+class DeviceTier:
+    """Equal slots in one allocation per record geometry, least recently used per block, filled from the host's leases.
+
+    One thread must not acquire again inside the loop over an acquire.
+    """
+
+    def __init__(
+        self, source: ExpertSource[memoryview], manifest: Manifest, *, slots: Mapping[str, int], device: Device
+    ) -> None:
+        """Allocates ``slots`` by array, as ``slots_for`` gives them, or fewer, with a warning, where the device has no
+        room for them. Raises BudgetError when it has none for one token's experts."""
+        assert slots.keys() == manifest.layouts.keys()
+        self._source = source  # stays its owner's to close
+        self._device = device
+        self._blocks = manifest.blocks
+        self._monitor = Monitor()
+        self._counters = TierCounters("device")
+        self._views = SlotViews(self._lock_pages)
+        self._locked: list[torch.Tensor] = []  # host memory that is page-locked
+        self._pageable = False  # once that has failed
+        self._wished: set[int] = set()  # blocks whose wishes were passed on
+        self._copying = 0  # slots that a caller is filling now
         self._closed = False
+        self._pools: dict[str, _Pool] = {}
+        first = 0
+        for array, memory in _allocate(device, manifest, slots).items():
+            self._pools[array] = _Pool(manifest, array, first, memory)
+            first += self._pools[array].slots.count
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        self._check_open()
-        with closing(self._source.acquire(keys)) as leases:
-            for lease in leases:
-                self._check_open()
-                yield Lease(lease.key, self._views.of(lease), lease.slot)
+        """As ``ExpertSource`` says. A record is computed on in the stream that is current when its lease is taken."""
+        if not keys:
+            return
+        assert all(key.block == keys[0].block for key in keys), "keys of one block"
+        visit = _Visit(self._pool(keys[0].block))
+        try:
+            missing = self._look(visit, keys)
+            while visit.ready:
+                yield self._lease(visit)
+                self._release(visit)
+            if not missing:
+                return
+            with closing(self._source.acquire(missing)) as leases:
+                began = time.perf_counter()
+                for lease in leases:
+                    copied = self._promote(visit, lease, began)
+                    try:
+                        yield self._lease(visit)
+                    finally:
+                        copied.synchronize()  # the host's lease ends with the next, or with this iterator
+                    self._release(visit)
+                    began = time.perf_counter()
+        finally:
+            self._monitor.post(partial(self._leave, visit))
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        self._check_open()
-        self._source.prefetch(block, wishes)
+        """As ``ExpertSource`` says: what the device does not hold is wished for in the host."""
+        with self._monitor:
+            self._check_open()
+            absent = [key for key in wishes if self._pool(block).slots.find(key) is None]
+            self._wished.add(block)
+        self._source.prefetch(block, absent)
 
     def stats(self) -> TierStats:
-        """The source's: there is nothing else to count."""
-        return self._source.stats()
+        with self._monitor:
+            pools = self._pools.values()
+            return self._counters.snapshot(
+                slots=sum(pool.slots.count for pool in pools),
+                ready=sum(pool.slots.ready for pool in pools),
+                slot_bytes=sum(pool.slots.count * pool.slot_bytes for pool in pools),
+            )
 
     def close(self) -> None:
-        """The source stays open."""
-        self._closed = True
+        """As ``ExpertSource`` says; the source stays open. A lease stays usable while its record is held."""
+        with self._monitor:
+            self._closed = True
+            self._monitor.wake()
+            while self._copying:
+                self._monitor.sleep()
+            locked, self._locked = self._locked, []
+        for pool in self._pools.values():
+            for event in pool.copied:
+                if event is not None:
+                    event.synchronize()
+            pool.clear()
+        for memory in locked:
+            self._device.unlock_pages(memory)
         self._views.clear()
+
+    def check_integrity(self) -> None:
+        """Asserts that slots and groups agree."""
+        with self._monitor:
+            for pool in self._pools.values():
+                pool.slots.check_integrity()
+                pool.policy.check_integrity()
+            states = [pool.slots.state(slot) for pool in self._pools.values() for slot in range(pool.slots.count)]
+            assert states.count(State.LOADING) == self._copying
+
+    def _look(self, visit: _Visit, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Pins the residents; returns the others."""
+        slots, missing = visit.pool.slots, []
+        with self._monitor:
+            self._check_open()
+            for key in dict.fromkeys(keys):
+                slot = slots.find(key)
+                if slot is not None and slots.is_ready(slot):
+                    slots.pin(slot)
+                    visit.ready.append(slot)
+                else:
+                    missing.append(key)
+            for slot in reversed(visit.ready):  # what is given first is evicted last
+                visit.pool.policy.touch(slot)
+            self._counters.hits += len(visit.ready)
+            self._counters.misses += len(missing)
+            wished = keys[0].block in self._wished
+            self._wished.discard(keys[0].block)
+        if wished and not missing:  # else the host learns of the demand by itself
+            self._source.prefetch(keys[0].block, ())
+        return missing
+
+    def _promote(self, visit: _Visit, lease: Lease[memoryview], began: float) -> Event:
+        """Puts a record that the host has leased into a slot, and returns the end of the copy."""
+        pool = visit.pool
+        with self._monitor:
+            self._check_open()
+            while True:
+                slot = pool.slots.find(lease.key)
+                if slot is not None and pool.slots.is_ready(slot):  # since this caller looked
+                    copied = pool.copied[slot]
+                    assert copied is not None
+                    self._counters.joined += 1
+                    self._admit(visit, slot, began)
+                    return copied
+                if slot is None:
+                    slot = pool.policy.choose(lease.key.block, borrow=True)
+                    if slot is not None:
+                        break
+                self._monitor.sleep()
+                self._check_open()
+            if pool.slots.is_ready(slot):
+                pool.policy.forget(slot)
+                pool.slots.evict(slot)
+                self._counters.evictions += 1
+            pool.slots.begin(slot, lease.key)
+            pool.policy.admit(lease.key.block, slot)
+            self._copying += 1
+        try:
+            copied = self._copy(lease, pool.records[slot], pool.used[slot].values())
+        except BaseException:
+            with self._monitor:
+                self._copying -= 1
+                self._counters.failures += 1
+                pool.policy.forget(slot)
+                pool.slots.fail(slot)
+                self._monitor.wake()
+            raise
+        with self._monitor:
+            self._copying -= 1
+            self._counters.bytes_in += pool.slot_bytes
+            pool.copied[slot] = copied
+            pool.used[slot].clear()
+            pool.slots.fill(slot)
+            self._admit(visit, slot, began)
+            self._monitor.wake()
+        return copied
+
+    def _copy(self, lease: Lease[memoryview], record: torch.Tensor, uses: Iterable[Event]) -> Event:
+        """Queues the copy behind all uses of the slot; nobody touches a slot that is LOADING."""
+        copies = self._device.copy_stream()
+        for use in uses:
+            copies.wait_event(use)
+        self._device.copy(record, self._views.of(lease))
+        return copies.record_event()
+
+    def _admit(self, visit: _Visit, slot: int, began: float) -> None:
+        visit.pool.slots.pin(slot)
+        visit.ready.append(slot)
+        self._counters.waited(time.perf_counter() - began)
+
+    def _lease(self, visit: _Visit) -> Lease[torch.Tensor]:
+        pool, stream = visit.pool, self._device.current_stream()
+        with self._monitor:
+            self._check_open()
+            slot = visit.ready.popleft()
+            visit.leased = (slot, stream)
+            copied, key, record = pool.copied[slot], pool.slots.key(slot), pool.records[slot]
+        assert copied is not None
+        stream.wait_event(copied)
+        return Lease(key, record, pool.first + slot)
+
+    def _release(self, visit: _Visit) -> None:
+        with self._monitor:
+            self._end_lease(visit)
+
+    def _end_lease(self, visit: _Visit) -> None:
+        if visit.leased is not None:
+            slot, stream = visit.leased
+            visit.leased = None
+            visit.pool.used[slot][stream] = stream.record_event()
+            visit.pool.slots.unpin(slot)
+            self._monitor.wake()
+
+    def _leave(self, visit: _Visit) -> None:
+        """Gives back all that a caller holds."""
+        self._end_lease(visit)
+        while visit.ready:
+            visit.pool.slots.unpin(visit.ready.popleft())
+            self._monitor.wake()
+
+    def _lock_pages(self, view: torch.Tensor) -> None:
+        if self._pageable:
+            return
+        if self._device.lock_pages(view):
+            self._locked.append(view)
+            return
+        self._pageable = True
+        warnings.warn(
+            "The system does not page-lock the host tier: copies to the device will be slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _pool(self, block: int) -> _Pool:
+        return self._pools[self._blocks[block].array]
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("The device tier was closed.", "Load the model again.")
+            raise _closed_error()
+
+
+def _allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Memory for ``slots`` by array; for fewer, with one warning, where the device has no room for them."""
+    fewest = {array: least for array, (least, _) in slot_ranges(manifest).items()}
+    sizes = {array: layout.slot_bytes for array, layout in manifest.layouts.items()}
+    counts = dict(slots)
+    while True:
+        try:
+            memory = {array: device.allocate(count * sizes[array]) for array, count in counts.items()}
+        except torch.OutOfMemoryError:
+            fewer = {array: max(fewest[array], count * 3 // 4) for array, count in counts.items()}
+            if fewer == counts:
+                least = sum(count * sizes[array] for array, count in fewest.items())
+                raise BudgetError(
+                    f"The device has no room for the {least:,} bytes of the experts that one token needs in one block.",
+                    "Free some of its memory, or run on the CPU.",
+                ) from None
+            counts = fewer
+        else:
+            break
+    if counts != slots:
+        warnings.warn(
+            f"The device has room for {sum(counts.values())} experts, not for {sum(slots.values())}; it caches fewer.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return memory
+
+
+def _closed_error() -> ClosedError:
+    return ClosedError("The device tier was closed.", "Load the model again.")

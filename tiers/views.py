@@ -1,0 +1,73 @@
+"""Tensors over the host tier's memory: what a CPU computes on, and what is copied to another device."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+
+import torch
+
+from .errors import ClosedError
+from .keys import ExpertKey
+from .source import ExpertSource, Lease
+from .stats import TierStats
+
+
+class SlotViews:
+    """A tensor over each of the host's slots, made once: a decode step allocates nothing."""
+
+    def __init__(self, prepare: Callable[[torch.Tensor], None] = lambda view: None) -> None:
+        self._lock = threading.Lock()
+        self._prepare = prepare
+        self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
+
+    def of(self, lease: Lease[memoryview]) -> torch.Tensor:
+        """[record bytes] uint8 on the record's own memory, which lives as long as the tensor. Not to be written to."""
+        with self._lock:
+            known = self._views.get(lease.slot)
+            if known is None or known[0] is not lease.record:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                    known = (lease.record, torch.frombuffer(lease.record, dtype=torch.uint8))
+                self._prepare(known[1])
+                self._views[lease.slot] = known
+            return known[1]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._views.clear()
+
+
+class HostViews:
+    """The device tier of a CPU: the host's records are computed on where they lie; nothing is copied or cached."""
+
+    def __init__(self, source: ExpertSource[memoryview]) -> None:
+        self._source = source
+        self._views = SlotViews()
+        self._closed = False
+
+    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
+        self._check_open()
+        with closing(self._source.acquire(keys)) as leases:
+            for lease in leases:
+                self._check_open()
+                yield Lease(lease.key, self._views.of(lease), lease.slot)
+
+    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+        self._check_open()
+        self._source.prefetch(block, wishes)
+
+    def stats(self) -> TierStats:
+        """The source's: there is nothing else to count."""
+        return self._source.stats()
+
+    def close(self) -> None:
+        """The source stays open."""
+        self._closed = True
+        self._views.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("The device tier was closed.", "Load the model again.")
