@@ -22,6 +22,7 @@ import torch
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moetier.runtime.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 
 from .checkpoint import carried
@@ -30,7 +31,6 @@ from .dequantize import SourceTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 
 
@@ -229,15 +229,6 @@ def make_blueprint(model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[
                 one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
                 setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
     return Blueprint(str(dtype).removeprefix("torch."), blocks, tuple(trunk), tuple(unused))
-
-
-def experts_modules(model: PreTrainedModel) -> dict[str, Any]:
-    """Path -> module, in module order, of those that transformers' experts interface dispatches."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if hasattr(type(module), "_apply_gate") and hasattr(module, "has_bias") and hasattr(module, "is_transposed")
-    }
 
 
 def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:

@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .conversion_report import BlockReport, ConversionReport
 from .dequantize import source_tensors
 from .progress import Progress
-from .records import Encoder
+from .records import INTERPRETER_BYTES, Encoder
 from .target import Target, small_files
 from .trunk import plan_trunk
 
@@ -75,7 +75,7 @@ class Conversion:
             f"{plan.record_count} experts of {self._weights // plan.record_count:,} weights",
             f"{self.target.folder}: {format_bytes(self.target.total_bytes)} (trunk {format_bytes(trunk)}, "
             f"experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
-            f"{self.encoder.workers} workers; about {format_bytes(self.encoder.peak_bytes)} of memory",
+            f"{self.encoder.workers} workers; about {format_bytes(INTERPRETER_BYTES + self.encoder.peak_bytes)} of memory",
         ]
         if whole := [block.path for block in self.blueprint.blocks if not block.apart]:
             lines.append(f"read block by block, not expert by expert, as this checkpoint mixes them: {whole[0]}, ...")
@@ -208,6 +208,7 @@ def _encoder(blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
         raise ConfigError(f"{options.workers} workers can't work.", "Give at least one.")
     workers = options.workers or len(os.sched_getaffinity(0))
     encoder = Encoder(blueprint, plan, workers=workers, fast=options.fast)
-    while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > available_memory().bytes:
+    most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)
+    while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:
         encoder = Encoder(blueprint, plan, workers=encoder.workers - 1, fast=options.fast)
     return encoder

@@ -7,6 +7,7 @@ each worker and one that is being written; a block that must be read whole is th
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from moetier.tiers.quantize import WeightError, encode
 from .blueprint import Blueprint
 from .shards import Bytes
 
-INTERPRETER_BYTES = 600 << 20  # torch, transformers, the solver's temporaries
+INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
 
 
 class Encoder:
@@ -37,22 +38,27 @@ class Encoder:
 
     @property
     def peak_bytes(self) -> int:
-        """About what it takes, the interpreter included."""
+        """About what it takes beside the interpreter: one worker reads (two copies of a projection, while it is merged),
+        the others hold theirs and its codes; each has a record to fill, and one more is being written."""
         peak = 0
         for index, block in enumerate(self._blueprint.blocks):
-            itemsize = max(_itemsize(dtype) for _, dtype in block.parameters.values())
-            largest = max(torch.Size(shape).numel() for shape, _ in block.parameters.values())
             layout = self._plan.layout(index)
-            codes = 0 if all(p.bits == 16 for p in layout.projections) else 2  # bytes a weight, before they are packed
-            each = largest * codes + layout.record_bytes
+            itemsize = max(getattr(torch, dtype).itemsize for _, dtype in block.parameters.values())
+            sizes = [math.prod(shape) for shape, _ in block.parameters.values()]
+            codes = 0 if all(p.bits == 16 for p in layout.projections) else max(sizes)
             if block.apart:
-                reading = 2 * largest * itemsize
-                each += largest * itemsize
+                reading, held = 2 * itemsize * max(sizes), itemsize * max(sizes) + codes
             else:
-                weights = sum(torch.Size(shape).numel() for shape, _ in block.parameters.values())
-                reading = block.experts * (weights + largest) * itemsize
-            peak = max(peak, reading + self.workers * each + layout.record_bytes)
-        return INTERPRETER_BYTES + peak
+                reading, held = itemsize * block.experts * (sum(sizes) + max(sizes)) + codes, codes
+            records = (self.workers + 1) * layout.record_bytes
+            peak = max(peak, reading + (self.workers - 1) * held + records)
+        return peak
+
+    @property
+    def promised_bytes(self) -> int:
+        """The most that a conversion is to take, the interpreter included: two experts in fp32 and 1 GiB. A block that
+        is read whole may take more."""
+        return max((8 * layout.weights for layout in self._plan.layouts.values()), default=0) + (1 << 30)
 
     def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
         """In the order of ``keys``. A record is valid until the next one is asked for. Close it to stop early."""
@@ -89,11 +95,6 @@ class Encoder:
         record = free.get()
         errors = encode(tensors, layout, record[: layout.record_bytes], fast=self._fast)
         return record, sum(errors.values(), WeightError())
-
-
-def _itemsize(dtype: str) -> int:
-    kind: torch.dtype = getattr(torch, dtype)
-    return kind.itemsize
 
 
 @contextlib.contextmanager
