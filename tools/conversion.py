@@ -21,12 +21,13 @@ from moetier.tiers.manifest import Block, Manifest
 from moetier.tiers.quantize import WeightError, layout_for
 from moetier.tiers.writer import StoreWriter
 
-from .blueprint import Blueprint, build_on_meta, make_blueprint
+from .blueprint import Blueprint, make_blueprint
 from .checkpoint import Checkpoint
 from .conversion_report import BlockReport, ConversionReport
 from .dequantize import source_tensors
 from .progress import Progress
 from .records import INTERPRETER_BYTES, Encoder
+from .skeleton import build_on_meta
 from .target import Target, small_files
 from .trunk import plan_trunk
 
@@ -75,7 +76,7 @@ class Conversion:
             f"{plan.record_count} experts of {self._weights // plan.record_count:,} weights",
             f"{self.target.folder}: {format_bytes(self.target.total_bytes)} (trunk {format_bytes(trunk)}, "
             f"experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
-            f"{self.encoder.workers} workers; about {format_bytes(INTERPRETER_BYTES + self.encoder.peak_bytes)} of memory",
+            f"{self.encoder.workers} workers, about {format_bytes(INTERPRETER_BYTES + self.encoder.peak_bytes)} of RAM",
         ]
         if whole := [block.path for block in self.blueprint.blocks if not block.apart]:
             lines.append(f"read block by block, not expert by expert, as this checkpoint mixes them: {whole[0]}, ...")

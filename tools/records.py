@@ -38,8 +38,8 @@ class Encoder:
 
     @property
     def peak_bytes(self) -> int:
-        """About what it takes beside the interpreter: one worker reads (two copies of a projection, while it is merged),
-        the others hold theirs and its codes; each has a record to fill, and one more is being written."""
+        """About what it takes beside the interpreter: one worker reads (two copies of a projection, while it is
+        merged), the others hold theirs and its codes; each has a record to fill, and one more is being written."""
         peak = 0
         for index, block in enumerate(self._blueprint.blocks):
             layout = self._plan.layout(index)
