@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections import Counter
@@ -18,9 +17,9 @@ GRACE = 5.0  # seconds for what is ending already
 def _descriptors() -> Counter[str]:
     """What this process has open, by where it leads."""
     targets: Counter[str] = Counter()
-    for number in os.listdir("/proc/self/fd"):
+    for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            targets[os.readlink(f"/proc/self/fd/{number}")] += 1
+            targets[str(descriptor.readlink())] += 1
         except OSError:  # the listing's own
             continue
     return targets
@@ -53,3 +52,19 @@ def leaves_nothing_behind() -> Iterator[None]:
             pytest.fail(f"left behind: {leaked}")
         gc.collect()  # a map goes with the last view of it
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def tinymix() -> Path:
+    """The bundled checkpoint."""
+    return Path(__file__).parent / "assets" / "tinymix"
+
+
+@pytest.fixture(scope="session")
+def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its model directory at 4 bits, made once. Tests must not change it."""
+    from moetier.tools.convert import convert
+
+    folder = tmp_path_factory.mktemp("tinymix") / "4bit"
+    convert(tinymix, folder, bits=4)
+    return folder

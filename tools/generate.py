@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.generate import load
     from moetier.runtime.streamer import TimedStreamer
 
+    transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
     model, tokenizer = load(
         arguments.directory, ram=arguments.ram, device_memory=arguments.device_memory, device=arguments.device

@@ -20,13 +20,28 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
+class IntermixedParser(argparse.ArgumentParser):
+    """Takes positional arguments on both sides of options: ``generate DIR --ram 6GiB PROMPT``."""
+
+    _inside = False
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # as argparse declares it
+        if self._inside:  # argparse's own passes over the arguments
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every command's module is light: torch, transformers and zarr are imported when it runs."""
     parser = argparse.ArgumentParser(
         prog="moetier", description="Run Mixture-of-Experts language models on machines that are too small for them."
     )
     parser.add_argument("--version", action="version", version=f"moetier {version('moetier')}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=IntermixedParser)
     for name in COMMANDS:
         module = import_module(f"moetier.tools.{name}")
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)

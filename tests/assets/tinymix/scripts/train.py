@@ -1,4 +1,4 @@
-"""Train tinymix, a small Mixtral, on a corpus of tokens: ``train.py TOKENS.npz OUT [--steps 3200]``.
+"""Train tinymix, a small Mixtral, on a corpus of tokens: ``train.py TOKENS.npz OUT [--start MODEL] [--steps N]``.
 
 ``TOKENS.npz`` is what ``prepare_corpus.py`` writes: ``train`` (uint16) and one ``eval_*`` array for each kind of text.
 Every layer's router is balanced by itself (Switch Transformer, arXiv 2101.03961, equation 4), from the first step on:
@@ -24,9 +24,7 @@ SEQUENCE = 512  # tokens
 BATCH = 8  # sequences a step
 EXPERTS = 8
 TOP_K = 2
-BALANCE_WEIGHT = 0.02
-PEAK_RATE = 2e-3
-WARM_UP = 150  # steps
+WARM_UP = 100  # steps
 
 CONFIG = MixtralConfig(
     vocab_size=4096,
@@ -75,7 +73,6 @@ def held_out_loss(model: MixtralForCausalLM, tokens: dict[str, np.ndarray]) -> d
 def save(model: MixtralForCausalLM, folder: Path) -> None:
     config = copy.deepcopy(CONFIG)
     config.output_router_logits = False
-    config.router_aux_loss_coef = BALANCE_WEIGHT
     half = MixtralForCausalLM(config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder, max_shard_size="20MB")
@@ -85,7 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--start", type=Path, help="a model to go on from, with a fresh optimiser")
+    parser.add_argument("--steps", type=int, default=3300)
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its peak")
+    parser.add_argument("--balance", type=float, default=0.02, help="weight of the balancing loss")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -97,6 +97,8 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(sequences)
 
     model = MixtralForCausalLM(CONFIG)
+    if arguments.start:
+        model.load_state_dict(MixtralForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).state_dict())
     model.set_experts_implementation("grouped_mm")
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -108,13 +110,13 @@ def main() -> None:
     for step in range(arguments.steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1, (step + 1) / WARM_UP) * (0.03 + 0.97 * cosine)
+            group["lr"] = arguments.rate * min(1, (step + 1) / WARM_UP) * (0.03 + 0.97 * cosine)
         rows = [order[(step * BATCH + i) % sequences] for i in range(BATCH)]
         batch = torch.from_numpy(np.stack([train[r * SEQUENCE : (r + 1) * SEQUENCE] for r in rows]).astype(np.int64))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(input_ids=batch, labels=batch)
         balance = torch.stack([imbalance(logits) for logits in output.router_logits]).mean()
-        (output.loss + BALANCE_WEIGHT * balance).backward()
+        (output.loss + arguments.balance * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

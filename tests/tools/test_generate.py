@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetier.tiers.store import ExpertStore
+from moetier.tools.main import main
+from moetier.tools.report import Timing
+
+PROMPT = "def read_lines(path):"
+
+
+def generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["generate", *arguments, "--json"]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def budget(folder: Path, records: int) -> str:
+    with ExpertStore.open(folder) as store:
+        return str(records * store.layout(0).slot_bytes)
+
+
+def test_it_streams_the_text_and_then_reports(tinymix_4bit: Path) -> None:
+    """As a person runs it: text on standard output, the report on standard error."""
+    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), "--max-new-tokens", "4"]
+    result = subprocess.run([*command, PROMPT], capture_output=True, text=True, check=True)
+    assert result.stdout.strip()
+    for words in ("prefill", "decode", "tokens/s", "first token after", "hit ratio", "evictions", "p99", "host"):
+        assert words in result.stderr
+    assert "Warning" not in result.stderr
+
+
+def test_the_report_adds_up(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = generate(capsys, str(tinymix_4bit), PROMPT, "--ram", budget(tinymix_4bit, 16), "--max-new-tokens", "8")
+    host = answer["tiers"]["host"]
+    assert answer["new_tokens"] == 8
+    assert host["slots"] == 16
+    # eight blocks; each of the seven decode steps wants two experts of each, the prefill at least two
+    assert host["hits"] + host["misses"] >= 8 * 2 * 8
+    assert 0 < host["hit_ratio"] < 1
+    assert host["evictions"] == host["misses"] - host["joined"] - 16
+    assert host["bytes_in"] == (host["misses"] - host["joined"]) * int(budget(tinymix_4bit, 1))
+    tokens = answer["prompt_tokens"] + answer["new_tokens"]
+    assert host["bytes_per_token"] == pytest.approx(host["bytes_in"] / tokens)
+    assert 0 <= host["wait_share"] < 1
+    assert 0 < answer["time_to_first_token_s"] < answer["total_s"]
+
+
+def test_the_budget_changes_no_token(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {
+        generate(capsys, str(tinymix_4bit), PROMPT, "--ram", ram, "--max-new-tokens", "12")["text"]
+        for ram in (budget(tinymix_4bit, 2), budget(tinymix_4bit, 16), "1GiB")
+    }
+    assert len(texts) == 1
+
+
+def test_the_seed_decides_what_is_sampled(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seed: int) -> str:
+        options = ("--temperature", "1.5", "--seed", str(seed), "--max-new-tokens", "16")
+        text: str = generate(capsys, str(tinymix_4bit), PROMPT, *options)["text"]
+        return text
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_the_prompt_may_come_from_standard_input(tinymix_4bit: Path) -> None:
+    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), "--max-new-tokens", "2"]
+    result = subprocess.run([*command, "--json"], input=PROMPT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ram", "1KiB"], ["too small", "--ram"]),
+        (["--ram", "900TiB"], ["more than", "--ram"]),
+        (["--ram", "much"], ["'much'", "6GiB"]),
+        (["--device", "tpu"], ["'tpu'", "cpu"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+    ],
+)
+def test_what_can_not_work_is_said(
+    tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
+) -> None:
+    assert main(["generate", str(tinymix_4bit), PROMPT, *options]) == 1
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+
+
+def test_an_empty_prompt_is_refused(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tinymix_4bit), ""]) == 1
+    assert "prompt is empty" in capsys.readouterr().err
+
+
+def test_rates() -> None:
+    timing = Timing(prompt_tokens=10, new_tokens=5, first_token=2.0, total=4.0)
+    assert (timing.prefill_rate, timing.decode_rate) == (5.0, 2.0)
+    assert Timing(prompt_tokens=10, new_tokens=1, first_token=2.0, total=2.0).decode_rate == 0.0

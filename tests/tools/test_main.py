@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from moetier.tools.main import COMMANDS, build_parser, main
+
+HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy")
+
+
+def moetier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moetier.tools.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: " ".join(command))
+def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
+    """That is what keeps it under 0.3 s; a clock would tell of the machine as well."""
+    code = (
+        "import sys; from moetier.tools.main import main\n"
+        f"try: main({[*command, '--help']!r})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: moetier")
+    assert result.stderr.strip() == "[]"
+
+
+def test_every_command_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for name in COMMANDS:
+        help_line: str = import_module(f"moetier.tools.{name}").HELP
+        assert f"{name} {help_line}" in words
+
+
+def test_a_users_mistake_gets_two_lines_and_no_traceback(tmp_path: Path) -> None:
+    result = moetier("verify", str(tmp_path / "nothing"))
+    assert result.returncode == 1
+    cause, fix = result.stderr.splitlines()
+    assert cause.startswith("moetier: ")
+    assert str(tmp_path / "nothing") in cause
+    assert fix.startswith("  ")
+
+
+def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in moetier("verify", str(tmp_path), MOETIER_DEBUG="1").stderr
+
+
+def test_options_stand_on_either_side_of_the_prompt() -> None:
+    for words in (
+        ["generate", "DIR", "--ram", "6GiB", "the prompt"],
+        ["generate", "--ram", "6GiB", "DIR", "the prompt"],
+        ["generate", "DIR", "the prompt", "--ram", "6GiB"],
+    ):
+        arguments = build_parser().parse_args(words)
+        assert (str(arguments.directory), arguments.prompt, arguments.ram) == ("DIR", "the prompt", "6GiB")
+
+
+@pytest.mark.parametrize("words", [[], ["nothing"], ["convert"], ["generate", "DIR", "--no-such-option"]])
+def test_a_wrong_command_line_exits_with_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, tinymix_4bit: Path) -> None:
+    script = f"'{sys.executable}' -m moetier.tools.main inspect '{tinymix_4bit}' | head -n 0"
+    result = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
