@@ -67,7 +67,7 @@ class Scaled:
 
     weight: StoredTensor
     scale: StoredTensor
-    block: tuple[int, int]  # rows, columns; counts only where the grid does not divide the weight evenly
+    block: tuple[int, int]  # rows, columns; where the grid has another number of cells, it divides the weight evenly
     dtype: str
 
     @property
@@ -102,7 +102,7 @@ class Scaled:
             return self.shape[-2], self.shape[-1]
         steps = []
         for size, cells, block in zip(self.shape[-2:], scale.shape[-2:], self.block, strict=True):
-            step = size // cells if size % cells == 0 else block
+            step = block if -(-size // block) == cells else max(size // cells, 1)
             if -(-size // step) != cells:
                 raise CheckpointError(
                     f"{self.scale.name} has shape {list(scale.shape)}, which does not fit {self.weight.name} "

@@ -1,6 +1,6 @@
 """How the parameters of an Experts module are made from a checkpoint's tensors: one expert's slice at a time, or whole.
 
-Where transformers' rules treat each expert alike (merging, stacking, transposing), they are run on one expert's tensors,
+Where transformers' rules treat each expert alike (merging, stacking, transposing), they run on one expert's tensors,
 and the module on the meta device is cut down to one expert, so that rules that look up shapes see that of the slice.
 """
 

@@ -191,7 +191,6 @@ def _without_code(path: Path) -> bytes:
     """A copied file's bytes; of a JSON file that names code (auto_map), all but that."""
     data = path.read_bytes()
     if path.suffix == ".json" and b'"auto_map"' in data:
-        found = json.loads(data)
-        found.pop("auto_map", None)
+        found = json.loads(data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"})
         return json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n"
     return data

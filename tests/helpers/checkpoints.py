@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import stores  # noqa: F401  # starts zarr's thread outside the tests
 import torch
 import transformers
 from architectures import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.quantize import sections
+from moetier.tiers.store import ExpertStore
+
+transformers.utils.logging.disable_progress_bar()  # tqdm's monitor is a thread that stays
 
 
 def save_checkpoint(
@@ -42,3 +50,31 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> Non
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stored_experts(folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """What a model directory of 16 bits holds: (path of the Experts module, expert) -> its parameters, in order."""
+    found = {}
+    with ExpertStore.open(folder) as store:
+        for block, entry in enumerate(store.manifest.blocks):
+            layout = store.layout(block)
+            for expert in range(entry.experts):
+                buffer = mmap.mmap(-1, layout.slot_bytes)
+                store.read_into(ExpertKey(block, expert), memoryview(buffer))
+                found[entry.path, expert] = sections(torch.frombuffer(buffer, dtype=torch.uint8), layout)
+    return found
+
+
+def trunk_tensors(folder: Path) -> dict[str, Tensor]:
+    """Of a model directory, by the index."""
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        tensors |= load_file(folder / name)
+    assert tensors.keys() == places.keys()
+    return tensors

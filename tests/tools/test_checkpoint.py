@@ -1,0 +1,314 @@
+"""A checkpoint is vetted before anything is read from it, and nothing that it brings is run."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import edit_json, save_checkpoint, tree
+
+from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+from moetier.tools.checkpoint import INDEX, WEIGHTS, open_checkpoint
+from moetier.tools.convert import convert
+
+TOUCH = "import pathlib; pathlib.Path({!r}).write_text('run')"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("original") / "tiny-moe")
+
+
+@pytest.fixture
+def source(original: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "tiny-moe"))
+
+
+def test_a_folder_is_listed(source: Path) -> None:
+    checkpoint = open_checkpoint(source)
+    assert checkpoint.name == "tiny-moe"
+    assert checkpoint.tensors.keys() == json.loads((source / INDEX).read_text())["weight_map"].keys()
+    assert checkpoint.copied == ("generation_config.json",)
+    assert checkpoint.digest == open_checkpoint(str(source)).digest
+
+
+def test_what_the_digest_knows(source: Path) -> None:
+    before = open_checkpoint(source).digest
+    edit_json(source / "config.json", rms_norm_eps=1e-3)
+    assert open_checkpoint(source).digest != before
+
+
+class Trap:
+    """Runs when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.code = TOUCH.format(str(mark))
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, (self.code,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
+def test_pickle_is_refused_and_not_run(source: Path, tmp_path: Path, name: str) -> None:
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    mark = tmp_path / "mark"
+    (source / name).write_bytes(pickle.dumps(Trap(mark)))
+    with pytest.raises(UnsafeCheckpointError, match=f"pickle.*{name}"):
+        convert(source, tmp_path / "dst")
+    assert not mark.exists()
+    assert not (tmp_path / "dst").exists()
+
+
+def test_pickle_beside_safetensors_is_ignored(source: Path, tmp_path: Path) -> None:
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "mark")))
+    convert(source, tmp_path / "dst", fast=True)
+    assert not (tmp_path / "mark").exists()
+    assert not list((tmp_path / "dst").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_of_its_own_is_refused_and_with_ignore_code_left_behind(source: Path, tmp_path: Path, file: str) -> None:
+    mark, dst = tmp_path / "mark", tmp_path / "dst"
+    code = TOUCH.format(str(mark))
+    for name in ("configuration_x.py", "modeling_x.py", "tokenization_x.py"):
+        (source / name).write_text(f"{code}\nclass X: pass\n")
+    if not (source / file).exists():
+        (source / file).write_text("{}")
+    edit_json(source / file, auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"})
+    with pytest.raises(UnsafeCheckpointError, match="auto_map") as caught:
+        convert(source, dst)
+    assert "--ignore-code" in caught.value.fix
+    assert not dst.exists()
+    convert(source, dst, fast=True, ignore_code=True)
+    assert not mark.exists()
+    assert not list(dst.rglob("*.py"))
+    assert not any(b"auto_map" in data for data in tree(dst).values())
+
+
+def test_code_that_a_part_of_the_config_names_is_refused(source: Path) -> None:
+    edit_json(source / "config.json", text_config={"nested": [{"auto_map": {}}]})
+    with pytest.raises(UnsafeCheckpointError, match="auto_map"):
+        open_checkpoint(source)
+
+
+def test_what_a_config_names_to_be_loaded_is_not_carried_over(source: Path, tmp_path: Path) -> None:
+    edit_json(source / "config.json", attn_implementation="evil/kernel", kernel_config={"x": 1}, fusion_config={"y": 1})
+    convert(source, tmp_path / "dst", fast=True)
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert not config.keys() & {"attn_implementation", "kernel_config", "fusion_config", "auto_map"}
+
+
+def redirect(source: Path, name: str) -> None:
+    """The index says that one shard is ``name``."""
+    index = json.loads((source / INDEX).read_text())
+    victim = sorted(set(index["weight_map"].values()))[0]
+    index["weight_map"] = {key: name if file == victim else file for key, file in index["weight_map"].items()}
+    (source / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["../x.safetensors", "a/../../x.safetensors", "absolute", "a\\b.safetensors"])
+def test_an_index_that_leads_out_is_refused(source: Path, tmp_path: Path, kind: str) -> None:
+    victim = sorted(source.glob("*.safetensors"))[0]
+    outside = Path(shutil.copy(victim, tmp_path / "x.safetensors"))
+    redirect(source, str(outside) if kind == "absolute" else kind)
+    with pytest.raises(UnsafeCheckpointError, match="outside itself"):
+        convert(source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json", "shard"])
+def test_a_link_that_leads_out_is_refused(source: Path, tmp_path: Path, name: str) -> None:
+    victim = sorted(source.glob("*.safetensors"))[0] if name == "shard" else source / name
+    outside = victim.rename(tmp_path / victim.name)
+    victim.symlink_to(outside)
+    with pytest.raises(UnsafeCheckpointError, match="leads out"):
+        open_checkpoint(source)
+
+
+def test_a_config_that_names_weights_elsewhere_is_refused(source: Path) -> None:
+    edit_json(source / "config.json", transformers_weights="../model.safetensors")
+    with pytest.raises(UnsafeCheckpointError, match="outside itself"):
+        open_checkpoint(source)
+
+
+def test_a_shard_that_is_missing_is_named(source: Path) -> None:
+    victim = sorted(source.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {victim.name}"):
+        open_checkpoint(source)
+
+
+def test_a_shard_that_is_cut_is_named(source: Path, tmp_path: Path) -> None:
+    victim = sorted(source.glob("*.safetensors"))[1]
+    os.truncate(victim, victim.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=f"{victim.name} is truncated"):
+        convert(source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_tensors_that_are_not_where_the_index_says_are_named(source: Path) -> None:
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"]["model.layers.9.ghost"] = next(iter(index["weight_map"].values()))
+    (source / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"not in their files: model\.layers\.9\.ghost"):
+        open_checkpoint(source)
+
+
+def test_a_tensor_that_is_there_twice_is_named(source: Path) -> None:
+    first, second = sorted(source.glob("*.safetensors"))[:2]
+    shutil.copy(first, second)
+    with pytest.raises(CheckpointError, match="a second time"):
+        open_checkpoint(source)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x80"])
+def test_a_config_that_is_none_is_refused(source: Path, text: str) -> None:
+    (source / "config.json").write_text(text, "latin-1")
+    with pytest.raises(CheckpointError, match="JSON"):
+        open_checkpoint(source)
+
+
+def test_a_folder_without_config_or_weights_is_refused(source: Path, tmp_path: Path) -> None:
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=f"neither {WEIGHTS} nor {INDEX}"):
+        open_checkpoint(source)
+    (source / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_checkpoint(source)
+    with pytest.raises(CheckpointError, match="no folder"):
+        open_checkpoint(tmp_path / "not" / "there" / "at all")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="not a folder"):
+        open_checkpoint(tmp_path / "file")
+
+
+# the hub
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+OPEN = """
+import sys
+from moetier.tools.checkpoint import open_checkpoint
+checkpoint = open_checkpoint(sys.argv[1])
+print(checkpoint.name, len(checkpoint.tensors))
+"""
+
+
+def open_in_process(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """huggingface_hub reads its settings when it is imported."""
+    command = [sys.executable, "-c", OPEN, name]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+def cache_of(original: Path, cache: Path) -> Path:
+    """A hub cache that holds ``acme/tiny-moe``; returns the snapshot."""
+    home = cache / "models--acme--tiny-moe"
+    snapshot = home / "snapshots" / REVISION
+    (home / "blobs").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(REVISION)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(original.iterdir())):
+        shutil.copy(path, home / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    return snapshot
+
+
+def test_the_links_of_a_hub_cache_are_its_own(original: Path, tmp_path: Path) -> None:
+    snapshot = cache_of(original, tmp_path / "hub")
+    assert open_checkpoint(snapshot).name == "acme/tiny-moe"
+    shutil.copy(original / "config.json", tmp_path / "config.json")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(UnsafeCheckpointError, match="leads out"):
+        open_checkpoint(snapshot)
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_path: Path) -> None:
+    cache_of(original, tmp_path / "hub")
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    result = open_in_process("acme/tiny-moe", **offline)
+    assert result.stdout.split() == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
+    result = open_in_process("acme/nothing", **offline)
+    assert "CheckpointError: There is no folder acme/nothing, and the hub did not give" in result.stderr
+
+
+@pytest.fixture
+def hub(original: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server that speaks as much of the hub's protocol as a download needs, and the paths that it was asked for."""
+    (files := {path.name: path.read_bytes() for path in original.iterdir()}).update(
+        {"modeling_x.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"card"}
+    )
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = self.path.partition("?")[0]
+            asked.append(path)
+            name = path.rpartition("/")[2]
+            status, data, kind = 404, b"{}", "application/json"
+            if path.startswith("/api/models/acme/tiny-moe/tree/"):
+                status = 200
+                data = json.dumps(
+                    [{"type": "file", "path": n, "size": len(d), "oid": n} for n, d in files.items()]
+                ).encode()
+            elif path.startswith("/api/models/acme/tiny-moe"):
+                status = 200
+                listed = [{"rfilename": n, "size": len(d)} for n, d in files.items()]
+                data = json.dumps({"id": "acme/tiny-moe", "sha": REVISION, "siblings": listed}).encode()
+            elif path.startswith("/acme/tiny-moe/resolve/") and name in files:
+                status, data, kind = 200, files[name], "application/octet-stream"
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{name}-1"')
+            self.send_header("X-Repo-Commit", REVISION)
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_hub_id_is_downloaded_but_for_code_and_pickle(
+    hub: tuple[str, list[str]], original: Path, tmp_path: Path
+) -> None:
+    url, asked = hub
+    online = {
+        "HF_ENDPOINT": url,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    result = open_in_process("acme/tiny-moe", **online)
+    assert result.stdout.split() == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
+    assert not [path for path in asked if path.endswith((".py", ".bin", ".md"))]
+    assert "CheckpointError" in open_in_process("acme/nothing", **online).stderr

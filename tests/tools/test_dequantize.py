@@ -1,0 +1,224 @@
+"""FP8 and MXFP4 checkpoints are read as what transformers makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit_json, edit_tensors, ordinary_model, save_checkpoint, stored_experts, trunk_tensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moetier.runtime.experts import experts_modules
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tools import dequantize
+from moetier.tools.convert import convert
+from moetier.tools.dequantize import E2M1, Scaled, source_tensors
+from moetier.tools.shards import read_header
+
+BLOCK = 16
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+
+
+def to_fp8(weight: Tensor, rows: int = BLOCK, columns: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """[N, K] -> FP8 [N, K] and a scale for each block, edge blocks included."""
+    n, k = weight.shape
+    padded = torch.zeros(-(-n // rows) * rows, -(-k // columns) * columns)
+    padded[:n, :k] = weight.float()
+    tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+    scale = (tiles.abs().amax((1, 3)) / 448).clamp_min(1e-12)
+    codes = (tiles / scale[:, None, :, None]).view_as(padded)[:n, :k]
+    return codes.to(torch.float8_e4m3fn).contiguous(), scale
+
+
+def from_fp8(weight: Tensor, scale: Tensor, rows: int = BLOCK, columns: int = BLOCK) -> Tensor:
+    """One by one: fp32, then bf16."""
+    made = torch.empty(weight.shape)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            made[i, j] = weight[i, j].float() * scale[i // rows, j // columns].float()
+    return made.bfloat16()
+
+
+def quantised(name: str) -> bool:
+    return name.endswith("_proj.weight") and "norm" not in name and "lm_head" not in name
+
+
+def quantise_fp8(folder: Path, scale_name: str = "{}_scale_inv") -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if quantised(name)]:
+            tensors[name], tensors[scale_name.format(name)] = to_fp8(tensors[name])
+
+    edit_tensors(folder, edit)
+    edit_json(folder / "config.json", quantization_config=FP8)
+
+
+@pytest.fixture
+def deepseek(tmp_path: Path) -> Path:
+    """FP8 in blocks; every extent is a multiple of the block, as transformers wants it."""
+    folder = save_checkpoint(tmp_path / "src", "deepseek_v3", shards=1)
+    quantise_fp8(folder)
+    return folder
+
+
+def same_experts(folder: Path, source: Path) -> None:
+    """A model directory of 16 bits holds what transformers loads."""
+    modules = experts_modules(ordinary_model(source))
+    stored = stored_experts(folder)
+    assert len(stored) == sum(module.num_experts for module in modules.values())
+    for (path, expert), parameters in stored.items():
+        for name, tensor in parameters.items():
+            assert torch.equal(tensor, getattr(modules[path], name)[expert]), (path, expert, name)
+
+
+def test_an_fp8_checkpoint_is_what_transformers_loads(deepseek: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    convert(deepseek, dst, bits=16)
+    same_experts(dst, deepseek)
+    trunk = trunk_tensors(dst)
+    ordinary = dict(ordinary_model(deepseek).named_parameters())
+    touched = [name for name in trunk if quantised(name)]
+    assert len(touched) > 10
+    for name in touched:
+        assert trunk[name].dtype == torch.bfloat16
+        assert torch.equal(trunk[name], ordinary[name]), name
+    assert not [name for name in trunk if "scale" in name]
+    config = json.loads((dst / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "moetier", "format": 1, "bits": 16}
+
+
+@pytest.mark.parametrize("scale_name", ["{}_scale_inv", "{stem}.scale", "{stem}.qscale_weight"])
+def test_the_names_of_scales(tmp_path: Path, scale_name: str) -> None:
+    codes, scale = to_fp8(torch.randn(32, 48))
+    name = scale_name.format("a.weight", stem="a")
+    tensors = {"a.weight": codes, name: scale, "a.activation_scale": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")
+    assert list(found) == ["a.weight"]
+    assert torch.equal(found["a.weight"].read(), from_fp8(codes, scale))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 48), (40, 48), (64, 40), (9, 7), (100, 33)])
+def test_blocks_at_the_edges_and_rows_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int
+) -> None:
+    """DeepSeek-V3's own kv_a_proj_with_mqa has 576 rows in blocks of 128."""
+    monkeypatch.setattr(dequantize, "TILE_WEIGHTS", columns * BLOCK)  # one row of blocks at a time
+    codes, scale = to_fp8(torch.randn(rows, columns))
+    save_file({"a.weight": codes, "a.weight_scale_inv": scale}, tmp_path / "x.safetensors")
+    tensor = source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    expected = from_fp8(codes, scale)
+    assert torch.equal(tensor.read(), expected)
+    for first in range(rows):
+        count = min(BLOCK + 3, rows - first)
+        assert torch.equal(tensor.read(first, count), expected[first : first + count]), first
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    codes, scale = to_fp8(torch.randn(64, 48))
+    save_file({"a.weight": codes, "a.weight_scale_inv": scale[:3].clone()}, tmp_path / "x.safetensors")
+    tensor = source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    with pytest.raises(CheckpointError, match="does not fit"):
+        tensor.read()
+
+
+def test_one_scale_for_a_tensor(tmp_path: Path) -> None:
+    codes = torch.randn(8, 8).to(torch.float8_e4m3fn)
+    save_file({"a.weight": codes, "a.weight_scale_inv": torch.tensor(0.5)}, tmp_path / "x.safetensors")
+    tensor = source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    assert torch.equal(tensor.read(), (codes.float() * 0.5).bfloat16())
+
+
+def test_experts_that_are_stacked_are_read_one_by_one(tmp_path: Path) -> None:
+    pairs = [to_fp8(torch.randn(32, 48)) for _ in range(3)]
+    codes, scales = (torch.stack(list(parts)) for parts in zip(*pairs, strict=True))
+    save_file({"e.gate_up_proj": codes, "e.gate_up_proj_scale_inv": scales}, tmp_path / "x.safetensors")
+    tensor = source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")["e.gate_up_proj"]
+    expected = torch.stack([from_fp8(*pair) for pair in pairs])
+    assert torch.equal(tensor.read(), expected)
+    assert torch.equal(tensor.read(2, 1), expected[2:])
+
+
+@pytest.mark.parametrize("exponents", [torch.uint8, torch.float8_e8m0fnu])
+def test_fp4_with_exponents_as_scales(tmp_path: Path, exponents: torch.dtype) -> None:
+    """DeepSeek-V4's experts: two values a byte, a power of two for each 32 of a row."""
+    random = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (6, 32), dtype=torch.uint8, generator=random)
+    exponent = torch.randint(120, 132, (6, 2), dtype=torch.uint8, generator=random)
+    tensors = {"a.weight": packed.view(torch.int8), "a.scale": exponent.view(exponents)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    tensor = source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    expected = torch.empty(6, 64)
+    for i in range(6):
+        for j in range(64):
+            code = int(packed[i, j // 2]) >> 4 * (j % 2) & 0xF
+            expected[i, j] = E2M1[code] * 2.0 ** (int(exponent[i, j // 32]) - 127)
+    assert tensor.shape == (6, 64)
+    assert torch.equal(tensor.read(), expected.bfloat16())
+
+
+def test_fp8_without_a_scale_is_refused(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.randn(8, 8).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="has no scale"):
+        source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")
+
+
+def test_an_mxfp4_checkpoint_is_what_transformers_loads(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "src", "gpt_oss", shards=1)
+    random = torch.Generator().manual_seed(0)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            groups = -(-inputs // 32)
+            assert inputs % 32 == 0
+            tensors[f"{name}_blocks"] = torch.randint(
+                0, 256, (experts, outputs, groups, 16), dtype=torch.uint8, generator=random
+            )
+            tensors[f"{name}_scales"] = torch.randint(
+                118, 124, (experts, outputs, groups), dtype=torch.uint8, generator=random
+            )
+
+    edit_tensors(source, edit)
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    edit_json(source / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+    convert(source, tmp_path / "dst", bits=16)
+    same_experts(tmp_path / "dst", source)
+    assert trunk_tensors(tmp_path / "dst").keys() == {
+        n for n in load_file(source / "model.safetensors") if "experts" not in n
+    }
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma4"])
+def test_other_methods_are_refused(tmp_path: Path, model_type: str) -> None:
+    source, found = save_checkpoint(tmp_path / "src", model_type, shards=1), {"quant_method": "gptq", "bits": 4}
+    if model_type == "gemma4":  # where a part of the model says it
+        config = json.loads((source / "config.json").read_text())
+        edit_json(source / "config.json", text_config=config["text_config"] | {"quantization_config": found})
+    else:
+        edit_json(source / "config.json", quantization_config=found)
+    with pytest.raises(UnsupportedModelError, match="quantised with gptq"):
+        convert(source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_large_matrix_is_dequantised_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in fp32 at a time does not grow with the matrix."""
+    made: list[int] = []
+    real = dequantize.dequantise_into
+
+    def counted(out: Tensor, *rest: object) -> None:
+        made.append(out.numel())
+        real(out, *rest)  # type: ignore[arg-type]  # as it was called
+
+    monkeypatch.setattr(dequantize, "dequantise_into", counted)
+    monkeypatch.setattr(dequantize, "TILE_WEIGHTS", 4096)
+    codes, scale = to_fp8(torch.randn(512, 64))
+    save_file({"a.weight": codes, "a.weight_scale_inv": scale}, tmp_path / "x.safetensors")
+    tensor = source_tensors(read_header(tmp_path / "x.safetensors"), FP8, "bfloat16")["a.weight"]
+    assert isinstance(tensor, Scaled)
+    tensor.read()
+    assert sum(made) == 512 * 64
+    assert max(made) <= 4096
