@@ -6,31 +6,33 @@ from typing import Any
 
 import torch
 
-NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "recurrent", "moe", "mlp")  # kinds of layers whose state does not grow
+NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")  # kinds of layers whose state does not grow
 WINDOWED = ("sliding", "chunked")
 
 
 def kv_cache_bytes(config: Any, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-    """An estimate from above for a transformers config: bytes that ``batch`` contexts of ``tokens`` tokens take.
+    """An estimate for a transformers config: bytes that ``batch`` contexts of ``tokens`` tokens take.
 
-    transformers caches latent attention (``kv_lora_rank``) expanded: keys and values for every head.
+    States of a constant size (convolutions, recurrent layers) are not counted, nor are indexers' keys.
     """
-    text = config.get_text_config()
-    heads = _first(text, "num_key_value_heads", "num_attention_heads")
-    head_dim = _first(text, "head_dim", "global_head_dim", default=text.hidden_size // text.num_attention_heads)
-    keys = values = head_dim
-    if latent := _first(text, "qk_nope_head_dim"):
-        keys = latent + _first(text, "qk_rope_head_dim")
-    values = _first(text, "v_head_dim", default=values)
-    window = _first(text, "sliding_window", "attention_chunk_size", default=tokens)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    cached = 0
-    for kind in kinds:
-        if any(name in kind for name in WINDOWED):
-            cached += min(tokens, window)
-        elif not any(name in kind for name in NOTHING_PER_TOKEN):
-            cached += tokens
-    return batch * cached * heads * (keys + values) * dtype.itemsize
+    text = config.get_text_config(decoder=True)
+    layers = text.per_layer_config  # some models differ from layer to layer
+    numbers = 0
+    for layer, kind in zip(layers, getattr(text, "layer_types", None) or [""] * len(layers), strict=True):
+        if any(name in kind for name in NOTHING_PER_TOKEN):
+            continue
+        windowed = any(name in kind for name in WINDOWED)
+        window = _first(layer, "sliding_window", "attention_chunk_size", default=tokens) if windowed else tokens
+        numbers += min(tokens, window) * _numbers_per_token(layer)
+    return batch * numbers * dtype.itemsize
+
+
+def _numbers_per_token(layer: Any) -> int:
+    if latent := _first(layer, "kv_lora_rank"):
+        return latent + _first(layer, "qk_rope_head_dim")
+    heads = _first(layer, "num_key_value_heads", "num_attention_heads", default=1)
+    keys = _first(layer, "head_dim", default=layer.hidden_size // layer.num_attention_heads)
+    return heads * (keys + _first(layer, "v_head_dim", default=keys))
 
 
 def _first(config: Any, *names: str, default: int = 0) -> int:

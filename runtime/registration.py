@@ -80,10 +80,11 @@ class MoetierQuantizer(HfQuantizer):
         self._folder = Path(checkpoint_files[0]).parent
         modules = experts_modules(model)
         self._check(model, modules, read_manifest(store_folder(self._folder)))
-        for module in modules.values():
+        for path, module in modules.items():
             for name in EXPERT_PARAMETERS:
                 module._parameters.pop(name, None)  # on meta: nothing was ever allocated
-            module._is_hf_initialized = True  # there is nothing left that _init_weights could fill
+            for touched in (module, model.get_submodule(path.rpartition(".")[0])):
+                touched._is_hf_initialized = True  # _init_weights would fill what is gone, in some through the parent
             module.config._experts_implementation_internal = NAME
         model.config._experts_implementation = NAME
         for plan in ("_tp_plan", "_ep_plan"):
@@ -127,6 +128,9 @@ class MoetierQuantizer(HfQuantizer):
         )
         weakref.finalize(model, tiers.close)
         model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
+                module.config.__dict__.pop("_is_quantized", None)
         modules = experts_modules(model)
         for number, block in enumerate(tiers.store.manifest.blocks):
             layout = tiers.store.layout(number)
