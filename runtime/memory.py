@@ -75,17 +75,25 @@ def _left(folder: Path, limit_name: str, usage_name: str, prefix: str) -> int | 
     return int(limit) - (usage - droppable)
 
 
-def host_budget(asked: Size | None, *, smallest: int, largest: int, reserve: int, available: Available) -> int:
-    """Bytes for the host tier.
+def budget_for(
+    asked: Size | None,
+    *,
+    smallest: int,
+    largest: int,
+    reserve: int,
+    available: Available,
+    option: str = "--ram",
+) -> int:
+    """Bytes for the host tier, or for the device tier, whose ``option`` is --device-memory.
 
-    ``smallest`` and ``largest`` are what the tier can work with and make use of; ``reserve`` is kept for the KV cache.
-    Raises BudgetError when nothing works, or when what was asked for doesn't.
+    ``smallest`` and ``largest`` are what the tier can work with and make use of; ``reserve`` is kept for the KV cache
+    and for computing. Raises BudgetError when nothing works, or when what was asked for doesn't.
     """
     most = available.bytes - reserve
     if most < smallest:
         raise BudgetError(
             f"Of the {format_bytes(available.bytes)} that {available.limiter} leaves, {format_bytes(reserve)} are for "
-            f"the KV cache: too little for the {format_bytes(smallest)} that one token's experts of a block take.",
+            f"the KV cache and computing: too little for the {format_bytes(smallest)} of a token's experts of a block.",
             "Free some memory, raise the limit, or convert the model to fewer bits.",
         )
     if asked is None:
@@ -94,7 +102,7 @@ def host_budget(asked: Size | None, *, smallest: int, largest: int, reserve: int
     if not smallest <= budget <= available.bytes:
         what = "too small" if budget < smallest else f"more than {available.limiter} leaves"
         raise BudgetError(
-            f"A host budget of {format_bytes(budget)} is {what}.",
-            f"Give --ram from {smallest} bytes ({format_bytes(smallest)}) to {format_bytes(min(largest, most))}.",
+            f"{option} of {format_bytes(budget)} is {what}.",
+            f"Give {option} from {smallest} bytes ({format_bytes(smallest)}) to {format_bytes(min(largest, most))}.",
         )
     return min(budget, largest)

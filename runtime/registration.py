@@ -124,7 +124,9 @@ class MoetierQuantizer(HfQuantizer):
             self._folder,
             TierConfig.of(ram=given.ram, device_memory=given.device_memory, device=str(device)),
             device,
-            reserve=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype) + _mapped_bytes(model),
+            trunk=_mapped_bytes(model),
+            cache=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype),
+            width=model.dtype.itemsize,
         )
         weakref.finalize(model, tiers.close)
         model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter

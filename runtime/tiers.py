@@ -3,66 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.device import DeviceTier
+from moetier.tiers.errors import ConfigError
 from moetier.tiers.host import HostTier
-from moetier.tiers.source import ExpertSource
+from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store import ExpertStore
+from moetier.tiers.stream import CudaDevice
 from moetier.tiers.views import HostViews
 
 from .config import TierConfig
 from .kernels import Kernels
-from .memory import available_memory, host_budget
+from .memory import Available, available_memory, budget_for
 
 
 class Tiers:
     """``model.tiers``. A context manager; closing is idempotent, and waits for the loads that have begun."""
 
     @classmethod
-    def open(cls, folder: Path, config: TierConfig, device: torch.device, *, reserve: int = 0) -> Tiers:
-        """Of a model directory. ``reserve`` bytes of the memory that is free now are left for the KV cache.
+    def open(
+        cls, folder: Path, config: TierConfig, device: torch.device, *, trunk: int = 0, cache: int = 0, width: int = 4
+    ) -> Tiers:
+        """Of a model directory, to be computed with on ``device``.
 
-        Raises StoreError, or BudgetError when the budgets can't work.
+        Of the memory that seems free now, ``trunk`` bytes are taken, and ``cache`` bytes are left for keys and values;
+        ``width`` bytes take the numbers that are computed with. Raises StoreError, or BudgetError when the budgets
+        can't work.
         """
+        if config.device_memory is not None and device.type == "cpu":
+            raise ConfigError(
+                "On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone."
+            )
         with contextlib.ExitStack() as undo:
             store = undo.enter_context(ExpertStore.open(folder))
-            budget = host_budget(
+            manifest = store.manifest
+            budget_of = partial(budget_for, smallest=smallest_budget(manifest), largest=largest_budget(manifest))
+            on_device = cache + _scratch_bytes(manifest, width)
+            free = available_memory()
+            budget = budget_of(
                 config.ram,
-                smallest=smallest_budget(store.manifest),
-                largest=largest_budget(store.manifest),
-                reserve=reserve,
-                available=available_memory(),
+                reserve=on_device if device.type == "cpu" else 0,
+                available=Available(max(free.bytes - trunk, 0), free.limiter),
             )
-            host = HostTier(store, slots=slots_for(store.manifest, budget))
+            host = HostTier(store, slots=slots_for(manifest, budget))
             undo.callback(host.close)
-            tiers = cls(store, host, HostViews(host), Kernels(device), device)
+            source: HostViews | DeviceTier = HostViews(host)
+            if device.type == "cuda":
+                there = Available(torch.cuda.mem_get_info(device)[0], str(device))
+                budget = budget_of(config.device_memory, reserve=on_device, available=there, option="--device-memory")
+                source = DeviceTier(host, manifest, slots=slots_for(manifest, budget), device=CudaDevice(device))
+            tiers = cls(store, host, source, Kernels(device))
             undo.pop_all()
             return tiers
 
-    def __init__(
-        self,
-        store: ExpertStore,
-        host: HostTier,
-        source: ExpertSource[Tensor],
-        kernels: Kernels,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, store: ExpertStore, host: HostTier, device: HostViews | DeviceTier, kernels: Kernels) -> None:
         self.store = store
         self.host = host
-        self.device = source
+        self.device = device
         self.kernels = kernels
-        self.torch_device = device
 
     def stats(self) -> list[TierStats]:
-        """Of each tier that counts, from the lowest up."""
-        return [self.host.stats()]
+        """Of each tier that holds records, from the lowest up."""
+        return [self.host.stats(), *([self.device.stats()] if isinstance(self.device, DeviceTier) else [])]
 
     def snapshot(self) -> dict[str, Any]:
         """Counters by tier's name, as JSON takes them."""
@@ -80,3 +90,8 @@ class Tiers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _scratch_bytes(manifest: Manifest, width: int) -> int:
+    """Of the largest projection, decoded: what computing with quantised experts takes beside them."""
+    return max(p.rows * p.columns for layout in manifest.layouts.values() for p in layout.projections) * width

@@ -65,19 +65,20 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies: torch.cuda.Stream = _cuda.Stream(device)
+        self._copies: Stream = _cuda.Stream(device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def current_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device)
+    def current_stream(self) -> Stream:
+        stream: Stream = _cuda.current_stream(self._device)
+        return stream
 
-    def copy_stream(self) -> torch.cuda.Stream:
+    def copy_stream(self) -> Stream:
         return self._copies
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self._copies):
+        with _cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
     def lock_pages(self, memory: torch.Tensor) -> bool:

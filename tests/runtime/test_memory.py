@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from moetier.runtime.config import Size
-from moetier.runtime.memory import Available, available_memory, host_budget
+from moetier.runtime.memory import Available, available_memory, budget_for
 from moetier.tiers.errors import BudgetError
 
 GIB = 1 << 30
@@ -88,29 +88,29 @@ HERE = Available(8 * GIB, "this machine")
 
 
 def test_the_default_is_four_fifths_of_what_is_left() -> None:
-    assert host_budget(None, smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE) == int(7 * GIB * 0.8)
+    assert budget_for(None, smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE) == int(7 * GIB * 0.8)
 
 
 def test_the_default_is_no_more_than_all_experts_and_no_less_than_the_smallest() -> None:
-    assert host_budget(None, smallest=GIB, largest=2 * GIB, reserve=GIB, available=HERE) == 2 * GIB
-    assert host_budget(None, smallest=7 * GIB, largest=9 * GIB, reserve=GIB, available=HERE) == 7 * GIB
+    assert budget_for(None, smallest=GIB, largest=2 * GIB, reserve=GIB, available=HERE) == 2 * GIB
+    assert budget_for(None, smallest=7 * GIB, largest=9 * GIB, reserve=GIB, available=HERE) == 7 * GIB
 
 
 def test_what_was_asked_for_is_given() -> None:
-    assert host_budget(Size(bytes=3 * GIB), smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 3 * GIB
+    assert budget_for(Size(bytes=3 * GIB), smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 3 * GIB
     share = Size(share=Fraction(1, 4))
-    assert host_budget(share, smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 2 * GIB
-    assert host_budget(Size(bytes=3 * GIB), smallest=GIB, largest=2 * GIB, reserve=0, available=HERE) == 2 * GIB
+    assert budget_for(share, smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 2 * GIB
+    assert budget_for(Size(bytes=3 * GIB), smallest=GIB, largest=2 * GIB, reserve=0, available=HERE) == 2 * GIB
 
 
 @pytest.mark.parametrize(("asked", "why"), [(GIB - 1, "too small"), (9 * GIB, "more than this machine leaves")])
 def test_what_can_not_work_is_refused_with_what_would(asked: int, why: str) -> None:
     with pytest.raises(BudgetError, match=why) as caught:
-        host_budget(Size(bytes=asked), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
+        budget_for(Size(bytes=asked), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
     assert f"{GIB} bytes (1 GiB)" in caught.value.fix
     assert "7 GiB" in caught.value.fix
 
 
 def test_a_machine_that_is_too_small_is_said_to_be() -> None:
     with pytest.raises(BudgetError, match="this machine leaves"):
-        host_budget(None, smallest=8 * GIB, largest=9 * GIB, reserve=GIB, available=HERE)
+        budget_for(None, smallest=8 * GIB, largest=9 * GIB, reserve=GIB, available=HERE)
