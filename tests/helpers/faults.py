@@ -23,10 +23,10 @@ def flip_bit(path: Path, position: int, bit: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def mounted(kind: str, folder: Path, options: str = "") -> Iterator[Path]:
+def mounted(kind: str, folder: Path, options: str = "", source: str | Path = "moetier-test") -> Iterator[Path]:
     """A small file system of its own on ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", kind, *(["-o", options] if options else []), "moetier-test", str(folder)]
+    command = ["mount", "-t", kind, *(["-o", options] if options else []), str(source), str(folder)]
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip(f"mounting {kind} needs root")
     result = subprocess.run(command, capture_output=True, text=True, check=False)

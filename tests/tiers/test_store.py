@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import mmap
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,30 +143,49 @@ def test_close_waits_for_reads_and_later_ones_are_refused(tmp_path: Path) -> Non
     """Descriptors that are given to another file while they are read from would yield that file's bytes."""
     records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
     key = ExpertKey(0, 0)
-    for _ in range(5):
-        store = ExpertStore.open(tmp_path)
-        begun, wrong = threading.Barrier(5, timeout=60), []
+    for _ in range(10):
+        store = ExpertStore.open(tmp_path, readers=1)  # most pieces are read by the threads that call
+        begun, ends = threading.Barrier(5, timeout=60), []
 
-        def work(store: ExpertStore = store, begun: threading.Barrier = begun, wrong: list[bool] = wrong) -> None:
+        def work(store: ExpertStore = store, begun: threading.Barrier = begun, ends: list[Exception] = ends) -> None:
             begun.wait()
             try:
                 while True:
-                    wrong.append(read(store, key) != records[key])
-            except ClosedError:
-                pass
+                    assert read(store, key) == records[key]
+            except Exception as error:
+                ends.append(error)
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
         begun.wait()
+        time.sleep(0.01)  # into the midst of their reads, wherever that is
         store.close()
         for thread in threads:
             thread.join()
-        assert not any(wrong)
+        assert [type(end) for end in ends] == [ClosedError] * 4
         with pytest.raises(ClosedError, match="was closed"):
             read(store, key)
         with pytest.raises(ClosedError):
             store.record_crcs(0)
+
+
+def test_nobody_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> None:
+    """The first piece fails at once, because its first page can't be written; the others are being read then."""
+    make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    slot = np.frombuffer(mmap.mmap(-1, LARGE.slot_bytes), np.uint8)
+    slot[:] = 0xAA
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.c_void_p(slot.ctypes.data)
+    assert libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ) == 0
+    with ExpertStore.open(tmp_path) as store:
+        for expert in (0, 1, 0, 1):
+            with pytest.raises(StoreReadError, match="Bad address"):
+                store.read_into(ExpertKey(0, expert), slot.data)
+            places = slot[PIECE_BYTES - 1 :: PIECE_BYTES // 8]
+            before = places.copy()
+            time.sleep(0.05)
+            assert np.array_equal(places, before)
 
 
 @pytest.mark.parametrize("kind", ["ramfs", "tmpfs"])
@@ -525,7 +546,7 @@ print(json.dumps(found))
 
 
 def read_with_eio(folder: Path, path: Path, when: str) -> dict[str, Any]:
-    """``when`` counts the reads of ``path`` with preadv; the first is the trial of O_DIRECT."""
+    """``when`` counts each thread's reads of ``path`` with preadv; the main thread's first is the trial of O_DIRECT."""
     trace = folder / "trace"
     inject = f"inject=preadv,preadv2:error=EIO:when={when}"
     result = strace(["-o", str(trace), "-P", str(path), "-e", inject], READ, folder)

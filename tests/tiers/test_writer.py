@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,22 +202,23 @@ def test_blocks_are_written_side_by_side(tmp_path: Path) -> None:
 
 
 def test_leftovers_and_broken_shards_are_written_anew(tmp_path: Path) -> None:
-    plan, (uncut, cut) = make_plan(), (tmp_path / "uncut", tmp_path / "cut")
+    plan, (uncut, cut) = make_plan(blocks=4), (tmp_path / "uncut", tmp_path / "cut")
     records = make_records(plan)
     write_store(uncut, plan, records)
     with StoreWriter.open(cut / GROUP, plan) as writer:
-        for block in range(3):
+        for block in range(4):
             with writer.block(block) as shard:
                 for expert in range(4):
                     shard.write(records[ExpertKey(block, expert)])
-    files = [ShardFile.of(cut / GROUP, plan, block) for block in range(3)]
+    files = [ShardFile.of(cut / GROUP, plan, block) for block in range(4)]
     os.truncate(files[0].path, files[0].file_bytes - 1)
     os.truncate(files[1].path, files[1].data_bytes)
     os.truncate(files[1].path, files[1].file_bytes)  # the right size, zeros for an index
+    os.truncate(files[3].path, files[3].file_bytes + 1)
     files[2].path.with_name("0" + PARTIAL).write_bytes(b"half a record")
     with StoreWriter.open(cut / GROUP, plan) as writer:
         assert writer.finished_blocks == {2}
-        assert writer.missing_bytes == 2 * files[0].file_bytes
+        assert writer.missing_bytes == 3 * files[0].file_bytes
     write_store(cut, plan, records)
     assert tree(cut) == tree(uncut)
 
@@ -297,6 +299,26 @@ def test_a_full_disk_is_said_and_resumed_from(small_disk: Path, tmp_path: Path) 
     write_store(small_disk, plan, records)
     write_store(tmp_path / "uncut", plan, records)
     assert tree(small_disk) == tree(tmp_path / "uncut")
+
+
+def test_a_shard_that_does_not_fit_gives_back_what_it_got(tmp_path: Path) -> None:
+    """ext4 keeps what it could allocate of a file that it could not allocate whole; tmpfs does not."""
+    if (mkfs := shutil.which("mkfs.ext4")) is None:
+        pytest.skip("there is no mkfs.ext4")
+    image = tmp_path / "image"
+    with image.open("wb") as stream:
+        stream.truncate(8 << 20)
+    subprocess.run([mkfs, "-q", str(image)], check=True)
+    with mounted("ext4", tmp_path / "disk", "loop", image) as folder:
+        plan = make_plan(blocks=1, layout=layout_of(2048, 512))  # 24 MiB
+        with (
+            StoreWriter.open(folder / GROUP, plan) as writer,
+            pytest.raises(DiskSpaceError, match="is full") as caught,
+            writer.block(0),
+        ):
+            pytest.fail("a shard was opened that the disk can't take")
+        free = int(caught.value.cause.split(", ")[-1].split(" are free")[0].replace(",", ""))
+        assert free > 5 << 20
 
 
 WRITE = f"""
