@@ -75,8 +75,9 @@ class Arena:
 
     def slot(self, index: int) -> memoryview:
         """The whole slot, writable: for who fills it. The owner's only."""
-        assert self._descriptor is not None, "only the owner fills slots"
-        return self._piece(index, self.slot_bytes)
+        slot = self._piece(index, self.slot_bytes)
+        assert not slot.readonly, "only the owner fills slots"
+        return slot
 
     def view(self, index: int, nbytes: int) -> memoryview:
         """The first ``nbytes`` of a slot, read-only: for leases."""

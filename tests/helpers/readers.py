@@ -1,0 +1,77 @@
+"""Doubles of the disk, and only of the disk: records from memory, at once or when the test says so."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+from moetier.tiers.errors import StoreReadError
+from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.manifest import Manifest
+
+PATIENCE = 60.0  # seconds until a test that hangs fails
+
+
+class RamReader:
+    """Records from a dict. ``broken`` ones can't be read. Counts its reads."""
+
+    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
+        self.manifest = manifest
+        self.records = records
+        self.broken: set[ExpertKey] = set()
+        self.reads: Counter[ExpertKey] = Counter()
+        self._lock = threading.Lock()
+
+    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+        with self._lock:
+            self.reads[key] += 1
+        buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
+        if key in self.broken:
+            raise StoreReadError(f"{key} can't be read.", "Repair it.")
+        buffer[:-CHECKSUM_BYTES] = self.records[key]
+
+
+class GatedReader(RamReader):
+    """Reads of a key begin at once and end when the test lets them."""
+
+    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
+        super().__init__(manifest, records)
+        self.begun: list[ExpertKey] = []  # in order; those that have not ended
+        self._changed = threading.Condition()
+        self._open = False
+        self._passes: Counter[ExpertKey] = Counter()
+
+    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+        with self._changed:
+            self.begun.append(key)
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._open or self._passes[key], PATIENCE), f"nobody released {key}"
+            if not self._open:
+                self._passes[key] -= 1
+        try:
+            super().read_into(key, buffer)
+        finally:
+            with self._changed:
+                self.begun.remove(key)
+                self._changed.notify_all()
+
+    def release(self, key: ExpertKey) -> None:
+        """One read of ``key`` may end, now or when it comes."""
+        with self._changed:
+            self._passes[key] += 1
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """All reads may end."""
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+    def shut(self) -> None:
+        with self._changed:
+            self._open = False
+
+    def wait_begun(self, *keys: ExpertKey) -> None:
+        """Until all of ``keys`` are being read."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: set(keys) <= set(self.begun), PATIENCE), f"{keys} of {self.begun}"

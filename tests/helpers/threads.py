@@ -1,0 +1,60 @@
+"""Threads with a deadline: a deadlock fails, loudly."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from readers import PATIENCE
+
+Result = TypeVar("Result")
+
+
+class Task(Generic[Result]):
+    """A function in a thread of its own; begins at once."""
+
+    def __init__(self, function: Callable[[], Result], name: str = "task") -> None:
+        self._function = function
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, timeout: float = PATIENCE) -> Result:
+        """What it returned; raises what it raised."""
+        self.thread.join(timeout)
+        if self.thread.is_alive():
+            frames = sys._current_frames()
+            stacks = (
+                f"{thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
+                for thread in threading.enumerate()
+                if thread.ident in frames
+            )
+            raise AssertionError(f"{self.thread.name} hangs\n" + "\n".join(stacks))
+        if self._error is not None:
+            error, self._error = self._error, None  # no cycle through its traceback
+            raise error
+        return self._result  # type: ignore[return-value]  # None only if the function says so
+
+
+def run_all(functions: Iterable[Callable[[], Result]]) -> list[Result]:
+    """All at the same time."""
+    tasks = [Task(function, f"caller {number}") for number, function in enumerate(functions)]
+    return [task.result() for task in tasks]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.001)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moetier.tiers.arena import SEALS, Arena
+from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
+from moetier.tiers.keys import PAGE
+
+
+def arena_maps() -> int:
+    return Path("/proc/self/maps").read_text().count("/memfd:moetier-arena")
+
+
+def in_child(code: str, *arguments: int, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        pass_fds=arguments,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_slots_are_apart_and_begin_on_pages() -> None:
+    arena = Arena.create(3, 2 * PAGE)
+    for index in range(3):
+        slot = arena.slot(index)
+        assert len(slot) == 2 * PAGE
+        assert np.frombuffer(slot, np.uint8).ctypes.data % PAGE == 0
+        slot[:] = bytes([index + 1]) * len(slot)
+    for index in range(3):
+        assert bytes(arena.view(index, 100)) == bytes([index + 1]) * 100
+        assert bytes(arena.slot(index)) == bytes([index + 1]) * 2 * PAGE
+    del slot
+    arena.close()
+
+
+def test_a_view_is_read_only_and_shows_what_is_written_later() -> None:
+    arena = Arena.create(1, PAGE)
+    view = arena.view(0, 10)
+    assert view.readonly
+    with pytest.raises(TypeError):
+        view[0] = 1
+    arena.slot(0)[:3] = b"abc"
+    assert bytes(view[:3]) == b"abc"
+    del view
+    arena.close()
+
+
+def test_the_memory_file_is_private_sealed_and_not_under_dev_shm() -> None:
+    arena = Arena.create(2, PAGE)
+    descriptor = arena.export()
+    status = os.fstat(descriptor)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_size == 2 * PAGE
+    assert status.st_blocks * 512 == 2 * PAGE, "allocated, not sparse"
+    assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == SEALS
+    assert not os.get_inheritable(descriptor)
+    assert str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "/memfd:moetier-arena (deleted)"
+    os.close(descriptor)
+    arena.close()
+
+
+def test_another_process_reads_and_can_do_nothing_else() -> None:
+    arena = Arena.create(2, PAGE)
+    arena.slot(1)[:6] = b"expert"
+    descriptor = arena.export()
+    child = in_child(
+        f"""
+        import errno, mmap, os, sys
+        from moetier.tiers.arena import Arena
+        descriptor = int(sys.argv[1])
+        arena = Arena.map(descriptor, 2, {PAGE})
+        print(bytes(arena.view(1, 6)).decode())
+        print(arena.view(1, 6).readonly)
+        again = os.open(f"/proc/self/fd/{{descriptor}}", os.O_RDWR)  # the same user may: a restarted owner has to
+        for attempt in (
+            lambda: mmap.mmap(descriptor, {2 * PAGE}, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
+            lambda: os.pwrite(descriptor, b"x", 0),
+            lambda: os.ftruncate(descriptor, 0),
+            lambda: os.ftruncate(again, 0),
+            lambda: os.ftruncate(again, {4 * PAGE}),
+        ):
+            try:
+                attempt()
+                print("allowed")
+            except OSError as error:
+                print(errno.errorcode[error.errno])
+        os.close(again)
+        arena.close()
+        print("memfd:moetier-arena" in open("/proc/self/maps").read())
+        """,
+        descriptor,
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.split() == ["expert", "True", "EACCES", "EBADF", "EINVAL", "EPERM", "EPERM", "False"]
+    assert bytes(arena.view(1, 6)) == b"expert"
+    os.close(descriptor)
+    arena.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_can_not_open_it_for_writing() -> None:
+    arena = Arena.create(1, PAGE)
+    descriptor = arena.export()
+    child = in_child(
+        """
+        import os, sys
+        os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        try:
+            os.open(f"/proc/self/fd/{sys.argv[1]}", os.O_RDWR)
+        except PermissionError:
+            print("refused")
+        """,
+        descriptor,
+    )
+    assert child.stdout.split() == ["refused"], child.stderr
+    os.close(descriptor)
+    arena.close()
+
+
+def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> None:
+    def refused(descriptor: int, slots: int = 1) -> str:
+        try:
+            with pytest.raises(ArenaError) as caught:
+                Arena.map(descriptor, slots, PAGE)
+            return caught.value.cause
+        finally:
+            os.close(descriptor)
+
+    file = tmp_path / "file"
+    file.write_bytes(bytes(PAGE))
+    assert "no memory file" in refused(os.open(file, os.O_RDONLY))
+
+    unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, PAGE)
+    assert "not sealed" in refused(unsealed)
+
+    half = os.memfd_create("half", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(half, PAGE)
+    fcntl.fcntl(half, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    assert "not sealed" in refused(half)
+
+    arena = Arena.create(1, PAGE)
+    assert "4,096 bytes, 8,192 were announced" in refused(arena.export(), slots=2)
+    arena.close()
+
+
+def test_only_the_owner_fills_and_exports() -> None:
+    arena = Arena.create(1, PAGE)
+    descriptor = arena.export()
+    reader = Arena.map(descriptor, 1, PAGE)
+    os.close(descriptor)
+    with pytest.raises(AssertionError):
+        reader.slot(0)
+    with pytest.raises(AssertionError):
+        reader.export()
+    arena.slot(0)[:2] = b"ok"
+    assert bytes(reader.view(0, 2)) == b"ok", "the map outlives the descriptor"
+    reader.close()
+    arena.close()
+
+
+def test_no_memory_is_a_budget_error() -> None:
+    """A real refusal of fallocate: EFBIG by the process's limit on the size of files."""
+    child = in_child(
+        f"""
+        import os
+        from moetier.tiers.arena import Arena
+        from moetier.tiers.errors import BudgetError
+        before = os.listdir("/proc/self/fd")
+        try:
+            Arena.create(1024, {PAGE})
+        except BudgetError as error:
+            print(error.cause)
+            print(error.fix)
+        assert os.listdir("/proc/self/fd") == before
+        """,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )
+    assert "does not give 4,194,304 bytes of shared memory (EFBIG)" in child.stdout, child.stderr
+    assert "less memory" in child.stdout
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.parametrize("code", ["ENOSPC", "ENOMEM"])
+def test_a_full_memory_is_a_budget_error(code: str) -> None:
+    program = f"from moetier.tiers.arena import Arena; Arena.create(4, {PAGE})"
+    injected = subprocess.run(
+        ["strace", "-qq", "-o", "/dev/null", "-e", f"inject=fallocate:error={code}", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if "ptrace" in injected.stderr and "Operation not permitted" in injected.stderr:
+        pytest.skip("strace may not trace here")
+    assert f"{BudgetError.__name__}: The system does not give 16,384 bytes of shared memory ({code})" in injected.stderr
+
+
+def test_close_leaves_nothing() -> None:
+    before = arena_maps()
+    arena = Arena.create(4, PAGE)
+    assert arena_maps() == before + 1
+    arena.close()
+    assert arena_maps() == before
+    arena.close()
+    with pytest.raises(ClosedError):
+        arena.slot(0)
+    with pytest.raises(ClosedError):
+        arena.view(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["memoryview", "numpy", "torch"])
+def test_a_view_outlives_close_and_takes_the_map_with_it(kind: str) -> None:
+    before = arena_maps()
+    arena = Arena.create(1, PAGE)
+    arena.slot(0)[:4] = b"held"
+    view = arena.view(0, 4)
+    held: object
+    match kind:
+        case "memoryview":
+            held = view
+        case "numpy":
+            held = np.frombuffer(view, np.uint8)
+        case "torch":
+            with pytest.warns(UserWarning, match="not writable"):
+                held = torch.frombuffer(view, dtype=torch.uint8)
+    del view
+    arena.close()
+    assert arena_maps() == before + 1
+    assert bytes(held.numpy() if isinstance(held, torch.Tensor) else held) == b"held"  # type: ignore[arg-type]
+    del held
+    assert arena_maps() == before
+
+
+def test_the_map_is_shared_not_private() -> None:
+    arena = Arena.create(1, PAGE)
+    descriptor = arena.export()
+    reader = Arena.map(descriptor, 1, PAGE)
+    view = reader.view(0, 1)
+    assert bytes(view) == b"\0", "the page is mapped before it is written"
+    arena.slot(0)[:1] = b"1"
+    assert bytes(view) == b"1"
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:moetier-arena" in line]
+    assert sorted(line.split()[1] for line in lines) == ["r--s", "rw-s"]
+    del view
+    os.close(descriptor)
+    reader.close()
+    arena.close()

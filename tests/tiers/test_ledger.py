@@ -1,0 +1,331 @@
+"""The host tier's decisions without its threads: every interleaving that hypothesis can think of."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from geometries import two_geometries
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from moetier.tiers.budget import members, slot_ranges
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.ledger import Demand, Ledger, Load, Pool
+from moetier.tiers.policy import plan_groups
+
+MANIFEST = two_geometries()
+EXPERTS = 4
+
+
+class Caller:
+    def __init__(self, demand: Demand, keys: list[ExpertKey]) -> None:
+        self.demand = demand
+        self.wanted = set(keys)
+        self.held: tuple[ExpertKey, int] | None = None  # the present lease
+        self.asleep = False
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Callers and loaders that take their steps in any order. The oracle is a dict: slot -> the key whose bytes are in
+    it, None while it is being filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: dict[tuple[Pool, int], ExpertKey | None] = {}
+        self.callers: list[Caller] = []
+        self.reading: list[Load] = []
+        self.awake = True
+
+    @initialize(data=st.data())
+    def open(self, data: st.DataObject) -> None:
+        self.ledger = Ledger(
+            wake=self.wake,
+            ring=lambda: None,
+            ahead=data.draw(st.integers(1, 4), "ahead"),
+            prefetches=data.draw(st.integers(1, 2), "prefetches"),
+        )
+        self.loaders = data.draw(st.integers(1, 3), "loaders")
+        self.pools = {}
+        for name, (least, most) in slot_ranges(MANIFEST).items():
+            count = data.draw(st.integers(least, most) | st.just(least), name)
+            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), 0, 1)
+
+    def wake(self) -> None:
+        for caller in self.callers:
+            caller.asleep = False
+
+    def pool(self, block: int) -> Pool:
+        return self.pools[MANIFEST.blocks[block].array]
+
+    @precondition(lambda self: len(self.callers) < 4)
+    @rule(block=st.integers(0, 4), experts=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6))
+    def acquire(self, block: int, experts: list[int]) -> None:
+        keys = [ExpertKey(block, expert) for expert in experts]
+        pool = self.pool(block)
+        ready = {key for key in keys if (s := pool.slots.find(key)) is not None and pool.slots.is_ready(s)}
+        hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
+        caller = Caller(Demand(pool, block), keys)
+        self.callers.append(caller)
+        self.ledger.look(caller.demand, keys)
+        assert self.ledger.counters.hits - hits == len(ready)
+        assert self.ledger.counters.misses - misses == len(set(keys)) - len(ready)
+        assert {pool.slots.key(slot) for slot in caller.demand.ready} >= ready
+        assert [pool.slots.key(slot) in ready for slot in caller.demand.ready] == [True] * len(caller.demand.ready)
+
+    def steps(self) -> list[Caller]:
+        return [caller for caller in self.callers if not caller.asleep]
+
+    @precondition(lambda self: self.steps())
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        """A caller is done with its lease and asks for the next, or wakes."""
+        self.next(data.draw(st.sampled_from(self.steps())))
+
+    def next(self, caller: Caller) -> None:
+        demand = caller.demand
+        if caller.held is not None:
+            caller.held = None
+            self.ledger.release(demand)
+        if demand.error is not None:
+            self.gone(caller)
+            return
+        self.ledger.advance(demand)
+        if demand.ready:
+            slot = self.ledger.take(demand)
+            key = demand.pool.slots.key(slot)
+            assert key in caller.wanted, "each key once"
+            caller.wanted.remove(key)
+            caller.held = (key, slot)
+        elif demand.is_over:
+            assert not caller.wanted, "every key"
+            self.gone(caller)
+        else:
+            caller.asleep = True
+
+    def gone(self, caller: Caller) -> None:
+        self.callers.remove(caller)
+        self.ledger.leave(caller.demand)
+
+    @precondition(lambda self: self.callers)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self.gone(data.draw(st.sampled_from(self.callers)))
+
+    @rule(block=st.integers(0, 4), experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
+    def prefetch(self, block: int, experts: list[int]) -> None:
+        self.ledger.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
+
+    @precondition(lambda self: len(self.reading) < self.loaders)
+    @rule()
+    def begin_read(self) -> None:
+        load = self.ledger.next_load()
+        if load is not None:
+            self.reading.append(load)
+
+    @precondition(lambda self: self.reading)
+    @rule(data=st.data(), fails=st.booleans())
+    def end_read(self, data: st.DataObject, fails: bool) -> None:
+        load = data.draw(st.sampled_from(self.reading))
+        self.end(load, OSError("broken") if fails else None)
+
+    def end(self, load: Load, error: OSError | None) -> None:
+        self.reading.remove(load)
+        waiters = list(load.waiters)
+        if error is not None:
+            self.ledger.fail(load, error)
+            assert load.pool.slots.find(load.key) is None, "nothing is cached"
+            assert all(demand.error is not None for demand in waiters)
+        else:
+            self.memory[load.pool, load.slot] = load.key
+            self.ledger.arrive(load)
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        self.ledger.check_integrity(list(self.pools.values()))
+        for load in self.ledger._loads.values():  # from the moment on when its slot is taken, the old bytes are gone
+            self.memory[load.pool, load.slot] = None
+        for caller in self.callers:
+            if caller.held is not None:
+                key, slot = caller.held
+                assert self.memory[caller.demand.pool, slot] == key, "a lease whose bytes are another's"
+            if caller.asleep:
+                assert caller.held is None
+                assert not caller.demand.ready, "nobody sleeps on a slot that is ready"
+        for pool in self.pools.values():
+            assert max(Counter(load.slot for load in self.reading if load.pool is pool).values(), default=0) <= 1
+
+    def teardown(self) -> None:
+        """From here on everybody does his work, and nothing else happens: all must come to an end."""
+        if not hasattr(self, "ledger"):
+            return
+        rounds = 0
+        while self.callers or self.reading:
+            rounds += 1
+            assert rounds < 200, "a deadlock"
+            for caller in self.steps():
+                if caller in self.callers:
+                    self.next(caller)
+            while len(self.reading) < self.loaders and (load := self.ledger.next_load()) is not None:
+                self.reading.append(load)
+            if self.reading:
+                self.end(self.reading[0], None)
+            self.agrees()
+        for pool in self.pools.values():
+            assert not any(pool.slots.pins(slot) for slot in range(pool.slots.count))
+            assert not pool.hungry
+        assert not self.ledger._demands
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+def ledger_of(count: int, ahead: int = 4) -> tuple[Ledger, Pool]:
+    ledger = Ledger(wake=lambda: None, ring=lambda: None, ahead=ahead, prefetches=1)
+    return ledger, Pool(count, plan_groups(count, members(MANIFEST, "small")), 0, 1)
+
+
+def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
+    made = Demand(pool, block)
+    ledger.look(made, [ExpertKey(block, expert) for expert in experts])
+    return made
+
+
+def arrive_all(ledger: Ledger) -> None:
+    while (load := ledger.next_load()) is not None:
+        ledger.arrive(load)
+
+
+def test_the_hungry_are_served_in_order_and_nobody_reads_ahead_of_them() -> None:
+    ledger, pool = ledger_of(2)
+    greedy = demand(ledger, pool, 1, 0, 1, 2, 3)
+    first = demand(ledger, pool, 3, 0, 1)
+    second = demand(ledger, pool, 4, 0)
+    assert list(pool.hungry) == [first, second]
+    arrive_all(ledger)
+    ledger.take(greedy)
+    ledger.release(greedy)
+    ledger.advance(greedy)  # a slot is free, and it may not have it
+    ledger.advance(second)
+    assert not second.loads
+    assert not greedy.loads
+    ledger.advance(first)
+    assert [load.key for load in first.loads] == [ExpertKey(3, 0)], "one, for somebody else is hungry"
+    assert list(pool.hungry) == [second]
+    ledger.take(greedy)
+    ledger.release(greedy)
+    ledger.advance(first)
+    ledger.advance(second)
+    assert len(first.loads) == 1
+    assert [load.key for load in second.loads] == [ExpertKey(4, 0)]
+    assert not pool.hungry
+
+
+def test_no_more_than_ahead_is_in_flight() -> None:
+    ledger, pool = ledger_of(12, ahead=3)
+    caller = demand(ledger, pool, 1, 0, 1, 2, 3)
+    assert len(caller.loads) == 3
+    arrive_all(ledger)
+    ledger.advance(caller)
+    assert len(caller.loads) == 1
+
+
+def test_what_is_given_first_is_evicted_last() -> None:
+    ledger, pool = ledger_of(6)
+    for experts in ((0, 1), (2, 3)):
+        caller = demand(ledger, pool, 1, *experts)
+        arrive_all(ledger)
+        ledger.leave(caller)
+    caller = demand(ledger, pool, 1, 2, 3)
+    ledger.leave(caller)
+    demand(ledger, pool, 1, 0)
+    assert pool.slots.find(ExpertKey(1, 2)) is not None
+    assert pool.slots.find(ExpertKey(1, 3)) is None
+
+
+def test_loads_go_on_when_their_caller_is_gone() -> None:
+    ledger, pool = ledger_of(2)
+    caller = demand(ledger, pool, 1, 0)
+    ledger.leave(caller)
+    arrive_all(ledger)
+    slot = pool.slots.find(ExpertKey(1, 0))
+    assert slot is not None
+    assert pool.slots.is_evictable(slot)
+
+
+def test_when_the_first_of_the_hungry_goes_the_next_is_woken() -> None:
+    woken = 0
+
+    def wake() -> None:
+        nonlocal woken
+        woken += 1
+
+    ledger = Ledger(wake=wake, ring=lambda: None, ahead=4, prefetches=1)
+    pool = Pool(2, plan_groups(2, members(MANIFEST, "small")), 0, 1)
+    holder = demand(ledger, pool, 1, 0, 1)
+    arrive_all(ledger)
+    first, second = demand(ledger, pool, 3, 0), demand(ledger, pool, 4, 0)
+    ledger.leave(holder)
+    ledger.advance(second)
+    assert not second.loads, "it was woken too, but is not the first"
+    before = woken
+    ledger.leave(first)
+    assert woken > before
+    ledger.advance(second)
+    assert second.loads
+
+
+def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> None:
+    ledger, pool = ledger_of(6)  # two for each of three blocks
+    holder = demand(ledger, pool, 1, 0, 1)
+    caller = demand(ledger, pool, 1, 2, 3)
+    assert len(caller.loads) == 1, "one to get on with; more would be at the cost of other blocks"
+    assert caller.pending
+    arrive_all(ledger)
+    for made in (holder, caller):
+        ledger.leave(made)
+    for block in (3, 4):
+        ledger.leave(demand(ledger, pool, block, 0, 1))
+        arrive_all(ledger)
+    held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.slots.find(ExpertKey(b, e)) is not None]
+    assert held == [(1, 0), (1, 2), (3, 0), (3, 1), (4, 0), (4, 1)], "each block is back to its two"
+
+
+def test_evictions_are_counted() -> None:
+    ledger, pool = ledger_of(2)
+    for expert in (0, 1, 2, 3, 3):
+        caller = demand(ledger, pool, 1, expert)
+        arrive_all(ledger)
+        ledger.leave(caller)
+    assert ledger.counters.evictions == 2
+    assert (ledger.counters.hits, ledger.counters.misses) == (1, 4)
+
+
+def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
+    ledger, pool = ledger_of(3)
+    holder = demand(ledger, pool, 1, 0, 1, 2)
+    arrive_all(ledger)
+    assert len(holder.ready) == 3
+    hungry = demand(ledger, pool, 3, 0)
+    ledger.wish(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
+    ledger.leave(holder)
+    assert ledger.next_load() is None, "three slots could be had, but somebody is hungry"
+    ledger.advance(hungry)
+    load = ledger.next_load()
+    assert load is not None
+    assert load.key == ExpertKey(3, 0), "demands first"
+    wished = ledger.next_load()
+    assert wished is not None
+    assert wished.key == ExpertKey(4, 0)
+    assert ledger.next_load() is None, "one prefetch at a time, so that a demand finds a loader"
+    ledger.arrive(wished)
+    other = ledger.next_load()
+    assert other is not None
+    assert other.key == ExpertKey(4, 1)
+    assert pool.slots.find(ExpertKey(4, 0)) is not None, "a wish does not evict what is wished"
+    ledger.arrive(load)
+    ledger.arrive(other)
+    assert ledger.counters.prefetched == 2
