@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 from .errors import IncompleteStoreError, StoreFormatError, StoreReadError
 from .manifest import Manifest
 from .shard import GROUP, METADATA, PLAN, ShardFile
+
+
+def command(name: str, *arguments: str | Path) -> str:
+    """What a person types, quoted for a shell."""
+    return shlex.join(["moetier", name, *map(str, arguments)])
 
 
 def store_folder(folder: Path) -> Path:
@@ -21,7 +27,8 @@ def store_folder(folder: Path) -> Path:
         return folder
     missing = "has no experts.zarr" if folder.is_dir() else "is not a folder"
     raise StoreFormatError(
-        f"{folder} is not a model directory: it {missing}.", f"Convert a model into it: moetier convert SRC {folder}"
+        f"{folder} is not a model directory: it {missing}.",
+        f"Convert a model into it: {command('convert', 'SRC', folder)}",
     )
 
 
@@ -40,14 +47,14 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
     if not (folder / PLAN).exists():
         return IncompleteStoreError(
             f"{target} is incomplete: {folder} has no manifest.",
-            f"Convert the model again: moetier convert SRC {target}",
+            f"Convert the model again: {command('convert', 'SRC', target)}",
         )
     plan = Manifest.from_json(_read_json(folder / PLAN), str(target))
     blocks = range(len(plan.blocks))
     there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
     return IncompleteStoreError(
         f"{target} is incomplete: its conversion was cut; {there} of {len(blocks)} blocks are there.",
-        f"Resume it: moetier convert {plan.model} {target}",
+        f"Resume it: {command('convert', plan.model, target)}",
     )
 
 

@@ -29,7 +29,7 @@ from .errors import (
     StoreFormatError,
     StoreReadError,
 )
-from .folder import check_array, read_errors, read_manifest, store_folder
+from .folder import check_array, command, read_errors, read_manifest, store_folder
 from .keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from .manifest import Manifest
 from .shard import METADATA, ShardFile, read_checksums
@@ -125,7 +125,7 @@ class ExpertStore:
                 raise ChecksumError(
                     f"{self.manifest.model}, {_name(self.manifest, key.block)}, expert {key.expert}: "
                     f"checksum mismatch in {shard.file.path}.",
-                    f"Check the whole store: moetier verify {self.folder.parent}; then convert the model again.",
+                    f"Check the whole store: {command('verify', self.folder.parent)}; then convert the model again.",
                 )
 
     def record_crcs(self, block: int) -> tuple[int, ...]:

@@ -412,11 +412,12 @@ def test_a_store_without_manifest_is_incomplete(tmp_path: Path) -> None:
 
 
 def test_a_conversion_that_was_cut_names_what_resumes_it(tmp_path: Path) -> None:
-    with StoreWriter.open(tmp_path / GROUP, make_plan()):
+    folder = tmp_path / "a model"
+    with StoreWriter.open(folder / GROUP, make_plan(model="/models/my moe")):
         pass
     with pytest.raises(IncompleteStoreError, match="0 of 3 blocks") as caught:
-        ExpertStore.open(tmp_path)
-    assert caught.value.fix == f"Resume it: moetier convert acme/tiny-moe {tmp_path}"
+        ExpertStore.open(folder)
+    assert caught.value.fix == f"Resume it: moetier convert '/models/my moe' '{folder}'"
 
 
 MANIFEST = ("attributes", "moetier")
