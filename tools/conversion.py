@@ -71,12 +71,13 @@ class Conversion:
         """What is going to happen, in lines."""
         plan, trunk = self.target.plan, sum(file.size for file in self.target.trunk)
         bits = plan.stored_bytes * 8 / self._weights
+        workers, memory = self.encoder.workers, INTERPRETER_BYTES + self.encoder.peak_bytes
         lines = [
             f"{plan.model}: {format_bytes(self.checkpoint.nbytes)}, {len(plan.blocks)} blocks, "
             f"{plan.record_count} experts of {self._weights // plan.record_count:,} weights",
             f"{self.target.folder}: {format_bytes(self.target.total_bytes)} (trunk {format_bytes(trunk)}, "
             f"experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
-            f"{self.encoder.workers} workers, about {format_bytes(INTERPRETER_BYTES + self.encoder.peak_bytes)} of RAM",
+            f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
         if whole := [block.path for block in self.blueprint.blocks if not block.apart]:
             lines.append(f"read block by block, not expert by expert, as this checkpoint mixes them: {whole[0]}, ...")

@@ -18,7 +18,7 @@ from moetier.tools.convert import convert
 from moetier.tools.dequantize import E2M1, Scaled, source_tensors
 from moetier.tools.shards import read_header
 
-BLOCK = 16
+BLOCK = 8
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 
 
@@ -57,7 +57,7 @@ def quantise_fp8(folder: Path, scale_name: str = "{}_scale_inv") -> None:
 
 @pytest.fixture
 def deepseek(tmp_path: Path) -> Path:
-    """FP8 in blocks; every extent is a multiple of the block, as transformers wants it."""
+    """FP8 in blocks; every extent is a multiple of the block: transformers can't read others."""
     folder = save_checkpoint(tmp_path / "src", "deepseek_v3", shards=1)
     quantise_fp8(folder)
     return folder
