@@ -1,0 +1,161 @@
+"""A device that does what it is told as late as is legal, each stream in its own time, in an order that a test picks."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+
+import torch
+
+
+class Order(Enum):
+    """What a broken device forgets."""
+
+    COMPUTE_AFTER_COPY = auto()
+    REFILL_AFTER_COMPUTE = auto()
+    RELEASE_AFTER_COPY = auto()
+
+
+class FakeEvent:
+    def __init__(self, device: FakeDevice, stream: FakeStream) -> None:
+        self.device = device
+        self.stream = stream
+        self.done = False
+
+    def synchronize(self) -> None:
+        if self.device.forgets is not Order.RELEASE_AFTER_COPY:
+            self.device.run_until(self)
+
+
+class FakeStream:
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+        self.queue: deque[Callable[[], None] | FakeEvent] = deque()  # an event: wait for it
+
+    def record_event(self) -> FakeEvent:
+        event = FakeEvent(self.device, self)
+
+        def mark() -> None:
+            event.done = True
+
+        with self.device.lock:
+            self.queue.append(mark)
+        return event
+
+    def wait_event(self, event: FakeEvent) -> None:
+        forgotten = Order.REFILL_AFTER_COMPUTE if self is self.device.copies else Order.COMPUTE_AFTER_COPY
+        if self.device.forgets is not forgotten:
+            with self.device.lock:
+                self.queue.append(event)
+
+    @property
+    def blocked_by(self) -> FakeEvent | None:
+        head = self.queue[0]
+        return head if isinstance(head, FakeEvent) and not head.done else None
+
+
+class FakeDevice:
+    """Its memory is the host's. ``capacity`` bytes of it can be allocated."""
+
+    def __init__(
+        self,
+        chance: random.Random,
+        *,
+        forgets: Order | None = None,
+        capacity: int = 1 << 30,
+        locks_pages: bool = True,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.forgets = forgets
+        self.copies = FakeStream(self)
+        self.streams = [self.copies, FakeStream(self)]
+        self.locked: set[int] = set()
+        self.page_lock_calls = 0
+        self.copy_error: Exception | None = None
+        self._chance = chance
+        self._left = capacity
+        self._locks_pages = locks_pages
+        self._here = threading.local()
+
+    # -- what moetier.tiers.stream.Device asks for --------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self._left:
+            raise torch.OutOfMemoryError(f"{nbytes} of {self._left}")
+        return torch.full((nbytes,), 0xEE, dtype=torch.uint8)
+
+    def current_stream(self) -> FakeStream:
+        return getattr(self._here, "stream", self.streams[1])
+
+    def copy_stream(self) -> FakeStream:
+        return self.copies
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if self.copy_error is not None:
+            raise self.copy_error
+        with self.lock:
+            self.copies.queue.append(lambda: _copy(target, source))
+
+    def lock_pages(self, memory: torch.Tensor) -> bool:
+        self.page_lock_calls += 1
+        if self._locks_pages:
+            assert memory.data_ptr() not in self.locked, "twice"
+            self.locked.add(memory.data_ptr())
+        return self._locks_pages
+
+    def unlock_pages(self, memory: torch.Tensor) -> None:
+        self.locked.remove(memory.data_ptr())
+
+    # -- the test's side ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[FakeStream]:
+        """A new stream, current for this thread."""
+        with self.lock:
+            stream = FakeStream(self)
+            self.streams.append(stream)
+        self._here.stream = stream
+        try:
+            yield stream
+        finally:
+            del self._here.stream
+
+    def compute(self, work: Callable[[], None]) -> None:
+        with self.lock:
+            self.current_stream().queue.append(work)
+
+    def run_until(self, event: FakeEvent) -> None:
+        """Does what ``event`` needs, in between whatever else could be done, as chance has it."""
+        with self.lock:
+            while not event.done:
+                needed = event.stream
+                for _ in self.streams:
+                    blocker = needed.blocked_by
+                    if blocker is None:
+                        break
+                    needed = blocker.stream
+                else:
+                    raise AssertionError("events wait for each other")
+                able = [s for s in self.streams if s.queue and s.blocked_by is None]
+                self._step(needed if self._chance.random() < 0.5 else self._chance.choice(able))
+
+    def finish(self) -> None:
+        """Does everything that is left."""
+        with self.lock:
+            while waiting := [s for s in self.streams if s.queue]:
+                able = [s for s in waiting if s.blocked_by is None]
+                assert able, "events wait for each other"
+                self._step(self._chance.choice(able))
+
+    def _step(self, stream: FakeStream) -> None:
+        head = stream.queue.popleft()
+        if not isinstance(head, FakeEvent):
+            head()
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)

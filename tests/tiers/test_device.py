@@ -1,0 +1,469 @@
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_device import FakeDevice, Order
+from geometries import two_geometries
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readers import GatedReader, RamReader
+from stores import make_plan, make_records, make_store
+from threads import Task, run_all, wait_until
+
+from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.device import DeviceTier
+from moetier.tiers.errors import BudgetError, ClosedError, StoreReadError
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.store import ExpertStore
+from moetier.tiers.stream import CudaDevice
+from moetier.tiers.views import HostViews
+
+PLAN = make_plan(blocks=3, experts=4, top_k=2)
+RECORDS = make_records(PLAN)
+SMALLEST = slots_for(PLAN, smallest_budget(PLAN))
+
+
+def keys(block: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(block, expert) for expert in experts]
+
+
+class Consumer:
+    """Queues a computation on each lease, which notes the bytes that it saw when it was done."""
+
+    def __init__(self, tier: DeviceTier, device: FakeDevice) -> None:
+        self.tier = tier
+        self.device = device
+        self.seen: list[tuple[ExpertKey, bytes]] = []
+
+    def run(self, block: int, experts: list[int]) -> None:
+        for lease in self.tier.acquire(keys(block, *experts)):
+            self.device.compute(
+                lambda key=lease.key, record=lease.record: self.seen.append((key, record_bytes(record)))
+            )
+            self.tier.check_integrity()
+
+    def wrong(self) -> int:
+        self.device.finish()
+        return sum(data != RECORDS[key] for key, data in self.seen)
+
+
+def record_bytes(record: torch.Tensor) -> bytes:
+    return record.cpu().numpy().tobytes()
+
+
+@pytest.fixture
+def reader() -> RamReader:
+    return RamReader(PLAN, RECORDS)
+
+
+@pytest.fixture
+def host(reader: RamReader) -> Iterator[HostTier]:
+    with HostTier(reader, slots=SMALLEST) as tier:
+        yield tier
+
+
+def device_of(seed: int = 0, **options: object) -> FakeDevice:
+    return FakeDevice(random.Random(seed), **options)  # type: ignore[arg-type]
+
+
+# -- the three orders --------------------------------------------------------------------------------------------------
+
+PROGRAM = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    program=PROGRAM, chance=st.randoms(use_true_random=False), slots=st.integers(2, 12), host_slots=st.integers(2, 12)
+)
+def test_every_computation_sees_its_record(
+    program: list[tuple[int, list[int]]], chance: random.Random, slots: int, host_slots: int
+) -> None:
+    device = FakeDevice(chance)
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": host_slots}, loaders=1) as host:
+        tier = DeviceTier(host, PLAN, slots={"records": slots}, device=device)
+        consumer = Consumer(tier, device)
+        for block, experts in program:
+            consumer.run(block, experts)
+        assert consumer.wrong() == 0
+        assert [key for key, _ in consumer.seen] != []
+        tier.close()
+
+
+@pytest.mark.parametrize("forgets", [None, *Order])
+def test_the_fake_sees_each_order_that_is_broken(forgets: Order | None) -> None:
+    """Broken on purpose, each of the three gives wrong bytes; kept, none does."""
+    wrong = 0
+    for seed in range(5):
+        device = device_of(seed, forgets=forgets)
+        with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as host:
+            tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+            consumer = Consumer(tier, device)
+            for block in (0, 1, 2, 0):
+                consumer.run(block, [0, 1, 2, 3])
+            wrong += consumer.wrong()
+            tier.close()
+    assert (wrong > 0) == (forgets is not None)
+
+
+def test_a_hit_waits_for_a_copy_that_another_stream_began(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots={"records": 12}, device=device)
+    consumer = Consumer(tier, device)
+    first = tier.acquire(keys(0, 0))
+    next(first)  # the copy is queued, and nothing has run
+    with device.stream():
+        consumer.run(0, [0])
+    first.close()
+    assert consumer.wrong() == 0
+    assert tier.stats().hits == 1
+    tier.close()
+
+
+def test_a_refill_waits_for_every_stream_that_used_the_slot(host: HostTier) -> None:
+    for seed in range(20):
+        device = device_of(seed)
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+        consumer = Consumer(tier, device)
+        for _ in range(3):
+            with device.stream():
+                consumer.run(0, [0, 1])
+        consumer.run(1, [0, 1, 2, 3])
+        assert consumer.wrong() == 0
+        tier.close()
+
+
+# -- cache -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_device_holds_is_not_asked_of_the_host(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots={"records": 6}, device=device)
+    consumer = Consumer(tier, device)
+    for _ in range(3):
+        for block in range(3):
+            consumer.run(block, [1, 3])
+    stats = tier.stats()
+    assert (stats.name, stats.slots, stats.ready, stats.hits, stats.misses) == ("device", 6, 6, 12, 6)
+    assert stats.bytes_in == stats.slot_bytes == 6 * PLAN.layouts["records"].slot_bytes
+    assert stats.evictions == 0
+    assert host.stats().misses == 6
+    assert host.stats().hits == 0
+    assert consumer.wrong() == 0
+    tier.close()
+
+
+def test_two_record_sizes() -> None:
+    plan = two_geometries()
+    records = make_records(plan)
+    device = device_of()
+    for budget in (smallest_budget(plan), largest_budget(plan)):
+        slots = slots_for(plan, budget)
+        with HostTier(RamReader(plan, records), slots=slots) as host:
+            tier = DeviceTier(host, plan, slots=slots, device=device)
+            slot_numbers: dict[str, set[int]] = {"big": set(), "small": set()}
+            for _ in range(2):
+                for block, entry in enumerate(plan.blocks):
+                    for lease in tier.acquire(keys(block, 0, 1, 2, 3)):
+                        slot_numbers[entry.array].add(lease.slot)
+                        assert lease.record.shape == (plan.layout(block).record_bytes,)
+                        assert lease.record.dtype == torch.uint8
+                        device.finish()
+                        assert record_bytes(lease.record) == records[lease.key]
+            assert not slot_numbers["big"] & slot_numbers["small"]
+            assert tier.stats().slots == sum(slots.values())
+            tier.close()
+
+
+def test_two_callers_of_one_expert_are_one_copy() -> None:
+    """The second finds it on the device when the host has it for both."""
+    gate = GatedReader(PLAN, RECORDS)
+    device = device_of()
+    with HostTier(gate, slots=SMALLEST) as host:
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+        tasks = [Task(lambda: [lease.key for lease in tier.acquire(keys(0, 1))]) for _ in range(4)]
+        wait_until(lambda: host.stats().misses == 4)
+        gate.open()
+        for task in tasks:
+            assert task.result() == keys(0, 1)
+        stats = tier.stats()
+        assert (stats.misses, stats.joined, stats.bytes_in) == (4, 3, PLAN.layouts["records"].slot_bytes)
+        tier.close()
+
+
+def test_callers_share_two_slots_on_streams_of_their_own(reader: RamReader) -> None:
+    device = device_of()
+    with HostTier(reader, slots=SMALLEST) as host:
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+
+        def caller(number: int) -> int:
+            consumer = Consumer(tier, device)
+            with device.stream():
+                for step in range(8):
+                    consumer.run((number + step) % 3, [0, 1, 2, 3])
+            return consumer.wrong()
+
+        assert run_all([lambda n=n: caller(n) for n in range(6)]) == [0] * 6
+        stats = tier.stats()
+        assert stats.hits + stats.misses == 6 * 8 * 4
+        tier.check_integrity()
+        host.check_integrity()
+        tier.close()
+
+
+def test_a_caller_waits_for_a_slot_that_another_computes_on(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    holders = [tier.acquire(keys(0, expert)) for expert in (0, 1)]
+    for holder in holders:
+        next(holder)
+        device.finish()
+    # Both slots of the device are held, and both of the host: the third caller gets neither before one is given back.
+    waiting = Task(lambda: [lease.key for lease in tier.acquire(keys(1, 2))])
+    wait_until(lambda: host.stats().misses == 3)
+    assert waiting.thread.is_alive()
+    assert next(holders[0], None) is None
+    assert waiting.result() == keys(1, 2)
+    holders[1].close()
+    tier.check_integrity()
+    tier.close()
+
+
+def test_a_lease_of_the_host_ends_when_the_copy_is_done(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    leases = tier.acquire(keys(0, 0))
+    next(leases)
+    assert device.copies.queue, "the copy has not run"
+    leases.close()
+    host.check_integrity()
+    assert not host._ledger._demands
+    assert not [work for work in device.copies.queue if "_copy" in repr(work)], "it has run by now"
+    tier.close()
+
+
+# -- wishes ------------------------------------------------------------------------------------------------------------
+
+
+def test_wishes_go_to_the_host_for_what_the_device_lacks(reader: RamReader) -> None:
+    device = device_of()
+    with HostTier(reader, slots={"records": 12}) as host:
+        tier = DeviceTier(host, PLAN, slots={"records": 12}, device=device)
+        Consumer(tier, device).run(0, [0])
+        before = reader.reads.copy()
+        tier.prefetch(0, keys(0, 0, 1))
+        wait_until(lambda: host.stats().ready == 2)
+        assert reader.reads - before == {ExpertKey(0, 1): 1}
+        assert tier.stats().ready == 1
+        tier.close()
+
+
+def test_a_demand_that_the_device_meets_clears_the_hosts_wishes_too() -> None:
+    gate = GatedReader(PLAN, RECORDS)
+    device = device_of()
+    with HostTier(gate, slots={"records": 12}, loaders=1) as host:
+        tier = DeviceTier(host, PLAN, slots={"records": 12}, device=device)
+        gate.release(ExpertKey(0, 0))
+        Consumer(tier, device).run(0, [0])
+        tier.prefetch(0, keys(0, 1, 2))
+        gate.wait_begun(ExpertKey(0, 1))
+        Consumer(tier, device).run(0, [0])
+        gate.open()
+        list(host.acquire(keys(1, 0)))  # one loader: what it had to do before is done
+        assert gate.reads[ExpertKey(0, 2)] == 0
+        tier.close()
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_too_full_gets_fewer_slots_and_the_same_bytes(host: HostTier) -> None:
+    size = PLAN.layouts["records"].slot_bytes
+    device = device_of(capacity=5 * size)
+    with pytest.warns(RuntimeWarning, match="room for 4 experts, not for 12") as caught:
+        tier = DeviceTier(host, PLAN, slots={"records": 12}, device=device)
+    assert len(caught) == 1
+    assert tier.stats().slots == 4
+    consumer = Consumer(tier, device)
+    for block in range(3):
+        consumer.run(block, [0, 1, 2, 3])
+    assert consumer.wrong() == 0
+    assert len(consumer.seen) == 12
+    tier.close()
+
+
+def test_a_device_without_room_for_one_token_is_refused(host: HostTier) -> None:
+    size = PLAN.layouts["records"].slot_bytes
+    with pytest.raises(BudgetError, match=f"no room for the {2 * size:,} bytes"):
+        DeviceTier(host, PLAN, slots={"records": 12}, device=device_of(capacity=2 * size - 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DeviceTier(host, PLAN, slots=SMALLEST, device=device_of(capacity=2 * size)).close()
+
+
+def test_memory_that_can_not_be_page_locked_is_copied_all_the_same(host: HostTier) -> None:
+    device = device_of(locks_pages=False)
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    consumer = Consumer(tier, device)
+    with pytest.warns(RuntimeWarning, match="page-lock") as caught:
+        for block in range(3):
+            consumer.run(block, [0, 1, 2, 3])
+    assert len(caught) == 1
+    assert device.page_lock_calls == 1, "it is not tried again"
+    assert consumer.wrong() == 0
+    tier.close()
+
+
+def test_each_slot_of_the_host_is_page_locked_once_and_let_go(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    consumer = Consumer(tier, device)
+    for block in (0, 1, 2, 0):
+        consumer.run(block, [0, 1, 2, 3])
+    assert device.page_lock_calls == len(device.locked) == 2
+    consumer.wrong()
+    tier.close()
+    assert not device.locked
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    device.copy_error = RuntimeError("the device is gone")
+    with pytest.raises(RuntimeError, match="gone"):
+        Consumer(tier, device).run(0, [0, 1])
+    tier.check_integrity()
+    host.check_integrity()
+    assert not host._ledger._demands
+    assert (tier.stats().failures, tier.stats().ready) == (1, 0)
+    device.copy_error = None
+    consumer = Consumer(tier, device)
+    consumer.run(0, [0, 1, 2, 3])
+    assert consumer.wrong() == 0
+    tier.close()
+
+
+def test_an_error_of_the_store_passes_through(host: HostTier, reader: RamReader) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    reader.broken.add(ExpertKey(0, 1))
+    with pytest.raises(StoreReadError):
+        Consumer(tier, device).run(0, [1])
+    tier.check_integrity()
+    reader.broken.clear()
+    consumer = Consumer(tier, device)
+    consumer.run(0, [1])
+    assert consumer.wrong() == 0
+    tier.close()
+
+
+def test_close_waits_for_copies_and_wakes_who_waits(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    holders = [tier.acquire(keys(0, expert)) for expert in (0, 1)]
+    for holder in holders:
+        next(holder)
+    device.finish()
+    for holder in holders:  # the host's leases end, the device's slots stay pinned by other readers
+        holder.close()
+    readers = [tier.acquire(keys(0, 0, 1)) for _ in range(2)]
+    held = next(readers[0])
+    waiting = Task(lambda: list(tier.acquire(keys(1, 2))))
+    wait_until(lambda: host.stats().ready == 2 and host.stats().misses == 3)
+    wait_until(lambda: bool(tier._monitor._sleepers))
+    tier.close()
+    with pytest.raises(ClosedError):
+        waiting.result()
+    assert record_bytes(held.record) == RECORDS[held.key], "a lease stays usable"
+    with pytest.raises(ClosedError):
+        next(readers[0])
+    with pytest.raises(ClosedError):
+        next(readers[1])
+    tier.close()
+    with pytest.raises(ClosedError):
+        tier.prefetch(0, keys(0, 0))
+    assert tier.stats().misses == 3
+
+
+# -- a CPU's tier ------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_records_are_the_hosts_own_memory(host: HostTier) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        views = HostViews(host)
+        seen: dict[int, torch.Tensor] = {}
+        for _ in range(2):
+            for block in range(3):
+                for lease in views.acquire(keys(block, 0, 1, 2, 3)):
+                    assert lease.record.data_ptr() % 4096 == 0
+                    assert record_bytes(lease.record) == RECORDS[lease.key]
+                    assert seen.setdefault(lease.slot, lease.record) is lease.record, "made once for each slot"
+        assert len(seen) == 2
+        assert views.stats() == host.stats()
+        views.close()
+        del seen, lease
+
+
+def test_views_follow_a_source_whose_memory_changes() -> None:
+    views = HostViews(HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST))
+    source = views._source
+    first = [lease.record for lease in views.acquire(keys(0, 0))]
+    other = HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST)
+    views._source = other  # a client that has attached to a new arena
+    second = [lease.record for lease in views.acquire(keys(0, 1))]
+    assert first[0].data_ptr() != second[0].data_ptr()
+    assert record_bytes(second[0]) == RECORDS[ExpertKey(0, 1)]
+    views.close()
+    source.close()
+    other.close()
+
+
+# -- a real one --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda(tmp_path: Path) -> None:
+    records = make_store(tmp_path)
+    cuda = torch.device("cuda")
+    with ExpertStore.open(tmp_path) as store, HostTier(store, slots=SMALLEST) as host:
+        tier = DeviceTier(host, store.manifest, slots=SMALLEST, device=CudaDevice(cuda))
+
+        def caller(number: int) -> int:
+            right = 0
+            with torch.cuda.stream(torch.cuda.Stream()):
+                copies = []
+                for step in range(20):
+                    for lease in tier.acquire(keys((number + step) % 3, 0, 1, 2, 3)):
+                        copies.append((lease.key, lease.record.clone()))  # queued on this thread's stream
+                torch.cuda.current_stream().synchronize()
+                right = sum(record_bytes(copy) == records[key] for key, copy in copies)
+            return right
+
+        assert run_all([lambda n=n: caller(n) for n in range(4)]) == [80] * 4
+        tier.close()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_page_locks_and_recovers_from_a_refusal() -> None:
+    device = CudaDevice(torch.device("cuda"))
+    with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as host:
+        for lease in host.acquire(keys(0, 0)):
+            record = torch.frombuffer(lease.record, dtype=torch.uint8)
+            assert device.lock_pages(record)
+            assert record.is_pinned()
+            assert not device.lock_pages(record), "it is locked already"
+            assert float(torch.ones(4, device="cuda").sum()) == 4, "the refusal does not come up again"
+            device.unlock_pages(record)
+            del record

@@ -1,0 +1,299 @@
+"""What every ExpertSource promises (moetier.tiers.source), held by each over a real store on a real disk."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from stores import make_plan, make_records, write_store
+from threads import Task, run_all, wait_until
+
+from moetier.tiers.budget import slots_for, smallest_budget
+from moetier.tiers.device import DeviceTier
+from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.source import ExpertSource, Lease
+from moetier.tiers.store import ExpertStore
+from moetier.tiers.views import HostViews
+
+PLAN = make_plan(blocks=3, experts=6, top_k=2)
+RECORDS = make_records(PLAN)
+TWO = slots_for(PLAN, smallest_budget(PLAN))
+ALL = {"records": PLAN.record_count}
+KINDS = ["host", "views", "device"]
+
+
+@dataclass
+class Opened:
+    """A source under test, with the host that it is or stands on."""
+
+    source: ExpertSource[Any]
+    host: HostTier
+    store: ExpertStore
+    data: Callable[[Lease[Any]], bytes]  # what a computation on the lease sees
+
+    def take(self, block: int, *experts: int) -> list[ExpertKey]:
+        """Acquires, checks the bytes of each, and returns the keys in order of arrival."""
+        arrived = []
+        for lease in self.source.acquire(keys(block, *experts)):
+            assert self.data(lease) == RECORDS[lease.key], f"wrong bytes for {lease.key}"
+            arrived.append(lease.key)
+        return arrived
+
+    def check(self) -> None:
+        self.host.check_integrity()
+        if isinstance(self.source, DeviceTier):
+            self.source.check_integrity()
+
+
+def keys(block: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(block, expert) for expert in experts]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("store")
+    write_store(made, PLAN, RECORDS)
+    return made
+
+
+@contextlib.contextmanager
+def open_source(kind: str, folder: Path, slots: dict[str, int]) -> Iterator[Opened]:
+    with ExpertStore.open(folder) as store, HostTier(store, slots=slots, loaders=2) as host:
+        match kind:
+            case "host":
+                yield Opened(host, host, store, lambda lease: bytes(lease.record))
+            case "views":
+                views = HostViews(host)
+                yield Opened(views, host, store, lambda lease: lease.record.numpy().tobytes())
+                views.close()
+            case "device":
+                device = FakeDevice(random.Random(0))
+                tier = DeviceTier(host, store.manifest, slots=slots, device=device)
+
+                def data(lease: Lease[torch.Tensor]) -> bytes:
+                    seen: list[bytes] = []
+                    device.compute(lambda: seen.append(lease.record.numpy().tobytes()))
+                    device.current_stream().record_event().synchronize()
+                    return seen[0]
+
+                yield Opened(tier, host, store, data)
+                tier.close()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def smallest(kind: str, folder: Path) -> Iterator[Opened]:
+    """Exactly one block's top-k records, in every tier."""
+    with open_source(kind, folder, dict(TWO)) as opened:
+        yield opened
+        opened.check()
+
+
+@pytest.fixture
+def roomy(kind: str, folder: Path) -> Iterator[Opened]:
+    """Room for all."""
+    with open_source(kind, folder, dict(ALL)) as opened:
+        yield opened
+        opened.check()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5, 6, 7, 11, 18])
+def test_each_key_comes_once_with_its_bytes(kind: str, folder: Path, slots: int) -> None:
+    with open_source(kind, folder, {"records": slots}) as opened:
+        for experts in ([0, 1, 2, 3, 4, 5], [5, 3], [2], [4, 0, 1]) * 3:
+            for block in range(3):
+                assert sorted(opened.take(block, *experts)) == sorted(keys(block, *experts))
+                opened.check()
+        stats = opened.source.stats()
+        assert stats.hits + stats.misses == 3 * 3 * 12
+        assert stats.ready <= stats.slots == slots
+        if slots == 18:
+            assert stats.misses == 18
+        elif slots == 2:
+            assert stats.hits == 0, "three blocks stream through two slots"
+
+
+def test_nothing_wanted_is_nothing_given(smallest: Opened) -> None:
+    assert smallest.take(0) == []
+
+
+def test_a_key_wanted_twice_comes_once(smallest: Opened) -> None:
+    assert sorted(smallest.take(1, 4, 4, 2, 4, 2)) == keys(1, 2, 4)
+
+
+def test_residents_come_first(roomy: Opened) -> None:
+    roomy.take(2, 1, 4)
+    arrived = roomy.take(2, 0, 1, 2, 3, 4, 5)
+    assert arrived[:2] == keys(2, 1, 4)
+    assert sorted(arrived[2:]) == keys(2, 0, 2, 3, 5)
+    assert sorted(roomy.take(2, 5, 3, 0)) == keys(2, 0, 3, 5)
+
+
+def test_a_lease_is_valid_until_the_next_is_taken(smallest: Opened) -> None:
+    """While others want everything else, and there is one other slot."""
+    leases = smallest.source.acquire(keys(0, 3))
+    lease = next(leases)
+    assert smallest.data(lease) == RECORDS[lease.key]
+
+    def hammer() -> None:
+        for _ in range(5):
+            for block in (1, 2, 0):
+                smallest.take(block, 0, 1, 2)
+
+    tasks = [Task(hammer) for _ in range(2)]
+    while any(task.thread.is_alive() for task in tasks):
+        assert smallest.data(lease) == RECORDS[lease.key]
+    for task in tasks:
+        task.result()
+    assert next(leases, None) is None
+
+
+def test_a_closed_iterator_holds_nothing(smallest: Opened) -> None:
+    for _ in range(5):
+        leases = smallest.source.acquire(keys(0, 0, 1, 2, 3))
+        next(leases)
+        next(leases)
+        leases.close()
+        smallest.check()
+    assert len(Task(lambda: smallest.take(1, 0, 1, 2, 3)).result()) == 4
+
+
+def test_an_exception_in_the_loop_holds_nothing(smallest: Opened) -> None:
+    def consume() -> None:
+        for lease in smallest.source.acquire(keys(0, 0, 1, 2, 3)):
+            raise ZeroDivisionError(lease.key)
+
+    for _ in range(5):
+        with pytest.raises(ZeroDivisionError):
+            consume()
+    assert len(Task(lambda: smallest.take(1, 0, 1, 2, 3)).result()) == 4
+
+
+def test_a_lost_iterator_holds_nothing(smallest: Opened) -> None:
+    for _ in range(5):
+        leases = smallest.source.acquire(keys(0, 0, 1, 2, 3))
+        next(leases)
+        cycle: list[object] = [leases]
+        cycle.append(cycle)
+        del leases, cycle
+    gc.collect()
+    assert len(Task(lambda: smallest.take(1, 0, 1, 2, 3)).result()) == 4
+
+
+def test_an_iterator_that_never_began_holds_nothing(smallest: Opened) -> None:
+    unused = [smallest.source.acquire(keys(0, 0, 1)) for _ in range(5)]
+    assert smallest.take(1, 0, 1) != []
+    assert smallest.source.stats().misses == 2
+    for leases in unused:
+        leases.close()
+
+
+def test_a_bad_record_is_an_error_and_the_others_are_served(kind: str, tmp_path: Path) -> None:
+    write_store(tmp_path, PLAN, RECORDS)
+    with open_source(kind, tmp_path, {"records": 6}) as opened:
+        path = opened.store.path(1)
+        good = path.read_bytes()
+        at = good.index(RECORDS[ExpertKey(1, 2)]) + 1000
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        for _ in range(3):
+            with pytest.raises(ChecksumError, match="expert 2"):
+                opened.take(1, 0, 1, 2, 3)
+            opened.check()
+            assert sorted(opened.take(1, 0, 1, 3)) == keys(1, 0, 1, 3)
+            assert sorted(opened.take(2, 1, 2)) == keys(2, 1, 2)
+        assert opened.host.stats().failures == 3
+        path.write_bytes(good)
+        assert opened.take(1, 2) == keys(1, 2), "an error is not remembered"
+
+
+def test_what_the_model_does_not_have_is_an_error(smallest: Opened) -> None:
+    for block, expert in ((0, 6), (0, 10**9), (0, -1)):
+        with pytest.raises(MissingExpertError):
+            smallest.take(block, expert)
+    assert smallest.take(0, 5) == keys(0, 5)
+
+
+def test_a_wish_is_fulfilled_or_not_and_harms_nothing(smallest: Opened) -> None:
+    for step in range(30):
+        block = step % 3
+        smallest.source.prefetch((block + 1) % 3, keys((block + 1) % 3, 0, 3, 5))
+        assert len(smallest.take(block, step % 6, (step + 1) % 6)) == 2
+        smallest.source.prefetch(block, [])
+    smallest.check()
+
+
+def test_a_wish_saves_the_wait(roomy: Opened) -> None:
+    roomy.source.prefetch(1, keys(1, 0, 3))
+    wait_until(lambda: roomy.host.stats().ready == 2)
+    assert sorted(roomy.take(1, 0, 3)) == keys(1, 0, 3)
+    assert roomy.host.stats().hits == 2
+    assert roomy.host.stats().prefetched == 2
+
+
+def test_after_close_everything_raises(kind: str, folder: Path) -> None:
+    with open_source(kind, folder, dict(TWO)) as opened:
+        leases = opened.source.acquire(keys(0, 0, 1))
+        next(leases)
+        opened.source.close()
+        with pytest.raises(ClosedError):
+            next(leases)
+        with pytest.raises(ClosedError):
+            opened.take(0, 0)
+        with pytest.raises(ClosedError):
+            opened.source.prefetch(0, keys(0, 0))
+        opened.source.close()
+        assert opened.source.stats().misses == 2
+
+
+@pytest.mark.parametrize("blocks", [(0, 0), (0, 1)], ids=["one block", "two blocks"])
+def test_two_callers_at_the_smallest_budget_come_to_an_end(smallest: Opened, blocks: tuple[int, int]) -> None:
+    """Each wants three times what there are slots for."""
+
+    def caller(block: int) -> int:
+        return sum(len(smallest.take(block, 0, 1, 2, 3, 4, 5)) for _ in range(25))
+
+    assert run_all([lambda b=b: caller(b) for b in blocks]) == [150, 150]
+
+
+@pytest.mark.parametrize("slots", [2, 7])
+def test_a_storm(kind: str, folder: Path, slots: int) -> None:
+    """Callers that want anything, wish anything, and stop anywhere."""
+
+    def caller(opened: Opened, seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(25):
+            block = chance.randrange(3)
+            wanted = keys(block, *chance.sample(range(6), chance.randint(1, 6)))
+            left = chance.choice([0, 1, 99, 99])
+            with contextlib.closing(opened.source.acquire(wanted)) as leases:
+                for lease in leases:
+                    assert lease.key in wanted
+                    wanted.remove(lease.key)
+                    assert opened.data(lease) == RECORDS[lease.key], f"wrong bytes for {lease.key}"
+                    if not left:
+                        break
+                    left -= 1
+                else:
+                    assert not wanted
+            if chance.random() < 0.3:
+                block = chance.randrange(3)
+                opened.source.prefetch(block, keys(block, *chance.sample(range(6), 2)))
+
+    with open_source(kind, folder, {"records": slots}) as opened:
+        run_all([lambda seed=seed: caller(opened, seed) for seed in range(8)])
+        opened.check()
+        assert sorted(opened.take(0, 0, 1, 2)) == keys(0, 0, 1, 2)
