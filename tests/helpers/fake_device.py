@@ -1,4 +1,4 @@
-"""A device that does what it is told as late as is legal, each stream in its own time, in an order that a test picks."""
+"""A device that does what it is told as late as is legal, each stream in its own time, as chance has it."""
 
 from __future__ import annotations
 
