@@ -1,0 +1,64 @@
+"""Every architecture that has transformers' experts interface gives bitwise the same logits as with eager experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architecture_table import TABLE, listed
+from architectures import FURTHER, REQUIRED, model_types, tiny_model
+from comparison import compare
+
+import moetier
+from moetier.tools.convert import convert
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_no_type_is_skipped() -> None:
+    """A type that transformers adds fails here until it is run."""
+    assert len(REQUIRED) + len(FURTHER) == len(REQUIRED | FURTHER)
+    assert set(model_types()) == REQUIRED | FURTHER
+
+
+def test_the_table_in_the_documentation_has_them_all() -> None:
+    """Made by: python tests/helpers/architecture_table.py."""
+    assert listed(TABLE.read_text()) == dict.fromkeys(REQUIRED | FURTHER, ("equal", "equal"))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", sorted(REQUIRED))
+def test_required(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    assert compare(model_type, dtype, tmp_path).differing == ()
+
+
+@pytest.mark.parametrize("model_type", sorted(FURTHER))
+def test_further(model_type: str, tmp_path: Path) -> None:
+    assert compare(model_type, BF16, tmp_path).differing == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(FURTHER))
+def test_further_in_fp32(model_type: str, tmp_path: Path) -> None:
+    assert compare(model_type, FP32, tmp_path).differing == ()
+
+
+def test_two_experts_modules_in_a_layer_are_keyed_apart(tmp_path: Path) -> None:
+    """ernie4_5_vl_moe sends tokens of images to other experts, of another size, than those of text."""
+    ordinary = tiny_model("ernie4_5_vl_moe", FP32)
+    ordinary.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "converted", bits=16)
+    tiered, _ = moetier.load(tmp_path / "converted")
+    ids = torch.randint(2, 250, (1, 12), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0]])
+    with tiered.tiers, torch.no_grad():
+        of_text, mixed = (
+            [model(input_ids=ids, moe_mm_token_type_ids=kinds).logits for model in (ordinary, tiered)]
+            for kinds in (torch.zeros_like(images), images)
+        )
+        paths = [block.path.rpartition("layers.")[2] for block in tiered.tiers.store.manifest.blocks]
+    assert paths == [f"{layer}.mlp.{kind}_moe.experts" for layer in (1, 2) for kind in ("text", "vision")]
+    assert torch.equal(*of_text)
+    assert torch.equal(*mixed)
+    assert not torch.equal(of_text[0], mixed[0])
