@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import IncompleteStoreError, StoreFormatError, StoreReadError
 from .manifest import Manifest
-from .shard import GROUP, METADATA, PLAN, ShardFile
+from .shard import GROUP, JOURNAL, METADATA, PLAN, ShardFile
 
 
 def command(name: str, *arguments: str | Path) -> str:
@@ -54,8 +54,16 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
     there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
     return IncompleteStoreError(
         f"{target} is incomplete: its conversion was cut; {there} of {len(blocks)} blocks are there.",
-        f"Resume it: {command('convert', plan.model, target)}",
+        f"Resume it: {_resuming(target, plan)}",
     )
+
+
+def _resuming(target: Path, plan: Manifest) -> str:
+    """As the converter noted it, with every option that counts."""
+    try:
+        return shlex.join(json.loads((target / JOURNAL).read_bytes())["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return command("convert", plan.model, target)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

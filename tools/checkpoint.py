@@ -46,6 +46,8 @@ class Checkpoint:
 
     name: str  # hub id, or the folder's name
     folder: Path
+    source: str  # what opens it again from anywhere: hub id, or the folder's absolute path
+    ignored_code: bool
     config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, StoredTensor]
     copied: tuple[str, ...]
@@ -90,6 +92,8 @@ def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpo
     return Checkpoint(
         name=name,
         folder=folder,
+        source=str(folder if Path(source).is_dir() else source),
+        ignored_code=ignore_code,
         config=config,
         tensors=_read_tensors(folder, config),
         copied=tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name)),

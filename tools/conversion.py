@@ -137,18 +137,14 @@ class Conversion:
 
     @property
     def command(self) -> list[str]:
-        """What resumes it, as arguments."""
-        options = self.options
-        command = ["moetier", "convert", str(self.source), str(self.target.folder), "--bits", str(options.bits)]
+        """What resumes it, word by word."""
+        options, words = self.options, ["moetier", "convert", self.checkpoint.source, str(self.target.folder.resolve())]
+        words += ["--bits", str(options.bits)]
         if options.group_size is not None:
-            command += ["--group-size", str(options.group_size)]
+            words += ["--group-size", str(options.group_size)]
         if options.pairs is not None:
-            command += ["--pairs", options.pairs]
-        return command + ["--fast"] * options.fast
-
-    @property
-    def source(self) -> Path:
-        return self.checkpoint.folder
+            words += ["--pairs", options.pairs]
+        return words + ["--fast"] * options.fast + ["--ignore-code"] * self.checkpoint.ignored_code
 
     @property
     def _weights(self) -> int:

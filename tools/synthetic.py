@@ -96,13 +96,13 @@ def make_synthetic(
         raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another place.")
     shards = plan_trunk(_tensors(config, seed), "model")
     size = sum(shard.size for shard in shards)
-    make_folders(folder)
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    if size > free:
+    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
+    if size > (free := disk.f_bavail * disk.f_frsize):
         raise DiskSpaceError(f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space.")
     own = files("moetier.assets") / "tinymix"
     tokens = json.loads((own / "config.json").read_bytes())
     config |= {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in tokens}
+    make_folders(folder)
     with disk_errors(folder / "model"), Progress("weights", size, quiet=quiet) as progress:
         for shard in shards:
             shard.write(folder, progress.advance)
@@ -143,10 +143,17 @@ class RandomTensor:
 
 
 def _tensors(config: dict[str, Any], seed: int) -> dict[str, SourceTensor]:
-    """In the published names and shapes of the architecture."""
     import torch
 
     pool = torch.empty(POOL_WEIGHTS).normal_(std=STD, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return {
+        name: RandomTensor(shape, zlib.crc32(name.encode()) % POOL_WEIGHTS, pool)
+        for name, shape in shapes_of(config).items()
+    }
+
+
+def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of every tensor, in the published names of the architecture."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     head = config.get("head_dim", hidden // config["num_attention_heads"])
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
@@ -169,5 +176,4 @@ def _tensors(config: dict[str, Any], seed: int) -> dict[str, SourceTensor]:
         for expert in range(experts):
             for name, shape in zip(names, ((inner, hidden), (hidden, inner), (inner, hidden)), strict=True):
                 shapes[f"{prefix}.{moe}.experts.{expert}.{name}.weight"] = shape
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    return {name: RandomTensor(shape, zlib.crc32(name.encode()) % POOL_WEIGHTS, pool) for name, shape in shapes.items()}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}

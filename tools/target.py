@@ -21,14 +21,13 @@ from moetier.tiers.durable import sync_folder, write_durably
 from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import FORMAT, Manifest
-from moetier.tiers.shard import GROUP, METADATA, PARTIAL, PLAN, ShardFile
+from moetier.tiers.shard import GROUP, JOURNAL, METADATA, PARTIAL, PLAN, ShardFile
 from moetier.tiers.writer import is_complete
 
 from .checkpoint import COPIED, INDEX, Checkpoint, carried, contained
 from .trunk import TrunkFile, index_of
 
 CONFIG = "config.json"
-JOURNAL = "conversion.json"
 WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{JOURNAL}")
 SLACK_BYTES = 1 << 20  # folders and small files
 

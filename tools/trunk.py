@@ -102,7 +102,7 @@ def plan_trunk(
     tensors: Mapping[str, SourceTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
 ) -> tuple[TrunkFile, ...]:
     """Distributes tensors over files of about ``file_bytes``: a function of names, shapes and types alone."""
-    odd = [name for name in tensors if nbytes(tensors[name]) % ALIGNMENT]
+    odd = {name: None for name in tensors if nbytes(tensors[name]) % ALIGNMENT}  # in order
     matrices = [name for name in odd if len(tensors[name].shape) > 1]
     vectors = sorted((name for name in odd if len(tensors[name].shape) <= 1), key=lambda n: -_itemsize(tensors[n]))
     files: list[list[str]] = [[]]

@@ -21,9 +21,11 @@ from moetier.tiers.errors import ConfigError, DiskSpaceError, IncompleteStoreErr
 from moetier.tiers.keys import BITS, Bits
 from moetier.tiers.shard import GROUP, PARTIAL
 from moetier.tiers.store import ExpertStore
+from moetier.tools.checkpoint import open_checkpoint
+from moetier.tools.conversion import Conversion, Options
 from moetier.tools.convert import convert
 from moetier.tools.main import main
-from moetier.tools.target import JOURNAL
+from moetier.tools.target import State
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 
@@ -182,6 +184,16 @@ def test_a_mistake_is_two_lines(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert fix.startswith("  Choose another folder")
 
 
+def test_what_resumes_it_has_every_option(source: Path, tmp_path: Path) -> None:
+    """The command that a cut conversion names makes the very same."""
+    src = Path(shutil.copytree(source, tmp_path / "with space"))
+    edit_json(src / "config.json", auto_map={})
+    options = Options(bits=2, group_size=16, pairs="uint8", fast=True)
+    conversion = Conversion.plan(open_checkpoint(src, ignore_code=True), tmp_path / "dst", options)
+    assert main(conversion.command[1:]) == 0
+    assert conversion.target.state() is State.COMPLETE
+
+
 # where it writes
 
 
@@ -264,8 +276,11 @@ PRELUDE = """
 import os, signal, sys
 from pathlib import Path
 import moetier.tools.conversion, transformers.models.mixtral.modeling_mixtral
+from moetier.tools.checkpoint import open_checkpoint
+from moetier.tools.conversion import Conversion, Options
 from moetier.tools.convert import convert
 from moetier.tools.main import main
+from moetier.tools.target import State
 source, target = sys.argv[1:3]
 
 def on_events(act):
@@ -332,7 +347,9 @@ sys.exit(main(['convert', source, target]))
     assert "it resumes where it stopped" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert not list(dst.rglob(f"*{PARTIAL}"))
-    assert json.loads((dst / JOURNAL).read_text())["command"][:4] == ["moetier", "convert", str(source), str(dst)]
+    with pytest.raises(IncompleteStoreError, match="1 of 3 blocks") as caught:
+        ExpertStore.open(dst)
+    assert caught.value.fix == f"Resume it: moetier convert {source} {dst} --bits 4"
     first = (dst / GROUP / "records" / "c" / "0" / "0" / "0").stat().st_mtime_ns
     assert convert(source, dst).resumed_blocks == 1
     assert (dst / GROUP / "records" / "c" / "0" / "0" / "0").stat().st_mtime_ns == first

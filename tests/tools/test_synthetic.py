@@ -1,0 +1,77 @@
+"""Checkpoints of a large model's geometry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import tree
+
+from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+from moetier.tools import synthetic
+from moetier.tools.convert import convert
+from moetier.tools.main import main
+from moetier.tools.synthetic import GEOMETRIES, make_synthetic
+
+SMALL: dict[str, dict[str, Any]] = {
+    "mixtral-4L": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3-8L": {
+        "hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_experts": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, changes in SMALL.items():
+        monkeypatch.setitem(GEOMETRIES, name, GEOMETRIES[name] | changes)
+
+
+@pytest.mark.parametrize("geometry", sorted(GEOMETRIES))
+@pytest.mark.usefixtures("small")
+def test_transformers_loads_it_whole(geometry: str, tmp_path: Path) -> None:
+    size = make_synthetic(tmp_path / "src", geometry=geometry, blocks=2)
+    assert size == sum(path.stat().st_size for path in (tmp_path / "src").glob("*.safetensors"))
+    architecture = json.loads((tmp_path / "src" / "config.json").read_text())["architectures"][0]
+    model, info = getattr(transformers, architecture).from_pretrained(tmp_path / "src", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.bfloat16
+    experts = model.model.layers[1].mlp.experts
+    assert abs(float(experts.gate_up_proj.float().std()) - synthetic.STD) < 1e-3
+    for one in range(experts.num_experts):
+        for other in range(one):
+            assert not torch.equal(experts.down_proj[one], experts.down_proj[other])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "src")
+    assert max(tokenizer("To be, or not to be").input_ids) < model.config.vocab_size
+    assert len(convert(tmp_path / "src", tmp_path / "dst").blocks) == 2
+
+
+@pytest.mark.usefixtures("small")
+def test_the_seed_decides(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_synthetic(tmp_path / name, blocks=1, seed=seed)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert tree(tmp_path / "a") != tree(tmp_path / "c")
+
+
+def test_the_geometries_are_what_they_say() -> None:
+    """Parameters: 5.84 and 5.07 thousand million."""
+    for name, expected in (("mixtral-4L", 5.84e9), ("qwen3-8L", 5.0e9)):
+        config = {**synthetic.COMMON, **GEOMETRIES[name]}
+        weights = sum(torch.Size(shape).numel() for shape in synthetic.shapes_of(config).values())
+        assert abs(weights / expected - 1) < 0.02, weights
+
+
+def test_it_writes_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TargetExistsError):
+        make_synthetic(tmp_path)
+    with pytest.raises(DiskSpaceError, match="needs"):
+        make_synthetic(tmp_path / "dst", blocks=1000)
+    assert main(["synthetic", str(tmp_path)]) == 1
+    assert "not an empty folder" in capsys.readouterr().err
