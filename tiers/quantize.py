@@ -29,12 +29,13 @@ from .errors import CheckpointError, ConfigError
 from .keys import BITS, ROW_TILE, Bias, Bits, Projection, RecordLayout
 from .pairs import load_pairs, store_pairs
 
-# group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md)
+# group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md);
+# pairs of 8 and 4 bits in bf16 all the same, because then torch's int4 kernel multiplies a record where it lies
 DEFAULTS: dict[Bits, tuple[int, str]] = {
     8: (64, "bfloat16"),
     4: (64, "bfloat16"),
-    3: (64, "bfloat16"),
-    2: (64, "bfloat16"),
+    3: (64, "uint8"),
+    2: (32, "uint8"),
 }
 GROUPS = (256, 128, 64, 32)  # that torch's int4 kernel takes
 STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}

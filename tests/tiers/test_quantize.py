@@ -20,8 +20,6 @@ from moetier.tiers.quantize import WeightError, decode, encode, expand, layout_f
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 QUANTISED: tuple[Bits, ...] = (8, 4, 3, 2)
-# relative Frobenius error of normal weights: what each width must not exceed, at any group size
-BOUNDS = {8: 0.009, 4: 0.12, 3: 0.26, 2: 0.58}
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +128,11 @@ def test_decode_reads_what_the_format_says(
         assert torch.equal(read, expected.float())
         return
     assert columns % p.group == 0
-    original = tensors["w"].float()
-    assert float((read - original).norm() / original.norm()) < BOUNDS[bits]
     by_rows, stored = (read.T if transposed else read), record.numpy().tobytes()
+    original = tensors["w"].float()
+    low, high = (original.T if transposed else original).reshape(-1, p.group).aminmax(dim=1)
+    largest_step = float((high - low).max()) / (2**bits - 1)
+    assert float((read - original).abs().mean()) < 0.6 * largest_step  # a quarter, were every group that wide
     generator = np.random.default_rng(seed)
     for row, column in zip(generator.integers(0, rows, 40), generator.integers(0, columns, 40), strict=True):
         assert by_rows[row, column] == read_weight(stored, layout, int(row), int(column))

@@ -1,0 +1,125 @@
+"""What quantised experts cost on the bundled model: the promised bounds, and a measurement made another way."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from moetier.tools.main import main
+from moetier.tools.perplexity import WINDOW, Loss, loss
+
+TEXTS = Path(__file__).parent.parent / "assets" / "texts"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices: a second thread would wait more than it helps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quality(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    assert main(["quality", *arguments, "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["rows"]
+    return rows
+
+
+def change(rows: list[dict[str, Any]], bits: int, method: str) -> float:
+    """Of the perplexity over the unquantised model's."""
+    (row,) = (row for row in rows if row["bits"] == bits and row["method"] == method)
+    return float(row["perplexity"] / rows[0]["perplexity"] - 1)
+
+
+def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quality(capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "1024")
+    assert [row["bits"] for row in rows] == [None, 16, 8, 4, 3, 2]
+    assert change(rows, 16, "") == 0  # its checkpoint is bf16
+    assert abs(change(rows, 8, "hqq")) < 0.001
+    assert change(rows, 4, "hqq") < 0.01
+    assert change(rows, 3, "hqq") < 0.025
+    assert change(rows, 3, "hqq") < change(rows, 2, "hqq") < 0.1
+    sizes = [row["stored_bytes"] for row in rows[1:]]
+    assert sizes == sorted(sizes, reverse=True)
+    errors = [row["error"] for row in rows[1:]]
+    assert errors == sorted(errors)
+
+
+def test_hqq_is_better_than_plain_rounding_at_two_bits(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quality(capsys, str(tinymix), "--text", str(TEXTS), "--bits", "16,2", "--fast")
+    assert [row["method"] for row in rows] == ["", "", "hqq", "rounding"]
+    _, _, hqq, rounding = rows
+    assert hqq["error"] < rounding["error"]
+    assert hqq["perplexity"] < rounding["perplexity"]
+    assert hqq["stored_bytes"] == rounding["stored_bytes"]
+
+
+def test_a_model_directory_is_measured_as_it_runs(
+    tinymix: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("--text", str(TEXTS / "python.txt"), "--tokens", "512")
+    (row,) = quality(capsys, str(tinymix_4bit), *settings)
+    _, expected = quality(capsys, str(tinymix), *settings, "--bits", "4")
+    assert (row["bits"], row["group"], row["pairs"], row["method"]) == (4, "64", "bfloat16", "hqq")
+    assert row["stored_bytes"] == expected["stored_bytes"]
+    assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=0.01)  # it runs in bf16
+
+
+def test_loss_is_what_transformers_says(tinymix: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tinymix, dtype=torch.float32)
+    ids = torch.randint(5, 4000, (WINDOW + 100,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (model(part[None], labels=part[None]).loss for part in (ids[:WINDOW], ids[WINDOW:]))
+    found = loss(model, ids)
+    assert found.tokens == WINDOW - 1 + 99
+    assert found.nats == pytest.approx(float(first) * (WINDOW - 1) + float(second) * 99, rel=1e-5)
+    assert (Loss(10, 20.0) + Loss(10, 0.0)).perplexity == pytest.approx(math.e)
+    assert loss(model, ids[: WINDOW + 1]).tokens == WINDOW - 1  # one token by itself foretells nothing
+
+
+def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(TEXTS / "it.txt")
+    assert (
+        main(["quality", str(tinymix), "--text", text, "--tokens", "64", "--bits", "2", "--group-size", "64,32"]) == 0
+    )
+    head, first, *others = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "it"
+    assert first.startswith("as it is")
+    assert [line.split()[:2] for line in others] == [["2", "64"], ["2", "32"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("--text", "nowhere.txt"), "nowhere.txt is no text"),
+        (("--text", str(Path(__file__).parent)), "no folder with .txt files"),
+        (("--text", str(TEXTS / "it.txt"), str(TEXTS / "it.txt")), "same name"),
+        (("--text", str(TEXTS), "--tokens", "1"), "--tokens must be 2 or more"),
+        (("--text", str(TEXTS), "--tokens", "4", "--bits", "5"), "5 bits are not supported"),
+        (("--text", str(TEXTS), "--tokens", "4", "--bits", "4", "--group-size", "48"), "Groups of 48"),
+    ],
+)
+def test_mistakes(tinymix: Path, arguments: tuple[str, ...], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quality", str(tinymix), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert cause in error
+    assert "Traceback" not in error
+
+
+def test_models_that_are_quantised_already_are_refused(
+    tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tinymix, tmp_path / "fp8", ignore=shutil.ignore_patterns("scripts"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert main(["quality", str(folder), "--text", str(TEXTS), "--tokens", "4"]) == 1
+    assert "fp8 is quantised already" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""``moetier quality SRC --text FILE...``: what each width costs, in bytes and in perplexity."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.config import format_bytes
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.keys import BITS, Bits, RecordLayout
+
+from .report import table
+
+if TYPE_CHECKING:
+    from .perplexity import Loss
+
+HELP = "measure what quantised experts cost: bytes, error, perplexity by text"
+
+Way = tuple[Bits, int | None, str | None, bool]  # bits, group, pairs, fast
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to store the experts. ``error`` is relative, over all their weights."""
+
+    bits: int | None  # None: the checkpoint as it is
+    group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
+    pairs: str
+    method: str  # "hqq" or "rounding", likewise
+    stored_bytes: int | None
+    bits_per_weight: float | None  # as stored: pairs, padding and checksums included
+    error: float | None
+    losses: Mapping[str, Loss]  # by text
+
+    @property
+    def perplexity(self) -> float:
+        """Over all texts together."""
+        from .perplexity import Loss
+
+        return sum(self.losses.values(), Loss()).perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        by_text = {name: loss.perplexity for name, loss in self.losses.items()}
+        return asdict(self) | {"perplexity": self.perplexity, "perplexity_by_text": by_text}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="a checkpoint, stored in memory in every way; or a model directory, as it is"
+    )
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="PATH", help="texts, or folders of .txt")
+    parser.add_argument(
+        "--tokens", type=int, default=3072, metavar="N", help="of the beginning of each text (default: %(default)s)"
+    )
+    parser.add_argument("--bits", type=_numbers, default=BITS, metavar="N,...", help="(default: 16,8,4,3,2)")
+    parser.add_argument("--group-size", type=_numbers, default=(None,), metavar="N,...", help="(default: by --bits)")
+    parser.add_argument("--pairs", type=_names, default=(None,), metavar="TYPE,...", help="(default: by --bits)")
+    parser.add_argument("--fast", action="store_true", help="plain rounding too, beside HQQ")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _numbers(value: str) -> list[int]:
+    return [int(part) for part in value.split(",")]
+
+
+def _names(value: str) -> list[str]:
+    return value.split(",")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.tokens < 2:
+        raise ConfigError("--tokens must be 2 or more.", "Give another number.")
+    import transformers
+
+    from .perplexity import read_texts
+
+    transformers.utils.logging.disable_progress_bar()
+    texts = read_texts(arguments.text)
+    if (Path(arguments.source) / "experts.zarr").is_dir():
+        rows = [measure_directory(Path(arguments.source), texts, arguments.tokens)]
+    else:
+        methods = (False, True) if arguments.fast else (False,)
+        ways = [
+            way
+            for way in itertools.product(arguments.bits, arguments.group_size, arguments.pairs, methods)
+            if not (way[0] == 16 and way[3])  # nothing is rounded there
+        ]
+        rows = []
+        for row in measure_checkpoint(arguments.source, texts, arguments.tokens, ways):
+            rows.append(row)
+            print(f"quality: {len(rows)} of {len(ways) + 1} measured", file=sys.stderr)
+    if arguments.json:
+        found = {"model": arguments.source, "tokens": arguments.tokens, "rows": [row.to_json() for row in rows]}
+        print(json.dumps(found))
+    else:
+        print(report(rows))
+    return 0
+
+
+def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int) -> Row:
+    """A model directory as it runs, in its own type."""
+    from moetier.runtime.generate import load
+    from moetier.tiers.folder import read_manifest
+
+    from .perplexity import loss, tokenize
+
+    manifest = read_manifest(folder / "experts.zarr")
+    model, tokenizer = load(folder)
+    with model.tiers:
+        losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
+    blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
+    return _row(blocks, manifest.method, None, losses)
+
+
+def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:
+    """A checkpoint as it is, then with its experts stored in each of the ``ways``."""
+    import transformers
+
+    from .checkpoint import open_checkpoint
+    from .perplexity import loss, tokenize
+    from .trial import Trial
+
+    checkpoint = open_checkpoint(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    ids = tokenize(tokenizer, texts, tokens)
+    trial = Trial(checkpoint)
+    losses = {name: loss(trial.model, ids[name]) for name in ids}
+    yield Row(None, "", "", "", None, None, None, losses)
+    for bits, group, pairs, fast in ways:
+        stored = trial.store(bits, group, pairs, fast=fast)
+        method = "rounding" if fast else "hqq"
+        losses = {name: loss(trial.model, ids[name]) for name in ids}
+        yield _row(stored.blocks, method, stored.error.relative, losses)
+
+
+def _row(
+    blocks: Sequence[tuple[RecordLayout, int]], method: str, error: float | None, losses: Mapping[str, Loss]
+) -> Row:
+    """``blocks``: each block's layout and number of experts."""
+    projections = [p for layout, _ in blocks for p in layout.projections]
+    quantised = [p for p in projections if p.bits != 16]
+    stored_bytes = sum(layout.slot_bytes * experts for layout, experts in blocks)
+    return Row(
+        bits=min(p.bits for p in projections),
+        group=", ".join(map(str, sorted({p.group for p in quantised}))),
+        pairs=", ".join(sorted({p.pairs for p in quantised})),
+        method=method if quantised else "",
+        stored_bytes=stored_bytes,
+        bits_per_weight=8 * stored_bytes / sum(layout.weights * experts for layout, experts in blocks),
+        error=error,
+        losses=losses,
+    )
+
+
+def report(rows: Sequence[Row]) -> str:
+    """For people: perplexity over all texts, how far it is above the first row's, and by text."""
+    names = list(rows[0].losses)
+    lines = [["bits", "group", "pairs", "method", "experts", "bits/weight", "error", "perplexity", "change", *names]]
+    for row in rows:
+        change = (row.perplexity / rows[0].perplexity - 1) * 100
+        lines.append(
+            [
+                "as it is" if row.bits is None else str(row.bits),
+                row.group,
+                row.pairs,
+                row.method,
+                "" if row.stored_bytes is None else format_bytes(row.stored_bytes),
+                "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
+                "" if row.error is None else f"{row.error:.4f}",
+                f"{row.perplexity:.3f}",
+                "" if row is rows[0] else f"{change:+.2f} %",
+                *(f"{row.losses[name].perplexity:.2f}" for name in names),
+            ]
+        )
+    return table(lines)
