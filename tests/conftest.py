@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tqdm
+
+tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts a thread that stays
 
 GRACE = 5.0  # seconds for what is ending already
 
