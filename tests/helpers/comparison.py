@@ -16,6 +16,7 @@ import moetier
 from moetier.runtime.experts import experts_modules
 from moetier.tiers.budget import smallest_budget
 from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.keys import Bits
 from moetier.tools.convert import convert
 
 stores.make_plan()  # its import starts zarr's thread, which stays, before a test looks for threads
@@ -34,14 +35,25 @@ class Comparison:
     differing: tuple[str, ...]
 
 
-def compare(model_type: str, dtype: torch.dtype, folder: Path) -> Comparison:
-    """Converts at 16 bits into ``folder``, and loads with room for one block's top-k records."""
+def smallest_ram(directory: Path) -> int:
+    """Bytes of one block's top-k records."""
+    return smallest_budget(read_manifest(store_folder(directory)))
+
+
+def convert_tiny(model_type: str, dtype: torch.dtype, folder: Path, *, bits: Bits = 16) -> tuple[Any, Path]:
+    """An ordinary tiny model, and the model directory made of it."""
     ordinary = tiny_model(model_type, dtype)
     ordinary.save_pretrained(folder / "source")
-    convert(folder / "source", folder / "converted", bits=16)
-    manifest = read_manifest(store_folder(folder / "converted"))
-    tiered, _ = moetier.load(folder / "converted", ram=smallest_budget(manifest))
+    convert(folder / "source", folder / "converted", bits=bits)
+    return ordinary, folder / "converted"
+
+
+def compare(model_type: str, dtype: torch.dtype, folder: Path) -> Comparison:
+    """Converts at 16 bits into ``folder``, and loads with room for one block's top-k records."""
+    ordinary, converted = convert_tiny(model_type, dtype, folder)
+    tiered, _ = moetier.load(converted, ram=smallest_ram(converted))
     with tiered.tiers:
+        manifest = tiered.tiers.store.manifest
         ids = torch.randint(2, 250, (2, 17), generator=torch.Generator().manual_seed(1))
         equal = {"logits": torch.equal(_logits(ordinary, ids), _logits(tiered, ids))}
         if ordinary.can_generate() and model_type not in GENERATES_OTHERWISE:

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from architecture_table import TABLE, listed
-from architectures import FURTHER, REQUIRED, model_types, tiny_model
-from comparison import compare
+from architectures import FURTHER, REQUIRED, model_types
+from comparison import compare, convert_tiny
 
 import moetier
-from moetier.tools.convert import convert
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -46,10 +45,8 @@ def test_further_in_fp32(model_type: str, tmp_path: Path) -> None:
 
 def test_two_experts_modules_in_a_layer_are_keyed_apart(tmp_path: Path) -> None:
     """ernie4_5_vl_moe sends tokens of images to other experts, of another size, than those of text."""
-    ordinary = tiny_model("ernie4_5_vl_moe", FP32)
-    ordinary.save_pretrained(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "converted", bits=16)
-    tiered, _ = moetier.load(tmp_path / "converted")
+    ordinary, converted = convert_tiny("ernie4_5_vl_moe", FP32, tmp_path)
+    tiered, _ = moetier.load(converted)
     ids = torch.randint(2, 250, (1, 12), generator=torch.Generator().manual_seed(0))
     images = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0]])
     with tiered.tiers, torch.no_grad():
