@@ -21,6 +21,8 @@ ROW_TILE = 64  # rows; quantised projections are padded to a multiple (one block
 Bits = Literal[16, 8, 4, 3, 2]
 BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
 PAIR_BLOCK = 128  # groups that share one second-level pair when pairs are stored in 8 bits
+WEIGHT_TYPES = ("bfloat16", "float16")  # of 16-bit weights and of biases
+PAIR_TYPES = ("bfloat16", "uint8")
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
 
 
@@ -176,12 +178,30 @@ class RecordLayout:
             "sections": [asdict(s) | {"shape": list(s.shape)} for s in self.sections],
         }
 
+    def _check(self) -> None:
+        """Raises ValueError unless every projection and bias is one that this format has."""
+        for p in self.projections:
+            numbers = (p.rows, p.columns, p.bits, p.group)
+            if p.bits not in BITS:
+                raise ValueError(f"bits {p.bits!r} are not among {sorted(BITS)}")
+            if not all(type(n) is int for n in numbers) or min(p.rows, p.columns) < 1:
+                raise ValueError(f"projection {p.name!r} has sizes {numbers}")
+            whole = p.group == 0 and p.pairs == "" and p.dtype in WEIGHT_TYPES
+            cut = p.group > 0 and p.columns % p.group == 0 and p.pairs in PAIR_TYPES
+            if not (whole if p.bits == 16 else cut):
+                raise ValueError(f"projection {p.name!r} has groups of {p.group} with pairs {p.pairs!r} of {p.dtype!r}")
+        for b in self.biases:
+            if type(b.size) is not int or b.size < 1 or b.dtype not in WEIGHT_TYPES:
+                raise ValueError(f"bias {b.name!r} has size {b.size} of {b.dtype!r}")
+        names = [p.name for p in self.projections] + [b.name for b in self.biases]
+        if not self.projections or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise ValueError(f"its parts are named {names}")
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RecordLayout:
         """Raises KeyError, TypeError or ValueError on anything that is not a layout of this format."""
         layout = cls(tuple(Projection(**p) for p in value["projections"]), tuple(Bias(**b) for b in value["biases"]))
-        if any(p.bits not in BITS for p in layout.projections):
-            raise ValueError(f"bits {sorted({p.bits for p in layout.projections})} are not among {sorted(BITS)}")
+        layout._check()
         if layout.to_json() != dict(value):
             raise ValueError("its sections do not follow from its projections: another kernel layout")
         return layout

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import hqq, planes
 from .errors import CheckpointError, ConfigError
-from .keys import BITS, ROW_TILE, Bias, Bits, Projection, RecordLayout
+from .keys import BITS, PAIR_TYPES, ROW_TILE, Bias, Bits, Projection, RecordLayout
 from .pairs import load_pairs, store_pairs
 
 # group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md);
@@ -114,8 +114,8 @@ def layout_for(
 
 
 def _check(group: int, pairs: str) -> None:
-    if pairs not in ("bfloat16", "uint8"):
-        raise ConfigError(f"Pairs of type {pairs} are not supported.", "Choose bfloat16 or uint8.")
+    if pairs not in PAIR_TYPES:
+        raise ConfigError(f"Pairs of type {pairs} are not supported.", f"Choose {' or '.join(PAIR_TYPES)}.")
     sizes = (*GROUPS, 16) if pairs == "uint8" else GROUPS
     if group not in sizes:
         raise ConfigError(
