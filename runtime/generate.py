@@ -62,7 +62,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise StoreFormatError(f"{folder} has no config.json.", "Convert the model again.") from None
     except ValueError as error:
         raise StoreFormatError(f"{path} is not JSON ({error}).", "Convert the model again.") from error
-    if not isinstance(config, dict) or config.get("quantization_config", {}).get("quant_method") != NAME:
+    if not isinstance(config, dict) or (config.get("quantization_config") or {}).get("quant_method") != NAME:
         raise StoreFormatError(f"{path} does not name moetier as its quantisation method.", "Convert the model again.")
     if "auto_map" in config:
         raise UnsafeCheckpointError(

@@ -166,7 +166,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     raise AssertionError(f"{model_type} has no class that ends in one of {endings}")
 
 
-def tiny_config(config_class: Any) -> Any:
+def tiny_config(config_class: Any, **changes: Any) -> Any:
     """The smallest that has what the architecture has; parts of parts too."""
     name, fields = config_class.__name__, {field.name for field in dataclasses.fields(config_class)}
     chosen = dict(TINY)
@@ -183,14 +183,14 @@ def tiny_config(config_class: Any) -> Any:
     for part, tower in TOWERS.get(name, {}).items():
         part_class = type(transformers.AutoConfig.for_model(**tower))
         chosen[part] = tiny_config(part_class).to_dict()
-    return config_class(**chosen | OWN.get(name, {}))
+    return config_class(**chosen | OWN.get(name, {}) | changes)
 
 
-def tiny_model(model_type: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Random weights that bf16 can hold; with transformers' own eager experts."""
+def tiny_model(model_type: str, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
+    """Random weights that bf16 can hold; with transformers' own eager experts. ``changes`` go into the configuration."""
     torch.manual_seed(0)
     of = model_class(model_type)
-    model = of._from_config(tiny_config(of.config_class), dtype=dtype, experts_implementation="eager").eval()
+    model = of._from_config(tiny_config(of.config_class, **changes), dtype=dtype, experts_implementation="eager").eval()
     for name, weights in model.state_dict().items():  # buffers that are not saved stay as they are: frequencies of RoPE
         if weights.is_floating_point():
             if weights.ndim > 1:

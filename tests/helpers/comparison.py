@@ -40,9 +40,11 @@ def smallest_ram(directory: Path) -> int:
     return smallest_budget(read_manifest(store_folder(directory)))
 
 
-def convert_tiny(model_type: str, dtype: torch.dtype, folder: Path, *, bits: Bits = 16) -> tuple[Any, Path]:
-    """An ordinary tiny model, and the model directory made of it."""
-    ordinary = tiny_model(model_type, dtype)
+def convert_tiny(
+    model_type: str, dtype: torch.dtype, folder: Path, *, bits: Bits = 16, **changes: Any
+) -> tuple[Any, Path]:
+    """An ordinary tiny model, and the model directory made of it; ``changes`` go into its configuration."""
+    ordinary = tiny_model(model_type, dtype, **changes)
     ordinary.save_pretrained(folder / "source")
     convert(folder / "source", folder / "converted", bits=bits)
     return ordinary, folder / "converted"

@@ -1,0 +1,289 @@
+"""How a model directory becomes a transformers model, and what it says when it can't."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from comparison import convert_tiny, smallest_ram
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import moetier
+from moetier.runtime.experts import EXPERT_PARAMETERS
+from moetier.tiers.errors import (
+    BudgetError,
+    ClosedError,
+    ConfigError,
+    IncompleteStoreError,
+    MoetierError,
+    StoreFormatError,
+    UnsafeCheckpointError,
+    UnsupportedModelError,
+)
+from moetier.tiers.shard import GROUP, METADATA
+
+IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """An ordinary mixtral in bf16 and its model directory. Tests must change neither."""
+    return convert_tiny("mixtral", torch.bfloat16, tmp_path_factory.mktemp("mixtral"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def copy_of(directory: Path, target: Path, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """A copy with another config.json."""
+    copytree(directory, target)
+    if change:
+        config = json.loads((target / "config.json").read_text())
+        change(config)
+        (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+# -- it works ----------------------------------------------------------------------------------------------------------
+
+
+def test_plain_from_pretrained(tiny: tuple[Any, Path]) -> None:
+    ordinary, directory = tiny
+    moetier.register()
+    model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    with model.tiers:
+        assert torch.equal(logits(model), logits(ordinary))
+        assert not any(found.values()), found  # no missing, unexpected or mismatched key
+        assert model.config._experts_implementation == "moetier"
+
+
+def test_registering_again_changes_nothing() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: moetier.register(), range(32))) == [None] * 32
+
+
+def test_the_function_can_not_be_chosen_away(tiny: tuple[Any, Path]) -> None:
+    ordinary, directory = tiny
+    moetier.register()
+    model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
+    with model.tiers:
+        assert torch.equal(logits(model), logits(ordinary))
+
+
+def test_a_device_map_for_one_device(tiny: tuple[Any, Path]) -> None:
+    ordinary, directory = tiny
+    moetier.register()
+    model = AutoModelForCausalLM.from_pretrained(directory, device_map="auto")
+    with model.tiers:
+        assert torch.equal(logits(model.to("cpu")), logits(ordinary))
+
+
+def test_budgets_may_stand_in_the_config(tiny: tuple[Any, Path]) -> None:
+    _, directory = tiny
+    moetier.register()
+    config = AutoConfig.from_pretrained(directory)
+    config.quantization_config["ram"] = smallest_ram(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config)
+    with model.tiers:
+        assert model.tiers.snapshot()["host"]["slots"] == 3
+
+
+def test_another_type_of_numbers(tiny: tuple[Any, Path]) -> None:
+    """Loaded in fp32, and turned into fp32 later: as the ordinary model does both."""
+    _, directory = tiny
+    expected = logits(tiny_model("mixtral", torch.bfloat16).float())
+    moetier.register()
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    turned, _ = moetier.load(directory)
+    with loaded.tiers, turned.tiers:
+        assert torch.equal(logits(loaded), expected)
+        assert torch.equal(logits(turned.to(torch.float32)), expected)
+
+
+def test_two_models_at_once(tiny: tuple[Any, Path], tmp_path: Path) -> None:
+    ordinary, directory = tiny
+    other_ordinary, other_directory = convert_tiny("qwen3_moe", torch.bfloat16, tmp_path)
+    first, _ = moetier.load(directory)
+    second, _ = moetier.load(other_directory)
+    again, _ = moetier.load(directory, ram=smallest_ram(directory))
+    with first.tiers, second.tiers, again.tiers:
+        for model, expected in ((first, ordinary), (second, other_ordinary), (again, ordinary), (first, ordinary)):
+            assert torch.equal(logits(model), logits(expected))
+
+
+def test_loading_reads_the_trunk_only(tmp_path: Path) -> None:
+    """Counted by the kernel: what this process reads (mapped files aside) while it loads is less than one expert."""
+    ordinary, directory = convert_tiny("mixtral", torch.bfloat16, tmp_path, intermediate_size=4096)
+    moetier.load(directory)[0].tiers.close()  # imports what loading imports
+    read = _bytes_read()
+    model, _ = moetier.load(directory)
+    read = _bytes_read() - read
+    with model.tiers:
+        assert read < model.tiers.store.layout(0).record_bytes
+        assert model.tiers.snapshot()["host"]["bytes_in"] == 0
+        names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+        assert not names & set(EXPERT_PARAMETERS)
+        assert torch.equal(logits(model), logits(ordinary))
+
+
+def _bytes_read() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+# -- it ends -----------------------------------------------------------------------------------------------------------
+
+
+def _loaders() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("moetier")]
+
+
+def test_the_end_of_the_model_is_the_end_of_its_tiers(tiny: tuple[Any, Path]) -> None:
+    model, _ = moetier.load(tiny[1])
+    logits(model)
+    tiers = weakref.ref(model.tiers)
+    assert _loaders()
+    del model
+    gc.collect()
+    assert tiers() is None
+    assert not _loaders()
+
+
+def test_what_is_closed_says_so(tiny: tuple[Any, Path]) -> None:
+    model, _ = moetier.load(tiny[1])
+    model.tiers.close()
+    model.tiers.close()
+    with pytest.raises(ClosedError, match="closed"):
+        logits(model)
+
+
+def test_a_process_may_end_without_closing(tiny: tuple[Any, Path]) -> None:
+    code = "import moetier, sys; m, _ = moetier.load(sys.argv[1]); m.generate(max_new_tokens=2, do_sample=False)"
+    result = subprocess.run([sys.executable, "-c", code, str(tiny[1])], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_model_can_not_be_saved_without_its_experts(tiny: tuple[Any, Path], tmp_path: Path) -> None:
+    model, _ = moetier.load(tiny[1])
+    with model.tiers, pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+
+
+# -- it can't ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_moetier_transformers_refuses(tiny: tuple[Any, Path]) -> None:
+    """And does not fill experts at random."""
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", code, str(tiny[1])], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert '`experts_implementation="moetier"` is not supported' in result.stderr
+
+
+def _set(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (_set(auto_map={"AutoModel": "x.Y"}), UnsafeCheckpointError, "auto_map"),
+        (_set(architectures=["NoSuchForCausalLM"]), UnsupportedModelError, "NoSuchForCausalLM"),
+        (_set(architectures=["AutoModel"]), UnsupportedModelError, "'AutoModel'"),
+        (_set(architectures=None), UnsupportedModelError, "None"),
+        (_set(quantization_config=None), StoreFormatError, "does not name moetier"),
+        (_set(quantization_config={"quant_method": "gptq"}), StoreFormatError, "does not name moetier"),
+        (_set(quantization_config={"quant_method": "moetier", "format": 2}), StoreFormatError, "version 2.*version 1"),
+        (_set(num_local_experts=4), StoreFormatError, "8 experts .* and 4 "),
+        (_set(intermediate_size=32), StoreFormatError, r"\(192, 64\).*\(64, 64\)"),
+        (_set(num_hidden_layers=4), StoreFormatError, r"only the model has model\.layers\.3\."),
+        (_set(num_hidden_layers=2), StoreFormatError, r"only the store has model\.layers\.2\."),
+        (
+            _set(architectures=["LlamaForCausalLM"], model_type="llama"),
+            UnsupportedModelError,
+            "LlamaForCausalLM has no module with transformers' experts interface",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit(
+    tiny: tuple[Any, Path], tmp_path: Path, change: Any, error: type[MoetierError], words: str
+) -> None:
+    directory = copy_of(tiny[1], tmp_path / "copy", change)
+    with pytest.raises(error, match=words) as caught:
+        moetier.load(directory)
+    assert "\n" not in caught.value.cause
+    assert caught.value.fix
+
+
+def test_no_code_of_a_checkpoint_is_run(tiny: tuple[Any, Path], tmp_path: Path) -> None:
+    """Not by load, and not by plain from_pretrained either."""
+    witness = tmp_path / "witness"
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    directory = copy_of(tiny[1], tmp_path / "copy", _set(auto_map=names))
+    (directory / "evil.py").write_text(f"open({str(witness)!r}, 'w')\n")
+    with pytest.raises(UnsafeCheckpointError):
+        moetier.load(directory)
+    moetier.register()
+    AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False).tiers.close()
+    assert not witness.exists()
+
+
+def test_a_class_with_other_paths(tiny: tuple[Any, Path]) -> None:
+    moetier.register()
+    with pytest.raises(StoreFormatError, match=r"(?s)does not fit MixtralModel.*architectures"):
+        AutoModel.from_pretrained(tiny[1])
+
+
+@pytest.mark.parametrize("missing", ["config.json", f"{GROUP}/{METADATA}", GROUP, ""])
+def test_a_folder_that_is_no_model_directory(tiny: tuple[Any, Path], tmp_path: Path, missing: str) -> None:
+    directory = copy_of(tiny[1], tmp_path / "copy")
+    (directory / missing).rename(tmp_path / "gone")
+    expected = IncompleteStoreError if missing.endswith(METADATA) else StoreFormatError
+    with pytest.raises(expected, match=str(directory)):
+        moetier.load(directory)
+
+
+def test_a_config_that_is_no_json(tiny: tuple[Any, Path], tmp_path: Path) -> None:
+    directory = copy_of(tiny[1], tmp_path / "copy")
+    (directory / "config.json").write_text("{")
+    with pytest.raises(StoreFormatError, match="is not JSON"):
+        moetier.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"ram": 1000}, BudgetError, "too small"),
+        ({"ram": "100TiB"}, BudgetError, "more than"),
+        ({"ram": "much"}, ConfigError, "not an amount"),
+        ({"device": "tpu"}, ConfigError, "not a device"),
+        ({"device": "cpu", "device_memory": "1GiB"}, ConfigError, "no device memory"),
+    ],
+)
+def test_options_that_can_not_work(
+    tiny: tuple[Any, Path], options: dict[str, Any], error: type[MoetierError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        moetier.load(tiny[1], **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there(tiny: tuple[Any, Path]) -> None:
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        moetier.load(tiny[1], device="cuda")
