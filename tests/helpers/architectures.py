@@ -187,7 +187,7 @@ def tiny_config(config_class: Any, **changes: Any) -> Any:
 
 
 def tiny_model(model_type: str, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
-    """Random weights that bf16 can hold; with transformers' own eager experts. ``changes`` go into the configuration."""
+    """Random weights that bf16 can hold; with transformers' eager experts. ``changes`` go into the configuration."""
     torch.manual_seed(0)
     of = model_class(model_type)
     model = of._from_config(tiny_config(of.config_class, **changes), dtype=dtype, experts_implementation="eager").eval()
