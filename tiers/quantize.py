@@ -90,7 +90,7 @@ def layout_for(
     if bits not in BITS:
         raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
     default_group, default_pairs = DEFAULTS.get(bits, (0, ""))
-    group, pairs = group or default_group, pairs or default_pairs
+    group, pairs = default_group if group is None else group, default_pairs if pairs is None else pairs
     if bits != 16:
         _check(group, pairs)
     projections, biases = [], []
@@ -136,6 +136,7 @@ def sections(record: Tensor, layout: RecordLayout) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
 def encode(
     tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
 ) -> dict[str, WeightError]:

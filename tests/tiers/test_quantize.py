@@ -379,6 +379,8 @@ def test_layouts_keep_order_types_and_survive_json() -> None:
         {"bits": 4, "group": 48},
         {"bits": 4, "group": 16},
         {"bits": 4, "group": -64},
+        {"bits": 4, "group": 0},
+        {"bits": 4, "pairs": ""},
         {"bits": 4, "group": 512},
         {"bits": 4, "pairs": "float32"},
         {"bits": 2, "pairs": "uint8", "group": 8},
