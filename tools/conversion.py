@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -167,7 +166,7 @@ class Conversion:
             ),
             weights=self._weights,
             seconds=seconds,
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_bytes=_peak_bytes(),
             resumed_blocks=resumed_blocks,
             was_complete=was_complete,
         )
@@ -210,3 +209,9 @@ def _encoder(blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
     while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:
         encoder = Encoder(blueprint, plan, workers=encoder.workers - 1, fast=options.fast)
     return encoder
+
+
+def _peak_bytes() -> int:
+    """The most that this process ever had resident; getrusage's number begins with the process that started it."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
