@@ -7,7 +7,8 @@ It is written here in the form w = code * s + b with codes centred on zero, in w
 
 What differs from the package: no clamp of the inverse step at 2e4 (which costs small weights most of their bits), and
 each group stops on its own and keeps the best offset that it met. So a group's result depends on its weights alone, not
-on its neighbours, the size of the work or the number of threads, and is never worse than plain rounding.
+on its neighbours, the size of the work, the number of threads or the kind of processor, and is never worse than plain
+rounding.
 """
 
 from __future__ import annotations
@@ -77,4 +78,5 @@ def _shrink(error: Tensor, beta: float) -> Tensor | float:
     size = error.abs()
     if float(size.max()) <= beta ** (-1 / (2 - LP_NORM)):
         return 0.0  # what the formula gives for errors up to there, as nearly all are; saves the power
-    return size.sub_(size.pow(LP_NORM - 1) / beta).clamp_min_(0.0).mul_(error.sign())
+    power = size.double().pow(LP_NORM - 1).float()  # in fp64, because fp32's last bit depends on the kind of processor
+    return size.sub_(power / beta).clamp_min_(0.0).mul_(error.sign())

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,7 +174,7 @@ def test_bytes_that_are_no_weights_are_zero(
 def test_bytes_and_weights_do_not_depend_on_threads_or_tiles(
     bits: Bits, pairs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = layout_of(700, 256, bits=bits, pairs=pairs)
+    layout = layout_of(300, 128, bits=bits, pairs=pairs)
     tensors = weights_for(layout)
     record, read = encoded(tensors, layout), decoded(encoded(tensors, layout), layout, torch.bfloat16)
     torch.set_num_threads(2)
@@ -177,6 +183,27 @@ def test_bytes_and_weights_do_not_depend_on_threads_or_tiles(
     assert torch.equal(encoded(tensors, layout), record)
     monkeypatch.setattr(quantize, "TILE_WEIGHTS", 1)
     assert torch.equal(decoded(record, layout, torch.bfloat16), read)
+
+
+def digest() -> str:
+    """Over records of every width, of small and of large weights."""
+    state = hashlib.sha256()
+    for bits, pairs, std in itertools.product(QUANTISED, ("bfloat16", "uint8"), (0.02, 3.0)):
+        layout = layout_of(192, 256, "float32", bits=bits, pairs=pairs)
+        weights = np.random.default_rng(bits).normal(scale=std, size=(192, 256)).astype(np.float32)
+        state.update(encoded({"w": torch.from_numpy(weights), "w_bias": torch.zeros(192)}, layout).numpy())
+    return state.hexdigest()
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_bytes_do_not_depend_on_the_processor(capability: str) -> None:
+    """torch is told to use other instructions; it reads the variable when it is imported."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_quantize as t; print(t.digest())"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == digest()
 
 
 @pytest.mark.parametrize("bits", QUANTISED)
