@@ -80,7 +80,7 @@ class DeviceTier:
         assert slots.keys() == manifest.layouts.keys()
         self._source = source  # stays its owner's to close
         self._device = device
-        self._blocks = manifest.blocks
+        self._manifest = manifest
         self._monitor = Monitor()
         self._counters = TierCounters("device")
         self._views = SlotViews(self._lock_pages)
@@ -96,10 +96,13 @@ class DeviceTier:
             first += self._pools[array].slots.count
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """As ``ExpertSource`` says. A record is computed on in the stream that is current when its lease is taken."""
+        """As ``ExpertSource`` says. A record is computed on in the stream that is current when its lease is taken.
+
+        Raises MissingExpertError for a key that the model does not have.
+        """
         if not keys:
             return
-        assert all(key.block == keys[0].block for key in keys), "keys of one block"
+        self._manifest.check_keys(keys[0].block, keys)
         visit = _Visit(self._pool(keys[0].block))
         try:
             missing = self._look(visit, keys)
@@ -123,6 +126,7 @@ class DeviceTier:
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says: what the device does not hold is wished for in the host."""
+        self._manifest.check_keys(block, wishes)
         with self._monitor:
             self._check_open()
             absent = [key for key in wishes if self._pool(block).slots.find(key) is None]
@@ -289,7 +293,7 @@ class DeviceTier:
         )
 
     def _pool(self, block: int) -> _Pool:
-        return self._pools[self._blocks[block].array]
+        return self._pools[self._manifest.blocks[block].array]
 
     def _check_open(self) -> None:
         if self._closed:

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from .arena import Arena
 from .budget import members
-from .errors import ClosedError, MissingExpertError
+from .errors import ClosedError
 from .keys import ExpertKey
 from .ledger import Demand, Ledger, Load, Pool
 from .monitor import Monitor
@@ -36,7 +36,7 @@ class HostTier:
         assert loaders > 0
         assert slots.keys() == manifest.layouts.keys()
         self._store = store
-        self._blocks = manifest.blocks
+        self._manifest = manifest
         self._monitor = Monitor()
         self._bell: SimpleQueue[None] = SimpleQueue()  # wakes one loader a ring, which works until nothing is left
         self._ledger = Ledger(  # ahead: enough to keep every loader busy; prefetches: a demand finds a loader
@@ -76,7 +76,7 @@ class HostTier:
         if not keys:
             return
         block = keys[0].block
-        self._check_keys(block, keys)
+        self._manifest.check_keys(block, keys)
         demand = Demand(self._pool(block), block)
         try:
             with self._monitor:
@@ -89,7 +89,7 @@ class HostTier:
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says. A wish evicts only what is neither held nor wished, and only of its own group."""
-        self._check_keys(block, wishes)
+        self._manifest.check_keys(block, wishes)
         with self._monitor:
             self._check_open()
             self._ledger.wish(self._pool(block), block, wishes)
@@ -172,20 +172,11 @@ class HostTier:
                 self._ledger.arrive(load)
 
     def _pool(self, block: int) -> Pool:
-        return self._pools[self._blocks[block].array]
+        return self._pools[self._manifest.blocks[block].array]
 
     def _check_open(self) -> None:
         if self._closed:
             raise _closed_error()
-
-    def _check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        if not 0 <= block < len(self._blocks):
-            raise MissingExpertError(f"There is no block {block}.", f"Blocks are 0 to {len(self._blocks) - 1}.")
-        experts = self._blocks[block].experts
-        for key in keys:
-            assert key.block == block, "keys of one block"
-            if not 0 <= key.expert < experts:
-                raise MissingExpertError(f"There is no {key}.", f"Its experts are 0 to {experts - 1}.")
 
 
 def _closed_error() -> ClosedError:

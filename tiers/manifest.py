@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import StoreFormatError
-from .keys import RecordLayout
+from .errors import MissingExpertError, StoreFormatError
+from .keys import ExpertKey, RecordLayout
 
 FORMAT = 1
 FEATURES: frozenset[str] = frozenset()  # what a store may require and this version has
@@ -45,6 +45,18 @@ class Manifest:
         """[blocks, experts, record bytes] of a zarr array."""
         members = [b for b in self.blocks if b.array == array]
         return len(members), members[0].experts, self.layouts[array].record_bytes
+
+    def check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
+        """Raises MissingExpertError for what the model does not have. All keys are of ``block``."""
+        if not 0 <= block < len(self.blocks):
+            raise MissingExpertError(
+                f"{self.model} has no block {block}.", f"Its blocks are 0 to {len(self.blocks) - 1}."
+            )
+        experts = self.blocks[block].experts
+        for key in keys:
+            assert key.block == block, "keys of one block"
+            if not 0 <= key.expert < experts:
+                raise MissingExpertError(f"{self.model} has no {key}.", f"Its experts are 0 to {experts - 1}.")
 
     @property
     def record_count(self) -> int:

@@ -25,15 +25,20 @@ class SlotViews:
 
     def of(self, lease: Lease[memoryview]) -> torch.Tensor:
         """[record bytes] uint8 on the record's own memory, which lives as long as the tensor. Not to be written to."""
-        with self._lock:
-            known = self._views.get(lease.slot)
-            if known is None or known[0] is not lease.record:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                    known = (lease.record, torch.frombuffer(lease.record, dtype=torch.uint8))
-                self._prepare(known[1])
-                self._views[lease.slot] = known
-            return known[1]
+        known = self._views.get(lease.slot)
+        if known is None or known[0] is not lease.record:
+            with self._lock:
+                known = self._views.get(lease.slot)
+                if known is None or known[0] is not lease.record:
+                    known = self._views[lease.slot] = (lease.record, self._make(lease.record))
+        return known[1]
+
+    def _make(self, record: memoryview) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            view = torch.frombuffer(record, dtype=torch.uint8)
+        self._prepare(view)
+        return view
 
     def clear(self) -> None:
         with self._lock:

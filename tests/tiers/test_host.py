@@ -13,7 +13,7 @@ from geometries import two_geometries
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from readers import GatedReader, RamReader
+from readers import PATIENCE, GatedReader, RamReader
 from stores import make_plan, make_records
 from threads import Task, run_all, wait_until
 
@@ -105,7 +105,8 @@ def test_two_record_sizes() -> None:
 
 def test_memory_that_can_not_be_had_leaves_nothing() -> None:
     """The first of two arenas fits the process's limit, the second does not."""
-    code = """
+    output = in_child(
+        """
         import os, resource, threading
         from geometries import two_geometries
         from readers import RamReader
@@ -121,17 +122,41 @@ def test_memory_that_can_not_be_had_leaves_nothing() -> None:
         assert "memfd:moetier" not in open("/proc/self/maps").read()
         assert not [thread for thread in threading.enumerate() if "moetier" in thread.name]
         """
+    )
+    assert "86,016 bytes" in output, "three big ones"
+
+
+def test_a_tier_that_nobody_closes_does_not_keep_its_process() -> None:
+    """Not even with a read under way that never ends."""
+    output = in_child(
+        """
+        from readers import GatedReader
+        from stores import make_plan
+        from moetier.tiers.host import HostTier
+        from moetier.tiers.keys import ExpertKey
+        reader = GatedReader(make_plan(), {})
+        tier = HostTier(reader, slots={"records": 2})
+        tier.prefetch(0, [ExpertKey(0, 0)])
+        reader.wait_begun(ExpertKey(0, 0))
+        print("end")
+        """,
+        timeout=PATIENCE / 2,  # the reader would give up after PATIENCE
+    )
+    assert output == "end\n"
+
+
+def in_child(code: str, timeout: float = PATIENCE) -> str:
     helpers = str(Path(__file__).parent.parent / "helpers")
     child = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout,
         check=False,
     )
     assert child.returncode == 0, child.stderr
-    assert "86,016 bytes" in child.stdout, "three big ones"
+    return child.stdout
 
 
 # -- several callers ---------------------------------------------------------------------------------------------------

@@ -242,9 +242,11 @@ def test_a_bad_record_is_an_error_and_the_others_are_served(kind: str, tmp_path:
 
 
 def test_what_the_model_does_not_have_is_an_error(smallest: Opened) -> None:
-    for block, expert in ((0, 6), (0, 10**9), (0, -1)):
+    for block, expert in ((0, 6), (0, 10**9), (0, -1), (3, 0), (-1, 0)):
         with pytest.raises(MissingExpertError):
             smallest.take(block, expert)
+        with pytest.raises(MissingExpertError):
+            smallest.source.prefetch(block, keys(block, expert))
     assert smallest.take(0, 5) == keys(0, 5)
 
 
