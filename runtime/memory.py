@@ -106,3 +106,14 @@ def budget_for(
             f"Give {option} from {smallest} bytes ({format_bytes(smallest)}) to {format_bytes(min(largest, most))}.",
         )
     return min(budget, largest)
+
+
+def mapped_files() -> list[range]:
+    """The addresses at which this process has files mapped."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            start, end = addresses.split("-")
+            found.append(range(int(start, 16), int(end, 16)))
+    return found

@@ -28,6 +28,7 @@ from moetier.tiers.manifest import FORMAT, Manifest
 from .config import TierConfig
 from .experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
 from .kv_cache import kv_cache_bytes
+from .memory import mapped_files
 from .tiers import Tiers
 
 NAME = "moetier"  # the quantisation method, and the experts implementation, in config.json
@@ -166,4 +167,5 @@ def _device_of(model: PreTrainedModel) -> torch.device:
 
 def _mapped_bytes(model: PreTrainedModel) -> int:
     """Of parameters that lie in mapped files: the trunk stays in memory, but nothing counts its pages as taken."""
-    return sum(p.nbytes for p in model.parameters() if p.device.type == "cpu" and p.untyped_storage().filename)
+    maps = mapped_files()
+    return sum(p.nbytes for p in model.parameters() if any(p.data_ptr() in addresses for addresses in maps))

@@ -1,0 +1,65 @@
+"""Store, host and device of one model, opened and closed together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import convert_tiny, smallest_ram
+
+import moetier
+from moetier.runtime.config import TierConfig
+from moetier.runtime.memory import available_memory
+from moetier.runtime.registration import _mapped_bytes
+from moetier.runtime.tiers import Tiers
+from moetier.tiers.errors import BudgetError, ClosedError
+from moetier.tiers.keys import ExpertKey
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_tiny("mixtral", torch.bfloat16, tmp_path_factory.mktemp("mixtral"))[1]
+
+
+def test_by_default_everything_that_fits_is_held(directory: Path) -> None:
+    with Tiers.open(directory, TierConfig.of(), CPU) as tiers:
+        assert tiers.host.stats().slots == tiers.store.manifest.record_count == 24
+
+
+def test_the_snapshot_is_json_with_each_tier_by_name(directory: Path) -> None:
+    with Tiers.open(directory, TierConfig.of(ram=smallest_ram(directory)), CPU) as tiers:
+        for lease in tiers.device.acquire([ExpertKey(1, 3), ExpertKey(1, 4)]):
+            assert lease.record.dtype == torch.uint8
+            assert len(lease.record) == tiers.store.layout(1).record_bytes
+        found = json.loads(json.dumps(tiers.snapshot()))
+        assert list(found) == [stats.name for stats in tiers.stats()] == ["host"]
+        assert (found["host"]["misses"], found["host"]["slots"]) == (2, 3)
+
+
+def test_closing_ends_every_tier(directory: Path) -> None:
+    tiers = Tiers.open(directory, TierConfig.of(), CPU)
+    tiers.close()
+    tiers.close()
+    for source in (tiers.device, tiers.host):
+        with pytest.raises(ClosedError):
+            list(source.acquire([ExpertKey(0, 0)]))
+
+
+@pytest.mark.parametrize("taken", ["trunk", "cache"])
+def test_memory_that_is_spoken_for_is_no_budget(directory: Path, taken: str) -> None:
+    with pytest.raises(BudgetError, match="too little for"):
+        Tiers.open(directory, TierConfig.of(), CPU, **{taken: 2 * available_memory().bytes})
+
+
+def test_the_trunk_counts_as_taken_where_it_lies_in_mapped_files(directory: Path) -> None:
+    """The kernel could drop its pages, so no count of free memory has them; a copy in another type is counted."""
+    mapped, _ = moetier.load(directory)
+    moetier.register()
+    copied = type(mapped).from_pretrained(directory, dtype=torch.float32)
+    with mapped.tiers, copied.tiers:
+        assert _mapped_bytes(mapped) == sum(parameter.nbytes for parameter in mapped.parameters()) > 0
+        assert _mapped_bytes(copied) < _mapped_bytes(mapped) / 100
