@@ -8,6 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from moetier.runtime.config import format_bytes
+
 LINE_SECONDS = 10.0  # between two plain lines
 
 
@@ -38,7 +40,7 @@ class Progress:
             self._last = time.monotonic()
             rate = self._done / self.seconds
             print(
-                f"{self._label}: {self._done / self._total:.0%}, {rate / 1e9:.2f} GB/s, "
+                f"{self._label}: {self._done / self._total:.0%}, {format_bytes(rate)}/s, "
                 f"{(self._total - self._done) / rate:.0f} s left",
                 file=sys.stderr,
             )

@@ -69,19 +69,25 @@ class Target:
             )
         if (self.store / METADATA).exists():
             try:
-                found = replace(read_manifest(self.store), digest="")
+                found = replace(read_manifest(self.store), digest="").to_json()
             except StoreError as error:
                 raise self._differs(f"one that can't be read ({error.cause})") from error
-            if found != self.plan:
-                raise self._differs(f"of {found.model}")
+            self._compare(found)
             whole = all(file.is_complete(self.folder) for file in self.trunk)
             whole = whole and all((self.folder / name).is_file() for name in self.small)
             return State.COMPLETE if whole else State.CUT
         if (self.store / PLAN).exists():
-            found_plan = json.loads((self.store / PLAN).read_bytes())
-            if found_plan != self.plan.to_json():
-                raise self._differs(f"of {found_plan.get('model')}, which was cut")
+            try:
+                found = json.loads((self.store / PLAN).read_bytes())
+            except ValueError as error:
+                raise self._differs(f"one that can't be read ({error})") from error
+            self._compare(found)
         return State.CUT
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        asked = self.plan.to_json()
+        if differing := [name for name in asked if found.get(name) != asked[name]]:
+            raise self._differs(f"of {found.get('model')}; they differ in {', '.join(differing)}")
 
     def _differs(self, what: str) -> TargetExistsError:
         return TargetExistsError(

@@ -132,7 +132,7 @@ def test_plain_rounding_is_another_conversion(source: Path, uncut: dict[str, byt
         json.loads((tmp_path / "b" / GROUP / "zarr.json").read_text())["attributes"]["moetier"]["method"] == "rounding"
     )
     assert [block.stored_bytes for block in exact.blocks] == [block.stored_bytes for block in quick.blocks]
-    with pytest.raises(TargetExistsError, match="different conversion"):
+    with pytest.raises(TargetExistsError, match="they differ in method"):
         convert(source, tmp_path / "a", fast=True)
 
 
@@ -221,7 +221,7 @@ def test_another_conversion_is_replaced_only_if_told_to(source: Path, uncut: dic
     dst = tmp_path / "dst"
     convert(source, dst, bits=8)
     before = tree(dst)
-    with pytest.raises(TargetExistsError, match="different conversion: of tiny-moe") as caught:
+    with pytest.raises(TargetExistsError, match="different conversion: of tiny-moe; they differ in layouts") as caught:
         convert(source, dst)
     assert "--overwrite" in caught.value.fix
     assert tree(dst) == before
@@ -234,8 +234,21 @@ def test_another_model_is_another_conversion(source: Path, uncut: dict[str, byte
     other = Path(shutil.copytree(source, tmp_path / "other"))
     edit_json(other / "config.json", rms_norm_eps=1e-4)
     convert(other, tmp_path / "dst")
-    with pytest.raises(TargetExistsError, match="different conversion: of other"):
+    with pytest.raises(TargetExistsError, match="of other; they differ in model, source_digest"):
         convert(source, tmp_path / "dst")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "zarr.json"])
+def test_a_store_that_can_not_be_read_is_replaced_only_if_told_to(
+    source: Path, uncut: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    dst = tmp_path / "dst"
+    (dst / GROUP).mkdir(parents=True)
+    (dst / GROUP / name).write_text("{")
+    with pytest.raises(TargetExistsError, match="can't be read"):
+        convert(source, dst)
+    convert(source, dst, overwrite=True)
+    assert tree(dst) == uncut
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
