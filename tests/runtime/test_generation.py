@@ -87,18 +87,6 @@ def test_a_long_prompt(pair: tuple[Any, Any]) -> None:
     assert torch.equal(generate(tiered, ids), generate(ordinary, ids))
 
 
-def test_a_prefill_reads_each_expert_once(pair: tuple[Any, Any]) -> None:
-    """Whatever the number of tokens: with 600 of them, every expert of every block is wanted."""
-    _, tiered = pair
-    before = tiered.tiers.host.stats()
-    with torch.no_grad():
-        tiered(prompt(tokens=LONG))
-    after = tiered.tiers.host.stats()
-    manifest = tiered.tiers.store.manifest
-    assert after.hits + after.misses - before.hits - before.misses == manifest.record_count
-    assert after.bytes_in - before.bytes_in <= manifest.stored_bytes
-
-
 def test_several_threads_at_once(pair: tuple[Any, Any]) -> None:
     ordinary, tiered = pair
     prompts = [prompt(tokens=5 + 7 * number, seed=number) for number in range(6)]
@@ -117,24 +105,6 @@ def test_streaming(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> No
     new = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
     assert new.strip()
     assert capsys.readouterr().out.strip() == new.strip()
-
-
-def test_no_budget_changes_a_bit(tinymix_4bit: Path) -> None:
-    """From the smallest that is allowed to all resident; a long prompt, then steps."""
-    found = []
-    for ram in (smallest_ram(tinymix_4bit), 3 * smallest_ram(tinymix_4bit), "1GiB"):
-        model, _ = moetier.load(tinymix_4bit, ram=ram)
-        with model.tiers:
-            ids = torch.randint(4, 4000, (1, LONG), generator=torch.Generator().manual_seed(0))
-            answer = model.generate(
-                ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
-            )
-            with torch.no_grad():
-                found.append([answer.sequences, *answer.logits, model(ids).logits])
-            slots = model.tiers.host.stats().slots
-            assert slots == {smallest_ram(tinymix_4bit): 2, "1GiB": 64}.get(ram, 6)
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
