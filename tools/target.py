@@ -136,10 +136,11 @@ class Target:
         write_durably(self.folder / JOURNAL, json.dumps(journal).encode())
 
     def tidy(self) -> None:
-        """Removes what only a conversion under way has."""
-        for name in (JOURNAL, *(file.name + PARTIAL for file in self.trunk)):
-            (self.folder / name).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        """Removes what only a conversion under way has, where the manifest is written."""
+        for path in (self.store / PLAN, self.folder / JOURNAL):
+            if path.exists():
+                path.unlink()
+                sync_folder(path.parent)
 
 
 def is_ours(folder: Path) -> bool:
