@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 
+from . import hub
 from .shards import FLOATS, StoredTensor, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 # What a model directory takes over as it is: tokenizer, chat template, generation defaults, processors, licence.
 COPIED = re.compile(
@@ -26,14 +26,6 @@ COPIED = re.compile(
     r"|additional_chat_templates/[\w.-]+\.jinja|generation_config\.json"
     r"|(image_|video_|feature_extractor_)?(pre)?processor_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.\w+)?",
 )
-DOWNLOADED = (
-    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
-    "chat_template.*", "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
-    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-
-
 NOT_CARRIED = (
     "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "fusion_config",
     "kernel_config", "transformers_weights", "quantization_config", "compression_config",
@@ -78,21 +70,29 @@ class Checkpoint:
         return state.hexdigest()
 
 
-def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, ignore_code: bool = False, check: Callable[[Mapping[str, Any]], None] | None = None
+) -> Checkpoint:
     """Opens a folder or a hub id. Raises CheckpointError or UnsafeCheckpointError.
 
-    ``ignore_code`` accepts a checkpoint that names code of its own; that code is not executed either way.
+    ``ignore_code`` accepts a checkpoint that names code of its own; that code is not executed either way. ``check`` may
+    raise on the config of a hub id: its weights are downloaded only after that.
     """
     name, folder = locate(source)
+    of_hub = not Path(source).is_dir()
     config = _read_json(folder, "config.json")
     if not ignore_code:
         _refuse_code(folder, config)
+    if of_hub:
+        if check is not None:
+            check(config)
+        hub.fetch(name, _weights_on_hub(folder, config), revision=folder.name)
     names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
     names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
     return Checkpoint(
         name=name,
         folder=folder,
-        source=str(folder if Path(source).is_dir() else source),
+        source=str(source if of_hub else folder),
         ignored_code=ignore_code,
         config=config,
         tensors=_read_tensors(folder, config),
@@ -110,7 +110,7 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locate(source: str | Path) -> tuple[str, Path]:
-    """(name, folder). A hub id is downloaded into huggingface_hub's cache, or found there."""
+    """(name, folder). Of a hub id only the small files are there then."""
     folder = Path(source)
     if folder.is_dir():
         folder = folder.resolve()
@@ -119,19 +119,9 @@ def locate(source: str | Path) -> tuple[str, Path]:
         return folder.name, folder
     if folder.exists():
         raise CheckpointError(f"{source} is not a folder.", "Give the folder that holds config.json, or a hub id.")
-    if not HUB_ID.fullmatch(str(source)):
+    if not hub.HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return str(source), Path(snapshot_download(str(source), allow_patterns=list(DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"There is no folder {source}, and the hub did not give a model of that id: {reason}",
-            "Check the name and the network; for a model behind a licence, log in with `hf auth login`.",
-        ) from error
+    return str(source), hub.fetch(str(source))
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -183,25 +173,42 @@ def _names_code(value: object) -> bool:
     return isinstance(value, list) and any(map(_names_code, value))
 
 
+def _weights_on_hub(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The names of its shards, by the index that is there already."""
+    named = config.get("transformers_weights")
+    if isinstance(named, str):
+        return [named]
+    if not contained(folder, INDEX).is_file():
+        return [WEIGHTS]
+    return sorted(set(_read_places(folder, INDEX).values()))
+
+
+def _read_places(folder: Path, index: str) -> dict[str, str]:
+    """weight_map of an index: tensor -> file, each within the checkpoint and safetensors."""
+    places = _read_json(folder, index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
+    for name in sorted(set(places.values())):
+        contained(folder, name)
+        if not name.endswith(".safetensors"):
+            raise UnsafeCheckpointError(
+                f"{folder / index} names weights that are not safetensors: {name}.", "Get it as safetensors."
+            )
+    return places
+
+
 def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     weights = _weights_file(folder, config)
     if not weights.endswith(".index.json"):
         return read_header(contained(folder, weights))
-    index = _read_json(folder, weights)
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise CheckpointError(f"{folder / weights} has no weight_map.", "Download the checkpoint again.")
+    places = _read_places(folder, weights)
     paths = {name: contained(folder, name) for name in sorted(set(places.values()))}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         raise CheckpointError(
             f"{folder} lacks {_some(missing)}, which {weights} names.", "Download the checkpoint again."
         )
     tensors: dict[str, StoredTensor] = {}
-    for name, path in paths.items():
-        if not name.endswith(".safetensors"):
-            raise UnsafeCheckpointError(
-                f"{folder / weights} names weights that are not safetensors: {name}.", "Get it as safetensors."
-            )
+    for path in paths.values():
         found = read_header(path)
         if doubled := tensors.keys() & found.keys():
             raise CheckpointError(f"{path} holds {_some(doubled)} a second time.", "Download the checkpoint again.")
@@ -218,6 +225,8 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
     """In transformers' own order; ``transformers_weights`` is what a config may name instead."""
     named = config.get("transformers_weights")
     if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
+        if not contained(folder, named).is_file():
+            raise CheckpointError(f"{folder} lacks {named}, which config.json names.", "Download the checkpoint again.")
         return named
     for name in (WEIGHTS, INDEX):
         if contained(folder, name).is_file():

@@ -84,13 +84,14 @@ def convert(
     """
     from .checkpoint import open_checkpoint
     from .conversion import Conversion, Options
+    from .skeleton import check_supported
     from .target import State, check_place, is_ours, remove
 
     def say(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    checkpoint = open_checkpoint(src, ignore_code=ignore_code)
+    checkpoint = open_checkpoint(src, ignore_code=ignore_code, check=check_supported)
     check_place(Path(dst), checkpoint.folder)
     conversion = Conversion.plan(checkpoint, Path(dst), Options(bits, group_size, pairs, fast, workers))
     try:

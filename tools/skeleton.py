@@ -62,6 +62,11 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
     return model, dtype
 
 
+def check_supported(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError or CheckpointError where there is nothing that could be converted."""
+    build_on_meta(config, None)
+
+
 def _with_floats(config: Mapping[str, Any]) -> Any:
     """With infinities and NaNs, which JSON lacks and transformers writes as {"__float__": "Infinity"}."""
     tag = {"__float__"}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,7 @@ OPEN = """
 import sys
 from moetier.tools.checkpoint import open_checkpoint
 checkpoint = open_checkpoint(sys.argv[1])
-print(checkpoint.name, len(checkpoint.tensors))
+print(checkpoint.name, len(checkpoint.tensors), *checkpoint.copied)
 """
 
 
@@ -239,17 +240,28 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_pa
     cache_of(original, tmp_path / "hub")
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     result = open_in_process("acme/tiny-moe", **offline)
-    assert result.stdout.split() == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
+    assert result.stdout.split()[:2] == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
     result = open_in_process("acme/nothing", **offline)
     assert "CheckpointError: There is no folder acme/nothing, and the hub did not give" in result.stderr
 
 
+@dataclass(frozen=True)
+class Hub:
+    files: dict[str, bytes]
+    asked: list[str]  # paths
+    settings: dict[str, str]  # of a process that is to use it
+
+    def downloaded(self) -> set[str]:
+        return {"/".join(path.split("/")[5:]) for path in self.asked if "/resolve/" in path}
+
+
 @pytest.fixture
-def hub(original: Path) -> Iterator[tuple[str, list[str]]]:
-    """A server that speaks as much of the hub's protocol as a download needs, and the paths that it was asked for."""
-    (files := {path.name: path.read_bytes() for path in original.iterdir()}).update(
-        {"modeling_x.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"card"}
-    )
+def hub(original: Path, tmp_path: Path) -> Iterator[Hub]:
+    """A server that speaks as much of the hub's protocol as a download needs."""
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    files |= {"modeling_x.py": b"raise SystemExit", "tokenizer.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"}
+    files |= {"README.md": b"card", "consolidated.safetensors": b"again", "original/model.safetensors": b"again"}
+    files |= {"tokenizer.json": b"{}", "LICENSE": b"free"}
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -264,7 +276,7 @@ def hub(original: Path) -> Iterator[tuple[str, list[str]]]:
         def answer(self, body: bool) -> None:
             path = self.path.partition("?")[0]
             asked.append(path)
-            name = path.rpartition("/")[2]
+            name = "/".join(path.split("/")[5:])
             status, data, kind = 404, b"{}", "application/json"
             if path.startswith("/api/models/acme/tiny-moe/tree/"):
                 status = 200
@@ -292,23 +304,53 @@ def hub(original: Path) -> Iterator[tuple[str, list[str]]]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    settings = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    yield Hub(files, asked, settings)
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_a_hub_id_is_downloaded_but_for_code_and_pickle(
-    hub: tuple[str, list[str]], original: Path, tmp_path: Path
+def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, original: Path) -> None:
+    result = open_in_process("acme/tiny-moe", **hub.settings)
+    tensors = str(len(open_checkpoint(original).tensors))
+    assert result.stdout.split() == ["acme/tiny-moe", tensors, "LICENSE", "generation_config.json", "tokenizer.json"]
+    assert hub.downloaded() == {path.name for path in original.iterdir()} | {"tokenizer.json", "LICENSE"}
+    assert "CheckpointError: There is no folder acme/nothing" in open_in_process("acme/nothing", **hub.settings).stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"auto_map": {"AutoConfig": "modeling_x.X"}}, "auto_map"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "is dense"),
+        ({"transformers_weights": "../../x.safetensors"}, "outside itself"),
+    ],
+)
+def test_a_hub_id_that_is_refused_costs_no_download_of_weights(
+    hub: Hub, tmp_path: Path, changes: dict[str, object], error: str
 ) -> None:
-    url, asked = hub
-    online = {
-        "HF_ENDPOINT": url,
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
-    result = open_in_process("acme/tiny-moe", **online)
-    assert result.stdout.split() == ["acme/tiny-moe", str(len(open_checkpoint(original).tensors))], result.stderr
-    assert not [path for path in asked if path.endswith((".py", ".bin", ".md"))]
-    assert "CheckpointError" in open_in_process("acme/nothing", **online).stderr
+    hub.files["config.json"] = json.dumps(json.loads(hub.files["config.json"]) | changes).encode()
+    command = [sys.executable, "-m", "moetier.tools.main", "convert", "acme/tiny-moe", str(tmp_path / "dst")]
+    result = subprocess.run(command, env=os.environ | hub.settings, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert error in result.stderr
+    assert not [name for name in hub.downloaded() if name.endswith((".safetensors", ".py", ".bin"))]
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_hub_id_is_converted(hub: Hub, original: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moetier.tools.main", "convert", "acme/tiny-moe", str(tmp_path / "dst"), "--fast"]
+    result = subprocess.run(command, env=os.environ | hub.settings, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    convert(original, tmp_path / "local", fast=True)
+    made, local = tree(tmp_path / "dst"), tree(tmp_path / "local")
+    assert (made.pop("LICENSE"), made.pop("tokenizer.json")) == (b"free", b"{}")
+    manifest = made.pop("experts.zarr/zarr.json")
+    assert json.loads(manifest)["attributes"]["moetier"]["model"] == "acme/tiny-moe"
+    assert made == {name: data for name, data in local.items() if name != "experts.zarr/zarr.json"}
