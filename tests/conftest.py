@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import tqdm
+
+# The models here are tiny: a second thread costs more than it saves, and where the machine has other work to do the two
+# wait for each other at every step. Tests of what threads may not change set their own number. Children inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts a thread that stays
 

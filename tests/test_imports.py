@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,59 +18,23 @@ LAYERS = {
     "moetier": ("tiers", "runtime"),
 }
 
-# within tiers: who may import whom
-NOUNS = {"keys", "errors", "stats"}
-PARTS = NOUNS | {
-    "manifest",
-    "source",
-    "policy",
-    "slots",
-    "arena",
-    "quantize",
-    "hqq",
-    "planes",
-    "pairs",
-    "stream",
-    "budget",
-    "ledger",
-    "monitor",
-    "views",
-    "shard",
-    "folder",
-    "durable",
-}
-TIERS_MAY_IMPORT = dict.fromkeys(PARTS, PARTS) | {
-    "keys": set(),
-    "errors": set(),
-    "stats": set(),
-    "store": PARTS,
-    "writer": PARTS,
-    "host": PARTS,
-    "device": PARTS,
-}
+# within tiers: each level imports from those above it alone
+LEVELS = (
+    {"keys", "errors", "stats", "monitor", "stream", "hqq"},
+    {"manifest", "slots", "planes", "pairs"},
+    {"source", "policy", "quantize", "arena", "budget", "shard"},
+    {"ledger", "views", "folder", "durable"},
+    {"store", "writer", "host", "device"},
+)
 
 # library -> the only modules that may import it
 HOMES = {
     "torch": {
-        "tiers/device",
-        "tiers/quantize",
-        "tiers/hqq",
-        "tiers/planes",
-        "tiers/pairs",
-        "tiers/stream",
-        "tiers/views",
-        "runtime/",
-        "tools/",
+        *("tiers/hqq", "tiers/planes", "tiers/pairs", "tiers/quantize", "tiers/views", "tiers/stream", "tiers/device"),
+        *("runtime/", "tools/"),
     },
-    "transformers": {
-        "runtime/registration",
-        "runtime/gates",
-        "runtime/generate",
-        "runtime/streamer",
-        "tools/",
-    },
-    "zarr": {"tiers/store", "tiers/writer"},
-    "grpc": {"runtime/service", "runtime/client", "runtime/daemon"},
+    "transformers": {"runtime/registration", "runtime/generate", "runtime/streamer", "tools/"},
+    "zarr": {"tiers/writer"},
     "psutil": {"runtime/memory"},
 }
 
@@ -99,23 +64,38 @@ def imports(path: Path) -> list[tuple[str, str]]:
     return found
 
 
+def siblings(path: Path) -> set[str]:
+    """Modules of its own package that a module imports."""
+    names = (rest.split(".") for top, rest in imports(path) if top == "moetier")
+    return {name[1] for name in names if len(name) > 1 and name[0] == path.parent.name}
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    package, module = path.parent.name, path.stem
+    package, place = path.parent.name, f"{path.parent.name}/{path.stem}"
     for top, rest in imports(path):
-        if top == "moetier":
-            target_package, _, target = rest.partition(".")
-            if not target_package or target_package == "errors":
-                continue
-            assert target_package in LAYERS[package], f"{package} must not import moetier.{rest}"
-            if package == "tiers" and module != "__init__":
-                allowed = TIERS_MAY_IMPORT[module]
-                assert target.partition(".")[0] in allowed - {module}, f"tiers/{module} must not import {rest}"
+        if top == "moetier" and rest:
+            assert rest.split(".")[0] in LAYERS[package], f"{place} must not import moetier.{rest}"
         elif top in HOMES:
-            place = f"{package}/{module}"
             assert any(place == home or (home.endswith("/") and place.startswith(home)) for home in HOMES[top]), (
                 f"{place} must not import {top}"
             )
+
+
+def test_tiers_are_built_in_levels() -> None:
+    below: set[str] = set()
+    for level in LEVELS:
+        for name in level:
+            assert siblings(ROOT / f"tiers/{name}.py") <= below, f"tiers/{name} imports what is not below it"
+        below |= level
+    assert below == {path.stem for path in (ROOT / "tiers").glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("package", ["runtime", "tools"])
+def test_no_imports_in_a_circle(package: str) -> None:
+    graph = {path.stem: siblings(path) for path in (ROOT / package).glob("*.py")}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) >= graph.keys()
 
 
 def test_importing_moetier_imports_nothing_heavy() -> None:
