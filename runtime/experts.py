@@ -46,14 +46,23 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]; ``self`` is the Experts module.
 
     Experts are computed in the order in which they arrive and added up in ascending order, as eager does it, so that
-    the result depends on no tier. What came early is kept as outputs: T * k * H numbers at most.
+    the result depends on no tier. What came early is kept as outputs: T * k * H numbers at most. Raises ConfigError
+    where a gradient would be wanted of what has none.
     """
-    here: TieredBlock = self.tiered
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        raise ConfigError(
+            "A gradient is wanted through the experts, which moetier does not compute: its models are for inference.",
+            "Call the model under torch.no_grad(), or train the ordinary model and convert what comes out.",
+        )
+    with torch.no_grad():
+        return _forward(self, self.tiered, hidden_states, top_k_index, top_k_weights)
+
+
+def _forward(self: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     if hidden_states.device != here.device:
         raise ConfigError(
             f"The model was moved to {hidden_states.device}; its experts are on {here.device}.",

@@ -134,6 +134,7 @@ class MoetierQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
                 module.config.__dict__.pop("_is_quantized", None)
+        model.requires_grad_(False)  # the experts have no gradient, so the trunk's would be wrong
         modules = experts_modules(model)
         for number, block in enumerate(tiers.store.manifest.blocks):
             layout = tiers.store.layout(number)

@@ -168,10 +168,24 @@ def test_a_failure_while_computing_gives_the_lease_back() -> None:
     assert source.open == 0
 
 
-def test_there_is_no_gradient() -> None:
-    ordinary, twin, _ = pair("mixtral", torch.float32)
+@pytest.mark.parametrize("wanted", ["states", "weights"])
+def test_a_gradient_is_refused_and_not_lost(wanted: str) -> None:
+    ordinary, twin, source = pair("mixtral", torch.float32)
     states, index, weights = inputs(ordinary, torch.float32)
-    assert not experts_forward(twin, states.requires_grad_(), index, weights.requires_grad_()).requires_grad
+    {"states": states, "weights": weights}[wanted].requires_grad_()
+    with pytest.raises(ConfigError, match="gradient"):
+        experts_forward(twin, states, index, weights)
+    assert not source.demands
+    with torch.no_grad():
+        assert torch.equal(experts_forward(twin, states, index, weights), ordinary(states, index, weights))
+    with torch.inference_mode():
+        assert not experts_forward(twin, states, index, weights).requires_grad
+
+
+def test_nothing_is_recorded_for_a_gradient_that_nobody_wants() -> None:
+    """Not for the parameters of a norm behind the experts either."""
+    ordinary, twin, _ = pair("muse_spark", torch.float32)
+    assert not experts_forward(twin, *inputs(ordinary, torch.float32)).requires_grad
 
 
 def test_a_model_that_was_moved_says_so() -> None:

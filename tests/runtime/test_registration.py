@@ -146,6 +146,18 @@ def _bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
+def test_no_gradient_vanishes(tiny: tuple[Any, Path]) -> None:
+    """The trunk asks for none; who does, as an adapter would, is told."""
+    model, _ = moetier.load(tiny[1])
+    with model.tiers:
+        assert not model(input_ids=IDS).logits.requires_grad
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            model(input_ids=IDS).logits.sum().backward()
+        model.enable_input_require_grads()
+        with pytest.raises(ConfigError, match="gradient"):
+            model(input_ids=IDS)
+
+
 # -- it ends -----------------------------------------------------------------------------------------------------------
 
 
