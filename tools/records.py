@@ -62,7 +62,7 @@ class Encoder:
 
     def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
         """In the order of ``keys``. A record is valid until the next one is asked for. Close it to stop early."""
-        free: SimpleQueue[Bytes] = SimpleQueue()
+        free: SimpleQueue[Bytes] = SimpleQueue()  # one for each task that is ahead, and the one that is yielded
         size = max((self._plan.layout(key.block).record_bytes for key in keys), default=0)
         for _ in range(self.workers + 1):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
@@ -82,7 +82,6 @@ class Encoder:
                         self._blueprint.blocks[key.block].forget()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                free.put(torch.empty(size, dtype=torch.uint8).numpy())  # a worker may be waiting for one
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
         """A block that is read whole neither overlaps with the one before it nor with the one behind."""

@@ -78,35 +78,41 @@ class StoredTensor:
 def read_at(path: Path, offset: int, out: Bytes) -> None:
     """Fills ``out``; drops what was read from the page cache, which a memory limit is charged for.
 
-    Raises CheckpointError where the file ends before.
+    Raises CheckpointError where the file ends before, or can't be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.posix_fadvise(descriptor, offset, out.nbytes, os.POSIX_FADV_SEQUENTIAL)
-        done = 0
-        while done < out.nbytes:
-            end = min(out.nbytes, done + CHUNK_BYTES)
-            got = os.preadv(descriptor, [out[done:end].data], offset + done)
-            if got == 0:
-                raise CheckpointError(
-                    f"{path} ends at byte {offset + done}; a tensor needs {offset + out.nbytes}.",
-                    "Download the checkpoint again.",
-                )
-            os.posix_fadvise(descriptor, offset + done, got, os.POSIX_FADV_DONTNEED)
-            done += got
-    finally:
-        os.close(descriptor)
+        with path.open("rb", buffering=0) as file:
+            _fill(file.fileno(), path, offset, out)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
+
+
+def _fill(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
+    os.posix_fadvise(descriptor, offset, out.nbytes, os.POSIX_FADV_SEQUENTIAL)
+    done = 0
+    while done < out.nbytes:
+        got = os.preadv(descriptor, [out[done : done + CHUNK_BYTES].data], offset + done)
+        if got == 0:
+            raise CheckpointError(
+                f"{path} ends at byte {offset + done}; a tensor needs {offset + out.nbytes}.",
+                "Download the checkpoint again.",
+            )
+        os.posix_fadvise(descriptor, offset + done, got, os.POSIX_FADV_DONTNEED)
+        done += got
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Its tensors, by name. Raises CheckpointError on what is no whole safetensors file."""
-    size = path.stat().st_size
     fix = "Download the checkpoint again."
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path} is truncated: {size} bytes, with a header of {length}.", fix)
-        raw = file.read(length)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path} is truncated: {size} bytes, with a header of {length}.", fix)
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     try:
         tensors = dict(_tensors(path, json.loads(raw), 8 + length))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

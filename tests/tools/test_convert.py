@@ -17,7 +17,14 @@ from checkpoints import edit_json, edit_tensors, save_checkpoint, stored_experts
 from faults import mounted
 from torch import Tensor
 
-from moetier.tiers.errors import ConfigError, DiskSpaceError, IncompleteStoreError, TargetError, TargetExistsError
+from moetier.tiers.errors import (
+    CheckpointError,
+    ConfigError,
+    DiskSpaceError,
+    IncompleteStoreError,
+    TargetError,
+    TargetExistsError,
+)
 from moetier.tiers.keys import BITS, Bits
 from moetier.tiers.shard import GROUP, PARTIAL
 from moetier.tiers.store import ExpertStore
@@ -341,6 +348,19 @@ sys.exit(main(['convert', source, target]))
         assert report.resumed_blocks >= 1
         assert all(block.error is not None for block in report.blocks)
         assert tree(disk / "dst") == uncut
+
+
+def test_a_source_that_goes_away_is_not_taken_for_the_target(source: Path, tmp_path: Path) -> None:
+    src = Path(shutil.copytree(source, tmp_path / "src"))
+    conversion = Conversion.plan(open_checkpoint(src), tmp_path / "dst", Options())
+    for path in src.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=f"{src}.* can't be read: No such file"):
+        conversion.run(lambda line: None, quiet=True)
+    shutil.rmtree(src)
+    shutil.copytree(source, src)
+    convert(src, tmp_path / "dst")
+    assert tree(tmp_path / "dst").keys() >= {"config.json", "experts.zarr/zarr.json"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

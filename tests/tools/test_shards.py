@@ -95,3 +95,12 @@ def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path: Pat
     file.write_bytes((2**62).to_bytes(8, "little") + json.dumps({}).encode())
     with pytest.raises(CheckpointError, match="truncated"):
         read_header(file)
+
+
+def test_a_file_that_can_not_be_read_is_named(file: Path, tmp_path: Path) -> None:
+    found = read_header(file)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"x\.safetensors can't be read: No such file"):
+        found["matrix"].read()
+    with pytest.raises(CheckpointError, match="can't be read: Is a directory"):
+        read_header(tmp_path)
