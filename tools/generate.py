@@ -13,6 +13,13 @@ from moetier.tiers.errors import ConfigError
 from .report import Timing, tier_json, tier_report
 
 HELP = "generate text from a model directory"
+ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams is one sequence, token by token
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "prompt_lookup_num_tokens": None,
+    "dola_layers": None,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     with model.tiers:
         if tokenizer is None:
             raise ConfigError(f"{arguments.directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}  # no token types
         torch.manual_seed(arguments.seed)
         sampling = {"do_sample": arguments.temperature > 0}
         if arguments.temperature:
             sampling["temperature"] = arguments.temperature
         streamer = TimedStreamer(tokenizer, echo=not arguments.json)
-        model.generate(**inputs, **sampling, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+        model.generate(**inputs, **sampling, **ONE_SEQUENCE, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
         first_token, total = streamer.seconds
         timing = Timing(inputs["input_ids"].shape[1], streamer.tokens, first_token, total)
         tiers = model.tiers.stats()

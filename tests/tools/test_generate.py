@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -67,6 +68,30 @@ def test_the_seed_decides_what_is_sampled(tinymix_4bit: Path, capsys: pytest.Cap
         return text
 
     assert sample(1) == sample(1) != sample(2)
+
+
+@pytest.mark.parametrize(
+    ("file", "preferred"),
+    [
+        ("generation_config.json", {"num_beams": 4, "early_stopping": True}),
+        ("generation_config.json", {"num_beams": 4, "num_beam_groups": 2}),
+        ("generation_config.json", {"do_sample": True, "num_return_sequences": 2}),
+        ("generation_config.json", {"penalty_alpha": 0.6, "top_k": 4}),
+        ("generation_config.json", {"prompt_lookup_num_tokens": 3}),
+        ("tokenizer_config.json", {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}),
+        ("tokenizer_config.json", {"model_input_names": ["input_ids"]}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_whatever_a_directory_prefers_one_sequence_streams(
+    tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, preferred: dict[str, Any]
+) -> None:
+    folder = tmp_path / "copy"
+    copytree(tinymix_4bit, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | preferred))
+    answer = generate(capsys, str(folder), PROMPT, "--max-new-tokens", "6")
+    expected = generate(capsys, str(tinymix_4bit), PROMPT, "--max-new-tokens", "6")
+    assert (answer["text"], answer["new_tokens"]) == (expected["text"], 6)
 
 
 def test_the_prompt_may_come_from_standard_input(tinymix_4bit: Path) -> None:
