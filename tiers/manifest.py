@@ -30,7 +30,7 @@ class Manifest:
     """The manifest of format version 1. ``blocks[b]`` is what ``ExpertKey.block == b`` names."""
 
     model: str  # hub id or folder name of the source
-    source_digest: str  # sha256 over the source's config and the names, shapes, types and offsets of its tensors
+    source_digest: str  # sha256 over the source's config, its tensors' names, shapes, types, places, some bytes of each
     blocks: tuple[Block, ...]
     layouts: Mapping[str, RecordLayout]  # by array name
     version: str  # of moetier, that wrote it

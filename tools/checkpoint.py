@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 
 from . import hub
-from .shards import FLOATS, StoredTensor, read_header
+from .shards import FLOATS, Bytes, StoredTensor, read_at, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAMPLE_BYTES, SAMPLE_STRIDE = 64, 16 << 20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What a model directory takes over as it is: tokenizer, chat template, generation defaults, processors, licence.
@@ -61,12 +64,14 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """sha256 over the config and the names, shapes, types and offsets of all tensors."""
+        """sha256 over the config, and each tensor's name, type, shape, place, and some of its bytes, which tell one
+        fine-tune from another. Reads those. What it sees of a file tells its size too: the tensors fill it."""
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name]
-            place = [name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset]
+        for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
+            place = [tensor.name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset]
             state.update(json.dumps(place).encode())
+            for sample in _samples(tensor):
+                state.update(sample.data)
         return state.hexdigest()
 
 
@@ -149,6 +154,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {name}.", "Give the folder of a Hugging Face checkpoint.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}).", "Download the checkpoint again.") from error
     if not isinstance(found, dict):
@@ -239,6 +246,15 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
     raise CheckpointError(
         f"{folder} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
     )
+
+
+def _samples(tensor: StoredTensor) -> Iterator[Bytes]:
+    """The first and the last SAMPLE_BYTES of a tensor, and as many at each SAMPLE_STRIDE between them."""
+    last = max(0, tensor.nbytes - SAMPLE_BYTES)
+    for start in sorted({*range(0, last, SAMPLE_STRIDE), last}):
+        sample = np.empty(min(SAMPLE_BYTES, tensor.nbytes), np.uint8)
+        read_at(tensor.file, tensor.offset + start, sample)
+        yield sample
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,0 +1,82 @@
+"""Two checkpoints that differ in nothing but their weights are two conversions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit_tensors, save_checkpoint, tree
+from safetensors.torch import load_file
+
+from moetier.tiers.errors import TargetExistsError
+from moetier.tiers.shard import GROUP, METADATA
+from moetier.tools import checkpoint
+from moetier.tools.checkpoint import open_checkpoint
+from moetier.tools.conversion import Conversion, Options
+from moetier.tools.convert import convert
+
+BEGUN = 1  # blocks that a cut conversion has finished
+
+
+@pytest.fixture
+def fine_tunes(tmp_path: Path) -> tuple[Path, Path]:
+    """Of one base, under one name: the same config, names, shapes and sizes."""
+    first = save_checkpoint(tmp_path / "a" / "tuned", shards=1)
+    second = Path(shutil.copytree(first, tmp_path / "b" / "tuned"))
+
+    def tune(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.q_proj.weight"].mul_(1.5)
+
+    edit_tensors(second, tune)
+    sizes = [{path.name: path.stat().st_size for path in folder.iterdir()} for folder in (first, second)]
+    assert sizes[0] == sizes[1]
+    return first, second
+
+
+def test_one_is_not_taken_for_the_other(fine_tunes: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = fine_tunes
+    convert(first, tmp_path / "dst", fast=True)
+    before = tree(tmp_path / "dst")
+    with pytest.raises(TargetExistsError, match="they differ in source_digest"):
+        convert(second, tmp_path / "dst", fast=True)
+    assert tree(tmp_path / "dst") == before
+
+
+def test_one_does_not_go_on_with_the_other(fine_tunes: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = fine_tunes
+    cut = Conversion.plan(open_checkpoint(first), tmp_path / "dst", Options(fast=True))
+
+    def stop(line: str) -> None:
+        if "relative error" in line:
+            raise InterruptedError
+
+    with pytest.raises(Exception, match="dst"):
+        cut.run(stop, quiet=True)
+    assert not (tmp_path / "dst" / GROUP / METADATA).exists()
+    assert len(list((tmp_path / "dst").rglob("c/*/0/0"))) == BEGUN
+    before = tree(tmp_path / "dst")
+    with pytest.raises(TargetExistsError, match="they differ in source_digest"):
+        convert(second, tmp_path / "dst", fast=True)
+    assert tree(tmp_path / "dst") == before
+    assert convert(first, tmp_path / "dst", fast=True).resumed_blocks == BEGUN
+
+
+def test_what_is_looked_at(fine_tunes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and last 64 bytes, 64 at each stride; whatever time the files were written at."""
+    first, _ = fine_tunes
+    monkeypatch.setattr(checkpoint, "SAMPLE_STRIDE", 1024)
+    before = open_checkpoint(first).digest
+    (first / "model.safetensors").touch()
+    assert open_checkpoint(first).digest == before
+    name = max(load_file(first / "model.safetensors").items(), key=lambda item: item[1].nbytes)[0]
+    for position, seen in ((0, True), (31, True), (32, False), (512, True), (-1, True), (-32, True)):
+
+        def change(tensors: dict[str, torch.Tensor], position: int = position) -> None:
+            tensors[name].view(-1)[position] += 1
+
+        edit_tensors(first, change)
+        after = open_checkpoint(first).digest
+        assert (after != before) == seen, position
+        before = after
