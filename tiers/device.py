@@ -263,6 +263,7 @@ class DeviceTier:
     def _release(self, visit: _Visit) -> None:
         with self._monitor:
             self._end_lease(visit)
+            self._monitor.wake()
 
     def _end_lease(self, visit: _Visit) -> None:
         if visit.leased is not None:
@@ -270,14 +271,13 @@ class DeviceTier:
             visit.leased = None
             visit.pool.used[slot][stream] = stream.record_event()
             visit.pool.slots.unpin(slot)
-            self._monitor.wake()
 
     def _leave(self, visit: _Visit) -> None:
         """Gives back all that a caller holds."""
         self._end_lease(visit)
         while visit.ready:
             visit.pool.slots.unpin(visit.ready.popleft())
-            self._monitor.wake()
+        self._monitor.wake()
 
     def _lock_pages(self, view: torch.Tensor) -> None:
         if self._pageable:

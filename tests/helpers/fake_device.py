@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
+from functools import partial
 
 import torch
+from readers import PATIENCE
 
 
 class Order(Enum):
@@ -35,6 +37,7 @@ class FakeStream:
     def __init__(self, device: FakeDevice) -> None:
         self.device = device
         self.queue: deque[Callable[[], None] | FakeEvent] = deque()  # an event: wait for it
+        self.waits = 0  # ever queued
 
     def record_event(self) -> FakeEvent:
         event = FakeEvent(self.device, self)
@@ -50,6 +53,7 @@ class FakeStream:
         forgotten = Order.REFILL_AFTER_COMPUTE if self is self.device.copies else Order.COMPUTE_AFTER_COPY
         if self.device.forgets is not forgotten:
             with self.device.lock:
+                self.waits += 1
                 self.queue.append(event)
 
     @property
@@ -75,7 +79,10 @@ class FakeDevice:
         self.streams = [self.copies, FakeStream(self)]
         self.locked: set[int] = set()
         self.page_lock_calls = 0
-        self.copy_error: Exception | None = None
+        self.copy_error: Exception | None = None  # of the next copy
+        self.copy_may_begin = threading.Event()  # a copy from pageable memory holds up its caller
+        self.copy_may_begin.set()
+        self.pending: Counter[int] = Counter()  # copies that have not run, by the address of their source
         self._chance = chance
         self._left = capacity
         self._locks_pages = locks_pages
@@ -95,10 +102,14 @@ class FakeDevice:
         return self.copies
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        if self.copy_error is not None:
-            raise self.copy_error
+        assert self.copy_may_begin.wait(PATIENCE)
         with self.lock:
-            self.copies.queue.append(lambda: _copy(target, source))
+            error, self.copy_error = self.copy_error, None
+        if error is not None:
+            raise error
+        with self.lock:
+            self.pending[source.data_ptr()] += 1
+            self.copies.queue.append(partial(self._copy, target, source))
 
     def lock_pages(self, memory: torch.Tensor) -> bool:
         self.page_lock_calls += 1
@@ -108,6 +119,7 @@ class FakeDevice:
         return self._locks_pages
 
     def unlock_pages(self, memory: torch.Tensor) -> None:
+        assert not self.pending[memory.data_ptr()], "it is being copied from"
         self.locked.remove(memory.data_ptr())
 
     # -- the test's side ----------------------------------------------------------------------------------------------
@@ -156,6 +168,6 @@ class FakeDevice:
         if not isinstance(head, FakeEvent):
             head()
 
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+        self.pending[source.data_ptr()] -= 1

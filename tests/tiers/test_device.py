@@ -143,6 +143,19 @@ def test_a_refill_waits_for_every_stream_that_used_the_slot(host: HostTier) -> N
         tier.close()
 
 
+def test_a_refill_waits_once_for_each_use_and_not_for_those_before(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    consumer = Consumer(tier, device)
+    for expert in (0, 1, 2, 3) * 3:
+        with device.stream():
+            consumer.run(0, [expert])
+            consumer.run(0, [expert])
+    assert device.copies.waits == 10, "twelve copies, the first two into empty slots; two uses each, on one stream"
+    assert consumer.wrong() == 0
+    tier.close()
+
+
 # -- cache -------------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +173,21 @@ def test_what_the_device_holds_is_not_asked_of_the_host(host: HostTier) -> None:
     assert host.stats().misses == 6
     assert host.stats().hits == 0
     assert consumer.wrong() == 0
+    tier.close()
+
+
+def test_what_is_given_first_is_evicted_last(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots={"records": 6}, device=device)  # two for each block
+    consumer = Consumer(tier, device)
+    consumer.run(0, [2, 3])
+    consumer.run(0, [2, 3])
+    consumer.run(0, [0])
+    misses = tier.stats().misses
+    consumer.run(0, [2])
+    assert tier.stats().misses == misses
+    consumer.run(0, [3])
+    assert tier.stats().misses == misses + 1
     tier.close()
 
 
@@ -221,22 +249,69 @@ def test_callers_share_two_slots_on_streams_of_their_own(reader: RamReader) -> N
         tier.close()
 
 
-def test_a_caller_waits_for_a_slot_that_another_computes_on(host: HostTier) -> None:
+@pytest.mark.parametrize("end", ["next", "close"])
+def test_a_caller_waits_for_a_slot_that_another_computes_on(reader: RamReader, end: str) -> None:
+    """With a lease of the host in its hand."""
     device = device_of()
-    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
-    holders = [tier.acquire(keys(0, expert)) for expert in (0, 1)]
-    for holder in holders:
+    with HostTier(reader, slots={"records": 12}) as host:
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+        consumer = Consumer(tier, device)
+        consumer.run(0, [0, 1])
+        holder = tier.acquire(keys(0, 0, 1))
         next(holder)
-        device.finish()
-    # Both slots of the device are held, and both of the host: the third caller gets neither before one is given back.
-    waiting = Task(lambda: [lease.key for lease in tier.acquire(keys(1, 2))])
-    wait_until(lambda: host.stats().misses == 3)
-    assert waiting.thread.is_alive()
-    assert next(holders[0], None) is None
-    assert waiting.result() == keys(1, 2)
-    holders[1].close()
-    tier.check_integrity()
-    tier.close()
+        waiting = Task(lambda: consumer.run(1, [2]))
+        wait_until(lambda: bool(tier._monitor._sleepers))
+        if end == "next":
+            next(holder)
+        else:
+            holder.close()
+        waiting.result()
+        assert consumer.wrong() == 0
+        assert len(consumer.seen) == 3
+        holder.close()
+        tier.check_integrity()
+        tier.close()
+
+
+def test_who_waits_for_a_copy_gets_it_when_it_is_queued(reader: RamReader) -> None:
+    """And not only when the one that began it is done with its lease."""
+    device = device_of()
+    with HostTier(reader, slots={"records": 12}) as host:
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+        consumer = Consumer(tier, device)
+        device.copy_may_begin.clear()
+        leases = tier.acquire(keys(0, 3))
+        first = Task(lambda: next(leases))
+        wait_until(lambda: tier._copying == 1)
+        second = Task(lambda: consumer.run(0, [3]))
+        wait_until(lambda: bool(tier._monitor._sleepers))
+        device.copy_may_begin.set()
+        second.result()
+        assert first.result().key == ExpertKey(0, 3)
+        assert consumer.wrong() == 0
+        assert tier.stats().joined == 1
+        leases.close()
+        tier.close()
+
+
+def test_who_waits_for_a_copy_that_fails_copies_for_itself(reader: RamReader) -> None:
+    device = device_of()
+    with HostTier(reader, slots={"records": 12}) as host:
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+        consumer = Consumer(tier, device)
+        device.copy_may_begin.clear()
+        device.copy_error = RuntimeError("lost")
+        first = Task(lambda: consumer.run(0, [3]))
+        wait_until(lambda: tier._copying == 1)
+        second = Task(lambda: consumer.run(0, [3]))
+        wait_until(lambda: bool(tier._monitor._sleepers))
+        device.copy_may_begin.set()
+        with pytest.raises(RuntimeError, match="lost"):
+            first.result()
+        second.result()
+        assert consumer.wrong() == 0
+        assert len(consumer.seen) == 1
+        tier.close()
 
 
 def test_a_lease_of_the_host_ends_when_the_copy_is_done(host: HostTier) -> None:
@@ -248,24 +323,25 @@ def test_a_lease_of_the_host_ends_when_the_copy_is_done(host: HostTier) -> None:
     leases.close()
     host.check_integrity()
     assert not host._ledger._demands
-    assert not [work for work in device.copies.queue if "_copy" in repr(work)], "it has run by now"
+    assert not any(device.pending.values()), "it has run by now"
     tier.close()
 
 
 # -- wishes ------------------------------------------------------------------------------------------------------------
 
 
-def test_wishes_go_to_the_host_for_what_the_device_lacks(reader: RamReader) -> None:
+def test_wishes_go_to_the_host_for_what_the_device_lacks(host: HostTier, reader: RamReader) -> None:
     device = device_of()
-    with HostTier(reader, slots={"records": 12}) as host:
-        tier = DeviceTier(host, PLAN, slots={"records": 12}, device=device)
-        Consumer(tier, device).run(0, [0])
-        before = reader.reads.copy()
-        tier.prefetch(0, keys(0, 0, 1))
-        wait_until(lambda: host.stats().ready == 2)
-        assert reader.reads - before == {ExpertKey(0, 1): 1}
-        assert tier.stats().ready == 1
-        tier.close()
+    tier = DeviceTier(host, PLAN, slots={"records": 12}, device=device)
+    Consumer(tier, device).run(0, [0])
+    Consumer(tier, device).run(1, [0, 1, 2])  # the host has two slots: it has nothing of block 0 now
+    before = reader.reads.copy()
+    tier.prefetch(0, keys(0, 0, 1))
+    wait_until(lambda: host.stats().prefetched == 1 and host.stats().ready == 2)
+    list(host.acquire(keys(2, 0)))
+    assert reader.reads - before == {ExpertKey(0, 1): 1, ExpertKey(2, 0): 1}
+    assert tier.stats().ready == 4, "the device takes nothing by itself"
+    tier.close()
 
 
 def test_a_demand_that_the_device_meets_clears_the_hosts_wishes_too() -> None:
@@ -347,7 +423,6 @@ def test_a_copy_that_fails_leaves_nothing_behind(host: HostTier) -> None:
     host.check_integrity()
     assert not host._ledger._demands
     assert (tier.stats().failures, tier.stats().ready) == (1, 0)
-    device.copy_error = None
     consumer = Consumer(tier, device)
     consumer.run(0, [0, 1, 2, 3])
     assert consumer.wrong() == 0
@@ -394,6 +469,36 @@ def test_close_waits_for_copies_and_wakes_who_waits(host: HostTier) -> None:
     with pytest.raises(ClosedError):
         tier.prefetch(0, keys(0, 0))
     assert tier.stats().misses == 3
+
+
+def test_close_waits_for_a_copy_that_is_being_begun(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    device.copy_may_begin.clear()
+    caller = Task(lambda: list(tier.acquire(keys(0, 0))))
+    wait_until(lambda: bool(device.locked))
+    wait_until(lambda: tier._copying == 1)
+    closer = Task(tier.close)
+    wait_until(lambda: tier._closed)
+    wait_until(lambda: bool(tier._monitor._sleepers))
+    assert device.locked, "the memory that is copied from is still page-locked"
+    device.copy_may_begin.set()
+    closer.result()
+    assert not device.locked
+    with pytest.raises(ClosedError):
+        caller.result()
+
+
+def test_close_lets_go_of_the_hosts_memory_when_it_has_been_copied(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+    leases = tier.acquire(keys(0, 0))
+    lease = next(leases)
+    assert any(device.pending.values())
+    tier.close()
+    assert not any(device.pending.values())
+    assert record_bytes(lease.record) == RECORDS[lease.key]
+    leases.close()
 
 
 # -- a CPU's tier ------------------------------------------------------------------------------------------------------
