@@ -24,7 +24,7 @@ LEVELS = (
     {"manifest", "slots", "planes", "pairs"},
     {"source", "policy", "quantize", "arena", "budget", "shard"},
     {"ledger", "views", "folder", "durable"},
-    {"store", "writer", "host", "device"},
+    {"trunk", "store", "writer", "host", "device"},
 )
 
 # library -> the only modules that may import it

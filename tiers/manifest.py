@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import MissingExpertError, StoreFormatError
@@ -12,6 +12,7 @@ from .keys import ExpertKey, RecordLayout
 
 FORMAT = 1
 FEATURES: frozenset[str] = frozenset()  # what a store may require and this version has
+TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # beside experts.zarr, and nowhere else
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,14 @@ class Block:
     index: int  # in that array
     experts: int
     top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    """What a file was when it was written."""
+
+    bytes: int
+    crc32c: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Manifest:
     digest: str = ""  # sha256 over the crc32c (LE u32) of every record, block by block; identifies the store
     requires: tuple[str, ...] = ()
     method: str = "hqq"  # how the codes were found: "hqq", or "rounding"
+    trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by name; like the digest, empty until it is written
 
     def layout(self, block: int) -> RecordLayout:
         return self.layouts[self.blocks[block].array]
@@ -81,7 +91,7 @@ class Manifest:
             "version": self.version,
             "digest": self.digest,
             "method": self.method,
-        }
+        } | ({"trunk": {name: asdict(entry) for name, entry in sorted(self.trunk.items())}} if self.trunk else {})
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
@@ -111,6 +121,10 @@ class Manifest:
                 digest=str(value["digest"]),
                 requires=tuple(value["requires"]),
                 method=str(value.get("method", "hqq")),
+                trunk={
+                    str(name): FileSum(int(entry["bytes"]), int(entry["crc32c"]))
+                    for name, entry in value.get("trunk", {}).items()
+                },
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -123,6 +137,8 @@ class Manifest:
         """Raises ValueError unless the blocks fill their arrays exactly."""
         if not self.blocks:
             raise ValueError("it has no blocks")
+        if names := [name for name in self.trunk if not TRUNK_NAME.fullmatch(name)]:
+            raise ValueError(f"{names[0]!r} is no name of a trunk file")
         if names := [name for name in self.layouts if not re.fullmatch(r"[\w-]+", name)]:
             raise ValueError(f"{names[0]!r} is no name of an array")  # it becomes the name of a folder
         if strangers := {b.array for b in self.blocks} - set(self.layouts):

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from zarr.storage import MemoryStore
 from .durable import allocate, disk_errors, make_folders, sync_folder, write_durably
 from .errors import TargetExistsError
 from .keys import CHECKSUM_BYTES
-from .manifest import Manifest
+from .manifest import FileSum, Manifest
 from .shard import METADATA, PARTIAL, PLAN, Bytes, ShardFile, StoreDigest, checksum_bytes, read_checksums
 
 PIECE_BYTES = 8 << 20  # checksummed and written at a time: google_crc32c holds the interpreter's lock
@@ -46,10 +46,11 @@ class StoreWriter:
     def open(cls, folder: Path, plan: Manifest) -> StoreWriter:
         """Creates ``folder`` (a model directory's ``experts.zarr``), or resumes the conversion of the very same plan.
 
-        ``plan`` is the manifest with an empty digest. Raises TargetExistsError when the folder holds anything else or
-        another process is writing to it, DiskSpaceError when it is full, TargetError when it can't be written.
+        ``plan`` is the manifest with neither digest nor trunk. Raises TargetExistsError when the folder holds anything
+        else or another process is writing to it, DiskSpaceError when it is full, TargetError when it can't be written.
         """
         assert not plan.digest
+        assert not plan.trunk
         assert Manifest.from_json(plan.to_json(), str(folder)) == plan
         with disk_errors(folder):
             make_folders(folder)
@@ -128,15 +129,16 @@ class StoreWriter:
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
         return disk_errors(self.folder, lambda: self.missing_bytes)
 
-    def finish(self) -> Manifest:
-        """Writes the manifest, with the digest of all records; from now on the store is complete. Closes the writer."""
+    def finish(self, trunk: Mapping[str, FileSum] | None = None) -> Manifest:
+        """Writes the manifest, with the digest of all records and what the trunk's files are; from now on the store is
+        complete. Closes the writer."""
         assert not self._open
         assert len(self._finished) == len(self._files), "blocks are missing"
         digest = StoreDigest()
         with self._disk_errors():
             for file in self._files:
                 digest.add(_stored_checksums(file))
-            manifest = replace(self.plan, digest=digest.hexdigest())
+            manifest = replace(self.plan, digest=digest.hexdigest(), trunk=trunk or {})
             # Shards that an earlier process renamed may not be in their folders durably yet.
             for name in sorted({parent for file in self._files for parent in list(file.path.parents)[:4]}):
                 sync_folder(name)
@@ -280,11 +282,13 @@ def _check_target(folder: Path, plan: Manifest) -> None:
 
 
 def _plan_in(path: Path) -> dict[str, Any] | None:
-    """The plan of a finished store (its manifest without the digest) or of an unfinished one; None if it is neither."""
+    """The plan of a finished store (its manifest less digest and trunk) or an unfinished one; None if it is neither."""
     try:
         found = json.loads(path.read_bytes())
-        return {**found["attributes"]["moetier"], "digest": ""} if path.name == METADATA else {**found}
-    except (ValueError, KeyError, TypeError):
+        if path.name == PLAN:
+            return {**found}
+        return {key: value for key, value in found["attributes"]["moetier"].items() if key != "trunk"} | {"digest": ""}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -102,14 +102,10 @@ class Conversion:
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
                 with Progress("trunk", sum(file.size for file in self.target.trunk), quiet=quiet) as progress:
-                    for file in self.target.trunk:
-                        if file.is_complete(self.target.folder):
-                            progress.advance(file.size)
-                        else:
-                            file.write(self.target.folder, progress.advance)
+                    trunk = {f.name: f.make(self.target.folder, progress.advance) for f in self.target.trunk}
                 self._write_blocks(writer, errors, say, quiet)
                 self.target.write_small()
-            writer.finish()
+            writer.finish(trunk)
         self.target.tidy()
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 when a shard is missing or malformed. Raises StoreError where there is no finished store."""
+    """1 when a shard or a trunk file is missing or malformed. Raises StoreError where there is no finished store."""
     from moetier.tiers.store import ExpertStore
 
     with ExpertStore.open(arguments.directory, damaged=True) as store:
@@ -38,10 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
 def survey(store: ExpertStore) -> dict[str, Any]:
     """What ``--json`` prints. Sizes in bytes; no record is read."""
     from moetier.tiers.manifest import FORMAT
+    from moetier.tiers.trunk import trunk_faults
 
     manifest = store.manifest
     directory = store.folder.parent
-    trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file())
+    faults = [fault for _, fault in sorted(store.faults.items())]
+    faults += trunk_faults(directory, manifest).values() if manifest.trunk else ()
     weights = sum(block.experts * manifest.layouts[block.array].weights for block in manifest.blocks)
     return {
         "directory": str(directory),
@@ -62,7 +66,8 @@ def survey(store: ExpertStore) -> dict[str, Any]:
         "bits_per_weight": 8 * manifest.stored_bytes / weights,
         "trunk_bytes": trunk,
         "direct": store.direct,
-        "faults": [fault.cause for _, fault in sorted(store.faults.items())],
+        "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
+        "faults": [fault.cause for fault in faults],
     }
 
 

@@ -69,7 +69,7 @@ class Target:
             )
         if (self.store / METADATA).exists():
             try:
-                found = replace(read_manifest(self.store), digest="").to_json()
+                found = replace(read_manifest(self.store), digest="", trunk={}).to_json()
             except StoreError as error:
                 raise self._differs(f"one that can't be read ({error.cause})") from error
             self._compare(found)

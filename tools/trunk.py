@@ -3,7 +3,8 @@
 Some libraries' fp32 results depend on the alignment of what they read, and transformers uses the file's bytes as they
 lie. Safetensors allows no holes, so the order makes the alignment: tensors of a multiple of 64 bytes come first; a
 matrix of another size ends its file; vectors of another size, which no matrix product reads in place, end the last one.
-Files are written piece by piece, synced, then renamed: a file that is there is whole.
+Files are written piece by piece, synced, then renamed: a file that is there was whole once. A resumed conversion still
+compares it with its source, as it may have been changed since.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from moetier.tiers.durable import allocate, sync_folder
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.keys import ALIGNMENT
+from moetier.tiers.manifest import FileSum
 from moetier.tiers.shard import PARTIAL
+from moetier.tiers.trunk import extend_crc, read_pieces
 
 from .dequantize import Plain, SourceTensor
 from .shards import CHUNK_BYTES, TORCH_NAMES, Bytes
@@ -61,14 +64,39 @@ class TrunkFile:
         path = folder / self.name
         return path.is_file() and path.stat().st_size == self.size
 
-    def write(self, folder: Path, advance: Callable[[int], None]) -> None:
+    def make(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
+        """Writes it into ``folder``, unless an earlier run did and every byte is still what it would write."""
+        if (found := self._found(folder)) is None:
+            return self.write(folder, advance)
+        advance(self.size)
+        return found
+
+    def _found(self, folder: Path) -> FileSum | None:
+        """Of the file that is there; None, and it is removed, when its bytes are not the source's."""
+        if not self.is_complete(folder):
+            return None
+        stored = wanted = 0
+        path = folder / self.name
+        with path.open("rb", buffering=0) as stream:
+            for piece in read_pieces(stream.fileno()):
+                stored = extend_crc(stored, piece)
+        for piece in self._pieces():
+            wanted = extend_crc(wanted, piece)
+        if stored == wanted:
+            return FileSum(self.size, stored)
+        path.unlink()  # a second copy may be more than the disk holds
+        return None
+
+    def write(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
         """Into ``folder``; ``advance`` is told bytes as they are written. Raises CheckpointError at a NaN."""
         partial = folder / (self.name + PARTIAL)
+        crc = 0
         with partial.open("wb", buffering=0) as stream:
             allocate(stream.fileno(), self.size)
             written = flushed = 0
             for piece in self._pieces():
                 stream.write(piece)
+                crc = extend_crc(crc, piece)
                 written += len(piece)
                 advance(len(piece))
                 if written - flushed >= FLUSH_BYTES:
@@ -80,6 +108,7 @@ class TrunkFile:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         partial.rename(folder / self.name)
         sync_folder(folder)
+        return FileSum(self.size, crc)
 
     def _pieces(self) -> Iterator[memoryview]:
         yield memoryview(self.header)

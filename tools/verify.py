@@ -1,13 +1,14 @@
-"""``moetier verify DIR``: reads every record of a store and names each that is not what was written."""
+"""``moetier verify DIR``: reads records and trunk, and names each record and file that is not what was written."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -16,9 +17,11 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 
 if TYPE_CHECKING:
+    from moetier.tiers.errors import StoreError
+    from moetier.tiers.manifest import Manifest
     from moetier.tiers.store import ExpertStore
 
-HELP = "check every record of a model directory against its checksum"
+HELP = "check records and trunk of a model directory against their checksums"
 
 READS = 8  # in flight: what it takes to be as fast as the disk
 BUFFER_BYTES = 256 << 20  # of all reads in flight, unless one record is larger
@@ -28,7 +31,7 @@ EXIT_BAD = 1
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """``block`` is None where the store as a whole is wrong, ``expert`` where a block's whole file is."""
+    """``block`` is None where it is the store as a whole, or the trunk; ``expert`` where it is a block's whole file."""
 
     block: int | None
     expert: int | None
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """1 when anything is bad. Raises StoreError where there is nothing that can be checked."""
     from moetier.tiers.store import ExpertStore
+    from moetier.tiers.trunk import trunk_faults
 
     from .progress import Progress
 
@@ -51,9 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
         manifest = store.manifest
         readable = [entry for block, entry in enumerate(manifest.blocks) if block not in store.faults]
         total = sum(entry.experts * manifest.layouts[entry.array].slot_bytes for entry in readable)
+        faults = trunk_faults(store.folder.parent, manifest) if manifest.trunk else {}
+        total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
         problems = []
         with Progress("verify", total) as progress:
-            for found in scrub(store):
+            for found in chain(scrub(store), scrub_trunk(store.folder.parent, manifest, faults)):
                 if isinstance(found, int):
                     progress.advance(found)
                 else:
@@ -67,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             "digest": manifest.digest,
             "blocks": len(manifest.blocks),
             "records": manifest.record_count,
+            "trunk_files": len(manifest.trunk),
             "bytes_read": total,
             "seconds": seconds,
             "direct": store.direct,
@@ -74,12 +81,31 @@ def run(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(report, indent=2))
     else:
+        files = len(manifest.trunk)
+        trunk = f"{files} file{'s' * (files > 1)} of the trunk" if files else "no checksums of the trunk"
         print(
-            f"{manifest.model}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks, "
+            f"{manifest.model}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks, {trunk}, "
             f"{format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
             f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(problems)} bad' if problems else 'all good'}"
         )
     return EXIT_BAD if problems else 0
+
+
+def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreError]) -> Iterator[int | Problem]:
+    """Yields what is wrong with the trunk, ``faults`` first, and the bytes of it that have been read."""
+    from moetier.tiers.errors import StoreError
+    from moetier.tiers.trunk import check_sum
+
+    for name, fault in faults.items():
+        yield Problem(None, None, str(directory / name), fault.cause)
+    for name, entry in sorted(manifest.trunk.items()):
+        if name in faults:
+            continue
+        path = directory / name
+        try:
+            yield from check_sum(path, entry)
+        except StoreError as error:
+            yield Problem(None, None, str(path), error.cause)
 
 
 def scrub(store: ExpertStore) -> Iterator[int | Problem]:

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import google_crc32c
 import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, save_checkpoint, stored_experts, tree
-from faults import mounted
+from faults import flip_bit, mounted
 from torch import Tensor
 
 from moetier.tiers.errors import (
@@ -26,6 +27,7 @@ from moetier.tiers.errors import (
     TargetExistsError,
 )
 from moetier.tiers.keys import BITS, Bits
+from moetier.tiers.manifest import FileSum
 from moetier.tiers.shard import GROUP, PARTIAL
 from moetier.tiers.store import ExpertStore
 from moetier.tools.checkpoint import open_checkpoint
@@ -386,6 +388,33 @@ sys.exit(main(['convert', source, target]))
     first = (dst / GROUP / "records" / "c" / "0" / "0" / "0").stat().st_mtime_ns
     assert convert(source, dst).resumed_blocks == 1
     assert (dst / GROUP / "records" / "c" / "0" / "0" / "0").stat().st_mtime_ns == first
+    assert tree(dst) == uncut
+
+
+def test_the_manifest_sums_the_trunk(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "dst")
+    trunk = {path.name: path.read_bytes() for path in (tmp_path / "dst").glob("trunk-*")}
+    with ExpertStore.open(tmp_path / "dst") as store:
+        assert store.manifest.trunk == {n: FileSum(len(data), google_crc32c.value(data)) for n, data in trunk.items()}
+
+
+def test_a_trunk_that_has_rotted_is_not_taken_over(source: Path, uncut: dict[str, bytes], tmp_path: Path) -> None:
+    """By a conversion that was killed in its second block and is resumed; and by one that lacks a small file."""
+    dst = tmp_path / "dst"
+    body = """
+def act(event, path):
+    if '/c/1/0/0' in path: os.kill(os.getpid(), signal.SIGKILL)
+on_events(act)
+convert(source, target)
+"""
+    assert script(body, source, dst).returncode == -signal.SIGKILL
+    (trunk,) = dst.glob("trunk-*")
+    flip_bit(trunk, -9, 2)
+    assert convert(source, dst).resumed_blocks == 1
+    assert tree(dst) == uncut
+    flip_bit(trunk, 100)
+    (dst / "config.json").unlink()
+    assert not convert(source, dst).was_complete
     assert tree(dst) == uncut
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -107,6 +108,20 @@ def test_bad_shards_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"bad: block 1 (model.layers.1.mlp.experts): its shard {path} has 5 bytes" in capsys.readouterr().out
     assert run(tmp_path, "--json") == 1
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 1
+
+
+def test_a_bad_trunk_is_said(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = Path(shutil.copytree(tinymix_4bit, tmp_path / "model"))
+    assert run(directory, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (path,) = directory.glob("trunk-*")
+    assert found["trunk_bytes"] == found["trunk_files"][path.name]["bytes"] == path.stat().st_size
+    os.truncate(path, 5)
+    assert run(directory) == 1
+    assert f"bad: {path}, a file of the trunk, has 5 bytes" in capsys.readouterr().out
+    path.unlink()
+    assert run(directory) == 1
+    assert f"bad: {path}, a file of the trunk, is missing" in capsys.readouterr().out
 
 
 def test_what_is_no_finished_store_is_said(tmp_path: Path) -> None:

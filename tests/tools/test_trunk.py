@@ -6,8 +6,10 @@ import json
 import math
 from pathlib import Path
 
+import google_crc32c
 import pytest
 import torch
+from faults import flip_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moetier.tiers.errors import CheckpointError
+from moetier.tiers.manifest import FileSum
 from moetier.tools import shards
 from moetier.tools.dequantize import Plain, SourceTensor
 from moetier.tools.shards import StoredTensor, read_header
@@ -106,6 +109,30 @@ def test_safetensors_reads_what_is_written(
     for name, tensor in source.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
+
+
+def test_what_is_written_is_summed(source: dict[str, Tensor], tmp_path: Path) -> None:
+    for file in plan(tmp_path):
+        made = file.write(tmp_path, lambda count: None)
+        data = (tmp_path / file.name).read_bytes()
+        assert made == FileSum(len(data), google_crc32c.value(data))
+
+
+def test_a_file_that_is_there_is_kept_if_every_bit_of_it_is_right(source: dict[str, Tensor], tmp_path: Path) -> None:
+    """Its size says nothing."""
+    for file in plan(tmp_path):
+        counts: list[int] = []
+        path = tmp_path / file.name
+        made = file.make(tmp_path, counts.append)
+        data, written = path.read_bytes(), path.stat().st_mtime_ns
+        assert file.make(tmp_path, counts.append) == made
+        assert path.stat().st_mtime_ns == written
+        for position in (0, len(file.header), len(data) // 2, -1):
+            flip_bit(path, position, 3)
+            assert file.is_complete(tmp_path)
+            assert file.make(tmp_path, counts.append) == made
+            assert path.read_bytes() == data
+        assert sum(counts) == 6 * file.size
 
 
 def test_progress_counts_every_byte(source: dict[str, Tensor], tmp_path: Path) -> None:

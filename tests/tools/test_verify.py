@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 from faults import flip_bit
-from stores import layout_of, make_plan, make_store
+from stores import layout_of, make_plan, make_records, make_store, write_store
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.manifest import FileSum
 from moetier.tiers.shard import GROUP, METADATA, ShardFile
+from moetier.tiers.writer import StoreWriter
 from moetier.tools import verify
 
 
@@ -33,7 +38,7 @@ def test_a_good_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     make_store(tmp_path)
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
-    assert out.startswith("acme/tiny-moe: 12 records in 3 blocks, 192 KiB read in ")
+    assert out.startswith("acme/tiny-moe: 12 records in 3 blocks, no checksums of the trunk, 192 KiB read in ")
     assert "GB/s" in out
     assert out.endswith("all good\n")
     assert run(tmp_path / GROUP, "--json") == 0
@@ -98,11 +103,45 @@ def test_more_records_than_reads_in_flight(tmp_path: Path, capsys: pytest.Captur
     assert report["bytes_read"] == 120 * 16384
 
 
+def test_the_trunk_is_checked(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a converted model: each fault by itself, then all together."""
+    directory = Path(shutil.copytree(tinymix_4bit, tmp_path / "model"))
+    (path,) = directory.glob("trunk-*")
+    assert run(directory, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    manifest = read_manifest(directory / GROUP)
+    assert report["trunk_files"] == 1
+    assert report["bytes_read"] == manifest.stored_bytes + path.stat().st_size
+    size = path.stat().st_size
+    for position in (0, size // 2, -1):
+        flip_bit(path, position)
+        assert run(directory, "--json") == 1
+        (bad,) = json.loads(capsys.readouterr().out)["bad"]
+        assert (bad["block"], bad["expert"], bad["file"]) == (None, None, str(path))
+        assert "checksum mismatch" in bad["cause"]
+        flip_bit(path, position)
+    flip_bit(path, size // 2)
+    flip_bit(next((directory / GROUP).glob("*/c/0/0/0")), 0)
+    (directory / "model.safetensors.index.json").write_text("{")
+    assert run(directory) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["bad"] * 3
+    assert "1 file of the trunk" in lines[-1]
+    assert lines[-1].endswith("3 bad")
+    os.truncate(path, 1000)
+    assert run(directory) == 1
+    assert f"{path}, a file of the trunk, has 1,000 bytes; {size:,} were written" in capsys.readouterr().out
+    path.unlink()
+    assert run(directory) == 1
+    assert f"{path}, a file of the trunk, is missing" in capsys.readouterr().out
+
+
 MEASURE = """
 import sys
 from argparse import Namespace
 from pathlib import Path
 import moetier.tiers.store, tqdm  # not what is measured
+from moetier.tiers.writer import StoreWriter
 from moetier.tools import verify
 
 def peak():  # KiB; getrusage would say the parent's if that is larger
@@ -116,7 +155,14 @@ print(peak() - before, file=sys.stderr)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    make_store(tmp_path, blocks=2, experts=8, layout=layout_of(1024, 1024))  # 6 MiB a record, 96 MiB in all
+    plan = make_plan(blocks=2, experts=8, layout=layout_of(1024, 1024))  # 6 MiB a record, 96 MiB in all
+    name, data = "trunk-00001-of-00001.safetensors", bytes(96 << 20)
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    records = make_records(plan)
+    write_store(tmp_path, plan, records)
+    with StoreWriter.open(tmp_path / GROUP, plan) as writer:
+        writer.finish({name: FileSum(len(data), google_crc32c.value(data))})
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert 6 << 10 < int(result.stderr) < 24 << 10  # two buffers, not eight

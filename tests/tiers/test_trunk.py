@@ -1,0 +1,144 @@
+"""What can be wrong with a trunk: each fault is made in real files, and named."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import google_crc32c
+import pytest
+from faults import flip_bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_plan, make_records, write_store
+
+from moetier.tiers import trunk
+from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError, StoreReadError, TargetExistsError
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.manifest import FileSum, Manifest
+from moetier.tiers.shard import GROUP
+from moetier.tiers.trunk import INDEX, check_sum, check_trunk, trunk_faults
+from moetier.tiers.writer import StoreWriter
+
+NAMES = ("trunk-00001-of-00002.safetensors", "trunk-00002-of-00002.safetensors")
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    """Of two files and an index in ``tmp_path``."""
+    for name, size in zip(NAMES, (1000, 77), strict=True):
+        (tmp_path / name).write_bytes(os.urandom(size))
+    places = {"a": NAMES[0], "b": NAMES[1], "c": NAMES[0]}
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return replace(make_plan(), trunk={name: summed(tmp_path / name) for name in NAMES})
+
+
+def summed(path: Path) -> FileSum:
+    data = path.read_bytes()
+    return FileSum(len(data), google_crc32c.value(data))
+
+
+def index(value: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / INDEX).write_text(json.dumps(value))
+
+
+def test_a_good_one(manifest: Manifest, tmp_path: Path) -> None:
+    check_trunk(tmp_path, manifest)
+    check_trunk(tmp_path, replace(manifest, trunk={}))
+    assert [sum(check_sum(tmp_path / name, entry)) for name, entry in manifest.trunk.items()] == [1000, 77]
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "words"),
+    [
+        (lambda folder: (folder / NAMES[1]).unlink(), NAMES[1], "is missing; it has 77 bytes"),
+        (lambda folder: os.truncate(folder / NAMES[0], 999), NAMES[0], "has 999 bytes; 1,000 were written"),
+        (lambda folder: os.truncate(folder / NAMES[0], 0), NAMES[0], "has 0 bytes"),
+        (lambda folder: (folder / INDEX).unlink(), INDEX, "is missing: it says where"),
+        (lambda folder: (folder / INDEX).write_text("{"), INDEX, "is not JSON"),
+        (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe\x00"), INDEX, "is not JSON"),
+        (index([]), INDEX, "has no weight_map"),
+        (index({}), INDEX, "has no weight_map"),
+        (index({"weight_map": {}}), INDEX, "has no weight_map"),
+        (index({"weight_map": ["a"]}), INDEX, "has no weight_map"),
+        (index({"weight_map": {"a": 1}}), INDEX, "names 1, which is no trunk file"),
+        (index({"weight_map": {"a": f"../outside/{NAMES[0]}"}}), INDEX, "no trunk file of its own folder"),
+        (index({"weight_map": {"a": f"/tmp/{NAMES[0]}"}}), INDEX, "no trunk file of its own folder"),
+        (index({"weight_map": {"a": "trunk-../trunk-1.safetensors"}}), INDEX, "no trunk file of its own folder"),
+        (index({"weight_map": {"a": "pytorch_model.bin"}}), INDEX, "no trunk file of its own folder"),
+        (index({"weight_map": {"a": "trunk-00003-of-00003.safetensors"}}), INDEX, "the manifest does not know"),
+    ],
+)
+def test_a_fault_is_named(
+    manifest: Manifest, tmp_path: Path, fault: Callable[[Path], object], name: str, words: str
+) -> None:
+    fault(tmp_path)
+    faults = trunk_faults(tmp_path, manifest)
+    assert list(faults) == [name]
+    assert words in faults[name].cause
+    assert "\n" not in faults[name].cause
+    assert str(tmp_path / name) in faults[name].cause
+    assert faults[name].fix
+    with pytest.raises(StoreFormatError):
+        check_trunk(tmp_path, manifest)
+
+
+def test_without_sums_what_the_index_names_must_be_there(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / NAMES[0]).unlink()
+    with pytest.raises(StoreFormatError, match="is missing"):
+        check_trunk(tmp_path, replace(manifest, trunk={}))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**13 - 1))
+def test_any_flipped_bit_is_noticed(tmp_path_factory: pytest.TempPathFactory, place: int) -> None:
+    path = tmp_path_factory.mktemp("flipped") / NAMES[0]
+    path.write_bytes(bytes(range(256)) * 4)
+    entry = summed(path)
+    flip_bit(path, place // 8, place % 8)
+    with pytest.raises(ChecksumError, match=f"{entry.crc32c:08x} was written"):
+        list(check_sum(path, entry))
+
+
+def test_a_file_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trunk, "PIECE_BYTES", 100)
+    path = tmp_path / NAMES[0]
+    path.write_bytes(os.urandom(1050))
+    assert list(check_sum(path, summed(path))) == [*[100] * 10, 50]
+
+
+def test_what_can_not_be_read_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / NAMES[0]).mkdir()
+    with pytest.raises(StoreReadError, match="can't be read"):
+        list(check_sum(tmp_path / NAMES[0], FileSum(1, 1)))
+
+
+def test_the_manifest_keeps_it_and_it_is_no_part_of_the_plan(manifest: Manifest, tmp_path: Path) -> None:
+    plan = make_plan()
+    records = make_records(plan)
+    write_store(tmp_path, plan, records)
+    without = read_manifest(tmp_path / GROUP)
+    assert without.trunk == {}
+    assert "trunk" not in without.to_json()
+    for _ in range(2):  # the second time it is a finished store with a trunk that is opened with the plan
+        with StoreWriter.open(tmp_path / GROUP, plan) as writer:
+            assert writer.finished_blocks == {0, 1, 2}
+            writer.finish(manifest.trunk)
+        assert read_manifest(tmp_path / GROUP) == replace(without, trunk=manifest.trunk)
+    with (
+        pytest.raises(TargetExistsError, match="it differs in model"),
+        StoreWriter.open(tmp_path / GROUP, replace(plan, model="another")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, [], {NAMES[0]: None}, {NAMES[0]: {"bytes": 1}}, {"../trunk-1.safetensors": {"bytes": 1, "crc32c": 1}}],
+)
+def test_a_malformed_one_is_refused(value: object) -> None:
+    with pytest.raises(StoreError, match="its manifest is malformed"):
+        Manifest.from_json(make_plan().to_json() | {"trunk": value}, "here")
