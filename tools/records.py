@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from queue import SimpleQueue
 
 import torch
@@ -76,10 +77,10 @@ class Encoder:
                         ahead.append((key, pool.submit(self._encode, key, free)))
                     key, future = ahead.popleft()
                     record, error = future.result()
+                    if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
+                        self._blueprint.blocks[key.block].forget()  # nobody slices it any more
                     yield key, record[: self._plan.layout(key.block).record_bytes], error
                     free.put(record)
-                    if not waiting or waiting[0].block != key.block:
-                        self._blueprint.blocks[key.block].forget()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
