@@ -47,8 +47,8 @@ class Size:
 class TierConfig:
     """Budgets of the tiers of one process. None means the default: 80 % of what the trunk and the KV cache leave."""
 
-    ram: Size | None = None  # of host records; a share is of the memory that is available
-    device_memory: Size | None = None  # of device records; a share is of what is free on the device
+    ram: Size | None = None  # of host records; a share is of what the trunk and the KV cache leave
+    device_memory: Size | None = None  # of device records; a share is of what they leave on the device
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
 
     @classmethod

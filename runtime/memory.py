@@ -17,6 +17,8 @@ from moetier.tiers.errors import BudgetError
 from .config import Size, format_bytes
 
 DEFAULT_SHARE = 0.8  # of what is left: a page cache, a second program and a longer context need some too
+MARGIN_SHARE = 1 / 64  # of what is left: page tables and the kernel's index of shared memory grow with what is mapped
+MARGIN_BYTES = 16 << 20  # the kernel charges in batches for each core, and the loaders have stacks
 _NO_LIMIT = 1 << 60  # version 1 writes a huge number where there is none
 
 
@@ -87,25 +89,26 @@ def budget_for(
     """Bytes for the host tier, or for the device tier, whose ``option`` is --device-memory.
 
     ``smallest`` and ``largest`` are what the tier can work with and make use of; ``reserve`` is kept for the KV cache
-    and for computing. Raises BudgetError when nothing works, or when what was asked for doesn't.
+    and for computing. What is left then, less a margin, is the most that can be allocated, and what a share is of.
+    Raises BudgetError when nothing works, or when what was asked for doesn't.
     """
-    most = available.bytes - reserve
+    left = available.bytes - reserve
+    most = int(left * (1 - MARGIN_SHARE)) - MARGIN_BYTES
     if most < smallest:
         raise BudgetError(
-            f"Of the {format_bytes(available.bytes)} that {available.limiter} leaves, {format_bytes(reserve)} are for "
-            f"the KV cache and computing: too little for the {format_bytes(smallest)} of a token's experts of a block.",
+            f"Of the {format_bytes(available.bytes)} that {available.limiter} leaves, "
+            f"{format_bytes(available.bytes - most)} are for the KV cache, computing and the kernel: "
+            f"too little for the {format_bytes(smallest)} of a token's experts of a block.",
             "Free some memory, raise the limit, or convert the model to fewer bits.",
         )
     if asked is None:
         return min(largest, max(smallest, int(most * DEFAULT_SHARE)))
-    budget = asked.of(available.bytes)
-    if not smallest <= budget <= available.bytes:
-        what = "too small" if budget < smallest else f"more than {available.limiter} leaves"
-        raise BudgetError(
-            f"{option} of {format_bytes(budget)} is {what}.",
-            f"Give {option} from {smallest} bytes ({format_bytes(smallest)}) to {format_bytes(min(largest, most))}.",
-        )
-    return min(budget, largest)
+    budget = min(asked.of(most), largest)
+    if not smallest <= budget <= most:
+        what = "too small" if budget < smallest else f"more than {available.limiter} leaves for experts"
+        ends = (f"{count} bytes ({format_bytes(count)})" for count in (smallest, min(largest, most)))
+        raise BudgetError(f"{option} of {format_bytes(budget)} is {what}.", f"Give {option} from {' to '.join(ends)}.")
+    return budget
 
 
 def mapped_files() -> list[range]:

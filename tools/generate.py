@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
     parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
     parser.add_argument(
-        "--ram", metavar="SIZE", help='host budget for experts: "6GiB" or "50%%"; default: 80%% of the rest'
+        "--ram",
+        metavar="SIZE",
+        help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%',
     )
     parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')

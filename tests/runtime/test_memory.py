@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cgroups import memory_limit
 
 from moetier.runtime.config import Size
 from moetier.runtime.memory import Available, available_memory, budget_for
@@ -87,30 +89,92 @@ def test_version_1_for_real() -> None:
 HERE = Available(8 * GIB, "this machine")
 
 
+def most(left: int) -> int:
+    """Of ``left`` bytes: a 64th, and 16 MiB, are the kernel's."""
+    return left * 63 // 64 - (16 << 20)
+
+
 def test_the_default_is_four_fifths_of_what_is_left() -> None:
-    assert budget_for(None, smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE) == int(7 * GIB * 0.8)
+    given = budget_for(None, smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
+    assert given == int(most(7 * GIB) * 0.8)
 
 
 def test_the_default_is_no_more_than_all_experts_and_no_less_than_the_smallest() -> None:
     assert budget_for(None, smallest=GIB, largest=2 * GIB, reserve=GIB, available=HERE) == 2 * GIB
-    assert budget_for(None, smallest=7 * GIB, largest=9 * GIB, reserve=GIB, available=HERE) == 7 * GIB
+    smallest = 13 * GIB // 2
+    assert budget_for(None, smallest=smallest, largest=9 * GIB, reserve=GIB, available=HERE) == smallest
 
 
 def test_what_was_asked_for_is_given() -> None:
     assert budget_for(Size(bytes=3 * GIB), smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 3 * GIB
-    share = Size(share=Fraction(1, 4))
-    assert budget_for(share, smallest=GIB, largest=100 * GIB, reserve=0, available=HERE) == 2 * GIB
     assert budget_for(Size(bytes=3 * GIB), smallest=GIB, largest=2 * GIB, reserve=0, available=HERE) == 2 * GIB
 
 
-@pytest.mark.parametrize(("asked", "why"), [(GIB - 1, "too small"), (9 * GIB, "more than this machine leaves")])
+def test_a_share_is_of_what_is_left() -> None:
+    for share in (Fraction(1, 4), Fraction(1)):
+        given = budget_for(Size(share=share), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
+        assert given == int(share * most(7 * GIB))
+
+
+def test_more_than_there_is_does_no_harm_where_all_experts_fit() -> None:
+    assert budget_for(Size(bytes=100 * GIB), smallest=GIB, largest=2 * GIB, reserve=0, available=HERE) == 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"), [(GIB - 1, "too small"), (most(7 * GIB) + 1, "more than this machine leaves"), (8 * GIB, "more")]
+)
 def test_what_can_not_work_is_refused_with_what_would(asked: int, why: str) -> None:
     with pytest.raises(BudgetError, match=why) as caught:
         budget_for(Size(bytes=asked), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)
-    assert f"{GIB} bytes (1 GiB)" in caught.value.fix
-    assert "7 GiB" in caught.value.fix
+    smallest, largest = named(caught.value)
+    assert (smallest, largest) == (GIB, most(7 * GIB))
+    for works in (smallest, largest):
+        assert budget_for(Size(bytes=works), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE) == works
+
+
+def named(error: BudgetError) -> list[int]:
+    """Both ends, as the fix names them to the byte."""
+    return [int(count) for count in re.findall(r"(\d+) bytes", error.fix)]
+
+
+def test_the_largest_that_all_experts_take_is_named_where_they_fit() -> None:
+    with pytest.raises(BudgetError) as caught:
+        budget_for(Size(bytes=1), smallest=GIB, largest=2 * GIB, reserve=GIB, available=HERE)
+    assert named(caught.value) == [GIB, 2 * GIB]
 
 
 def test_a_machine_that_is_too_small_is_said_to_be() -> None:
     with pytest.raises(BudgetError, match="this machine leaves"):
         budget_for(None, smallest=8 * GIB, largest=9 * GIB, reserve=GIB, available=HERE)
+
+
+ALLOCATE = """
+import re, sys
+from moetier.runtime.config import Size
+from moetier.runtime.memory import available_memory, budget_for
+from moetier.tiers.arena import Arena
+from moetier.tiers.errors import BudgetError
+PAGE, RESERVE = 4096, int(sys.argv[1])
+sizes = {"smallest": PAGE, "largest": 1 << 50, "reserve": RESERVE, "available": available_memory()}
+try:
+    budget_for(Size(bytes=1 << 50), **sizes)
+except BudgetError as error:
+    most = int(re.findall(r"(\\d+) bytes", error.fix)[-1])
+arena = Arena.create(1, most // PAGE * PAGE)
+memory = arena.slot(0)
+for start in range(0, len(memory), PAGE):
+    memory[start] = 1
+reserve = bytearray(RESERVE)
+for start in range(0, RESERVE, PAGE):
+    reserve[start] = 1
+print(most)
+"""
+
+
+@pytest.mark.parametrize("reserve", [0, 200 << 20])
+def test_the_largest_that_is_named_can_be_had_for_real(reserve: int) -> None:
+    """Every page of it, and of the reserve, in a control group of 1 GiB that kills who takes more."""
+    with memory_limit(GIB) as group:
+        result = group.run([sys.executable, "-c", ALLOCATE, str(reserve)])
+        assert result.returncode == 0, f"{result.returncode}: {result.stderr}"
+        assert 700 << 20 < int(result.stdout) + reserve < GIB

@@ -104,7 +104,7 @@ def test_the_prompt_may_come_from_standard_input(tinymix_4bit: Path) -> None:
     ("options", "words"),
     [
         (["--ram", "1KiB"], ["too small", "--ram"]),
-        (["--ram", "900TiB"], ["more than", "--ram"]),
+        (["--ram", "0.001%"], ["too small", "--ram", "bytes"]),
         (["--ram", "much"], ["'much'", "6GiB"]),
         (["--device", "tpu"], ["'tpu'", "cpu"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens"]),
