@@ -82,6 +82,8 @@ class Target:
             except ValueError as error:
                 raise self._differs(f"one that can't be read ({error})") from error
             self._compare(found)
+        elif any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
+            raise self._differs("one without its plan, as when its removal was cut")
         return State.CUT
 
     def _compare(self, found: Mapping[str, Any]) -> None:
@@ -156,7 +158,8 @@ def check_place(folder: Path, source: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes what moetier writes into a model directory: first what makes it whole, last what makes it ours."""
+    """Removes what moetier writes into a model directory: first what makes it whole, then the rest. The store's folder
+    stays, empty: it makes the directory ours, so that a removal that was cut can be gone on with at any moment."""
     lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +177,11 @@ def _remove(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         if WRITTEN.fullmatch(name.removesuffix(PARTIAL)) or COPIED.fullmatch(name.removesuffix(PARTIAL)):
             path.unlink()
-    shutil.rmtree(folder / GROUP)
+    for path in (folder / GROUP).iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     sync_folder(folder)
 
 

@@ -1,0 +1,102 @@
+"""--overwrite, killed at every step of the removal: it goes on, and nobody takes what is left for a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import save_checkpoint, tree
+
+from moetier.tiers.errors import TargetExistsError
+from moetier.tools.convert import convert
+
+KILLED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import moetier.tools.conversion, transformers.models.mixtral.modeling_mixtral
+from moetier.tiers.errors import TargetExistsError
+from moetier.tools.convert import convert
+from moetier.tools.main import main
+source, old, work = sys.argv[1:]
+
+def in_child(target, kill_at=None, overwrite=True):
+    'Exit status, and how many files and folders were removed before anything was made.'
+    receive, send = os.pipe()
+    if not (pid := os.fork()):
+        removed = 0
+        def hook(event, arguments):
+            nonlocal removed
+            if event in ('os.remove', 'os.rmdir'):
+                removed += 1
+                if removed == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+            if event == 'open' and str(arguments[0]).endswith('plan.json.partial'):
+                os.write(send, f'{removed} '.encode())
+        sys.addaudithook(hook)
+        try:
+            convert(source, target, fast=True, overwrite=overwrite)
+            status = 0
+        except TargetExistsError as error:
+            status = 3 if '--overwrite' in error.fix else 4
+        os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    os.close(send)
+    with open(receive) as stream: said = stream.read().split()
+    return os.waitstatus_to_exitcode(status), int(said[0]) if said else None
+
+def copy(name):
+    return shutil.copytree(old, Path(work) / name)
+
+_, steps = in_child(copy('count'))
+print(steps)
+for step in range(1, steps + 1):
+    target = copy(str(step))
+    died, _ = in_child(target, step)
+    plainly, _ = in_child(shutil.copytree(target, Path(work) / f'{step}-plain'), overwrite=False)
+    again, _ = in_child(target)
+    print(json.dumps([step, died, plainly, again]))
+"""
+
+
+@pytest.mark.parametrize("cut", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_removal_that_is_killed_is_gone_on_with(tmp_path: Path, cut: bool) -> None:
+    """The old directory is a whole one, or a conversion that was cut; it holds somebody's file too."""
+    source = save_checkpoint(tmp_path / "src")
+    convert(source, tmp_path / "new", fast=True)
+    uncut = tree(tmp_path / "new") | {"notes.txt": b"mine"}
+    old = tmp_path / "old"
+    convert(source, old, bits=8, fast=True)
+    (old / "notes.txt").write_text("mine")
+    if cut:
+        (manifest := old / "experts.zarr" / "zarr.json").unlink()
+        plan = json.loads((tmp_path / "new" / "experts.zarr" / "zarr.json").read_bytes())["attributes"]["moetier"]
+        manifest.with_name("plan.json").write_text(json.dumps(plan | {"digest": "", "model": "another"}))
+    command = [sys.executable, "-c", KILLED, str(source), str(old), str(tmp_path / "work")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert result.returncode == 0, result.stderr
+    count, *lines = result.stdout.splitlines()
+    assert int(count) == len(lines) > 8
+    for step, died, plainly, again in map(json.loads, lines):
+        assert (died, again) == (-9, 0), (step, result.stderr)
+        assert tree(tmp_path / "work" / str(step)) == uncut, step
+        # Until the store is empty it is something else's, and said to be replaceable.
+        assert plainly in (0, 3), step
+        if plainly == 0:
+            assert tree(tmp_path / "work" / f"{step}-plain") == uncut, step
+
+
+def test_a_store_without_plan_is_replaced_only_if_told_to(tmp_path: Path) -> None:
+    """As a removal that was killed leaves it."""
+    source = save_checkpoint(tmp_path / "src")
+    convert(source, tmp_path / "dst", fast=True)
+    uncut = tree(tmp_path / "dst")
+    (tmp_path / "dst" / "experts.zarr" / "zarr.json").unlink()
+    before = tree(tmp_path / "dst")
+    with pytest.raises(TargetExistsError, match="without its plan") as caught:
+        convert(source, tmp_path / "dst", fast=True)
+    assert "--overwrite" in caught.value.fix
+    assert tree(tmp_path / "dst") == before
+    convert(source, tmp_path / "dst", fast=True, overwrite=True)
+    assert tree(tmp_path / "dst") == uncut
