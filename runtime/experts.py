@@ -50,8 +50,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]; ``self`` is the Experts module.
 
     Experts are computed in the order in which they arrive and added up in ascending order, as eager does it, so that
-    the result depends on no tier. What came early is kept as outputs: T * k * H numbers at most. Raises ConfigError
-    where a gradient would be wanted of what has none.
+    the result depends on no tier. What came early is kept as outputs: T * k * H numbers at most, for which budgets
+    leave room up to registration's DEFAULT_CONTEXT tokens (``early_bytes``); a longer prefill takes more. Raises
+    ConfigError where a gradient would be wanted of what has none.
     """
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
         raise ConfigError(
@@ -60,6 +61,14 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         )
     with torch.no_grad():
         return _forward(self, self.tiered, hidden_states, top_k_index, top_k_weights)
+
+
+def early_bytes(module: Any, layout: RecordLayout, tokens: int, top_k: int, dtype: torch.dtype) -> int:
+    """The most that outputs take which come early, in a prefill of ``tokens`` of a model of ``dtype``."""
+    width = next(projection.rows for projection in layout.projections if projection.name == "down_proj")
+    numbers = torch.empty(0, dtype=dtype)
+    _, accumulate = _arithmetic(module, numbers, numbers.float())  # some routers weigh in fp32
+    return tokens * top_k * width * accumulate.itemsize
 
 
 def _forward(self: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.manifest import FORMAT, Manifest
 
 from .config import TierConfig
-from .experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
+from .experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
 from .kv_cache import kv_cache_bytes
 from .memory import mapped_files
 from .tiers import Tiers
 
 NAME = "moetier"  # the quantisation method, and the experts implementation, in config.json
-DEFAULT_CONTEXT = 4096  # tokens whose keys and values the default budget leaves room for
+DEFAULT_CONTEXT = 4096  # tokens for whose keys, values and early outputs budgets leave room
 
 _lock = threading.Lock()
 
@@ -47,7 +47,10 @@ def register() -> None:
 
 
 class MoetierConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model directory. Budgets are in it when somebody put them there: load() does."""
+    """``quantization_config`` of a model directory. Budgets are in it when somebody put them there: load() does.
+
+    Raises ConfigError for a key that it does not know: a budget that is misspelt must not be the default's.
+    """
 
     def __init__(
         self,
@@ -55,18 +58,24 @@ class MoetierConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         ram: str | int | None = None,
         device_memory: str | int | None = None,
-        **more: Any,
+        bits: int | None = None,  # noted by the converter for people
+        **unknown: Any,
     ) -> None:
         if format != FORMAT:
             raise StoreFormatError(
                 f"The model directory has format version {format}; this moetier reads version {FORMAT}.",
                 "Install a moetier that reads it, or convert the model again.",
             )
+        if unknown:
+            raise ConfigError(
+                f"moetier's quantization_config has no {', '.join(map(repr, sorted(unknown)))}.",
+                "Budgets are called ram and device_memory; what the converter wrote must stay as it is.",
+            )
         self.quant_method: Any = quant_method
         self.format = format
         self.ram = ram
         self.device_memory = device_memory
-        self.more = more  # what the converter notes for people
+        self.bits = bits
 
 
 class MoetierQuantizer(HfQuantizer):
@@ -126,7 +135,7 @@ class MoetierQuantizer(HfQuantizer):
             TierConfig.of(ram=given.ram, device_memory=given.device_memory, device=str(device)),
             device,
             trunk=_mapped_bytes(model),
-            cache=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype),
+            cache=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype) + _early_bytes(model, self._folder),
             width=model.dtype.itemsize,
         )
         weakref.finalize(model, tiers.close)
@@ -164,6 +173,15 @@ def _device_of(model: PreTrainedModel) -> torch.device:
             'Load it on one device: device_map={"": "cuda:0"}, or none for the CPU.',
         )
     return devices.pop()
+
+
+def _early_bytes(model: PreTrainedModel, folder: Path) -> int:
+    """What outputs that come early take in a prefill of DEFAULT_CONTEXT tokens; one block computes at a time."""
+    manifest, modules = read_manifest(store_folder(folder)), experts_modules(model)
+    return max(
+        early_bytes(modules[block.path], manifest.layout(number), DEFAULT_CONTEXT, block.top_k, model.dtype)
+        for number, block in enumerate(manifest.blocks)
+    )
 
 
 def _mapped_bytes(model: PreTrainedModel) -> int:

@@ -34,9 +34,9 @@ class Tiers:
     ) -> Tiers:
         """Of a model directory, to be computed with on ``device``.
 
-        Of the memory that seems free now, ``trunk`` bytes are taken, and ``cache`` bytes are left for keys and values;
-        ``width`` bytes take the numbers that are computed with. Raises StoreError, or BudgetError when the budgets
-        can't work.
+        Of the memory that seems free now, ``trunk`` bytes are taken, and ``cache`` bytes are left for what a context
+        takes: keys, values and outputs. ``width`` bytes take the numbers that are computed with. Raises StoreError, or
+        BudgetError when the budgets can't work.
         """
         if config.device_memory is not None and device.type == "cpu":
             raise ConfigError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+import gc
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetier.runtime.experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
+from moetier.runtime.experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
 from moetier.runtime.kernels import Kernels
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, ExpertKey, RecordLayout
@@ -30,7 +31,7 @@ ODD_ONES = ["gpt_oss", "nemotron_h", "muse_spark", "inkling2", "openai_privacy_f
 class OneSlot:
     """An ExpertSource with a single slot, which the next record overwrites: what is kept of a lease is lost."""
 
-    def __init__(self, records: Sequence[Tensor], order: Callable[[list[int]], Sequence[int]]) -> None:
+    def __init__(self, records: Sequence[Tensor], order: Callable[[list[int]], Iterable[int]]) -> None:
         self.records = records
         self.order = order
         self.slot = torch.zeros_like(records[0])
@@ -75,7 +76,7 @@ def pair(
     dtype: torch.dtype,
     *,
     bits: Bits = 16,
-    order: Callable[[list[int]], Sequence[int]] = lambda experts: experts,
+    order: Callable[[list[int]], Iterable[int]] = lambda experts: experts,
 ) -> tuple[Any, Any, OneSlot]:
     """The first Experts module of a tiny model, its twin without parameters, and the source of the twin."""
     ordinary = next(iter(experts_modules(tiny_model(model_type, dtype)).values()))
@@ -134,6 +135,27 @@ def test_quantised_experts_are_eager_ones_with_the_decoded_weights(
                 decode(record, twin.tiered.layout, projection.name, getattr(ordinary, projection.name)[expert])
         assert torch.equal(experts_forward(twin, *given_to), ordinary(*given_to))
         assert not torch.equal(exact, ordinary(*given_to))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "nemotron_h", "inkling2"])
+def test_what_comes_early_takes_what_was_said(model_type: str, dtype: torch.dtype) -> None:
+    """The first expert arrives last: when it does, every other one's output is kept."""
+    kept: list[Tensor] = []
+
+    def order(experts: list[int]) -> Iterator[int]:
+        before = {id(thing) for thing in gc.get_objects()}
+        yield from experts[:0:-1]
+        news = (thing for thing in gc.get_objects() if id(thing) not in before and type(thing) is Tensor)
+        kept.extend(tensor for tensor in news if tensor.is_floating_point() and tensor.dim() == 2)
+        yield experts[0]
+
+    ordinary, twin, _ = pair(model_type, dtype, order=order)
+    states, index, weights = inputs(ordinary, dtype, tokens=400)
+    experts_forward(twin, states, index, weights)
+    said = early_bytes(twin, twin.tiered.layout, 400, 3, dtype)
+    share = (index != index.min()).float().mean().item()  # all but those of the first expert
+    assert sum(tensor.nbytes for tensor in kept) == pytest.approx(said * share, rel=0.35)
 
 
 def test_each_wanted_expert_is_asked_for_once() -> None:

@@ -21,6 +21,7 @@ from comparison import convert_tiny, smallest_ram
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import moetier
+from moetier.runtime import registration
 from moetier.runtime.experts import EXPERT_PARAMETERS
 from moetier.tiers.errors import (
     BudgetError,
@@ -101,6 +102,28 @@ def test_budgets_may_stand_in_the_config(tiny: tuple[Any, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, config=config)
     with model.tiers:
         assert model.tiers.snapshot()["host"]["slots"] == 3
+
+
+def test_a_misspelt_budget_is_refused(tiny: tuple[Any, Path]) -> None:
+    """And what the converter noted passes: every other test loads it."""
+    _, directory = tiny
+    moetier.register()
+    config = AutoConfig.from_pretrained(directory)
+    assert config.quantization_config["bits"] == 16
+    config.quantization_config["rma"] = smallest_ram(directory)
+    with pytest.raises(ConfigError, match=r"'rma'(?s:.*)ram and device_memory"):
+        AutoModelForCausalLM.from_pretrained(directory, config=config)
+
+
+def test_budgets_leave_room_for_outputs_that_come_early(
+    tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a context so long that they alone take all memory."""
+    monkeypatch.setattr(registration, "kv_cache_bytes", lambda *_, **__: 0)
+    moetier.load(tiny[1])[0].tiers.close()
+    monkeypatch.setattr(registration, "DEFAULT_CONTEXT", 1 << 40)
+    with pytest.raises(BudgetError, match="too little for"):
+        moetier.load(tiny[1])
 
 
 def test_more_memory_than_there_is_does_no_harm_where_all_experts_fit(tiny: tuple[Any, Path]) -> None:
@@ -258,7 +281,8 @@ def test_no_code_of_a_checkpoint_is_run(tiny: tuple[Any, Path], tmp_path: Path) 
     with pytest.raises(UnsafeCheckpointError):
         moetier.load(directory)
     moetier.register()
-    AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False).tiers.close()
+    with pytest.raises(UnsafeCheckpointError):
+        AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
     assert not witness.exists()
 
 
