@@ -41,6 +41,13 @@ class Options:
     fast: bool = False  # plain rounding in place of HQQ
     workers: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.bits == 16 and (self.group_size is not None or self.pairs is not None or self.fast):
+            raise ConfigError(
+                "With 16 bits nothing is rounded: groups, pairs and plain rounding say nothing.",
+                "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
+            )
+
 
 @dataclass(frozen=True)
 class Conversion:

@@ -91,9 +91,10 @@ def convert(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
+    options = Options(bits, group_size, pairs, fast, workers)
     checkpoint = open_checkpoint(src, ignore_code=ignore_code, check=check_supported)
     check_place(Path(dst), checkpoint.folder)
-    conversion = Conversion.plan(checkpoint, Path(dst), Options(bits, group_size, pairs, fast, workers))
+    conversion = Conversion.plan(checkpoint, Path(dst), options)
     try:
         state = conversion.target.state()
     except TargetExistsError:

@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, default=3072, metavar="N", help="of the beginning of each text (default: %(default)s)"
     )
-    parser.add_argument("--bits", type=_numbers, default=BITS, metavar="N,...", help="(default: 16,8,4,3,2)")
-    parser.add_argument("--group-size", type=_numbers, default=(None,), metavar="N,...", help="(default: by --bits)")
-    parser.add_argument("--pairs", type=_names, default=(None,), metavar="TYPE,...", help="(default: by --bits)")
+    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="(default: 16,8,4,3,2)")
+    parser.add_argument("--group-size", type=_numbers, metavar="N,...", help="(default: by --bits)")
+    parser.add_argument("--pairs", type=_names, metavar="TYPE,...", help="(default: by --bits)")
     parser.add_argument("--fast", action="store_true", help="plain rounding too, beside HQQ")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -76,19 +76,27 @@ def _names(value: str) -> list[str]:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.tokens < 2:
         raise ConfigError("--tokens must be 2 or more.", "Give another number.")
+    converted = (Path(arguments.source) / "experts.zarr").is_dir()
+    if converted and (arguments.bits or arguments.group_size or arguments.pairs or arguments.fast):
+        raise ConfigError(
+            f"{arguments.source} is converted already: it is measured as it is.",
+            "Leave out --bits, --group-size, --pairs and --fast, or give the checkpoint that it was made from.",
+        )
     import transformers
 
     from .perplexity import read_texts
 
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
-    if (Path(arguments.source) / "experts.zarr").is_dir():
+    if converted:
         rows = [measure_directory(Path(arguments.source), texts, arguments.tokens)]
     else:
         methods = (False, True) if arguments.fast else (False,)
         ways = [
             way
-            for way in itertools.product(arguments.bits, arguments.group_size, arguments.pairs, methods)
+            for way in itertools.product(
+                arguments.bits or BITS, arguments.group_size or (None,), arguments.pairs or (None,), methods
+            )
             if not (way[0] == 16 and way[3])  # nothing is rounded there
         ]
         rows = []
@@ -111,6 +119,7 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int) -> Ro
     from .perplexity import loss, tokenize
 
     manifest = read_manifest(folder / "experts.zarr")
+    _check_tokenizer(folder)
     model, tokenizer = load(folder)
     with model.tiers:
         losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
@@ -127,6 +136,7 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     from .trial import Trial
 
     checkpoint = open_checkpoint(source)
+    _check_tokenizer(checkpoint.folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     ids = tokenize(tokenizer, texts, tokens)
     trial = Trial(checkpoint)
@@ -137,6 +147,13 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
         method = "rounding" if fast else "hqq"
         losses = {name: loss(trial.model, ids[name]) for name in ids}
         yield _row(stored.blocks, method, stored.error.relative, losses)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    from moetier.runtime.generate import TOKENIZER_FILES
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of its model into it.")
 
 
 def _row(

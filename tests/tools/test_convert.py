@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import pytest
@@ -154,6 +155,13 @@ def test_group_size_and_pairs_reach_the_store(source: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="0 workers"):
         convert(source, tmp_path / "other", workers=0)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("option", [{"group_size": 64}, {"pairs": "uint8"}, {"fast": True}])
+def test_what_says_nothing_at_sixteen_bits_is_refused(source: Path, tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="With 16 bits nothing is rounded"):
+        convert(source, tmp_path / "dst", bits=16, **option)
+    assert not (tmp_path / "dst").exists()
 
 
 # the command

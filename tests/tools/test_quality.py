@@ -123,3 +123,23 @@ def test_models_that_are_quantised_already_are_refused(
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     assert main(["quality", str(folder), "--text", str(TEXTS), "--tokens", "4"]) == 1
     assert "fp8 is quantised already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--bits", "2"), ("--group-size", "32"), ("--pairs", "uint8"), ("--fast",)])
+def test_a_way_to_store_a_model_that_is_stored_already_is_refused(
+    tinymix_4bit: Path, option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quality", str(tinymix_4bit), "--text", str(TEXTS / "it.txt"), *option]) == 1
+    assert "is converted already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tinymix", "tinymix_4bit"])
+def test_a_model_without_tokenizer_is_refused(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ignored = shutil.ignore_patterns("scripts", "tokenizer*")
+    folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "mute", ignore=ignored)
+    assert main(["quality", str(folder), "--text", str(TEXTS / "it.txt"), "--tokens", "4"]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder} has no tokenizer" in error
+    assert "Traceback" not in error
