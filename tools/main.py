@@ -14,8 +14,7 @@ from moetier.tiers.errors import MoetierError
 
 COMMANDS = ("convert", "generate", "verify", "inspect", "quality", "synthetic")
 
-EXIT_ERROR = 1
-EXIT_USAGE = 2  # argparse's own
+EXIT_ERROR = 1  # 2 is argparse's own
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+from moetier.tiers.errors import ConfigError, DiskSpaceError, TargetExistsError
 
 if TYPE_CHECKING:
     import torch
 
     from .dequantize import SourceTensor
-    from .shards import StoredTensor
 
 HELP = "make a checkpoint of a large model's geometry with random weights"
 
@@ -82,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 def make_synthetic(
     folder: Path, *, geometry: str = "mixtral-4L", blocks: int | None = None, seed: int = 0, quiet: bool = True
 ) -> int:
-    """Writes the checkpoint and returns its bytes. Raises TargetExistsError or DiskSpaceError."""
+    """Writes the checkpoint and returns its bytes. Raises ConfigError, TargetExistsError or DiskSpaceError."""
     from moetier.tiers.durable import disk_errors, make_folders, write_durably
 
     from .checkpoint import INDEX
@@ -91,6 +90,8 @@ def make_synthetic(
 
     config = {**COMMON, **GEOMETRIES[geometry]}
     if blocks is not None:
+        if blocks < 1:
+            raise ConfigError(f"A model of {blocks} blocks is none.", "Give --blocks 1 or more.")
         config["num_hidden_layers"] = blocks
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another place.")
@@ -121,10 +122,6 @@ class RandomTensor:
     start: int
     pool: torch.Tensor  # [POOL_WEIGHTS]
     dtype: str = "bfloat16"
-
-    @property
-    def parts(self) -> tuple[StoredTensor, ...]:
-        return ()
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         import torch
