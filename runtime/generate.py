@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
-from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
+from moetier.tiers.folder import command, read_manifest, store_folder
+from moetier.tiers.trunk import check_trunk
 
 from .config import TierConfig
-from .registration import NAME, register
+from .model_config import read_config
+from .registration import register
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,37 +44,41 @@ def load(
     Reads the trunk; experts are read when they are wanted. ``ram`` and ``device_memory`` are what experts may take:
     "6GiB", "50%", or a number of bytes; without them 80 % of what the trunk and the KV cache leave. ``device`` is
     "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". ``model.tiers`` has the statistics, and ``close()``,
-    which happens by itself when the model is gone. Never runs code that a checkpoint brings. Raises MoetierError.
+    which happens by itself when the model is gone. Never runs code that a directory brings, and reads nothing from
+    outside it. Raises MoetierError.
     """
     folder = Path(directory)
     asked = TierConfig.of(ram=ram, device_memory=device_memory, device=device)
-    store = store_folder(folder)
-    read_manifest(store)
-    model_class = _model_class(_read_config(folder))
+    manifest = read_manifest(store_folder(folder))
+    model_class = _model_class(read_config(folder))
+    check_trunk(folder, manifest)
+    place = _place(asked.device)
     register()
-    config = model_class.config_class.from_pretrained(folder)
+    tokenizer = _tokenizer(folder)
+    with _load_errors(folder):
+        config = model_class.config_class.from_pretrained(folder)
     config.quantization_config = {**config.quantization_config, "ram": ram, "device_memory": device_memory}
-    device_map = None if (place := _place(asked.device)) == "cpu" else {"": place}
-    model = model_class.from_pretrained(folder, config=config, device_map=device_map)
-    return model, _tokenizer(folder)
+    device_map = None if place == "cpu" else {"": place}
+    with _load_errors(folder):
+        model = model_class.from_pretrained(folder, config=config, device_map=device_map, use_safetensors=True)
+    return model, tokenizer
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+@contextlib.contextmanager
+def _load_errors(folder: Path) -> Iterator[None]:
+    """Turns what transformers says of files that it can't read, or that don't fit, into a StoreFormatError."""
     try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise StoreFormatError(f"{folder} has no config.json.", "Convert the model again.") from None
-    except ValueError as error:
-        raise StoreFormatError(f"{path} is not JSON ({error}).", "Convert the model again.") from error
-    if not isinstance(config, dict) or (config.get("quantization_config") or {}).get("quant_method") != NAME:
-        raise StoreFormatError(f"{path} does not name moetier as its quantisation method.", "Convert the model again.")
-    if "auto_map" in config:
-        raise UnsafeCheckpointError(
-            f"{path} names code that the checkpoint brings (auto_map).",
-            "Convert the model again: moetier runs no such code.",
-        )
-    return config
+        yield
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise StoreFormatError(
+            f"{folder} can't be loaded: {_said(error)}",
+            f"See what is wrong with it: {command('verify', folder)}; or convert the model again.",
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _model_class(config: dict[str, Any]) -> Any:
@@ -94,5 +103,11 @@ def _place(device: str) -> str:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise StoreFormatError(
+            f"The tokenizer of {folder} can't be loaded: {_said(error)}",
+            "Copy the tokenizer's files from the source again, or convert the model again.",
+        ) from error
     return tokenizer

@@ -21,17 +21,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
+from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.manifest import FORMAT, Manifest
+from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
+from moetier.tiers.trunk import check_trunk
 
 from .config import TierConfig
 from .experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
 from .kv_cache import kv_cache_bytes
 from .memory import mapped_files
+from .model_config import NAME, read_config
 from .tiers import Tiers
 
-NAME = "moetier"  # the quantisation method, and the experts implementation, in config.json
 DEFAULT_CONTEXT = 4096  # tokens for whose keys, values and early outputs budgets leave room
 
 _lock = threading.Lock()
@@ -87,9 +88,12 @@ class MoetierQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         assert checkpoint_files, "weights given as a state dict have no store"
-        self._folder = Path(checkpoint_files[0]).parent
+        self._folder = _folder_of(model, checkpoint_files)
+        read_config(self._folder)
         modules = experts_modules(model)
-        self._check(model, modules, read_manifest(store_folder(self._folder)))
+        manifest = read_manifest(store_folder(self._folder))
+        check_trunk(self._folder, manifest)
+        self._check(model, modules, manifest)
         for path, module in modules.items():
             for name in EXPERT_PARAMETERS:
                 module._parameters.pop(name, None)  # on meta: nothing was ever allocated
@@ -162,6 +166,20 @@ class MoetierQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Which experts are wanted is known only when the router has run."""
         return False
+
+
+def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
+    """The directory that was asked for; of a hub id, its snapshot. Raises UnsafeCheckpointError where the trunk would
+    come from another place than its store, or from files that are no safetensors."""
+    asked = model.config.name_or_path
+    folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
+    for file in map(Path, files):
+        if file.parent.resolve() != folder.resolve() or not TRUNK_NAME.fullmatch(file.name):
+            raise UnsafeCheckpointError(
+                f"{folder} would load its trunk from {file}, which is no trunk file of its own folder.",
+                "Don't use this directory, or convert the model again.",
+            )
+    return folder
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moetier.runtime.model_config import NOT_CARRIED
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 
 from . import hub
@@ -29,10 +30,6 @@ COPIED = re.compile(
     r"|additional_chat_templates/[\w.-]+\.jinja|generation_config\.json"
     r"|(image_|video_|feature_extractor_)?(pre)?processor_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.\w+)?",
 )
-NOT_CARRIED = (
-    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "fusion_config",
-    "kernel_config", "transformers_weights", "quantization_config", "compression_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

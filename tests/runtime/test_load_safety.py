@@ -1,0 +1,226 @@
+"""A model directory that came from anywhere: load() takes nothing from outside it, and says what is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from comparison import convert_tiny
+from faults import flip_bit
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import moetier
+from moetier.runtime.model_config import NOT_CARRIED
+from moetier.tiers.errors import MoetierError, StoreFormatError, UnsafeCheckpointError
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.shard import GROUP, METADATA
+from moetier.tiers.trunk import INDEX
+from moetier.tools.main import main
+
+TRUNK = "trunk-00001-of-00001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory. Tests must not change it."""
+    return convert_tiny("mixtral", torch.bfloat16, tmp_path_factory.mktemp("mixtral"))[1]
+
+
+@pytest.fixture
+def directory(made: Path, tmp_path: Path) -> Path:
+    """A copy."""
+    return Path(copytree(made, tmp_path / "model"))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def without_sums(directory: Path) -> None:
+    """As a store of before the manifest summed the trunk, or of whoever would have it unnoticed."""
+    edit(directory / GROUP / METADATA, lambda group: group["attributes"]["moetier"].pop("trunk"))
+    assert not read_manifest(store_folder(directory)).trunk
+
+
+def point_index(directory: Path, place: str) -> None:
+    edit(directory / INDEX, lambda index: index.update(weight_map=dict.fromkeys(index["weight_map"], place)))
+
+
+def refused(directory: Path, error: type[MoetierError], words: str) -> None:
+    """By load and by plain from_pretrained."""
+    with pytest.raises(error, match=words) as caught:
+        moetier.load(directory)
+    assert "\n" not in caught.value.cause
+    assert caught.value.fix
+    moetier.register()
+    with pytest.raises(error, match=words):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+# nothing from outside
+
+
+@pytest.mark.parametrize("place", ["../other/" + TRUNK, "{other}/" + TRUNK, f"../model/{TRUNK}"])
+@pytest.mark.parametrize("summed", [True, False])
+def test_an_index_that_leads_out(directory: Path, tmp_path: Path, place: str, summed: bool) -> None:
+    other = copytree(directory, tmp_path / "other")
+    if not summed:
+        without_sums(directory)
+    point_index(directory, place.format(other=other))
+    with pytest.raises(StoreFormatError, match="no trunk file of its own folder"):
+        moetier.load(directory)
+    moetier.register()
+    with pytest.raises(MoetierError, match="no trunk file of its own folder"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_the_store_is_that_of_the_directory_asked_for(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever name."""
+    link = directory.with_name("link")
+    link.symlink_to(directory)
+    monkeypatch.chdir(directory)
+    for name in (directory, link, Path(), Path("../model")):
+        model, _ = moetier.load(name)
+        with model.tiers:
+            assert model.tiers.store.folder.samefile(directory / GROUP)
+
+
+class Witness:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_a_trunk_in_pickle(directory: Path, tmp_path: Path) -> None:
+    """With and without an index that names it, and with an index of its own."""
+    with safe_open(directory / TRUNK, "pt") as opened:
+        torch.save({name: opened.get_tensor(name) for name in opened.keys()}, directory / "pytorch_model.bin")  # noqa: SIM118
+    (directory / TRUNK).unlink()
+    without_sums(directory)  # else it is refused for that alone
+    point_index(directory, "pytorch_model.bin")
+    with pytest.raises(StoreFormatError, match=r"'pytorch_model\.bin', which is no trunk file"):
+        moetier.load(directory)
+    (directory / INDEX).rename(directory / "pytorch_model.bin.index.json")
+    with pytest.raises(StoreFormatError, match="is missing"):
+        moetier.load(directory)
+    moetier.register()
+    with pytest.raises(UnsafeCheckpointError, match=r"pytorch_model\.bin, which is no trunk file"):
+        AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Witness(tmp_path / "witness")))
+    for load in (moetier.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(Exception):  # noqa: B017, PT011 - transformers' own, where it is the first to look
+            load(directory)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_weights_that_transformers_prefers_to_the_index(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes((directory / TRUNK).read_bytes())
+    refused(directory, UnsafeCheckpointError, r"model\.safetensors, which is no trunk file")
+
+
+def test_an_adapter_with_a_base_elsewhere(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
+    with pytest.raises(UnsafeCheckpointError, match=r"adapter_config\.json"):
+        moetier.load(directory)
+
+
+HARMFUL = {
+    "attn_implementation": "someone/kernel",
+    "_attn_implementation": "someone/kernel",
+    "_attn_implementation_internal": "someone/kernel",
+    "experts_implementation": "someone/kernel",
+    "_experts_implementation": "someone/kernel",
+    "_experts_implementation_internal": "someone/kernel",
+    "auto_map": {"AutoConfig": "evil.Config"},
+    "fusion_config": {"rms_norm": True},
+    "kernel_config": {"kernel_mapping": {"RMSNorm": "someone/kernel:RMSNorm"}},
+    "transformers_weights": "other.safetensors",
+    "quantization_config": {"quant_method": "gptq"},
+    "compression_config": {"quant_method": "compressed-tensors"},
+    "configuration_files": ["config.1.0.0.json"],
+}
+
+
+def test_every_key_is_tried() -> None:
+    assert HARMFUL.keys() == set(NOT_CARRIED)
+
+
+@pytest.mark.parametrize("key", HARMFUL)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_config_that_names_code_or_files(directory: Path, key: str, depth: int) -> None:
+    """At the top, in a part, and in a part within a list."""
+    harmful = {key: HARMFUL[key]}
+    change = (harmful, {"text_config": harmful}, {"parts": [{"x": harmful}]})[depth]
+    edit(directory / "config.json", lambda config: config.update(change))
+    if depth == 0 and key == "quantization_config":
+        with pytest.raises(StoreFormatError, match="does not name moetier"):
+            moetier.load(directory)
+    else:
+        with pytest.raises(UnsafeCheckpointError, match=f"has {key}, which"):
+            moetier.load(directory)
+
+
+@pytest.mark.parametrize("key", ["auto_map", "fusion_config", "compression_config"])
+def test_plain_from_pretrained_refuses_it_too(directory: Path, key: str) -> None:
+    """Where transformers gets as far as asking moetier."""
+    edit(directory / "config.json", lambda config: config.update(parts=[{key: {"x": "y"}}]))
+    refused(directory, UnsafeCheckpointError, f"has {key}, which")
+
+
+def test_what_a_config_may_say(directory: Path) -> None:
+    """Keys that say nothing, as transformers writes them."""
+    edit(directory / "config.json", lambda config: config.update(auto_map=None, attn_implementation=None))
+    moetier.load(directory)[0].tiers.close()
+
+
+# what is broken is said in a line
+
+
+def flip(name: str, position: int) -> Callable[[Path], object]:
+    return lambda folder: flip_bit(folder / name, position)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda folder: (folder / TRUNK).unlink(), "is missing; it has"),
+        (lambda folder: os.truncate(folder / TRUNK, 0), "has 0 bytes"),
+        (lambda folder: os.truncate(folder / TRUNK, 5000), r"has 5,000 bytes; [\d,]+ were written"),
+        (lambda folder: (folder / INDEX).unlink(), "is missing: it says where"),
+        (lambda folder: (folder / INDEX).write_text("{"), "is not JSON"),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 1}}'), "names 1"),
+        (flip(TRUNK, 3), "can't be loaded: SafetensorError"),  # the length of its header
+        (flip(TRUNK, 9), "can't be loaded"),  # the header
+        (lambda folder: edit(folder / "config.json", lambda c: c.update(hidden_size="wide")), "can't be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of .* can't be loaded"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
+            "tokenizer of .* can't be loaded",
+        ),
+    ],
+)
+def test_a_broken_file(
+    directory: Path, fault: Callable[[Path], object], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault(directory)
+    with pytest.raises(StoreFormatError, match=words) as caught:
+        moetier.load(directory)
+    assert "\n" not in caught.value.cause
+    assert main(["generate", str(directory), "hello", "--max-new-tokens", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if line.startswith("moetier: ")]) == 1
+    assert not any("Traceback" in line for line in lines)
