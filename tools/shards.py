@@ -36,6 +36,7 @@ TORCH_NAMES = FLOATS | {
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 CHUNK_BYTES = 8 << 20
+READ_AHEAD_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,9 @@ def read_at(path: Path, offset: int, out: Bytes) -> None:
 
 
 def _fill(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
-    os.posix_fadvise(descriptor, offset, out.nbytes, os.POSIX_FADV_SEQUENTIAL)
+    ahead = out.nbytes >= READ_AHEAD_BYTES  # else far more would be read than is wanted
+    advice = os.POSIX_FADV_SEQUENTIAL if ahead else os.POSIX_FADV_RANDOM
+    os.posix_fadvise(descriptor, offset, out.nbytes, advice)
     done = 0
     while done < out.nbytes:
         got = os.preadv(descriptor, [out[done : done + CHUNK_BYTES].data], offset + done)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.durable import sync_folder, write_durably
-from moetier.tiers.errors import DiskSpaceError, StoreError, TargetError, TargetExistsError
+from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import FORMAT, Manifest
 from moetier.tiers.shard import GROUP, JOURNAL, METADATA, PARTIAL, PLAN, ShardFile
@@ -202,7 +202,10 @@ def _config(config: Mapping[str, Any], bits: int, dtype: str) -> bytes:
 
 def _without_code(path: Path) -> bytes:
     """A copied file's bytes; of a JSON file that names code (auto_map), all but that."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     if path.suffix == ".json" and b'"auto_map"' in data:
         found = json.loads(data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"})
         return json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n"

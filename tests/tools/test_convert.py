@@ -16,7 +16,7 @@ import google_crc32c
 import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, save_checkpoint, stored_experts, tree
-from faults import flip_bit, mounted
+from faults import flip_bit, mounted, strace
 from torch import Tensor
 
 from moetier.tiers.errors import (
@@ -371,6 +371,23 @@ def test_a_source_that_goes_away_is_not_taken_for_the_target(source: Path, tmp_p
     shutil.copytree(source, src)
     convert(src, tmp_path / "dst")
     assert tree(tmp_path / "dst").keys() >= {"config.json", "experts.zarr/zarr.json"}
+
+
+@pytest.mark.parametrize("after_plan", [False, True])
+def test_a_source_whose_disk_fails_is_not_taken_for_the_target(tmp_path: Path, after_plan: bool) -> None:
+    """strace counts each thread's reads: the main one samples every tensor, then it copies the trunk."""
+    src = save_checkpoint(tmp_path / "src", shards=1)
+    samples = sum(1 + (tensor.nbytes > 64) for tensor in open_checkpoint(src).tensors.values())
+    inject = f"inject=preadv,preadv2:error=EIO:when={samples + 1 if after_plan else 1}"
+    options = ["-o", str(tmp_path / "trace"), "-P", str(src / "model.safetensors"), "-e", inject]
+    body = "sys.exit(main(['convert', source, target, '--fast', '--workers', '1']))"
+    result = strace(options, PRELUDE + body, src, tmp_path / "dst")
+    assert "EIO" in (tmp_path / "trace").read_text()
+    assert result.returncode == 1, result.stderr
+    *_, cause, fix = result.stderr.splitlines()
+    assert cause == f"moetier: {src}/model.safetensors can't be read: Input/output error."
+    assert fix == "  Check the file and its disk."
+    assert (tmp_path / "dst").exists() == after_plan
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
