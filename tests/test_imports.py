@@ -20,8 +20,8 @@ LAYERS = {
 
 # within tiers: each level imports from those above it alone
 LEVELS = (
-    {"keys", "errors", "stats", "monitor", "stream", "hqq"},
-    {"manifest", "slots", "planes", "pairs"},
+    {"keys", "errors", "stats", "stream", "hqq"},
+    {"manifest", "monitor", "slots", "planes", "pairs"},
     {"source", "policy", "quantize", "arena", "budget", "shard"},
     {"ledger", "views", "folder", "durable"},
     {"trunk", "store", "writer", "host", "device"},

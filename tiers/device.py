@@ -143,7 +143,12 @@ class DeviceTier:
             )
 
     def close(self) -> None:
-        """As ``ExpertSource`` says; the source stays open. A lease stays usable while its record is held."""
+        """As ``ExpertSource`` says; the source stays open. A lease stays usable while its record is held.
+
+        Does nothing in a forked child, where the device can't be used.
+        """
+        if not self._monitor.home.is_here:
+            return
         with self._monitor:
             self._closed = True
             self._monitor.wake()

@@ -105,13 +105,17 @@ class HostTier:
             )
 
     def close(self) -> None:
-        """As ``ExpertSource`` says. Who sleeps in acquire wakes with ClosedError; a lease stays readable while held."""
-        with self._monitor:
-            self._closed = True
-            self._ledger.drop(_closed_error())
-        self._ring(len(self._loaders))
-        for loader in self._loaders:
-            loader.join()
+        """As ``ExpertSource`` says. Who sleeps in acquire wakes with ClosedError; a lease stays readable while held.
+
+        In a forked child only its own maps and descriptors go.
+        """
+        if self._monitor.home.is_here:
+            with self._monitor:
+                self._closed = True
+                self._ledger.drop(_closed_error())
+            self._ring(len(self._loaders))
+            for loader in self._loaders:
+                loader.join()
         self._records.clear()
         for arena in self._arenas.values():
             arena.close()

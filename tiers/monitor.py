@@ -6,21 +6,45 @@ holds the very lock which the iterator needs to give back what it holds. So noth
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
+from .errors import ClosedError
 
-class Monitor:
-    """``with monitor:`` holds the lock."""
+
+class Home:
+    """The process in which something was made. Threads don't survive a fork, and a lock may stay held for ever."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        return self._process == os.getpid()
+
+    def check(self) -> None:
+        """Raises ClosedError in a forked child."""
+        if not self.is_here:
+            raise ClosedError(
+                f"This is another process's tier: it was opened in process {self._process}, and this is a fork of it.",
+                "Load the model in the process that uses it, or start children by spawn.",
+            )
+
+
+class Monitor:
+    """``with monitor:`` holds the lock. Raises ClosedError in a forked child, instead of waiting for ever."""
+
+    def __init__(self) -> None:
+        self.home = Home()
         self._lock = threading.Lock()
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> None:
+        self.home.check()
         self._lock.acquire()
 
     def __exit__(

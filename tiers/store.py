@@ -32,6 +32,7 @@ from .errors import (
 from .folder import check_array, command, read_errors, read_manifest, store_folder
 from .keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from .manifest import Manifest
+from .monitor import Home
 from .shard import METADATA, ShardFile, read_checksums
 
 PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
@@ -82,6 +83,7 @@ class ExpertStore:
         self.folder = folder  # experts.zarr
         self.manifest = manifest
         self._readers = readers
+        self._home = Home()
         self._shards: dict[int, _Shard] = {}
         self._faults: dict[int, StoreError] = {}
         self._direct = False
@@ -137,12 +139,17 @@ class ExpertStore:
                 return read_checksums(stream.fileno(), shard.offsets, shard.file.slot_bytes)
 
     def close(self) -> None:
-        """Waits for reads under way; no descriptor and no thread is left. Idempotent."""
-        with self._state:
-            self._closed = True
-            self._state.wait_for(lambda: not self._reading)
-            pool, self._pool = self._pool, None
-            shards, self._shards = self._shards, {}
+        """Waits for reads under way; no descriptor and no thread is left. Idempotent.
+
+        In a forked child there is nothing to wait for: only its own descriptors go.
+        """
+        pool = None
+        if self._home.is_here:
+            with self._state:
+                self._closed = True
+                self._state.wait_for(lambda: not self._reading)
+                pool, self._pool = self._pool, None
+        shards, self._shards = self._shards, {}
         if pool is not None:
             pool.shutdown()
         for shard in shards.values():
@@ -159,6 +166,7 @@ class ExpertStore:
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
         """No descriptor is closed, and its number given to another file, while somebody reads from it."""
+        self._home.check()
         with self._state:
             if self._closed:
                 raise ClosedError(f"The store {self.folder} was closed.", "Open it again.")

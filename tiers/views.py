@@ -41,8 +41,7 @@ class SlotViews:
         return view
 
     def clear(self) -> None:
-        with self._lock:
-            self._views.clear()
+        self._views.clear()  # without the lock, which in a forked child may be held for ever
 
 
 class HostViews:

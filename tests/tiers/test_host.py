@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from forks import in_fork
 from geometries import two_geometries
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -432,6 +435,45 @@ def test_a_lease_is_readable_after_close_and_ends_with_an_error() -> None:
         next(leases)
     lease = None
     tier.check_integrity()
+
+
+# -- another process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["free", "locked"])
+def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
+    """For hits, misses and wishes, and for the next lease; also where a thread held the lock at the fork."""
+    tier = HostTier(RamReader(PLAN, RECORDS), slots={"records": 12})
+    take(tier, 0, 0, 1)
+    leases = tier.acquire(keys(0, 0, 1))
+    next(leases)
+    uses: list[Callable[[], object]] = [
+        lambda: list(tier.acquire(keys(0, 0))),
+        lambda: list(tier.acquire(keys(1, 3))),
+        lambda: tier.prefetch(1, keys(1, 0)),
+        lambda: next(leases),
+    ]
+    with tier._monitor if locked else contextlib.nullcontext():
+        for use in uses:
+            assert re.match(r"ClosedError\(.*another process's tier.*spawn", in_fork(use), re.DOTALL)
+    leases.close()
+    assert set(take(tier, 1, 0, 1)) == set(keys(1, 0, 1)), "the parent goes on"
+    tier.close()
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["free", "locked"])
+def test_closing_in_a_forked_child_closes_the_childs_alone(locked: bool) -> None:
+    def close() -> tuple[bool, bool]:
+        tier.close()
+        arena = "memfd:moetier-arena"
+        descriptors = (str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+        return arena in Path("/proc/self/maps").read_text(), any(arena in target for target in descriptors)
+
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
+        take(tier, 0, 0)
+        with tier._monitor if locked else contextlib.nullcontext():
+            assert in_fork(close) == "returned (False, False)"
+        assert set(take(tier, 1, 0, 1)) == set(keys(1, 0, 1))
 
 
 # -- any order of things -----------------------------------------------------------------------------------------------
