@@ -142,12 +142,11 @@ class MoetierQuantizer(HfQuantizer):
             cache=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype) + _early_bytes(model, self._folder),
             width=model.dtype.itemsize,
         )
-        weakref.finalize(model, tiers.close)
+        weakref.finalize(model, _close, tiers)
         model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
                 module.config.__dict__.pop("_is_quantized", None)
-        model.requires_grad_(False)  # the experts have no gradient, so the trunk's would be wrong
         modules = experts_modules(model)
         for number, block in enumerate(tiers.store.manifest.blocks):
             layout = tiers.store.layout(number)
@@ -180,6 +179,19 @@ def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
                 "Don't use this directory, or convert the model again.",
             )
     return folder
+
+
+def _close(tiers: Tiers) -> None:
+    """Closes the tiers of a model that is gone.
+
+    The collector that found it gone may run anywhere: in a thread that holds a tier's lock, or in a loader. Closing
+    waits for both, so a thread of its own does it; a daemon, whose start waits for nothing that such a thread may hold.
+    At the interpreter's end nobody is interrupted, and no thread would come to its end.
+    """
+    if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
+        tiers.close()
+    else:
+        threading.Thread(target=tiers.close, name="moetier-closer", daemon=True).start()
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:

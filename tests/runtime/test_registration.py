@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import subprocess
 import sys
 import threading
@@ -18,6 +19,9 @@ import pytest
 import torch
 from architectures import tiny_model
 from comparison import convert_tiny, smallest_ram
+from forks import in_fork
+from readers import PATIENCE
+from threads import Task, wait_until
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import moetier
@@ -33,6 +37,7 @@ from moetier.tiers.errors import (
     UnsafeCheckpointError,
     UnsupportedModelError,
 )
+from moetier.tiers.keys import ExpertKey
 from moetier.tiers.shard import GROUP, METADATA
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
@@ -176,15 +181,14 @@ def _bytes_read() -> int:
 
 
 def test_no_gradient_vanishes(tiny: tuple[Any, Path]) -> None:
-    """The trunk asks for none; who does, as an adapter would, is told."""
-    model, _ = moetier.load(tiny[1])
+    """Outside of no_grad a model runs as any other does; who wants a gradient is told that there is none."""
+    ordinary, folder = tiny
+    model, _ = moetier.load(folder)
     with model.tiers:
-        assert not model(input_ids=IDS).logits.requires_grad
-        with pytest.raises(RuntimeError, match="does not require grad"):
-            model(input_ids=IDS).logits.sum().backward()
-        model.enable_input_require_grads()
+        found = model(input_ids=IDS).logits
+        assert torch.equal(found, ordinary(input_ids=IDS).logits)
         with pytest.raises(ConfigError, match="gradient"):
-            model(input_ids=IDS)
+            found.sum().backward()
 
 
 # -- it ends -----------------------------------------------------------------------------------------------------------
@@ -201,8 +205,65 @@ def test_the_end_of_the_model_is_the_end_of_its_tiers(tiny: tuple[Any, Path]) ->
     assert _loaders()
     del model
     gc.collect()
-    assert tiers() is None
+    wait_until(lambda: tiers() is None)
     assert not _loaders()
+
+
+def test_a_lost_model_is_closed_also_when_found_by_who_holds_its_lock(tiny: tuple[Any, Path]) -> None:
+    model, _ = moetier.load(tiny[1])
+    lock = model.tiers.host._monitor
+    lost = _lose(model)
+    del model
+
+    def collect() -> None:
+        with lock:
+            gc.collect()
+            assert lost() is None
+
+    Task(collect).result()
+    wait_until(lambda: not _loaders())
+
+
+def test_a_lost_model_is_closed_also_when_found_by_its_loader(tiny: tuple[Any, Path]) -> None:
+    class Collecting:
+        """The store, in whose reads the collector comes by."""
+
+        def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+            assert go.wait(PATIENCE)
+            gc.collect()
+            store.read_into(key, buffer)
+            found.append(lost())
+
+    go, found = threading.Event(), list[Any]()
+    model, _ = moetier.load(tiny[1])
+    store, host = model.tiers.store, model.tiers.host
+    host._store = Collecting()
+    host.prefetch(0, [ExpertKey(0, 0)])
+    lost = _lose(model)
+    del model
+    go.set()
+    wait_until(lambda: not _loaders())
+    assert found == [None]
+
+
+def _lose(model: Any) -> weakref.ref[Any]:
+    """Puts it in a cycle, which only the collector finds."""
+    gc.collect()
+    model.__dict__["cycle"] = [model]
+    return weakref.ref(model)
+
+
+def test_a_forked_child_is_told_and_closes_its_own(tiny: tuple[Any, Path]) -> None:
+    model, _ = moetier.load(tiny[1])
+    key, tiers = ExpertKey(0, 0), model.tiers
+    with tiers:
+        expected = logits(model)
+        buffer = memoryview(mmap.mmap(-1, tiers.store.layout(0).slot_bytes))
+        assert "another process's tier" in in_fork(lambda: logits(model))
+        assert "another process's tier" in in_fork(lambda: tiers.store.read_into(key, buffer))
+        with tiers.host._monitor, tiers.store._state:
+            assert in_fork(tiers.close) == "returned None"
+        assert torch.equal(logits(model), expected)
 
 
 def test_what_is_closed_says_so(tiny: tuple[Any, Path]) -> None:
