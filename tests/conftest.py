@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,8 @@ import tqdm
 # The models here are tiny: a second thread costs more than it saves, and where the machine has other work to do the two
 # wait for each other at every step. Tests of what threads may not change set their own number. Children inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
+if "torch" in sys.modules:  # imported by a plugin: it has read the environment already
+    sys.modules["torch"].set_num_threads(1)
 
 tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts a thread that stays
 
