@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +51,33 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Experts are computed in the order in which they arrive and added up in ascending order, as eager does it, so that
     the result depends on no tier. What came early is kept as outputs: T * k * H numbers at most, for which budgets
-    leave room up to registration's DEFAULT_CONTEXT tokens (``early_bytes``); a longer prefill takes more. Raises
-    ConfigError where a gradient would be wanted of what has none.
+    leave room up to registration's DEFAULT_CONTEXT tokens (``early_bytes``); a longer prefill takes more. A gradient
+    that is asked for through the experts raises ConfigError in the backward pass.
     """
+    with torch.no_grad():
+        out = _forward(self, self.tiered, hidden_states, top_k_index, top_k_weights)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        return cast("Tensor", _NoGradient.apply(out, hidden_states, top_k_weights))
+    return out
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands on what was computed, and raises when its gradient is wanted: it would be missing without a word.
+
+    The trunk's parameters go on asking for gradients: torch multiplies in another order where they don't, and the model
+    would no longer be bit for bit the ordinary one.
+    """
+
+    @staticmethod
+    def forward(_: Any, out: Tensor, *wanting: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Any:
         raise ConfigError(
             "A gradient is wanted through the experts, which moetier does not compute: its models are for inference.",
-            "Call the model under torch.no_grad(), or train the ordinary model and convert what comes out.",
+            "Train the ordinary model, and convert what comes out.",
         )
-    with torch.no_grad():
-        return _forward(self, self.tiered, hidden_states, top_k_index, top_k_weights)
 
 
 def early_bytes(module: Any, layout: RecordLayout, tokens: int, top_k: int, dtype: torch.dtype) -> int:

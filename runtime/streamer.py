@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class TimedStreamer(TextStreamer):
-    """Prints new text as it comes if ``echo``, keeps it in ``text``, counts new tokens, times the first and the last."""
+    """Prints new text as it comes if ``echo``, keeps it in ``text``, counts tokens, times the first and the last."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, echo: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True)
