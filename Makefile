@@ -4,7 +4,8 @@ RUN := .venv/bin/python
 DEMO := build/demo/tinymix-4bit
 # tinymix has 64 experts; at 4 bits a record takes 225,280 bytes: this holds a quarter of them
 DEMO_RAM := 3520KiB
-DEMO_PROMPT ?= def read_lines(path):
+# for another: make demo DEMO_PROMPT='...'
+DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
 .PHONY: help setup demo check format test test-slow wheel clean
 
@@ -22,7 +23,7 @@ setup: .venv/.ready  ## a virtual environment with everything
 
 demo: .venv/.ready  ## convert the bundled model and generate with room for a quarter of its experts
 	$(RUN) -m moetier.tools.main convert tests/assets/tinymix $(DEMO) --bits 4
-	$(RUN) -m moetier.tools.main generate $(DEMO) --ram $(DEMO_RAM) --max-new-tokens 96 '$(DEMO_PROMPT)'
+	$(RUN) -m moetier.tools.main generate $(DEMO) --ram $(DEMO_RAM) --max-new-tokens 96 --temperature 0.7 '$(DEMO_PROMPT)'
 
 # mypy does not follow the import hook of an editable install: these links are the package as it is installed
 build/types/.ready: Makefile

@@ -127,7 +127,7 @@ class ExpertStore:
                 raise ChecksumError(
                     f"{self.manifest.model}, {_name(self.manifest, key.block)}, expert {key.expert}: "
                     f"checksum mismatch in {shard.file.path}.",
-                    f"Check the whole store: {command('verify', self.folder.parent)}; then convert the model again.",
+                    f"Check the whole: {command('verify', self.folder.parent)}; then convert again with --overwrite.",
                 )
 
     def record_crcs(self, block: int) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="experts at a time (default: as CPUs and memory allow)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a different model directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace a different, or damaged, model directory")
     parser.add_argument(
         "--ignore-code", action="store_true", help="accept a checkpoint that names code of its own; it is never run"
     )
@@ -100,6 +100,9 @@ def convert(
     except TargetExistsError:
         if not (overwrite and is_ours(Path(dst))):
             raise
+        remove(Path(dst))
+        state = State.NEW
+    if state is State.COMPLETE and overwrite:  # its bytes may be damaged, which nothing here looks at
         remove(Path(dst))
         state = State.NEW
     if state is State.COMPLETE:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import time
 from pathlib import Path
 
+from moetier.runtime.config import TierConfig, format_bytes
 from moetier.tiers.errors import ConfigError
 
 from .report import Timing, tier_json, tier_report
@@ -39,8 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
-        raise ConfigError("--max-new-tokens must be 1 or more, and --temperature 0 or more.", "Give other values.")
+    TierConfig.of(ram=arguments.ram, device_memory=arguments.device_memory, device=arguments.device)
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}.", "Give 1 or more.")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise ConfigError(f"--temperature is {arguments.temperature}.", "Give 0, to decode greedily, or more.")
+    if not 0 <= arguments.seed < 1 << 64:
+        raise ConfigError(f"--seed is {arguments.seed}.", "Give a number from 0 to 2^64 - 1.")
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
@@ -71,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         first_token, total = streamer.seconds
         timing = Timing(inputs["input_ids"].shape[1], streamer.tokens, first_token, total)
         tiers = model.tiers.stats()
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
     if arguments.json:
         print(
@@ -80,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "text": streamer.text,
                     "seed": arguments.seed,
                     "load_s": load_seconds,
+                    "peak_bytes": peak_bytes,
                     **timing.to_json(),
                     "tiers": {stats.name: tier_json(stats, timing) for stats in tiers},
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -88,5 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     else:
         sys.stdout.flush()
-        print(f"\nload     {load_seconds:.2f} s\n{tier_report(timing, tiers)}", file=sys.stderr)
+        head = f"load     {load_seconds:.2f} s\nmemory   {format_bytes(peak_bytes)} at its peak, slots included"
+        print(f"\n{head}\n{tier_report(timing, tiers)}", file=sys.stderr)
     return 0

@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             if not (way[0] == 16 and way[3])  # nothing is rounded there
         ]
+        _check_ways(ways)
         rows = []
         for row in measure_checkpoint(arguments.source, texts, arguments.tokens, ways):
             rows.append(row)
@@ -109,6 +110,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(report(rows))
     return 0
+
+
+def _check_ways(ways: Iterable[Way]) -> None:
+    """Raises ConfigError, before anything is measured, for settings that don't exist."""
+    from moetier.tiers.quantize import layout_for
+
+    for bits, group, pairs, _ in ways:
+        layout_for({"weight": ((64, 256), "bfloat16")}, bits=bits, group=group, pairs=pairs)
 
 
 def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int) -> Row:

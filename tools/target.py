@@ -75,6 +75,9 @@ class Target:
             self._compare(found)
             whole = all(file.is_complete(self.folder) for file in self.trunk)
             whole = whole and all((self.folder / name).is_file() for name in self.small)
+            whole = whole and all(
+                is_complete(ShardFile.of(self.store, self.plan, b)) for b in range(len(self.plan.blocks))
+            )
             return State.COMPLETE if whole else State.CUT
         if (self.store / PLAN).exists():
             try:

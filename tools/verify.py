@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import mmap
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -88,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
             f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(problems)} bad' if problems else 'all good'}"
         )
+        if problems:
+            print("Convert the model again with --overwrite, or restore the files named.", file=sys.stderr)
     return EXIT_BAD if problems else 0
 
 

@@ -32,7 +32,17 @@ def test_it_streams_the_text_and_then_reports(tinymix_4bit: Path) -> None:
     command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), "--max-new-tokens", "4"]
     result = subprocess.run([*command, PROMPT], capture_output=True, text=True, check=True)
     assert result.stdout.strip()
-    for words in ("prefill", "decode", "tokens/s", "first token after", "hit ratio", "evictions", "p99", "host"):
+    for words in (
+        "at its peak",
+        "prefill",
+        "decode",
+        "tokens/s",
+        "first token after",
+        "hit ratio",
+        "evictions",
+        "p99",
+        "host",
+    ):
         assert words in result.stderr
     assert "Warning" not in result.stderr
 
@@ -108,6 +118,8 @@ def test_the_prompt_may_come_from_standard_input(tinymix_4bit: Path) -> None:
         (["--ram", "much"], ["'much'", "6GiB"]),
         (["--device", "tpu"], ["'tpu'", "cpu"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--temperature", "nan"], ["--temperature"]),
+        (["--seed", "18446744073709551616"], ["--seed"]),
     ],
 )
 def test_what_can_not_work_is_said(

@@ -126,9 +126,7 @@ def main() -> None:
         random.shuffle(documents)
         count = max(3, len(documents) // HELD_OUT)
         (arguments.out / "held_out" / f"{kind}.txt").write_text("\n\n".join(documents[:count]))
-        encoded = [
-            np.array([BEGIN, *encoding.ids, END], np.uint16) for encoding in tokenizer.encode_batch(documents)
-        ]
+        encoded = [np.array([BEGIN, *encoding.ids, END], np.uint16) for encoding in tokenizer.encode_batch(documents)]
         arrays[f"eval_{kind}"] = np.concatenate(encoded[:count])[:EVAL_TOKENS]
         train += encoded[count:]
         print(f"{kind}: {len(documents)} documents, {sum(map(len, encoded)):,} tokens")
