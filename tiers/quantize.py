@@ -49,27 +49,15 @@ class WeightError:
     """How far stored weights are from what they were: sums over weights, so that they can be added."""
 
     squared: float = 0.0  # of (stored - original)^2
-    absolute: float = 0.0  # of |stored - original|
     squared_norm: float = 0.0  # of original^2
-    absolute_norm: float = 0.0
 
     def __add__(self, other: WeightError) -> WeightError:
-        return WeightError(
-            self.squared + other.squared,
-            self.absolute + other.absolute,
-            self.squared_norm + other.squared_norm,
-            self.absolute_norm + other.absolute_norm,
-        )
+        return WeightError(self.squared + other.squared, self.squared_norm + other.squared_norm)
 
     @property
     def relative(self) -> float:
         """Frobenius norm of the error over that of the weights; 0 for exact weights, all-zero ones included."""
         return (self.squared / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
-
-    @property
-    def relative_absolute(self) -> float:
-        """The mean absolute error, which HQQ watches, over the mean absolute weight."""
-        return self.absolute / self.absolute_norm if self.absolute_norm else 0.0
 
 
 def layout_for(
@@ -176,9 +164,7 @@ def _error(original: Tensor, stored: Tensor) -> WeightError:
     difference, norm = stored.float() - original, torch.linalg.vector_norm
     return WeightError(
         squared=float(norm(difference, 2, dtype=torch.float64)) ** 2,
-        absolute=float(norm(difference, 1, dtype=torch.float64)),
         squared_norm=float(norm(original, 2, dtype=torch.float64)) ** 2,
-        absolute_norm=float(norm(original, 1, dtype=torch.float64)),
     )
 
 

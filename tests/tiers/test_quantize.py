@@ -232,23 +232,22 @@ def test_decoding_rounds_once(bits: Bits, dtype: torch.dtype) -> None:
 def test_errors_are_those_of_what_is_read_back_and_hqq_beats_plain_rounding(bits: Bits, pairs: str) -> None:
     layout = layout_of(192, 256, "float32", bits=bits, pairs=pairs)
     tensors = weights_for(layout)
-    errors = {}
+    errors, absolute = {}, {}
     for fast in (False, True):
         out = np.empty(layout.record_bytes, np.uint8)
         error = encode(tensors, layout, out, fast=fast)["w"]
         difference = decoded(torch.from_numpy(out), layout) - tensors["w"]
         assert error.squared == pytest.approx(float(difference.square().sum()), rel=1e-4)
-        assert error.absolute == pytest.approx(float(difference.abs().sum()), rel=1e-4)
+        absolute[fast] = float(difference.abs().sum())
         assert error.relative == pytest.approx(float(difference.norm() / tensors["w"].norm()), rel=1e-4)
         errors[fast] = error
-    assert errors[False].absolute < errors[True].absolute
+    assert absolute[False] < absolute[True]  # which HQQ watches
     assert errors[False].relative < errors[True].relative
 
 
 def test_errors_add_up_and_exact_weights_have_none() -> None:
-    assert (WeightError(1, 2, 4, 8) + WeightError(0, 1, 5, 4)).relative == pytest.approx((1 / 9) ** 0.5)
-    assert WeightError(0, 1, 0, 4).relative_absolute == 0.25
-    assert WeightError().relative == WeightError().relative_absolute == 0
+    assert (WeightError(1, 4) + WeightError(0, 5)).relative == pytest.approx((1 / 9) ** 0.5)
+    assert WeightError().relative == 0
     layout = layout_of(70, 40, bits=16)
     errors = encode(weights_for(layout), layout, np.empty(layout.record_bytes, np.uint8))
     assert [e.squared for e in errors.values()] == [0, 0]
