@@ -7,7 +7,7 @@ DEMO_RAM := 3520KiB
 # for another: make demo DEMO_PROMPT='...'
 DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
-.PHONY: help setup demo check format test test-slow wheel clean
+.PHONY: help setup demo proto check format test test-slow wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,9 +29,13 @@ demo: .venv/.ready  ## convert the bundled model and generate with room for a qu
 build/types/.ready: Makefile
 	@mkdir -p build/types/moetier
 	@for name in __init__.py py.typed; do ln -sfn "../../../moetier/$$name" "build/types/moetier/$$name"; done
-	@for name in tiers runtime tools; do ln -sfn "../../../$$name" "build/types/moetier/$$name"; done
+	@for name in proto tiers runtime tools; do ln -sfn "../../../$$name" "build/types/moetier/$$name"; done
 	@ln -sfn ../../../tests/assets build/types/moetier/assets
 	@touch build/types/.ready
+
+proto: .venv/.ready build/types/.ready  ## generate proto/*_pb2*.py from the wire contract
+	$(RUN) -m grpc_tools.protoc -I build/types --python_out=build/types --pyi_out=build/types \
+		--grpc_python_out=build/types moetier/proto/expert_store.proto
 
 check: .venv/.ready build/types/.ready  ## lint, format, types
 	$(RUN) -m ruff check .

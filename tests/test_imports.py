@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 # the layers of docs/architecture.md: a module imports from layers before its own, and from its own where it says so
 LAYERS = {
+    "proto": ("proto",),
     "tiers": ("tiers",),
-    "runtime": ("tiers", "runtime"),
-    "tools": ("tiers", "runtime", "tools", "assets"),
+    "runtime": ("proto", "tiers", "runtime"),
+    "tools": ("proto", "tiers", "runtime", "tools", "assets"),
     "moetier": ("tiers", "runtime"),
 }
 

@@ -15,6 +15,13 @@ MoetierError
 │   └── DiskSpaceError         it is too small
 ├── BudgetError                memory budgets that can't work
 ├── ArenaError                 shared memory that is not safe to map
+├── ExhaustedError             every slot of the host tier is leased, for longer than a caller waits
+├── DaemonError                the daemon, or the way to it
+│   ├── UnavailableError       nobody answers, or not any more
+│   ├── RefusedError           credentials that are missing or wrong, another user, no TLS
+│   ├── UnknownModelError      a daemon that does not serve this store
+│   ├── ProtocolError          what came over the wire is not what this version speaks
+│   └── AlreadyRunningError    the place of a daemon is taken by a running one
 ├── ConfigError                an option that is unknown or malformed
 └── ClosedError                a tier was used after close()
 """
@@ -88,6 +95,34 @@ class BudgetError(MoetierError):
 
 class ArenaError(MoetierError):
     """Shared memory of another process that is not safe to map."""
+
+
+class ExhaustedError(MoetierError):
+    """Every slot of the host tier is leased, and none came free for as long as the caller waits."""
+
+
+class DaemonError(MoetierError):
+    """The daemon, or the way to it."""
+
+
+class UnavailableError(DaemonError):
+    """Nobody answers, or not any more: another daemon, or the store itself, may do instead."""
+
+
+class RefusedError(DaemonError):
+    """Credentials that are missing or wrong, another user, no TLS."""
+
+
+class UnknownModelError(DaemonError):
+    """A daemon that does not serve this store."""
+
+
+class ProtocolError(DaemonError):
+    """What came over the wire is not what this version speaks."""
+
+
+class AlreadyRunningError(DaemonError):
+    """The place of a daemon is taken by a running one, which is named."""
 
 
 class ConfigError(MoetierError):

@@ -6,7 +6,7 @@ A *lease* is a pin with an owner, for as long as it is computed on.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -19,11 +19,21 @@ Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch
 
 @dataclass(frozen=True, slots=True)
 class Lease(Generic[Record]):
-    """One expert's record, ``record_bytes`` long, read-only, valid until the next lease is taken from the iterator."""
+    """One expert's record, ``record_bytes`` long, read-only, valid until the next lease is taken from the iterator.
+
+    A record that another process owns may be replaced while it is computed on. So ask ``holds`` behind the last use of
+    the record, and before anything that came of it is used: if it does not hold, throw that away; the iterator will
+    yield the key once more.
+    """
 
     key: ExpertKey
     record: Record
     slot: int  # of the tier that gave it
+    proof: Callable[[], bool] | None = None  # None: the record is held in place
+
+    def holds(self) -> bool:
+        """Whether the record still is what it was when the lease was given. To be asked once."""
+        return self.proof is None or self.proof()
 
 
 class RecordReader(Protocol):
@@ -42,7 +52,8 @@ class RecordReader(Protocol):
 
 class ExpertSource(Protocol[Record]):
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Record], None, None]:
-        """Yields one lease for each distinct key of one block: resident ones first, then as they arrive.
+        """Yields one lease for each distinct key of one block: resident ones first, then as they arrive. A key whose
+        lease did not hold is yielded again.
 
         A lease ends when the next is taken, when the iterator is exhausted or closed. So a block with more wanted
         experts than slots streams through, and nobody waits for a lease while one that it holds is unprocessed:
