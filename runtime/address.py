@@ -1,4 +1,4 @@
-"""Where daemons are: folders of Unix sockets that their user alone may enter, or HOST:PORT; and what one shows there."""
+"""Where daemons are: folders of Unix sockets that their user alone may enter, or HOST:PORT; what clients show there."""
 
 from __future__ import annotations
 
