@@ -186,7 +186,7 @@ class ModelStats(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ...) -> None: ...
 
 class Tier(_message.Message):
-    __slots__ = ("name", "slots", "ready", "slot_bytes", "hits", "misses", "joined", "prefetched", "evictions", "failures", "bytes_in", "wait_seconds", "wait_median", "wait_p99")
+    __slots__ = ("name", "slots", "ready", "slot_bytes", "hits", "misses", "joined", "prefetched", "evictions", "failures", "bytes_in", "wait_seconds", "wait_median", "wait_p99", "discarded")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,7 @@ class Tier(_message.Message):
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MEDIAN_FIELD_NUMBER: _ClassVar[int]
     WAIT_P99_FIELD_NUMBER: _ClassVar[int]
+    DISCARDED_FIELD_NUMBER: _ClassVar[int]
     name: str
     slots: int
     ready: int
@@ -215,7 +216,8 @@ class Tier(_message.Message):
     wait_seconds: float
     wait_median: float
     wait_p99: float
-    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ...) -> None: ...
+    discarded: int
+    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("kind", "cause", "fix")

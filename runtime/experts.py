@@ -102,7 +102,10 @@ def _forward(self: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: T
         for lease in leases:
             tokens, positions = rows[lease.key.expert]
             y = _expert(self, here, lease.record, hidden_states[tokens].to(compute))
-            early[lease.key.expert] = (y * top_k_weights[tokens, positions, None]).to(accumulate)
+            y = (y * top_k_weights[tokens, positions, None]).to(accumulate)
+            if not lease.holds():
+                continue  # its record was replaced while this was computed on it: it comes again
+            early[lease.key.expert] = y
             while waiting and waiting[0] in early:
                 expert = waiting.popleft()
                 out.index_add_(0, rows[expert][0], early.pop(expert))

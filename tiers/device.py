@@ -115,6 +115,8 @@ class DeviceTier:
                 began = time.perf_counter()
                 for lease in leases:
                     copied = self._promote(visit, lease, began)
+                    if copied is None:
+                        continue  # the host's record was replaced while it was copied: it comes again
                     try:
                         yield self._lease(visit)
                     finally:
@@ -195,8 +197,12 @@ class DeviceTier:
             self._source.prefetch(keys[0].block, ())
         return missing
 
-    def _promote(self, visit: _Visit, lease: Lease[memoryview], began: float) -> Event:
-        """Puts a record that the host has leased into a slot, and returns the end of the copy."""
+    def _promote(self, visit: _Visit, lease: Lease[memoryview], began: float) -> Event | None:
+        """Puts a record that the host has leased into a slot, and returns the end of the copy.
+
+        None if the lease did not hold so long. One that has to be proved costs a wait for its copy: nobody may compute
+        on what is not proved.
+        """
         pool = visit.pool
         with self._monitor:
             self._check_open()
@@ -207,7 +213,7 @@ class DeviceTier:
                     assert copied is not None
                     self._counters.joined += 1
                     self._admit(visit, slot, began)
-                    return copied
+                    return copied  # the lease was not used, so there is nothing to prove
                 if slot is None:
                     slot = pool.policy.choose(lease.key.block, borrow=True)
                     if slot is not None:
@@ -223,15 +229,19 @@ class DeviceTier:
             self._copying += 1
         try:
             copied = self._copy(lease, pool.records[slot], pool.used[slot].values())
+            if lease.proof is not None:
+                copied.synchronize()
+            holds = lease.holds()
         except BaseException:
             with self._monitor:
-                self._copying -= 1
                 self._counters.failures += 1
-                pool.policy.forget(slot)
-                pool.slots.fail(slot)
-                self._monitor.wake()
+                self._give_up(pool, slot)
             raise
         with self._monitor:
+            if not holds:
+                self._counters.discarded += 1
+                self._give_up(pool, slot)
+                return None
             self._copying -= 1
             self._counters.bytes_in += pool.slot_bytes
             pool.copied[slot] = copied
@@ -240,6 +250,13 @@ class DeviceTier:
             self._admit(visit, slot, began)
             self._monitor.wake()
         return copied
+
+    def _give_up(self, pool: _Pool, slot: int) -> None:
+        """What was to be promoted into a slot is not there."""
+        self._copying -= 1
+        pool.policy.forget(slot)
+        pool.slots.fail(slot)
+        self._monitor.wake()
 
     def _copy(self, lease: Lease[memoryview], record: torch.Tensor, uses: Iterable[Event]) -> Event:
         """Queues the copy behind all uses of the slot; nobody touches a slot that is LOADING."""

@@ -24,6 +24,7 @@ class TierStats:
     prefetched: int  # loads that a wish began
     evictions: int
     failures: int  # loads that ended in an error
+    discarded: int  # results that were thrown away: their record had been replaced meanwhile
     bytes_in: int
     wait_seconds: float
     wait_median: float
@@ -50,6 +51,7 @@ class TierCounters:
     prefetched: int = 0
     evictions: int = 0
     failures: int = 0
+    discarded: int = 0
     bytes_in: int = 0
     wait_seconds: float = 0.0
     waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
@@ -73,6 +75,7 @@ class TierCounters:
             prefetched=self.prefetched,
             evictions=self.evictions,
             failures=self.failures,
+            discarded=self.discarded,
             bytes_in=self.bytes_in,
             wait_seconds=self.wait_seconds,
             wait_median=median(waits) if waits else 0.0,

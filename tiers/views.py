@@ -57,7 +57,7 @@ class HostViews:
         with closing(self._source.acquire(keys)) as leases:
             for lease in leases:
                 self._check_open()
-                yield Lease(lease.key, self._views.of(lease), lease.slot)
+                yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof)
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         self._check_open()
