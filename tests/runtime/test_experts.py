@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from unsteady import UnsteadySource
 
 from moetier.runtime.experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
 from moetier.runtime.kernels import Kernels
@@ -216,3 +218,16 @@ def test_a_model_that_was_moved_says_so() -> None:
     states, index, weights = inputs(ordinary, torch.bfloat16)
     with pytest.raises(ConfigError, match="moved to meta; its experts are on cpu"):
         experts_forward(twin, states.to("meta"), index, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_was_computed_on_a_replaced_record_is_not_used(dtype: torch.dtype) -> None:
+    ordinary, twin, source = pair("mixtral", dtype)
+    unsteady = UnsteadySource(source)
+    twin.tiered = replace(twin.tiered, source=unsteady)
+    for seed in range(10):
+        given_to = inputs(ordinary, dtype, seed=seed)
+        with torch.no_grad():
+            assert torch.equal(experts_forward(twin, *given_to), ordinary(*given_to))
+    assert unsteady.broken > 10
+    assert unsteady.unasked == 0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from readers import GatedReader, RamReader
 from stores import make_plan, make_records, make_store
 from threads import Task, run_all, wait_until
+from unsteady import UnsteadySource
 
 from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
 from moetier.tiers.device import DeviceTier
@@ -572,3 +573,20 @@ def test_cuda_page_locks_and_recovers_from_a_refusal() -> None:
             assert float(torch.ones(4, device="cuda").sum()) == 4, "the refusal does not come up again"
             device.unlock_pages(record)
             del record
+
+
+# -- records that another process may replace --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_record_that_was_replaced_while_it_was_copied_is_copied_again(host: HostTier, seed: int) -> None:
+    device, unsteady = device_of(seed), UnsteadySource(host, seed)
+    tier = DeviceTier(unsteady, PLAN, slots={"records": 5}, device=device)
+    consumer = Consumer(tier, device)
+    for block in (0, 1, 2, 0, 2):
+        consumer.run(block, [3, 0, 1])
+    assert consumer.wrong() == 0
+    assert len(consumer.seen) == 15
+    assert tier.stats().discarded == unsteady.broken > 0
+    assert unsteady.unasked == 0
+    tier.close()

@@ -1,0 +1,61 @@
+"""A source whose records are replaced under their readers, as a daemon's may be: what was leased first is garbage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.source import ExpertSource, Lease
+from moetier.tiers.stats import TierStats
+
+
+class UnsteadySource:
+    """Of ``source``'s leases some show other bytes, do not hold, and come again behind the others, steady or not."""
+
+    def __init__(self, source: ExpertSource[Any], seed: int = 0, share: float = 0.5) -> None:
+        self.source = source
+        self.random = random.Random(seed)
+        self.share = share
+        self.broken = 0  # leases that did not hold
+        self.unasked = 0  # leases that were neither proved nor the last when the next was taken
+
+    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Any], None, None]:
+        wanted = list(keys)
+        while wanted:
+            again: list[ExpertKey] = []
+            for lease in self.source.acquire(wanted):
+                asked: list[bool] = []
+                if self.random.random() < self.share:
+                    self.broken += 1
+                    yield Lease(lease.key, _garbage(lease.record), -1 - lease.slot, partial(_answer, asked, False))
+                    again.append(lease.key)
+                else:
+                    yield Lease(lease.key, lease.record, lease.slot, partial(_answer, asked, True))
+                self.unasked += asked == []
+            wanted = again
+
+    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+        self.source.prefetch(block, wishes)
+
+    def stats(self) -> TierStats:
+        return self.source.stats()
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def _answer(asked: list[bool], holds: bool) -> bool:
+    assert not asked, "a lease is proved once"
+    asked.append(holds)
+    return holds
+
+
+def _garbage(record: Any) -> Any:
+    if isinstance(record, memoryview):
+        return memoryview(bytes([0x3C]) * len(record))
+    return torch.full_like(record, 0x3C)
