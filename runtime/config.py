@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from moetier.tiers.errors import ConfigError
+
+from .address import Address, Credentials
+
+AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
@@ -50,19 +54,45 @@ class TierConfig:
     ram: Size | None = None  # of host records; a share is of what the trunk and the KV cache leave
     device_memory: Size | None = None  # of device records; a share is of what they leave on the device
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
+    find_daemon: bool = False  # use one of this host's that serves the store, if there is one
+    daemons: tuple[Address, ...] = ()  # these, and none else; () and not find_daemon: experts are this process's own
+    credentials: Credentials = field(default_factory=Credentials)
 
     @classmethod
     def of(
-        cls, *, ram: str | int | None = None, device_memory: str | int | None = None, device: str = "auto"
+        cls,
+        *,
+        ram: str | int | None = None,
+        device_memory: str | int | None = None,
+        device: str = "auto",
+        daemon: str | None = None,
+        credentials: Credentials | None = None,
     ) -> TierConfig:
-        """From what a person writes; raises ConfigError."""
+        """From what a person writes; raises ConfigError. ``daemon`` is "auto", or addresses separated by commas."""
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ConfigError(f"{device!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
-        return cls(
+        daemons = tuple(map(Address.parse, daemon.split(","))) if daemon not in (None, AUTO) else ()
+        if len(set(daemons)) != len(daemons):
+            raise ConfigError(f"{daemon!r} names a daemon twice.", "Name each once.")
+        found = cls(
             ram=None if ram is None else Size.parse(ram),
             device_memory=None if device_memory is None else Size.parse(device_memory),
             device=device,
+            find_daemon=daemon == AUTO,
+            daemons=daemons,
+            credentials=credentials or Credentials(),
         )
+        if found.mapped is not None and ram is not None:
+            raise ConfigError(
+                f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
+                "Give --ram to the daemon, and not here.",
+            )
+        return found
+
+    @property
+    def mapped(self) -> Address | None:
+        """The one daemon of this host that was asked for: its memory is mapped, and no budget is needed here."""
+        return self.daemons[0] if len(self.daemons) == 1 and self.daemons[0].folder else None
 
 
 def format_bytes(count: float) -> str:

@@ -18,9 +18,10 @@ from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModel
 from moetier.tiers.folder import command, read_manifest, store_folder
 from moetier.tiers.trunk import check_trunk
 
-from .config import TierConfig
+from .address import Credentials
+from .config import AUTO, TierConfig
 from .model_config import read_config
-from .registration import register
+from .registration import asked_for, register
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,17 +39,24 @@ def load(
     ram: str | int | None = None,
     device_memory: str | int | None = None,
     device: str = "auto",
+    daemon: str | None = AUTO,
+    credentials: Credentials | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
 
     Reads the trunk; experts are read when they are wanted. ``ram`` and ``device_memory`` are what experts may take:
     "6GiB", "50%", or a number of bytes; without them 80 % of what the trunk and the KV cache leave. ``device`` is
-    "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". ``model.tiers`` has the statistics, and ``close()``,
-    which happens by itself when the model is gone. Never runs code that a directory brings, and reads nothing from
-    outside it. Raises MoetierError.
+    "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+
+    ``daemon`` says whose the experts are: "auto", those of a storage daemon of this user that runs and serves this very
+    store, and otherwise this process's own; None, its own; a daemon's name, folder or HOST:PORT, that one's; several,
+    separated by commas: each has a share of the experts. ``credentials`` are for HOST:PORT.
+
+    ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
+    the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
     """
     folder = Path(directory)
-    asked = TierConfig.of(ram=ram, device_memory=device_memory, device=device)
+    asked = TierConfig.of(ram=ram, device_memory=device_memory, device=device, daemon=daemon, credentials=credentials)
     manifest = read_manifest(store_folder(folder))
     model_class = _model_class(read_config(folder))
     check_trunk(folder, manifest)
@@ -57,9 +65,8 @@ def load(
     tokenizer = _tokenizer(folder)
     with _load_errors(folder):
         config = model_class.config_class.from_pretrained(folder)
-    config.quantization_config = {**config.quantization_config, "ram": ram, "device_memory": device_memory}
     device_map = None if place == "cpu" else {"": place}
-    with _load_errors(folder):
+    with _load_errors(folder), asked_for(asked):
         model = model_class.from_pretrained(folder, config=config, device_map=device_map, use_safetensors=True)
     return model, tokenizer
 

@@ -5,8 +5,11 @@ transformers builds a model on the meta device, asks the quantiser, and loads wh
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
 from moetier.tiers.trunk import check_trunk
 
-from .config import TierConfig
+from .config import AUTO, TierConfig
 from .experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
 from .kv_cache import kv_cache_bytes
 from .memory import mapped_files
@@ -36,6 +39,17 @@ from .tiers import Tiers
 DEFAULT_CONTEXT = 4096  # tokens for whose keys, values and early outputs budgets leave room
 
 _lock = threading.Lock()
+_asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
+
+
+@contextlib.contextmanager
+def asked_for(config: TierConfig) -> Iterator[None]:
+    """What is loaded inside gets these tiers, whatever its config.json prefers."""
+    token = _asked.set(config)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 def register() -> None:
@@ -48,7 +62,7 @@ def register() -> None:
 
 
 class MoetierConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model directory. Budgets are in it when somebody put them there: load() does.
+    """``quantization_config`` of a model directory. Budgets are in it when somebody put them there.
 
     Raises ConfigError for a key that it does not know: a budget that is misspelt must not be the default's.
     """
@@ -134,9 +148,10 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         given: Any = self.quantization_config
         device = _device_of(model)
+        asked = _asked.get() or TierConfig.of(ram=given.ram, device_memory=given.device_memory, daemon=AUTO)
         tiers = Tiers.open(
             self._folder,
-            TierConfig.of(ram=given.ram, device_memory=given.device_memory, device=str(device)),
+            asked,
             device,
             trunk=_mapped_bytes(model),
             cache=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype) + _early_bytes(model, self._folder),
@@ -148,8 +163,8 @@ class MoetierQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
                 module.config.__dict__.pop("_is_quantized", None)
         modules = experts_modules(model)
-        for number, block in enumerate(tiers.store.manifest.blocks):
-            layout = tiers.store.layout(number)
+        for number, block in enumerate(tiers.manifest.blocks):
+            layout = tiers.manifest.layout(number)
             modules[block.path].tiered = TieredBlock(number, layout, tiers.device, tiers.kernels, device)
         return model
 

@@ -1,8 +1,9 @@
-"""The tiers of one model in this process: store, host and device, opened and closed together."""
+"""The tiers of one model in this process, opened and closed together."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,16 +14,16 @@ import torch
 from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
 from moetier.tiers.device import DeviceTier
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.host import HostTier
+from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
-from moetier.tiers.store import ExpertStore
 from moetier.tiers.stream import CudaDevice
 from moetier.tiers.views import HostViews
 
 from .config import TierConfig
 from .kernels import Kernels
 from .memory import Available, available_memory, budget_for
+from .origin import Origin, open_origin
 
 
 class Tiers:
@@ -35,40 +36,43 @@ class Tiers:
         """Of a model directory, to be computed with on ``device``.
 
         Of the memory that seems free now, ``trunk`` bytes are taken, and ``cache`` bytes are left for what a context
-        takes: keys, values and outputs. ``width`` bytes take the numbers that are computed with. Raises StoreError, or
-        BudgetError when the budgets can't work.
+        takes: keys, values and outputs. ``width`` bytes take the numbers that are computed with. Raises StoreError,
+        BudgetError when the budgets can't work, or DaemonError when a daemon that was asked for can't be used.
         """
         if config.device_memory is not None and device.type == "cpu":
             raise ConfigError(
                 "On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone."
             )
-        with contextlib.ExitStack() as undo:
-            store = undo.enter_context(ExpertStore.open(folder))
-            manifest = store.manifest
-            budget_of = partial(budget_for, smallest=smallest_budget(manifest), largest=largest_budget(manifest))
-            on_device = cache + _scratch_bytes(manifest, width)
+        manifest = read_manifest(store_folder(folder))
+        budget_of = partial(budget_for, smallest=smallest_budget(manifest), largest=largest_budget(manifest))
+        on_device = cache + _scratch_bytes(manifest, width)
+
+        def host_slots() -> Mapping[str, int]:
             free = available_memory()
-            budget = budget_of(
-                config.ram,
-                reserve=on_device if device.type == "cpu" else 0,
-                available=Available(max(free.bytes - trunk, 0), free.limiter),
-            )
-            host = HostTier(store, slots=slots_for(manifest, budget))
-            undo.callback(host.close)
-            source: HostViews | DeviceTier = HostViews(host)
+            available = Available(max(free.bytes - trunk, 0), free.limiter)
+            reserve = on_device if device.type == "cpu" else 0
+            return slots_for(manifest, budget_of(config.ram, reserve=reserve, available=available))
+
+        with contextlib.ExitStack() as undo:
+            origin = open_origin(folder, manifest, config, host_slots)
+            undo.callback(origin.close)
+            source: HostViews | DeviceTier = HostViews(origin.host)
             if device.type == "cuda":
                 there = Available(torch.cuda.mem_get_info(device)[0], str(device))
                 budget = budget_of(config.device_memory, reserve=on_device, available=there, option="--device-memory")
-                source = DeviceTier(host, manifest, slots=slots_for(manifest, budget), device=CudaDevice(device))
-            tiers = cls(store, host, source, Kernels(device))
+                slots = slots_for(manifest, budget)
+                source = DeviceTier(origin.host, manifest, slots=slots, device=CudaDevice(device))
+            tiers = cls(manifest, origin, source, Kernels(device))
             undo.pop_all()
             return tiers
 
-    def __init__(self, store: ExpertStore, host: HostTier, device: HostViews | DeviceTier, kernels: Kernels) -> None:
-        self.store = store
-        self.host = host
+    def __init__(self, manifest: Manifest, origin: Origin, device: HostViews | DeviceTier, kernels: Kernels) -> None:
+        self.manifest = manifest
+        self.host = origin.host
+        self.where = origin.where  # the experts come from
         self.device = device
         self.kernels = kernels
+        self._close_origin = origin.close
 
     def stats(self) -> list[TierStats]:
         """Of each tier that holds records, from the lowest up."""
@@ -80,8 +84,7 @@ class Tiers:
 
     def close(self) -> None:
         self.device.close()
-        self.host.close()
-        self.store.close()
+        self._close_origin()
 
     def __enter__(self) -> Tiers:
         return self

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from moetier.runtime.config import TierConfig, format_bytes
+from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
 
 from .report import Timing, tier_json, tier_report
+from .resources import add_resource_arguments, resources_of
 
 HELP = "generate text from a model directory"
 ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams is one sequence, token by token
@@ -27,21 +28,15 @@ ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
     parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
-    parser.add_argument(
-        "--ram",
-        metavar="SIZE",
-        help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%',
-    )
-    parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
-    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
+    add_resource_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    TierConfig.of(ram=arguments.ram, device_memory=arguments.device_memory, device=arguments.device)
+    resources = resources_of(arguments)
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}.", "Give 1 or more.")
     if not 0 <= arguments.temperature < float("inf"):
@@ -60,9 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
-    model, tokenizer = load(
-        arguments.directory, ram=arguments.ram, device_memory=arguments.device_memory, device=arguments.device
-    )
+    model, tokenizer = load(arguments.directory, **resources)
     load_seconds = time.perf_counter() - start
     with model.tiers:
         if tokenizer is None:
@@ -89,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "seed": arguments.seed,
                     "load_s": load_seconds,
                     "peak_bytes": peak_bytes,
+                    "experts": model.tiers.where,
                     **timing.to_json(),
                     "tiers": {stats.name: tier_json(stats, timing) for stats in tiers},
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -97,6 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     else:
         sys.stdout.flush()
-        head = f"load     {load_seconds:.2f} s\nmemory   {format_bytes(peak_bytes)} at its peak, slots included"
+        head = (
+            f"load     {load_seconds:.2f} s\nmemory   {format_bytes(peak_bytes)} at its peak, slots included\n"
+            f"experts  of {model.tiers.where}"
+        )
         print(f"\n{head}\n{tier_report(timing, tiers)}", file=sys.stderr)
     return 0

@@ -16,6 +16,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, RecordLayout
 
 from .report import table
+from .resources import add_resource_arguments, resources_of
 
 if TYPE_CHECKING:
     from .perplexity import Loss
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=_names, metavar="TYPE,...", help="(default: by --bits)")
     parser.add_argument("--fast", action="store_true", help="plain rounding too, beside HQQ")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_resource_arguments(parser)
 
 
 def _numbers(value: str) -> list[int]:
@@ -82,6 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.source} is converted already: it is measured as it is.",
             "Leave out --bits, --group-size, --pairs and --fast, or give the checkpoint that it was made from.",
         )
+    resources = resources_of(arguments)
+    if not converted and resources != resources_of(_defaults()):
+        raise ConfigError(
+            f"{arguments.source} is a checkpoint: it is measured in memory, and uses no tiers.",
+            "Leave out --ram, --device, --daemon and what belongs to them, or give a model directory.",
+        )
     import transformers
 
     from .perplexity import read_texts
@@ -89,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
     if converted:
-        rows = [measure_directory(Path(arguments.source), texts, arguments.tokens)]
+        rows = [measure_directory(Path(arguments.source), texts, arguments.tokens, resources)]
     else:
         methods = (False, True) if arguments.fast else (False,)
         ways = [
@@ -120,8 +128,15 @@ def _check_ways(ways: Iterable[Way]) -> None:
         layout_for({"weight": ((64, 256), "bfloat16")}, bits=bits, group=group, pairs=pairs)
 
 
-def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int) -> Row:
-    """A model directory as it runs, in its own type."""
+def _defaults() -> argparse.Namespace:
+    """Of the resources, where nothing is said."""
+    parser = argparse.ArgumentParser()
+    add_resource_arguments(parser)
+    return parser.parse_args([])
+
+
+def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resources: Mapping[str, Any]) -> Row:
+    """A model directory as it runs, in its own type; ``resources`` are the keyword arguments of ``load``."""
     from moetier.runtime.generate import load
     from moetier.tiers.folder import read_manifest
 
@@ -129,7 +144,7 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int) -> Ro
 
     manifest = read_manifest(folder / "experts.zarr")
     _check_tokenizer(folder)
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, **resources)
     with model.tiers:
         losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
     blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]

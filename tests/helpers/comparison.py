@@ -55,7 +55,7 @@ def compare(model_type: str, dtype: torch.dtype, folder: Path) -> Comparison:
     ordinary, converted = convert_tiny(model_type, dtype, folder)
     tiered, _ = moetier.load(converted, ram=smallest_ram(converted))
     with tiered.tiers:
-        manifest = tiered.tiers.store.manifest
+        manifest = tiered.tiers.manifest
         ids = torch.randint(2, 250, (2, 17), generator=torch.Generator().manual_seed(1))
         equal = {"logits": torch.equal(_logits(ordinary, ids), _logits(tiered, ids))}
         if ordinary.can_generate() and model_type not in GENERATES_OTHERWISE:

@@ -54,7 +54,7 @@ def test_two_experts_modules_in_a_layer_are_keyed_apart(tmp_path: Path) -> None:
             [model(input_ids=ids, moe_mm_token_type_ids=kinds).logits for model in (ordinary, tiered)]
             for kinds in (torch.zeros_like(images), images)
         )
-        paths = [block.path.rpartition("layers.")[2] for block in tiered.tiers.store.manifest.blocks]
+        paths = [block.path.rpartition("layers.")[2] for block in tiered.tiers.manifest.blocks]
     assert paths == [f"{layer}.mlp.{kind}_moe.experts" for layer in (1, 2) for kind in ("text", "vision")]
     assert torch.equal(*of_text)
     assert torch.equal(*mixed)

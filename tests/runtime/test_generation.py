@@ -125,8 +125,8 @@ def test_quantised_is_the_ordinary_model_with_the_decoded_weights(
 def _take_decoded(ordinary: Any, tiered: Any) -> None:
     """Replaces an ordinary model's experts by what the other's records hold."""
     modules = experts_modules(ordinary)
-    for number, block in enumerate(tiered.tiers.store.manifest.blocks):
-        layout = tiered.tiers.store.layout(number)
+    for number, block in enumerate(tiered.tiers.manifest.blocks):
+        layout = tiered.tiers.manifest.layout(number)
         keys = [ExpertKey(number, expert) for expert in range(block.experts)]
         for lease in tiered.tiers.device.acquire(keys):
             for projection in layout.projections:
@@ -142,7 +142,7 @@ def test_a_damaged_expert_is_an_error_and_never_a_wrong_token(tmp_path: Path) ->
     directory = copytree(directory, tmp_path / "damaged")
     tiered, _ = moetier.load(directory)
     with tiered.tiers:
-        shard = ShardFile.of(directory / GROUP, tiered.tiers.store.manifest, 1)
+        shard = ShardFile.of(directory / GROUP, tiered.tiers.manifest, 1)
         _flip_bit(shard.path, 3 * shard.slot_bytes + 1000)
         for _ in range(2):  # the failure is not cached either
             with pytest.raises(ChecksumError, match="expert 3"):

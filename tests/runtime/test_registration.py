@@ -168,7 +168,7 @@ def test_loading_reads_the_trunk_only(tmp_path: Path) -> None:
     model, _ = moetier.load(directory)
     read = _bytes_read() - read
     with model.tiers:
-        assert read < model.tiers.store.layout(0).record_bytes
+        assert read < model.tiers.manifest.layout(0).record_bytes
         assert model.tiers.snapshot()["host"]["bytes_in"] == 0
         names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
         assert not names & set(EXPERT_PARAMETERS)
@@ -236,7 +236,8 @@ def test_a_lost_model_is_closed_also_when_found_by_its_loader(tiny: tuple[Any, P
 
     go, found = threading.Event(), list[Any]()
     model, _ = moetier.load(tiny[1])
-    store, host = model.tiers.store, model.tiers.host
+    host = model.tiers.host
+    store = host._store
     host._store = Collecting()
     host.prefetch(0, [ExpertKey(0, 0)])
     lost = _lose(model)
@@ -258,10 +259,10 @@ def test_a_forked_child_is_told_and_closes_its_own(tiny: tuple[Any, Path]) -> No
     key, tiers = ExpertKey(0, 0), model.tiers
     with tiers:
         expected = logits(model)
-        buffer = memoryview(mmap.mmap(-1, tiers.store.layout(0).slot_bytes))
+        buffer = memoryview(mmap.mmap(-1, tiers.manifest.layout(0).slot_bytes))
         assert "another process's tier" in in_fork(lambda: logits(model))
-        assert "another process's tier" in in_fork(lambda: tiers.store.read_into(key, buffer))
-        with tiers.host._monitor, tiers.store._state:
+        assert "another process's tier" in in_fork(lambda: tiers.host._store.read_into(key, buffer))
+        with tiers.host._monitor, tiers.host._store._state:
             assert in_fork(tiers.close) == "returned None"
         assert torch.equal(logits(model), expected)
 

@@ -27,14 +27,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_by_default_everything_that_fits_is_held(directory: Path) -> None:
     with Tiers.open(directory, TierConfig.of(), CPU) as tiers:
-        assert tiers.host.stats().slots == tiers.store.manifest.record_count == 24
+        assert tiers.host.stats().slots == tiers.manifest.record_count == 24
 
 
 def test_the_snapshot_is_json_with_each_tier_by_name(directory: Path) -> None:
     with Tiers.open(directory, TierConfig.of(ram=smallest_ram(directory)), CPU) as tiers:
         for lease in tiers.device.acquire([ExpertKey(1, 3), ExpertKey(1, 4)]):
             assert lease.record.dtype == torch.uint8
-            assert len(lease.record) == tiers.store.layout(1).record_bytes
+            assert len(lease.record) == tiers.manifest.layout(1).record_bytes
         found = json.loads(json.dumps(tiers.snapshot()))
         assert list(found) == [stats.name for stats in tiers.stats()] == ["host"]
         assert (found["host"]["misses"], found["host"]["slots"]) == (2, 3)

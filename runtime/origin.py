@@ -1,0 +1,72 @@
+"""Where a process's experts come from: a tier of its own, on a store or on daemons of other hosts; or a daemon's."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetier.tiers.errors import DaemonError
+from moetier.tiers.host import HostTier
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import ExpertSource
+from moetier.tiers.store import ExpertStore
+
+from .address import Address
+from .config import TierConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The host tier that a process computes from. ``close`` closes it and what it stands on; idempotent."""
+
+    host: ExpertSource[memoryview]
+    where: str  # for people
+    close: Callable[[], None]
+
+
+def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
+    """Of the model directory ``folder``. ``slots`` says what a tier of this process may take; it is asked for only
+    where there will be one, and may raise BudgetError. Raises StoreError, or DaemonError where a daemon was asked for.
+    """
+    if config.mapped is not None:
+        return _mapped(config.mapped, folder, manifest)
+    if config.daemons:
+        return _remote(config, folder, manifest, slots())
+    if config.find_daemon:
+        from .running import serving  # by now: a process without daemons needs none of it
+
+        for daemon in serving(manifest.digest):
+            try:
+                return _mapped(daemon, folder, manifest)
+            except DaemonError as error:  # it may just have ended
+                _log.info("not used: the daemon %s: %s", daemon, error.cause)
+    return _own(folder, slots())
+
+
+def _own(folder: Path, slots: Mapping[str, int]) -> Origin:
+    with contextlib.ExitStack() as closing:
+        store = closing.enter_context(ExpertStore.open(folder))
+        host = closing.enter_context(HostTier(store, slots=slots))
+        return Origin(host, "this process", closing.pop_all().close)
+
+
+def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
+    from .client import DaemonTier
+
+    assert daemon.folder is not None
+    host = DaemonTier.open(daemon.folder, folder, manifest)
+    return Origin(host, f"the daemon {daemon}", host.close)
+
+
+def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping[str, int]) -> Origin:
+    from .spread import SpreadReader
+
+    with contextlib.ExitStack() as closing:
+        reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
+        host = closing.enter_context(HostTier(reader, slots=slots))
+        return Origin(host, f"the daemons {', '.join(map(str, config.daemons))}", closing.pop_all().close)
