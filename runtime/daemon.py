@@ -1,0 +1,420 @@
+"""The life of a daemon's process: lock, folder, leftovers, tiers, sockets, ready; then it waits to be told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health
+
+from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.errors import AlreadyRunningError, ConfigError
+from moetier.tiers.host import HostTier
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store import ExpertStore
+
+from .address import SIDE_SOCKET, SOCKET, Address, make_folder
+from .channel import read_identity, read_pem, read_token
+from .config import Size, format_bytes
+from .hosted import Hosted
+from .leftover import Leftover, find_leftovers
+from .logfmt import say
+from .memory import Available, available_memory, budget_for
+from .running import FILE, DaemonCard, ServedModel
+from .service import (
+    Clients,
+    RemoteService,
+    Service,
+    describe,
+    health_checks,
+    local_server,
+    reflect,
+    remote_server,
+)
+from .side import SideServer
+from .systemd import ServiceManager
+
+LOCK = "lock"
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_DYING = 2.0  # seconds that a killed daemon's last reads may take
+_POLL = 0.1  # seconds between looks for a second signal
+_GRACE = 1.0  # seconds for calls that are under way when the streams have ended
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """What a person asks for; ``of`` checks it."""
+
+    directories: tuple[Path, ...]
+    folder: Path
+    ram: Size | None = None
+    listen: str = ""  # HOST:PORT; port 0: any
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    token_file: Path | None = None
+    insecure: bool = False
+    wait: float = 10.0  # seconds for a slot
+    leases: int = 8  # of one client
+    max_clients: int = 64
+    drain: float = 10.0  # seconds
+    reflection: bool = False
+    ready_fd: int | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for what contradicts itself, and for a TCP address that is not protected."""
+        tls = self.tls_cert is not None
+        if tls != (self.tls_key is not None):
+            raise ConfigError("TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key.")
+        if self.tls_client_ca is not None and not tls:
+            raise ConfigError("--tls-client-ca is without TLS.", "Give --tls-cert and --tls-key too.")
+        if not self.listen:
+            if tls or self.token_file is not None or self.insecure:
+                raise ConfigError("Certificates, tokens and --insecure are for TCP.", "Give --listen HOST:PORT too.")
+            return
+        host, _, port = self.listen.rpartition(":")
+        address = Address.parse(f"{host}:{'1' if port == '0' else port}")
+        if address.folder is not None:
+            raise ConfigError(f"{self.listen!r} is not HOST:PORT.", "Give one, such as 127.0.0.1:7070.")
+        if self.insecure:
+            return
+        if self.token_file is None:
+            raise ConfigError(
+                f"{self.listen} is without a token: everybody who reaches it would be served.",
+                "Give --token-file (make a token: openssl rand -hex 32), or --insecure.",
+            )
+        if not tls and not address.is_loopback:
+            raise ConfigError(
+                f"{self.listen} is without TLS, and other hosts can reach it.",
+                "Give --tls-cert and --tls-key, or --insecure.",
+            )
+
+
+def serve(config: DaemonConfig) -> int:
+    """Runs a daemon until SIGTERM or SIGINT; the exit status. Raises MoetierError where it can't start."""
+    config.check()
+    os.umask(0o077)
+    # a thread that waits for them takes them in its turn: no handler runs in the middle of anything. They are blocked
+    # before there is any other thread.
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    manager = ServiceManager()
+    try:
+        with contextlib.ExitStack() as closing:
+            running = _start(config, manager, closing)
+            _announce(config, manager, running)
+            _wait_for_the_end()
+            manager.stopping()
+            _drain(running, config.drain)
+        say(_log, "stopped")
+    finally:
+        for _, descriptor in manager.passed:
+            os.close(descriptor)
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    models: Mapping[str, Hosted]
+    clients: Clients
+    checks: health.HealthServicer
+    servers: Sequence[grpc.Server]
+    card: DaemonCard
+
+
+def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.ExitStack) -> _Running:
+    """Everything that was opened is closed by ``closing``."""
+    make_folder(config.folder)
+    killed = closing.enter_context(_hold(config.folder))
+    stores = _open_stores(config.directories, closing)
+    models = _open_tiers(stores, config, manager, closing, dying=killed)
+    clients = Clients(models, leases=config.leases, patience=config.wait)
+    description = describe(models, version("moetier"))
+    checks = health_checks()
+    servers = [
+        local_server(Service(clients, description), checks, clients=clients, threads=config.max_clients),
+    ]
+    if config.listen:
+        token = read_token(config.token_file) if config.token_file is not None else None
+        servers.append(remote_server(RemoteService(clients, description), checks, token=token, models=len(models)))
+    for server in servers:
+        closing.callback(_stop, server)
+    if config.reflection:
+        reflect(servers)
+    path = config.folder / SOCKET
+    closing.callback(path.unlink, missing_ok=True)
+    _bind(servers[0], f"unix:{path}")
+    path.chmod(0o600)
+    listen = _listen(servers[1], config) if config.listen else ""
+    for server in servers:
+        server.start()
+    side = SideServer(
+        config.folder,
+        admit=clients.admit,
+        leave=clients.leave,
+        max_clients=config.max_clients,
+        version=version("moetier"),
+    )
+    closing.callback(side.close)
+    served = tuple(
+        ServedModel(model.name, model.digest, str(model.directory), model.budget_bytes) for model in models.values()
+    )
+    card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen)
+    closing.callback((config.folder / FILE).unlink, missing_ok=True)
+    card.write(config.folder)
+    return _Running(models, clients, checks, servers, card)
+
+
+@contextlib.contextmanager
+def _hold(folder: Path) -> Iterator[bool]:
+    """The folder is this process's alone, and empty. Yields whether a daemon was killed here.
+
+    Raises AlreadyRunningError, naming the daemon that runs there.
+    """
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise _already_running(folder, pid) from None
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)  # a daemon that ended has just removed it
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        left = [path for path in folder.iterdir() if path.name in (SOCKET, SIDE_SOCKET) or path.name.startswith(FILE)]
+        for stale in left:
+            stale.unlink()
+        yield bool(left)
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _already_running(folder: Path, pid: str) -> AlreadyRunningError:
+    card = DaemonCard.read(folder)
+    serves = f" and serves {', '.join(model.name for model in card.models)}" if card is not None else ""
+    return AlreadyRunningError(
+        f"A daemon already runs in {folder}: it is process {pid or '?'}{serves}.",
+        f"Use it, end it (kill {pid or 'PID'}), or start another: --folder NAME.",
+    )
+
+
+def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, ExpertStore]:
+    """By digest, in order."""
+    stores: dict[str, ExpertStore] = {}
+    for directory in directories:
+        store = closing.enter_context(ExpertStore.open(directory))
+        if (other := stores.get(store.manifest.digest)) is not None:
+            raise ConfigError(
+                f"{other.folder.parent} and {directory} hold the same experts.", "Name one of the directories."
+            )
+        stores[store.manifest.digest] = store
+    return stores
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _open_tiers(
+    stores: Mapping[str, ExpertStore],
+    config: DaemonConfig,
+    manager: ServiceManager,
+    closing: contextlib.ExitStack,
+    *,
+    dying: bool,
+) -> dict[str, Hosted]:
+    manifests = {digest: store.manifest for digest, store in stores.items()}
+    found = find_leftovers(manifests, _passed(manager), patience=_DYING if dying else 0.0)
+    with contextlib.ExitStack() as unused:
+        for leftovers in found.values():
+            for leftover in leftovers:
+                unused.callback(leftover.arena.close)
+        slots, kept = plan_slots(manifests, config.ram, available_memory(), found)
+        for digest, leftover in kept.items():
+            say(
+                _log,
+                "leftover",
+                model=manifests[digest].model,
+                bytes=leftover.arena.plan.nbytes,
+                filled=leftover.filled,
+                holder=leftover.holder,
+            )
+        unused.pop_all()
+        for leftovers in found.values():
+            for leftover in leftovers:
+                if leftover not in kept.values():
+                    leftover.arena.close()
+    models = {}
+    for digest, store in stores.items():
+        began = time.monotonic()
+        taken = kept.get(digest)
+        host = HostTier(store, slots=slots[digest], arena=None if taken is None else taken.arena)
+        model = Hosted(store.manifest, host, store.folder.parent.absolute(), patience=config.wait)
+        closing.callback(model.close)
+        models[digest] = model
+        _keep(model, taken, manager)
+        if taken is not None:
+            seconds = f"{time.monotonic() - began:.3f}"
+            say(_log, "recovered", model=model.name, slots=host.recovered, of=taken.arena.plan.slots, seconds=seconds)
+    return models
+
+
+def plan_slots(
+    manifests: Mapping[str, Manifest],
+    ram: Size | None,
+    available: Available,
+    leftovers: Mapping[str, Sequence[Leftover]],
+) -> tuple[dict[str, Mapping[str, int]], dict[str, Leftover]]:
+    """How many slots each model gets, and which leftovers are used for it. By digest. Raises BudgetError.
+
+    ``ram`` in bytes is for all models together, in proportion to what they can use; a leftover of just these slots is
+    used. A share of what is free, or none given, leaves the leftovers as they are, and divides the rest.
+    """
+    if ram is not None and ram.bytes is not None:
+        everything = [leftover for found in leftovers.values() for leftover in found]
+        slots = _divide(manifests, ram, _more(available, everything))
+        kept = {
+            digest: leftover
+            for digest, found in leftovers.items()
+            for leftover in reversed(found)
+            if leftover.arena.plan.slots_by_array == slots[digest]
+        }
+        return _divide(manifests, ram, _more(available, kept.values())), kept  # raises where the others' memory is not
+    kept = {digest: found[0] for digest, found in leftovers.items()}
+    slots = {digest: leftover.arena.plan.slots_by_array for digest, leftover in kept.items()}
+    if others := {digest: manifest for digest, manifest in manifests.items() if digest not in slots}:
+        slots |= _divide(others, ram, available)
+    return slots, kept
+
+
+def _more(available: Available, leftovers: Iterable[Leftover]) -> Available:
+    """With the memory of leftovers, which is in use already."""
+    return Available(available.bytes + sum(leftover.arena.plan.nbytes for leftover in leftovers), available.limiter)
+
+
+def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Available) -> dict[str, Mapping[str, int]]:
+    """The smallest budget to each model; of the rest to each in proportion to what it can still use."""
+    smallest = {digest: smallest_budget(manifest) for digest, manifest in manifests.items()}
+    largest = {digest: largest_budget(manifest) for digest, manifest in manifests.items()}
+    least, most = sum(smallest.values()), sum(largest.values())
+    budget = budget_for(ram, smallest=least, largest=most, reserve=0, available=available)
+    slots = {}
+    for digest, manifest in manifests.items():
+        more = (budget - least) * (largest[digest] - smallest[digest]) // max(most - least, 1)
+        slots[digest] = slots_for(manifest, smallest[digest] + more)
+    return slots
+
+
+# -- systemd ----------------------------------------------------------------------------------------------------------
+
+
+def _passed(manager: ServiceManager) -> list[tuple[str, int]]:
+    return [(f"systemd ({name})", descriptor) for name, descriptor in manager.passed]
+
+
+def _keep(model: Hosted, taken: Leftover | None, manager: ServiceManager) -> None:
+    """Gives the arena to systemd, for the next start; it has it already where it has passed it to this process."""
+    name = f"arena-{model.digest[:32]}"
+    if taken is not None and taken.holder == f"systemd ({name})":
+        return
+    manager.forget(name)
+    descriptor = model.host.export()
+    try:
+        manager.store(name, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- sockets ----------------------------------------------------------------------------------------------------------
+
+
+def _listen(server: grpc.Server, config: DaemonConfig) -> str:
+    """Binds the TCP address; what it is then."""
+    credentials = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        cert, key = read_identity(config.tls_cert, config.tls_key)
+        ca = read_pem(config.tls_client_ca, "client CA") if config.tls_client_ca is not None else None
+        credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
+    port = _bind(server, config.listen, credentials)
+    return f"{config.listen.rpartition(':')[0]}:{port}"
+
+
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"Can't listen on {address} ({str(error).splitlines()[0]}).", "See who does, or name another address."
+        ) from None
+
+
+def _stop(server: grpc.Server) -> None:
+    server.stop(0).wait()
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) -> None:
+    card = running.card
+    models = ", ".join(model.name for model in card.models)
+    budget = format_bytes(sum(model.budget_bytes for model in card.models))
+    manager.ready(f"{models}: {budget}")
+    say(
+        _log,
+        "ready",
+        pid=card.pid,
+        version=card.version,
+        folder=config.folder,
+        listen=card.listen or "-",
+        models=models,
+        budget=budget,
+        slots=sum(sum(model.slots.values()) for model in running.models.values()),
+    )
+    if config.ready_fd is not None:
+        with contextlib.suppress(OSError):  # whoever wanted to know is gone
+            os.write(config.ready_fd, b"ready\n")
+        os.close(config.ready_fd)
+
+
+def _wait_for_the_end() -> None:
+    while True:
+        name = signal.Signals(signal.sigwait(SIGNALS)).name
+        if name != "SIGHUP":
+            say(_log, "signal", name=name)
+            return
+        say(_log, "signal", name=name, note="nothing is reloaded: end it and start it again")
+
+
+def _drain(running: _Running, seconds: float) -> None:
+    """What was asked for is finished, within ``seconds`` or until a second signal; then all calls end."""
+    deadline = time.monotonic() + seconds
+    running.checks.enter_graceful_shutdown()
+    running.clients.stop()
+    while not (settled := running.clients.wait(min(_POLL, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline or signal.sigtimedwait(SIGNALS - {signal.SIGHUP}, 0) is not None:
+            break
+    say(_log, "drained", finished=settled)
+    running.clients.end()
+    grace = max(_GRACE, deadline - time.monotonic())
+    for stopped in [server.stop(grace) for server in running.servers]:
+        stopped.wait()

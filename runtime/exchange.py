@@ -1,0 +1,159 @@
+"""One Session call: what a client's stream says, and what the host tier answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.session import Failed, Granted
+
+from .hosted import Hosted
+from .status import message_of
+
+OUTSTANDING = 256  # requests of one client at a time
+UNREAD = 65_536  # answers that a client has not taken
+
+
+class Exchange:
+    """Two threads meet here: one that hears the client, and one that answers it. ``settled`` is called, by any thread,
+    when the last of its requests is over."""
+
+    def __init__(self, model: Hosted, *, leases: int, patience: float, settled: Callable[[], None]) -> None:
+        self._model = model
+        self._settled = settled
+        self._events: SimpleQueue[Granted | Failed | None] = SimpleQueue()  # None: the end
+        self._state = threading.Lock()  # guards the three below
+        self._requests: dict[int, set[ExpertKey]] = {}  # what is wanted or held
+        self._error: MoetierError | None = None
+        self._ended = False
+        self._refusal: UnavailableError | None = None
+        self._session = model.host.session(self._events.put, leases=leases, patience=patience)
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is asked for and nothing held."""
+        with self._state:
+            return self._ended or not self._requests
+
+    @property
+    def leases(self) -> int:
+        return self._session.held
+
+    def refuse(self, error: UnavailableError) -> None:
+        """What is asked for from now on; what has been is still answered."""
+        self._refusal = error
+
+    def answers(self) -> Iterator[pb.ServerMessage]:
+        """Until the end; raises the error of it."""
+        while (event := self._events.get()) is not None:
+            message = self._message(event)
+            self._model.count(bytes_out=message.ByteSize())
+            yield message
+        if self._error is not None:
+            raise self._error
+
+    def hear(self, messages: Iterable[pb.ClientMessage]) -> None:
+        """A thread's life: to the end of the stream."""
+        error: MoetierError | None = None
+        try:
+            for message in messages:
+                self._model.count(bytes_in=message.ByteSize())
+                self._do(message)
+                if self._ended:
+                    break
+        except MoetierError as raised:
+            error = raised
+        except Exception:  # gRPC's: the client or the connection is gone
+            pass
+        self.end(error)
+
+    def end(self, error: MoetierError | None = None) -> None:
+        """Gives back all leases; what has been answered is still sent. Idempotent; the first error counts."""
+        with self._state:
+            if self._ended:
+                return
+            self._ended = True
+            self._error = error
+            self._requests.clear()
+        self._session.close()
+        self._events.put(None)
+        self._settled()
+
+    # -- what a client says -------------------------------------------------------------------------------------------
+
+    def _do(self, message: pb.ClientMessage) -> None:
+        match message.WhichOneof("message"):
+            case "acquire":
+                self._acquire(message.acquire)
+            case "release":
+                self._release(message.release)
+            case "used":
+                keys = [key for entry in message.used.blocks for key in self._keys(entry.block, entry.experts)]
+                self._session.used(keys)
+                self._model.count(used=len(keys))
+            case "prefetch":
+                wishes = message.prefetch.wishes
+                self._session.prefetch(wishes.block, self._keys(wishes.block, wishes.experts))
+            case _:  # of a later version
+                pass
+
+    def _acquire(self, message: pb.Acquire) -> None:
+        request = message.request
+        keys = [ExpertKey(message.block, expert) for expert in message.experts]
+        if not keys or len(set(keys)) != len(keys):
+            raise ProtocolError(f"Request {request} names no expert, or one twice.", "Use moetier in one version.")
+        if self._events.qsize() > UNREAD:
+            raise ProtocolError("The client does not read what it asks for.", "Read the stream.")
+        with self._state:
+            if request in self._requests or len(self._requests) >= OUTSTANDING:
+                raise ProtocolError(
+                    f"Request {request} is in use, or {OUTSTANDING} others are.", "Release what is not needed any more."
+                )
+            if self._ended:
+                return
+            self._requests[request] = set(keys)
+        self._model.count(requests=1)
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            self._model.manifest.check_keys(message.block, keys)
+            self._session.acquire(request, keys, message.deadline_ms / 1e3 if message.deadline_ms else None)
+        except MoetierError as error:
+            self._events.put(Failed(request, error))
+
+    def _release(self, message: pb.Release) -> None:
+        request, experts = message.request, set(message.experts)
+        with self._state:
+            left = self._requests.get(request)
+            if left is None:  # it has failed meanwhile
+                return
+            keys = {key for key in left if not experts or key.expert in experts}
+            left -= keys
+            over = not left
+            if over:
+                del self._requests[request]
+        self._session.release(request, () if over else tuple(keys))
+        if over:
+            self._settled()
+
+    def _keys(self, block: int, experts: Iterable[int]) -> list[ExpertKey]:
+        keys = [ExpertKey(block, expert) for expert in experts]
+        self._model.manifest.check_keys(block, keys)
+        return keys
+
+    # -- what it is told ----------------------------------------------------------------------------------------------
+
+    def _message(self, event: Granted | Failed) -> pb.ServerMessage:
+        if isinstance(event, Granted):
+            granted = pb.Granted(
+                request=event.request, expert=event.key.expert, slot=event.slot, generation=event.generation
+            )
+            return pb.ServerMessage(granted=granted)
+        with self._state:
+            self._requests.pop(event.request, None)
+        self._settled()
+        return pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))

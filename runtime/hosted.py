@@ -1,0 +1,93 @@
+"""One model of a daemon: its host tier, and what clients have asked of it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.tiers.host import HostTier
+from moetier.tiers.manifest import Manifest
+
+from .fetch import Fetches
+
+
+class Hosted:
+    """``close`` closes the tier; the store beneath it is its owner's."""
+
+    def __init__(self, manifest: Manifest, host: HostTier, directory: Path, *, patience: float) -> None:
+        self.manifest = manifest
+        self.host = host
+        self.directory = directory
+        self.slots = host.plan.slots_by_array
+        self.budget_bytes = host.stats().slot_bytes
+        self.fetches = Fetches(host, manifest, self.slots, patience=patience)
+        self._lock = threading.Lock()  # of the four below
+        self._requests = 0
+        self._used = 0
+        self._bytes_in = 0
+        self._bytes_out = 0
+
+    @property
+    def name(self) -> str:
+        return self.manifest.model
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    def count(self, *, requests: int = 0, used: int = 0, bytes_in: int = 0, bytes_out: int = 0) -> None:
+        """Of sessions, in addition."""
+        with self._lock:
+            self._requests += requests
+            self._used += used
+            self._bytes_in += bytes_in
+            self._bytes_out += bytes_out
+
+    def describe(self) -> pb.Model:
+        return pb.Model(
+            name=self.name,
+            digest=self.digest,
+            budget_bytes=self.budget_bytes,
+            slots=self.slots,
+            directory=str(self.directory),
+        )
+
+    def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
+        stats = self.host.stats()
+        with self._lock:
+            return pb.ModelStats(
+                name=self.name,
+                digest=self.digest,
+                host=pb.Tier(
+                    name=stats.name,
+                    slots=stats.slots,
+                    ready=stats.ready,
+                    slot_bytes=stats.slot_bytes,
+                    hits=stats.hits,
+                    misses=stats.misses,
+                    joined=stats.joined,
+                    prefetched=stats.prefetched,
+                    evictions=stats.evictions,
+                    failures=stats.failures,
+                    bytes_in=stats.bytes_in,
+                    wait_seconds=stats.wait_seconds,
+                    wait_median=stats.wait_median,
+                    wait_p99=stats.wait_p99,
+                    discarded=stats.discarded,
+                ),
+                clients=clients,
+                sessions=sessions,
+                leases=leases,
+                requests=self._requests,
+                used=self._used,
+                fetches=self.fetches.count,
+                fetched_bytes=self.fetches.bytes,
+                session_bytes_in=self._bytes_in,
+                session_bytes_out=self._bytes_out,
+                recovered=self.host.recovered,
+            )
+
+    def close(self) -> None:
+        self.fetches.close()
+        self.host.close()

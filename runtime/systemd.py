@@ -1,0 +1,59 @@
+"""What a service and systemd say to each other: readiness, and descriptors that outlive the process.
+
+The protocols of sd_notify(3), sd_pid_notify_with_fds(3) and sd_listen_fds(3), without the library. Without systemd
+every call does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import MutableMapping, Sequence
+
+_FIRST = 3  # the first descriptor that is passed
+_NOTIFY = "NOTIFY_SOCKET"
+_LISTEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+class ServiceManager:
+    """As the environment says. Its variables are taken away: they are not for children."""
+
+    def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        self._socket = environment.pop(_NOTIFY, "")
+        pid, count, names = (environment.pop(name, "") for name in _LISTEN)
+        self.passed: list[tuple[str, int]] = []  # (name, descriptor), this process's to close
+        if pid == str(os.getpid()) and count.isdecimal():
+            named = names.split(":") if names else []
+            named += ["unknown"] * (int(count) - len(named))
+            for descriptor, name in enumerate(named[: int(count)], start=_FIRST):
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(descriptor, False)
+                    self.passed.append((name, descriptor))
+
+    @property
+    def is_there(self) -> bool:
+        return bool(self._socket)
+
+    def ready(self, status: str) -> None:
+        self._send(f"READY=1\nSTATUS={status}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def store(self, name: str, descriptor: int) -> None:
+        """Keeps a descriptor for the next start; it stays the caller's too."""
+        self._send(f"FDSTORE=1\nFDNAME={name}", [descriptor])
+
+    def forget(self, name: str) -> None:
+        """All descriptors that are kept under a name."""
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def _send(self, state: str, descriptors: Sequence[int] = ()) -> None:
+        if not self._socket:
+            return
+        address = "\0" + self._socket[1:] if self._socket.startswith("@") else self._socket
+        # a manager that does not listen is no reason to fail
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            end.connect(address)
+            socket.send_fds(end, [state.encode()], list(descriptors))

@@ -1,0 +1,151 @@
+"""Daemons as real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from readers import PATIENCE
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+from moetier.runtime.address import Address, Credentials
+from moetier.runtime.channel import open_channel
+from moetier.runtime.running import DaemonCard
+from moetier.runtime.side import SideConnection
+
+
+class DaemonProcess:
+    """``moetier daemon``; ``log`` is what it wrote to stderr so far."""
+
+    def __init__(self, command: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+        self._command = list(command)
+        self._environment = environment
+        self.folder = folder
+        self._log = log
+        self.address = Address.of(folder)
+        self.start()
+
+    def start(self) -> None:
+        """Until it is ready; fails if it ends instead."""
+        reading, writing = os.pipe()
+        try:
+            with self._log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    [*self._command, "--ready-fd", str(writing)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[writing],
+                    env=self._environment,
+                )
+            os.close(writing)
+            writing = -1
+            assert select.select([reading], [], [], PATIENCE)[0], f"it does not get ready:\n{self.log}"
+            said = os.read(reading, 16)
+            if said != b"ready\n":
+                status = self.process.wait(PATIENCE)
+                raise AssertionError(f"it ended with {status}:\n{self.log}")
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            os.close(reading)
+            if writing >= 0:
+                os.close(writing)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def card(self) -> DaemonCard:
+        card = DaemonCard.read(self.folder)
+        assert card is not None
+        return card
+
+    def kill(self) -> None:
+        """As -9 does."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE)
+
+    def restart(self) -> None:
+        """Starts it again, where it has been killed or stopped; else kills it first."""
+        if self.process.poll() is None:
+            self.kill()
+        self.start()
+
+    @contextlib.contextmanager
+    def stub(self) -> Iterator[ExpertStoreStub]:
+        """With a credential that only looks."""
+        with (
+            SideConnection.open(self.folder, None) as side,
+            open_channel(self.address, Credentials(), bearer=side.session_id) as channel,
+        ):
+            yield ExpertStoreStub(channel)
+
+    def stats(self, digest: str | None = None) -> pb.ModelStats:
+        """Of one model; of the only one by default."""
+        with self.stub() as stub:
+            models = stub.Stats(pb.StatsRequest(), timeout=PATIENCE).models
+        return next(model for model in models if digest in (None, model.digest))
+
+    def wait_for(self, condition: str, within: float = PATIENCE) -> pb.ModelStats:
+        """Until a statement about its statistics (``"leases == 0"``) is true."""
+        deadline = time.monotonic() + within
+        while True:
+            stats = self.stats()
+            names = {field.name: getattr(stats, field.name) for field in stats.DESCRIPTOR.fields}
+            if eval(condition, names):
+                return stats
+            assert time.monotonic() < deadline, f"never {condition}:\n{stats}\n{self.log}"
+            time.sleep(0.005)
+
+    def end(self) -> None:
+        """Whatever state it is in."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait(PATIENCE)
+
+
+def daemon_command(directories: Path | Sequence[Path], *options: str | Path) -> list[str]:
+    names = [directories] if isinstance(directories, Path) else directories
+    return [sys.executable, "-m", "moetier.tools.main", "daemon", *map(str, [*names, *options])]
+
+
+@contextlib.contextmanager
+def running_daemon(
+    directory: Path | Sequence[Path],
+    *,
+    ram: str | int | None = None,
+    folder: Path,
+    extra: Sequence[str | Path] = (),
+    prefix: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+) -> Iterator[DaemonProcess]:
+    """A daemon of a model directory, or of several. ``folder`` is made where it is missing; its log is beside it."""
+    options = ["--folder", folder, *(["--ram", str(ram)] if ram is not None else []), *extra]
+    command = [*prefix, *daemon_command(directory, *options)]
+    log = folder.parent / f"{folder.name}.log"
+    daemon = DaemonProcess(command, folder, log, os.environ | (environment or {}))
+    try:
+        yield daemon
+    finally:
+        daemon.end()

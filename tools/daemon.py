@@ -1,0 +1,105 @@
+"""``moetier daemon DIR``: holds the experts of models in memory, for every process of this machine and for others."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+HELP = "hold the experts of models in memory, for all processes of this machine"
+
+CLIENTS = 64
+LEASES = 8
+SECONDS = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="model directories")
+    parser.add_argument("--ram", metavar="SIZE", help='for all of them: "8GiB", "50%%"; default: 80%% of what is free')
+    parser.add_argument(
+        "--folder",
+        metavar="NAME|PATH",
+        default="default",
+        help="where its sockets are: a name beneath $XDG_RUNTIME_DIR/moetier (default: %(default)s), or a path",
+    )
+    parser.add_argument("--leases", type=_count, metavar="N", default=LEASES, help="of one client (%(default)s)")
+    parser.add_argument("--max-clients", type=_count, metavar="N", default=CLIENTS, help="processes (%(default)s)")
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        metavar="SECONDS",
+        default=SECONDS,
+        help="for a slot, before a request fails (%(default)s)",
+    )
+    parser.add_argument(
+        "--drain",
+        type=_seconds,
+        metavar="SECONDS",
+        default=SECONDS,
+        help="for what is under way when it is told to end (%(default)s)",
+    )
+    parser.add_argument("--reflection", action="store_true", help="answer gRPC server reflection")
+    parser.add_argument(
+        "--ready-fd", type=int, metavar="N", help='a descriptor to write "ready" to when it serves; it is closed then'
+    )
+    remote = parser.add_argument_group("other hosts")
+    remote.add_argument("--listen", metavar="HOST:PORT", default="", help="on TCP, in addition (port 0: any)")
+    remote.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate and its chain, PEM")
+    remote.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    remote.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="clients must have certificates of this CA")
+    remote.add_argument("--token-file", type=Path, metavar="FILE", help="one line, which clients must show")
+    remote.add_argument("--insecure", action="store_true", help="without a token or TLS, whichever is not given")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Until SIGTERM or SIGINT. 1 when it can't start."""
+    # gRPC's own messages are not for people who use this; it reads this when it is imported
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from moetier.runtime.address import Address
+    from moetier.runtime.config import Size
+    from moetier.runtime.daemon import DaemonConfig, serve
+    from moetier.runtime.logfmt import log_to_stderr
+    from moetier.tiers.errors import ConfigError
+
+    folder = Address.parse(arguments.folder).folder
+    if folder is None:
+        raise ConfigError(f"{arguments.folder!r} is no folder.", "Give a name, or a path; for TCP there is --listen.")
+    if arguments.ready_fd is not None:
+        try:
+            os.set_inheritable(arguments.ready_fd, False)
+        except OSError:
+            raise ConfigError(f"Descriptor {arguments.ready_fd} is not open.", "Name one that is.") from None
+    log_to_stderr()
+    return serve(
+        DaemonConfig(
+            directories=tuple(arguments.directories),
+            folder=folder,
+            ram=None if arguments.ram is None else Size.parse(arguments.ram),
+            listen=arguments.listen,
+            tls_cert=arguments.tls_cert,
+            tls_key=arguments.tls_key,
+            tls_client_ca=arguments.tls_client_ca,
+            token_file=arguments.token_file,
+            insecure=arguments.insecure,
+            wait=arguments.wait,
+            leases=arguments.leases,
+            max_clients=arguments.max_clients,
+            drain=arguments.drain,
+            reflection=arguments.reflection,
+            ready_fd=arguments.ready_fd,
+        )
+    )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 10,000")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86,400 seconds")
+    return seconds
