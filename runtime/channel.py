@@ -27,7 +27,6 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_retries", 0),  # who calls knows best what is repeated, and where
     ("grpc.use_local_subchannel_pool", 1),  # a channel is a connection of its own
     ("grpc.max_receive_message_length", 4 << 20),
-    ("SingleThreadedUnaryStream", 1),  # the reader itself waits: no thread between
 )
 
 
