@@ -1,0 +1,53 @@
+"""A look at a daemon: what it is and what it has counted, without being one of its clients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import grpc
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+
+from .address import Address, Credentials
+from .channel import open_channel
+from .side import PATIENCE, SideConnection
+from .status import error_of
+
+
+class Visit:
+    """Every method raises DaemonError when the daemon does not answer within ``patience`` seconds."""
+
+    def __init__(self, channel: grpc.Channel, patience: float) -> None:
+        self._stub = ExpertStoreStub(channel)
+        self._patience = patience
+
+    def describe(self) -> pb.DescribeReply:
+        with _errors():
+            reply: pb.DescribeReply = self._stub.Describe(pb.DescribeRequest(), timeout=self._patience)
+        return reply
+
+    def stats(self) -> pb.StatsReply:
+        with _errors():
+            reply: pb.StatsReply = self._stub.Stats(pb.StatsRequest(), timeout=self._patience)
+        return reply
+
+
+@contextlib.contextmanager
+def visit(address: Address, credentials: Credentials | None = None, *, patience: float = PATIENCE) -> Iterator[Visit]:
+    """Raises ConfigError for credentials that can't be used, UnavailableError, RefusedError."""
+    with contextlib.ExitStack() as closing:
+        bearer = None
+        if address.folder is not None:
+            side = closing.enter_context(SideConnection.open(address.folder, None, patience=patience))
+            bearer = side.session_id
+        yield Visit(closing.enter_context(open_channel(address, credentials or Credentials(), bearer=bearer)), patience)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_of(error) from None
