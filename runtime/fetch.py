@@ -95,6 +95,12 @@ class Fetches:
         with self._state:
             self.count += 1
 
+    @property
+    def held(self) -> int:
+        """How many slots fetches hold now, or are about to."""
+        with self._state:
+            return sum(len(keys) for keys in self._held.values())
+
     def close(self) -> None:
         """Refuses what comes; the server's own stop ends what is under way. Idempotent."""
         with self._state:

@@ -1,0 +1,63 @@
+"""Small servers of Fetch in the test's own process: an honest one on a real host tier, and any hostile one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+import grpc
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
+from moetier.runtime.address import Address
+from moetier.runtime.fetch import Fetches, add_service
+from moetier.runtime.status import abort
+from moetier.tiers.errors import MoetierError
+from moetier.tiers.manifest import Manifest
+
+Behaviour = Callable[[pb.FetchRequest, grpc.ServicerContext], Iterator[bytes]]
+
+
+class Outlet(ExpertStoreServicer):
+    """Says that it serves ``manifest``, and answers Fetch as ``behaviour`` does."""
+
+    def __init__(self, manifest: Manifest, behaviour: Behaviour) -> None:
+        self._manifest = manifest
+        self._behaviour = behaviour
+        self.requests: list[pb.FetchRequest] = []
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        model = pb.Model(name=self._manifest.model, digest=self._manifest.digest)
+        return pb.DescribeReply(version="0", pid=os.getpid(), models=[model])
+
+    def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # type: ignore[override]  # serialised pieces: add_service
+        self.requests.append(request)
+        try:
+            yield from self._behaviour(request, context)
+        except MoetierError as error:
+            abort(context, error)
+
+
+@contextlib.contextmanager
+def serving(
+    outlet: Outlet, *, address: str = "127.0.0.1:0", tls: grpc.ServerCredentials | None = None
+) -> Iterator[Address]:
+    server = grpc.server(futures.ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)])
+    add_service(outlet, server)
+    port = server.add_secure_port(address, tls) if tls is not None else server.add_insecure_port(address)
+    server.start()
+    try:
+        yield Address(target=f"{address.rpartition(':')[0]}:{port}")
+    finally:
+        server.stop(0).wait()
+
+
+def outlet_of(fetches: Fetches, manifest: Manifest) -> Outlet:
+    return Outlet(manifest, fetches.serve)
+
+
+# gRPC opens what its event loop polls when it is first used, and closes it with the last of its objects: in between
+# tests, and not in one that looks for descriptors left behind. One channel lives as long as the process does.
+_KEPT = grpc.insecure_channel("127.0.0.1:1")

@@ -1,0 +1,482 @@
+"""Records over the network: whole and right, or an error; nothing that a daemon sends can make it otherwise."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import google_crc32c
+import grpc
+import numpy as np
+import pytest
+from forks import in_fork
+from outlets import Behaviour, Outlet, outlet_of, serving
+from stores import layout_of, make_plan, make_records, write_store
+from threads import Task, run_all, wait_until
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.address import Address, Credentials
+from moetier.runtime.fetch import Fetches
+from moetier.runtime.piece import PIECE_BYTES, encode_piece
+from moetier.runtime.remote import RemoteReader
+from moetier.tiers.errors import (
+    ChecksumError,
+    ClosedError,
+    ExhaustedError,
+    MissingExpertError,
+    MoetierError,
+    ProtocolError,
+    UnavailableError,
+    UnknownModelError,
+)
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.shard import checksum_bytes
+from moetier.tiers.store import ExpertStore
+
+PLAIN = Credentials(insecure=True)
+LARGE = layout_of(rows=1024, columns=2304)  # 14 MB: over all channels
+PLAN = make_plan(blocks=2, experts=3)
+RECORDS = make_records(PLAN)
+LARGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=LARGE)
+LARGE_RECORDS = make_records(LARGE_PLAN)
+# 47 MB: more than sockets and HTTP/2 take in for a reader that stands still
+HUGE_PLAN = make_plan(blocks=1, experts=3, top_k=1, layout=layout_of(rows=2048, columns=3840))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_store(folder, PLAN, RECORDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    write_store(folder, LARGE_PLAN, LARGE_RECORDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("huge")
+    write_store(folder, HUGE_PLAN, make_records(HUGE_PLAN))
+    return folder
+
+
+@contextmanager
+def served(folder: Path, slots: int = 3, **bounds: float) -> Iterator[tuple[Address, HostTier, Fetches]]:
+    """A host tier of ``slots`` slots, and where its records are fetched."""
+    counts = {"records": slots}
+    with ExpertStore.open(folder) as store, HostTier(store, slots=counts) as host:
+        fetches = Fetches(host, store.manifest, counts, **bounds)
+        try:
+            with serving(outlet_of(fetches, store.manifest)) as address:
+                yield address, host, fetches
+        finally:
+            fetches.close()
+        host.check_integrity()
+
+
+@contextmanager
+def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tuple[RemoteReader, Outlet]]:
+    with ExpertStore.open(folder) as store:
+        manifest = store.manifest
+    outlet = Outlet(manifest, behaviour)
+    with serving(outlet) as address, RemoteReader(address, PLAIN, manifest, **bounds) as reader:
+        yield reader, outlet
+
+
+def manifest_of(folder: Path) -> Manifest:
+    with ExpertStore.open(folder) as store:
+        return store.manifest
+
+
+def slot_of(manifest: Manifest, key: ExpertKey) -> memoryview:
+    return memoryview(np.zeros(manifest.layout(key.block).slot_bytes, np.uint8)).cast("B")
+
+
+def slot_with(record: bytes) -> bytes:
+    return record + checksum_bytes(google_crc32c.value(record))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_every_record_arrives_whole(small: Path, large: Path, channels: int) -> None:
+    for folder, records in ((small, RECORDS), (large, LARGE_RECORDS)):
+        manifest = manifest_of(folder)
+        with (
+            served(folder) as (address, host, fetches),
+            RemoteReader(address, PLAIN, manifest, channels=channels) as reader,
+        ):
+            reader.check()
+            for key, record in records.items():
+                slot = slot_of(manifest, key)
+                reader.read_into(key, slot)
+                assert slot == slot_with(record)
+            assert fetches.bytes == sum(len(record) + 4 for record in records.values())
+            assert host.stats().misses <= len(records) * channels
+
+
+def test_a_cold_record_wanted_by_eight_is_read_once(large: Path) -> None:
+    manifest, key = manifest_of(large), ExpertKey(0, 1)
+    with served(large) as (address, host, _), ExitStack() as stack:
+        readers = [stack.enter_context(RemoteReader(address, PLAIN, manifest)) for _ in range(8)]
+        slots = [slot_of(manifest, key) for _ in readers]
+        run_all([lambda r=r, s=s: r.read_into(key, s) for r, s in zip(readers, slots, strict=True)])
+        assert all(slot == slot_with(LARGE_RECORDS[key]) for slot in slots)
+        stats = host.stats()
+        assert stats.bytes_in == LARGE.slot_bytes
+
+
+def test_a_host_tier_stands_on_it(small: Path) -> None:
+    """Two tiers, one above the other, both at the smallest budget."""
+    manifest = manifest_of(small)
+    with (
+        served(small, slots=2) as (address, _, _),
+        RemoteReader(address, PLAIN, manifest) as reader,
+        HostTier(reader, slots={"records": 2}) as host,
+    ):
+        for seed in range(20):
+            chance = random.Random(seed)
+            keys = [ExpertKey(seed % 2, expert) for expert in chance.sample(range(3), 2)]
+            seen = {lease.key: bytes(lease.record) for lease in host.acquire(keys)}
+            assert seen == {key: RECORDS[key] for key in keys}
+        host.check_integrity()
+
+
+# -- what a hostile or broken daemon sends ----------------------------------------------------------------------------
+
+
+def honest(request: pb.FetchRequest) -> bytes:
+    """The bytes that were asked for."""
+    whole = slot_with(LARGE_RECORDS[ExpertKey(request.block, request.expert)])
+    return whole[request.offset : request.offset + request.length]
+
+
+def pieces(data: bytes, size: int = PIECE_BYTES) -> Iterator[bytes]:
+    for at in range(0, len(data), size):
+        yield encode_piece(memoryview(data)[at : at + size])
+
+
+def flipped(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    data = bytearray(honest(request))
+    data[len(data) // 2] ^= 1
+    yield from pieces(bytes(data))
+
+
+def another(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    """One part is of another record."""
+    if request.offset:
+        request.expert = (request.expert + 1) % 3
+    yield from pieces(honest(request))
+
+
+def swapped(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield from reversed(list(pieces(honest(request), PIECE_BYTES // 2)))
+
+
+def short(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield from pieces(honest(request)[:-1])
+
+
+def empty(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield from ()
+
+
+def longer(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield from pieces(honest(request) + b"x")
+
+
+def endless(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    while context.is_active():
+        yield from pieces(bytes(PIECE_BYTES))
+
+
+def too_large(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield from pieces(honest(request), 2 * PIECE_BYTES)
+
+
+def far_too_large(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield encode_piece(memoryview(bytes(16 * PIECE_BYTES)))
+
+
+def noise(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "expected"),
+    [
+        (flipped, ChecksumError),
+        (another, ChecksumError),
+        (swapped, ChecksumError),
+        (short, ProtocolError),
+        (empty, ProtocolError),
+        (longer, ProtocolError),
+        (endless, ProtocolError),
+        (too_large, ProtocolError),
+        (far_too_large, ProtocolError),
+        (noise, ProtocolError),
+    ],
+)
+def test_wrong_bytes_are_an_error(large: Path, behaviour: Behaviour, expected: type[MoetierError]) -> None:
+    key = ExpertKey(0, 1)
+    with hostile(large, behaviour) as (reader, outlet):
+        with pytest.raises(expected):
+            reader.read_into(key, slot_of(reader.manifest, key))
+        attempts = {request.offset: 0 for request in outlet.requests}
+        for request in outlet.requests:
+            attempts[request.offset] += 1
+        assert max(attempts.values()) == 2, "tried again, once"
+        with HostTier(reader, slots={"records": 1}) as host:
+            with pytest.raises(expected):
+                list(host.acquire([key]))
+            assert host.stats().ready == 0, "nothing is kept"
+            host.check_integrity()
+
+
+def test_a_stream_that_breaks_is_read_again_whole(large: Path) -> None:
+    broken = threading.Semaphore(2)
+
+    def breaks(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        data = honest(request)
+        if broken.acquire(blocking=False):
+            yield from pieces(bytes(len(data) // 2))  # wrong ones, too
+            context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+        yield from pieces(data)
+
+    key = ExpertKey(0, 2)
+    with hostile(large, breaks) as (reader, _):
+        slot = slot_of(reader.manifest, key)
+        reader.read_into(key, slot)
+        assert slot == slot_with(LARGE_RECORDS[key])
+
+
+def test_fields_of_a_later_version_are_ignored(large: Path) -> None:
+    def newer(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        for piece in pieces(honest(request)):
+            yield b"\x10\x07" + piece + b"\x1a\x03abc"  # field 2, a varint; field 3, bytes
+            yield b""
+
+    key = ExpertKey(0, 0)
+    with hostile(large, newer) as (reader, _):
+        slot = slot_of(reader.manifest, key)
+        reader.read_into(key, slot)
+        assert slot == slot_with(LARGE_RECORDS[key])
+
+
+@pytest.mark.parametrize("when", ["at once", "in the middle", "with empty pieces"])
+def test_a_daemon_that_stands_still_is_not_waited_for(large: Path, when: str) -> None:
+    def stands(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        over = threading.Event()
+        context.add_callback(over.set)
+        if when == "in the middle":
+            yield from pieces(honest(request)[:PIECE_BYTES])
+        while not over.wait(0.05):
+            if when == "with empty pieces":
+                yield b""
+
+    key = ExpertKey(0, 0)
+    with hostile(large, stands, patience=0.5) as (reader, outlet):
+        began = time.monotonic()
+        with pytest.raises(UnavailableError):
+            reader.read_into(key, slot_of(reader.manifest, key))
+        assert time.monotonic() - began < 0.5 + LARGE.slot_bytes / 3 / 4_000_000 + 5
+        assert len(outlet.requests) == 3, "what never came is not asked for again"
+
+
+def test_the_slot_is_left_alone_once_the_read_has_returned(large: Path) -> None:
+    """Part of the record breaks at once; the others, which were slow, write nothing any more."""
+    slow = threading.Event()
+
+    def behaviour(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        if request.offset == 0:
+            context.abort(grpc.StatusCode.DATA_LOSS, "broken")
+        slow.wait(20)
+        yield from pieces(honest(request))
+
+    key = ExpertKey(0, 0)
+    with hostile(large, behaviour) as (reader, _):
+        slot = slot_of(reader.manifest, key)
+        with pytest.raises(ChecksumError):
+            reader.read_into(key, slot)
+        slot[:] = b"\x55" * len(slot)
+        slow.set()
+        time.sleep(0.3)
+        assert slot == b"\x55" * len(slot)
+
+
+# -- who and what -----------------------------------------------------------------------------------------------------
+
+
+def test_another_store_is_refused(small: Path, large: Path) -> None:
+    with (
+        served(small) as (address, _, _),
+        RemoteReader(address, PLAIN, manifest_of(large)) as reader,
+        pytest.raises(UnknownModelError, match="acme/tiny-moe"),
+    ):
+        reader.check()
+
+
+def test_what_the_model_does_not_have_is_not_asked_for(small: Path) -> None:
+    with hostile(small, empty) as (reader, outlet):
+        slot = slot_of(reader.manifest, ExpertKey(0, 0))
+        for key in (ExpertKey(2, 0), ExpertKey(0, 3), ExpertKey(-1, 0), ExpertKey(0, -1)):
+            with pytest.raises(MissingExpertError):
+                reader.read_into(key, slot)
+        assert not outlet.requests
+
+
+def test_nobody_there(small: Path) -> None:
+    with RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
+        with pytest.raises(UnavailableError):
+            reader.check()
+        with pytest.raises(UnavailableError):
+            reader.read_into(ExpertKey(0, 0), slot_of(reader.manifest, ExpertKey(0, 0)))
+
+
+def test_an_error_of_the_daemons_store_is_told(tmp_path: Path) -> None:
+    write_store(tmp_path, PLAN, RECORDS)
+    manifest, key = manifest_of(tmp_path), ExpertKey(1, 2)
+    with served(tmp_path) as (address, host, _), RemoteReader(address, PLAIN, manifest) as reader:
+        with ExpertStore.open(tmp_path) as store:
+            path = store.path(1)
+        data = bytearray(path.read_bytes())
+        data[data.index(RECORDS[key]) + 100] ^= 1
+        path.write_bytes(data)
+        slot = slot_of(manifest, key)
+        with pytest.raises(ChecksumError, match="expert 2"):
+            reader.read_into(key, slot)
+        reader.read_into(ExpertKey(1, 1), slot)
+        assert slot == slot_with(RECORDS[ExpertKey(1, 1)])
+        assert host.stats().failures == 2, "once, and once more"
+
+
+def test_after_close_and_in_a_fork(small: Path) -> None:
+    key = ExpertKey(0, 0)
+    with served(small) as (address, _, _):
+        reader = RemoteReader(address, PLAIN, manifest_of(small))
+        slot = slot_of(reader.manifest, key)
+        reader.read_into(key, slot)
+        reader.close()
+        reader.close()
+        for use in (lambda: reader.read_into(key, slot), reader.check):
+            with pytest.raises(ClosedError):
+                use()
+    child = RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small))
+    assert "ClosedError" in in_fork(child.check)
+    assert "ClosedError" in in_fork(lambda: child.read_into(key, slot))
+    child.close()
+
+
+def test_closing_ends_what_is_being_read(large: Path) -> None:
+    def stands(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        over = threading.Event()
+        context.add_callback(over.set)
+        over.wait(60)
+        yield from ()
+
+    key = ExpertKey(0, 0)
+    with hostile(large, stands, patience=60) as (reader, outlet):
+        task = Task(lambda: reader.read_into(key, slot_of(reader.manifest, key)))
+        wait_until(lambda: len(outlet.requests) == 3)
+        reader.close()
+        with pytest.raises((UnavailableError, ClosedError)):
+            task.result(10)
+
+
+# -- the daemon's side ------------------------------------------------------------------------------------------------
+
+
+def ask(address: Address, timeout: float | None, **request: int) -> Callable[[], bytes]:
+    def call() -> bytes:
+        with grpc.insecure_channel(address.target) as channel:
+            fetch = channel.unary_stream(
+                "/moetier.v1.ExpertStore/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
+            )
+            return b"".join(piece.data for piece in fetch(pb.FetchRequest(**request), timeout=timeout))
+
+    return call
+
+
+def test_any_part_of_a_record_by_plain_protocol_buffers(small: Path) -> None:
+    key = ExpertKey(1, 2)
+    whole = slot_with(RECORDS[key])
+    with served(small) as (address, _, _):
+        for offset, length in ((0, 0), (0, len(whole)), (1, 1), (len(whole) - 7, 5), (len(whole) - 2, 0), (4096, 9000)):
+            got = ask(address, 10, block=1, expert=2, offset=offset, length=length)()
+            assert got == whole[offset : offset + length if length else None]
+
+
+@pytest.mark.parametrize(
+    ("timeout", "request_", "code"),
+    [
+        (None, {}, grpc.StatusCode.INVALID_ARGUMENT),
+        (1e6, {}, grpc.StatusCode.INVALID_ARGUMENT),
+        (10, {"block": 2}, grpc.StatusCode.NOT_FOUND),
+        (10, {"expert": 10**9}, grpc.StatusCode.NOT_FOUND),
+        (10, {"offset": PLAN.layout(0).slot_bytes}, grpc.StatusCode.INVALID_ARGUMENT),
+        (10, {"offset": 1, "length": PLAN.layout(0).slot_bytes}, grpc.StatusCode.INVALID_ARGUMENT),
+        (10, {"offset": 2**64 - 1, "length": 2**64 - 1}, grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_what_can_not_be_asked(
+    small: Path, timeout: float | None, request_: dict[str, int], code: grpc.StatusCode
+) -> None:
+    with served(small) as (address, _, _):
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(address, timeout, **request_)()
+        assert caught.value.code() is code
+        assert len(ask(address, 10)()) == PLAN.layout(0).slot_bytes
+
+
+def start_and_stall(address: Address, stack: ExitStack, expert: int) -> grpc.Call:
+    """A fetch whose reader takes one piece, and no more."""
+    channel = stack.enter_context(grpc.insecure_channel(address.target))
+    fetch = channel.unary_stream(
+        "/moetier.v1.ExpertStore/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
+    )
+    call = fetch(pb.FetchRequest(expert=expert), timeout=600)
+    next(call)
+    stack.callback(call.cancel)  # and so it lives as long: a lost call is cancelled
+    return call
+
+
+def test_a_reader_that_stands_still_holds_a_slot_for_a_bounded_time(huge: Path) -> None:
+    with served(huge, slots=1, stall=1.0) as (address, host, fetches), ExitStack() as stack:
+        call = start_and_stall(address, stack, 0)
+        assert fetches.held == 1
+        assert len(list(host.acquire([ExpertKey(0, 1)]))) == 1, "waited for, and got"
+        assert fetches.held == 0
+        with pytest.raises(grpc.RpcError):
+            list(call)
+
+
+def test_a_client_that_goes_gives_its_slot_back(huge: Path) -> None:
+    with served(huge, slots=1, stall=600) as (address, host, fetches):
+        with ExitStack() as stack:
+            start_and_stall(address, stack, 0)
+            assert fetches.held == 1
+        wait_until(lambda: fetches.held == 0)
+        assert len(list(host.acquire([ExpertKey(0, 1)]))) == 1
+
+
+def test_fetches_leave_slots_to_others(huge: Path) -> None:
+    """Three slots: fetches hold one at most, and who wants another record is refused after a bounded wait."""
+    with served(huge, slots=3, stall=600, patience=0.3) as (address, host, fetches), ExitStack() as stack:
+        start_and_stall(address, stack, 0)
+        start_and_stall(address, stack, 0)  # of the same record: no further slot
+        with RemoteReader(address, PLAIN, manifest_of(huge)) as reader:
+            with pytest.raises(ExhaustedError):
+                reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
+            assert fetches.held == 1
+            assert len(list(host.acquire([ExpertKey(0, 1), ExpertKey(0, 2)]))) == 2
+            stack.close()
+            wait_until(lambda: fetches.held == 0)
+            reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))

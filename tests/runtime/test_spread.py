@@ -1,0 +1,393 @@
+"""Several daemons that each hold a share: which key is whose, who is asked when one is gone, and the way back."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import google_crc32c
+import pytest
+from forks import in_fork
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from outlets import Outlet, outlet_of, serving
+from stores import make_plan, make_records, write_store
+from threads import Task, run_all, wait_until
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.address import Address, Credentials
+from moetier.runtime.fetch import Fetches
+from moetier.runtime.piece import encode_piece
+from moetier.runtime.remote import RemoteReader
+from moetier.runtime.spread import Peer, SpreadReader, rendezvous
+from moetier.tiers.errors import (
+    ChecksumError,
+    ClosedError,
+    ConfigError,
+    ExhaustedError,
+    MissingExpertError,
+    UnavailableError,
+    UnknownModelError,
+)
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.shard import checksum_bytes
+from moetier.tiers.store import ExpertStore
+
+PLAIN = Credentials(insecure=True)
+PLAN = make_plan(blocks=4, experts=8)
+RECORDS = make_records(PLAN)
+KEYS = list(RECORDS)
+
+names = st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=6, unique=True)
+keys = st.builds(ExpertKey, st.integers(0, 300), st.integers(0, 600))
+
+
+@given(names, keys)
+def test_every_client_comes_to_the_same_order(daemons: list[str], key: ExpertKey) -> None:
+    order = rendezvous(daemons, key)
+    assert sorted(order) == sorted(daemons)
+    assert rendezvous(reversed(daemons), key) == order
+
+
+@given(names, keys, st.data())
+def test_who_goes_moves_its_own_keys_alone(daemons: list[str], key: ExpertKey, data: st.DataObject) -> None:
+    gone = data.draw(st.sampled_from(daemons))
+    order = rendezvous(daemons, key)
+    assert rendezvous([name for name in daemons if name != gone], key) == [name for name in order if name != gone]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=2, max_size=5, unique=True))
+def test_shares_are_equal(daemons: list[str]) -> None:
+    """And so are the shares of one that is gone: nobody takes over all of it."""
+    every = [ExpertKey(block, expert) for block in range(24) for expert in range(64)]
+    first = Counter(rendezvous(daemons, key)[0] for key in every)
+    second = Counter(order[1] for key in every if (order := rendezvous(daemons, key))[0] == daemons[0])
+    for counts, shares in ((first, len(daemons)), (second, len(daemons) - 1)):
+        mean = counts.total() / shares
+        assert len(counts) == shares
+        # six standard deviations of a fair die
+        assert all(abs(count - mean) < 6 * (mean * (1 - 1 / shares)) ** 0.5 + 1 for count in counts.values())
+
+
+# -- over real host tiers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("store")
+    write_store(made, PLAN, RECORDS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Manifest:
+    with ExpertStore.open(folder) as store:
+        return store.manifest
+
+
+class Daemon:
+    """The remote half of one, in this process: goes, and comes back to the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stack = ExitStack()
+        store = self.stack.enter_context(ExpertStore.open(folder))
+        slots = {"records": len(KEYS)}
+        self.host = self.stack.enter_context(HostTier(store, slots=slots))
+        fetches = Fetches(self.host, store.manifest, slots)
+        self.stack.callback(fetches.close)
+        self.outlet = outlet_of(fetches, store.manifest)
+        self.running = ExitStack()
+        self.address = self.running.enter_context(serving(self.outlet))
+
+    def go(self) -> None:
+        self.running.close()
+
+    def come(self) -> None:
+        self.running.enter_context(serving(self.outlet, address=self.address.target))
+
+    def close(self) -> None:
+        self.running.close()
+        self.stack.close()
+
+
+@pytest.fixture
+def three(folder: Path) -> Iterator[list[Daemon]]:
+    with ExitStack() as stack:
+        daemons = []
+        for _ in range(3):
+            daemon = Daemon(folder)
+            stack.callback(daemon.close)
+            daemons.append(daemon)
+        yield daemons
+
+
+@pytest.fixture
+def bare(folder: Path, tmp_path: Path) -> Path:
+    """A model directory without shards."""
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("c"))
+    return tmp_path / "bare"
+
+
+@contextmanager
+def spread_over(
+    daemons: list[Daemon], manifest: Manifest, local: ExpertStore | None = None, *, patience: float = 30.0
+) -> Iterator[SpreadReader]:
+    peers = [Peer(str(d.address), RemoteReader(d.address, PLAIN, manifest, patience=1.0)) for d in daemons]
+    with SpreadReader(manifest, peers, local, patience=patience) as reader:
+        yield reader
+
+
+def read(reader: SpreadReader, key: ExpertKey) -> None:
+    slot = memoryview(mmap.mmap(-1, reader.manifest.layout(key.block).slot_bytes))  # on a page
+    reader.read_into(key, slot)
+    assert slot[:-CHECKSUM_BYTES] == RECORDS[key], f"wrong bytes for {key}"
+
+
+def shares(reader: SpreadReader) -> list[int]:
+    return [peer.records for peer in reader.peers()]
+
+
+def test_each_daemon_holds_its_share(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
+    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
+        for _ in range(2):
+            for key in KEYS:
+                read(reader, key)
+        ready = [daemon.host.stats().ready for daemon in three]
+        assert sum(ready) == len(KEYS), "nothing is held twice"
+        assert shares(reader) == [2 * count for count in ready]
+        assert min(ready) > 0
+
+
+def test_one_that_goes_is_replaced_and_returned_to(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
+    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
+        for key in KEYS:
+            read(reader, key)
+        own = shares(reader)
+        three[0].go()
+        for key in KEYS:
+            read(reader, key)
+        first, *others = reader.peers()
+        assert first.away is not None
+        assert first.records == own[0]
+        assert sum(peer.records for peer in others) == sum(own[1:]) + len(KEYS)
+        three[0].come()
+        wait_until(lambda: first.away is None)
+        for key in KEYS:
+            read(reader, key)
+        assert first.records == 2 * own[0], "all of its keys are its own again"
+
+
+def test_nothing_is_lost_while_daemons_come_and_go_under_load(
+    three: list[Daemon], bare: Path, manifest: Manifest
+) -> None:
+    """At least one is there at any time."""
+    over = threading.Event()
+
+    def load(reader: SpreadReader, seed: int) -> int:
+        chance, count = random.Random(seed), 0
+        while not over.is_set():
+            read(reader, chance.choice(KEYS))
+            count += 1
+        return count
+
+    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader:
+        tasks = [Task(lambda seed=seed: load(reader, seed)) for seed in range(4)]
+        try:
+            for number in (0, 1, 2, 0):
+                before = sum(shares(reader))
+                three[number].go()
+                wait_until(lambda before=before: sum(shares(reader)) > before + 50)  # type: ignore[misc]
+                three[number].come()
+                wait_until(lambda: all(peer.away is None for peer in reader.peers()))
+        finally:
+            over.set()
+            counts = [task.result() for task in tasks]
+        assert sum(counts) == sum(shares(reader))
+
+
+def test_shards_are_the_last_resort(three: list[Daemon], folder: Path, manifest: Manifest) -> None:
+    addresses = [daemon.address for daemon in three]
+    with SpreadReader.open(addresses, PLAIN, manifest, folder) as reader:
+        for daemon in three:
+            daemon.go()
+        for key in KEYS:
+            read(reader, key)
+        assert reader.local_records == len(KEYS)
+        three[1].come()
+        wait_until(lambda: reader.peers()[1].away is None)
+        for key in KEYS:
+            read(reader, key)
+        assert shares(reader) == [0, len(KEYS), 0]
+        three[1].go()
+    with SpreadReader.open(addresses, PLAIN, manifest, folder) as reader:  # nobody is there to begin with
+        read(reader, KEYS[0])
+        assert reader.local_records == 1
+
+
+def test_some_shards_are_better_than_none(
+    three: list[Daemon], folder: Path, tmp_path: Path, manifest: Manifest
+) -> None:
+    """Of a folder that holds two blocks of four."""
+    shutil.copytree(folder, tmp_path / "half")
+    for block in (1, 3):
+        shutil.rmtree(tmp_path / "half" / "experts.zarr" / "records" / "c" / str(block))
+    with SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, tmp_path / "half") as reader:
+        for daemon in three:
+            daemon.go()
+        read(reader, ExpertKey(0, 0))
+        read(reader, ExpertKey(2, 7))
+        task = Task(lambda: read(reader, ExpertKey(3, 1)))
+        wait_until(lambda: all(peer.away is not None for peer in reader.peers()))
+        three[2].come()
+        task.result()
+        assert (reader.local_records, shares(reader)) == (2, [0, 0, 1])
+
+
+def test_all_away_is_waited_for_and_then_an_error(three: list[Daemon], manifest: Manifest) -> None:
+    with spread_over(three, manifest, patience=1.0) as reader:
+        for daemon in three:
+            daemon.go()
+        began = time.monotonic()
+        with pytest.raises(UnavailableError):
+            read(reader, KEYS[0])
+        assert 1.0 <= time.monotonic() - began < 10
+    with spread_over(three, manifest) as reader:
+        task = Task(lambda: read(reader, KEYS[0]))
+        wait_until(lambda: all(peer.away is not None for peer in reader.peers()))
+        three[2].come()
+        task.result()
+        assert shares(reader) == [0, 0, 1]
+
+
+def test_nobody_at_all_is_an_error_at_once(bare: Path, manifest: Manifest) -> None:
+    addresses = [Address(target=f"127.0.0.1:{port}") for port in (1, 2)]
+    with pytest.raises(UnavailableError):
+        SpreadReader.open(addresses, PLAIN, manifest, bare)
+    with pytest.raises(ConfigError, match="twice"):
+        SpreadReader.open(addresses[:1] * 2, PLAIN, manifest, bare)
+
+
+def test_one_that_serves_another_store_is_not_used(
+    three: list[Daemon], bare: Path, tmp_path: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan(blocks=4, experts=8, model="acme/other")
+    write_store(tmp_path / "other", plan, make_records(plan, seed=1))
+    other = Daemon(tmp_path / "other")
+    try:
+        with pytest.raises(UnknownModelError, match="acme/other"):
+            SpreadReader.open([other.address], PLAIN, manifest, bare)
+        with caplog.at_level(logging.WARNING):
+            reader = SpreadReader.open([other.address, three[0].address], PLAIN, manifest, bare)
+        with reader:
+            assert "acme/other" in caplog.text
+            for key in KEYS:
+                read(reader, key)
+            assert shares(reader) == [0, len(KEYS)]
+    finally:
+        other.close()
+
+
+def test_a_bad_record_of_one_is_had_from_another(
+    three: list[Daemon], tmp_path: Path, bare: Path, manifest: Manifest
+) -> None:
+    """And the others of its records from it: it has not gone away."""
+    key = KEYS[5]
+    write_store(tmp_path / "bad", PLAN, RECORDS)
+    with ExpertStore.open(tmp_path / "bad") as store:
+        path = store.path(key.block)
+    data = bytearray(path.read_bytes())
+    data[data.index(RECORDS[key]) + 7] ^= 4
+    path.write_bytes(data)
+    bad = Daemon(tmp_path / "bad")
+    try:
+        with SpreadReader.open([bad.address], PLAIN, manifest, bare) as reader:
+            with pytest.raises(ChecksumError):
+                read(reader, key)
+            read(reader, KEYS[6])
+        with SpreadReader.open([bad.address, three[0].address, three[1].address], PLAIN, manifest, bare) as reader:
+            for _ in range(2):
+                for each in KEYS:
+                    read(reader, each)
+            assert all(peer.away is None for peer in reader.peers())
+            assert shares(reader)[0] > 0
+    finally:
+        bad.close()
+
+
+def test_a_daemon_without_slots_to_spare_is_asked_again(manifest: Manifest) -> None:
+    """It has not gone away either."""
+    busy = threading.Event()
+
+    def behaviour(request: object, context: object) -> Iterator[bytes]:
+        if not busy.is_set():
+            busy.set()
+            raise ExhaustedError("All slots are leased.", "Later.")
+        yield from answer(request)
+
+    def answer(request: object) -> Iterator[bytes]:
+        assert isinstance(request, pb.FetchRequest)
+        record = RECORDS[ExpertKey(request.block, request.expert)]
+        yield encode_piece(memoryview(record + checksum_bytes(google_crc32c.value(record))))
+
+    with serving(Outlet(manifest, behaviour)) as address, SpreadReader.open([address], PLAIN, manifest) as reader:
+        read(reader, KEYS[0])
+        assert busy.is_set()
+        assert reader.peers()[0].failures == 0
+
+
+def test_a_host_tier_on_three_daemons(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
+    with (
+        SpreadReader.open([daemon.address for daemon in three], PLAIN, manifest, bare) as reader,
+        HostTier(reader, slots={"records": 3}) as host,
+    ):
+
+        def caller(seed: int) -> None:
+            chance = random.Random(seed)
+            for _ in range(20):
+                block = chance.randrange(4)
+                wanted = [ExpertKey(block, expert) for expert in chance.sample(range(8), 4)]
+                seen = {lease.key: bytes(lease.record) for lease in host.acquire(wanted)}
+                assert seen == {key: RECORDS[key] for key in wanted}
+
+        run_all([lambda seed=seed: caller(seed) for seed in range(4)])
+        host.check_integrity()
+        three[1].go()
+        run_all([lambda seed=seed: caller(seed) for seed in range(4)])
+
+
+def test_what_the_model_does_not_have(three: list[Daemon], manifest: Manifest) -> None:
+    with spread_over(three, manifest) as reader:
+        for key in (ExpertKey(4, 0), ExpertKey(0, 8), ExpertKey(-1, 0)):
+            with pytest.raises(MissingExpertError):
+                reader.read_into(key, memoryview(b""))
+        assert all(peer.away is None for peer in reader.peers())
+
+
+def test_after_close_and_in_a_fork(three: list[Daemon], manifest: Manifest) -> None:
+    with spread_over(three, manifest) as reader:
+        read(reader, KEYS[0])
+        for daemon in three:
+            daemon.go()
+        task = Task(lambda: read(reader, KEYS[0]))
+        wait_until(lambda: all(peer.away is not None for peer in reader.peers()))
+        reader.close()
+        with pytest.raises((ClosedError, UnavailableError)):
+            task.result(10)
+        with pytest.raises(ClosedError):
+            read(reader, KEYS[0])
+        reader.close()
+    peers = [Peer("a", RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest))]
+    other = SpreadReader(manifest, peers)
+    assert "ClosedError" in in_fork(lambda: read(other, KEYS[0]))
+    other.close()
