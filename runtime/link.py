@@ -1,0 +1,311 @@
+"""The way to a daemon of this host: its side socket, the stream of messages beside it, and both again when it was away.
+
+Two threads: one reads what the daemon says and, when the connection has ended, makes the next; the other, which is
+gRPC's, sends. Neither is waited for where a record is found in the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from moetier.proto import expert_store_pb2 as wire
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
+from moetier.tiers.keys import ExpertKey
+
+from .address import Address, Credentials
+from .channel import open_channel
+from .side import SideConnection
+from .status import error_from_message, error_of
+
+REPORT_SECONDS = 0.5  # the longest that the daemon does not hear of hits
+REPORT_KEPT = 65_536  # hits, the latest; more are forgotten while there is nobody to tell
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each is twice the one before
+_ANSWER = 2.0  # seconds for the side socket's greeting when it is not the first
+_STEADY = 1.0  # seconds after which a connection that has brought nothing counts as one
+
+Place = TypeVar("Place")  # what a connection leads to: the mapped arena
+
+
+@dataclass(frozen=True, slots=True)
+class Granted(Generic[Place]):
+    """The daemon holds a record in a slot of ``place``."""
+
+    request: Request
+    expert: int
+    slot: int
+    generation: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request is over."""
+
+    request: Request
+    error: MoetierError
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The daemon is away, or back; or the link was closed."""
+
+
+Event = Granted[Place] | Failed | Changed
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """Experts of one block that the daemon is asked for. ``deliver`` gets what comes of it; it must not wait."""
+
+    block: int
+    awaited: dict[int, None]  # the experts that it was not granted yet; the link's to change
+    deliver: Callable[[Any], None]
+    number: int = field(default_factory=itertools.count(1).__next__)
+
+    def message(self) -> wire.ClientMessage:
+        acquire = wire.Acquire(request=self.number, block=self.block, experts=list(self.awaited))
+        return wire.ClientMessage(acquire=acquire)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What passed between a client and its daemon since it was opened. Bytes are those of the messages."""
+
+    round_trips: int  # requests: one for the missing experts of a block
+    messages_out: int
+    messages_in: int
+    bytes_out: int
+    bytes_in: int
+    connections: int
+
+
+class Link(Generic[Place]):
+    """Keeps a connection until it is closed. Requests that are in flight when one ends are repeated on the next.
+
+    ``arrive`` is called with each new side connection, by the link's thread, and says what its slots are of.
+    """
+
+    def __init__(
+        self, folder: Path, digest: str, first: SideConnection, arrive: Callable[[SideConnection], Place]
+    ) -> None:
+        """``first`` is an open connection, which is the link's from now on."""
+        self._folder = folder
+        self._digest = digest
+        self._arrive = arrive
+        self._requests: dict[int, Request] = {}
+        self._lock = threading.Lock()  # held where a request is sent, for the first time or again
+        self._outbox: SimpleQueue[wire.ClientMessage | None] | None = None  # None: away
+        self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
+        self._closed = threading.Event()
+        self._call: Any = None
+        self._away_since: float | None = None
+        self._error: MoetierError | None = None
+        self._round_trips = self._messages_out = self._messages_in = 0
+        self._bytes_out = self._bytes_in = self._connections = 0
+        self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def away_since(self) -> float | None:
+        """When the daemon went (by time.monotonic); None while it is here."""
+        return self._away_since
+
+    @property
+    def error(self) -> MoetierError:
+        """Why it is away."""
+        return self._error or UnavailableError(f"No daemon runs in {self._folder}.", "Start one: moetier daemon DIR")
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(
+            self._round_trips,
+            self._messages_out,
+            self._messages_in,
+            self._bytes_out,
+            self._bytes_in,
+            self._connections,
+        )
+
+    # -- callers ------------------------------------------------------------------------------------------------------
+
+    def ask(self, request: Request) -> None:
+        """Sends a request, now or when the daemon is back. Raises ClosedError."""
+        with self._lock:
+            if self._closed.is_set():
+                raise ClosedError("The way to the daemon was closed.", "Load the model again.")
+            self._requests[request.number] = request
+            if self._outbox is not None:
+                self._outbox.put(request.message())
+
+    def withdraw(self, request: Request) -> None:
+        """Ends a request: what it holds and waits for is given back. Never waits: a finalizer may call it."""
+        if self._requests.pop(request.number, None) is not None:
+            self._say(wire.ClientMessage(release=wire.Release(request=request.number)))
+
+    def release(self, request: Request, expert: int) -> None:
+        """Ends one lease."""
+        self._say(wire.ClientMessage(release=wire.Release(request=request.number, experts=[expert])))
+
+    def prefetch(self, block: int, experts: Sequence[int]) -> None:
+        """Tells wishes; while the daemon is away they are forgotten."""
+        self._say(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
+
+    def report(self, keys: Iterable[ExpertKey]) -> None:
+        """Keys that were found in the directory, least recently used first. They are told before the next request, or
+        half a second later."""
+        self._used.extend(keys)
+
+    def close(self) -> None:
+        """Ends the connection and both threads; whoever waits for an event gets a Changed. Idempotent."""
+        with self._lock:
+            self._closed.set()
+        call = self._call
+        if call is not None:
+            call.cancel()
+        self._thread.join()
+        for request in list(self._requests.values()):
+            request.deliver(Changed())
+
+    def _say(self, message: wire.ClientMessage) -> None:
+        outbox = self._outbox
+        if outbox is not None:
+            outbox.put(message)
+
+    # -- the link's thread --------------------------------------------------------------------------------------------
+
+    def _run(self, side: SideConnection | None) -> None:
+        pause = FIRST_PAUSE
+        while not self._closed.is_set():
+            began = time.monotonic()
+            heard = self._messages_in
+            try:
+                if side is None:
+                    side = SideConnection.open(self._folder, self._digest, patience=_ANSWER)
+                with side:
+                    self._attend(side)
+            except MoetierError as error:
+                self._error = error
+            side = None
+            if self._messages_in > heard or time.monotonic() - began > _STEADY:
+                pause = FIRST_PAUSE
+                self._away_since = time.monotonic()
+            elif self._away_since is None:
+                self._away_since = began
+            for request in list(self._requests.values()):
+                request.deliver(Changed())
+            # not all at once: every client of a daemon that was restarted comes now
+            self._closed.wait(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _attend(self, side: SideConnection) -> None:
+        """A connection's life. Raises MoetierError, saying why it ended; returns when the daemon ended it."""
+        place = self._arrive(side)
+        with open_channel(Address(folder=self._folder), Credentials(), bearer=side.session_id) as channel:
+            while True:
+                heard = self._messages_in
+                try:
+                    self._talk(ExpertStoreStub(channel), place)
+                except MoetierError as error:
+                    # one stream may break; who gives the same answer twice means it
+                    if self._closed.is_set() or self._messages_in == heard or not side.is_alive():
+                        raise error
+                else:
+                    return
+
+    def _talk(self, stub: ExpertStoreStub, place: Place) -> None:
+        """A stream's life, which ends with a MoetierError, or as its daemon ends it."""
+        outbox: SimpleQueue[wire.ClientMessage | None] = SimpleQueue()
+        sent = threading.Event()
+        call = stub.Session(self._messages(outbox, sent))
+        self._call = call
+        try:
+            self._connect(outbox)
+            if self._closed.is_set():  # close() may have come before there was a call
+                call.cancel()
+            for message in call:
+                self._hear(message, place)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        finally:
+            with self._lock:
+                self._outbox = None
+            self._call = None
+            call.cancel()
+            outbox.put(None)
+            sent.wait()
+
+    def _connect(self, outbox: SimpleQueue[wire.ClientMessage | None]) -> None:
+        with self._lock:
+            requests = list(self._requests.values())
+            for request in requests:
+                if request.awaited:
+                    outbox.put(request.message())
+            self._outbox = outbox
+            self._connections += 1
+            self._away_since = None
+        for request in requests:  # who withdrew one meanwhile may have seen no outbox
+            if request.number not in self._requests:
+                self._say(wire.ClientMessage(release=wire.Release(request=request.number)))
+            request.deliver(Changed())
+
+    def _hear(self, message: wire.ServerMessage, place: Place) -> None:
+        self._messages_in += 1
+        self._bytes_in += message.ByteSize()
+        if message.HasField("granted"):
+            granted = message.granted
+            request = self._requests.get(granted.request)
+            if request is not None and granted.expert in request.awaited:
+                del request.awaited[granted.expert]
+                request.deliver(Granted(request, granted.expert, granted.slot, granted.generation, place))
+        elif message.HasField("failed"):
+            request = self._requests.pop(message.failed.request, None)
+            if request is not None:
+                request.deliver(Failed(request, error_from_message(message.failed.error)))
+
+    # -- gRPC's thread ------------------------------------------------------------------------------------------------
+
+    def _messages(
+        self, outbox: SimpleQueue[wire.ClientMessage | None], sent: threading.Event
+    ) -> Iterator[wire.ClientMessage]:
+        try:
+            while True:
+                message: wire.ClientMessage | None = wire.ClientMessage()
+                with contextlib.suppress(Empty):
+                    message = outbox.get(timeout=REPORT_SECONDS)
+                if message is None:
+                    return
+                # before a request, which would else evict what was used last
+                if self._used and not message.HasField("release"):
+                    yield self._counted(self._report())
+                if message.WhichOneof("message"):
+                    yield self._counted(message)
+        finally:
+            sent.set()
+
+    def _report(self) -> wire.ClientMessage:
+        blocks: list[wire.Experts] = []
+        for _ in range(len(self._used)):
+            block, expert = self._used.popleft()
+            if not blocks or blocks[-1].block != block:
+                blocks.append(wire.Experts(block=block))
+            blocks[-1].experts.append(expert)
+        return wire.ClientMessage(used=wire.Used(blocks=blocks))
+
+    def _counted(self, message: wire.ClientMessage) -> wire.ClientMessage:
+        self._messages_out += 1
+        self._bytes_out += message.ByteSize()
+        self._round_trips += message.HasField("acquire")
+        return message

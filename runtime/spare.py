@@ -1,0 +1,70 @@
+"""Spare: the local store, for as long as a daemon is away or full."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+from moetier.tiers.budget import slots_for, smallest_budget
+from moetier.tiers.errors import BudgetError, ClosedError, StoreError
+from moetier.tiers.host import HostTier
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.monitor import Home
+from moetier.tiers.store import ExpertStore
+
+
+class Spare:
+    """A host tier of the smallest budget over the store in a model directory, opened when it is first needed."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._home = Home()
+        self._lock = threading.Lock()
+        self._closing = contextlib.ExitStack()
+        self._host: HostTier | None = None
+        self._error: StoreError | BudgetError | None = None
+        self._closed = False
+
+    def open(self) -> HostTier | None:
+        """None where it can't be had: then there is no such store, or no memory. ``why`` says it."""
+        self._home.check()
+        with self._lock:
+            if self._closed:
+                raise ClosedError("The tier was closed.", "Load the model again.")
+            if self._host is None and self._error is None:
+                with contextlib.ExitStack() as opening:
+                    try:
+                        store = opening.enter_context(ExpertStore.open(self._directory))
+                        if store.manifest.digest != self._manifest.digest:
+                            raise StoreError(f"{self._directory} holds another store by now.", "Load the model again.")
+                        slots = slots_for(self._manifest, smallest_budget(self._manifest))
+                        self._host = opening.enter_context(HostTier(store, slots=slots))
+                    except (StoreError, BudgetError) as error:
+                        self._error = error
+                    else:
+                        self._closing = opening.pop_all()
+            return self._host
+
+    @property
+    def why(self) -> str:
+        """Why it could not be had."""
+        return self._error.cause if self._error is not None else ""
+
+    def forgive(self) -> None:
+        """What could not be had is tried again when it is needed next."""
+        self._error = None
+
+    @property
+    def bytes_in(self) -> int:
+        """That it read."""
+        host = self._host
+        return host.stats().bytes_in if host is not None else 0
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._home.is_here:  # in a fork the lock may be held for ever
+            with self._lock:
+                self._closed = True
+        self._closing.close()
