@@ -1,0 +1,287 @@
+"""Who is let in, and to whom one speaks: real daemons on TCP, real certificates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
+import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from daemons import DaemonProcess, running_daemon
+from stores import make_plan, make_records, write_store
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.address import Address, Credentials
+from moetier.runtime.channel import open_channel, read_identity, read_pem, read_token
+from moetier.runtime.remote import RemoteReader
+from moetier.tiers.errors import ConfigError, MoetierError, RefusedError, UnavailableError
+from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store import ExpertStore
+
+PLAN = make_plan(blocks=1, experts=2)
+RECORDS = make_records(PLAN)
+TOKEN = "c0ffee" * 10
+
+
+@dataclass(frozen=True)
+class Files:
+    """Certificates and tokens."""
+
+    ca: Path
+    other_ca: Path
+    cert: Path  # of the daemon, for 127.0.0.1
+    key: Path
+    client_cert: Path
+    client_key: Path
+    stranger_cert: Path  # of a client, signed by the other authority
+    stranger_key: Path
+    token: Path
+    wrong_token: Path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("files")
+    ca, other = trustme.CA(), trustme.CA()
+    for name, authority in (("ca", ca), ("other_ca", other)):
+        authority.cert_pem.write_to_path(str(folder / name))
+    for name, authority in (("", ca), ("client_", ca), ("stranger_", other)):
+        issued = authority.issue_cert("127.0.0.1" if not name else "client.test")
+        issued.private_key_pem.write_to_path(str(folder / f"{name}key"))
+        issued.cert_chain_pems[0].write_to_path(str(folder / f"{name}cert"))
+    (folder / "token").write_text(f"{TOKEN}\n")
+    (folder / "wrong_token").write_text(TOKEN[:-1])
+    return Files(**{name: folder / name for name in Files.__dataclass_fields__})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    write_store(folder, PLAN, RECORDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(store: Path) -> Manifest:
+    with ExpertStore.open(store) as opened:
+        return opened.manifest
+
+
+@contextmanager
+def daemon(store: Path, folder: Path, *options: str | Path) -> Iterator[DaemonProcess]:
+    with running_daemon(store, folder=folder, extra=["--listen", "127.0.0.1:0", *options]) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def with_tls(store: Path, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    options = ["--tls-cert", files.cert, "--tls-key", files.key, "--token-file", files.token]
+    with daemon(store, tmp_path_factory.mktemp("tls") / "d", *options) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def with_mutual_tls(store: Path, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    options = ["--tls-cert", files.cert, "--tls-key", files.key, "--token-file", files.token]
+    with daemon(store, tmp_path_factory.mktemp("mutual") / "d", *options, "--tls-client-ca", files.ca) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def without_tls(store: Path, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with daemon(store, tmp_path_factory.mktemp("plain") / "d", "--token-file", files.token) as process:
+        yield process
+
+
+def read(address: str, credentials: Credentials, manifest: Manifest) -> None:
+    """A record, through all that stands in between."""
+    key = ExpertKey(0, 1)
+    with RemoteReader(Address.parse(address), credentials, manifest) as reader:
+        errors = []
+        slot = memoryview(np.zeros(manifest.layout(0).slot_bytes, np.uint8)).cast("B")
+        for step in (reader.check, lambda: reader.read_into(key, slot)):
+            try:
+                step()
+            except MoetierError as error:
+                errors.append(error)
+        if errors:
+            assert len(errors) == 2, "what is refused is refused in every call"
+            assert type(errors[0]) is type(errors[1])
+            assert bytes(slot) == bytes(len(slot)), "nothing is served"
+            raise errors[0]
+        assert slot[:-CHECKSUM_BYTES] == RECORDS[key]
+
+
+def test_the_right_credentials(
+    with_tls: DaemonProcess,
+    with_mutual_tls: DaemonProcess,
+    without_tls: DaemonProcess,
+    files: Files,
+    manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # is not gone through
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    good = Credentials(token_file=files.token, ca=files.ca)
+    read(with_tls.card.listen, good, manifest)
+    read(with_mutual_tls.card.listen, replace(good, cert=files.client_cert, key=files.client_key), manifest)
+    read(without_tls.card.listen, Credentials(token_file=files.token, insecure=True), manifest)
+    monkeypatch.setenv("SSL_CERT_FILE", str(files.ca))
+    read(with_tls.card.listen, replace(good, ca=None), manifest)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda f: {"ca": f.other_ca}, RefusedError),
+        (lambda f: {"ca": None}, RefusedError),
+        (lambda f: {"token_file": None}, RefusedError),
+        (lambda f: {"token_file": f.wrong_token}, RefusedError),
+        (lambda f: {"ca": None, "insecure": True}, UnavailableError),
+    ],
+    ids=["another authority", "the system's authorities", "no token", "a wrong token", "no TLS"],
+)
+def test_wrong_credentials(
+    with_tls: DaemonProcess,
+    files: Files,
+    manifest: Manifest,
+    change: Callable[[Files], dict[str, Path | bool | None]],
+    expected: type[MoetierError],
+) -> None:
+    credentials = replace(Credentials(token_file=files.token, ca=files.ca), **change(files))
+    with pytest.raises(expected, match=r"TLS|trust|token"):
+        read(with_tls.card.listen, credentials, manifest)
+
+
+def test_another_hosts_certificate(with_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
+    port = with_tls.card.listen.rpartition(":")[2]
+    with pytest.raises(RefusedError, match=r"(?i)hostname"):
+        read(f"localhost:{port}", Credentials(token_file=files.token, ca=files.ca), manifest)
+
+
+def test_tls_to_one_who_has_none(without_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
+    with pytest.raises(RefusedError):
+        read(without_tls.card.listen, Credentials(token_file=files.token, ca=files.ca), manifest)
+
+
+@pytest.mark.parametrize("who", ["nobody", "a stranger"])
+def test_a_client_without_the_right_certificate(
+    with_mutual_tls: DaemonProcess, files: Files, manifest: Manifest, who: str
+) -> None:
+    shown = {} if who == "nobody" else {"cert": files.stranger_cert, "key": files.stranger_key}
+    with pytest.raises((RefusedError, UnavailableError), match=r"TLS|certificate"):
+        read(with_mutual_tls.card.listen, Credentials(token_file=files.token, ca=files.ca, **shown), manifest)
+
+
+def test_over_its_unix_socket_too(with_tls: DaemonProcess, manifest: Manifest) -> None:
+    """By a credential of the side socket; a new one after a restart."""
+    key = ExpertKey(0, 0)
+    slot = memoryview(np.zeros(manifest.layout(0).slot_bytes, np.uint8)).cast("B")
+    with RemoteReader(with_tls.address, Credentials(), manifest) as reader:
+        reader.check()
+        reader.read_into(key, slot)
+        assert slot[:-CHECKSUM_BYTES] == RECORDS[key]
+        with_tls.restart()
+        with pytest.raises((RefusedError, UnavailableError)):
+            reader.read_into(key, slot)
+        reader.check()
+        reader.read_into(key, slot)
+    with open_channel(with_tls.address, Credentials(), bearer="0" * 32) as channel:
+        describe = channel.unary_unary(
+            "/moetier.v1.ExpertStore/Describe", pb.DescribeRequest.SerializeToString, pb.DescribeReply.FromString
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            describe(pb.DescribeRequest(), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+SOMEWHERE = Address(target="127.0.0.1:7070")
+
+
+@pytest.mark.parametrize("text", ["", "\n", "two\nlines\n", "with space", "ünïcode", "\x00", "tab\there"])
+def test_what_is_no_token(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="token"):
+        read_token(path)
+    with pytest.raises(ConfigError, match="token"):
+        open_channel(SOMEWHERE, Credentials(token_file=path, insecure=True))
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_what_is_a_token(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(f"{TOKEN}{ending}".encode())
+    assert read_token(path) == TOKEN
+
+
+def test_files_that_are_not_there(tmp_path: Path, files: Files) -> None:
+    gone = tmp_path / "gone"
+    for credentials in (
+        Credentials(token_file=gone),
+        Credentials(token_file=tmp_path),
+        Credentials(ca=gone),
+        Credentials(ca=files.ca, cert=gone, key=files.client_key),
+        Credentials(ca=files.ca, cert=files.client_cert, key=gone),
+    ):
+        with pytest.raises(ConfigError, match="can't be read"):
+            open_channel(SOMEWHERE, credentials)
+
+
+def test_files_that_are_something_else(tmp_path: Path, files: Files) -> None:
+    noise = tmp_path / "noise"
+    noise.write_bytes(bytes(range(256)))
+    cut = tmp_path / "cut"
+    cut.write_bytes(files.ca.read_bytes()[:200])
+    encrypted = tmp_path / "encrypted"
+    key = load_pem_private_key(files.client_key.read_bytes(), None)
+    encrypted.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, BestAvailableEncryption(b"secret"))
+    )
+    for path in (noise, cut, files.token, files.key):
+        with pytest.raises(ConfigError, match="PEM"):
+            read_pem(path, "CA")
+        with pytest.raises(ConfigError, match="PEM"):
+            open_channel(SOMEWHERE, Credentials(ca=path))
+    for cert, path in (
+        (files.client_cert, noise),
+        (files.client_cert, files.key),  # of another certificate
+        (files.client_cert, encrypted),
+        (files.token, files.client_key),
+    ):
+        with pytest.raises(ConfigError, match="PEM"):
+            read_identity(cert, path)
+
+
+def test_what_contradicts_itself(files: Files) -> None:
+    for credentials in (
+        Credentials(insecure=True, ca=files.ca),
+        Credentials(insecure=True, cert=files.client_cert, key=files.client_key),
+        Credentials(cert=files.client_cert),
+        Credentials(key=files.client_key),
+    ):
+        with pytest.raises(ConfigError):
+            open_channel(SOMEWHERE, credentials)
+
+
+def test_folders_that_are_not_safe_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError):
+        open_channel(Address.of(tmp_path / "nowhere"), Credentials())
+    folder = tmp_path / "open"
+    folder.mkdir(mode=0o755)
+    with pytest.raises(RefusedError, match="open to other users"):
+        open_channel(Address.of(folder), Credentials())
