@@ -198,6 +198,8 @@ class Link(Generic[Place]):
                     self._attend(side)
             except MoetierError as error:
                 self._error = error
+            except OSError as error:  # no descriptor to be had, no memory
+                self._error = UnavailableError(f"The daemon can't be reached: {error}.", "Free what is short.")
             side = None
             if self._messages_in > heard or time.monotonic() - began > _STEADY:
                 pause = FIRST_PAUSE
@@ -245,7 +247,7 @@ class Link(Generic[Place]):
             self._call = None
             call.cancel()
             outbox.put(None)
-            sent.wait()
+            sent.wait(_ANSWER)
 
     def _connect(self, outbox: SimpleQueue[wire.ClientMessage | None]) -> None:
         with self._lock:
