@@ -1,0 +1,105 @@
+"""A client of a daemon that does as it is told: the side socket, the stream, and nothing of the product's client."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+
+import grpc
+from readers import PATIENCE
+from threads import Task
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+from moetier.runtime.address import Address, Credentials
+from moetier.runtime.channel import open_channel
+from moetier.runtime.side import SideConnection
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.plan import ArenaPlan
+
+
+class RawClient:
+    """``answers`` are the messages of the stream; None is its end, with ``error`` if it ended with one."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.side = SideConnection.open(folder, manifest.digest)
+        self.plan = ArenaPlan.of(manifest, self.side.slots)
+        assert self.side.descriptor is not None
+        self._map = mmap.mmap(self.side.descriptor, self.plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.channel = open_channel(Address.of(folder), Credentials(), bearer=self.side.session_id)
+        self.stub = ExpertStoreStub(self.channel)
+        self._messages: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
+        self.open_stream()
+
+    def open_stream(self) -> None:
+        self._messages.put(None)  # gRPC has a thread that waits for the former stream's
+        self.answers: SimpleQueue[pb.ServerMessage | None] = SimpleQueue()
+        self.error: grpc.RpcError | None = None
+        self._messages = SimpleQueue()
+        self.stream = self.stub.Session(iter(self._messages.get, None))
+        self._reader = Task(lambda: self._read(self.stream, self.answers), "raw client")
+
+    def _read(self, stream: Iterable[pb.ServerMessage], answers: SimpleQueue[pb.ServerMessage | None]) -> None:
+        try:
+            for message in stream:
+                answers.put(message)
+        except grpc.RpcError as error:
+            self.error = error
+        answers.put(None)
+
+    def send(self, **message: object) -> None:
+        self._messages.put(pb.ClientMessage(**message))
+
+    def acquire(self, request: int, block: int, experts: Iterable[int], deadline_ms: int = 0) -> None:
+        self.send(acquire=pb.Acquire(request=request, block=block, experts=experts, deadline_ms=deadline_ms))
+
+    def release(self, request: int, experts: Iterable[int] = ()) -> None:
+        self.send(release=pb.Release(request=request, experts=experts))
+
+    def answer(self, timeout: float = PATIENCE) -> pb.ServerMessage | None:
+        try:
+            return self.answers.get(timeout=timeout)
+        except Empty:
+            raise AssertionError("no answer") from None
+
+    def granted(self) -> pb.Granted:
+        message = self.answer()
+        assert message is not None, self.error
+        assert message.WhichOneof("message") == "granted", message
+        return message.granted
+
+    def failed(self) -> pb.Failed:
+        message = self.answer()
+        assert message is not None, self.error
+        assert message.WhichOneof("message") == "failed", message
+        return message.failed
+
+    def ended(self) -> grpc.RpcError | None:
+        """Once the stream has; its error."""
+        while self.answer() is not None:
+            pass
+        return self.error
+
+    def record(self, slot: int) -> bytes:
+        """As it lies in the arena now."""
+        start = self.plan.offset(slot)
+        return self._map[start : start + self.plan.record_bytes(slot)]
+
+    def close(self) -> None:
+        self._messages.put(None)
+        self.stream.cancel()
+        self._reader.result()
+        self.channel.close()
+        self._map.close()
+        self.side.close()
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
