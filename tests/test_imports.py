@@ -23,9 +23,11 @@ LAYERS = {
 LEVELS = (
     {"keys", "errors", "stats", "stream", "hqq"},
     {"manifest", "monitor", "slots", "planes", "pairs"},
-    {"source", "policy", "quantize", "arena", "budget", "shard"},
-    {"ledger", "views", "folder", "durable"},
-    {"trunk", "store", "writer", "host", "device"},
+    {"source", "policy", "quantize", "plan", "budget", "shard"},
+    {"directory", "views", "folder", "durable"},
+    {"arena", "ledger"},
+    {"session", "recovery", "trunk", "store", "writer", "device"},
+    {"host"},
 )
 
 # library -> the only modules that may import it

@@ -5,12 +5,13 @@ The ledger decides, under the monitor's lock; records are read outside it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 
 from .arena import Arena
@@ -19,7 +20,10 @@ from .errors import ClosedError
 from .keys import ExpertKey
 from .ledger import Demand, Ledger, Load, Pool
 from .monitor import Monitor
+from .plan import ArenaPlan
 from .policy import plan_groups
+from .recovery import intact_slots
+from .session import Desk, Event, Session
 from .source import Lease, RecordReader
 from .stats import TierStats
 
@@ -30,30 +34,48 @@ class HostTier:
     One thread must not acquire again inside the loop over an acquire: at the smallest budget it would wait for itself.
     """
 
-    def __init__(self, store: RecordReader, *, slots: Mapping[str, int], loaders: int = 4) -> None:
-        """Allocates ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had."""
+    def __init__(
+        self, store: RecordReader, *, slots: Mapping[str, int], loaders: int = 4, arena: Arena | None = None
+    ) -> None:
+        """Allocates ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had.
+
+        ``arena`` is one that was taken back, of as many slots: it is the tier's from now on. What is whole in it is
+        READY without a read; whoever maps it goes on.
+        """
         manifest = store.manifest
         assert loaders > 0
-        assert slots.keys() == manifest.layouts.keys()
+        self.manifest = manifest
+        self.plan = ArenaPlan.of(manifest, slots)
+        assert arena is None or arena.plan == self.plan
+        self.recovered = 0  # slots that were full when it began
         self._store = store
-        self._manifest = manifest
         self._monitor = Monitor()
         self._bell: SimpleQueue[None] = SimpleQueue()  # wakes one loader a ring, which works until nothing is left
-        self._ledger = Ledger(  # ahead: enough to keep every loader busy; prefetches: a demand finds a loader
-            wake=self._monitor.wake, ring=self._ring, ahead=2 * loaders, prefetches=max(1, loaders - 1)
-        )
+        self._alarm: SimpleQueue[None] = SimpleQueue()  # for the timekeeper: somebody waits, or all is over
+        self._timekeeper: threading.Thread | None = None
         self._closed = False
-        self._pools: dict[str, Pool] = {}
-        self._arenas: dict[Pool, Arena] = {}
-        self._records: list[memoryview] = []  # by slot: always the same object, so that who wraps it knows it again
+        self._has_sessions = False
+        self._is_to_serve = False  # the parties, as soon as the lock is let go
         self._loaders: list[threading.Thread] = []
+        self._arena = arena or Arena.create(self.plan)
+        # by slot: always the same object, so that who wraps it knows it again
+        self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
+        self._ledger = Ledger(  # ahead: enough to keep every loader busy; prefetches: a demand finds a loader
+            self._arena.directory,
+            wake=self._wake,
+            ring=self._ring,
+            watch=self._watch,
+            ahead=2 * loaders,
+            prefetches=max(1, loaders - 1),
+        )
+        self._pools: dict[str, Pool] = {}
         try:
-            for array, count in slots.items():
-                layout = manifest.layouts[array]
-                groups = plan_groups(count, members(manifest, array))
-                pool = self._pools[array] = Pool(count, groups, len(self._records), layout.slot_bytes)
-                arena = self._arenas[pool] = Arena.create(count, layout.slot_bytes)
-                self._records += [arena.view(slot, layout.record_bytes) for slot in range(count)]
+            for region, first in zip(self.plan.regions, self.plan.first_slots, strict=True):
+                groups = plan_groups(region.slots, members(manifest, region.array))
+                self._pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes)
+            self._desk = Desk(manifest, self._monitor, self._ledger, self._arena.directory, self._pools)
+            if arena is not None:
+                self._recover(arena, loaders)
             for number in range(loaders):
                 # daemon: a tier that nobody closes must not keep the interpreter from ending
                 loader = threading.Thread(target=self._serve, name=f"moetier-loader-{number}", daemon=True)
@@ -76,8 +98,8 @@ class HostTier:
         if not keys:
             return
         block = keys[0].block
-        self._manifest.check_keys(block, keys)
-        demand = Demand(self._pool(block), block)
+        self.manifest.check_keys(block, keys)
+        demand = Demand(self._desk.pool(block), block)
         try:
             with self._monitor:
                 self._check_open()
@@ -89,11 +111,22 @@ class HostTier:
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says. A wish evicts only what is neither held nor wished, and only of its own group."""
-        self._manifest.check_keys(block, wishes)
+        self.manifest.check_keys(block, wishes)
         with self._monitor:
             self._check_open()
-            self._ledger.wish(self._pool(block), block, wishes)
-        self._ring(min(len(wishes), len(self._loaders)))
+            self._ledger.wish(self._desk.pool(block), block, wishes)
+
+    def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
+        """For what another process asks for: at most ``leases`` slots are held for it at a time, and a request that
+        has none is refused after ``patience`` seconds. Closing it is the caller's."""
+        with self._monitor:
+            self._check_open()
+            self._has_sessions = True
+        return Session(deliver, self._desk, leases=leases, patience=patience)
+
+    def export(self) -> int:
+        """A new read-only descriptor of the arena, the caller's to close; ``plan`` says what is where."""
+        return self._arena.export()
 
     def stats(self) -> TierStats:
         with self._monitor:
@@ -113,15 +146,16 @@ class HostTier:
             with self._monitor:
                 self._closed = True
                 self._ledger.drop(_closed_error())
+                self._ledger.serve()
             self._ring(len(self._loaders))
-            for loader in self._loaders:
-                loader.join()
+            self._alarm.put(None)
+            for thread in (*self._loaders, *([self._timekeeper] if self._timekeeper else [])):
+                thread.join()
         self._records.clear()
-        for arena in self._arenas.values():
-            arena.close()
+        self._arena.close()
 
     def check_integrity(self) -> None:
-        """Asserts that slots, groups, loads and callers agree."""
+        """Asserts that slots, groups, loads, callers and the directory agree."""
         with self._monitor:
             self._ledger.check_integrity(list(self._pools.values()))
 
@@ -148,6 +182,39 @@ class HostTier:
             number = demand.pool.first + slot
             return Lease(demand.pool.slots.key(slot), self._records[number], number)
 
+    def _recover(self, arena: Arena, threads: int) -> None:
+        kept = intact_slots(arena, self.manifest, threads)
+        arena.directory.reclaim(kept)
+        for slot, key in kept.items():
+            self._ledger.adopt(self._desk.pool(key.block), key, slot)
+        self.recovered = len(kept)
+
+    def _wake(self) -> None:
+        self._monitor.wake()
+        if self._has_sessions and not self._is_to_serve:
+            self._is_to_serve = True
+            self._monitor.post(self._serve_parties)  # by who holds the lock now
+
+    def _serve_parties(self) -> None:
+        self._is_to_serve = False
+        self._ledger.serve()
+
+    def _watch(self) -> None:
+        if self._timekeeper is None:
+            self._timekeeper = threading.Thread(target=self._keep_time, name="moetier-timekeeper", daemon=True)
+            self._timekeeper.start()
+        self._alarm.put(None)
+
+    def _keep_time(self) -> None:
+        """Of who waits for slots in other processes' name."""
+        until: float | None = None
+        while not self._closed:
+            with contextlib.suppress(Empty):
+                self._alarm.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
+            with self._monitor:
+                until = self._ledger.expire()
+                self._ledger.serve()
+
     def _ring(self, times: int = 1) -> None:
         for _ in range(times):
             self._bell.put(None)  # reentrant, as it promises: a finalizer may come by here
@@ -165,7 +232,7 @@ class HostTier:
 
     def _read(self, load: Load) -> None:
         try:
-            self._store.read_into(load.key, self._arenas[load.pool].slot(load.slot))
+            self._store.read_into(load.key, self._arena.slot(load.pool.first + load.slot))
         except BaseException as error:  # whatever it is: those who wait must learn of it
             traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
             with self._monitor:
@@ -174,9 +241,6 @@ class HostTier:
         else:
             with self._monitor:
                 self._ledger.arrive(load)
-
-    def _pool(self, block: int) -> Pool:
-        return self._pools[self._manifest.blocks[block].array]
 
     def _check_open(self) -> None:
         if self._closed:

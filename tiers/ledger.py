@@ -9,13 +9,21 @@ So every LOADING slot becomes READY or EMPTY, and every READY slot that is pinne
 computes; it gives the slot back when it takes its next lease. A caller that has nothing in flight and finds no slot is
 *hungry*. It waits for the first slot that anybody gives back, first come, first served; while somebody is hungry nobody
 else begins a load.
+
+A caller may be a thread that sleeps until it is woken, or a *party*: one that is told, such as a session of another
+process. A party's demands go on in ``serve``. It may hold several leases at a time, never more than it is granted, and
+a demand of it that has nothing for too long fails: what another process does not give back must not stop others.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
 
+from .directory import Directory
+from .errors import ExhaustedError
 from .keys import ExpertKey
 from .policy import BlockLru, Group
 from .slots import Slots, State
@@ -36,71 +44,124 @@ class Pool:
 class Load:
     """A record on its way into a slot, and who waits for it."""
 
-    __slots__ = ("key", "pool", "slot", "waiters", "wished")
+    __slots__ = ("is_taken", "key", "pool", "slot", "waiters", "wished")
 
     def __init__(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool) -> None:
         self.pool = pool
         self.key = key
         self.slot = slot
         self.wished = wished  # a wish began it
+        self.is_taken = wished  # by a loader: a wish is begun by the loader that reads it
         self.waiters: list[Demand] = []
 
 
+class Party(ABC):
+    """A caller that is told instead of woken. ``leases`` slots are held for it at most, claims counted."""
+
+    def __init__(self, leases: int) -> None:
+        assert leases > 0
+        self.leases = leases
+        self.outstanding = 0  # slots that its demands hold or claim; the ledger counts
+        self.demands: dict[Demand, None] = {}
+
+    @abstractmethod
+    def grant(self, demand: Demand, slot: int) -> None:
+        """A slot is the demand's, until it is released."""
+
+    @abstractmethod
+    def refuse(self, demand: Demand, error: BaseException) -> None:
+        """The demand has failed; it holds nothing any more."""
+
+    @property
+    def is_full(self) -> bool:
+        return self.outstanding >= self.leases
+
+
 class Demand:
-    """One call of acquire. Each of its keys is in one of pending, loads, ready, current, or has been yielded."""
+    """One call of acquire. Each of its keys is in one of pending, loads, ready, held, or is done with."""
 
-    __slots__ = ("block", "current", "error", "loads", "pending", "pool", "ready")
+    __slots__ = ("block", "error", "held", "loads", "party", "patience", "pending", "pool", "ready", "residents")
 
-    def __init__(self, pool: Pool, block: int) -> None:
+    def __init__(self, pool: Pool, block: int, party: Party | None = None, patience: float = 0.0) -> None:
         self.pool = pool
         self.block = block
+        self.party = party
+        self.patience = patience  # seconds that a party's demand waits while it has nothing
         self.pending: dict[ExpertKey, None] = {}  # no slot yet
         self.loads: list[Load] = []  # claims
-        self.ready: deque[int] = deque()  # pinned, not yielded yet
-        self.current: int | None = None  # pinned, leased
+        self.ready: deque[int] = deque()  # pinned, not leased yet
+        self.residents = 0  # of those that are ready: how many were when it came
+        self.held: dict[int, None] = {}  # pinned, leased
         self.error: BaseException | None = None
 
     @property
     def is_idle(self) -> bool:
-        """Nothing to yield, and nothing in flight that will be."""
-        return not self.ready and not self.loads
+        """Nothing to compute with, and nothing in flight that will be."""
+        return not self.ready and not self.loads and not self.held
 
     @property
     def is_over(self) -> bool:
         return not self.pending and self.is_idle
 
+    @property
+    def outstanding(self) -> int:
+        """Slots that it holds or claims."""
+        return len(self.loads) + len(self.ready) + len(self.held)
+
 
 class Ledger:
-    """``wake`` wakes the callers that sleep, ``ring`` a loader; ``ahead`` loads of one caller are in flight at most,
-    ``prefetches`` loads that wishes began."""
+    """``wake`` wakes the callers that sleep, and has ``serve`` called soon; ``ring`` wakes a loader, ``watch`` whoever
+    calls ``expire`` in time. ``ahead`` loads of one caller are in flight at most, and twice as many of its arrivals
+    wait for it; ``prefetches`` loads that wishes began."""
 
-    def __init__(self, *, wake: Callable[[], None], ring: Callable[[], None], ahead: int, prefetches: int) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        wake: Callable[[], None],
+        ring: Callable[[], None],
+        watch: Callable[[], None],
+        ahead: int,
+        prefetches: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.counters = TierCounters("host")
+        self.is_dropped = False
+        self._directory = directory
         self._wake = wake
         self._ring = ring
+        self._watch = watch
         self._ahead = ahead
         self._prefetches = prefetches
-        self._queue: deque[Load] = deque()  # demands that no loader has taken
-        self._wishes: dict[Pool, dict[int, deque[ExpertKey]]] = {}  # those not begun, by block
-        self._wished: dict[int, frozenset[ExpertKey]] = {}  # all of a block's latest wishes: not evicted for others
+        self._clock = clock
+        self._turns: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # not taken by a loader; by caller, next first
+        self._wishes: dict[Party | None, dict[int, tuple[Pool, deque[ExpertKey]]]] = {}  # not begun; by wisher, block
+        self._wished: dict[int, dict[Party | None, frozenset[ExpertKey]]] = {}  # all the latest: not evicted for others
         self._loads: dict[ExpertKey, Load] = {}
         self._demands: set[Demand] = set()
+        self._stirred: dict[Demand, None] = {}  # of parties: those that may go on
+        self._deadlines: dict[Demand, float] = {}  # of parties: those that have nothing
+        self._hungry_parties: dict[Pool, None] = {}  # where some of the hungry may be a party's
 
     # -- callers ------------------------------------------------------------------------------------------------------
 
     def look(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
         """Pins the residents, joins what is under way, begins what can be begun."""
         self._demands.add(demand)
-        self.wish(demand.pool, demand.block, ())
+        if demand.party is not None:
+            demand.party.demands[demand] = None
+        self.wish(demand.pool, demand.block, (), wisher=demand.party)
         slots = demand.pool.slots
         distinct = dict.fromkeys(keys)
         for key in distinct:
             slot = slots.find(key)
-            if slot is not None and slots.is_ready(slot):
-                slots.pin(slot)
+            is_full = demand.party is not None and demand.party.is_full
+            if slot is not None and slots.is_ready(slot) and not is_full:
+                self._attach(demand, slot)
                 demand.ready.append(slot)
             else:
                 demand.pending[key] = None
+        demand.residents = len(demand.ready)
         self.counters.hits += len(demand.ready)
         self.counters.misses += len(demand.pending)
         self.advance(demand)
@@ -108,87 +169,175 @@ class Ledger:
             slot = slots.find(key)
             if slot is not None:
                 demand.pool.policy.touch(slot)
+        if demand.party is not None:
+            self.stir(demand)
 
     def advance(self, demand: Demand) -> None:
         """Joins the loads of pending keys, and begins more of them as far as slots can be had."""
         pool = demand.pool
-        full = False
+        party = demand.party
+        full = False  # no slot is to be had
         for key in list(demand.pending):
+            if party is not None and party.is_full:
+                break
             slot = pool.slots.find(key)
             if slot is not None:  # a wish, or somebody else since this caller looked
                 self.counters.joined += 1
-                pool.slots.pin(slot)
+                self._attach(demand, slot)
                 if pool.slots.is_ready(slot):
                     demand.ready.append(slot)
                 else:
-                    _join(demand, self._loads[key])
-            elif full or len(demand.loads) >= self._ahead or (pool.hungry and pool.hungry[0] is not demand):
+                    self._join(demand, self._loads[key])
+            elif full or not self._may_begin(demand):
                 continue
             elif (slot := pool.policy.choose(demand.block, borrow=demand.is_idle)) is not None:
                 load = self._begin(pool, key, slot, wished=False)
-                pool.slots.pin(slot)
-                _join(demand, load)
-                self._queue.append(load)
+                self._attach(demand, slot)
+                self._join(demand, load)
                 self._ring()
             else:
                 full = True
                 continue
             del demand.pending[key]
             self._no_longer_hungry(demand)
-        if demand.pending and demand.is_idle and demand not in pool.hungry:
-            pool.hungry.append(demand)
+        if demand.pending and demand.is_idle:
+            if party is not None:
+                self._set_deadline(demand)
+                self._hungry_parties[pool] = None
+            if demand not in pool.hungry and not (party is not None and party.is_full):
+                pool.hungry.append(demand)
 
     def take(self, demand: Demand) -> int:
         """Leases the next slot of those that are ready."""
-        assert demand.current is None
-        slot = demand.current = demand.ready.popleft()
+        slot = demand.ready.popleft()
+        demand.residents = max(demand.residents - 1, 0)
+        demand.held[slot] = None
         return slot
 
-    def release(self, demand: Demand) -> None:
-        """Ends the present lease, if there is one."""
-        slot, demand.current = demand.current, None
-        if slot is not None:
-            self._unpin(demand.pool, slot)
+    def release(self, demand: Demand, slots: Sequence[int] | None = None) -> None:
+        """Ends leases: those of ``slots`` that the demand holds, or all."""
+        for slot in list(demand.held) if slots is None else slots:
+            if slot in demand.held:
+                del demand.held[slot]
+                self._detach(demand, slot)
 
     def leave(self, demand: Demand) -> None:
         """Gives back all that a caller holds and waits for. Loads that it began go on: what they read is kept."""
+        self._no_longer_hungry(demand)
+        demand.pending.clear()
         self.release(demand)
         while demand.ready:
-            self._unpin(demand.pool, demand.ready.popleft())
+            self._detach(demand, demand.ready.popleft())
         while demand.loads:
             load = demand.loads.pop()
             load.waiters.remove(demand)
-            self._unpin(demand.pool, load.slot)
-        self._no_longer_hungry(demand)
+            self._detach(demand, load.slot)
         self._demands.discard(demand)
+        self._stirred.pop(demand, None)
+        self._deadlines.pop(demand, None)
+        if demand.party is not None:
+            demand.party.demands.pop(demand, None)
+
+    def use(self, pool: Pool, key: ExpertKey) -> None:
+        """A record was used by somebody who found it in the directory."""
+        self.counters.hits += 1
+        slot = pool.slots.find(key)
+        if slot is not None:
+            pool.policy.touch(slot)
+
+    # -- parties ------------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Goes on with every demand of a party that can: grants what is ready, refuses what has failed."""
+        while True:
+            while self._stirred:
+                demand = next(iter(self._stirred))
+                del self._stirred[demand]
+                self._go_on(demand)
+            if not any(self._feed(pool) for pool in list(self._hungry_parties)):
+                return
+
+    def stir(self, demand: Demand) -> None:
+        """``serve`` looks whether a party's demand can go on."""
+        self._stirred[demand] = None
+
+    def expire(self) -> float | None:
+        """Fails the demands that have waited for too long, of which ``serve`` tells their parties. Returns the time of
+        the next, None if nobody waits."""
+        now = self._clock()
+        for demand in [demand for demand, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[demand]
+            demand.error = ExhaustedError(
+                f"All slots of the host tier are leased: none came free in {demand.patience:g} seconds.",
+                "Try again, give the daemon more memory, or have fewer clients at a time.",
+            )
+            self.stir(demand)
+        return min(self._deadlines.values(), default=None)
+
+    def _go_on(self, demand: Demand) -> None:
+        party = demand.party
+        assert party is not None
+        if demand.error is None and demand.pending:
+            self.advance(demand)
+        if demand.error is not None:
+            self.leave(demand)
+            party.refuse(demand, demand.error)
+            return
+        while demand.ready:
+            party.grant(demand, self.take(demand))
+        if demand.is_over:
+            self.leave(demand)
+
+    def _feed(self, pool: Pool) -> bool:
+        """Whether the first of the hungry, a party's, is fed now."""
+        head = pool.hungry[0] if pool.hungry else None
+        if head is None or not any(demand.party for demand in pool.hungry):
+            del self._hungry_parties[pool]
+            return False
+        if head.party is None:
+            return False  # woken, it comes by itself
+        self._go_on(head)
+        return not head.is_idle
 
     # -- wishes -------------------------------------------------------------------------------------------------------
 
-    def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey]) -> None:
-        """Replaces a block's wishes."""
-        if block in self._wished:
-            del self._wished[block]
-            self._wishes[pool].pop(block, None)
+    def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey], *, wisher: Party | None = None) -> None:
+        """Replaces a wisher's wishes for a block; the tier's own are nobody's."""
+        wished = self._wished.get(block, {})
+        if wished.pop(wisher, None) is not None:
+            self._wishes.get(wisher, {}).pop(block, None)
         if wishes:
-            self._wished[block] = frozenset(wishes)
-            self._wishes.setdefault(pool, {})[block] = deque(dict.fromkeys(wishes))
+            self._wished.setdefault(block, wished)[wisher] = frozenset(wishes)
+            self._wishes.setdefault(wisher, {})[block] = (pool, deque(dict.fromkeys(wishes)))
+        for _ in range(min(len(wishes), self._prefetches)):
+            self._ring()
+
+    def withdraw_wishes(self, wisher: Party) -> None:
+        """All of a wisher's."""
+        self._wishes.pop(wisher, None)
+        for wished in self._wished.values():
+            wished.pop(wisher, None)
 
     def _begin_wish(self) -> Load | None:
-        for pool, blocks in self._wishes.items():
-            for block, wishes in list(blocks.items()):
+        """Wishers take turns."""
+        for wisher, blocks in list(self._wishes.items()):
+            for block, (pool, wishes) in list(blocks.items()):
                 while wishes and not pool.hungry and self._prefetching < self._prefetches:
                     key = wishes.popleft()
                     if pool.slots.find(key) is None:
                         slot = pool.policy.choose(block, keep=self._is_wished)
                         if slot is not None:
+                            self._wishes[wisher] = self._wishes.pop(wisher)
                             self.counters.prefetched += 1
                             return self._begin(pool, key, slot, wished=True)
                 if not wishes:
                     del blocks[block]
+            if not blocks:
+                del self._wishes[wisher]
         return None
 
     def _is_wished(self, key: ExpertKey) -> bool:
-        return key in self._wished.get(key.block, ())
+        return any(key in wishes for wishes in self._wished.get(key.block, {}).values())
 
     @property
     def _prefetching(self) -> int:
@@ -197,17 +346,30 @@ class Ledger:
     # -- loaders ------------------------------------------------------------------------------------------------------
 
     def next_load(self) -> Load | None:
-        """What a loader does next, demands first; None if there is nothing to do."""
-        return self._queue.popleft() if self._queue else self._begin_wish()
+        """What a loader does next; None if there is nothing to do. Demands first, and of those one of each caller in
+        turn: somebody's hundred are not before another's one."""
+        while self._turns:
+            caller, queue = self._turns.popitem(last=False)
+            while queue:
+                load = queue.popleft()
+                if not load.is_taken:  # in another's turn, which it was in too
+                    load.is_taken = True
+                    if queue:
+                        self._turns[caller] = queue
+                    return load
+        return self._begin_wish()
 
     def arrive(self, load: Load) -> None:
         """Its record is in the slot."""
         del self._loads[load.key]
         load.pool.slots.fill(load.slot)
+        self._directory.publish(load.key, load.pool.first + load.slot)
         self.counters.bytes_in += load.pool.slot_bytes
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.ready.append(load.slot)
+            if demand.party is not None:
+                self.stir(demand)
         self._wake()
 
     def fail(self, load: Load, error: BaseException) -> None:
@@ -215,34 +377,98 @@ class Ledger:
         del self._loads[load.key]
         load.pool.policy.forget(load.slot)
         load.pool.slots.fail(load.slot)
+        self._directory.void(load.pool.first + load.slot)
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.error = demand.error or error
+            self._count(demand, -1)
+            if demand.party is not None:
+                self.stir(demand)
         self._wake()
 
     def drop(self, error: BaseException) -> None:
-        """No loader will begin anything any more."""
+        """No loader will begin anything any more, and nobody is to ask."""
+        self.is_dropped = True
         self._wishes.clear()
         self._wished.clear()
-        while self._queue:
-            self.fail(self._queue.popleft(), error)
+        queued = [load for queue in self._turns.values() for load in queue]
+        self._turns.clear()
+        for load in queued:
+            if not load.is_taken:
+                load.is_taken = True
+                self.fail(load, error)
+        for demand in self._demands:
+            if demand.party is not None:
+                demand.error = demand.error or error
+                self.stir(demand)
         self._wake()
+
+    def adopt(self, pool: Pool, key: ExpertKey, slot: int) -> None:
+        """A record that is in a slot of the tier from the beginning, as the directory says already."""
+        pool.slots.begin(slot - pool.first, key)
+        pool.slots.fill(slot - pool.first)
+        pool.policy.admit(key.block, slot - pool.first)
 
     # -- common -------------------------------------------------------------------------------------------------------
 
+    def _may_begin(self, demand: Demand) -> bool:
+        hungry = demand.pool.hungry
+        if len(demand.loads) >= self._ahead or (hungry and hungry[0] is not demand):
+            return False
+        arrivals = len(demand.ready) - demand.residents
+        return demand.party is not None or len(demand.loads) + arrivals < 2 * self._ahead
+
     def _begin(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool) -> Load:
+        old = None
         if pool.slots.is_ready(slot):
+            old = pool.slots.key(slot)
             pool.policy.forget(slot)
             pool.slots.evict(slot)
             self.counters.evictions += 1
+        self._directory.withdraw(old, pool.first + slot)
         pool.slots.begin(slot, key)
         pool.policy.admit(key.block, slot)
         load = self._loads[key] = Load(pool, key, slot, wished=wished)
         return load
 
-    def _unpin(self, pool: Pool, slot: int) -> None:
+    def _join(self, demand: Demand, load: Load) -> None:
+        load.waiters.append(demand)
+        demand.loads.append(load)
+        if not load.is_taken:  # it comes in the turn of whoever is first
+            self._turns.setdefault(demand.party or demand, deque()).append(load)
+
+    def _attach(self, demand: Demand, slot: int) -> None:
+        demand.pool.slots.pin(slot)
+        self._count(demand, 1)
+
+    def _detach(self, demand: Demand, slot: int) -> None:
+        pool = demand.pool
         if not pool.slots.unpin(slot) and pool.hungry:
             self._wake()
+        self._count(demand, -1)
+
+    def _count(self, demand: Demand, change: int) -> None:
+        """One slot more or less that a party's demand holds or claims."""
+        party = demand.party
+        if party is None:
+            return
+        was_full = party.is_full
+        party.outstanding += change
+        if change > 0:
+            self._deadlines.pop(demand, None)
+        if party.is_full and not was_full:  # nobody is to wait behind who may not take
+            for other in party.demands:
+                self._no_longer_hungry(other)
+        elif was_full and not party.is_full:
+            for other in party.demands:
+                if other.pending:
+                    self.stir(other)
+            self._wake()
+
+    def _set_deadline(self, demand: Demand) -> None:
+        if demand not in self._deadlines:
+            self._deadlines[demand] = self._clock() + demand.patience
+            self._watch()
 
     def _no_longer_hungry(self, demand: Demand) -> None:
         hungry = demand.pool.hungry
@@ -252,27 +478,45 @@ class Ledger:
             self._ring()  # wishes stand back while somebody is hungry
 
     def check_integrity(self, pools: Sequence[Pool]) -> None:
-        """Asserts that slots, groups, loads and callers agree."""
+        """Asserts that slots, groups, loads, callers and the directory agree; ``pools`` are all, in their order."""
+        states: list[tuple[ExpertKey | None, bool]] = []
         for pool in pools:
             pool.slots.check_integrity()
             pool.policy.check_integrity()
+            assert pool.first == len(states)
             pins = [0] * pool.slots.count
             for demand in self._demands:
                 if demand.pool is pool:
-                    current = [] if demand.current is None else [demand.current]
-                    for slot in [*current, *demand.ready, *(load.slot for load in demand.loads)]:
+                    for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
                         pins[slot] += 1
             assert pins == [pool.slots.pins(slot) for slot in range(pool.slots.count)]
             loading = {pool.slots.key(slot) for slot in range(len(pins)) if pool.slots.state(slot) is State.LOADING}
             assert loading == {key for key, load in self._loads.items() if load.pool is pool}
             assert all(demand in self._demands and demand.is_idle and demand.pending for demand in pool.hungry)
+            for slot in range(pool.slots.count):
+                state = pool.slots.state(slot)
+                states.append((None if state is State.EMPTY else pool.slots.key(slot), state is State.LOADING))
+        self._directory.check_integrity(states)
         for key, load in self._loads.items():
             assert load.key == key
             assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
         assert all(self._loads[load.key] is load for demand in self._demands for load in demand.loads)
-        assert all(self._loads[load.key] is load for load in self._queue)
+        queued = [load for queue in self._turns.values() for load in queue if not load.is_taken]
+        assert all(self._loads[load.key] is load for load in queued)
+        assert {load.key for load in queued} == {key for key, load in self._loads.items() if not load.is_taken}
+        self._check_parties()
 
-
-def _join(demand: Demand, load: Load) -> None:
-    load.waiters.append(demand)
-    demand.loads.append(load)
+    def _check_parties(self) -> None:
+        parties = {demand.party for demand in self._demands if demand.party is not None}
+        for party in parties:
+            assert party.demands.keys() == {demand for demand in self._demands if demand.party is party}
+            assert party.outstanding == sum(demand.outstanding for demand in party.demands) <= party.leases
+            for demand in party.demands:
+                stirred = demand in self._stirred
+                assert stirred or not demand.ready, "who is told does not have to ask"
+                assert stirred or not demand.is_over
+                waits = bool(demand.pending) and demand.is_idle
+                assert stirred or waits == (demand in self._deadlines)
+                assert not party.is_full or demand not in demand.pool.hungry
+                assert stirred or party.is_full or not waits or demand in demand.pool.hungry
+        assert all(demand in self._demands for demand in (*self._stirred, *self._deadlines))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+import google_crc32c
+
 from moetier.tiers.errors import StoreReadError
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -28,7 +30,9 @@ class RamReader:
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
         if key in self.broken:
             raise StoreReadError(f"{key} can't be read.", "Repair it.")
-        buffer[:-CHECKSUM_BYTES] = self.records[key]
+        record = self.records[key]
+        buffer[:-CHECKSUM_BYTES] = record
+        buffer[-CHECKSUM_BYTES:] = google_crc32c.value(record).to_bytes(CHECKSUM_BYTES, "little")
 
 
 class GatedReader(RamReader):

@@ -154,13 +154,15 @@ from moetier.runtime.config import Size
 from moetier.runtime.memory import available_memory, budget_for
 from moetier.tiers.arena import Arena
 from moetier.tiers.errors import BudgetError
+from moetier.tiers.plan import ArenaPlan, Region
 PAGE, RESERVE = 4096, int(sys.argv[1])
 sizes = {"smallest": PAGE, "largest": 1 << 50, "reserve": RESERVE, "available": available_memory()}
 try:
     budget_for(Size(bytes=1 << 50), **sizes)
 except BudgetError as error:
     most = int(re.findall(r"(\\d+) bytes", error.fix)[-1])
-arena = Arena.create(1, most // PAGE * PAGE)
+size = most // PAGE * PAGE
+arena = Arena.create(ArenaPlan("", (1,), (Region("records", 1, size, size - 4),)))
 memory = arena.slot(0)
 for start in range(0, len(memory), PAGE):
     memory[start] = 1

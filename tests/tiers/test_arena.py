@@ -18,6 +18,11 @@ import torch
 from moetier.tiers.arena import SEALS, Arena
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
 from moetier.tiers.keys import PAGE
+from moetier.tiers.plan import ArenaPlan, Region
+
+
+def plan_of(slots: int, pages: int = 1) -> ArenaPlan:
+    return ArenaPlan("ab" * 32, (slots,), (Region("records", slots, pages * PAGE, pages * PAGE - 4),))
 
 
 def arena_maps() -> int:
@@ -37,22 +42,22 @@ def in_child(code: str, *arguments: int, **options: object) -> subprocess.Comple
 
 
 def test_slots_are_apart_and_begin_on_pages() -> None:
-    arena = Arena.create(3, 2 * PAGE)
+    arena = Arena.create(plan_of(3, 2))
     for index in range(3):
         slot = arena.slot(index)
         assert len(slot) == 2 * PAGE
         assert np.frombuffer(slot, np.uint8).ctypes.data % PAGE == 0
         slot[:] = bytes([index + 1]) * len(slot)
     for index in range(3):
-        assert bytes(arena.view(index, 100)) == bytes([index + 1]) * 100
+        assert bytes(arena.view(index)[:100]) == bytes([index + 1]) * 100
         assert bytes(arena.slot(index)) == bytes([index + 1]) * 2 * PAGE
     del slot
     arena.close()
 
 
 def test_a_view_is_read_only_and_shows_what_is_written_later() -> None:
-    arena = Arena.create(1, PAGE)
-    view = arena.view(0, 10)
+    arena = Arena.create(plan_of(1))
+    view = arena.view(0)[:10]
     assert view.readonly
     with pytest.raises(TypeError):
         view[0] = 1
@@ -63,12 +68,12 @@ def test_a_view_is_read_only_and_shows_what_is_written_later() -> None:
 
 
 def test_the_memory_file_is_private_sealed_and_not_under_dev_shm() -> None:
-    arena = Arena.create(2, PAGE)
+    arena = Arena.create(plan_of(2))
     descriptor = arena.export()
     status = os.fstat(descriptor)
     assert stat.S_IMODE(status.st_mode) == 0o600
-    assert status.st_size == 2 * PAGE
-    assert status.st_blocks * 512 == 2 * PAGE, "allocated, not sparse"
+    assert status.st_size == 3 * PAGE
+    assert status.st_blocks * 512 == 3 * PAGE, "allocated, not sparse"
     assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == SEALS
     assert not os.get_inheritable(descriptor)
     assert str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "/memfd:moetier-arena (deleted)"
@@ -77,17 +82,18 @@ def test_the_memory_file_is_private_sealed_and_not_under_dev_shm() -> None:
 
 
 def test_another_process_reads_and_can_do_nothing_else() -> None:
-    arena = Arena.create(2, PAGE)
+    arena = Arena.create(plan_of(2))
     arena.slot(1)[:6] = b"expert"
     descriptor = arena.export()
     child = in_child(
         f"""
         import errno, mmap, os, sys
         from moetier.tiers.arena import Arena
+        from moetier.tiers.plan import ArenaPlan, Region
         descriptor = int(sys.argv[1])
-        arena = Arena.map(descriptor, 2, {PAGE})
-        print(bytes(arena.view(1, 6)).decode())
-        print(arena.view(1, 6).readonly)
+        arena = Arena.map(descriptor, ArenaPlan("ab" * 32, (2,), (Region("records", 2, {PAGE}, {PAGE - 4}),)))
+        print(bytes(arena.view(1)[:6]).decode())
+        print(arena.view(1)[:6].readonly)
         again = os.open(f"/proc/self/fd/{{descriptor}}", os.O_RDWR)  # the same user may: a restarted owner has to
         for attempt in (
             lambda: mmap.mmap(descriptor, {2 * PAGE}, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
@@ -109,14 +115,14 @@ def test_another_process_reads_and_can_do_nothing_else() -> None:
     )
     assert child.returncode == 0, child.stderr
     assert child.stdout.split() == ["expert", "True", "EACCES", "EBADF", "EINVAL", "EPERM", "EPERM", "False"]
-    assert bytes(arena.view(1, 6)) == b"expert"
+    assert bytes(arena.view(1)[:6]) == b"expert"
     os.close(descriptor)
     arena.close()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_can_not_open_it_for_writing() -> None:
-    arena = Arena.create(1, PAGE)
+    arena = Arena.create(plan_of(1))
     descriptor = arena.export()
     child = in_child(
         """
@@ -138,40 +144,46 @@ def test_what_could_shrink_under_the_reader_is_not_mapped(tmp_path: Path) -> Non
     def refused(descriptor: int, slots: int = 1) -> str:
         try:
             with pytest.raises(ArenaError) as caught:
-                Arena.map(descriptor, slots, PAGE)
+                Arena.map(descriptor, plan_of(slots))
             return caught.value.cause
         finally:
             os.close(descriptor)
 
     file = tmp_path / "file"
-    file.write_bytes(bytes(PAGE))
+    file.write_bytes(bytes(2 * PAGE))
     assert "no memory file" in refused(os.open(file, os.O_RDONLY))
 
-    unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(unsealed, PAGE)
-    assert "not sealed" in refused(unsealed)
+    arena = Arena.create(plan_of(1))
+    content = os.pread(descriptor := arena.export(), 2 * PAGE, 0)
+    os.close(descriptor)
 
-    half = os.memfd_create("half", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(half, PAGE)
-    fcntl.fcntl(half, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    assert "not sealed" in refused(half)
+    def memory_file(seals: int, content: bytes = content) -> int:
+        made = os.memfd_create("odd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.write(made, content)
+        fcntl.fcntl(made, fcntl.F_ADD_SEALS, seals)
+        return made
 
-    arena = Arena.create(1, PAGE)
-    assert "4,096 bytes, 8,192 were announced" in refused(arena.export(), slots=2)
+    assert "not sealed" in refused(memory_file(0))
+    assert "not sealed" in refused(memory_file(fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL))
+    assert "too short" in refused(memory_file(SEALS, content[:100]))
+    assert "does not begin as one" in refused(memory_file(SEALS, bytes(2 * PAGE)))
+    assert "of version 2" in refused(memory_file(SEALS, content[:8] + b"\2" + content[9:]))
+    assert "4,096 bytes, and says 8,192" in refused(memory_file(SEALS, content[:PAGE]))
+    assert "not the one" in refused(arena.export(), slots=2)
     arena.close()
 
 
 def test_only_the_owner_fills_and_exports() -> None:
-    arena = Arena.create(1, PAGE)
+    arena = Arena.create(plan_of(1))
     descriptor = arena.export()
-    reader = Arena.map(descriptor, 1, PAGE)
+    reader = Arena.map(descriptor, plan_of(1))
     os.close(descriptor)
     with pytest.raises(AssertionError):
         reader.slot(0)
     with pytest.raises(AssertionError):
         reader.export()
     arena.slot(0)[:2] = b"ok"
-    assert bytes(reader.view(0, 2)) == b"ok", "the map outlives the descriptor"
+    assert bytes(reader.view(0)[:2]) == b"ok", "the map outlives the descriptor"
     reader.close()
     arena.close()
 
@@ -183,9 +195,10 @@ def test_no_memory_is_a_budget_error() -> None:
         import os
         from moetier.tiers.arena import Arena
         from moetier.tiers.errors import BudgetError
+        from moetier.tiers.plan import ArenaPlan, Region
         before = os.listdir("/proc/self/fd")
         try:
-            Arena.create(1024, {PAGE})
+            Arena.create(ArenaPlan("", (1024,), (Region("records", 1024, {PAGE}, {PAGE - 4}),)))
         except BudgetError as error:
             print(error.cause)
             print(error.fix)
@@ -193,14 +206,17 @@ def test_no_memory_is_a_budget_error() -> None:
         """,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
-    assert "does not give 4,194,304 bytes of shared memory (EFBIG)" in child.stdout, child.stderr
+    assert "does not give 4,222,976 bytes of shared memory (EFBIG)" in child.stdout, child.stderr
     assert "less memory" in child.stdout
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("code", ["ENOSPC", "ENOMEM"])
 def test_a_full_memory_is_a_budget_error(code: str) -> None:
-    program = f"from moetier.tiers.arena import Arena; Arena.create(4, {PAGE})"
+    program = (
+        "from moetier.tiers.arena import Arena; from moetier.tiers.plan import ArenaPlan, Region; "
+        f"Arena.create(ArenaPlan('', (4,), (Region('records', 4, {PAGE}, {PAGE - 4}),)))"
+    )
     injected = subprocess.run(
         ["strace", "-qq", "-o", "/dev/null", "-e", f"inject=fallocate:error={code}", sys.executable, "-c", program],
         capture_output=True,
@@ -210,12 +226,12 @@ def test_a_full_memory_is_a_budget_error(code: str) -> None:
     )
     if "ptrace" in injected.stderr and "Operation not permitted" in injected.stderr:
         pytest.skip("strace may not trace here")
-    assert f"{BudgetError.__name__}: The system does not give 16,384 bytes of shared memory ({code})" in injected.stderr
+    assert f"{BudgetError.__name__}: The system does not give 20,480 bytes of shared memory ({code})" in injected.stderr
 
 
 def test_close_leaves_nothing() -> None:
     before = arena_maps()
-    arena = Arena.create(4, PAGE)
+    arena = Arena.create(plan_of(4))
     assert arena_maps() == before + 1
     arena.close()
     assert arena_maps() == before
@@ -223,15 +239,15 @@ def test_close_leaves_nothing() -> None:
     with pytest.raises(ClosedError):
         arena.slot(0)
     with pytest.raises(ClosedError):
-        arena.view(0, 1)
+        arena.view(0)[:1]
 
 
 @pytest.mark.parametrize("kind", ["memoryview", "numpy", "torch"])
 def test_a_view_outlives_close_and_takes_the_map_with_it(kind: str) -> None:
     before = arena_maps()
-    arena = Arena.create(1, PAGE)
+    arena = Arena.create(plan_of(1))
     arena.slot(0)[:4] = b"held"
-    view = arena.view(0, 4)
+    view = arena.view(0)[:4]
     held: object
     match kind:
         case "memoryview":
@@ -251,10 +267,10 @@ def test_a_view_outlives_close_and_takes_the_map_with_it(kind: str) -> None:
 
 
 def test_the_map_is_shared_not_private() -> None:
-    arena = Arena.create(1, PAGE)
+    arena = Arena.create(plan_of(1))
     descriptor = arena.export()
-    reader = Arena.map(descriptor, 1, PAGE)
-    view = reader.view(0, 1)
+    reader = Arena.map(descriptor, plan_of(1))
+    view = reader.view(0)[:1]
     assert bytes(view) == b"\0", "the page is mapped before it is written"
     arena.slot(0)[:1] = b"1"
     assert bytes(view) == b"1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from geometries import two_geometries
 from hypothesis import settings
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moetier.tiers.budget import members, slot_ranges
+from moetier.tiers.directory import Directory
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.ledger import Demand, Ledger, Load, Pool
+from moetier.tiers.plan import ArenaPlan
 from moetier.tiers.policy import plan_groups
 
 MANIFEST = two_geometries()
@@ -39,17 +42,23 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def open(self, data: st.DataObject) -> None:
+        counts = {
+            name: data.draw(st.integers(least, most) | st.just(least), name)
+            for name, (least, most) in sorted(slot_ranges(MANIFEST).items())
+        }
+        plan = ArenaPlan.of(MANIFEST, counts)
         self.ledger = Ledger(
+            Directory.create(memoryview(bytearray(plan.directory_bytes)), plan),
             wake=self.wake,
             ring=lambda: None,
+            watch=lambda: None,
             ahead=data.draw(st.integers(1, 4), "ahead"),
             prefetches=data.draw(st.integers(1, 2), "prefetches"),
         )
         self.loaders = data.draw(st.integers(1, 3), "loaders")
         self.pools = {}
-        for name, (least, most) in slot_ranges(MANIFEST).items():
-            count = data.draw(st.integers(least, most) | st.just(least), name)
-            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), 0, 1)
+        for (name, count), first in zip(counts.items(), plan.first_slots, strict=True):
+            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, 1)
 
     def wake(self) -> None:
         for caller in self.callers:
@@ -183,9 +192,11 @@ TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
-def ledger_of(count: int, ahead: int = 4) -> tuple[Ledger, Pool]:
-    ledger = Ledger(wake=lambda: None, ring=lambda: None, ahead=ahead, prefetches=1)
-    return ledger, Pool(count, plan_groups(count, members(MANIFEST, "small")), 0, 1)
+def ledger_of(count: int, ahead: int = 4, wake: Callable[[], None] = lambda: None) -> tuple[Ledger, Pool]:
+    plan = ArenaPlan.of(MANIFEST, {"big": 3, "small": count})
+    directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
+    ledger = Ledger(directory, wake=wake, ring=lambda: None, watch=lambda: None, ahead=ahead, prefetches=1)
+    return ledger, Pool(count, plan_groups(count, members(MANIFEST, "small")), 3, 1)
 
 
 def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
@@ -263,8 +274,7 @@ def test_when_the_first_of_the_hungry_goes_the_next_is_woken() -> None:
         nonlocal woken
         woken += 1
 
-    ledger = Ledger(wake=wake, ring=lambda: None, ahead=4, prefetches=1)
-    pool = Pool(2, plan_groups(2, members(MANIFEST, "small")), 0, 1)
+    ledger, pool = ledger_of(2, wake=wake)
     holder = demand(ledger, pool, 1, 0, 1)
     arrive_all(ledger)
     first, second = demand(ledger, pool, 3, 0), demand(ledger, pool, 4, 0)
