@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
-import google_crc32c
 import grpc
-import numpy as np
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
 from moetier.tiers.host import HostTier
-from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.session import Event, Failed, Granted
 
 from .piece import PIECE_BYTES, encode_piece
 
@@ -58,6 +60,10 @@ class Fetches:
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._patience = patience
+        # no bound of its own: which records are held is bounded here, and a record may be held by several calls
+        self._session = host.session(self._deliver, leases=CALLS, patience=patience)
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # by request; each its call's alone
         self._state = threading.Condition()  # guards all below
         self._calls = 0
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
@@ -83,11 +89,9 @@ class Fetches:
                 f"Bytes {start} to {end} are no part of a record of {size}.", "Ask for a part of the record."
             )
         patience = min(remaining, self._patience)
-        with (
-            self._admitted(key, entry.array, context, patience) as call,
-            contextlib.closing(self._host.acquire([key])) as leases,
-        ):
-            for piece in _pieces(next(leases).record, start, end):
+        with self._admitted(key, entry.array, context, patience) as call, self._lease(key, context) as slot:
+            for at in range(start, end, PIECE_BYTES):
+                piece = slot[at : min(at + PIECE_BYTES, end)]
                 call.offered = time.monotonic()
                 yield encode_piece(piece)
                 with self._state:
@@ -107,6 +111,7 @@ class Fetches:
             self._closed = True
             self._state.notify_all()
             watcher = self._watcher
+        self._session.close()
         if watcher is not None:
             watcher.join()
 
@@ -129,7 +134,7 @@ class Fetches:
                         "Ask another daemon, or later.",
                     )
                 if self._closed or not context.is_active():
-                    raise ClosedError("The daemon ends, or nobody waits any more.", "Ask another daemon.")
+                    raise _unheard()
             except BaseException:
                 self._calls -= 1
                 raise
@@ -150,6 +155,32 @@ class Fetches:
                 if not held[key]:
                     del held[key]
                 self._state.notify_all()
+
+    @contextlib.contextmanager
+    def _lease(self, key: ExpertKey, context: grpc.ServicerContext) -> Iterator[memoryview]:
+        """The record and its checksum. Raises ExhaustedError when no slot comes free for it in time."""
+        number = next(self._numbers)
+        answers: SimpleQueue[Event | None] = SimpleQueue()
+        self._answers[number] = answers
+        try:
+            self._session.acquire(number, [key])
+            if not context.add_callback(partial(answers.put, None)):  # None: the client is gone, or its deadline
+                raise _unheard()
+            match answers.get():
+                case Granted(slot=slot):
+                    yield self._host.whole(slot)
+                case Failed(error=error):
+                    raise error
+                case None:
+                    raise _unheard()
+        finally:
+            self._session.release(number)
+            del self._answers[number]
+
+    def _deliver(self, event: Event) -> None:
+        answers = self._answers.get(event.request)
+        if answers is not None:
+            answers.put(event)
 
     def _wake(self) -> None:
         with self._state:
@@ -183,11 +214,5 @@ def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
-def _pieces(record: memoryview, start: int, end: int) -> Iterator[memoryview]:
-    """The bytes ``start`` to ``end`` of a record and the checksum behind it."""
-    whole = len(record)
-    for at in range(start, min(end, whole), PIECE_BYTES):
-        yield record[at : min(at + PIECE_BYTES, end)]
-    if end > whole:
-        crc = google_crc32c.value(np.frombuffer(record, np.uint8)).to_bytes(CHECKSUM_BYTES, "little")
-        yield memoryview(crc)[max(start - whole, 0) : end - whole]
+def _unheard() -> ClosedError:
+    return ClosedError("The daemon ends, or nobody waits any more.", "Ask another daemon.")

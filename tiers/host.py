@@ -128,6 +128,10 @@ class HostTier:
         """A new read-only descriptor of the arena, the caller's to close; ``plan`` says what is where."""
         return self._arena.export()
 
+    def whole(self, slot: int) -> memoryview:
+        """A leased slot with its checksum, read-only: for another host, which proves it there."""
+        return self._arena.whole(slot)
+
     def stats(self) -> TierStats:
         with self._monitor:
             pools = self._pools.values()
