@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ PATIENCE = 5.0  # seconds that either end waits for the other's one packet
 _PACKET = 65_536  # bytes at most
 _GREETING = 4_096  # bytes of a client's packet at most
 _BACKLOG = 64
+_POLL = 0.01  # seconds
 _VISITORS = 16  # connections beyond the clients: those who have not said yet what they want, and those who only look
 _PAUSE = 0.2  # seconds without accepting where the process can open no more descriptors
 
@@ -64,10 +66,11 @@ class SideConnection:
         try:
             end.settimeout(patience)
             try:
-                end.connect(str(folder / SIDE_SOCKET))
+                _connect(end, folder / SIDE_SOCKET, patience)
                 _check_peer(end, f"the daemon in {folder}")
-                end.send(json.dumps({"protocol": PROTOCOL, "digest": digest}).encode())
-                packet, descriptors, _, _ = socket.recv_fds(end, _PACKET, 1, socket.MSG_CMSG_CLOEXEC)
+                with contextlib.suppress(BrokenPipeError):  # refused already: the answer says why
+                    end.send(json.dumps({"protocol": PROTOCOL, "digest": digest}).encode())
+                packet, descriptors = _receive(end)
             except TimeoutError:
                 raise UnavailableError(
                     f"The daemon in {folder} does not answer.", "See whether it is stopped; or start it again."
@@ -143,6 +146,32 @@ def _close_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _connect(end: socket.socket, path: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            end.connect(str(path))
+            return
+        except BlockingIOError:  # more wait to be accepted than the kernel queues
+            if time.monotonic() >= deadline:
+                raise TimeoutError from None
+            time.sleep(_POLL)
+
+
+def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
+    """A packet and its descriptors, closed on exec. (``socket.recv_fds`` of Python 3.11 ignores its flags.)"""
+    arguments = (_PACKET, socket.CMSG_LEN(array("i", [0]).itemsize), socket.MSG_CMSG_CLOEXEC)
+    try:
+        packet, ancillary, _, _ = end.recvmsg(*arguments)
+    except ConnectionResetError:  # refused before the greeting was read; the answer is still there
+        packet, ancillary, _, _ = end.recvmsg(*arguments)
+    descriptors = array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    return packet, list(descriptors)
 
 
 def _nobody(folder: Path, why: str = "") -> UnavailableError:

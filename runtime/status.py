@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from moetier.proto.expert_store_pb2 import Error
 from moetier.tiers import errors
@@ -95,7 +96,7 @@ def error_of(error: grpc.RpcError) -> MoetierError:
         if name == METADATA and isinstance(value, bytes):
             try:
                 return error_from_message(Error.FromString(value), code)
-            except ValueError:  # google.protobuf's DecodeError: the code has to do
+            except DecodeError:  # the code has to do
                 break
     details = " ".join((call.details() or code.name).split())
     kind = ERRORS.get(code, DaemonError)

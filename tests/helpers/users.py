@@ -1,0 +1,34 @@
+"""Another user, for real. Skips where this one can't become another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+from forks import in_fork
+
+NOBODY = 65534
+
+
+def as_nobody(work: Callable[[], object]) -> str:
+    """What ``work`` says of itself in a forked child of another user: "returned ...", or its error."""
+    need_root()
+
+    def become_and_work() -> object:
+        become_nobody()
+        return work()
+
+    return in_fork(become_and_work)
+
+
+def become_nobody() -> None:
+    """For good: in a child."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
