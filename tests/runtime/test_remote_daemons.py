@@ -1,0 +1,245 @@
+"""Daemons of other hosts as they are: real processes, killed and frozen, behind a network that loses packets."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
+import pytest
+import trustme
+from daemons import DaemonProcess, running_daemon
+from networks import network
+from stores import layout_of, make_plan, make_records, write_store
+from threads import Task, wait_until
+
+from moetier.runtime.address import Address, Credentials
+from moetier.runtime.remote import RemoteReader
+from moetier.runtime.spread import Peer, SpreadReader, rendezvous
+from moetier.tiers.errors import UnavailableError
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.manifest import Manifest
+
+PLAN = make_plan(blocks=4, experts=12)
+RECORDS = make_records(PLAN)
+KEYS = list(RECORDS)
+# 14 MB: long enough on its way to be cut off in the middle
+LARGE_PLAN = make_plan(blocks=1, experts=4, layout=layout_of(rows=1024, columns=2304))
+LARGE_RECORDS = make_records(LARGE_PLAN, seed=1)
+TOKEN = "s3cret"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_store(folder, PLAN, RECORDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    write_store(folder, LARGE_PLAN, LARGE_RECORDS)
+    return folder
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    return path
+
+
+def manifest_of(folder: Path) -> Manifest:
+    return read_manifest(store_folder(folder))
+
+
+def without_shards(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("c"))
+    return target
+
+
+def address_of(daemon: DaemonProcess) -> Address:
+    return Address.parse(daemon.card.listen)
+
+
+def read(reader: RemoteReader | SpreadReader, key: ExpertKey, records: dict[ExpertKey, bytes]) -> None:
+    slot = memoryview(mmap.mmap(-1, reader.manifest.layout(key.block).slot_bytes))
+    reader.read_into(key, slot)
+    assert slot[:-CHECKSUM_BYTES] == records[key], f"wrong bytes for {key}"
+
+
+@pytest.fixture
+def three(small: Path, tmp_path: Path, token: Path) -> Iterator[list[DaemonProcess]]:
+    """Each with room for all, on a port that it keeps when it is started again."""
+    with ExitStack() as stack:
+        daemons = []
+        for name in "abc":
+            options = ["--listen", f"127.0.0.1:{free_port()}", "--token-file", token]
+            daemons.append(
+                stack.enter_context(running_daemon(small, ram=PLAN.stored_bytes, folder=tmp_path / name, extra=options))
+            )
+        yield daemons
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_three_hold_a_third_each_and_one_is_killed_under_load(
+    three: list[DaemonProcess], small: Path, tmp_path: Path, token: Path
+) -> None:
+    bare = without_shards(small, tmp_path / "bare")
+    credentials = Credentials(token_file=token, insecure=True)
+    addresses = [address_of(daemon) for daemon in three]
+    over = threading.Event()
+
+    def caller(host: HostTier, seed: int) -> int:
+        chance, count = random.Random(seed), 0
+        while not over.is_set():
+            block = chance.randrange(4)
+            wanted = [ExpertKey(block, expert) for expert in chance.sample(range(12), 4)]
+            seen = {lease.key: bytes(lease.record) for lease in host.acquire(wanted)}
+            assert seen == {key: RECORDS[key] for key in wanted}
+            count += 1
+        return count
+
+    with SpreadReader.open(addresses, credentials, manifest_of(bare), bare) as reader:
+        for _ in range(2):
+            for key in KEYS:
+                read(reader, key, RECORDS)
+        ready = [daemon.stats().host.ready for daemon in three]
+        share = Counter(rendezvous(map(str, addresses), key)[0] for key in KEYS)
+        assert ready == [share[str(address)] for address in addresses], "each record is held once, and all are"
+        assert [daemon.stats().host.bytes_in for daemon in three] == [
+            count * PLAN.layout(0).slot_bytes for count in ready
+        ], "and read from the disk once"
+        first = reader.peers()[0]
+        with HostTier(reader, slots={"records": 6}) as host:
+            tasks = [Task(lambda seed=seed: caller(host, seed)) for seed in range(3)]
+            try:
+                given = first.records
+                wait_until(lambda: first.records > given + 20)
+                three[0].kill()
+                wait_until(lambda: first.away is not None)
+                others = sum(peer.records for peer in reader.peers()[1:])
+                wait_until(lambda: sum(peer.records for peer in reader.peers()[1:]) > others + 100)
+                assert first.away is not None
+                three[0].restart()
+                wait_until(lambda: first.away is None)
+                given = first.records
+                wait_until(lambda: first.records > given + 20)
+            finally:
+                over.set()
+                counts = [task.result() for task in tasks]
+            assert min(counts) > 0
+            host.check_integrity()
+
+
+def test_one_that_is_frozen_is_not_waited_for_twice(
+    three: list[DaemonProcess], small: Path, tmp_path: Path, token: Path
+) -> None:
+    manifest = manifest_of(small)
+    credentials = Credentials(token_file=token, insecure=True)
+    peers = [
+        Peer(str(address_of(daemon)), RemoteReader(address_of(daemon), credentials, manifest, patience=1.0))
+        for daemon in three
+    ]
+    with SpreadReader(manifest, peers) as reader:
+        for key in KEYS:
+            read(reader, key, RECORDS)
+        os.kill(three[1].pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            for key in KEYS:
+                read(reader, key, RECORDS)
+            assert time.monotonic() - began < 10, "one deadline, not one a record"
+            assert peers[1].away is not None
+        finally:
+            os.kill(three[1].pid, signal.SIGCONT)
+        wait_until(lambda: peers[1].away is None)
+        for key in KEYS:
+            read(reader, key, RECORDS)
+        assert [peer.failures for peer in peers] == [0, 1, 0]
+
+
+def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: Path, token: Path) -> None:
+    """TLS across a network of its own. With another daemon nothing is missed; alone it is an error by the deadline, and
+    right again when packets flow."""
+    manifest = manifest_of(large)
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca"))
+    with network() as net, ExitStack() as stack:
+        issued = ca.issue_cert(net.there, "127.0.0.1")
+        issued.private_key_pem.write_to_path(str(tmp_path / "key"))
+        issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+        tls = ["--tls-cert", tmp_path / "cert", "--tls-key", tmp_path / "key", "--token-file", token]
+        far = stack.enter_context(
+            running_daemon(
+                large, folder=tmp_path / "far", extra=["--listen", f"{net.there}:0", *tls], prefix=net.prefix
+            )
+        )
+        near = stack.enter_context(
+            running_daemon(large, folder=tmp_path / "near", extra=["--listen", "127.0.0.1:0", *tls])
+        )
+        credentials = Credentials(token_file=token, ca=tmp_path / "ca")
+        peers = [
+            Peer(str(address_of(daemon)), RemoteReader(address_of(daemon), credentials, manifest, patience=1.0))
+            for daemon in (far, near)
+        ]
+        over = threading.Event()
+
+        def load(reader: SpreadReader) -> float:
+            """The longest that a record took."""
+            longest = 0.0
+            while not over.is_set():
+                for key in LARGE_RECORDS:
+                    began = time.monotonic()
+                    read(reader, key, LARGE_RECORDS)
+                    longest = max(longest, time.monotonic() - began)
+            return longest
+
+        with SpreadReader(manifest, peers) as reader:
+            tasks = [Task(lambda: load(reader)) for _ in range(2)]
+            try:
+                for _ in range(2):
+                    given = peers[0].records
+                    wait_until(lambda given=given: peers[0].records > given + 5)  # type: ignore[misc]
+                    net.drop()
+                    wait_until(lambda: peers[0].away is not None)
+                    others = peers[1].records
+                    wait_until(lambda others=others: peers[1].records > others + 5)  # type: ignore[misc]
+                    net.flow()
+                    wait_until(lambda: peers[0].away is None)
+            finally:
+                over.set()
+                longest = [task.result() for task in tasks]
+            assert max(longest) < 20, "the deadline of one attempt, and then the other daemon"
+
+        with RemoteReader(address_of(far), credentials, manifest, patience=1.0) as alone:
+            key = ExpertKey(0, 0)
+            read(alone, key, LARGE_RECORDS)
+            net.drop()
+            began = time.monotonic()
+            with pytest.raises(UnavailableError):
+                read(alone, key, LARGE_RECORDS)
+            assert time.monotonic() - began < 15
+            with pytest.raises(UnavailableError):
+                alone.check(1.0)
+            net.flow()
+            alone.check()
+            read(alone, key, LARGE_RECORDS)
+        far.wait_for("leases == 0")
