@@ -11,11 +11,14 @@ import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
-from moetier.runtime.address import Address
+from moetier.runtime.address import Address, Credentials
 from moetier.runtime.fetch import Fetches, add_service
 from moetier.runtime.status import abort
 from moetier.tiers.errors import MoetierError
+from moetier.tiers.host import HostTier
 from moetier.tiers.manifest import Manifest
+
+PLAIN = Credentials(insecure=True)
 
 Behaviour = Callable[[pb.FetchRequest, grpc.ServicerContext], Iterator[bytes]]
 
@@ -56,6 +59,17 @@ def serving(
 
 def outlet_of(fetches: Fetches, manifest: Manifest) -> Outlet:
     return Outlet(manifest, fetches.serve)
+
+
+@contextlib.contextmanager
+def served(host: HostTier) -> Iterator[Address]:
+    """Where a tier's records are fetched."""
+    fetches = Fetches(host, host.manifest, host.plan.slots_by_array)
+    try:
+        with serving(outlet_of(fetches, host.manifest)) as address:
+            yield address
+    finally:
+        fetches.close()
 
 
 # gRPC opens what its event loop polls when it is first used, and closes it with the last of its objects: in between

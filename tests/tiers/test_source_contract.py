@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeDevice
+from outlets import PLAIN, served
 from stores import make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
+from moetier.runtime.remote import RemoteReader
 from moetier.tiers.budget import slots_for, smallest_budget
 from moetier.tiers.device import DeviceTier
 from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
@@ -29,7 +31,7 @@ PLAN = make_plan(blocks=3, experts=6, top_k=2)
 RECORDS = make_records(PLAN)
 TWO = slots_for(PLAN, smallest_budget(PLAN))
 ALL = {"records": PLAN.record_count}
-KINDS = ["host", "views", "device"]
+KINDS = ["host", "views", "device", "remote"]
 
 
 @dataclass
@@ -76,6 +78,13 @@ def open_source(kind: str, folder: Path, slots: dict[str, int]) -> Iterator[Open
                 views = HostViews(host)
                 yield Opened(views, host, store, lambda lease: lease.record.numpy().tobytes())
                 views.close()
+            case "remote":  # a tier of another host, at the same budget, between it and the store
+                with (
+                    served(host) as address,
+                    RemoteReader(address, PLAIN, store.manifest) as reader,
+                    HostTier(reader, slots=slots, loaders=2) as above,
+                ):
+                    yield Opened(above, above, store, lambda lease: bytes(lease.record))
             case "device":
                 device = FakeDevice(random.Random(0))
                 tier = DeviceTier(host, store.manifest, slots=slots, device=device)
