@@ -20,6 +20,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if "torch" in sys.modules:  # imported by a plugin: it has read the environment already
     sys.modules["torch"].set_num_threads(1)
 
+os.environ["XDG_RUNTIME_DIR"] = "/nonexistent"  # a daemon that happens to run here is none of the tests'
+
 tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts a thread that stays
 
 GRACE = 5.0  # seconds for what is ending already

@@ -1,0 +1,196 @@
+"""Whose experts a model computes with; and that its outputs don't depend on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import convert_tiny, smallest_ram
+from daemons import DaemonProcess, running_daemon
+from transformers import AutoModelForCausalLM
+
+import moetier
+from moetier.runtime.address import DEFAULT_NAME, Credentials
+from moetier.runtime.client import DaemonTier
+from moetier.runtime.config import TierConfig
+from moetier.tiers.errors import BudgetError, ConfigError, UnavailableError, UnknownModelError
+from moetier.tiers.host import HostTier
+from moetier.tiers.shard import GROUP, METADATA
+
+IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_tiny("mixtral", torch.bfloat16, tmp_path_factory.mktemp("mixtral"))[1]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of another model."""
+    return convert_tiny("gpt_oss", torch.bfloat16, tmp_path_factory.mktemp("gpt_oss"))[1]
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where daemons are looked for."""
+    folder = tmp_path / "runtime" / "moetier"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder.parent))
+    return folder
+
+
+@pytest.fixture
+def daemon(directory: Path, runtime: Path) -> Iterator[DaemonProcess]:
+    """At the smallest budget: nearly everything is missed, and what is found may be replaced at any time."""
+    with running_daemon(directory, ram=smallest_ram(directory), folder=runtime / DEFAULT_NAME) as running:
+        yield running
+
+
+@torch.no_grad()
+def outputs(model: Any) -> list[torch.Tensor]:
+    """Logits of a prefill, and the tokens and logits of some decode steps."""
+    found = model.generate(
+        IDS,
+        attention_mask=torch.ones_like(IDS),
+        max_new_tokens=12,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return [model(IDS).logits, found.sequences, *found.logits]
+
+
+@pytest.fixture
+def expected(directory: Path) -> list[torch.Tensor]:
+    model, _ = moetier.load(directory, daemon=None)
+    with model.tiers:
+        assert isinstance(model.tiers.host, HostTier)
+        assert model.tiers.where == "this process"
+        return outputs(model)
+
+
+def test_a_running_daemon_of_this_very_store_is_found(
+    directory: Path, daemon: DaemonProcess, expected: list[torch.Tensor]
+) -> None:
+    model, _ = moetier.load(directory)
+    with model.tiers:
+        assert isinstance(model.tiers.host, DaemonTier)
+        assert model.tiers.where == f"the daemon {daemon.folder}"
+        assert all(map(torch.equal, outputs(model), expected))
+        assert daemon.stats().requests > 0
+        assert model.tiers.host.stats().bytes_in == 0, "nothing was read here"
+
+
+def test_plain_from_pretrained_finds_it_too(
+    directory: Path, daemon: DaemonProcess, expected: list[torch.Tensor]
+) -> None:
+    moetier.register()
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with model.tiers:
+        assert isinstance(model.tiers.host, DaemonTier)
+        assert all(map(torch.equal, outputs(model), expected))
+
+
+def test_without_a_daemon_of_this_store_the_experts_are_this_process_s(
+    directory: Path, other: Path, runtime: Path
+) -> None:
+    with running_daemon(other, folder=runtime / "another") as running:
+        for keep in (True, False):
+            if not keep:
+                running.kill()  # its files stay behind
+            model, _ = moetier.load(directory)
+            with model.tiers:
+                assert isinstance(model.tiers.host, HostTier)
+
+
+def test_a_killed_daemon_s_files_lead_nowhere(directory: Path, daemon: DaemonProcess) -> None:
+    daemon.kill()
+    model, _ = moetier.load(directory)
+    with model.tiers:
+        assert isinstance(model.tiers.host, HostTier)
+    with pytest.raises(UnavailableError, match="No daemon runs in"):
+        moetier.load(directory, daemon=str(daemon.folder))
+
+
+def test_one_that_is_named_must_serve_it(directory: Path, other: Path, daemon: DaemonProcess) -> None:
+    model, _ = moetier.load(directory, daemon=DEFAULT_NAME)
+    with model.tiers:
+        assert isinstance(model.tiers.host, DaemonTier)
+    with pytest.raises(UnknownModelError, match="does not serve the store"):
+        moetier.load(other, daemon=DEFAULT_NAME)
+
+
+def test_a_mapped_daemon_needs_no_budget_here(
+    directory: Path, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="the daemon's"):
+        moetier.load(directory, ram="1MiB", daemon=DEFAULT_NAME)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BudgetError("Nothing is free.", "Free some.")
+
+    monkeypatch.setattr("moetier.runtime.tiers.budget_for", refuse)
+    model, _ = moetier.load(directory)
+    model.tiers.close()
+    with pytest.raises(BudgetError):
+        moetier.load(directory, daemon=None)
+
+
+def test_several_daemons_hold_a_share_each(
+    directory: Path, runtime: Path, expected: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """Also with a directory that has no records of its own; one is killed in the middle."""
+    trunk_only = tmp_path / "trunk only"
+    shutil.copytree(directory, trunk_only, ignore=lambda folder, names: ["c"] if "c" in names else [])
+    assert (trunk_only / GROUP / METADATA).exists()
+    with running_daemon(directory, folder=runtime / "a") as a, running_daemon(directory, folder=runtime / "b") as b:
+        model, _ = moetier.load(trunk_only, daemon="a,b", ram=smallest_ram(directory))
+        with model.tiers:
+            assert isinstance(model.tiers.host, HostTier)
+            assert str(a.folder) in model.tiers.where
+            assert all(map(torch.equal, outputs(model), expected))
+            shares = [running.stats().fetches for running in (a, b)]
+            assert min(shares) > 0
+            b.kill()
+            assert all(map(torch.equal, outputs(model), expected))
+            assert a.stats().fetches > shares[0]
+
+
+def test_a_config_can_name_no_daemon(directory: Path, tmp_path: Path) -> None:
+    """It may come from anywhere: it must not make a process connect to some other host."""
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "config.json").read_bytes())
+    config["quantization_config"]["daemon"] = "elsewhere:7070"
+    (copy / "config.json").write_text(json.dumps(config))
+    moetier.register()
+    with pytest.raises(ConfigError, match="has no 'daemon'"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("daemon", "cause"),
+    [("a:b:c", "no address"), ("", "no address"), ("a,a", "twice"), ("a,", "no address"), ("h:99999", "no address")],
+)
+def test_what_is_no_daemon(daemon: str, cause: str) -> None:
+    with pytest.raises(ConfigError, match=cause):
+        TierConfig.of(daemon=daemon)
+
+
+def test_credentials_that_can_t_be_used(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read"):
+        moetier.load(directory, daemon="localhost:1", credentials=Credentials(token_file=tmp_path / "none"))
+
+
+def test_a_process_without_a_daemon_imports_no_grpc(directory: Path) -> None:
+    code = "import moetier, sys; moetier.load(sys.argv[1])[0].tiers.close(); print('grpc' in sys.modules)"
+    command = [sys.executable, "-c", code, str(directory)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
