@@ -37,7 +37,7 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
     Raises ConfigError for files that can't be used and for what contradicts itself; of a Unix folder RefusedError where
     others could have their hands in it, UnavailableError where it is not there.
     """
-    # A forked child does not use its parent's channels: gRPC's handlers of forks would do nothing, and say so each time.
+    # A forked child does not use its parent's channels. gRPC's handlers of forks would do nothing, and say so.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # gRPC reads it when its first channel is made
     if address.folder is not None:
         try:

@@ -110,6 +110,7 @@ class Link(Generic[Place]):
         self._outbox: SimpleQueue[wire.ClientMessage | None] | None = None  # None: away
         self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
         self._closed = threading.Event()
+        self._tried = threading.Event()  # to connect
         self._call: Any = None
         self._away_since: float | None = None
         self._error: MoetierError | None = None
@@ -117,6 +118,7 @@ class Link(Generic[Place]):
         self._bytes_out = self._bytes_in = self._connections = 0
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
+        self._tried.wait()  # a wish that comes now is not forgotten
 
     @property
     def away_since(self) -> float | None:
@@ -201,6 +203,7 @@ class Link(Generic[Place]):
             except OSError as error:  # no descriptor to be had, no memory
                 self._error = UnavailableError(f"The daemon can't be reached: {error}.", "Free what is short.")
             side = None
+            self._tried.set()
             if self._messages_in > heard or time.monotonic() - began > _STEADY:
                 pause = FIRST_PAUSE
                 self._away_since = time.monotonic()
@@ -258,6 +261,7 @@ class Link(Generic[Place]):
             self._outbox = outbox
             self._connections += 1
             self._away_since = None
+        self._tried.set()
         for request in requests:  # who withdrew one meanwhile may have seen no outbox
             if request.number not in self._requests:
                 self._say(wire.ClientMessage(release=wire.Release(request=request.number)))

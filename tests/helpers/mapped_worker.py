@@ -37,7 +37,6 @@ class Worker:
         self.truth = dict(zip(keys, map(int, words), strict=True))
         self.random = random.Random(os.getpid())
         self.used = self.thrown = self.wrong = 0
-        self.errors: list[str] = []
         self.open_leases: list[Generator[Lease[memoryview], None, None]] = []
         self._open = lambda: DaemonTier.open(folder, spare, self.manifest, patience=patience)
         self._tier: DaemonTier | None = None
@@ -109,6 +108,15 @@ class Worker:
             os.close(reading)
         return child
 
+    def fork_sleep(self) -> int:
+        """A child of this process, which has its tier open, that does nothing; its process id."""
+        self.open()
+        child = os.fork()
+        if not child:
+            while True:
+                signal.pause()
+        return child
+
     def reap(self, child: int) -> int:
         return os.waitpid(child, 0)[1]
 
@@ -120,7 +128,7 @@ class Worker:
         """What this process has open."""
         maps = sum("/memfd:moetier-arena" in line for line in Path("/proc/self/maps").read_text().splitlines())
         threads = len(list(Path("/proc/self/task").iterdir()))
-        return {"descriptors": len(os.listdir("/proc/self/fd")), "maps": maps, "threads": threads}
+        return {"descriptors": len(list(Path("/proc/self/fd").iterdir())), "maps": maps, "threads": threads}
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

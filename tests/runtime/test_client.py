@@ -1,0 +1,328 @@
+"""Clients of a daemon on the same host, with daemons and clients as real processes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from faults import strace
+from mapped_store import MappedStore, keys
+from readers import PATIENCE
+from relays import relay
+from threads import Task, run_all, wait_until
+from workers import WorkerError
+
+from moetier.runtime.client import DaemonTier
+from moetier.runtime.side import SideConnection
+from moetier.tiers.errors import ClosedError, UnavailableError, UnknownModelError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> MappedStore:
+    return MappedStore.make(tmp_path_factory.mktemp("mapped"))
+
+
+@pytest.mark.parametrize("slots", [2, 3, 7, 18])
+def test_bytes_are_right_at_every_budget(store: MappedStore, tmp_path: Path, slots: int) -> None:
+    with store.daemon(slots, tmp_path / "daemon") as daemon, store.crew(daemon) as crew:
+        workers = crew.start(4, spare=False)
+        for worker in workers:
+            worker.tell("work", 1.0)
+        for worker in workers:
+            worker.hear()
+        found = [worker.do("stats") for worker in workers]
+        assert all(stats["used"] > 0 and not stats["wrong"] for stats in found)
+        assert all(stats["slots"] == slots and stats["slot_bytes"] == slots * store.slot_bytes for stats in found)
+        host = daemon.wait_for("leases == 0").host
+        assert host.ready <= host.slots == slots
+        if slots == 18:
+            assert host.bytes_in == store.manifest.stored_bytes, "each record was read once"
+        assert [worker.finish() for worker in workers] == [0] * 4
+        daemon.wait_for("clients == 0")
+
+
+def test_a_hit_is_no_message(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 1, 0, 3, 4)
+        daemon.wait_for("leases == 0")
+        before, began = tier.traffic, time.monotonic()
+        for _ in range(1_000):
+            assert store.take(tier, 1, 4, 0, 3) == [4, 0, 3]
+        after, seconds = tier.traffic, time.monotonic() - began
+        assert after.round_trips == before.round_trips == 1
+        assert after.messages_in == before.messages_in == 3
+        assert after.messages_out - before.messages_out <= 1 + seconds / 0.5, "what was used is told in batches"
+        assert daemon.wait_for("used == 3000").requests == 1
+        stats = tier.stats()
+        assert (stats.hits, stats.misses, stats.discarded) == (3_000, 3, 0)
+        assert (stats.name, stats.slots, stats.ready) == ("daemon", 18, 3)
+
+
+HITS = """
+import os, sys
+from pathlib import Path
+from moetier.runtime.client import DaemonTier
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.keys import ExpertKey
+
+folder, directory = map(Path, sys.argv[1:])
+with DaemonTier.open(folder, directory, read_manifest(store_folder(directory))) as tier:
+    wanted = [ExpertKey(1, expert) for expert in range(6)]
+
+    def use():
+        for lease in tier.acquire(wanted):
+            assert lease.holds()
+
+    for _ in range(100):
+        use()
+    assert tier.stats().hits
+    for _ in range(20):
+        os.access("/window-opens", os.F_OK)
+        for _ in range(20):
+            use()
+        os.access("/window-closes", os.F_OK)
+"""
+
+
+def test_a_hit_is_no_system_call(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(18, tmp_path / "daemon") as daemon:
+        result = strace(["-o", str(tmp_path / "trace")], HITS, daemon.folder, store.directory)
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "trace").read_text().splitlines()
+    thread = next(line for line in lines if "/window-opens" in line).split()[0]
+    windows: list[int] = []
+    for line in (line for line in lines if line.split()[0] == thread):
+        if "/window-opens" in line:
+            windows.append(0)
+        elif windows and "/window-closes" not in line:
+            windows[-1] += 1
+    # a window in which another thread wants the interpreter has calls of that; most have none
+    assert len(windows) == 20
+    assert windows.count(0) > 0, f"120 hits each, with so many system calls: {windows}"
+
+
+def test_all_misses_of_a_block_are_one_message_ahead_of_its_hits(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 0, 2)
+        leases = tier.acquire(keys(0, 5, 1, 2, 0))
+        assert next(leases).key.expert == 2, "what is there comes first"
+        assert daemon.wait_for("requests == 2").host.name == "host"
+        daemon.wait_for("leases == 3")
+        assert {lease.key.expert for lease in leases} == {0, 1, 5}
+        daemon.wait_for("leases == 0")
+        assert daemon.stats().requests == 2
+        assert tier.traffic.round_trips == 2
+
+
+def test_a_record_that_is_replaced_under_its_reader_comes_again(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon) as tier, store.tier(daemon) as other:
+        store.take(tier, 0, 0, 1)
+        leases = tier.acquire(keys(0, 0, 1))
+        first = next(leases)
+        assert bytes(first.record) == store.records[first.key]
+        assert store.take(other, 0, 2, 3) != []
+        assert not first.holds()
+        comes_next = next(leases)
+        assert comes_next.key.expert == 1
+        assert not comes_next.holds()
+        again = []
+        for lease in leases:
+            data = bytes(lease.record)
+            assert lease.holds(), "what was asked for stays in place"
+            assert data == store.records[lease.key]
+            again.append(lease.key.expert)
+        assert sorted(again) == [0, 1]
+        assert tier.stats().discarded == 2
+        assert tier.stats().hits + tier.stats().misses == 4
+
+
+def test_eight_clients_want_one_cold_expert(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(2, tmp_path / "daemon") as daemon, store.crew(daemon) as crew:
+        workers = crew.start(8)
+        for worker in workers:
+            worker.do("open")
+        for worker in workers:
+            worker.tell("take", 1, 3)
+        assert [worker.hear() for worker in workers] == [[3]] * 8
+        assert daemon.stats().host.bytes_in == store.slot_bytes, "it was read once"
+
+
+def test_many_threads_of_one_client(store: MappedStore, tmp_path: Path) -> None:
+    def caller(tier: DaemonTier, seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(40):
+            block = chance.randrange(3)
+            wanted = chance.sample(range(6), chance.randint(1, 6))
+            assert sorted(store.take(tier, block, *wanted)) == sorted(wanted)
+
+    for slots in (2, 7):
+        folder = tmp_path / str(slots)
+        with store.daemon(slots, folder) as daemon, store.tier(daemon, spare=False) as tier:
+            run_all([lambda seed=seed, tier=tier: caller(tier, seed) for seed in range(6)])  # type: ignore[misc]
+            daemon.wait_for("leases == 0")
+
+
+def test_an_interrupt_in_the_middle_gives_everything_back(store: MappedStore, tmp_path: Path) -> None:
+    with (
+        store.daemon(2, tmp_path / "daemon") as daemon,
+        store.crew(daemon) as crew,
+        store.tier(daemon, spare=False) as tier,
+    ):
+        (holder,) = crew.start()
+        assert holder.do("hold", 0, 0, 1) in (0, 1)
+        daemon.wait_for("leases == 2")
+
+        def interrupt() -> None:
+            daemon.wait_for("requests == 2")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        task = Task(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.take(tier, 1, 0, 1, 2, 3)
+        task.result()
+        holder.do("drop")
+        daemon.wait_for("leases == 0")
+        assert sorted(store.take(tier, 1, 0, 1, 2, 3)) == [0, 1, 2, 3]
+
+
+def test_a_stopped_client_that_holds_everything(store: MappedStore, tmp_path: Path) -> None:
+    with (
+        store.daemon(2, tmp_path / "daemon", ["--wait", "0.5"]) as daemon,
+        store.crew(daemon) as crew,
+    ):
+        holder, poor = crew.start(2, spare=False)
+        (rich,) = crew.start(spare=True)
+        holder.do("hold", 0, 0, 1)
+        daemon.wait_for("leases == 2")
+        holder.stop()
+        with pytest.raises(WorkerError, match="ExhaustedError"):
+            poor.do("take", 1, 2)
+        assert sorted(poor.do("take", 0, 1, 0)) == [0, 1], "hits are served"
+        assert sorted(rich.do("take", 1, 2, 3)) == [2, 3], "it reads the local store"
+        assert daemon.stats().host.ready == 2, "the budget holds"
+        holder.go_on()
+        holder.do("drop")
+        assert poor.do("take", 1, 2) == [2]
+        assert not any(worker.do("stats")["wrong"] for worker in (poor, rich))
+
+
+def test_a_wish_saves_the_miss(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        tier.prefetch(1, keys(1, 0, 3))
+        wait_until(lambda: tier.stats().ready == 2)
+        assert sorted(store.take(tier, 1, 3, 0)) == [0, 3]
+        assert (tier.stats().hits, tier.stats().misses) == (2, 0)
+        assert daemon.stats().host.prefetched == 2
+
+
+def test_no_weights_cross_the_socket(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(2, tmp_path / "daemon") as daemon, relay(daemon.folder, tmp_path / "relay") as between:
+        with DaemonTier.open(between.folder, store.directory, store.manifest) as tier:
+            for _ in range(20):
+                for block in range(3):
+                    assert len(store.take(tier, block, 0, 1, 2, 3, 4, 5)) == 6
+            misses, traffic = tier.stats().misses, tier.traffic
+        assert misses > 200
+        assert traffic.bytes_out + traffic.bytes_in < between.bytes < misses * 400, "of records of 16 KiB"
+
+
+def test_the_kernel_refuses_a_client_that_writes(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 0, 0)
+        with SideConnection.open(daemon.folder, store.manifest.digest) as side:
+            arena = side.descriptor
+            assert arena is not None
+            size = os.fstat(arena).st_size
+            with pytest.raises(PermissionError):
+                mmap.mmap(arena, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.pwrite(arena, b"x", size // 2)
+            for length in (0, size + 1):
+                with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
+                    os.ftruncate(arena, length)
+        with pytest.raises(TypeError, match="read-only"):
+            next(tier.acquire(keys(0, 0))).record[0] = 1
+        assert store.take(tier, 0, 0, 1) == [0, 1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_can_not_open_the_arena(store: MappedStore, tmp_path: Path) -> None:
+    program = (
+        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "for flags in (os.O_RDWR, os.O_RDONLY):\n"
+        "    try: os.open(sys.argv[1], flags); print('opened')\n"
+        "    except PermissionError: print('refused')\n"
+    )
+    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 0, 0)
+        with SideConnection.open(daemon.folder, store.manifest.digest) as side:
+            assert side.descriptor is not None
+            passed = side.descriptor
+            for path in (f"/proc/self/fd/{passed}", f"/proc/{os.getpid()}/fd/{passed}"):
+                command = [sys.executable, "-c", program, path]
+                result = subprocess.run(command, pass_fds=[passed], capture_output=True, text=True, check=True)
+                assert result.stdout.split() == ["refused", "refused"], result.stderr
+        assert store.take(tier, 0, 0, 1) == [0, 1]
+
+
+def test_nobody_and_a_daemon_of_another_model(store: MappedStore, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="No daemon runs"):
+        DaemonTier.open(tmp_path / "nothing", store.directory, store.manifest)
+    other = MappedStore.make(tmp_path, blocks=1)
+    with other.daemon(2, tmp_path / "daemon") as daemon, pytest.raises(UnknownModelError):
+        DaemonTier.open(daemon.folder, store.directory, store.manifest)
+
+
+def test_closing_wakes_who_waits(store: MappedStore, tmp_path: Path) -> None:
+    with (
+        store.daemon(2, tmp_path / "daemon") as daemon,
+        store.crew(daemon) as crew,
+        store.tier(daemon, spare=False) as tier,
+    ):
+        (holder,) = crew.start()
+        holder.do("hold", 0, 0, 1)
+        task = Task(lambda: store.take(tier, 1, 0))
+        daemon.wait_for("requests == 2")
+        tier.close()
+        with pytest.raises(ClosedError):
+            task.result()
+        with pytest.raises(ClosedError):
+            tier.prefetch(0, keys(0, 1))
+        assert tier.stats().misses == 1
+
+
+UNCLOSED = """
+import sys
+from pathlib import Path
+from moetier.runtime.client import DaemonTier
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.keys import ExpertKey
+
+folder, directory = map(Path, sys.argv[1:])
+tier = DaemonTier.open(folder, directory, read_manifest(store_folder(directory)))
+leases = tier.acquire([ExpertKey(0, expert) for expert in range(4)])
+lease = next(leases)
+print(lease.key.block, flush=True)
+"""
+
+
+def test_a_process_that_closes_nothing_ends_all_the_same(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(2, tmp_path / "daemon") as daemon:
+        for _ in range(5):
+            result = subprocess.run(
+                [sys.executable, "-c", UNCLOSED, str(daemon.folder), str(store.directory)],
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
+            )
+            assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
+        daemon.wait_for("leases == 0 and clients == 0")
