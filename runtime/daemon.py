@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health
@@ -47,7 +48,7 @@ LOCK = "lock"
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _DYING = 2.0  # seconds that a killed daemon's last reads may take
 _POLL = 0.1  # seconds between looks for a second signal
-_GRACE = 1.0  # seconds for calls that are under way when the streams have ended
+_GRACE = 0.5  # seconds for the last answers to be sent; whoever watches the health then is cut off
 
 _log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
         reflect(servers)
     path = config.folder / SOCKET
     closing.callback(path.unlink, missing_ok=True)
-    _bind(servers[0], f"unix:{path}")
+    _bind(servers[0], f"unix:{quote(str(path))}")  # a URI
     path.chmod(0o600)
     listen = _listen(servers[1], config) if config.listen else ""
     for server in servers:
@@ -202,8 +203,8 @@ def _hold(folder: Path) -> Iterator[bool]:
         for stale in left:
             stale.unlink()
         yield bool(left)
-        path.unlink(missing_ok=True)
     finally:
+        path.unlink(missing_ok=True)  # before the lock is let go of: whoever has opened it looks again
         os.close(descriptor)
 
 
@@ -415,6 +416,5 @@ def _drain(running: _Running, seconds: float) -> None:
             break
     say(_log, "drained", finished=settled)
     running.clients.end()
-    grace = max(_GRACE, deadline - time.monotonic())
-    for stopped in [server.stop(grace) for server in running.servers]:
+    for stopped in [server.stop(_GRACE) for server in running.servers]:
         stopped.wait()

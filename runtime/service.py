@@ -62,8 +62,9 @@ class Clients:
         self.models = models
         self._leases = leases
         self._patience = patience
-        self._changed = threading.Condition()  # guards the two below
+        self._changed = threading.Condition()  # guards the three below
         self._clients: dict[str, _Client] = {}
+        self._fetching = 0
         self._stopping = False
 
     # -- the side socket's --------------------------------------------------------------------------------------------
@@ -125,6 +126,25 @@ class Clients:
             if client is not None and client.exchange is exchange:
                 client.exchange = None
 
+    @contextlib.contextmanager
+    def fetching(self, digest: str) -> Iterator[Hosted]:
+        """While another host fetches of a model. Raises MoetierError."""
+        with self._changed:
+            if self._stopping:
+                raise _stopping()
+            model = self.models.get(digest)
+            if model is None:
+                raise UnknownModelError(
+                    f"This daemon does not serve the store {digest[:64]!r}.", "See what it does: moetier stats."
+                )
+            self._fetching += 1
+        try:
+            yield model
+        finally:
+            with self._changed:
+                self._fetching -= 1
+                self._changed.notify_all()
+
     def stats(self) -> list[pb.ModelStats]:
         with self._changed:
             clients = list(self._clients.values())
@@ -149,7 +169,8 @@ class Clients:
         """Whether all that was asked for is over."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: all(exchange.is_settled for exchange in self._exchanges()), max(seconds, 0.0)
+                lambda: not self._fetching and all(exchange.is_settled for exchange in self._exchanges()),
+                max(seconds, 0.0),
             )
 
     def end(self) -> None:
@@ -158,10 +179,6 @@ class Clients:
             exchanges = self._exchanges()
         for exchange in exchanges:
             exchange.end(_stopping())
-
-    def check_open(self) -> None:
-        if self._stopping:
-            raise _stopping()
 
     def _exchanges(self) -> list[Exchange]:
         return [client.exchange for client in self._clients.values() if client.exchange is not None]
@@ -201,13 +218,7 @@ class Service(ExpertStoreServicer):
             self._clients.detach(session, exchange)
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _answering(context):
-            self._clients.check_open()
-            model = self._clients.models.get(request.digest)
-            if model is None:
-                raise UnknownModelError(
-                    f"This daemon does not serve the store {request.digest[:64]!r}.", "See what it does: Describe."
-                )
+        with _answering(context), self._clients.fetching(request.digest) as model:
             yield from model.fetches.serve(request, context)
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:

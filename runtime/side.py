@@ -77,6 +77,8 @@ class SideConnection:
                 ) from None
             except OSError as error:
                 raise _nobody(folder, error.strerror or "") from None
+            if not packet:
+                raise _nobody(folder, "it ended")
             reply = _parse(packet, f"the daemon in {folder}")
             if "error" in reply:
                 raise error_from(reply["error"])
