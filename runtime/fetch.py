@@ -106,18 +106,20 @@ class Fetches:
             return sum(len(keys) for keys in self._held.values())
 
     def close(self) -> None:
-        """Refuses what comes; the server's own stop ends what is under way. Idempotent."""
+        """Refuses what comes and what waits; the server's own stop ends what is under way. Idempotent."""
         with self._state:
             self._closed = True
             self._state.notify_all()
             watcher = self._watcher
         self._session.close()
+        for answers in list(self._answers.values()):
+            answers.put(None)
         if watcher is not None:
             watcher.join()
 
     @contextlib.contextmanager
     def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[_Call]:
-        held, call = self._held[array], None
+        held = self._held[array]
 
         def free() -> bool:
             return self._closed or not context.is_active() or key in held or len(held) < self._limits[array]

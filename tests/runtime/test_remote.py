@@ -480,3 +480,42 @@ def test_fetches_leave_slots_to_others(huge: Path) -> None:
             stack.close()
             wait_until(lambda: fetches.held == 0)
             reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
+
+
+def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) -> None:
+    """Somebody of the daemon's own host holds the only one."""
+    with (
+        served(large, slots=1, patience=0.3) as (address, host, fetches),
+        RemoteReader(address, PLAIN, manifest_of(large)) as reader,
+    ):
+        slot = slot_of(reader.manifest, ExpertKey(0, 1))
+        leases = host.acquire([ExpertKey(0, 0)])
+        next(leases)
+        with pytest.raises(ExhaustedError):
+            reader.read_into(ExpertKey(0, 1), slot)
+        assert fetches.held == 0
+        leases.close()
+        reader.read_into(ExpertKey(0, 1), slot)
+        assert slot == slot_with(LARGE_RECORDS[ExpertKey(0, 1)])
+
+
+@pytest.mark.parametrize("how", ["its client goes", "its deadline passes", "the daemon ends"])
+def test_nobody_waits_in_vain(large: Path, how: str) -> None:
+    """A fetch that waits for a slot, when nobody wants it any more."""
+    with served(large, slots=1, patience=600) as (address, host, fetches):
+        leases = host.acquire([ExpertKey(0, 0)])
+        next(leases)
+        with grpc.insecure_channel(address.target) as channel:
+            fetch = channel.unary_stream(
+                "/moetier.v1.ExpertStore/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
+            )
+            call = fetch(pb.FetchRequest(expert=1), timeout=1 if how == "its deadline passes" else 600)
+            wait_until(lambda: fetches.held == 1)
+            if how == "its client goes":
+                call.cancel()
+            elif how == "the daemon ends":
+                fetches.close()
+            wait_until(lambda: fetches.held == 0)
+            with pytest.raises(grpc.RpcError):
+                next(call)
+        leases.close()
