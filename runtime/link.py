@@ -199,7 +199,7 @@ class Link(Generic[Place]):
                 with side:
                     self._attend(side)
             except MoetierError as error:
-                self._error = error
+                self._error = type(error)(error.cause, error.fix)  # without the frames, which refer to the arena
             except OSError as error:  # no descriptor to be had, no memory
                 self._error = UnavailableError(f"The daemon can't be reached: {error}.", "Free what is short.")
             side = None
@@ -218,20 +218,19 @@ class Link(Generic[Place]):
     def _attend(self, side: SideConnection) -> None:
         """A connection's life. Raises MoetierError, saying why it ended; returns when the daemon ended it."""
         place = self._arrive(side)
+        self._connections += 1
         with open_channel(Address(folder=self._folder), Credentials(), bearer=side.session_id) as channel:
             while True:
                 heard = self._messages_in
-                try:
-                    self._talk(ExpertStoreStub(channel), place)
-                except MoetierError as error:
-                    # one stream may break; who gives the same answer twice means it
-                    if self._closed.is_set() or self._messages_in == heard or not side.is_alive():
-                        raise error
-                else:
+                error = self._talk(ExpertStoreStub(channel), place)
+                if error is None:
                     return
+                # one stream may break; who gives the same answer twice means it
+                if self._closed.is_set() or self._messages_in == heard or not side.is_alive():
+                    raise error
 
-    def _talk(self, stub: ExpertStoreStub, place: Place) -> None:
-        """A stream's life, which ends with a MoetierError, or as its daemon ends it."""
+    def _talk(self, stub: ExpertStoreStub, place: Place) -> MoetierError | None:
+        """A stream's life, and why it ended; None when its daemon ended it."""
         outbox: SimpleQueue[wire.ClientMessage | None] = SimpleQueue()
         sent = threading.Event()
         call = stub.Session(self._messages(outbox, sent))
@@ -243,7 +242,8 @@ class Link(Generic[Place]):
             for message in call:
                 self._hear(message, place)
         except grpc.RpcError as error:
-            raise error_of(error) from None
+            error.__traceback__ = None  # it is the call itself: a circle through this frame would keep the arena
+            return error_of(error)
         finally:
             with self._lock:
                 self._outbox = None
@@ -251,6 +251,7 @@ class Link(Generic[Place]):
             call.cancel()
             outbox.put(None)
             sent.wait(_ANSWER)
+        return None
 
     def _connect(self, outbox: SimpleQueue[wire.ClientMessage | None]) -> None:
         with self._lock:
@@ -259,7 +260,6 @@ class Link(Generic[Place]):
                 if request.awaited:
                     outbox.put(request.message())
             self._outbox = outbox
-            self._connections += 1
             self._away_since = None
         self._tried.set()
         for request in requests:  # who withdrew one meanwhile may have seen no outbox
