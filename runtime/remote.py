@@ -116,15 +116,16 @@ class RemoteReader:
         raise AssertionError
 
     def close(self) -> None:
-        """What is being read ends with an error. Idempotent."""
+        """What is being read ends with an error. Idempotent. A forked child has nothing to close."""
+        if not self._home.is_here:
+            return
         with self._state:
             self._closed = True
             open_lines, self._lines = [self._lines, self._checked], None
         for lines in open_lines:
             if lines is not None:
                 lines.close()
-        if self._home.is_here:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
     def __enter__(self) -> RemoteReader:
         return self
@@ -201,6 +202,8 @@ class _Lines:
             reply = describe(pb.DescribeRequest(), timeout=patience)
         except grpc.RpcError as error:
             raise _error_of(error) from None
+        except ValueError:  # what gRPC raises when the channel was closed
+            raise _closed_channel() from None
         if manifest.digest not in {model.digest for model in reply.models}:
             names = ", ".join(model.name for model in reply.models) or "nothing"
             raise UnknownModelError(
@@ -236,7 +239,7 @@ class _Transfer:
         except grpc.RpcError as error:
             self.end(_error_of(error))
         except ValueError:  # what gRPC raises when the channel was closed
-            self.end(UnavailableError("The connection to the daemon was closed.", "Connect again."))
+            self.end(_closed_channel())
 
     def _run(self, fetch: Any, start: int, end: int) -> None:
         request = pb.FetchRequest(
@@ -301,3 +304,7 @@ def _error_of(error: grpc.RpcError) -> MoetierError:
                 "See whether it runs, and whether it wants TLS (and --insecure was given) or a client's certificate.",
             )
     return error_of(error)
+
+
+def _closed_channel() -> UnavailableError:
+    return UnavailableError("The connection to the daemon was closed.", "Connect again.")

@@ -147,15 +147,16 @@ class SpreadReader:
         return list(self._peers.values())
 
     def close(self) -> None:
-        """Idempotent. Reads under way end with an error."""
-        with self._state:
-            self._closed = True
-            self._state.notify_all()
-            watcher, self._watcher = self._watcher, None
-        for peer in self._peers.values():
-            peer.reader.close()
-        if watcher is not None and self._home.is_here:
-            watcher.join()
+        """Idempotent. Reads under way end with an error. In a forked child only the store's descriptors go."""
+        if self._home.is_here:
+            with self._state:
+                self._closed = True
+                self._state.notify_all()
+                watcher, self._watcher = self._watcher, None
+            for peer in self._peers.values():
+                peer.reader.close()
+            if watcher is not None:
+                watcher.join()
         if self._local is not None:
             self._local.close()
 
@@ -178,14 +179,15 @@ class SpreadReader:
                     raise _closed_error()
                 if peer.away is not None:
                     continue
+                seen = peer.failures
             try:
                 peer.reader.read_into(key, buffer)
             except DaemonError as failure:
-                error = failure
-                self._lose(peer, failure)
+                error = failure.with_traceback(None)  # it is kept, and its frames would hold the slot
+                self._lose(peer, error, seen)
             except (StoreError, ExhaustedError) as failure:  # of this record, or of now: it has not gone away
-                error = failure
-                _log.warning("%s: %s", name, failure.cause)
+                error = failure.with_traceback(None)
+                _log.warning("%s: %s", name, error.cause)
             except ClosedError:
                 with self._state:
                     if self._closed:
@@ -198,9 +200,10 @@ class SpreadReader:
                 return None
         return error or self._peers[order[0]].away or UnavailableError("Every daemon is away.", "Start one.")
 
-    def _lose(self, peer: Peer, error: MoetierError) -> None:
+    def _lose(self, peer: Peer, error: MoetierError, seen: int) -> None:
+        """``seen`` is how often it had gone away when it was asked: it may be back since."""
         with self._state:
-            if peer.away is not None or self._closed:
+            if peer.away is not None or peer.failures != seen or self._closed:
                 return
             _log.warning("the daemon %s is away: %s", peer.name, error.cause)
             peer.failures += 1
@@ -230,12 +233,12 @@ class SpreadReader:
                     self._state.wait(pause)
             self._look(peer)
 
-    def _look(self, peer: Peer) -> MoetierError | None:
+    def _look(self, peer: Peer) -> None:
         error: MoetierError | None = None
         try:
             peer.reader.check()
         except MoetierError as failure:
-            error = failure
+            error = failure.with_traceback(None)
         with self._state:
             if error is None:
                 if peer.away is not None:
@@ -246,7 +249,6 @@ class SpreadReader:
                 peer.backoff = min(2 * peer.backoff, LONGEST)
                 peer.next_look = time.monotonic() + peer.backoff
             self._state.notify_all()
-        return error
 
     def _look_at_all(self) -> None:
         """Raises the first one's error where nothing is left to read from."""
@@ -256,7 +258,7 @@ class SpreadReader:
             raise next(error for error in errors if error is not None)
         for peer, error in zip(self._peers.values(), errors, strict=True):
             if error is not None:
-                self._lose(peer, error)
+                self._lose(peer, error, peer.failures)
 
     def _wait(self, deadline: float, error: MoetierError) -> None:
         """For a daemon to come back, or to have a slot to spare. Raises ``error`` behind the deadline."""

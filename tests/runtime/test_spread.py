@@ -377,6 +377,9 @@ def test_what_the_model_does_not_have(three: list[Daemon], manifest: Manifest) -
 def test_after_close_and_in_a_fork(three: list[Daemon], manifest: Manifest) -> None:
     with spread_over(three, manifest) as reader:
         read(reader, KEYS[0])
+        assert "ClosedError" in in_fork(lambda: read(reader, KEYS[0]))
+        assert in_fork(reader.close) == "returned None"
+        read(reader, KEYS[0])
         for daemon in three:
             daemon.go()
         task = Task(lambda: read(reader, KEYS[0]))
@@ -387,7 +390,3 @@ def test_after_close_and_in_a_fork(three: list[Daemon], manifest: Manifest) -> N
         with pytest.raises(ClosedError):
             read(reader, KEYS[0])
         reader.close()
-    peers = [Peer("a", RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest))]
-    other = SpreadReader(manifest, peers)
-    assert "ClosedError" in in_fork(lambda: read(other, KEYS[0]))
-    other.close()
