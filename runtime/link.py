@@ -197,7 +197,7 @@ class Link(Generic[Place]):
                 if side is None:
                     side = SideConnection.open(self._folder, self._digest, patience=_ANSWER)
                 with side:
-                    self._attend(side)
+                    self._error = self._attend(side)
             except MoetierError as error:
                 self._error = type(error)(error.cause, error.fix)  # without the frames, which refer to the arena
             except OSError as error:  # no descriptor to be had, no memory
@@ -215,19 +215,17 @@ class Link(Generic[Place]):
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _attend(self, side: SideConnection) -> None:
-        """A connection's life. Raises MoetierError, saying why it ended; returns when the daemon ended it."""
+    def _attend(self, side: SideConnection) -> MoetierError | None:
+        """A connection's life, and why it ended; None when its daemon ended it. Raises what ``arrive`` does."""
         place = self._arrive(side)
         self._connections += 1
         with open_channel(Address(folder=self._folder), Credentials(), bearer=side.session_id) as channel:
             while True:
                 heard = self._messages_in
                 error = self._talk(ExpertStoreStub(channel), place)
-                if error is None:
-                    return
                 # one stream may break; who gives the same answer twice means it
-                if self._closed.is_set() or self._messages_in == heard or not side.is_alive():
-                    raise error
+                if error is None or self._closed.is_set() or self._messages_in == heard or not side.is_alive():
+                    return error
 
     def _talk(self, stub: ExpertStoreStub, place: Place) -> MoetierError | None:
         """A stream's life, and why it ended; None when its daemon ended it."""

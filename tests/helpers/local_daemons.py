@@ -1,0 +1,34 @@
+"""A daemon's service in the test's own process: its host tier can be looked into."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from readers import PATIENCE
+
+from moetier.runtime.address import SOCKET, make_folder
+from moetier.runtime.hosted import Hosted
+from moetier.runtime.service import Clients, Service, describe, health_checks, local_server
+from moetier.runtime.side import SideServer
+from moetier.tiers.host import HostTier
+from moetier.tiers.manifest import Manifest
+
+
+@contextlib.contextmanager
+def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Path) -> Iterator[Path]:
+    """Serves ``host``, which stays the caller's; yields the folder where clients find it."""
+    make_folder(folder)
+    models = {manifest.digest: Hosted(manifest, host, directory, patience=PATIENCE)}
+    clients = Clients(models, leases=8, patience=PATIENCE)
+    server = local_server(Service(clients, describe(models, "test")), health_checks(), clients=clients, threads=8)
+    server.add_insecure_port(f"unix:{folder / SOCKET}")
+    server.start()
+    side = SideServer(folder, admit=clients.admit, leave=clients.leave, max_clients=8, version="test")
+    try:
+        yield folder
+    finally:
+        side.close()
+        clients.end()
+        server.stop(0).wait()
