@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,8 +47,11 @@ from .systemd import ServiceManager
 LOCK = "lock"
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _DYING = 2.0  # seconds that a killed daemon's last reads may take
+_PATIENCE = 5.0  # seconds for gRPC to stop, which it promises to do at once
 _POLL = 0.1  # seconds between looks for a second signal
 _GRACE = 0.5  # seconds for the last answers to be sent; whoever watches the health then is cut off
+
+_UNLIMITED = Available(1 << 62, "")
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +109,7 @@ def serve(config: DaemonConfig) -> int:
     """Runs a daemon until SIGTERM or SIGINT; the exit status. Raises MoetierError where it can't start."""
     config.check()
     os.umask(0o077)
+    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # what can't be parsed is answered, and no fault here
     # a thread that waits for them takes them in its turn: no handler runs in the middle of anything. They are blocked
     # before there is any other thread.
     former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -289,25 +293,29 @@ def plan_slots(
     used. A share of what is free, or none given, leaves the leftovers as they are, and divides the rest.
     """
     if ram is not None and ram.bytes is not None:
-        everything = [leftover for found in leftovers.values() for leftover in found]
-        slots = _divide(manifests, ram, _more(available, everything))
+        slots = _divide(manifests, ram, _UNLIMITED)
         kept = {
             digest: leftover
             for digest, found in leftovers.items()
             for leftover in reversed(found)
             if leftover.arena.plan.slots_by_array == slots[digest]
         }
-        return _divide(manifests, ram, _more(available, kept.values())), kept  # raises where the others' memory is not
+        if others := _without(manifests, kept):  # theirs is memory that is still to be had
+            _divide(others, Size(bytes=sum(_slot_bytes(others[digest], slots[digest]) for digest in others)), available)
+        return slots, kept
     kept = {digest: found[0] for digest, found in leftovers.items()}
     slots = {digest: leftover.arena.plan.slots_by_array for digest, leftover in kept.items()}
-    if others := {digest: manifest for digest, manifest in manifests.items() if digest not in slots}:
+    if others := _without(manifests, kept):
         slots |= _divide(others, ram, available)
     return slots, kept
 
 
-def _more(available: Available, leftovers: Iterable[Leftover]) -> Available:
-    """With the memory of leftovers, which is in use already."""
-    return Available(available.bytes + sum(leftover.arena.plan.nbytes for leftover in leftovers), available.limiter)
+def _without(manifests: Mapping[str, Manifest], kept: Mapping[str, Leftover]) -> dict[str, Manifest]:
+    return {digest: manifest for digest, manifest in manifests.items() if digest not in kept}
+
+
+def _slot_bytes(manifest: Manifest, slots: Mapping[str, int]) -> int:
+    return sum(manifest.layouts[array].slot_bytes * count for array, count in slots.items())
 
 
 def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Available) -> dict[str, Mapping[str, int]]:
@@ -369,7 +377,7 @@ def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials
 
 
 def _stop(server: grpc.Server) -> None:
-    server.stop(0).wait()
+    server.stop(0).wait(_PATIENCE)
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------
@@ -417,4 +425,4 @@ def _drain(running: _Running, seconds: float) -> None:
     say(_log, "drained", finished=settled)
     running.clients.end()
     for stopped in [server.stop(_GRACE) for server in running.servers]:
-        stopped.wait()
+        stopped.wait(_PATIENCE)

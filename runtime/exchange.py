@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 
+from google.protobuf.message import DecodeError
+
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 from moetier.tiers.keys import ExpertKey
@@ -56,17 +58,19 @@ class Exchange:
         if self._error is not None:
             raise self._error
 
-    def hear(self, messages: Iterable[pb.ClientMessage]) -> None:
-        """A thread's life: to the end of the stream."""
+    def hear(self, messages: Iterable[bytes]) -> None:
+        """A thread's life: to the end of the stream of serialised ClientMessages."""
         error: MoetierError | None = None
         try:
             for message in messages:
-                self._model.count(bytes_in=message.ByteSize())
-                self._do(message)
+                self._model.count(bytes_in=len(message))
+                self._do(pb.ClientMessage.FromString(message))
                 if self._ended:
                     break
         except MoetierError as raised:
             error = raised
+        except DecodeError:
+            error = ProtocolError("A message of the session can't be parsed.", "Use moetier in one version.")
         except Exception:  # gRPC's: the client or the connection is gone
             pass
         self.end(error)

@@ -200,13 +200,14 @@ class Fetches:
 
 
 def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
-    """As the generated function of this purpose, but that the servicer's ``Fetch`` yields serialised pieces."""
+    """As the generated function of this purpose, but that the servicer's ``Fetch`` yields serialised pieces, and its
+    ``Session`` gets serialised messages: gRPC's server keeps a stream for ever in which one can't be parsed."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(
             servicer.Describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
         ),
         "Session": grpc.stream_stream_rpc_method_handler(
-            servicer.Session, pb.ClientMessage.FromString, pb.ServerMessage.SerializeToString
+            servicer.Session, response_serializer=pb.ServerMessage.SerializeToString
         ),
         "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, pb.FetchRequest.FromString),
         "Stats": grpc.unary_unary_rpc_method_handler(

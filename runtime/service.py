@@ -199,9 +199,7 @@ class Service(ExpertStoreServicer):
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         return self._description
 
-    def Session(
-        self, request_iterator: Iterator[pb.ClientMessage], context: grpc.ServicerContext
-    ) -> Iterator[pb.ServerMessage]:
+    def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
         session = _bearer(context.invocation_metadata()) or ""
         with _answering(context):
             exchange = self._clients.attach(session)
@@ -228,9 +226,7 @@ class Service(ExpertStoreServicer):
 class RemoteService(Service):
     """For other hosts."""
 
-    def Session(
-        self, request_iterator: Iterator[pb.ClientMessage], context: grpc.ServicerContext
-    ) -> Iterator[pb.ServerMessage]:
+    def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
         abort(context, ArenaError("A session is about an arena, and that is on the daemon's own host.", "Use Fetch."))
 
 

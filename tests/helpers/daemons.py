@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -25,9 +26,17 @@ from moetier.runtime.side import SideConnection
 class DaemonProcess:
     """``moetier daemon``; ``log`` is what it wrote to stderr so far."""
 
-    def __init__(self, command: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        log: Path,
+        environment: dict[str, str],
+        descriptors: Sequence[int] = (),
+    ) -> None:
         self._command = list(command)
         self._environment = environment
+        self._descriptors = descriptors
         self.folder = folder
         self._log = log
         self.address = Address.of(folder)
@@ -35,7 +44,9 @@ class DaemonProcess:
 
     def start(self) -> None:
         """Until it is ready; fails if it ends instead."""
-        reading, writing = os.pipe()
+        reading, low = os.pipe()
+        writing = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)  # a command before it may want the lowest
+        os.close(low)
         try:
             with self._log.open("ab") as log:
                 self.process = subprocess.Popen(
@@ -43,7 +54,7 @@ class DaemonProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=[writing],
+                    pass_fds=[writing, *self._descriptors],
                     env=self._environment,
                 )
             os.close(writing)
@@ -139,12 +150,14 @@ def running_daemon(
     extra: Sequence[str | Path] = (),
     prefix: Sequence[str] = (),
     environment: dict[str, str] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> Iterator[DaemonProcess]:
-    """A daemon of a model directory, or of several. ``folder`` is made where it is missing; its log is beside it."""
+    """A daemon of a model directory, or of several. ``folder`` is made where it is missing; its log is beside it.
+    ``prefix`` is a command that execs what follows; ``descriptors`` stay open in it."""
     options = ["--folder", folder, *(["--ram", str(ram)] if ram is not None else []), *extra]
     command = [*prefix, *daemon_command(directory, *options)]
     log = folder.parent / f"{folder.name}.log"
-    daemon = DaemonProcess(command, folder, log, os.environ | (environment or {}))
+    daemon = DaemonProcess(command, folder, log, os.environ | (environment or {}), descriptors)
     try:
         yield daemon
     finally:

@@ -40,12 +40,16 @@ def mounted(kind: str, folder: Path, options: str = "", source: str | Path = "mo
 
 def strace(options: list[str], script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs a Python script under strace; what strace itself says is in ``stderr``."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
+    need_strace()
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    allowed = subprocess.run(["strace", "-qq", "-e", "trace=none", "true"], capture_output=True, check=False)
-    if allowed.returncode:
-        pytest.skip(f"strace is not allowed here: {allowed.stderr.decode().strip()}")
     return subprocess.run(
         ["strace", "-f", "-qq", *options, *command], capture_output=True, text=True, check=False, timeout=120
     )
+
+
+def need_strace() -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    allowed = subprocess.run(["strace", "-qq", "-e", "trace=none", "true"], capture_output=True, check=False)
+    if allowed.returncode:
+        pytest.skip(f"strace is not allowed here: {allowed.stderr.decode().strip()}")
