@@ -30,6 +30,8 @@ class SlotViews:
             with self._lock:
                 known = self._views.get(lease.slot)
                 if known is None or known[0] is not lease.record:
+                    if known is not None and known[0].obj is not lease.record.obj:
+                        self._views.clear()  # slots of other memory: a view would keep all of it
                     known = self._views[lease.slot] = (lease.record, self._make(lease.record))
         return known[1]
 

@@ -22,6 +22,7 @@ from workers import WorkerError
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.folder import store_folder
 from moetier.tiers.shard import ShardFile
+from moetier.tiers.views import HostViews
 
 SECOND = 1.0  # within which a dead client's leases are back
 
@@ -117,6 +118,22 @@ def test_a_daemon_that_comes_back_with_another_arena(store: MappedStore, tmp_pat
             assert second.stats().recovered == 0
             assert sorted(store.take(tier, 0, 0, 1)) == [0, 1]
             assert tier.stats().failures == 0
+
+
+def test_views_keep_no_old_arena(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(18, tmp_path / "daemon") as first, store.tier(first, spare=False) as tier:
+        views = HostViews(tier)
+        for block in range(3):
+            assert all(lease.holds() for lease in views.acquire(keys(block, 0, 1, 2, 3, 4, 5)))
+        first.kill()
+        with store.daemon(5, tmp_path / "daemon"):
+            wait_until(lambda: tier.stats().slots == 5)
+            for lease in views.acquire(keys(2, 3)):
+                assert lease.record.numpy().tobytes() == store.records[lease.key]
+                assert lease.holds()
+            del lease
+            wait_until(lambda: arenas() == 1)
+        views.close()
 
 
 def test_a_daemon_gone_for_good_and_a_local_store(store: MappedStore, tmp_path: Path) -> None:
