@@ -99,7 +99,7 @@ class HostTier:
             return
         block = keys[0].block
         self.manifest.check_keys(block, keys)
-        demand = Demand(self._desk.pool(block), block)
+        demand = Demand(self._desk.pool(block), block, caller=threading.get_ident())
         try:
             with self._monitor:
                 self._check_open()

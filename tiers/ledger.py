@@ -29,6 +29,8 @@ from .policy import BlockLru, Group
 from .slots import Slots, State
 from .stats import TierCounters
 
+CALLERS_KEPT = 64  # of whom it is known when they were served, at least while nothing of theirs is queued
+
 
 class Pool:
     """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
@@ -80,11 +82,16 @@ class Party(ABC):
 class Demand:
     """One call of acquire. Each of its keys is in one of pending, loads, ready, held, or is done with."""
 
-    __slots__ = ("block", "error", "held", "loads", "party", "patience", "pending", "pool", "ready", "residents")
+    __slots__ = (
+        *("block", "caller", "error", "held", "loads", "party", "patience", "pending", "pool", "ready", "residents"),
+    )
 
-    def __init__(self, pool: Pool, block: int, party: Party | None = None, patience: float = 0.0) -> None:
+    def __init__(
+        self, pool: Pool, block: int, *, caller: Hashable, party: Party | None = None, patience: float = 0.0
+    ) -> None:
         self.pool = pool
         self.block = block
+        self.caller = caller  # whose turn it is in
         self.party = party
         self.patience = patience  # seconds that a party's demand waits while it has nothing
         self.pending: dict[ExpertKey, None] = {}  # no slot yet
@@ -134,7 +141,7 @@ class Ledger:
         self._ahead = ahead
         self._prefetches = prefetches
         self._clock = clock
-        self._turns: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # not taken by a loader; by caller, next first
+        self._turns: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # by caller, last served last: not taken yet
         self._wishes: dict[Party | None, dict[int, tuple[Pool, deque[ExpertKey]]]] = {}  # not begun; by wisher, block
         self._wished: dict[int, dict[Party | None, frozenset[ExpertKey]]] = {}  # all the latest: not evicted for others
         self._loads: dict[ExpertKey, Load] = {}
@@ -346,16 +353,14 @@ class Ledger:
     # -- loaders ------------------------------------------------------------------------------------------------------
 
     def next_load(self) -> Load | None:
-        """What a loader does next; None if there is nothing to do. Demands first, and of those one of each caller in
-        turn: somebody's hundred are not before another's one."""
-        while self._turns:
-            caller, queue = self._turns.popitem(last=False)
+        """What a loader does next; None if there is nothing to do. Demands first, and of those one of the caller who
+        was served the longest ago: somebody's hundred are not before another's one."""
+        for caller, queue in self._turns.items():
             while queue:
                 load = queue.popleft()
-                if not load.is_taken:  # in another's turn, which it was in too
+                if not load.is_taken:  # in the turn of another, who wants it too
                     load.is_taken = True
-                    if queue:
-                        self._turns[caller] = queue
+                    self._turns.move_to_end(caller)
                     return load
         return self._begin_wish()
 
@@ -435,7 +440,17 @@ class Ledger:
         load.waiters.append(demand)
         demand.loads.append(load)
         if not load.is_taken:  # it comes in the turn of whoever is first
-            self._turns.setdefault(demand.party or demand, deque()).append(load)
+            self._queue(demand.caller).append(load)
+
+    def _queue(self, caller: Hashable) -> deque[Load]:
+        queue = self._turns.get(caller)
+        if queue is None:
+            if len(self._turns) >= CALLERS_KEPT:
+                for known in [known for known, waiting in self._turns.items() if not waiting]:
+                    del self._turns[known]
+            queue = self._turns[caller] = deque()
+            self._turns.move_to_end(caller, last=False)
+        return queue
 
     def _attach(self, demand: Demand, slot: int) -> None:
         demand.pool.slots.pin(slot)

@@ -57,7 +57,7 @@ class Request(Demand):
     __slots__ = ("number",)
 
     def __init__(self, number: int, pool: Pool, block: int, session: Session, patience: float) -> None:
-        super().__init__(pool, block, session, patience)
+        super().__init__(pool, block, caller=session, party=session, patience=patience)
         self.number = number
 
 

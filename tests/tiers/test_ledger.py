@@ -12,13 +12,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moetier.tiers.budget import members, slot_ranges
 from moetier.tiers.directory import Directory
+from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.ledger import Demand, Ledger, Load, Pool
+from moetier.tiers.monitor import Monitor
 from moetier.tiers.plan import ArenaPlan
 from moetier.tiers.policy import plan_groups
+from moetier.tiers.session import Desk, Event, Failed, Granted, Session
 
 MANIFEST = two_geometries()
 EXPERTS = 4
+BLOCKS = st.integers(0, 4)
+PATIENCE = 10.0
 
 
 class Caller:
@@ -29,16 +34,63 @@ class Caller:
         self.asleep = False
 
 
+class Client:
+    """Another process: asks by a session, and remembers what it was answered."""
+
+    def __init__(self, machine: LedgerMachine, leases: int) -> None:
+        self.machine = machine
+        self.session = Session(self.hear, machine.desk, leases=leases, patience=PATIENCE)
+        self.leases = leases
+        self.wanted: dict[int, set[ExpertKey]] = {}
+        self.held: dict[int, dict[ExpertKey, tuple[int, int]]] = {}  # by request: slot and generation of each
+        self.failed: list[Failed] = []
+        self.last = 0
+
+    def hear(self, event: Event) -> None:
+        assert event.request in self.wanted, "of a request that is over"
+        if isinstance(event, Granted):
+            self.wanted[event.request].remove(event.key)  # each key once
+            self.held[event.request][event.key] = (event.slot, event.generation)
+            assert self.machine.directory.find(event.key) == (event.slot, event.generation)
+            assert sum(map(len, self.held.values())) <= self.leases
+        else:
+            self.failed.append(event)
+            self.over(event.request)
+
+    def over(self, request: int) -> None:
+        del self.wanted[request]
+        del self.held[request]
+
+    def acquire(self, keys: list[ExpertKey]) -> None:
+        self.last += 1
+        self.wanted[self.last] = set(keys)
+        self.held[self.last] = {}
+        self.session.acquire(self.last, keys)
+
+    def release(self, request: int, keys: list[ExpertKey]) -> None:
+        if keys:
+            for key in keys:
+                self.held[request].pop(key, None)
+            self.session.release(request, keys)
+            if request in self.wanted and not self.wanted[request] and not self.held[request]:
+                self.over(request)
+        else:
+            self.over(request)
+            self.session.release(request)
+
+
 class LedgerMachine(RuleBasedStateMachine):
-    """Callers and loaders that take their steps in any order. The oracle is a dict: slot -> the key whose bytes are in
-    it, None while it is being filled."""
+    """Callers, clients and loaders that take their steps in any order. The oracle is a dict: slot -> the key whose
+    bytes are in it, None while it is being filled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.memory: dict[tuple[Pool, int], ExpertKey | None] = {}
         self.callers: list[Caller] = []
+        self.clients: list[Client] = []
         self.reading: list[Load] = []
-        self.awake = True
+        self.seen: list[tuple[ExpertKey, int, int]] = []  # what somebody found in the directory, and computes on
+        self.now = 0.0
 
     @initialize(data=st.data())
     def open(self, data: st.DataObject) -> None:
@@ -47,40 +99,47 @@ class LedgerMachine(RuleBasedStateMachine):
             for name, (least, most) in sorted(slot_ranges(MANIFEST).items())
         }
         plan = ArenaPlan.of(MANIFEST, counts)
+        self.monitor = Monitor()
+        self.directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
         self.ledger = Ledger(
-            Directory.create(memoryview(bytearray(plan.directory_bytes)), plan),
+            self.directory,
             wake=self.wake,
             ring=lambda: None,
             watch=lambda: None,
             ahead=data.draw(st.integers(1, 4), "ahead"),
             prefetches=data.draw(st.integers(1, 2), "prefetches"),
+            clock=lambda: self.now,
         )
         self.loaders = data.draw(st.integers(1, 3), "loaders")
         self.pools = {}
         for (name, count), first in zip(counts.items(), plan.first_slots, strict=True):
             self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, 1)
+        self.desk = Desk(MANIFEST, self.monitor, self.ledger, self.directory, self.pools)
 
     def wake(self) -> None:
         for caller in self.callers:
             caller.asleep = False
+        self.monitor.post(self.ledger.serve)
 
     def pool(self, block: int) -> Pool:
         return self.pools[MANIFEST.blocks[block].array]
 
+    # -- threads of this process --------------------------------------------------------------------------------------
+
     @precondition(lambda self: len(self.callers) < 4)
-    @rule(block=st.integers(0, 4), experts=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6))
+    @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6))
     def acquire(self, block: int, experts: list[int]) -> None:
         keys = [ExpertKey(block, expert) for expert in experts]
         pool = self.pool(block)
-        ready = {key for key in keys if (s := pool.slots.find(key)) is not None and pool.slots.is_ready(s)}
-        hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
-        caller = Caller(Demand(pool, block), keys)
-        self.callers.append(caller)
-        self.ledger.look(caller.demand, keys)
-        assert self.ledger.counters.hits - hits == len(ready)
-        assert self.ledger.counters.misses - misses == len(set(keys)) - len(ready)
-        assert {pool.slots.key(slot) for slot in caller.demand.ready} >= ready
-        assert [pool.slots.key(slot) in ready for slot in caller.demand.ready] == [True] * len(caller.demand.ready)
+        with self.monitor:
+            ready = {key for key in keys if (s := pool.slots.find(key)) is not None and pool.slots.is_ready(s)}
+            hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
+            caller = Caller(Demand(pool, block, caller=len(self.callers)), keys)
+            self.callers.append(caller)
+            self.ledger.look(caller.demand, keys)
+            assert self.ledger.counters.hits - hits == len(ready)
+            assert self.ledger.counters.misses - misses == len(set(keys)) - len(ready)
+            assert {pool.slots.key(slot) for slot in caller.demand.ready} == ready
 
     def steps(self) -> list[Caller]:
         return [caller for caller in self.callers if not caller.asleep]
@@ -93,24 +152,25 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def next(self, caller: Caller) -> None:
         demand = caller.demand
-        if caller.held is not None:
-            caller.held = None
-            self.ledger.release(demand)
-        if demand.error is not None:
-            self.gone(caller)
-            return
-        self.ledger.advance(demand)
-        if demand.ready:
-            slot = self.ledger.take(demand)
-            key = demand.pool.slots.key(slot)
-            assert key in caller.wanted, "each key once"
-            caller.wanted.remove(key)
-            caller.held = (key, slot)
-        elif demand.is_over:
-            assert not caller.wanted, "every key"
-            self.gone(caller)
-        else:
-            caller.asleep = True
+        with self.monitor:
+            if caller.held is not None:
+                caller.held = None
+                self.ledger.release(demand)
+            if demand.error is not None:
+                self.gone(caller)
+                return
+            self.ledger.advance(demand)
+            if demand.ready:
+                slot = self.ledger.take(demand)
+                key = demand.pool.slots.key(slot)
+                assert key in caller.wanted, "each key once"
+                caller.wanted.remove(key)
+                caller.held = (key, slot)
+            elif demand.is_over:
+                assert not caller.wanted, "every key"
+                self.gone(caller)
+            else:
+                caller.asleep = True
 
     def gone(self, caller: Caller) -> None:
         self.callers.remove(caller)
@@ -119,16 +179,94 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.callers)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        self.gone(data.draw(st.sampled_from(self.callers)))
+        with self.monitor:
+            self.gone(data.draw(st.sampled_from(self.callers)))
 
-    @rule(block=st.integers(0, 4), experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
+    @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
-        self.ledger.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
+        with self.monitor:
+            self.ledger.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
+
+    # -- clients in other processes -----------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.clients) < 3)
+    @rule(leases=st.integers(1, 5))
+    def come(self, leases: int) -> None:
+        self.clients.append(Client(self, leases))
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), block=BLOCKS, experts=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
+    def ask(self, data: st.DataObject, block: int, experts: set[int]) -> None:
+        client = data.draw(st.sampled_from(self.clients))
+        if len(client.wanted) < 4:
+            client.acquire([ExpertKey(block, expert) for expert in experts])
+
+    @precondition(lambda self: any(client.wanted for client in self.clients))
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        """Some of a request's leases (or what is none of them), or all of it."""
+        client = data.draw(st.sampled_from([client for client in self.clients if client.wanted]))
+        request = data.draw(st.sampled_from(sorted(client.wanted)))
+        held = sorted(client.held[request])
+        keys = data.draw(st.lists(st.sampled_from([*held, ExpertKey(1, 0)]), max_size=3))
+        client.release(request, keys)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5), wish=st.booleans())
+    def tell(self, data: st.DataObject, block: int, experts: list[int], wish: bool) -> None:
+        session = data.draw(st.sampled_from(self.clients)).session
+        keys = [ExpertKey(block, expert) for expert in experts]
+        if wish:
+            session.prefetch(block, keys)
+        else:
+            session.used(keys)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        client = data.draw(st.sampled_from(self.clients))
+        self.clients.remove(client)
+        client.wanted.clear()
+        client.session.close()
+
+    @rule(seconds=st.sampled_from([1.0, PATIENCE]))
+    def time_passes(self, seconds: float) -> None:
+        waiting = [
+            (client, request)
+            for client in self.clients
+            for request, demand in client.session._requests.items()
+            if demand.pending and demand.is_idle
+        ]
+        failed = {id(client): len(client.failed) for client in self.clients}
+        self.now += seconds
+        with self.monitor:
+            until = self.ledger.expire()
+            self.ledger.serve()
+        assert until is None or self.now < until <= self.now + PATIENCE
+        if seconds == PATIENCE:
+            for client, request in waiting:
+                assert any(event.request == request for event in client.failed[failed[id(client)] :])
+        for client in self.clients:
+            for event in client.failed[failed[id(client)] :]:
+                assert isinstance(event.error, ExhaustedError)
+                assert (client, event.request) in waiting
+
+    # -- readers of the directory -------------------------------------------------------------------------------------
+
+    @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)))
+    def find(self, key: ExpertKey) -> None:
+        found = self.directory.find(key)
+        assert (found is not None) == (key in self.memory.values())
+        if found is not None:
+            self.seen.append((key, *found))
+
+    # -- loaders ------------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.reading) < self.loaders)
     @rule()
     def begin_read(self) -> None:
-        load = self.ledger.next_load()
+        with self.monitor:
+            load = self.ledger.next_load()
         if load is not None:
             self.reading.append(load)
 
@@ -140,14 +278,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def end(self, load: Load, error: OSError | None) -> None:
         self.reading.remove(load)
-        waiters = list(load.waiters)
-        if error is not None:
-            self.ledger.fail(load, error)
-            assert load.pool.slots.find(load.key) is None, "nothing is cached"
-            assert all(demand.error is not None for demand in waiters)
-        else:
-            self.memory[load.pool, load.slot] = load.key
-            self.ledger.arrive(load)
+        with self.monitor:
+            waiters = list(load.waiters)
+            if error is not None:
+                self.ledger.fail(load, error)
+                assert load.pool.slots.find(load.key) is None, "nothing is cached"
+                assert all(demand.error is not None for demand in waiters)
+            else:
+                self.memory[load.pool, load.slot] = load.key
+                self.ledger.arrive(load)
+        assert all(demand.party is None or demand.error is None or demand.is_over for demand in waiters)
 
     @invariant()
     def agrees(self) -> None:
@@ -156,6 +296,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.check_integrity(list(self.pools.values()))
         for load in self.ledger._loads.values():  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None
+        content = {pool.first + slot: key for (pool, slot), key in self.memory.items()}
         for caller in self.callers:
             if caller.held is not None:
                 key, slot = caller.held
@@ -163,6 +304,14 @@ class LedgerMachine(RuleBasedStateMachine):
             if caller.asleep:
                 assert caller.held is None
                 assert not caller.demand.ready, "nobody sleeps on a slot that is ready"
+        for client in self.clients:
+            for held in client.held.values():
+                for key, (slot, generation) in held.items():
+                    assert content[slot] == key, "a lease whose bytes are another's"
+                    assert self.directory.generation(slot) == generation
+        for key, slot, generation in self.seen:
+            if self.directory.generation(slot) == generation:
+                assert content[slot] == key, "a proof that proves nothing"
         for pool in self.pools.values():
             assert max(Counter(load.slot for load in self.reading if load.pool is pool).values(), default=0) <= 1
 
@@ -171,25 +320,34 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         rounds = 0
-        while self.callers or self.reading:
+        while self.callers or self.reading or any(client.wanted for client in self.clients):
             rounds += 1
-            assert rounds < 200, "a deadlock"
+            assert rounds < 300, "a deadlock"
             for caller in self.steps():
                 if caller in self.callers:
                     self.next(caller)
-            while len(self.reading) < self.loaders and (load := self.ledger.next_load()) is not None:
-                self.reading.append(load)
+            for client in self.clients:
+                for request, held in list(client.held.items()):
+                    if held and request in client.held:
+                        client.release(request, [next(iter(held))])
+            with self.monitor:
+                while len(self.reading) < self.loaders and (load := self.ledger.next_load()) is not None:
+                    self.reading.append(load)
             if self.reading:
                 self.end(self.reading[0], None)
             self.agrees()
+        for client in self.clients:
+            assert client.session.held == 0
+            client.session.close()
         for pool in self.pools.values():
             assert not any(pool.slots.pins(slot) for slot in range(pool.slots.count))
             assert not pool.hungry
         assert not self.ledger._demands
+        assert not self.ledger._deadlines
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestLedger.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
 
 
 def ledger_of(count: int, ahead: int = 4, wake: Callable[[], None] = lambda: None) -> tuple[Ledger, Pool]:
@@ -200,7 +358,7 @@ def ledger_of(count: int, ahead: int = 4, wake: Callable[[], None] = lambda: Non
 
 
 def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
-    made = Demand(pool, block)
+    made = Demand(pool, block, caller=block)
     ledger.look(made, [ExpertKey(block, expert) for expert in experts])
     return made
 
