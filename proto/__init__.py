@@ -1,1 +1,1 @@
-"""The wire contract of the storage daemon: expert_store.proto, and the modules that ``make proto`` generates from it."""
+"""The storage daemon's wire contract: expert_store.proto, and the modules that ``make proto`` generates from it."""

@@ -47,10 +47,10 @@ class DaemonTier:
         side = SideConnection.open(folder, manifest.digest)
         try:
             arena = MappedArena.of(side, manifest)
+            return cls(folder, manifest, side, arena, Spare(directory, manifest), patience)
         except BaseException:
             side.close()
             raise
-        return cls(folder, manifest, side, arena, Spare(directory, manifest), patience)
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class DaemonTier:
         self._spare = spare
         self._patience = patience
         self._closed_error: ClosedError | None = None
+        self._wished: set[int] = set()  # blocks whose wishes the daemon may still have to fulfil
         self._counters = TierCounters("daemon")
         self._counting = Monitor()  # of the counters alone; the link's threads never hold it
         self._link = Link(folder, manifest.digest, side, self._arrive)
@@ -108,9 +109,17 @@ class DaemonTier:
             rest.close()
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        """As ``ExpertSource`` says; while the daemon is away, no wish comes true."""
+        """As ``ExpertSource`` says; while the daemon is away, no wish comes true. No message tells of wishes that are
+        there already."""
         self._manifest.check_keys(block, wishes)
         self._check_open()
+        find = self._arena.find
+        if not all(find(key) for key in wishes):
+            self._wished.add(block)
+        elif block in self._wished:
+            self._wished.discard(block)
+        else:
+            return
         self._link.prefetch(block, [key.expert for key in wishes])
 
     def stats(self) -> TierStats:

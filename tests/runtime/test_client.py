@@ -221,6 +221,12 @@ def test_a_wish_saves_the_miss(store: MappedStore, tmp_path: Path) -> None:
         assert sorted(store.take(tier, 1, 3, 0)) == [0, 3]
         assert (tier.stats().hits, tier.stats().misses) == (2, 0)
         assert daemon.stats().host.prefetched == 2
+        before = tier.traffic.messages_out
+        for _ in range(5):
+            tier.prefetch(1, keys(1, 0, 3))
+        tier.prefetch(1, [])
+        daemon.wait_for("used == 2")
+        assert tier.traffic.messages_out <= before + 2, "what is there is not wished"
 
 
 def test_no_weights_cross_the_socket(store: MappedStore, tmp_path: Path) -> None:
