@@ -39,6 +39,11 @@ HOMES = {
     "transformers": {"runtime/registration", "runtime/generate", "runtime/streamer", "tools/"},
     "zarr": {"tiers/writer"},
     "psutil": {"runtime/memory"},
+    "grpc": {
+        "proto/expert_store_pb2_grpc",
+        *("runtime/channel", "runtime/status", "runtime/link", "runtime/remote", "runtime/visit"),
+        *("runtime/service", "runtime/fetch", "runtime/daemon"),
+    },
 }
 
 

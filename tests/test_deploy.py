@@ -1,0 +1,73 @@
+"""What docs/deploy ships: commands that exist, settings that its tools understand."""
+
+from __future__ import annotations
+
+import configparser
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moetier.tools.main import build_parser
+
+DEPLOY = Path(__file__).parent.parent / "docs" / "deploy"
+UNIT = DEPLOY / "moetier.service"
+
+
+def unit() -> dict[str, str]:
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser documents it
+    parser.read_string(UNIT.read_text())
+    return dict(parser["Service"])
+
+
+def compose() -> dict[str, Any]:
+    found = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_unit_starts_a_daemon() -> None:
+    service = unit()
+    _, *words = shlex.split(service["ExecStart"])
+    arguments = build_parser().parse_args(words)
+    assert arguments.command == "daemon"
+    assert arguments.folder.startswith(f"/run/{service['RuntimeDirectory'].split()[0]}/")
+    assert float(service["TimeoutStopSec"]) > arguments.drain
+    assert (service["Type"], int(service["FileDescriptorStoreMax"]) > 0) == ("notify", True)
+
+
+def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is missing")
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text().replace("/opt/moetier/bin/moetier", shutil.which("true") or "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["daemon", "generate"])
+def test_the_containers_run_commands(name: str) -> None:
+    service = compose()["services"][name]
+    words = [*service.get("entrypoint", ["moetier"])[1:], *service["command"]]
+    words = [word.replace("${RAM:-8GiB}", "8GiB") for word in words]
+    assert build_parser().parse_args(words).command == name
+    if check := service.get("healthcheck"):
+        assert build_parser().parse_args(check["test"][2:]).command == "stats"
+
+
+def test_compose_understands_the_file() -> None:
+    if shutil.which("docker-compose") is None:
+        pytest.skip("docker-compose is missing")
+    command = ["docker-compose", "-f", DEPLOY / "compose.yaml", "config", "--quiet"]
+    done = subprocess.run(
+        command, env={"MODEL": "/srv/model", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
