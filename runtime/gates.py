@@ -1,0 +1,246 @@
+"""The gates of a model's blocks, asked ahead of their turn: which experts would a hidden state be sent to?
+
+A block's gate is the sibling of its Experts module. Between the residual stream and the gate stands a norm of the
+decoder layer. Both are called by ``forward``, past the hooks and recorders that sit on the modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .experts import experts_modules
+
+GATE_NAMES = ("gate", "router")
+# the norm before the gate: the first of these that the decoder layer has
+NORM_NAMES = (
+    "mlp_hyper_connection",  # qwen4_exp: mixes the streams and normalises
+    "pre_mlp_layernorm",
+    "pre_feedforward_layernorm",
+    "pre_ff_layernorm",
+    "ffn_norm",
+    "norm2",  # dots3_note's vision tower
+    "post_attention_layernorm",
+    "norm",
+    "input_layernorm",  # attention and experts side by side
+)
+# decoder layers whose gate takes the residual stream as it is -> the module that is called on it first
+WITHOUT_NORM = {
+    "FlexOlmoDecoderLayer": "mlp",
+    "Gemma4TextDecoderLayer": "pre_feedforward_layernorm",
+    "DiffusionGemmaEncoderTextLayer": "pre_feedforward_layernorm",
+    "DiffusionGemmaDecoderTextLayer": "pre_feedforward_layernorm",
+}
+SEQUENCES = {"AfmoeTokenChoiceRouter"}  # gates that take [B, S, H] alone; all others take [T, H]
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).sqrt(),
+    "given": lambda probabilities: probabilities,  # the gate gives them in place of logits
+}
+TRIED_ROWS = 16
+SAME = 0.02  # relative: bf16 weights of a gate against those made of its logits in fp32
+
+
+class Routing(NamedTuple):
+    """Where tokens are sent. A gate's own numbers are no estimate of being right, but rank its guesses."""
+
+    experts: Tensor  # [T, k], int64, in the gate's order
+    probabilities: Tensor  # [T, k], fp32, by the gate's own function of its logits, before any normalisation over k
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Of one block. ``refusal`` says why it can't be called ahead; then ``gate`` is None."""
+
+    block: int
+    path: str  # of the Experts module
+    layer: int | None  # number of the decoder layer
+    successor: int | None  # the block at the same path in the next layer
+    experts: nn.Module
+    gate: nn.Module | None = None
+    norm: nn.Module | None = None  # None: the gate takes the residual stream
+    entry: nn.Module | None = None  # called on the residual stream where the layer's MoE part begins
+    holder: nn.Module | None = None  # has the gate's further arguments as attributes
+    arguments: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32  # of what the MoE part is given
+    scores: str = ""  # a name of SCORES
+    refusal: str | None = None
+
+    @torch.no_grad()
+    def predict(self, hidden: Tensor) -> Routing:
+        """The residual stream [..., H] -> where this block would send it. Equals what it does on its own entry."""
+        assert self.refusal is None, self.refusal
+        states: Any = hidden if self.norm is None else self.norm.forward(hidden)
+        states = states if isinstance(states, Tensor) else states[0]
+        output = self.call(states.to(self.dtype))
+        return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
+
+    def probabilities(self, output: Any) -> Tensor:
+        """Of all experts, [T, E] in fp32; ``output`` is the gate's: logits [T, E], weights and experts [T, k], ..."""
+        return SCORES[self.scores](output[0].float())
+
+    def call(self, states: Tensor) -> Any:
+        """What the gate returns for normalised states [..., H]."""
+        assert self.gate is not None
+        flat = states.reshape(-1, states.shape[-1])
+        shaped = flat.unsqueeze(0) if type(self.gate).__name__ in SEQUENCES else flat
+        return self.gate.forward(shaped, *(getattr(self.holder, name) for name in self.arguments))
+
+
+class Gates:
+    """Those of a loaded model, by block: the blocks are its Experts modules, in module order."""
+
+    def __init__(self, model: Any) -> None:
+        paths = list(experts_modules(model))
+        self.blocks = tuple(_gate(model, block, path, paths) for block, path in enumerate(paths))
+
+    def predict(self, block: int, hidden: Tensor) -> Routing:
+        """See Gate.predict. ``hidden`` may be of any earlier place of the residual stream: the guess gets worse."""
+        return self.blocks[block].predict(hidden)
+
+    def ahead(self, block: int, distance: int) -> int | None:
+        """The block ``distance`` layers after this one at the same path, if there is one and its gate can be asked."""
+        found: int | None = block
+        for _ in range(distance):
+            found = None if found is None else self.blocks[found].successor
+        return found if found is not None and self.blocks[found].refusal is None else None
+
+    def refusals(self) -> str | None:
+        """One line on the blocks that can't be asked ahead, and why; None when all can."""
+        refused = [gate for gate in self.blocks if gate.refusal is not None]
+        if not refused:
+            return None
+        reasons = " ".join(dict.fromkeys(f"{gate.refusal}" for gate in refused))
+        return f"{len(refused)} of {len(self.blocks)} blocks can't be predicted: {reasons}"
+
+    def observe(
+        self,
+        *,
+        entry: Callable[[int, Tensor], None] | None = None,
+        gate: Callable[[int, Tensor], None] | None = None,
+        experts: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Observation:
+        """Calls back during the model's forward passes, until the observation is removed. In this order, for a block:
+
+        ``entry(block, hidden)``: the residual stream [..., H] where the MoE part of its layer begins;
+        ``gate(block, probabilities [T, E])``: what its gate thinks of all experts;
+        ``experts(block, experts [T, k], weights [T, k])``: what its Experts module is about to compute.
+
+        A block with a refusal has no gate here, and may have no entry; its experts are told all the same.
+        """
+        handles = []
+        for found in self.blocks:
+            if entry is not None and found.entry is not None:
+                handles.append(_before(found.entry, _at_entry(entry, found.block)))
+            if gate is not None and found.gate is not None:
+                handles.append(found.gate.register_forward_hook(_at_gate(gate, found)))
+            if experts is not None:
+                handles.append(_before(found.experts, _at_experts(experts, found.block)))
+        return Observation(handles)
+
+
+class Observation:
+    """Hooks on a model. A context manager; removing is idempotent."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Observation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _before(module: nn.Module, call: Callable[[list[Any]], None]) -> RemovableHandle:
+    """Calls with what the module is given, in the order of its parameters as its callers keep it."""
+
+    def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        call([*positional, *named.values()])
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _at_entry(call: Callable[[int, Tensor], None], block: int) -> Callable[[list[Any]], None]:
+    return lambda given: call(block, given[0])
+
+
+def _at_experts(call: Callable[[int, Tensor, Tensor], None], block: int) -> Callable[[list[Any]], None]:
+    return lambda given: call(block, given[1], given[2])
+
+
+def _at_gate(call: Callable[[int, Tensor], None], gate: Gate) -> Callable[[nn.Module, Any, Any], None]:
+    return lambda _, given, output: call(gate.block, gate.probabilities(output))
+
+
+def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
+    """Finds everything about one block."""
+    experts, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    place = re.match(r"(?P<before>(.*\.)?)(?P<layer>\d+)(?P<after>\..*)", path)  # the last number is the layer's
+    if place is None:
+        return Gate(block, path, None, None, experts, refusal=f"{path} is in no numbered layer.")
+    number = int(place["layer"])
+    following = f"{place['before']}{number + 1}{place['after']}"
+    successor = paths.index(following) if following in paths else None
+    layer = model.get_submodule(place["before"] + place["layer"])
+
+    if (bare := WITHOUT_NORM.get(type(layer).__name__)) is not None:
+        norm, entry = None, getattr(layer, bare)
+    else:
+        norm = entry = next((getattr(layer, name) for name in NORM_NAMES if hasattr(layer, name)), None)
+    found = Gate(block, path, number, successor, experts, norm=norm, entry=entry, holder=parent, dtype=model.dtype)
+
+    gate = next((getattr(parent, name) for name in GATE_NAMES if hasattr(parent, name)), None)
+    if gate is None:
+        return replace(found, refusal=f"{type(parent).__name__} has no {' and no '.join(GATE_NAMES)}.")
+    if entry is None:
+        return replace(found, refusal=f"{type(layer).__name__} has no norm of a known name.")
+    arguments = tuple(inspect.signature(gate.forward).parameters)[1:]
+    if unknown := [name for name in arguments if not hasattr(parent, name)]:
+        why = f"{type(gate).__name__} wants {' and '.join(unknown)}, known only at its turn."
+        return replace(found, refusal=why)
+    found = replace(found, gate=gate, arguments=arguments)
+    return replace(found, scores=_scores(found))
+
+
+@torch.no_grad()
+def _scores(gate: Gate) -> str:
+    """The function of the logits by which the gate weighs its experts, a name of SCORES: found by asking the gate.
+
+    Configurations name it in many ways or not at all. Weights are the function's values up to a factor, which differs
+    from token to token where top-k values are normalised. Softmax where none fits: phimoe weighs each of its two
+    experts by another softmax, over fewer logits; and where all do: a single expert, normalised.
+    """
+    assert gate.gate is not None
+    weight = next(gate.gate.parameters())
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(TRIED_ROWS, weight.shape[-1], generator=random).to(weight)
+    logits, weights, experts = (
+        value.float() if value.is_floating_point() else value for value in gate.call(states)[:3]
+    )
+    if bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), torch.ones(()).to(logits), atol=SAME):
+        return "given"
+    ratios = {name: weights / function(logits).gather(-1, experts) for name, function in SCORES.items()}
+    one_factor = [name for name, ratio in ratios.items() if _is_constant(ratio.flatten())]
+    by_token = [name for name, ratio in ratios.items() if _is_constant(ratio)]
+    return next(iter([*one_factor, *by_token, "softmax"]))
+
+
+def _is_constant(rows: Tensor) -> bool:
+    """Along the last dimension, but for rounding."""
+    return bool(((rows.amax(-1) - rows.amin(-1)) <= SAME * rows.abs().amax(-1)).all())
