@@ -81,8 +81,8 @@ def read_pem(path: Path, what: str) -> bytes:
     """Certificates, vetted: gRPC itself would say nothing, and connect to nobody. Raises ConfigError."""
     pem = _read(path, what)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
-    except (ssl.SSLError, ValueError) as error:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)  # text between them may be in any language
+    except OSError as error:
         raise ConfigError(f"The {what} {path} holds no certificates in PEM form ({error}).", "Name another.") from None
     return pem
 
@@ -118,7 +118,7 @@ def _tls(credentials: Credentials) -> grpc.ChannelCredentials:
 def _system_roots() -> bytes | None:
     """What this system trusts (SSL_CERT_FILE, else OpenSSL's place); None: the roots that gRPC brings."""
     place = ssl.get_default_verify_paths().cafile
-    return Path(place).read_bytes() if place else None
+    return read_pem(Path(place), "system's CA") if place else None
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -242,6 +242,21 @@ def test_files_that_are_not_there(tmp_path: Path, files: Files) -> None:
             open_channel(SOMEWHERE, credentials)
 
 
+def test_certificates_with_text_between_them(tmp_path: Path, files: Files) -> None:
+    """As in bundles of many authorities."""
+    bundle = tmp_path / "bundle"
+    bundle.write_bytes("# Főtanúsítvány\n".encode() + files.ca.read_bytes() + files.other_ca.read_bytes())
+    assert read_pem(bundle, "CA") == bundle.read_bytes()
+
+
+def test_the_system_s_authorities_are_vetted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = tmp_path / "noise"
+    noise.write_bytes(bytes(range(256)))
+    monkeypatch.setenv("SSL_CERT_FILE", str(noise))
+    with pytest.raises(ConfigError, match=r"system's CA .*PEM"):
+        open_channel(SOMEWHERE, Credentials())
+
+
 def test_files_that_are_something_else(tmp_path: Path, files: Files) -> None:
     noise = tmp_path / "noise"
     noise.write_bytes(bytes(range(256)))
