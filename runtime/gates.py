@@ -185,7 +185,10 @@ def _at_experts(call: Callable[[int, Tensor, Tensor], None], block: int) -> Call
 
 
 def _at_gate(call: Callable[[int, Tensor], None], gate: Gate) -> Callable[[nn.Module, Any, Any], None]:
-    return lambda _, given, output: call(gate.block, gate.probabilities(output))
+    def hook(_: nn.Module, given: Any, output: Any) -> None:  # what a hook returns would be taken for the gate's output
+        call(gate.block, gate.probabilities(output))
+
+    return hook
 
 
 def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:

@@ -194,6 +194,18 @@ def test_an_observation_ends_with_an_error_too() -> None:
     assert hooks(model) == before
 
 
+def test_what_an_observer_returns_is_nobodys_output() -> None:
+    model = tiny_model("mixtral", BF16)
+    ids = torch.arange(2, 11)[None]
+    plain = model(input_ids=ids).logits
+
+    def meddles(*given: Any) -> Any:
+        return [torch.zeros(1)] * 3
+
+    with Gates(model).observe(entry=meddles, gate=meddles, experts=meddles):
+        assert torch.equal(model(input_ids=ids).logits, plain)
+
+
 class Lonely(nn.Module):
     """A layer whose Experts module has neither gate nor number."""
 
