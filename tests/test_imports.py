@@ -22,7 +22,7 @@ LAYERS = {
 # within tiers: each level imports from those above it alone
 LEVELS = (
     {"keys", "errors", "stats", "stream", "hqq"},
-    {"manifest", "monitor", "slots", "planes", "pairs"},
+    {"manifest", "monitor", "slots", "planes", "pairs", "order"},
     {"source", "policy", "quantize", "plan", "budget", "shard"},
     {"directory", "views", "folder", "durable"},
     {"arena", "ledger"},

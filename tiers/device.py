@@ -27,7 +27,7 @@ from .errors import BudgetError, ClosedError
 from .keys import ExpertKey
 from .manifest import Manifest
 from .monitor import Monitor
-from .policy import BlockLru, plan_groups
+from .policy import BlockPolicy, plan_groups
 from .slots import Slots, State
 from .source import ExpertSource, Lease
 from .stats import TierCounters, TierStats
@@ -45,7 +45,7 @@ class _Pool:
         self.first = first
         self.slot_bytes = layout.slot_bytes
         self.slots = Slots(len(slots))
-        self.policy = BlockLru(self.slots, plan_groups(len(slots), members(manifest, array)))
+        self.policy = BlockPolicy(self.slots, plan_groups(len(slots), members(manifest, array)))
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
         self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # the end of each stream's last use of a slot

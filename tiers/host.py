@@ -1,4 +1,4 @@
-"""HostTier: records in shared memory, least recently used per block, filled by a small pool of loaders.
+"""HostTier: records in shared memory, evicted block by block, filled by a small pool of loaders.
 
 The ledger decides, under the monitor's lock; records are read outside it.
 """
@@ -20,6 +20,7 @@ from .errors import ClosedError
 from .keys import ExpertKey
 from .ledger import Demand, Ledger, Load, Pool
 from .monitor import Monitor
+from .order import DEFAULT_ORDER
 from .plan import ArenaPlan
 from .policy import plan_groups
 from .recovery import intact_slots
@@ -35,12 +36,18 @@ class HostTier:
     """
 
     def __init__(
-        self, store: RecordReader, *, slots: Mapping[str, int], loaders: int = 4, arena: Arena | None = None
+        self,
+        store: RecordReader,
+        *,
+        slots: Mapping[str, int],
+        loaders: int = 4,
+        arena: Arena | None = None,
+        policy: str = DEFAULT_ORDER,
     ) -> None:
         """Allocates ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had.
 
         ``arena`` is one that was taken back, of as many slots: it is the tier's from now on. What is whole in it is
-        READY without a read; whoever maps it goes on.
+        READY without a read; whoever maps it goes on. ``policy`` is one of ``ORDERS``.
         """
         manifest = store.manifest
         assert loaders > 0
@@ -72,7 +79,7 @@ class HostTier:
         try:
             for region, first in zip(self.plan.regions, self.plan.first_slots, strict=True):
                 groups = plan_groups(region.slots, members(manifest, region.array))
-                self._pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes)
+                self._pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes, policy)
             self._desk = Desk(manifest, self._monitor, self._ledger, self._arena.directory, self._pools)
             if arena is not None:
                 self._recover(arena, loaders)

@@ -25,7 +25,8 @@ from collections.abc import Callable, Hashable, Sequence
 from .directory import Directory
 from .errors import ExhaustedError
 from .keys import ExpertKey
-from .policy import BlockLru, Group
+from .order import DEFAULT_ORDER, ORDERS
+from .policy import BlockPolicy, Group
 from .slots import Slots, State
 from .stats import TierCounters
 
@@ -35,9 +36,11 @@ CALLERS_KEPT = 64  # of whom it is known when they were served, at least while n
 class Pool:
     """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
 
-    def __init__(self, count: int, groups: Sequence[Group], first: int, slot_bytes: int) -> None:
+    def __init__(
+        self, count: int, groups: Sequence[Group], first: int, slot_bytes: int, order: str = DEFAULT_ORDER
+    ) -> None:
         self.slots = Slots(count)
-        self.policy = BlockLru(self.slots, groups)
+        self.policy = BlockPolicy(self.slots, groups, ORDERS[order])
         self.first = first
         self.slot_bytes = slot_bytes
         self.hungry: deque[Demand] = deque()
@@ -83,7 +86,8 @@ class Demand:
     """One call of acquire. Each of its keys is in one of pending, loads, ready, held, or is done with."""
 
     __slots__ = (
-        *("block", "caller", "error", "held", "loads", "party", "patience", "pending", "pool", "ready", "residents"),
+        *("block", "caller", "error", "held", "loads", "party", "passing", "patience", "pending", "pool", "ready"),
+        "residents",
     )
 
     def __init__(
@@ -94,6 +98,7 @@ class Demand:
         self.caller = caller  # whose turn it is in
         self.party = party
         self.patience = patience  # seconds that a party's demand waits while it has nothing
+        self.passing = False  # a passage: wants more than its block can keep
         self.pending: dict[ExpertKey, None] = {}  # no slot yet
         self.loads: list[Load] = []  # claims
         self.ready: deque[int] = deque()  # pinned, not leased yet
@@ -160,6 +165,7 @@ class Ledger:
         self.wish(demand.pool, demand.block, (), wisher=demand.party)
         slots = demand.pool.slots
         distinct = dict.fromkeys(keys)
+        demand.passing = demand.pool.policy.is_passage(demand.block, len(distinct))
         for key in distinct:
             slot = slots.find(key)
             is_full = demand.party is not None and demand.party.is_full
@@ -175,7 +181,7 @@ class Ledger:
         for key in reversed(distinct):  # what is given first is evicted last
             slot = slots.find(key)
             if slot is not None:
-                demand.pool.policy.touch(slot)
+                demand.pool.policy.touch(slot, passing=demand.passing)
         if demand.party is not None:
             self.stir(demand)
 
@@ -197,8 +203,8 @@ class Ledger:
                     self._join(demand, self._loads[key])
             elif full or not self._may_begin(demand):
                 continue
-            elif (slot := pool.policy.choose(demand.block, borrow=demand.is_idle)) is not None:
-                load = self._begin(pool, key, slot, wished=False)
+            elif (slot := self._choose(demand)) is not None:
+                load = self._begin(pool, key, slot, wished=False, passing=demand.passing)
                 self._attach(demand, slot)
                 self._join(demand, load)
                 self._ring()
@@ -423,7 +429,10 @@ class Ledger:
         arrivals = len(demand.ready) - demand.residents
         return demand.party is not None or len(demand.loads) + arrivals < 2 * self._ahead
 
-    def _begin(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool) -> Load:
+    def _choose(self, demand: Demand) -> int | None:
+        return demand.pool.policy.choose(demand.block, borrow=demand.is_idle, passing=demand.passing)
+
+    def _begin(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, passing: bool = False) -> Load:
         old = None
         if pool.slots.is_ready(slot):
             old = pool.slots.key(slot)
@@ -432,7 +441,7 @@ class Ledger:
             self.counters.evictions += 1
         self._directory.withdraw(old, pool.first + slot)
         pool.slots.begin(slot, key)
-        pool.policy.admit(key.block, slot)
+        pool.policy.admit(key.block, slot, passing=passing)
         load = self._loads[key] = Load(pool, key, slot, wished=wished)
         return load
 

@@ -1,4 +1,4 @@
-"""Who is evicted next: least recently used, block by block. Pure.
+"""Who is evicted next, block by block. Pure; ``order.py`` has the orders, of which least recently used is the default.
 
 A global LRU with fewer slots than blocks x top-k hits nothing at all: when a block's turn comes again, every record of
 it has just been evicted by the others. So blocks are *groups* that evict among their own. When the slots are too few
@@ -8,12 +8,12 @@ for that, some blocks keep their top-k and all others share one group, in which 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .keys import ExpertKey
 from .manifest import Block
+from .order import DEFAULT_ORDER, ORDERS, Order
 from .slots import Slots, State
 
 
@@ -58,27 +58,39 @@ def _even_quotas(slots: int, blocks: Mapping[int, Block]) -> dict[int, int]:
     return quotas
 
 
-class BlockLru:
-    """Recency of the slots of one geometry, group by group.
+class BlockPolicy:
+    """An order for the records of each group of one geometry.
 
-    Within its quota a group's content is exactly what a least-recently-used cache of that size would hold.
+    With the default, a group's content within its quota is exactly what a least-recently-used cache of that size holds.
     """
 
-    def __init__(self, slots: Slots, groups: Sequence[Group]) -> None:
+    def __init__(
+        self, slots: Slots, groups: Sequence[Group], make_order: Callable[[int], Order] = ORDERS[DEFAULT_ORDER]
+    ) -> None:
+        """``make_order`` is given a group's quota."""
         assert sum(group.quota for group in groups) == slots.count
         self._slots = slots
         self._quotas = [group.quota for group in groups]
         self._group_of = {block: number for number, group in enumerate(groups) for block in group.blocks}
-        self._orders: list[OrderedDict[int, None]] = [OrderedDict() for _ in groups]  # least recently used first
+        self._orders = [make_order(group.quota) for group in groups]
+
+    def is_passage(self, block: int, records: int) -> bool:
+        """Whether a demand for so many records of ``block`` is more than its group can keep."""
+        return records > self._quotas[self._group_of[block]]
 
     def choose(
-        self, block: int, *, borrow: bool = False, keep: Callable[[ExpertKey], bool] = lambda key: False
+        self,
+        block: int,
+        *,
+        borrow: bool = False,
+        passing: bool = False,
+        keep: Callable[[ExpertKey], bool] = lambda key: False,
     ) -> int | None:
         """The slot for a record of ``block``: an EMPTY one, or one to be evicted; None when there is none to be had.
 
-        A group below its quota takes a free slot, at its quota it evicts its own least recently used. With ``borrow``,
-        when all of its own are held, it may take another group's, which takes one back when it needs it.
-        What ``keep`` says is not evicted.
+        A group below its quota takes a free slot, at its quota it evicts its own first. With ``borrow``, when none of
+        its own is to be had, it may take another group's, which takes one back when it needs it, or what a passage
+        (``passing``) had better leave. What ``keep`` says is not evicted.
         """
         number = self._group_of[block]
         slot: int | None = None
@@ -86,41 +98,43 @@ class BlockLru:
             # no free slot below the quota means that another group has borrowed
             slot = self._slots.free()
             if slot is None:
-                slot = self._oldest(self._borrowers(), keep)
+                slot = self._first(self._borrowers(), keep)
         if slot is None:
-            slot = self._oldest([number], keep)
+            slot = self._first([number], keep, passing=passing)
         if slot is None and borrow:
             slot = self._slots.free()
             if slot is None:
-                slot = self._oldest(self._by_surplus(), keep)
+                slot = self._first([number, *self._by_surplus()], keep)
         return slot
 
-    def admit(self, block: int, slot: int) -> None:
-        """``slot`` is being filled for ``block``: its group's from now on, and its most recently used."""
-        self._orders[self._group_of[block]][slot] = None
+    def admit(self, block: int, slot: int, *, passing: bool = False) -> None:
+        """``slot`` is being filled for ``block``: its group's from now on, and used."""
+        self._orders[self._group_of[block]].add(self._slots.key(slot), passing=passing)
 
-    def touch(self, slot: int) -> None:
+    def touch(self, slot: int, *, passing: bool = False) -> None:
         """``slot`` is used."""
-        self._orders[self._group_of[self._slots.key(slot).block]].move_to_end(slot)
+        key = self._slots.key(slot)
+        self._orders[self._group_of[key.block]].touch(key, passing=passing)
 
     def forget(self, slot: int) -> None:
         """``slot`` is about to become EMPTY."""
-        del self._orders[self._group_of[self._slots.key(slot).block]][slot]
+        key = self._slots.key(slot)
+        self._orders[self._group_of[key.block]].remove(key)
 
     def check_integrity(self) -> None:
-        """Asserts that the groups hold every slot that is not EMPTY, each once and by its key."""
-        held = [(slot, number) for number, order in enumerate(self._orders) for slot in order]
-        expected = [
-            (slot, self._group_of[self._slots.key(slot).block])
-            for slot in range(self._slots.count)
-            if self._slots.state(slot) is not State.EMPTY
-        ]
-        assert sorted(held) == expected
+        """Asserts that the groups hold the record of every slot that is not EMPTY, each once and by its key."""
+        held = [(key, number) for number, order in enumerate(self._orders) for key in order]
+        full = [slot for slot in range(self._slots.count) if self._slots.state(slot) is not State.EMPTY]
+        expected = [(key, self._group_of[key.block]) for key in map(self._slots.key, full)]
+        assert sorted(held) == sorted(expected)
+        assert [len(order) for order in self._orders] == [len(list(order)) for order in self._orders]
 
-    def _oldest(self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool]) -> int | None:
+    def _first(self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, passing: bool = False) -> int | None:
         for number in numbers:
-            for slot in self._orders[number]:
-                if self._slots.is_evictable(slot) and not keep(self._slots.key(slot)):
+            for key in self._orders[number].victims(passing=passing):
+                slot = self._slots.find(key)
+                assert slot is not None
+                if self._slots.is_evictable(slot) and not keep(key):
                     return slot
         return None
 

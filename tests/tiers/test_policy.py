@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Block
-from moetier.tiers.policy import BlockLru, Group, plan_groups
+from moetier.tiers.policy import BlockPolicy, Group, plan_groups
 from moetier.tiers.slots import Slots
 
 
@@ -90,7 +90,7 @@ class Cache:
     def __init__(self, count: int, blocks: Mapping[int, Block]) -> None:
         self.slots = Slots(count)
         self.groups = plan_groups(count, blocks)
-        self.policy = BlockLru(self.slots, self.groups)
+        self.policy = BlockPolicy(self.slots, self.groups)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
         """Returns the number of hits."""
@@ -209,7 +209,7 @@ def test_with_fewer_slots_than_one_token_needs_the_kept_blocks_still_hit() -> No
     assert hits == 2 * 2 * 9, "two blocks of four keep their two, from the second token on"
 
 
-def fill(slots: Slots, policy: BlockLru, key: ExpertKey, *, borrow: bool = False) -> int:
+def fill(slots: Slots, policy: BlockPolicy, key: ExpertKey, *, borrow: bool = False) -> int:
     slot = policy.choose(key.block, borrow=borrow)
     assert slot is not None
     if slots.is_ready(slot):
@@ -224,7 +224,7 @@ def fill(slots: Slots, policy: BlockLru, key: ExpertKey, *, borrow: bool = False
 
 def test_held_slots_are_passed_over_and_borrowed_ones_taken_back() -> None:
     slots = Slots(4)
-    policy = BlockLru(slots, [Group((0,), 2), Group((1,), 2)])
+    policy = BlockPolicy(slots, [Group((0,), 2), Group((1,), 2)])
     held = [fill(slots, policy, ExpertKey(0, expert)) for expert in range(2)]
     for slot in held:
         slots.pin(slot)
@@ -247,7 +247,7 @@ def test_held_slots_are_passed_over_and_borrowed_ones_taken_back() -> None:
 
 def test_what_is_to_be_kept_is_not_chosen() -> None:
     slots = Slots(2)
-    policy = BlockLru(slots, [Group((0,), 2)])
+    policy = BlockPolicy(slots, [Group((0,), 2)])
     first, second = (fill(slots, policy, ExpertKey(0, expert)) for expert in range(2))
     assert policy.choose(0) == first
     assert policy.choose(0, keep=lambda key: key.expert == 0) == second
@@ -256,13 +256,13 @@ def test_what_is_to_be_kept_is_not_chosen() -> None:
 
 def test_check_integrity_sees_what_is_wrong() -> None:
     slots = Slots(2)
-    policy = BlockLru(slots, [Group((0,), 1), Group((1,), 1)])
-    slot = fill(slots, policy, ExpertKey(0, 0))
-    policy._orders[1][slot] = None
+    policy = BlockPolicy(slots, [Group((0,), 1), Group((1,), 1)])
+    fill(slots, policy, ExpertKey(0, 0))
+    policy._orders[1].add(ExpertKey(0, 0), passing=False)
     with pytest.raises(AssertionError):
         policy.check_integrity()
-    policy._orders[1].clear()
+    policy._orders[1].remove(ExpertKey(0, 0))
     policy.check_integrity()
-    policy._orders[0].clear()
+    policy._orders[0].remove(ExpertKey(0, 0))
     with pytest.raises(AssertionError):
         policy.check_integrity()

@@ -1,0 +1,134 @@
+"""In which order the records of one group are evicted. Pure.
+
+A demand for more records than a group has slots is a *passage*: the group can't keep what it brings. A prefill is one
+where few experts of a block are cached.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from math import inf
+from typing import Protocol
+
+from .keys import ExpertKey
+
+
+class Order(Protocol):
+    """What ``policy.py`` asks. A key is in it from ``add`` to ``remove``; ``passing``: it is used in a passage."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[ExpertKey]: ...
+
+    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+        """From the one that is evicted first. A passage may be given fewer than all, so that it leaves the others."""
+
+    def add(self, key: ExpertKey, *, passing: bool) -> None:
+        """Its record is being loaded, which counts as a use."""
+
+    def touch(self, key: ExpertKey, *, passing: bool) -> None: ...
+
+    def remove(self, key: ExpertKey) -> None: ...
+
+
+class Recency:
+    """Least recently used first, in a passage too."""
+
+    def __init__(self, quota: int) -> None:
+        self._keys: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self._keys)
+
+    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+        return iter(self._keys)
+
+    def add(self, key: ExpertKey, *, passing: bool) -> None:
+        self._keys[key] = None
+
+    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+        self._keys.move_to_end(key)
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._keys[key]
+
+
+class ScanResistant:
+    """Recency that a passage does not disturb.
+
+    What a passage brings is evicted before all else, what it finds stays where it is, and once ``room`` records are in
+    passing it evicts those alone. A record in passing stays when anybody else uses it.
+    """
+
+    def __init__(self, quota: int) -> None:
+        self.room = max(2, quota // 4)  # enough reads in flight for a passage to be quick, few enough to lose little
+        self._passing: OrderedDict[ExpertKey, None] = OrderedDict()
+        self._settled: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._passing) + len(self._settled)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return chain(self._passing, self._settled)
+
+    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+        return iter(self._passing) if passing and len(self._passing) >= self.room else iter(self)
+
+    def add(self, key: ExpertKey, *, passing: bool) -> None:
+        (self._passing if passing else self._settled)[key] = None
+
+    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+        if not passing:
+            self._passing.pop(key, None)
+            self._settled[key] = None
+            self._settled.move_to_end(key)
+
+    def remove(self, key: ExpertKey) -> None:
+        if key in self._passing:
+            del self._passing[key]
+        else:
+            del self._settled[key]
+
+
+class Clairvoyant:
+    """Next used last first: no order hits more often (Belady 1966). For measuring: it must be told what is to come."""
+
+    def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
+        """``uses``: the times of each key's uses, ascending."""
+        self.now = 0  # whoever uses the order sets it before each demand
+        self._uses = uses
+        self._next: dict[ExpertKey, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._next)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self._next)
+
+    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+        return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
+
+    def add(self, key: ExpertKey, *, passing: bool) -> None:
+        self._next[key] = self.next_use(key)
+
+    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+        self._next[key] = self.next_use(key)
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._next[key]
+
+    def next_use(self, key: ExpertKey) -> float:
+        """Behind ``now``; infinite if there is none."""
+        times = self._uses.get(key, ())
+        later = bisect_right(times, self.now)
+        return times[later] if later < len(times) else inf
+
+
+ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant}  # name -> of a quota
+DEFAULT_ORDER = "lru"
