@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -87,7 +88,12 @@ def check_folder(folder: Path) -> None:
     """Raises RefusedError unless the folder is this user's, closed to all others, and reached through no symbolic link
     that somebody else could have laid. FileNotFoundError where there is none."""
     for part in (folder, *folder.parents):
-        found = part.lstat()
+        try:
+            found = part.lstat()
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # a file on the way, or another user's folder
+            raise RefusedError(f"{folder} can't be reached: {error.strerror}.", "Use a folder of your own.") from None
         if part == folder:
             if not stat.S_ISDIR(found.st_mode):
                 raise RefusedError(f"{folder} is no folder.", "Name the folder of a daemon.")
@@ -102,8 +108,12 @@ def check_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a daemon, mode 0700, where it is missing, and checks it."""
-    for part in (folder.parent, folder):
-        if not part.is_dir():
-            part.mkdir(mode=0o700, parents=part == folder.parent, exist_ok=True)
+    """Makes the folder of a daemon, mode 0700, where it is missing, and checks it. Raises ConfigError where it can't be
+    made, and as ``check_folder`` does."""
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # whatever it is, it is checked
+            folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"The folder {folder} can't be made: {error.strerror}.", "Name another: --folder.") from None
     check_folder(folder)

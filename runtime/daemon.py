@@ -116,17 +116,30 @@ def serve(config: DaemonConfig) -> int:
     manager = ServiceManager()
     try:
         with contextlib.ExitStack() as closing:
-            running = _start(config, manager, closing)
+            with _failing(config.folder):
+                running = _start(config, manager, closing)
             _announce(config, manager, running)
             _wait_for_the_end()
             manager.stopping()
             _drain(running, config.drain)
         say(_log, "stopped")
     finally:
-        for _, descriptor in manager.passed:
-            os.close(descriptor)
+        manager.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
     return 0
+
+
+@contextlib.contextmanager
+def _failing(folder: Path) -> Iterator[None]:
+    """What the system refuses is no fault of ours: a full or read-only disk, too few descriptors."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ConfigError(
+            f"The daemon can't start in {folder}: {error.strerror or error}{where}.",
+            "Mend that, or name another folder: --folder.",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +153,7 @@ class _Running:
 
 def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.ExitStack) -> _Running:
     """Everything that was opened is closed by ``closing``."""
+    token, identity = _credentials(config)
     make_folder(config.folder)
     killed = closing.enter_context(_hold(config.folder))
     stores = _open_stores(config.directories, closing)
@@ -151,7 +165,6 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
         local_server(Service(clients, description), checks, clients=clients, threads=config.max_clients),
     ]
     if config.listen:
-        token = read_token(config.token_file) if config.token_file is not None else None
         servers.append(remote_server(RemoteService(clients, description), checks, token=token, models=len(models)))
     for server in servers:
         closing.callback(_stop, server)
@@ -161,7 +174,7 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     closing.callback(path.unlink, missing_ok=True)
     _bind(servers[0], f"unix:{quote(str(path))}")  # a URI
     path.chmod(0o600)
-    listen = _listen(servers[1], config) if config.listen else ""
+    listen = _listen(servers[1], config.listen, identity) if config.listen else ""
     for server in servers:
         server.start()
     side = SideServer(
@@ -278,6 +291,9 @@ def _open_tiers(
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"
             say(_log, "recovered", model=model.name, slots=host.recovered, of=taken.arena.plan.slots, seconds=seconds)
+    for name in {name for name, _ in manager.passed} - set(map(_arena_name, models)):
+        manager.forget(name)  # of a model that is served no more: it would hold its memory for ever
+    manager.close()
     return models
 
 
@@ -334,13 +350,17 @@ def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Avai
 # -- systemd ----------------------------------------------------------------------------------------------------------
 
 
+def _arena_name(digest: str) -> str:
+    return f"arena-{digest[:32]}"
+
+
 def _passed(manager: ServiceManager) -> list[tuple[str, int]]:
     return [(f"systemd ({name})", descriptor) for name, descriptor in manager.passed]
 
 
 def _keep(model: Hosted, taken: Leftover | None, manager: ServiceManager) -> None:
     """Gives the arena to systemd, for the next start; it has it already where it has passed it to this process."""
-    name = f"arena-{model.digest[:32]}"
+    name = _arena_name(model.digest)
     if taken is not None and taken.holder == f"systemd ({name})":
         return
     manager.forget(name)
@@ -354,15 +374,20 @@ def _keep(model: Hosted, taken: Leftover | None, manager: ServiceManager) -> Non
 # -- sockets ----------------------------------------------------------------------------------------------------------
 
 
-def _listen(server: grpc.Server, config: DaemonConfig) -> str:
+def _credentials(config: DaemonConfig) -> tuple[str | None, grpc.ServerCredentials | None]:
+    """The token, and what TLS needs. Raises ConfigError for files that can't be used."""
+    token = read_token(config.token_file) if config.token_file is not None else None
+    if config.tls_cert is None or config.tls_key is None:
+        return token, None
+    cert, key = read_identity(config.tls_cert, config.tls_key)
+    ca = read_pem(config.tls_client_ca, "client CA") if config.tls_client_ca is not None else None
+    return token, grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
+
+
+def _listen(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> str:
     """Binds the TCP address; what it is then."""
-    credentials = None
-    if config.tls_cert is not None and config.tls_key is not None:
-        cert, key = read_identity(config.tls_cert, config.tls_key)
-        ca = read_pem(config.tls_client_ca, "client CA") if config.tls_client_ca is not None else None
-        credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
-    port = _bind(server, config.listen, credentials)
-    return f"{config.listen.rpartition(':')[0]}:{port}"
+    port = _bind(server, address, credentials)
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
@@ -372,8 +397,8 @@ def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ConfigError(
-            f"Can't listen on {address} ({str(error).splitlines()[0]}).", "See who does, or name another address."
-        ) from None
+            f"Can't listen on {address}: it is taken, or no address of this host.", "See who does, or name another."
+        ) from error
 
 
 def _stop(server: grpc.Server) -> None:
@@ -402,7 +427,10 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
     if config.ready_fd is not None:
         with contextlib.suppress(OSError):  # whoever wanted to know is gone
             os.write(config.ready_fd, b"ready\n")
-        os.close(config.ready_fd)
+        # closed, but so that no other file gets the number of stdout, to which somebody may print
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(null, config.ready_fd, inheritable=False)
+        os.close(null)
 
 
 def _wait_for_the_end() -> None:

@@ -31,6 +31,7 @@ from moetier.tiers.errors import MoetierError, ProtocolError, RefusedError, Unav
 from moetier.tiers.monitor import Home
 
 from .address import SIDE_SOCKET, check_folder
+from .logfmt import say
 
 PROTOCOL = 1
 PATIENCE = 5.0  # seconds that either end waits for the other's one packet
@@ -166,13 +167,17 @@ def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
     """A packet and its descriptors, closed on exec. (``socket.recv_fds`` of Python 3.11 ignores its flags.)"""
     arguments = (_PACKET, socket.CMSG_LEN(array("i", [0]).itemsize), socket.MSG_CMSG_CLOEXEC)
     try:
-        packet, ancillary, _, _ = end.recvmsg(*arguments)
+        packet, ancillary, flags, _ = end.recvmsg(*arguments)
     except ConnectionResetError:  # refused before the greeting was read; the answer is still there
-        packet, ancillary, _, _ = end.recvmsg(*arguments)
+        packet, ancillary, flags, _ = end.recvmsg(*arguments)
     descriptors = array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    if flags & socket.MSG_CTRUNC and not descriptors:
+        raise UnavailableError(
+            "This process can open no more files: it can't get the daemon's arena.", "Raise its limit (ulimit -n)."
+        )
     return packet, list(descriptors)
 
 
@@ -209,8 +214,8 @@ class _Place:
 class SideServer:
     """Listens in a daemon's folder. One thread serves all connections.
 
-    ``admit(session, digest, pid)`` says what a client gets, or raises a MoetierError, which it gets instead;
-    ``leave(session)`` is called when its connection has ended. Both by the server's thread: they must not wait.
+    ``admit(session, digest, pid)`` says what a client gets, or raises a MoetierError, which it gets instead, or OSError
+    where there is no descriptor for it; ``leave(session)`` is called when its connection has ended. Both by the server's thread: they must not wait.
     """
 
     def __init__(
@@ -294,7 +299,7 @@ class SideServer:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:  # no descriptor to be had: the connection waits in the kernel's queue
-            _log.warning("event=side-socket-paused cause=%r", str(error))
+            say(_log, "side-socket-paused", logging.WARNING, cause=error.strerror)
             self._selector.unregister(self._listener)
             self._paused_until = time.monotonic() + _PAUSE
             return
@@ -337,6 +342,13 @@ class SideServer:
             welcome = self._admit(session, digest, place.pid)
         except MoetierError as error:
             _answer(place.end, {"error": error_json(error)})
+            return False
+        except OSError as error:  # no descriptor to be had: the others are served all the same
+            say(_log, "client-refused", logging.WARNING, pid=place.pid, cause=error.strerror)
+            full = UnavailableError(
+                f"The daemon can't pass its arena on: {error.strerror}.", "Raise its limit of open files (ulimit -n)."
+            )
+            _answer(place.end, {"error": error_json(full)})
             return False
         place.session, place.maps = session, digest is not None
         try:

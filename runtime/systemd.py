@@ -22,7 +22,7 @@ class ServiceManager:
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
         self._socket = environment.pop(_NOTIFY, "")
         pid, count, names = (environment.pop(name, "") for name in _LISTEN)
-        self.passed: list[tuple[str, int]] = []  # (name, descriptor), this process's to close
+        self.passed: list[tuple[str, int]] = []  # (name, descriptor), until ``close``
         if pid == str(os.getpid()) and count.isdecimal():
             named = names.split(":") if names else []
             named += ["unknown"] * (int(count) - len(named))
@@ -30,10 +30,6 @@ class ServiceManager:
                 with contextlib.suppress(OSError):
                     os.set_inheritable(descriptor, False)
                     self.passed.append((name, descriptor))
-
-    @property
-    def is_there(self) -> bool:
-        return bool(self._socket)
 
     def ready(self, status: str) -> None:
         self._send(f"READY=1\nSTATUS={status}")
@@ -48,6 +44,11 @@ class ServiceManager:
     def forget(self, name: str) -> None:
         """All descriptors that are kept under a name."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def close(self) -> None:
+        """The descriptors that were passed. Idempotent."""
+        while self.passed:
+            os.close(self.passed.pop()[1])
 
     def _send(self, state: str, descriptors: Sequence[int] = ()) -> None:
         if not self._socket:

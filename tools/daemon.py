@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ready_fd is not None:
         try:
             os.set_inheritable(arguments.ready_fd, False)
-        except OSError:
+        except (OSError, OverflowError):
             raise ConfigError(f"Descriptor {arguments.ready_fd} is not open.", "Name one that is.") from None
     log_to_stderr()
     return serve(
@@ -92,14 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 10,000")
-    return number
+    with contextlib.suppress(ValueError):
+        if 1 <= (number := int(text)) <= 10_000:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 1 and 10,000")
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86,400 seconds")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) <= 86_400:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 86,400 (seconds)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
                 time.sleep(arguments.watch)
                 before, stats = stats, visited.stats()
                 if arguments.json:
-                    print(json.dumps(to_json(address, described, stats)), flush=True)
+                    print(json.dumps(to_json(address, visited.describe(), stats)), flush=True)
                 else:
                     print(_changes(before, stats), flush=True)
         except KeyboardInterrupt:  # how one ends it
@@ -117,9 +118,13 @@ _HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses
 
 def _changes(before: StatsReply, now: StatsReply) -> str:
     """One line for each model."""
+    from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
+
+    if now.uptime_s < before.uptime_s:  # another daemon, at the same address
+        before = StatsReply()
     seconds = max(now.uptime_s - before.uptime_s, 1e-9)
     former = {model.digest: model for model in before.models}
-    return "\n".join(_line(former[model.digest], model, seconds) for model in now.models)
+    return "\n".join(_line(former.get(model.digest, ModelStats()), model, seconds) for model in now.models)
 
 
 def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:
@@ -137,7 +142,7 @@ def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:
 
 
 def _interval(text: str) -> float:
-    seconds = float(text)
-    if not 0.01 <= seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0.01 and 86,400 seconds")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0.01 <= (seconds := float(text)) <= 86_400:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0.01 and 86,400 (seconds)")

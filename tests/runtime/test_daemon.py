@@ -68,6 +68,7 @@ def test_it_starts_serves_and_leaves_nothing(store: Store, tmp_path: Path) -> No
         assert daemon.card.pid == daemon.pid
         assert [model.digest for model in daemon.card.models] == [store[1].digest]
         is_served(daemon, store)
+        wait_until(lambda: "event=client-gone" in daemon.log)
         children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text()
         assert daemon.stop() == 0
         assert children == ""
@@ -150,8 +151,15 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--token-file", "TOKEN"], "--listen"),
         (["--insecure"], "--listen"),
         (["--ready-fd", "77"], "not open"),
+        (["--ready-fd", "-1"], "not open"),
+        (["--ready-fd", str(2**40)], "not open"),
         (["--leases", "0"], "between 1"),
+        (["--leases", "many"], "'many' is no number between 1"),
+        (["--max-clients", "1.5"], "'1.5' is no number between 1"),
         (["--drain", "-1"], "between 0"),
+        (["--wait", "nan"], "between 0"),
+        (["--listen", "no-such-host.invalid:70", "--insecure"], "Can't listen"),
+        (["--no-such-option"], "unrecognized"),
     ],
 )
 def test_options_that_cannot_work_are_said(store: Store, tmp_path: Path, options: list[str], says: str | None) -> None:

@@ -181,6 +181,8 @@ def test_a_stopped_daemons_memory_is_taken_back_too(store: Store, tmp_path: Path
 PASSING = """
 import fcntl, json, os, sys
 kept = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 200) for descriptor in json.loads(sys.argv[1])]
+for descriptor in json.loads(sys.argv[1]):
+    os.close(descriptor)
 for number, descriptor in enumerate(kept, start=3):
     os.dup2(descriptor, number)
     os.close(descriptor)
@@ -262,6 +264,7 @@ def test_systemd_keeps_the_memory(store: Store, tmp_path: Path, manager: Manager
     with manager.run(store, tmp_path / "d", 15 * SLOT) as daemon:  # of no use: given back
         assert manager.hear() == ["FDSTOREREMOVE=1", "FDSTORE=1", "READY=1"]
         assert daemon.stats().recovered == 0
+        assert len(arenas_of(daemon)) == 1, "the memory of the former one goes"
         check_all(daemon, store)
         assert daemon.stop() == 0
         assert manager.socket.recv(4096) == b"STOPPING=1"
@@ -270,11 +273,35 @@ def test_systemd_keeps_the_memory(store: Store, tmp_path: Path, manager: Manager
         assert daemon.stats().recovered == 12
 
 
+def arenas_of(daemon: DaemonProcess) -> set[int]:
+    """The memory files that its process has open."""
+    links = Path(f"/proc/{daemon.pid}/fd").iterdir()
+    return {link.stat().st_ino for link in links if os.readlink(link).startswith("/memfd:")}  # noqa: PTH115
+
+
+def test_systemd_does_not_keep_the_memory_of_a_model_that_is_served_no_more(
+    store: Store, tmp_path: Path, manager: Manager
+) -> None:
+    make_store(tmp_path / "next", seed=1)
+    following = (tmp_path / "next", read_manifest(tmp_path / "next" / "experts.zarr"), store[2])
+    with manager.run(store, tmp_path / "d", 12 * SLOT) as daemon:
+        manager.hear()
+        check_all(daemon, store)
+        daemon.kill()
+    with manager.run(following, tmp_path / "d", 12 * SLOT) as daemon:
+        manager.hear()
+        assert [name for name, _ in manager.stored] == [f"arena-{following[1].digest[:32]}"]
+        assert len(arenas_of(daemon)) == 1
+        assert daemon.stop() == 0
+
+
 def test_what_systemd_keeps_that_is_no_arena_is_closed(store: Store, tmp_path: Path, manager: Manager) -> None:
     manager.stored = [("junk", os.open(__file__, os.O_RDONLY)), ("memory", os.memfd_create("moetier-arena"))]
     with manager.run(store, tmp_path / "d", 12 * SLOT) as daemon:
         manager.hear()
         assert daemon.stats().recovered == 0
+        assert [name for name, _ in manager.stored] == [f"arena-{store[1].digest[:32]}"]
+        assert len(arenas_of(daemon)) == 1
         check_all(daemon, store)
         assert daemon.stop() == 0
 
