@@ -16,8 +16,8 @@ from moetier.tiers.errors import ConfigError, UnavailableError
 from .address import SOCKET, Address, Credentials, check_folder
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    # a peer that is gone without a word is noticed, by an idle client too
-    ("grpc.keepalive_time_ms", 30_000),
+    # a peer that is gone or stands still without a word is noticed, by an idle client too
+    ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),

@@ -33,7 +33,7 @@ from .status import error_from_message, error_of
 REPORT_SECONDS = 0.5  # the longest that the daemon does not hear of hits
 REPORT_KEPT = 65_536  # hits, the latest; more are forgotten while there is nobody to tell
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each is twice the one before
-_ANSWER = 2.0  # seconds for the side socket's greeting when it is not the first
+_ANSWER = 2.0  # seconds for what a daemon that works says at once
 _STEADY = 1.0  # seconds after which a connection that has brought nothing counts as one
 
 Place = TypeVar("Place")  # what a connection leads to: the mapped arena
@@ -191,20 +191,21 @@ class Link(Generic[Place]):
     def _run(self, side: SideConnection | None) -> None:
         pause = FIRST_PAUSE
         while not self._closed.is_set():
-            began = time.monotonic()
-            heard = self._messages_in
+            began, heard, connections = time.monotonic(), self._messages_in, self._connections
             try:
                 if side is None:
                     side = SideConnection.open(self._folder, self._digest, patience=_ANSWER)
+                    began = time.monotonic()  # who does not answer is no connection, however long that takes
                 with side:
                     self._error = self._attend(side)
             except MoetierError as error:
                 self._error = type(error)(error.cause, error.fix)  # without the frames, which refer to the arena
-            except OSError as error:  # no descriptor to be had, no memory
+            except (OSError, RuntimeError) as error:  # no descriptor to be had, no memory, no thread
                 self._error = UnavailableError(f"The daemon can't be reached: {error}.", "Free what is short.")
             side = None
             self._tried.set()
-            if self._messages_in > heard or time.monotonic() - began > _STEADY:
+            lasted = time.monotonic() - began
+            if self._messages_in > heard or (self._connections > connections and lasted > _STEADY):
                 pause = FIRST_PAUSE
                 self._away_since = time.monotonic()
             elif self._away_since is None:
@@ -225,6 +226,8 @@ class Link(Generic[Place]):
                 error = self._talk(ExpertStoreStub(channel), place)
                 # one stream may break; who gives the same answer twice means it
                 if error is None or self._closed.is_set() or self._messages_in == heard or not side.is_alive():
+                    return error
+                if not _is_ready(channel):
                     return error
 
     def _talk(self, stub: ExpertStoreStub, place: Place) -> MoetierError | None:
@@ -313,3 +316,15 @@ class Link(Generic[Place]):
         self._bytes_out += message.ByteSize()
         self._round_trips += message.HasField("acquire")
         return message
+
+
+def _is_ready(channel: grpc.Channel) -> bool:
+    """Whether somebody answers at its other end, in time: a stopped daemon keeps its sockets."""
+    ready = grpc.channel_ready_future(channel)
+    try:
+        ready.result(timeout=_ANSWER)
+    except grpc.FutureTimeoutError:
+        return False
+    finally:
+        ready.cancel()
+    return True

@@ -22,6 +22,7 @@ class Relay:
         folder.mkdir(mode=0o700)
         (folder / SIDE_SOCKET).symlink_to(to / SIDE_SOCKET)
         self._ends: list[socket.socket] = []
+        self._cut: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(folder / SOCKET))
@@ -35,9 +36,17 @@ class Relay:
                 end.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
-        for end in (self._listener, *self._ends):
+        for end in (self._listener, *self._ends, *self._cut):
             end.close()
         shutil.rmtree(self.folder)
+
+    def cut(self) -> None:
+        """Breaks the connections that there are."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._cut += ends
 
     def _start(self, function: object, *arguments: object) -> None:
         thread = threading.Thread(target=function, args=arguments, name="relay", daemon=True)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,12 @@ from daemons import DaemonProcess
 from forks import in_fork
 from mapped_store import MappedStore, keys
 from readers import PATIENCE
+from relays import relay
 from threads import Task, wait_until
 from workers import WorkerError
 
+from moetier.runtime.address import SIDE_SOCKET
+from moetier.runtime.client import DaemonTier
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.folder import store_folder
 from moetier.tiers.shard import ShardFile
@@ -165,6 +169,7 @@ def test_a_daemon_gone_for_good_and_nothing_else(store: MappedStore, tmp_path: P
         assert "\n" not in error.value.cause
         assert store.take(tier, 0, 1, 0) == [1, 0], "hits go on"
         daemon.start()
+        daemon.wait_for("sessions == 1")  # the pause between two attempts may be longer than the patience
         assert store.take(tier, 1, 0) == [0]
 
 
@@ -217,6 +222,37 @@ def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
         daemon.process.send_signal(signal.SIGCONT)
         assert sorted(store.take(poor, 1, 0, 3)) == [0, 3]
         daemon.wait_for("leases == 0")
+
+
+def test_who_does_not_answer_stays_away(store: MappedStore, tmp_path: Path) -> None:
+    """However long each attempt to connect takes: else every miss would wait for it anew."""
+    with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 0, 0, 1)
+        daemon.kill()
+        (daemon.folder / SIDE_SOCKET).unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:  # as a stopped daemon's
+            silent.bind(str(daemon.folder / SIDE_SOCKET))
+            silent.listen()
+            silent.settimeout(PATIENCE)
+            with silent.accept()[0]:
+                since = tier._link.away_since
+                assert since is not None
+                with silent.accept()[0], silent.accept()[0]:
+                    assert tier._link.away_since == since
+                    assert "does not answer" in tier._link.error.cause
+
+
+def test_a_stream_that_breaks_is_attached_again(store: MappedStore, tmp_path: Path) -> None:
+    with (
+        store.daemon(4, tmp_path / "daemon") as daemon,
+        relay(daemon.folder, tmp_path / "relay") as between,
+        DaemonTier.open(between.folder, store.scratch / "no-store", store.manifest) as tier,
+    ):
+        for expert in range(6):
+            assert sorted(store.take(tier, 1, expert, (expert + 1) % 6)) == sorted([expert, (expert + 1) % 6])
+            between.cut()
+        daemon.wait_for("leases == 0")
+        assert tier.traffic.connections == 1, "the side socket is the same"
 
 
 # -- forks ------------------------------------------------------------------------------------------------------------
