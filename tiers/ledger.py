@@ -30,8 +30,6 @@ from .policy import BlockPolicy, Group
 from .slots import Slots, State
 from .stats import TierCounters
 
-CALLERS_KEPT = 64  # of whom it is known when they were served, at least while nothing of theirs is queued
-
 
 class Pool:
     """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
@@ -454,9 +452,10 @@ class Ledger:
     def _queue(self, caller: Hashable) -> deque[Load]:
         queue = self._turns.get(caller)
         if queue is None:
-            if len(self._turns) >= CALLERS_KEPT:
-                for known in [known for known, waiting in self._turns.items() if not waiting]:
-                    del self._turns[known]
+            # Whoever wants nothing and was served before all who wait may be forgotten: he would come back to the same
+            # place. Anybody else would overtake those who wait, again and again.
+            while self._turns and not next(iter(self._turns.values())):
+                self._turns.popitem(last=False)
             queue = self._turns[caller] = deque()
             self._turns.move_to_end(caller, last=False)
         return queue

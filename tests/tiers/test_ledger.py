@@ -9,6 +9,7 @@ from geometries import two_geometries
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stores import layout_of, make_plan
 
 from moetier.tiers.budget import members, slot_ranges
 from moetier.tiers.directory import Directory
@@ -497,3 +498,34 @@ def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
     ledger.arrive(load)
     ledger.arrive(other)
     assert ledger.counters.prefetched == 2
+
+
+def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
+    """However many wait: whoever was served has his place behind them, also when he wanted nothing in between."""
+    manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
+    plan = ArenaPlan.of(manifest, {"records": 1000})
+    directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
+    ledger = Ledger(directory, wake=lambda: None, ring=lambda: None, watch=lambda: None, ahead=4, prefetches=1)
+    pool = Pool(1000, plan_groups(1000, members(manifest, "records")), 0, 1)
+    experts = iter(range(1000))
+
+    def ask(caller: int) -> None:
+        ledger.look(Demand(pool, 0, caller=caller), [ExpertKey(0, next(experts))])
+
+    waiting = set(range(2, 202))
+    for caller in waiting:
+        ask(caller)
+    for step in range(len(waiting) + 2):
+        ask(step % 2)
+        load = ledger.next_load()
+        assert load is not None
+        (demand,) = load.waiters
+        ledger.arrive(load)
+        ledger.leave(demand)
+        waiting.discard(demand.caller)
+    assert not waiting
+    assert len(ledger._turns) <= 202
+    for caller in range(300, 400):  # who come once are not kept
+        ask(caller)
+        arrive_all(ledger)
+    assert len(ledger._turns) <= 2
