@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,6 +110,11 @@ def serve(config: DaemonConfig) -> int:
     """Runs a daemon until SIGTERM or SIGINT; the exit status. Raises MoetierError where it can't start."""
     config.check()
     os.umask(0o077)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # two descriptors a client, and each shard's: as many as one may have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # what can't be parsed is answered, and no fault here
     # a thread that waits for them takes them in its turn: no handler runs in the middle of anything. They are blocked
     # before there is any other thread.
@@ -162,7 +168,9 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     description = describe(models, version("moetier"))
     checks = health_checks()
     servers = [
-        local_server(Service(clients, description), checks, clients=clients, threads=config.max_clients),
+        local_server(
+            Service(clients, description), checks, clients=clients, sessions=config.max_clients, models=len(models)
+        ),
     ]
     if config.listen:
         servers.append(remote_server(RemoteService(clients, description), checks, token=token, models=len(models)))
@@ -425,12 +433,20 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
         slots=sum(sum(model.slots.values()) for model in running.models.values()),
     )
     if config.ready_fd is not None:
-        with contextlib.suppress(OSError):  # whoever wanted to know is gone
-            os.write(config.ready_fd, b"ready\n")
-        # closed, but so that no other file gets the number of stdout, to which somebody may print
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        os.dup2(null, config.ready_fd, inheritable=False)
-        os.close(null)
+        _tell(config.ready_fd)
+
+
+def _tell(descriptor: int) -> None:
+    """That it is ready; and closes it, but so that no other file gets the number of a standard stream: somebody may
+    print to that."""
+    with contextlib.suppress(OSError):  # whoever wanted to know is gone
+        os.write(descriptor, b"ready\n")
+    if descriptor > 2:
+        os.close(descriptor)
+        return
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def _wait_for_the_end() -> None:

@@ -247,9 +247,12 @@ def _answering(context: grpc.ServicerContext) -> Iterator[None]:
     abort(context, error)
 
 
-def local_server(service: Service, checks: health.HealthServicer, *, clients: Clients, threads: int) -> grpc.Server:
-    """On a Unix socket, for ``threads`` sessions: every call shows the id of a side connection that is open."""
-    return _server(service, checks, clients.knows, threads + _SPARE)
+def local_server(
+    service: Service, checks: health.HealthServicer, *, clients: Clients, sessions: int, models: int
+) -> grpc.Server:
+    """On a Unix socket: every call shows the id of a side connection that is open. ``sessions`` have a thread each,
+    whatever is fetched meanwhile."""
+    return _server(service, checks, clients.knows, sessions + CALLS * models + _SPARE)
 
 
 def remote_server(

@@ -215,7 +215,8 @@ class SideServer:
     """Listens in a daemon's folder. One thread serves all connections.
 
     ``admit(session, digest, pid)`` says what a client gets, or raises a MoetierError, which it gets instead, or OSError
-    where there is no descriptor for it; ``leave(session)`` is called when its connection has ended. Both by the server's thread: they must not wait.
+    where there is no descriptor for it; ``leave(session)`` is called when its connection has ended. Both by the
+    server's thread: they must not wait.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if arguments.json:
                     print(json.dumps(to_json(address, visited.describe(), stats)), flush=True)
                 else:
-                    print(_changes(before, stats), flush=True)
+                    print(changes(before, stats), flush=True)
         except KeyboardInterrupt:  # how one ends it
             return 0
 
@@ -116,8 +116,8 @@ _COLUMNS = "{:<20} {:>11} {:>7} {:>6} {:>9} {:>9} {:>9} {:>12} {:>12}"
 _HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses/s", "failures", "read/s", "fetched/s")
 
 
-def _changes(before: StatsReply, now: StatsReply) -> str:
-    """One line for each model."""
+def changes(before: StatsReply, now: StatsReply) -> str:
+    """What ``--watch`` prints of two looks: one line for each model."""
     from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
 
     if now.uptime_s < before.uptime_s:  # another daemon, at the same address

@@ -22,7 +22,9 @@ def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Pa
     make_folder(folder)
     models = {manifest.digest: Hosted(manifest, host, directory, patience=PATIENCE)}
     clients = Clients(models, leases=8, patience=PATIENCE)
-    server = local_server(Service(clients, describe(models, "test")), health_checks(), clients=clients, threads=8)
+    server = local_server(
+        Service(clients, describe(models, "test")), health_checks(), clients=clients, sessions=8, models=1
+    )
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()
     side = SideServer(folder, admit=clients.admit, leave=clients.leave, max_clients=8, version="test")

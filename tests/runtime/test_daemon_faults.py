@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.address import Address, Credentials
 from moetier.runtime.channel import open_channel
+from moetier.runtime.fetch import CALLS
 from moetier.runtime.side import SideConnection
 from moetier.runtime.status import error_from_message, error_of
 from moetier.tiers.errors import ChecksumError, MoetierError, StoreReadError, UnavailableError
@@ -210,6 +212,22 @@ def test_a_client_without_a_descriptor_is_told_so(store: Store, tmp_path: Path) 
         daemon.wait_for("clients == 0")
 
 
+def test_as_many_clients_as_are_said_whatever_the_soft_limit_of_descriptors(store: Store, tmp_path: Path) -> None:
+    prefix = ["sh", "-c", 'ulimit -S -n 64 && exec "$@"', "sh"]
+    extra = ["--max-clients", "100"]
+    with (
+        running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d", prefix=prefix, extra=extra) as daemon,
+        contextlib.ExitStack() as closing,
+    ):
+        for _ in range(99):
+            closing.enter_context(SideConnection.open(daemon.folder, store[1].digest))
+        client = closing.enter_context(RawClient(daemon.folder, store[1]))
+        serves(client, store, 1, 0, 1)
+        assert daemon.stats().clients == 100
+        closing.close()
+        assert daemon.stop() == 0
+
+
 # -- places -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,3 +349,25 @@ def test_hundreds_of_idle_connections_are_in_nobodys_way(listening: DaemonProces
             data = b"".join(piece.data for piece in ExpertStoreStub(channel).Fetch(fetch, timeout=PATIENCE))
         assert data[:-4] == store[2][ExpertKey(0, 1)]
     assert listening.stop() == 0
+
+
+def test_fetches_that_stand_still_take_no_client_its_thread(tmp_path: Path) -> None:
+    """As many as there may be, over the Unix socket: who reads nothing is cut off after 10 seconds, and a session is
+    served long before."""
+    make_store(tmp_path / "store", blocks=1, experts=2, layout=layout_of(2048, 2048))
+    manifest = read_manifest(tmp_path / "store" / "experts.zarr")
+    with (
+        running_daemon(tmp_path / "store", folder=tmp_path / "d", extra=["--max-clients", "1"]) as daemon,
+        SideConnection.open(daemon.folder, None) as side,
+        open_channel(daemon.address, Credentials(), bearer=side.session_id) as channel,
+    ):
+        fetch = pb.FetchRequest(digest=manifest.digest, block=0, expert=0)
+        calls = [ExpertStoreStub(channel).Fetch(fetch, timeout=PATIENCE) for _ in range(CALLS)]
+        next(calls[0])
+        began = time.monotonic()
+        with RawClient(daemon.folder, manifest) as client:
+            client.acquire(1, 0, [0])
+            client.granted()
+        assert time.monotonic() - began < 5
+        for call in calls:
+            call.cancel()

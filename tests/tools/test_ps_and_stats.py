@@ -1,0 +1,326 @@
+"""``moetier ps`` and ``moetier stats``, as commands, of real daemons."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemons import DaemonProcess, running_daemon
+from raw_client import RawClient
+from readers import PATIENCE
+from stores import layout_of, make_plan, make_records, make_store, write_store
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.manifest import Manifest
+from moetier.tools.ps import format_seconds
+from moetier.tools.stats import changes
+
+SLOT = layout_of().slot_bytes
+COMMAND = [sys.executable, "-m", "moetier.tools.main"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("store")
+    make_store(folder, experts=8)
+    return folder, read_manifest(folder / "experts.zarr")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Path:
+    """$XDG_RUNTIME_DIR; the daemons of the tests are in ``moetier`` beneath it."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+@pytest.fixture
+def daemon(store: tuple[Path, Manifest], runtime: Path) -> Iterator[DaemonProcess]:
+    folder = runtime / "moetier/default"
+    with running_daemon_in(folder, store[0]) as daemon:
+        yield daemon
+
+
+@contextmanager
+def running_daemon_in(folder: Path, directory: Path | list[Path], *extra: str) -> Iterator[DaemonProcess]:
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    with running_daemon(directory, ram=12 * SLOT, folder=folder, extra=extra) as daemon:
+        yield daemon
+
+
+def moetier(runtime: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(runtime)}
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
+    )
+
+
+def said(runtime: Path, *words: str) -> str:
+    result = moetier(runtime, *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def refused(runtime: Path, *words: str) -> str:
+    """The cause; what to do is in a second line."""
+    result = moetier(runtime, *words)
+    assert (result.returncode, result.stdout) == (1, "")
+    cause, fix = result.stderr.splitlines()
+    assert fix.startswith("  ")
+    return cause
+
+
+def use(daemon: DaemonProcess, manifest: Manifest) -> RawClient:
+    """A client that has asked for three, and holds two of them; the third was a hit afterwards."""
+    client = RawClient(daemon.folder, manifest)
+    client.acquire(1, 0, [1, 2, 3])
+    for _ in range(3):
+        client.granted()
+    client.release(1, [3])
+    client.acquire(2, 0, [3])
+    client.granted()
+    client.release(2)
+    daemon.wait_for("leases == 2")
+    return client
+
+
+# -- ps ---------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody(runtime: Path) -> None:
+    assert said(runtime, "ps") == f"No daemon runs in {runtime}/moetier.\n"
+    assert json.loads(said(runtime, "ps", "--json")) == []
+
+
+def test_who_runs_with_what(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
+    with use(daemon, store[1]):
+        head, row = said(runtime, "ps").splitlines()
+        assert head.split() == ["folder", "pid", "model", "budget", "ready", "clients", "up", "listens"]
+        words = row.split()
+        assert words[:7] == [str(daemon.folder), str(daemon.pid), store[1].model, "192", "KiB", "3/12", "1"]
+        assert words[-1] == "-"
+        (found,) = json.loads(said(runtime, "ps", "--json"))
+        assert 0 < found.pop("uptime_s") < 3600
+        assert found == {
+            "folder": str(daemon.folder),
+            "pid": daemon.pid,
+            "version": daemon.card.version,
+            "listen": "",
+            "answers": True,
+            "models": [
+                {
+                    "name": store[1].model,
+                    "digest": store[1].digest,
+                    "directory": str(store[0]),
+                    "budget_bytes": 12 * SLOT,
+                    "ready": 3,
+                    "slots": 12,
+                    "clients": 1,
+                    "leases": 2,
+                }
+            ],
+        }
+
+
+def test_several_with_several_models(store: tuple[Path, Manifest], runtime: Path, tmp_path: Path) -> None:
+    plan = make_plan(model="acme/other")
+    write_store(tmp_path / "other", plan, make_records(plan, 1))
+    names = runtime / "moetier"
+    with (
+        running_daemon_in(names / "a", [store[0], tmp_path / "other"]),
+        running_daemon_in(names / "b", store[0], "--listen", "127.0.0.1:0", "--insecure") as second,
+    ):
+        rows = said(runtime, "ps").splitlines()[1:]
+        assert [row.split()[0] for row in rows] == [str(names / "a"), "acme/other", str(names / "b")]
+        assert rows[2].split()[-1] == second.card.listen
+        found = json.loads(said(runtime, "ps", "--json"))
+        assert [[model["name"] for model in one["models"]] for one in found] == [
+            [store[1].model, "acme/other"],
+            [store[1].model],
+        ]
+        assert refused(runtime, "stats").endswith(f"No daemon runs in {names}/default.")  # which of the two is not said
+        assert json.loads(said(runtime, "stats", "b", "--json"))["pid"] == second.pid
+
+
+def test_one_that_is_stopped_and_one_that_was_killed(
+    daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path
+) -> None:
+    with running_daemon_in(runtime / "moetier/killed", store[0]) as other:
+        other.kill()
+        daemon.process.send_signal(signal.SIGSTOP)
+        (row,) = said(runtime, "ps").splitlines()[1:]
+        assert "no answer" in row
+        (found,) = json.loads(said(runtime, "ps", "--json"))
+        assert (found["pid"], found["answers"]) == (daemon.pid, False)
+        daemon.process.send_signal(signal.SIGCONT)
+        assert "no answer" not in said(runtime, "ps")
+        daemon.kill()
+        assert "No daemon runs" in said(runtime, "ps")
+
+
+def test_folders_of_something_else_are_passed_over(daemon: DaemonProcess, runtime: Path) -> None:
+    for name, card in (("broken", "{"), ("list", "[]"), ("later", '{"models": [], "news": 1}'), ("empty", "")):
+        folder = runtime / "moetier" / name
+        folder.mkdir(mode=0o700)
+        (folder / "daemon.json").write_text(card)
+    (runtime / "moetier/open").mkdir(mode=0o755)
+    (runtime / "moetier/open").chmod(0o755)
+    (runtime / "moetier/file").write_text("text")
+    (runtime / "moetier/link").symlink_to(daemon.folder)
+    assert [one["pid"] for one in json.loads(said(runtime, "ps", "--json"))] == [daemon.pid]
+
+
+# -- stats ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
+    with use(daemon, store[1]):
+        found: dict[str, Any] = json.loads(said(runtime, "stats", "--json"))
+        text = said(runtime, "stats")
+        assert text == said(runtime, "stats", "default") == said(runtime, "stats", str(daemon.folder))
+    assert (found["pid"], found["address"], found["version"]) == (daemon.pid, str(daemon.folder), daemon.card.version)
+    (model,) = found["models"]
+    counted = {name: model[name] for name in ("name", "digest", "clients", "sessions", "leases", "requests", "used")}
+    assert counted == {
+        "name": store[1].model,
+        "digest": store[1].digest,
+        "clients": 1,
+        "sessions": 1,
+        "leases": 2,
+        "requests": 2,
+        "used": 0,
+    }
+    host = model["host"]
+    assert (host["slots"], host["ready"], host["hits"], host["misses"]) == (12, 3, 1, 3)
+    assert (host["bytes_in"], host["slot_bytes"]) == (3 * SLOT, 12 * SLOT)
+    lines = text.splitlines()
+    assert lines[0].startswith(f"{daemon.folder}: process {daemon.pid}, moetier {daemon.card.version}, up ")
+    assert lines[1] == f"{store[1].model} ({store[1].digest[:12]})"
+    words = " ".join(text.split())
+    for part in (
+        "slots 3 of 12 hold a record, 192 KiB; 0 were taken back at the start",
+        "demands 4: 1 hits (25.0%), 3 misses, 0 of them joined a load",
+        "reads 48 KiB, 0 prefetches, 0 evictions, 0 failures",
+        "clients 1, 1 with a session, 2 slots leased",
+        "sessions 2 requests, 0 hits reported",
+        "fetches 0, 0 B out",
+    ):
+        assert part in words
+
+
+def test_every_counter_of_the_contract_is_in_the_json(daemon: DaemonProcess, runtime: Path) -> None:
+    model = daemon.stats()
+    (found,) = json.loads(said(runtime, "stats", "--json"))["models"]
+    assert set(found) == {field.name for field in model.DESCRIPTOR.fields}
+    assert set(found["host"]) == {field.name for field in model.host.DESCRIPTOR.fields}
+
+
+@pytest.fixture
+def watching(runtime: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def watch(runtime: Path, watching: list[subprocess.Popen[str]], *words: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [*COMMAND, "stats", "--watch", "0.05", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XDG_RUNTIME_DIR": str(runtime)},
+    )
+    watching.append(process)
+    return process
+
+
+def lines_of(process: subprocess.Popen[str], count: int) -> list[str]:
+    assert process.stdout is not None
+    return [process.stdout.readline() for _ in range(count)]
+
+
+def interrupted(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+def test_watching(
+    daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path, watching: list[subprocess.Popen[str]]
+) -> None:
+    people, machine = watch(runtime, watching), watch(runtime, watching, "--json")
+    head, first = lines_of(people, 2)
+    assert head.split()[:4] == ["model", "ready", "clients", "leased"]
+    assert first.split()[:4] == [store[1].model, "0/12", "0", "0"]
+    assert len(first) == len(head), "columns"
+    assert json.loads(*lines_of(machine, 1))["models"][0]["host"]["ready"] == 0
+    with use(daemon, store[1]):
+        while lines_of(people, 1)[0].split()[1:4] != ["3/12", "1", "2"]:
+            pass
+        while json.loads(*lines_of(machine, 1))["models"][0]["leases"] != 2:
+            pass
+    interrupted(people)
+    interrupted(machine)
+
+
+def test_watching_one_that_ends_is_said(
+    daemon: DaemonProcess, runtime: Path, watching: list[subprocess.Popen[str]]
+) -> None:
+    process = watch(runtime, watching)
+    lines_of(process, 2)
+    daemon.kill()
+    assert process.wait(PATIENCE) == 1
+    assert process.stderr is not None
+    assert len(process.stderr.read().splitlines()) == 2
+
+
+def test_between_two_looks_another_daemon_may_have_begun() -> None:
+    """At a TCP address, with other models: its counters begin at nothing, and no rate is negative."""
+    host = pb.Tier(slots=12, hits=100, misses=50, bytes_in=1 << 20)
+    before = pb.StatsReply(uptime_s=500, models=[pb.ModelStats(name="acme/one", digest="1", host=host)])
+    fresh = [pb.ModelStats(name=f"acme/{digest}", digest=digest, host=pb.Tier(hits=4)) for digest in ("1", "2")]
+    rows = [line.split() for line in changes(before, pb.StatsReply(uptime_s=2, models=fresh)).splitlines()]
+    assert [(row[0], row[4]) for row in rows] == [("acme/1", "2"), ("acme/2", "2")]
+    assert changes(before, pb.StatsReply(uptime_s=502, models=[])) == ""
+
+
+def test_mistakes_are_said(daemon: DaemonProcess, runtime: Path) -> None:
+    assert "No daemon runs" in refused(runtime, "stats", "nobody")
+    assert "no address" in refused(runtime, "stats", "a b")
+    assert "did not answer" in refused(runtime, "stats", "127.0.0.1:1", "--insecure")
+    assert "can't be read" in refused(runtime, "stats", "127.0.0.1:1", "--token-file", "/nonexistent")
+    assert "can't be reached" in refused(runtime, "stats", f"{__file__}/d")
+    for words in (["--watch", "0"], ["--watch", "often"], ["--watch", "nan"], ["a", "b"]):
+        result = moetier(runtime, "stats", *words)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "Traceback" not in result.stderr
+        assert "_interval" not in result.stderr
+
+
+def test_a_reader_that_has_enough(daemon: DaemonProcess, runtime: Path) -> None:
+    command = f"'{sys.executable}' -m moetier.tools.main stats --watch 0.01 | head -n 3"
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(runtime)}
+    result = subprocess.run(
+        ["/bin/sh", "-c", command], capture_output=True, text=True, check=True, env=environment, timeout=PATIENCE
+    )
+    assert (len(result.stdout.splitlines()), result.stderr) == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 s"), (0.9, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3725, "1 h 2 min"), (90_000, "1 d 1 h")],
+)
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
