@@ -19,6 +19,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # a peer that is gone or stands still without a word is noticed, by an idle client too
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # of the pings that measure, too: there is one at a time
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),

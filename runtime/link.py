@@ -221,13 +221,15 @@ class Link(Generic[Place]):
         place = self._arrive(side)
         self._connections += 1
         with open_channel(Address(folder=self._folder), Credentials(), bearer=side.session_id) as channel:
+            stub = ExpertStoreStub(channel)
             while True:
                 heard = self._messages_in
-                error = self._talk(ExpertStoreStub(channel), place)
+                error = self._talk(stub, place)
                 # one stream may break; who gives the same answer twice means it
                 if error is None or self._closed.is_set() or self._messages_in == heard or not side.is_alive():
                     return error
-                if not _is_ready(channel):
+                # one that is stopped keeps its sockets
+                if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
                     return error
 
     def _talk(self, stub: ExpertStoreStub, place: Place) -> MoetierError | None:
@@ -316,15 +318,3 @@ class Link(Generic[Place]):
         self._bytes_out += message.ByteSize()
         self._round_trips += message.HasField("acquire")
         return message
-
-
-def _is_ready(channel: grpc.Channel) -> bool:
-    """Whether somebody answers at its other end, in time: a stopped daemon keeps its sockets."""
-    ready = grpc.channel_ready_future(channel)
-    try:
-        ready.result(timeout=_ANSWER)
-    except grpc.FutureTimeoutError:
-        return False
-    finally:
-        ready.cancel()
-    return True
