@@ -10,6 +10,7 @@ from moetier.tiers.errors import ConfigError
 
 from .address import Address, Credentials
 
+SPECULATE = ("auto", "off", "always")
 AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
@@ -57,6 +58,8 @@ class TierConfig:
     find_daemon: bool = False  # use one of this host's that serves the store, if there is one
     daemons: tuple[Address, ...] = ()  # these, and none else; () and not find_daemon: experts are this process's own
     credentials: Credentials = field(default_factory=Credentials)
+    speculate: str = "off"  # of SPECULATE
+    look_ahead: int = 2  # layers
 
     @classmethod
     def of(
@@ -67,10 +70,16 @@ class TierConfig:
         device: str = "auto",
         daemon: str | None = None,
         credentials: Credentials | None = None,
+        speculate: str = "off",
+        look_ahead: int = 2,
     ) -> TierConfig:
         """From what a person writes; raises ConfigError. ``daemon`` is "auto", or addresses separated by commas."""
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ConfigError(f"{device!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
+        if speculate not in SPECULATE:
+            raise ConfigError(f"{speculate!r} is no way to speculate.", f"Give one of {', '.join(SPECULATE)}.")
+        if not 1 <= look_ahead <= 8:
+            raise ConfigError(f"A look-ahead of {look_ahead} layers.", "Give 1 to 8.")
         daemons = tuple(map(Address.parse, daemon.split(","))) if daemon not in (None, AUTO) else ()
         if len(set(daemons)) != len(daemons):
             raise ConfigError(f"{daemon!r} names a daemon twice.", "Name each once.")
@@ -81,6 +90,8 @@ class TierConfig:
             find_daemon=daemon == AUTO,
             daemons=daemons,
             credentials=credentials or Credentials(),
+            speculate=speculate,
+            look_ahead=look_ahead,
         )
         if found.mapped is not None and ram is not None:
             raise ConfigError(

@@ -9,6 +9,7 @@ own eager forward.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,6 +36,7 @@ class TieredBlock:
     source: ExpertSource[Tensor]
     kernels: Kernels
     device: torch.device  # of the records
+    demanded: Callable[[int, Collection[int]], None] | None = None  # told of a demand, once it is made
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
@@ -98,8 +100,12 @@ def _forward(self: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: T
     rows = _rows_of_experts(top_k_index, self.num_experts)
     waiting, early = deque(rows), dict[int, Tensor]()
     out = torch.zeros_like(hidden_states, dtype=accumulate)
+    tell = here.demanded
     with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in rows])) as leases:
         for lease in leases:
+            if tell is not None:
+                tell(here.block, rows.keys())
+                tell = None
             tokens, positions = rows[lease.key.expert]
             y = _expert(self, here, lease.record, hidden_states[tokens].to(compute))
             y = (y * top_k_weights[tokens, positions, None]).to(accumulate)

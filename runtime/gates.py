@@ -65,9 +65,10 @@ class Gate:
     path: str  # of the Experts module
     layer: int | None  # number of the decoder layer
     successor: int | None  # the block at the same path in the next layer
-    experts: nn.Module
+    experts: Any  # the module
     gate: nn.Module | None = None
     norm: nn.Module | None = None  # None: the gate takes the residual stream
+    decoder: nn.Module | None = None  # the layer
     entry: nn.Module | None = None  # called on the residual stream where the layer's MoE part begins
     holder: nn.Module | None = None  # has the gate's further arguments as attributes
     arguments: tuple[str, ...] = ()
@@ -125,20 +126,24 @@ class Gates:
     def observe(
         self,
         *,
+        layer: Callable[[int, Tensor], None] | None = None,
         entry: Callable[[int, Tensor], None] | None = None,
         gate: Callable[[int, Tensor], None] | None = None,
         experts: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Observation:
         """Calls back during the model's forward passes, until the observation is removed. In this order, for a block:
 
+        ``layer(block, hidden)``: the residual stream [..., H] where its decoder layer begins;
         ``entry(block, hidden)``: the residual stream [..., H] where the MoE part of its layer begins;
         ``gate(block, probabilities [T, E])``: what its gate thinks of all experts;
         ``experts(block, experts [T, k], weights [T, k])``: what its Experts module is about to compute.
 
-        A block with a refusal has no gate here, and may have no entry; its experts are told all the same.
+        A block with a refusal has no gate here, and may have no entry and no layer; its experts are told all the same.
         """
         handles = []
         for found in self.blocks:
+            if layer is not None and found.decoder is not None:
+                handles.append(_before(found.decoder, _at_entry(layer, found.block)))
             if entry is not None and found.entry is not None:
                 handles.append(_before(found.entry, _at_entry(entry, found.block)))
             if gate is not None and found.gate is not None:
@@ -207,6 +212,7 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
     else:
         norm = entry = next((getattr(layer, name) for name in NORM_NAMES if hasattr(layer, name)), None)
     found = Gate(block, path, number, successor, experts, norm=norm, entry=entry, holder=parent, dtype=model.dtype)
+    found = replace(found, decoder=layer)
 
     gate = next((getattr(parent, name) for name in GATE_NAMES if hasattr(parent, name)), None)
     if gate is None:

@@ -41,6 +41,8 @@ def load(
     device: str = "auto",
     daemon: str | None = AUTO,
     credentials: Credentials | None = None,
+    speculate: str = "off",
+    look_ahead: int = 2,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
 
@@ -52,11 +54,23 @@ def load(
     store, and otherwise this process's own; None, its own; a daemon's name, folder or HOST:PORT, that one's; several,
     separated by commas: each has a share of the experts. ``credentials`` are for HOST:PORT.
 
+    ``speculate`` is whether experts of the next ``look_ahead`` layers are promoted before they are needed, as their
+    gates guess from the present hidden state: "auto" (where it is measured to pay), "off" or "always". No text depends
+    on it.
+
     ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
     the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
     """
     folder = Path(directory)
-    asked = TierConfig.of(ram=ram, device_memory=device_memory, device=device, daemon=daemon, credentials=credentials)
+    asked = TierConfig.of(
+        ram=ram,
+        device_memory=device_memory,
+        device=device,
+        daemon=daemon,
+        credentials=credentials,
+        speculate=speculate,
+        look_ahead=look_ahead,
+    )
     manifest = read_manifest(store_folder(folder))
     model_class = _model_class(read_config(folder))
     check_trunk(folder, manifest)

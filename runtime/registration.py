@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -30,10 +31,13 @@ from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
 from moetier.tiers.trunk import check_trunk
 
 from .config import AUTO, TierConfig
+from .controller import Mode
 from .experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
+from .gates import Gates
 from .kv_cache import kv_cache_bytes
 from .memory import mapped_files
 from .model_config import NAME, read_config
+from .speculation import Speculation
 from .tiers import Tiers
 
 DEFAULT_CONTEXT = 4096  # tokens for whose keys, values and early outputs budgets leave room
@@ -162,10 +166,12 @@ class MoetierQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
                 module.config.__dict__.pop("_is_quantized", None)
+        tiers.speculation = _speculation(model, tiers, asked)
+        demanded = tiers.speculation.demanded if tiers.speculation is not None else None
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
             layout = tiers.manifest.layout(number)
-            modules[block.path].tiered = TieredBlock(number, layout, tiers.device, tiers.kernels, device)
+            modules[block.path].tiered = TieredBlock(number, layout, tiers.device, tiers.kernels, device, demanded)
         return model
 
     def is_serializable(self) -> bool:
@@ -207,6 +213,20 @@ def _close(tiers: Tiers) -> None:
         tiers.close()
     else:
         threading.Thread(target=tiers.close, name="moetier-closer", daemon=True).start()
+
+
+def _speculation(model: PreTrainedModel, tiers: Tiers, asked: TierConfig) -> Speculation | None:
+    """Attached to the model; None where nothing can be guessed, or is to be."""
+    if (mode := Mode(asked.speculate)) is Mode.OFF:
+        return None
+    gates = Gates(model)
+    if (refusals := gates.refusals()) is not None:
+        warnings.warn(f"{type(model).__name__}: {refusals}", RuntimeWarning, stacklevel=2)
+    speculation = Speculation(gates, tiers.device, mode=mode, look_ahead=asked.look_ahead)
+    if not speculation.can_guess:
+        return None
+    speculation.attach()
+    return speculation
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:

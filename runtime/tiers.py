@@ -24,6 +24,7 @@ from .config import TierConfig
 from .kernels import Kernels
 from .memory import Available, available_memory, budget_for
 from .origin import Origin, open_origin
+from .speculation import Speculation
 
 
 class Tiers:
@@ -72,6 +73,7 @@ class Tiers:
         self.where = origin.where  # the experts come from
         self.device = device
         self.kernels = kernels
+        self.speculation: Speculation | None = None
         self._close_origin = origin.close
 
     def stats(self) -> list[TierStats]:

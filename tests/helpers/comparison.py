@@ -51,9 +51,10 @@ def convert_tiny(
 
 
 def compare(model_type: str, dtype: torch.dtype, folder: Path) -> Comparison:
-    """Converts at 16 bits into ``folder``, and loads with room for one block's top-k records."""
+    """Converts at 16 bits into ``folder``, and loads with room for one block's top-k records; every gate is asked ahead
+    in each decode step."""
     ordinary, converted = convert_tiny(model_type, dtype, folder)
-    tiered, _ = moetier.load(converted, ram=smallest_ram(converted))
+    tiered, _ = moetier.load(converted, ram=smallest_ram(converted), speculate="always")
     with tiered.tiers:
         manifest = tiered.tiers.manifest
         ids = torch.randint(2, 250, (2, 17), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,192 @@
+"""Speculative gating: the next blocks' gates, asked with the present hidden state, say what to promote beforehand.
+
+Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. At the entry of the MoE part of a block the blocks of the next
+layers are predicted; at the entry of its own layer a block is predicted once more, with what the layers before it have
+added. What is predicted of other layers becomes a wish once the block's own demand is made: no wish comes before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.source import ExpertSource
+
+from .confidence import Confidence
+from .controller import Controller, Mode
+from .gates import Gates, Observation
+
+LOOK_AHEAD = 2
+MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
+LEAST = 0.25  # a guess that is less likely right is no wish
+JUDGED = 256  # the latest guesses, by which it gives up ...
+POOR = 0.1  # ... when so few are right
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Of one model. ``right`` and ``guesses`` by layers ahead; 0 is the look at the entry of a block's own layer."""
+
+    mode: str
+    is_on: bool
+    steps_on: int  # decoded tokens (of all sequences of a batch together one)
+    steps_off: int
+    guesses: tuple[int, ...]
+    right: tuple[int, ...]
+    seconds: float  # that asking took
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """Tensors [T, k] that are on the CPU once the demand path has waited for the device."""
+
+    block: int
+    distance: int
+    experts: Tensor
+    scores: Tensor
+
+
+class Speculation:
+    """Of one model, from ``attach`` to ``detach``. ``source`` is what its blocks acquire from.
+
+    Nothing depends on it but the time that a token takes: a wish changes no result.
+    """
+
+    def __init__(
+        self, gates: Gates, source: ExpertSource[Any], *, mode: Mode = Mode.AUTO, look_ahead: int = LOOK_AHEAD
+    ) -> None:
+        assert look_ahead >= 1
+        self._gates = gates
+        self._source = source
+        self._controller = Controller(mode)
+        self._confidence = Confidence(look_ahead)
+        self._distances = range(1, look_ahead + 1)
+        self._targets = {
+            gate.block: [(d, target) for d in self._distances if (target := gates.ahead(gate.block, d)) is not None]
+            for gate in gates.blocks
+        }
+        self._first = next((gate.block for gate in gates.blocks if self._targets[gate.block]), None)
+        self._pending: list[_Guess] = []  # not read yet
+        self._wishes: dict[int, dict[int, float]] = {}  # by block: expert -> how likely
+        self._guessed: dict[int, list[tuple[int, int, float]]] = {}  # by block: (distance, expert, score), not judged
+        self._judged: deque[bool] = deque(maxlen=JUDGED)
+        self._began = 0.0  # the present step; 0: none that counts
+        self._rows = 0  # tokens of the present step
+        self._guessing = False  # in it
+        self._guesses = [0] * (look_ahead + 1)
+        self._right = [0] * (look_ahead + 1)
+        self._seconds = 0.0
+        self._observation: Observation | None = None
+
+    @property
+    def can_guess(self) -> bool:
+        """Whether there is a block whose successor can be asked ahead."""
+        return self._first is not None
+
+    def attach(self) -> None:
+        """To the model's forward passes."""
+        if self._observation is None and self.can_guess and self._controller.mode is not Mode.OFF:
+            self._observation = self._gates.observe(entry=self._at_entry, layer=self._at_layer)
+
+    def detach(self) -> None:
+        if self._observation is not None:
+            self._observation.remove()
+            self._observation = None
+
+    def demanded(self, block: int, experts: Collection[int]) -> None:
+        """The demand of a block is made: of these experts. Judges what was guessed of it, and wishes for what was
+        guessed of later blocks."""
+        if guessed := self._guessed.pop(block, None):
+            self._judge(guessed, experts)
+        self._wishes.pop(block, None)
+        if self._pending:
+            self._wish()
+
+    def stats(self) -> SpeculationStats:
+        control = self._controller
+        return SpeculationStats(
+            mode=control.mode.value,
+            is_on=control.is_on,
+            steps_on=control.steps_on,
+            steps_off=control.steps_off,
+            guesses=tuple(self._guesses),
+            right=tuple(self._right),
+            seconds=self._seconds,
+        )
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _at_entry(self, block: int, hidden: Tensor) -> None:
+        if block == self._first:
+            self._begin_step(hidden.shape[:-1].numel())
+        if self._guessing:
+            began = time.perf_counter()
+            for distance, target in self._targets[block]:
+                self._guess(target, distance, hidden)
+            self._seconds += time.perf_counter() - began
+
+    def _at_layer(self, block: int, hidden: Tensor) -> None:
+        """Only where nothing has to be waited for."""
+        if self._guessing and block in self._wishes and hidden.device.type == "cpu":
+            began = time.perf_counter()
+            self._guess(block, 0, hidden)
+            self._seconds += time.perf_counter() - began
+            self._wish()
+
+    def _begin_step(self, rows: int) -> None:
+        now = time.perf_counter()
+        if self._began and rows == self._rows:
+            self._controller.step(now - self._began)
+        else:
+            self._controller.interrupt()
+        counts = 0 < rows <= MOST_ROWS
+        self._began = now if counts else 0.0
+        self._rows = rows
+        self._guessing = counts and self._controller.is_on
+        self._pending.clear()
+        self._guessed.clear()
+        if not self._guessing:
+            self._wishes.clear()
+
+    # -- guesses ------------------------------------------------------------------------------------------------------
+
+    def _guess(self, target: int, distance: int, hidden: Tensor) -> None:
+        routing = self._gates.predict(target, hidden)
+        # does not wait for a device: read when the demand path has
+        experts = routing.experts.to("cpu", non_blocking=True)
+        scores = routing.probabilities.to("cpu", non_blocking=True)
+        self._pending.append(_Guess(target, distance, experts, scores))
+
+    def _wish(self) -> None:
+        for guess in self._pending:
+            likely: dict[int, float] = {}
+            judged = self._guessed.setdefault(guess.block, [])
+            for experts, scores in zip(guess.experts.tolist(), guess.scores.tolist(), strict=True):
+                for expert, score in zip(experts, scores, strict=True):
+                    judged.append((guess.distance, expert, score))
+                    miss = 1.0 - self._confidence.of(guess.distance, score)
+                    likely[expert] = 1.0 - miss * (1.0 - likely.get(expert, 0.0))  # one of several tokens wants it
+            self._wishes[guess.block] = likely
+            wanted = sorted((expert for expert in likely if likely[expert] >= LEAST), key=lambda e: -likely[e])
+            self._source.prefetch(guess.block, [ExpertKey(guess.block, expert) for expert in wanted])
+        self._pending.clear()
+
+    def _judge(self, guessed: Iterable[tuple[int, int, float]], experts: Collection[int]) -> None:
+        for distance, expert, score in guessed:
+            right = expert in experts
+            self._guesses[distance] += 1
+            self._right[distance] += right
+            self._judged.append(right)
+            self._confidence.learn(distance, score, right=right)
+        if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:
+            self._judged.clear()
+            self._controller.give_up()
