@@ -12,7 +12,10 @@ from importlib.metadata import version
 
 from moetier.tiers.errors import MoetierError
 
-COMMANDS = ("convert", "generate", "verify", "inspect", "quality", "synthetic", "daemon", "ps", "stats")
+COMMANDS = (
+    *("convert", "generate", "verify", "inspect", "quality", "synthetic"),
+    *("replay", "daemon", "ps", "stats"),
+)
 
 EXIT_ERROR = 1  # 2 is argparse's own
 EXIT_INTERRUPTED = 128 + signal.SIGINT

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetier.tiers.hotset import HALF_LIFE, HotSet, hot_set_path, keep_hot_set, load_hot_set
+from moetier.tiers.keys import ExpertKey
+
+DIGEST = "0123abcd" * 8
+EXPERTS = {0: 4, 1: 8}
+
+
+def used(*uses: tuple[int, int]) -> HotSet:
+    found = HotSet()
+    found.use(ExpertKey(*use) for use in uses)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5))), st.integers(0, 8))
+def test_the_hottest(uses: list[tuple[int, int]], most: int) -> None:
+    found = used(*uses)
+    for block in range(3):
+        counts = {expert: uses.count((block, expert)) for expert in range(6)}
+        hottest = [key.expert for key in found.hottest(block, most)]
+        expected = sorted((e for e in counts if counts[e]), key=lambda e: (-counts[e], e))
+        assert hottest == expected[:most]
+
+
+def test_earlier_runs_fade_by_use() -> None:
+    earlier = HotSet({ExpertKey(0, 0): 100.0, ExpertKey(1, 0): 100.0})
+    now = used(*[(0, 1)] * (HALF_LIFE * 4))
+    found = now.after(earlier, EXPERTS).counts
+    assert found[ExpertKey(0, 0)] == pytest.approx(50)
+    assert found[ExpertKey(0, 1)] == HALF_LIFE * 4
+    assert found[ExpertKey(1, 0)] == 100, "its block was not used"
+
+
+def test_what_is_kept_is_there_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_hot_set(DIGEST, EXPERTS).counts == {}
+    keep_hot_set(DIGEST, EXPERTS, used((0, 3), (0, 3), (1, 7)))
+    assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 2, ExpertKey(1, 7): 1}
+    keep_hot_set(DIGEST, EXPERTS, used((0, 1)))
+    assert load_hot_set(DIGEST, EXPERTS).counts[ExpertKey(0, 3)] == pytest.approx(2, abs=0.01)
+    assert load_hot_set("0" * 64, EXPERTS).counts == {}, "another store's"
+    assert hot_set_path(DIGEST).parent == cache / "moetier"
+    assert not caplog.records
+    assert json.loads(hot_set_path(DIGEST).read_text())["format"] == 1
+
+
+def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "relative/folder"):  # which the specification says to ignore
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert hot_set_path(DIGEST) == Path.home() / ".cache" / "moetier" / f"hot-{DIGEST}.json"
+
+
+def spoilt(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+    return spoil
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+SPOILT: dict[str, Callable[[Path], None]] = {
+    "cut": lambda path: os.truncate(path, 30),
+    "empty": lambda path: os.truncate(path, 0),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00") and None,
+    "a list": lambda path: path.write_text("[]") and None,
+    "deep": lambda path: path.write_text("[" * 100_000) and None,
+    "a later format": spoilt(lambda value: value.update(format=2)),
+    "another store's": spoilt(lambda value: value.update(digest="f" * 64)),
+    "an expert too many": spoilt(lambda value: value.update(counts={"0": {"4": 1.0}})),
+    "a block too many": spoilt(lambda value: value.update(counts={"2": {"0": 1.0}})),
+    "no number": spoilt(lambda value: value.update(counts={"0": {"0": "many"}})),
+    "not finite": spoilt(lambda value: value.update(counts={"0": {"0": float("nan")}})),
+    "negative": spoilt(lambda value: value.update(counts={"0": {"0": -1}})),
+    "a link": link,
+    "a pipe": pipe,
+    "a folder": folder,
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_is_wrong_is_ignored_with_a_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    SPOILT[name](hot_set_path(DIGEST))
+    with caplog.at_level(logging.WARNING):
+        assert load_hot_set(DIGEST, EXPERTS).counts == {}
+    (record,) = caplog.records
+    assert str(hot_set_path(DIGEST)) in record.getMessage()
+    keep_hot_set(DIGEST, EXPERTS, used((1, 2)))  # and made anew, where that is possible
+    if name != "a folder":
+        assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(1, 2): 1}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_another_users_file_is_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    os.chown(hot_set_path(DIGEST), 65534, 65534)
+    assert load_hot_set(DIGEST, EXPERTS).counts == {}
+    assert "no file of this user's" in caplog.text
+
+
+def test_where_nothing_can_be_kept(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (cache / "moetier").write_text("a file in the folder's place")
+    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    assert "not kept" in caplog.text
+
+
+def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None:
+    code = (
+        "import sys; from moetier.tiers.hotset import HotSet, keep_hot_set; from moetier.tiers.keys import ExpertKey\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "used = HotSet(); used.use([ExpertKey(0, int(sys.argv[1]))])\n"
+        f"for _ in range(20): keep_hot_set({DIGEST!r}, {EXPERTS}, used)"
+    )
+    command = [sys.executable, "-c", code]
+    writers = [
+        subprocess.Popen([*command, str(expert)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for expert in range(3)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=120)
+        assert writer.returncode == 0
+    counts = load_hot_set(DIGEST, EXPERTS).counts
+    assert counts == {ExpertKey(0, expert): pytest.approx(20, abs=1) for expert in range(3)}
+    assert {path.name for path in (cache / "moetier").iterdir()} == {f"hot-{DIGEST}.json", f"hot-{DIGEST}.lock"}
+
+
+def test_a_writer_that_is_killed_leaves_what_was_there(cache: Path) -> None:
+    """In the middle of the write, by the kernel; the lock goes with it."""
+    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    code = (
+        "import os, signal; import moetier.tiers.durable as durable\n"
+        "durable.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from moetier.tiers.hotset import HotSet, keep_hot_set; from moetier.tiers.keys import ExpertKey\n"
+        f"u = HotSet(); u.use([ExpertKey(1, 1)]); keep_hot_set({DIGEST!r}, {EXPERTS}, u)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 1}
+    keep_hot_set(DIGEST, EXPERTS, used((1, 1)))
+    assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 1, ExpertKey(1, 1): 1}
