@@ -41,6 +41,7 @@ SLOWEST = 4_000_000  # bytes a second of one call: what comes slower is not wait
 ATTEMPTS = 2  # at a record, of which a broken stream brought a part
 _ANSWER = 5.0  # seconds that a daemon has to say what it serves
 _AGAIN = (UnavailableError, ChecksumError, ProtocolError)
+_TOO_LARGE = "larger than max"  # a message; otherwise the daemon takes no more calls
 _NO_TLS = ("handshake failed", "certificate_verify_failed", "hostname verification")
 
 
@@ -146,14 +147,18 @@ class RemoteReader:
         assert lines is not None
         transfer = _Transfer(key, view, self.manifest.digest, self._patience)
         parts = list(_parts(len(view), len(lines.fetches)))
-        others: list[Future[None]] = [self._pool.submit(transfer.run, lines.next(), *part) for part in parts[1:]]
+        others: list[Future[None]] = []
         try:
+            for part in parts[1:]:  # one by one: those that have begun are waited for, whatever comes
+                others += [self._pool.submit(transfer.run, lines.next(), *part)]
             transfer.run(lines.next(), *parts[0])
             for other, part in zip(others, parts[1:], strict=True):
                 if other.cancel():  # nobody has begun it
                     transfer.run(lines.next(), *part)
                 else:
                     other.result()
+        except RuntimeError as error:  # the pool's: it was closed meanwhile, or there is no thread to be had
+            transfer.end(UnavailableError(f"The record can't be read: {error}.", "Free what is short."))
         except BaseException:
             transfer.end(UnavailableError("It was given up.", "Ask again."))
             raise
@@ -294,7 +299,7 @@ def _error_of(error: grpc.RpcError) -> MoetierError:
                 f"The daemon and this client do not trust each other: {details}",
                 "Give the authority that signed its certificate (--tls-ca), and the host's name as it is in there.",
             )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details.lower():
             return ProtocolError(
                 f"A daemon sent what is no piece of a record: {details}", "Use moetier in one version."
             )

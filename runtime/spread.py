@@ -20,7 +20,6 @@ from typing import Protocol, TypeVar
 from moetier.tiers.errors import (
     ClosedError,
     ConfigError,
-    DaemonError,
     ExhaustedError,
     MoetierError,
     StoreError,
@@ -182,17 +181,17 @@ class SpreadReader:
                 seen = peer.failures
             try:
                 peer.reader.read_into(key, buffer)
-            except DaemonError as failure:
-                error = failure.with_traceback(None)  # it is kept, and its frames would hold the slot
-                self._lose(peer, error, seen)
             except (StoreError, ExhaustedError) as failure:  # of this record, or of now: it has not gone away
-                error = failure.with_traceback(None)
+                error = failure.with_traceback(None)  # it is kept, and its frames would hold the slot
                 _log.warning("%s: %s", name, error.cause)
             except ClosedError:
                 with self._state:
                     if self._closed:
                         raise
                 error = UnavailableError(f"The connection to {name} was closed.", "Ask again.")
+            except MoetierError as failure:  # a DaemonError, or whatever else one may tell
+                error = failure.with_traceback(None)
+                self._lose(peer, error, seen)
             else:
                 with self._state:
                     peer.records += 1
@@ -239,6 +238,8 @@ class SpreadReader:
             peer.reader.check()
         except MoetierError as failure:
             error = failure.with_traceback(None)
+        except (OSError, RuntimeError) as failure:  # no descriptor to be had, no memory, no thread
+            error = UnavailableError(f"{peer.name} can't be reached: {failure}.", "Free what is short.")
         with self._state:
             if error is None:
                 if peer.away is not None:

@@ -45,9 +45,12 @@ class Outlet(ExpertStoreServicer):
 
 @contextlib.contextmanager
 def serving(
-    outlet: Outlet, *, address: str = "127.0.0.1:0", tls: grpc.ServerCredentials | None = None
+    outlet: Outlet, *, address: str = "127.0.0.1:0", tls: grpc.ServerCredentials | None = None, calls: int | None = None
 ) -> Iterator[Address]:
-    server = grpc.server(futures.ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)])
+    """``calls`` are served at a time; more are refused."""
+    server = grpc.server(
+        futures.ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=calls
+    )
     add_service(outlet, server)
     port = server.add_secure_port(address, tls) if tls is not None else server.add_insecure_port(address)
     server.start()

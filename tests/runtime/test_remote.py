@@ -312,6 +312,38 @@ def test_the_slot_is_left_alone_once_the_read_has_returned(large: Path) -> None:
         assert slot == b"\x55" * len(slot)
 
 
+def test_a_daemon_that_takes_no_more_calls_has_no_slot_to_spare(small: Path) -> None:
+    """It sends nothing wrong, and has not gone away."""
+    over = threading.Event()
+
+    def waits(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        over.wait(60)
+        yield encode_piece(memoryview(slot_with(RECORDS[ExpertKey(request.block, request.expert)])))
+
+    outlet = Outlet(manifest_of(small), waits)
+    with serving(outlet, calls=1) as address, RemoteReader(address, PLAIN, manifest_of(small)) as reader:
+        slot = slot_of(reader.manifest, ExpertKey(0, 0))
+        task = Task(lambda: reader.read_into(ExpertKey(0, 0), slot))
+        wait_until(lambda: len(outlet.requests) == 1)
+        try:
+            with pytest.raises(ExhaustedError):
+                reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
+        finally:
+            over.set()
+        task.result()
+
+
+def test_a_part_that_nobody_can_be_found_for(large: Path) -> None:
+    """There is no thread to be had, or they end: nothing is written behind the caller's back."""
+    key = ExpertKey(0, 0)
+    with served(large) as (address, _, _), RemoteReader(address, PLAIN, manifest_of(large)) as reader:
+        reader._pool.shutdown()
+        slot = slot_of(reader.manifest, key)
+        with pytest.raises(UnavailableError, match="can't be read"):
+            reader.read_into(key, slot)
+        assert not any(slot), "the transfer ended before its first byte"
+
+
 # -- who and what -----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import random
@@ -29,11 +30,14 @@ from moetier.runtime.piece import encode_piece
 from moetier.runtime.remote import RemoteReader
 from moetier.runtime.spread import Peer, SpreadReader, rendezvous
 from moetier.tiers.errors import (
+    ArenaError,
+    BudgetError,
     ChecksumError,
     ClosedError,
     ConfigError,
     ExhaustedError,
     MissingExpertError,
+    MoetierError,
     UnavailableError,
     UnknownModelError,
 )
@@ -344,6 +348,52 @@ def test_a_daemon_without_slots_to_spare_is_asked_again(manifest: Manifest) -> N
         read(reader, KEYS[0])
         assert busy.is_set()
         assert reader.peers()[0].failures == 0
+
+
+@pytest.mark.parametrize("kind", [ConfigError, BudgetError, ArenaError, MoetierError])
+def test_whatever_one_says_another_is_asked(three: list[Daemon], manifest: Manifest, kind: type[MoetierError]) -> None:
+    """An error of any name may come over the wire."""
+
+    def behaviour(request: object, context: object) -> Iterator[bytes]:
+        raise kind("Something.", "Nothing.")
+        yield b""
+
+    with (
+        serving(Outlet(manifest, behaviour)) as address,
+        SpreadReader.open([address, three[0].address], PLAIN, manifest) as reader,
+    ):
+        for key in KEYS:
+            read(reader, key)
+        assert shares(reader) == [0, len(KEYS)]
+        assert reader.peers()[0].failures > 0
+
+
+def test_one_that_can_not_be_looked_at_is_looked_at_again(manifest: Manifest) -> None:
+    """Where this process has no descriptor left, for now."""
+
+    class Reader:
+        manifest: Manifest
+        looks = 0
+
+        def check(self) -> None:
+            self.looks += 1
+            if self.looks == 1:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+        def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+            if not self.looks:
+                raise UnavailableError("It is away.", "Wait.")
+            record = RECORDS[key]
+            buffer[:] = record + checksum_bytes(google_crc32c.value(record))
+
+        def close(self) -> None:
+            pass
+
+    peer = Peer("a", Reader())
+    peer.reader.manifest = manifest  # type: ignore[misc]
+    with SpreadReader(manifest, [peer]) as reader:
+        read(reader, KEYS[0])
+        assert (peer.failures, peer.records) == (1, 1)
 
 
 def test_a_host_tier_on_three_daemons(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
