@@ -25,7 +25,7 @@ LEVELS = (
     {"manifest", "monitor", "slots", "planes", "pairs", "order"},
     {"source", "policy", "quantize", "plan", "budget", "shard"},
     {"directory", "views", "folder", "durable"},
-    {"arena", "ledger"},
+    {"arena", "ledger", "hotset"},
     {"session", "recovery", "trunk", "store", "writer", "device"},
     {"host"},
 )
