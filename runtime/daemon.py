@@ -77,6 +77,12 @@ class DaemonConfig:
     reflection: bool = False
     ready_fd: int | None = None
 
+    @property
+    def unprotected(self) -> list[str]:
+        """What its TCP address lacks by --insecure."""
+        lacks = (("a token", self.token_file), ("TLS", self.tls_cert))
+        return [what for what, given in lacks if given is None] if self.insecure else []
+
     def check(self) -> None:
         """Raises ConfigError for what contradicts itself, and for a TCP address that is not protected."""
         tls = self.tls_cert is not None
@@ -432,6 +438,8 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
         budget=budget,
         slots=sum(sum(model.slots.values()) for model in running.models.values()),
     )
+    if without := config.unprotected:
+        say(_log, "insecure", logging.WARNING, listen=card.listen, without=" and ".join(without))
     if config.ready_fd is not None:
         _tell(config.ready_fd)
 

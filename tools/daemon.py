@@ -23,21 +23,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="where its sockets are: a name beneath $XDG_RUNTIME_DIR/moetier (default: %(default)s), or a path",
     )
-    parser.add_argument("--leases", type=_count, metavar="N", default=LEASES, help="of one client (%(default)s)")
-    parser.add_argument("--max-clients", type=_count, metavar="N", default=CLIENTS, help="processes (%(default)s)")
+    parser.add_argument(
+        "--leases",
+        type=_count,
+        metavar="N",
+        default=LEASES,
+        help="slots that a client may hold at a time (%(default)s)",
+    )
+    parser.add_argument("--max-clients", type=_count, metavar="N", default=CLIENTS, help="at a time (%(default)s)")
     parser.add_argument(
         "--wait",
         type=_seconds,
         metavar="SECONDS",
         default=SECONDS,
-        help="for a slot, before a request fails (%(default)s)",
+        help="that a request waits for a slot while all are held, before it fails (%(default)s)",
     )
     parser.add_argument(
         "--drain",
         type=_seconds,
         metavar="SECONDS",
         default=SECONDS,
-        help="for what is under way when it is told to end (%(default)s)",
+        help="that it finishes what is under way when it is told to end (%(default)s)",
     )
     parser.add_argument("--reflection", action="store_true", help="answer gRPC server reflection")
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -86,6 +87,38 @@ def test_its_folder_may_have_any_name(store: Store, tmp_path: Path, name: str) -
         assert (tmp_path / name / "grpc.sock").is_socket()
         assert daemon.stop() == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}.log"])
+
+
+@pytest.mark.parametrize("words", [[], ["--folder", "other"]], ids=["default", "name"])
+@pytest.mark.parametrize("where", ["XDG_RUNTIME_DIR", "TMPDIR"])
+def test_where_it_is_by_default(store: Store, tmp_path: Path, words: list[str], where: str) -> None:
+    """Beneath the user's runtime folder, or where there is none, beneath one of the user's own for such things."""
+    environment = os.environ | {"XDG_RUNTIME_DIR": "not/absolute", where: str(tmp_path)}
+    parent = tmp_path / ("moetier" if where == "XDG_RUNTIME_DIR" else f"moetier-{os.getuid()}")
+    folder = parent / (words[-1] if words else "default")
+    command = daemon_command(store[0], "--ram", str(3 * SLOT), *words)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as process:
+        try:
+            wait_until(lambda: (folder / "daemon.json").exists())
+            with SideConnection.open(folder, store[1].digest) as side:
+                assert side.pid == process.pid
+            assert [path.stat().st_mode & 0o777 for path in (parent, folder)] == [0o700, 0o700]
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+def test_insecure_is_said(store: Store, tmp_path: Path, with_token: bool) -> None:
+    token = tmp_path / "token"
+    token.write_text("s3cret\n")
+    extra = ["--listen", "0.0.0.0:0", "--insecure", *(["--token-file", str(token)] if with_token else [])]
+    with running_daemon(store[0], folder=tmp_path / "d", extra=extra) as daemon:
+        lacks = "TLS" if with_token else '"a token and TLS"'
+        assert f"level=warning event=insecure listen={daemon.card.listen} without={lacks}\n" in daemon.log
+        assert daemon.stop() == 0
 
 
 def test_a_second_one_names_the_first(store: Store, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import grpc
 import pytest
+from cgroups import memory_limit
 from daemons import DaemonProcess, daemon_command, running_daemon
 from faults import flip_bit, mounted, need_strace
 from raw_client import RawClient
@@ -173,6 +175,30 @@ def test_little_shared_memory_and_nothing_locked(tmp_path: Path) -> None:
             serves(client, (tmp_path, manifest, records), 1, block, *range(8))
         assert daemon.stats().host.ready == 16
         assert daemon.stop() == 0
+
+
+def test_the_limit_of_a_control_group_is_its_budget(tmp_path: Path) -> None:
+    """Of 240 MB, where the model has 300: it takes what there is, serves all of it, and is not killed."""
+    layout = layout_of(2048, 2048)
+    records = make_store(tmp_path / "store", experts=4, layout=layout)
+    manifest = read_manifest(tmp_path / "store" / "experts.zarr")
+    with memory_limit(240 << 20) as group:
+        enter = ["sh", "-c", f'echo $$ > "{group.folder}/cgroup.procs" && exec "$@"', "sh"]
+        command = [*enter, *daemon_command(tmp_path / "store", "--folder", tmp_path / "d", "--ram", "290MB")]
+        refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        assert refused.returncode == 1
+        cause, fix = refused.stderr.splitlines()
+        assert "control group" in cause
+        assert re.search(r"from 50,?\d+.* to \d", fix), fix
+        with (
+            running_daemon(tmp_path / "store", folder=tmp_path / "d", prefix=enter) as daemon,
+            RawClient(daemon.folder, manifest) as client,
+        ):
+            assert 2 <= daemon.stats().host.slots < 9
+            for block in range(3):
+                for expert in range(4):
+                    serves(client, (tmp_path, manifest, records), 1, block, expert)
+            assert daemon.stop() == 0
 
 
 def test_without_a_descriptor_for_a_client_it_is_refused_and_the_others_served(store: Store, tmp_path: Path) -> None:
@@ -349,6 +375,35 @@ def test_hundreds_of_idle_connections_are_in_nobodys_way(listening: DaemonProces
             data = b"".join(piece.data for piece in ExpertStoreStub(channel).Fetch(fetch, timeout=PATIENCE))
         assert data[:-4] == store[2][ExpertKey(0, 1)]
     assert listening.stop() == 0
+
+
+def test_a_client_that_is_idle_may_ask_whether_the_connection_lives(store: Store, tmp_path: Path) -> None:
+    """As often as it likes: a server that is not told to bear it ends the connection after a few pings (GOAWAY)."""
+    ping, goaway, count = 6, 7, 50
+    with (
+        running_daemon(store[0], folder=tmp_path / "d") as daemon,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end,
+    ):
+        end.settimeout(PATIENCE)
+        end.connect(str(daemon.folder / "grpc.sock"))
+        end.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4))
+        with end.makefile("rb") as answers:
+            for number in range(count):
+                end.sendall(frame(ping, number.to_bytes(8, "big")))
+                while (kind := kind_of_next(answers)) != ping:
+                    assert kind != goaway, f"cut off after {number} pings"
+
+
+def frame(kind: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2 (RFC 9113, 4.1), of no stream."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, 0]) + bytes(4) + payload
+
+
+def kind_of_next(answers: IO[bytes]) -> int:
+    head = answers.read(9)
+    assert len(head) == 9, "the connection has ended"
+    answers.read(int.from_bytes(head[:3], "big"))
+    return head[3]
 
 
 def test_fetches_that_stand_still_take_no_client_its_thread(tmp_path: Path) -> None:
