@@ -21,6 +21,7 @@ import os
 import struct
 from dataclasses import dataclass
 
+from .budget import slot_ranges
 from .errors import ArenaError, ClosedError
 from .keys import PAGE, ExpertKey
 from .manifest import Manifest
@@ -29,6 +30,7 @@ from .plan import WORD, ArenaPlan
 MAGIC = int.from_bytes(b"moetier\0", "little")
 VERSION = 1
 NONE = -1  # no slot, no key
+_WORDS = 1 << 64  # how many numbers a word can hold
 _FIXED = struct.Struct("<6Q16s32s4Q")
 
 
@@ -66,11 +68,11 @@ class Header:
 
     def plan(self, manifest: Manifest) -> ArenaPlan:
         """The plan of the arena if it is one of this store's. Raises ArenaError."""
-        arrays = sorted(manifest.layouts)
+        ranges = slot_ranges(manifest)
         if self.digest != manifest.digest.rjust(64, "0"):
             raise ArenaError("The arena holds records of another store.", "Use a new one.")
-        if len(self.regions) == len(arrays) and all(count for count, _ in self.regions):
-            slots = {array: count for array, (count, _) in zip(arrays, self.regions, strict=True)}
+        slots = {array: count for array, (count, _) in zip(sorted(ranges), self.regions, strict=False)}
+        if all(least <= slots.get(array, 0) <= most for array, (least, most) in ranges.items()):
             plan = ArenaPlan.of(manifest, slots)
             if self == Header.of(plan, self.identity):
                 return plan
@@ -151,20 +153,24 @@ class Directory:
         """Before the slot, which holds ``key``'s record or none, is filled anew."""
         if key is not None:
             self._table[self._plan.number(key)] = NONE
-        self._generations[slot] += 1
+        self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
     def publish(self, key: ExpertKey, slot: int) -> None:
         """The slot, which was withdrawn, holds the record."""
         number = self._plan.number(key)
         self._contents[slot] = number
-        self._generations[slot] += 1
+        self._step(slot)
         self._table[number] = slot
 
     def void(self, slot: int) -> None:
         """The slot, which was withdrawn, holds nothing of use."""
         self._contents[slot] = NONE
-        self._generations[slot] += 1
+        self._step(slot)
+
+    def _step(self, slot: int) -> None:
+        # what a dead owner has left may be any number, the last one too
+        self._generations[slot] = (self._generations[slot] + 1) % _WORDS
 
     # -- taking back --------------------------------------------------------------------------------------------------
 
@@ -186,7 +192,7 @@ class Directory:
         for slot in range(self._plan.slots):
             if slot not in kept:
                 if not self._generations[slot] & 1:
-                    self._generations[slot] += 1
+                    self._step(slot)
                 self.void(slot)
 
     def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
