@@ -91,6 +91,10 @@ class DaemonTier:
                 found.append((key, *place))
         if found:
             self._link.report([place[0] for place in reversed(found)])
+        if block in self._wished:
+            self._wished.discard(block)
+            if not missing:  # else the daemon learns of the demand by itself
+                self._link.prefetch(block, [])
         self._count(hits=len(found), misses=len(missing))
         rest = _Misses(self, block)
         try:
@@ -250,6 +254,7 @@ class _Misses:
                 if isinstance(event, Granted):
                     if event.expert in self.wanted:
                         return event
+                    link.release(event.request, event.expert)  # it was asked for twice, of one daemon and the next
                 elif isinstance(event, Failed) and (spare := self._fail(event, limit)) is not None:
                     return spare
         finally:

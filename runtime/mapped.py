@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moetier.tiers.arena import Arena
 from moetier.tiers.directory import Header
-from moetier.tiers.errors import ProtocolError
+from moetier.tiers.errors import ArenaError, ProtocolError
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.plan import ArenaPlan
@@ -46,7 +46,13 @@ class MappedArena:
         plan = ArenaPlan.of(manifest, side.slots)
         if known is not None and known.plan == plan and Header.read(side.descriptor).identity == known.identity:
             return known
-        return cls(Arena.map(side.descriptor, plan))
+        try:
+            return cls(Arena.map(side.descriptor, plan))
+        except OSError as error:
+            raise ArenaError(
+                f"The {plan.nbytes:,} bytes of the daemon's arena can't be mapped ({error.strerror}).",
+                "Raise this process's limit of address space (ulimit -v).",
+            ) from None
 
     def __init__(self, arena: Arena) -> None:
         self.plan = arena.plan

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetier.tiers.errors import DaemonError
+from moetier.tiers.errors import MoetierError
 from moetier.tiers.host import HostTier
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import ExpertSource
@@ -43,7 +43,7 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
         for daemon in serving(manifest.digest):
             try:
                 return _mapped(daemon, folder, manifest)
-            except DaemonError as error:  # it may just have ended
+            except MoetierError as error:  # it may just have ended, or be of another version
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
     return _own(folder, slots())
 
@@ -69,4 +69,5 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
     with contextlib.ExitStack() as closing:
         reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
         host = closing.enter_context(HostTier(reader, slots=slots))
+        closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
         return Origin(host, f"the daemons {', '.join(map(str, config.daemons))}", closing.pop_all().close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -13,16 +14,20 @@ import time
 from pathlib import Path
 
 import pytest
+from daemons import running_daemon
 from faults import strace
+from local_daemons import local_daemon
 from mapped_store import MappedStore, keys
-from readers import PATIENCE
+from readers import PATIENCE, GatedReader
 from relays import relay
+from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 from workers import WorkerError
 
-from moetier.runtime.client import DaemonTier
+from moetier.runtime.client import DaemonTier, _Misses
 from moetier.runtime.side import SideConnection
 from moetier.tiers.errors import ClosedError, UnavailableError, UnknownModelError
+from moetier.tiers.host import HostTier
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +234,40 @@ def test_a_wish_saves_the_miss(store: MappedStore, tmp_path: Path) -> None:
         assert tier.traffic.messages_out <= before + 2, "what is there is not wished"
 
 
+def test_a_demand_that_is_there_clears_the_block_s_wishes(store: MappedStore, tmp_path: Path) -> None:
+    reader = GatedReader(store.manifest, store.records)
+    with (
+        HostTier(reader, slots={"records": 18}, loaders=4) as host,
+        local_daemon(host, store.manifest, store.directory, tmp_path / "daemon") as folder,
+        DaemonTier.open(folder, store.directory, store.manifest) as tier,
+    ):
+        tier.prefetch(1, keys(1, 0, 1, 2, 3, 4, 5))
+        reader.wait_begun(*keys(1, 0, 1, 2))
+        for key in keys(2, 0):
+            reader.release(key)
+        assert store.take(tier, 2, 0) == [0]
+        tier.prefetch(2, keys(2, 0, 1, 2))
+        assert store.take(tier, 2, 0) == [0]
+        for key in keys(0, 0):
+            reader.release(key)
+        assert store.take(tier, 0, 0) == [0], "what was said before is heard by now"
+        reader.open()
+        wait_until(lambda: host.stats().prefetched == 6)
+        assert set(reader.reads) == set(keys(1, 0, 1, 2, 3, 4, 5)) | set(keys(2, 0)) | set(keys(0, 0))
+
+
+def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
+    """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
+    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, spare=False, patience=5.0) as tier:
+        misses = _Misses(tier, 0)
+        with contextlib.closing(misses):
+            misses.want([0, 1])
+            misses.want([0, 1])
+            misses.want([2])
+            assert sorted(lease.key.expert for lease in misses.leases()) == [0, 1, 2]
+        daemon.wait_for("leases == 0")
+
+
 def test_no_weights_cross_the_socket(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(2, tmp_path / "daemon") as daemon, relay(daemon.folder, tmp_path / "relay") as between:
         with DaemonTier.open(between.folder, store.directory, store.manifest) as tier:
@@ -285,6 +324,33 @@ def test_nobody_and_a_daemon_of_another_model(store: MappedStore, tmp_path: Path
     other = MappedStore.make(tmp_path, blocks=1)
     with other.daemon(2, tmp_path / "daemon") as daemon, pytest.raises(UnknownModelError):
         DaemonTier.open(daemon.folder, store.directory, store.manifest)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from moetier.runtime.client import DaemonTier
+from moetier.tiers.errors import ArenaError
+from moetier.tiers.folder import read_manifest, store_folder
+
+folder, directory = map(Path, sys.argv[1:])
+manifest = read_manifest(store_folder(directory))
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + manifest.stored_bytes // 2, resource.RLIM_INFINITY))
+try:
+    DaemonTier.open(folder, directory, manifest)
+except ArenaError as error:
+    print(error.cause)
+"""
+
+
+def test_no_room_to_map_the_arena(tmp_path: Path) -> None:
+    plan = make_plan(blocks=1, experts=4, top_k=1, layout=layout_of(rows=1024, columns=2304))
+    write_store(tmp_path / "model", plan, make_records(plan))
+    with running_daemon(tmp_path / "model", folder=tmp_path / "daemon"):
+        command = [sys.executable, "-c", LIMITED, str(tmp_path / "daemon"), str(tmp_path / "model")]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        assert "can't be mapped (Cannot allocate memory)" in result.stdout, result.stderr
 
 
 def test_closing_wakes_who_waits(store: MappedStore, tmp_path: Path) -> None:

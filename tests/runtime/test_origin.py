@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,26 @@ import pytest
 import torch
 from comparison import convert_tiny, smallest_ram
 from daemons import DaemonProcess, running_daemon
+from threads import Task, wait_until
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.runtime.address import DEFAULT_NAME, Credentials
+from moetier.runtime.address import DEFAULT_NAME, Credentials, make_folder
 from moetier.runtime.client import DaemonTier
 from moetier.runtime.config import TierConfig
-from moetier.tiers.errors import BudgetError, ConfigError, UnavailableError, UnknownModelError
+from moetier.runtime.running import DaemonCard, ServedModel
+from moetier.runtime.side import SideServer, Welcome
+from moetier.tiers.errors import (
+    ArenaError,
+    BudgetError,
+    ClosedError,
+    ConfigError,
+    UnavailableError,
+    UnknownModelError,
+)
+from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
 from moetier.tiers.shard import GROUP, METADATA
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -118,6 +133,45 @@ def test_a_killed_daemon_s_files_lead_nowhere(directory: Path, daemon: DaemonPro
         assert isinstance(model.tiers.host, HostTier)
     with pytest.raises(UnavailableError, match="No daemon runs in"):
         moetier.load(directory, daemon=str(daemon.folder))
+
+
+def test_one_whose_arena_this_version_does_not_know_is_not_used(directory: Path, runtime: Path) -> None:
+    manifest = read_manifest(store_folder(directory))
+    folder = runtime / DEFAULT_NAME
+    make_folder(folder)
+    model = ServedModel(manifest.model, manifest.digest, str(directory), 0)
+    DaemonCard(os.getpid(), "99", 0.0, (model,)).write(folder)
+
+    def admit(session: str, digest: str | None, pid: int) -> Welcome:
+        return Welcome(manifest.model, dict.fromkeys(manifest.layouts, 3), os.memfd_create("other"))
+
+    server = SideServer(folder, admit=admit, leave=lambda session: None, max_clients=2, version="99")
+    try:
+        found, _ = moetier.load(directory)
+        with found.tiers:
+            assert isinstance(found.tiers.host, HostTier)
+        with pytest.raises(ArenaError):
+            moetier.load(directory, daemon=DEFAULT_NAME)
+    finally:
+        server.close()
+
+
+def test_closing_does_not_wait_for_daemons_that_stand_still(directory: Path, runtime: Path, tmp_path: Path) -> None:
+    """Though it waits for the reads that have begun: these end."""
+    bare = tmp_path / "bare"
+    shutil.copytree(directory, bare, ignore=shutil.ignore_patterns("c"))
+    with running_daemon(directory, folder=runtime / "a") as a, running_daemon(directory, folder=runtime / "b") as b:
+        model, _ = moetier.load(bare, daemon="a,b", ram=smallest_ram(directory))
+        for running in (a, b):
+            os.kill(running.pid, signal.SIGSTOP)
+        model.tiers.host.prefetch(0, [ExpertKey(0, 0)])
+        task = Task(lambda: list(model.tiers.host.acquire([ExpertKey(1, 0)])))
+        wait_until(lambda: model.tiers.host.stats().misses == 1)
+        began = time.monotonic()
+        model.tiers.close()
+        assert time.monotonic() - began < 5, "a read waits for ten seconds for one daemon, and for thirty in all"
+        with pytest.raises((ClosedError, UnavailableError)):
+            task.result()
 
 
 def test_one_that_is_named_must_serve_it(directory: Path, other: Path, daemon: DaemonProcess) -> None:
