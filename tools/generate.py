@@ -12,37 +12,24 @@ from pathlib import Path
 from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
 
+from .decoding import add_decoding_arguments, decoding_of, encode
 from .report import Timing, tier_json, tier_report
 from .resources import add_resource_arguments, resources_of
 
 HELP = "generate text from a model directory"
-ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams is one sequence, token by token
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "penalty_alpha": None,
-    "prompt_lookup_num_tokens": None,
-    "dola_layers": None,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
     parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
+    add_decoding_arguments(parser, new_tokens=256)
     add_resource_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments)
-    if arguments.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}.", "Give 1 or more.")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ConfigError(f"--temperature is {arguments.temperature}.", "Give 0, to decode greedily, or more.")
-    if not 0 <= arguments.seed < 1 << 64:
-        raise ConfigError(f"--seed is {arguments.seed}.", "Give a number from 0 to 2^64 - 1.")
+    decoding = decoding_of(arguments)
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
@@ -60,14 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     with model.tiers:
         if tokenizer is None:
             raise ConfigError(f"{arguments.directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
-        encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}  # no token types
+        inputs = encode(tokenizer, prompt, model.device)
         torch.manual_seed(arguments.seed)
-        sampling = {"do_sample": arguments.temperature > 0}
-        if arguments.temperature:
-            sampling["temperature"] = arguments.temperature
         streamer = TimedStreamer(tokenizer, echo=not arguments.json)
-        model.generate(**inputs, **sampling, **ONE_SEQUENCE, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+        model.generate(**inputs, **decoding, streamer=streamer)
         first_token, total = streamer.seconds
         timing = Timing(inputs["input_ids"].shape[1], streamer.tokens, first_token, total)
         tiers = model.tiers.stats()

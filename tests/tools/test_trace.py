@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moetier.runtime.trace import NONE, Trace
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tools.main import main
+from moetier.tools.prompts import read_prompts
+
+PROMPTS = "def read_lines(path):\n\n  La mattina seguente, don Rodrigo\n"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    return tmp_path / "prompts.txt"
+
+
+def trace(folder: Path, prompts: Path, output: Path, *options: str) -> int:
+    words = ["trace", str(folder), "--prompts", str(prompts), "-o", str(output), "--daemon", "none", *options]
+    return main(words)
+
+
+def test_it_records_what_the_model_does(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
+    """As a person runs it, with room for a quarter of the experts."""
+    command = [sys.executable, "-m", "moetier.tools.main", "trace", str(tinymix_4bit), "--prompts", str(prompts)]
+    options = ["-o", str(tmp_path / "T.npz"), "--max-new-tokens", "5", "--ram", "3520KiB"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    head, columns, *rows = result.stdout.splitlines()
+    found = Trace.load(tmp_path / "T.npz")
+    assert head.endswith(f"T.npz: 2 sequences, {found.tokens} tokens, 8 blocks, top 2")
+    assert columns.split() == ["recall", "gates", "popularity", "previous", "token"]
+    assert [row.split()[:2] for row in rows] == [["1", "ahead"], ["2", "ahead"]]
+    for row in rows:
+        gates, popularity, previous = map(float, row.split()[2:])
+        assert 1 > gates > max(popularity, previous) > 0.25  # .25 is chance
+    assert "2 of 2 prompts" in result.stderr
+    assert "Warning" not in result.stderr
+
+    manifest = read_manifest(store_folder(tinymix_4bit))
+    assert (found.model, found.digest) == (manifest.model, manifest.digest)
+    assert found.blocks == tuple(block.path for block in manifest.blocks)
+    assert found.num_experts == (8,) * 8
+    assert [len(span) - prompt for span, prompt in zip(found.sequences, found.n_prefill, strict=True)] == [4, 4]
+    assert found.lookaheads == (1, 2)
+    assert (found.experts != NONE).all()
+    pieces = ["".join(found.pieces[token] for token in span[:prompt]) for span, prompt in spans(found)]
+    assert pieces == [line for line in PROMPTS.splitlines() if line]
+
+
+def spans(found: Trace) -> list[tuple[range, int]]:
+    return list(zip(found.sequences, found.n_prefill, strict=True))
+
+
+def test_the_file_is_as_its_format_says(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
+    """docs/traces.md, read with numpy alone."""
+    assert trace(tinymix_4bit, prompts, tmp_path / "T.npz", "--max-new-tokens", "2") == 0
+    with np.load(tmp_path / "T.npz", allow_pickle=False) as arrays:
+        found = {name: (str(arrays[name].dtype), arrays[name].shape) for name in arrays.files}
+    tokens = found["experts"][1][0]
+    texts = {name: shape for name, (_, shape) in found.items() if name in ("pieces", "blocks", "model", "digest")}
+    assert texts == {"pieces": (tokens,), "blocks": (8,), "model": (), "digest": ()}
+    assert {name: value for name, value in found.items() if name not in texts} == {
+        "experts": ("uint8", (tokens, 8, 2)),
+        "offsets": ("int64", (3,)),
+        "num_experts": ("int64", ()),
+        "top_k": ("int64", ()),
+        "n_prefill": ("int64", (2,)),
+        "weights": ("float16", (tokens, 8, 2)),
+        "probabilities": ("float16", (tokens, 8, 8)),
+        "token_ids": ("int32", (tokens,)),
+        "lookaheads": ("int64", (2,)),
+        "predictions": ("uint8", (2, tokens, 8, 2)),
+        "prediction_probabilities": ("float16", (2, tokens, 8, 2)),
+    }
+
+
+def test_the_same_run_gives_the_same_bytes(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
+    """Whatever the budget."""
+    for name, ram in (("a", "3520KiB"), ("b", "64MiB")):
+        options = ("--max-new-tokens", "4", "--temperature", "1.2", "--seed", "7", "--ram", ram)
+        assert trace(tinymix_4bit, prompts, tmp_path / f"{name}.npz", *options) == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_no_look_ahead(tinymix_4bit: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trace(tinymix_4bit, prompts, tmp_path / "T.npz", "--max-new-tokens", "1", "--look-ahead", "0") == 0
+    assert Trace.load(tmp_path / "T.npz").lookaheads == ()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_file_that_is_there_stays_unless_told_otherwise(
+    tinymix_4bit: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "T.npz"
+    target.write_text("mine")
+    assert trace(tinymix_4bit, prompts, target, "--max-new-tokens", "1") == 1
+    assert "--force" in capsys.readouterr().err
+    assert target.read_text() == "mine"
+    assert trace(tinymix_4bit, prompts, target, "--max-new-tokens", "1", "--force") == 0
+    assert Trace.load(target).tokens > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["T.npz", "prompts.txt"]
+
+
+def test_a_run_that_is_cut_leaves_the_old_file(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
+    target = tmp_path / "T.npz"
+    target.write_text("mine")
+    prompts.write_text("one\n" * 1000)
+    command = [sys.executable, "-m", "moetier.tools.main", "trace", str(tinymix_4bit), "--prompts", str(prompts)]
+    options = ["-o", str(target), "--force", "--max-new-tokens", "4"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # the first prompt is recorded
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert target.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["T.npz", "prompts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--look-ahead", "-1"], ["--look-ahead", "0"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--temperature", "-1"], ["--temperature"]),
+        (["--ram", "1KiB"], ["too small", "--ram"]),
+        (["-o", "/nonexistent/T.npz"], ["/nonexistent is no folder"]),
+        (["-o", "/"], ["/ is a folder"]),
+        (["--prompts", "/nonexistent"], ["/nonexistent", "No such file"]),
+    ],
+)
+def test_what_can_not_work_is_said(
+    tinymix_4bit: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    words: list[str],
+) -> None:
+    assert trace(tinymix_4bit, prompts, tmp_path / "T.npz", *options) == 1
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+    assert not (tmp_path / "T.npz").exists()
+
+
+def test_prompts_of_json_lines(tmp_path: Path) -> None:
+    lines = [{"question_id": 81, "turns": ["a\nb", "c"]}, {"prompt": " d"}, {"text": "é"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", " d", "é"]
+
+
+def test_prompts_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("one \r\n\r\n  two\u2028still\n".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["one ", "  two\u2028still"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("p.txt", b"", "no prompts"),
+        ("p.txt", b" \n\n", "no prompts"),
+        ("p.txt", b"a\n\xff\n", "not UTF-8"),
+        ("p.jsonl", b'{"prompt": "a"}\nplain\n', r"p\.jsonl:2 is not JSON"),
+        ("p.jsonl", b'\n{"prompt": 1}\n', r"p\.jsonl:2 has no prompt"),
+        ("p.jsonl", b'{"turns": []}', "has no prompt"),
+        ("p.jsonl", b'{"prompt": ""}', "has no prompt"),
+        ("p.jsonl", b'["a"]', "has no prompt"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=words):
+        read_prompts(tmp_path / name)

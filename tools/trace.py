@@ -1,0 +1,116 @@
+"""``moetier trace DIR --prompts FILE -o T.npz``: generates, and writes down which experts were used."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
+
+from .decoding import add_decoding_arguments, decoding_of, encode
+from .prompts import read_prompts
+from .report import table
+from .resources import add_resource_arguments, resources_of
+
+if TYPE_CHECKING:
+    from moetier.runtime.trace import Trace
+
+HELP = "record which experts a model uses, and which its gates foretell"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='one a line; of a .jsonl file each line\'s "prompt", "text" or first of "turns"',
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="T.npz", help="the trace to be")
+    parser.add_argument("--force", action="store_true", help="replace the file, if it is there")
+    parser.add_argument(
+        "--look-ahead",
+        type=int,
+        default=2,
+        metavar="N",
+        help="ask the gates of so many next layers (default: %(default)s)",
+    )
+    add_decoding_arguments(parser, new_tokens=128)
+    add_resource_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    resources = resources_of(arguments)
+    decoding = decoding_of(arguments)
+    if arguments.look_ahead < 0:
+        raise ConfigError(f"--look-ahead is {arguments.look_ahead}.", "Give 0, for no predictions, or more.")
+    prompts = read_prompts(arguments.prompts)
+    _check_target(arguments.output, force=arguments.force)
+
+    import torch
+    import transformers
+
+    from moetier.runtime.generate import load
+
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load(arguments.directory, **resources)
+    with model.tiers:
+        if tokenizer is None:
+            raise ConfigError(f"{arguments.directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
+        torch.manual_seed(arguments.seed)
+        trace = record(model, tokenizer, prompts, decoding, look_ahead=arguments.look_ahead)
+    _check_target(arguments.output, force=arguments.force)
+    trace.save(arguments.output)
+    print(f"{arguments.output}: {summary(trace)}")
+    return 0
+
+
+def _check_target(path: Path, *, force: bool) -> None:
+    """Raises TargetError, before hours of work and again behind them."""
+    if not path.parent.is_dir():
+        raise TargetError(f"{path.parent} is no folder.", "Make it, or name another with -o.")
+    if path.is_dir():
+        raise TargetExistsError(f"{path} is a folder.", "Name a file in it with -o.")
+    if path.exists() and not force:
+        raise TargetExistsError(f"{path} exists.", "Name another file with -o, or replace it with --force.")
+
+
+def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, Any], *, look_ahead: int) -> Trace:
+    """One sequence a prompt. The last new token of each is not among its tokens: it goes through no block.
+
+    ``decoding``: keyword arguments of ``generate()``. ``model`` is one that ``load`` gave.
+    """
+    from moetier.runtime.pieces import pieces_of
+    from moetier.runtime.tracing import Recorder
+
+    with Recorder(model, look_ahead=look_ahead) as recorder:
+        if recorder.refusals is not None:
+            print(f"trace: {recorder.refusals}", file=sys.stderr)
+        for number, prompt in enumerate(prompts, 1):
+            inputs = encode(tokenizer, prompt, model.device)
+            if not (length := inputs["input_ids"].shape[1]):
+                raise ConfigError(f"Prompt {number} has no tokens.", "Leave it out.")
+            token_ids = model.generate(**inputs, **decoding, use_cache=True)[0, :-1].tolist()
+            recorder.end_sequence(token_ids, n_prefill=length, pieces=pieces_of(tokenizer, token_ids))
+            print(f"trace: {number} of {len(prompts)} prompts", file=sys.stderr)
+        manifest = model.tiers.manifest
+        return recorder.trace(model=manifest.model, digest=manifest.digest)
+
+
+def summary(trace: Trace) -> str:
+    """For people: how much there is, and how well the gates foretold it."""
+    from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
+
+    head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"
+    if not trace.lookaheads:
+        return head
+    rows = [["recall", "gates", "popularity", "previous token"]]
+    for lookahead in trace.lookaheads:
+        gates = of_predictions(trace, lookahead)
+        others = (other.only(gates.wanted > 0) for other in (of_popularity(trace), of_previous_token(trace)))
+        ratios = (found.ratio for found in (gates, *others))
+        rows.append([f"{lookahead} ahead", *(f"{ratio:.3f}" for ratio in ratios)])
+    return f"{head}\n{table(rows)}"
