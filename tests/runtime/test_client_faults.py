@@ -76,6 +76,7 @@ def test_a_daemon_killed_and_restarted_under_load(store: MappedStore, tmp_path: 
         for _ in range(2):
             time.sleep(0.7)
             daemon.restart()
+            daemon.wait_for("sessions == 3")
         for worker in workers:
             worker.hear()
         found = [worker.do("stats") for worker in workers]
