@@ -86,6 +86,10 @@ class SimulatedTier:
             self._load(key, keys)
         return len(keys)
 
+    @property
+    def resident(self) -> list[ExpertKey]:
+        return [self._slots.key(slot) for slot in range(self._slots.count) if self._slots.is_ready(slot)]
+
     def check_integrity(self) -> None:
         self._slots.check_integrity()
         self._policy.check_integrity()

@@ -1,0 +1,112 @@
+"""``moetier plot WHAT T.npz -o F.png``: pictures of a trace."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from moetier.runtime.trace import Trace
+
+HELP = "draw a trace: which experts tokens use, hit ratios, recall"
+
+KINDS = ("figure1", "hits", "recall", "heatmap")
+FORMATS = (".png", ".svg")
+MOST_TOKENS = 200
+FEW_TOKENS = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "kind",
+        choices=KINDS,
+        metavar="WHAT",
+        help="figure1: the experts of each token, with its text; hits: hit ratio against cache size; recall: of the "
+        "gates' predictions against look-ahead; heatmap: use and hits by block and expert",
+    )
+    parser.add_argument("trace", type=Path, metavar="T.npz", help="as moetier trace records it")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .png or .svg")
+    parser.add_argument("--tokens", type=_span, metavar="A-B", help=f"figure1: tokens (the first {FEW_TOKENS})")
+    parser.add_argument("--blocks", type=_list, metavar="N,M", help="figure1: blocks (four from the first to the last)")
+    parser.add_argument(
+        "--cached", type=int, metavar="N", help="figure1, heatmap: experts of each block that an LRU holds (top-k)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises ConfigError where there is nothing to draw, or nothing to draw with, and TargetError where it can't be
+    written."""
+    from moetier.runtime.trace import Trace
+    from moetier.tiers.errors import ConfigError, TargetError
+
+    if arguments.output.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{arguments.output} is no picture that can be made.", "Name a .png or an .svg.")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "Pictures need matplotlib, which is not installed.", 'Install it: pip install "moetier[plots]"'
+        ) from error
+    trace = Trace.load(arguments.trace)
+    figure = _draw(trace if trace.model else replace(trace, model=arguments.trace.stem), arguments)
+    is_svg = arguments.output.suffix.lower() == ".svg"
+    try:
+        # the same trace gives the same file, whose text stays text
+        with matplotlib.rc_context({"svg.hashsalt": "moetier", "svg.fonttype": "none"}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # what no font here has is drawn as a box
+            figure.savefig(arguments.output, dpi=110, metadata={"Date": None} if is_svg else {"Software": None})
+    except OSError as error:
+        raise TargetError(
+            f"{arguments.output}: can't be written ({error.strerror}).", "Name a file in a folder that exists."
+        ) from error
+    return 0
+
+
+def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
+    from moetier.tiers.errors import ConfigError
+
+    from . import figures
+
+    cached = trace.top_k if arguments.cached is None else arguments.cached
+    if not 0 <= cached <= max(trace.num_experts) or (cached == 0 and arguments.kind == "heatmap"):
+        raise ConfigError(f"{cached} experts of a block can't be cached.", f"It has {max(trace.num_experts)}.")
+    match arguments.kind:
+        case "figure1":
+            tokens = range(min(FEW_TOKENS, trace.tokens)) if arguments.tokens is None else arguments.tokens
+            if not tokens or tokens.stop > trace.tokens or len(tokens) > MOST_TOKENS:
+                raise ConfigError(
+                    f"Tokens {tokens.start} to {tokens.stop - 1} can't be drawn.",
+                    f"The trace has {trace.tokens:,}, from 0; {MOST_TOKENS} fit into a picture.",
+                )
+            last = trace.block_count - 1
+            blocks = arguments.blocks or sorted({0, last // 3, 2 * last // 3, last})
+            if max(blocks) > last:
+                raise ConfigError(f"There is no block {max(blocks)}.", f"The trace has {last + 1}, from 0.")
+            return figures.draw_use(trace, tokens=tokens, blocks=blocks, cached=cached)
+        case "hits":
+            return figures.draw_hits(trace)
+        case "recall":
+            if trace.predictions is None:
+                raise ConfigError(
+                    f"{arguments.trace} has no predictions.", "Record them: moetier trace asks the gates ahead."
+                )
+            return figures.draw_recall(trace)
+    return figures.draw_heatmap(trace, cached=cached)
+
+
+def _span(text: str) -> range:
+    """ "10-49" -> 40 tokens."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last) + 1)
+
+
+def _list(text: str) -> list[int]:
+    found = sorted({int(part) for part in text.split(",")})
+    if found[0] < 0:
+        raise argparse.ArgumentTypeError("blocks are counted from 0")
+    return found
