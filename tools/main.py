@@ -14,7 +14,7 @@ from moetier.tiers.errors import MoetierError
 
 COMMANDS = (
     *("convert", "generate", "verify", "inspect", "quality", "synthetic"),
-    *("replay", "plot", "daemon", "ps", "stats"),
+    *("trace", "replay", "plot", "daemon", "ps", "stats"),
 )
 
 EXIT_ERROR = 1  # 2 is argparse's own
