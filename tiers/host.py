@@ -61,7 +61,6 @@ class HostTier:
         self._alarm: SimpleQueue[None] = SimpleQueue()  # for the timekeeper: somebody waits, or all is over
         self._timekeeper: threading.Thread | None = None
         self._closed = False
-        self._has_sessions = False
         self._is_to_serve = False  # the parties, as soon as the lock is let go
         self._loaders: list[threading.Thread] = []
         self._arena = arena or Arena.create(self.plan)
@@ -71,7 +70,7 @@ class HostTier:
             self._arena.directory,
             wake=self._wake,
             ring=self._ring,
-            watch=self._watch,
+            watch=partial(self._alarm.put, None),
             ahead=2 * loaders,
             prefetches=max(1, loaders - 1),
         )
@@ -128,7 +127,10 @@ class HostTier:
         has none is refused after ``patience`` seconds. Closing it is the caller's."""
         with self._monitor:
             self._check_open()
-            self._has_sessions = True
+            if self._timekeeper is None:  # now: where no thread is to be had, nobody has asked for anything yet
+                timekeeper = threading.Thread(target=self._keep_time, name="moetier-timekeeper", daemon=True)
+                timekeeper.start()
+                self._timekeeper = timekeeper
         return Session(deliver, self._desk, leases=leases, patience=patience)
 
     def export(self) -> int:
@@ -202,19 +204,13 @@ class HostTier:
 
     def _wake(self) -> None:
         self._monitor.wake()
-        if self._has_sessions and not self._is_to_serve:
+        if self._timekeeper is not None and not self._is_to_serve:
             self._is_to_serve = True
             self._monitor.post(self._serve_parties)  # by who holds the lock now
 
     def _serve_parties(self) -> None:
         self._is_to_serve = False
         self._ledger.serve()
-
-    def _watch(self) -> None:
-        if self._timekeeper is None:
-            self._timekeeper = threading.Thread(target=self._keep_time, name="moetier-timekeeper", daemon=True)
-            self._timekeeper.start()
-        self._alarm.put(None)
 
     def _keep_time(self) -> None:
         """Of who waits for slots in other processes' name."""

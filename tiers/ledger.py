@@ -17,6 +17,7 @@ a demand of it that has nothing for too long fails: what another process does no
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
@@ -278,10 +279,7 @@ class Ledger:
         now = self._clock()
         for demand in [demand for demand, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[demand]
-            demand.error = ExhaustedError(
-                f"All slots of the host tier are leased: none came free in {demand.patience:g} seconds.",
-                "Try again, give the daemon more memory, or have fewer clients at a time.",
-            )
+            demand.error = _exhausted(demand)
             self.stir(demand)
         return min(self._deadlines.values(), default=None)
 
@@ -483,7 +481,8 @@ class Ledger:
             for other in party.demands:
                 self._no_longer_hungry(other)
         elif was_full and not party.is_full:
-            for other in party.demands:
+            # whoever has nothing first, and of those who has waited the longest: a request for many keys holds up none
+            for other in sorted(party.demands, key=lambda other: self._deadlines.get(other, math.inf)):
                 if other.pending:
                     self.stir(other)
             self._wake()
@@ -543,3 +542,16 @@ class Ledger:
                 assert not party.is_full or demand not in demand.pool.hungry
                 assert stirred or party.is_full or not waits or demand in demand.pool.hungry
         assert all(demand in self._demands for demand in (*self._stirred, *self._deadlines))
+
+
+def _exhausted(demand: Demand) -> ExhaustedError:
+    party = demand.party
+    if party is not None and party.is_full:
+        return ExhaustedError(
+            f"The client holds all {party.leases} leases that it may: none was given back in {demand.patience:g} s.",
+            "Release some, or give it more (moetier daemon --leases).",
+        )
+    return ExhaustedError(
+        f"All slots of the host tier are leased: none came free in {demand.patience:g} seconds.",
+        "Try again, give the daemon more memory, or have fewer clients at a time.",
+    )

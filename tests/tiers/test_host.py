@@ -148,6 +148,38 @@ def test_a_tier_that_nobody_closes_does_not_keep_its_process() -> None:
     assert output == "end\n"
 
 
+def test_a_session_for_which_no_thread_is_to_be_had_leaves_the_tier_as_it_was() -> None:
+    output = in_child(
+        """
+        import resource
+        from queue import SimpleQueue
+        from pathlib import Path
+        from readers import RamReader
+        from stores import make_plan, make_records
+        from moetier.tiers.host import HostTier
+        from moetier.tiers.keys import ExpertKey
+        plan = make_plan()
+        with HostTier(RamReader(plan, make_records(plan)), slots={"records": 2}) as tier:
+            limits = resource.getrlimit(resource.RLIMIT_AS)
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), limits[1]))  # a stack takes 8 MiB
+            try:
+                tier.session(print)
+            except RuntimeError as error:
+                print(error)
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+            events = SimpleQueue()
+            first, second = tier.session(events.put), tier.session(events.put, patience=0.01)
+            first.acquire(1, [ExpertKey(0, 0), ExpertKey(0, 1)])
+            for _ in range(2):
+                events.get(timeout=30)
+            second.acquire(1, [ExpertKey(1, 0)])
+            print(type(events.get(timeout=30).error).__name__)
+        """
+    )
+    assert output == "can't start new thread\nExhaustedError\n"
+
+
 def in_child(code: str, timeout: float = PATIENCE) -> str:
     helpers = str(Path(__file__).parent.parent / "helpers")
     child = subprocess.run(

@@ -150,6 +150,35 @@ def test_what_a_session_gives_back_goes_to_its_own_other_request() -> None:
         tier.check_integrity()
 
 
+@pytest.mark.parametrize("leases", [1, 2])
+def test_a_request_for_many_holds_up_no_other_of_its_session(leases: int) -> None:
+    with HostTier(RamReader(WIDE, WIDE_RECORDS), slots={"records": 300}, loaders=1) as tier:
+        client = Client(tier, leases=leases)
+        for request in range(4):  # as many threads of one process, say
+            client.session.acquire(request, keys(request % 2, *range(10 * request, 10 * request + 10)))
+        order = []
+        for _ in range(40):
+            event = client.event()
+            assert isinstance(event, Granted)
+            order.append(event.request)
+            client.session.release(event.request, [event.key])
+        for start in range(leases, 32, 4):
+            assert len(set(order[start : start + 4])) == 4, order
+
+
+def test_who_holds_all_that_he_may_is_told_so() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
+        client = Client(tier, leases=1)
+        client.session.acquire(1, keys(0, 0))
+        client.granted(1)
+        client.session.acquire(2, keys(0, 1), patience=0.01)
+        error = client.failed(2)
+        assert isinstance(error, ExhaustedError)
+        assert "holds all 1 leases" in error.cause
+        client.session.release(1)
+        client.take(3, keys(0, 1))
+
+
 def test_a_wrong_word_is_an_error_and_changes_nothing() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
         client = Client(tier)
@@ -508,13 +537,13 @@ def test_a_session_needs_no_thread_of_its_own() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
         threads = threading.active_count()
         sessions: list[Session] = [Client(tier).session for _ in range(50)]
-        assert threading.active_count() == threads
+        assert threading.active_count() == threads + 1, "one for all who wait"
         client, holder = Client(tier, patience=0.01), Client(tier)
         holder.session.acquire(1, keys(0, 0, 1))
         for number in range(3):
             client.session.acquire(number, keys(1, number))
             assert isinstance(client.failed(number), ExhaustedError)
-        assert threading.active_count() == threads + 1, "one for all who wait"
+        assert threading.active_count() == threads + 1
         for session in sessions:
             session.close()
     assert threading.active_count() == threads - 4
