@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
@@ -30,7 +31,7 @@ class Exchange:
         self._events: SimpleQueue[Granted | Failed | None] = SimpleQueue()  # None: the end
         self._state = threading.Lock()  # guards the three below
         self._requests: dict[int, set[ExpertKey]] = {}  # what is wanted or held
-        self._error: MoetierError | None = None
+        self._error: Exception | None = None
         self._ended = False
         self._refusal: UnavailableError | None = None
         self._session = model.host.session(self._events.put, leases=leases, patience=patience)
@@ -60,22 +61,26 @@ class Exchange:
 
     def hear(self, messages: Iterable[bytes]) -> None:
         """A thread's life: to the end of the stream of serialised ClientMessages."""
-        error: MoetierError | None = None
-        try:
+        error: Exception | None = None
+        with contextlib.suppress(Exception):  # gRPC's: the client or the connection is gone
             for message in messages:
-                self._model.count(bytes_in=len(message))
-                self._do(pb.ClientMessage.FromString(message))
-                if self._ended:
+                error = self._hear(message)
+                if error is not None or self._ended:
                     break
-        except MoetierError as raised:
-            error = raised
-        except DecodeError:
-            error = ProtocolError("A message of the session can't be parsed.", "Use moetier in one version.")
-        except Exception:  # gRPC's: the client or the connection is gone
-            pass
         self.end(error)
 
-    def end(self, error: MoetierError | None = None) -> None:
+    def _hear(self, message: bytes) -> Exception | None:
+        """The error that ends the stream: the client's, or a fault of ours."""
+        try:
+            self._model.count(bytes_in=len(message))
+            self._do(pb.ClientMessage.FromString(message))
+        except DecodeError:
+            return ProtocolError("A message of the session can't be parsed.", "Use moetier in one version.")
+        except Exception as error:
+            return error
+        return None
+
+    def end(self, error: Exception | None = None) -> None:
         """Gives back all leases; what has been answered is still sent. Idempotent; the first error counts."""
         with self._state:
             if self._ended:

@@ -62,7 +62,7 @@ def find_leftovers(
                         seen.discard(file)
                     else:
                         found.setdefault(digest, []).append(Leftover(arena, holder))
-        if found or not locked or time.monotonic() >= deadline:
+        if len(found) == len(manifests) or not locked or time.monotonic() >= deadline:
             break
         time.sleep(_POLL)
     for leftovers in found.values():

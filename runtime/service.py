@@ -203,17 +203,16 @@ class Service(ExpertStoreServicer):
         session = _bearer(context.invocation_metadata()) or ""
         with _answering(context):
             exchange = self._clients.attach(session)
-        try:
-            if context.add_callback(exchange.end):
-                threading.Thread(
-                    target=exchange.hear, args=(request_iterator,), name="moetier-session", daemon=True
-                ).start()
-            else:  # it is over already
-                exchange.end()
-            with _answering(context):
+            try:
+                if context.add_callback(exchange.end):
+                    threading.Thread(
+                        target=exchange.hear, args=(request_iterator,), name="moetier-session", daemon=True
+                    ).start()
+                else:  # it is over already
+                    exchange.end()
                 yield from exchange.answers()
-        finally:
-            self._clients.detach(session, exchange)
+            finally:
+                self._clients.detach(session, exchange)
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         with _answering(context), self._clients.fetching(request.digest) as model:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
 import pytest
 from daemons import DaemonProcess, running_daemon
 from faults import flip_bit
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from local_daemons import local_daemon
 from raw_client import RawClient
 from readers import PATIENCE
 from stores import layout_of, make_store
@@ -32,8 +34,11 @@ from moetier.tiers.errors import (
     UnknownModelError,
 )
 from moetier.tiers.folder import read_manifest
+from moetier.tiers.host import HostTier
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.session import Session
+from moetier.tiers.store import ExpertStore
 
 SLOT = layout_of().slot_bytes
 Store = tuple[Path, Manifest, dict[ExpertKey, bytes]]
@@ -240,6 +245,35 @@ def test_a_damaged_record_is_named_and_others_are_served(tmp_path: Path) -> None
         assert daemon.stats().host.failures == 1
         client.acquire(2, 1, [1])
         assert client.granted().expert == 1
+
+
+def test_a_fault_of_ours_is_told_and_logged(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And does not look like the end of a connection, after which a client would come again and again."""
+
+    def fault(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with (
+        ExpertStore.open(store[0]) as opened,
+        HostTier(opened, slots={"records": 6}) as host,
+        local_daemon(host, store[1], store[0], tmp_path / "d") as folder,
+        RawClient(folder, store[1]) as client,
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(Session, "used", fault)
+            client.acquire(1, 0, [0])
+            client.granted()
+            client.send(used=pb.Used(blocks=[pb.Experts(block=0, experts=[0])]))
+            error = client.ended()
+        assert error is not None
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert "ZeroDivisionError" in error_of(error).cause
+        assert any(record.exc_info for record in caplog.records), "with its traceback"
+        client.open_stream()
+        client.acquire(1, 0, [0])
+        assert client.granted().expert == 0
 
 
 # -- who may ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from faults import need_strace
 from raw_client import RawClient
 from readers import PATIENCE
 from stores import layout_of, make_plan, make_records, make_store, write_store
-from threads import wait_until
+from threads import Task, wait_until
 
 from moetier.runtime.config import Size
 from moetier.runtime.daemon import plan_slots
@@ -160,6 +160,24 @@ def test_what_a_living_daemon_owns_is_left_to_it(store: Store, tmp_path: Path) -
             check_all(other, store)
         assert find_leftovers({store[1].digest: store[1]}) == {}
         check_all(daemon, store)
+
+
+def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_already(tmp_path: Path) -> None:
+    """Of two models: a read of one has not ended yet, and with it the lock of that arena."""
+    plans = [make_plan(experts=experts, model=f"acme/{experts}") for experts in (4, 6)]
+    manifests = [write_store(tmp_path / plan.model, plan, make_records(plan)) for plan in plans]
+    arenas = [Arena.create(ArenaPlan.of(manifest, {"records": 6})) for manifest in manifests]
+    kept = [(f"holder {number}", arena.export()) for number, arena in enumerate(arenas)]
+    arenas[0].close()
+    dying = Task(lambda: (time.sleep(0.2), arenas[1].close()), "the owner")
+    found = find_leftovers({manifest.digest: manifest for manifest in manifests}, kept, patience=PATIENCE)
+    dying.result()
+    for leftovers in found.values():
+        for leftover in leftovers:
+            leftover.arena.close()
+    for _, descriptor in kept:
+        os.close(descriptor)
+    assert found.keys() == {manifest.digest for manifest in manifests}
 
 
 def test_a_stopped_daemons_memory_is_taken_back_too(store: Store, tmp_path: Path) -> None:
