@@ -80,6 +80,8 @@ class TierConfig:
             raise ConfigError(f"{speculate!r} is no way to speculate.", f"Give one of {', '.join(SPECULATE)}.")
         if not 1 <= look_ahead <= 8:
             raise ConfigError(f"A look-ahead of {look_ahead} layers.", "Give 1 to 8.")
+        if not isinstance(daemon, str | None):
+            raise ConfigError(f"{daemon!r} names no daemon.", 'Give "auto", None, or addresses separated by commas.')
         daemons = tuple(map(Address.parse, daemon.split(","))) if daemon not in (None, AUTO) else ()
         if len(set(daemons)) != len(daemons):
             raise ConfigError(f"{daemon!r} names a daemon twice.", "Name each once.")
@@ -97,6 +99,11 @@ class TierConfig:
             raise ConfigError(
                 f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
                 "Give --ram to the daemon, and not here.",
+            )
+        if found.credentials != Credentials() and not any(address.target for address in daemons):
+            raise ConfigError(
+                "A token, certificates or their absence are for daemons of other hosts, and none is named.",
+                "Name one: --daemon HOST:PORT; or leave them out.",
             )
         return found
 

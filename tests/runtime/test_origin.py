@@ -239,6 +239,21 @@ def test_what_is_no_daemon(daemon: str, cause: str) -> None:
         TierConfig.of(daemon=daemon)
 
 
+@pytest.mark.parametrize("daemon", [False, 7070, Path("/run/moetier"), ["a", "b"]])
+def test_what_is_no_text(daemon: Any) -> None:
+    with pytest.raises(ConfigError, match="names no daemon"):
+        TierConfig.of(daemon=daemon)
+
+
+@pytest.mark.parametrize("daemon", [None, "auto", "default", "a,b"])
+def test_credentials_for_nobody(daemon: str | None, tmp_path: Path) -> None:
+    """A token that is given and shown to nobody is a mistake."""
+    for credentials in (Credentials(token_file=tmp_path), Credentials(insecure=True)):
+        with pytest.raises(ConfigError, match="none is named"):
+            TierConfig.of(daemon=daemon, credentials=credentials)
+        assert TierConfig.of(daemon="a,host:1", credentials=credentials).credentials == credentials
+
+
 def test_credentials_that_can_t_be_used(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         moetier.load(directory, daemon="localhost:1", credentials=Credentials(token_file=tmp_path / "none"))
