@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import grpc
 import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
@@ -170,11 +171,13 @@ def test_a_second_stream_takes_the_place_of_the_first(daemon: DaemonProcess, sto
         client.acquire(1, 0, [0])
         client.granted()
         first, reader = client.stream, client._reader
+        said, client._messages = client._messages, SimpleQueue()  # the first is not ended from here
         client.open_stream()
         client.acquire(1, 0, [1])
         assert client.granted().expert == 1
         reader.result()
         assert first.code() is grpc.StatusCode.UNAVAILABLE
+        said.put(None)
         stats = daemon.wait_for("leases == 1")
         assert stats.sessions == 1
 
