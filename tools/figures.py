@@ -23,7 +23,8 @@ MOST_WIDTH, MOST_HEIGHT = 16.0, 9.0  # inches
 
 def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int) -> Figure:
     """Figure 1: the experts that each token uses, darker by their weight; a small square marks those that an LRU of
-    ``cached`` experts (0: none) holds before the token. The text is underneath."""
+    ``cached`` experts (0: none) holds before the token. The text is underneath, and
+    a line where a sequence begins."""
     width = min(max(0.22 * len(tokens) + 1.2, 6.0), MOST_WIDTH)
     heights = [min(0.15 * trace.num_experts[block], MOST_HEIGHT / len(blocks)) for block in blocks]  # inches
     figure = Figure(figsize=(width, sum(heights) + 0.15 * len(blocks) + (1.2 if trace.pieces else 0.8)))
@@ -46,6 +47,9 @@ def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int)
         if cached:
             x, y = np.nonzero(_resident(trace, tokens, block, cached))
             axes.scatter(x, y, s=max(cell * 0.36, 2) ** 2, marker="s", color=GREY, linewidths=0)
+        for first in trace.offsets:
+            if first > tokens.start and first in tokens:
+                axes.axvline(first - tokens.start - 0.5, color=ORANGE, linewidth=1.5)
         axes.set_ylabel(f"block {block}\nexpert", fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xticks(np.arange(-0.5, len(tokens)), minor=True)
@@ -82,13 +86,18 @@ def draw_hits(trace: Trace) -> Figure:
 def draw_recall(trace: Trace) -> Figure:
     """Figure 2, right: recall of the experts that were used, against how far ahead the gates were asked."""
     ahead = sorted(trace.lookaheads)
-    found = [of_predictions(trace, number).ratio for number in ahead]
+    gates = [of_predictions(trace, number) for number in ahead]
+    guessed = [found.wanted > 0 for found in gates]  # which blocks: the others guess for the same
+    previous, popular = of_previous_token(trace), of_popularity(trace)
     figure, axes = _line_figure()
-    axes.plot(ahead, found, "o-", color=BLUE, label="gates asked ahead")
-    for number, value in zip(ahead, found, strict=True):
-        axes.annotate(f"{value:.0%}", (number, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axes.axhline(of_previous_token(trace).ratio, color=ORANGE, linestyle="--", label="the previous token's experts")
-    axes.axhline(of_popularity(trace).ratio, color=GREY, linestyle=":", label="each block's most used experts")
+    axes.plot(ahead, [found.ratio for found in gates], "o-", color=BLUE, label="gates asked ahead")
+    for number, found in zip(ahead, gates, strict=True):
+        place = (number, found.ratio)
+        axes.annotate(f"{found.ratio:.0%}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    others = ((previous, "--", ORANGE, "the previous token's experts"), (popular, ":", GREY, "each block's most used"))
+    for guess, style, colour, name in others:
+        ratios = [guess.only(blocks).ratio for blocks in guessed]
+        axes.plot(ahead, ratios, style, marker="o", markersize=3, color=colour, label=name)
     axes.set_xlabel("look-ahead in blocks")
     axes.set_ylabel("recall")
     axes.set_ylim(0, 1.08)

@@ -106,17 +106,23 @@ def _result(found: Outcome, arguments: argparse.Namespace, record: int | None) -
 
 
 def _recall(trace: Trace) -> list[dict[str, Any]]:
-    """By look-ahead, of the gates; and of simpler guesses, to compare with."""
+    """By look-ahead: of the gates, and of simpler guesses for the same blocks."""
     if trace.predictions is None:
         return []
     from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
 
-    found: list[dict[str, Any]] = [
-        {"guess": "gates", "lookahead": ahead, "recall": of_predictions(trace, ahead).ratio}
-        for ahead in sorted(trace.lookaheads)
-    ]
-    found.append({"guess": "popularity", "recall": of_popularity(trace).ratio})
-    found.append({"guess": "previous token", "recall": of_previous_token(trace).ratio})
+    found = []
+    for ahead in sorted(trace.lookaheads):
+        gates = of_predictions(trace, ahead)
+        guessed = gates.wanted > 0
+        found.append(
+            {
+                "lookahead": ahead,
+                "gates": gates.ratio,
+                "popularity": of_popularity(trace).only(guessed).ratio,
+                "previous_token": of_previous_token(trace).only(guessed).ratio,
+            }
+        )
     return found
 
 
@@ -148,10 +154,10 @@ def _text(report: dict[str, Any]) -> str:
     show("bytes read for a token", "bytes_per_token", "bytes")
     show("tokens a second, nothing overlapped", "tokens_per_s", ".2f")
     if report["recall"]:
-        rows = [["guess", "recall"]]
+        rows = [["look-ahead", "gates", "popularity", "previous token"]]
         for entry in report["recall"]:
-            ahead = f", {entry['lookahead']} ahead" if "lookahead" in entry else ""
-            rows.append([f"{entry['guess']}{ahead}", f"{entry['recall']:.3f}"])
+            values = (entry["gates"], entry["popularity"], entry["previous_token"])
+            rows.append([str(entry["lookahead"]), *(f"{value:.3f}" for value in values)])
         lines.append(f"\nrecall of the experts that were used\n{table(rows)}")
     return "\n".join(lines)
 

@@ -80,12 +80,12 @@ def test_recall_where_there_are_predictions(tmp_path: Path, capsys: pytest.Captu
     assert run(str(tmp_path / "t.npz"), "--slots", "2", "--json") == 0
     (report,) = json.loads(capsys.readouterr().out)["traces"]
     assert report["model"] == "a/b"
-    assert report["recall"][:2] == [
-        {"guess": "gates", "lookahead": 0, "recall": 1.0},
-        {"guess": "gates", "lookahead": 1, "recall": 0.5},
+    assert report["recall"] == [
+        {"lookahead": 0, "gates": 1.0, "popularity": 1.0, "previous_token": 1.0},
+        {"lookahead": 1, "gates": 0.5, "popularity": 1.0, "previous_token": 1.0},
     ]
     assert run(str(tmp_path / "t.npz"), "--slots", "2") == 0
-    assert "gates, 1 ahead   0.500" in capsys.readouterr().out
+    assert "1           0.500       1.000           1.000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
