@@ -83,8 +83,9 @@ class DeviceTier:
         self._manifest = manifest
         self._monitor = Monitor()
         self._counters = TierCounters("device")
-        self._views = SlotViews(self._lock_pages)
+        self._views = SlotViews(self._lock_pages, self._retire)
         self._locked: list[torch.Tensor] = []  # host memory that is page-locked
+        self._retired: list[torch.Tensor] = []  # that is to be unlocked, since the host has other memory now
         self._pageable = False  # once that has failed
         self._wished: set[int] = set()  # blocks whose wishes were passed on
         self._copying = 0  # slots that a caller is filling now
@@ -157,13 +158,9 @@ class DeviceTier:
             while self._copying:
                 self._monitor.sleep()
             locked, self._locked = self._locked, []
+        self._unlock(locked)
         for pool in self._pools.values():
-            for event in pool.copied:
-                if event is not None:
-                    event.synchronize()
             pool.clear()
-        for memory in locked:
-            self._device.unlock_pages(memory)
         self._views.clear()
 
     def check_integrity(self) -> None:
@@ -242,18 +239,33 @@ class DeviceTier:
                 self._counters.discarded += 1
                 self._give_up(pool, slot)
                 return None
-            self._copying -= 1
             self._counters.bytes_in += pool.slot_bytes
             pool.copied[slot] = copied
             pool.used[slot].clear()
+            self._end_copying()
             pool.slots.fill(slot)
             self._admit(visit, slot, began)
             self._monitor.wake()
         return copied
 
+    def _end_copying(self) -> None:
+        self._copying -= 1
+        if self._retired and not self._copying:  # nobody begins a copy while the lock is held
+            retired, self._retired = self._retired, []
+            self._unlock(retired)
+
+    def _unlock(self, locked: list[torch.Tensor]) -> None:
+        """When no copy out of it is under way any more."""
+        for pool in self._pools.values():
+            for event in pool.copied:
+                if event is not None:
+                    event.synchronize()
+        for memory in locked:
+            self._device.unlock_pages(memory)
+
     def _give_up(self, pool: _Pool, slot: int) -> None:
         """What was to be promoted into a slot is not there."""
-        self._copying -= 1
+        self._end_copying()
         pool.policy.forget(slot)
         pool.slots.fail(slot)
         self._monitor.wake()
@@ -313,6 +325,12 @@ class DeviceTier:
             RuntimeWarning,
             stacklevel=2,
         )
+
+    def _retire(self, views: list[torch.Tensor]) -> None:
+        """By who copies out of the memory that took their place."""
+        gone = set(map(id, views))
+        self._retired += [memory for memory in self._locked if id(memory) in gone]
+        self._locked = [memory for memory in self._locked if id(memory) not in gone]
 
     def _pool(self, block: int) -> _Pool:
         return self._pools[self._manifest.blocks[block].array]

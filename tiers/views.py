@@ -18,9 +18,15 @@ from .stats import TierStats
 class SlotViews:
     """A tensor over each of the host's slots, made once: a decode step allocates nothing."""
 
-    def __init__(self, prepare: Callable[[torch.Tensor], None] = lambda view: None) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[torch.Tensor], None] = lambda view: None,
+        retire: Callable[[list[torch.Tensor]], None] = lambda views: None,
+    ) -> None:
+        """``prepare`` is called with each view that is made, ``retire`` with those of memory that was replaced."""
         self._lock = threading.Lock()
         self._prepare = prepare
+        self._retire = retire
         self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
 
     def of(self, lease: Lease[memoryview]) -> torch.Tensor:
@@ -31,7 +37,7 @@ class SlotViews:
                 known = self._views.get(lease.slot)
                 if known is None or known[0] is not lease.record:
                     if known is not None and known[0].obj is not lease.record.obj:
-                        self._views.clear()  # slots of other memory: a view would keep all of it
+                        self._forget(known[0].obj)
                     known = self._views[lease.slot] = (lease.record, self._make(lease.record))
         return known[1]
 
@@ -41,6 +47,11 @@ class SlotViews:
             view = torch.frombuffer(record, dtype=torch.uint8)
         self._prepare(view)
         return view
+
+    def _forget(self, memory: object) -> None:
+        """Others have taken its place: a view would keep all of it."""
+        slots = [slot for slot, (record, _) in self._views.items() if record.obj is memory]
+        self._retire([self._views.pop(slot)[1] for slot in slots])
 
     def clear(self) -> None:
         self._views.clear()  # without the lock, which in a forked child may be held for ever

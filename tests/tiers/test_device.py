@@ -502,6 +502,30 @@ def test_close_lets_go_of_the_hosts_memory_when_it_has_been_copied(host: HostTie
     leases.close()
 
 
+def test_memory_that_the_host_has_given_up_is_unlocked_and_let_go_of(host: HostTier) -> None:
+    """As a daemon's client does, when a new daemon comes with an arena of its own."""
+    device, spare = device_of(), HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST)
+    source = UnsteadySource(spare, share=0.0)
+    tier = DeviceTier(source, PLAN, slots={"records": 6}, device=device)
+    consumer = Consumer(tier, device)
+    for block in range(3):
+        consumer.run(block, [0, 1])
+    device.finish()
+    assert len(device.locked) == sum(SMALLEST.values())
+    source.source = host
+    spare.close()
+    for _ in range(2):
+        for block in range(3):
+            consumer.run(block, [0, 1, 2, 3])
+    assert consumer.wrong() == 0
+    slots = {torch.frombuffer(record, dtype=torch.uint8).data_ptr() for record in host._records}
+    assert device.locked <= slots, "what was locked of the old memory is unlocked"
+    del consumer
+    assert Path("/proc/self/maps").read_text().count("/memfd:moetier-arena") == 1
+    tier.close()
+    assert not device.locked
+
+
 # -- a CPU's tier ------------------------------------------------------------------------------------------------------
 
 
