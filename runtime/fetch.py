@@ -88,8 +88,10 @@ class Fetches:
             raise ProtocolError(
                 f"Bytes {start} to {end} are no part of a record of {size}.", "Ask for a part of the record."
             )
-        patience = min(remaining, self._patience)
-        with self._admitted(key, entry.array, context, patience) as call, self._lease(key, context) as slot:
+        # who waits in vain is told so before its deadline: else it would take this daemon for one that is gone
+        patience = min(remaining / 2, self._patience)
+        until = time.monotonic() + patience
+        with self._admitted(key, entry.array, context, patience) as call, self._lease(key, context, until) as slot:
             for at in range(start, end, PIECE_BYTES):
                 piece = slot[at : min(at + PIECE_BYTES, end)]
                 call.offered = time.monotonic()
@@ -159,13 +161,13 @@ class Fetches:
                 self._state.notify_all()
 
     @contextlib.contextmanager
-    def _lease(self, key: ExpertKey, context: grpc.ServicerContext) -> Iterator[memoryview]:
+    def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
         """The record and its checksum. Raises ExhaustedError when no slot comes free for it in time."""
         number = next(self._numbers)
         answers: SimpleQueue[Event | None] = SimpleQueue()
         self._answers[number] = answers
         try:
-            self._session.acquire(number, [key])
+            self._session.acquire(number, [key], max(until - time.monotonic(), 0.0))
             if not context.add_callback(partial(answers.put, None)):  # None: the client is gone, or its deadline
                 raise _unheard()
             match answers.get():

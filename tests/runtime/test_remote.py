@@ -225,15 +225,16 @@ def noise(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[b
         (noise, ProtocolError),
     ],
 )
-def test_wrong_bytes_are_an_error(large: Path, behaviour: Behaviour, expected: type[MoetierError]) -> None:
-    key = ExpertKey(0, 1)
+def test_wrong_bytes_are_an_error(
+    large: Path, behaviour: Behaviour, expected: type[MoetierError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, attempts, read = ExpertKey(0, 1), list[ExpertKey](), RemoteReader._read
+    monkeypatch.setattr(RemoteReader, "_read", lambda self, key, view: (attempts.append(key), read(self, key, view))[1])
     with hostile(large, behaviour) as (reader, outlet):
         with pytest.raises(expected):
             reader.read_into(key, slot_of(reader.manifest, key))
-        attempts = {request.offset: 0 for request in outlet.requests}
-        for request in outlet.requests:
-            attempts[request.offset] += 1
-        assert max(attempts.values()) == 2, "tried again, once"
+        assert attempts == [key, key], "tried again, once"
+        assert outlet.requests
         with HostTier(reader, slots={"records": 1}) as host:
             with pytest.raises(expected):
                 list(host.acquire([key]))
@@ -529,6 +530,22 @@ def test_a_slot_that_is_not_to_be_had_is_waited_for_a_bounded_time(large: Path) 
         leases.close()
         reader.read_into(ExpertKey(0, 1), slot)
         assert slot == slot_with(LARGE_RECORDS[ExpertKey(0, 1)])
+
+
+def test_who_waits_for_a_slot_hears_why_before_its_deadline(large: Path) -> None:
+    """As long as both are as patient as they are by default."""
+    with (
+        served(large, slots=1, patience=1.0) as (address, host, _),
+        RemoteReader(address, PLAIN, manifest_of(large), patience=1.0, channels=1) as reader,
+    ):
+        leases = host.acquire([ExpertKey(0, 0)])
+        next(leases)
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(address, 1.0, expert=1)()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(ExhaustedError):
+            reader.read_into(ExpertKey(0, 1), slot_of(reader.manifest, ExpertKey(0, 1)))
+        leases.close()
 
 
 @pytest.mark.parametrize("how", ["its client goes", "its deadline passes", "the daemon ends"])
