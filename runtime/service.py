@@ -322,7 +322,7 @@ def _refusal(handler: Any) -> Any:
             context,
             RefusedError(
                 "The call shows no credential that this daemon has issued or knows.",
-                "Connect to its side socket, or give its token.",
+                "Give its token (--token-file); over a Unix socket, connect to its side socket first.",
             ),
         )
 

@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    # gRPC's own messages are not for people who use this; it reads this when it is imported
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from daemons import DaemonProcess, running_daemon
 from raw_client import RawClient
 from readers import PATIENCE
@@ -186,7 +187,8 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
     with use(daemon, store[1]):
         found: dict[str, Any] = json.loads(said(runtime, "stats", "--json"))
         text = said(runtime, "stats")
-        assert text == said(runtime, "stats", "default") == said(runtime, "stats", str(daemon.folder))
+        for address in ("default", str(daemon.folder)):
+            assert said(runtime, "stats", address).splitlines()[1:] == text.splitlines()[1:]
     assert (found["pid"], found["address"], found["version"]) == (daemon.pid, str(daemon.folder), daemon.card.version)
     (model,) = found["models"]
     counted = {name: model[name] for name in ("name", "digest", "clients", "sessions", "leases", "requests", "used")}
@@ -307,6 +309,31 @@ def test_mistakes_are_said(daemon: DaemonProcess, runtime: Path) -> None:
         assert (result.returncode, result.stdout) == (2, "")
         assert "Traceback" not in result.stderr
         assert "_interval" not in result.stderr
+
+
+def test_what_tls_has_to_be_told_is_said(store: tuple[Path, Manifest], runtime: Path, tmp_path: Path) -> None:
+    """In two lines, without gRPC's own."""
+    authority, other = trustme.CA(), trustme.CA()
+    identity = authority.issue_cert("127.0.0.1")
+    identity.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both"))
+    authority.cert_pem.write_to_path(str(tmp_path / "ca"))
+    other.cert_pem.write_to_path(str(tmp_path / "other"))
+    (tmp_path / "token").write_text("s3cret\n")
+    files = {name: str(tmp_path / name) for name in ("both", "ca", "other", "token")}
+    tls = ["--tls-cert", files["both"], "--tls-key", files["both"], "--token-file", files["token"]]
+    with running_daemon_in(tmp_path / "d" / "d", store[0], "--listen", "127.0.0.1:0", *tls) as daemon:
+        listen = daemon.card.listen
+        trusted = ["--tls-ca", files["ca"]]
+        assert json.loads(said(runtime, "stats", listen, "--json", *trusted, "--token-file", files["token"]))
+        for options, fix in (([], "--tls-ca"), (["--insecure"], "--tls-ca"), (trusted, "--token-file")):
+            result = moetier(runtime, "stats", listen, *options)
+            assert (result.returncode, len(result.stderr.splitlines())) == (1, 2), result.stderr
+            assert fix in result.stderr.splitlines()[1]
+        assert "CERTIFICATE_VERIFY_FAILED" in refused(runtime, "stats", listen, "--tls-ca", files["other"])
+        name = listen.replace("127.0.0.1", "localhost")
+        assert "Hostname" in refused(runtime, "stats", name, *trusted)
+    with running_daemon_in(tmp_path / "d" / "e", store[0], "--listen", "127.0.0.1:0", "--insecure") as daemon:
+        assert "TLS" in refused(runtime, "stats", daemon.card.listen).upper()
 
 
 def test_a_reader_that_has_enough(daemon: DaemonProcess, runtime: Path) -> None:
