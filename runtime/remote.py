@@ -41,6 +41,7 @@ SLOWEST = 4_000_000  # bytes a second of one call: what comes slower is not wait
 ATTEMPTS = 2  # at a record, of which a broken stream brought a part
 _ANSWER = 5.0  # seconds that a daemon has to say what it serves
 _AGAIN = (UnavailableError, ChecksumError, ProtocolError)
+_NAMES = 200  # characters of what a stranger says that it serves
 _TOO_LARGE = "larger than max"  # a message; otherwise the daemon takes no more calls
 _NO_TLS = ("handshake failed", "certificate_verify_failed", "hostname verification")
 
@@ -210,7 +211,7 @@ class _Lines:
         except ValueError:  # what gRPC raises when the channel was closed
             raise _closed_channel() from None
         if manifest.digest not in {model.digest for model in reply.models}:
-            names = ", ".join(model.name for model in reply.models) or "nothing"
+            names = ", ".join(" ".join(model.name.split()) for model in reply.models)[:_NAMES] or "nothing"
             raise UnknownModelError(
                 f"The daemon does not serve {manifest.model} as it was converted here; it serves {names}.",
                 "Start it on a copy of this model directory.",

@@ -225,6 +225,27 @@ def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
         daemon.wait_for("leases == 0")
 
 
+@pytest.mark.slow
+def test_a_daemon_that_stands_still_counts_as_gone(store: MappedStore, tmp_path: Path) -> None:
+    """After a ping that is not answered; then nobody waits for it any more."""
+    with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 0, 0, 1)
+        began = time.monotonic()
+        daemon.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: tier._link.away_since is not None)
+        assert time.monotonic() - began < 30
+        store.take(tier, 1, 0)
+        began = time.monotonic()
+        while time.monotonic() - began < 6:  # some attempts to connect
+            asked = time.monotonic()
+            assert sorted(store.take(tier, 1, 1, 2, 3)) == [1, 2, 3]
+            assert time.monotonic() - asked < 0.5
+            time.sleep(0.1)
+        daemon.process.send_signal(signal.SIGCONT)
+        daemon.wait_for("sessions == 1 and clients == 1")
+        assert store.take(tier, 2, 5) == [5]
+
+
 def test_who_does_not_answer_stays_away(store: MappedStore, tmp_path: Path) -> None:
     """However long each attempt to connect takes: else every miss would wait for it anew."""
     with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:

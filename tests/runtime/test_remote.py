@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -355,6 +356,19 @@ def test_another_store_is_refused(small: Path, large: Path) -> None:
         pytest.raises(UnknownModelError, match="acme/tiny-moe"),
     ):
         reader.check()
+
+
+def test_names_of_a_stranger_are_told_in_one_line(small: Path) -> None:
+    stranger = replace(manifest_of(small), model="a\nb" * 10_000, digest="0" * 64)
+    with (
+        serving(Outlet(stranger, empty)) as address,
+        RemoteReader(address, PLAIN, manifest_of(small)) as reader,
+        pytest.raises(UnknownModelError) as caught,
+    ):
+        reader.check()
+    assert "it serves a ba ba b" in caught.value.cause
+    assert "\n" not in caught.value.cause
+    assert len(caught.value.cause) < 400
 
 
 def test_what_the_model_does_not_have_is_not_asked_for(small: Path) -> None:
