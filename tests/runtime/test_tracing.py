@@ -16,6 +16,7 @@ from torch import Tensor
 
 import moetier
 from moetier.runtime.experts import experts_modules
+from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
 from moetier.runtime.trace import NONE, Trace
 from moetier.runtime.tracing import Recorder
 from moetier.tiers.errors import UnsupportedModelError
@@ -176,6 +177,23 @@ def record(model: Any, *sequences: Tensor, **options: Any) -> Trace:
             getattr(model, "thinker", model)(input_ids=ids[None])
             recorder.end_sequence(ids.tolist(), n_prefill=len(ids))
         return recorder.trace()
+
+
+@pytest.mark.parametrize("name", ["it", "python"])
+def test_gates_foretell_text_that_the_model_never_saw(tinymix_4bit: Path, name: str) -> None:
+    """docs/traces.md has the figures over 3,072 tokens."""
+    text = (Path(__file__).parent.parent / "assets" / "texts" / f"{name}.txt").read_text()
+    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
+    assert tokenizer is not None
+    with model.tiers:
+        trace = record(model, tokenizer(text, return_tensors="pt")["input_ids"][0, :768])
+    for lookahead, least in ((1, 0.7), (2, 0.58)):
+        gates = of_predictions(trace, lookahead)
+        simpler = [guess.only(gates.wanted > 0).ratio for guess in (of_popularity(trace), of_previous_token(trace))]
+        assert (gates.wanted > 0).tolist() == [block >= lookahead for block in range(8)]
+        assert gates.ratio > least
+        assert gates.ratio > max(simpler) + 0.05
+        assert min(simpler) > 0.3
 
 
 def some_ids(count: int, seed: int = 1) -> Tensor:

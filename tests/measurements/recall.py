@@ -1,0 +1,65 @@
+"""How well gates that are asked ahead foretell the routing of texts, against guesses that cost nothing.
+
+    python tests/measurements/recall.py DIR TEXT... --tokens 3072 --look-ahead 3
+
+DIR is a model directory; a TEXT is a file, or a folder of .txt, and is read in windows of 512 tokens, as by `moetier
+quality`. Prints for each text which part of the top-k experts was named, over the blocks that are foretold: by the
+gates; by the block's most used experts of this very text, in hindsight, as many as top-k; by the experts of the token
+before. Chance is top-k / experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moetier
+from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
+from moetier.runtime.trace import Trace
+from moetier.runtime.tracing import Recorder
+from moetier.tools.perplexity import WINDOW, read_texts, tokenize
+from moetier.tools.report import table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--tokens", type=int, default=3072, help="of the beginning of each text (default: %(default)s)")
+    parser.add_argument("--look-ahead", type=int, default=3, help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    model, tokenizer = moetier.load(arguments.directory, daemon=None)
+    rows = [["text", "tokens", "ahead", "gates", "popularity", "previous token", "chance"]]
+    with model.tiers:
+        for name, ids in tokenize(tokenizer, read_texts(arguments.texts), arguments.tokens).items():
+            trace = trace_of(model, ids, arguments.look_ahead)
+            rows += [[name, str(trace.tokens), *row] for row in ratios(trace)]
+    print(table(rows))
+
+
+@torch.inference_mode()
+def trace_of(model: Any, ids: torch.Tensor, look_ahead: int) -> Trace:
+    """ids [T]; each window is a sequence."""
+    with Recorder(model, look_ahead=look_ahead) as recorder:
+        for window in ids.split(WINDOW):
+            model(window[None].to(model.device), use_cache=False)
+            recorder.end_sequence(window.tolist(), n_prefill=len(window))
+        return recorder.trace()
+
+
+def ratios(trace: Trace) -> list[list[str]]:
+    """A row for each look-ahead."""
+    rows = []
+    for lookahead in trace.lookaheads:
+        gates = of_predictions(trace, lookahead)
+        simpler = [guess.only(gates.wanted > 0) for guess in (of_popularity(trace), of_previous_token(trace))]
+        chance = trace.top_k / max(trace.num_experts)
+        rows.append([str(lookahead), *(f"{ratio:.3f}" for ratio in (*(g.ratio for g in (gates, *simpler)), chance))])
+    return rows
+
+
+if __name__ == "__main__":
+    main()
