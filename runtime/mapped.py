@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moetier.tiers.arena import Arena
 from moetier.tiers.directory import Header
-from moetier.tiers.errors import ArenaError, ProtocolError
+from moetier.tiers.errors import ArenaError, ClosedError, ProtocolError
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.plan import ArenaPlan
@@ -65,11 +65,13 @@ class MappedArena:
 
     def lease(self, key: ExpertKey, slot: int, generation: int) -> tuple[Lease[memoryview], Proof]:
         """The record in a slot, on the condition that the slot's generation stays. Raises ProtocolError for a slot that
-        there is not."""
+        there is not, ClosedError."""
         proof = Proof(self._generation_of, slot, generation)
         try:
             return Lease(key, self._records[slot], slot, proof), proof
         except IndexError:
+            if slot < self.plan.slots:
+                raise ClosedError("The tier was closed.", "Load the model again.") from None
             raise ProtocolError(f"The arena has no slot {slot}.", "Use moetier in one version.") from None
 
     @property

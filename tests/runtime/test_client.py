@@ -26,7 +26,7 @@ from workers import WorkerError
 
 from moetier.runtime.client import DaemonTier, _Misses
 from moetier.runtime.side import SideConnection
-from moetier.tiers.errors import ClosedError, UnavailableError, UnknownModelError
+from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
 from moetier.tiers.host import HostTier
 
 
@@ -324,6 +324,19 @@ def test_nobody_and_a_daemon_of_another_model(store: MappedStore, tmp_path: Path
     other = MappedStore.make(tmp_path, blocks=1)
     with other.daemon(2, tmp_path / "daemon") as daemon, pytest.raises(UnknownModelError):
         DaemonTier.open(daemon.folder, store.directory, store.manifest)
+
+
+def test_what_is_granted_while_it_closes(store: MappedStore, tmp_path: Path) -> None:
+    """Is no fault of the daemon's; a slot that there is not is."""
+    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        store.take(tier, 0, 0)
+        arena, place = tier._arena, tier._arena.find(keys(0, 0)[0])
+        assert place is not None
+        with pytest.raises(ProtocolError, match="no slot 2"):
+            arena.lease(keys(0, 0)[0], 2, 2)
+        tier.close()
+        with pytest.raises(ClosedError):
+            arena.lease(keys(0, 0)[0], *place)
 
 
 LIMITED = """
