@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .address import Address, Credentials
 
@@ -58,6 +59,7 @@ class TierConfig:
     find_daemon: bool = False  # use one of this host's that serves the store, if there is one
     daemons: tuple[Address, ...] = ()  # these, and none else; () and not find_daemon: experts are this process's own
     credentials: Credentials = field(default_factory=Credentials)
+    policy: str = DEFAULT_ORDER  # of ORDERS: who is evicted from the host tier
     speculate: str = "off"  # of SPECULATE
     look_ahead: int = 2  # layers
 
@@ -70,12 +72,14 @@ class TierConfig:
         device: str = "auto",
         daemon: str | None = None,
         credentials: Credentials | None = None,
+        policy: str = DEFAULT_ORDER,
         speculate: str = "off",
         look_ahead: int = 2,
     ) -> TierConfig:
         """From what a person writes; raises ConfigError. ``daemon`` is "auto", or addresses separated by commas."""
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ConfigError(f"{device!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
+        check_policy(policy)
         if speculate not in SPECULATE:
             raise ConfigError(f"{speculate!r} is no way to speculate.", f"Give one of {', '.join(SPECULATE)}.")
         if not 1 <= look_ahead <= 8:
@@ -92,13 +96,14 @@ class TierConfig:
             find_daemon=daemon == AUTO,
             daemons=daemons,
             credentials=credentials or Credentials(),
+            policy=policy,
             speculate=speculate,
             look_ahead=look_ahead,
         )
-        if found.mapped is not None and ram is not None:
+        if found.mapped is not None and (ram is not None or policy != DEFAULT_ORDER):
             raise ConfigError(
                 f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
-                "Give --ram to the daemon, and not here.",
+                f"Give {'--policy' if ram is None else '--ram'} to the daemon, and not here.",
             )
         if found.credentials != Credentials() and not any(address.target for address in daemons):
             raise ConfigError(
@@ -111,6 +116,12 @@ class TierConfig:
     def mapped(self) -> Address | None:
         """The one daemon of this host that was asked for: its memory is mapped, and no budget is needed here."""
         return self.daemons[0] if len(self.daemons) == 1 and self.daemons[0].folder else None
+
+
+def check_policy(name: str) -> None:
+    """Raises ConfigError for what is no policy."""
+    if name not in ORDERS:
+        raise ConfigError(f"{name!r} is no policy of eviction.", f"Give one of {', '.join(ORDERS)}.")
 
 
 def format_bytes(count: float) -> str:

@@ -22,11 +22,12 @@ from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
 from moetier.tiers.errors import AlreadyRunningError, ConfigError
 from moetier.tiers.host import HostTier
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.order import DEFAULT_ORDER
 from moetier.tiers.store import ExpertStore
 
 from .address import SIDE_SOCKET, SOCKET, Address, make_folder
 from .channel import read_identity, read_pem, read_token
-from .config import Size, format_bytes
+from .config import Size, check_policy, format_bytes
 from .hosted import Hosted
 from .leftover import Leftover, find_leftovers
 from .logfmt import say
@@ -64,6 +65,7 @@ class DaemonConfig:
     directories: tuple[Path, ...]
     folder: Path
     ram: Size | None = None
+    policy: str = DEFAULT_ORDER  # of ORDERS
     listen: str = ""  # HOST:PORT; port 0: any
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -85,6 +87,7 @@ class DaemonConfig:
 
     def check(self) -> None:
         """Raises ConfigError for what contradicts itself, and for a TCP address that is not protected."""
+        check_policy(self.policy)
         tls = self.tls_cert is not None
         if tls != (self.tls_key is not None):
             raise ConfigError("TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key.")
@@ -297,7 +300,7 @@ def _open_tiers(
     for digest, store in stores.items():
         began = time.monotonic()
         taken = kept.get(digest)
-        host = HostTier(store, slots=slots[digest], arena=None if taken is None else taken.arena)
+        host = HostTier(store, slots=slots[digest], arena=None if taken is None else taken.arena, policy=config.policy)
         model = Hosted(store.manifest, host, store.folder.parent.absolute(), patience=config.wait)
         closing.callback(model.close)
         models[digest] = model

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.folder import command, read_manifest, store_folder
+from moetier.tiers.order import DEFAULT_ORDER
 from moetier.tiers.trunk import check_trunk
 
 from .address import Credentials
@@ -41,6 +42,7 @@ def load(
     device: str = "auto",
     daemon: str | None = AUTO,
     credentials: Credentials | None = None,
+    policy: str = DEFAULT_ORDER,
     speculate: str = "off",
     look_ahead: int = 2,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
@@ -53,6 +55,9 @@ def load(
     ``daemon`` says whose the experts are: "auto", those of a storage daemon of this user that runs and serves this very
     store, and otherwise this process's own; None, its own; a daemon's name, folder or HOST:PORT, that one's; several,
     separated by commas: each has a share of the experts. ``credentials`` are for HOST:PORT.
+
+    ``policy`` is who is evicted from memory first: "lru", the least recently used of a block, or "scan", the same, but
+    a long prompt leaves what is cached in place.
 
     ``speculate`` is whether experts of the next ``look_ahead`` layers are promoted before they are needed, as their
     gates guess from the present hidden state: "auto" (where it is measured to pay), "off" or "always". No text depends
@@ -68,6 +73,7 @@ def load(
         device=device,
         daemon=daemon,
         credentials=credentials,
+        policy=policy,
         speculate=speculate,
         look_ahead=look_ahead,
     )

@@ -45,13 +45,13 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
                 return _mapped(daemon, folder, manifest)
             except MoetierError as error:  # it may just have ended, or be of another version
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
-    return _own(folder, slots())
+    return _own(folder, slots(), config.policy)
 
 
-def _own(folder: Path, slots: Mapping[str, int]) -> Origin:
+def _own(folder: Path, slots: Mapping[str, int], policy: str) -> Origin:
     with contextlib.ExitStack() as closing:
         store = closing.enter_context(ExpertStore.open(folder))
-        host = closing.enter_context(HostTier(store, slots=slots))
+        host = closing.enter_context(HostTier(store, slots=slots, policy=policy))
         return Origin(host, "this process", closing.pop_all().close)
 
 
@@ -68,6 +68,6 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
 
     with contextlib.ExitStack() as closing:
         reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
-        host = closing.enter_context(HostTier(reader, slots=slots))
+        host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
         closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
         return Origin(host, f"the daemons {', '.join(map(str, config.daemons))}", closing.pop_all().close)

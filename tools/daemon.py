@@ -7,6 +7,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS
+
 HELP = "hold the experts of models in memory, for all processes of this machine"
 
 CLIENTS = 64
@@ -17,6 +19,13 @@ SECONDS = 10.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="model directories")
     parser.add_argument("--ram", metavar="SIZE", help='for all of them: "8GiB", "50%%"; default: 80%% of what is free')
+    parser.add_argument(
+        "--policy",
+        default=DEFAULT_ORDER,
+        choices=list(ORDERS),
+        help="who is evicted: lru, least recently used; scan, the same, but a long prompt leaves what is cached "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--folder",
         metavar="NAME|PATH",
@@ -80,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             directories=tuple(arguments.directories),
             folder=folder,
             ram=None if arguments.ram is None else Size.parse(arguments.ram),
+            policy=arguments.policy,
             listen=arguments.listen,
             tls_cert=arguments.tls_cert,
             tls_key=arguments.tls_key,

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from moetier.runtime.config import AUTO, TierConfig
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
 
@@ -25,6 +26,13 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose experts: auto, a running daemon's that serves this very store, else this process's own; none, its "
         "own; NAME, FOLDER or HOST:PORT, that daemon's; A,B,C, each has a share (default: %(default)s)",
     )
+    parser.add_argument(
+        "--policy",
+        default=DEFAULT_ORDER,
+        choices=list(ORDERS),
+        help="who is evicted from the host tier: lru, least recently used; scan, the same, but a long prompt leaves "
+        "what is cached in place (default: %(default)s)",
+    )
     add_credentials(parser)
 
 
@@ -36,6 +44,7 @@ def resources_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": arguments.device,
         "daemon": None if arguments.daemon == "none" else arguments.daemon,
         "credentials": credentials(arguments),
+        "policy": arguments.policy,
     }
     TierConfig.of(**found)
     return found

@@ -52,6 +52,16 @@ def test_devices_are_checked() -> None:
         TierConfig.of(device="gpu")
 
 
+def test_policies_are_checked() -> None:
+    assert TierConfig.of(policy="scan").policy == "scan"
+    with pytest.raises(ConfigError, match="'fifo' is no policy of eviction"):
+        TierConfig.of(policy="fifo")
+    assert TierConfig.of(policy="lru", daemon="night").mapped is not None
+    with pytest.raises(ConfigError, match="its memory is what holds them") as caught:
+        TierConfig.of(policy="scan", daemon="night")
+    assert "--policy" in caught.value.fix
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5 << 40, "5 TiB"), (3 << 29, "1.5 GiB")]
 )

@@ -24,6 +24,7 @@ from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import ExpertKey
+from moetier.tiers.order import ORDERS
 from moetier.tiers.source import Lease
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
@@ -525,10 +526,10 @@ class HostMachine(RuleBasedStateMachine):
         self.suspended: list[tuple[Generator[Lease[memoryview], None, None], set[ExpertKey]]] = []
         self.leases: dict[int, Lease[memoryview]] = {}  # by the iterator's id
 
-    @initialize(count=st.integers(4, 12), loaders=st.integers(1, 3))
-    def open(self, count: int, loaders: int) -> None:
+    @initialize(count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(ORDERS)))
+    def open(self, count: int, loaders: int, policy: str) -> None:
         self.count = count
-        self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders)
+        self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders, policy=policy)
 
     def spare(self) -> int:
         return self.count - sum(len(wanted) + 1 for _, wanted in self.suspended)

@@ -17,6 +17,7 @@ from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.ledger import Demand, Ledger, Load, Pool
 from moetier.tiers.monitor import Monitor
+from moetier.tiers.order import ORDERS
 from moetier.tiers.plan import ArenaPlan
 from moetier.tiers.policy import plan_groups
 from moetier.tiers.session import Desk, Event, Failed, Granted, Session
@@ -113,8 +114,9 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         self.loaders = data.draw(st.integers(1, 3), "loaders")
         self.pools = {}
+        order = data.draw(st.sampled_from(sorted(ORDERS)), "order")
         for (name, count), first in zip(counts.items(), plan.first_slots, strict=True):
-            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, 1)
+            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, 1, order)
         self.desk = Desk(MANIFEST, self.monitor, self.ledger, self.directory, self.pools)
 
     def wake(self) -> None:

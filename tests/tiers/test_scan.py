@@ -1,0 +1,70 @@
+"""A host tier that a passage does not disturb, on real slots with real loaders."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+from readers import RamReader
+from stores import make_plan, make_records
+from threads import run_all
+
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
+
+PLAN = make_plan(blocks=2, experts=64, top_k=2)
+RECORDS = make_records(PLAN)
+SLOTS = {"records": 64}  # 32 for each block
+
+
+def use(tier: HostTier, block: int, *experts: int) -> None:
+    for lease in tier.acquire([ExpertKey(block, expert) for expert in experts]):
+        assert bytes(lease.record) == RECORDS[lease.key]
+    tier.check_integrity()
+
+
+def hits(tier: HostTier, block: int, *experts: int) -> int:
+    """One by one, the latest first, so that asking evicts only what was asked for."""
+    before = tier.stats().hits
+    for expert in reversed(experts):
+        use(tier, block, expert)
+    return tier.stats().hits - before
+
+
+@pytest.mark.parametrize(("policy", "least", "most"), [("scan", 24, 31), ("lru", 0, 16)])
+def test_what_a_prefill_leaves_of_what_decoding_had(policy: str, least: int, most: int) -> None:
+    """32 are cached; all 64 pass. A quarter of the slots is theirs."""
+    cached = range(16, 48)
+    with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy=policy) as tier:
+        for block in range(2):
+            for expert in cached:
+                use(tier, block, expert)
+        use(tier, 0, *range(64))
+        assert least <= hits(tier, 0, *cached) <= most
+        assert hits(tier, 1, *cached) == 32, "the other block is as it was"
+
+
+def test_what_passed_and_is_used_again_stays() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy="scan") as tier:
+        use(tier, 0, *range(64))  # into an empty cache: the slots are taken
+        use(tier, 0, 62, 63)
+        use(tier, 0, *range(64))
+        assert hits(tier, 0, 62, 63) == 2
+
+
+def test_passages_and_decoding_at_once_all_end() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}, policy="scan") as tier:
+
+        def caller(seed: int) -> None:
+            chance = random.Random(seed)
+            for _ in range(20):
+                wanted = chance.sample(range(64), chance.choice([1, 2, 12]))
+                use(tier, chance.randrange(2), *wanted)
+
+        run_all([partial(caller, seed) for seed in range(5)])
+
+
+def test_no_other_policy_is_taken() -> None:
+    with pytest.raises(KeyError):
+        HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy="fifo")
