@@ -161,7 +161,7 @@ class Trace:
                 _require(isinstance(arrays, np.lib.npyio.NpzFile), "it is not an npz archive")
                 found = {name: arrays[name] for name in arrays.files if name in _KEYS}
             return cls._of(found)
-        except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        except _NO_TRACE as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"{path}: not a trace ({cause}).", "Record one with moetier trace.") from error
         except OSError as error:
@@ -205,6 +205,10 @@ _ARRAYS: Mapping[str, Any] = {
     "predictions": np.int16,
     "prediction_probabilities": np.float16,
 }
+_NO_TRACE = (  # what numpy and zipfile raise; RuntimeError: encrypted, or compressed in another way
+    *(ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 _KEYS = {
     *_ARRAYS,
     *("offsets", "num_experts", "top_k", "n_prefill", "lookaheads", "pieces", "blocks", "model", "digest"),
