@@ -113,7 +113,8 @@ class HostTier:
             while (lease := self._next(demand)) is not None:
                 yield lease
         finally:
-            self._monitor.post(partial(self._ledger.leave, demand))
+            if self._monitor.home.is_here:  # the directory is shared with a forked child, and not the child's to write
+                self._monitor.post(partial(self._ledger.leave, demand))
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says. A wish evicts only what is neither held nor wished, and only of its own group."""

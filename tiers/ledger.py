@@ -234,7 +234,8 @@ class Ledger:
                 self._detach(demand, slot)
 
     def leave(self, demand: Demand) -> None:
-        """Gives back all that a caller holds and waits for. Loads that it began go on: what they read is kept."""
+        """Gives back all that a caller holds and waits for. What a loader has begun goes on, and is kept; what nobody
+        else wants is not begun any more: who asks and goes would else fill all slots with what is of no use."""
         self._no_longer_hungry(demand)
         demand.pending.clear()
         self.release(demand)
@@ -244,6 +245,9 @@ class Ledger:
             load = demand.loads.pop()
             load.waiters.remove(demand)
             self._detach(demand, load.slot)
+            if not load.waiters and not load.is_taken:
+                load.is_taken = True
+                self._void(load)
         self._demands.discard(demand)
         self._stirred.pop(demand, None)
         self._deadlines.pop(demand, None)
@@ -381,10 +385,7 @@ class Ledger:
 
     def fail(self, load: Load, error: BaseException) -> None:
         """Its record won't come. The slot is EMPTY again, and everyone who waits for it gets the error."""
-        del self._loads[load.key]
-        load.pool.policy.forget(load.slot)
-        load.pool.slots.fail(load.slot)
-        self._directory.void(load.pool.first + load.slot)
+        self._void(load)
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.error = demand.error or error
@@ -440,6 +441,12 @@ class Ledger:
         pool.policy.admit(key.block, slot, passing=passing)
         load = self._loads[key] = Load(pool, key, slot, wished=wished)
         return load
+
+    def _void(self, load: Load) -> None:
+        del self._loads[load.key]
+        load.pool.policy.forget(load.slot)
+        load.pool.slots.fail(load.slot)
+        self._directory.void(load.pool.first + load.slot)
 
     def _join(self, demand: Demand, load: Load) -> None:
         load.waiters.append(demand)

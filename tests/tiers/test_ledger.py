@@ -418,14 +418,25 @@ def test_what_is_given_first_is_evicted_last() -> None:
     assert pool.slots.find(ExpertKey(1, 3)) is None
 
 
-def test_loads_go_on_when_their_caller_is_gone() -> None:
-    ledger, pool = ledger_of(2)
-    caller = demand(ledger, pool, 1, 0)
+def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -> None:
+    ledger, pool = ledger_of(3)
+    caller, other = demand(ledger, pool, 1, 0, 1, 2), demand(ledger, pool, 1, 2)
+    begun = ledger.next_load()
+    assert begun is not None
+    assert begun.key == ExpertKey(1, 0)
     ledger.leave(caller)
-    arrive_all(ledger)
+    ledger.check_integrity([Pool(3, plan_groups(3, members(MANIFEST, "big")), 0, 1), pool])
+    assert pool.slots.find(ExpertKey(1, 1)) is None
+    wanted = ledger.next_load()
+    assert wanted is not None
+    assert wanted.key == ExpertKey(1, 2), "somebody else wants it"
+    assert ledger.next_load() is None
+    ledger.arrive(begun)
+    ledger.arrive(wanted)
     slot = pool.slots.find(ExpertKey(1, 0))
     assert slot is not None
     assert pool.slots.is_evictable(slot)
+    assert list(other.ready) == [pool.slots.find(ExpertKey(1, 2))]
 
 
 def test_when_the_first_of_the_hungry_goes_the_next_is_woken() -> None:
@@ -459,8 +470,9 @@ def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> No
     for made in (holder, caller):
         ledger.leave(made)
     for block in (3, 4):
-        ledger.leave(demand(ledger, pool, block, 0, 1))
+        made = demand(ledger, pool, block, 0, 1)
         arrive_all(ledger)
+        ledger.leave(made)
     held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.slots.find(ExpertKey(b, e)) is not None]
     assert held == [(1, 0), (1, 2), (3, 0), (3, 1), (4, 0), (4, 1)], "each block is back to its two"
 

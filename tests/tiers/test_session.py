@@ -343,6 +343,25 @@ def test_eight_sessions_and_a_thread_that_want_one_expert_are_one_read(gate: Gat
         assert stats.bytes_in == PLAN.layouts["records"].slot_bytes
 
 
+def test_who_asks_and_goes_evicts_no_more_than_he_may_have_read() -> None:
+    gate = GatedReader(WIDE, WIDE_RECORDS)
+    with HostTier(gate, slots={"records": 40}, loaders=2) as tier:
+        gate.open()
+        other, client = Client(tier), Client(tier, leases=1)
+        for start in range(0, 40, 8):
+            other.take(start, keys(start // 20, *range(start, start + 8)))
+        ready = tier.stats().ready
+        gate.shut()
+        for request in range(100):
+            client.session.acquire(request, keys(1, 60 + request))
+            client.session.release(request)
+        tier.check_integrity()
+        assert client.session.held == 0
+        assert len(tier._ledger._loads) <= 2, "one for each loader"
+        assert ready - tier.stats().ready <= 4
+        gate.open()
+
+
 @pytest.mark.parametrize("slots", [400, 250, 2])
 def test_a_prefill_does_not_delay_anothers_miss_beyond_the_loads_in_progress(slots: int) -> None:
     gate = GatedReader(WIDE, WIDE_RECORDS)
