@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import itertools
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -221,12 +221,9 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused_or_read_right(tmp_path: Path) -> None:
-    """Every third byte, one at a time. Some say nothing that is read; an array that may be missing can lose its name."""
-    path, refused, lost = (
-        tmp_path / "T.npz",
-        0,
-        (replace(small(), n_prefill=()), small(lookaheads=(), predictions=None)),
-    )
+    """Every third byte. Some say nothing that is read, and an array that may be missing can lose its name."""
+    path, refused = tmp_path / "T.npz", 0
+    lost = (small(n_prefill=()), small(lookaheads=(), predictions=None))
     small().save(path)
     whole = path.read_bytes()
     places = range(0, len(whole), 3)
@@ -251,4 +248,3 @@ def test_ids_that_a_byte_can_not_say_are_wider(tmp_path: Path, counts: tuple[int
         assert raw["experts"].dtype == (np.uint8 if max(counts) < 256 else np.int16)
         assert raw["num_experts"].ndim == (1 if len(set(counts)) > 1 else 0)
     assert np.array_equal(Trace.load(tmp_path / "T.npz").experts, experts)
-    assert same(replace(trace), trace)

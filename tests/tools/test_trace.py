@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from daemons import running_daemon
 
 from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError
@@ -90,6 +91,16 @@ def test_the_same_run_gives_the_same_bytes(tinymix_4bit: Path, prompts: Path, tm
         options = ("--max-new-tokens", "4", "--temperature", "1.2", "--seed", "7", "--ram", ram)
         assert trace(tinymix_4bit, prompts, tmp_path / f"{name}.npz", *options) == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_daemons_experts_are_routed_to_the_same(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
+    options = ("--max-new-tokens", "4")
+    assert trace(tinymix_4bit, prompts, tmp_path / "own.npz", *options) == 0
+    with running_daemon(tinymix_4bit, ram="3520KiB", folder=tmp_path / "d") as daemon:
+        shared = ("--daemon", str(daemon.folder))
+        assert trace(tinymix_4bit, prompts, tmp_path / "shared.npz", *options, *shared) == 0
+        assert daemon.stats().host.misses > 0
+    assert (tmp_path / "shared.npz").read_bytes() == (tmp_path / "own.npz").read_bytes()
 
 
 def test_no_look_ahead(tinymix_4bit: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
