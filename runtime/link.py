@@ -231,6 +231,7 @@ class Link(Generic[Place]):
                 # one that is stopped keeps its sockets
                 if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
                     return error
+                self._closed.wait(FIRST_PAUSE)  # one that breaks again and again is not repeated in a hurry
 
     def _talk(self, stub: ExpertStoreStub, place: Place) -> MoetierError | None:
         """A stream's life, and why it ended; None when its daemon ended it."""
