@@ -38,6 +38,7 @@ HOMES = {
     },
     "transformers": {"runtime/registration", "runtime/generate", "runtime/streamer", "tools/"},
     "zarr": {"tiers/writer"},
+    "matplotlib": {"tools/figures", "tools/plot"},
     "psutil": {"runtime/memory"},
     "grpc": {
         "proto/expert_store_pb2_grpc",

@@ -67,7 +67,7 @@ class ScanResistant:
     """
 
     def __init__(self, quota: int) -> None:
-        self.room = max(2, quota // 4)  # enough reads in flight for a passage to be quick, few enough to lose little
+        self.room = max(2, quota // 8)  # enough reads in flight for a passage to be quick, few enough to lose little
         self._passing: OrderedDict[ExpertKey, None] = OrderedDict()
         self._settled: OrderedDict[ExpertKey, None] = OrderedDict()
 

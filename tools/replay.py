@@ -139,8 +139,11 @@ def _text(report: dict[str, Any]) -> str:
         f"{report['blocks']} blocks of {report['experts']} experts, top-{report['top_k']}",
     ]
 
+    if report["tokens"] == report["prompt_tokens"]:
+        lines.append("Nothing was decoded: there are only prompts.")
+
     def show(title: str, name: str, form: str) -> None:
-        if not all(name in result for result in results):
+        if report["tokens"] == report["prompt_tokens"] or not all(name in result for result in results):
             return
         rows = [["slots", *policies]]
         for number in slots:

@@ -10,7 +10,7 @@ import pytest
 
 from moetier.tools.main import COMMANDS, build_parser, main
 
-HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy")
+HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy", "matplotlib")
 
 
 def moetier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

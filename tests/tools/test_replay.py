@@ -88,6 +88,15 @@ def test_recall_where_there_are_predictions(tmp_path: Path, capsys: pytest.Captu
     assert "1           0.500       1.000           1.000" in capsys.readouterr().out
 
 
+def test_a_trace_of_prompts_has_no_hit_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = np.asarray([[[0, 1]]] * 4, np.int16)
+    Trace(experts=experts, offsets=(0, 4), num_experts=(8,), n_prefill=(4,)).save(tmp_path / "t.npz")
+    assert run(str(tmp_path / "t.npz")) == 0
+    text = capsys.readouterr().out
+    assert "Nothing was decoded" in text
+    assert "hit ratio" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "cause"),
     [

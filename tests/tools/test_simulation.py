@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ MIXTRAL = "mixtral_8x7b_instruct_h39s"
 GPT_OSS = "gptoss_20b_12seq"
 SLOTS = {
     MIXTRAL: (1, 2, 3, 5, 8),
-    GPT_OSS: (2, 8, 16),
+    GPT_OSS: (2, 16),
     "qwen3_30b_a3b_top6_bigmoeonedge": (8, 32),
     "gemma4_26b_a4b_top6_bigmoeonedge": (8, 32),
     "gptoss_120b_top2_bigmoeonedge": (4, 32),
 }
 
 
+@cache
 def load(name: str) -> Trace:
     return Trace.load(TRACES / f"{name}.npz")
 
@@ -141,18 +143,25 @@ def test_belady_is_the_bound(trace: Trace, slots: int) -> None:
 @pytest.mark.parametrize("name", [MIXTRAL, GPT_OSS])
 def test_no_order_is_above_the_bound_on_real_routing(name: str) -> None:
     trace = load(name)
-    for slots in (trace.top_k, trace.num_experts[0] // 2):
-        best = simulate(trace, "belady", slots).decoding.hit_ratio
-        assert all(simulate(trace, policy, slots).decoding.hit_ratio <= best for policy in ORDERS)
+    slots = trace.num_experts[0] // 2
+    best = simulate(trace, "belady", slots).decoding.hit_ratio
+    assert all(simulate(trace, policy, slots).decoding.hit_ratio < best for policy in ORDERS)
 
 
-def ratio_after(trace: Trace, order: str, slots: int, start: int, tokens: int, *, prefill: bool) -> float:
+@cache
+def rows_of(name: str, block: int) -> list[tuple[ExpertKey, ...]]:
+    """The experts of each token, one sequence behind the other."""
+    trace = load(name)
+    return [demand.keys for sequence in range(len(trace.sequences)) for demand in demands_of(trace, sequence, block)]
+
+
+@cache
+def ratio_after(name: str, order: str, slots: int, start: int, tokens: int, *, prefill: bool) -> float:
     """Hit ratio of ``tokens`` that are decoded; before them 100 other tokens, and then perhaps a prefill of 512."""
     hits = wanted = 0
-    for block in range(trace.block_count):
+    for block in range(0, load(name).block_count, 2):
         tier = SimulatedTier(block, slots, ORDERS[order])
-        sequences = range(len(trace.sequences))
-        rows = [demand.keys for number in sequences for demand in demands_of(trace, number, block)][start:]
+        rows = rows_of(name, block)[start:]
         for keys in rows[:100]:
             tier.demand(keys)
         if prefill:
@@ -175,16 +184,14 @@ def ratio_after(trace: Trace, order: str, slots: int, start: int, tokens: int, *
 def test_a_prefill_costs_the_decoding_behind_it_two_points_at_most(
     name: str, slots: int, start: int, order: str, tokens: int
 ) -> None:
-    trace = load(name)
-    before = ratio_after(trace, order, slots, start, tokens, prefill=False)
-    assert ratio_after(trace, order, slots, start, tokens, prefill=True) >= before - 0.02
+    before = ratio_after(name, order, slots, start, tokens, prefill=False)
+    assert ratio_after(name, order, slots, start, tokens, prefill=True) >= before - 0.02
 
 
 def test_a_prefill_does_cost_recency_something() -> None:
     """Else the test above would prove nothing of scan."""
-    trace = load(GPT_OSS)
     costs = [
-        ratio_after(trace, order, 16, 611, 32, prefill=False) - ratio_after(trace, order, 16, 611, 32, prefill=True)
+        ratio_after(GPT_OSS, order, 16, 611, 32, prefill=False) - ratio_after(GPT_OSS, order, 16, 611, 32, prefill=True)
         for order in ("lru", "scan")
     ]
     assert costs[0] > 0.02 > costs[1]
