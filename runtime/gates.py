@@ -1,7 +1,8 @@
 """The gates of a model's blocks, asked ahead of their turn: which experts would a hidden state be sent to?
 
 A block's gate is the sibling of its Experts module. Between the residual stream and the gate stands a norm of the
-decoder layer. Both are called by ``forward``, past the hooks and recorders that sit on the modules.
+decoder layer, and before it a mixer where there are several streams. All are called by ``forward``, past the hooks and
+recorders that sit on the modules.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from .experts import experts_modules
 GATE_NAMES = ("gate", "router")
 # the norm before the gate: the first of these that the decoder layer has
 NORM_NAMES = (
-    "mlp_hyper_connection",  # qwen4_exp: mixes the streams and normalises
     "pre_mlp_layernorm",
     "pre_feedforward_layernorm",
     "pre_ff_layernorm",
@@ -32,6 +32,11 @@ NORM_NAMES = (
     "norm",
     "input_layernorm",  # attention and experts side by side
 )
+# where a layer mixes several residual streams into one before the norm -> the mixer's output that is the mixed one
+MIXERS = {
+    "ffn_hc": -1,
+    "mlp_hyper_connection": 0,  # qwen4_exp: normalises, too
+}
 # decoder layers whose gate takes the residual stream as it is -> the module that is called on it first
 WITHOUT_NORM = {
     "FlexOlmoDecoderLayer": "mlp",
@@ -67,7 +72,9 @@ class Gate:
     successor: int | None  # the block at the same path in the next layer
     experts: Any  # the module
     gate: nn.Module | None = None
-    norm: nn.Module | None = None  # None: the gate takes the residual stream
+    mixer: nn.Module | None = None  # of several residual streams
+    mixed: int = 0  # which of its outputs the gate, or the norm before it, is given
+    norm: nn.Module | None = None  # None: the gate takes the residual stream, or what the mixer makes
     decoder: nn.Module | None = None  # the layer
     entry: nn.Module | None = None  # called on the residual stream where the layer's MoE part begins
     holder: nn.Module | None = None  # has the gate's further arguments as attributes
@@ -78,10 +85,13 @@ class Gate:
 
     @torch.no_grad()
     def predict(self, hidden: Tensor) -> Routing:
-        """The residual stream [..., H] -> where this block would send it. Equals what it does on its own entry."""
+        """The residual stream [..., H], or several [..., S, H] -> where this block would send it.
+
+        Equals what it does on its own entry.
+        """
         assert self.refusal is None, self.refusal
-        states: Any = hidden if self.norm is None else self.norm.forward(hidden)
-        states = states if isinstance(states, Tensor) else states[0]
+        states = hidden if self.mixer is None else self.mixer.forward(hidden)[self.mixed]
+        states = states if self.norm is None else self.norm.forward(states)
         output = self.call(states.to(self.dtype))
         return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
 
@@ -133,8 +143,8 @@ class Gates:
     ) -> Observation:
         """Calls back during the model's forward passes, until the observation is removed. In this order, for a block:
 
-        ``layer(block, hidden)``: the residual stream [..., H] where its decoder layer begins;
-        ``entry(block, hidden)``: the residual stream [..., H] where the MoE part of its layer begins;
+        ``layer(block, hidden)``: what ``predict`` takes, where its decoder layer begins;
+        ``entry(block, hidden)``: the same where the MoE part of its layer begins;
         ``gate(block, probabilities [T, E])``: what its gate thinks of all experts;
         ``experts(block, experts [T, k], weights [T, k])``: what its Experts module is about to compute.
 
@@ -207,12 +217,24 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
     successor = paths.index(following) if following in paths else None
     layer = model.get_submodule(place["before"] + place["layer"])
 
-    if (bare := WITHOUT_NORM.get(type(layer).__name__)) is not None:
-        norm, entry = None, getattr(layer, bare)
-    else:
-        norm = entry = next((getattr(layer, name) for name in NORM_NAMES if hasattr(layer, name)), None)
-    found = Gate(block, path, number, successor, experts, norm=norm, entry=entry, holder=parent, dtype=model.dtype)
-    found = replace(found, decoder=layer)
+    mixer = next((name for name in MIXERS if hasattr(layer, name)), None)
+    bare = WITHOUT_NORM.get(type(layer).__name__)
+    norm = None if bare else next((name for name in NORM_NAMES if hasattr(layer, name)), None)
+    entry = mixer or bare or norm
+    found = Gate(
+        block,
+        path,
+        number,
+        successor,
+        experts,
+        mixer=getattr(layer, mixer) if mixer else None,
+        mixed=MIXERS[mixer] if mixer else 0,
+        norm=getattr(layer, norm) if norm else None,
+        decoder=layer,
+        entry=getattr(layer, entry) if entry else None,
+        holder=parent,
+        dtype=model.dtype,
+    )
 
     gate = next((getattr(parent, name) for name in GATE_NAMES if hasattr(parent, name)), None)
     if gate is None:

@@ -14,7 +14,8 @@ from moetier.runtime.gates import Gates, Routing
 
 @dataclass(frozen=True, slots=True)
 class Foretelling:
-    """By block. ``refused`` were not asked; of ``wrong`` experts or probabilities differ in a bit; ``idle`` never ran.
+    """By block. ``refused`` were not asked; of ``wrong`` experts or probabilities differ in a bit; ``idle`` never ran;
+    ``misplaced`` send another number of tokens where their layer begins than at their own turn.
 
     ``unchanged``: the model's outputs and its state are bitwise those of one that nobody asks.
     """
@@ -25,6 +26,7 @@ class Foretelling:
     refused: frozenset[int]
     wrong: frozenset[int]
     idle: frozenset[int]
+    misplaced: frozenset[int]
     unchanged: bool
 
 
@@ -36,7 +38,12 @@ def foretell(model_type: str, dtype: torch.dtype, **changes: Any) -> Foretelling
     plain = run(model_type, model)
     gates = Gates(model)
     said: dict[int, Routing] = {}
-    ran, wrong = set(), set()
+    early: dict[int, Routing] = {}
+    ran, wrong, misplaced = set(), set(), set()
+
+    def layer(block: int, hidden: Tensor) -> None:
+        if gates.blocks[block].refusal is None:
+            early[block] = gates.predict(block, hidden)
 
     def entry(block: int, hidden: Tensor) -> None:
         if gates.blocks[block].refusal is None:
@@ -56,8 +63,10 @@ def foretell(model_type: str, dtype: torch.dtype, **changes: Any) -> Foretelling
         ran.add(block)
         if gates.blocks[block].refusal is None and not torch.equal(said[block].experts, indices):
             wrong.add(block)
+        if gates.blocks[block].refusal is None and early[block].experts.shape != indices.shape:
+            misplaced.add(block)
 
-    with gates.observe(entry=entry, gate=gate, experts=experts):
+    with gates.observe(layer=layer, entry=entry, gate=gate, experts=experts):
         asked = run(model_type, model)
     after = dict((*model.named_parameters(), *model.named_buffers()))
     same_state = all(torch.equal(value, after[name]) for name, value in before.items())
@@ -68,6 +77,7 @@ def foretell(model_type: str, dtype: torch.dtype, **changes: Any) -> Foretelling
         frozenset(found.block for found in gates.blocks if found.refusal is not None),
         frozenset(wrong),
         frozenset(range(len(gates.blocks))) - ran,
+        frozenset(misplaced),
         same_state and all(map(torch.equal, plain, asked)),
     )
 

@@ -41,7 +41,7 @@ def test_a_gate_foretells_its_own_turn(model_type: str, dtype: torch.dtype) -> N
     refused, why = REFUSED.get(model_type, (set(), None))
     assert found.blocks >= 2
     assert (found.refused, found.refusals) == (refused, why)
-    assert (found.wrong, found.idle) == (frozenset(), frozenset())
+    assert (found.wrong, found.idle, found.misplaced) == (frozenset(), frozenset(), frozenset())
     assert found.unchanged
     if len(refused) < found.blocks:
         assert found.scores == (next((name for name, types in SCORES.items() if model_type in types), "softmax"),)
