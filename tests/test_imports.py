@@ -23,7 +23,7 @@ LAYERS = {
 LEVELS = (
     {"keys", "errors", "stats", "stream", "hqq"},
     {"manifest", "monitor", "slots", "planes", "pairs", "order"},
-    {"source", "policy", "quantize", "plan", "budget", "shard"},
+    {"source", "policy", "wishes", "quantize", "plan", "budget", "shard"},
     {"directory", "views", "folder", "durable"},
     {"arena", "ledger", "hotset"},
     {"session", "recovery", "trunk", "store", "writer", "device"},

@@ -22,7 +22,7 @@ from .ledger import Demand, Ledger, Load, Pool
 from .monitor import Monitor
 from .order import DEFAULT_ORDER
 from .plan import ArenaPlan
-from .policy import plan_groups
+from .policy import plan_groups, spare_slots
 from .recovery import intact_slots
 from .session import Desk, Event, Session
 from .source import Lease, RecordReader
@@ -43,11 +43,13 @@ class HostTier:
         loaders: int = 4,
         arena: Arena | None = None,
         policy: str = DEFAULT_ORDER,
+        look_ahead: int = 0,
     ) -> None:
         """Allocates ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had.
 
         ``arena`` is one that was taken back, of as many slots: it is the tier's from now on. What is whole in it is
-        READY without a read; whoever maps it goes on. ``policy`` is one of ``ORDERS``.
+        READY without a read; whoever maps it goes on. ``policy`` is one of ``ORDERS``. Some slots are spare for guesses
+        ``look_ahead`` layers far.
         """
         manifest = store.manifest
         assert loaders > 0
@@ -77,7 +79,9 @@ class HostTier:
         self._pools: dict[str, Pool] = {}
         try:
             for region, first in zip(self.plan.regions, self.plan.first_slots, strict=True):
-                groups = plan_groups(region.slots, members(manifest, region.array))
+                blocks = members(manifest, region.array)
+                spare = spare_slots(region.slots, blocks, look_ahead)
+                groups = plan_groups(region.slots - spare, blocks)
                 self._pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes, policy)
             self._desk = Desk(manifest, self._monitor, self._ledger, self._arena.directory, self._pools)
             if arena is not None:

@@ -30,6 +30,7 @@ from .order import DEFAULT_ORDER, ORDERS
 from .policy import BlockPolicy, Group
 from .slots import Slots, State
 from .stats import TierCounters
+from .wishes import Wishes
 
 
 class Pool:
@@ -48,13 +49,15 @@ class Pool:
 class Load:
     """A record on its way into a slot, and who waits for it."""
 
-    __slots__ = ("is_taken", "key", "pool", "slot", "waiters", "wished")
+    __slots__ = ("began", "is_taken", "key", "pool", "slot", "waiters", "was_late", "wished")
 
-    def __init__(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool) -> None:
+    def __init__(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, began: float) -> None:
         self.pool = pool
         self.key = key
         self.slot = slot
         self.wished = wished  # a wish began it
+        self.began = began  # seconds, of the ledger's clock
+        self.was_late = False  # a demand came while a wish's was under way
         self.is_taken = wished  # by a loader: a wish is begun by the loader that reads it
         self.waiters: list[Demand] = []
 
@@ -146,8 +149,8 @@ class Ledger:
         self._prefetches = prefetches
         self._clock = clock
         self._turns: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # by caller, last served last: not taken yet
-        self._wishes: dict[Party | None, dict[int, tuple[Pool, deque[ExpertKey]]]] = {}  # not begun; by wisher, block
-        self._wished: dict[int, dict[Party | None, frozenset[ExpertKey]]] = {}  # all the latest: not evicted for others
+        self._wishes: Wishes[Pool] = Wishes()
+        self._unused: dict[ExpertKey, float] = {}  # brought by wishes, READY: seconds that each read took
         self._loads: dict[ExpertKey, Load] = {}
         self._demands: set[Demand] = set()
         self._stirred: dict[Demand, None] = {}  # of parties: those that may go on
@@ -171,6 +174,7 @@ class Ledger:
             if slot is not None and slots.is_ready(slot) and not is_full:
                 self._attach(demand, slot)
                 demand.ready.append(slot)
+                self._was_used(key)
             else:
                 demand.pending[key] = None
         demand.residents = len(demand.ready)
@@ -198,6 +202,7 @@ class Ledger:
                 self._attach(demand, slot)
                 if pool.slots.is_ready(slot):
                     demand.ready.append(slot)
+                    self._was_used(key)
                 else:
                     self._join(demand, self._loads[key])
             elif full or not self._may_begin(demand):
@@ -260,6 +265,7 @@ class Ledger:
         slot = pool.slots.find(key)
         if slot is not None:
             pool.policy.touch(slot)
+            self._was_used(key)
 
     # -- parties ------------------------------------------------------------------------------------------------------
 
@@ -316,45 +322,44 @@ class Ledger:
 
     def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey], *, wisher: Party | None = None) -> None:
         """Replaces a wisher's wishes for a block; the tier's own are nobody's."""
-        wished = self._wished.get(block, {})
-        if wished.pop(wisher, None) is not None:
-            self._wishes.get(wisher, {}).pop(block, None)
-        if wishes:
-            self._wished.setdefault(block, wished)[wisher] = frozenset(wishes)
-            self._wishes.setdefault(wisher, {})[block] = (pool, deque(dict.fromkeys(wishes)))
-        for _ in range(min(len(wishes), self._prefetches)):
-            self._ring()
+        self.counters.cancelled += self._wishes.replace(wisher, block, pool, wishes)
+        self._ring_for_wishes()
 
     def withdraw_wishes(self, wisher: Party) -> None:
         """All of a wisher's."""
-        self._wishes.pop(wisher, None)
-        for wished in self._wished.values():
-            wished.pop(wisher, None)
+        self._wishes.withdraw(wisher)
 
     def _begin_wish(self) -> Load | None:
-        """Wishers take turns."""
-        for wisher, blocks in list(self._wishes.items()):
-            for block, (pool, wishes) in list(blocks.items()):
-                while wishes and not pool.hungry and self._prefetching < self._prefetches:
-                    key = wishes.popleft()
-                    if pool.slots.find(key) is None:
-                        slot = pool.policy.choose(block, keep=self._is_wished)
-                        if slot is not None:
-                            self._wishes[wisher] = self._wishes.pop(wisher)
-                            self.counters.prefetched += 1
-                            return self._begin(pool, key, slot, wished=True)
-                if not wishes:
-                    del blocks[block]
-            if not blocks:
-                del self._wishes[wisher]
+        """None while anything is read for a demand: wishes have what demands leave of the disk."""
+        if self._is_reading_for_demands or self._prefetching >= self._prefetches:
+            return None
+        for wisher, pool, key in self._wishes.take(lambda pool: not pool.hungry):
+            if pool.slots.find(key) is None:
+                slot = pool.policy.choose(key.block, wished=True, keep=self._wishes.__contains__)
+                if slot is not None:
+                    self._wishes.served(wisher)
+                    self.counters.prefetched += 1
+                    return self._begin(pool, key, slot, wished=True)
         return None
 
-    def _is_wished(self, key: ExpertKey) -> bool:
-        return any(key in wishes for wishes in self._wished.get(key.block, {}).values())
+    def _ring_for_wishes(self) -> None:
+        if self._wishes and not self._is_reading_for_demands:
+            for _ in range(self._prefetches - self._prefetching):
+                self._ring()
+
+    @property
+    def _is_reading_for_demands(self) -> bool:
+        return any(load.waiters or not load.wished for load in self._loads.values())
 
     @property
     def _prefetching(self) -> int:
         return sum(load.wished for load in self._loads.values())
+
+    def _was_used(self, key: ExpertKey) -> None:
+        """By a demand: if a wish brought it, that was right."""
+        if (seconds := self._unused.pop(key, None)) is not None:
+            self.counters.useful += 1
+            self.counters.saved_seconds += seconds
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
@@ -376,12 +381,16 @@ class Ledger:
         load.pool.slots.fill(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
         self.counters.bytes_in += load.pool.slot_bytes
+        if load.wished and not load.was_late:
+            self._unused[load.key] = self._clock() - load.began
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.ready.append(load.slot)
             if demand.party is not None:
                 self.stir(demand)
         self._wake()
+        if load.waiters or not load.wished:
+            self._ring_for_wishes()  # perhaps it was the last for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
         """Its record won't come. The slot is EMPTY again, and everyone who waits for it gets the error."""
@@ -398,7 +407,6 @@ class Ledger:
         """No loader will begin anything any more, and nobody is to ask."""
         self.is_dropped = True
         self._wishes.clear()
-        self._wished.clear()
         queued = [load for queue in self._turns.values() for load in queue]
         self._turns.clear()
         for load in queued:
@@ -436,10 +444,12 @@ class Ledger:
             pool.policy.forget(slot)
             pool.slots.evict(slot)
             self.counters.evictions += 1
+            if self._unused.pop(old, None) is not None:
+                self.counters.wasted += 1
         self._directory.withdraw(old, pool.first + slot)
         pool.slots.begin(slot, key)
-        pool.policy.admit(key.block, slot, passing=passing)
-        load = self._loads[key] = Load(pool, key, slot, wished=wished)
+        pool.policy.admit(key.block, slot, passing=passing, wished=wished)
+        load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock())
         return load
 
     def _void(self, load: Load) -> None:
@@ -449,6 +459,10 @@ class Ledger:
         self._directory.void(load.pool.first + load.slot)
 
     def _join(self, demand: Demand, load: Load) -> None:
+        if load.wished and not load.was_late:
+            load.was_late = True
+            self.counters.late += 1
+            self.counters.saved_seconds += self._clock() - load.began
         load.waiters.append(demand)
         demand.loads.append(load)
         if not load.is_taken:  # it comes in the turn of whoever is first

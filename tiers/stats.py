@@ -21,7 +21,12 @@ class TierStats:
     hits: int
     misses: int  # loads that a demand began, and demands that joined a load under way
     joined: int  # of the misses: those that joined
-    prefetched: int  # loads that a wish began
+    prefetched: int  # loads that a wish began; of these:
+    useful: int  # READY when a demand came
+    late: int  # still under way when a demand came
+    wasted: int  # evicted before any demand
+    cancelled: int  # wishes that were given up before they had begun
+    saved_seconds: float  # that the useful and late ones were read before a demand came: what it did not have to wait
     evictions: int
     failures: int  # loads that ended in an error
     discarded: int  # results that were thrown away: their record had been replaced meanwhile
@@ -49,6 +54,11 @@ class TierCounters:
     misses: int = 0
     joined: int = 0
     prefetched: int = 0
+    useful: int = 0
+    late: int = 0
+    wasted: int = 0
+    cancelled: int = 0
+    saved_seconds: float = 0.0
     evictions: int = 0
     failures: int = 0
     discarded: int = 0
@@ -73,6 +83,11 @@ class TierCounters:
             misses=self.misses,
             joined=self.joined,
             prefetched=self.prefetched,
+            useful=self.useful,
+            late=self.late,
+            wasted=self.wasted,
+            cancelled=self.cancelled,
+            saved_seconds=self.saved_seconds,
             evictions=self.evictions,
             failures=self.failures,
             discarded=self.discarded,

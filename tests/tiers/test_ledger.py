@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -353,10 +354,15 @@ TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
 
 
-def ledger_of(count: int, ahead: int = 4, wake: Callable[[], None] = lambda: None) -> tuple[Ledger, Pool]:
+def ledger_of(
+    count: int,
+    ahead: int = 4,
+    wake: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[Ledger, Pool]:
     plan = ArenaPlan.of(MANIFEST, {"big": 3, "small": count})
     directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
-    ledger = Ledger(directory, wake=wake, ring=lambda: None, watch=lambda: None, ahead=ahead, prefetches=1)
+    ledger = Ledger(directory, wake=wake, ring=lambda: None, watch=lambda: None, ahead=ahead, prefetches=1, clock=clock)
     return ledger, Pool(count, plan_groups(count, members(MANIFEST, "small")), 3, 1)
 
 
@@ -500,6 +506,8 @@ def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
     load = ledger.next_load()
     assert load is not None
     assert load.key == ExpertKey(3, 0), "demands first"
+    assert ledger.next_load() is None, "and alone: they don't share the disk with wishes"
+    ledger.arrive(load)
     wished = ledger.next_load()
     assert wished is not None
     assert wished.key == ExpertKey(4, 0)
@@ -509,9 +517,59 @@ def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
     assert other is not None
     assert other.key == ExpertKey(4, 1)
     assert pool.slots.find(ExpertKey(4, 0)) is not None, "a wish does not evict what is wished"
-    ledger.arrive(load)
     ledger.arrive(other)
     assert ledger.counters.prefetched == 2
+
+
+def test_what_becomes_of_wishes_is_counted() -> None:
+    now = [0.0]
+    ledger, pool = ledger_of(3, clock=lambda: now[0])
+
+    def read(seconds: float) -> None:
+        load = ledger.next_load()
+        assert load is not None
+        now[0] += seconds
+        ledger.arrive(load)
+
+    def counts() -> tuple[int, ...]:
+        found = ledger.counters
+        assert found.useful + found.late + found.wasted <= found.prefetched
+        return found.prefetched, found.useful, found.late, found.wasted, found.cancelled
+
+    ledger.wish(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
+    read(0.5)
+    late = ledger.next_load()
+    assert late is not None
+    now[0] += 0.25
+    first = demand(ledger, pool, 1, 0, 1)
+    assert counts() == (2, 1, 1, 0, 1), "one is there, one under way, and the third is no longer wished"
+    now[0] += 0.25
+    ledger.arrive(late)
+    ledger.leave(first)
+    assert ledger.counters.saved_seconds == 0.75
+    ledger.leave(demand(ledger, pool, 1, 0, 1))
+    assert counts() == (2, 1, 1, 0, 1), "each once"
+
+    ledger.wish(pool, 4, [ExpertKey(4, 0)])
+    read(1.0)
+    ledger.wish(pool, 4, [ExpertKey(4, 1)])
+    ledger.wish(pool, 4, [ExpertKey(4, 1)])
+    assert counts() == (3, 1, 1, 0, 1), "what is wished again is not given up"
+    others = demand(ledger, pool, 3, 0, 1, 2)
+    arrive_all(ledger)
+    ledger.leave(others)
+    assert counts() == (3, 1, 1, 1, 1), "evicted, and nobody had wanted it"
+    assert ledger.counters.saved_seconds == 0.75
+
+
+def test_a_record_that_a_client_finds_in_the_directory_was_wished_rightly() -> None:
+    ledger, pool = ledger_of(3)
+    ledger.wish(pool, 1, [ExpertKey(1, 0)])
+    load = ledger.next_load()
+    assert load is not None
+    ledger.arrive(load)
+    ledger.use(pool, ExpertKey(1, 0))
+    assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
 def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:

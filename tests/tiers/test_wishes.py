@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.wishes import Wishes
+
+
+def keys(block: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(block, expert) for expert in experts]
+
+
+def taken(wishes: Wishes[str], count: int = 100, *, closed: Sequence[str] = ()) -> list[ExpertKey]:
+    """As a loader takes them: one at a time, each of which is begun."""
+    found: list[ExpertKey] = []
+    while len(found) < count:
+        for wisher, _, key in wishes.take(lambda place: place not in closed):
+            wishes.served(wisher)
+            found.append(key)
+            break
+        else:
+            break
+    return found
+
+
+def test_a_wishers_blocks_in_their_order_and_wishers_by_turns() -> None:
+    wishes: Wishes[str] = Wishes()
+    wishes.replace("a", 1, "", keys(1, 5, 6))
+    wishes.replace("a", 2, "", keys(2, 7))
+    wishes.replace("b", 3, "", keys(3, 8, 9))
+    assert taken(wishes) == [*keys(1, 5), *keys(3, 8), *keys(1, 6), *keys(3, 9), *keys(2, 7)]
+    assert not wishes
+
+
+def test_the_latest_are_the_wishes() -> None:
+    wishes: Wishes[str] = Wishes()
+    assert wishes.replace("a", 1, "", keys(1, 5, 6, 7)) == 0
+    assert taken(wishes, 1) == keys(1, 5)
+    assert wishes.replace("a", 1, "", keys(1, 7, 8)) == 1, "only the 6 was waiting and is not wished any more"
+    assert taken(wishes) == keys(1, 7, 8)
+    assert all(key in wishes for key in keys(1, 7, 8)), "until they are replaced"
+    assert not any(key in wishes for key in keys(1, 5, 6))
+    assert wishes.replace("a", 1, "", []) == 0
+    assert not any(key in wishes for key in keys(1, 7, 8))
+
+
+def test_where_nothing_may_go_wishes_wait() -> None:
+    wishes: Wishes[str] = Wishes()
+    wishes.replace("a", 1, "small", keys(1, 5))
+    wishes.replace("a", 2, "large", keys(2, 6))
+    assert taken(wishes, closed=["small"]) == keys(2, 6)
+    assert wishes
+    assert taken(wishes) == keys(1, 5)
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("replace"), st.sampled_from("abc"), st.integers(0, 2), st.lists(st.integers(0, 4))),
+        st.tuples(st.just("withdraw"), st.sampled_from("abc"), st.just(0), st.just([])),
+        st.tuples(st.just("take"), st.just(""), st.just(0), st.just([])),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTIONS)
+def test_nothing_is_lost_and_nothing_comes_twice(actions: list[tuple[str, str, int, list[int]]]) -> None:
+    wishes: Wishes[str] = Wishes()
+    waiting: dict[tuple[str, int], list[ExpertKey]] = {}
+    latest: dict[tuple[str, int], list[ExpertKey]] = {}
+    for action, wisher, block, experts in actions:
+        if action == "replace":
+            wanted = list(dict.fromkeys(keys(block, *experts)))
+            before = waiting.get((wisher, block), [])
+            assert wishes.replace(wisher, block, "", wanted) == len(set(before) - set(wanted))
+            waiting[wisher, block] = latest[wisher, block] = wanted
+            waiting[wisher, block] = list(wanted)
+        elif action == "withdraw":
+            wishes.withdraw(wisher)
+            waiting = {place: found for place, found in waiting.items() if place[0] != wisher}
+            latest = {place: found for place, found in latest.items() if place[0] != wisher}
+        else:
+            for key in taken(wishes, 1):
+                next(found for found in waiting.values() if found[:1] == [key]).remove(key)
+        assert bool(wishes) == any(waiting.values())
+        every = {key for found in latest.values() for key in found}
+        assert all((ExpertKey(b, e) in wishes) == (ExpertKey(b, e) in every) for b in range(3) for e in range(5))
+    left = taken(wishes)
+    assert sorted(left) == sorted(key for found in waiting.values() for key in found)
