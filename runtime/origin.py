@@ -11,7 +11,7 @@ from pathlib import Path
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.host import HostTier
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import ExpertSource
+from moetier.tiers.source import ExpertSource, RecordReader
 from moetier.tiers.store import ExpertStore
 
 from .address import Address
@@ -45,13 +45,13 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
                 return _mapped(daemon, folder, manifest)
             except MoetierError as error:  # it may just have ended, or be of another version
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
-    return _own(folder, slots(), config.policy)
+    return _own(folder, slots(), config)
 
 
-def _own(folder: Path, slots: Mapping[str, int], policy: str) -> Origin:
+def _own(folder: Path, slots: Mapping[str, int], config: TierConfig) -> Origin:
     with contextlib.ExitStack() as closing:
         store = closing.enter_context(ExpertStore.open(folder))
-        host = closing.enter_context(HostTier(store, slots=slots, policy=policy))
+        host = closing.enter_context(_host(store, slots, config))
         return Origin(host, "this process", closing.pop_all().close)
 
 
@@ -68,6 +68,10 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
 
     with contextlib.ExitStack() as closing:
         reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
-        host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
+        host = closing.enter_context(_host(reader, slots, config))
         closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
         return Origin(host, f"the daemons {', '.join(map(str, config.daemons))}", closing.pop_all().close)
+
+
+def _host(reader: RecordReader, slots: Mapping[str, int], config: TierConfig) -> HostTier:
+    return HostTier(reader, slots=slots, policy=config.policy, look_ahead=config.guessed)

@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from moetier.runtime.config import format_bytes
+from moetier.runtime.config import SPECULATE, format_bytes
 from moetier.tiers.errors import ConfigError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
-from .report import Timing, tier_json, tier_report
+from .report import Timing, speculation_report, tier_json, tier_report
 from .resources import add_resource_arguments, resources_of
 
 HELP = "generate text from a model directory"
@@ -24,11 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
     add_decoding_arguments(parser, new_tokens=256)
+    parser.add_argument(
+        "--speculate",
+        choices=SPECULATE,
+        default="off",
+        help="promote experts beforehand that the next layers' gates guess: auto, while it is measured to pay "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--look-ahead", type=int, default=2, metavar="N", help="layers to guess (default: %(default)s)")
     add_resource_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    resources = resources_of(arguments)
+    resources = resources_of(arguments, speculate=arguments.speculate, look_ahead=arguments.look_ahead)
     decoding = decoding_of(arguments)
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt:
@@ -54,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         first_token, total = streamer.seconds
         timing = Timing(inputs["input_ids"].shape[1], streamer.tokens, first_token, total)
         tiers = model.tiers.stats()
+        speculation = model.tiers.speculation.stats() if model.tiers.speculation is not None else None
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
     if arguments.json:
@@ -68,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "experts": model.tiers.where,
                     **timing.to_json(),
                     "tiers": {stats.name: tier_json(stats, timing) for stats in tiers},
+                    "speculation": speculation.to_json() if speculation is not None else None,
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                 }
             )
@@ -79,4 +89,6 @@ def run(arguments: argparse.Namespace) -> int:
             f"experts  of {model.tiers.where}"
         )
         print(f"\n{head}\n{tier_report(timing, tiers)}", file=sys.stderr)
+        if speculation is not None:
+            print(speculation_report(speculation, tiers), file=sys.stderr)
     return 0

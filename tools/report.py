@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.speculation import SpeculationStats
 from moetier.tiers.stats import TierStats
 
 
@@ -93,4 +94,27 @@ def tier_report(timing: Timing, tiers: list[TierStats]) -> str:
         f"prefill  {timing.prompt_tokens} tokens, {timing.prefill_rate:.1f} tokens/s, "
         f"first token after {timing.first_token:.2f} s\n"
         f"decode   {timing.new_tokens} tokens, {timing.decode_rate:.1f} tokens/s\n{table(rows)}"
+    )
+
+
+def speculation_report(stats: SpeculationStats, tiers: list[TierStats]) -> str:
+    """What was guessed, how well, what asking cost, and what became of the wishes; for people."""
+    names = ["at the layer", *(f"{distance} ahead" for distance in range(1, len(stats.guesses)))]
+    rates = [
+        f"{right / count:.1%} right {name}"
+        for right, count, name in zip(stats.right, stats.guesses, names, strict=True)
+        if count
+    ]
+    wishes = [
+        f"wishes   {tier.name}: {tier.prefetched} read, {tier.useful} useful, {tier.late} late, {tier.wasted} wasted; "
+        f"{tier.cancelled} cancelled; up to {tier.saved_seconds:.2f} s of waiting saved"
+        for tier in tiers
+    ]
+    return "\n".join(
+        [
+            f"guesses  in {stats.steps_on} of {stats.steps_on + stats.steps_off} steps ({stats.mode}, "
+            f"{'on' if stats.is_on else 'off'} at the end): {', '.join(rates) or 'none'}",
+            f"asking   {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step",
+            *wishes,
+        ]
     )

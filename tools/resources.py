@@ -36,8 +36,8 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
     add_credentials(parser)
 
 
-def resources_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``load``, checked. Raises ConfigError."""
+def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """The keyword arguments of ``load``, ``more`` among them, checked. Raises ConfigError."""
     found = {
         "ram": arguments.ram,
         "device_memory": arguments.device_memory,
@@ -46,5 +46,6 @@ def resources_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "credentials": credentials(arguments),
         "policy": arguments.policy,
     }
+    found |= more
     TierConfig.of(**found)
     return found
