@@ -126,6 +126,11 @@ class DaemonTier:
             return
         self._link.prefetch(block, [key.expert for key in wishes])
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """As ``ExpertSource`` says; what the daemon is reading counts as absent."""
+        find = self._arena.find
+        return [key for key in keys if find(key) is None]
+
     def stats(self) -> TierStats:
         """Slots are the daemon's, which all its clients share; ``bytes_in`` is what was read from the local store."""
         closed = self._closed_error is not None

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from .gates import Gates, Observation
 
 LOOK_AHEAD = 2
 MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
-LEAST = 0.25  # a guess that is less likely right is no wish
+LEAST = 0.5  # a guess of an absent expert that is less likely right is no wish
 JUDGED = 256  # the latest guesses, by which it gives up ...
 POOR = 0.1  # ... when so few are right
 
@@ -55,6 +55,15 @@ class _Guess:
     scores: Tensor
 
 
+class _Named(NamedTuple):
+    """An expert that a guess names."""
+
+    distance: int
+    expert: int
+    score: float
+    was_absent: bool
+
+
 class Speculation:
     """Of one model, from ``attach`` to ``detach``. ``source`` is what its blocks acquire from.
 
@@ -76,8 +85,8 @@ class Speculation:
         }
         self._first = next((gate.block for gate in gates.blocks if self._targets[gate.block]), None)
         self._pending: list[_Guess] = []  # not read yet
-        self._wishes: dict[int, dict[int, float]] = {}  # by block: expert -> how likely
-        self._guessed: dict[int, list[tuple[int, int, float]]] = {}  # by block: (distance, expert, score), not judged
+        self._wished: set[int] = set()  # blocks, until their demand
+        self._guessed: dict[int, list[_Named]] = {}  # by block: not judged yet
         self._judged: deque[bool] = deque(maxlen=JUDGED)
         self._began = 0.0  # the present step; 0: none that counts
         self._rows = 0  # tokens of the present step
@@ -107,7 +116,7 @@ class Speculation:
         guessed of later blocks."""
         if guessed := self._guessed.pop(block, None):
             self._judge(guessed, experts)
-        self._wishes.pop(block, None)
+        self._wished.discard(block)
         if self._pending:
             self._wish()
 
@@ -136,7 +145,7 @@ class Speculation:
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
         """Only where nothing has to be waited for."""
-        if self._guessing and block in self._wishes and hidden.device.type == "cpu":
+        if self._guessing and block in self._wished and hidden.device.type == "cpu":
             began = time.perf_counter()
             self._guess(block, 0, hidden)
             self._seconds += time.perf_counter() - began
@@ -155,7 +164,7 @@ class Speculation:
         self._pending.clear()
         self._guessed.clear()
         if not self._guessing:
-            self._wishes.clear()
+            self._wished.clear()
 
     # -- guesses ------------------------------------------------------------------------------------------------------
 
@@ -167,26 +176,37 @@ class Speculation:
         self._pending.append(_Guess(target, distance, experts, scores))
 
     def _wish(self) -> None:
+        """For what is likely to be needed and absent. What is there already is wished for too: that keeps it there."""
         for guess in self._pending:
-            likely: dict[int, float] = {}
-            judged = self._guessed.setdefault(guess.block, [])
-            for experts, scores in zip(guess.experts.tolist(), guess.scores.tolist(), strict=True):
-                for expert, score in zip(experts, scores, strict=True):
-                    judged.append((guess.distance, expert, score))
-                    miss = 1.0 - self._confidence.of(guess.distance, score)
-                    likely[expert] = 1.0 - miss * (1.0 - likely.get(expert, 0.0))  # one of several tokens wants it
-            self._wishes[guess.block] = likely
-            wanted = sorted((expert for expert in likely if likely[expert] >= LEAST), key=lambda e: -likely[e])
-            self._source.prefetch(guess.block, [ExpertKey(guess.block, expert) for expert in wanted])
+            block, distance = guess.block, guess.distance
+            named = [
+                (ExpertKey(block, expert), score)
+                for experts, scores in zip(guess.experts.tolist(), guess.scores.tolist(), strict=True)
+                for expert, score in zip(experts, scores, strict=True)
+            ]
+            absent = set(self._source.absent([key for key, _ in named]))
+            doubt: dict[ExpertKey, float] = {}  # that no token wants it
+            judged = self._guessed.setdefault(block, [])
+            for key, score in named:
+                judged.append(_Named(distance, key.expert, score, key in absent))
+                sure = self._confidence.of(distance, score) if key in absent else 1.0
+                doubt[key] = doubt.get(key, 1.0) * (1.0 - sure)
+            wanted = [key for key in doubt if doubt[key] <= 1.0 - LEAST]
+            if wanted or block in self._wished:
+                self._source.prefetch(block, sorted(wanted, key=doubt.__getitem__))
+            self._wished.add(block)
         self._pending.clear()
 
-    def _judge(self, guessed: Iterable[tuple[int, int, float]], experts: Collection[int]) -> None:
-        for distance, expert, score in guessed:
-            right = expert in experts
-            self._guesses[distance] += 1
-            self._right[distance] += right
+    def _judge(self, guessed: Iterable[_Named], experts: Collection[int]) -> None:
+        """How sure the gate was says most of what is resident, which is used again and again; what matters is how often
+        a guess is right of what is not."""
+        for named in guessed:
+            right = named.expert in experts
+            self._guesses[named.distance] += 1
+            self._right[named.distance] += right
             self._judged.append(right)
-            self._confidence.learn(distance, score, right=right)
+            if named.was_absent:
+                self._confidence.learn(named.distance, named.score, right=right)
         if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:
             self._judged.clear()
             self._controller.give_up()

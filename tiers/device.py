@@ -136,6 +136,10 @@ class DeviceTier:
             self._wished.add(block)
         self._source.prefetch(block, absent)
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """As ``ExpertSource`` says, of the host: to have it there is all that a wish can do."""
+        return self._source.absent(keys)
+
     def stats(self) -> TierStats:
         with self._monitor:
             pools = self._pools.values()

@@ -127,6 +127,11 @@ class HostTier:
             self._check_open()
             self._ledger.wish(self._desk.pool(block), block, wishes)
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """As ``ExpertSource`` says."""
+        with self._monitor:
+            return [key for key in keys if self._desk.pool(key.block).slots.find(key) is None]
+
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
         """For what another process asks for: at most ``leases`` slots are held for it at a time, and a request that
         has none is refused after ``patience`` seconds. Closing it is the caller's."""

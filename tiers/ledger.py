@@ -22,6 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 from .directory import Directory
 from .errors import ExhaustedError
@@ -435,7 +436,9 @@ class Ledger:
         return demand.party is not None or len(demand.loads) + arrivals < 2 * self._ahead
 
     def _choose(self, demand: Demand) -> int | None:
-        return demand.pool.policy.choose(demand.block, borrow=demand.is_idle, passing=demand.passing)
+        choose = partial(demand.pool.policy.choose, demand.block, borrow=demand.is_idle, passing=demand.passing)
+        slot = choose(keep=self._wishes.__contains__)
+        return choose() if slot is None else slot
 
     def _begin(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, passing: bool = False) -> Load:
         old = None

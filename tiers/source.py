@@ -66,6 +66,10 @@ class ExpertSource(Protocol[Record]):
         """Returns at once. Replaces the block's wishes that have not begun; a demand for the block clears them."""
         ...
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Those that are neither here nor, as far as this tier knows, on their way. Never waits for a read."""
+        ...
+
     def stats(self) -> TierStats:
         """Counters of this tier since it was opened."""
         ...

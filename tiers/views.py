@@ -76,6 +76,9 @@ class HostViews:
         self._check_open()
         self._source.prefetch(block, wishes)
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        return self._source.absent(keys)
+
     def stats(self) -> TierStats:
         """The source's: there is nothing else to count."""
         return self._source.stats()

@@ -39,6 +39,9 @@ class UnsteadySource:
                 self.unasked += asked == []
             wanted = again
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        return self._source.absent(keys)
+
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         self.source.prefetch(block, wishes)
 

@@ -51,6 +51,9 @@ class OneSlot:
         finally:
             self.open -= 1
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        raise NotImplementedError
+
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         raise AssertionError("nobody wishes here")
 
