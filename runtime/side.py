@@ -310,6 +310,11 @@ class SideServer:
             if len(self._places) >= self._max_clients + _VISITORS:
                 raise self._full()
         except MoetierError as error:
+            # a greeting that is closed upon unread would be the peer's error, in place of the answer
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RD)
+                while end.recv(_GREETING):
+                    pass
             _answer(end, {"error": error_json(error)})
             end.close()
             return

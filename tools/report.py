@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.runtime.speculation import SpeculationStats
 from moetier.tiers.stats import TierStats
+
+if TYPE_CHECKING:
+    from moetier.runtime.speculation import SpeculationStats
 
 
 @dataclass(frozen=True, slots=True)

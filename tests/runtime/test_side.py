@@ -369,7 +369,17 @@ def reachable() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("digest", [None, DIGEST])
-def test_another_user_gets_nothing(reachable: Path, digest: str | None) -> None:
+@pytest.mark.parametrize("delay", [0, 0.05], ids=["at once", "behind the greeting"])
+def test_another_user_gets_nothing(
+    reachable: Path, digest: str | None, delay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_peer = side_module._check_peer
+
+    def slow(end: socket.socket, who: str) -> int:
+        time.sleep(delay)
+        return check_peer(end, who)
+
+    monkeypatch.setattr(side_module, "_check_peer", slow)
     host = Host(reachable)
 
     def ask() -> object:

@@ -293,8 +293,12 @@ def test_systemd_keeps_the_memory(store: Store, tmp_path: Path, manager: Manager
 
 def arenas_of(daemon: DaemonProcess) -> set[int]:
     """The memory files that its process has open."""
-    links = Path(f"/proc/{daemon.pid}/fd").iterdir()
-    return {link.stat().st_ino for link in links if os.readlink(link).startswith("/memfd:")}  # noqa: PTH115
+    found = set()
+    for link in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            if os.readlink(link).startswith("/memfd:"):  # noqa: PTH115
+                found.add(link.stat().st_ino)
+    return found
 
 
 def test_systemd_does_not_keep_the_memory_of_a_model_that_is_served_no_more(
