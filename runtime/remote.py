@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -96,9 +96,9 @@ class RemoteReader:
         if former is not None:
             former.close()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
-        """As ``RecordReader`` says. Raises MissingExpertError, ChecksumError, a DaemonError, and what the daemon's own
-        tier has raised: StoreError, ExhaustedError. What the buffer holds then is undefined."""
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+        """As ``RecordReader`` says, without pauses. Raises MissingExpertError, ChecksumError, a DaemonError, and what
+        the daemon's own tier has raised: StoreError, ExhaustedError. What the buffer holds then is undefined."""
         self._home.check()
         self.manifest.check_keys(key.block, [key])
         view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -122,9 +122,10 @@ class SpreadReader:
         self._watcher: threading.Thread | None = None
         self._closed = False
 
-    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
-        """As ``RecordReader`` says. Raises MissingExpertError; with nothing else to read from StoreError or
-        ExhaustedError as the daemons tell them, and UnavailableError when none answers for ``patience`` seconds."""
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+        """As ``RecordReader`` says; pauses where it reads from the store. Raises MissingExpertError; with nothing else
+        to read from StoreError or ExhaustedError as the daemons tell them, and UnavailableError when none answers for
+        ``patience`` seconds."""
         self._home.check()
         self.manifest.check_keys(key.block, [key])
         deadline = time.monotonic() + self._patience
@@ -133,7 +134,7 @@ class SpreadReader:
             if error is None:
                 return
             if self._local is not None and key.block not in self._local.faults:
-                self._local.read_into(key, buffer)
+                self._local.read_into(key, buffer, pause)
                 with self._state:
                     self.local_records += 1
                 return

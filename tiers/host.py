@@ -248,8 +248,13 @@ class HostTier:
             return self._ledger.next_load()
 
     def _read(self, load: Load) -> None:
+        # while it stands back, another loader must be there for the demands
+        pause = partial(self._stand_back, load) if load.wished and len(self._loaders) > 1 else None
         try:
-            self._store.read_into(load.key, self._arena.slot(load.pool.first + load.slot))
+            self._store.read_into(load.key, self._arena.slot(load.pool.first + load.slot), pause)
+        except _UnwantedError:
+            with self._monitor:
+                self._ledger.cancel(load)
         except BaseException as error:  # whatever it is: those who wait must learn of it
             traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
             with self._monitor:
@@ -259,9 +264,21 @@ class HostTier:
             with self._monitor:
                 self._ledger.arrive(load)
 
+    def _stand_back(self, load: Load) -> None:
+        """Of a load that a wish began."""
+        with self._monitor:
+            while not self._closed and self._ledger.stands_back(load):
+                self._monitor.sleep()
+            if self._ledger.is_unwanted(load):
+                raise _UnwantedError
+
     def _check_open(self) -> None:
         if self._closed:
             raise _closed_error()
+
+
+class _UnwantedError(Exception):
+    """Ends the read of a record that nobody wants any more."""
 
 
 def _closed_error() -> ClosedError:

@@ -393,6 +393,20 @@ class Ledger:
         if load.waiters or not load.wished:
             self._ring_for_wishes()  # perhaps it was the last for a demand
 
+    def stands_back(self, load: Load) -> bool:
+        """Whether a load that nobody but wishes wants is to wait, as others are read for demands."""
+        return not load.waiters and self._is_reading_for_demands
+
+    def is_unwanted(self, load: Load) -> bool:
+        """Whether a load that a wish began is for nobody any more."""
+        return not load.waiters and load.key not in self._wishes
+
+    def cancel(self, load: Load) -> None:
+        """It was unwanted, and is not read to its end."""
+        self.counters.cancelled += 1
+        self._void(load)
+        self._wake()
+
     def fail(self, load: Load, error: BaseException) -> None:
         """Its record won't come. The slot is EMPTY again, and everyone who waits for it gets the error."""
         self._void(load)
@@ -466,6 +480,7 @@ class Ledger:
             load.was_late = True
             self.counters.late += 1
             self.counters.saved_seconds += self._clock() - load.began
+            self._wake()  # it may stand back
         load.waiters.append(demand)
         demand.loads.append(load)
         if not load.is_taken:  # it comes in the turn of whoever is first

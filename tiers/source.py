@@ -42,10 +42,11 @@ class RecordReader(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
-    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
         """Fills a writable slot of ``slot_bytes``, which begins on a page, with a record and its checksum.
 
-        Raises StoreError.
+        Who can calls ``pause`` between the pieces of a record that is read in pieces: it returns when the read may go
+        on, and what it raises ends it. Raises StoreError.
         """
         ...
 

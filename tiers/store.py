@@ -12,11 +12,12 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -109,18 +110,19 @@ class ExpertStore:
         """The file that holds a block's records."""
         return ShardFile.of(self.folder, self.manifest, block).path
 
-    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
         """Fills ``buffer`` (writable, ``slot_bytes`` long, begins on a page) with a record and its checksum.
 
-        Raises MissingExpertError for a key that the model does not have, StoreReadError when the disk fails twice,
-        ChecksumError when the bytes are not what was written. What the buffer holds then is undefined.
+        ``pause`` is called whenever as many pieces are read as there are threads for them. Raises MissingExpertError
+        for a key that the model does not have, StoreReadError when the disk fails twice, ChecksumError when the bytes
+        are not what was written. What the buffer holds then is undefined.
         """
         with self._in_use():
             shard, offset = self._locate(key)
             view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0, "not on a page"
-            crc = self._read(shard, offset, view)
+            crc = self._read(shard, offset, view, pause)
             if not shard.direct:  # the host tier is the cache: the page cache would hold everything twice
                 os.posix_fadvise(shard.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
             if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
@@ -195,18 +197,29 @@ class ExpertStore:
         shard = self._shards[block]
         return shard, shard.offsets[expert]
 
-    def _read(self, shard: _Shard, offset: int, view: memoryview) -> int:
+    def _read(self, shard: _Shard, offset: int, view: memoryview, pause: Callable[[], None] | None) -> int:
         """Reads a record and returns the crc32c of its payload."""
         payload = np.frombuffer(view, np.uint8)[:-CHECKSUM_BYTES]
         if len(view) <= PIECE_BYTES:
             _read_piece(shard, offset, view)
             return int(google_crc32c.value(payload))
+        if pause is None:
+            return self._read_pieces(shard, offset, view, payload, 0)
+        crc, step = 0, self._readers * PIECE_BYTES
+        for start in range(0, len(view), step):
+            if start:
+                pause()
+            part = slice(start, start + step)
+            crc = self._read_pieces(shard, offset + start, view[part], payload[part], crc)
+        return crc
+
+    def _read_pieces(self, shard: _Shard, offset: int, view: memoryview, payload: Any, crc: int) -> int:
+        """Side by side. Returns ``crc`` as the payload continues it."""
         pool = self._readers_pool()
         starts = range(0, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
             pool.submit(_read_piece, shard, offset + start, view[start : start + PIECE_BYTES]) for start in starts
         ]
-        crc = 0
         try:
             # In order: each piece is checksummed while later ones are read. This thread takes one that none has begun.
             for start, piece in zip(starts, pieces, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 import google_crc32c
 
@@ -24,7 +25,7 @@ class RamReader:
         self.reads: Counter[ExpertKey] = Counter()
         self._lock = threading.Lock()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
         with self._lock:
             self.reads[key] += 1
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
@@ -36,7 +37,7 @@ class RamReader:
 
 
 class GatedReader(RamReader):
-    """Reads of a key begin at once and end when the test lets them."""
+    """Reads of a key begin at once and end when the test lets them; those that may pause do so once before."""
 
     def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
         super().__init__(manifest, records)
@@ -45,7 +46,7 @@ class GatedReader(RamReader):
         self._open = False
         self._passes: Counter[ExpertKey] = Counter()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
         with self._changed:
             self.begun.append(key)
             self._changed.notify_all()
@@ -53,6 +54,8 @@ class GatedReader(RamReader):
             if not self._open:
                 self._passes[key] -= 1
         try:
+            if pause is not None:
+                pause()
             super().read_into(key, buffer)
         finally:
             with self._changed:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -403,6 +404,62 @@ def test_a_wish_evicts_neither_what_is_held_nor_what_is_wished_nor_other_blocks(
             wait_until(lambda: tier.stats().ready == 6)
             take(tier, block, *experts)
         assert tier.stats().hits == hits + 6
+
+
+def test_a_wish_that_is_being_read_stands_back_while_demands_are(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        task = Task(lambda: take(tier, 1, 0))
+        gate.wait_begun(*keys(1, 0))
+        gate.release(ExpertKey(0, 0))
+        time.sleep(0.05)
+        assert not gate.reads, "it could go on, but for the demand"
+        gate.release(ExpertKey(1, 0))
+        task.result()
+        wait_until(lambda: gate.reads[ExpertKey(0, 0)] == 1)
+
+
+def test_a_wish_that_stands_back_goes_on_when_a_demand_joins_it(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        task = Task(lambda: take(tier, 1, 0))
+        gate.wait_begun(*keys(1, 0))
+        gate.release(ExpertKey(0, 0))
+        time.sleep(0.05)
+        assert take(tier, 0, 0) == keys(0, 0)
+        gate.open()
+        task.result()
+
+
+def test_a_wish_that_stands_back_is_cancelled_when_its_block_wants_others(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        task = Task(lambda: take(tier, 0, 1))
+        gate.wait_begun(*keys(0, 1))
+        gate.open()
+        task.result()
+        wait_until(lambda: tier.stats().cancelled == 1)
+        assert set(gate.reads) == {ExpertKey(0, 1)}
+        tier.check_integrity()
+        assert tier.absent(keys(0, 0, 1)) == keys(0, 0)
+        assert take(tier, 0, 0, 1) == keys(0, 1, 0)
+
+
+def test_closing_ends_what_stands_back(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        task = Task(lambda: take(tier, 1, 0))
+        gate.wait_begun(*keys(1, 0))
+        gate.release(ExpertKey(0, 0))
+        closing = Task(tier.close)
+        with pytest.raises(ClosedError):
+            task.result()
+        gate.open()
+        closing.result()
 
 
 def test_a_wish_that_can_not_be_read_troubles_nobody() -> None:

@@ -97,6 +97,28 @@ def test_large_records_are_read_in_pieces_by_a_pool_that_goes_with_the_store(tmp
         assert threading.active_count() == before
 
 
+def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_path: Path) -> None:
+    records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    with ExpertStore.open(tmp_path, readers=1) as store:
+        slot = np.frombuffer(mmap.mmap(-1, LARGE.slot_bytes), np.uint8)
+        read: list[int] = []
+
+        def pause() -> None:
+            read.append(int(np.count_nonzero(slot[:: PIECE_BYTES // 8])))
+            if len(read) == 3:
+                raise InterruptedError
+
+        store.read_into(ExpertKey(0, 0), slot.data, pause)
+        assert bytes(slot[:-4]) == records[ExpertKey(0, 0)]
+        assert len(read) == 2
+        assert read[0] < read[1] < np.count_nonzero(slot[:: PIECE_BYTES // 8]), "nothing is read beyond it"
+        slot[:] = 0
+        with pytest.raises(InterruptedError):
+            store.read_into(ExpertKey(0, 0), slot.data, pause)
+        assert not slot[PIECE_BYTES:].any()
+        assert read_all(store) == records
+
+
 def test_what_is_opened_is_closed(tmp_path: Path) -> None:
     make_store(tmp_path)
     descriptors = Path("/proc/self/fd")
