@@ -147,10 +147,10 @@ def slow_down(bytes_a_second: float) -> None:
     lock, free = threading.Lock(), [0.0]
     read_into = ExpertStore.read_into
 
-    def slow(store: ExpertStore, key: ExpertKey, buffer: memoryview) -> None:
+    def slow(store: ExpertStore, key: ExpertKey, buffer: memoryview, pause: Any = None) -> None:
         with lock:
             end = free[0] = max(time.perf_counter(), free[0]) + len(buffer) / bytes_a_second
-        read_into(store, key, buffer)
+        read_into(store, key, buffer, pause)
         time.sleep(max(0.0, end - time.perf_counter()))
 
     ExpertStore.read_into = slow  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -380,7 +380,7 @@ def test_one_that_can_not_be_looked_at_is_looked_at_again(manifest: Manifest) ->
             if self.looks == 1:
                 raise OSError(errno.EMFILE, "Too many open files")
 
-        def read_into(self, key: ExpertKey, buffer: memoryview) -> None:
+        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
             if not self.looks:
                 raise UnavailableError("It is away.", "Wait.")
             record = RECORDS[key]
