@@ -38,7 +38,11 @@ def source_trunk(source: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "model_type",
-    [*REQUIRED, *sorted(TELLING), *(pytest.param(t, marks=pytest.mark.slow) for t in FURTHER if t not in TELLING)],
+    [
+        *sorted(REQUIRED),
+        *sorted(TELLING),
+        *(pytest.param(t, marks=pytest.mark.slow) for t in sorted(FURTHER - TELLING)),
+    ],
 )
 def test_each_expert_is_what_transformers_loads(model_type: str, tmp_path: Path) -> None:
     source, dst = save_checkpoint(tmp_path / "src", model_type), tmp_path / "dst"
