@@ -62,6 +62,7 @@ class TierConfig:
     policy: str = DEFAULT_ORDER  # of ORDERS: who is evicted from the host tier
     speculate: str = "off"  # of SPECULATE
     look_ahead: int = 2  # layers
+    learn: bool = False  # keep which experts are used most, and begin with those of earlier runs
 
     @classmethod
     def of(
@@ -75,6 +76,7 @@ class TierConfig:
         policy: str = DEFAULT_ORDER,
         speculate: str = "off",
         look_ahead: int = 2,
+        learn: bool = False,
     ) -> TierConfig:
         """From what a person writes; raises ConfigError. ``daemon`` is "auto", or addresses separated by commas."""
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
@@ -99,11 +101,13 @@ class TierConfig:
             policy=policy,
             speculate=speculate,
             look_ahead=look_ahead,
+            learn=learn,
         )
-        if found.mapped is not None and (ram is not None or policy != DEFAULT_ORDER):
+        asked = {"--ram": ram is not None, "--policy": policy != DEFAULT_ORDER, "--learn": learn}
+        if found.mapped is not None and any(asked.values()):
             raise ConfigError(
                 f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
-                f"Give {'--policy' if ram is None else '--ram'} to the daemon, and not here.",
+                f"Give {' and '.join(option for option in asked if asked[option])} to the daemon, and not here.",
             )
         if found.credentials != Credentials() and not any(address.target for address in daemons):
             raise ConfigError(

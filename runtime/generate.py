@@ -45,6 +45,7 @@ def load(
     policy: str = DEFAULT_ORDER,
     speculate: str = "off",
     look_ahead: int = 2,
+    learn: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
 
@@ -63,6 +64,9 @@ def load(
     gates guess from the present hidden state: "auto" (where it is measured to pay), "off" or "always". No text depends
     on it.
 
+    ``learn`` keeps which experts are used most, in $XDG_CACHE_HOME/moetier, and begins with those of earlier runs: they
+    are read in the background, into memory that is still empty.
+
     ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
     the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
     """
@@ -76,6 +80,7 @@ def load(
         policy=policy,
         speculate=speculate,
         look_ahead=look_ahead,
+        learn=learn,
     )
     manifest = read_manifest(store_folder(folder))
     model_class = _model_class(read_config(folder))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.host import HostTier
+from moetier.tiers.learner import Learner
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import ExpertSource, RecordReader
 from moetier.tiers.store import ExpertStore
@@ -27,6 +28,7 @@ class Origin:
     host: ExpertSource[memoryview]
     where: str  # for people
     close: Callable[[], None]
+    learner: Learner | None = None  # of a tier of this process that learns
 
 
 def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
@@ -51,8 +53,8 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
 def _own(folder: Path, slots: Mapping[str, int], config: TierConfig) -> Origin:
     with contextlib.ExitStack() as closing:
         store = closing.enter_context(ExpertStore.open(folder))
-        host = closing.enter_context(_host(store, slots, config))
-        return Origin(host, "this process", closing.pop_all().close)
+        host, learner = _host(store, slots, config, closing)
+        return Origin(host, "this process", closing.pop_all().close, learner)
 
 
 def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
@@ -68,10 +70,18 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
 
     with contextlib.ExitStack() as closing:
         reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
-        host = closing.enter_context(_host(reader, slots, config))
+        host, learner = _host(reader, slots, config, closing)
         closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
-        return Origin(host, f"the daemons {', '.join(map(str, config.daemons))}", closing.pop_all().close)
+        return Origin(host, f"the daemons {', '.join(map(str, config.daemons))}", closing.pop_all().close, learner)
 
 
-def _host(reader: RecordReader, slots: Mapping[str, int], config: TierConfig) -> HostTier:
-    return HostTier(reader, slots=slots, policy=config.policy, look_ahead=config.guessed)
+def _host(
+    reader: RecordReader, slots: Mapping[str, int], config: TierConfig, closing: contextlib.ExitStack
+) -> tuple[HostTier, Learner | None]:
+    """Both are closed by ``closing``."""
+    host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy, look_ahead=config.guessed))
+    if not config.learn:
+        return host, None
+    learner = Learner(host)
+    closing.callback(learner.close)
+    return host, learner

@@ -62,7 +62,8 @@ class Tiers:
                 there = Available(torch.cuda.mem_get_info(device)[0], str(device))
                 budget = budget_of(config.device_memory, reserve=on_device, available=there, option="--device-memory")
                 slots = slots_for(manifest, budget)
-                source = DeviceTier(origin.host, manifest, slots=slots, device=CudaDevice(device))
+                on_hits = origin.learner.use if origin.learner is not None else None
+                source = DeviceTier(origin.host, manifest, slots=slots, device=CudaDevice(device), on_hits=on_hits)
             tiers = cls(manifest, origin, source, Kernels(device))
             undo.pop_all()
             return tiers
@@ -71,6 +72,7 @@ class Tiers:
         self.manifest = manifest
         self.host = origin.host
         self.where = origin.where  # the experts come from
+        self.learns = origin.learner is not None
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None

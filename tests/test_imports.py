@@ -28,6 +28,7 @@ LEVELS = (
     {"arena", "ledger", "hotset"},
     {"session", "recovery", "trunk", "store", "writer", "device"},
     {"host"},
+    {"learner"},
 )
 
 # library -> the only modules that may import it

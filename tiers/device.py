@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -73,13 +73,21 @@ class DeviceTier:
     """
 
     def __init__(
-        self, source: ExpertSource[memoryview], manifest: Manifest, *, slots: Mapping[str, int], device: Device
+        self,
+        source: ExpertSource[memoryview],
+        manifest: Manifest,
+        *,
+        slots: Mapping[str, int],
+        device: Device,
+        on_hits: Callable[[Sequence[ExpertKey]], None] | None = None,
     ) -> None:
         """Allocates ``slots`` by array, as ``slots_for`` gives them, or fewer, with a warning, where the device has no
-        room for them. Raises BudgetError when it has none for one token's experts."""
+        room for them. Raises BudgetError when it has none for one token's experts. ``on_hits`` is told what was found
+        here: the source hears of the rest by itself."""
         assert slots.keys() == manifest.layouts.keys()
         self._source = source  # stays its owner's to close
         self._device = device
+        self._on_hits = on_hits
         self._manifest = manifest
         self._monitor = Monitor()
         self._counters = TierCounters("device")
@@ -192,8 +200,11 @@ class DeviceTier:
                 visit.pool.policy.touch(slot)
             self._counters.hits += len(visit.ready)
             self._counters.misses += len(missing)
+            hits = [slots.key(slot) for slot in visit.ready] if self._on_hits is not None else []
             wished = keys[0].block in self._wished
             self._wished.discard(keys[0].block)
+        if self._on_hits is not None and hits:
+            self._on_hits(hits)
         if wished and not missing:  # else the host learns of the demand by itself
             self._source.prefetch(keys[0].block, ())
         return missing

@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -17,6 +17,7 @@ from types import TracebackType
 from .arena import Arena
 from .budget import members
 from .errors import ClosedError
+from .hotset import HotSet
 from .keys import ExpertKey
 from .ledger import Demand, Ledger, Load, Pool
 from .monitor import Monitor
@@ -126,6 +127,27 @@ class HostTier:
         with self._monitor:
             self._check_open()
             self._ledger.wish(self._desk.pool(block), block, wishes)
+
+    def warm(self, hot: HotSet) -> None:
+        """Reads each block's hottest into EMPTY slots, in the background, while nothing is read for demands or wishes.
+        It evicts nothing, and what is there already is not read. Returns at once."""
+        with self._monitor:
+            self._check_open()
+            for block in range(len(self.manifest.blocks)):
+                pool = self._desk.pool(block)
+                self._ledger.warm(pool, hot.hottest(block, pool.policy.quota(block)))
+
+    def count(self, keys: Iterable[ExpertKey]) -> None:
+        """Uses that this tier does not hear of by itself, where a tier above has the records. No order of eviction
+        changes."""
+        with self._monitor:
+            self._ledger.count(keys)
+
+    def take_uses(self) -> dict[ExpertKey, int]:
+        """How often each record was wanted since the last call. The first call begins the counting."""
+        with self._monitor:
+            uses, self._ledger.uses = self._ledger.uses, {}
+            return uses or {}
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """As ``ExpertSource`` says."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -26,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class HotSet:
-    """Counts of uses by key. The uses of one run count alike, those of earlier runs less."""
+    """Counts of uses by key. Those that are kept together count alike, those of earlier less."""
 
     def __init__(self, counts: Mapping[ExpertKey, float] | None = None) -> None:
         self._counts: dict[int, Counter[int]] = {}
@@ -58,9 +59,13 @@ class HotSet:
 
 
 def hot_set_path(digest: str) -> Path:
-    """Of the store of that digest."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"  # relative ones are to be ignored
+    """Of the store of that digest. Raises FileNotFoundError for a user without a home."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():  # which is to be ignored
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            raise FileNotFoundError(errno.ENOENT, "the user has no home", "~/.cache") from None
     assert re.fullmatch(r"[0-9a-f]+", digest), digest
     return folder / "moetier" / f"hot-{digest}.json"
 
@@ -68,8 +73,8 @@ def hot_set_path(digest: str) -> Path:
 def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
     """Empty where there is none, and with a warning where there is something else: a file that is damaged, of another
     version, store or user."""
-    path = hot_set_path(digest)
     try:
+        path = hot_set_path(digest)
         with _open(path) as stream:
             return _parse(json.loads(stream.read(MOST_BYTES)), digest, experts)
     except FileNotFoundError:
@@ -85,8 +90,9 @@ def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
 
     Where it can't be written, it is said in a warning.
     """
-    path = hot_set_path(digest)
+    where: Path | str = "$XDG_CACHE_HOME"
     try:
+        path = where = hot_set_path(digest)
         make_folders(path.parent)
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -96,7 +102,7 @@ def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
         finally:
             os.close(lock)
     except OSError as error:
-        _log.warning("not kept: the counts of experts in %s (%s)", path, error.strerror)
+        _log.warning("not kept: the counts of experts in %s (%s)", where, error.strerror)
 
 
 def _open(path: Path) -> Any:

@@ -21,7 +21,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 
 from .directory import Directory
@@ -50,13 +50,16 @@ class Pool:
 class Load:
     """A record on its way into a slot, and who waits for it."""
 
-    __slots__ = ("began", "is_taken", "key", "pool", "slot", "waiters", "was_late", "wished")
+    __slots__ = ("began", "is_taken", "key", "pool", "slot", "waiters", "warmed", "was_late", "wished")
 
-    def __init__(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, began: float) -> None:
+    def __init__(
+        self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, began: float, warmed: bool = False
+    ) -> None:
         self.pool = pool
         self.key = key
         self.slot = slot
-        self.wished = wished  # a wish began it
+        self.wished = wished  # a wish began it, or
+        self.warmed = warmed  # the warm-up, which stands back as wishes do
         self.began = began  # seconds, of the ledger's clock
         self.was_late = False  # a demand came while a wish's was under way
         self.is_taken = wished  # by a loader: a wish is begun by the loader that reads it
@@ -142,6 +145,7 @@ class Ledger:
     ) -> None:
         self.counters = TierCounters("host")
         self.is_dropped = False
+        self.uses: dict[ExpertKey, int] | None = None  # how often each was wanted; None: not counted
         self._directory = directory
         self._wake = wake
         self._ring = ring
@@ -151,6 +155,8 @@ class Ledger:
         self._clock = clock
         self._turns: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # by caller, last served last: not taken yet
         self._wishes: Wishes[Pool] = Wishes()
+        self._warming: deque[tuple[Pool, ExpertKey]] = deque()  # not begun
+        self._warmed: set[ExpertKey] = set()  # brought by the warm-up, READY, not wanted yet
         self._unused: dict[ExpertKey, float] = {}  # brought by wishes, READY: seconds that each read took
         self._loads: dict[ExpertKey, Load] = {}
         self._demands: set[Demand] = set()
@@ -168,6 +174,7 @@ class Ledger:
         self.wish(demand.pool, demand.block, (), wisher=demand.party)
         slots = demand.pool.slots
         distinct = dict.fromkeys(keys)
+        self.count(distinct)
         demand.passing = demand.pool.policy.is_passage(demand.block, len(distinct))
         for key in distinct:
             slot = slots.find(key)
@@ -263,10 +270,17 @@ class Ledger:
     def use(self, pool: Pool, key: ExpertKey) -> None:
         """A record was used by somebody who found it in the directory."""
         self.counters.hits += 1
+        self.count((key,))
         slot = pool.slots.find(key)
         if slot is not None:
             pool.policy.touch(slot)
             self._was_used(key)
+
+    def count(self, keys: Iterable[ExpertKey]) -> None:
+        """Uses, where they are counted."""
+        if self.uses is not None:
+            for key in keys:
+                self.uses[key] = self.uses.get(key, 0) + 1
 
     # -- parties ------------------------------------------------------------------------------------------------------
 
@@ -330,6 +344,11 @@ class Ledger:
         """All of a wisher's."""
         self._wishes.withdraw(wisher)
 
+    def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
+        """Reads these beforehand, behind all wishes, each into an EMPTY slot of its group or not at all."""
+        self._warming.extend((pool, key) for key in keys)
+        self._ring_for_wishes()
+
     def _begin_wish(self) -> Load | None:
         """None while anything is read for a demand: wishes have what demands leave of the disk."""
         if self._is_reading_for_demands or self._prefetching >= self._prefetches:
@@ -341,10 +360,16 @@ class Ledger:
                     self._wishes.served(wisher)
                     self.counters.prefetched += 1
                     return self._begin(pool, key, slot, wished=True)
+        while self._warming:
+            pool, key = self._warming.popleft()
+            if pool.slots.find(key) is None and not pool.hungry:
+                slot = pool.policy.vacancy(key.block)
+                if slot is not None:
+                    return self._begin(pool, key, slot, wished=True, warmed=True)
         return None
 
     def _ring_for_wishes(self) -> None:
-        if self._wishes and not self._is_reading_for_demands:
+        if (self._wishes or self._warming) and not self._is_reading_for_demands:
             for _ in range(self._prefetches - self._prefetching):
                 self._ring()
 
@@ -357,7 +382,10 @@ class Ledger:
         return sum(load.wished for load in self._loads.values())
 
     def _was_used(self, key: ExpertKey) -> None:
-        """By a demand: if a wish brought it, that was right."""
+        """By a demand: if a wish brought it, or the warm-up, that was right."""
+        if key in self._warmed:
+            self._warmed.remove(key)
+            self.counters.recalled += 1
         if (seconds := self._unused.pop(key, None)) is not None:
             self.counters.useful += 1
             self.counters.saved_seconds += seconds
@@ -382,7 +410,13 @@ class Ledger:
         load.pool.slots.fill(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
         self.counters.bytes_in += load.pool.slot_bytes
-        if load.wished and not load.was_late:
+        if load.warmed:
+            self.counters.warmed += 1
+            if load.was_late:
+                self.counters.recalled += 1
+            else:
+                self._warmed.add(load.key)
+        elif load.wished and not load.was_late:
             self._unused[load.key] = self._clock() - load.began
         for demand in load.waiters:
             demand.loads.remove(load)
@@ -398,12 +432,14 @@ class Ledger:
         return not load.waiters and self._is_reading_for_demands
 
     def is_unwanted(self, load: Load) -> bool:
-        """Whether a load that a wish began is for nobody any more."""
+        """Whether a load that a wish began is for nobody any more; of the warm-up, whether it is in anybody's way."""
+        if load.warmed and not load.waiters:
+            return self.is_dropped or bool(load.pool.hungry)
         return not load.waiters and load.key not in self._wishes
 
     def cancel(self, load: Load) -> None:
         """It was unwanted, and is not read to its end."""
-        self.counters.cancelled += 1
+        self.counters.cancelled += not load.warmed
         self._void(load)
         self._wake()
 
@@ -422,6 +458,7 @@ class Ledger:
         """No loader will begin anything any more, and nobody is to ask."""
         self.is_dropped = True
         self._wishes.clear()
+        self._warming.clear()
         queued = [load for queue in self._turns.values() for load in queue]
         self._turns.clear()
         for load in queued:
@@ -454,7 +491,9 @@ class Ledger:
         slot = choose(keep=self._wishes.__contains__)
         return choose() if slot is None else slot
 
-    def _begin(self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, passing: bool = False) -> Load:
+    def _begin(
+        self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, passing: bool = False, warmed: bool = False
+    ) -> Load:
         old = None
         if pool.slots.is_ready(slot):
             old = pool.slots.key(slot)
@@ -463,10 +502,11 @@ class Ledger:
             self.counters.evictions += 1
             if self._unused.pop(old, None) is not None:
                 self.counters.wasted += 1
+            self._warmed.discard(old)
         self._directory.withdraw(old, pool.first + slot)
         pool.slots.begin(slot, key)
-        pool.policy.admit(key.block, slot, passing=passing, wished=wished)
-        load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock())
+        pool.policy.admit(key.block, slot, passing=passing, wished=wished and not warmed, warmed=warmed)
+        load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock(), warmed=warmed)
         return load
 
     def _void(self, load: Load) -> None:
@@ -478,8 +518,9 @@ class Ledger:
     def _join(self, demand: Demand, load: Load) -> None:
         if load.wished and not load.was_late:
             load.was_late = True
-            self.counters.late += 1
-            self.counters.saved_seconds += self._clock() - load.began
+            if not load.warmed:
+                self.counters.late += 1
+                self.counters.saved_seconds += self._clock() - load.began
             self._wake()  # it may stand back
         load.waiters.append(demand)
         demand.loads.append(load)

@@ -31,6 +31,9 @@ class Order(Protocol):
 
     def touch(self, key: ExpertKey, *, passing: bool) -> None: ...
 
+    def put_first(self, key: ExpertKey) -> None:
+        """It is evicted before whatever was used, as nobody has used it yet."""
+
     def remove(self, key: ExpertKey) -> None: ...
 
 
@@ -54,6 +57,9 @@ class Recency:
 
     def touch(self, key: ExpertKey, *, passing: bool) -> None:
         self._keys.move_to_end(key)
+
+    def put_first(self, key: ExpertKey) -> None:
+        self._keys.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
         del self._keys[key]
@@ -89,6 +95,9 @@ class ScanResistant:
             self._settled[key] = None
             self._settled.move_to_end(key)
 
+    def put_first(self, key: ExpertKey) -> None:
+        self._settled.move_to_end(key, last=False)
+
     def remove(self, key: ExpertKey) -> None:
         if key in self._passing:
             del self._passing[key]
@@ -119,6 +128,9 @@ class Clairvoyant:
 
     def touch(self, key: ExpertKey, *, passing: bool) -> None:
         self._next[key] = self.next_use(key)
+
+    def put_first(self, key: ExpertKey) -> None:
+        """No: what is to come decides."""
 
     def remove(self, key: ExpertKey) -> None:
         del self._next[key]

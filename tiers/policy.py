@@ -126,11 +126,24 @@ class BlockPolicy:
                 slot = self._first([number, *self._by_surplus()], keep)
         return slot
 
-    def admit(self, block: int, slot: int, *, passing: bool = False, wished: bool = False) -> None:
-        """``slot`` is being filled for ``block``: its group's from now on, and used; or for a wish, and spare."""
+    def quota(self, block: int) -> int:
+        """Of the block's group."""
+        return self._quotas[self._group_of[block]]
+
+    def vacancy(self, block: int) -> int | None:
+        """An EMPTY slot that the block's group has a right to; None if there is none."""
+        return self._slots.free() if self._surplus(self._group_of[block]) < 0 else None
+
+    def admit(
+        self, block: int, slot: int, *, passing: bool = False, wished: bool = False, warmed: bool = False
+    ) -> None:
+        """``slot`` is being filled for ``block``: its group's from now on, and used; or for a wish, and spare; or by a
+        warm-up (``warmed``), and evicted before what was used."""
         key = self._slots.key(slot)
         number = self._spare if wished and self._quotas[self._spare] else self._group_of[block]
         self._put(key, number, passing=passing)
+        if warmed:
+            self._orders[number].put_first(key)
 
     def touch(self, slot: int, *, passing: bool = False) -> None:
         """``slot`` is used."""

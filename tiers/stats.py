@@ -27,6 +27,8 @@ class TierStats:
     wasted: int  # evicted before any demand
     cancelled: int  # wishes that were given up before they had begun
     saved_seconds: float  # that the useful and late ones were read before a demand came: what it did not have to wait
+    warmed: int  # records that a warm-up has brought; of these:
+    recalled: int  # that were wanted since, or while they were under way
     evictions: int
     failures: int  # loads that ended in an error
     discarded: int  # results that were thrown away: their record had been replaced meanwhile
@@ -59,6 +61,8 @@ class TierCounters:
     wasted: int = 0
     cancelled: int = 0
     saved_seconds: float = 0.0
+    warmed: int = 0
+    recalled: int = 0
     evictions: int = 0
     failures: int = 0
     discarded: int = 0
@@ -88,6 +92,8 @@ class TierCounters:
             wasted=self.wasted,
             cancelled=self.cancelled,
             saved_seconds=self.saved_seconds,
+            warmed=self.warmed,
+            recalled=self.recalled,
             evictions=self.evictions,
             failures=self.failures,
             discarded=self.discarded,

@@ -13,7 +13,7 @@ from moetier.runtime.config import SPECULATE, format_bytes
 from moetier.tiers.errors import ConfigError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
-from .report import Timing, speculation_report, tier_json, tier_report
+from .report import Timing, learning_report, speculation_report, tier_json, tier_report
 from .resources import add_resource_arguments, resources_of
 
 HELP = "generate text from a model directory"
@@ -91,4 +91,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{head}\n{tier_report(timing, tiers)}", file=sys.stderr)
         if speculation is not None:
             print(speculation_report(speculation, tiers), file=sys.stderr)
+        if model.tiers.learns:
+            print(learning_report(tiers[0]), file=sys.stderr)
     return 0

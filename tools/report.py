@@ -120,3 +120,10 @@ def speculation_report(stats: SpeculationStats, tiers: list[TierStats]) -> str:
             *wishes,
         ]
     )
+
+
+def learning_report(host: TierStats) -> str:
+    """What the host tier began with; for people."""
+    return (
+        f"learned  {host.warmed} experts that earlier runs used were read beforehand, {host.recalled} of them were used"
+    )

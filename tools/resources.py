@@ -33,6 +33,11 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
         help="who is evicted from the host tier: lru, least recently used; scan, the same, but a long prompt leaves "
         "what is cached in place (default: %(default)s)",
     )
+    parser.add_argument(
+        "--learn",
+        action="store_true",
+        help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
+    )
     add_credentials(parser)
 
 
@@ -45,6 +50,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "daemon": None if arguments.daemon == "none" else arguments.daemon,
         "credentials": credentials(arguments),
         "policy": arguments.policy,
+        "learn": arguments.learn,
     }
     found |= more
     TierConfig.of(**found)

@@ -62,6 +62,13 @@ def test_policies_are_checked() -> None:
     assert "--policy" in caught.value.fix
 
 
+def test_a_daemon_learns_by_itself() -> None:
+    assert TierConfig.of(learn=True, daemon="auto").learn
+    with pytest.raises(ConfigError, match="The experts are the daemon's") as caught:
+        TierConfig.of(learn=True, ram="1GiB", daemon="night")
+    assert caught.value.fix == "Give --ram and --learn to the daemon, and not here."
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5 << 40, "5 TiB"), (3 << 29, "1.5 GiB")]
 )

@@ -24,6 +24,7 @@ from threads import Task, run_all, wait_until
 from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
 from moetier.tiers.host import HostTier
+from moetier.tiers.hotset import HotSet
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.order import ORDERS
 from moetier.tiers.source import Lease
@@ -462,6 +463,36 @@ def test_closing_ends_what_stands_back(gate: GatedReader) -> None:
         closing.result()
 
 
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_a_warm_up_ends_with_the_tier(gate: GatedReader, loaders: int) -> None:
+    tier = HostTier(gate, slots={"records": 12}, loaders=loaders)
+    tier.warm(HotSet(dict.fromkeys(RECORDS, 1.0)))
+    gate.wait_begun(*keys(0, 0))
+    closing = Task(tier.close)
+    wait_until(lambda: tier._closed)
+    gate.open()
+    closing.result()
+    assert len(gate.reads) <= 1
+    with pytest.raises(ClosedError):
+        tier.warm(HotSet())
+
+
+def test_a_warm_up_reads_nothing_twice_and_evicts_nothing() -> None:
+    reader = RamReader(PLAN, RECORDS)
+    with HostTier(reader, slots={"records": 6}) as tier:
+        take(tier, 0, 3)
+        hot = HotSet({ExpertKey(b, e): e + 1.0 for b in range(3) for e in range(4)})
+        tier.warm(hot)
+        wait_until(lambda: tier.stats().ready == 6)
+        tier.warm(hot)
+        assert tier.absent(list(RECORDS)) == [ExpertKey(b, e) for b in range(3) for e in (0, 1)], "each block's hottest"
+        assert set(reader.reads.values()) == {1}
+        stats = tier.stats()
+        assert (stats.evictions, stats.warmed, stats.recalled, stats.prefetched) == (0, 5, 0, 0)
+        take(tier, 1, 3, 0)
+        assert tier.stats().recalled == 1
+
+
 def test_a_wish_that_can_not_be_read_troubles_nobody() -> None:
     reader = RamReader(PLAN, RECORDS)
     reader.broken.add(ExpertKey(0, 0))
@@ -541,6 +572,7 @@ def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
         lambda: list(tier.acquire(keys(0, 0))),
         lambda: list(tier.acquire(keys(1, 3))),
         lambda: tier.prefetch(1, keys(1, 0)),
+        lambda: tier.warm(HotSet({ExpertKey(1, 0): 1.0})),
         lambda: next(leases),
     ]
     with tier._monitor if locked else contextlib.nullcontext():
@@ -670,6 +702,10 @@ class HostMachine(RuleBasedStateMachine):
     def prefetch(self, data: st.DataObject) -> None:
         wishes = self.draw(data, 4)
         self.tier.prefetch(wishes[0].block, wishes)
+
+    @rule(hot=st.dictionaries(st.sampled_from(sorted(RECORDS)), st.integers(1, 9)))
+    def warm(self, hot: dict[ExpertKey, float]) -> None:
+        self.tier.warm(HotSet(hot))
 
     @rule()
     def stats(self) -> None:

@@ -68,6 +68,18 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert hot_set_path(DIGEST) == Path.home() / ".cache" / "moetier" / f"hot-{DIGEST}.json"
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert load_hot_set(DIGEST, EXPERTS).counts == {}
+    assert not caplog.records
+    keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+    assert "not kept: the counts of experts in $XDG_CACHE_HOME (the user has no home)" in caplog.text
+
+
 def spoilt(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
     def spoil(path: Path) -> None:
         value = json.loads(path.read_text())

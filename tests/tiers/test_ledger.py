@@ -191,6 +191,11 @@ class LedgerMachine(RuleBasedStateMachine):
         with self.monitor:
             self.ledger.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
 
+    @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
+    def warm(self, block: int, experts: list[int]) -> None:
+        with self.monitor:
+            self.ledger.warm(self.pool(block), [ExpertKey(block, expert) for expert in experts])
+
     # -- clients in other processes -----------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.clients) < 3)
@@ -270,8 +275,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def begin_read(self) -> None:
         with self.monitor:
+            evictions = self.ledger.counters.evictions
             load = self.ledger.next_load()
         if load is not None:
+            if load.warmed:
+                assert not any(other.waiters for other in self.reading), "it has what demands leave of the disk"
+                assert self.ledger.counters.evictions == evictions, "and of the slots"
             self.reading.append(load)
 
     @precondition(lambda self: self.reading)
@@ -570,6 +579,92 @@ def test_a_record_that_a_client_finds_in_the_directory_was_wished_rightly() -> N
     ledger.arrive(load)
     ledger.use(pool, ExpertKey(1, 0))
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
+
+
+def read_next(ledger: Ledger) -> ExpertKey | None:
+    load = ledger.next_load()
+    if load is None:
+        return None
+    ledger.arrive(load)
+    return load.key
+
+
+def test_a_warm_up_fills_what_is_empty_behind_demands_and_wishes() -> None:
+    ledger, pool = ledger_of(6)  # two for each of three blocks
+    ledger.leave(demand(ledger, pool, 4, 0))  # begun, and nobody's any more
+    ledger.warm(pool, [ExpertKey(1, 3), ExpertKey(1, 2), ExpertKey(1, 1)])
+    ledger.warm(pool, [ExpertKey(3, 0), ExpertKey(3, 1)])
+    ledger.warm(pool, [ExpertKey(4, 0), ExpertKey(4, 1)])
+    assert read_next(ledger) == ExpertKey(1, 3), "the hottest first"
+    wanted = demand(ledger, pool, 4, 0)
+    begun = ledger.next_load()
+    assert begun is not None
+    assert begun.key == ExpertKey(4, 0)
+    assert ledger.next_load() is None, "not while anything is read for a demand"
+    ledger.arrive(begun)
+    ledger.leave(wanted)
+    ledger.wish(pool, 3, [ExpertKey(3, 3)])
+    assert [read_next(ledger) for _ in range(5)] == [(3, 3), (1, 2), (3, 0), (4, 1), None], "never beyond the quota"
+    assert (ledger.counters.evictions, ledger.counters.warmed, ledger.counters.prefetched) == (0, 4, 1)
+
+
+def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() -> None:
+    ledger, pool = ledger_of(9)
+    ledger.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
+    assert [read_next(ledger), read_next(ledger)] == [(1, 0), (1, 1)]
+    for expert, held in ((2, [0, 1, 2]), (3, [0, 2, 3]), (1, [1, 2, 3])):
+        made = demand(ledger, pool, 1, expert)
+        arrive_all(ledger)
+        ledger.leave(made)
+        assert [e for e in range(EXPERTS) if pool.slots.find(ExpertKey(1, e)) is not None] == held
+    assert (ledger.counters.warmed, ledger.counters.recalled) == (2, 0)
+
+
+def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
+    ledger, pool = ledger_of(6)
+    ledger.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
+    assert read_next(ledger) == ExpertKey(1, 0)
+    load = ledger.next_load()
+    assert load is not None
+    for _ in range(2):
+        made = demand(ledger, pool, 1, 0, 1)
+        if load.key in ledger._loads:
+            ledger.arrive(load)
+        ledger.leave(made)
+    found = ledger.counters
+    assert (found.warmed, found.recalled) == (2, 2)
+    assert (found.prefetched, found.useful, found.late) == (0, 0, 0), "it was no guess"
+
+
+def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
+    ledger, pool = ledger_of(2)  # shared by three blocks
+    ledger.warm(pool, [ExpertKey(1, 0)])
+    load = ledger.next_load()
+    assert load is not None
+    assert not ledger.stands_back(load)
+    demand(ledger, pool, 3, 0)
+    assert ledger.stands_back(load)
+    assert not ledger.is_unwanted(load)
+    hungry = demand(ledger, pool, 4, 0)
+    assert list(pool.hungry) == [hungry]
+    assert ledger.is_unwanted(load)
+    arrive_all(ledger)
+    ledger.cancel(load)
+    ledger.warm(pool, [ExpertKey(1, 1)])
+    assert ledger.next_load() is None, "the slot is for who is hungry"
+    ledger.advance(hungry)
+    assert hungry.loads
+
+
+def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
+    ledger, pool = ledger_of(6)
+    ledger.leave(demand(ledger, pool, 1, 3))
+    assert ledger.uses is None
+    ledger.uses = {}
+    demand(ledger, pool, 1, 0, 1, 0)
+    ledger.use(pool, ExpertKey(1, 0))
+    ledger.count([ExpertKey(0, 2)])
+    assert ledger.uses == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
 
 
 def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:

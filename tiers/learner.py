@@ -1,0 +1,54 @@
+"""Learner: a host tier's uses are counted and kept for the next run, and what earlier runs used most is there again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from .errors import ClosedError
+from .host import HostTier
+from .hotset import HotSet, keep_hot_set, load_hot_set
+from .keys import ExpertKey
+from .monitor import Home
+
+EVERY = 300.0  # seconds between writes: what a process that is killed loses
+
+
+class Learner:
+    """Of an open tier, from now until ``close``. A hint: nothing waits for it, and no error of it ends anything."""
+
+    def __init__(self, host: HostTier, *, every: float = EVERY) -> None:
+        self._host = host
+        self._home = Home()
+        self._digest = host.manifest.digest
+        self._experts = {number: block.experts for number, block in enumerate(host.manifest.blocks)}
+        self._every = every
+        self._ending = threading.Event()
+        host.take_uses()
+        self._thread = threading.Thread(target=self._run, name="moetier-learner", daemon=True)
+        self._thread.start()
+
+    def use(self, keys: Sequence[ExpertKey]) -> None:
+        """Of a tier above the host's, which has the records itself."""
+        self._host.count(keys)
+
+    def close(self) -> None:
+        """Keeps what was counted. Before the tier is closed, or behind that. Idempotent; does nothing in a forked
+        child."""
+        if self._home.is_here:
+            self._ending.set()
+            self._thread.join()
+            self._keep()
+
+    def _run(self) -> None:
+        hot = load_hot_set(self._digest, self._experts)
+        try:
+            self._host.warm(hot)
+        except ClosedError:
+            return
+        while not self._ending.wait(self._every):
+            self._keep()
+
+    def _keep(self) -> None:
+        if uses := self._host.take_uses():
+            keep_hot_set(self._digest, self._experts, HotSet(uses))
