@@ -186,7 +186,7 @@ class ModelStats(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ...) -> None: ...
 
 class Tier(_message.Message):
-    __slots__ = ("name", "slots", "ready", "slot_bytes", "hits", "misses", "joined", "prefetched", "useful", "late", "wasted", "cancelled", "saved_seconds", "evictions", "failures", "bytes_in", "wait_seconds", "wait_median", "wait_p99", "discarded")
+    __slots__ = ("name", "slots", "ready", "slot_bytes", "hits", "misses", "joined", "prefetched", "useful", "late", "wasted", "cancelled", "saved_seconds", "warmed", "recalled", "evictions", "failures", "bytes_in", "wait_seconds", "wait_median", "wait_p99", "discarded")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,8 @@ class Tier(_message.Message):
     WASTED_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
     SAVED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WARMED_FIELD_NUMBER: _ClassVar[int]
+    RECALLED_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     BYTES_IN_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +222,8 @@ class Tier(_message.Message):
     wasted: int
     cancelled: int
     saved_seconds: float
+    warmed: int
+    recalled: int
     evictions: int
     failures: int
     bytes_in: int
@@ -227,7 +231,7 @@ class Tier(_message.Message):
     wait_median: float
     wait_p99: float
     discarded: int
-    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., useful: _Optional[int] = ..., late: _Optional[int] = ..., wasted: _Optional[int] = ..., cancelled: _Optional[int] = ..., saved_seconds: _Optional[float] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., useful: _Optional[int] = ..., late: _Optional[int] = ..., wasted: _Optional[int] = ..., cancelled: _Optional[int] = ..., saved_seconds: _Optional[float] = ..., warmed: _Optional[int] = ..., recalled: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("kind", "cause", "fix")

@@ -66,6 +66,7 @@ class DaemonConfig:
     folder: Path
     ram: Size | None = None
     policy: str = DEFAULT_ORDER  # of ORDERS
+    learn: bool = False
     listen: str = ""  # HOST:PORT; port 0: any
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -301,7 +302,7 @@ def _open_tiers(
         began = time.monotonic()
         taken = kept.get(digest)
         host = HostTier(store, slots=slots[digest], arena=None if taken is None else taken.arena, policy=config.policy)
-        model = Hosted(store.manifest, host, store.folder.parent.absolute(), patience=config.wait)
+        model = Hosted(store.manifest, host, store.folder.parent.absolute(), patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
         _keep(model, taken, manager)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.host import HostTier
+from moetier.tiers.learner import Learner
 from moetier.tiers.manifest import Manifest
 
 from .fetch import Fetches
@@ -15,13 +16,16 @@ from .fetch import Fetches
 class Hosted:
     """``close`` closes the tier; the store beneath it is its owner's."""
 
-    def __init__(self, manifest: Manifest, host: HostTier, directory: Path, *, patience: float) -> None:
+    def __init__(
+        self, manifest: Manifest, host: HostTier, directory: Path, *, patience: float, learn: bool = False
+    ) -> None:
         self.manifest = manifest
         self.host = host
         self.directory = directory
         self.slots = host.plan.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self.fetches = Fetches(host, manifest, self.slots, patience=patience)
+        self._learner = Learner(host) if learn else None
         self._lock = threading.Lock()  # of the four below
         self._requests = 0
         self._used = 0
@@ -73,6 +77,8 @@ class Hosted:
                     wasted=stats.wasted,
                     cancelled=stats.cancelled,
                     saved_seconds=stats.saved_seconds,
+                    warmed=stats.warmed,
+                    recalled=stats.recalled,
                     evictions=stats.evictions,
                     failures=stats.failures,
                     bytes_in=stats.bytes_in,
@@ -95,4 +101,6 @@ class Hosted:
 
     def close(self) -> None:
         self.fetches.close()
+        if self._learner is not None:
+            self._learner.close()
         self.host.close()

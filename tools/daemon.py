@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--learn",
+        action="store_true",
+        help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
+    )
+    parser.add_argument(
         "--folder",
         metavar="NAME|PATH",
         default="default",
@@ -90,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             folder=folder,
             ram=None if arguments.ram is None else Size.parse(arguments.ram),
             policy=arguments.policy,
+            learn=arguments.learn,
             listen=arguments.listen,
             tls_cert=arguments.tls_cert,
             tls_key=arguments.tls_key,

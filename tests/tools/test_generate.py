@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,27 @@ def test_the_seed_decides_what_is_sampled(tinymix_4bit: Path, capsys: pytest.Cap
         return text
 
     assert sample(1) == sample(1) != sample(2)
+
+
+def test_the_next_run_begins_with_what_was_used_most(tinymix_4bit: Path, tmp_path: Path) -> None:
+    """As a person runs it, twice."""
+    options = ["--max-new-tokens", "8", "--daemon", "none", "--learn"]
+    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), PROMPT, *options]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    first = json.loads(subprocess.check_output([*command, "--json"], env=environment))
+    host = first["tiers"]["host"]
+    assert (host["warmed"], host["recalled"]) == (0, 0)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert first["text"].strip() in result.stdout
+    hits, misses = map(int, re.findall(r"^host +\S+ +(\d+) +(\d+) ", result.stderr, re.MULTILINE)[0])
+    assert hits + misses == host["hits"] + host["misses"]
+    assert misses < host["misses"] / 2
+    last = result.stderr.splitlines()[-1]
+    said = re.fullmatch(
+        r"learned  (\d+) experts that earlier runs used were read beforehand, (\d+) of them were used", last
+    )
+    assert said is not None
+    assert int(said[1]) >= int(said[2]) > 0
 
 
 @pytest.mark.parametrize(
