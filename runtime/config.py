@@ -12,6 +12,7 @@ from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 from .address import Address, Credentials
 
 SPECULATE = ("auto", "off", "always")
+LOOK_AHEAD = 1  # layers: what is guessed from further away costs more than it gains (docs/benchmarks.md)
 AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
@@ -61,7 +62,7 @@ class TierConfig:
     credentials: Credentials = field(default_factory=Credentials)
     policy: str = DEFAULT_ORDER  # of ORDERS: who is evicted from the host tier
     speculate: str = "off"  # of SPECULATE
-    look_ahead: int = 2  # layers
+    look_ahead: int = LOOK_AHEAD  # layers
     learn: bool = False  # keep which experts are used most, and begin with those of earlier runs
 
     @classmethod
@@ -75,7 +76,7 @@ class TierConfig:
         credentials: Credentials | None = None,
         policy: str = DEFAULT_ORDER,
         speculate: str = "off",
-        look_ahead: int = 2,
+        look_ahead: int = LOOK_AHEAD,
         learn: bool = False,
     ) -> TierConfig:
         """From what a person writes; raises ConfigError. ``daemon`` is "auto", or addresses separated by commas."""

@@ -20,7 +20,7 @@ from moetier.tiers.order import DEFAULT_ORDER
 from moetier.tiers.trunk import check_trunk
 
 from .address import Credentials
-from .config import AUTO, TierConfig
+from .config import AUTO, LOOK_AHEAD, TierConfig
 from .model_config import read_config
 from .registration import asked_for, register
 
@@ -44,7 +44,7 @@ def load(
     credentials: Credentials | None = None,
     policy: str = DEFAULT_ORDER,
     speculate: str = "off",
-    look_ahead: int = 2,
+    look_ahead: int = LOOK_AHEAD,
     learn: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).

@@ -1,8 +1,9 @@
 """Speculative gating: the next blocks' gates, asked with the present hidden state, say what to promote beforehand.
 
 Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. At the entry of the MoE part of a block the blocks of the next
-layers are predicted; at the entry of its own layer a block is predicted once more, with what the layers before it have
-added. What is predicted of other layers becomes a wish once the block's own demand is made: no wish comes before it.
+layers are predicted. With more than one of them a block is predicted once more at the entry of its own layer, with what
+the layers before it have added. What is predicted of other layers becomes a wish once the block's own demand is made:
+no wish comes before it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from moetier.tiers.keys import ExpertKey
 from moetier.tiers.source import ExpertSource
 
 from .confidence import Confidence
+from .config import LOOK_AHEAD
 from .controller import Controller, Mode
 from .gates import Gates, Observation
 
-LOOK_AHEAD = 2
 MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
 LEAST = 0.5  # a guess of an absent expert that is less likely right is no wish
 JUDGED = 256  # the latest guesses, by which it gives up ...
@@ -104,7 +105,8 @@ class Speculation:
     def attach(self) -> None:
         """To the model's forward passes."""
         if self._observation is None and self.can_guess and self._controller.mode is not Mode.OFF:
-            self._observation = self._gates.observe(entry=self._at_entry, layer=self._at_layer)
+            layer = self._at_layer if len(self._distances) > 1 else None
+            self._observation = self._gates.observe(entry=self._at_entry, layer=layer)
 
     def detach(self) -> None:
         if self._observation is not None:
@@ -136,7 +138,7 @@ class Speculation:
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
         if block == self._first:
-            self._begin_step(hidden.shape[:-1].numel())
+            self._begin_step(hidden.shape[: min(hidden.ndim - 1, 2)].numel())  # [T, H], [B, T, H] or [B, T, S, H]
         if self._guessing:
             began = time.perf_counter()
             for distance, target in self._targets[block]:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from moetier.runtime.config import SPECULATE, format_bytes
+from moetier.runtime.config import LOOK_AHEAD, SPECULATE, format_bytes
 from moetier.tiers.errors import ConfigError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="promote experts beforehand that the next layers' gates guess: auto, while it is measured to pay "
         "(default: %(default)s)",
     )
-    parser.add_argument("--look-ahead", type=int, default=2, metavar="N", help="layers to guess (default: %(default)s)")
+    parser.add_argument(
+        "--look-ahead", type=int, default=LOOK_AHEAD, metavar="N", help="layers to guess (default: %(default)s)"
+    )
     add_resource_arguments(parser)
 
 

@@ -106,7 +106,7 @@ def decode(model: Any, ids: list[int], recorded: Recorded) -> tuple[float, Tenso
     began = time.perf_counter()
     for step, token in enumerate(ids[1:]):
         recorded.step = step
-        output = model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+        output = model(torch.tensor([[token]]), cache=output.past_key_values, use_cache=True)
     return time.perf_counter() - began, output.logits
 
 
