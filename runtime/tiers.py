@@ -63,7 +63,14 @@ class Tiers:
                 budget = budget_of(config.device_memory, reserve=on_device, available=there, option="--device-memory")
                 slots = slots_for(manifest, budget)
                 on_hits = origin.learner.use if origin.learner is not None else None
-                source = DeviceTier(origin.host, manifest, slots=slots, device=CudaDevice(device), on_hits=on_hits)
+                source = DeviceTier(
+                    origin.host,
+                    manifest,
+                    slots=slots,
+                    device=CudaDevice(device),
+                    look_ahead=config.guessed,
+                    on_hits=on_hits,
+                )
             tiers = cls(manifest, origin, source, Kernels(device))
             undo.pop_all()
             return tiers

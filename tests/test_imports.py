@@ -24,7 +24,7 @@ LEVELS = (
     {"keys", "errors", "stats", "stream", "hqq"},
     {"manifest", "monitor", "slots", "planes", "pairs", "order"},
     {"source", "policy", "wishes", "quantize", "plan", "budget", "shard"},
-    {"directory", "views", "folder", "durable"},
+    {"directory", "views", "promoter", "folder", "durable"},
     {"arena", "ledger", "hotset"},
     {"session", "recovery", "trunk", "store", "writer", "device"},
     {"host"},

@@ -9,6 +9,8 @@ A device does what it is told later, and each stream in its own time. Three orde
 
 Nobody waits for ever: a caller that waits for the host holds no slot of this tier, so all that are held belong to
 callers that are awake and compute. Who waits for a slot, a lease of the host in hand, waits for one of those.
+
+With a look-ahead what is wished for is promoted in the background (``promoter.py``), into slots that are spare.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from .errors import BudgetError, ClosedError
 from .keys import ExpertKey
 from .manifest import Manifest
 from .monitor import Monitor
-from .policy import BlockPolicy, plan_groups
+from .policy import BlockPolicy, plan_groups, spare_slots
+from .promoter import Promoter
 from .slots import Slots, State
 from .source import ExpertSource, Lease
 from .stats import TierCounters, TierStats
@@ -38,14 +41,16 @@ from .views import SlotViews
 class _Pool:
     """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
 
-    def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor) -> None:
+    def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor, look_ahead: int) -> None:
         """``memory`` [slots * slot_bytes] uint8, on the device."""
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
         self.first = first
         self.slot_bytes = layout.slot_bytes
         self.slots = Slots(len(slots))
-        self.policy = BlockPolicy(self.slots, plan_groups(len(slots), members(manifest, array)))
+        blocks = members(manifest, array)
+        spare = spare_slots(len(slots), blocks, look_ahead)
+        self.policy = BlockPolicy(self.slots, plan_groups(len(slots) - spare, blocks))
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
         self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # the end of each stream's last use of a slot
@@ -58,10 +63,11 @@ class _Pool:
 class _Visit:
     """One call of acquire."""
 
-    __slots__ = ("leased", "pool", "ready")
+    __slots__ = ("leased", "misses", "pool", "ready")
 
     def __init__(self, pool: _Pool) -> None:
         self.pool = pool
+        self.misses = False  # records; the promoter stands back until it leaves
         self.ready: deque[int] = deque()  # pinned, not yielded yet
         self.leased: tuple[int, Stream] | None = None  # pinned; computed on in this stream
 
@@ -79,11 +85,13 @@ class DeviceTier:
         *,
         slots: Mapping[str, int],
         device: Device,
+        look_ahead: int = 0,
         on_hits: Callable[[Sequence[ExpertKey]], None] | None = None,
     ) -> None:
         """Allocates ``slots`` by array, as ``slots_for`` gives them, or fewer, with a warning, where the device has no
         room for them. Raises BudgetError when it has none for one token's experts. ``on_hits`` is told what was found
-        here: the source hears of the rest by itself."""
+        here: the source hears of the rest by itself. For guesses ``look_ahead`` layers far some slots are spare, into
+        which wishes are promoted; with 0 a wish ends in the source."""
         assert slots.keys() == manifest.layouts.keys()
         self._source = source  # stays its owner's to close
         self._device = device
@@ -101,8 +109,11 @@ class DeviceTier:
         self._pools: dict[str, _Pool] = {}
         first = 0
         for array, memory in _allocate(device, manifest, slots).items():
-            self._pools[array] = _Pool(manifest, array, first, memory)
+            self._pools[array] = _Pool(manifest, array, first, memory, look_ahead)
             first += self._pools[array].slots.count
+        self._promoter: Promoter | None = None
+        if look_ahead:
+            self._promoter = Promoter(source, self._monitor, self._counters, self._fulfil)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
         """As ``ExpertSource`` says. A record is computed on in the stream that is current when its lease is taken.
@@ -136,17 +147,22 @@ class DeviceTier:
             self._monitor.post(partial(self._leave, visit))
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        """As ``ExpertSource`` says: what the device does not hold is wished for in the host."""
+        """As ``ExpertSource`` says: what the device lacks is wished for in the host, and promoted from there."""
         self._manifest.check_keys(block, wishes)
         with self._monitor:
             self._check_open()
             absent = [key for key in wishes if self._pool(block).slots.find(key) is None]
             self._wished.add(block)
+            if self._promoter is not None:
+                self._promoter.wish(block, wishes, absent)
         self._source.prefetch(block, absent)
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """As ``ExpertSource`` says, of the host: to have it there is all that a wish can do."""
-        return self._source.absent(keys)
+        """As ``ExpertSource`` says; where nothing is promoted, of the host: to have it there is all a wish can do."""
+        if self._promoter is None:
+            return self._source.absent(keys)
+        with self._monitor:
+            return [key for key in keys if self._pool(key.block).slots.find(key) is None]
 
     def stats(self) -> TierStats:
         with self._monitor:
@@ -166,31 +182,41 @@ class DeviceTier:
             return
         with self._monitor:
             self._closed = True
+            if self._promoter is not None:
+                self._promoter.stop()
             self._monitor.wake()
             while self._copying:
                 self._monitor.sleep()
             locked, self._locked = self._locked, []
+        if self._promoter is not None:
+            self._promoter.join()
         self._unlock(locked)
         for pool in self._pools.values():
             pool.clear()
         self._views.clear()
 
     def check_integrity(self) -> None:
-        """Asserts that slots and groups agree."""
+        """Asserts that slots, groups and promotions agree."""
         with self._monitor:
             for pool in self._pools.values():
                 pool.slots.check_integrity()
                 pool.policy.check_integrity()
             states = [pool.slots.state(slot) for pool in self._pools.values() for slot in range(pool.slots.count)]
             assert states.count(State.LOADING) == self._copying
+            if self._promoter is not None:
+                self._promoter.check_integrity(lambda key: self._pool(key.block).slots.find(key))
 
     def _look(self, visit: _Visit, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Pins the residents; returns the others."""
-        slots, missing = visit.pool.slots, []
+        slots, missing, promoter = visit.pool.slots, [], self._promoter
         with self._monitor:
             self._check_open()
+            if promoter is not None:
+                promoter.wish(keys[0].block, (), ())
             for key in dict.fromkeys(keys):
                 slot = slots.find(key)
+                if slot is not None and promoter is not None:
+                    promoter.used(key)
                 if slot is not None and slots.is_ready(slot):
                     slots.pin(slot)
                     visit.ready.append(slot)
@@ -198,6 +224,9 @@ class DeviceTier:
                     missing.append(key)
             for slot in reversed(visit.ready):  # what is given first is evicted last
                 visit.pool.policy.touch(slot)
+            if missing and promoter is not None:
+                promoter.stand_back()
+                visit.misses = True
             self._counters.hits += len(visit.ready)
             self._counters.misses += len(missing)
             hits = [slots.key(slot) for slot in visit.ready] if self._on_hits is not None else []
@@ -224,21 +253,66 @@ class DeviceTier:
                     copied = pool.copied[slot]
                     assert copied is not None
                     self._counters.joined += 1
+                    if self._promoter is not None:  # it may be spare
+                        pool.policy.touch(slot)
                     self._admit(visit, slot, began)
                     return copied  # the lease was not used, so there is nothing to prove
                 if slot is None:
-                    slot = pool.policy.choose(lease.key.block, borrow=True)
+                    slot = self._choose(pool, lease.key.block)
                     if slot is not None:
                         break
                 self._monitor.sleep()
                 self._check_open()
-            if pool.slots.is_ready(slot):
-                pool.policy.forget(slot)
-                pool.slots.evict(slot)
-                self._counters.evictions += 1
-            pool.slots.begin(slot, lease.key)
-            pool.policy.admit(lease.key.block, slot)
-            self._copying += 1
+            self._begin(pool, slot, lease.key)
+        copied = self._transfer(pool, slot, lease)
+        if copied is not None:
+            with self._monitor:
+                self._arrive(pool, slot, copied)
+                self._admit(visit, slot, began)
+        return copied
+
+    def _fulfil(self, lease: Lease[memoryview]) -> None:
+        """Promotes what the host has leased for a wish, if that still stands and has a slot. The lease may end then."""
+        promoter, pool, key = self._promoter, self._pool(lease.key.block), lease.key
+        assert promoter is not None
+        with self._monitor:
+            if not promoter.may_begin(key):
+                return
+            slot = None
+            if pool.slots.find(key) is None:
+                slot = pool.policy.choose(key.block, wished=True, keep=promoter.__contains__)
+            if slot is None:
+                promoter.drop(key)
+                return
+            self._begin(pool, slot, key, wished=True)
+            promotion = promoter.begin(key)
+        copied = self._transfer(pool, slot, lease)
+        if copied is not None:
+            with self._monitor:
+                self._arrive(pool, slot, copied)
+            copied.synchronize()
+            promotion.seconds = time.perf_counter() - promotion.began
+
+    def _choose(self, pool: _Pool, block: int) -> int | None:
+        """The slot for a demand: one of what is wished for only if there is no other."""
+        slot = None
+        if self._promoter is not None:
+            slot = pool.policy.choose(block, keep=self._promoter.__contains__)
+        return pool.policy.choose(block, borrow=True) if slot is None else slot
+
+    def _begin(self, pool: _Pool, slot: int, key: ExpertKey, *, wished: bool = False) -> None:
+        if pool.slots.is_ready(slot):
+            if self._promoter is not None:
+                self._promoter.evict(pool.slots.key(slot))
+            pool.policy.forget(slot)
+            pool.slots.evict(slot)
+            self._counters.evictions += 1
+        pool.slots.begin(slot, key)
+        pool.policy.admit(key.block, slot, wished=wished)
+        self._copying += 1
+
+    def _transfer(self, pool: _Pool, slot: int, lease: Lease[memoryview]) -> Event | None:
+        """Queues the copy into a slot that was begun, and returns its end; None if the lease did not hold so long."""
         try:
             copied = self._copy(lease, pool.records[slot], pool.used[slot].values())
             if lease.proof is not None:
@@ -249,19 +323,20 @@ class DeviceTier:
                 self._counters.failures += 1
                 self._give_up(pool, slot)
             raise
+        if holds:
+            return copied
         with self._monitor:
-            if not holds:
-                self._counters.discarded += 1
-                self._give_up(pool, slot)
-                return None
-            self._counters.bytes_in += pool.slot_bytes
-            pool.copied[slot] = copied
-            pool.used[slot].clear()
-            self._end_copying()
-            pool.slots.fill(slot)
-            self._admit(visit, slot, began)
-            self._monitor.wake()
-        return copied
+            self._counters.discarded += 1
+            self._give_up(pool, slot)
+        return None
+
+    def _arrive(self, pool: _Pool, slot: int, copied: Event) -> None:
+        self._counters.bytes_in += pool.slot_bytes
+        pool.copied[slot] = copied
+        pool.used[slot].clear()
+        self._end_copying()
+        pool.slots.fill(slot)
+        self._monitor.wake()
 
     def _end_copying(self) -> None:
         self._copying -= 1
@@ -281,6 +356,8 @@ class DeviceTier:
     def _give_up(self, pool: _Pool, slot: int) -> None:
         """What was to be promoted into a slot is not there."""
         self._end_copying()
+        if self._promoter is not None:
+            self._promoter.fail(pool.slots.key(slot))
         pool.policy.forget(slot)
         pool.slots.fail(slot)
         self._monitor.wake()
@@ -324,6 +401,9 @@ class DeviceTier:
     def _leave(self, visit: _Visit) -> None:
         """Gives back all that a caller holds."""
         self._end_lease(visit)
+        if visit.misses and self._promoter is not None:
+            visit.misses = False
+            self._promoter.go_on()
         while visit.ready:
             visit.pool.slots.unpin(visit.ready.popleft())
         self._monitor.wake()

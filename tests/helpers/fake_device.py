@@ -29,6 +29,8 @@ class FakeEvent:
         self.done = False
 
     def synchronize(self) -> None:
+        if self.stream is self.device.copies:
+            assert self.device.copy_may_end.wait(PATIENCE)
         if self.device.forgets is not Order.RELEASE_AFTER_COPY:
             self.device.run_until(self)
 
@@ -82,6 +84,8 @@ class FakeDevice:
         self.copy_error: Exception | None = None  # of the next copy
         self.copy_may_begin = threading.Event()  # a copy from pageable memory holds up its caller
         self.copy_may_begin.set()
+        self.copy_may_end = threading.Event()  # for who waits for it
+        self.copy_may_end.set()
         self.pending: Counter[int] = Counter()  # copies that have not run, by the address of their source
         self._chance = chance
         self._left = capacity

@@ -33,14 +33,14 @@ class UnsteadySource:
                 if self.random.random() < self.share:
                     self.broken += 1
                     yield Lease(lease.key, _garbage(lease.record), -1 - lease.slot, partial(_answer, asked, False))
-                    again.append(lease.key)
+                    again += [lease.key] * len(asked)  # who does not use it does not ask
                 else:
                     yield Lease(lease.key, lease.record, lease.slot, partial(_answer, asked, True))
                 self.unasked += asked == []
             wanted = again
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        return self._source.absent(keys)
+        return self.source.absent(keys)
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         self.source.prefetch(block, wishes)

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fake_device import FakeDevice, Order
+from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys, record_bytes
+from fake_device import Order
 from geometries import two_geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import GatedReader, RamReader
-from stores import make_plan, make_records, make_store
+from stores import make_records, make_store
 from threads import Task, run_all, wait_until
 from unsteady import UnsteadySource
 
@@ -22,43 +21,9 @@ from moetier.tiers.device import DeviceTier
 from moetier.tiers.errors import BudgetError, ClosedError, StoreReadError
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.source import Lease
 from moetier.tiers.store import ExpertStore
 from moetier.tiers.stream import CudaDevice
 from moetier.tiers.views import HostViews
-
-PLAN = make_plan(blocks=3, experts=4, top_k=2)
-RECORDS = make_records(PLAN)
-SMALLEST = slots_for(PLAN, smallest_budget(PLAN))
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]
-
-
-class Consumer:
-    """Queues a computation on each lease, which notes the bytes that it saw when it was done."""
-
-    def __init__(self, tier: DeviceTier, device: FakeDevice) -> None:
-        self.tier = tier
-        self.device = device
-        self.seen: list[tuple[ExpertKey, bytes]] = []
-
-    def run(self, block: int, experts: list[int]) -> None:
-        for lease in self.tier.acquire(keys(block, *experts)):
-            self.device.compute(partial(self.look, lease))
-            self.tier.check_integrity()
-
-    def look(self, lease: Lease[torch.Tensor]) -> None:
-        self.seen.append((lease.key, record_bytes(lease.record)))
-
-    def wrong(self) -> int:
-        self.device.finish()
-        return sum(data != RECORDS[key] for key, data in self.seen)
-
-
-def record_bytes(record: torch.Tensor) -> bytes:
-    return record.cpu().numpy().tobytes()
 
 
 @pytest.fixture
@@ -70,10 +35,6 @@ def reader() -> RamReader:
 def host(reader: RamReader) -> Iterator[HostTier]:
     with HostTier(reader, slots=SMALLEST) as tier:
         yield tier
-
-
-def device_of(seed: int = 0, **options: object) -> FakeDevice:
-    return FakeDevice(random.Random(seed), **options)  # type: ignore[arg-type]
 
 
 # -- the three orders --------------------------------------------------------------------------------------------------

@@ -34,7 +34,10 @@ PLAN = make_plan(blocks=3, experts=6, top_k=2)
 RECORDS = make_records(PLAN)
 TWO = slots_for(PLAN, smallest_budget(PLAN))
 ALL = {"records": PLAN.record_count}
-KINDS = ["host", "views", "device", "remote", "daemon", "views of a daemon", "device on a daemon"]
+KINDS = [
+    *("host", "views", "device", "device that promotes", "remote"),
+    *("daemon", "views of a daemon", "device on a daemon", "device that promotes on a daemon"),
+]
 
 
 @dataclass
@@ -90,7 +93,8 @@ def open_source(kind: str, folder: Path, slots: dict[str, int]) -> Iterator[Open
                 views.close()
             case "device":
                 device = FakeDevice(random.Random(0))
-                tier = DeviceTier(below, store.manifest, slots=slots, device=device)
+                look_ahead = 1 if "promotes" in kind else 0
+                tier = DeviceTier(below, store.manifest, slots=slots, device=device, look_ahead=look_ahead)
 
                 def data(lease: Lease[torch.Tensor]) -> bytes:
                     seen: list[bytes] = []
@@ -280,11 +284,17 @@ def test_a_wish_is_fulfilled_or_not_and_harms_nothing(smallest: Opened) -> None:
     smallest.check()
 
 
-def test_a_wish_saves_the_wait(roomy: Opened) -> None:
+def test_a_wish_saves_the_wait(roomy: Opened, kind: str) -> None:
     roomy.source.prefetch(1, keys(1, 0, 3))
     wait_until(lambda: roomy.host.stats().ready == 2)
+    if "promotes" in kind:
+        wait_until(lambda: roomy.source.stats().prefetched == 2)
     assert sorted(roomy.take(1, 0, 3)) == keys(1, 0, 3)
-    wait_until(lambda: roomy.host.stats().hits == 2)  # a daemon learns of it later
+    if "promotes" in kind:
+        stats = roomy.source.stats()
+        assert stats.useful + stats.late == 2
+    else:
+        wait_until(lambda: roomy.host.stats().hits == 2)  # a daemon learns of it later
     assert roomy.host.stats().prefetched == 2
 
 

@@ -1,0 +1,556 @@
+"""Wishes that are promoted to the device in the background: on a device that does everything as late as is legal."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys
+from fake_device import FakeDevice, Order
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readers import PATIENCE, GatedReader, RamReader
+from threads import Task, run_all, wait_until
+from unsteady import UnsteadySource
+
+from moetier.tiers.device import DeviceTier
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
+
+ALL = {"records": 12}
+SIZE = PLAN.layouts["records"].slot_bytes
+A_WHILE = 0.05  # seconds in which a promotion would have come
+
+
+@pytest.fixture
+def device() -> FakeDevice:
+    return device_of()
+
+
+@pytest.fixture
+def reader() -> Iterator[GatedReader]:
+    """Open, until a test shuts it."""
+    gate = GatedReader(PLAN, RECORDS)
+    gate.open()
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def host(reader: GatedReader) -> Iterator[HostTier]:
+    """It has room for all, and has block 0."""
+    with HostTier(reader, slots=ALL) as tier:
+        list(tier.acquire(keys(0, 0, 1, 2, 3)))
+        yield tier
+
+
+@pytest.fixture
+def tier(host: HostTier, device: FakeDevice) -> Iterator[DeviceTier]:
+    """Two slots for each block, and two spare ones."""
+    with contextlib.closing(DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)) as tier:
+        yield tier
+        tier.check_integrity()
+
+
+def promoted(tier: DeviceTier, count: int) -> None:
+    """Waits until so many wishes have come true since it was opened."""
+    wait_until(lambda: tier.stats().prefetched == count and all(p.seconds for p in tier._promoter._unused.values()))
+
+
+def idle(tier: DeviceTier) -> None:
+    """Long enough for what would be wrong."""
+    time.sleep(A_WHILE)
+    tier.check_integrity()
+
+
+# -- the orders --------------------------------------------------------------------------------------------------------
+
+EXPERTS = st.lists(st.integers(0, 3), max_size=4, unique=True)
+STEP = st.tuples(st.integers(0, 2), EXPERTS, st.integers(0, 2), EXPERTS, st.booleans())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(STEP, min_size=1, max_size=8),
+    st.integers(0, 1 << 32),
+    st.integers(2, 12),
+    st.integers(2, 12),
+    st.integers(1, 2),
+    st.booleans(),
+)
+def test_every_computation_sees_its_record(
+    program: list[tuple[int, list[int], int, list[int], bool]],
+    seed: int,
+    slots: int,
+    host_slots: int,
+    look_ahead: int,
+    steady: bool,
+) -> None:
+    """Whatever is wished for, and whenever it comes; of a source whose records may be replaced, too."""
+    device = device_of(seed)
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": host_slots}) as host:
+        source = UnsteadySource(host, seed, share=0.0 if steady else 0.3)
+        tier = DeviceTier(source, PLAN, slots={"records": slots}, device=device, look_ahead=look_ahead)
+        consumer = Consumer(tier, device)
+        for block, experts, wished, wishes, waits in program:
+            tier.prefetch(wished, keys(wished, *wishes))
+            if waits:
+                time.sleep(0.002)
+            tier.check_integrity()
+            consumer.run(block, experts)
+        assert consumer.wrong() == 0
+        assert len(consumer.seen) == sum(len(experts) for _, experts, *_ in program)
+        tier.close()
+        tier.check_integrity()
+        stats, unused = tier.stats(), len(tier._promoter._unused)
+        discarded = 0 if steady else stats.prefetched  # at most
+        assert 0 <= stats.prefetched - (stats.useful + stats.late + stats.wasted + unused) <= discarded
+        host.check_integrity()
+
+
+@pytest.mark.parametrize("forgets", [None, Order.COMPUTE_AFTER_COPY])
+def test_a_hit_waits_for_the_copy_that_a_wish_began(host: HostTier, forgets: Order | None) -> None:
+    wrong = 0
+    for seed in range(8):
+        device = device_of(seed, forgets=forgets)
+        tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+        consumer = Consumer(tier, device)
+        device.copy_may_end.clear()
+        tier.prefetch(0, keys(0, 0))
+        wait_until(lambda tier=tier: tier.stats().ready == 1)  # the copy is queued
+        consumer.run(0, [0])
+        stats = tier.stats()
+        assert (stats.hits, stats.prefetched, stats.late, stats.useful) == (1, 1, 1, 0)
+        assert stats.saved_seconds > 0
+        wrong += consumer.wrong()
+        device.copy_may_end.set()
+        tier.close()
+    assert (wrong > 0) == (forgets is not None)
+
+
+@pytest.mark.parametrize("forgets", [None, Order.REFILL_AFTER_COMPUTE])
+def test_a_wish_refills_a_slot_after_every_use_of_it(host: HostTier, forgets: Order | None) -> None:
+    wrong = 0
+    for seed in range(8):
+        device = device_of(seed, forgets=forgets)
+        tier = DeviceTier(host, PLAN, slots={"records": 7}, device=device, look_ahead=1)
+        consumer = Consumer(tier, device)
+        tier.prefetch(0, keys(0, 0))
+        promoted(tier, 1)
+        consumer.run(0, [0])  # queued; then it is its group's, as two others are: the spare slot is its again
+        tier.prefetch(0, keys(0, 1))
+        promoted(tier, 2)
+        consumer.run(0, [1])
+        tier.prefetch(0, keys(0, 2))
+        promoted(tier, 3)
+        consumer.run(0, [2])
+        tier.prefetch(0, keys(0, 3))
+        promoted(tier, 4)
+        wrong += consumer.wrong()
+        assert len(consumer.seen) == 3
+        tier.close()
+    assert (wrong > 0) == (forgets is not None)
+
+
+@pytest.mark.parametrize("forgets", [None, Order.RELEASE_AFTER_COPY])
+def test_the_hosts_lease_ends_after_the_copy(forgets: Order | None) -> None:
+    wrong = 0
+    for seed in range(8):
+        device = device_of(seed, forgets=forgets)
+        with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as host:
+            tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+            consumer = Consumer(tier, device)
+            tier.prefetch(0, keys(0, 0))
+            promoted(tier, 1)
+            wait_until(lambda host=host: not host._ledger._demands)
+            list(host.acquire(keys(1, 0, 1, 2, 3)))  # all slots have other records now
+            consumer.run(0, [0])
+            assert tier.stats().useful == 1
+            wrong += consumer.wrong()
+            tier.close()
+    assert (wrong > 0) == (forgets is not None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_callers_who_demand_and_wish_on_streams_of_their_own(seed: int) -> None:
+    device = device_of(seed)
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 3}) as host:
+        source = UnsteadySource(host, seed, share=0.2)
+        tier = DeviceTier(source, PLAN, slots={"records": 7}, device=device, look_ahead=2)
+
+        def pause() -> None:
+            """While nobody demands, a wish comes true."""
+            for block in range(3):
+                tier.prefetch(block, [])
+            before = tier.stats().prefetched
+            tier.prefetch(0, tier.absent(keys(0, 0, 1, 2, 3))[:1])
+            wait_until(lambda: tier.stats().prefetched > before)
+
+        together = threading.Barrier(5, pause)
+
+        def caller(number: int) -> int:
+            chance, consumer = random.Random(number), Consumer(tier, device)
+            with device.stream():
+                for step in range(12):
+                    if step % 4 == 3:
+                        together.wait(PATIENCE)
+                    block = (number + step) % 3
+                    ahead = (block + 1) % 3
+                    tier.prefetch(ahead, keys(ahead, *chance.sample(range(4), 2)))
+                    time.sleep(chance.choice([0.0, 0.001]))
+                    consumer.run(block, chance.sample(range(4), chance.choice([1, 2, 2, 4])))
+            return consumer.wrong()
+
+        assert run_all([lambda n=n: caller(n) for n in range(5)]) == [0] * 5
+        assert tier.stats().prefetched >= 3
+        tier.close()
+        tier.check_integrity()
+        host.check_integrity()
+
+
+# -- wishes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wish_that_the_host_can_meet_is_there_before_its_demand(tier: DeviceTier, device: FakeDevice) -> None:
+    assert tier.absent(keys(0, 0, 1, 2)) == keys(0, 0, 1, 2), "it has none of them, whatever the host has"
+    tier.prefetch(0, keys(0, 2, 1))
+    promoted(tier, 2)
+    assert tier.absent(keys(0, 0, 1, 2)) == keys(0, 0)
+    consumer = Consumer(tier, device)
+    consumer.run(0, [1, 2])
+    assert consumer.wrong() == 0
+    stats = tier.stats()
+    assert (stats.hits, stats.misses, stats.prefetched, stats.useful, stats.late) == (2, 0, 2, 2, 0)
+    assert stats.bytes_in == 2 * SIZE
+    assert stats.saved_seconds > 0
+
+
+def test_a_wish_goes_through_every_tier(tier: DeviceTier, host: HostTier, reader: GatedReader) -> None:
+    """The host's own wish reads it; all of the block's, though the device takes some of them meanwhile."""
+    list(host.acquire(keys(1, 0)))
+    reader.shut()
+    tier.prefetch(1, keys(1, 0, 1))
+    wait_until(lambda: tier.stats().prefetched == 1)
+    assert tier.absent(keys(1, 0, 1)) == keys(1, 1)
+    reader.open()
+    promoted(tier, 2)
+    assert host.stats().prefetched == 1
+    assert tier.stats().ready == 2
+
+
+def test_what_the_host_has_not_begun_is_wished_for_there_still(device: FakeDevice, reader: GatedReader) -> None:
+    """An acquire from the host takes the wishes for its block away."""
+    with HostTier(reader, slots=ALL, loaders=1) as host:
+        list(host.acquire(keys(0, 0)))
+        reader.shut()
+        with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, look_ahead=2)) as tier:
+            host.prefetch(1, keys(1, 0))
+            reader.wait_begun(ExpertKey(1, 0))  # by the only loader
+            tier.prefetch(0, keys(0, 0, 1))
+            promoted(tier, 1)
+            reader.open()
+            promoted(tier, 2)
+
+
+def test_a_demand_that_comes_while_the_host_is_told_of_wishes_drops_them_there_too(
+    tier: DeviceTier, host: HostTier, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[ExpertKey]] = []
+    consumer, prefetch = Consumer(tier, device), host.prefetch
+
+    def and_meanwhile(block: int, wishes: list[ExpertKey]) -> None:
+        if threading.current_thread().name == "moetier-promoter" and not told:
+            consumer.run(block, [2])
+        told.append(list(wishes))
+        prefetch(block, wishes)
+
+    tier.prefetch(1, keys(1, 0))
+    promoted(tier, 1)
+    monkeypatch.setattr(host, "prefetch", and_meanwhile)
+    with tier._monitor:  # as if the caller's own word to the host came before
+        tier._promoter.wish(0, keys(0, 0, 1), keys(0, 0, 1))
+    wait_until(lambda: len(told) == 2)
+    assert told == [keys(0, 1), []]
+    assert not host._ledger._wishes
+    assert tier.stats().cancelled == 2
+    assert consumer.wrong() == 0
+
+
+def test_nothing_is_promoted_without_a_look_ahead(host: HostTier, device: FakeDevice) -> None:
+    with contextlib.closing(DeviceTier(host, PLAN, slots={"records": 8}, device=device)) as tier:
+        tier.prefetch(0, keys(0, 0))
+        idle(tier)
+        assert tier.absent(keys(0, 0)) == [], "the host has it"
+        stats = tier.stats()
+        assert (stats.ready, stats.prefetched) == (0, 0)
+
+
+def test_a_demand_of_the_block_drops_its_wishes(tier: DeviceTier, device: FakeDevice, reader: GatedReader) -> None:
+    reader.shut()
+    tier.prefetch(1, keys(1, 0, 1))
+    reader.wait_begun(ExpertKey(1, 0))
+    reader.release(ExpertKey(1, 2))
+    Consumer(tier, device).run(1, [2])
+    reader.open()
+    idle(tier)
+    stats = tier.stats()
+    assert (stats.prefetched, stats.cancelled, stats.ready) == (0, 2, 1)
+
+
+def test_the_latest_wishes_count(tier: DeviceTier, reader: GatedReader) -> None:
+    reader.shut()
+    tier.prefetch(1, keys(1, 0, 1))
+    tier.prefetch(1, keys(1, 1, 2))
+    reader.open()
+    promoted(tier, 2)
+    idle(tier)
+    assert tier.absent(keys(1, 0, 1, 2, 3)) == keys(1, 0, 3)
+    assert (tier.stats().prefetched, tier.stats().cancelled) == (2, 1)
+
+
+def test_wishes_that_never_come_true_are_not_looked_for_all_the_time(
+    host: HostTier, device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    absent = host.absent
+    monkeypatch.setattr(host, "absent", lambda wishes: looks.append(time.monotonic()) or absent(wishes))
+    monkeypatch.setattr(host, "prefetch", lambda block, wishes: None)  # it refuses
+    with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, look_ahead=1)) as tier:
+        tier.prefetch(1, keys(1, 0))
+        time.sleep(0.4)
+        assert 3 <= len(looks) <= 12, "2, 4, 8, ... ms, and then 100"
+
+
+# -- a demand goes first -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_promoted_while_a_demand_misses(
+    tier: DeviceTier, host: HostTier, device: FakeDevice, reader: GatedReader
+) -> None:
+    reader.shut()
+    consumer = Consumer(tier, device)
+    demand = Task(lambda: consumer.run(1, [0]))
+    reader.wait_begun(ExpertKey(1, 0))
+    tier.prefetch(0, keys(0, 0, 1))  # the host has them
+    idle(tier)
+    assert (tier.stats().prefetched, host.stats().hits) == (0, 0), "nor is the host asked for it"
+    reader.open()
+    demand.result()
+    promoted(tier, 2)
+    assert consumer.wrong() == 0
+
+
+def test_what_a_demand_has_brought_meanwhile_is_not_promoted(
+    tier: DeviceTier, device: FakeDevice, reader: GatedReader
+) -> None:
+    reader.shut()
+    consumer = Consumer(tier, device)
+    demand = Task(lambda: consumer.run(1, [0]))
+    reader.wait_begun(ExpertKey(1, 0))
+    tier.prefetch(1, keys(1, 0))  # for its next turn
+    reader.open()
+    demand.result()
+    wait_until(lambda: not tier._promoter._waiting)
+    stats = tier.stats()
+    assert (stats.prefetched, stats.cancelled, stats.bytes_in) == (0, 0, SIZE)
+    assert consumer.wrong() == 0
+
+
+def test_a_demand_that_comes_while_the_host_is_asked_goes_first(
+    tier: DeviceTier, host: HostTier, device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the lease is not kept meanwhile: the demand may need its slot."""
+    reader.shut()
+    consumer = Consumer(tier, device)
+    demands: list[Task[None]] = []
+    acquire = host.acquire
+
+    def and_meanwhile(wanted: list[ExpertKey]):  # type: ignore[no-untyped-def]
+        if wanted == keys(0, 3) and not demands:
+            demands.append(Task(lambda: consumer.run(1, [0])))
+            reader.wait_begun(ExpertKey(1, 0))
+        return acquire(wanted)
+
+    monkeypatch.setattr(host, "acquire", and_meanwhile)
+    tier.prefetch(0, keys(0, 3))
+    wait_until(lambda: bool(demands))
+    idle(tier)
+    assert (tier.stats().prefetched, len(host._ledger._demands)) == (0, 1)
+    reader.open()
+    demands[0].result()
+    promoted(tier, 1)
+    assert consumer.wrong() == 0
+
+
+def test_one_copy_is_under_way_at_most(tier: DeviceTier, device: FakeDevice) -> None:
+    device.copy_may_end.clear()
+    tier.prefetch(0, keys(0, 0, 1))
+    wait_until(lambda: tier.stats().prefetched == 1)
+    idle(tier)
+    assert tier.stats().prefetched == 1
+    assert sum(device.pending.values()) == 1
+    device.copy_may_end.set()
+    promoted(tier, 2)
+
+
+def test_a_demand_joins_what_is_being_promoted(tier: DeviceTier, host: HostTier, device: FakeDevice) -> None:
+    list(host.acquire(keys(1, 0, 1)))
+    device.copy_may_begin.clear()
+    tier.prefetch(0, keys(0, 1))
+    wait_until(lambda: tier._copying == 1)
+    consumer = Consumer(tier, device)
+    demand = Task(lambda: consumer.run(0, [1]))
+    wait_until(lambda: bool(tier._monitor._sleepers))
+    device.copy_may_begin.set()
+    demand.result()
+    assert consumer.wrong() == 0
+    stats = tier.stats()
+    assert (stats.misses, stats.joined, stats.late, stats.useful) == (1, 1, 1, 0)
+    assert (stats.bytes_in, stats.ready) == (SIZE, 1)
+    tier.prefetch(1, keys(1, 0, 1))
+    promoted(tier, 3)
+    assert tier.absent(keys(0, 1)) == [], "it is its group's, and leaves both spare slots to others"
+
+
+# -- slots -------------------------------------------------------------------------------------------------------------
+
+
+def test_wishes_take_spare_slots_alone(tier: DeviceTier, device: FakeDevice) -> None:
+    consumer = Consumer(tier, device)
+    for block in range(3):
+        consumer.run(block, [0, 1])
+    tier.prefetch(0, keys(0, 2, 3))
+    promoted(tier, 2)
+    assert tier.stats().evictions == 0
+    list(tier._source.acquire(keys(1, 2, 3)))
+    tier.prefetch(1, keys(1, 2, 3))
+    idle(tier)
+    assert tier.stats().prefetched == 2, "the others' wishes stand, and are kept"
+    consumer.run(0, [0, 1])  # they stand no longer, and were wrong
+    tier.prefetch(1, keys(1, 2, 3))
+    promoted(tier, 4)
+    for block in range(3):
+        consumer.run(block, [0, 1])
+    stats = tier.stats()
+    assert (stats.hits, stats.misses, stats.wasted, stats.useful) == (8, 6, 2, 0)
+    assert consumer.wrong() == 0
+
+
+def test_a_demand_evicts_what_is_wished_for_last(tier: DeviceTier, device: FakeDevice) -> None:
+    consumer = Consumer(tier, device)
+    for block in range(3):
+        consumer.run(block, [0, 1])
+    tier.prefetch(0, keys(0, 2, 3))
+    promoted(tier, 2)
+    consumer.run(1, [2, 3])
+    assert tier.absent(keys(0, 2, 3)) == []
+    consumer.run(0, [2, 3])
+    assert tier.stats().useful == 2
+    assert consumer.wrong() == 0
+
+
+def test_what_is_held_is_not_evicted_by_a_wish(host: HostTier, device: FakeDevice) -> None:
+    """At the smallest budget, where no slots are spare."""
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, look_ahead=1)
+    consumer = Consumer(tier, device)
+    consumer.run(0, [0, 1])
+    holder = tier.acquire(keys(0, 0, 1))
+    lease = next(holder)
+    tier.prefetch(0, keys(0, 2, 3))
+    idle(tier)
+    stats = tier.stats()
+    assert (stats.prefetched, stats.evictions) == (0, 0)
+    consumer.look(lease)
+    holder.close()
+    assert consumer.wrong() == 0
+    tier.close()
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(tier: DeviceTier, host: HostTier, device: FakeDevice) -> None:
+    device.copy_error = RuntimeError("lost")
+    tier.prefetch(0, keys(0, 0))
+    wait_until(lambda: tier.stats().failures == 1)
+    tier.prefetch(0, keys(0, 1))
+    promoted(tier, 2)
+    assert tier.stats().ready == 1
+    wait_until(lambda: not host._ledger._demands)
+    consumer = Consumer(tier, device)
+    consumer.run(0, [0, 1])
+    assert consumer.wrong() == 0
+
+
+def test_a_record_that_can_not_be_read_is_wished_for_in_vain(
+    tier: DeviceTier, device: FakeDevice, reader: GatedReader
+) -> None:
+    reader.broken.add(ExpertKey(1, 0))
+    tier.prefetch(1, keys(1, 0, 1))
+    wait_until(lambda: tier.absent(keys(1, 1)) == [])
+    reader.broken.clear()
+    tier.prefetch(1, keys(1, 0))
+    promoted(tier, 2)
+
+
+def test_a_record_that_was_replaced_is_not_kept(host: HostTier, device: FakeDevice) -> None:
+    source = UnsteadySource(host, share=1.0)
+    tier = DeviceTier(source, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+    tier.prefetch(0, keys(0, 0))
+    wait_until(lambda: tier.stats().discarded == 1)
+    source.share = 0.0
+    consumer = Consumer(tier, device)
+    consumer.run(0, [0])
+    assert consumer.wrong() == 0
+    stats = tier.stats()
+    assert (stats.hits, stats.misses, stats.useful, stats.late) == (0, 1, 0, 0)
+    tier.close()
+
+
+def test_close_ends_the_thread_and_waits_for_its_copy(host: HostTier, device: FakeDevice) -> None:
+    tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+    device.copy_may_begin.clear()
+    tier.prefetch(0, keys(0, 0, 1, 2))
+    wait_until(lambda: tier._copying == 1)
+    closer = Task(tier.close)
+    wait_until(lambda: bool(tier._monitor._sleepers))
+    assert device.locked
+    device.copy_may_begin.set()
+    closer.result()
+    assert not device.locked
+    assert not tier._promoter._thread.is_alive()
+    assert tier.stats().prefetched == 1
+    tier.close()
+
+
+def test_close_does_not_wait_for_a_source_that_gives_nothing(
+    device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever closes may be the one for whose leases the source waits."""
+    with HostTier(reader, slots=SMALLEST) as host:
+        held = host.acquire(keys(0, 0)), host.acquire(keys(0, 1))
+        for leases in held:
+            next(leases)
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, look_ahead=1)
+        monkeypatch.setattr(host, "absent", lambda wishes: [])  # it has been evicted since
+        tier.prefetch(1, keys(1, 0))
+        wait_until(lambda: len(host._ledger._demands) == 3)
+        Task(tier.close).result(10)
+        for leases in held:
+            leases.close()
+    tier._promoter._thread.join()
+
+
+def test_a_source_that_was_closed_ends_it(host: HostTier, tier: DeviceTier, device: FakeDevice) -> None:
+    device.copy_may_end.clear()
+    tier.prefetch(0, keys(0, 0, 1))
+    wait_until(lambda: tier.stats().prefetched == 1)
+    host.close()
+    device.copy_may_end.set()
+    wait_until(lambda: not tier._promoter._waiting)
+    tier.close()
+    assert not tier._promoter._thread.is_alive()
