@@ -47,7 +47,7 @@ format: .venv/.ready  ## put the code into its form
 	$(RUN) -m ruff format .
 
 test: .venv/.ready  ## the tests, but for the slow ones
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.ready  ## the slow tests: minutes and gigabytes
 	$(RUN) -m pytest -m slow
