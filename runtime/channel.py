@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +63,18 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
         else:
             channel = grpc.secure_channel(target, _tls(credentials), options=OPTIONS)
     return channel if bearer is None else grpc.intercept_channel(channel, _Bearer(bearer))
+
+
+def speaks_tls(target: str, patience: float) -> bool:
+    """Whether somebody at HOST:PORT answers a TLS handshake within ``patience`` seconds, whoever it is."""
+    host, _, port = target.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), patience) as end:
+        context.wrap_socket(end).close()
+        return True
+    return False
 
 
 def read_token(path: Path) -> str:

@@ -17,6 +17,7 @@ from moetier.tiers.store import ExpertStore
 
 from .address import Address
 from .config import TierConfig
+from .share import Share
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Origin:
     where: str  # for people
     close: Callable[[], None]
     learner: Learner | None = None  # of a tier of this process that learns
+    shares: Callable[[], list[Share]] = list  # of daemons of other hosts, and of the store beside them
 
 
 def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
@@ -72,7 +74,8 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
         reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
         host, learner = _host(reader, slots, config, closing)
         closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
-        return Origin(host, f"the daemons {', '.join(map(str, config.daemons))}", closing.pop_all().close, learner)
+        where = f"the daemons {', '.join(map(str, config.daemons))}"
+        return Origin(host, where, closing.pop_all().close, learner, reader.shares)
 
 
 def _host(

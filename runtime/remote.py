@@ -29,7 +29,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.monitor import Home
 
 from .address import Address, Credentials
-from .channel import open_channel
+from .channel import open_channel, speaks_tls
 from .fetch import SERVICE
 from .piece import PIECE_BYTES, decode_piece
 from .side import SideConnection
@@ -43,7 +43,10 @@ _ANSWER = 5.0  # seconds that a daemon has to say what it serves
 _AGAIN = (UnavailableError, ChecksumError, ProtocolError)
 _NAMES = 200  # characters of what a stranger says that it serves
 _TOO_LARGE = "larger than max"  # a message; otherwise the daemon takes no more calls
-_NO_TLS = ("handshake failed", "certificate_verify_failed", "hostname verification")
+_NO_TRUST = ("handshake failed", "certificate_verify_failed", "hostname verification")
+_PLAIN = "wrong_version_number"  # the answer to TLS of who speaks none
+_CUT_OFF = ("failed to connect", "socket closed")  # both: before it was a connection
+_HANDSHAKE = 2.0  # seconds
 
 
 class RemoteReader:
@@ -146,7 +149,7 @@ class RemoteReader:
             self._check_open()
             lines = self._lines
         assert lines is not None
-        transfer = _Transfer(key, view, self.manifest.digest, self._patience)
+        transfer = _Transfer(key, view, self.manifest.digest, self.address, self._patience)
         parts = list(_parts(len(view), len(lines.fetches)))
         others: list[Future[None]] = []
         try:
@@ -181,6 +184,7 @@ class _Lines:
     """Channels to one daemon, used in turn; over a Unix socket with the connection that their credential hangs on."""
 
     def __init__(self, address: Address, credentials: Credentials, channels: int) -> None:
+        self._address = address
         self._side = SideConnection.open(address.folder, None) if address.folder is not None else None
         self._channels: list[grpc.Channel] = []
         self._turn = itertools.count()
@@ -207,7 +211,7 @@ class _Lines:
         try:
             reply = describe(pb.DescribeRequest(), timeout=patience)
         except grpc.RpcError as error:
-            raise _error_of(error) from None
+            raise _error_of(error, self._address) from None
         except ValueError:  # what gRPC raises when the channel was closed
             raise _closed_channel() from None
         if manifest.digest not in {model.digest for model in reply.models}:
@@ -227,11 +231,12 @@ class _Lines:
 class _Transfer:
     """One record on its way: the calls that bring its parts end together."""
 
-    def __init__(self, key: ExpertKey, view: memoryview, digest: str, patience: float) -> None:
+    def __init__(self, key: ExpertKey, view: memoryview, digest: str, address: Address, patience: float) -> None:
         self.error: MoetierError | None = None
         self._key = key
         self._view = view
         self._digest = digest
+        self._address = address
         self._patience = patience
         self._state = threading.Lock()
         self._calls: list[Any] = []
@@ -243,7 +248,7 @@ class _Transfer:
         except MoetierError as error:
             self.end(error)
         except grpc.RpcError as error:
-            self.end(_error_of(error))
+            self.end(_error_of(error, self._address))
         except ValueError:  # what gRPC raises when the channel was closed
             self.end(_closed_channel())
 
@@ -290,24 +295,35 @@ def _parts(size: int, channels: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-def _error_of(error: grpc.RpcError) -> MoetierError:
+def _error_of(error: grpc.RpcError, address: Address) -> MoetierError:
     """What a failed call tells, where gRPC itself may have been the one to end it."""
     call: Any = error
     code, details = call.code(), " ".join((call.details() or "").split())
     if not any(name == METADATA for name, _ in call.trailing_metadata() or ()):
-        if code is grpc.StatusCode.UNAVAILABLE and any(sign in details.lower() for sign in _NO_TLS):
+        said = details.lower()
+        if code is grpc.StatusCode.UNAVAILABLE and _PLAIN in said:
+            return RefusedError(
+                "The daemon does not speak TLS, and this client would speak nothing else.",
+                "Give --insecure if that daemon has no TLS.",
+            )
+        if code is grpc.StatusCode.UNAVAILABLE and any(sign in said for sign in _NO_TRUST):
             return RefusedError(
                 f"The daemon and this client do not trust each other: {details}",
                 "Give the authority that signed its certificate (--tls-ca), and the host's name as it is in there.",
             )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details.lower():
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in said:
             return ProtocolError(
                 f"A daemon sent what is no piece of a record: {details}", "Use moetier in one version."
             )
-        if code is grpc.StatusCode.UNAVAILABLE and "socket closed" in details.lower():
-            return UnavailableError(
-                f"The connection to the daemon was closed: {details}",
-                "See whether it runs, and whether it wants TLS (and --insecure was given) or a client's certificate.",
+        if (
+            code is grpc.StatusCode.UNAVAILABLE
+            and all(sign in said for sign in _CUT_OFF)
+            and address.target
+            and speaks_tls(address.target, _HANDSHAKE)
+        ):
+            return RefusedError(
+                "The daemon wants TLS, and a certificate of the client's if it was started with --tls-client-ca.",
+                "Give its authority (--tls-ca), and not --insecure; with --tls-cert and --tls-key, if it wants them.",
             )
     return error_of(error)
 

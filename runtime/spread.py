@@ -22,6 +22,7 @@ from moetier.tiers.errors import (
     ConfigError,
     ExhaustedError,
     MoetierError,
+    RefusedError,
     StoreError,
     UnavailableError,
 )
@@ -33,6 +34,7 @@ from moetier.tiers.store import ExpertStore
 
 from .address import Address, Credentials
 from .remote import RemoteReader
+from .share import Share
 
 SHORTEST, LONGEST = 0.5, 30.0  # seconds between two looks at a daemon that is away
 PATIENCE = 30.0  # seconds that a read waits while every daemon is away, and there is nothing else to read from
@@ -66,6 +68,7 @@ class Peer:
         self.name = name
         self.reader = reader
         self.records = 0  # that it gave
+        self.bytes = 0  # of them
         self.failures = 0  # times that it went away
         self.away: MoetierError | None = None  # why
         self.backoff = 0.0  # seconds from the last look to the next; 0 once it has given a record
@@ -85,8 +88,8 @@ class SpreadReader:
     ) -> SpreadReader:
         """``folder`` is the model directory; its shards are the last resort, where it has any.
 
-        Raises ConfigError for credentials that can't be used. Where not one daemon can be used and there is no shard:
-        the error of the first.
+        Raises ConfigError for credentials that can't be used, and RefusedError where a daemon refuses them, or is not
+        trusted: waiting mends neither. Where not one daemon can be used and there is no shard: the error of the first.
         """
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each once.")
@@ -113,7 +116,7 @@ class SpreadReader:
     ) -> None:
         assert peers
         self.manifest = manifest
-        self.local_records = 0  # that came from the store
+        self.local_records = self.local_bytes = 0  # that came from the store
         self._peers = {peer.name: peer for peer in peers}
         self._local = local
         self._patience = patience
@@ -137,6 +140,7 @@ class SpreadReader:
                 self._local.read_into(key, buffer, pause)
                 with self._state:
                     self.local_records += 1
+                    self.local_bytes += len(buffer)
                 return
             if isinstance(error, StoreError):
                 raise error
@@ -145,6 +149,17 @@ class SpreadReader:
     def peers(self) -> list[Peer]:
         """With their counters, in the order in which they were named."""
         return list(self._peers.values())
+
+    def shares(self) -> list[Share]:
+        """What came from each daemon, and at last from the store, where there is one."""
+        with self._state:
+            found = [
+                Share(peer.name, peer.records, peer.bytes, peer.away.cause if peer.away is not None else "")
+                for peer in self._peers.values()
+            ]
+            if self._local is not None:
+                found.append(Share("the local store", self.local_records, self.local_bytes))
+            return found
 
     def close(self) -> None:
         """Idempotent. Reads under way end with an error. In a forked child only the store's descriptors go."""
@@ -196,6 +211,7 @@ class SpreadReader:
             else:
                 with self._state:
                     peer.records += 1
+                    peer.bytes += len(buffer)
                     peer.backoff = 0.0
                 return None
         return error or self._peers[order[0]].away or UnavailableError("Every daemon is away.", "Start one.")
@@ -253,9 +269,12 @@ class SpreadReader:
             self._state.notify_all()
 
     def _look_at_all(self) -> None:
-        """Raises the first one's error where nothing is left to read from."""
+        """Raises what one refuses, and the first one's error where nothing is left to read from."""
         with ThreadPoolExecutor(len(self._peers), thread_name_prefix="moetier-look") as pool:
             errors = list(pool.map(_check, self._peers.values()))
+        for peer, error in zip(self._peers.values(), errors, strict=True):
+            if isinstance(error, RefusedError):
+                raise RefusedError(f"{peer.name}: {error.cause}", error.fix)
         if all(errors) and self._local is None:
             raise next(error for error in errors if error is not None)
         for peer, error in zip(self._peers.values(), errors, strict=True):

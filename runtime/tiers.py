@@ -80,6 +80,7 @@ class Tiers:
         self.host = origin.host
         self.where = origin.where  # the experts come from
         self.learns = origin.learner is not None
+        self.shares = origin.shares  # a function: what came from each daemon of another host, and from the store
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None

@@ -7,13 +7,14 @@ import json
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from moetier.runtime.config import LOOK_AHEAD, SPECULATE, format_bytes
 from moetier.tiers.errors import ConfigError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
-from .report import Timing, learning_report, speculation_report, tier_json, tier_report
+from .report import Timing, learning_report, shares_report, speculation_report, tier_json, tier_report
 from .resources import add_resource_arguments, resources_of
 
 HELP = "generate text from a model directory"
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         model.generate(**inputs, **decoding, streamer=streamer)
         first_token, total = streamer.seconds
         timing = Timing(inputs["input_ids"].shape[1], streamer.tokens, first_token, total)
-        tiers = model.tiers.stats()
+        tiers, shares = model.tiers.stats(), model.tiers.shares()
         speculation = model.tiers.speculation.stats() if model.tiers.speculation is not None else None
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "load_s": load_seconds,
                     "peak_bytes": peak_bytes,
                     "experts": model.tiers.where,
+                    "shares": [asdict(share) for share in shares],
                     **timing.to_json(),
                     "tiers": {stats.name: tier_json(stats, timing) for stats in tiers},
                     "speculation": speculation.to_json() if speculation is not None else None,
@@ -91,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"experts  of {model.tiers.where}"
         )
         print(f"\n{head}\n{tier_report(timing, tiers)}", file=sys.stderr)
+        if shares:
+            print(shares_report(shares), file=sys.stderr)
         if speculation is not None:
             print(speculation_report(speculation, tiers), file=sys.stderr)
         if model.tiers.learns:

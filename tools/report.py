@@ -9,6 +9,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.stats import TierStats
 
 if TYPE_CHECKING:
+    from moetier.runtime.share import Share
     from moetier.runtime.speculation import SpeculationStats
 
 
@@ -119,6 +120,15 @@ def speculation_report(stats: SpeculationStats, tiers: list[TierStats]) -> str:
             f"asking   {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step",
             *wishes,
         ]
+    )
+
+
+def shares_report(shares: list[Share]) -> str:
+    """From where the host tier's records came; for people."""
+    return "\n".join(
+        f"fetched  {share.records} records, {format_bytes(share.bytes)}, from {share.place}"
+        + (f", which is away: {share.away}" if share.away else "")
+        for share in shares
     )
 
 

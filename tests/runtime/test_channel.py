@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +29,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.address import Address, Credentials
 from moetier.runtime.channel import open_channel, read_identity, read_pem, read_token
 from moetier.runtime.remote import RemoteReader
+from moetier.runtime.spread import SpreadReader
 from moetier.tiers.errors import ConfigError, MoetierError, RefusedError, UnavailableError
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -143,26 +148,30 @@ def test_the_right_credentials(
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    "change",
     [
-        (lambda f: {"ca": f.other_ca}, RefusedError),
-        (lambda f: {"ca": None}, RefusedError),
-        (lambda f: {"token_file": None}, RefusedError),
-        (lambda f: {"token_file": f.wrong_token}, RefusedError),
-        (lambda f: {"ca": None, "insecure": True}, UnavailableError),
+        lambda f: {"ca": f.other_ca},
+        lambda f: {"ca": None},
+        lambda f: {"token_file": None},
+        lambda f: {"token_file": f.wrong_token},
+        lambda f: {"ca": None, "insecure": True},
     ],
     ids=["another authority", "the system's authorities", "no token", "a wrong token", "no TLS"],
 )
 def test_wrong_credentials(
     with_tls: DaemonProcess,
     files: Files,
+    store: Path,
     manifest: Manifest,
     change: Callable[[Files], dict[str, Path | bool | None]],
-    expected: type[MoetierError],
 ) -> None:
+    """No store beside it makes up for them, and no other daemon."""
     credentials = replace(Credentials(token_file=files.token, ca=files.ca), **change(files))
-    with pytest.raises(expected, match=r"TLS|trust|token"):
+    with pytest.raises(RefusedError, match=r"TLS|trust|token"):
         read(with_tls.card.listen, credentials, manifest)
+    addresses = [Address.parse("127.0.0.1:1"), Address.parse(with_tls.card.listen)]
+    with pytest.raises(RefusedError, match=with_tls.card.listen):
+        SpreadReader.open(addresses, credentials, manifest, store)
 
 
 def test_another_hosts_certificate(with_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
@@ -172,8 +181,34 @@ def test_another_hosts_certificate(with_tls: DaemonProcess, files: Files, manife
 
 
 def test_tls_to_one_who_has_none(without_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
-    with pytest.raises(RefusedError):
+    with pytest.raises(RefusedError, match="not speak TLS") as caught:
         read(without_tls.card.listen, Credentials(token_file=files.token, ca=files.ca), manifest)
+    assert "--insecure" in caught.value.fix
+
+
+@pytest.mark.parametrize("insecure", [True, False])
+def test_one_that_is_not_there_behind_somebody_who_answers_for_it_is_away(
+    files: Files, store: Path, manifest: Manifest, insecure: bool
+) -> None:
+    """As behind a forwarded port: it may come, and until then the store is read."""
+    credentials = Credentials(insecure=True) if insecure else Credentials(ca=files.ca)
+    with socket.create_server(("127.0.0.1", 0)) as forwarder:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    forwarder.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        address = Address.parse(f"127.0.0.1:{forwarder.getsockname()[1]}")
+        with SpreadReader.open([address], credentials, manifest, store) as reader:
+            slot = memoryview(mmap.mmap(-1, manifest.layout(0).slot_bytes))
+            reader.read_into(ExpertKey(0, 1), slot)
+            assert slot[:-CHECKSUM_BYTES] == RECORDS[ExpertKey(0, 1)]
+            away, local = reader.shares()
+            assert (away.records, away.bytes, bool(away.away)) == (0, 0, True)
+            assert (local.place, local.records, local.bytes) == ("the local store", 1, len(slot))
+        forwarder.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("who", ["nobody", "a stranger"])
@@ -181,7 +216,7 @@ def test_a_client_without_the_right_certificate(
     with_mutual_tls: DaemonProcess, files: Files, manifest: Manifest, who: str
 ) -> None:
     shown = {} if who == "nobody" else {"cert": files.stranger_cert, "key": files.stranger_key}
-    with pytest.raises((RefusedError, UnavailableError), match=r"TLS|certificate"):
+    with pytest.raises(RefusedError, match="certificate"):
         read(with_mutual_tls.card.listen, Credentials(token_file=files.token, ca=files.ca, **shown), manifest)
 
 

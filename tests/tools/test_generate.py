@@ -10,7 +10,9 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+from daemons import running_daemon
 
+from moetier.runtime.config import format_bytes
 from moetier.tiers.store import ExpertStore
 from moetier.tools.main import main
 from moetier.tools.report import Timing
@@ -63,6 +65,35 @@ def test_the_report_adds_up(tinymix_4bit: Path, capsys: pytest.CaptureFixture[st
     assert host["bytes_per_token"] == pytest.approx(host["bytes_in"] / tokens)
     assert 0 <= host["wait_share"] < 1
     assert 0 < answer["time_to_first_token_s"] < answer["total_s"]
+
+
+def test_where_records_came_from_is_said(
+    tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a daemon by TCP, and when that is gone from the store. A wrong token is an error, store or not."""
+    (tmp_path / "token").write_text("s3cret")
+    (tmp_path / "wrong").write_text("s3cre")
+    ram = budget(tinymix_4bit, 16)
+    extra = ["--listen", "127.0.0.1:0", "--token-file", tmp_path / "token"]
+    with running_daemon(tinymix_4bit, ram=ram, folder=tmp_path / "d", extra=extra) as daemon:
+        listen = daemon.card.listen
+        options = [str(tinymix_4bit), PROMPT, "--ram", ram, "--max-new-tokens", "2", "--daemon", listen, "--insecure"]
+        assert main(["generate", *options, "--token-file", str(tmp_path / "wrong")]) == 1
+        cause, fix = capsys.readouterr().err.splitlines()
+        assert listen in cause
+        assert "--token-file" in fix
+        options += ["--token-file", str(tmp_path / "token")]
+        answer = generate(capsys, *options)
+        read = answer["tiers"]["host"]["bytes_in"]
+        records = read // int(budget(tinymix_4bit, 1))
+        assert answer["shares"] == [
+            {"place": listen, "records": records, "bytes": read, "away": ""},
+            {"place": "the local store", "records": 0, "bytes": 0, "away": ""},
+        ]
+    assert main(["generate", *options]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetched")]
+    assert lines[0].startswith(f"fetched  0 records, 0 B, from {listen}, which is away: ")
+    assert lines[1] == f"fetched  {records} records, {format_bytes(read)}, from the local store"
 
 
 def test_the_budget_changes_no_token(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
