@@ -32,6 +32,7 @@ from .hosted import Hosted
 from .leftover import Leftover, find_leftovers
 from .logfmt import say
 from .memory import Available, available_memory, budget_for
+from .reported import ReportedReader
 from .running import FILE, DaemonCard, ServedModel
 from .service import (
     Clients,
@@ -256,7 +257,7 @@ def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> 
     """By digest, in order."""
     stores: dict[str, ExpertStore] = {}
     for directory in directories:
-        store = closing.enter_context(ExpertStore.open(directory))
+        store = closing.enter_context(ExpertStore.open(directory.absolute()))  # what a log says holds anywhere
         if (other := stores.get(store.manifest.digest)) is not None:
             raise ConfigError(
                 f"{other.folder.parent} and {directory} hold the same experts.", "Name one of the directories."
@@ -301,8 +302,9 @@ def _open_tiers(
     for digest, store in stores.items():
         began = time.monotonic()
         taken = kept.get(digest)
-        host = HostTier(store, slots=slots[digest], arena=None if taken is None else taken.arena, policy=config.policy)
-        model = Hosted(store.manifest, host, store.folder.parent.absolute(), patience=config.wait, learn=config.learn)
+        arena = None if taken is None else taken.arena
+        host = HostTier(ReportedReader(store), slots=slots[digest], arena=arena, policy=config.policy)
+        model = Hosted(store.manifest, host, store.folder.parent, patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
         _keep(model, taken, manager)

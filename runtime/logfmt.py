@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+import time
 from datetime import UTC, datetime
 
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.,:;/+*%@~#()[]{}<>|!?&^$")
@@ -14,9 +16,9 @@ class Logfmt(logging.Formatter):
     """Of records that ``say`` made, and of all others: their message is the event."""
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        created = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, object] = {
-            "time": time.replace("+00:00", "Z"),
+            "time": created.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
@@ -34,6 +36,30 @@ def _value(value: object) -> str:
 def say(log: logging.Logger, event: str, level: int = logging.INFO, **fields: object) -> None:
     """``event`` is a few words joined by hyphens, and names what happened; ``fields`` say to what."""
     log.log(level, event, extra={"fields": fields})
+
+
+class Sparing:
+    """Says one event whose occasions others make, as often as they like: at most once a second. ``unsaid``, in the next
+    line, counts the times in between. Thread-safe."""
+
+    def __init__(self, log: logging.Logger, event: str, level: int = logging.WARNING, *, pause: float = 1.0) -> None:
+        self._log = log
+        self._event = event
+        self._level = level
+        self._pause = pause
+        self._lock = threading.Lock()  # guards the two below
+        self._next = 0.0  # on the monotonic clock
+        self._unsaid = 0
+
+    def say(self, **fields: object) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next:
+                self._unsaid += 1
+                return
+            unsaid, self._unsaid = self._unsaid, 0
+            self._next = now + self._pause
+        say(self._log, self._event, self._level, **fields, **({"unsaid": unsaid} if unsaid else {}))
 
 
 def log_to_stderr() -> None:

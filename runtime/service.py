@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,7 +25,7 @@ from moetier.tiers.errors import ArenaError, MoetierError, RefusedError, Unavail
 from .exchange import Exchange
 from .fetch import CALLS, SERVICE, add_service
 from .hosted import Hosted
-from .logfmt import say
+from .logfmt import Sparing, say
 from .side import Welcome
 from .status import abort
 
@@ -225,6 +226,15 @@ class Service(ExpertStoreServicer):
 class RemoteService(Service):
     """For other hosts."""
 
+    def __init__(self, clients: Clients, description: pb.DescribeReply) -> None:
+        super().__init__(clients, description)
+        self._asked = Sparing(_log, "remote-client", logging.INFO)
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        """What a client asks once for each connection."""
+        self._asked.say(peer=_peer(context))
+        return super().Describe(request, context)
+
     def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
         abort(context, ArenaError("A session is about an arena, and that is on the daemon's own host.", "Use Fetch."))
 
@@ -303,6 +313,7 @@ class _Gate(grpc.ServerInterceptor):
     def __init__(self, accepts: Callable[[str], bool], *, anonymous: bool) -> None:
         self._accepts = accepts
         self._anonymous = anonymous
+        self._refusals = Sparing(_log, "client-refused")
 
     def intercept_service(self, continuation: Callable[..., Any], handler_call_details: Any) -> Any:
         handler = continuation(handler_call_details)
@@ -311,28 +322,34 @@ class _Gate(grpc.ServerInterceptor):
         bearer = _bearer(handler_call_details.invocation_metadata)
         if bearer is not None and self._accepts(bearer):
             return handler
-        return _refusal(handler)
+        cause = "no credential" if bearer is None else "a credential that is not known"
+        return self._refusal(handler, cause)
+
+    def _refusal(self, handler: Any, cause: str) -> Any:
+        """A handler of the same kind that refuses."""
+
+        def refuse(request: object, context: grpc.ServicerContext) -> NoReturn:
+            self._refusals.say(peer=_peer(context), cause=cause)
+            abort(
+                context,
+                RefusedError(
+                    "The call shows no credential that this daemon has issued or knows.",
+                    "Give its token (--token-file); over a Unix socket, connect to its side socket first.",
+                ),
+            )
+
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        return make(refuse)
 
 
-def _refusal(handler: Any) -> Any:
-    """A handler of the same kind that refuses."""
-
-    def refuse(request: object, context: grpc.ServicerContext) -> NoReturn:
-        abort(
-            context,
-            RefusedError(
-                "The call shows no credential that this daemon has issued or knows.",
-                "Give its token (--token-file); over a Unix socket, connect to its side socket first.",
-            ),
-        )
-
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    return make(refuse)
+def _peer(context: grpc.ServicerContext) -> str:
+    """Where a call comes from: "ipv4:10.0.0.7:51234", "unix:"."""
+    return unquote(context.peer())
 
 
 def _bearer(metadata: Any) -> str | None:

@@ -31,7 +31,7 @@ from moetier.tiers.errors import MoetierError, ProtocolError, RefusedError, Unav
 from moetier.tiers.monitor import Home
 
 from .address import SIDE_SOCKET, check_folder
-from .logfmt import say
+from .logfmt import Sparing, say
 
 PROTOCOL = 1
 PATIENCE = 5.0  # seconds that either end waits for the other's one packet
@@ -235,6 +235,7 @@ class SideServer:
         self._version = version
         self._path = folder / SIDE_SOCKET
         self._places: set[_Place] = set()
+        self._refusals = Sparing(_log, "client-refused")
         self._paused_until = 0.0
         self._open = True
         self._selector = selectors.DefaultSelector()
@@ -305,11 +306,13 @@ class SideServer:
             self._paused_until = time.monotonic() + _PAUSE
             return
         end.setblocking(False)
+        pid: int | str = "?"
         try:
             pid = _check_peer(end, "the client")
             if len(self._places) >= self._max_clients + _VISITORS:
                 raise self._full()
         except MoetierError as error:
+            self._refusals.say(pid=pid, cause=error.cause)
             # a greeting that is closed upon unread would be the peer's error, in place of the answer
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RD)
@@ -347,10 +350,11 @@ class SideServer:
                 raise self._full()
             welcome = self._admit(session, digest, place.pid)
         except MoetierError as error:
+            self._refusals.say(pid=place.pid, cause=error.cause)
             _answer(place.end, {"error": error_json(error)})
             return False
         except OSError as error:  # no descriptor to be had: the others are served all the same
-            say(_log, "client-refused", logging.WARNING, pid=place.pid, cause=error.strerror)
+            self._refusals.say(pid=place.pid, cause=error.strerror)
             full = UnavailableError(
                 f"The daemon can't pass its arena on: {error.strerror}.", "Raise its limit of open files (ulimit -n)."
             )
@@ -379,7 +383,8 @@ class SideServer:
 
     def _full(self) -> UnavailableError:
         return UnavailableError(
-            f"The daemon has {self._max_clients} clients, as many as it takes.", "Start it with more --max-clients."
+            f"The daemon has {self._max_clients} client{'s' * (self._max_clients != 1)}, as many as it takes.",
+            "Start it with more --max-clients.",
         )
 
 

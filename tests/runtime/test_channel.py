@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from daemons import DaemonProcess, running_daemon
 from stores import make_plan, make_records, write_store
+from threads import wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.address import Address, Credentials
@@ -172,6 +174,25 @@ def test_wrong_credentials(
     addresses = [Address.parse("127.0.0.1:1"), Address.parse(with_tls.card.listen)]
     with pytest.raises(RefusedError, match=with_tls.card.listen):
         SpreadReader.open(addresses, credentials, manifest, store)
+
+
+def test_who_came_and_who_was_refused_is_logged_and_no_token(
+    store: Path, files: Files, manifest: Manifest, tmp_path: Path
+) -> None:
+    with daemon(store, tmp_path / "d", "--token-file", files.token) as process:
+        read(process.card.listen, Credentials(token_file=files.token, insecure=True), manifest)
+        assert "level=info event=remote-client peer=ipv4:127.0.0.1:" in process.log
+        assert "refused" not in process.log
+        for token, cause in ((None, "no credential"), (files.wrong_token, "a credential that is not known")):
+            with pytest.raises(RefusedError):
+                read(process.card.listen, Credentials(token_file=token, insecure=True), manifest)
+            wait_until(lambda cause=cause: f'cause="{cause}"' in process.log)  # type: ignore[misc]
+            time.sleep(1)
+        lines = [line for line in process.log.splitlines() if "level=warning event=client-refused" in line]
+        assert len(lines) == 2
+        assert "peer=ipv4:127.0.0.1:" in lines[0]
+        assert lines[1].endswith(" unsaid=1"), "the record that was asked for, too"
+        assert TOKEN[:-1] not in process.log
 
 
 def test_another_hosts_certificate(with_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:

@@ -114,8 +114,9 @@ def test_a_bit_that_flips_under_a_daemon(tmp_path: Path) -> None:
     """Every expert of the block but the one is served, to this host and to others; flipped back, that one too."""
     store = new_store(tmp_path / "store")
     name = store[1].model
+    directory = Path(os.path.relpath(store[0]))
     with (
-        running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d") as daemon,
+        running_daemon(directory, ram=12 * SLOT, folder=tmp_path / "d") as daemon,
         RawClient(daemon.folder, store[1]) as client,
     ):
         serves(client, store, 1, 1, 0)
@@ -132,6 +133,10 @@ def test_a_bit_that_flips_under_a_daemon(tmp_path: Path) -> None:
             serves(client, store, 1, 1, 0, 1, 3)
             flip_bit(shard(store[0], 1), position, bit=number)
         serves(client, store, 1, 1, 2)
+        line = next(line for line in daemon.log.splitlines() if "event=read-failed" in line)
+        for said in ("level=warning", f"model={name}", "block 1", "expert 2", str(shard(store[0], 1))):
+            assert said in line
+        assert "../" not in line, "a path that holds only where the daemon was started"
         assert daemon.stop() == 0
 
 

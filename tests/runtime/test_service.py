@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -350,6 +351,8 @@ def test_clients_are_bounded(store: Store, tmp_path: Path) -> None:
             with pytest.raises(UnavailableError, match="2 clients"):
                 SideConnection.open(daemon.folder, store[1].digest)
             assert daemon.stats().clients == 2  # who only looks is not one
+            refused = f'event=client-refused pid={os.getpid()} cause="The daemon has 2 clients, as many as it takes."'
+            assert refused in daemon.log
         daemon.wait_for("clients == 0")
         with RawClient(daemon.folder, store[1]) as client:
             client.acquire(1, 0, [0])
