@@ -257,7 +257,7 @@ def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> 
     """By digest, in order."""
     stores: dict[str, ExpertStore] = {}
     for directory in directories:
-        store = closing.enter_context(ExpertStore.open(directory.absolute()))  # what a log says holds anywhere
+        store = closing.enter_context(ExpertStore.open(directory.resolve()))  # what a log says holds anywhere
         if (other := stores.get(store.manifest.digest)) is not None:
             raise ConfigError(
                 f"{other.folder.parent} and {directory} hold the same experts.", "Name one of the directories."
