@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetier.tiers.errors import MoetierError
+from moetier.tiers.errors import MoetierError, NobodyError, UnknownModelError
 from moetier.tiers.host import HostTier
 from moetier.tiers.learner import Learner
 from moetier.tiers.manifest import Manifest
@@ -44,11 +44,16 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
     if config.find_daemon:
         from .running import serving  # by now: a process without daemons needs none of it
 
+        refusals: dict[Address, MoetierError] = {}
         for daemon in serving(manifest.digest):
             try:
                 return _mapped(daemon, folder, manifest)
-            except MoetierError as error:  # it may just have ended, or be of another version
+            except (NobodyError, UnknownModelError) as error:  # it has ended; what it said of itself is still there
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
+            except MoetierError as error:  # it is full, or of another version
+                refusals[daemon] = error
+        for daemon, refusal in refusals.items():
+            _log.warning("The daemon %s serves this store, and is not used: %s %s", daemon, refusal.cause, refusal.fix)
     return _own(folder, slots(), config)
 
 

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from moetier.tiers import errors
-from moetier.tiers.errors import MoetierError, ProtocolError, RefusedError, UnavailableError
+from moetier.tiers.errors import MoetierError, NobodyError, ProtocolError, RefusedError, UnavailableError
 from moetier.tiers.monitor import Home
 
 from .address import SIDE_SOCKET, check_folder
@@ -55,8 +55,8 @@ class SideConnection:
     def open(cls, folder: Path, digest: str | None, *, patience: float = PATIENCE) -> SideConnection:
         """At the daemon of a folder: with ``digest`` as a client of that store, without it for a credential alone.
 
-        Raises UnavailableError when nobody listens or answers, RefusedError for another user's, UnknownModelError for a
-        store that it does not serve, ProtocolError.
+        Raises NobodyError when nobody listens, UnavailableError when nobody answers, RefusedError for another user's,
+        UnknownModelError for a store that it does not serve, ProtocolError.
         """
         try:
             check_folder(folder)
@@ -181,8 +181,8 @@ def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
     return packet, list(descriptors)
 
 
-def _nobody(folder: Path, why: str = "") -> UnavailableError:
-    return UnavailableError(
+def _nobody(folder: Path, why: str = "") -> NobodyError:
+    return NobodyError(
         f"No daemon runs in {folder}" + (f" ({why})." if why else "."),
         "Start one: moetier daemon DIR; or name another (moetier ps lists them).",
     )

@@ -109,6 +109,10 @@ class UnavailableError(DaemonError):
     """Nobody answers, or not any more: another daemon, or the store itself, may do instead."""
 
 
+class NobodyError(UnavailableError):
+    """No daemon runs there."""
+
+
 class RefusedError(DaemonError):
     """Credentials that are missing or wrong, another user, no TLS."""
 

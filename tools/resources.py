@@ -15,7 +15,8 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram",
         metavar="SIZE",
-        help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%',
+        help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%. Not used with a '
+        "daemon of this machine: it has its own",
     )
     parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')

@@ -135,6 +135,31 @@ def test_a_killed_daemon_s_files_lead_nowhere(directory: Path, daemon: DaemonPro
         moetier.load(directory, daemon=str(daemon.folder))
 
 
+def test_one_that_is_full_is_said_and_one_that_is_gone_not(
+    directory: Path, runtime: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has configured no logging sees it too."""
+    with running_daemon(directory, folder=runtime / DEFAULT_NAME, extra=["--max-clients", "1"]) as daemon:
+        first, _ = moetier.load(directory)
+        with first.tiers:
+            code = "import moetier, sys; print(moetier.load(sys.argv[1])[0].tiers.where)"
+            command = [sys.executable, "-c", code, str(directory)]
+            second = subprocess.run(command, capture_output=True, text=True, check=True)
+            assert second.stdout == "this process\n"
+            assert second.stderr.splitlines()[-1] == (
+                f"The daemon {daemon.folder} serves this store, and is not used: "
+                "The daemon has 1 client, as many as it takes. Start it with more --max-clients."
+            )
+            with running_daemon(directory, folder=runtime / "other") as other:  # another one does
+                third = subprocess.run(command, capture_output=True, text=True, check=True)
+                assert third.stdout == f"the daemon {other.folder}\n"
+                assert "not used" not in third.stderr
+        daemon.kill()
+        with caplog.at_level("WARNING"):
+            moetier.load(directory)[0].tiers.close()
+        assert caplog.records == []
+
+
 def test_one_whose_arena_this_version_does_not_know_is_not_used(directory: Path, runtime: Path) -> None:
     manifest = read_manifest(store_folder(directory))
     folder = runtime / DEFAULT_NAME
