@@ -32,6 +32,7 @@ from .address import Address, Credentials
 from .channel import open_channel, speaks_tls
 from .fetch import SERVICE
 from .piece import PIECE_BYTES, decode_piece
+from .running import SHORT
 from .side import SideConnection
 from .status import METADATA, error_of
 
@@ -215,10 +216,12 @@ class _Lines:
         except ValueError:  # what gRPC raises when the channel was closed
             raise _closed_channel() from None
         if manifest.digest not in {model.digest for model in reply.models}:
-            names = ", ".join(" ".join(model.name.split()) for model in reply.models)[:_NAMES] or "nothing"
+            served = (" ".join(f"{model.name} ({model.digest[:SHORT]})".split()) for model in reply.models)
+            names = ", ".join(served)[:_NAMES] or "nothing"
             raise UnknownModelError(
-                f"The daemon does not serve {manifest.model} as it was converted here; it serves {names}.",
-                "Start it on a copy of this model directory.",
+                f"The daemon does not serve the store of {manifest.model} that is here ({manifest.digest[:SHORT]}); "
+                f"it serves {names}.",
+                "Start it on a copy of this model directory; start it again if that was converted again meanwhile.",
             )
 
     def close(self) -> None:

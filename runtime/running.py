@@ -13,6 +13,7 @@ from moetier.tiers.errors import RefusedError
 from .address import Address, check_folder, runtime_folder
 
 FILE = "daemon.json"
+SHORT = 12  # digits of a digest, for people: two stores of one model are told apart
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from .exchange import Exchange
 from .fetch import CALLS, SERVICE, add_service
 from .hosted import Hosted
 from .logfmt import Sparing, say
+from .running import SHORT
 from .side import Welcome
 from .status import abort
 
@@ -80,10 +81,7 @@ class Clients:
                 raise _stopping()
             model = self.models.get(digest)
             if model is None:
-                names = ", ".join(model.name for model in self.models.values())
-                raise UnknownModelError(
-                    f"This daemon does not serve the store {digest[:64]!r}.", f"It serves {names} (see moetier ps)."
-                )
+                raise self._unknown(digest)
             welcome = Welcome(model.name, model.slots, model.host.export())
             self._clients[session] = _Client(pid, model)
         say(_log, "client", pid=pid, model=model.name)
@@ -135,9 +133,7 @@ class Clients:
                 raise _stopping()
             model = self.models.get(digest)
             if model is None:
-                raise UnknownModelError(
-                    f"This daemon does not serve the store {digest[:64]!r}.", "See what it does: moetier stats."
-                )
+                raise self._unknown(digest)
             self._fetching += 1
         try:
             yield model
@@ -180,6 +176,13 @@ class Clients:
             exchanges = self._exchanges()
         for exchange in exchanges:
             exchange.end(_stopping())
+
+    def _unknown(self, digest: str) -> UnknownModelError:
+        names = ", ".join(f"{model.name} ({model.digest[:SHORT]})" for model in self.models.values())
+        return UnknownModelError(
+            f"This daemon does not serve the store {digest[:SHORT]!r}; it serves {names}.",
+            "If the model was converted again meanwhile, start the daemon again; or name another (moetier ps).",
+        )
 
     def _exchanges(self) -> list[Exchange]:
         return [client.exchange for client in self._clients.values() if client.exchange is not None]

@@ -102,7 +102,9 @@ def _json(daemon: Running) -> dict[str, Any]:
 
 
 def _text(found: list[Running]) -> str:
-    rows = [["folder", "pid", "model", "budget", "ready", "clients", "up", "listens"]]
+    from moetier.runtime.running import SHORT
+
+    rows = [["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]]
     for daemon in found:
         stats = {model.digest: model for model in daemon.stats.models} if daemon.stats is not None else {}
         for number, model in enumerate(daemon.card.models):
@@ -113,6 +115,7 @@ def _text(found: list[Running]) -> str:
                     str(daemon.folder) if first else "",
                     str(daemon.card.pid) if first else "",
                     model.name,
+                    model.digest[:SHORT],
                     format_bytes(model.budget_bytes),
                     f"{now.host.ready}/{now.host.slots}" if now is not None else "no answer",
                     str(now.clients) if now is not None else "?",

@@ -335,10 +335,12 @@ def test_who_only_looks_has_no_session(daemon: DaemonProcess) -> None:
     assert daemon.stats().clients == 0
 
 
-def test_another_models_digest_is_unknown(daemon: DaemonProcess) -> None:
+def test_another_models_digest_is_unknown(daemon: DaemonProcess, store: Store) -> None:
     for digest in ("0" * 64, "", "\n", "x" * 3000):
-        with pytest.raises(UnknownModelError, match="does not serve"):
+        with pytest.raises(UnknownModelError, match="does not serve") as caught:
             SideConnection.open(daemon.folder, digest)
+        assert f"it serves {store[1].model} ({store[1].digest[:12]})" in caught.value.cause
+        assert "start the daemon again" in caught.value.fix
     with daemon.stub() as stub, pytest.raises(grpc.RpcError) as unknown:
         list(stub.Fetch(pb.FetchRequest(digest="0" * 64), timeout=PATIENCE))
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND

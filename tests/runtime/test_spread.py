@@ -41,6 +41,7 @@ from moetier.tiers.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -291,6 +292,12 @@ def test_one_that_serves_another_store_is_not_used(
     try:
         with pytest.raises(UnknownModelError, match="acme/other"):
             SpreadReader.open([other.address], PLAIN, manifest, bare)
+        write_store(tmp_path / "again", PLAN, make_records(PLAN, seed=1))  # of the same name
+        again = read_manifest(store_folder(tmp_path / "again"))
+        with pytest.raises(
+            UnknownModelError, match=rf"\({again.digest[:12]}\).*{PLAN.model} \({manifest.digest[:12]}\)"
+        ):
+            SpreadReader.open([three[0].address], PLAIN, again)
         with caplog.at_level(logging.WARNING):
             reader = SpreadReader.open([other.address, three[0].address], PLAIN, manifest, bare)
         with reader:

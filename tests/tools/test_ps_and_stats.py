@@ -105,9 +105,10 @@ def test_nobody(runtime: Path) -> None:
 def test_who_runs_with_what(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
     with use(daemon, store[1]):
         head, row = said(runtime, "ps").splitlines()
-        assert head.split() == ["folder", "pid", "model", "budget", "ready", "clients", "up", "listens"]
+        assert head.split() == ["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]
         words = row.split()
-        assert words[:7] == [str(daemon.folder), str(daemon.pid), store[1].model, "192", "KiB", "3/12", "1"]
+        assert words[:4] == [str(daemon.folder), str(daemon.pid), store[1].model, store[1].digest[:12]]
+        assert words[4:8] == ["192", "KiB", "3/12", "1"]
         assert words[-1] == "-"
         (found,) = json.loads(said(runtime, "ps", "--json"))
         assert 0 < found.pop("uptime_s") < 3600
