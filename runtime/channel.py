@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,8 @@ import grpc
 from moetier.tiers.errors import ConfigError, UnavailableError
 
 from .address import SOCKET, Address, Credentials, check_folder
+
+_log = logging.getLogger(__name__)
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     # a peer that is gone or stands still without a word is noticed, by an idle client too
@@ -78,8 +83,9 @@ def speaks_tls(target: str, patience: float) -> bool:
 
 
 def read_token(path: Path) -> str:
-    """The one line of a token's file. Raises ConfigError for what can't be a token."""
+    """The one line of a token's file; warns where every user can read it. Raises ConfigError for what can't be one."""
     text = _read(path, "token")
+    _warn_of_readers(path)
     try:
         token = text.decode("ascii").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
@@ -134,6 +140,12 @@ def _system_roots() -> bytes | None:
     """What this system trusts (SSL_CERT_FILE, else OpenSSL's place); None: the roots that gRPC brings."""
     place = ssl.get_default_verify_paths().cafile
     return read_pem(Path(place), "system's CA") if place else None
+
+
+@functools.cache  # a client reads it for each connection
+def _warn_of_readers(path: Path) -> None:
+    if path.stat().st_mode & stat.S_IROTH:
+        _log.warning("Every user can read the token in %s: chmod 600 %s", path, path)
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -13,6 +13,7 @@ from .address import Address, Credentials
 
 SPECULATE = ("auto", "off", "always")
 LOOK_AHEAD = 1  # layers: what is guessed from further away costs more than it gains (docs/benchmarks.md)
+NONE = "none"  # as a daemon: None, for whoever has only text
 AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
@@ -39,7 +40,9 @@ class Size:
         match = _SIZE.fullmatch(str(text))
         unit = match.group(2).lower() if match else "?"
         number = Fraction(match.group(1)) if match else Fraction(0)
-        if unit == "%" and 0 < number <= 100:
+        if unit == "%" and number > 100:
+            raise ConfigError(f"{text!r} is more than there is.", 'Give a share of at most 100%, or a size: "6GiB".')
+        if unit == "%" and number > 0:
             return cls(share=number / 100)
         if unit not in _UNITS or number <= 0:
             raise ConfigError(f"{text!r} is not an amount of memory.", 'Give a size such as "6GiB", or a share: "50%".')
@@ -79,7 +82,8 @@ class TierConfig:
         look_ahead: int = LOOK_AHEAD,
         learn: bool = False,
     ) -> TierConfig:
-        """From what a person writes; raises ConfigError. ``daemon`` is "auto", or addresses separated by commas."""
+        """From what a person writes; raises ConfigError. ``daemon`` is "auto", "none" (or None), or addresses separated
+        by commas."""
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ConfigError(f"{device!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
         check_policy(policy)
@@ -89,7 +93,10 @@ class TierConfig:
             raise ConfigError(f"A look-ahead of {look_ahead} layers.", "Give 1 to 8.")
         if not isinstance(daemon, str | None):
             raise ConfigError(f"{daemon!r} names no daemon.", 'Give "auto", None, or addresses separated by commas.')
-        daemons = tuple(map(Address.parse, daemon.split(","))) if daemon not in (None, AUTO) else ()
+        addresses = [] if daemon in (None, NONE, AUTO) else daemon.split(",")
+        if len(addresses) > 1 and not all(addresses):
+            raise ConfigError(f"{daemon!r} has a comma too many.", "Name daemons with one comma between two.")
+        daemons = tuple(map(Address.parse, addresses))
         if len(set(daemons)) != len(daemons):
             raise ConfigError(f"{daemon!r} names a daemon twice.", "Name each once.")
         found = cls(

@@ -100,6 +100,10 @@ class DaemonConfig:
                 raise ConfigError("Certificates, tokens and --insecure are for TCP.", "Give --listen HOST:PORT too.")
             return
         host, _, port = self.listen.rpartition(":")
+        if not host and port.isdecimal():
+            raise ConfigError(
+                f"{self.listen!r} is a port alone.", f"Say on which address too: 127.0.0.1:{port}, or 0.0.0.0:{port}."
+            )
         address = Address.parse(f"{host}:{'1' if port == '0' else port}")
         if address.folder is not None:
             raise ConfigError(f"{self.listen!r} is not HOST:PORT.", "Give one, such as 127.0.0.1:7070.")

@@ -157,12 +157,16 @@ class Trace:
     def load(cls, path: Path) -> Trace:
         """Raises ConfigError for what is no trace. Keys that it does not know are left aside."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                _require(isinstance(arrays, np.lib.npyio.NpzFile), "it is not an npz archive")
-                found = {name: arrays[name] for name in arrays.files if name in _KEYS}
+            with path.open("rb") as stream:
+                _require(zipfile.is_zipfile(stream), "it is not an npz archive")
+                stream.seek(0)
+                with np.load(stream, allow_pickle=False) as arrays:
+                    found = {name: arrays[name] for name in arrays.files if name in _KEYS}
             return cls._of(found)
         except _NO_TRACE as error:
             cause = " ".join(str(error).split()) or type(error).__name__
+            if "allow_pickle" in cause:  # numpy's advice would run what the file brings
+                cause = "it holds Python objects, which are not loaded"
             raise ConfigError(f"{path}: not a trace ({cause}).", "Record one with moetier trace.") from error
         except OSError as error:
             raise ConfigError(

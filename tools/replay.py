@@ -53,15 +53,21 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("How long a read takes depends on an expert's size.", "Give --record too.")
     if arguments.link and not arguments.device_slots:
         raise ConfigError("Over the link goes what a device tier misses.", "Give --device-slots too.")
-    reports = [{"trace": str(path)} | _report(Trace.load(path), arguments, record) for path in arguments.traces]
+    reports = [{"trace": str(path)} | _report(path, Trace.load(path), arguments, record) for path in arguments.traces]
     print(json.dumps({"traces": reports}, indent=2) if arguments.json else "\n\n".join(map(_text, reports)))
     return 0
 
 
-def _report(trace: Trace, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
+def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
+    from moetier.tiers.errors import ConfigError
+
     from .simulation import simulate
 
     most = max(trace.num_experts)
+    if arguments.slots and arguments.slots[-1] > most:
+        raise ConfigError(
+            f"--slots {arguments.slots[-1]}: the blocks of {path} have {most} experts.", f"Give at most {most}."
+        )
     slots = arguments.slots or (range(1, most + 1) if most <= 8 else range(most // 8, most + 1, most // 8))
     results = [
         _result(simulate(trace, policy, number, device_slots=arguments.device_slots), arguments, record)

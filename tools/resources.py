@@ -48,7 +48,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "ram": arguments.ram,
         "device_memory": arguments.device_memory,
         "device": arguments.device,
-        "daemon": None if arguments.daemon == "none" else arguments.daemon,
+        "daemon": arguments.daemon,
         "credentials": credentials(arguments),
         "policy": arguments.policy,
         "learn": arguments.learn,

@@ -285,6 +285,20 @@ def test_what_is_a_token(tmp_path: Path, ending: str) -> None:
     assert read_token(path) == TOKEN
 
 
+def test_a_token_that_every_user_can_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    path.chmod(0o640)
+    read_token(path)
+    assert caplog.messages == []
+    other = tmp_path / "other"
+    other.write_text(TOKEN)
+    other.chmod(0o644)
+    for _ in range(2):
+        read_token(other)
+    assert caplog.messages == [f"Every user can read the token in {other}: chmod 600 {other}"]
+
+
 def test_files_that_are_not_there(tmp_path: Path, files: Files) -> None:
     gone = tmp_path / "gone"
     for credentials in (

@@ -41,6 +41,16 @@ def test_malformed_sizes_are_refused_with_an_example(text: str) -> None:
     assert "6GiB" in caught.value.fix
 
 
+def test_a_share_of_more_than_all_is_said() -> None:
+    with pytest.raises(ConfigError, match="'150%' is more than there is") as caught:
+        Size.parse("150%")
+    assert "at most 100%" in caught.value.fix
+
+
+def test_none_is_no_daemon_s_name() -> None:
+    assert TierConfig.of(daemon="none") == TierConfig.of(daemon=None) == TierConfig()
+
+
 @given(st.integers(1, 1 << 50))
 def test_bytes_survive(count: int) -> None:
     assert Size.parse(str(count)).of(0) == count

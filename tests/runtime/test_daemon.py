@@ -173,6 +173,7 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--ram", "lots"], "not an amount"),
         (["--folder", "127.0.0.1:7"], "no folder"),
         (["--listen", "nonsense"], "HOST:PORT"),
+        (["--listen", "7171"], "'7171' is a port alone"),
         (["--listen", "127.0.0.1:99999"], "no address"),
         (["--listen", "0.0.0.0:0"], "without a token"),
         (["--listen", "127.0.0.1:0"], "without a token"),

@@ -257,7 +257,13 @@ def test_a_config_can_name_no_daemon(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("daemon", "cause"),
-    [("a:b:c", "no address"), ("", "no address"), ("a,a", "twice"), ("a,", "no address"), ("h:99999", "no address")],
+    [
+        ("a:b:c", "no address"),
+        ("", "no address"),
+        ("a,a", "twice"),
+        ("a,", "comma too many"),
+        ("h:99999", "no address"),
+    ],
 )
 def test_what_is_no_daemon(daemon: str, cause: str) -> None:
     with pytest.raises(ConfigError, match=cause):
@@ -270,7 +276,7 @@ def test_what_is_no_text(daemon: Any) -> None:
         TierConfig.of(daemon=daemon)
 
 
-@pytest.mark.parametrize("daemon", [None, "auto", "default", "a,b"])
+@pytest.mark.parametrize("daemon", [None, "none", "auto", "default", "a,b"])
 def test_credentials_for_nobody(daemon: str | None, tmp_path: Path) -> None:
     """A token that is given and shown to nobody is a mistake."""
     for credentials in (Credentials(token_file=tmp_path), Credentials(insecure=True)):

@@ -211,9 +211,11 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         "array.npz": single.getvalue(),
     }.items():
         (tmp_path / name).write_bytes(data)
+    np.savez(tmp_path / "objects.npz", experts=np.asarray([{}], object))
     for path in sorted(tmp_path.iterdir()):
-        with pytest.raises(ConfigError, match="not a trace"):
+        with pytest.raises(ConfigError, match="not a trace") as caught:
             Trace.load(path)
+        assert "pickle" not in caught.value.cause
     with pytest.raises(ConfigError, match="can't be read"):
         Trace.load(tmp_path)
     with pytest.raises(ConfigError, match="No such file"):

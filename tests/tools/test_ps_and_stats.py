@@ -320,6 +320,7 @@ def test_what_tls_has_to_be_told_is_said(store: tuple[Path, Manifest], runtime: 
     authority.cert_pem.write_to_path(str(tmp_path / "ca"))
     other.cert_pem.write_to_path(str(tmp_path / "other"))
     (tmp_path / "token").write_text("s3cret\n")
+    (tmp_path / "token").chmod(0o600)
     files = {name: str(tmp_path / name) for name in ("both", "ca", "other", "token")}
     tls = ["--tls-cert", files["both"], "--tls-key", files["both"], "--token-file", files["token"]]
     with running_daemon_in(tmp_path / "d" / "d", store[0], "--listen", "127.0.0.1:0", *tls) as daemon:

@@ -70,6 +70,11 @@ def test_several_traces_and_slots_of_its_own_choice(capsys: pytest.CaptureFixtur
     assert all(result["prompt_loads"] > 0 for result in reports[1]["results"])
 
 
+def test_no_more_are_cached_than_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"--slots 99: .* have 8 experts"):
+        run(MIXTRAL, "--slots", "4,99")
+
+
 def test_recall_where_there_are_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experts = np.asarray([[[0, 1], [2, 3]]] * 4, np.int16)
     predictions = np.stack([experts, np.full_like(experts, -1)])
