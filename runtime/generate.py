@@ -54,8 +54,8 @@ def load(
     "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
 
     ``daemon`` says whose the experts are: "auto", those of a storage daemon of this user that runs and serves this very
-    store, and otherwise this process's own; None or "none", its own; a daemon's name, folder or HOST:PORT, that one's; several,
-    separated by commas: each has a share of the experts. ``credentials`` are for HOST:PORT.
+    store, and otherwise this process's own; None or "none", its own; a daemon's name, folder or HOST:PORT, that one's;
+    several, separated by commas: each has a share of the experts. ``credentials`` are for HOST:PORT.
 
     ``policy`` is who is evicted from memory first: "lru", the least recently used of a block, or "scan", the same, but
     a long prompt leaves what is cached in place.
