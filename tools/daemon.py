@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder",
         metavar="NAME|PATH",
         default="default",
-        help="where its sockets are: a name beneath $XDG_RUNTIME_DIR/moetier (default: %(default)s), or a path",
+        help="where its sockets are: a name beneath $XDG_RUNTIME_DIR/moetier, without that variable beneath "
+        "/tmp/moetier-UID (default: %(default)s), or a path; clients find by themselves only those beneath it",
     )
     parser.add_argument(
         "--leases",
