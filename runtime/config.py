@@ -12,7 +12,7 @@ from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 from .address import Address, Credentials
 
 SPECULATE = ("auto", "off", "always")
-LOOK_AHEAD = 1  # layers: what is guessed from further away costs more than it gains (docs/benchmarks.md)
+LOOK_AHEAD = 1  # layers: from further away more is guessed in vain (tests/measurements/speculation.py)
 NONE = "none"  # as a daemon: None, for whoever has only text
 AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
 
