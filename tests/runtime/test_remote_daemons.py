@@ -197,8 +197,8 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
         )
         credentials = Credentials(token_file=token, ca=tmp_path / "ca")
         peers = [
-            Peer(str(address_of(daemon)), RemoteReader(address_of(daemon), credentials, manifest, patience=1.0))
-            for daemon in (far, near)
+            Peer(name, RemoteReader(address_of(daemon), credentials, manifest, patience=1.0))
+            for name, daemon in (("far", far), ("near", near))  # named by their ports, one may have no key of four
         ]
         over = threading.Event()
 
@@ -212,6 +212,7 @@ def test_packets_that_are_lost_in_the_middle_of_a_record(large: Path, tmp_path: 
                     longest = max(longest, time.monotonic() - began)
             return longest
 
+        assert {rendezvous(("far", "near"), key)[0] for key in LARGE_RECORDS} == {"far", "near"}
         with SpreadReader(manifest, peers) as reader:
             tasks = [Task(lambda: load(reader)) for _ in range(2)]
             try:
