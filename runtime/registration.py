@@ -5,6 +5,7 @@ transformers builds a model on the meta device, asks the quantiser, and loads wh
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import warnings
@@ -44,6 +45,7 @@ DEFAULT_CONTEXT = 4096  # tokens for whose keys, values and early outputs budget
 
 _lock = threading.Lock()
 _asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
+_closers: set[threading.Thread] = set()  # of models that are gone
 
 
 @contextlib.contextmanager
@@ -211,8 +213,25 @@ def _close(tiers: Tiers) -> None:
     """
     if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
         tiers.close()
-    else:
-        threading.Thread(target=tiers.close, name="moetier-closer", daemon=True).start()
+        return
+
+    def close() -> None:
+        try:
+            tiers.close()
+        finally:
+            _closers.discard(threading.current_thread())
+
+    closer = threading.Thread(target=close, name="moetier-closer", daemon=True)
+    _closers.add(closer)
+    closer.start()
+
+
+@atexit.register
+def _wait_for_closers() -> None:
+    """A thread that is in the midst of something when the interpreter ends may take the process down with it: torch's
+    C++ can't be unwound."""
+    for closer in list(_closers):
+        closer.join()
 
 
 def _speculation(model: PreTrainedModel, tiers: Tiers, asked: TierConfig) -> Speculation | None:

@@ -282,6 +282,28 @@ def test_a_process_may_end_without_closing(tiny: tuple[Any, Path]) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_process_ends_only_when_its_lost_models_are_closed(tiny: tuple[Any, Path]) -> None:
+    """A loader in the midst of something would meet an interpreter that is gone, and abort."""
+    code = """
+import sys, time
+import moetier
+from moetier.tiers.store import ExpertStore
+
+close = ExpertStore.close
+
+def slow(store):
+    time.sleep(0.5)
+    close(store)
+    print("closed", flush=True)
+
+ExpertStore.close = slow
+model, _ = moetier.load(sys.argv[1], daemon=None)
+del model
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tiny[1])], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, "closed\n"), result.stderr
+
+
 def test_the_model_can_not_be_saved_without_its_experts(tiny: tuple[Any, Path], tmp_path: Path) -> None:
     model, _ = moetier.load(tiny[1])
     with model.tiers, pytest.raises(ValueError, match="not serializable"):
