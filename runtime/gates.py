@@ -89,11 +89,15 @@ class Gate:
 
         Equals what it does on its own entry.
         """
+        output = self.ask(hidden)
+        return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
+
+    def ask(self, hidden: Tensor) -> Any:
+        """What the gate returns for the residual stream."""
         assert self.refusal is None, self.refusal
         states = hidden if self.mixer is None else self.mixer.forward(hidden)[self.mixed]
         states = states if self.norm is None else self.norm.forward(states)
-        output = self.call(states.to(self.dtype))
-        return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
+        return self.call(states.to(self.dtype))
 
     def probabilities(self, output: Any) -> Tensor:
         """Of all experts, [T, E] in fp32; ``output`` is the gate's: logits [T, E], weights and experts [T, k], ..."""

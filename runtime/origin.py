@@ -87,7 +87,7 @@ def _host(
     reader: RecordReader, slots: Mapping[str, int], config: TierConfig, closing: contextlib.ExitStack
 ) -> tuple[HostTier, Learner | None]:
     """Both are closed by ``closing``."""
-    host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy, look_ahead=config.guessed))
+    host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
     if not config.learn:
         return host, None
     learner = Learner(host)

@@ -26,7 +26,7 @@ class ReportedReader:
     def manifest(self) -> Manifest:
         return self._reader.manifest
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """As the other reader does."""
         try:
             self._reader.read_into(key, buffer, pause)

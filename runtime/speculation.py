@@ -1,16 +1,17 @@
 """Speculative gating: the next blocks' gates, asked with the present hidden state, say what to promote beforehand.
 
 Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. At the entry of the MoE part of a block the blocks of the next
-layers are predicted. With more than one of them a block is predicted once more at the entry of its own layer, with what
-the layers before it have added. What is predicted of other layers becomes a wish once the block's own demand is made:
-no wish comes before it.
+layers are predicted; on a CPU, where asking takes the caller's time, a little later: once the block's own reads are
+under way. With more than one layer ahead a block is predicted once more at the entry of its own layer, with what the
+layers before it have added. What is predicted of other layers becomes a wish once the block's own demand is made: no
+wish comes before it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .confidence import Confidence
 from .config import LOOK_AHEAD
 from .controller import Controller, Mode
 from .gates import Gates, Observation
+from .shortcut import Guess, Shortcuts
 
 MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
 LEAST = 0.5  # a guess of an absent expert that is less likely right is no wish
@@ -46,23 +48,35 @@ class SpeculationStats:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Guess:
-    """Tensors [T, k] that are on the CPU once the demand path has waited for the device."""
+class _Asked(NamedTuple):
+    """What a gate was asked; tensors that are on the CPU once the demand path has waited for the device."""
 
     block: int
     distance: int
-    experts: Tensor
-    scores: Tensor
+    hidden: Tensor  # that it was asked about
+    guess: Guess
+
+    def named(self) -> Iterator[tuple[int, float]]:
+        """Experts, and their leads."""
+        for experts, values, unit in zip(*(tensor.tolist() for tensor in self.guess), strict=True):
+            for expert, value in zip(experts, values[:-1], strict=True):
+                yield expert, (value - values[-1]) / unit if unit else 0.0
 
 
 class _Named(NamedTuple):
     """An expert that a guess names."""
 
-    distance: int
     expert: int
-    score: float
+    lead: float
     was_absent: bool
+
+
+class _Guessed(NamedTuple):
+    """A guess, until it is judged."""
+
+    distance: int
+    hidden: Tensor
+    named: list[_Named]
 
 
 class Speculation:
@@ -75,6 +89,7 @@ class Speculation:
         self, gates: Gates, source: ExpertSource[Any], *, mode: Mode = Mode.AUTO, look_ahead: int = LOOK_AHEAD
     ) -> None:
         assert look_ahead >= 1
+        self._shortcuts = Shortcuts(gates, look_ahead)
         self._gates = gates
         self._source = source
         self._controller = Controller(mode)
@@ -85,9 +100,10 @@ class Speculation:
             for gate in gates.blocks
         }
         self._first = next((gate.block for gate in gates.blocks if self._targets[gate.block]), None)
-        self._pending: list[_Guess] = []  # not read yet
+        self._entered: Tensor | None = None  # what the present block was entered with, until the gates are asked
+        self._pending: list[_Asked] = []  # not read yet
         self._wished: set[int] = set()  # blocks, until their demand
-        self._guessed: dict[int, list[_Named]] = {}  # by block: not judged yet
+        self._guessed: dict[int, list[_Guessed]] = {}  # by block: not judged yet
         self._judged: deque[bool] = deque(maxlen=JUDGED)
         self._began = 0.0  # the present step; 0: none that counts
         self._rows = 0  # tokens of the present step
@@ -116,9 +132,10 @@ class Speculation:
     def demanded(self, block: int, experts: Collection[int]) -> None:
         """The demand of a block is made: of these experts. Judges what was guessed of it, and wishes for what was
         guessed of later blocks."""
-        if guessed := self._guessed.pop(block, None):
-            self._judge(guessed, experts)
+        for guessed in self._guessed.pop(block, ()):
+            self._judge(block, guessed, experts)
         self._wished.discard(block)
+        self._ask(block)
         if self._pending:
             self._wish()
 
@@ -139,7 +156,14 @@ class Speculation:
     def _at_entry(self, block: int, hidden: Tensor) -> None:
         if block == self._first:
             self._begin_step(hidden.shape[: min(hidden.ndim - 1, 2)].numel())  # [T, H], [B, T, H] or [B, T, S, H]
-        if self._guessing:
+        self._entered = hidden if self._guessing else None
+        if hidden.device.type != "cpu":
+            self._ask(block)
+
+    def _ask(self, block: int) -> None:
+        """About the blocks ahead of this one, with what it was entered with."""
+        if (hidden := self._entered) is not None:
+            self._entered = None
             began = time.perf_counter()
             for distance, target in self._targets[block]:
                 self._guess(target, distance, hidden)
@@ -171,44 +195,48 @@ class Speculation:
     # -- guesses ------------------------------------------------------------------------------------------------------
 
     def _guess(self, target: int, distance: int, hidden: Tensor) -> None:
-        routing = self._gates.predict(target, hidden)
-        # does not wait for a device: read when the demand path has
-        experts = routing.experts.to("cpu", non_blocking=True)
-        scores = routing.probabilities.to("cpu", non_blocking=True)
-        self._pending.append(_Guess(target, distance, experts, scores))
+        guess = self._shortcuts.guess(target, distance, hidden)
+        if hidden.device.type != "cpu":  # does not wait for the device: read when the demand path has
+            guess = Guess(*(tensor.to("cpu", non_blocking=True) for tensor in guess))
+        self._pending.append(_Asked(target, distance, hidden, guess))
 
     def _wish(self) -> None:
-        """For what is likely to be needed and absent. What is there already is wished for too: that keeps it there."""
-        for guess in self._pending:
-            block, distance = guess.block, guess.distance
-            named = [
-                (ExpertKey(block, expert), score)
-                for experts, scores in zip(guess.experts.tolist(), guess.scores.tolist(), strict=True)
-                for expert, score in zip(experts, scores, strict=True)
-            ]
+        """For what is likely to be needed, where some of it is absent. What is there already is wished for too: that
+        keeps it there."""
+        for asked in self._pending:
+            block, distance = asked.block, asked.distance
+            named = [(ExpertKey(block, expert), lead) for expert, lead in asked.named()]
             absent = set(self._source.absent([key for key, _ in named]))
             doubt: dict[ExpertKey, float] = {}  # that no token wants it
-            judged = self._guessed.setdefault(block, [])
-            for key, score in named:
-                judged.append(_Named(distance, key.expert, score, key in absent))
-                sure = self._confidence.of(distance, score) if key in absent else 1.0
+            noted: list[_Named] = []
+            self._guessed.setdefault(block, []).append(_Guessed(distance, asked.hidden, noted))
+            is_lacking = False
+            for key, lead in named:
+                is_absent = key in absent
+                noted.append(_Named(key.expert, lead, is_absent))
+                sure = self._confidence.of(distance, lead) if is_absent else 1.0
                 doubt[key] = doubt.get(key, 1.0) * (1.0 - sure)
-            wanted = [key for key in doubt if doubt[key] <= 1.0 - LEAST]
-            if wanted or block in self._wished:
+                is_lacking = is_lacking or (is_absent and doubt[key] <= 1.0 - LEAST)
+            if is_lacking or block in self._wished:
+                wanted = [key for key in doubt if doubt[key] <= 1.0 - LEAST]
                 self._source.prefetch(block, sorted(wanted, key=doubt.__getitem__))
-            self._wished.add(block)
+                self._wished.add(block)
         self._pending.clear()
 
-    def _judge(self, guessed: Iterable[_Named], experts: Collection[int]) -> None:
-        """How sure the gate was says most of what is resident, which is used again and again; what matters is how often
-        a guess is right of what is not."""
-        for named in guessed:
-            right = named.expert in experts
-            self._guesses[named.distance] += 1
-            self._right[named.distance] += right
+    def _judge(self, block: int, guessed: _Guessed, experts: Collection[int]) -> None:
+        """How clear the gate was says most of what is resident, which is used again and again; what matters is how
+        often a guess is right of what is not."""
+        distance, hidden, named = guessed
+        for expert, lead, was_absent in named:
+            right = expert in experts
+            self._guesses[distance] += 1
+            self._right[distance] += right
             self._judged.append(right)
-            if named.was_absent:
-                self._confidence.learn(named.distance, named.score, right=right)
+            if was_absent:
+                self._confidence.learn(distance, lead, right=right)
+        if self._rows == 1:
+            names = {expert for expert, _, _ in named}
+            self._shortcuts.learn(block, distance, hidden, missed={*experts} - names, in_vain=names - {*experts})
         if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:
             self._judged.clear()
             self._controller.give_up()

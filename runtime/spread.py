@@ -125,7 +125,7 @@ class SpreadReader:
         self._watcher: threading.Thread | None = None
         self._closed = False
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """As ``RecordReader`` says; pauses where it reads from the store. Raises MissingExpertError; with nothing else
         to read from StoreError or ExhaustedError as the daemons tell them, and UnavailableError when none answers for
         ``patience`` seconds."""

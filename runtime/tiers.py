@@ -68,7 +68,7 @@ class Tiers:
                     manifest,
                     slots=slots,
                     device=CudaDevice(device),
-                    look_ahead=config.guessed,
+                    promotes=config.speculate != "off",
                     on_hits=on_hits,
                 )
             tiers = cls(manifest, origin, source, Kernels(device))

@@ -10,7 +10,7 @@ A device does what it is told later, and each stream in its own time. Three orde
 Nobody waits for ever: a caller that waits for the host holds no slot of this tier, so all that are held belong to
 callers that are awake and compute. Who waits for a slot, a lease of the host in hand, waits for one of those.
 
-With a look-ahead what is wished for is promoted in the background (``promoter.py``), into slots that are spare.
+What is wished for is promoted in the background (``promoter.py``), where the tier is told to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .errors import BudgetError, ClosedError
 from .keys import ExpertKey
 from .manifest import Manifest
 from .monitor import Monitor
-from .policy import BlockPolicy, plan_groups, spare_slots
+from .policy import BlockPolicy, plan_groups
 from .promoter import Promoter
 from .slots import Slots, State
 from .source import ExpertSource, Lease
@@ -41,16 +41,14 @@ from .views import SlotViews
 class _Pool:
     """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
 
-    def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor, look_ahead: int) -> None:
+    def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor) -> None:
         """``memory`` [slots * slot_bytes] uint8, on the device."""
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
         self.first = first
         self.slot_bytes = layout.slot_bytes
         self.slots = Slots(len(slots))
-        blocks = members(manifest, array)
-        spare = spare_slots(len(slots), blocks, look_ahead)
-        self.policy = BlockPolicy(self.slots, plan_groups(len(slots) - spare, blocks))
+        self.policy = BlockPolicy(self.slots, plan_groups(len(slots), members(manifest, array)))
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
         self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # the end of each stream's last use of a slot
@@ -85,13 +83,13 @@ class DeviceTier:
         *,
         slots: Mapping[str, int],
         device: Device,
-        look_ahead: int = 0,
+        promotes: bool = False,
         on_hits: Callable[[Sequence[ExpertKey]], None] | None = None,
     ) -> None:
         """Allocates ``slots`` by array, as ``slots_for`` gives them, or fewer, with a warning, where the device has no
         room for them. Raises BudgetError when it has none for one token's experts. ``on_hits`` is told what was found
-        here: the source hears of the rest by itself. For guesses ``look_ahead`` layers far some slots are spare, into
-        which wishes are promoted; with 0 a wish ends in the source."""
+        here: the source hears of the rest by itself. Unless it ``promotes`` what is wished for, a wish ends in the
+        source."""
         assert slots.keys() == manifest.layouts.keys()
         self._source = source  # stays its owner's to close
         self._device = device
@@ -109,10 +107,10 @@ class DeviceTier:
         self._pools: dict[str, _Pool] = {}
         first = 0
         for array, memory in _allocate(device, manifest, slots).items():
-            self._pools[array] = _Pool(manifest, array, first, memory, look_ahead)
+            self._pools[array] = _Pool(manifest, array, first, memory)
             first += self._pools[array].slots.count
         self._promoter: Promoter | None = None
-        if look_ahead:
+        if promotes:
             self._promoter = Promoter(source, self._monitor, self._counters, self._fulfil)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
@@ -253,8 +251,7 @@ class DeviceTier:
                     copied = pool.copied[slot]
                     assert copied is not None
                     self._counters.joined += 1
-                    if self._promoter is not None:  # it may be spare
-                        pool.policy.touch(slot)
+                    pool.policy.touch(slot)
                     self._admit(visit, slot, began)
                     return copied  # the lease was not used, so there is nothing to prove
                 if slot is None:
@@ -280,7 +277,7 @@ class DeviceTier:
                 return
             slot = None
             if pool.slots.find(key) is None:
-                slot = pool.policy.choose(key.block, wished=True, keep=promoter.__contains__)
+                slot = pool.policy.choose(key.block, keep=promoter.__contains__)
             if slot is None:
                 promoter.drop(key)
                 return
@@ -308,7 +305,7 @@ class DeviceTier:
             pool.slots.evict(slot)
             self._counters.evictions += 1
         pool.slots.begin(slot, key)
-        pool.policy.admit(key.block, slot, wished=wished)
+        pool.policy.admit(key.block, slot, early=wished)
         self._copying += 1
 
     def _transfer(self, pool: _Pool, slot: int, lease: Lease[memoryview]) -> Event | None:

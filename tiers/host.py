@@ -23,7 +23,7 @@ from .ledger import Demand, Ledger, Load, Pool
 from .monitor import Monitor
 from .order import DEFAULT_ORDER
 from .plan import ArenaPlan
-from .policy import plan_groups, spare_slots
+from .policy import plan_groups
 from .recovery import intact_slots
 from .session import Desk, Event, Session
 from .source import Lease, RecordReader
@@ -44,13 +44,11 @@ class HostTier:
         loaders: int = 4,
         arena: Arena | None = None,
         policy: str = DEFAULT_ORDER,
-        look_ahead: int = 0,
     ) -> None:
         """Allocates ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had.
 
         ``arena`` is one that was taken back, of as many slots: it is the tier's from now on. What is whole in it is
-        READY without a read; whoever maps it goes on. ``policy`` is one of ``ORDERS``. Some slots are spare for guesses
-        ``look_ahead`` layers far.
+        READY without a read; whoever maps it goes on. ``policy`` is one of ``ORDERS``.
         """
         manifest = store.manifest
         assert loaders > 0
@@ -80,9 +78,7 @@ class HostTier:
         self._pools: dict[str, Pool] = {}
         try:
             for region, first in zip(self.plan.regions, self.plan.first_slots, strict=True):
-                blocks = members(manifest, region.array)
-                spare = spare_slots(region.slots, blocks, look_ahead)
-                groups = plan_groups(region.slots - spare, blocks)
+                groups = plan_groups(region.slots, members(manifest, region.array))
                 self._pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes, policy)
             self._desk = Desk(manifest, self._monitor, self._ledger, self._arena.directory, self._pools)
             if arena is not None:
@@ -286,13 +282,14 @@ class HostTier:
             with self._monitor:
                 self._ledger.arrive(load)
 
-    def _stand_back(self, load: Load) -> None:
-        """Of a load that a wish began."""
+    def _stand_back(self, load: Load) -> bool:
+        """Of a load that a wish began; whether no demand has joined it yet."""
         with self._monitor:
             while not self._closed and self._ledger.stands_back(load):
                 self._monitor.sleep()
             if self._ledger.is_unwanted(load):
                 raise _UnwantedError
+            return not load.waiters
 
     def _check_open(self) -> None:
         if self._closed:

@@ -336,9 +336,12 @@ class Ledger:
     # -- wishes -------------------------------------------------------------------------------------------------------
 
     def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey], *, wisher: Party | None = None) -> None:
-        """Replaces a wisher's wishes for a block; the tier's own are nobody's."""
-        self.counters.cancelled += self._wishes.replace(wisher, block, pool, wishes)
-        self._ring_for_wishes()
+        """Replaces a wisher's wishes for a block; the tier's own are nobody's. What is there already stays the longer
+        for being wished, and wakes nobody."""
+        absent = [key for key in wishes if pool.slots.find(key) is None]
+        self.counters.cancelled += self._wishes.replace(wisher, block, pool, wishes, absent)
+        if absent:
+            self._ring_for_wishes()
 
     def withdraw_wishes(self, wisher: Party) -> None:
         """All of a wisher's."""
@@ -355,7 +358,7 @@ class Ledger:
             return None
         for wisher, pool, key in self._wishes.take(lambda pool: not pool.hungry):
             if pool.slots.find(key) is None:
-                slot = pool.policy.choose(key.block, wished=True, keep=self._wishes.__contains__)
+                slot = pool.policy.choose(key.block, keep=self._wishes.__contains__)
                 if slot is not None:
                     self._wishes.served(wisher)
                     self.counters.prefetched += 1
@@ -369,8 +372,9 @@ class Ledger:
         return None
 
     def _ring_for_wishes(self) -> None:
-        if (self._wishes or self._warming) and not self._is_reading_for_demands:
-            for _ in range(self._prefetches - self._prefetching):
+        waiting = len(self._wishes) + len(self._warming)
+        if waiting and not self._is_reading_for_demands:
+            for _ in range(min(waiting, self._prefetches - self._prefetching)):
                 self._ring()
 
     @property
@@ -505,7 +509,7 @@ class Ledger:
             self._warmed.discard(old)
         self._directory.withdraw(old, pool.first + slot)
         pool.slots.begin(slot, key)
-        pool.policy.admit(key.block, slot, passing=passing, wished=wished and not warmed, warmed=warmed)
+        pool.policy.admit(key.block, slot, passing=passing, early=wished)
         load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock(), warmed=warmed)
         return load
 

@@ -42,11 +42,12 @@ class RecordReader(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """Fills a writable slot of ``slot_bytes``, which begins on a page, with a record and its checksum.
 
-        Who can calls ``pause`` between the pieces of a record that is read in pieces: it returns when the read may go
-        on, and what it raises ends it. Raises StoreError.
+        Who can reads piece by piece where there is a ``pause``, and calls it between two of them. It returns when the
+        read may go on: whether it may be interrupted again, or is to be over soon. What it raises ends the read. Raises
+        StoreError.
         """
         ...
 

@@ -37,6 +37,7 @@ from .monitor import Home
 from .shard import METADATA, ShardFile, read_checksums
 
 PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
+INTERRUPTIBLE_BYTES = 2 << 20  # of one read, at least, where it may be interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +111,12 @@ class ExpertStore:
         """The file that holds a block's records."""
         return ShardFile.of(self.folder, self.manifest, block).path
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """Fills ``buffer`` (writable, ``slot_bytes`` long, begins on a page) with a record and its checksum.
 
-        ``pause`` is called whenever as many pieces are read as there are threads for them. Raises MissingExpertError
-        for a key that the model does not have, StoreReadError when the disk fails twice, ChecksumError when the bytes
-        are not what was written. What the buffer holds then is undefined.
+        With a ``pause`` it is read piece by piece, and the pause is called between two, until it is False. Raises
+        MissingExpertError for a key that the model does not have, StoreReadError when the disk fails twice,
+        ChecksumError when the bytes are not what was written. What the buffer holds then is undefined.
         """
         with self._in_use():
             shard, offset = self._locate(key)
@@ -197,25 +198,23 @@ class ExpertStore:
         shard = self._shards[block]
         return shard, shard.offsets[expert]
 
-    def _read(self, shard: _Shard, offset: int, view: memoryview, pause: Callable[[], None] | None) -> int:
+    def _read(self, shard: _Shard, offset: int, view: memoryview, pause: Callable[[], bool] | None) -> int:
         """Reads a record and returns the crc32c of its payload."""
         payload = np.frombuffer(view, np.uint8)[:-CHECKSUM_BYTES]
-        if len(view) <= PIECE_BYTES:
-            _read_piece(shard, offset, view)
-            return int(google_crc32c.value(payload))
-        if pause is None:
-            return self._read_pieces(shard, offset, view, payload, 0)
-        crc, step = 0, self._readers * PIECE_BYTES
-        for start in range(0, len(view), step):
-            if start:
-                pause()
-            part = slice(start, start + step)
-            crc = self._read_pieces(shard, offset + start, view[part], payload[part], crc)
+        if pause is None and len(view) > PIECE_BYTES:
+            return self._read_side_by_side(shard, offset, view, payload)
+        crc, start = 0, 0
+        while start < len(view):
+            if pause is not None and start and not pause():
+                pause = None
+            end = len(view) if pause is None else start + _step(len(view))
+            _read_piece(shard, offset + start, view[start:end])
+            crc = google_crc32c.extend(crc, payload[start:end])
+            start = end
         return crc
 
-    def _read_pieces(self, shard: _Shard, offset: int, view: memoryview, payload: Any, crc: int) -> int:
-        """Side by side. Returns ``crc`` as the payload continues it."""
-        pool = self._readers_pool()
+    def _read_side_by_side(self, shard: _Shard, offset: int, view: memoryview, payload: Any) -> int:
+        crc, pool = 0, self._readers_pool()
         starts = range(0, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
             pool.submit(_read_piece, shard, offset + start, view[start : start + PIECE_BYTES]) for start in starts
@@ -290,6 +289,12 @@ def _try_direct(descriptor: int) -> bool:
             pass
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     return False
+
+
+def _step(length: int) -> int:
+    """Of a read that others may interrupt: an eighth of it, in whole pages, so that they wait for no more; and enough
+    to be worth a call."""
+    return max(INTERRUPTIBLE_BYTES, -(-length // (8 * PAGE)) * PAGE)
 
 
 def _read_piece(shard: _Shard, offset: int, view: memoryview) -> None:

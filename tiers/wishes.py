@@ -18,16 +18,19 @@ class Wishes(Generic[Place]):
         self._waiting: dict[Hashable, dict[int, tuple[Place, deque[ExpertKey]]]] = {}  # not begun; by wisher, by block
         self._latest: dict[int, dict[Hashable, frozenset[ExpertKey]]] = {}  # begun or not; by block, by wisher
 
-    def __bool__(self) -> bool:
-        """Whether there is one that has not begun."""
-        return any(keys for blocks in self._waiting.values() for _, keys in blocks.values())
+    def __len__(self) -> int:
+        """How many have not begun."""
+        return sum(len(keys) for blocks in self._waiting.values() for _, keys in blocks.values())
 
     def __contains__(self, key: ExpertKey) -> bool:
         """Whether anybody's latest wishes name it, begun or not."""
         return any(key in wishes for wishes in self._latest.get(key.block, {}).values())
 
-    def replace(self, wisher: Hashable, block: int, place: Place, keys: Sequence[ExpertKey]) -> int:
-        """A wisher's wishes for a block are these from now on. How many were given up that had not begun."""
+    def replace(
+        self, wisher: Hashable, block: int, place: Place, keys: Sequence[ExpertKey], absent: Sequence[ExpertKey]
+    ) -> int:
+        """A wisher's wishes for a block are these from now on; of them, those that are ``absent`` are to begin. How
+        many were given up that had not begun."""
         latest = self._latest.get(block)
         if latest is not None and latest.pop(wisher, None) is not None and not latest:
             del self._latest[block]
@@ -35,7 +38,8 @@ class Wishes(Generic[Place]):
         _, waiting = blocks.pop(block, (place, deque[ExpertKey]()))
         if keys:
             self._latest.setdefault(block, {})[wisher] = frozenset(keys)
-            blocks[block] = (place, deque(dict.fromkeys(keys)))
+        if absent:
+            blocks[block] = (place, deque(dict.fromkeys(absent)))
         if not blocks:
             del self._waiting[wisher]
         return sum(key not in keys for key in waiting)

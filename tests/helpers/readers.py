@@ -25,7 +25,7 @@ class RamReader:
         self.reads: Counter[ExpertKey] = Counter()
         self._lock = threading.Lock()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         with self._lock:
             self.reads[key] += 1
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
@@ -46,7 +46,7 @@ class GatedReader(RamReader):
         self._open = False
         self._passes: Counter[ExpertKey] = Counter()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         with self._changed:
             self.begun.append(key)
             self._changed.notify_all()

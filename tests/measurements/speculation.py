@@ -3,9 +3,10 @@
     python tests/measurements/speculation.py DIR --ram 50% --disk 0.2 --rounds 20
 
 Feeds fixed token ids, one at a time, to one model for each way: ``off``; ``off again``, which shows the noise;
-``auto``; ``always``; and ``perfect``, whose guesses are the routing that ``off`` has recorded. Each round runs all of
-them, in an order that rotates. Prints the median time of a step, and the ratio of ``off`` to each way with the 95 %
-interval of its mean. ``--disk`` makes reads wait as a disk of so many GB/s would: bytes come one after the other.
+``auto``; ``always``; ``perfect``, whose guesses are the routing, recorded beforehand; and ``adversary``: ``auto``, all
+of whose guesses are wrong. A round is a new sequence, which all of them decode in turns of a few steps, in an order
+that rotates. Prints the median time of a step, and the ratio of ``off`` to each way with the 95 % interval of its mean
+over the rounds. ``--disk`` makes reads wait as a disk of so many GB/s would: bytes come one after the other.
 """
 
 from __future__ import annotations
@@ -26,12 +27,21 @@ from torch import Tensor
 
 import moetier
 from moetier.runtime.config import Size, format_bytes
-from moetier.runtime.gates import Gates, Routing
+from moetier.runtime.gates import Gates
+from moetier.runtime.shortcut import Guess
+from moetier.tiers import store
 from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.stats import TierStats
 
-WAYS = {"off": "off", "off again": "off", "auto": "auto", "always": "always", "perfect": "always"}
+WAYS = {
+    "off": "off",
+    "off again": "off",
+    "auto": "auto",
+    "always": "always",
+    "perfect": "always",
+    "adversary": "auto",
+}
+TURN = 8  # steps
 
 
 def main() -> None:
@@ -61,53 +71,70 @@ def main() -> None:
         f"{format_bytes(ram)} of {format_bytes(manifest.stored_bytes)}, disk {arguments.disk or 'as it is'}",
         flush=True,
     )
-    recorded = Recorded(models["off"])
-    if "perfect" in models:
-        recorded.tell(models["perfect"])
+    parts = [ids[start : start + arguments.tokens + 1] for start in range(0, len(ids) - 1, arguments.tokens)]
+    if told := [name for name in ("perfect", "adversary") if name in models]:
+        routing = record(models["off"], parts)
+        for name in told:
+            tell(models[name], routing, is_right=name == "perfect")
+    before = {name: model.tiers.stats()[0] for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    logits: dict[str, Tensor] = {}
-    for number in range(-1, arguments.rounds):  # one that is not counted
-        part = ids[(number + 1) * arguments.tokens : (number + 2) * arguments.tokens + 1]
-        names = [*ways]
-        turn = number % len(names)
-        order = ["off", *(name for name in names[turn:] + names[:turn] if name != "off")]
-        if number % 2:  # what is recorded must be known before: else off is last as often as it is first
-            order = order if "perfect" in ways else order[::-1]
-        for name in order:
-            recorded.is_recording = name == "off"
-            seconds, logits[name] = decode(models[name], part, recorded)
-            if number >= 0:
-                times[name].append(seconds / (len(part) - 1))
-        assert all(torch.equal(logits["off"], found) for found in logits.values()), "tokens depend on speculation"
+    for number, part in enumerate(parts):
+        seconds = decode(models, part, number)
+        if number:  # the first is not counted
+            for name in ways:
+                times[name].append(seconds[name] / arguments.tokens)
     for name in ways:
-        report(name, times, models[name])
+        report(name, times, models[name], before[name], len(ids) - 1)
 
 
-def report(name: str, times: dict[str, list[float]], model: Any) -> None:
+def report(name: str, times: dict[str, list[float]], model: Any, before: TierStats, steps: int) -> None:
     ratios = [math.log(off / on) for off, on in zip(times["off"], times[name], strict=True)]
     mean = statistics.fmean(ratios)
-    half = 2.093 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0  # Student's t, 19
+    half = student(len(ratios) - 1) * statistics.stdev(ratios) / math.sqrt(len(ratios))
     (host,) = model.tiers.stats()
+    hits, misses = host.hits - before.hits, host.misses - before.misses
+    waited = (host.wait_seconds - before.wait_seconds) / steps
     print(
         f"{name:<9} {1e3 * statistics.median(times[name]):8.2f} ms a step, {math.exp(mean):.3f} times as fast as off "
-        f"({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}); hits {host.hit_ratio:.1%}, "
-        f"{format_bytes(host.bytes_in)} read, {host.useful} useful, {host.late} late, {host.wasted} wasted",
+        f"({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}); hits {hits / (hits + misses):.1%}, "
+        f"{format_bytes(host.bytes_in - before.bytes_in)} read, {host.useful} useful, {host.late} late, "
+        f"{host.wasted} wasted, {host.cancelled} cancelled; waited {1e3 * waited:.2f} ms a step",
         flush=True,
     )
     if model.tiers.speculation is not None:
-        stats = model.tiers.speculation.stats()
-        print(f"{'':9} in {stats.steps_on} of {stats.steps_on + stats.steps_off} steps")
+        found = model.tiers.speculation.stats()
+        print(
+            f"{'':9} in {found.steps_on} of {found.steps_on + found.steps_off} steps, in which asking took "
+            f"{1e3 * found.seconds / max(found.steps_on, 1):.2f} ms"
+        )
+
+
+def student(freedom: int) -> float:
+    """Of Student's t, the 97.5 % point: Abramowitz & Stegun, 26.7.5."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 @torch.no_grad()
-def decode(model: Any, ids: list[int], recorded: Recorded) -> tuple[float, Tensor]:
-    """Seconds of all steps behind the first; the last logits."""
-    output = model(torch.tensor([ids[:1]]), use_cache=True)
-    began = time.perf_counter()
-    for step, token in enumerate(ids[1:]):
-        recorded.step = step
-        output = model(torch.tensor([[token]]), cache=output.past_key_values, use_cache=True)
-    return time.perf_counter() - began, output.logits
+def decode(models: dict[str, Any], ids: list[int], number: int) -> dict[str, float]:
+    """Seconds that all steps behind the first took, by way; the tokens must be the same."""
+    outputs = {name: model(torch.tensor([ids[:1]]), use_cache=True) for name, model in models.items()}
+    seconds = dict.fromkeys(models, 0.0)
+    names = [*models]
+    for turn, start in enumerate(range(1, len(ids), TURN), start=number):
+        first = turn % len(names)
+        order = names[first:] + names[:first]
+        for name in order if turn // len(names) % 2 == 0 else order[::-1]:
+            model, output = models[name], outputs[name]
+            began = time.perf_counter()
+            for step in range(start, min(start + TURN, len(ids))):
+                model.present = (number, step)
+                output = model(torch.tensor([ids[step : step + 1]]), cache=output.past_key_values, use_cache=True)
+            seconds[name] += time.perf_counter() - began
+            outputs[name] = output
+        logits = [output.logits for output in outputs.values()]
+        assert all(torch.equal(logits[0], found) for found in logits), "tokens depend on speculation"
+    return seconds
 
 
 def tokens_of(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[int]:
@@ -119,41 +146,50 @@ def tokens_of(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list
     return (found * (count // len(found) + 1))[:count]
 
 
-class Recorded:
-    """The routing of one model's steps, told to another as if its gates had guessed it."""
+@torch.no_grad()
+def record(model: Any, parts: list[list[int]]) -> dict[tuple[int, int, int], Tensor]:
+    """Round, step and block -> the experts that are used there."""
+    found: dict[tuple[int, int, int], Tensor] = {}
 
-    def __init__(self, model: Any) -> None:
-        self.step = 0
-        self.is_recording = False
-        self._routing: dict[tuple[int, int], Tensor] = {}
-        Gates(model).observe(experts=self._record)
+    def note(block: int, experts: Tensor, weights: Tensor) -> None:
+        found[number, step, block] = experts
 
-    def _record(self, block: int, experts: Tensor, weights: Tensor) -> None:
-        if self.is_recording:
-            self._routing[self.step, block] = experts
+    with Gates(model).observe(experts=note):
+        for number, ids in enumerate(parts):  # noqa: B007 (noted)
+            cache = None
+            for step, token in enumerate(ids):  # noqa: B007
+                output = model(torch.tensor([[token]]), cache=cache, use_cache=True)
+                cache = output.past_key_values
+    return found
 
-    def tell(self, model: Any) -> None:
-        gates = model.tiers.speculation._gates
 
-        def predict(block: int, hidden: Tensor) -> Routing:
-            experts = self._routing.get((self.step, block), torch.zeros((1, 1), dtype=torch.int64))
-            return Routing(experts, torch.ones(experts.shape))
+def tell(model: Any, routing: dict[tuple[int, int, int], Tensor], *, is_right: bool) -> None:
+    """As if its gates had guessed it, or what is not used."""
+    model.present = (0, 0)
 
-        gates.predict = predict
+    def guess(block: int, distance: int, hidden: Tensor) -> Guess:
+        experts = routing[*model.present, block]
+        if not is_right:
+            used = set(experts.flatten().tolist())
+            others = [expert for expert in range(model.tiers.manifest.blocks[block].experts) if expert not in used]
+            experts = torch.tensor([others[: experts.shape[-1]]])
+        return Guess(experts, torch.tensor([[9.0] * experts.shape[-1] + [0.0]]), torch.ones(1))
+
+    model.tiers.speculation._shortcuts.guess = guess
 
 
 def slow_down(bytes_a_second: float) -> None:
     """Reads take as long as they would on a disk of this speed, which serves one after the other."""
     lock, free = threading.Lock(), [0.0]
-    read_into = ExpertStore.read_into
+    read_piece = store._read_piece
 
-    def slow(store: ExpertStore, key: ExpertKey, buffer: memoryview, pause: Any = None) -> None:
+    def slow(shard: Any, offset: int, view: memoryview) -> None:
         with lock:
-            end = free[0] = max(time.perf_counter(), free[0]) + len(buffer) / bytes_a_second
-        read_into(store, key, buffer, pause)
+            end = free[0] = max(time.perf_counter(), free[0]) + len(view) / bytes_a_second
+        read_piece(shard, offset, view)
         time.sleep(max(0.0, end - time.perf_counter()))
 
-    ExpertStore.read_into = slow  # type: ignore[method-assign]
+    store._read_piece = slow
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_a_lost_model_is_closed_also_when_found_by_its_loader(tiny: tuple[Any, P
     class Collecting:
         """The store, in whose reads the collector comes by."""
 
-        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
             assert go.wait(PATIENCE)
             gc.collect()
             store.read_into(key, buffer)

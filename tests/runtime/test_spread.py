@@ -387,7 +387,7 @@ def test_one_that_can_not_be_looked_at_is_looked_at_again(manifest: Manifest) ->
             if self.looks == 1:
                 raise OSError(errno.EMFILE, "Too many open files")
 
-        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
             if not self.looks:
                 raise UnavailableError("It is away.", "Wait.")
             record = RECORDS[key]

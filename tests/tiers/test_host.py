@@ -235,7 +235,7 @@ def test_an_error_reaches_all_who_wait_and_poisons_nothing(gate: GatedReader) ->
 
 def test_an_error_of_any_kind_reaches_the_caller() -> None:
     class Odd(RamReader):
-        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], None] | None = None) -> None:
+        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
             raise SystemExit(f"what {key}?")
 
     with HostTier(Odd(PLAN, RECORDS), slots=SMALLEST) as tier:

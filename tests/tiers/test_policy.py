@@ -5,12 +5,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Block
-from moetier.tiers.policy import BlockPolicy, Group, plan_groups, spare_slots
+from moetier.tiers.policy import BlockPolicy, Group, plan_groups
 from moetier.tiers.slots import Slots
 
 
@@ -87,9 +87,9 @@ def test_impossible_numbers_of_slots_are_ours_to_prevent(slots: int) -> None:
 class Cache:
     """Slots and policy driven as a tier drives them when every load is done at once."""
 
-    def __init__(self, count: int, blocks: Mapping[int, Block], spare: int = 0) -> None:
+    def __init__(self, count: int, blocks: Mapping[int, Block]) -> None:
         self.slots = Slots(count)
-        self.groups = plan_groups(count - spare, blocks)
+        self.groups = plan_groups(count, blocks)
         self.policy = BlockPolicy(self.slots, self.groups)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
@@ -113,17 +113,17 @@ class Cache:
 
     def wish(self, block: int, expert: int) -> None:
         key = ExpertKey(block, expert)
-        if self.slots.find(key) is None and (slot := self.policy.choose(block, wished=True)) is not None:
-            self._fill(slot, key, wished=True)
+        if self.slots.find(key) is None and (slot := self.policy.choose(block)) is not None:
+            self._fill(slot, key, early=True)
         self.slots.check_integrity()
         self.policy.check_integrity()
 
-    def _fill(self, slot: int, key: ExpertKey, *, wished: bool = False) -> None:
+    def _fill(self, slot: int, key: ExpertKey, *, early: bool = False) -> None:
         if self.slots.is_ready(slot):
             self.policy.forget(slot)
             self.slots.evict(slot)
         self.slots.begin(slot, key)
-        self.policy.admit(key.block, slot, wished=wished)
+        self.policy.admit(key.block, slot, early=early)
         self.slots.fill(slot)
 
     def slot_of(self, key: ExpertKey) -> int:
@@ -178,41 +178,28 @@ def test_it_is_a_least_recently_used_cache_block_by_block(
 
 
 @settings(max_examples=200)
-@given(planned(), st.integers(1, 6), st.data())
-def test_spare_slots_hold_wishes_and_what_groups_evict(
-    plan: tuple[dict[int, Block], int], spare: int, data: st.DataObject
+@given(planned(), st.data())
+def test_a_wish_evicts_its_own_blocks_next_and_goes_first_itself(
+    plan: tuple[dict[int, Block], int], data: st.DataObject
 ) -> None:
-    """A group holds what one without wishes would: no guess costs it a record."""
-    blocks, quota = plan
-    spare = min(spare, sum(block.experts for block in blocks.values()) - quota)
-    assume(spare > 0)
-    cache = Cache(quota + spare, blocks, spare)
-    oracle = Oracle(cache.groups)
-    lately: OrderedDict[ExpertKey, None] = OrderedDict()  # in spare slots, the oldest first
-    for _ in range(data.draw(st.integers(1, 60))):
+    """A right guess evicts what the demand would have, a wrong one one record."""
+    blocks, slots = plan
+    cache = Cache(slots, blocks)
+    for _ in range(data.draw(st.integers(1, 40))):
         block = data.draw(st.sampled_from(sorted(blocks)))
         expert = data.draw(st.integers(0, blocks[block].experts - 1))
-        key, before = ExpertKey(block, expert), oracle.resident()
+        before = cache.resident(blocks)
         if data.draw(st.booleans()):
-            cache.wish(block, expert)
-            if key not in before | lately.keys():
-                lately[key] = None
-        else:
-            was_there = key in before | lately.keys()
-            assert cache.demand(block, [expert]) == was_there
-            oracle.demand(block, [expert])
-            lately.pop(key, None)
-            lately |= dict.fromkeys(before - oracle.resident())
-        while len(lately) > spare:
-            lately.popitem(last=False)
-        assert cache.resident(blocks) == oracle.resident() | lately.keys()
-
-
-@pytest.mark.parametrize(
-    ("slots", "look_ahead", "expected"), [(8, 2, 0), (10, 2, 2), (16, 2, 8), (31, 2, 8), (31, 1, 4), (3, 1, 0)]
-)
-def test_spare_slots_leave_each_block_its_top_k(slots: int, look_ahead: int, expected: int) -> None:
-    assert spare_slots(slots, blocks_of(*[(8, 2)] * 4), look_ahead) == expected
+            cache.demand(block, [expert])
+            continue
+        cache.wish(block, expert)
+        lost = before - cache.resident(blocks)
+        group = next(group for group in cache.groups if block in group.blocks)
+        assert len(lost) <= 1
+        assert all(key.block in group.blocks for key in lost)
+        if lost:  # the group was full: the wish is the next to go
+            slot = cache.policy.choose(block)
+            assert slot == cache.slot_of(ExpertKey(block, expert))
 
 
 @pytest.mark.parametrize(("per_block", "expected"), [(2, 0.249), (3, 0.374), (4, 0.498), (8, 1.0)])

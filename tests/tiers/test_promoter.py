@@ -50,8 +50,8 @@ def host(reader: GatedReader) -> Iterator[HostTier]:
 
 @pytest.fixture
 def tier(host: HostTier, device: FakeDevice) -> Iterator[DeviceTier]:
-    """Two slots for each block, and two spare ones."""
-    with contextlib.closing(DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)) as tier:
+    """Three slots for two blocks, and two for the third."""
+    with contextlib.closing(DeviceTier(host, PLAN, slots={"records": 8}, device=device, promotes=True)) as tier:
         yield tier
         tier.check_integrity()
 
@@ -79,7 +79,6 @@ STEP = st.tuples(st.integers(0, 2), EXPERTS, st.integers(0, 2), EXPERTS, st.bool
     st.integers(0, 1 << 32),
     st.integers(2, 12),
     st.integers(2, 12),
-    st.integers(1, 2),
     st.booleans(),
 )
 def test_every_computation_sees_its_record(
@@ -87,14 +86,13 @@ def test_every_computation_sees_its_record(
     seed: int,
     slots: int,
     host_slots: int,
-    look_ahead: int,
     steady: bool,
 ) -> None:
     """Whatever is wished for, and whenever it comes; of a source whose records may be replaced, too."""
     device = device_of(seed)
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": host_slots}) as host:
         source = UnsteadySource(host, seed, share=0.0 if steady else 0.3)
-        tier = DeviceTier(source, PLAN, slots={"records": slots}, device=device, look_ahead=look_ahead)
+        tier = DeviceTier(source, PLAN, slots={"records": slots}, device=device, promotes=True)
         consumer = Consumer(tier, device)
         for block, experts, wished, wishes, waits in program:
             tier.prefetch(wished, keys(wished, *wishes))
@@ -117,7 +115,7 @@ def test_a_hit_waits_for_the_copy_that_a_wish_began(host: HostTier, forgets: Ord
     wrong = 0
     for seed in range(8):
         device = device_of(seed, forgets=forgets)
-        tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+        tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, promotes=True)
         consumer = Consumer(tier, device)
         device.copy_may_end.clear()
         tier.prefetch(0, keys(0, 0))
@@ -137,11 +135,11 @@ def test_a_wish_refills_a_slot_after_every_use_of_it(host: HostTier, forgets: Or
     wrong = 0
     for seed in range(8):
         device = device_of(seed, forgets=forgets)
-        tier = DeviceTier(host, PLAN, slots={"records": 7}, device=device, look_ahead=1)
+        tier = DeviceTier(host, PLAN, slots={"records": 7}, device=device, promotes=True)
         consumer = Consumer(tier, device)
         tier.prefetch(0, keys(0, 0))
         promoted(tier, 1)
-        consumer.run(0, [0])  # queued; then it is its group's, as two others are: the spare slot is its again
+        consumer.run(0, [0])  # queued
         tier.prefetch(0, keys(0, 1))
         promoted(tier, 2)
         consumer.run(0, [1])
@@ -162,7 +160,7 @@ def test_the_hosts_lease_ends_after_the_copy(forgets: Order | None) -> None:
     for seed in range(8):
         device = device_of(seed, forgets=forgets)
         with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as host:
-            tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+            tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, promotes=True)
             consumer = Consumer(tier, device)
             tier.prefetch(0, keys(0, 0))
             promoted(tier, 1)
@@ -180,7 +178,7 @@ def test_callers_who_demand_and_wish_on_streams_of_their_own(seed: int) -> None:
     device = device_of(seed)
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 3}) as host:
         source = UnsteadySource(host, seed, share=0.2)
-        tier = DeviceTier(source, PLAN, slots={"records": 7}, device=device, look_ahead=2)
+        tier = DeviceTier(source, PLAN, slots={"records": 7}, device=device, promotes=True)
 
         def pause() -> None:
             """While nobody demands, a wish comes true."""
@@ -247,7 +245,7 @@ def test_what_the_host_has_not_begun_is_wished_for_there_still(device: FakeDevic
     with HostTier(reader, slots=ALL, loaders=1) as host:
         list(host.acquire(keys(0, 0)))
         reader.shut()
-        with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, look_ahead=2)) as tier:
+        with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, promotes=True)) as tier:
             host.prefetch(1, keys(1, 0))
             reader.wait_begun(ExpertKey(1, 0))  # by the only loader
             tier.prefetch(0, keys(0, 0, 1))
@@ -280,7 +278,7 @@ def test_a_demand_that_comes_while_the_host_is_told_of_wishes_drops_them_there_t
     assert consumer.wrong() == 0
 
 
-def test_nothing_is_promoted_without_a_look_ahead(host: HostTier, device: FakeDevice) -> None:
+def test_nothing_is_promoted_unless_it_is_told_to(host: HostTier, device: FakeDevice) -> None:
     with contextlib.closing(DeviceTier(host, PLAN, slots={"records": 8}, device=device)) as tier:
         tier.prefetch(0, keys(0, 0))
         idle(tier)
@@ -319,7 +317,7 @@ def test_wishes_that_never_come_true_are_not_looked_for_all_the_time(
     absent = host.absent
     monkeypatch.setattr(host, "absent", lambda wishes: looks.append(time.monotonic()) or absent(wishes))
     monkeypatch.setattr(host, "prefetch", lambda block, wishes: None)  # it refuses
-    with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, look_ahead=1)) as tier:
+    with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, promotes=True)) as tier:
         tier.prefetch(1, keys(1, 0))
         time.sleep(0.4)
         assert 3 <= len(looks) <= 12, "2, 4, 8, ... ms, and then 100"
@@ -413,30 +411,25 @@ def test_a_demand_joins_what_is_being_promoted(tier: DeviceTier, host: HostTier,
     assert (stats.bytes_in, stats.ready) == (SIZE, 1)
     tier.prefetch(1, keys(1, 0, 1))
     promoted(tier, 3)
-    assert tier.absent(keys(0, 1)) == [], "it is its group's, and leaves both spare slots to others"
+    assert tier.absent(keys(0, 1)) == []
 
 
 # -- slots -------------------------------------------------------------------------------------------------------------
 
 
-def test_wishes_take_spare_slots_alone(tier: DeviceTier, device: FakeDevice) -> None:
+def test_wishes_take_their_own_blocks_slots_alone(tier: DeviceTier, device: FakeDevice) -> None:
+    """Of three blocks with eight slots."""
     consumer = Consumer(tier, device)
     for block in range(3):
         consumer.run(block, [0, 1])
-    tier.prefetch(0, keys(0, 2, 3))
+    list(tier._source.acquire(keys(2, 2, 3)))
+    tier.prefetch(2, keys(2, 2, 3))
     promoted(tier, 2)
-    assert tier.stats().evictions == 0
-    list(tier._source.acquire(keys(1, 2, 3)))
-    tier.prefetch(1, keys(1, 2, 3))
-    idle(tier)
-    assert tier.stats().prefetched == 2, "the others' wishes stand, and are kept"
-    consumer.run(0, [0, 1])  # they stand no longer, and were wrong
-    tier.prefetch(1, keys(1, 2, 3))
-    promoted(tier, 4)
-    for block in range(3):
-        consumer.run(block, [0, 1])
+    assert tier.stats().evictions == 2
+    assert tier.absent(keys(0, 0, 1)) == tier.absent(keys(1, 0, 1)) == [], "others keep what they have"
+    consumer.run(2, [0, 1])  # they stand no longer, and were wrong
     stats = tier.stats()
-    assert (stats.hits, stats.misses, stats.wasted, stats.useful) == (8, 6, 2, 0)
+    assert (stats.hits, stats.misses, stats.wasted, stats.useful) == (0, 8, 2, 0)
     assert consumer.wrong() == 0
 
 
@@ -454,8 +447,8 @@ def test_a_demand_evicts_what_is_wished_for_last(tier: DeviceTier, device: FakeD
 
 
 def test_what_is_held_is_not_evicted_by_a_wish(host: HostTier, device: FakeDevice) -> None:
-    """At the smallest budget, where no slots are spare."""
-    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, look_ahead=1)
+    """At the smallest budget."""
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, promotes=True)
     consumer = Consumer(tier, device)
     consumer.run(0, [0, 1])
     holder = tier.acquire(keys(0, 0, 1))
@@ -499,7 +492,7 @@ def test_a_record_that_can_not_be_read_is_wished_for_in_vain(
 
 def test_a_record_that_was_replaced_is_not_kept(host: HostTier, device: FakeDevice) -> None:
     source = UnsteadySource(host, share=1.0)
-    tier = DeviceTier(source, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+    tier = DeviceTier(source, PLAN, slots={"records": 8}, device=device, promotes=True)
     tier.prefetch(0, keys(0, 0))
     wait_until(lambda: tier.stats().discarded == 1)
     source.share = 0.0
@@ -512,7 +505,7 @@ def test_a_record_that_was_replaced_is_not_kept(host: HostTier, device: FakeDevi
 
 
 def test_close_ends_the_thread_and_waits_for_its_copy(host: HostTier, device: FakeDevice) -> None:
-    tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, look_ahead=1)
+    tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, promotes=True)
     device.copy_may_begin.clear()
     tier.prefetch(0, keys(0, 0, 1, 2))
     wait_until(lambda: tier._copying == 1)
@@ -535,7 +528,7 @@ def test_close_does_not_wait_for_a_source_that_gives_nothing(
         held = host.acquire(keys(0, 0)), host.acquire(keys(0, 1))
         for leases in held:
             next(leases)
-        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, look_ahead=1)
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, promotes=True)
         monkeypatch.setattr(host, "absent", lambda wishes: [])  # it has been evicted since
         tier.prefetch(1, keys(1, 0))
         wait_until(lambda: len(host._ledger._demands) == 3)

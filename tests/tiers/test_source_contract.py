@@ -93,8 +93,8 @@ def open_source(kind: str, folder: Path, slots: dict[str, int]) -> Iterator[Open
                 views.close()
             case "device":
                 device = FakeDevice(random.Random(0))
-                look_ahead = 1 if "promotes" in kind else 0
-                tier = DeviceTier(below, store.manifest, slots=slots, device=device, look_ahead=look_ahead)
+                promotes = "promotes" in kind
+                tier = DeviceTier(below, store.manifest, slots=slots, device=device, promotes=promotes)
 
                 def data(lease: Lease[torch.Tensor]) -> bytes:
                     seen: list[bytes] = []

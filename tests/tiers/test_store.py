@@ -103,19 +103,28 @@ def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_p
         slot = np.frombuffer(mmap.mmap(-1, LARGE.slot_bytes), np.uint8)
         read: list[int] = []
 
-        def pause() -> None:
-            read.append(int(np.count_nonzero(slot[:: PIECE_BYTES // 8])))
-            if len(read) == 3:
+        def pause() -> bool:
+            read.append(int(np.count_nonzero(slot[::4096])))
+            if len(read) == raises:
                 raise InterruptedError
+            return len(read) < enough
 
+        raises, enough = 0, 1000
         store.read_into(ExpertKey(0, 0), slot.data, pause)
         assert bytes(slot[:-4]) == records[ExpertKey(0, 0)]
-        assert len(read) == 2
-        assert read[0] < read[1] < np.count_nonzero(slot[:: PIECE_BYTES // 8]), "nothing is read beyond it"
+        assert len(read) == 7, "eighths"
+        assert 0 < read[0] < read[1] < read[6] < np.count_nonzero(slot[::4096]), "nothing is read beyond a pause"
+
+        read, raises = [], 2
         slot[:] = 0
         with pytest.raises(InterruptedError):
             store.read_into(ExpertKey(0, 0), slot.data, pause)
-        assert not slot[PIECE_BYTES:].any()
+        assert not slot[LARGE.slot_bytes // 3 :].any()
+
+        read, raises, enough = [], 0, 3
+        store.read_into(ExpertKey(0, 0), slot.data, pause)
+        assert bytes(slot[:-4]) == records[ExpertKey(0, 0)]
+        assert len(read) == 3, "it asks no more once the read is to be over"
         assert read_all(store) == records
 
 

@@ -1,0 +1,122 @@
+"""A gate asked in the fewest operations, for a guess; and taught by what came of it.
+
+Most gates rank experts by a projection of what an RMSNorm makes of the residual stream. The norm's factor is the same
+for all experts of a token, so the projection alone ranks them: two operations, where the modules take about twenty.
+Beside small experts these are what speculation costs. A shortcut is used only where it names the experts that the gate
+names, which is tried out when it is made.
+
+From then on it learns what the layers in between do to the residual stream: after a wrong guess the row of each expert
+that was missed moves towards the state it was asked with, and that of each that was named in vain away from it, as a
+perceptron's do (Rosenblatt 1958). The gate itself is never touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .gates import Gate, Gates
+
+TRIED_ROWS = 64
+STEP = 0.01  # of a row's length
+AGREE = 0.95  # of the rows: where two experts are as good as equal, rounding decides
+
+
+class Guess(NamedTuple):
+    """Where tokens might be sent. Values are logits, or logarithms of what the gate makes of them; an expert's lead,
+    (its value - the last value) / unit, is how much it beats the best that is not named."""
+
+    experts: Tensor  # [T, k], int64; more are not named
+    values: Tensor  # [T, k + 1], of any floating type
+    unit: Tensor  # [T], likewise
+
+
+class Shortcuts:
+    """Of a model's gates, for each distance that they are asked from. A gate that has none is asked itself."""
+
+    def __init__(self, gates: Gates, distances: int) -> None:
+        """Of 0 to ``distances`` layers."""
+        self._gates = gates
+        self._of = [
+            [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks] for _ in range(distances + 1)
+        ]
+
+    def guess(self, block: int, distance: int, hidden: Tensor) -> Guess:
+        """Of the residual stream [..., H] at ``distance`` layers before the block."""
+        shortcut = self._of[distance][block]
+        return shortcut.guess(hidden) if shortcut is not None else ask(self._gates.blocks[block], hidden)
+
+    def learn(self, block: int, distance: int, hidden: Tensor, *, missed: set[int], in_vain: set[int]) -> None:
+        """What came of a guess for the single token of ``hidden``: experts that it did not name, and that it named in
+        vain."""
+        if (shortcut := self._of[distance][block]) is not None and (missed or in_vain):
+            shortcut.learn(hidden, missed, in_vain)
+
+
+class Shortcut:
+    """Of one gate, of whose weights it keeps a copy with the norm's factored in."""
+
+    def __init__(self, weight: Tensor, top_k: int) -> None:
+        """``weight`` [E, H]."""
+        self._weight = weight
+        self._top_k = top_k
+        self._root = math.sqrt(weight.shape[1])
+        self._step = STEP * float(weight.float().norm(dim=1).mean())
+
+    @torch.no_grad()
+    def guess(self, hidden: Tensor) -> Guess:
+        states = hidden.reshape(-1, hidden.shape[-1])
+        values, experts = nn.functional.linear(states, self._weight).topk(self._top_k + 1, -1)
+        return Guess(experts[:, : self._top_k], values, torch.linalg.vector_norm(states, dim=-1) / self._root)
+
+    @torch.no_grad()
+    def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
+        state = hidden.reshape(-1)
+        step = state * (self._step / torch.linalg.vector_norm(state))
+        for expert in missed:
+            self._weight[expert].add_(step)
+        for expert in in_vain:
+            self._weight[expert].sub_(step)
+
+
+@torch.no_grad()
+def ask(gate: Gate, hidden: Tensor) -> Guess:
+    """What the gate itself says."""
+    output = gate.ask(hidden)
+    probabilities, experts = gate.probabilities(output), output[2]
+    others = probabilities.scatter(-1, experts, 0.0)
+    values = torch.cat([probabilities.gather(-1, experts), others.amax(-1, keepdim=True)], -1).log()
+    return Guess(experts, values, values.new_ones(len(values)))
+
+
+@torch.no_grad()
+def shortcut_of(gate: Gate) -> Shortcut | None:
+    """None where the gate names other experts, and must be asked itself."""
+    weight = getattr(gate.gate, "weight", None)
+    if gate.mixer is not None or not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TRIED_ROWS, weight.shape[-1], generator=random).to(weight.device, gate.dtype)
+    said = gate.predict(hidden).experts
+    if said.shape[-1] >= weight.shape[0]:
+        return None
+    for scale in _scales(gate.norm):
+        found = Shortcut((weight.float() * scale).to(gate.dtype), said.shape[-1])
+        ours = found.guess(hidden).experts
+        same = (ours.sort(-1).values == said.sort(-1).values).all(-1)
+        if float(same.float().mean()) >= AGREE:
+            return found
+    return None
+
+
+def _scales(norm: nn.Module | None) -> Iterator[Tensor | float]:
+    weight = getattr(norm, "weight", None)
+    if norm is None:
+        yield 1.0
+    elif isinstance(weight, Tensor) and weight.ndim == 1:
+        yield weight.float()
+        yield 1.0 + weight.float()  # Gemma's
