@@ -60,9 +60,10 @@ class Shortcuts:
 class Shortcut:
     """Of one gate, of whose weights it keeps a copy with the norm's factored in."""
 
-    def __init__(self, weight: Tensor, top_k: int) -> None:
-        """``weight`` [E, H]."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, top_k: int) -> None:
+        """``weight`` [E, H], ``bias`` [E]."""
         self._weight = weight
+        self._bias = bias
         self._top_k = top_k
         self._root = math.sqrt(weight.shape[1])
         self._step = STEP * float(weight.float().norm(dim=1).mean())
@@ -70,8 +71,11 @@ class Shortcut:
     @torch.no_grad()
     def guess(self, hidden: Tensor) -> Guess:
         states = hidden.reshape(-1, hidden.shape[-1])
-        values, experts = nn.functional.linear(states, self._weight).topk(self._top_k + 1, -1)
-        return Guess(experts[:, : self._top_k], values, torch.linalg.vector_norm(states, dim=-1) / self._root)
+        unit = torch.linalg.vector_norm(states, dim=-1) / self._root
+        if self._bias is not None:
+            states, unit = states / unit.unsqueeze(-1), torch.ones_like(unit)
+        values, experts = nn.functional.linear(states, self._weight, self._bias).topk(self._top_k + 1, -1)
+        return Guess(experts[:, : self._top_k], values, unit)
 
     @torch.no_grad()
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
@@ -104,8 +108,10 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
     said = gate.predict(hidden).experts
     if said.shape[-1] >= weight.shape[0]:
         return None
+    bias = getattr(gate.gate, "bias", None)
+    bias = bias.detach().to(gate.dtype) if isinstance(bias, Tensor) else None
     for scale in _scales(gate.norm):
-        found = Shortcut((weight.float() * scale).to(gate.dtype), said.shape[-1])
+        found = Shortcut((weight.float() * scale).to(gate.dtype), bias, said.shape[-1])
         ours = found.guess(hidden).experts
         same = (ours.sort(-1).values == said.sort(-1).values).all(-1)
         if float(same.float().mean()) >= AGREE:
