@@ -64,7 +64,7 @@ class TierConfig:
     daemons: tuple[Address, ...] = ()  # these, and none else; () and not find_daemon: experts are this process's own
     credentials: Credentials = field(default_factory=Credentials)
     policy: str = DEFAULT_ORDER  # of ORDERS: who is evicted from the host tier
-    speculate: str = "off"  # of SPECULATE
+    speculate: str = "auto"  # of SPECULATE
     look_ahead: int = LOOK_AHEAD  # layers
     learn: bool = False  # keep which experts are used most, and begin with those of earlier runs
 
@@ -78,7 +78,7 @@ class TierConfig:
         daemon: str | None = None,
         credentials: Credentials | None = None,
         policy: str = DEFAULT_ORDER,
-        speculate: str = "off",
+        speculate: str = "auto",
         look_ahead: int = LOOK_AHEAD,
         learn: bool = False,
     ) -> TierConfig:

@@ -8,10 +8,11 @@ from enum import Enum
 from statistics import fmean, median, stdev
 
 SPAN = 4  # steps of a window
-FEWEST, MOST = 4, 12  # pairs of windows, one with and one without, in a trial
+FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
 HOLD = 256  # steps that a verdict holds
-LONGEST = 4096  # when it is the same "no" again and again
-SURE = 2.0  # standard errors
+LONGEST = {True: 1024, False: 4096}  # when it is the same again and again
+SURE = 2.5  # standard errors
+ODD = 4.0  # times a window's median: no step
 
 
 class Mode(Enum):
@@ -25,8 +26,8 @@ class Controller:
     """``is_on`` says how the next step is to be done; ``step`` tells how long it took.
 
     A *trial* alternates windows with and without, in the order on, off, off, on, so that what drifts weighs on both. It
-    ends as soon as the ratio of their times is clear; speculation stays on only if it is clearly faster. The verdict
-    holds for a while; a no that follows a no holds twice as long.
+    ends as soon as the ratio of their times is clear, or goes to whoever is ahead at its end. The verdict holds for a
+    while, and twice as long as the last when it is the same.
     """
 
     mode: Mode
@@ -60,7 +61,7 @@ class Controller:
             return
         self._window.append(seconds)
         if len(self._window) == self.span:
-            self._times[self.is_on].append(median(self._window))
+            self._times[self.is_on].append(_typical(self._window))
             self._window.clear()
             self._turn()
 
@@ -82,7 +83,7 @@ class Controller:
             self.is_on = windows % 4 in (0, 3)
 
     def _conclude(self, pays: bool) -> None:
-        self._held = min(2 * self._held, LONGEST) if pays is self._verdict is False else self.hold
+        self._held = min(2 * self._held, LONGEST[pays]) if pays is self._verdict else self.hold
         self._verdict, self._left, self.is_on = pays, self._held, pays
         self.trials += 1
 
@@ -90,6 +91,12 @@ class Controller:
         self._window.clear()
         self._times = {True: [], False: []}
         self.is_on = True
+
+
+def _typical(window: list[float]) -> float:
+    """The mean, as it is the rare long waits that guesses avoid; but not of steps between which something else came."""
+    limit = ODD * median(window)
+    return fmean(seconds for seconds in window if seconds <= limit)
 
 
 def _verdict(with_: list[float], without: list[float]) -> bool | None:
@@ -101,6 +108,6 @@ def _verdict(with_: list[float], without: list[float]) -> bool | None:
     mean, error = fmean(gains), stdev(gains) / math.sqrt(pairs)
     if mean - SURE * error > 0:
         return True
-    if mean + SURE * error < 0 or pairs >= MOST:
+    if mean + SURE * error < 0:
         return False
-    return None
+    return mean > 0 if pairs >= MOST else None

@@ -43,7 +43,7 @@ def load(
     daemon: str | None = AUTO,
     credentials: Credentials | None = None,
     policy: str = DEFAULT_ORDER,
-    speculate: str = "off",
+    speculate: str = "auto",
     look_ahead: int = LOOK_AHEAD,
     learn: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:

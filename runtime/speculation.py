@@ -27,7 +27,7 @@ from .gates import Gates, Observation
 from .shortcut import Guess, Shortcuts
 
 MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
-LEAST = 0.5  # a guess of an absent expert that is less likely right is no wish
+LEAST = 0.65  # a guess of an absent expert that is less likely right is no wish
 JUDGED = 256  # the latest guesses, by which it gives up ...
 POOR = 0.1  # ... when so few are right
 

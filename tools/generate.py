@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculate",
         choices=SPECULATE,
-        default="off",
+        default="auto",
         help="promote experts beforehand that the next layers' gates guess: auto, while it is measured to pay "
         "(default: %(default)s)",
     )

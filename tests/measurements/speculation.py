@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import moetier
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import LOOK_AHEAD, Size, format_bytes
 from moetier.runtime.gates import Gates
 from moetier.runtime.shortcut import Guess
 from moetier.tiers import store
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=0.0, metavar="GB/S", help="0: as fast as it is (default)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64, help="of a round (default: %(default)s)")
-    parser.add_argument("--look-ahead", type=int, default=2)
+    parser.add_argument("--look-ahead", type=int, default=LOOK_AHEAD)
     parser.add_argument("--ways", default=",".join(WAYS), help="(default: %(default)s)")
     parser.add_argument("--text", type=Path, help="whose tokens are fed; random ones without it")
     arguments = parser.parse_args()
