@@ -125,11 +125,6 @@ class TierConfig:
         return found
 
     @property
-    def guessed(self) -> int:
-        """Layers that are guessed ahead; 0: none."""
-        return 0 if self.speculate == "off" else self.look_ahead
-
-    @property
     def mapped(self) -> Address | None:
         """The one daemon of this host that was asked for: its memory is mapped, and no budget is needed here."""
         return self.daemons[0] if len(self.daemons) == 1 and self.daemons[0].folder else None

@@ -11,7 +11,7 @@ SPAN = 4  # steps of a window
 FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
 HOLD = 256  # steps that a verdict holds
 LONGEST = {True: 1024, False: 4096}  # when it is the same again and again
-SURE = 2.5  # standard errors
+SURE, UNSURE = 2.5, 1.0  # standard errors: to be for it, and against it; a trial of what loses had better be short
 ODD = 4.0  # times a window's median: no step
 
 
@@ -108,6 +108,6 @@ def _verdict(with_: list[float], without: list[float]) -> bool | None:
     mean, error = fmean(gains), stdev(gains) / math.sqrt(pairs)
     if mean - SURE * error > 0:
         return True
-    if mean + SURE * error < 0:
+    if mean + UNSURE * error < 0:
         return False
     return mean > 0 if pairs >= MOST else None

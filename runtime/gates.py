@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -144,8 +144,10 @@ class Gates:
         entry: Callable[[int, Tensor], None] | None = None,
         gate: Callable[[int, Tensor], None] | None = None,
         experts: Callable[[int, Tensor, Tensor], None] | None = None,
+        blocks: Collection[int] | None = None,
     ) -> Observation:
-        """Calls back during the model's forward passes, until the observation is removed. In this order, for a block:
+        """Of ``blocks``, or of all: calls back during the model's forward passes, until the observation is removed. In
+        this order, for a block:
 
         ``layer(block, hidden)``: what ``predict`` takes, where its decoder layer begins;
         ``entry(block, hidden)``: the same where the MoE part of its layer begins;
@@ -155,7 +157,7 @@ class Gates:
         A block with a refusal has no gate here, and may have no entry and no layer; its experts are told all the same.
         """
         handles = []
-        for found in self.blocks:
+        for found in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
             if layer is not None and found.decoder is not None:
                 handles.append(_before(found.decoder, _at_entry(layer, found.block)))
             if entry is not None and found.entry is not None:

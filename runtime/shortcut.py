@@ -70,7 +70,7 @@ class Shortcut:
 
     @torch.no_grad()
     def guess(self, hidden: Tensor) -> Guess:
-        states = hidden.reshape(-1, hidden.shape[-1])
+        states = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)  # a model may be turned into another type
         unit = torch.linalg.vector_norm(states, dim=-1) / self._root
         if self._bias is not None:
             states, unit = states / unit.unsqueeze(-1), torch.ones_like(unit)
@@ -79,7 +79,7 @@ class Shortcut:
 
     @torch.no_grad()
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
-        state = hidden.reshape(-1)
+        state = hidden.reshape(-1).to(self._weight.dtype)
         step = state * (self._step / torch.linalg.vector_norm(state))
         for expert in missed:
             self._weight[expert].add_(step)

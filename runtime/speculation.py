@@ -111,7 +111,8 @@ class Speculation:
         self._guesses = [0] * (look_ahead + 1)
         self._right = [0] * (look_ahead + 1)
         self._seconds = 0.0
-        self._observation: Observation | None = None
+        self._clock: Observation | None = None  # of the first block: a step begins
+        self._observation: Observation | None = None  # of the others, only while it guesses
 
     @property
     def can_guess(self) -> bool:
@@ -120,14 +121,14 @@ class Speculation:
 
     def attach(self) -> None:
         """To the model's forward passes."""
-        if self._observation is None and self.can_guess and self._controller.mode is not Mode.OFF:
-            layer = self._at_layer if len(self._distances) > 1 else None
-            self._observation = self._gates.observe(entry=self._at_entry, layer=layer)
+        if self._clock is None and self._first is not None and self._controller.mode is not Mode.OFF:
+            self._clock = self._gates.observe(entry=self._at_first, blocks=[self._first])
 
     def detach(self) -> None:
-        if self._observation is not None:
-            self._observation.remove()
-            self._observation = None
+        self._listen(False)
+        if self._clock is not None:
+            self._clock.remove()
+            self._clock = None
 
     def demanded(self, block: int, experts: Collection[int]) -> None:
         """The demand of a block is made: of these experts. Judges what was guessed of it, and wishes for what was
@@ -153,9 +154,22 @@ class Speculation:
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
+    def _at_first(self, block: int, hidden: Tensor) -> None:
+        self._begin_step(hidden.shape[: min(hidden.ndim - 1, 2)].numel())  # [T, H], [B, T, H] or [B, T, S, H]
+        self._listen(self._guessing)
+        self._at_entry(block, hidden)
+
+    def _listen(self, on: bool) -> None:
+        """To all blocks but the first, which is always listened to while it is attached."""
+        if on and self._observation is None:
+            layer = self._at_layer if len(self._distances) > 1 else None
+            others = [gate.block for gate in self._gates.blocks if gate.block != self._first]
+            self._observation = self._gates.observe(entry=self._at_entry, layer=layer, blocks=others)
+        elif not on and self._observation is not None:
+            self._observation.remove()
+            self._observation = None
+
     def _at_entry(self, block: int, hidden: Tensor) -> None:
-        if block == self._first:
-            self._begin_step(hidden.shape[: min(hidden.ndim - 1, 2)].numel())  # [T, H], [B, T, H] or [B, T, S, H]
         self._entered = hidden if self._guessing else None
         if hidden.device.type != "cpu":
             self._ask(block)

@@ -39,7 +39,9 @@ def main() -> None:
     ram = Size.parse(arguments.ram).of(read_manifest(store_folder(arguments.directory)).stored_bytes)
     if arguments.disk:
         slow_down(arguments.disk * 1e9)
-    models = {name: moetier.load(arguments.directory, ram=ram, daemon=None, policy=name) for name in ORDERS}
+    models = {
+        name: moetier.load(arguments.directory, ram=ram, daemon=None, policy=name, speculate="off") for name in ORDERS
+    }
     found: dict[str, list[list[float]]] = {name: [[] for _ in range(4)] for name in models}
     part = 2 * arguments.tokens + arguments.prompt + 1
     count = argparse.Namespace(rounds=arguments.rounds, tokens=part, text=arguments.text)
