@@ -143,4 +143,4 @@ class Clairvoyant:
 
 
 ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant}  # name -> of a quota
-DEFAULT_ORDER = "lru"
+DEFAULT_ORDER = "scan"

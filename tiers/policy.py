@@ -1,4 +1,4 @@
-"""Who is evicted next, block by block. Pure; ``order.py`` has the orders, of which least recently used is the default.
+"""Who is evicted next, block by block. Pure; ``order.py`` has the orders.
 
 A global LRU with fewer slots than blocks x top-k hits nothing at all: when a block's turn comes again, every record of
 it has just been evicted by the others. So blocks are *groups* that evict among their own. When the slots are too few
@@ -64,7 +64,7 @@ def _even_quotas(slots: int, blocks: Mapping[int, Block]) -> dict[int, int]:
 class BlockPolicy:
     """An order for the records of each group of one geometry.
 
-    With the default, a group's content within its quota is exactly what a least-recently-used cache of that size holds.
+    With "lru", a group's content within its quota is exactly what a least-recently-used cache of that size holds.
     """
 
     def __init__(
