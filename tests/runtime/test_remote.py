@@ -484,8 +484,9 @@ def test_what_can_not_be_asked(
 
 
 def start_and_stall(address: Address, stack: ExitStack, expert: int) -> grpc.Call:
-    """A fetch whose reader takes one piece, and no more."""
-    channel = stack.enter_context(grpc.insecure_channel(address.target))
+    """A fetch whose reader takes one piece, and no more: not even into buffers, which may grow to a whole record."""
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    channel = stack.enter_context(grpc.insecure_channel(address.target, narrow))
     fetch = channel.unary_stream(
         "/moetier.v1.ExpertStore/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
     )
