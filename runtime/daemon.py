@@ -479,8 +479,8 @@ def _wait_for_the_end() -> None:
 def _drain(running: _Running, seconds: float) -> None:
     """What was asked for is finished, within ``seconds`` or until a second signal; then all calls end."""
     deadline = time.monotonic() + seconds
-    running.checks.enter_graceful_shutdown()
     running.clients.stop()
+    running.checks.enter_graceful_shutdown()  # who hears of it is refused from now on
     while not (settled := running.clients.wait(min(_POLL, deadline - time.monotonic()))):
         if time.monotonic() >= deadline or signal.sigtimedwait(SIGNALS - {signal.SIGHUP}, 0) is not None:
             break
