@@ -32,4 +32,4 @@ class Confidence:
 
 
 def _bucket(lead: float) -> int:
-    return int(min(FINE * max(lead, 0.0), BUCKETS - 1.0))
+    return int(min(FINE * lead, BUCKETS - 1.0)) if lead > 0 else 0  # no number at all is no lead

@@ -40,7 +40,7 @@ def test_it_follows_a_change() -> None:
     assert confidence.of(0, 0.5) < 0.06
 
 
-@pytest.mark.parametrize("lead", [0.0, 1e-30, 1.0, 1e30, math.inf, -0.5])
+@pytest.mark.parametrize("lead", [0.0, 1e-30, 1.0, 1e30, math.inf, math.nan, -0.5])
 def test_any_lead_has_a_place(lead: float) -> None:
     """Nothing may be behind; a gate with a correction of its own may choose what is not the best."""
     confidence = Confidence(0)
