@@ -38,12 +38,12 @@ class Guess(NamedTuple):
 class Shortcuts:
     """Of a model's gates, for each distance that they are asked from. A gate that has none is asked itself."""
 
-    def __init__(self, gates: Gates, distances: int) -> None:
-        """Of 0 to ``distances`` layers."""
+    def __init__(self, gates: Gates, distances: Iterable[int]) -> None:
+        """``distances`` in layers."""
         self._gates = gates
-        self._of = [
-            [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks] for _ in range(distances + 1)
-        ]
+        self._of = {
+            distance: [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks] for distance in distances
+        }
 
     def guess(self, block: int, distance: int, hidden: Tensor) -> Guess:
         """Of the residual stream [..., H] at ``distance`` layers before the block."""

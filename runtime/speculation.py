@@ -89,7 +89,7 @@ class Speculation:
         self, gates: Gates, source: ExpertSource[Any], *, mode: Mode = Mode.AUTO, look_ahead: int = LOOK_AHEAD
     ) -> None:
         assert look_ahead >= 1
-        self._shortcuts = Shortcuts(gates, look_ahead)
+        self._shortcuts = Shortcuts(gates, range(0 if look_ahead > 1 else 1, look_ahead + 1))
         self._gates = gates
         self._source = source
         self._controller = Controller(mode)

@@ -30,7 +30,7 @@ def entries(model_type: str) -> tuple[Gates, dict[int, Tensor]]:
 @pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
 def test_it_names_what_the_gate_names(model_type: str) -> None:
     gates, found = entries(model_type)
-    shortcuts = Shortcuts(gates, 0)
+    shortcuts = Shortcuts(gates, [0])
     for gate in gates.blocks:
         if gate.refusal is not None or not found[gate.block].numel():
             continue
@@ -79,7 +79,7 @@ def test_it_learns_what_the_layers_between_do(trained: Any) -> None:
         experts=lambda block, experts, _: real.update({block: experts}),
     ):
         model(ids)
-    learning, still = Shortcuts(gates, 1), Shortcuts(gates, 1)
+    learning, still = Shortcuts(gates, [1]), Shortcuts(gates, [1])
     right = {"learning": 0, "still": 0}
     for token in range(ids.shape[1]):
         for block in range(len(gates.blocks) - 1):

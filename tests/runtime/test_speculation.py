@@ -160,7 +160,7 @@ def test_several_sequences_want_what_any_of_them_wants(model: Any) -> None:
 
 def test_who_is_always_wrong_wishes_nothing_any_more_and_is_off(model: Any) -> None:
     speculation, wishes = attached(model, gates := Gates(model), Mode.AUTO)
-    speculation._shortcuts = Wrong(gates, 2)
+    speculation._shortcuts = Wrong(gates, range(3))
     decode(model, steps=60)
     stats = speculation.stats()
     assert not stats.is_on
