@@ -7,7 +7,7 @@ DEMO_RAM := 3520KiB
 # for another: make demo DEMO_PROMPT='...'
 DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
-.PHONY: help setup demo proto check format test test-slow wheel clean
+.PHONY: help setup demo synthetic proto check format test test-slow wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,14 @@ setup: .venv/.ready  ## a virtual environment with everything
 demo: .venv/.ready  ## convert the bundled model and generate with room for a quarter of its experts
 	$(RUN) -m moetier.tools.main convert tests/assets/tinymix $(DEMO) --bits 4
 	$(RUN) -m moetier.tools.main generate $(DEMO) --ram $(DEMO_RAM) --max-new-tokens 96 --temperature 0.7 '$(DEMO_PROMPT)'
+
+# 45 GB: checkpoints, and stores of 4 bits beside them; tokens.json is what is written last
+MODELS := mixtral-4L qwen3-8L fine-4L
+synthetic: $(MODELS:%=build/synthetic/%-4bit/tokens.json)  ## models of large geometries with random weights, to measure with
+
+build/synthetic/%-4bit/tokens.json: | .venv/.ready
+	rm -rf build/synthetic/$* build/synthetic/$*-4bit
+	$(RUN) -m moetier.tools.main synthetic build/synthetic/$* --geometry $* --store build/synthetic/$*-4bit
 
 # mypy does not follow the import hook of an editable install: these links are the package as it is installed
 build/types/.ready: Makefile

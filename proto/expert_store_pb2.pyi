@@ -96,12 +96,14 @@ class Experts(_message.Message):
     def __init__(self, block: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("granted", "failed")
+    __slots__ = ("granted", "failed", "pace")
     GRANTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    PACE_FIELD_NUMBER: _ClassVar[int]
     granted: Granted
     failed: Failed
-    def __init__(self, granted: _Optional[_Union[Granted, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    pace: Pace
+    def __init__(self, granted: _Optional[_Union[Granted, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ...) -> None: ...
 
 class Granted(_message.Message):
     __slots__ = ("request", "expert", "slot", "generation")
@@ -122,6 +124,18 @@ class Failed(_message.Message):
     request: int
     error: Error
     def __init__(self, request: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Pace(_message.Message):
+    __slots__ = ("array", "read", "grain", "saved")
+    ARRAY_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    GRAIN_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    array: str
+    read: float
+    grain: float
+    saved: float
+    def __init__(self, array: _Optional[str] = ..., read: _Optional[float] = ..., grain: _Optional[float] = ..., saved: _Optional[float] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("digest", "block", "expert", "offset", "length")

@@ -13,6 +13,7 @@ from .address import Address, Credentials
 
 SPECULATE = ("auto", "off", "always")
 LOOK_AHEAD = 1  # layers: from further away more is guessed in vain (tests/measurements/speculation.py)
+DEFAULT_CONTEXT = 4096  # tokens
 NONE = "none"  # as a daemon: None, for whoever has only text
 AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
 
@@ -63,10 +64,13 @@ class TierConfig:
     find_daemon: bool = False  # use one of this host's that serves the store, if there is one
     daemons: tuple[Address, ...] = ()  # these, and none else; () and not find_daemon: experts are this process's own
     credentials: Credentials = field(default_factory=Credentials)
-    policy: str = DEFAULT_ORDER  # of ORDERS: who is evicted from the host tier
+    policy: str = DEFAULT_ORDER  # of ORDERS: who is evicted from the host tier, and from the device's
     speculate: str = "auto"  # of SPECULATE
     look_ahead: int = LOOK_AHEAD  # layers
+    prefetch: int | None = None  # experts of a block, promoted on a guess; None: as many as are worth it
     learn: bool = False  # keep which experts are used most, and begin with those of earlier runs
+    context: int = DEFAULT_CONTEXT  # tokens for whose keys, values and early outputs budgets leave room
+    exact: bool = False  # compute bit for bit as the ordinary model does with the decoded weights
 
     @classmethod
     def of(
@@ -80,7 +84,10 @@ class TierConfig:
         policy: str = DEFAULT_ORDER,
         speculate: str = "auto",
         look_ahead: int = LOOK_AHEAD,
+        prefetch: int | None = None,
         learn: bool = False,
+        context: int = DEFAULT_CONTEXT,
+        exact: bool = False,
     ) -> TierConfig:
         """From what a person writes; raises ConfigError. ``daemon`` is "auto", "none" (or None), or addresses separated
         by commas."""
@@ -91,6 +98,10 @@ class TierConfig:
             raise ConfigError(f"{speculate!r} is no way to speculate.", f"Give one of {', '.join(SPECULATE)}.")
         if not 1 <= look_ahead <= 8:
             raise ConfigError(f"A look-ahead of {look_ahead} layers.", "Give 1 to 8.")
+        if prefetch is not None and prefetch < 1:
+            raise ConfigError(f"A prefetch of {prefetch} experts.", 'Give 1 or more, or speculate="off".')
+        if context < 1:
+            raise ConfigError(f"A context of {context} tokens.", "Give 1 or more.")
         if not isinstance(daemon, str | None):
             raise ConfigError(f"{daemon!r} names no daemon.", 'Give "auto", None, or addresses separated by commas.')
         addresses = [] if daemon in (None, NONE, AUTO) else daemon.split(",")
@@ -109,7 +120,10 @@ class TierConfig:
             policy=policy,
             speculate=speculate,
             look_ahead=look_ahead,
+            prefetch=prefetch,
             learn=learn,
+            context=context,
+            exact=exact,
         )
         asked = {"--ram": ram is not None, "--policy": policy != DEFAULT_ORDER, "--learn": learn}
         if found.mapped is not None and any(asked.values()):

@@ -1,18 +1,32 @@
-"""Whether speculation pays on the running workload: measured both ways, in turns. Pure; steps are decoded tokens."""
+"""Whether speculation pays on the running workload: measured both ways, in turns. Pure; steps are decoded tokens.
+
+How long a step takes depends most of all on how many experts it lacks. That is chance, and would hide what speculation
+gains or costs for hundreds of steps. So a trial fits a line through its pairs: the difference of their times against
+the difference of what they lacked. Where nothing differs, the line says what speculation gains: analysis of covariance
+(Fisher 1932).
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from statistics import fmean, median, stdev
+from statistics import fmean, median
+from typing import NamedTuple
 
 SPAN = 4  # steps of a window
 FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
-HOLD = 256  # steps that a verdict holds
+HOLD = 512  # steps that a verdict holds
 LONGEST = {True: 1024, False: 4096}  # when it is the same again and again
 SURE, UNSURE = 2.5, 1.0  # standard errors: to be for it, and against it; a trial of what loses had better be short
 ODD = 4.0  # times a window's median: no step
+
+
+class Window(NamedTuple):
+    """Means over a few steps."""
+
+    seconds: float
+    misses: float  # that the steps have without speculation
 
 
 class Mode(Enum):
@@ -26,7 +40,7 @@ class Controller:
     """``is_on`` says how the next step is to be done; ``step`` tells how long it took.
 
     A *trial* alternates windows with and without, in the order on, off, off, on, so that what drifts weighs on both. It
-    ends as soon as the ratio of their times is clear, or goes to whoever is ahead at its end. The verdict holds for a
+    ends as soon as it is clear who is faster, or goes to whoever is ahead at its end. The verdict holds for a
     while, and twice as long as the last when it is the same.
     """
 
@@ -37,8 +51,8 @@ class Controller:
     trials: int = field(init=False, default=0)
     steps_on: int = field(init=False, default=0)
     steps_off: int = field(init=False, default=0)
-    _window: list[float] = field(init=False, default_factory=list)
-    _times: dict[bool, list[float]] = field(init=False, default_factory=lambda: {True: [], False: []})
+    _window: list[Window] = field(init=False, default_factory=list)  # of single steps
+    _windows: dict[bool, list[Window]] = field(init=False, default_factory=lambda: {True: [], False: []})
     _left: int = field(init=False, default=0)  # steps that the verdict still holds; 0: a trial is under way
     _held: int = field(init=False, default=0)  # how long the last verdict was to hold
     _verdict: bool | None = field(init=False, default=None)
@@ -46,8 +60,8 @@ class Controller:
     def __post_init__(self) -> None:
         self.is_on = self.mode is not Mode.OFF
 
-    def step(self, seconds: float) -> None:
-        """One step has been done as ``is_on`` says."""
+    def step(self, seconds: float, misses: float = 0.0) -> None:
+        """One step has been done as ``is_on`` says, which by itself lacks so many experts."""
         if self.is_on:
             self.steps_on += 1
         else:
@@ -59,9 +73,9 @@ class Controller:
             if not self._left:
                 self._begin_trial()
             return
-        self._window.append(seconds)
+        self._window.append(Window(seconds, misses))
         if len(self._window) == self.span:
-            self._times[self.is_on].append(_typical(self._window))
+            self._windows[self.is_on].append(_typical(self._window))
             self._window.clear()
             self._turn()
 
@@ -75,7 +89,7 @@ class Controller:
             self._conclude(pays=False)
 
     def _turn(self) -> None:
-        with_, without = self._times[True], self._times[False]
+        with_, without = self._windows[True], self._windows[False]
         windows = len(with_) + len(without)
         if len(with_) == len(without) and (pays := _verdict(with_, without)) is not None:
             self._conclude(pays)
@@ -89,25 +103,38 @@ class Controller:
 
     def _begin_trial(self) -> None:
         self._window.clear()
-        self._times = {True: [], False: []}
+        self._windows = {True: [], False: []}
         self.is_on = True
 
 
-def _typical(window: list[float]) -> float:
+def _typical(steps: list[Window]) -> Window:
     """The mean, as it is the rare long waits that guesses avoid; but not of steps between which something else came."""
-    limit = ODD * median(window)
-    return fmean(seconds for seconds in window if seconds <= limit)
+    limit = ODD * median(step.seconds for step in steps)
+    return Window(*map(fmean, zip(*(step for step in steps if step.seconds <= limit), strict=True)))
 
 
-def _verdict(with_: list[float], without: list[float]) -> bool | None:
+def _verdict(with_: list[Window], without: list[Window]) -> bool | None:
     """Whether it pays; None: not clear yet."""
     pairs = len(with_)
     if pairs < FEWEST:
         return None
-    gains = [math.log(off / on) for on, off in zip(with_, without, strict=True)]
-    mean, error = fmean(gains), stdev(gains) / math.sqrt(pairs)
-    if mean - SURE * error > 0:
+    gain, error = _intercept(
+        [off.misses - on.misses for on, off in zip(with_, without, strict=True)],
+        [off.seconds - on.seconds for on, off in zip(with_, without, strict=True)],
+    )
+    if gain - SURE * error > 0:
         return True
-    if mean + UNSURE * error < 0:
+    if gain + UNSURE * error < 0:
         return False
-    return mean > 0 if pairs >= MOST else None
+    return gain > 0 if pairs >= MOST else None
+
+
+def _intercept(xs: list[float], ys: list[float]) -> tuple[float, float]:
+    """Of the line of least squares, and its standard error; where all x are 0, the mean of y."""
+    count, x_mean, y_mean = len(xs), fmean(xs), fmean(ys)
+    spread = math.fsum((x - x_mean) ** 2 for x in xs)
+    slope = math.fsum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread if spread else 0.0
+    found = y_mean - slope * x_mean
+    rest = math.fsum((y - found - slope * x) ** 2 for x, y in zip(xs, ys, strict=True))
+    share = 1 / count + (x_mean**2 / spread if spread else 0.0)
+    return found, math.sqrt(rest / (count - 1 - bool(spread)) * share)

@@ -129,6 +129,11 @@ class Gates:
             found = None if found is None else self.blocks[found].successor
         return found if found is not None and self.blocks[found].refusal is None else None
 
+    @property
+    def first(self) -> int | None:
+        """The first block whose successor can be asked ahead."""
+        return next((gate.block for gate in self.blocks if self.ahead(gate.block, 1) is not None), None)
+
     def refusals(self) -> str | None:
         """One line on the blocks that can't be asked ahead, and why; None when all can."""
         refused = [gate for gate in self.blocks if gate.refusal is not None]
@@ -191,8 +196,8 @@ class Observation:
 def _before(module: nn.Module, call: Callable[[list[Any]], None]) -> RemovableHandle:
     """Calls with what the module is given, in the order of its parameters as its callers keep it."""
 
-    def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        call([*positional, *named.values()])
+    def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
+        call([*positional, *(named or {}).values()])  # None: removed while torch was about to call it
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

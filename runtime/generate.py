@@ -20,7 +20,7 @@ from moetier.tiers.order import DEFAULT_ORDER
 from moetier.tiers.trunk import check_trunk
 
 from .address import Credentials
-from .config import AUTO, LOOK_AHEAD, TierConfig
+from .config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, TierConfig
 from .model_config import read_config
 from .registration import asked_for, register
 
@@ -45,7 +45,10 @@ def load(
     policy: str = DEFAULT_ORDER,
     speculate: str = "auto",
     look_ahead: int = LOOK_AHEAD,
+    prefetch: int | None = None,
     learn: bool = False,
+    context: int = DEFAULT_CONTEXT,
+    exact: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
 
@@ -61,11 +64,17 @@ def load(
     a long prompt leaves what is cached in place.
 
     ``speculate`` is whether experts of the next ``look_ahead`` layers are promoted before they are needed, as their
-    gates guess from the present hidden state: "auto" (where it is measured to pay), "off" or "always". No text depends
-    on it.
+    gates guess from the present hidden state: "auto" (where it is measured to pay), "off" or "always". At most
+    ``prefetch`` experts of a block are promoted on a guess; without it as many as are worth it. No text depends on it.
 
     ``learn`` keeps which experts are used most, in $XDG_CACHE_HOME/moetier, and begins with those of earlier runs: they
     are read in the background, into memory that is still empty.
+
+    Of the memory that experts may take, what ``context`` tokens need is left out. A longer context works as well, where
+    there is more memory than that.
+
+    ``exact`` computes bit for bit as the ordinary model does with the decoded weights, and takes the time that it does;
+    else quantised experts are multiplied where they lie, on a CPU with what goes in rounded to 8 bits (``product.py``).
 
     ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
     the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
@@ -80,7 +89,10 @@ def load(
         policy=policy,
         speculate=speculate,
         look_ahead=look_ahead,
+        prefetch=prefetch,
         learn=learn,
+        context=context,
+        exact=exact,
     )
     manifest = read_manifest(store_folder(folder))
     model_class = _model_class(read_config(folder))

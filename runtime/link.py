@@ -6,17 +6,13 @@ gRPC's, sends. Neither is waited for where a record is found in the directory.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import grpc
 
@@ -24,72 +20,20 @@ from moetier.proto import expert_store_pb2 as wire
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.keys import ExpertKey
+from moetier.tiers.source import Pace
 
 from .address import Address, Credentials
 from .channel import open_channel
+from .outbox import Outbox
+from .requests import Changed, Failed, Granted, Place, Request
 from .side import SideConnection
 from .status import error_from_message, error_of
+from .traffic import Meter, Traffic
 
-REPORT_SECONDS = 0.5  # the longest that the daemon does not hear of hits
 REPORT_KEPT = 65_536  # hits, the latest; more are forgotten while there is nobody to tell
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each is twice the one before
 _ANSWER = 2.0  # seconds for what a daemon that works says at once
 _STEADY = 1.0  # seconds after which a connection that has brought nothing counts as one
-
-Place = TypeVar("Place")  # what a connection leads to: the mapped arena
-
-
-@dataclass(frozen=True, slots=True)
-class Granted(Generic[Place]):
-    """The daemon holds a record in a slot of ``place``."""
-
-    request: Request
-    expert: int
-    slot: int
-    generation: int
-    place: Place
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request is over."""
-
-    request: Request
-    error: MoetierError
-
-
-@dataclass(frozen=True, slots=True)
-class Changed:
-    """The daemon is away, or back; or the link was closed."""
-
-
-Event = Granted[Place] | Failed | Changed
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """Experts of one block that the daemon is asked for. ``deliver`` gets what comes of it; it must not wait."""
-
-    block: int
-    awaited: dict[int, None]  # the experts that it was not granted yet; the link's to change
-    deliver: Callable[[Any], None]
-    number: int = field(default_factory=itertools.count(1).__next__)
-
-    def message(self) -> wire.ClientMessage:
-        acquire = wire.Acquire(request=self.number, block=self.block, experts=list(self.awaited))
-        return wire.ClientMessage(acquire=acquire)
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What passed between a client and its daemon since it was opened. Bytes are those of the messages."""
-
-    round_trips: int  # requests: one for the missing experts of a block
-    messages_out: int
-    messages_in: int
-    bytes_out: int
-    bytes_in: int
-    connections: int
 
 
 class Link(Generic[Place]):
@@ -107,15 +51,15 @@ class Link(Generic[Place]):
         self._arrive = arrive
         self._requests: dict[int, Request] = {}
         self._lock = threading.Lock()  # held where a request is sent, for the first time or again
-        self._outbox: SimpleQueue[wire.ClientMessage | None] | None = None  # None: away
+        self._outbox: Outbox | None = None  # None: away
+        self._paces: dict[str, Pace] = {}  # by record geometry, as a daemon told last
         self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
         self._closed = threading.Event()
         self._tried = threading.Event()  # to connect
         self._call: Any = None
         self._away_since: float | None = None
         self._error: MoetierError | None = None
-        self._round_trips = self._messages_out = self._messages_in = 0
-        self._bytes_out = self._bytes_in = self._connections = 0
+        self._meter = Meter()
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
         self._tried.wait()  # a wish that comes now is not forgotten
@@ -132,14 +76,7 @@ class Link(Generic[Place]):
 
     @property
     def traffic(self) -> Traffic:
-        return Traffic(
-            self._round_trips,
-            self._messages_out,
-            self._messages_in,
-            self._bytes_out,
-            self._bytes_in,
-            self._connections,
-        )
+        return self._meter.traffic
 
     # -- callers ------------------------------------------------------------------------------------------------------
 
@@ -164,6 +101,10 @@ class Link(Generic[Place]):
     def prefetch(self, block: int, experts: Sequence[int]) -> None:
         """Tells wishes; while the daemon is away they are forgotten."""
         self._say(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
+
+    def pace(self, array: str) -> Pace | None:
+        """Of a record geometry; None until a daemon has told."""
+        return self._paces.get(array)
 
     def report(self, keys: Iterable[ExpertKey]) -> None:
         """Keys that were found in the directory, least recently used first. They are told before the next request, or
@@ -191,7 +132,7 @@ class Link(Generic[Place]):
     def _run(self, side: SideConnection | None) -> None:
         pause = FIRST_PAUSE
         while not self._closed.is_set():
-            began, heard, connections = time.monotonic(), self._messages_in, self._connections
+            began, heard, connections = time.monotonic(), self._meter.messages_in, self._meter.connections
             try:
                 if side is None:
                     side = SideConnection.open(self._folder, self._digest, patience=_ANSWER)
@@ -205,7 +146,7 @@ class Link(Generic[Place]):
             side = None
             self._tried.set()
             lasted = time.monotonic() - began
-            if self._messages_in > heard or (self._connections > connections and lasted > _STEADY):
+            if self._meter.messages_in > heard or (self._meter.connections > connections and lasted > _STEADY):
                 pause = FIRST_PAUSE
                 self._away_since = time.monotonic()
             elif self._away_since is None:
@@ -219,14 +160,14 @@ class Link(Generic[Place]):
     def _attend(self, side: SideConnection) -> MoetierError | None:
         """A connection's life, and why it ended; None when its daemon ended it. Raises what ``arrive`` does."""
         place = self._arrive(side)
-        self._connections += 1
+        self._meter.connections += 1
         with open_channel(Address(folder=self._folder), Credentials(), bearer=side.session_id) as channel:
             stub = ExpertStoreStub(channel)
             while True:
-                heard = self._messages_in
+                heard = self._meter.messages_in
                 error = self._talk(stub, place)
                 # one stream may break; who gives the same answer twice means it
-                if error is None or self._closed.is_set() or self._messages_in == heard or not side.is_alive():
+                if error is None or self._closed.is_set() or self._meter.messages_in == heard or not side.is_alive():
                     return error
                 # one that is stopped keeps its sockets
                 if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
@@ -235,9 +176,8 @@ class Link(Generic[Place]):
 
     def _talk(self, stub: ExpertStoreStub, place: Place) -> MoetierError | None:
         """A stream's life, and why it ended; None when its daemon ended it."""
-        outbox: SimpleQueue[wire.ClientMessage | None] = SimpleQueue()
-        sent = threading.Event()
-        call = stub.Session(self._messages(outbox, sent))
+        outbox = Outbox(self._used, self._meter)
+        call = stub.Session(outbox.messages())
         self._call = call
         try:
             self._connect(outbox)
@@ -253,17 +193,17 @@ class Link(Generic[Place]):
                 self._outbox = None
             self._call = None
             call.cancel()
-            outbox.put(None)
-            sent.wait(_ANSWER)
+            outbox.end(_ANSWER)
         return None
 
-    def _connect(self, outbox: SimpleQueue[wire.ClientMessage | None]) -> None:
+    def _connect(self, outbox: Outbox) -> None:
         with self._lock:
             requests = list(self._requests.values())
             for request in requests:
                 if request.awaited:
                     outbox.put(request.message())
             self._outbox = outbox
+            self._paces.clear()  # of another disk, perhaps
             self._away_since = None
         self._tried.set()
         for request in requests:  # who withdrew one meanwhile may have seen no outbox
@@ -272,8 +212,7 @@ class Link(Generic[Place]):
             request.deliver(Changed())
 
     def _hear(self, message: wire.ServerMessage, place: Place) -> None:
-        self._messages_in += 1
-        self._bytes_in += message.ByteSize()
+        self._meter.heard(message)
         if message.HasField("granted"):
             granted = message.granted
             request = self._requests.get(granted.request)
@@ -284,38 +223,6 @@ class Link(Generic[Place]):
             request = self._requests.pop(message.failed.request, None)
             if request is not None:
                 request.deliver(Failed(request, error_from_message(message.failed.error)))
-
-    # -- gRPC's thread ------------------------------------------------------------------------------------------------
-
-    def _messages(
-        self, outbox: SimpleQueue[wire.ClientMessage | None], sent: threading.Event
-    ) -> Iterator[wire.ClientMessage]:
-        try:
-            while True:
-                message: wire.ClientMessage | None = wire.ClientMessage()
-                with contextlib.suppress(Empty):
-                    message = outbox.get(timeout=REPORT_SECONDS)
-                if message is None:
-                    return
-                # before a request, which would else evict what was used last
-                if self._used and not message.HasField("release"):
-                    yield self._counted(self._report())
-                if message.WhichOneof("message"):
-                    yield self._counted(message)
-        finally:
-            sent.set()
-
-    def _report(self) -> wire.ClientMessage:
-        blocks: list[wire.Experts] = []
-        for _ in range(len(self._used)):
-            block, expert = self._used.popleft()
-            if not blocks or blocks[-1].block != block:
-                blocks.append(wire.Experts(block=block))
-            blocks[-1].experts.append(expert)
-        return wire.ClientMessage(used=wire.Used(blocks=blocks))
-
-    def _counted(self, message: wire.ClientMessage) -> wire.ClientMessage:
-        self._messages_out += 1
-        self._bytes_out += message.ByteSize()
-        self._round_trips += message.HasField("acquire")
-        return message
+        elif message.HasField("pace"):
+            told = message.pace
+            self._paces[told.array] = Pace(told.read, told.grain, told.saved)

@@ -16,17 +16,19 @@ from .side import SideConnection
 
 
 class Proof:
-    """Whether the record in a slot still is what it was. ``held`` is what it said last."""
+    """Whether the record in a slot still is what it was. ``held`` is what it said last, True before it was asked."""
 
-    __slots__ = ("_generation", "_generation_of", "_slot", "held")
+    __slots__ = ("_generation", "_generation_of", "_slot", "held", "was_asked")
 
     def __init__(self, generation_of: Callable[[int], int], slot: int, generation: int) -> None:
         self._generation_of = generation_of
         self._slot = slot
         self._generation = generation
         self.held = True
+        self.was_asked = False
 
     def __call__(self) -> bool:
+        self.was_asked = True
         self.held = self._generation_of(self._slot) == self._generation
         return self.held
 
@@ -63,12 +65,14 @@ class MappedArena:
         # by slot: always the same object, so that who wraps it knows it again
         self._records = [arena.view(slot) for slot in range(arena.plan.slots)]
 
-    def lease(self, key: ExpertKey, slot: int, generation: int) -> tuple[Lease[memoryview], Proof]:
+    def lease(
+        self, key: ExpertKey, slot: int, generation: int, *, more: bool = False
+    ) -> tuple[Lease[memoryview], Proof]:
         """The record in a slot, on the condition that the slot's generation stays. Raises ProtocolError for a slot that
         there is not, ClosedError."""
         proof = Proof(self._generation_of, slot, generation)
         try:
-            return Lease(key, self._records[slot], slot, proof), proof
+            return Lease(key, self._records[slot], slot, proof, more), proof
         except IndexError:
             if slot < self.plan.slots:
                 raise ClosedError("The tier was closed.", "Load the model again.") from None

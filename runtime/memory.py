@@ -30,6 +30,11 @@ class Available:
     limiter: str
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return int(psutil.virtual_memory().total)
+
+
 def available_memory(root: Path = Path("/")) -> Available:
     """The least of what the machine has free and of what each control group above this process leaves.
 

@@ -12,7 +12,8 @@ from moetier.tiers.errors import MoetierError, NobodyError, UnknownModelError
 from moetier.tiers.host import HostTier
 from moetier.tiers.learner import Learner
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import ExpertSource, RecordReader
+from moetier.tiers.order import DEFAULT_ORDER
+from moetier.tiers.source import Lender, RecordReader
 from moetier.tiers.store import ExpertStore
 
 from .address import Address
@@ -26,7 +27,7 @@ _log = logging.getLogger(__name__)
 class Origin:
     """The host tier that a process computes from. ``close`` closes it and what it stands on; idempotent."""
 
-    host: ExpertSource[memoryview]
+    host: Lender[memoryview]
     where: str  # for people
     close: Callable[[], None]
     learner: Learner | None = None  # of a tier of this process that learns
@@ -47,14 +48,30 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
         refusals: dict[Address, MoetierError] = {}
         for daemon in serving(manifest.digest):
             try:
-                return _mapped(daemon, folder, manifest)
+                found = _mapped(daemon, folder, manifest)
             except (NobodyError, UnknownModelError) as error:  # it has ended; what it said of itself is still there
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
             except MoetierError as error:  # it is full, or of another version
                 refusals[daemon] = error
+            else:
+                _say_what_is_without_effect(config, daemon)
+                return found
         for daemon, refusal in refusals.items():
             _log.warning("The daemon %s serves this store, and is not used: %s %s", daemon, refusal.cause, refusal.fix)
     return _own(folder, slots(), config)
+
+
+def _say_what_is_without_effect(config: TierConfig, daemon: Address) -> None:
+    """Of what a tier of this process would do: a named daemon refuses it (``TierConfig.of``), one that was found may
+    not have been thought of."""
+    asked = {"--ram": config.ram is not None, "--policy": config.policy != DEFAULT_ORDER, "--learn": config.learn}
+    if options := " and ".join(option for option in asked if asked[option]):
+        _log.warning(
+            "Without effect: %s, as the experts are those of the daemon %s. Give this to the daemon, or take none: "
+            "--daemon none.",
+            options,
+            daemon,
+        )
 
 
 def _own(folder: Path, slots: Mapping[str, int], config: TierConfig) -> Origin:

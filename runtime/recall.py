@@ -37,6 +37,39 @@ class Recall:
         return Recall(np.where(blocks, self.named, 0), np.where(blocks, self.wanted, 0))
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Recall of each way to guess, over the blocks that gates asked that far ahead foretell; None where it guessed
+    nothing."""
+
+    lookahead: int
+    gates: float | None
+    popularity: float | None
+    previous_token: float | None
+
+    def cells(self) -> list[str]:
+        """For people, under ``GUESSES``."""
+        return [
+            "-" if ratio is None else f"{ratio:.3f}" for ratio in (self.gates, self.popularity, self.previous_token)
+        ]
+
+
+GUESSES = ("gates", "popularity", "previous token")
+
+
+def compare(trace: Trace) -> list[Comparison]:
+    """By look-ahead, the nearest first; none where the trace has no predictions."""
+    if not trace.lookaheads:
+        return []
+    popularity, previous = of_popularity(trace), of_previous_token(trace)
+    found = []
+    for lookahead in sorted(trace.lookaheads):
+        gates = of_predictions(trace, lookahead)
+        guesses = (gates, *(other.only(gates.wanted > 0) for other in (popularity, previous)))
+        found.append(Comparison(lookahead, *(guess.ratio if guess.wanted.any() else None for guess in guesses)))
+    return found
+
+
 def of_predictions(trace: Trace, lookahead: int) -> Recall:
     """Of the gates, asked that far ahead: ``lookahead`` is one of ``trace.lookaheads``."""
     assert trace.predictions is not None, "a trace with predictions"

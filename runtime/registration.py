@@ -10,8 +10,9 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
-from moetier.tiers.trunk import check_trunk
+from moetier.tiers.trunk import check_trunk, trunk_records
 
-from .config import AUTO, TierConfig
+from .attention import use_decode_attention
+from .block import TieredBlock
+from .choice import kernels_for
+from .config import AUTO, DEFAULT_CONTEXT, TierConfig
 from .controller import Mode
-from .experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
+from .experts import EXPERT_PARAMETERS, early_bytes, experts_forward, experts_modules
 from .gates import Gates
 from .kv_cache import kv_cache_bytes
+from .linear import quantized_linears, replace_linears
 from .memory import mapped_files
 from .model_config import NAME, read_config
+from .shortcut import Shortcuts
 from .speculation import Speculation
 from .tiers import Tiers
-
-DEFAULT_CONTEXT = 4096  # tokens for whose keys, values and early outputs budgets leave room
 
 _lock = threading.Lock()
 _asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
@@ -79,7 +83,10 @@ class MoetierConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         ram: str | int | None = None,
         device_memory: str | int | None = None,
+        context: int = DEFAULT_CONTEXT,
+        exact: bool = False,
         bits: int | None = None,  # noted by the converter for people
+        trunk_bits: int | None = None,  # likewise
         **unknown: Any,
     ) -> None:
         if format != FORMAT:
@@ -90,13 +97,16 @@ class MoetierConfig(QuantizationConfigMixin):
         if unknown:
             raise ConfigError(
                 f"moetier's quantization_config has no {', '.join(map(repr, sorted(unknown)))}.",
-                "Budgets are called ram and device_memory; what the converter wrote must stay as it is.",
+                "What can be added is ram, device_memory, context and exact; what the converter wrote must stay.",
             )
         self.quant_method: Any = quant_method
         self.format = format
         self.ram = ram
         self.device_memory = device_memory
+        self.context = context
+        self.exact = exact
         self.bits = bits
+        self.trunk_bits = trunk_bits
 
 
 class MoetierQuantizer(HfQuantizer):
@@ -114,12 +124,15 @@ class MoetierQuantizer(HfQuantizer):
         manifest = read_manifest(store_folder(self._folder))
         check_trunk(self._folder, manifest)
         self._check(model, modules, manifest)
+        records = trunk_records(self._folder, manifest)
         for path, module in modules.items():
             for name in EXPERT_PARAMETERS:
                 module._parameters.pop(name, None)  # on meta: nothing was ever allocated
             for touched in (module, model.get_submodule(path.rpartition(".")[0])):
                 touched._is_hf_initialized = True  # _init_weights would fill what is gone, in some through the parent
             module.config._experts_implementation_internal = NAME
+        if manifest.trunk_records is not None:
+            replace_linears(model, records, manifest.trunk_records)
         model.config._experts_implementation = NAME
         for plan in ("_tp_plan", "_ep_plan"):
             kept = {key: style for key, style in (getattr(model, plan) or {}).items() if ".experts" not in key}
@@ -154,22 +167,45 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         given: Any = self.quantization_config
         device = _device_of(model)
-        asked = _asked.get() or TierConfig.of(ram=given.ram, device_memory=given.device_memory, daemon=AUTO)
+        asked = _asked.get() or TierConfig.of(
+            ram=given.ram,
+            device_memory=given.device_memory,
+            daemon=AUTO,
+            context=given.context,
+            exact=given.exact,
+        )
+        kernels = kernels_for(device, exact=asked.exact)
+        linears = quantized_linears(model)
+        for linear in linears:
+            linear.compute_with(kernels)
+        shortcuts = _shortcuts(model, asked)  # first: what memory they take is not there for experts
         tiers = Tiers.open(
             self._folder,
             asked,
             device,
             trunk=_mapped_bytes(model),
-            cache=kv_cache_bytes(model.config, DEFAULT_CONTEXT, dtype=model.dtype) + _early_bytes(model, self._folder),
+            cache=kv_cache_bytes(model.config, asked.context, dtype=model.dtype)
+            + _early_bytes(model, self._folder, min(asked.context, DEFAULT_CONTEXT)),
             width=model.dtype.itemsize,
+            kernels=kernels,
+            largest=max((m.layout.weights for m in linears if not kernels.packs(m.layout)), default=0),
         )
-        weakref.finalize(model, _close, tiers)
+        weakref.finalize(model, _close, tiers.close_sources, weakref.ref(tiers))
         model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
                 module.config.__dict__.pop("_is_quantized", None)
-        tiers.speculation = _speculation(model, tiers, asked)
-        demanded = tiers.speculation.demanded if tiers.speculation is not None else None
+        demanded = None
+        if shortcuts is not None:
+            slots = max(1, tiers.device.stats().slots // len(shortcuts.gates.blocks))
+            speculation = Speculation(
+                shortcuts, tiers.device, slots=slots, mode=Mode(asked.speculate), most=asked.prefetch
+            )
+            speculation.attach()
+            tiers.speculation, demanded = speculation, speculation.demanded
+        layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
+        if any(kernels.packs(layout) for layout in layouts):  # else it computes bit for bit as the ordinary model
+            use_decode_attention(model)
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
             layout = tiers.manifest.layout(number)
@@ -204,20 +240,24 @@ def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
     return folder
 
 
-def _close(tiers: Tiers) -> None:
-    """Closes the tiers of a model that is gone.
+def _close(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) -> None:
+    """Ends the speculation of a model that is gone, if it is still there, and closes its tiers. To the speculation no
+    reference is held until then: it refers to the model's modules, and any of these may refer to the model.
 
     The collector that found it gone may run anywhere: in a thread that holds a tier's lock, or in a loader. Closing
     waits for both, so a thread of its own does it; a daemon, whose start waits for nothing that such a thread may hold.
     At the interpreter's end nobody is interrupted, and no thread would come to its end.
     """
+    here = tiers()
+    if here is not None and here.speculation is not None:
+        here.speculation.detach()
     if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
-        tiers.close()
+        close_sources()
         return
 
     def close() -> None:
         try:
-            tiers.close()
+            close_sources()
         finally:
             _closers.discard(threading.current_thread())
 
@@ -234,18 +274,14 @@ def _wait_for_closers() -> None:
         closer.join()
 
 
-def _speculation(model: PreTrainedModel, tiers: Tiers, asked: TierConfig) -> Speculation | None:
-    """Attached to the model; None where nothing can be guessed, or is to be."""
-    if (mode := Mode(asked.speculate)) is Mode.OFF:
+def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
+    """None where nothing can be guessed, or is to be."""
+    if Mode(asked.speculate) is Mode.OFF:
         return None
     gates = Gates(model)
     if (refusals := gates.refusals()) is not None:
         warnings.warn(f"{type(model).__name__}: {refusals}", RuntimeWarning, stacklevel=2)
-    speculation = Speculation(gates, tiers.device, mode=mode, look_ahead=asked.look_ahead)
-    if not speculation.can_guess:
-        return None
-    speculation.attach()
-    return speculation
+    return Shortcuts(gates, asked.look_ahead) if gates.first is not None else None
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:
@@ -259,16 +295,17 @@ def _device_of(model: PreTrainedModel) -> torch.device:
     return devices.pop()
 
 
-def _early_bytes(model: PreTrainedModel, folder: Path) -> int:
-    """What outputs that come early take in a prefill of DEFAULT_CONTEXT tokens; one block computes at a time."""
+def _early_bytes(model: PreTrainedModel, folder: Path, tokens: int) -> int:
+    """What outputs that come early take in a prefill of so many tokens; one block computes at a time."""
     manifest, modules = read_manifest(store_folder(folder)), experts_modules(model)
     return max(
-        early_bytes(modules[block.path], manifest.layout(number), DEFAULT_CONTEXT, block.top_k, model.dtype)
+        early_bytes(modules[block.path], manifest.layout(number), tokens, block.top_k, model.dtype)
         for number, block in enumerate(manifest.blocks)
     )
 
 
 def _mapped_bytes(model: PreTrainedModel) -> int:
-    """Of parameters that lie in mapped files: the trunk stays in memory, but nothing counts its pages as taken."""
+    """Of tensors that lie in mapped files: the trunk stays in memory, but nothing counts its pages as taken."""
     maps = mapped_files()
-    return sum(p.nbytes for p in model.parameters() if any(p.data_ptr() in addresses for addresses in maps))
+    tensors = chain(model.parameters(), model.buffers())
+    return sum(t.nbytes for t in tensors if any(t.data_ptr() in addresses for addresses in maps))

@@ -22,55 +22,78 @@ from torch import Tensor, nn
 from .gates import Gate, Gates
 
 TRIED_ROWS = 64
+EVERY = 16  # guesses of single tokens, until their unit is looked at again
+TINY = 1e-12
 STEP = 0.01  # of a row's length
 AGREE = 0.95  # of the rows: where two experts are as good as equal, rounding decides
 
 
 class Guess(NamedTuple):
-    """Where tokens might be sent. Values are logits, or logarithms of what the gate makes of them; an expert's lead,
-    (its value - the last value) / unit, is how much it beats the best that is not named."""
+    """Where tokens might be sent. Values are logits, or logarithms of what the gate makes of them."""
 
     experts: Tensor  # [T, k], int64; more are not named
     values: Tensor  # [T, k + 1], of any floating type
     unit: Tensor  # [T], likewise
 
+    def leads(self) -> list[tuple[int, float]]:
+        """Experts, token by token, and by how much each beats the best that is not named, in units. Waits for the
+        device, if the tensors are on one."""
+        found = []
+        for experts, values, unit in zip(*(tensor.tolist() for tensor in self), strict=True):
+            for expert, value in zip(experts, values[:-1], strict=True):
+                found.append((expert, (value - values[-1]) / unit if unit else 0.0))
+        return found
+
 
 class Shortcuts:
     """Of a model's gates, for each distance that they are asked from. A gate that has none is asked itself."""
 
-    def __init__(self, gates: Gates, distances: Iterable[int]) -> None:
-        """``distances`` in layers."""
-        self._gates = gates
+    def __init__(self, gates: Gates, look_ahead: int) -> None:
+        """From 1 to ``look_ahead`` layers before theirs; if that is more than 1, from the entry of their own, too."""
+        assert look_ahead >= 1
+        self.gates = gates
+        self.look_ahead = look_ahead
         self._of = {
-            distance: [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks] for distance in distances
+            distance: [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks]
+            for distance in range(0 if look_ahead > 1 else 1, look_ahead + 1)
         }
 
     def guess(self, block: int, distance: int, hidden: Tensor) -> Guess:
         """Of the residual stream [..., H] at ``distance`` layers before the block."""
         shortcut = self._of[distance][block]
-        return shortcut.guess(hidden) if shortcut is not None else ask(self._gates.blocks[block], hidden)
+        return shortcut.guess(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
+
+    def leads(self, block: int, distance: int, hidden: Tensor) -> list[tuple[int, float]]:
+        """``guess(...).leads()``, on a CPU; of a single token sooner."""
+        shortcut = self._of[distance][block]
+        if shortcut is not None and hidden.numel() == hidden.shape[-1]:
+            return shortcut.leads(hidden)
+        return self.guess(block, distance, hidden).leads()
 
     def learn(self, block: int, distance: int, hidden: Tensor, *, missed: set[int], in_vain: set[int]) -> None:
-        """What came of a guess for the single token of ``hidden``: experts that it did not name, and that it named in
-        vain."""
+        """What came of a guess for the single token of ``hidden`` [..., H]: experts that it did not name, and that it
+        named in vain."""
         if (shortcut := self._of[distance][block]) is not None and (missed or in_vain):
             shortcut.learn(hidden, missed, in_vain)
 
 
 class Shortcut:
-    """Of one gate, of whose weights it keeps a copy with the norm's factored in."""
+    """Of one gate, of whose weights it keeps a copy in fp32 with the norm's factored in."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, top_k: int) -> None:
-        """``weight`` [E, H], ``bias`` [E]."""
+        """``weight`` [E, H] and ``bias`` [E], both fp32."""
         self._weight = weight
+        self._rows = weight.unbind(0)
         self._bias = bias
         self._top_k = top_k
+        self._unit = 0.0  # of a token that it was asked about lately
+        self._asked = 0
         self._root = math.sqrt(weight.shape[1])
-        self._step = STEP * float(weight.float().norm(dim=1).mean())
+        self._step = STEP * float(weight.norm(dim=1).mean())
 
     @torch.no_grad()
     def guess(self, hidden: Tensor) -> Guess:
-        states = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)  # a model may be turned into another type
+        states = hidden.reshape(-1, hidden.shape[-1]).float()
         unit = torch.linalg.vector_norm(states, dim=-1) / self._root
         if self._bias is not None:
             states, unit = states / unit.unsqueeze(-1), torch.ones_like(unit)
@@ -78,13 +101,32 @@ class Shortcut:
         return Guess(experts[:, : self._top_k], values, unit)
 
     @torch.no_grad()
+    def leads(self, hidden: Tensor) -> list[tuple[int, float]]:
+        """As ``guess(hidden).leads()``, of a single token, in half as many operations. The unit varies
+        little from token to token, and is looked at now and then."""
+        state = hidden.reshape(-1).float()
+        if self._bias is not None or self._asked % EVERY == 0:
+            self._unit = math.sqrt(float(state.dot(state))) / self._root
+        self._asked += 1
+        values, unit = self._weight.mv(state), self._unit
+        if self._bias is not None:
+            values, unit = values / unit + self._bias, 1.0
+        best, experts = values.topk(self._top_k + 1)
+        *named, last = best.tolist()
+        return [
+            (expert, (value - last) / unit if unit else 0.0)
+            for expert, value in zip(experts.tolist(), named, strict=False)
+        ]
+
+    @torch.no_grad()
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
-        state = hidden.reshape(-1).to(self._weight.dtype)
-        step = state * (self._step / torch.linalg.vector_norm(state))
+        """Of a single token. Waits for no device."""
+        state = hidden.reshape(-1).float()
+        state = state * (self._step / torch.linalg.vector_norm(state).clamp_min(TINY))
         for expert in missed:
-            self._weight[expert].add_(step)
+            self._rows[expert].add_(state)
         for expert in in_vain:
-            self._weight[expert].sub_(step)
+            self._rows[expert].sub_(state)
 
 
 @torch.no_grad()
@@ -109,9 +151,9 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
     if said.shape[-1] >= weight.shape[0]:
         return None
     bias = getattr(gate.gate, "bias", None)
-    bias = bias.detach().to(gate.dtype) if isinstance(bias, Tensor) else None
+    bias = bias.detach().float() if isinstance(bias, Tensor) else None
     for scale in _scales(gate.norm):
-        found = Shortcut((weight.float() * scale).to(gate.dtype), bias, said.shape[-1])
+        found = Shortcut(weight.float() * scale, bias, said.shape[-1])
         ours = found.guess(hidden).experts
         same = (ours.sort(-1).values == said.sort(-1).values).all(-1)
         if float(same.float().mean()) >= AGREE:

@@ -9,27 +9,27 @@ wish comes before it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moetier.tiers.keys import ExpertKey
 from moetier.tiers.source import ExpertSource
 
-from .confidence import Confidence
-from .config import LOOK_AHEAD
 from .controller import Controller, Mode
-from .gates import Gates, Observation
+from .gates import Observation
+from .prefetch import Named, Prefetch
+from .shadow import Shadow
 from .shortcut import Guess, Shortcuts
 
 MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
-LEAST = 0.65  # a guess of an absent expert that is less likely right is no wish
-JUDGED = 256  # the latest guesses, by which it gives up ...
-POOR = 0.1  # ... when so few are right
+DUE = 32  # guesses that are judged later, at most
+JUDGED = 128  # the latest guesses, by which it gives up ...
+POOR = 0.1  # ... when no more of what they name is right
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,33 +42,19 @@ class SpeculationStats:
     steps_off: int
     guesses: tuple[int, ...]
     right: tuple[int, ...]
-    seconds: float  # that asking took
+    seconds: float  # that the caller spent on asking, wishing and judging
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class _Asked(NamedTuple):
-    """What a gate was asked; tensors that are on the CPU once the demand path has waited for the device."""
+    """What a gate was asked. The answer is on the CPU once the demand path has waited for the device."""
 
     block: int
     distance: int
     hidden: Tensor  # that it was asked about
     guess: Guess
-
-    def named(self) -> Iterator[tuple[int, float]]:
-        """Experts, and their leads."""
-        for experts, values, unit in zip(*(tensor.tolist() for tensor in self.guess), strict=True):
-            for expert, value in zip(experts, values[:-1], strict=True):
-                yield expert, (value - values[-1]) / unit if unit else 0.0
-
-
-class _Named(NamedTuple):
-    """An expert that a guess names."""
-
-    expert: int
-    lead: float
-    was_absent: bool
 
 
 class _Guessed(NamedTuple):
@@ -76,7 +62,7 @@ class _Guessed(NamedTuple):
 
     distance: int
     hidden: Tensor
-    named: list[_Named]
+    named: list[Named]
 
 
 class Speculation:
@@ -86,25 +72,36 @@ class Speculation:
     """
 
     def __init__(
-        self, gates: Gates, source: ExpertSource[Any], *, mode: Mode = Mode.AUTO, look_ahead: int = LOOK_AHEAD
+        self,
+        shortcuts: Shortcuts,
+        source: ExpertSource[Any],
+        *,
+        slots: int,
+        mode: Mode = Mode.AUTO,
+        most: int | None = None,
     ) -> None:
-        assert look_ahead >= 1
-        self._shortcuts = Shortcuts(gates, range(0 if look_ahead > 1 else 1, look_ahead + 1))
-        self._gates = gates
-        self._source = source
+        """Guesses as many layers ahead as there are ``shortcuts``. ``slots`` are of a block, in the source, more or
+        less; ``most`` experts of a block are promoted on a guess."""
+        self._shortcuts: Shortcuts | None = shortcuts  # None: detached
+        gates = shortcuts.gates
+        look_ahead = shortcuts.look_ahead
         self._controller = Controller(mode)
-        self._confidence = Confidence(look_ahead)
+        self._shadow = Shadow([slots] * len(gates.blocks))
+        self._missed = 0  # by it, before the present step
+        experts = [gate.experts.num_experts for gate in gates.blocks]
+        self._prefetch = Prefetch(source, experts, self._shadow, look_ahead=look_ahead, most=most)
         self._distances = range(1, look_ahead + 1)
         self._targets = {
             gate.block: [(d, target) for d in self._distances if (target := gates.ahead(gate.block, d)) is not None]
             for gate in gates.blocks
         }
-        self._first = next((gate.block for gate in gates.blocks if self._targets[gate.block]), None)
+        self._first = gates.first
         self._entered: Tensor | None = None  # what the present block was entered with, until the gates are asked
-        self._pending: list[_Asked] = []  # not read yet
-        self._wished: set[int] = set()  # blocks, until their demand
+        self._pending: list[_Asked] = []  # of a device, not read yet
         self._guessed: dict[int, list[_Guessed]] = {}  # by block: not judged yet
-        self._judged: deque[bool] = deque(maxlen=JUDGED)
+        self._due: list[tuple[int, _Guessed, frozenset[int]]] = []  # to be judged: a block's, which has used these
+        self._judged: deque[float] = deque(maxlen=JUDGED)
+        self._is_poor = False  # too few of them were right
         self._began = 0.0  # the present step; 0: none that counts
         self._rows = 0  # tokens of the present step
         self._guessing = False  # in it
@@ -114,33 +111,49 @@ class Speculation:
         self._clock: Observation | None = None  # of the first block: a step begins
         self._observation: Observation | None = None  # of the others, only while it guesses
 
-    @property
-    def can_guess(self) -> bool:
-        """Whether there is a block whose successor can be asked ahead."""
-        return self._first is not None
-
     def attach(self) -> None:
         """To the model's forward passes."""
+        shortcuts = self._shortcuts
+        assert shortcuts is not None, "it was detached"
         if self._clock is None and self._first is not None and self._controller.mode is not Mode.OFF:
-            self._clock = self._gates.observe(entry=self._at_first, blocks=[self._first])
+            self._clock = shortcuts.gates.observe(entry=self._at_first, blocks=[self._first])
 
     def detach(self) -> None:
+        """For good: lets go of the model, its modules, and what was computed in it. Idempotent; waits for nobody, and
+        may be called by any thread, also while another computes."""
+        self._shortcuts = None
+        clock, self._clock = self._clock, None
+        if clock is not None:
+            clock.remove()
         self._listen(False)
-        if self._clock is not None:
-            self._clock.remove()
-            self._clock = None
+        self._guessing = False
+        self._entered = None
+        self._pending.clear()
+        self._guessed.clear()
+        self._settle()
 
     def demanded(self, block: int, experts: Collection[int]) -> None:
         """The demand of a block is made: of these experts. Judges what was guessed of it, and wishes for what was
         guessed of later blocks."""
-        for guessed in self._guessed.pop(block, ()):
-            self._judge(block, guessed, experts)
-        self._wished.discard(block)
+        missed = self._shadow.misses
+        self._shadow.demand(block, experts)
+        if not self._guessing:
+            return
+        began = time.perf_counter()
+        self._prefetch.demanded(block)
         self._ask(block)
-        if self._pending:
-            self._wish()
+        for target, distance, hidden, guess in self._pending:
+            self._wish(target, distance, hidden, guess.leads())
+        self._pending.clear()
+        for guessed in self._guessed.pop(block, ()):
+            self._due.append((block, guessed, frozenset(experts)))
+        if self._shadow.misses > missed or len(self._due) > DUE:  # where the caller is likely to wait for reads anyhow
+            self._settle()
+        self._seconds += time.perf_counter() - began
 
     def stats(self) -> SpeculationStats:
+        """To be asked by the thread that decodes, between two steps."""
+        self._settle()
         control = self._controller
         return SpeculationStats(
             mode=control.mode.value,
@@ -155,102 +168,99 @@ class Speculation:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _at_first(self, block: int, hidden: Tensor) -> None:
-        self._begin_step(hidden.shape[: min(hidden.ndim - 1, 2)].numel())  # [T, H], [B, T, H] or [B, T, S, H]
+        self._begin_step(_tokens(hidden))
         self._listen(self._guessing)
         self._at_entry(block, hidden)
 
     def _listen(self, on: bool) -> None:
         """To all blocks but the first, which is always listened to while it is attached."""
-        if on and self._observation is None:
+        shortcuts = self._shortcuts
+        if on and self._observation is None and shortcuts is not None:
             layer = self._at_layer if len(self._distances) > 1 else None
-            others = [gate.block for gate in self._gates.blocks if gate.block != self._first]
-            self._observation = self._gates.observe(entry=self._at_entry, layer=layer, blocks=others)
-        elif not on and self._observation is not None:
-            self._observation.remove()
-            self._observation = None
+            others = [gate.block for gate in shortcuts.gates.blocks if gate.block != self._first]
+            self._observation = shortcuts.gates.observe(entry=self._at_entry, layer=layer, blocks=others)
+        if not on or self._shortcuts is None:  # detached meanwhile, perhaps
+            observation, self._observation = self._observation, None
+            if observation is not None:
+                observation.remove()
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
-        self._entered = hidden if self._guessing else None
+        is_of_step = self._guessing and _tokens(hidden) == self._rows  # and not of another tower, or another thread
+        self._entered = hidden if is_of_step else None
         if hidden.device.type != "cpu":
+            began = time.perf_counter()
             self._ask(block)
+            self._seconds += time.perf_counter() - began
 
     def _ask(self, block: int) -> None:
         """About the blocks ahead of this one, with what it was entered with."""
         if (hidden := self._entered) is not None:
             self._entered = None
-            began = time.perf_counter()
             for distance, target in self._targets[block]:
                 self._guess(target, distance, hidden)
-            self._seconds += time.perf_counter() - began
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
         """Only where nothing has to be waited for."""
-        if self._guessing and block in self._wished and hidden.device.type == "cpu":
+        if self._guessing and hidden.device.type == "cpu" and self._prefetch.is_wished(block):
             began = time.perf_counter()
             self._guess(block, 0, hidden)
             self._seconds += time.perf_counter() - began
-            self._wish()
 
     def _begin_step(self, rows: int) -> None:
         now = time.perf_counter()
         if self._began and rows == self._rows:
-            self._controller.step(now - self._began)
+            self._controller.step(now - self._began, self._shadow.misses - self._missed)
         else:
             self._controller.interrupt()
+        if self._is_poor:
+            self._is_poor = False
+            self._controller.give_up()
         counts = 0 < rows <= MOST_ROWS
         self._began = now if counts else 0.0
+        self._missed = self._shadow.misses
         self._rows = rows
         self._guessing = counts and self._controller.is_on
         self._pending.clear()
         self._guessed.clear()
         if not self._guessing:
-            self._wished.clear()
+            self._prefetch.forget()
 
     # -- guesses ------------------------------------------------------------------------------------------------------
 
     def _guess(self, target: int, distance: int, hidden: Tensor) -> None:
-        guess = self._shortcuts.guess(target, distance, hidden)
-        if hidden.device.type != "cpu":  # does not wait for the device: read when the demand path has
+        if (shortcuts := self._shortcuts) is None:
+            return
+        if hidden.device.type == "cpu":
+            self._wish(target, distance, hidden, shortcuts.leads(target, distance, hidden))
+        else:  # does not wait for the device: read when the demand path has
+            guess = shortcuts.guess(target, distance, hidden)
             guess = Guess(*(tensor.to("cpu", non_blocking=True) for tensor in guess))
-        self._pending.append(_Asked(target, distance, hidden, guess))
+            self._pending.append(_Asked(target, distance, hidden, guess))
 
-    def _wish(self) -> None:
-        """For what is likely to be needed, where some of it is absent. What is there already is wished for too: that
-        keeps it there."""
-        for asked in self._pending:
-            block, distance = asked.block, asked.distance
-            named = [(ExpertKey(block, expert), lead) for expert, lead in asked.named()]
-            absent = set(self._source.absent([key for key, _ in named]))
-            doubt: dict[ExpertKey, float] = {}  # that no token wants it
-            noted: list[_Named] = []
-            self._guessed.setdefault(block, []).append(_Guessed(distance, asked.hidden, noted))
-            is_lacking = False
-            for key, lead in named:
-                is_absent = key in absent
-                noted.append(_Named(key.expert, lead, is_absent))
-                sure = self._confidence.of(distance, lead) if is_absent else 1.0
-                doubt[key] = doubt.get(key, 1.0) * (1.0 - sure)
-                is_lacking = is_lacking or (is_absent and doubt[key] <= 1.0 - LEAST)
-            if is_lacking or block in self._wished:
-                wanted = [key for key in doubt if doubt[key] <= 1.0 - LEAST]
-                self._source.prefetch(block, sorted(wanted, key=doubt.__getitem__))
-                self._wished.add(block)
-        self._pending.clear()
+    def _wish(self, block: int, distance: int, hidden: Tensor, leads: list[tuple[int, float]]) -> None:
+        if named := self._prefetch.wish(block, distance, leads):
+            self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named))
 
-    def _judge(self, block: int, guessed: _Guessed, experts: Collection[int]) -> None:
-        """How clear the gate was says most of what is resident, which is used again and again; what matters is how
-        often a guess is right of what is not."""
+    def _settle(self) -> None:
+        due, self._due = self._due, []
+        for block, guessed, experts in due:
+            self._judge(block, guessed, experts)
+
+    def _judge(self, block: int, guessed: _Guessed, experts: frozenset[int]) -> None:
         distance, hidden, named = guessed
-        for expert, lead, was_absent in named:
-            right = expert in experts
-            self._guesses[distance] += 1
-            self._right[distance] += right
-            self._judged.append(right)
-            if was_absent:
-                self._confidence.learn(distance, lead, right=right)
-        if self._rows == 1:
-            names = {expert for expert, _, _ in named}
-            self._shortcuts.learn(block, distance, hidden, missed={*experts} - names, in_vain=names - {*experts})
+        names = {expert for expert, _, _ in named}
+        right = sum(expert in experts for expert, _, _ in named)
+        self._guesses[distance] += len(named)
+        self._right[distance] += right
+        self._judged.append(right / len(named))
+        self._prefetch.judge(distance, named, experts)
+        is_finite = math.isfinite(sum(lead for _, lead, _ in named))
+        if is_finite and hidden.numel() == hidden.shape[-1] and (shortcuts := self._shortcuts) is not None:
+            shortcuts.learn(block, distance, hidden, missed={*experts - names}, in_vain=names - experts)
         if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:
             self._judged.clear()
-            self._controller.give_up()
+            self._is_poor = True
+
+
+def _tokens(hidden: Tensor) -> int:
+    return hidden.shape[: min(hidden.ndim - 1, 2)].numel()  # [T, H], [B, T, H] or [B, T, S, H]

@@ -15,7 +15,7 @@ from moetier.proto.expert_store_pb2 import Error
 from moetier.tiers import errors
 from moetier.tiers.errors import DaemonError, MoetierError
 
-from .side import error_from
+from .side_packets import error_from
 
 METADATA = "moetier-error-bin"
 _LONGEST = 1_000  # bytes of a line: all metadata together may take 8 KiB

@@ -20,7 +20,9 @@ from moetier.tiers.stats import TierStats
 from moetier.tiers.stream import CudaDevice
 from moetier.tiers.views import HostViews
 
+from .choice import kernels_for
 from .config import TierConfig
+from .grouped import ROWS
 from .kernels import Kernels
 from .memory import Available, available_memory, budget_for
 from .origin import Origin, open_origin
@@ -32,13 +34,23 @@ class Tiers:
 
     @classmethod
     def open(
-        cls, folder: Path, config: TierConfig, device: torch.device, *, trunk: int = 0, cache: int = 0, width: int = 4
+        cls,
+        folder: Path,
+        config: TierConfig,
+        device: torch.device,
+        *,
+        trunk: int = 0,
+        cache: int = 0,
+        width: int = 4,
+        kernels: Kernels | None = None,
+        largest: int = 0,
     ) -> Tiers:
         """Of a model directory, to be computed with on ``device``.
 
         Of the memory that seems free now, ``trunk`` bytes are taken, and ``cache`` bytes are left for what a context
-        takes: keys, values and outputs. ``width`` bytes take the numbers that are computed with. Raises StoreError,
-        BudgetError when the budgets can't work, or DaemonError when a daemon that was asked for can't be used.
+        takes: keys, values and outputs. ``width`` bytes take the numbers that are computed with. ``kernels`` may be
+        the trunk's, whose largest quantised matrix has ``largest`` weights. Raises StoreError, BudgetError when the
+        budgets can't work, or DaemonError when a daemon that was asked for can't be used.
         """
         if config.device_memory is not None and device.type == "cpu":
             raise ConfigError(
@@ -46,7 +58,8 @@ class Tiers:
             )
         manifest = read_manifest(store_folder(folder))
         budget_of = partial(budget_for, smallest=smallest_budget(manifest), largest=largest_budget(manifest))
-        on_device = cache + _scratch_bytes(manifest, width)
+        kernels = kernels or kernels_for(device, exact=config.exact)
+        on_device = cache + max(_scratch_numbers(manifest, kernels), largest) * width
 
         def host_slots() -> Mapping[str, int]:
             free = available_memory()
@@ -62,16 +75,16 @@ class Tiers:
                 there = Available(torch.cuda.mem_get_info(device)[0], str(device))
                 budget = budget_of(config.device_memory, reserve=on_device, available=there, option="--device-memory")
                 slots = slots_for(manifest, budget)
-                on_hits = origin.learner.use if origin.learner is not None else None
                 source = DeviceTier(
                     origin.host,
                     manifest,
                     slots=slots,
                     device=CudaDevice(device),
                     promotes=config.speculate != "off",
-                    on_hits=on_hits,
+                    policy=config.policy,
+                    arrange=kernels.arrange,
                 )
-            tiers = cls(manifest, origin, source, Kernels(device))
+            tiers = cls(manifest, origin, source, kernels)
             undo.pop_all()
             return tiers
 
@@ -84,7 +97,7 @@ class Tiers:
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None
-        self._close_origin = origin.close
+        self.close_sources = partial(_close_sources, device, origin)  # refers to nothing of a model
 
     def stats(self) -> list[TierStats]:
         """Of each tier that holds records, from the lowest up."""
@@ -95,8 +108,9 @@ class Tiers:
         return {stats.name: stats.to_json() for stats in self.stats()}
 
     def close(self) -> None:
-        self.device.close()
-        self._close_origin()
+        if self.speculation is not None:
+            self.speculation.detach()
+        self.close_sources()
 
     def __enter__(self) -> Tiers:
         return self
@@ -107,6 +121,15 @@ class Tiers:
         self.close()
 
 
-def _scratch_bytes(manifest: Manifest, width: int) -> int:
-    """Of the largest projection, decoded: what computing with quantised experts takes beside them."""
-    return max(p.rows * p.columns for layout in manifest.layouts.values() for p in layout.projections) * width
+def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:
+    device.close()
+    origin.close()
+
+
+def _scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
+    """What computing with experts takes beside them: the largest projection, decoded; or what goes in and comes out of
+    the widest, of as many tokens as go together."""
+    layouts = manifest.layouts.values()
+    decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]
+    wide = [2 * ROWS * (p.rows + p.columns) for layout in layouts for p in layout.projections if kernels.packs(layout)]
+    return max(decoded + wide)

@@ -162,6 +162,8 @@ class Trace:
                 stream.seek(0)
                 with np.load(stream, allow_pickle=False) as arrays:
                     found = {name: arrays[name] for name in arrays.files if name in _KEYS}
+            strange = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+            _require(not strange, f"{', '.join(strange)}: no numpy array")
             return cls._of(found)
         except _NO_TRACE as error:
             cause = " ".join(str(error).split()) or type(error).__name__
@@ -182,6 +184,8 @@ class Trace:
         _require(_ints("top_k", found["top_k"]) == (experts.shape[2],), "top_k is not what experts says")
         counts = _ints("num_experts", found["num_experts"])
         prefill = _ints("n_prefill", found["n_prefill"]) if "n_prefill" in found else ()
+        if prefill and found["n_prefill"].ndim == 0:
+            prefill *= len(offsets) - 1
         most = max(counts, default=0)
         return cls(
             experts=_widen(experts, most),

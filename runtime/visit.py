@@ -12,7 +12,8 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 
 from .address import Address, Credentials
 from .channel import open_channel
-from .side import PATIENCE, SideConnection
+from .side import SideConnection
+from .side_packets import PATIENCE
 from .status import error_of
 
 

@@ -21,30 +21,52 @@ LAYERS = {
 
 # within tiers: each level imports from those above it alone
 LEVELS = (
-    {"keys", "errors", "stats", "stream", "hqq"},
-    {"manifest", "monitor", "slots", "planes", "pairs", "order"},
+    {"keys", "errors", "stats", "stream"},
+    {"bands", "hqq", "manifest", "monitor", "slots", "planes", "pairs", "order"},
     {"source", "policy", "wishes", "quantize", "plan", "budget", "shard"},
-    {"directory", "views", "promoter", "folder", "durable"},
-    {"arena", "ledger", "hotset"},
-    {"session", "recovery", "trunk", "store", "writer", "device"},
-    {"host"},
+    {"directory", "demands", "views", "promoter", "allocation", "page_locks", "device_pool", "folder", "durable"},
+    {"arena", "early", "turns", "waiting", "hotset", "open_shard", "copies", "visit"},
+    {"loads", "recovery", "trunk", "store", "writer", "device_slots"},
+    {"ledger"},
+    {"parties"},
+    {"session", "loaders", "timekeeper", "intake"},
+    {"host", "device"},
     {"learner"},
 )
 
 # library -> the only modules that may import it
 HOMES = {
     "torch": {
-        *("tiers/hqq", "tiers/planes", "tiers/pairs", "tiers/quantize", "tiers/views", "tiers/stream", "tiers/device"),
+        *(
+            "tiers/hqq",
+            "tiers/bands",
+            "tiers/planes",
+            "tiers/pairs",
+            "tiers/quantize",
+            "tiers/views",
+            "tiers/stream",
+            "tiers/device",
+        ),
+        *("tiers/device_pool", "tiers/device_slots", "tiers/allocation", "tiers/page_locks", "tiers/copies"),
         *("runtime/", "tools/"),
     },
-    "transformers": {"runtime/registration", "runtime/generate", "runtime/streamer", "tools/"},
+    "transformers": {"runtime/registration", "runtime/attention", "runtime/generate", "runtime/streamer", "tools/"},
     "zarr": {"tiers/writer"},
     "matplotlib": {"tools/figures", "tools/plot"},
     "psutil": {"runtime/memory"},
+    "llvmlite": {
+        "runtime/attending",
+        "runtime/emit",
+        "runtime/native",
+        "runtime/product",
+        "runtime/rounding",
+        "runtime/tile",
+    },
     "grpc": {
         "proto/expert_store_pb2_grpc",
-        *("runtime/channel", "runtime/status", "runtime/link", "runtime/remote", "runtime/visit"),
-        *("runtime/service", "runtime/fetch", "runtime/daemon"),
+        *("runtime/channel", "runtime/status", "runtime/link", "runtime/lines", "runtime/visit"),
+        *("runtime/transfer", "runtime/failures"),
+        *("runtime/fetch", "runtime/caller", "runtime/service", "runtime/servers", "runtime/life"),
     },
 }
 
@@ -115,6 +137,15 @@ def test_importing_moetier_imports_nothing_heavy() -> None:
     code = "import moetier, sys; print([m for m in ('torch', 'transformers', 'zarr', 'numpy') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_daemon_blocks_signals_before_a_library_begins_threads() -> None:
+    import subprocess
+    import sys
+
+    code = "import moetier.tools.daemon, moetier.runtime.daemon, sys; print({'numpy', 'grpc'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 def test_public_names_are_what_is_said() -> None:

@@ -6,9 +6,12 @@ of the group, the offset is found by alternating between rounding and a proximal
 It is written here in the form w = code * s + b with codes centred on zero, in which s = 0 needs no special case.
 
 What differs from the package: no clamp of the inverse step at 2e4 (which costs small weights most of their bits), and
-each group stops on its own and keeps the best offset that it met. So a group's result depends on its weights alone, not
-on its neighbours, the size of the work, the number of threads or the kind of processor, and is never worse than plain
-rounding.
+each group keeps the best offset that it met. So a group's result depends on its weights alone, not on its neighbours,
+the size of the work, the number of threads or the kind of processor, and (up to fp32's last bits) is never worse than
+plain rounding.
+
+Groups lie side by side: w is [n, g, LANES], n * LANES groups of g weights, so that whatever is done to a group is done
+to LANES of them by the processor's vectors, sums over a group among it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUPS = 4096  # solved together: their temporaries stay in the processor's caches
-ITERATIONS = 20
+from .keys import ROW_TILE
+
+LANES = ROW_TILE
+ITERATIONS = 15
 LP_NORM = 0.7
 BETA = 10.0
 KAPPA = 1.01
@@ -25,58 +30,66 @@ TINY = torch.finfo(torch.float32).tiny  # a step below it would be a denormal: t
 
 
 def steps(w: Tensor, bits: int) -> Tensor:
-    """[groups, g] fp32 -> [groups]: the distance between levels that spans each group's range; 0 if it is constant.
-
-    Not finite where a weight, or the range, is not.
+    """[n, g, LANES] fp32 -> [n, 1, LANES]: the distance between levels that spans each group's range; 0 if it is
+    constant. Not finite where a weight, or the range, is not.
     """
-    low, high = w.aminmax(dim=1)
-    step: Tensor = (high - low) / (2**bits - 1)
+    step: Tensor = (w.amax(1, keepdim=True) - w.amin(1, keepdim=True)) / (2**bits - 1)  # 20 times faster than aminmax
     return step.masked_fill_(step < TINY, 0.0)
 
 
 def plain_offsets(w: Tensor, step: Tensor) -> Tensor:
-    """[groups, g], [groups] -> [groups]: b of plain rounding, which centres the levels on the group's range."""
-    low, high = w.aminmax(dim=1)
+    """[n, g, LANES], [n, 1, LANES] -> [n, 1, LANES]: b of plain rounding, which centres the levels on the range."""
+    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     return low + (high - low) / 2 + step / 2
 
 
-def centred_codes(w: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """[groups, g], [groups], [groups] -> [groups, g]: the nearest codes, integers in -2^(bits-1) .. 2^(bits-1) - 1."""
-    inverse = torch.where(step < TINY, 0.0, 1 / step)
+def centred_codes(w: Tensor, step: Tensor, offset: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """[n, g, LANES], twice [n, 1, LANES] -> [n, g, LANES]: the nearest codes, integers in -2^(bits-1) ..
+    2^(bits-1) - 1."""
     half = 2 ** (bits - 1)
-    return (w - offset[:, None]).mul_(inverse[:, None]).round_().clamp_(-half, half - 1)
+    return torch.sub(w, offset, out=out).mul_(_inverse(step)).round_().clamp_(-half, half - 1)
 
 
-def residual(w: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """[groups, g]: w less its nearest level."""
-    codes = centred_codes(w, step, offset, bits)
-    return torch.sub(w, offset[:, None]).sub_(codes.mul_(step[:, None]))
+def solve(w: Tensor, step: Tensor, bits: int, scratch: Tensor | None = None) -> Tensor:
+    """[n, g, LANES] fp32, [n, 1, LANES] -> [n, 1, LANES]: the offsets b that HQQ finds for steps that stay as they are.
 
-
-def solve(w: Tensor, step: Tensor, bits: int) -> Tensor:
-    """[groups, g] fp32, [groups] -> [groups]: the offsets b that HQQ finds for steps that stay as they are."""
-    best = plain_offsets(w, step)
-    error = residual(w, step, best, bits)
-    best_error = error.abs().mean(1)
-    offset, active, beta = best.clone(), torch.arange(len(w), device=w.device), BETA
-    for _ in range(ITERATIONS - 1):
-        offset = offset + (error - _shrink(error, beta)).mean(1)
-        error = residual(w, step, offset, bits)
-        mean_error = error.abs().mean(1)
-        better = (mean_error < best_error).nonzero().squeeze(1)
-        if not len(better):
-            break
-        active, w, step = active[better], w[better], step[better]
-        offset, error, best_error = offset[better], error[better], mean_error[better]
-        best[active] = offset
+    ``scratch``, if given, is [3, n, g, LANES]; what it holds does not matter, before or after.
+    """
+    scaled, error, codes = torch.empty(3, *w.shape) if scratch is None else scratch
+    half = 2 ** (bits - 1)
+    plain, inverse, beta = plain_offsets(w, step), _inverse(step), BETA
+    torch.sub(w, plain, out=scaled).mul_(inverse)  # from here on all is in steps, and offsets are counted from plain
+    best = offset = torch.zeros_like(step)
+    least = torch.full_like(step, torch.inf)
+    for _ in range(ITERATIONS):
+        torch.sub(scaled, offset, out=error)
+        torch.round(error, out=codes).clamp_(-half, half - 1)
+        error.sub_(codes)
+        size = torch.abs(error, out=codes).sum(1, keepdim=True)
+        better = size < least
+        best, least = torch.where(better, offset, best), torch.where(better, size, least)
+        if float((codes.amax(1, keepdim=True) * step).max()) > _threshold(
+            beta
+        ):  # which weights of usual size never are
+            large = (codes.mul_(step) > _threshold(beta)).nonzero(as_tuple=True)
+            shrunk = _shrink(error[large] * step.expand_as(error)[large], beta)
+            error[large] -= shrunk * inverse.expand_as(error)[large]
+        offset = offset + error.sum(1, keepdim=True) / w.shape[1]
         beta *= KAPPA
-    return best
+    return (best * step).add_(plain)
 
 
-def _shrink(error: Tensor, beta: float) -> Tensor | float:
+def _inverse(step: Tensor) -> Tensor:
+    return torch.where(step < TINY, 0.0, 1 / step)
+
+
+def _threshold(beta: float) -> float:
+    """The largest error that shrinks to nothing."""
+    return float(beta ** (-1 / (2 - LP_NORM)))
+
+
+def _shrink(error: Tensor, beta: float) -> Tensor:
     """The proximal operator of the l_p norm: sign(e) max(0, |e| - |e|^(p-1) / beta)."""
     size = error.abs()
-    if float(size.max()) <= beta ** (-1 / (2 - LP_NORM)):
-        return 0.0  # what the formula gives for errors up to there, as nearly all are; saves the power
     power = size.double().pow(LP_NORM - 1).float()  # in fp64, because fp32's last bit depends on the kind of processor
-    return size.sub_(power / beta).clamp_min_(0.0).mul_(error.sign())
+    return (size - power / beta).clamp_min_(0.0).mul_(error.sign())

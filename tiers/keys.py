@@ -20,6 +20,7 @@ ROW_TILE = 64  # rows; quantised projections are padded to a multiple (one block
 
 Bits = Literal[16, 8, 4, 3, 2]
 BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
+TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # of matrices beside the experts: what a kernel multiplies where it lies
 PAIR_BLOCK = 128  # groups that share one second-level pair when pairs are stored in 8 bits
 WEIGHT_TYPES = ("bfloat16", "float16")  # of 16-bit weights and of biases
 PAIR_TYPES = ("bfloat16", "uint8")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 from .errors import ClosedError
 from .host import HostTier
 from .hotset import HotSet, keep_hot_set, load_hot_set
-from .keys import ExpertKey
 from .monitor import Home
 
 EVERY = 300.0  # seconds between writes: what a process that is killed loses
@@ -27,10 +25,6 @@ class Learner:
         host.take_uses()
         self._thread = threading.Thread(target=self._run, name="moetier-learner", daemon=True)
         self._thread.start()
-
-    def use(self, keys: Sequence[ExpertKey]) -> None:
-        """Of a tier above the host's, which has the records itself."""
-        self._host.count(keys)
 
     def close(self) -> None:
         """Keeps what was counted. Before the tier is closed, or behind that. Idempotent; does nothing in a forked

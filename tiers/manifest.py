@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import MissingExpertError, StoreFormatError
-from .keys import ExpertKey, RecordLayout
+from .keys import PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayout
 
 FORMAT = 1
-FEATURES: frozenset[str] = frozenset()  # what a store may require and this version has
+TRUNK_RECORDS = "trunk-records"
+FEATURES = frozenset({TRUNK_RECORDS})  # what a store may require and this version has
 TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # beside experts.zarr, and nowhere else
 
 
@@ -34,6 +35,15 @@ class FileSum:
     crc32c: int
 
 
+@dataclass(frozen=True, slots=True)
+class TrunkRecords:
+    """How the matrices of the trunk are stored that are quantised: each as a record of one projection, "weight"."""
+
+    bits: Bits
+    group: int  # the most: a matrix that it does not divide has a smaller one
+    pairs: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The manifest of format version 1. ``blocks[b]`` is what ``ExpertKey.block == b`` names."""
@@ -47,6 +57,11 @@ class Manifest:
     requires: tuple[str, ...] = ()
     method: str = "hqq"  # how the codes were found: "hqq", or "rounding"
     trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by name; like the digest, empty until it is written
+    trunk_records: TrunkRecords | None = None  # None: all of the trunk is as it was
+
+    @property
+    def trunk_bits(self) -> int:
+        return self.trunk_records.bits if self.trunk_records else 16
 
     def layout(self, block: int) -> RecordLayout:
         return self.layouts[self.blocks[block].array]
@@ -91,7 +106,9 @@ class Manifest:
             "version": self.version,
             "digest": self.digest,
             "method": self.method,
-        } | ({"trunk": {name: asdict(entry) for name, entry in sorted(self.trunk.items())}} if self.trunk else {})
+            **({"trunk_records": asdict(self.trunk_records)} if self.trunk_records else {}),
+            **({"trunk": {name: asdict(entry) for name, entry in sorted(self.trunk.items())}} if self.trunk else {}),
+        }
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
@@ -125,6 +142,7 @@ class Manifest:
                     str(name): FileSum(int(entry["bytes"]), int(entry["crc32c"]))
                     for name, entry in value.get("trunk", {}).items()
                 },
+                trunk_records=TrunkRecords(**value["trunk_records"]) if "trunk_records" in value else None,
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -139,6 +157,11 @@ class Manifest:
             raise ValueError("it has no blocks")
         if names := [name for name in self.trunk if not TRUNK_NAME.fullmatch(name)]:
             raise ValueError(f"{names[0]!r} is no name of a trunk file")
+        form = self.trunk_records
+        if form and (form.bits not in TRUNK_BITS[1:] or form.pairs not in PAIR_TYPES or type(form.group) is not int):
+            raise ValueError(f"its trunk is stored with {form}")
+        if (form is not None) != (TRUNK_RECORDS in self.requires):
+            raise ValueError(f"its trunk is stored with {form}, and it requires {list(self.requires)}")
         if names := [name for name in self.layouts if not re.fullmatch(r"[\w-]+", name)]:
             raise ValueError(f"{names[0]!r} is no name of an array")  # it becomes the name of a folder
         if strangers := {b.array for b in self.blocks} - set(self.layouts):

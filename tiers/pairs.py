@@ -16,20 +16,23 @@ from torch import Tensor
 from .keys import PAIR_BLOCK, Projection
 
 
-def store_pairs(values: Tensor, which: int, projection: Projection, sections: Mapping[str, Tensor]) -> Tensor:
-    """Writes s (``which`` 0) or b (1), fp32 [N, K / g], into the pair sections; zeros for padding rows.
+def store_pairs(
+    values: Tensor, which: int, projection: Projection, sections: Mapping[str, Tensor], start: int
+) -> Tensor:
+    """Writes s (``which`` 0) or b (1) of the rows from ``start`` on, fp32 [K / g, rows], into the pair sections.
 
-    Returns them as they will be read, fp32 [N, K / g].
+    Padding rows are among them: zeros are written for these. 8-bit pairs take all rows at once.
+    Returns what will be read, fp32 [K / g, rows]; zeros for padding rows.
     """
-    pairs = sections[f"{projection.name}.pairs"]
-    rows, groups = values.shape
-    component = pairs[:, :, which]  # [K / g, padded N]
-    component[:, rows:] = 0
+    groups, rows = values.shape
+    real = min(rows, projection.rows - start)  # rows that are no padding
+    component = sections[f"{projection.name}.pairs"][:, start : start + rows, which]  # [K / g, rows]
     if projection.pairs == "bfloat16":
-        component[:, :rows] = values.T
+        component[:, :real] = values[:, :real]
     else:
+        assert rows == projection.padded_rows
         # padding repeats a real value: it must not widen the range of its run
-        padded = F.pad(values.T, (0, pairs.shape[1] - rows), mode="replicate").reshape(1, -1)
+        padded = F.pad(values[:, :real], (0, rows - real), mode="replicate").reshape(1, -1)
         scales = sections[f"{projection.name}.pair_scales"]
         runs = F.pad(padded, (0, len(scales) * PAIR_BLOCK - padded.shape[1]), mode="replicate").view(-1, PAIR_BLOCK)
         low, high = runs.aminmax(dim=1)
@@ -37,8 +40,11 @@ def store_pairs(values: Tensor, which: int, projection: Projection, sections: Ma
         scales[:, which, 1] = low
         scale, minimum = scales[:, which].float().unsqueeze(2).unbind(1)  # [runs, 1] each
         codes = torch.where(scale > 0, (runs - minimum) / scale, 0.0).round_().clamp_(0, 255)
-        component[:, :rows] = codes.view(-1)[: padded.shape[1]].view(groups, -1)[:, :rows]
-    return load_pairs(projection, sections, 0, rows)[:, :, which].float().T
+        component[:, :real] = codes.view(-1)[: padded.shape[1]].view(groups, -1)[:, :real]
+    component[:, real:] = 0
+    read = load_pairs(projection, sections, start, start + rows)[:, :, which].float()
+    read[:, real:] = 0
+    return read
 
 
 def load_pairs(projection: Projection, sections: Mapping[str, Tensor], start: int, stop: int) -> Tensor:

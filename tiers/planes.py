@@ -20,17 +20,24 @@ HALF = ROW_TILE // 2
 MASKS = {1: 0xFF, 2: 0x33, 4: 0x11}  # by parts: the low 4 / parts bits of both nibbles
 
 
-def to_kernel_order(codes: Tensor) -> Tensor:
-    """uint8 [N, K], values 0..15 -> uint8 [N * K / 2]."""
-    rows, columns = codes.shape
-    low, high = codes.view(rows // ROW_TILE, 2, HALF, columns).unbind(1)  # [N / 64, 32, K] each
-    return (low | (high << 4)).transpose(1, 2).reshape(-1)
+def to_kernel_order(codes: Tensor, out: Tensor) -> None:
+    """uint8 [N / 64, K, 64], values 0..15, rows innermost -> ``out`` uint8 [N * K / 2]."""
+    blocks, columns, _ = codes.shape
+    torch.add(codes[..., :HALF], codes[..., HALF:], alpha=16, out=out.view(blocks, columns, HALF))
 
 
 def from_kernel_order(nibbles: Tensor, columns: int) -> Tensor:
     """uint8 [N * K / 2] -> uint8 [N, K]."""
     packed = nibbles.view(-1, columns, HALF).transpose(1, 2)  # [N / 64, 32, K]
     return torch.stack((packed & 0xF, packed >> 4), 1).view(-1, columns)
+
+
+def pair_columns(nibbles: Tensor, columns: int) -> Tensor:
+    """uint8 [N * K / 2] -> uint8 [N, K / 2], row by row: a byte holds an even column in its high nibble, the next one
+    in its low."""
+    even, odd = nibbles.view(-1, columns // 2, 2, HALF).unbind(2)  # [N / 64, K / 2, 32] each
+    upper, lower = (even << 4) | (odd & 0xF), (even & 0xF0) | (odd >> 4)  # of rows 0 to 31, and 32 to 63, of each block
+    return torch.stack((upper, lower), 1).transpose(2, 3).reshape(-1, columns // 2)
 
 
 def fold(nibbles: Tensor, parts: int, out: Tensor) -> None:

@@ -4,8 +4,9 @@ A global LRU with fewer slots than blocks x top-k hits nothing at all: when a bl
 it has just been evicted by the others. So blocks are *groups* that evict among their own. When the slots are too few
 for that, some blocks keep their top-k and all others share one group, in which they stream.
 
-What a wish loads takes the place of its own block's next victim, and is itself the next to go until it is used: a right
-guess evicts what the demand would have evicted, a wrong one costs no more than that one record.
+What a wish loads takes the place of an earlier one that was wrong, of whichever block, or of its own block's next
+victim, and is itself the next to go until it is used: a right guess evicts what the demand would have evicted, and of
+those that are wrong one after the other only the first costs a record.
 """
 
 from __future__ import annotations

@@ -1,30 +1,30 @@
 """Promoter: wishes of the device tier, brought about by a thread of its own, one record at a time.
 
-The source's own prefetch reads from the disk; what is not there yet is looked for again, while the wish stands, after a
-pause that grows. A demand goes first: while one misses records no copy is begun, and one that has begun is one record.
+The source's own prefetch reads from the disk, and what is READY there is borrowed: of that the source counts no demand.
+What is not there yet is looked for again, while the wish stands, after a pause that grows. A demand goes first: while
+one misses records no copy is begun, and one that has begun is one record.
 
-Nobody waits for ever: it waits for the source with no slot of the device in its hand, and with a lease of the source in
-its hand for its own copy alone.
+Nobody waits for ever: the thread waits for its own copy alone.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from queue import Empty, SimpleQueue
 
-from .errors import ClosedError, MoetierError
+from .errors import ClosedError
 from .keys import ExpertKey
 from .monitor import Monitor
-from .source import ExpertSource, Lease
+from .source import Lease, Lender
 from .stats import TierCounters
 
 PAUSE = 0.002  # seconds until it looks again for what is not in the source yet; twice as many each time ...
 LONGEST_PAUSE = 0.1  # ... up to these
-FAREWELL = 1.0  # seconds that closing waits for a thread which waits for the source: it ends with that at the latest
+
+_log = logging.getLogger(__name__)
 
 
 class Promotion:
@@ -42,7 +42,7 @@ class Promoter:
 
     def __init__(
         self,
-        source: ExpertSource[memoryview],
+        source: Lender[memoryview],
         monitor: Monitor,
         counters: TierCounters,
         promote: Callable[[Lease[memoryview]], None],
@@ -59,6 +59,7 @@ class Promoter:
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_over = False
+        self._has_failed = False  # once is told
 
     def __contains__(self, key: ExpertKey) -> bool:
         """Whether the latest wishes name it."""
@@ -66,14 +67,14 @@ class Promoter:
 
     # -- wishes and demands -------------------------------------------------------------------------------------------
 
-    def wish(self, block: int, wishes: Sequence[ExpertKey], absent: Sequence[ExpertKey]) -> None:
-        """The block's wishes are these from now on, and those that are ``absent`` are to come."""
+    def wish(self, block: int, wishes: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
+        """The block's wishes are these from now on, and those that are ``lacking`` here are to come."""
         self._counters.cancelled += sum(key not in wishes for key in self._waiting.pop(block, ()))
         self._latest.pop(block, None)
         if wishes:
             self._latest[block] = dict.fromkeys(wishes)
-        if absent:
-            self._waiting[block] = list(dict.fromkeys(absent))
+        if lacking:
+            self._waiting[block] = list(dict.fromkeys(lacking))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="moetier-promoter", daemon=True)
                 self._thread.start()
@@ -112,13 +113,19 @@ class Promoter:
         promotion = self._unused[key] = Promotion()
         return promotion
 
-    def drop(self, key: ExpertKey) -> None:
-        """It is not to come any more: it is here, or there is no place for it, or it can't be had."""
+    def give_up(self, key: ExpertKey) -> None:
+        """There is no slot for it, or it can't be had."""
+        self._counters.cancelled += self.drop(key)
+
+    def drop(self, key: ExpertKey) -> bool:
+        """It is not to come any more; whether it was."""
         waiting = self._waiting.get(key.block, [])
-        if key in waiting:
-            waiting.remove(key)
-            if not waiting:
-                del self._waiting[key.block]
+        if key not in waiting:
+            return False
+        waiting.remove(key)
+        if not waiting:
+            del self._waiting[key.block]
+        return True
 
     def fail(self, key: ExpertKey) -> None:
         """It did not come after all."""
@@ -140,7 +147,7 @@ class Promoter:
     def join(self) -> None:
         """Waits for the thread, without the lock."""
         if self._thread is not None:
-            self._thread.join(FAREWELL)
+            self._thread.join()
 
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
         """Asserts that what was promoted and not used is in a slot, and that what waits is wished for."""
@@ -154,48 +161,40 @@ class Promoter:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with contextlib.suppress(ClosedError):  # of the source: no wish comes true any more
-            while (key := self._next()) is not None:
-                self._bring(key)
-
-    def _next(self) -> ExpertKey | None:
-        """The first that waits and is in the source, as soon as there is one and no demand goes first; None at the
-        end."""
         pause = PAUSE
-        while True:
-            with self._monitor:
-                if self._is_over:
-                    return None
-                waiting = [key for keys in self._waiting.values() for key in keys] if not self._missing else []
-            absent = set(self._source.absent(waiting))
-            for key in waiting:
-                if key not in absent:
-                    return key
+        while (waiting := self._look()) is not None:
+            try:
+                if any(self._bring(key) for key in waiting):  # then what waits is another, or nothing
+                    pause = PAUSE
+                    continue
+            except ClosedError:  # of the source, or of the tier: no wish comes true any more
+                return
             try:
                 self._bell.get(timeout=pause if waiting else None)
                 pause = PAUSE
             except Empty:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _bring(self, key: ExpertKey) -> None:
-        try:
-            with closing(self._source.acquire([key])) as leases:
-                lease = next(leases)
-                self._wish_again(key)
-                self._promote(lease)
-        except (MoetierError, RuntimeError):  # a demand meets it too, and there somebody is told
-            with self._monitor:
-                self.drop(key)
+    def _look(self) -> list[ExpertKey] | None:
+        """What waits and may begin now; None at the end."""
+        with self._monitor:
+            if self._is_over:
+                return None
+            return [key for keys in self._waiting.values() for key in keys] if not self._missing else []
 
-    def _wish_again(self, key: ExpertKey) -> None:
-        """The source takes an acquire for a demand, which clears the block's wishes there: they are told once more,
-        until what was told is what is wished."""
-        told: object = self  # nothing yet
-        while True:
+    def _bring(self, key: ExpertKey) -> bool:
+        """Whether the source has it, or it is given up."""
+        try:
+            with self._source.borrow(key) as lease:
+                if lease is not None:
+                    self._promote(lease)
+                return lease is not None
+        except ClosedError:
+            raise
+        except Exception as error:  # whatever it is: the thread is for other wishes too, and a demand meets it again
+            if not self._has_failed:  # as text: its frames hold the lease
+                self._has_failed = True
+                _log.warning("not promoted to the device: %s: %s: %s", key, type(error).__name__, str(error))
             with self._monitor:
-                latest = self._latest.get(key.block)
-                rest = [other for other in self._waiting.get(key.block, ()) if other != key]
-            if latest is told or (told is self and not rest):
-                return
-            self._source.prefetch(key.block, rest)
-            told = latest
+                self.give_up(key)
+            return True

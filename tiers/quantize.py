@@ -16,18 +16,19 @@ so that b is one number in all of these; it lies near the middle of its group, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import hqq, planes
+from .bands import Bands
 from .errors import CheckpointError, ConfigError
 from .keys import BITS, PAIR_TYPES, ROW_TILE, Bias, Bits, Projection, RecordLayout
 from .pairs import load_pairs, store_pairs
+from .planes import HALF
 
 # group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md);
 # pairs of 8 and 4 bits in bf16 all the same, because then torch's int4 kernel multiplies a record where it lies
@@ -117,11 +118,11 @@ def _group_of(columns: int, asked: int, pairs: str) -> int:
     return next((g for g in (asked, *smaller) if g <= asked and columns % g == 0), 0)
 
 
-def sections(record: Tensor, layout: RecordLayout) -> dict[str, Tensor]:
-    """Typed views of the sections of ``record`` (uint8, at least payload_bytes, 64-byte aligned): no copy."""
-    return {
-        s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in layout.sections
-    }
+def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:
+    """Typed views of the sections of ``record`` (uint8, at least payload_bytes, 64-byte aligned), or of those ``of``
+    one quantised projection: no copy."""
+    wanted = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
+    return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
 
 
 @torch.no_grad()
@@ -155,39 +156,28 @@ def _copy(values: Tensor, section: Tensor) -> WeightError:
     section.copy_(values)
     error = WeightError()
     for start in range(0, len(values), ROW_TILE):
-        error += _error(values[start : start + ROW_TILE], section[start : start + ROW_TILE])
+        original = values[start : start + ROW_TILE].float()
+        error += _error(section[start : start + ROW_TILE].float().sub_(original), original)
     return error
 
 
-def _error(original: Tensor, stored: Tensor) -> WeightError:
-    original = original.float()
-    difference, norm = stored.float() - original, torch.linalg.vector_norm
-    return WeightError(
-        squared=float(norm(difference, 2, dtype=torch.float64)) ** 2,
-        squared_norm=float(norm(original, 2, dtype=torch.float64)) ** 2,
-    )
+def _error(difference: Tensor, original: Tensor) -> WeightError:
+    return WeightError(squared=_square(difference), squared_norm=_square(original))
+
+
+def _square(values: Tensor) -> float:
+    """The sum of squares: of fp32 where those squares fit it."""
+    norm = float(torch.linalg.vector_norm(values))
+    if not 1e-12 < norm < 1e12:
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return norm**2
 
 
 def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
-    """weights [N, K] -> the sections of one quantised projection, in three passes over tiles of hqq.GROUPS groups."""
-    groups = p.columns // p.group
-    tile = max(1, hqq.GROUPS // groups // ROW_TILE) * ROW_TILE  # rows
-    tiles = [slice(start, min(start + tile, p.rows)) for start in range(0, p.rows, tile)]
-
-    def grouped(rows: slice) -> Tensor:  # [rows * K / g, g]
-        return weights[rows].float().reshape(-1, p.group)
-
-    steps = torch.cat([hqq.steps(grouped(rows), p.bits) for rows in tiles]).view(-1, groups)
-    steps = store_pairs(steps, 0, p, views).contiguous()  # from here on what is stored is what is computed with
-    find = hqq.plain_offsets if fast else lambda w, step: hqq.solve(w, step, p.bits)
-    offsets = torch.cat([find(grouped(rows), steps[rows].reshape(-1)) for rows in tiles]).view(-1, groups)
-    offsets = store_pairs(offsets, 1, p, views).contiguous()
-    if not (steps.isfinite().all() and offsets.isfinite().all()):
-        raise CheckpointError(
-            f"{p.name} has weights that are not finite numbers.",
-            "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
-        )
-
+    """weights [N, K] -> the sections of one quantised projection, a band at a time."""
+    bands = Bands(weights, p)
+    # pairs of 8 bits are quantised in runs that cross bands: then each pass goes over all bands before the next begins
+    batches = [[band] for band in bands] if p.pairs == "bfloat16" else [list(bands)]
     # codes in kernel order: the sections themselves, or what is folded into them at the end
     high = low = torch.empty(0)
     match p.bits:
@@ -197,22 +187,57 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
             low = views[f"{p.name}.codes"].view(-1)
         case _:
             low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
+
+    def find_steps(band: range) -> Tensor:
+        return hqq.steps(bands.turn(band), p.bits)
+
     error = WeightError()
-    for rows in tiles:
-        w, step, offset = grouped(rows), steps[rows].reshape(-1), offsets[rows].reshape(-1)
-        centred = hqq.centred_codes(w, step, offset, p.bits)
-        error += _error(w, centred * step[:, None] + offset[:, None])
-        codes = (centred + 2 ** (p.bits - 1)).to(torch.uint8).view(-1, p.columns)
-        codes = F.pad(codes, (0, 0, 0, -len(codes) % ROW_TILE))
-        at = slice(rows.start * p.columns // 2, (rows.start + len(codes)) * p.columns // 2)
-        low[at] = planes.to_kernel_order(codes & 0xF)
-        if p.bits == 8:
-            high[at] = planes.to_kernel_order(codes >> 4)
+    for batch in batches:
+        steps = _store(0, find_steps, bands, batch, p, views)  # what is read back is what is computed with
+
+        def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
+            w, step = bands.turn(band), steps[band]
+            return hqq.plain_offsets(w, step) if fast else hqq.solve(w, step, p.bits, bands.scratch(band))
+
+        offsets = _store(1, find_offsets, bands, batch, p, views)
+        for band in batch:
+            w, step, offset = bands.turn(band), steps[band], offsets[band]
+            centred, difference, _ = bands.scratch(band)
+            hqq.centred_codes(w, step, offset, p.bits, out=centred)
+            error += _error(torch.addcmul(offset, centred, step, out=difference).sub_(w), w)
+            # by way of int16: torch's cast from fp32 to uint8 is six times slower than these two
+            codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
+            if band.stop * ROW_TILE > p.rows:
+                codes[-1, :, p.rows % ROW_TILE :] = 0
+            at = slice(band.start * p.columns * HALF, band.stop * p.columns * HALF)
+            planes.to_kernel_order(codes & 0xF, low[at])
+            if p.bits == 8:
+                planes.to_kernel_order(codes >> 4, high[at])
     if p.bits in (3, 2):
         planes.fold(low, 2, views[f"{p.name}.codes"])
     if p.bits == 3:
         planes.fold(low >> 2, 4, views[f"{p.name}.plane"])
     return error
+
+
+def _store(
+    which: int,
+    find: Callable[[range], Tensor],
+    bands: Bands,
+    batch: list[range],
+    p: Projection,
+    views: Mapping[str, Tensor],
+) -> dict[range, Tensor]:
+    """Stores s (``which`` 0) or b (1) of these bands, and returns what is read back of each, fp32 [n, 1, ROW_TILE]."""
+    found = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
+    read = store_pairs(found, which, p, views, batch[0].start * ROW_TILE)
+    if not read.isfinite().all():
+        raise CheckpointError(
+            f"{p.name} has weights that are not finite numbers.",
+            "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
+        )
+    parts = torch.split(read, [len(band) * ROW_TILE for band in batch], 1)
+    return dict(zip(batch, map(bands.by_blocks, parts), strict=True))
 
 
 def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .demands import Demand, Party, Pool
 from .directory import Directory
 from .errors import ClosedError, ProtocolError
 from .keys import ExpertKey
-from .ledger import Demand, Ledger, Party, Pool
+from .ledger import Ledger
 from .manifest import Manifest
 from .monitor import Monitor
+from .parties import Parties
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Desk:
     manifest: Manifest
     monitor: Monitor
     ledger: Ledger
+    parties: Parties
     directory: Directory
     pools: Mapping[str, Pool]  # by array
 
@@ -99,7 +102,7 @@ class Session(Party):
                 raise ProtocolError(f"Request {request} is not over yet.", "Number requests one by one.")
             self._requests[request] = demand
             self._desk.ledger.look(demand, keys)
-            self._desk.ledger.serve()
+            self._desk.parties.serve()
 
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
         """Ends leases. Without ``keys`` the request is over: what it waits for is given back too. What is not held
@@ -111,10 +114,10 @@ class Session(Party):
             if keys:
                 slots = [demand.pool.slots.find(key) for key in keys]
                 self._desk.ledger.release(demand, [slot for slot in slots if slot is not None])
-                self._desk.ledger.stir(demand)
+                self._desk.ledger.waiting.stir(demand)
             else:
                 self._desk.ledger.leave(demand)
-            self._desk.ledger.serve()
+            self._desk.parties.serve()
             if demand not in self.demands:
                 self._requests.pop(request, None)
 
@@ -135,7 +138,7 @@ class Session(Party):
         self._desk.manifest.check_keys(block, wishes)
         with self._desk.monitor:
             self._check_open()
-            self._desk.ledger.wish(self._desk.pool(block), block, wishes, wisher=self)
+            self._desk.ledger.loads.wish(self._desk.pool(block), block, wishes, wisher=self)
 
     def close(self) -> None:
         """All leases, claims and wishes are given back; loads that have begun go on. Nothing is delivered any more.
@@ -145,8 +148,8 @@ class Session(Party):
             for demand in list(self.demands):
                 self._desk.ledger.leave(demand)
             self._requests.clear()
-            self._desk.ledger.withdraw_wishes(self)
-            self._desk.ledger.serve()
+            self._desk.ledger.loads.withdraw_wishes(self)
+            self._desk.parties.serve()
 
     # -- what the ledger calls, with the lock held --------------------------------------------------------------------
 
@@ -162,5 +165,5 @@ class Session(Party):
         self._deliver(Failed(demand.number, error))
 
     def _check_open(self) -> None:
-        if self._closed or self._desk.ledger.is_dropped:
+        if self._closed or self._desk.ledger.loads.is_dropped:
             raise ClosedError("The session was closed.", "Open a new one.")

@@ -35,6 +35,11 @@ class Slots:
         """The slot that holds a key or is being filled with it."""
         return self._slot_of.get(key)
 
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether a key's record is READY."""
+        slot = self._slot_of.get(key)
+        return slot is not None and self._states[slot] is State.READY
+
     def free(self) -> int | None:
         """An EMPTY slot, if there is one."""
         return next(reversed(self._free), None)

@@ -21,11 +21,11 @@ class TierStats:
     hits: int
     misses: int  # loads that a demand began, and demands that joined a load under way
     joined: int  # of the misses: those that joined
-    prefetched: int  # loads that a wish began; of these:
-    useful: int  # READY when a demand came
+    prefetched: int  # loads that a wish began; of these, but for those that failed or were cancelled meanwhile:
+    useful: int  # READY when a demand came, to this tier or to the one above, which had borrowed it
     late: int  # still under way when a demand came
-    wasted: int  # evicted before any demand
-    cancelled: int  # wishes that were given up before they had begun
+    wasted: int  # evicted before any demand; of what the tier above has borrowed that is known once it is read again
+    cancelled: int  # wishes that were given up: before they had begun, for want of a slot too; or while being read
     saved_seconds: float  # that the useful and late ones were read before a demand came: what it did not have to wait
     warmed: int  # records that a warm-up has brought; of these:
     recalled: int  # that were wanted since, or while they were under way

@@ -7,14 +7,10 @@ anything is allocated. A read is ``preadv``, with O_DIRECT where the file system
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,32 +18,16 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from .errors import (
-    ChecksumError,
-    ClosedError,
-    MissingExpertError,
-    StoreError,
-    StoreFormatError,
-    StoreReadError,
-)
+from .errors import ChecksumError, ClosedError, MissingExpertError, StoreError
 from .folder import check_array, command, read_errors, read_manifest, store_folder
 from .keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from .manifest import Manifest
 from .monitor import Home
+from .open_shard import OpenShard
 from .shard import METADATA, ShardFile, read_checksums
+from .source import interruptible_bytes
 
 PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
-INTERRUPTIBLE_BYTES = 2 << 20  # of one read, at least, where it may be interrupted
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """An open shard file and where its records begin."""
-
-    file: ShardFile
-    descriptor: int
-    offsets: tuple[int, ...]
-    direct: bool
 
 
 class ExpertStore:
@@ -69,7 +49,7 @@ class ExpertStore:
         try:
             for block in range(len(manifest.blocks)):
                 try:
-                    store._shards[block] = _open_shard(ShardFile.of(folder, manifest, block), _name(manifest, block))
+                    store._shards[block] = OpenShard.open(ShardFile.of(folder, manifest, block), _name(manifest, block))
                 except StoreError as error:
                     if not damaged:
                         raise
@@ -86,7 +66,7 @@ class ExpertStore:
         self.manifest = manifest
         self._readers = readers
         self._home = Home()
-        self._shards: dict[int, _Shard] = {}
+        self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
         self._direct = False
         self._state = threading.Condition()  # guards the three below
@@ -124,8 +104,7 @@ class ExpertStore:
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0, "not on a page"
             crc = self._read(shard, offset, view, pause)
-            if not shard.direct:  # the host tier is the cache: the page cache would hold everything twice
-                os.posix_fadvise(shard.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
+            shard.uncache(offset, len(view))
             if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
                 raise ChecksumError(
                     f"{self.manifest.model}, {_name(self.manifest, key.block)}, expert {key.expert}: "
@@ -156,7 +135,7 @@ class ExpertStore:
         if pool is not None:
             pool.shutdown()
         for shard in shards.values():
-            os.close(shard.descriptor)
+            shard.close()
 
     def __enter__(self) -> ExpertStore:
         return self
@@ -181,7 +160,7 @@ class ExpertStore:
                 self._reading -= 1
                 self._state.notify_all()
 
-    def _locate(self, key: ExpertKey) -> tuple[_Shard, int]:
+    def _locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
         block, expert = key
         if not 0 <= block < len(self.manifest.blocks):
             raise MissingExpertError(
@@ -198,32 +177,37 @@ class ExpertStore:
         shard = self._shards[block]
         return shard, shard.offsets[expert]
 
-    def _read(self, shard: _Shard, offset: int, view: memoryview, pause: Callable[[], bool] | None) -> int:
+    def _read(self, shard: OpenShard, offset: int, view: memoryview, pause: Callable[[], bool] | None) -> int:
         """Reads a record and returns the crc32c of its payload."""
         payload = np.frombuffer(view, np.uint8)[:-CHECKSUM_BYTES]
-        if pause is None and len(view) > PIECE_BYTES:
-            return self._read_side_by_side(shard, offset, view, payload)
-        crc, start = 0, 0
-        while start < len(view):
-            if pause is not None and start and not pause():
-                pause = None
-            end = len(view) if pause is None else start + _step(len(view))
-            _read_piece(shard, offset + start, view[start:end])
-            crc = google_crc32c.extend(crc, payload[start:end])
-            start = end
+        crc, start, step = 0, 0, interruptible_bytes(len(view))
+        while pause is not None and start < len(view):
+            shard.read(offset + start, view[start : start + step])
+            crc = google_crc32c.extend(crc, payload[start : start + step])
+            start += step
+            if start < len(view) and not pause():
+                pause = None  # the rest as one that nobody may interrupt
+        if len(view) - start > PIECE_BYTES:
+            return self._read_side_by_side(shard, offset, view, payload, crc, start)
+        if start < len(view):
+            shard.read(offset + start, view[start:])
+            crc = google_crc32c.extend(crc, payload[start:])
         return crc
 
-    def _read_side_by_side(self, shard: _Shard, offset: int, view: memoryview, payload: Any) -> int:
-        crc, pool = 0, self._readers_pool()
-        starts = range(0, len(view), PIECE_BYTES)
+    def _read_side_by_side(
+        self, shard: OpenShard, offset: int, view: memoryview, payload: Any, crc: int, start: int
+    ) -> int:
+        """From ``start`` on; ``crc`` is of what is before."""
+        pool = self._readers_pool()
+        starts = range(start, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
-            pool.submit(_read_piece, shard, offset + start, view[start : start + PIECE_BYTES]) for start in starts
+            pool.submit(shard.read, offset + start, view[start : start + PIECE_BYTES]) for start in starts
         ]
         try:
             # In order: each piece is checksummed while later ones are read. This thread takes one that none has begun.
             for start, piece in zip(starts, pieces, strict=True):
                 if piece.cancel():
-                    _read_piece(shard, offset + start, view[start : start + PIECE_BYTES])
+                    shard.read(offset + start, view[start : start + PIECE_BYTES])
                 else:
                     piece.result()
                 crc = google_crc32c.extend(crc, payload[start : start + PIECE_BYTES])
@@ -238,85 +222,6 @@ class ExpertStore:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="moetier-store")
             return self._pool
-
-
-def _open_shard(file: ShardFile, name: str) -> _Shard:
-    """Opens a shard, checks it from its size to the last offset in its index, and tries O_DIRECT by a real read."""
-    try:
-        with read_errors(file.path):
-            descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise MissingExpertError(
-            f"{name}: its shard {file.path} is missing, {file.file_bytes:,} bytes were expected.",
-            "Restore the file, or convert the model again.",
-        ) from None
-    try:
-        with read_errors(file.path):
-            size = os.fstat(descriptor).st_size
-            if size != file.file_bytes:
-                raise StoreFormatError(
-                    f"{name}: its shard {file.path} has {size:,} bytes, {file.file_bytes:,} were expected.",
-                    "Restore the file, or convert the model again.",
-                )
-            index = os.pread(descriptor, file.index_bytes, file.data_bytes)
-        try:
-            offsets = file.parse_index(index)
-        except ValueError as error:
-            raise StoreFormatError(
-                f"{name}: its shard {file.path} can't be used: {error}.",
-                "Restore the file, or convert the model again.",
-            ) from error
-        if -1 in offsets:
-            raise MissingExpertError(
-                f"{name}: its shard {file.path} has no record of expert {offsets.index(-1)}.",
-                "Convert the model again.",
-            )
-        return _Shard(file, descriptor, offsets, _try_direct(descriptor))
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _try_direct(descriptor: int) -> bool:
-    """Switches a descriptor to O_DIRECT if a read shows that its file system can; else leaves it buffered."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    with mmap.mmap(-1, PAGE) as page:
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
-            if os.preadv(descriptor, [page], 0) == PAGE:
-                return True
-        except OSError:
-            pass
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return False
-
-
-def _step(length: int) -> int:
-    """Of a read that others may interrupt: an eighth of it, in whole pages, so that they wait for no more; and enough
-    to be worth a call."""
-    return max(INTERRUPTIBLE_BYTES, -(-length // (8 * PAGE)) * PAGE)
-
-
-def _read_piece(shard: _Shard, offset: int, view: memoryview) -> None:
-    """Fills ``view``; continues after short reads, and tries once more after an I/O error."""
-    done, retried = 0, False
-    with read_errors(shard.file.path):
-        while done < len(view):
-            try:
-                count = os.preadv(shard.descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                if error.errno != errno.EIO or retried:
-                    raise
-                retried = True
-                continue
-            if shard.direct:
-                count -= count % PAGE  # the next read has to begin on a page again
-            if not count:
-                raise StoreReadError(
-                    f"{shard.file.path} ends before byte {offset + len(view):,}: it was cut while it was in use.",
-                    "Restore the file, or convert the model again.",
-                )
-            done += count
 
 
 def _name(manifest: Manifest, block: int) -> str:

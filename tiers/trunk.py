@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from .errors import ChecksumError, StoreError, StoreFormatError
 from .folder import read_errors
 from .manifest import TRUNK_NAME, FileSum, Manifest
 
 INDEX = "model.safetensors.index.json"
+RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record
 PIECE_BYTES = 8 << 20  # read and checksummed at a time: google_crc32c holds the interpreter's lock
 AHEAD_BYTES = 64 << 20  # that the kernel is asked to read meanwhile
 
@@ -35,7 +38,7 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
     faults: dict[str, StoreError] = {}
     named: set[str] = set()
     try:
-        named = _named_files(directory)
+        named = set(_places(directory).values())
     except StoreError as error:
         faults[INDEX] = error
     if manifest.trunk and (strangers := sorted(named - manifest.trunk.keys())):
@@ -58,8 +61,34 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
     return faults
 
 
-def _named_files(directory: Path) -> set[str]:
-    """What the index names. Raises StoreFormatError unless all are plain names of trunk files."""
+def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Module path -> bytes, of each matrix that is stored as a record. Reads the index, and its files' headers.
+
+    Raises StoreFormatError for what is no record, and for records that the manifest says nothing of.
+    """
+    found: dict[str, int] = {}
+    of_file: dict[str, list[str]] = defaultdict(list)
+    for tensor, name in _places(directory).items():
+        if tensor.endswith(RECORD):
+            of_file[name].append(tensor)
+    for name, tensors in of_file.items():
+        if manifest.trunk_records is None:
+            raise StoreFormatError(f"{directory / INDEX} names {tensors[0]}, which the manifest does not know.", FIX)
+        try:
+            with safe_open(directory / name, "np") as file:
+                for tensor in tensors:
+                    place = file.get_slice(tensor)
+                    (size,) = place.get_shape()
+                    if place.get_dtype() != "U8":
+                        raise ValueError(f"{tensor} is of {place.get_dtype()}")
+                    found[tensor.removesuffix(RECORD)] = size
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StoreFormatError(f"{directory / name}, a file of the trunk, can't be read: {error}.", FIX) from error
+    return found
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """The index: tensor -> file. Raises StoreFormatError unless all are plain names of trunk files."""
     path = directory / INDEX
     try:
         with read_errors(path):
@@ -77,7 +106,7 @@ def _named_files(directory: Path) -> set[str]:
                 f"{path} names {name!r}, which is no trunk file of its own folder.",
                 "Don't use this directory, or convert the model again.",
             )
-    return set(places.values())
+    return places
 
 
 def check_sum(path: Path, entry: FileSum) -> Iterator[int]:

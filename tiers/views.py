@@ -6,12 +6,13 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from typing import Any
 
 import torch
 
 from .errors import ClosedError
 from .keys import ExpertKey
-from .source import ExpertSource, Lease
+from .source import ExpertSource, Lease, Pace
 from .stats import TierStats
 
 
@@ -20,13 +21,15 @@ class SlotViews:
 
     def __init__(
         self,
-        prepare: Callable[[torch.Tensor], None] = lambda view: None,
-        retire: Callable[[list[torch.Tensor]], None] = lambda views: None,
+        prepare: Callable[[Any], None] = lambda memory: None,
+        retire: Callable[[Any], None] = lambda memory: None,
     ) -> None:
-        """``prepare`` is called with each view that is made, ``retire`` with those of memory that was replaced."""
+        """``prepare`` is called with all of the host's memory before the first view of it is made, ``retire`` with what
+        was replaced."""
         self._lock = threading.Lock()
         self._prepare = prepare
         self._retire = retire
+        self._memories: list[object] = []  # one, but while it is replaced
         self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
 
     def of(self, lease: Lease[memoryview]) -> torch.Tensor:
@@ -42,19 +45,22 @@ class SlotViews:
         return known[1]
 
     def _make(self, record: memoryview) -> torch.Tensor:
+        if not any(memory is record.obj for memory in self._memories):
+            self._prepare(record.obj)
+            self._memories.append(record.obj)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            view = torch.frombuffer(record, dtype=torch.uint8)
-        self._prepare(view)
-        return view
+            return torch.frombuffer(record, dtype=torch.uint8)
 
-    def _forget(self, memory: object) -> None:
+    def _forget(self, gone: object) -> None:
         """Others have taken its place: a view would keep all of it."""
-        slots = [slot for slot, (record, _) in self._views.items() if record.obj is memory]
-        self._retire([self._views.pop(slot)[1] for slot in slots])
+        self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not gone}
+        self._memories = [memory for memory in self._memories if memory is not gone]
+        self._retire(gone)
 
     def clear(self) -> None:
         self._views.clear()  # without the lock, which in a forked child may be held for ever
+        self._memories.clear()
 
 
 class HostViews:
@@ -70,7 +76,7 @@ class HostViews:
         with closing(self._source.acquire(keys)) as leases:
             for lease in leases:
                 self._check_open()
-                yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof)
+                yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         self._check_open()
@@ -78,6 +84,9 @@ class HostViews:
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return self._source.absent(keys)
+
+    def pace(self, block: int) -> Pace | None:
+        return self._source.pace(block)
 
     def stats(self) -> TierStats:
         """The source's: there is nothing else to count."""

@@ -44,13 +44,14 @@ class Wishes(Generic[Place]):
             del self._waiting[wisher]
         return sum(key not in keys for key in waiting)
 
-    def withdraw(self, wisher: Hashable) -> None:
-        """All of a wisher's."""
-        self._waiting.pop(wisher, None)
+    def withdraw(self, wisher: Hashable) -> int:
+        """All of a wisher's. How many of them had not begun."""
+        given_up = self._waiting.pop(wisher, {})
         for block in list(self._latest):
             self._latest[block].pop(wisher, None)
             if not self._latest[block]:
                 del self._latest[block]
+        return sum(len(keys) for _, keys in given_up.values())
 
     def clear(self) -> None:
         self._waiting.clear()

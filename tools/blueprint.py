@@ -7,7 +7,7 @@ what the model has is its trunk.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moetier.runtime.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.trunk import RECORD
 
 from .dequantize import SourceTensor
 from .recipe import BlockBlueprint, Recipe
@@ -29,30 +30,56 @@ TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "
 
 @dataclass(frozen=True)
 class Blueprint:
-    """``trunk`` and ``unused`` name the checkpoint's other tensors: those that the model has, and those it ignores."""
+    """``trunk`` and ``unused`` name the checkpoint's other tensors: those that the model has, and those it ignores.
+
+    ``matrices``: by module path, how the weights are made that become records in place of trunk tensors.
+    """
 
     dtype: str  # the model's, torch's name
     blocks: tuple[BlockBlueprint, ...]
     trunk: tuple[str, ...]
     unused: tuple[str, ...]
+    matrices: Mapping[str, Recipe]
 
 
-def make_blueprint(model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor]) -> Blueprint:
-    """Raises UnsupportedModelError or CheckpointError. ``model`` is on meta; its Experts modules are cut down."""
+def make_blueprint(
+    model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], wanted: Collection[str] = ()
+) -> Blueprint:
+    """Raises UnsupportedModelError or CheckpointError. ``model`` is on meta; its Experts modules are cut down.
+
+    ``wanted`` are paths of linear modules whose weights are to become records: those that can, will.
+    """
     modules = experts_modules(model)
     parameters = {
         f"{path}.{name}": parameter for path, module in modules.items() for name, parameter in _own(path, module)
     }
-    dtypes = {name: _loaded_dtype(model, name, parameter.dtype, dtype) for name, parameter in parameters.items()}
+    dtypes = {name: loaded_dtype(model, name, parameter.dtype, dtype) for name, parameter in parameters.items()}
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    weights = _loadable(wanted, mapping, state, model.base_model_prefix)
     recipes: dict[str, Recipe] = {}
+    matrices: dict[str, Recipe] = {}
     trunk: list[str] = []
     unused: list[str] = []
     names = sorted(tensors, key=loading.dot_natural_key)  # the order in which transformers merges
-    for key, (converter, sources) in _group(names, mapping, state, model.base_model_prefix).items():
+    groups = _group(names, mapping, state, model.base_model_prefix)
+
+    def matrix(key: str, target: str) -> Recipe:
+        converter, sources = groups[key]
+        read = {pattern: [tensors[name] for name in found] for pattern, found in sources.items()}
+        return Recipe(model, key, target, dtype, 1, converter, read)
+
+    tied = {target: source for target, source in model.all_tied_weights_keys.items() if target in weights}
+    for target, source in tied.items():
+        if target not in groups and source in groups and _is_plain(groups[source]):
+            matrices[weights[target]] = matrix(source, source)  # in addition to the embedding, which stays
+    for key, (converter, sources) in groups.items():
         targets = _targets(key, converter)
         made = [target for target in targets if target in parameters]
         members = [name for found in sources.values() for name in found]
+        alone = all(target in weights and tied.get(target, key) in groups for target in targets)
+        if alone and (converter is not None or _is_plain(groups[key])):
+            matrices |= {weights[target]: matrix(key, target) for target in targets}
+            continue
         if not made:
             (trunk if any(target in state for target in targets) else unused).extend(members)
             continue
@@ -88,7 +115,25 @@ def make_blueprint(model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[
             if recipes[f"{path}.{name}"].apart:
                 one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
                 setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
-    return Blueprint(str(dtype).removeprefix("torch."), blocks, tuple(trunk), tuple(unused))
+    return Blueprint(str(dtype).removeprefix("torch."), blocks, tuple(trunk), tuple(unused), matrices)
+
+
+def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
+    """Weight -> path, of modules whose record transformers finds under the module's own path, whatever it renames."""
+    records = {f"{path}{RECORD}": path for path in wanted}
+    there = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
+    found = _group(list(records), mapping, there | dict.fromkeys(records, True), prefix)
+    return {
+        f"{records[key]}.weight": records[key]
+        for key, (converter, sources) in found.items()
+        if converter is None and list(sources) == [key]
+    }
+
+
+def _is_plain(group: tuple[loading.WeightConverter | None, dict[str, list[str]]]) -> bool:
+    """One tensor, taken as it is."""
+    converter, sources = group
+    return converter is None and sum(map(len, sources.values())) == 1
 
 
 def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -131,7 +176,7 @@ def _targets(key: str, converter: loading.WeightConverter | None) -> list[str]:
     return [key, *(key.replace(first, other) for other in others)]
 
 
-def _loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     """The type that from_pretrained gives a parameter: some models keep a few in fp32."""
     plan = model._get_dtype_plan(dtype)
     if plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,19 +16,23 @@ from moetier.runtime.memory import available_memory
 from moetier.tiers.durable import disk_errors
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import Bits, ExpertKey, RecordLayout
-from moetier.tiers.manifest import Block, Manifest
+from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
 from moetier.tiers.quantize import WeightError, layout_for
+from moetier.tiers.trunk import RECORD
 from moetier.tiers.writer import StoreWriter
 
 from .blueprint import Blueprint, make_blueprint
 from .checkpoint import Checkpoint
 from .conversion_report import BlockReport, ConversionReport
 from .dequantize import source_tensors
+from .matrices import Matrices, trunk_form
+from .matrix_record import MatrixRecord
 from .progress import Progress
 from .records import INTERPRETER_BYTES, Encoder
+from .resident import peak_bytes
 from .skeleton import build_on_meta
 from .target import Target, small_files
-from .trunk import plan_trunk
+from .trunk import TrunkTensor, plan_trunk
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,16 @@ class Options:
     """How experts are stored, and with how many workers; None is the default of the width, or of the machine."""
 
     bits: Bits = 4
+    trunk_bits: Bits = 16  # of the trunk's matrices
     group_size: int | None = None
     pairs: str | None = None
     fast: bool = False  # plain rounding in place of HQQ
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits == 16 and (self.group_size is not None or self.pairs is not None or self.fast):
+        trunk_form(self.trunk_bits)
+        fast = self.fast and self.trunk_bits == 16
+        if self.bits == 16 and (self.group_size is not None or self.pairs is not None or fast):
             raise ConfigError(
                 "With 16 bits nothing is rounded: groups, pairs and plain rounding say nothing.",
                 "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
@@ -56,6 +63,8 @@ class Conversion:
     target: Target
     encoder: Encoder
     options: Options
+    matrices: Matrices  # of the trunk that are quantised
+    records: Mapping[str, MatrixRecord]  # what becomes of them, by module path
 
     @classmethod
     def plan(cls, checkpoint: Checkpoint, folder: Path, options: Options) -> Conversion:
@@ -63,21 +72,33 @@ class Conversion:
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         name = str(dtype).removeprefix("torch.")
         tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, name)
-        blueprint = make_blueprint(model, dtype, tensors)
-        trunk = plan_trunk({name: tensors[name] for name in blueprint.trunk})
+        form = trunk_form(options.trunk_bits)
+        matrices = Matrices.of(model, dtype, form) if form else Matrices()
+        blueprint = make_blueprint(model, dtype, tensors, matrices.chosen)
+        plan = _manifest(checkpoint, blueprint, options, form)
+        encoder = _encoder(blueprint, plan, options)
+        records = {
+            path: MatrixRecord(path, recipe, form, workers=encoder.workers, fast=options.fast)
+            for path, recipe in blueprint.matrices.items()
+            if form
+        }
+        of_trunk: dict[str, TrunkTensor] = {name: tensors[name] for name in blueprint.trunk}
+        of_trunk |= {f"{path}{RECORD}": record for path, record in records.items()}
+        trunk = plan_trunk(of_trunk)
         target = Target(
             folder=folder,
-            plan=_manifest(checkpoint, blueprint, options),
+            plan=plan,
             trunk=trunk,
-            small=small_files(checkpoint, options.bits, blueprint.dtype, trunk),
+            small=small_files(checkpoint, options.bits, options.trunk_bits, blueprint.dtype, trunk),
         )
-        return cls(checkpoint, blueprint, target, _encoder(blueprint, target.plan, options), options)
+        return cls(checkpoint, blueprint, target, encoder, options, matrices.only(blueprint.matrices), records)
 
     def announce(self) -> list[str]:
         """What is going to happen, in lines."""
         plan, trunk = self.target.plan, sum(file.size for file in self.target.trunk)
         bits = plan.stored_bytes * 8 / self._weights
-        workers, memory = self.encoder.workers, INTERPRETER_BYTES + self.encoder.peak_bytes
+        peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records.values())]
+        workers, memory = self.encoder.workers, INTERPRETER_BYTES + max(peaks)
         lines = [
             f"{plan.model}: {format_bytes(self.checkpoint.nbytes)}, {len(plan.blocks)} blocks, "
             f"{plan.record_count} experts of {self._weights // plan.record_count:,} weights",
@@ -85,6 +106,14 @@ class Conversion:
             f"experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
             f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
+        if self.options.trunk_bits != 16:
+            weights = sum(record.layout.weights for record in self.records.values())
+            size = sum(record.layout.payload_bytes for record in self.records.values())
+            lines.append(
+                f"{len(self.records)} matrices of the trunk, {weights:,} weights, are quantised: {format_bytes(size)}, "
+                f"{size * 8 / max(weights, 1):.2f} bits a weight"
+            )
+            lines += [f"as they are stay {reason}" for reason in self.matrices.reasons()]
         if whole := [block.path for block in self.blueprint.blocks if not block.apart]:
             lines.append(f"read block by block, not expert by expert, as this checkpoint mixes them: {whole[0]}, ...")
         if any(dtype == "float32" for block in self.blueprint.blocks for _, dtype in block.parameters.values()):
@@ -142,11 +171,17 @@ class Conversion:
         """What resumes it, word by word."""
         options, words = self.options, ["moetier", "convert", self.checkpoint.source, str(self.target.folder.resolve())]
         words += ["--bits", str(options.bits)]
+        if options.trunk_bits != 16:
+            words += ["--trunk-bits", str(options.trunk_bits)]
         if options.group_size is not None:
             words += ["--group-size", str(options.group_size)]
         if options.pairs is not None:
             words += ["--pairs", options.pairs]
         return words + ["--fast"] * options.fast + ["--ignore-code"] * self.checkpoint.ignored_code
+
+    @property
+    def _trunk_error(self) -> WeightError:
+        return sum((record.error for record in self.records.values()), WeightError())
 
     @property
     def _weights(self) -> int:
@@ -161,21 +196,24 @@ class Conversion:
             model=plan.model,
             target=str(self.target.folder),
             bits=self.options.bits,
+            trunk_bits=self.options.trunk_bits,
             source_bytes=self.checkpoint.nbytes,
             trunk_bytes=sum(file.size for file in self.target.trunk),
+            trunk_matrices=len(self.records),
+            trunk_error=None if was_complete or not self.records else self._trunk_error.relative,
             blocks=tuple(
                 BlockReport(b.path, b.experts, b.experts * plan.layout(i).slot_bytes, errors.get(i))
                 for i, b in enumerate(plan.blocks)
             ),
             weights=self._weights,
             seconds=seconds,
-            peak_bytes=_peak_bytes(),
+            peak_bytes=peak_bytes(),
             resumed_blocks=resumed_blocks,
             was_complete=was_complete,
         )
 
 
-def _manifest(checkpoint: Checkpoint, blueprint: Blueprint, options: Options) -> Manifest:
+def _manifest(checkpoint: Checkpoint, blueprint: Blueprint, options: Options, form: TrunkRecords | None) -> Manifest:
     arrays: dict[tuple[RecordLayout, int], str] = {}
     sizes: dict[str, int] = {}
     blocks = []
@@ -198,7 +236,9 @@ def _manifest(checkpoint: Checkpoint, blueprint: Blueprint, options: Options) ->
         blocks=tuple(blocks),
         layouts={name: layout for (layout, _), name in arrays.items()},
         version=version("moetier"),
+        requires=(TRUNK_RECORDS,) if form else (),
         method="rounding" if options.fast else "hqq",
+        trunk_records=form,
     )
 
 
@@ -212,9 +252,3 @@ def _encoder(blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
     while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:
         encoder = Encoder(blueprint, plan, workers=encoder.workers - 1, fast=options.fast)
     return encoder
-
-
-def _peak_bytes() -> int:
-    """The most that this process ever had resident; getrusage's number begins with the process that started it."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024

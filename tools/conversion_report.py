@@ -27,8 +27,11 @@ class ConversionReport:
     model: str
     target: str
     bits: int
+    trunk_bits: int
     source_bytes: int
     trunk_bytes: int
+    trunk_matrices: int  # that are quantised
+    trunk_error: float | None  # relative, over their weights; None where nothing was quantised now
     blocks: tuple[BlockReport, ...]
     weights: int  # of all experts
     seconds: float
@@ -51,14 +54,17 @@ class ConversionReport:
     def table(self) -> str:
         """For people."""
         if self.was_complete:
-            return f"{self.target} is complete: it holds {self.model} with experts of {self.bits} bits already."
+            trunk = f" and a trunk of {self.trunk_bits}" if self.trunk_bits != 16 else ""
+            return f"{self.target} is complete: it holds {self.model} with experts of {self.bits} bits{trunk} already."
         rows = [["block", "experts", "size", "mean relative error"]]
         for block in self.blocks:
             error = "-" if block.error is None else f"{block.error:.4f}"
             rows.append([block.path, str(block.experts), format_bytes(block.stored_bytes), error])
+        error = "" if self.trunk_error is None else f"{self.trunk_error:.4f}"
         totals = [
             ["source", format_bytes(self.source_bytes)],
             ["trunk", format_bytes(self.trunk_bytes)],
+            *([[f"its {self.trunk_matrices} matrices of {self.trunk_bits} bits", "error " + error]] if error else []),
             ["experts", format_bytes(self.expert_bytes)],
             ["bits per expert weight", f"{self.bits_per_weight:.3f}"],
             ["time", f"{self.seconds:.1f} s"],

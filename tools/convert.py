@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from moetier.tiers.errors import TargetExistsError
-from moetier.tiers.keys import BITS, Bits
+from moetier.tiers.keys import BITS, TRUNK_BITS, Bits
 
 from .conversion_report import ConversionReport
 
@@ -25,6 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", type=Path, help="folder of the model directory to be")
     parser.add_argument(
         "--bits", type=int, choices=BITS, default=4, help="of an expert's weight (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trunk-bits",
+        type=int,
+        choices=TRUNK_BITS,
+        default=16,
+        help="of a weight of the matrices beside the experts; embeddings, norms and gates stay as they are "
+        "(default: %(default)s)",
     )
     parser.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale (default: by --bits)")
     parser.add_argument("--pairs", choices=("bfloat16", "uint8"), help="format of the scales (default: by --bits)")
@@ -49,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 arguments.target,
                 bits=arguments.bits,
+                trunk_bits=arguments.trunk_bits,
                 group_size=arguments.group_size,
                 pairs=arguments.pairs,
                 fast=arguments.fast,
@@ -69,6 +78,7 @@ def convert(
     dst: str | Path,
     *,
     bits: Bits = 4,
+    trunk_bits: Bits = 16,
     group_size: int | None = None,
     pairs: str | None = None,
     fast: bool = False,
@@ -91,7 +101,7 @@ def convert(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    options = Options(bits, group_size, pairs, fast, workers)
+    options = Options(bits, trunk_bits, group_size, pairs, fast, workers)
     checkpoint = open_checkpoint(src, ignore_code=ignore_code, check=check_supported)
     check_place(Path(dst), checkpoint.folder)
     conversion = Conversion.plan(checkpoint, Path(dst), options)

@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT. 1 when it can't start."""
     from moetier.runtime.address import Address
     from moetier.runtime.config import Size
-    from moetier.runtime.daemon import DaemonConfig, serve
+    from moetier.runtime.daemon import serve
+    from moetier.runtime.daemon_config import DaemonConfig
     from moetier.runtime.logfmt import log_to_stderr
     from moetier.tiers.errors import ConfigError
 

@@ -15,6 +15,8 @@ ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams i
     "dola_layers": None,
 }
 
+PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is computed has a part in its last bits
+
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=new_tokens, metavar="N", help="(default: %(default)s)")
@@ -37,6 +39,22 @@ def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
         **ONE_SEQUENCE,
         "max_new_tokens": arguments.max_new_tokens,
     }
+
+
+def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
+    """What ``generate()`` is told beside, where a prompt of so many ``tokens`` is to be computed in chunks. Only models
+    all of whose layers keep keys and values go on in the middle of a prompt: not all others take up their state."""
+    if tokens <= chunk or not model._supports_default_dynamic_cache() or model.generation_config.use_cache is False:
+        return {}
+    from transformers import DynamicCache
+
+    plain = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    config = model.config.get_text_config()
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if not layers or layers - plain or rope == "longrope":  # its angles depend on the chunk's length
+        return {}
+    return {"prefill_chunk_size": chunk}
 
 
 def encode(tokenizer: Any, prompt: str, device: Any) -> dict[str, Any]:

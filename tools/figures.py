@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
+from moetier.runtime.recall import compare
 from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import DEFAULT_ORDER, ORDERS
+from moetier.tiers.order import ORDERS
 
 from .simulation import SimulatedTier, demands_of, simulate
 
@@ -85,18 +85,19 @@ def draw_hits(trace: Trace) -> Figure:
 
 def draw_recall(trace: Trace) -> Figure:
     """Figure 2, right: recall of the experts that were used, against how far ahead the gates were asked."""
-    ahead = sorted(trace.lookaheads)
-    gates = [of_predictions(trace, number) for number in ahead]
-    guessed = [found.wanted > 0 for found in gates]  # which blocks: the others guess for the same
-    previous, popular = of_previous_token(trace), of_popularity(trace)
+    compared = compare(trace)
+    ahead = [found.lookahead for found in compared]
+    gates, previous, popular = (
+        np.asarray([getattr(found, name) for found in compared], float)  # nan where it is None
+        for name in ("gates", "previous_token", "popularity")
+    )
     figure, axes = _line_figure()
-    axes.plot(ahead, [found.ratio for found in gates], "o-", color=BLUE, label="gates asked ahead")
-    for number, found in zip(ahead, gates, strict=True):
-        place = (number, found.ratio)
-        axes.annotate(f"{found.ratio:.0%}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.plot(ahead, gates, "o-", color=BLUE, label="gates asked ahead")
+    for place in zip(ahead, gates, strict=True):
+        if not np.isnan(place[1]):
+            axes.annotate(f"{place[1]:.0%}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
     others = ((previous, "--", ORANGE, "the previous token's experts"), (popular, ":", GREY, "each block's most used"))
-    for guess, style, colour, name in others:
-        ratios = [guess.only(blocks).ratio for blocks in guessed]
+    for ratios, style, colour, name in others:
         axes.plot(ahead, ratios, style, marker="o", markersize=3, color=colour, label=name)
     axes.set_xlabel("look-ahead in blocks")
     axes.set_ylabel("recall")
@@ -153,7 +154,7 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int) -> npt.NDArr
     experts = trace.num_experts[block]
     found = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
-        tier = SimulatedTier(block, min(cached, experts), ORDERS[DEFAULT_ORDER])
+        tier = SimulatedTier(block, min(cached, experts), ORDERS["lru"])
         for token in range(span.start, min(span.stop, tokens.stop)):
             if token in tokens:
                 found[token - tokens.start, [key.expert for key in tier.resident]] = True
@@ -168,7 +169,7 @@ def _uses(trace: Trace, cached: int) -> tuple[npt.NDArray[np.float64], npt.NDArr
     hits = np.zeros_like(used)
     for block, experts in enumerate(trace.num_experts):
         for sequence, span in enumerate(trace.sequences):
-            tier = SimulatedTier(block, min(cached, experts), ORDERS[DEFAULT_ORDER])
+            tier = SimulatedTier(block, min(cached, experts), ORDERS["lru"])
             rows = trace.experts[span.start : span.stop, block]
             np.add.at(used[block], rows[rows != NONE], 1)
             for demand in demands_of(trace, sequence, block):

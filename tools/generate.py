@@ -13,9 +13,10 @@ from pathlib import Path
 from moetier.runtime.config import LOOK_AHEAD, SPECULATE, format_bytes
 from moetier.tiers.errors import ConfigError
 
-from .decoding import add_decoding_arguments, decoding_of, encode
+from .decoding import PREFILL_CHUNK, add_decoding_arguments, chunks_of, decoding_of, encode
 from .report import Timing, learning_report, shares_report, speculation_report, tier_json, tier_report
 from .resources import add_resource_arguments, resources_of
+from .startup import uncollected
 
 HELP = "generate text from a model directory"
 
@@ -26,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
     add_decoding_arguments(parser, new_tokens=256)
     parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=PREFILL_CHUNK,
+        metavar="N",
+        help="tokens of a prompt that are computed together, where the model can go on in the middle of one: each "
+        "expert is read once for all of them (default: %(default)s)",
+    )
+    parser.add_argument(
         "--speculate",
         choices=SPECULATE,
         default="auto",
@@ -35,33 +44,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--look-ahead", type=int, default=LOOK_AHEAD, metavar="N", help="layers to guess (default: %(default)s)"
     )
+    parser.add_argument(
+        "--prefetch",
+        type=int,
+        metavar="N",
+        help="experts of a block to promote on a guess, at most (default: as many as are worth it)",
+    )
     add_resource_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    resources = resources_of(arguments, speculate=arguments.speculate, look_ahead=arguments.look_ahead)
+    resources = resources_of(
+        arguments, speculate=arguments.speculate, look_ahead=arguments.look_ahead, prefetch=arguments.prefetch
+    )
     decoding = decoding_of(arguments)
+    if arguments.prefill_chunk < 1:
+        raise ConfigError(f"--prefill-chunk is {arguments.prefill_chunk}.", "Give 1 or more.")
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
 
-    import torch
-    import transformers
+    with uncollected():
+        import torch
+        import transformers
 
-    from moetier.runtime.generate import load
-    from moetier.runtime.streamer import TimedStreamer
+        from moetier.runtime.generate import load
+        from moetier.runtime.streamer import TimedStreamer
 
-    transformers.utils.logging.disable_progress_bar()
-    start = time.perf_counter()
-    model, tokenizer = load(arguments.directory, **resources)
-    load_seconds = time.perf_counter() - start
+        transformers.utils.logging.disable_progress_bar()
+        start = time.perf_counter()
+        model, tokenizer = load(arguments.directory, **resources)
+        load_seconds = time.perf_counter() - start
     with model.tiers:
         if tokenizer is None:
             raise ConfigError(f"{arguments.directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
         inputs = encode(tokenizer, prompt, model.device)
         torch.manual_seed(arguments.seed)
         streamer = TimedStreamer(tokenizer, echo=not arguments.json)
-        model.generate(**inputs, **decoding, streamer=streamer)
+        chunks = chunks_of(model, inputs["input_ids"].shape[1], arguments.prefill_chunk)
+        model.generate(**inputs, **decoding, **chunks, streamer=streamer)
         first_token, total = streamer.seconds
         timing = Timing(inputs["input_ids"].shape[1], streamer.tokens, first_token, total)
         tiers, shares = model.tiers.stats(), model.tiers.shares()

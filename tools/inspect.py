@@ -38,14 +38,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def survey(store: ExpertStore) -> dict[str, Any]:
     """What ``--json`` prints. Sizes in bytes; no record is read."""
+    from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
-    from moetier.tiers.trunk import trunk_faults
+    from moetier.tiers.trunk import trunk_faults, trunk_records
 
     manifest = store.manifest
     directory = store.folder.parent
     trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file())
     faults = [fault for _, fault in sorted(store.faults.items())]
     faults += trunk_faults(directory, manifest).values() if manifest.trunk else ()
+    matrices = 0
+    if manifest.trunk_records and not faults:
+        try:
+            matrices = len(trunk_records(directory, manifest))
+        except StoreError as error:
+            faults.append(error)
     weights = sum(block.experts * manifest.layouts[block.array].weights for block in manifest.blocks)
     return {
         "directory": str(directory),
@@ -65,6 +72,8 @@ def survey(store: ExpertStore) -> dict[str, Any]:
         "expert_bytes": manifest.stored_bytes,
         "bits_per_weight": 8 * manifest.stored_bytes / weights,
         "trunk_bytes": trunk,
+        "trunk_records": asdict(manifest.trunk_records) if manifest.trunk_records else None,
+        "trunk_matrices": matrices,
         "direct": store.direct,
         "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
         "faults": [fault.cause for fault in faults],
@@ -103,7 +112,7 @@ def _text(found: dict[str, Any]) -> str:
         f"store digest     {found['digest']}",
         f"experts          {found['records']:,} in {len(found['blocks'])} blocks, {found['expert_weights']:,} weights, "
         f"{format_bytes(found['expert_bytes'])}, {found['bits_per_weight']:.3f} bits a weight as stored",
-        f"trunk            {format_bytes(found['trunk_bytes'])}",
+        f"trunk            {format_bytes(found['trunk_bytes'])}{_trunk(found)}",
         f"reads            {'O_DIRECT' if found['direct'] else 'buffered (no O_DIRECT on this file system)'}",
     ]
     for name, layout in found["layouts"].items():
@@ -118,6 +127,15 @@ def _text(found: dict[str, Any]) -> str:
     lines += [f"  {block:>3}  {b['path']}" for block, b in enumerate(found["blocks"])]
     lines += [f"bad: {fault}" for fault in found["faults"]]
     return "\n".join(lines)
+
+
+def _trunk(found: dict[str, Any]) -> str:
+    form = found["trunk_records"]
+    if not form:
+        return ""
+    return (
+        f", {found['trunk_matrices']} matrices of {form['bits']} bits, groups of {form['group']}, {form['pairs']} pairs"
+    )
 
 
 def _projection(projection: dict[str, Any]) -> str:

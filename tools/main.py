@@ -14,7 +14,7 @@ from moetier.tiers.errors import MoetierError
 
 COMMANDS = (
     *("convert", "generate", "verify", "inspect", "quality", "synthetic"),
-    *("trace", "replay", "plot", "daemon", "ps", "stats"),
+    *("trace", "replay", "plot", "daemon", "ps", "stats", "bench"),
 )
 
 EXIT_ERROR = 1  # 2 is argparse's own
@@ -28,7 +28,7 @@ class IntermixedParser(argparse.ArgumentParser):
     _inside = False
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # as argparse declares it
-        if self._inside:  # argparse's own passes over the arguments
+        if self._inside or self._subparsers is not None:  # argparse's own passes; who has commands has no arguments
             return super().parse_known_args(args, namespace)
         self._inside = True
         try:

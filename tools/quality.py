@@ -21,14 +21,14 @@ from .resources import add_resource_arguments, resources_of
 if TYPE_CHECKING:
     from .perplexity import Loss
 
-HELP = "measure what quantised experts cost: bytes, error, perplexity by text"
+HELP = "measure what quantised weights cost: bytes, error, perplexity by text"
 
-Way = tuple[Bits, int | None, str | None, bool]  # bits, group, pairs, fast
+Way = tuple[Bits, int | None, str | None, Bits, bool]  # bits, group, pairs, bits of the trunk, fast
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to store the experts. ``error`` is relative, over all their weights."""
+    """One way to store the experts, and the trunk. ``error`` is relative, over all weights of experts."""
 
     bits: int | None  # None: the checkpoint as it is
     group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
@@ -37,6 +37,7 @@ class Row:
     stored_bytes: int | None
     bits_per_weight: float | None  # as stored: pairs, padding and checksums included
     error: float | None
+    trunk_bits: int
     losses: Mapping[str, Loss]  # by text
 
     @property
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=3072, metavar="N", help="of the beginning of each text (default: %(default)s)"
     )
     parser.add_argument("--bits", type=_numbers, metavar="N,...", help="(default: 16,8,4,3,2)")
+    parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="(default: 16)")
     parser.add_argument("--group-size", type=_numbers, metavar="N,...", help="(default: by --bits)")
     parser.add_argument("--pairs", type=_names, metavar="TYPE,...", help="(default: by --bits)")
     parser.add_argument("--fast", action="store_true", help="plain rounding too, beside HQQ")
@@ -79,10 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tokens < 2:
         raise ConfigError("--tokens must be 2 or more.", "Give another number.")
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
-    if converted and (arguments.bits or arguments.group_size or arguments.pairs or arguments.fast):
+    given = (arguments.bits, arguments.trunk_bits, arguments.group_size, arguments.pairs, arguments.fast)
+    if converted and any(given):
         raise ConfigError(
             f"{arguments.source} is converted already: it is measured as it is.",
-            "Leave out --bits, --group-size, --pairs and --fast, or give the checkpoint that it was made from.",
+            "Leave out --bits, --trunk-bits, --group-size, --pairs and --fast, or give its checkpoint.",
         )
     resources = resources_of(arguments)
     if not converted and resources != resources_of(_defaults()):
@@ -103,9 +106,13 @@ def run(arguments: argparse.Namespace) -> int:
         ways = [
             way
             for way in itertools.product(
-                arguments.bits or BITS, arguments.group_size or (None,), arguments.pairs or (None,), methods
+                arguments.bits or BITS,
+                arguments.group_size or (None,),
+                arguments.pairs or (None,),
+                arguments.trunk_bits or (16,),
+                methods,
             )
-            if not (way[0] == 16 and way[3])  # nothing is rounded there
+            if not (way[0] == way[3] == 16 and way[4])  # nothing is rounded there
         ]
         _check_ways(ways)
         rows = []
@@ -124,8 +131,11 @@ def _check_ways(ways: Iterable[Way]) -> None:
     """Raises ConfigError, before anything is measured, for settings that don't exist."""
     from moetier.tiers.quantize import layout_for
 
-    for bits, group, pairs, _ in ways:
+    from .matrices import trunk_form
+
+    for bits, group, pairs, trunk_bits, _ in ways:
         layout_for({"weight": ((64, 256), "bfloat16")}, bits=bits, group=group, pairs=pairs)
+        trunk_form(trunk_bits)
 
 
 def _defaults() -> argparse.Namespace:
@@ -148,7 +158,7 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
     with model.tiers:
         losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
     blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
-    return _row(blocks, manifest.method, None, losses)
+    return _row(blocks, manifest.trunk_bits, manifest.method, None, losses)
 
 
 def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:
@@ -156,6 +166,7 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     import transformers
 
     from .checkpoint import open_checkpoint
+    from .matrices import trunk_form
     from .perplexity import loss, tokenize
     from .trial import Trial
 
@@ -165,12 +176,13 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     ids = tokenize(tokenizer, texts, tokens)
     trial = Trial(checkpoint)
     losses = {name: loss(trial.model, ids[name]) for name in ids}
-    yield Row(None, "", "", "", None, None, None, losses)
-    for bits, group, pairs, fast in ways:
+    yield Row(None, "", "", "", None, None, None, 16, losses)
+    for bits, group, pairs, trunk_bits, fast in ways:
         stored = trial.store(bits, group, pairs, fast=fast)
+        trial.store_trunk(trunk_form(trunk_bits), fast=fast)
         method = "rounding" if fast else "hqq"
         losses = {name: loss(trial.model, ids[name]) for name in ids}
-        yield _row(stored.blocks, method, stored.error.relative, losses)
+        yield _row(stored.blocks, trunk_bits, method, stored.error.relative, losses)
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -181,7 +193,11 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _row(
-    blocks: Sequence[tuple[RecordLayout, int]], method: str, error: float | None, losses: Mapping[str, Loss]
+    blocks: Sequence[tuple[RecordLayout, int]],
+    trunk_bits: int,
+    method: str,
+    error: float | None,
+    losses: Mapping[str, Loss],
 ) -> Row:
     """``blocks``: each block's layout and number of experts."""
     projections = [p for layout, _ in blocks for p in layout.projections]
@@ -191,10 +207,11 @@ def _row(
         bits=min(p.bits for p in projections),
         group=", ".join(map(str, sorted({p.group for p in quantised}))),
         pairs=", ".join(sorted({p.pairs for p in quantised})),
-        method=method if quantised else "",
+        method=method if quantised or trunk_bits != 16 else "",
         stored_bytes=stored_bytes,
         bits_per_weight=8 * stored_bytes / sum(layout.weights * experts for layout, experts in blocks),
         error=error,
+        trunk_bits=trunk_bits,
         losses=losses,
     )
 
@@ -202,12 +219,15 @@ def _row(
 def report(rows: Sequence[Row]) -> str:
     """For people: perplexity over all texts, how far it is above the first row's, and by text."""
     names = list(rows[0].losses)
-    lines = [["bits", "group", "pairs", "method", "experts", "bits/weight", "error", "perplexity", "change", *names]]
+    trunk = any(row.trunk_bits != 16 for row in rows)
+    head = ["bits", *(["trunk"] * trunk), "group", "pairs", "method", "experts", "bits/weight", "error"]
+    lines = [[*head, "perplexity", "change", *names]]
     for row in rows:
         change = (row.perplexity / rows[0].perplexity - 1) * 100
         lines.append(
             [
                 "as it is" if row.bits is None else str(row.bits),
+                *([str(row.trunk_bits)] * trunk),
                 row.group,
                 row.pairs,
                 row.method,

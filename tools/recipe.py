@@ -1,4 +1,5 @@
 """How the parameters of an Experts module are made from a checkpoint's tensors: one expert's slice at a time, or whole.
+Matrices of the trunk that become records are made likewise: a few rows at a time, or whole.
 
 Where transformers' rules treat each expert alike (merging, stacking, transposing), they run on one expert's tensors,
 and the module on the meta device is cut down to one expert, so that rules that look up shapes see that of the slice.
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one parameter of an Experts module is made: the checkpoint's tensors by source pattern, and the operations.
+    """How one parameter is made: the checkpoint's tensors by source pattern, and the operations.
 
     ``apart``: it can be made for one expert at a time.
     """
@@ -47,16 +48,30 @@ class Recipe:
             for tensors in self.sources.values()
         )
 
+    @property
+    def direct(self) -> bool:
+        """Whether it is one tensor of the checkpoint, as it is there: its rows can be read a few at a time."""
+        return self.converter is None and sum(map(len, self.sources.values())) == 1
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Of a ``direct`` one."""
+        ((tensor,),) = self.sources.values()
+        self._check_shape(tensor.shape)
+        return tensor.read(first, count).to(self.dtype)
+
     def make(self, expert: int | None) -> torch.Tensor:
         """One expert's slice, or with None the whole parameter [experts, ...]."""
         made = self._convert({pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()})
+        self._check_shape(made.shape)
+        return (made if expert is None else made[0]).detach()
+
+    def _check_shape(self, made: tuple[int, ...]) -> None:
         wanted = self.model.get_parameter(self.target).shape
-        if made.shape != wanted:
+        if made != wanted:
             raise CheckpointError(
-                f"{self.target} comes out as {list(made.shape)} from this checkpoint; the model has {list(wanted)}.",
+                f"{self.target} comes out as {list(made)} from this checkpoint; the model has {list(wanted)}.",
                 "Check that config.json belongs to these weights.",
             )
-        return (made if expert is None else made[0]).detach()
 
     def _read(self, tensors: list[SourceTensor], expert: int | None) -> list[torch.Tensor]:
         if expert is None or len(tensors) == self.experts == 1:

@@ -1,7 +1,8 @@
 """Experts -> records: workers quantise them side by side, their records come out in order.
 
-Each worker computes on one thread, so the bytes depend on no machine. What is held at a time is bounded: one record for
-each worker and one that is being written; a block that must be read whole is the only one while it is worked on.
+Each worker computes on one thread, so the bytes depend on no machine. One reads while the others compute, and all go on
+while a record is written, or synced. What is held at a time is bounded: one record for each worker, and one that is
+being written, or a few where they are small; a block that must be read whole is the only one while it is worked on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from queue import SimpleQueue
 
 import torch
 
+from moetier.tiers.bands import band_bytes
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.quantize import WeightError, encode
@@ -25,6 +27,7 @@ from .blueprint import Blueprint
 from .shards import Bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
+SPARE_BYTES, MOST_SPARE = 16 << 20, 8  # of records that are finished while the disk is busy: one at least
 
 
 class Encoder:
@@ -40,19 +43,22 @@ class Encoder:
     @property
     def peak_bytes(self) -> int:
         """About what it takes beside the interpreter: one worker reads (two copies of a projection, while it is
-        merged), the others hold theirs and its codes; each has a record to fill, and one more is being written."""
+        merged), the others hold theirs and its codes; each has memory for a band and a record to fill, and some more
+        wait to be written."""
         peak = 0
         for index, block in enumerate(self._blueprint.blocks):
             layout = self._plan.layout(index)
             itemsize = max(getattr(torch, dtype).itemsize for _, dtype in block.parameters.values())
             sizes = [math.prod(shape) for shape, _ in block.parameters.values()]
-            codes = 0 if all(p.bits == 16 for p in layout.projections) else max(sizes)
+            quantised = [p for p in layout.projections if p.bits != 16]
+            codes = max(sizes) if quantised else 0
+            band = max((band_bytes(p, itemsize) for p in quantised), default=0)
             if block.apart:
                 reading, held = 2 * itemsize * max(sizes), itemsize * max(sizes) + codes
             else:
                 reading, held = itemsize * block.experts * (sum(sizes) + max(sizes)) + codes, codes
-            records = (self.workers + 1) * layout.record_bytes
-            peak = max(peak, reading + (self.workers - 1) * held + records)
+            records = self._slots(layout.record_bytes) * layout.record_bytes
+            peak = max(peak, reading + (self.workers - 1) * held + self.workers * band + records)
         return peak
 
     @property
@@ -65,14 +71,15 @@ class Encoder:
         """In the order of ``keys``. A record is valid until the next one is asked for. Close it to stop early."""
         free: SimpleQueue[Bytes] = SimpleQueue()  # one for each task that is ahead, and the one that is yielded
         size = max((self._plan.layout(key.block).record_bytes for key in keys), default=0)
-        for _ in range(self.workers + 1):
+        slots = self._slots(size)
+        for _ in range(min(slots, len(keys))):
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
         waiting = deque(keys)
         ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightError]]]] = deque()
-        with _one_thread_each(), ThreadPoolExecutor(self.workers, "convert", lambda: torch.set_num_threads(1)) as pool:
+        with one_thread_each(), ThreadPoolExecutor(self.workers, "convert", lambda: torch.set_num_threads(1)) as pool:
             try:
                 while waiting or ahead:
-                    while waiting and len(ahead) <= self.workers and self._may_start(waiting[0], ahead):
+                    while waiting and len(ahead) < slots and self._may_start(waiting[0], ahead):
                         key = waiting.popleft()
                         ahead.append((key, pool.submit(self._encode, key, free)))
                     key, future = ahead.popleft()
@@ -83,6 +90,10 @@ class Encoder:
                     free.put(record)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _slots(self, record_bytes: int) -> int:
+        """Records that are held at a time: one for each worker, the others finished."""
+        return self.workers + max(1, min(MOST_SPARE, SPARE_BYTES // max(1, record_bytes)))
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
         """A block that is read whole neither overlaps with the one before it nor with the one behind."""
@@ -98,7 +109,8 @@ class Encoder:
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
+    """While workers compute, which set their own number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import Size, format_bytes
+from moetier.tiers.order import DEFAULT_ORDER
 
 if TYPE_CHECKING:
     from moetier.runtime.trace import Trace
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from .simulation import Outcome
 
 HELP = "simulate tiers on traces: hit ratios by policy, recall of predictions, bytes and speed"
-
-POLICIES = ("lru", "scan", "learned", "belady")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         type=_policies,
-        default=list(POLICIES),
         metavar="NAMES",
-        help=f"{', '.join(POLICIES)}: lru and scan that tiers have; learned, lru that begins with what was used "
-        "most in the sequences before; belady, the bound (all)",
+        help="lru, scan: as tiers have them; learned: lru that begins with what was used most in the sequences before; "
+        "belady: the bound (all)",
     )
-    parser.add_argument("--device-slots", type=_count, default=0, metavar="N", help="of a device tier above, by lru")
+    parser.add_argument(
+        "--device-slots",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="experts of each block in a device tier above, whose policy is the same "
+        f"(with learned and belady: {DEFAULT_ORDER})",
+    )
     speed = parser.add_argument_group("speed")
     speed.add_argument("--record", metavar="SIZE", help="an expert's, as inspect says it")
     speed.add_argument("--disk", type=_rate, metavar="GB/S", help="at which misses are read")
@@ -59,9 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
+    from moetier.runtime.recall import compare
     from moetier.tiers.errors import ConfigError
 
-    from .simulation import simulate
+    from .simulation import POLICIES, simulate
 
     most = max(trace.num_experts)
     if arguments.slots and arguments.slots[-1] > most:
@@ -72,7 +79,7 @@ def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int
     results = [
         _result(simulate(trace, policy, number, device_slots=arguments.device_slots), arguments, record)
         for number in slots
-        for policy in arguments.policy
+        for policy in arguments.policy or POLICIES
     ]
     return {
         "model": trace.model,
@@ -83,7 +90,7 @@ def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int
         "experts": most,
         "top_k": trace.top_k,
         "results": results,
-        "recall": _recall(trace),
+        "recall": [asdict(found) for found in compare(trace)],
     }
 
 
@@ -111,28 +118,9 @@ def _result(found: Outcome, arguments: argparse.Namespace, record: int | None) -
     return result
 
 
-def _recall(trace: Trace) -> list[dict[str, Any]]:
-    """By look-ahead: of the gates, and of simpler guesses for the same blocks."""
-    if trace.predictions is None:
-        return []
-    from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
-
-    found = []
-    for ahead in sorted(trace.lookaheads):
-        gates = of_predictions(trace, ahead)
-        guessed = gates.wanted > 0
-        found.append(
-            {
-                "lookahead": ahead,
-                "gates": gates.ratio,
-                "popularity": of_popularity(trace).only(guessed).ratio,
-                "previous_token": of_previous_token(trace).only(guessed).ratio,
-            }
-        )
-    return found
-
-
 def _text(report: dict[str, Any]) -> str:
+    from moetier.runtime.recall import GUESSES, Comparison
+
     from .report import table
 
     results = report["results"]
@@ -163,10 +151,8 @@ def _text(report: dict[str, Any]) -> str:
     show("bytes read for a token", "bytes_per_token", "bytes")
     show("tokens a second, nothing overlapped", "tokens_per_s", ".2f")
     if report["recall"]:
-        rows = [["look-ahead", "gates", "popularity", "previous token"]]
-        for entry in report["recall"]:
-            values = (entry["gates"], entry["popularity"], entry["previous_token"])
-            rows.append([str(entry["lookahead"]), *(f"{value:.3f}" for value in values)])
+        compared = [Comparison(**entry) for entry in report["recall"]]
+        rows = [["look-ahead", *GUESSES], *([str(found.lookahead), *found.cells()] for found in compared)]
         lines.append(f"\nrecall of the experts that were used\n{table(rows)}")
     return "\n".join(lines)
 
@@ -183,6 +169,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def _policies(text: str) -> list[str]:
+    from .simulation import POLICIES
+
     names = list(dict.fromkeys(text.split(",")))
     unknown = [name for name in names if name not in POLICIES]
     if unknown:

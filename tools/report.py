@@ -9,6 +9,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.stats import TierStats
 
 if TYPE_CHECKING:
+    from moetier.proto.expert_store_pb2 import Tier
     from moetier.runtime.share import Share
     from moetier.runtime.speculation import SpeculationStats
 
@@ -108,11 +109,8 @@ def speculation_report(stats: SpeculationStats, tiers: list[TierStats]) -> str:
         for right, count, name in zip(stats.right, stats.guesses, names, strict=True)
         if count
     ]
-    wishes = [
-        f"wishes   {tier.name}: {tier.prefetched} read, {tier.useful} useful, {tier.late} late, {tier.wasted} wasted; "
-        f"{tier.cancelled} cancelled; up to {tier.saved_seconds:.2f} s of waiting saved"
-        for tier in tiers
-    ]
+    # whose experts are a daemon's has no counts: there they are of all clients together, in ``moetier stats``
+    wishes = [f"wishes   {tier.name}: {wishes_text(tier)}" for tier in tiers if tier.prefetched or tier.cancelled]
     return "\n".join(
         [
             f"guesses  in {stats.steps_on} of {stats.steps_on + stats.steps_off} steps ({stats.mode}, "
@@ -120,6 +118,14 @@ def speculation_report(stats: SpeculationStats, tiers: list[TierStats]) -> str:
             f"asking   {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step",
             *wishes,
         ]
+    )
+
+
+def wishes_text(tier: TierStats | Tier) -> str:
+    """What became of a tier's wishes; for people."""
+    return (
+        f"{tier.prefetched:,} read, {tier.useful:,} useful, {tier.late:,} late, {tier.wasted:,} wasted; "
+        f"{tier.cancelled:,} cancelled; up to {tier.saved_seconds:.2f} s of waiting saved"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moetier.runtime.config import AUTO, TierConfig
+from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, TierConfig
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
@@ -15,8 +15,8 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram",
         metavar="SIZE",
-        help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%. Not used with a '
-        "daemon of this machine: it has its own",
+        help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%. With a daemon of '
+        "this machine it has no effect, nor have --policy and --learn: they are the daemon's to be given",
     )
     parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')
@@ -39,6 +39,19 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
     )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=DEFAULT_CONTEXT,
+        metavar="TOKENS",
+        help="budgets leave room for so long a context; a longer one takes more. Of no effect with a daemon of this "
+        "machine on a CPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="compute bit for bit as the ordinary model does with the same decoded weights, which is slower",
+    )
     add_credentials(parser)
 
 
@@ -52,6 +65,8 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "credentials": credentials(arguments),
         "policy": arguments.policy,
         "learn": arguments.learn,
+        "context": arguments.context,
+        "exact": arguments.exact,
     }
     found |= more
     TierConfig.of(**found)

@@ -146,7 +146,8 @@ def demands_of(trace: Trace, sequence: int, block: int) -> list[Demand]:
 
 
 def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) -> Outcome:
-    """``device_slots``: experts of each block that an LRU above has; what it misses is what ``policy`` is asked for."""
+    """``device_slots``: experts of each block that a device tier above has, in the same order where ``policy`` is one
+    that tiers have, else in the default one; what it misses is what ``policy`` is asked for."""
     decoding, prompts, device, preloads = Count(), Count(), Count(), 0
     for block, experts in enumerate(trace.num_experts):
         quota = min(slots, experts)
@@ -154,12 +155,14 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
         for sequence in range(len(trace.sequences)):
             demands = demands_of(trace, sequence, block)
             if device_slots:
-                above = SimulatedTier(block, min(device_slots, experts), ORDERS[DEFAULT_ORDER])
+                above = SimulatedTier(
+                    block, min(device_slots, experts), ORDERS[policy if policy in ORDERS else DEFAULT_ORDER]
+                )
                 demands = _missed(above, demands, device)
             if policy == "belady":
                 _foresee(block, quota, demands, decoding, prompts)
                 continue
-            tier = SimulatedTier(block, quota, ORDERS[DEFAULT_ORDER if policy == "learned" else policy])
+            tier = SimulatedTier(block, quota, ORDERS["lru" if policy == "learned" else policy])
             if policy == "learned":
                 preloads += tier.preload(known.hottest(block, quota))
                 used = HotSet()

@@ -91,6 +91,7 @@ def _address(text: str | None) -> Address:
 
 def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
     from .ps import format_seconds
+    from .report import wishes_text
 
     lines = [f"{address}: process {described.pid}, moetier {described.version}, up {format_seconds(stats.uptime_s)}"]
     for model in stats.models:
@@ -102,8 +103,8 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
             f"{model.recovered} were taken back at the start",
             f"  demands   {demands:,}: {host.hits:,} hits ({host.hits / demands if demands else 0:.1%}), "
             f"{host.misses:,} misses, {host.joined:,} of them joined a load",
-            f"  reads     {format_bytes(host.bytes_in)}, {host.prefetched:,} prefetches, {host.evictions:,} evictions, "
-            f"{host.failures:,} failures",
+            f"  reads     {format_bytes(host.bytes_in)}, {host.evictions:,} evictions, {host.failures:,} failures",
+            f"  wishes    {wishes_text(host)}",
             *([f"  learned   {host.warmed:,} read beforehand, {host.recalled:,} of them used"] if host.warmed else []),
             f"  clients   {model.clients}, {model.sessions} with a session, {model.leases} slots leased",
             f"  sessions  {model.requests:,} requests, {model.used:,} hits reported, "

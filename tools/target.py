@@ -117,7 +117,7 @@ class Target:
         if needed > free:
             raise DiskSpaceError(
                 f"{self.folder} needs {needed:,} bytes more; {free:,} are free.",
-                "Free some space, choose fewer --bits, or another disk.",
+                "Free some space, choose fewer --bits and --trunk-bits, or another disk.",
             )
 
     def write_small(self) -> None:
@@ -188,17 +188,21 @@ def _remove(folder: Path) -> None:
     sync_folder(folder)
 
 
-def small_files(checkpoint: Checkpoint, bits: int, dtype: str, trunk: tuple[TrunkFile, ...]) -> dict[str, bytes]:
+def small_files(
+    checkpoint: Checkpoint, bits: int, trunk_bits: int, dtype: str, trunk: tuple[TrunkFile, ...]
+) -> dict[str, bytes]:
     """config.json, the trunk's index, and what is copied: tokenizer, chat template, other configs."""
     made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
-    return {**made, INDEX: index_of(trunk), CONFIG: _config(checkpoint.config, bits, dtype)}
+    return {**made, INDEX: index_of(trunk), CONFIG: _config(checkpoint.config, bits, trunk_bits, dtype)}
 
 
-def _config(config: Mapping[str, Any], bits: int, dtype: str) -> bytes:
+def _config(config: Mapping[str, Any], bits: int, trunk_bits: int, dtype: str) -> bytes:
     made = carried(config)
     if not made.keys() & {"dtype", "torch_dtype"}:
         made["dtype"] = dtype
     made["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
+    if trunk_bits != 16:
+        made["quantization_config"]["trunk_bits"] = trunk_bits
     made["experts_implementation"] = "moetier"  # so that a process without moetier fails, and does not invent experts
     return json.dumps(made, indent=2).encode() + b"\n"
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    resources = resources_of(arguments)
+    resources = resources_of(arguments, speculate="off")  # each forward pass is watched, none is to be quick
     decoding = decoding_of(arguments)
     if arguments.look_ahead < 0:
         raise ConfigError(f"--look-ahead is {arguments.look_ahead}.", "Give 0, for no predictions, or more.")
@@ -81,19 +81,21 @@ def _check_target(path: Path, *, force: bool) -> None:
 def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, Any], *, look_ahead: int) -> Trace:
     """One sequence a prompt. The last new token of each is not among its tokens: it goes through no block.
 
-    ``decoding``: keyword arguments of ``generate()``. ``model`` is one that ``load`` gave.
+    ``decoding``: keyword arguments of ``generate()``. ``model`` is one that ``load`` gave. Raises ConfigError for a
+    prompt without tokens, before anything is recorded.
     """
     from moetier.runtime.pieces import pieces_of
     from moetier.runtime.tracing import Recorder
 
+    encoded = [encode(tokenizer, prompt, model.device) for prompt in prompts]
+    if nothing := [str(number) for number, inputs in enumerate(encoded, 1) if not inputs["input_ids"].numel()]:
+        raise ConfigError(f"There are no tokens in prompt {', '.join(nothing)}.", "Leave it out.")
     with Recorder(model, look_ahead=look_ahead) as recorder:
         if recorder.refusals is not None:
             print(f"trace: {recorder.refusals}", file=sys.stderr)
-        for number, prompt in enumerate(prompts, 1):
-            inputs = encode(tokenizer, prompt, model.device)
-            if not (length := inputs["input_ids"].shape[1]):
-                raise ConfigError(f"Prompt {number} has no tokens.", "Leave it out.")
+        for number, inputs in enumerate(encoded, 1):
             token_ids = model.generate(**inputs, **decoding, use_cache=True)[0, :-1].tolist()
+            length = inputs["input_ids"].shape[1]
             recorder.end_sequence(token_ids, n_prefill=length, pieces=pieces_of(tokenizer, token_ids))
             print(f"trace: {number} of {len(prompts)} prompts", file=sys.stderr)
         manifest = model.tiers.manifest
@@ -102,15 +104,10 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
 
 def summary(trace: Trace) -> str:
     """For people: how much there is, and how well the gates foretold it."""
-    from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
+    from moetier.runtime.recall import GUESSES, compare
 
     head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"
     if not trace.lookaheads:
         return head
-    rows = [["recall", "gates", "popularity", "previous token"]]
-    for lookahead in trace.lookaheads:
-        gates = of_predictions(trace, lookahead)
-        others = (other.only(gates.wanted > 0) for other in (of_popularity(trace), of_previous_token(trace)))
-        ratios = (found.ratio for found in (gates, *others))
-        rows.append([f"{lookahead} ahead", *(f"{ratio:.3f}" for ratio in ratios)])
+    rows = [["recall", *GUESSES], *([f"{found.lookahead} ahead", *found.cells()] for found in compare(trace))]
     return f"{head}\n{table(rows)}"

@@ -1,4 +1,4 @@
-"""A checkpoint loaded whole by transformers, whose experts are stored and read back in one way after another."""
+"""A checkpoint loaded whole by transformers, whose weights are stored and read back in one way after another."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import transformers
 from torch import Tensor
 
 from moetier.runtime.experts import EXPERT_PARAMETERS, experts_modules
+from moetier.runtime.linear import WEIGHT
 from moetier.tiers.errors import UnsupportedModelError
 from moetier.tiers.keys import Bits, RecordLayout
+from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quantize import WeightError, decode, encode, layout_for, sections
 
 from .checkpoint import Checkpoint
+from .matrices import Matrices
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Stored:
 
 
 class Trial:
-    """``model`` computes in fp32 and eagerly, so that nothing but its experts' weights ever differs."""
+    """``model`` computes in fp32 and eagerly, so that nothing but its weights ever differs."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Holds the experts twice: in fp32, and in the checkpoint's type. Raises UnsupportedModelError."""
@@ -52,12 +55,10 @@ class Trial:
             )
         # fp32 holds what it was loaded from exactly, so this gives the checkpoint's own weights
         own = str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", "float32")))
+        self._dtype: torch.dtype = getattr(torch, own)
+        self._trunk: dict[str, Tensor] = {}  # originals of what was replaced, by module path
         self._originals: list[dict[str, Tensor]] = [
-            {
-                name: p.detach().to(getattr(torch, own))
-                for name, p in module.named_parameters()
-                if name in EXPERT_PARAMETERS
-            }
+            {name: p.detach().to(self._dtype) for name, p in module.named_parameters() if name in EXPERT_PARAMETERS}
             for module in self._modules
         ]
 
@@ -75,6 +76,20 @@ class Trial:
                 total = sum((errors[p.name] for p in layout.projections), total)
                 _read_back(module, expert, torch.from_numpy(record), layout)
         return Stored(tuple(blocks), total)
+
+    @torch.no_grad()
+    def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
+        """Replaces each matrix of the trunk that a conversion would quantise; None: they are what they were."""
+        chosen = Matrices.of(self.model, torch.float32, form).chosen if form else {}
+        for path in {**self._trunk, **chosen}:
+            linear = self.model.get_submodule(path)
+            original = self._trunk.setdefault(path, linear.weight.detach().to(self._dtype))
+            weights = original.float()
+            if path in chosen:
+                record = np.empty(chosen[path].record_bytes, np.uint8)
+                encode({WEIGHT: original}, chosen[path], record, fast=fast)
+                decode(torch.from_numpy(record), chosen[path], WEIGHT, weights)
+            linear.weight = torch.nn.Parameter(weights, requires_grad=False)  # a head is tied no longer
 
 
 def _read_back(module: Any, expert: int, record: Tensor, layout: RecordLayout) -> None:

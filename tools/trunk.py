@@ -1,4 +1,5 @@
-"""The trunk's files: the tensors that are no experts', under their original names, each on a 64-byte boundary.
+"""The trunk's files: the tensors that are no experts', each on a 64-byte boundary; under their original names, or as
+records of quantised matrices under those of their modules.
 
 Some libraries' fp32 results depend on the alignment of what they read, and transformers uses the file's bytes as they
 lie. Safetensors allows no holes, so the order makes the alignment: tensors of a multiple of 64 bytes come first; a
@@ -26,7 +27,10 @@ from moetier.tiers.shard import PARTIAL
 from moetier.tiers.trunk import extend_crc, read_pieces
 
 from .dequantize import Plain, SourceTensor
+from .matrix_record import MatrixRecord
 from .shards import CHUNK_BYTES, TORCH_NAMES, Bytes
+
+TrunkTensor = SourceTensor | MatrixRecord
 
 FILE_BYTES = 2 << 30
 FLUSH_BYTES = 64 << 20  # of dirty pages at most
@@ -38,7 +42,7 @@ class TrunkFile:
     """One file to be: its tensors by name, in order."""
 
     name: str
-    tensors: Mapping[str, SourceTensor]
+    tensors: Mapping[str, TrunkTensor]
 
     @property
     def header(self) -> bytes:
@@ -118,17 +122,17 @@ class TrunkFile:
                 yield piece.data
 
 
-def nbytes(tensor: SourceTensor) -> int:
+def nbytes(tensor: TrunkTensor) -> int:
     return math.prod(tensor.shape) * _itemsize(tensor)
 
 
-def _itemsize(tensor: SourceTensor) -> int:
+def _itemsize(tensor: TrunkTensor) -> int:
     dtype: torch.dtype = getattr(torch, tensor.dtype)
     return dtype.itemsize
 
 
 def plan_trunk(
-    tensors: Mapping[str, SourceTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
+    tensors: Mapping[str, TrunkTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
 ) -> tuple[TrunkFile, ...]:
     """Distributes tensors over files of about ``file_bytes``: a function of names, shapes and types alone."""
     odd = {name: None for name in tensors if nbytes(tensors[name]) % ALIGNMENT}  # in order
@@ -166,8 +170,11 @@ def index_of(files: tuple[TrunkFile, ...]) -> bytes:
     return json.dumps(index, indent=2).encode() + b"\n"
 
 
-def _chunks(tensor: SourceTensor) -> Iterator[Bytes]:
-    """The bytes of what ``read`` gives, in order, a few MiB at a time."""
+def _chunks(tensor: TrunkTensor) -> Iterator[Bytes]:
+    """Its bytes in order, a few MiB at a time."""
+    if isinstance(tensor, MatrixRecord):
+        yield from tensor.chunks()
+        return
     if isinstance(tensor, Plain):
         yield from tensor.stored.chunks()
         return

@@ -24,7 +24,8 @@ Every model type of transformers {version} whose experts go through its experts 
 model of each is saved, converted at 16 bits by `moetier convert`, and loaded with a host budget of exactly one block's
 top-k records. Its logits on a batch, those of a prefill and three decode steps, and the output of each Experts module
 alone are compared with those of the ordinary transformers model with `experts_implementation="eager"`. *equal* means
-bit for bit.
+bit for bit. With a trunk of 8 or 4 bits (`--trunk-bits`) all are equal, too: to the ordinary model with the weights
+that the trunk's records stand for.
 
 Made by `python tests/helpers/architecture_table.py`. `tests/runtime/test_architectures.py` makes the same comparisons,
 and fails when transformers has a type that is not in this table. Not among them, as their experts do not go through

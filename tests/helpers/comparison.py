@@ -14,9 +14,11 @@ from torch import Tensor
 
 import moetier
 from moetier.runtime.experts import experts_modules
+from moetier.runtime.linear import WEIGHT, QuantizedLinear
 from moetier.tiers.budget import smallest_budget
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.keys import Bits
+from moetier.tiers.quantize import decode
 from moetier.tools.convert import convert
 
 stores.make_plan()  # its import starts zarr's thread, which stays, before a test looks for threads
@@ -41,21 +43,36 @@ def smallest_ram(directory: Path) -> int:
 
 
 def convert_tiny(
-    model_type: str, dtype: torch.dtype, folder: Path, *, bits: Bits = 16, **changes: Any
+    model_type: str, dtype: torch.dtype, folder: Path, *, bits: Bits = 16, trunk_bits: Bits = 16, **changes: Any
 ) -> tuple[Any, Path]:
     """An ordinary tiny model, and the model directory made of it; ``changes`` go into its configuration."""
     ordinary = tiny_model(model_type, dtype, **changes)
     ordinary.save_pretrained(folder / "source")
-    convert(folder / "source", folder / "converted", bits=bits)
+    convert(folder / "source", folder / "converted", bits=bits, trunk_bits=trunk_bits)
     return ordinary, folder / "converted"
 
 
-def compare(model_type: str, dtype: torch.dtype, folder: Path) -> Comparison:
+@torch.no_grad()
+def read_back(ordinary: Any, tiered: Any) -> list[str]:
+    """Gives an ordinary model the weights that the trunk's records of ``tiered`` stand for. Returns their paths."""
+    paths = []
+    for path, module in tiered.named_modules():
+        if isinstance(module, QuantizedLinear):
+            linear = ordinary.get_submodule(path)
+            weights = torch.empty_like(linear.weight)
+            linear.weight = torch.nn.Parameter(decode(module.record, module.layout, WEIGHT, weights))  # tied no longer
+            paths.append(path)
+    return paths
+
+
+def compare(model_type: str, dtype: torch.dtype, folder: Path, *, trunk_bits: Bits = 16) -> Comparison:
     """Converts at 16 bits into ``folder``, and loads with room for one block's top-k records; every gate is asked ahead
-    in each decode step."""
-    ordinary, converted = convert_tiny(model_type, dtype, folder)
-    tiered, _ = moetier.load(converted, ram=smallest_ram(converted), speculate="always")
+    in each decode step. The ordinary model gets the weights of a trunk of fewer bits."""
+    ordinary, converted = convert_tiny(model_type, dtype, folder, trunk_bits=trunk_bits)
+    tiered, _ = moetier.load(converted, ram=smallest_ram(converted), speculate="always", exact=trunk_bits != 16)
     with tiered.tiers:
+        quantised = read_back(ordinary, tiered)
+        assert bool(quantised) == (trunk_bits != 16)
         manifest = tiered.tiers.manifest
         ids = torch.randint(2, 250, (2, 17), generator=torch.Generator().manual_seed(1))
         equal = {"logits": torch.equal(_logits(ordinary, ids), _logits(tiered, ids))}
@@ -94,12 +111,39 @@ def _steps(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
     return logits
 
 
-@torch.no_grad()
 def _same_output(ordinary: Any, tiered: Any, dtype: torch.dtype) -> bool:
-    """Of two Experts modules, whatever part of the model would call them: eleven tokens, three random experts each."""
-    random = torch.Generator().manual_seed(2)
+    """Of two Experts modules."""
     width = ordinary.down_proj.shape[2 if ordinary.is_transposed else 1]
-    states = torch.randn(11, width, generator=random).to(dtype)
-    index = torch.rand(11, ordinary.num_experts, generator=random).topk(3).indices
-    weights = torch.rand(11, 3, generator=random)
-    return torch.equal(ordinary(states, index, weights), tiered(states, index, weights))
+    return torch.equal(_output(ordinary, width, dtype), _output(tiered, width, dtype))
+
+
+@torch.no_grad()
+def _output(module: Any, width: int, dtype: torch.dtype, tokens: int = 11) -> Tensor:
+    """Of an Experts module, whatever part of the model would call it: three random experts for each token."""
+    random = torch.Generator().manual_seed(2)
+    states = torch.randn(tokens, width, generator=random).to(dtype)
+    index = torch.rand(tokens, module.num_experts, generator=random).topk(3).indices
+    out: Tensor = module(states, index, torch.rand(tokens, 3, generator=random))
+    return out
+
+
+def farthest(model_type: str, dtype: torch.dtype, folder: Path) -> float:
+    """Converts at 4 bits, and says how far the quick way to compute is from the exact one at most, in one Experts
+    module: the norm of the difference over that of the output, for one token and for eleven. At the smallest budget and
+    with all experts there, the quick way must give the same bits."""
+    _, converted = convert_tiny(model_type, dtype, folder, bits=4)
+    ways = {"exact": {"exact": True}, "quick": {}, "streamed": {"ram": smallest_ram(converted)}}
+    models = {way: moetier.load(converted, speculate="off", **options)[0] for way, options in ways.items()}
+    found = 0.0
+    for path, exact in experts_modules(models["exact"]).items():
+        quick, streamed = (experts_modules(models[way])[path] for way in ("quick", "streamed"))
+        width = next(p.rows for p in exact.tiered.layout.projections if p.name == "down_proj")
+        for tokens in (1, 11):
+            expected = _output(exact, width, dtype, tokens).float()
+            got = _output(quick, width, dtype, tokens)
+            assert torch.equal(got, _output(streamed, width, dtype, tokens))
+            assert torch.equal(got, _output(quick, width, dtype, tokens)), "now that experts are there"
+            found = max(found, float((got.float() - expected).norm() / expected.norm()))
+    for model in models.values():
+        model.tiers.close()
+    return found

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from readers import PATIENCE
@@ -22,6 +23,11 @@ class Order(Enum):
     RELEASE_AFTER_COPY = auto()
 
 
+class Locked(NamedTuple):
+    nbytes: int
+    read_only: bool
+
+
 class FakeEvent:
     def __init__(self, device: FakeDevice, stream: FakeStream) -> None:
         self.device = device
@@ -29,6 +35,7 @@ class FakeEvent:
         self.done = False
 
     def synchronize(self) -> None:
+        self.device.waits_of_the_host += 1
         if self.stream is self.device.copies:
             assert self.device.copy_may_end.wait(PATIENCE)
         if self.device.forgets is not Order.RELEASE_AFTER_COPY:
@@ -78,8 +85,10 @@ class FakeDevice:
         self.lock = threading.RLock()
         self.forgets = forgets
         self.copies = FakeStream(self)
-        self.streams = [self.copies, FakeStream(self)]
-        self.locked: set[int] = set()
+        self.arranging = FakeStream(self)
+        self.streams = [self.copies, FakeStream(self), self.arranging]
+        self.locked: dict[int, Locked] = {}  # by address
+        self.waits_of_the_host = 0  # for events
         self.page_lock_calls = 0
         self.copy_error: Exception | None = None  # of the next copy
         self.copy_may_begin = threading.Event()  # a copy from pageable memory holds up its caller
@@ -115,16 +124,23 @@ class FakeDevice:
             self.pending[source.data_ptr()] += 1
             self.copies.queue.append(partial(self._copy, target, source))
 
-    def lock_pages(self, memory: torch.Tensor) -> bool:
+    def arranging_stream(self) -> FakeStream:
+        return self.arranging
+
+    def run(self, stream: FakeStream, work: Callable[[], None]) -> None:
+        with self.lock:
+            stream.queue.append(work)
+
+    def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
         self.page_lock_calls += 1
         if self._locks_pages:
             assert memory.data_ptr() not in self.locked, "twice"
-            self.locked.add(memory.data_ptr())
+            self.locked[memory.data_ptr()] = Locked(memory.nbytes, read_only)
         return self._locks_pages
 
     def unlock_pages(self, memory: torch.Tensor) -> None:
-        assert not self.pending[memory.data_ptr()], "it is being copied from"
-        self.locked.remove(memory.data_ptr())
+        first, nbytes = memory.data_ptr(), self.locked.pop(memory.data_ptr()).nbytes
+        assert not any(self.pending[at] for at in self.pending if first <= at < first + nbytes), "it is copied from"
 
     # -- the test's side ----------------------------------------------------------------------------------------------
 

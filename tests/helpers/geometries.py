@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stores import layout_of
+from stores import SOURCE_DIGEST, layout_of
 
 from moetier.tiers.manifest import Block, Manifest
 
@@ -12,7 +12,7 @@ def two_geometries() -> Manifest:
     arrays = ["big", "small", "big", "small", "small"]
     return Manifest(
         model="acme/two-sizes",
-        source_digest="0" * 64,
+        source_digest=SOURCE_DIGEST,
         blocks=tuple(
             Block(f"model.layers.{b}.experts", array, arrays[:b].count(array), 4, 3 if array == "big" else 2)
             for b, array in enumerate(arrays)

@@ -9,9 +9,11 @@ from pathlib import Path
 from readers import PATIENCE
 
 from moetier.runtime.address import SOCKET, make_folder
+from moetier.runtime.clients import Clients
 from moetier.runtime.hosted import Hosted
-from moetier.runtime.service import Clients, Service, describe, health_checks, local_server
-from moetier.runtime.side import SideServer
+from moetier.runtime.servers import health_checks, local_server
+from moetier.runtime.service import Service, describe
+from moetier.runtime.side_server import SideServer
 from moetier.tiers.host import HostTier
 from moetier.tiers.manifest import Manifest
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,11 @@ from moetier.tiers.keys import ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest
 from moetier.tiers.shard import GROUP
 from moetier.tiers.writer import StoreWriter, array_metadata
+
+# A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it. So each
+# process of tests has digests of its own, which its children share.
+_RUN = os.environ.setdefault("MOETIER_TEST_RUN", secrets.token_hex(8)) + os.environ.get("PYTEST_XDIST_WORKER", "")
+SOURCE_DIGEST = hashlib.sha256(_RUN.encode()).hexdigest()
 
 
 def layout_of(rows: int = 64, columns: int = 32) -> RecordLayout:
@@ -32,7 +40,7 @@ def make_plan(
 ) -> Manifest:
     return Manifest(
         model=model,
-        source_digest="0" * 64,
+        source_digest=SOURCE_DIGEST,
         blocks=tuple(Block(f"model.layers.{b}.mlp.experts", "records", b, experts, top_k) for b in range(blocks)),
         layouts={"records": layout or layout_of()},
         version="0.1.0",

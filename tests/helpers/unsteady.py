@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.source import ExpertSource, Lease
+from moetier.tiers.source import Lease, Lender
 from moetier.tiers.stats import TierStats
 
 
 class UnsteadySource:
     """Of ``source``'s leases some show other bytes, do not hold, and come again behind the others, steady or not."""
 
-    def __init__(self, source: ExpertSource[Any], seed: int = 0, share: float = 0.5) -> None:
+    def __init__(self, source: Lender[Any], seed: int = 0, share: float = 0.5) -> None:
         self.source = source
         self.random = random.Random(seed)
         self.share = share
@@ -38,6 +39,17 @@ class UnsteadySource:
                     yield Lease(lease.key, lease.record, lease.slot, partial(_answer, asked, True))
                 self.unasked += asked == []
             wanted = again
+
+    @contextmanager
+    def borrow(self, key: ExpertKey) -> Iterator[Lease[Any] | None]:
+        with self.source.borrow(key) as lease:
+            if lease is not None and self.random.random() < self.share:
+                self.broken += 1
+                lease = Lease(lease.key, _garbage(lease.record), -1 - lease.slot, lambda: False)
+            yield lease
+
+    def used(self, keys: Sequence[ExpertKey]) -> None:
+        self.source.used(keys)
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return self.source.absent(keys)

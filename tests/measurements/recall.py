@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import moetier
-from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
+from moetier.runtime.recall import GUESSES, compare
 from moetier.runtime.trace import Trace
 from moetier.runtime.tracing import Recorder
 from moetier.tools.perplexity import WINDOW, read_texts, tokenize
@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--look-ahead", type=int, default=3, help="(default: %(default)s)")
     arguments = parser.parse_args()
     model, tokenizer = moetier.load(arguments.directory, daemon=None)
-    rows = [["text", "tokens", "ahead", "gates", "popularity", "previous token", "chance"]]
+    rows = [["text", "tokens", "ahead", *GUESSES, "chance"]]
     with model.tiers:
         for name, ids in tokenize(tokenizer, read_texts(arguments.texts), arguments.tokens).items():
             trace = trace_of(model, ids, arguments.look_ahead)
-            rows += [[name, str(trace.tokens), *row] for row in ratios(trace)]
+            rows += [[name, str(trace.tokens), *row] for row in rows_of(trace)]
     print(table(rows))
 
 
@@ -50,15 +50,10 @@ def trace_of(model: Any, ids: torch.Tensor, look_ahead: int) -> Trace:
         return recorder.trace()
 
 
-def ratios(trace: Trace) -> list[list[str]]:
-    """A row for each look-ahead."""
-    rows = []
-    for lookahead in trace.lookaheads:
-        gates = of_predictions(trace, lookahead)
-        simpler = [guess.only(gates.wanted > 0) for guess in (of_popularity(trace), of_previous_token(trace))]
-        chance = trace.top_k / max(trace.num_experts)
-        rows.append([str(lookahead), *(f"{ratio:.3f}" for ratio in (*(g.ratio for g in (gates, *simpler)), chance))])
-    return rows
+def rows_of(trace: Trace) -> list[list[str]]:
+    """One for each look-ahead."""
+    chance = f"{trace.top_k / max(trace.num_experts):.3f}"
+    return [[str(found.lookahead), *found.cells(), chance] for found in compare(trace)]
 
 
 if __name__ == "__main__":

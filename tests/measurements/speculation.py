@@ -4,9 +4,10 @@
 
 Feeds fixed token ids, one at a time, to one model for each way: ``off``; ``off again``, which shows the noise;
 ``auto``; ``always``; ``perfect``, whose guesses are the routing, recorded beforehand; and ``adversary``: ``auto``, all
-of whose guesses are wrong. A round is a new sequence, which all of them decode in turns of a few steps, in an order
-that rotates. Prints the median time of a step, and the ratio of ``off`` to each way with the 95 % interval of its mean
-over the rounds. ``--disk`` makes reads wait as a disk of so many GB/s would: bytes come one after the other.
+of whose guesses are wrong, once the first have been right. A round is a new sequence, which all of them decode in turns
+of a few steps, in an order that rotates. Prints the median time of a step, and the ratio of ``off`` to each way with
+the 95 % interval of its mean over the rounds. ``--disk`` makes reads wait as a disk of so many GB/s would: bytes come
+one after the other.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,6 @@ from torch import Tensor
 import moetier
 from moetier.runtime.config import LOOK_AHEAD, Size, format_bytes
 from moetier.runtime.gates import Gates
-from moetier.runtime.shortcut import Guess
 from moetier.tiers import store
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.stats import TierStats
@@ -42,6 +44,7 @@ WAYS = {
     "adversary": "auto",
 }
 TURN = 8  # steps
+TRUSTED = 16  # steps for which the adversary is right
 
 
 def main() -> None:
@@ -118,7 +121,10 @@ def student(freedom: int) -> float:
 @torch.no_grad()
 def decode(models: dict[str, Any], ids: list[int], number: int) -> dict[str, float]:
     """Seconds that all steps behind the first took, by way; the tokens must be the same."""
-    outputs = {name: model(torch.tensor([ids[:1]]), use_cache=True) for name, model in models.items()}
+    outputs = {}
+    for name, model in models.items():
+        with alone(model):
+            outputs[name] = model(torch.tensor([ids[:1]]), use_cache=True)
     seconds = dict.fromkeys(models, 0.0)
     names = [*models]
     for turn, start in enumerate(range(1, len(ids), TURN), start=number):
@@ -126,15 +132,26 @@ def decode(models: dict[str, Any], ids: list[int], number: int) -> dict[str, flo
         order = names[first:] + names[:first]
         for name in order if turn // len(names) % 2 == 0 else order[::-1]:
             model, output = models[name], outputs[name]
-            began = time.perf_counter()
-            for step in range(start, min(start + TURN, len(ids))):
-                model.present = (number, step)
-                output = model(torch.tensor([ids[step : step + 1]]), cache=output.past_key_values, use_cache=True)
-            seconds[name] += time.perf_counter() - began
+            with alone(model):
+                began = time.perf_counter()
+                for step in range(start, min(start + TURN, len(ids))):
+                    model.present = (number, step)
+                    output = model(torch.tensor([ids[step : step + 1]]), cache=output.past_key_values, use_cache=True)
+                seconds[name] += time.perf_counter() - began
             outputs[name] = output
         logits = [output.logits for output in outputs.values()]
         assert all(torch.equal(logits[0], found) for found in logits), "tokens depend on speculation"
     return seconds
+
+
+@contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """What the others did meanwhile is in no step of the model's."""
+    speculation = model.tiers.speculation
+    if speculation is not None and speculation._began:
+        speculation._began += time.perf_counter() - model.paused
+    yield
+    model.paused = time.perf_counter()
 
 
 def tokens_of(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[int]:
@@ -164,18 +181,22 @@ def record(model: Any, parts: list[list[int]]) -> dict[tuple[int, int, int], Ten
 
 
 def tell(model: Any, routing: dict[tuple[int, int, int], Tensor], *, is_right: bool) -> None:
-    """As if its gates had guessed it, or what is not used."""
+    """As if its gates had guessed it; or, asked just the same, what is not used, once they are trusted."""
     model.present = (0, 0)
+    shortcuts = model.tiers.speculation._shortcuts
+    ask = shortcuts.leads
 
-    def guess(block: int, distance: int, hidden: Tensor) -> Guess:
-        experts = routing[*model.present, block]
-        if not is_right:
-            used = set(experts.flatten().tolist())
-            others = [expert for expert in range(model.tiers.manifest.blocks[block].experts) if expert not in used]
-            experts = torch.tensor([others[: experts.shape[-1]]])
-        return Guess(experts, torch.tensor([[9.0] * experts.shape[-1] + [0.0]]), torch.ones(1))
+    def leads(block: int, distance: int, hidden: Tensor) -> list[tuple[int, float]]:
+        used = routing[*model.present, block].flatten().tolist()
+        if is_right:
+            return [(expert, 9.0) for expert in used]
+        said = ask(block, distance, hidden)
+        if model.present < (0, TRUSTED):
+            return [(expert, lead) for expert, (_, lead) in zip(used, said, strict=True)]
+        others = [expert for expert in range(model.tiers.manifest.blocks[block].experts) if expert not in used]
+        return [(expert, lead) for expert, (_, lead) in zip(others, said, strict=False)]
 
-    model.tiers.speculation._shortcuts.guess = guess
+    shortcuts.leads = leads
 
 
 def slow_down(bytes_a_second: float) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from architecture_table import TABLE, listed
-from architectures import FURTHER, REQUIRED, model_types
-from comparison import compare, convert_tiny
+from architectures import FURTHER, REQUIRED, TINY, model_types
+from comparison import compare, convert_tiny, farthest
 
 import moetier
+from moetier.tiers.keys import Bits
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -32,6 +33,17 @@ def test_required(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert compare(model_type, dtype, tmp_path).differing == ()
 
 
+@pytest.mark.parametrize("model_type", sorted(REQUIRED))
+def test_required_with_records_where_they_lie(model_type: str, tmp_path: Path) -> None:
+    assert 0 < farthest(model_type, BF16, tmp_path) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(FURTHER))
+def test_further_with_records_where_they_lie(model_type: str, tmp_path: Path) -> None:
+    assert 0 < farthest(model_type, BF16, tmp_path) < 0.03
+
+
 @pytest.mark.parametrize("model_type", sorted(FURTHER))
 def test_further(model_type: str, tmp_path: Path) -> None:
     assert compare(model_type, BF16, tmp_path).differing == ()
@@ -41,6 +53,30 @@ def test_further(model_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", sorted(FURTHER))
 def test_further_in_fp32(model_type: str, tmp_path: Path) -> None:
     assert compare(model_type, FP32, tmp_path).differing == ()
+
+
+@pytest.fixture
+def divisible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that groups divide, as those of real models are, so that as many matrices are quantised."""
+    for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"):
+        monkeypatch.setitem(TINY, name, 64)
+    for name in ("q_lora_rank", "kv_lora_rank", "o_lora_rank"):
+        monkeypatch.setitem(TINY, name, 32)
+
+
+@pytest.mark.usefixtures("divisible")
+@pytest.mark.parametrize("model_type", sorted(REQUIRED))
+def test_required_with_a_quantised_trunk(model_type: str, tmp_path: Path) -> None:
+    assert compare(model_type, BF16, tmp_path, trunk_bits=4).differing == ()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("divisible")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+def test_every_quantised_trunk(model_type: str, dtype: torch.dtype, bits: Bits, tmp_path: Path) -> None:
+    assert compare(model_type, dtype, tmp_path, trunk_bits=bits).differing == ()
 
 
 def test_two_experts_modules_in_a_layer_are_keyed_apart(tmp_path: Path) -> None:

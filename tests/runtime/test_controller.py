@@ -39,6 +39,20 @@ def test_what_gains_stays_on(on: float, noise: float) -> None:
     assert controller.steps_on > 0.85 * (controller.steps_on + controller.steps_off)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("on", [0.93, 1.07])
+def test_what_steps_lack_is_no_noise(on: float, seed: int) -> None:
+    """Their times differ by a third, as chance has it how many experts they need."""
+    chance, controller = random.Random(seed), Controller(Mode.AUTO)
+    for _ in range(TRIAL):
+        misses = sum(chance.random() < 0.3 for _ in range(16))
+        seconds = (on if controller.is_on else 1.0) * (0.5 + 0.1 * misses) * chance.gauss(1.0, 0.03)
+        controller.step(seconds, misses)
+        if controller.trials:
+            break
+    assert controller.is_on == (on < 1)
+
+
 @pytest.mark.parametrize("on", [1.02, 1.1, 2.0])
 def test_what_loses_is_off_soon_and_costs_little(on: float) -> None:
     controller = Controller(Mode.AUTO)

@@ -381,9 +381,13 @@ def test_a_client_that_never_gives_back_is_waited_for_no_longer_than_said(store:
         assert list(daemon.folder.iterdir()) == []
 
 
+# numpy begins threads as it is imported, unless it is told not to as the tests are
+THREADS = {"OMP_NUM_THREADS": "2"}
+
+
 def test_a_second_signal_ends_the_wait(store: Store, tmp_path: Path) -> None:
     with (
-        running_daemon(store[0], folder=tmp_path / "d", extra=["--drain", "3600"]) as daemon,
+        running_daemon(store[0], folder=tmp_path / "d", extra=["--drain", "3600"], environment=THREADS) as daemon,
         RawClient(daemon.folder, store[1]) as client,
     ):
         client.acquire(1, 0, [0])
@@ -392,6 +396,21 @@ def test_a_second_signal_ends_the_wait(store: Store, tmp_path: Path) -> None:
         wait_until(lambda: "event=signal" in daemon.log)
         assert daemon.process.poll() is None
         assert daemon.stop() == 0
+
+
+def test_a_hangup_during_the_wait_is_no_way_to_die(store: Store, tmp_path: Path) -> None:
+    with (
+        running_daemon(store[0], folder=tmp_path / "d", extra=["--drain", "3600"], environment=THREADS) as daemon,
+        RawClient(daemon.folder, store[1]) as client,
+    ):
+        client.acquire(1, 0, [0])
+        client.granted()
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "event=signal" in daemon.log)
+        daemon.process.send_signal(signal.SIGHUP)  # of its terminal, or of systemd with SendSIGHUP=yes
+        client.release(1)
+        assert daemon.process.wait(PATIENCE) == 0
+        assert "finished=True" in daemon.log
 
 
 def test_a_fetch_under_way_is_finished(store: Store, tmp_path: Path) -> None:

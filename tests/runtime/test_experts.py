@@ -2,103 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from twins import BLOCK, inputs, pair
 from unsteady import UnsteadySource
 
-from moetier.runtime.experts import EXPERT_PARAMETERS, TieredBlock, early_bytes, experts_forward, experts_modules
-from moetier.runtime.kernels import Kernels
+from moetier.runtime.experts import early_bytes, experts_forward
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.keys import BITS, Bits, ExpertKey, RecordLayout
-from moetier.tiers.quantize import decode, encode, layout_for
-from moetier.tiers.source import Lease
-from moetier.tiers.stats import TierCounters, TierStats
+from moetier.tiers.keys import BITS, Bits, ExpertKey
+from moetier.tiers.quantize import decode
 
-BLOCK = 5
-CPU = torch.device("cpu")
 ODD_ONES = ["gpt_oss", "nemotron_h", "muse_spark", "inkling2", "openai_privacy_filter", "aria", "deepseek_v4"]
-
-
-class OneSlot:
-    """An ExpertSource with a single slot, which the next record overwrites: what is kept of a lease is lost."""
-
-    def __init__(self, records: Sequence[Tensor], order: Callable[[list[int]], Iterable[int]]) -> None:
-        self.records = records
-        self.order = order
-        self.slot = torch.zeros_like(records[0])
-        self.demands: list[list[ExpertKey]] = []
-        self.open = 0  # iterators that were neither exhausted nor closed
-
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Tensor], None, None]:
-        self.demands.append(list(keys))
-        self.open += 1
-        try:
-            for expert in self.order([key.expert for key in keys]):
-                self.slot.copy_(self.records[expert])
-                yield Lease(ExpertKey(BLOCK, expert), self.slot, 0)
-                self.slot.fill_(0xA5)
-        finally:
-            self.open -= 1
-
-    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        raise NotImplementedError
-
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        raise AssertionError("nobody wishes here")
-
-    def stats(self) -> TierStats:
-        return TierCounters("one slot").snapshot(slots=1, ready=0, slot_bytes=len(self.slot))
-
-    def close(self) -> None:
-        pass
-
-
-def records_of(module: Any, bits: Bits) -> tuple[RecordLayout, list[Tensor]]:
-    parameters = {name: p for name, p in module.named_parameters(recurse=False) if name in EXPERT_PARAMETERS}
-    shapes = {name: (tuple(p.shape[1:]), str(p.dtype).removeprefix("torch.")) for name, p in parameters.items()}
-    layout = layout_for(shapes, bits=bits, transposed=module.is_transposed)
-    records = []
-    for expert in range(module.num_experts):
-        record = np.zeros(layout.record_bytes, np.uint8)
-        encode({name: p[expert].detach() for name, p in parameters.items()}, layout, record, fast=True)
-        records.append(torch.from_numpy(record))
-    return layout, records
-
-
-def pair(
-    model_type: str,
-    dtype: torch.dtype,
-    *,
-    bits: Bits = 16,
-    order: Callable[[list[int]], Iterable[int]] = lambda experts: experts,
-) -> tuple[Any, Any, OneSlot]:
-    """The first Experts module of a tiny model, its twin without parameters, and the source of the twin."""
-    ordinary = next(iter(experts_modules(tiny_model(model_type, dtype)).values()))
-    layout, records = records_of(ordinary, bits)
-    twin = copy.deepcopy(ordinary)
-    for name in EXPERT_PARAMETERS:
-        twin._parameters.pop(name, None)
-    source = OneSlot(records, order)
-    twin.tiered = TieredBlock(BLOCK, layout, source, Kernels(CPU), CPU)
-    return ordinary, twin, source
-
-
-def inputs(module: Any, dtype: torch.dtype, *, tokens: int = 13, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    width = module.down_proj.shape[2 if module.is_transposed else 1]
-    index = torch.rand(tokens, module.num_experts, generator=random).topk(3).indices
-    return torch.randn(tokens, width, generator=random).to(dtype), index, torch.rand(tokens, 3, generator=random)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

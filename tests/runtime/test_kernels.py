@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moetier.runtime.kernels import Kernels
+from moetier.runtime.choice import kernels_for
+from moetier.runtime.kernels import Kernels, PackedKernels
+from moetier.runtime.native import Processor
 from moetier.tiers.keys import BITS, Bits, RecordLayout
 from moetier.tiers.quantize import decode, encode, layout_for
 
@@ -111,3 +115,119 @@ def test_several_threads_share_one_kernels() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+# -- records where they lie --------------------------------------------------------------------------------------------
+
+SLOWLY_COMPILED = ((64, "bfloat16", (65, 768)), (16, "uint8", (17, 512)))
+CPUS = [None, "haswell", "x86-64"]  # this one; AVX2; neither
+
+
+@functools.cache
+def packed_for(cpu: str | None) -> PackedKernels:
+    return PackedKernels(Processor(cpu)) if cpu else PackedKernels()
+
+
+def quantised(bits: Bits, rows: int, columns: int, group: int, pairs: str) -> tuple[RecordLayout, torch.Tensor]:
+    layout = layout_for({"up_proj": ((rows, columns), "bfloat16")}, bits=bits, group=group, pairs=pairs)
+    weights = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits)) * 0.02
+    out = np.empty(layout.record_bytes, np.uint8)
+    encode({"up_proj": weights}, layout, out, fast=True)
+    return layout, torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize(
+    ("group", "pairs"),
+    [*((group, "bfloat16") for group in (32, 64, 128, 256)), *((group, "uint8") for group in (16, 32, 64, 128, 256))],
+)
+@pytest.mark.parametrize("shape", [(17, 512), (65, 768)], ids=str)
+def test_products_where_records_lie(bits: Bits, group: int, pairs: str, shape: tuple[int, int]) -> None:
+    """Against decode and multiply; a row is the same to the bit in whatever company, type, or on whatever processor."""
+    layout, record = quantised(bits, *shape, group, pairs)
+    assert packed_for(None).packs(layout)
+    weights = decode(record, layout, "up_proj", torch.empty(shape))
+    for dtype in TYPES:
+        x = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
+        y = packed_for(None).project(x, record, layout, "up_proj")
+        assert y.shape == (9, shape[0])
+        assert y.dtype == dtype
+        ideal = x.float() @ weights.T
+        assert float((y.float() - ideal).norm() / ideal.norm()) < 0.012
+        for first, last in ((0, 1), (1, 3), (3, 7), (0, 8)):
+            part = packed_for(None).project(x[first:last], record, layout, "up_proj")
+            assert torch.equal(part, y[first:last])
+        for cpu in CPUS[1:] if (group, pairs, shape) in SLOWLY_COMPILED else ():
+            assert torch.equal(packed_for(cpu).project(x, record, layout, "up_proj"), y)
+
+
+def test_what_is_rounded_of_a_product_is_its_input() -> None:
+    """An input of whole numbers up to 127 is not: the result is that of fp32, but for the order of its sums."""
+    layout, record = quantised(4, 128, 512, 64, "bfloat16")
+    x = torch.randint(-127, 128, (5, 512), generator=torch.Generator().manual_seed(1)).float()
+    x[:, ::64] = 127.0
+    ideal = x.double() @ decode(record, layout, "up_proj", torch.empty(128, 512)).double().T
+    y = packed_for(None).project(x, record, layout, "up_proj")
+    assert float((y - ideal).abs().max() / ideal.abs().max()) < 1e-6
+
+
+def test_several_records_at_once() -> None:
+    """With rows of their own, and with one row for all; also more of them than one thread takes."""
+    made = [quantised(4, 1000, 256, 64, "bfloat16") for _ in range(3)]
+    layout, kernels = made[0][0], packed_for(None)
+    records = [record.roll(64 * number) for number, (_, record) in enumerate(made)]
+    x = torch.randn(12, 256).bfloat16()
+    counts = [5, 1, 6]
+    expected = [
+        kernels.project(part, r, layout, "up_proj") for part, r in zip(torch.split(x, counts), records, strict=True)
+    ]
+    assert torch.equal(kernels.multiply(x, records, counts, layout, "up_proj"), torch.cat(expected))
+    one = [kernels.project(x[:1], record, layout, "up_proj") for record in records]
+    assert torch.equal(kernels.multiply(x[:1], records, [1] * 3, layout, "up_proj"), torch.cat(one))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-42, 3e38])
+@pytest.mark.parametrize("cpu", CPUS)
+def test_numbers_at_the_edge(number: float, cpu: str | None) -> None:
+    """What is not finite is not made finite; zeros, the smallest and the largest numbers do no harm."""
+    layout, record = quantised(4, 64, 128, 64, "bfloat16")
+    x = torch.ones(2, 128)
+    x[0, 5] = number
+    y = packed_for(cpu).project(x, record, layout, "up_proj")
+    assert bool(y[1].isfinite().all())
+    assert bool(y[0].isfinite().all()) == (abs(number) < 4e38)
+    zeros = packed_for(cpu).project(torch.zeros(1, 128), record, layout, "up_proj")
+    assert torch.equal(zeros, torch.zeros(1, 64))
+
+
+def test_a_record_at_any_address() -> None:
+    layout, record = quantised(3, 96, 256, 64, "uint8")
+    x = torch.randn(3, 256)
+    moved = torch.empty(len(record) + 7, dtype=torch.uint8)[7:]
+    moved.copy_(record)
+    kernels = packed_for(None)
+    assert torch.equal(kernels.project(x, moved, layout, "up_proj"), kernels.project(x, record, layout, "up_proj"))
+
+
+def test_threads_of_torch_multiply() -> None:
+    """The result is the same with one thread and with two, and torch's own threads are the ones."""
+    layout, record = quantised(4, 1024, 1024, 64, "bfloat16")
+    x, before = torch.randn(4, 1024), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(packed_for(None).project(x, record, layout, "up_proj"))
+            torch.randn(1 << 20).exp_()
+            here = threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
+            packed_for(None).project(x, record, layout, "up_proj")
+            assert (threading.active_count(), len(list(Path("/proc/self/task").iterdir()))) == here
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_exact_kernels_are_torchs_own() -> None:
+    assert type(kernels_for(torch.device("cpu"), exact=True)) is Kernels
+    assert type(kernels_for(torch.device("cpu"))) is PackedKernels
+    assert type(kernels_for(torch.device("meta"))) is Kernels

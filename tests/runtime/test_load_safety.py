@@ -92,7 +92,7 @@ def test_the_store_is_that_of_the_directory_asked_for(directory: Path, monkeypat
     for name in (directory, link, Path(), Path("../model")):
         model, _ = moetier.load(name)
         with model.tiers:
-            assert model.tiers.host._store.folder.samefile(directory / GROUP)
+            assert model.tiers.host._loaders._store.folder.samefile(directory / GROUP)
 
 
 class Witness:

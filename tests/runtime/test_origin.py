@@ -25,7 +25,7 @@ from moetier.runtime.address import DEFAULT_NAME, Credentials, make_folder
 from moetier.runtime.client import DaemonTier
 from moetier.runtime.config import TierConfig
 from moetier.runtime.running import DaemonCard, ServedModel
-from moetier.runtime.side import SideServer, Welcome
+from moetier.runtime.side_server import SideServer, Welcome
 from moetier.tiers.errors import (
     ArenaError,
     BudgetError,
@@ -102,6 +102,28 @@ def test_a_running_daemon_of_this_very_store_is_found(
         assert all(map(torch.equal, outputs(model), expected))
         assert daemon.stats().requests > 0
         assert model.tiers.host.stats().bytes_in == 0, "nothing was read here"
+
+
+def test_what_has_no_effect_where_a_daemon_is_found_is_said_once(
+    directory: Path, daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has configured no logging sees it too."""
+    code = "import moetier, sys; moetier.load(sys.argv[1], ram='50%', policy='lru', learn=True)[0].tiers.close()"
+    result = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    said = [line for line in result.stderr.splitlines() if "effect" in line]
+    assert said == [
+        f"Without effect: --ram and --policy and --learn, as the experts are those of the daemon {daemon.folder}. "
+        "Give this to the daemon, or take none: --daemon none."
+    ]
+    for options, expected in (({"learn": True}, ["--learn"]), ({"policy": "scan"}, []), ({"device_memory": None}, [])):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            moetier.load(directory, **options)[0].tiers.close()
+        assert [record.getMessage().split()[2].rstrip(",") for record in caplog.records] == expected
+    daemon.kill()
+    with caplog.at_level("WARNING"):
+        moetier.load(directory, policy="lru")[0].tiers.close()
+    assert caplog.records == [], "it has an effect"
 
 
 def test_plain_from_pretrained_finds_it_too(

@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moetier.runtime.recall import Recall, of_popularity, of_predictions, of_previous_token
+from moetier.runtime.recall import (
+    GUESSES,
+    Comparison,
+    Recall,
+    compare,
+    of_popularity,
+    of_predictions,
+    of_previous_token,
+)
 from moetier.runtime.trace import NONE, Trace
 
 
@@ -54,6 +62,29 @@ def test_nothing_guessed_is_not_a_number() -> None:
     one = Trace(experts=np.array([[[0]]]), offsets=(0, 1), num_experts=(1,))
     assert np.isnan(of_previous_token(one).ratio)
     assert of_popularity(one).ratio == 1
+
+
+def test_ways_to_guess_are_compared_over_the_blocks_that_are_foretold() -> None:
+    assert compare(hand_made()) == [Comparison(1, 5 / 8, 5 / 8, 4 / 4)]
+    trace = random_trace(0)
+    foretold = of_predictions(trace, 2).wanted > 0
+    near, far = compare(trace)
+    assert (near.lookahead, far.lookahead) == (1, 2), "the nearest first"
+    assert far.gates == of_predictions(trace, 2).ratio
+    assert far.popularity == of_popularity(trace).only(foretold).ratio
+    assert far.previous_token == of_previous_token(trace).only(foretold).ratio
+    assert compare(Trace(experts=trace.experts, offsets=trace.offsets, num_experts=trace.num_experts)) == []
+
+
+def test_who_guesses_nothing_has_no_recall() -> None:
+    """No token is the first one's previous, and two blocks ahead nobody foretells these two blocks."""
+    predictions = np.full((2, 1, 2, 1), NONE)
+    predictions[0, 0, 1] = 1
+    one = Trace(
+        experts=np.array([[[0], [1]]]), offsets=(0, 1), num_experts=(2, 2), lookaheads=(1, 2), predictions=predictions
+    )
+    assert compare(one) == [Comparison(1, 1.0, 1.0, None), Comparison(2, None, None, None)]
+    assert [found.cells() for found in compare(one)] == [["1.000", "1.000", "-"], ["-"] * len(GUESSES)]
 
 
 def random_trace(seed: int) -> Trace:

@@ -116,7 +116,7 @@ def test_a_misspelt_budget_is_refused(tiny: tuple[Any, Path]) -> None:
     config = AutoConfig.from_pretrained(directory)
     assert config.quantization_config["bits"] == 16
     config.quantization_config["rma"] = smallest_ram(directory)
-    with pytest.raises(ConfigError, match=r"'rma'(?s:.*)ram and device_memory"):
+    with pytest.raises(ConfigError, match=r"'rma'(?s:.*)ram, device_memory, context and exact"):
         AutoModelForCausalLM.from_pretrained(directory, config=config)
 
 
@@ -126,9 +126,10 @@ def test_budgets_leave_room_for_outputs_that_come_early(
     """In a context so long that they alone take all memory."""
     monkeypatch.setattr(registration, "kv_cache_bytes", lambda *_, **__: 0)
     moetier.load(tiny[1])[0].tiers.close()
+    moetier.load(tiny[1], context=1 << 40)[0].tiers.close()  # longer prompts are cut
     monkeypatch.setattr(registration, "DEFAULT_CONTEXT", 1 << 40)
     with pytest.raises(BudgetError, match="too little for"):
-        moetier.load(tiny[1])
+        moetier.load(tiny[1], context=1 << 40)
 
 
 def test_more_memory_than_there_is_does_no_harm_where_all_experts_fit(tiny: tuple[Any, Path]) -> None:
@@ -205,8 +206,7 @@ def test_the_end_of_the_model_is_the_end_of_its_tiers(tiny: tuple[Any, Path]) ->
     assert _loaders()
     del model
     gc.collect()
-    wait_until(lambda: tiers() is None)
-    assert not _loaders()
+    wait_until(lambda: tiers() is None and not _loaders())
 
 
 def test_a_lost_model_is_closed_also_when_found_by_who_holds_its_lock(tiny: tuple[Any, Path]) -> None:
@@ -237,8 +237,8 @@ def test_a_lost_model_is_closed_also_when_found_by_its_loader(tiny: tuple[Any, P
     go, found = threading.Event(), list[Any]()
     model, _ = moetier.load(tiny[1])
     host = model.tiers.host
-    store = host._store
-    host._store = Collecting()
+    store = host._loaders._store
+    host._loaders._store = Collecting()
     host.prefetch(0, [ExpertKey(0, 0)])
     lost = _lose(model)
     del model
@@ -247,10 +247,57 @@ def test_a_lost_model_is_closed_also_when_found_by_its_loader(tiny: tuple[Any, P
     assert found == [None]
 
 
-def _lose(model: Any) -> weakref.ref[Any]:
+def _hooks(model: Any) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def test_closing_takes_all_hooks_away(tiny: tuple[Any, Path]) -> None:
+    model, _ = moetier.load(tiny[1], speculate="always", look_ahead=2)
+    logits(model)
+    assert _hooks(model) > 1
+    model.tiers.close()
+    assert _hooks(model) == 0
+    assert model.tiers.speculation.stats().guesses != (0, 0, 0), "what it did is known all the same"
+    with pytest.raises(ClosedError, match="closed"):
+        logits(model)
+    assert _hooks(model) == 0
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_the_trunk_goes_with_the_model_whoever_holds_its_tiers(tiny: tuple[Any, Path], closes: bool) -> None:
+    """At once: no collector has to come by."""
+    model, _ = moetier.load(tiny[1], speculate="always", look_ahead=2)
+    logits(model)
+    tiers, layer, lost = model.tiers, weakref.ref(model.model.layers[1]), _lose(model, cycle=False)
+    gc.disable()
+    try:
+        if closes:
+            tiers.close()
+        del model
+        assert lost() is None
+        assert layer() is None
+    finally:
+        gc.enable()
+    wait_until(lambda: not _loaders())
+    assert tiers.speculation.stats().mode == "always"
+
+
+def test_a_module_may_refer_to_its_model(tiny: tuple[Any, Path]) -> None:
+    model, _ = moetier.load(tiny[1], speculate="always")
+    logits(model)
+    model.model.layers[0].__dict__["whole"] = model
+    lost = _lose(model)
+    del model
+    gc.collect()
+    assert lost() is None
+    wait_until(lambda: not _loaders())
+
+
+def _lose(model: Any, *, cycle: bool = True) -> weakref.ref[Any]:
     """Puts it in a cycle, which only the collector finds."""
     gc.collect()
-    model.__dict__["cycle"] = [model]
+    if cycle:
+        model.__dict__["cycle"] = [model]
     return weakref.ref(model)
 
 
@@ -261,8 +308,8 @@ def test_a_forked_child_is_told_and_closes_its_own(tiny: tuple[Any, Path]) -> No
         expected = logits(model)
         buffer = memoryview(mmap.mmap(-1, tiers.manifest.layout(0).slot_bytes))
         assert "another process's tier" in in_fork(lambda: logits(model))
-        assert "another process's tier" in in_fork(lambda: tiers.host._store.read_into(key, buffer))
-        with tiers.host._monitor, tiers.host._store._state:
+        assert "another process's tier" in in_fork(lambda: tiers.host._loaders._store.read_into(key, buffer))
+        with tiers.host._monitor, tiers.host._loaders._store._state:
             assert in_fork(tiers.close) == "returned None"
         assert torch.equal(logits(model), expected)
 

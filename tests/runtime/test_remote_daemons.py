@@ -24,8 +24,10 @@ from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, wait_until
 
 from moetier.runtime.address import Address, Credentials
+from moetier.runtime.peers import Peer
 from moetier.runtime.remote import RemoteReader
-from moetier.runtime.spread import Peer, SpreadReader, rendezvous
+from moetier.runtime.rendezvous import rendezvous
+from moetier.runtime.spread import SpreadReader
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.host import HostTier

@@ -30,7 +30,7 @@ def entries(model_type: str) -> tuple[Gates, dict[int, Tensor]]:
 @pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
 def test_it_names_what_the_gate_names(model_type: str) -> None:
     gates, found = entries(model_type)
-    shortcuts = Shortcuts(gates, [0])
+    shortcuts = Shortcuts(gates, 2)
     for gate in gates.blocks:
         if gate.refusal is not None or not found[gate.block].numel():
             continue
@@ -40,6 +40,26 @@ def test_it_names_what_the_gate_names(model_type: str) -> None:
         assert guess.unit.shape == (len(said),)
         same = (guess.experts.sort(-1).values == said.sort(-1).values).all(-1)
         assert same.float().mean() > 0.8, "rounding decides between experts that are as good as equal"
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_single_token_is_named_the_same_and_sooner(model_type: str) -> None:
+    gates, found = entries(model_type)
+    shortcuts = Shortcuts(gates, 2)
+    for gate in gates.blocks:
+        hidden = found[gate.block].reshape(-1, found[gate.block].shape[-1])[:1]
+        said, leads = shortcuts.guess(gate.block, 0, hidden).leads(), shortcuts.leads(gate.block, 0, hidden)
+        assert [expert for expert, _ in leads] == [expert for expert, _ in said]
+        assert [lead for _, lead in leads] == pytest.approx([lead for _, lead in said], rel=1e-4, abs=1e-4)
+
+
+def test_of_nothing_nothing_is_learned() -> None:
+    gates, found = entries("mixtral")
+    shortcuts = Shortcuts(gates, 1)
+    hidden = found[0].reshape(-1, found[0].shape[-1])[:1]
+    before = shortcuts.guess(1, 1, hidden)
+    shortcuts.learn(1, 1, torch.zeros_like(hidden), missed={0}, in_vain={1})
+    assert all(map(torch.equal, before, shortcuts.guess(1, 1, hidden)))
 
 
 @pytest.mark.parametrize(
@@ -79,13 +99,13 @@ def test_it_learns_what_the_layers_between_do(trained: Any) -> None:
         experts=lambda block, experts, _: real.update({block: experts}),
     ):
         model(ids)
-    learning, still = Shortcuts(gates, [1]), Shortcuts(gates, [1])
+    learning, still = Shortcuts(gates, 1), Shortcuts(gates, 1)
     right = {"learning": 0, "still": 0}
     for token in range(ids.shape[1]):
         for block in range(len(gates.blocks) - 1):
             hidden, wanted = states[block][token : token + 1], set(real[block + 1][token].tolist())
             for name, shortcuts in (("learning", learning), ("still", still)):
-                named = set(shortcuts.guess(block + 1, 1, hidden).experts[0].tolist())
+                named = {expert for expert, _ in shortcuts.leads(block + 1, 1, hidden)}
                 right[name] += len(named & wanted) * (token >= ids.shape[1] // 2)
                 if name == "learning":
                     shortcuts.learn(block + 1, 1, hidden, missed=wanted - named, in_vain=named - wanted)

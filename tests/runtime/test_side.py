@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import stat
@@ -21,9 +22,11 @@ from readers import PATIENCE
 from threads import Task, wait_until
 from users import NOBODY, as_nobody, become_nobody, need_root
 
-from moetier.runtime import side as side_module
+from moetier.runtime import side_server
 from moetier.runtime.address import SIDE_SOCKET
-from moetier.runtime.side import SideConnection, SideServer, Welcome, error_from, error_json
+from moetier.runtime.side import SideConnection
+from moetier.runtime.side_packets import error_from, error_json
+from moetier.runtime.side_server import SideServer, Welcome
 from moetier.tiers.errors import (
     ChecksumError,
     DaemonError,
@@ -215,6 +218,45 @@ def test_a_forked_child_does_not_keep_the_place(host: Host) -> None:
             os.close(writing)
 
 
+def test_a_child_that_is_forked_while_a_place_is_asked_for_does_not_keep_it(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
+        daemon.bind(str(folder / SIDE_SOCKET))
+        daemon.listen(1)
+        asking = Task(lambda: SideConnection.open(folder, None))
+        end, _ = daemon.accept()
+        with end:
+            assert end.recv(65536)  # it waits for the answer now
+            reading, writing = os.pipe()
+            child = os.fork()
+            if not child:  # lives on, and does nothing
+                os.read(reading, 1)
+                os._exit(0)
+            try:
+                end.send(b"{}")
+                with pytest.raises(ProtocolError):
+                    asking.result()
+                end.settimeout(1.0)
+                assert end.recv(65536) == b"", "the only client has given up"
+            finally:
+                os.write(writing, b"x")
+                os.waitpid(child, 0)
+                os.close(reading)
+                os.close(writing)
+
+
+def test_without_a_descriptor_for_its_socket_a_client_is_told_so(host: Host) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)  # the number that a socket would get
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(UnavailableError, match="Too many open files"):
+            SideConnection.open(host.folder, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not host.admitted
+
+
 def test_a_killed_clients_place_is_free_within_a_second(host: Host) -> None:
     script = (
         "import sys; from pathlib import Path; from moetier.runtime.side import SideConnection\n"
@@ -271,7 +313,7 @@ def test_saying_more_ends_the_place(host: Host) -> None:
 
 
 def test_saying_nothing_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(side_server, "PATIENCE", 0.05)
     host = Host(folder)
     with host.raw() as end:
         assert end.recv(1) == b""
@@ -331,8 +373,6 @@ def test_random_packets_do_no_harm(host: Host) -> None:
 
 
 def test_without_descriptors_it_waits_until_there_are_some(host: Host) -> None:
-    import resource
-
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     end.settimeout(PATIENCE)
@@ -356,6 +396,61 @@ def test_without_descriptors_it_waits_until_there_are_some(host: Host) -> None:
     end.close()
 
 
+@contextlib.contextmanager
+def only_descriptors(count: int) -> Iterator[None]:
+    """No more than so many can be opened."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(link.name) for link in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + count + 1, limits[1]))
+    filler: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                filler.append(os.dup(0))
+        for _ in range(count):
+            os.close(filler.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in filler:
+            os.close(descriptor)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_server_that_can_not_begin_leaves_nothing_open(folder: Path, count: int) -> None:
+    """It takes four: of its selector, its bell, and its socket."""
+    before = open_descriptors()
+    with only_descriptors(count), pytest.raises(OSError, match="Too many open files"):
+        Host(folder)
+    assert open_descriptors() == before
+    with only_descriptors(4):
+        host = Host(folder)
+    host.server.close()
+    assert open_descriptors() == before
+
+
+def test_a_server_without_a_folder_leaves_nothing_open(folder: Path) -> None:
+    before = open_descriptors()
+    with pytest.raises(FileNotFoundError):
+        Host(folder / "missing")
+    assert open_descriptors() == before
+
+
+def test_closing_twice_closes_nothing_of_others(folder: Path) -> None:
+    before = open_descriptors()
+    host = Host(folder)
+    host.server.close()
+    others = [os.dup(0) for _ in range(4)]  # have the numbers of what was closed
+    host.server.close()
+    for descriptor in others:
+        os.close(descriptor)
+    assert open_descriptors() == before
+
+
 @pytest.fixture
 def reachable() -> Iterator[Path]:
     """A folder that others can reach."""
@@ -373,13 +468,13 @@ def reachable() -> Iterator[Path]:
 def test_another_user_gets_nothing(
     reachable: Path, digest: str | None, delay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_peer = side_module._check_peer
+    check_peer = side_server.check_peer
 
     def slow(end: socket.socket, who: str) -> int:
         time.sleep(delay)
         return check_peer(end, who)
 
-    monkeypatch.setattr(side_module, "_check_peer", slow)
+    monkeypatch.setattr(side_server, "check_peer", slow)
     host = Host(reachable)
 
     def ask() -> object:

@@ -26,9 +26,11 @@ from threads import Task, run_all, wait_until
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.address import Address, Credentials
 from moetier.runtime.fetch import Fetches
+from moetier.runtime.peers import Peer
 from moetier.runtime.piece import encode_piece
 from moetier.runtime.remote import RemoteReader
-from moetier.runtime.spread import Peer, SpreadReader, rendezvous
+from moetier.runtime.rendezvous import rendezvous
+from moetier.runtime.spread import SpreadReader
 from moetier.tiers.errors import (
     ArenaError,
     BudgetError,

@@ -179,6 +179,9 @@ def write(path: Path, **changes: Any) -> Path:
         ({"offsets": np.array([0.0, 3.0])}, "offsets is not made of whole numbers"),
         ({"offsets": np.array([[0, 3]])}, "offsets is not made of whole numbers"),
         ({"blocks": np.array([1, 2])}, "blocks is not text"),
+        ({"n_prefill": np.array([1])}, "n_prefill is not one for each"),
+        ({"n_prefill": np.int64(2)}, "n_prefill is more than a sequence has"),
+        ({"n_prefill": np.int64(1), "offsets": np.zeros(0, np.int64)}, "offsets do not divide"),
         ({"experts": np.zeros((3, 2, 2), np.uint8)}, "twice"),
         ({"experts": np.full((3, 2, 2), 254, np.uint8)}, "that the model has not"),
         ({"weights": np.array([{}], object)}, "not a trace"),  # pickled
@@ -190,6 +193,22 @@ def test_a_file_that_contradicts_its_format_is_refused(tmp_path: Path, changes: 
         Trace.load(write(tmp_path / "T.npz", **changes))
     assert str(tmp_path / "T.npz") in caught.value.cause
     assert "\n" not in caught.value.cause
+
+
+def test_one_number_of_prompt_tokens_is_every_sequence_s(tmp_path: Path) -> None:
+    assert same(Trace.load(write(tmp_path / "T.npz", n_prefill=np.int64(1))), small(n_prefill=(1, 1)))
+    assert same(Trace.load(write(tmp_path / "T.npz", n_prefill=np.int64(0))), small(n_prefill=(0, 0)))
+
+
+@pytest.mark.parametrize("name", ["experts", "top_k", "weights", "blocks", "n_prefill"])
+@pytest.mark.parametrize("suffix", [".npy", ""])
+def test_a_part_that_is_no_array_is_refused(tmp_path: Path, name: str, suffix: str) -> None:
+    """numpy gives the bytes of what does not begin as its arrays do."""
+    path = write(tmp_path / "T.npz", **{name: None})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name + suffix, b"\x93NUMPX plain bytes")
+    with pytest.raises(ConfigError, match=f"not a trace .{name}: no numpy array"):
+        Trace.load(path)
 
 
 def test_what_a_reader_does_not_know_it_leaves_aside(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def tokenized(tinymix: Path) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def recorded(tinymix_4bit: Path, tokenized: list[Tensor]) -> tuple[Trace, list[list[int]]]:
     """The trace of a tiered model with room for a quarter of its experts, and the new tokens of each prompt."""
-    model, _ = moetier.load(tinymix_4bit, ram="3520KiB", daemon=None)
+    model, _ = moetier.load(tinymix_4bit, ram="3520KiB", daemon=None, exact=True)
     new = []
     with model.tiers, Recorder(model) as recorder:
         for ids in tokenized:
@@ -148,7 +148,7 @@ def test_predictions_are_those_of_the_plain_models_gates(plain: Any, recorded: t
 
 def test_recording_changes_no_token(recorded: tuple[Trace, list[list[int]]], plain: Any, tinymix_4bit: Path) -> None:
     trace, new = recorded
-    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
+    model, tokenizer = moetier.load(tinymix_4bit, daemon=None, exact=True)
     assert tokenizer is not None
     with model.tiers:
         for prompt, expected in zip(PROMPTS, new, strict=True):

@@ -21,7 +21,7 @@ from stores import layout_of, make_plan, make_records, make_store, write_store
 from threads import Task, wait_until
 
 from moetier.runtime.config import Size
-from moetier.runtime.daemon import plan_slots
+from moetier.runtime.division import plan_slots
 from moetier.runtime.leftover import Leftover, find_leftovers
 from moetier.runtime.memory import Available
 from moetier.tiers.arena import Arena

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,23 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys, record_bytes
-from fake_device import Order
+from fake_device import Locked, Order
 from geometries import two_geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import GatedReader, RamReader
-from stores import make_records, make_store
+from stores import make_plan, make_records, make_store
 from threads import Task, run_all, wait_until
 from unsteady import UnsteadySource
 
+from moetier.tiers.arena import Arena
 from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
 from moetier.tiers.device import DeviceTier
 from moetier.tiers.errors import BudgetError, ClosedError, StoreReadError
 from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.keys import ExpertKey, RecordLayout
+from moetier.tiers.page_locks import PageLocks
+from moetier.tiers.source import Lease
 from moetier.tiers.store import ExpertStore
 from moetier.tiers.stream import CudaDevice
-from moetier.tiers.views import HostViews
+from moetier.tiers.views import HostViews, SlotViews
+
+
+def arena_address(host: HostTier) -> int:
+    return torch.frombuffer(host._arena._mapping, dtype=torch.uint8).data_ptr()
 
 
 @pytest.fixture
@@ -118,6 +126,148 @@ def test_a_refill_waits_once_for_each_use_and_not_for_those_before(host: HostTie
     tier.close()
 
 
+# -- what goes on at the same time -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [2, 12])
+def test_the_next_record_is_copied_while_one_is_computed_on(reader: RamReader, slots: int) -> None:
+    """Its copy is queued before the computation is, and nobody waits for either in between: only at the end does the
+    caller wait for the last copy, because the host's leases end then."""
+    device = device_of()
+    with HostTier(reader, slots={"records": 12}) as host:
+        list(host.acquire(keys(0, 0, 1)))
+        tier = DeviceTier(host, PLAN, slots={"records": slots}, device=device)
+        consumer = Consumer(tier, device)
+        queued = []
+        for lease in tier.acquire(keys(0, 0, 1)):
+            queued.append(sum(device.pending.values()))
+            assert device.waits_of_the_host == 0
+            device.compute(lambda lease=lease: consumer.look(lease))
+        assert queued == [2, 2]
+        assert device.waits_of_the_host == 1
+        assert consumer.wrong() == 0
+        tier.close()
+
+
+def test_a_slot_that_is_computed_on_is_refilled_without_a_wait_of_the_host() -> None:
+    """All slots are in use: each copy waits for the computation on what was there before, on the device."""
+    plan = make_plan(blocks=1, experts=8, top_k=4)
+    records = make_records(plan)
+    device = device_of()
+    with HostTier(RamReader(plan, records), slots={"records": 8}) as host:
+        list(host.acquire(keys(0, 0, 1, 2, 3, 4, 5, 6, 7)))
+        tier = DeviceTier(host, plan, slots={"records": 4}, device=device)
+        for experts in ((0, 1, 2, 3), (4, 5, 6, 7)):
+            waits, queued, seen = device.waits_of_the_host, [], []
+            for lease in tier.acquire(keys(0, *experts)):
+                queued.append(sum(device.pending.values()))
+                assert device.waits_of_the_host == waits
+                device.compute(lambda lease=lease, seen=seen: seen.append((lease.key, record_bytes(lease.record))))
+            assert queued == [2, 3, 4, 4]
+            assert device.waits_of_the_host == waits + 1
+            device.finish()
+            assert [key.expert for key, data in seen if data == records[key]] == list(experts)
+        tier.close()
+
+
+def test_what_another_process_may_replace_is_proved_before_it_is_computed_on(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(UnsteadySource(host, share=0.0), PLAN, slots=SMALLEST, device=device)
+    for lease in tier.acquire(keys(0, 0, 1)):
+        assert record_bytes(lease.record) == RECORDS[lease.key], "it is there"
+        assert not any(device.pending.values())
+    tier.close()
+
+
+def test_a_callers_end_waits_for_the_copies_that_were_begun_ahead(reader: RamReader) -> None:
+    device = device_of()
+    with HostTier(reader, slots={"records": 12}) as host:
+        list(host.acquire(keys(0, 0, 1)))
+        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
+        leases = tier.acquire(keys(0, 0, 1))
+        next(leases)
+        assert sum(device.pending.values()) == 2
+        leases.close()
+        assert not any(device.pending.values()), "the host may refill what was copied from"
+        tier.check_integrity()
+        host.check_integrity()
+        tier.close()
+
+
+# -- records that are made ready on the device ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("promotes", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_arranged_is_seen_by_every_computation(seed: int, promotes: bool) -> None:
+    """And the record's own bytes are what came over the link."""
+    device, came = device_of(seed), []
+
+    def arrange(record: torch.Tensor, layout: RecordLayout) -> None:
+        assert layout == PLAN.layouts["records"]
+        came.append(record_bytes(record))
+        record.bitwise_not_()
+
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 4}) as host:
+        tier = DeviceTier(host, PLAN, slots={"records": 4}, device=device, arrange=arrange, promotes=promotes)
+        seen: list[tuple[ExpertKey, bytes]] = []
+        for step in range(12):
+            block = step % 3
+            with device.stream():
+                for lease in tier.acquire(keys(block, step % 4, (step + 1) % 4, (step + 2) % 4)):
+                    device.compute(lambda lease=lease: seen.append((lease.key, record_bytes(lease.record))))
+                    tier.check_integrity()
+            tier.prefetch((block + 1) % 3, keys((block + 1) % 3, (step + 1) % 4))
+        device.finish()
+        assert len(seen) == 36
+        assert all(data == bytes(255 - byte for byte in RECORDS[key]) for key, data in seen)
+        assert set(came) <= set(RECORDS.values())
+        tier.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_refill_waits_for_the_arrangement_of_what_nobody_computed_on(seed: int) -> None:
+    device = device_of(seed)
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as host:
+        list(host.acquire(keys(0, 0, 1)))
+        tier = DeviceTier(
+            host, PLAN, slots=SMALLEST, device=device, arrange=lambda record, layout: record.bitwise_not_()
+        )
+        leases = tier.acquire(keys(0, 0, 1))
+        next(leases)  # the other one's copy is queued too
+        leases.close()
+        seen: list[tuple[ExpertKey, bytes]] = []
+        for lease in tier.acquire(keys(1, 2, 3)):
+            device.compute(lambda lease=lease: seen.append((lease.key, record_bytes(lease.record))))
+        device.finish()
+        assert [key for key, data in seen if data == bytes(255 - byte for byte in RECORDS[key])] == keys(1, 2, 3)
+        tier.close()
+
+
+def test_what_can_not_be_arranged_leaves_nothing_behind(host: HostTier) -> None:
+    device, broken = device_of(), [True]
+
+    def arrange(record: torch.Tensor, layout: RecordLayout) -> None:
+        pass
+
+    def run(stream: object, work: object, original: object = device.run) -> None:
+        if broken:
+            broken.clear()
+            raise torch.OutOfMemoryError("full")
+        original(stream, work)  # type: ignore[operator]
+
+    device.run = run  # type: ignore[method-assign, assignment]
+    tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, arrange=arrange)
+    consumer = Consumer(tier, device)
+    with pytest.raises(torch.OutOfMemoryError):
+        consumer.run(0, [0])
+    assert not any(device.pending.values())
+    tier.check_integrity()
+    consumer.run(0, [0])
+    assert consumer.wrong() == 0
+    tier.close()
+
+
 # -- cache -------------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +301,41 @@ def test_what_is_given_first_is_evicted_last(host: HostTier) -> None:
     consumer.run(0, [3])
     assert tier.stats().misses == misses + 1
     tier.close()
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("scan", True), ("lru", False)])
+@pytest.mark.parametrize("promotes", [False, True])
+def test_a_passage_leaves_what_decoding_needs(policy: str, kept: bool, promotes: bool) -> None:
+    """A prefill of all experts in each block, of which half have slots."""
+    plan = make_plan(blocks=3, experts=8, top_k=2)
+    records = make_records(plan)
+    device = device_of()
+    with HostTier(RamReader(plan, records), slots={"records": 24}) as host:
+        tier = DeviceTier(host, plan, slots={"records": 12}, device=device, policy=policy, promotes=promotes)
+        seen: list[tuple[ExpertKey, bytes]] = []
+
+        def run(block: int, *experts: int) -> None:
+            last = -1
+            for lease in tier.acquire(keys(block, *experts)):
+                device.compute(lambda lease=lease: seen.append((lease.key, record_bytes(lease.record))))
+                tier.check_integrity()
+                assert lease.slot != last, "the copy would wait for the computation"
+                last = lease.slot
+
+        for block in range(3):
+            run(block, 0, 1)
+            run(block, 2, 3)
+        for block in range(3):
+            run(block, *range(8))
+        hits = tier.stats().hits
+        for block in range(3):
+            run(block, 0, 1)
+            run(block, 2, 3)
+        device.finish()
+        assert all(data == records[key] for key, data in seen)
+        assert len(seen) == 3 * 16
+        assert (tier.stats().hits - hits >= 3 * 2) == kept
+        tier.close()
 
 
 def test_two_record_sizes() -> None:
@@ -244,7 +429,7 @@ def test_who_waits_for_a_copy_gets_it_when_it_is_queued(reader: RamReader) -> No
         device.copy_may_begin.clear()
         leases = tier.acquire(keys(0, 3))
         first = Task(lambda: next(leases))
-        wait_until(lambda: tier._copying == 1)
+        wait_until(lambda: tier._slots.copying == 1)
         second = Task(lambda: consumer.run(0, [3]))
         wait_until(lambda: bool(tier._monitor._sleepers))
         device.copy_may_begin.set()
@@ -264,7 +449,7 @@ def test_who_waits_for_a_copy_that_fails_copies_for_itself(reader: RamReader) ->
         device.copy_may_begin.clear()
         device.copy_error = RuntimeError("lost")
         first = Task(lambda: consumer.run(0, [3]))
-        wait_until(lambda: tier._copying == 1)
+        wait_until(lambda: tier._slots.copying == 1)
         second = Task(lambda: consumer.run(0, [3]))
         wait_until(lambda: bool(tier._monitor._sleepers))
         device.copy_may_begin.set()
@@ -363,15 +548,41 @@ def test_memory_that_can_not_be_page_locked_is_copied_all_the_same(host: HostTie
     tier.close()
 
 
-def test_each_slot_of_the_host_is_page_locked_once_and_let_go(host: HostTier) -> None:
+def test_the_hosts_memory_is_page_locked_as_a_whole_and_let_go(host: HostTier) -> None:
     device = device_of()
     tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
     consumer = Consumer(tier, device)
     for block in (0, 1, 2, 0):
         consumer.run(block, [0, 1, 2, 3])
-    assert device.page_lock_calls == len(device.locked) == 2
+    assert device.page_lock_calls == 1
+    assert device.locked == {arena_address(host): Locked(host._arena.plan.nbytes, read_only=False)}
     consumer.wrong()
     tier.close()
+    assert not device.locked
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_what_is_mapped_read_only_is_page_locked_so(host: HostTier, maps: bool) -> None:
+    """As the arena of a daemon is."""
+    device, arena, descriptor = device_of(), host._arena, host._arena.export()
+    if maps:
+        arena = Arena.map(descriptor, arena.plan)
+    views = SlotViews(PageLocks(device).lock)
+    for slot in range(arena.plan.slots):
+        views.of(Lease(ExpertKey(0, slot), arena.view(slot), slot))
+    assert list(device.locked.values()) == [Locked(arena.plan.nbytes, read_only=maps)]
+    os.close(descriptor)
+
+
+def test_memory_that_comes_back_before_it_was_unlocked_is_not_locked_twice() -> None:
+    device, memory = device_of(), bytearray(4096)
+    locks = PageLocks(device)
+    locks.lock(memory)
+    locks.retire(memory)
+    locks.lock(memory)
+    assert not locks.has_retired
+    assert device.page_lock_calls == len(device.locked) == 1
+    locks.unlock()
     assert not device.locked
 
 
@@ -439,7 +650,7 @@ def test_close_waits_for_a_copy_that_is_being_begun(host: HostTier) -> None:
     device.copy_may_begin.clear()
     caller = Task(lambda: list(tier.acquire(keys(0, 0))))
     wait_until(lambda: bool(device.locked))
-    wait_until(lambda: tier._copying == 1)
+    wait_until(lambda: tier._slots.copying == 1)
     closer = Task(tier.close)
     wait_until(lambda: tier._closed)
     wait_until(lambda: bool(tier._monitor._sleepers))
@@ -472,15 +683,14 @@ def test_memory_that_the_host_has_given_up_is_unlocked_and_let_go_of(host: HostT
     for block in range(3):
         consumer.run(block, [0, 1])
     device.finish()
-    assert len(device.locked) == sum(SMALLEST.values())
+    assert list(device.locked) == [arena_address(spare)]
     source.source = host
     spare.close()
     for _ in range(2):
         for block in range(3):
             consumer.run(block, [0, 1, 2, 3])
     assert consumer.wrong() == 0
-    slots = {torch.frombuffer(record, dtype=torch.uint8).data_ptr() for record in host._records}
-    assert device.locked <= slots, "what was locked of the old memory is unlocked"
+    assert list(device.locked) == [arena_address(host)], "the old memory is unlocked"
     del consumer
     assert Path("/proc/self/maps").read_text().count("/memfd:moetier-arena") == 1
     tier.close()
@@ -552,12 +762,31 @@ def test_cuda_page_locks_and_recovers_from_a_refusal() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as host:
         for lease in host.acquire(keys(0, 0)):
             record = torch.frombuffer(lease.record, dtype=torch.uint8)
-            assert device.lock_pages(record)
+            assert device.lock_pages(record, read_only=False)
             assert record.is_pinned()
-            assert not device.lock_pages(record), "it is locked already"
+            assert not device.lock_pages(record, read_only=False), "it is locked already"
             assert float(torch.ones(4, device="cuda").sum()) == 4, "the refusal does not come up again"
             device.unlock_pages(record)
             del record
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_copies_out_of_what_is_mapped_read_only(host: HostTier) -> None:
+    """Page-locked, or pageable where the device has no such locks."""
+    cuda, descriptor = CudaDevice(torch.device("cuda")), host._arena.export()
+    arena = Arena.map(descriptor, host._arena.plan)
+    locks = PageLocks(cuda)
+    views = SlotViews(locks.lock, locks.retire)
+    target = cuda.allocate(PLAN.layouts["records"].record_bytes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The system does not page-lock")
+        for lease in host.acquire(keys(0, 0, 1)):
+            cuda.copy(target, views.of(Lease(lease.key, arena.view(lease.slot), lease.slot)))
+            cuda.copy_stream().record_event().synchronize()
+            assert record_bytes(target) == RECORDS[lease.key]
+    locks.unlock()
+    os.close(descriptor)
 
 
 # -- records that another process may replace --------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_closing_twice_keeps_once_and_a_forked_child_nothing(store: ExpertStore)
     with HostTier(store, slots={"records": 6}) as tier:
         learner = Learner(tier)
         take(tier, 0, 2)
-        learner.use([ExpertKey(0, 1)])  # as a tier above does
+        tier.used([ExpertKey(0, 1)])  # as a tier above says
         assert in_fork(learner.close) == "returned None"
         assert kept(store) == {}
     learner.close()  # behind the tier
@@ -88,7 +88,7 @@ def test_what_a_device_holds_is_used_too(store: ExpertStore) -> None:
     with HostTier(store, slots={"records": 6}) as tier:
         learner = Learner(tier)
         fake = FakeDevice(random.Random(0))
-        device = DeviceTier(tier, store.manifest, slots={"records": 6}, device=fake, on_hits=learner.use)
+        device = DeviceTier(tier, store.manifest, slots={"records": 6}, device=fake)
         for experts in ((0, 1), (1,), (1,)):
             for _ in device.acquire([ExpertKey(0, expert) for expert in experts]):
                 pass

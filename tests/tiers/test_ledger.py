@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from geometries import two_geometries
 from hypothesis import settings
@@ -13,12 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stores import layout_of, make_plan
 
 from moetier.tiers.budget import members, slot_ranges
+from moetier.tiers.demands import Demand, Load, Party, Pool
 from moetier.tiers.directory import Directory
 from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.ledger import Demand, Ledger, Load, Pool
+from moetier.tiers.ledger import Ledger
 from moetier.tiers.monitor import Monitor
 from moetier.tiers.order import ORDERS
+from moetier.tiers.parties import Parties
 from moetier.tiers.plan import ArenaPlan
 from moetier.tiers.policy import plan_groups
 from moetier.tiers.session import Desk, Event, Failed, Granted, Session
@@ -113,17 +116,18 @@ class LedgerMachine(RuleBasedStateMachine):
             prefetches=data.draw(st.integers(1, 2), "prefetches"),
             clock=lambda: self.now,
         )
+        self.parties = Parties(self.ledger)
         self.loaders = data.draw(st.integers(1, 3), "loaders")
         self.pools = {}
         order = data.draw(st.sampled_from(sorted(ORDERS)), "order")
         for (name, count), first in zip(counts.items(), plan.first_slots, strict=True):
             self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, 1, order)
-        self.desk = Desk(MANIFEST, self.monitor, self.ledger, self.directory, self.pools)
+        self.desk = Desk(MANIFEST, self.monitor, self.ledger, self.parties, self.directory, self.pools)
 
     def wake(self) -> None:
         for caller in self.callers:
             caller.asleep = False
-        self.monitor.post(self.ledger.serve)
+        self.monitor.post(self.parties.serve)
 
     def pool(self, block: int) -> Pool:
         return self.pools[MANIFEST.blocks[block].array]
@@ -186,15 +190,31 @@ class LedgerMachine(RuleBasedStateMachine):
         with self.monitor:
             self.gone(data.draw(st.sampled_from(self.callers)))
 
+    @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)), used=st.booleans())
+    def lend(self, key: ExpertKey, used: bool) -> None:
+        """For as long as any other lease."""
+        pool = self.pool(key.block)
+        caller = Caller(Demand(pool, key.block, caller=len(self.callers)), [])
+        before = replace(self.ledger.counters)
+        with self.monitor:
+            slot = self.ledger.lend(caller.demand, key)
+            assert (slot is not None) == (pool.slots.holds(key) and not pool.hungry)
+            if slot is not None:
+                caller.held = (key, slot)
+                self.callers.append(caller)
+            assert self.ledger.counters == before
+            if used:
+                self.ledger.used_above([key])
+
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
         with self.monitor:
-            self.ledger.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
+            self.ledger.loads.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
     def warm(self, block: int, experts: list[int]) -> None:
         with self.monitor:
-            self.ledger.warm(self.pool(block), [ExpertKey(block, expert) for expert in experts])
+            self.ledger.loads.warm(self.pool(block), [ExpertKey(block, expert) for expert in experts])
 
     # -- clients in other processes -----------------------------------------------------------------------------------
 
@@ -249,8 +269,7 @@ class LedgerMachine(RuleBasedStateMachine):
         failed = {id(client): len(client.failed) for client in self.clients}
         self.now += seconds
         with self.monitor:
-            until = self.ledger.expire()
-            self.ledger.serve()
+            until = self.parties.expire()
         assert until is None or self.now < until <= self.now + PATIENCE
         if seconds == PATIENCE:
             for client, request in waiting:
@@ -276,7 +295,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin_read(self) -> None:
         with self.monitor:
             evictions = self.ledger.counters.evictions
-            load = self.ledger.next_load()
+            load = self.ledger.loads.take()
         if load is not None:
             if load.warmed:
                 assert not any(other.waiters for other in self.reading), "it has what demands leave of the disk"
@@ -294,12 +313,12 @@ class LedgerMachine(RuleBasedStateMachine):
         with self.monitor:
             waiters = list(load.waiters)
             if error is not None:
-                self.ledger.fail(load, error)
+                self.ledger.loads.fail(load, error)
                 assert load.pool.slots.find(load.key) is None, "nothing is cached"
                 assert all(demand.error is not None for demand in waiters)
             else:
                 self.memory[load.pool, load.slot] = load.key
-                self.ledger.arrive(load)
+                self.ledger.loads.arrive(load)
         assert all(demand.party is None or demand.error is None or demand.is_over for demand in waiters)
 
     @invariant()
@@ -307,7 +326,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         self.ledger.check_integrity(list(self.pools.values()))
-        for load in self.ledger._loads.values():  # from the moment on when its slot is taken, the old bytes are gone
+        counters = self.ledger.counters
+        assert counters.useful + counters.late + counters.wasted <= counters.prefetched
+        for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None
         content = {pool.first + slot: key for (pool, slot), key in self.memory.items()}
         for caller in self.callers:
@@ -344,7 +365,7 @@ class LedgerMachine(RuleBasedStateMachine):
                     if held and request in client.held:
                         client.release(request, [next(iter(held))])
             with self.monitor:
-                while len(self.reading) < self.loaders and (load := self.ledger.next_load()) is not None:
+                while len(self.reading) < self.loaders and (load := self.ledger.loads.take()) is not None:
                     self.reading.append(load)
             if self.reading:
                 self.end(self.reading[0], None)
@@ -356,7 +377,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not any(pool.slots.pins(slot) for slot in range(pool.slots.count))
             assert not pool.hungry
         assert not self.ledger._demands
-        assert not self.ledger._deadlines
+        assert not self.ledger.waiting._deadlines
 
 
 TestLedger = LedgerMachine.TestCase
@@ -382,8 +403,8 @@ def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
 
 
 def arrive_all(ledger: Ledger) -> None:
-    while (load := ledger.next_load()) is not None:
-        ledger.arrive(load)
+    while (load := ledger.loads.take()) is not None:
+        ledger.loads.arrive(load)
 
 
 def test_the_hungry_are_served_in_order_and_nobody_reads_ahead_of_them() -> None:
@@ -436,18 +457,18 @@ def test_what_is_given_first_is_evicted_last() -> None:
 def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -> None:
     ledger, pool = ledger_of(3)
     caller, other = demand(ledger, pool, 1, 0, 1, 2), demand(ledger, pool, 1, 2)
-    begun = ledger.next_load()
+    begun = ledger.loads.take()
     assert begun is not None
     assert begun.key == ExpertKey(1, 0)
     ledger.leave(caller)
     ledger.check_integrity([Pool(3, plan_groups(3, members(MANIFEST, "big")), 0, 1), pool])
     assert pool.slots.find(ExpertKey(1, 1)) is None
-    wanted = ledger.next_load()
+    wanted = ledger.loads.take()
     assert wanted is not None
     assert wanted.key == ExpertKey(1, 2), "somebody else wants it"
-    assert ledger.next_load() is None
-    ledger.arrive(begun)
-    ledger.arrive(wanted)
+    assert ledger.loads.take() is None
+    ledger.loads.arrive(begun)
+    ledger.loads.arrive(wanted)
     slot = pool.slots.find(ExpertKey(1, 0))
     assert slot is not None
     assert pool.slots.is_evictable(slot)
@@ -508,25 +529,25 @@ def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
     arrive_all(ledger)
     assert len(holder.ready) == 3
     hungry = demand(ledger, pool, 3, 0)
-    ledger.wish(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
+    ledger.loads.wish(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
     ledger.leave(holder)
-    assert ledger.next_load() is None, "three slots could be had, but somebody is hungry"
+    assert ledger.loads.take() is None, "three slots could be had, but somebody is hungry"
     ledger.advance(hungry)
-    load = ledger.next_load()
+    load = ledger.loads.take()
     assert load is not None
     assert load.key == ExpertKey(3, 0), "demands first"
-    assert ledger.next_load() is None, "and alone: they don't share the disk with wishes"
-    ledger.arrive(load)
-    wished = ledger.next_load()
+    assert ledger.loads.take() is None, "and alone: they don't share the disk with wishes"
+    ledger.loads.arrive(load)
+    wished = ledger.loads.take()
     assert wished is not None
     assert wished.key == ExpertKey(4, 0)
-    assert ledger.next_load() is None, "one prefetch at a time, so that a demand finds a loader"
-    ledger.arrive(wished)
-    other = ledger.next_load()
+    assert ledger.loads.take() is None, "one prefetch at a time, so that a demand finds a loader"
+    ledger.loads.arrive(wished)
+    other = ledger.loads.take()
     assert other is not None
     assert other.key == ExpertKey(4, 1)
     assert pool.slots.find(ExpertKey(4, 0)) is not None, "a wish does not evict what is wished"
-    ledger.arrive(other)
+    ledger.loads.arrive(other)
     assert ledger.counters.prefetched == 2
 
 
@@ -535,82 +556,134 @@ def test_what_becomes_of_wishes_is_counted() -> None:
     ledger, pool = ledger_of(3, clock=lambda: now[0])
 
     def read(seconds: float) -> None:
-        load = ledger.next_load()
+        load = ledger.loads.take()
         assert load is not None
         now[0] += seconds
-        ledger.arrive(load)
+        ledger.loads.arrive(load)
 
     def counts() -> tuple[int, ...]:
         found = ledger.counters
         assert found.useful + found.late + found.wasted <= found.prefetched
         return found.prefetched, found.useful, found.late, found.wasted, found.cancelled
 
-    ledger.wish(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
+    ledger.loads.wish(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     read(0.5)
-    late = ledger.next_load()
+    late = ledger.loads.take()
     assert late is not None
     now[0] += 0.25
     first = demand(ledger, pool, 1, 0, 1)
     assert counts() == (2, 1, 1, 0, 1), "one is there, one under way, and the third is no longer wished"
     now[0] += 0.25
-    ledger.arrive(late)
+    ledger.loads.arrive(late)
     ledger.leave(first)
     assert ledger.counters.saved_seconds == 0.75
     ledger.leave(demand(ledger, pool, 1, 0, 1))
     assert counts() == (2, 1, 1, 0, 1), "each once"
 
-    ledger.wish(pool, 4, [ExpertKey(4, 0)])
+    ledger.loads.wish(pool, 4, [ExpertKey(4, 0)])
     read(1.0)
-    ledger.wish(pool, 4, [ExpertKey(4, 1)])
-    ledger.wish(pool, 4, [ExpertKey(4, 1)])
+    ledger.loads.wish(pool, 4, [ExpertKey(4, 1)])
+    ledger.loads.wish(pool, 4, [ExpertKey(4, 1)])
     assert counts() == (3, 1, 1, 0, 1), "what is wished again is not given up"
     others = demand(ledger, pool, 3, 0, 1, 2)
     arrive_all(ledger)
     ledger.leave(others)
-    assert counts() == (3, 1, 1, 1, 1), "evicted, and nobody had wanted it"
+    assert counts() == (3, 1, 1, 1, 2), "evicted, and nobody had wanted it; and the next wish found no slot"
     assert ledger.counters.saved_seconds == 0.75
+
+
+def test_a_wish_takes_the_place_of_one_that_was_wrong() -> None:
+    ledger, pool = ledger_of(6)
+
+    def there(*keys: tuple[int, int]) -> list[bool]:
+        return [pool.slots.find(ExpertKey(*key)) is not None for key in keys]
+
+    ledger.loads.wish(pool, 4, [ExpertKey(4, 0)])
+    arrive_all(ledger)
+    for block, experts in ((1, (0, 1)), (3, (0, 1)), (4, (1,))):
+        asked = demand(ledger, pool, block, *experts)
+        arrive_all(ledger)
+        ledger.leave(asked)
+    ledger.loads.wish(pool, 1, [ExpertKey(1, 2)])
+    arrive_all(ledger)
+    assert there((4, 0), (1, 2), (1, 0), (1, 1)) == [False, True, True, True], "and of no record of its own block"
+    ledger.leave(demand(ledger, pool, 1, 0))  # and not what was wished
+    asked = demand(ledger, pool, 4, 2)
+    arrive_all(ledger)
+    ledger.leave(asked)
+    assert there((1, 2), (1, 0), (1, 1), (4, 1), (4, 2)) == [False, True, True, True, True], "block 4 has its slot back"
+    assert ledger.counters.wasted == 2
+
+
+def test_a_wish_takes_what_is_empty_before_what_was_wrong() -> None:
+    ledger, pool = ledger_of(6)
+    for key in (ExpertKey(4, 0), ExpertKey(1, 0)):
+        ledger.loads.wish(pool, 4, [])
+        ledger.loads.wish(pool, key.block, [key])
+        arrive_all(ledger)
+    assert None not in (pool.slots.find(ExpertKey(4, 0)), pool.slots.find(ExpertKey(1, 0)))
+    assert ledger.counters.wasted == 0
+
+
+def test_a_wish_that_finds_no_slot_or_whose_wisher_goes_is_given_up() -> None:
+    ledger, pool = ledger_of(2)
+    ledger.loads.wish(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
+    assert [read_next(ledger) for _ in range(3)] == [ExpertKey(1, 0), ExpertKey(1, 1), None]
+    assert (ledger.counters.prefetched, ledger.counters.cancelled) == (2, 1), "the two that are there are wished still"
+
+    class Silent(Party):
+        def grant(self, demand: Demand, slot: int) -> None:
+            raise AssertionError
+
+        def refuse(self, demand: Demand, error: BaseException) -> None:
+            raise AssertionError
+
+    wisher = Silent(1)
+    ledger.loads.wish(pool, 3, [ExpertKey(3, 0), ExpertKey(3, 1)], wisher=wisher)
+    ledger.loads.withdraw_wishes(wisher)
+    assert (read_next(ledger), ledger.counters.cancelled) == (None, 3)
 
 
 def test_a_record_that_a_client_finds_in_the_directory_was_wished_rightly() -> None:
     ledger, pool = ledger_of(3)
-    ledger.wish(pool, 1, [ExpertKey(1, 0)])
-    load = ledger.next_load()
+    ledger.loads.wish(pool, 1, [ExpertKey(1, 0)])
+    load = ledger.loads.take()
     assert load is not None
-    ledger.arrive(load)
+    ledger.loads.arrive(load)
     ledger.use(pool, ExpertKey(1, 0))
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
 def read_next(ledger: Ledger) -> ExpertKey | None:
-    load = ledger.next_load()
+    load = ledger.loads.take()
     if load is None:
         return None
-    ledger.arrive(load)
+    ledger.loads.arrive(load)
     return load.key
 
 
 def test_a_warm_up_fills_what_is_empty_behind_demands_and_wishes() -> None:
     ledger, pool = ledger_of(6)  # two for each of three blocks
     ledger.leave(demand(ledger, pool, 4, 0))  # begun, and nobody's any more
-    ledger.warm(pool, [ExpertKey(1, 3), ExpertKey(1, 2), ExpertKey(1, 1)])
-    ledger.warm(pool, [ExpertKey(3, 0), ExpertKey(3, 1)])
-    ledger.warm(pool, [ExpertKey(4, 0), ExpertKey(4, 1)])
+    ledger.loads.warm(pool, [ExpertKey(1, 3), ExpertKey(1, 2), ExpertKey(1, 1)])
+    ledger.loads.warm(pool, [ExpertKey(3, 0), ExpertKey(3, 1)])
+    ledger.loads.warm(pool, [ExpertKey(4, 0), ExpertKey(4, 1)])
     assert read_next(ledger) == ExpertKey(1, 3), "the hottest first"
     wanted = demand(ledger, pool, 4, 0)
-    begun = ledger.next_load()
+    begun = ledger.loads.take()
     assert begun is not None
     assert begun.key == ExpertKey(4, 0)
-    assert ledger.next_load() is None, "not while anything is read for a demand"
-    ledger.arrive(begun)
+    assert ledger.loads.take() is None, "not while anything is read for a demand"
+    ledger.loads.arrive(begun)
     ledger.leave(wanted)
-    ledger.wish(pool, 3, [ExpertKey(3, 3)])
+    ledger.loads.wish(pool, 3, [ExpertKey(3, 3)])
     assert [read_next(ledger) for _ in range(5)] == [(3, 3), (1, 2), (3, 0), (4, 1), None], "never beyond the quota"
     assert (ledger.counters.evictions, ledger.counters.warmed, ledger.counters.prefetched) == (0, 4, 1)
 
 
 def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() -> None:
     ledger, pool = ledger_of(9)
-    ledger.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
+    ledger.loads.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
     assert [read_next(ledger), read_next(ledger)] == [(1, 0), (1, 1)]
     for expert, held in ((2, [0, 1, 2]), (3, [0, 2, 3]), (1, [1, 2, 3])):
         made = demand(ledger, pool, 1, expert)
@@ -622,14 +695,14 @@ def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() 
 
 def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
     ledger, pool = ledger_of(6)
-    ledger.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
+    ledger.loads.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
     assert read_next(ledger) == ExpertKey(1, 0)
-    load = ledger.next_load()
+    load = ledger.loads.take()
     assert load is not None
     for _ in range(2):
         made = demand(ledger, pool, 1, 0, 1)
-        if load.key in ledger._loads:
-            ledger.arrive(load)
+        if load in ledger.loads:
+            ledger.loads.arrive(load)
         ledger.leave(made)
     found = ledger.counters
     assert (found.warmed, found.recalled) == (2, 2)
@@ -638,20 +711,20 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
 
 def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
     ledger, pool = ledger_of(2)  # shared by three blocks
-    ledger.warm(pool, [ExpertKey(1, 0)])
-    load = ledger.next_load()
+    ledger.loads.warm(pool, [ExpertKey(1, 0)])
+    load = ledger.loads.take()
     assert load is not None
-    assert not ledger.stands_back(load)
+    assert not ledger.loads.stands_back(load)
     demand(ledger, pool, 3, 0)
-    assert ledger.stands_back(load)
-    assert not ledger.is_unwanted(load)
+    assert ledger.loads.stands_back(load)
+    assert not ledger.loads.is_unwanted(load)
     hungry = demand(ledger, pool, 4, 0)
     assert list(pool.hungry) == [hungry]
-    assert ledger.is_unwanted(load)
+    assert ledger.loads.is_unwanted(load)
     arrive_all(ledger)
-    ledger.cancel(load)
-    ledger.warm(pool, [ExpertKey(1, 1)])
-    assert ledger.next_load() is None, "the slot is for who is hungry"
+    ledger.loads.cancel(load)
+    ledger.loads.warm(pool, [ExpertKey(1, 1)])
+    assert ledger.loads.take() is None, "the slot is for who is hungry"
     ledger.advance(hungry)
     assert hungry.loads
 
@@ -684,15 +757,15 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
         ask(caller)
     for step in range(len(waiting) + 2):
         ask(step % 2)
-        load = ledger.next_load()
+        load = ledger.loads.take()
         assert load is not None
         (demand,) = load.waiters
-        ledger.arrive(load)
+        ledger.loads.arrive(load)
         ledger.leave(demand)
         waiting.discard(demand.caller)
     assert not waiting
-    assert len(ledger._turns) <= 202
+    assert len(ledger.loads._turns._queues) <= 202
     for caller in range(300, 400):  # who come once are not kept
         ask(caller)
         arrive_all(ledger)
-    assert len(ledger._turns) <= 2
+    assert len(ledger.loads._turns._queues) <= 2

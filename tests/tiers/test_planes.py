@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.tiers.planes import fold, from_kernel_order, to_kernel_order, unfold
+from moetier.tiers import planes
+from moetier.tiers.planes import fold, from_kernel_order, unfold
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -15,6 +16,14 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 def codes_of(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
+
+
+def to_kernel_order(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, K] -> uint8 [N * K / 2]."""
+    rows, columns = codes.shape
+    out = torch.empty(rows * columns // 2, dtype=torch.uint8)
+    planes.to_kernel_order(codes.view(-1, 64, columns).transpose(1, 2), out)
+    return out
 
 
 @pytest.mark.skipif(not AVX512, reason="torch packs for the CPU that it runs on")

@@ -184,6 +184,7 @@ def test_callers_who_demand_and_wish_on_streams_of_their_own(seed: int) -> None:
             """While nobody demands, a wish comes true."""
             for block in range(3):
                 tier.prefetch(block, [])
+            wait_until(lambda: not tier._slots.copying)
             before = tier.stats().prefetched
             tier.prefetch(0, tier.absent(keys(0, 0, 1, 2, 3))[:1])
             wait_until(lambda: tier.stats().prefetched > before)
@@ -232,8 +233,8 @@ def test_a_wish_goes_through_every_tier(tier: DeviceTier, host: HostTier, reader
     list(host.acquire(keys(1, 0)))
     reader.shut()
     tier.prefetch(1, keys(1, 0, 1))
-    wait_until(lambda: tier.stats().prefetched == 1)
-    assert tier.absent(keys(1, 0, 1)) == keys(1, 1)
+    wait_until(lambda: tier.absent(keys(1, 0, 1)) == keys(1, 1))
+    assert tier.stats().prefetched == 1
     reader.open()
     promoted(tier, 2)
     assert host.stats().prefetched == 1
@@ -241,7 +242,7 @@ def test_a_wish_goes_through_every_tier(tier: DeviceTier, host: HostTier, reader
 
 
 def test_what_the_host_has_not_begun_is_wished_for_there_still(device: FakeDevice, reader: GatedReader) -> None:
-    """An acquire from the host takes the wishes for its block away."""
+    """What is borrowed of a block takes none of its wishes away."""
     with HostTier(reader, slots=ALL, loaders=1) as host:
         list(host.acquire(keys(0, 0)))
         reader.shut()
@@ -252,30 +253,6 @@ def test_what_the_host_has_not_begun_is_wished_for_there_still(device: FakeDevic
             promoted(tier, 1)
             reader.open()
             promoted(tier, 2)
-
-
-def test_a_demand_that_comes_while_the_host_is_told_of_wishes_drops_them_there_too(
-    tier: DeviceTier, host: HostTier, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[list[ExpertKey]] = []
-    consumer, prefetch = Consumer(tier, device), host.prefetch
-
-    def and_meanwhile(block: int, wishes: list[ExpertKey]) -> None:
-        if threading.current_thread().name == "moetier-promoter" and not told:
-            consumer.run(block, [2])
-        told.append(list(wishes))
-        prefetch(block, wishes)
-
-    tier.prefetch(1, keys(1, 0))
-    promoted(tier, 1)
-    monkeypatch.setattr(host, "prefetch", and_meanwhile)
-    with tier._monitor:  # as if the caller's own word to the host came before
-        tier._promoter.wish(0, keys(0, 0, 1), keys(0, 0, 1))
-    wait_until(lambda: len(told) == 2)
-    assert told == [keys(0, 1), []]
-    assert not host._ledger._wishes
-    assert tier.stats().cancelled == 2
-    assert consumer.wrong() == 0
 
 
 def test_nothing_is_promoted_unless_it_is_told_to(host: HostTier, device: FakeDevice) -> None:
@@ -314,8 +291,8 @@ def test_wishes_that_never_come_true_are_not_looked_for_all_the_time(
     host: HostTier, device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[float] = []
-    absent = host.absent
-    monkeypatch.setattr(host, "absent", lambda wishes: looks.append(time.monotonic()) or absent(wishes))
+    borrow = host.borrow
+    monkeypatch.setattr(host, "borrow", lambda key: looks.append(time.monotonic()) or borrow(key))
     monkeypatch.setattr(host, "prefetch", lambda block, wishes: None)  # it refuses
     with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, promotes=True)) as tier:
         tier.prefetch(1, keys(1, 0))
@@ -327,15 +304,18 @@ def test_wishes_that_never_come_true_are_not_looked_for_all_the_time(
 
 
 def test_nothing_is_promoted_while_a_demand_misses(
-    tier: DeviceTier, host: HostTier, device: FakeDevice, reader: GatedReader
+    tier: DeviceTier, host: HostTier, device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[ExpertKey] = []
+    borrow = host.borrow
+    monkeypatch.setattr(host, "borrow", lambda key: asked.append(key) or borrow(key))
     reader.shut()
     consumer = Consumer(tier, device)
     demand = Task(lambda: consumer.run(1, [0]))
     reader.wait_begun(ExpertKey(1, 0))
     tier.prefetch(0, keys(0, 0, 1))  # the host has them
     idle(tier)
-    assert (tier.stats().prefetched, host.stats().hits) == (0, 0), "nor is the host asked for it"
+    assert (tier.stats().prefetched, asked) == (0, []), "nor is the host asked for it"
     reader.open()
     demand.result()
     promoted(tier, 2)
@@ -365,15 +345,15 @@ def test_a_demand_that_comes_while_the_host_is_asked_goes_first(
     reader.shut()
     consumer = Consumer(tier, device)
     demands: list[Task[None]] = []
-    acquire = host.acquire
+    borrow = host.borrow
 
-    def and_meanwhile(wanted: list[ExpertKey]):  # type: ignore[no-untyped-def]
-        if wanted == keys(0, 3) and not demands:
+    def and_meanwhile(key: ExpertKey):  # type: ignore[no-untyped-def]
+        if not demands:
             demands.append(Task(lambda: consumer.run(1, [0])))
             reader.wait_begun(ExpertKey(1, 0))
-        return acquire(wanted)
+        return borrow(key)
 
-    monkeypatch.setattr(host, "acquire", and_meanwhile)
+    monkeypatch.setattr(host, "borrow", and_meanwhile)
     tier.prefetch(0, keys(0, 3))
     wait_until(lambda: bool(demands))
     idle(tier)
@@ -399,7 +379,7 @@ def test_a_demand_joins_what_is_being_promoted(tier: DeviceTier, host: HostTier,
     list(host.acquire(keys(1, 0, 1)))
     device.copy_may_begin.clear()
     tier.prefetch(0, keys(0, 1))
-    wait_until(lambda: tier._copying == 1)
+    wait_until(lambda: tier._slots.copying == 1)
     consumer = Consumer(tier, device)
     demand = Task(lambda: consumer.run(0, [1]))
     wait_until(lambda: bool(tier._monitor._sleepers))
@@ -456,11 +436,91 @@ def test_what_is_held_is_not_evicted_by_a_wish(host: HostTier, device: FakeDevic
     tier.prefetch(0, keys(0, 2, 3))
     idle(tier)
     stats = tier.stats()
-    assert (stats.prefetched, stats.evictions) == (0, 0)
+    assert (stats.prefetched, stats.evictions, stats.cancelled) == (0, 0, 2)
     consumer.look(lease)
     holder.close()
     assert consumer.wrong() == 0
     tier.close()
+
+
+# -- what the host counts ----------------------------------------------------------------------------------------------
+
+
+def guesses(host: HostTier) -> tuple[int, ...]:
+    stats = host.stats()
+    return stats.prefetched, stats.useful, stats.late, stats.wasted, stats.cancelled
+
+
+def test_a_promotion_is_no_demand_of_the_host(host: HostTier, tier: DeviceTier) -> None:
+    host.take_uses()
+    order = list(host._pools["records"].policy._orders[0])
+    before = host.stats()
+    tier.prefetch(0, keys(0, 0, 1))
+    promoted(tier, 2)
+    idle(tier)
+    assert host.stats() == before
+    assert host.take_uses() == {}
+    assert list(host._pools["records"].policy._orders[0]) == order
+
+
+def test_a_right_guess_is_useful_once_in_each_tier(tier: DeviceTier, host: HostTier, device: FakeDevice) -> None:
+    misses = host.stats().misses
+    tier.prefetch(1, keys(1, 0, 1))
+    promoted(tier, 2)
+    assert guesses(host) == (2, 0, 0, 0, 0), "nobody has used it yet"
+    consumer = Consumer(tier, device)
+    for _ in range(2):
+        consumer.run(1, [0, 1])
+        assert guesses(host) == (2, 2, 0, 0, 0)
+        assert tier.stats().useful == 2
+    assert host.stats().saved_seconds > 0
+    assert (host.stats().hits, host.stats().misses) == (0, misses), "all demands were met on the device"
+
+
+def test_a_right_guess_that_the_host_has_evicted_was_useful(device: FakeDevice, reader: GatedReader) -> None:
+    with HostTier(reader, slots=SMALLEST) as host:
+        tier = DeviceTier(host, PLAN, slots=ALL, device=device, promotes=True)
+        tier.prefetch(1, keys(1, 0, 1))
+        promoted(tier, 2)
+        list(host.acquire(keys(2, 0, 1)))
+        assert host.stats().evictions == 2
+        assert guesses(host) == (2, 0, 0, 0, 0), "the device has it, and may use it"
+        consumer = Consumer(tier, device)
+        consumer.run(1, [1])
+        assert guesses(host) == (2, 1, 0, 0, 0)
+        list(host.acquire(keys(1, 0)))  # as if the device had it no more
+        assert guesses(host) == (2, 1, 0, 1, 0), "it was read for nothing"
+        assert consumer.wrong() == 0
+        tier.close()
+
+
+def test_what_the_device_has_no_slot_for_is_useful_in_the_host(
+    tier: DeviceTier, host: HostTier, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tier._promoter, "_promote", lambda lease: tier._promoter.drop(lease.key))
+    tier.prefetch(1, keys(1, 0, 1))
+    wait_until(lambda: not tier._promoter._waiting)
+    consumer = Consumer(tier, device)
+    consumer.run(1, [0, 1])
+    assert guesses(host) == (2, 2, 0, 0, 0)
+    assert (host.stats().hits, tier.stats().useful) == (2, 0)
+
+
+def test_what_the_host_reads_is_not_joined(tier: DeviceTier, host: HostTier, reader: GatedReader) -> None:
+    """So it is a wish's still: it stands back, can be cancelled, and others are promoted meanwhile."""
+    reader.shut()
+    tier.prefetch(1, keys(1, 0))
+    reader.wait_begun(ExpertKey(1, 0))
+    idle(tier)
+    tier.prefetch(0, keys(0, 0, 1))
+    promoted(tier, 2)
+    assert not host._ledger.loads._is_for_demands
+    assert not host._ledger._demands
+    tier.prefetch(1, [])
+    reader.open()
+    wait_until(lambda: host.stats().cancelled == 1 or host.stats().ready == 5)
+    assert guesses(host) == (1, 0, 0, 0, 1)
+    assert tier.stats().cancelled == 1
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -477,6 +537,29 @@ def test_a_copy_that_fails_leaves_nothing_behind(tier: DeviceTier, host: HostTie
     consumer = Consumer(tier, device)
     consumer.run(0, [0, 1])
     assert consumer.wrong() == 0
+
+
+def test_the_thread_survives_whatever_the_source_raises(
+    tier: DeviceTier, host: HostTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    borrow = host.borrow
+
+    def borrow_or_fail(key: ExpertKey):  # type: ignore[no-untyped-def]
+        if key.expert < 2:
+            raise OSError(f"no descriptor for {key.expert}")
+        return borrow(key)
+
+    monkeypatch.setattr(host, "borrow", borrow_or_fail)
+    tier.prefetch(0, keys(0, 0, 1, 2))
+    promoted(tier, 1)
+    assert tier.absent(keys(0, 0, 1, 2)) == keys(0, 0, 1)
+    assert not tier._promoter._waiting
+    assert tier.stats().cancelled == 2, "they are given up"
+    (record,) = caplog.records
+    assert "OSError: no descriptor for 0" in record.getMessage()
+    monkeypatch.undo()
+    tier.prefetch(0, keys(0, 0, 1))
+    promoted(tier, 3)
 
 
 def test_a_record_that_can_not_be_read_is_wished_for_in_vain(
@@ -508,7 +591,7 @@ def test_close_ends_the_thread_and_waits_for_its_copy(host: HostTier, device: Fa
     tier = DeviceTier(host, PLAN, slots={"records": 8}, device=device, promotes=True)
     device.copy_may_begin.clear()
     tier.prefetch(0, keys(0, 0, 1, 2))
-    wait_until(lambda: tier._copying == 1)
+    wait_until(lambda: tier._slots.copying == 1)
     closer = Task(tier.close)
     wait_until(lambda: bool(tier._monitor._sleepers))
     assert device.locked
@@ -520,30 +603,11 @@ def test_close_ends_the_thread_and_waits_for_its_copy(host: HostTier, device: Fa
     tier.close()
 
 
-def test_close_does_not_wait_for_a_source_that_gives_nothing(
-    device: FakeDevice, reader: GatedReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever closes may be the one for whose leases the source waits."""
-    with HostTier(reader, slots=SMALLEST) as host:
-        held = host.acquire(keys(0, 0)), host.acquire(keys(0, 1))
-        for leases in held:
-            next(leases)
-        tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device, promotes=True)
-        monkeypatch.setattr(host, "absent", lambda wishes: [])  # it has been evicted since
-        tier.prefetch(1, keys(1, 0))
-        wait_until(lambda: len(host._ledger._demands) == 3)
-        Task(tier.close).result(10)
-        for leases in held:
-            leases.close()
-    tier._promoter._thread.join()
-
-
 def test_a_source_that_was_closed_ends_it(host: HostTier, tier: DeviceTier, device: FakeDevice) -> None:
     device.copy_may_end.clear()
     tier.prefetch(0, keys(0, 0, 1))
     wait_until(lambda: tier.stats().prefetched == 1)
     host.close()
     device.copy_may_end.set()
-    wait_until(lambda: not tier._promoter._waiting)
+    wait_until(lambda: not tier._promoter._thread.is_alive())
     tier.close()
-    assert not tier._promoter._thread.is_alive()

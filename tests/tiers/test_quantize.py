@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.tiers import quantize
+from moetier.tiers import bands, quantize
 from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.keys import Bits, Projection, RecordLayout
 from moetier.tiers.pairs import load_pairs
@@ -179,7 +179,7 @@ def test_bytes_and_weights_do_not_depend_on_threads_or_tiles(
     record, read = encoded(tensors, layout), decoded(encoded(tensors, layout), layout, torch.bfloat16)
     torch.set_num_threads(2)
     assert torch.equal(encoded(tensors, layout), record)
-    monkeypatch.setattr(quantize.hqq, "GROUPS", 64)
+    monkeypatch.setattr(bands, "BAND_WEIGHTS", 2**14)  # two blocks of rows
     assert torch.equal(encoded(tensors, layout), record)
     monkeypatch.setattr(quantize, "TILE_WEIGHTS", 1)
     assert torch.equal(decoded(record, layout, torch.bfloat16), read)
@@ -421,3 +421,12 @@ def test_settings_that_do_not_exist(settings: dict[str, Any]) -> None:
 def test_parameters_that_cannot_be_stored(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(CheckpointError, match="w "):
         layout_for({"w": (shape, dtype)}, bits=4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(65, 128), (4096, 1024), (100, 16384)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_bands_take_is_known_before(rows: int, columns: int, dtype: torch.dtype) -> None:
+    p = Projection("up_proj", rows, columns, 4, str(dtype).removeprefix("torch."), False, 64, "bfloat16")
+    cut = bands.Bands(torch.empty(rows, columns, dtype=dtype), p)
+    codes = 3 * cut.turn(next(iter(cut))).numel()  # as int16, and as bytes
+    assert bands.band_bytes(p, dtype.itemsize) == cut._stored.nbytes + cut._buffers.nbytes + codes

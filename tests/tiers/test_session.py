@@ -357,7 +357,7 @@ def test_who_asks_and_goes_evicts_no_more_than_he_may_have_read() -> None:
             client.session.release(request)
         tier.check_integrity()
         assert client.session.held == 0
-        assert len(tier._ledger._loads) <= 2, "one for each loader"
+        assert len(tier._ledger.loads) <= 2, "one for each loader"
         assert ready - tier.stats().ready <= 4
         gate.open()
 

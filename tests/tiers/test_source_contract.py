@@ -298,6 +298,73 @@ def test_a_wish_saves_the_wait(roomy: Opened, kind: str) -> None:
     assert roomy.host.stats().prefetched == 2
 
 
+LENDERS = ["host", "remote", "daemon"]
+
+
+@pytest.mark.parametrize("kind", LENDERS)
+def test_what_is_ready_is_lent_and_no_demand(roomy: Opened) -> None:
+    roomy.take(0, 1, 2)
+    before, below = roomy.source.stats(), roomy.host.stats()
+    for _ in range(2):
+        for key in keys(0, 1, 2):
+            with roomy.source.borrow(key) as lease:
+                assert lease is not None
+                assert lease.key == key
+                assert roomy.data(lease) == RECORDS[key]
+                assert lease.holds()
+        with roomy.source.borrow(ExpertKey(0, 3)) as lease:
+            assert lease is None
+    with pytest.raises(ZeroDivisionError), roomy.source.borrow(ExpertKey(0, 1)):
+        raise ZeroDivisionError
+    assert (roomy.source.stats(), roomy.host.stats()) == (before, below)
+    roomy.check()
+
+
+@pytest.mark.parametrize("kind", LENDERS)
+def test_a_guess_that_was_borrowed_is_useful_when_it_is_used_above(roomy: Opened) -> None:
+    roomy.source.prefetch(1, keys(1, 0, 3, 5))
+    wait_until(lambda: roomy.host.stats().ready == 3)
+    for key in keys(1, 0, 3):
+        with roomy.source.borrow(key) as lease:
+            assert lease is not None
+            assert lease.holds()
+    assert roomy.host.stats().useful == 0
+    roomy.source.used(keys(1, 0, 2))  # the 2 is nobody's guess
+    wait_until(lambda: roomy.host.stats().useful == 1)
+    roomy.source.used(keys(1, 0))
+    roomy.take(1, 0, 3, 5)
+    wait_until(lambda: roomy.host.stats().useful == 3)
+    stats = roomy.host.stats()
+    assert (stats.prefetched, stats.late, stats.wasted) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("kind", LENDERS)
+def test_a_loan_keeps_what_is_lent_or_tells_that_it_did_not(smallest: Opened) -> None:
+    smallest.take(0, 1, 2)
+    with smallest.source.borrow(ExpertKey(0, 1)) as lease:
+        assert lease is not None
+        smallest.take(1, 0, 1, 2)
+        data = smallest.data(lease)
+        assert not lease.holds() or data == RECORDS[lease.key]
+    assert sorted(smallest.take(2, 0, 1)) == keys(2, 0, 1), "it holds nothing any more"
+
+
+@pytest.mark.parametrize("kind", LENDERS)
+def test_what_can_not_be_lent_is_an_error(kind: str, folder: Path) -> None:
+    with open_source(kind, folder, dict(ALL)) as opened:
+        with pytest.raises(MissingExpertError), opened.source.borrow(ExpertKey(0, 6)):
+            pass
+        opened.source.close()
+        with pytest.raises(ClosedError), opened.source.borrow(ExpertKey(0, 0)):
+            pass
+
+
+def test_absent_is_what_is_not_ready(roomy: Opened) -> None:
+    assert roomy.source.absent(keys(0, 0, 1, 2)) == keys(0, 0, 1, 2)
+    roomy.take(0, 1)
+    assert roomy.source.absent(keys(0, 0, 1, 2)) == keys(0, 0, 2)
+
+
 def test_after_close_everything_raises(kind: str, folder: Path) -> None:
     with open_source(kind, folder, dict(TWO)) as opened:
         leases = opened.source.acquire(keys(0, 0, 1))

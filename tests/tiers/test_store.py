@@ -113,6 +113,7 @@ def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_p
         store.read_into(ExpertKey(0, 0), slot.data, pause)
         assert bytes(slot[:-4]) == records[ExpertKey(0, 0)]
         assert len(read) == 7, "eighths"
+        assert not any("moetier-store" in thread.name for thread in threading.enumerate())
         assert 0 < read[0] < read[1] < read[6] < np.count_nonzero(slot[::4096]), "nothing is read beyond a pause"
 
         read, raises = [], 2
@@ -125,6 +126,7 @@ def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_p
         store.read_into(ExpertKey(0, 0), slot.data, pause)
         assert bytes(slot[:-4]) == records[ExpertKey(0, 0)]
         assert len(read) == 3, "it asks no more once the read is to be over"
+        assert any("moetier-store" in thread.name for thread in threading.enumerate()), "the rest is read side by side"
         assert read_all(store) == records
 
 

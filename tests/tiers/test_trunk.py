@@ -9,18 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 import pytest
 from faults import flip_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from stores import make_plan, make_records, write_store
 
 from moetier.tiers import trunk
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError, StoreReadError, TargetExistsError
 from moetier.tiers.folder import read_manifest
-from moetier.tiers.manifest import FileSum, Manifest
+from moetier.tiers.manifest import FileSum, Manifest, TrunkRecords
 from moetier.tiers.shard import GROUP
-from moetier.tiers.trunk import INDEX, check_sum, check_trunk, trunk_faults
+from moetier.tiers.trunk import INDEX, check_sum, check_trunk, trunk_faults, trunk_records
 from moetier.tiers.writer import StoreWriter
 
 NAMES = ("trunk-00001-of-00002.safetensors", "trunk-00002-of-00002.safetensors")
@@ -142,3 +144,69 @@ def test_the_manifest_keeps_it_and_it_is_no_part_of_the_plan(manifest: Manifest,
 def test_a_malformed_one_is_refused(value: object) -> None:
     with pytest.raises(StoreError, match="its manifest is malformed"):
         Manifest.from_json(make_plan().to_json() | {"trunk": value}, "here")
+
+
+# records in it
+
+FORM = TrunkRecords(4, 64, "bfloat16")
+
+
+def with_records(folder: Path, tensors: dict[str, np.ndarray], named: str | None = None) -> Manifest:
+    save_file(tensors, folder / NAMES[0])
+    places = dict.fromkeys([*tensors, *([named] if named else [])], NAMES[0])
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    return replace(make_plan(), trunk_records=FORM, requires=("trunk-records",))
+
+
+def test_records_are_those_that_the_index_names_so(tmp_path: Path) -> None:
+    tensors = {"a.b.record": np.zeros(128, np.uint8), "a.norm.weight": np.zeros(3, np.float32)}
+    manifest = with_records(tmp_path, tensors | {"record": np.zeros(1, np.uint8)})
+    assert trunk_records(tmp_path, manifest) == {"a.b": 128}
+    with pytest.raises(StoreFormatError, match=r"names a\.b\.record, which the manifest does not know"):
+        trunk_records(tmp_path, replace(manifest, trunk_records=None))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named", "words"),
+    [
+        ({"a.record": np.zeros(8, np.float32)}, None, "a.record is of F32"),
+        ({"a.record": np.zeros((8, 8), np.uint8)}, None, "can't be read"),
+        ({"a.record": np.zeros(8, np.uint8)}, "b.record", "can't be read"),
+    ],
+)
+def test_what_is_no_record_is_refused(
+    tmp_path: Path, tensors: dict[str, np.ndarray], named: str | None, words: str
+) -> None:
+    with pytest.raises(StoreFormatError, match=words):
+        trunk_records(tmp_path, with_records(tmp_path, tensors, named))
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    manifest = with_records(tmp_path, {"a.record": np.zeros(8, np.uint8)})
+    (tmp_path / NAMES[0]).write_bytes(b"{}")
+    with pytest.raises(StoreFormatError, match="can't be read"):
+        trunk_records(tmp_path, manifest)
+
+
+@pytest.mark.parametrize(
+    ("value", "requires"),
+    [
+        ({"bits": 3, "group": 64, "pairs": "bfloat16"}, ["trunk-records"]),
+        ({"bits": 16, "group": 64, "pairs": "bfloat16"}, ["trunk-records"]),
+        ({"bits": 4, "group": "64", "pairs": "bfloat16"}, ["trunk-records"]),
+        ({"bits": 4, "group": 64, "pairs": "float16"}, ["trunk-records"]),
+        ({"bits": 4, "group": 64}, ["trunk-records"]),
+        (None, ["trunk-records"]),
+        ({"bits": 4, "group": 64, "pairs": "bfloat16"}, []),
+    ],
+)
+def test_a_manifest_that_says_something_else_of_them(value: object, requires: list[str]) -> None:
+    stored = make_plan().to_json() | {"trunk_records": value, "requires": requires}
+    with pytest.raises(StoreError, match="its manifest is malformed"):
+        Manifest.from_json(stored, "here")
+
+
+def test_the_manifest_keeps_how_they_are_made() -> None:
+    plan = replace(make_plan(), trunk_records=FORM, requires=("trunk-records",))
+    assert Manifest.from_json(plan.to_json(), "here") == plan
+    assert plan.trunk_bits == 4

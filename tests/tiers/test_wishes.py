@@ -85,7 +85,8 @@ def test_nothing_is_lost_and_nothing_comes_twice(actions: list[tuple[str, str, i
             latest[wisher, block] = wanted
             waiting[wisher, block] = absent
         elif action == "withdraw":
-            wishes.withdraw(wisher)
+            given_up = sum(len(found) for place, found in waiting.items() if place[0] == wisher)
+            assert wishes.withdraw(wisher) == given_up
             waiting = {place: found for place, found in waiting.items() if place[0] != wisher}
             latest = {place: found for place, found in latest.items() if place[0] != wisher}
         else:

@@ -97,6 +97,24 @@ def test_where_records_came_from_is_said(
     assert re.fullmatch(r"fetched  [1-9]\d* records, [\d.]+ MiB, from the local store", lines[1])
 
 
+def test_what_became_of_wishes_is_said_by_who_counts_them(
+    tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A daemon's are of all its clients together: it says them itself."""
+    options = [str(tinymix_4bit), PROMPT, "--max-new-tokens", "8", "--speculate", "always"]
+    ram = budget(tinymix_4bit, 16)
+    assert main(["generate", *options, "--daemon", "none", "--ram", ram]) == 0
+    (own,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wishes")]
+    assert re.match(r"wishes   host: [1-9]\d* read, \d+ useful, \d+ late, \d+ wasted; \d+ cancelled; up to ", own)
+    with running_daemon(tinymix_4bit, ram=ram, folder=tmp_path / "d") as daemon:
+        assert main(["generate", *options, "--daemon", str(daemon.folder)]) == 0
+        report = capsys.readouterr().err
+        assert daemon.stats().host.prefetched > 0
+    words = [line.split()[0] for line in report.splitlines() if line]
+    assert "guesses" in words
+    assert "wishes" not in words
+
+
 def test_the_budget_changes_no_token(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {
         generate(capsys, str(tinymix_4bit), PROMPT, "--ram", ram, "--max-new-tokens", "12")["text"]

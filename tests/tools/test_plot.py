@@ -17,6 +17,7 @@ from matplotlib.image import imread
 
 from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError, TargetError
+from moetier.tiers.order import ORDERS
 from moetier.tools import figures, plot
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"
@@ -126,6 +127,17 @@ def test_figure_2_right(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.asarray(line.get_ydata(), float), [1.0, 0.5])
 
 
+def test_a_look_ahead_that_nobody_guesses_has_no_point(tmp_path: Path) -> None:
+    trace = Trace.load(recorded(tmp_path))
+    assert trace.predictions is not None
+    predictions = np.where(np.arange(2)[:, None, None, None] == 1, NONE, trace.predictions)
+    figure = figures.draw_recall(replace(trace, predictions=predictions))
+    values = [np.asarray(line.get_ydata(), float) for line in figure.axes[0].lines]
+    assert [np.isnan(ratios).tolist() for ratios in values] == [[False, True]] * 3
+    assert [text.get_text() for text in figure.axes[0].texts] == ["100%"]
+    figure.savefig(tmp_path / "a.png")
+
+
 def test_the_heatmap() -> None:
     trace = Trace.load(MIXTRAL)
     use, hits = images(figures.draw_heatmap(trace, cached=4))
@@ -133,6 +145,16 @@ def test_the_heatmap() -> None:
     counts = np.asarray([np.bincount(trace.experts[:, block].ravel(), minlength=8) for block in range(32)])
     np.testing.assert_allclose(use, counts / 773 / (2 / 8))
     assert (hits * counts).sum() / counts.sum() == pytest.approx(0.574, abs=0.001)
+
+
+def test_what_is_called_an_lru_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order tiers have by default: what they have is not asked for."""
+    trace = Trace.load(recorded(tmp_path))
+    for name in ORDERS.keys() - {"lru"}:
+        monkeypatch.delitem(ORDERS, name)
+    figures.draw_use(trace, tokens=range(6), blocks=[0], cached=2)
+    figures.draw_heatmap(trace, cached=2)
+    figures.draw_hits(trace)
 
 
 def test_models_whose_blocks_differ(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from moetier.tools.convert import convert
 from moetier.tools.main import main
 from moetier.tools.perplexity import WINDOW, Loss, loss
 
@@ -72,6 +73,23 @@ def test_a_model_directory_is_measured_as_it_runs(
     assert (row["bits"], row["group"], row["pairs"], row["method"]) == (4, "64", "bfloat16", "hqq")
     assert row["stored_bytes"] == expected["stored_bytes"]
     assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=0.01)  # it runs in bf16
+
+
+def test_a_quantised_trunk(tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In memory, and as a model directory runs it; the trunk is what it was in the way behind."""
+    settings = ("--text", str(TEXTS / "python.txt"), "--tokens", "512")
+    rows = quality(capsys, str(tinymix), *settings, "--bits", "16", "--trunk-bits", "8,4,16")
+    plain, eight, four, again = (row["perplexity"] for row in rows)
+    assert [row["trunk_bits"] for row in rows] == [16, 8, 4, 16]
+    assert again == plain
+    assert 0 < abs(eight / plain - 1) < 0.002
+    assert 0.002 < four / plain - 1 < 0.05
+    convert(tinymix, tmp_path / "dst", bits=16, trunk_bits=4)
+    (row,) = quality(capsys, str(tmp_path / "dst"), *settings)
+    assert (row["bits"], row["trunk_bits"], row["method"]) == (16, 4, "hqq")
+    assert row["perplexity"] == pytest.approx(four, rel=0.01)  # it runs in bf16
+    assert main(["quality", str(tmp_path / "dst"), *settings]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["bits", "trunk", "group"]
 
 
 def test_loss_is_what_transformers_says(tinymix: Path) -> None:

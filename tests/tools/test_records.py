@@ -1,20 +1,27 @@
-"""Records of a block that is read whole, by several workers."""
+"""Records by several workers: what overlaps with what, and a block that is read whole."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import save_checkpoint, tree
 
+from moetier.tiers.keys import ExpertKey
 from moetier.tools import records
 from moetier.tools.checkpoint import open_checkpoint
 from moetier.tools.conversion import Conversion, Options
 from moetier.tools.convert import convert
+from moetier.tools.geometry import GEOMETRIES
 from moetier.tools.recipe import BlockBlueprint, Recipe
+from moetier.tools.synthetic import make_synthetic
 
 
 def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +56,63 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     assert made == {(recipe.target, None): 1 for block in blocks for recipe in block.recipes.values()}
     assert not any(block._whole for block in blocks)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_what_many_workers_take_was_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 workers beside one; an expert is 3 MiB, and each projection a whole band."""
+    wide = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 64}
+    monkeypatch.setitem(GEOMETRIES, "qwen3-8L", GEOMETRIES["qwen3-8L"] | wide)
+    source = tmp_path / "src"
+    make_synthetic(source, geometry="qwen3-8L", blocks=1)
+    said, taken = {}, {}
+    for workers in (1, 16):
+        options = Options(4, workers=workers)
+        said[workers] = Conversion.plan(open_checkpoint(source), tmp_path / "dst", options).encoder.peak_bytes
+        target = tmp_path / str(workers)
+        words = ["convert", source, target, "--bits", 4, "--fast", "--workers", workers, "--json"]
+        command = [sys.executable, "-m", "moetier.tools.main", *map(str, words)]
+        taken[workers] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["peak_bytes"]
+    assert 0.6 * (said[16] - said[1]) < taken[16] - taken[1] < 1.3 * (said[16] - said[1])
+
+
+def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that has been read is not quantised before another one is being read."""
+    source = save_checkpoint(tmp_path / "src", "mixtral")
+    conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(workers=2, fast=True))
+    make, encode, readers, overlapped = Recipe.make, records.encode, set[int](), threading.Event()
+
+    def note(recipe: Recipe, expert: int | None) -> Any:
+        readers.add(threading.get_ident())
+        if len(readers) == 2:
+            overlapped.set()
+        return make(recipe, expert)
+
+    def hold(tensors: Any, *arguments: Any, **options: Any) -> Any:
+        read = dict(tensors)
+        assert overlapped.wait(10)
+        return encode(read, *arguments, **options)
+
+    monkeypatch.setattr(Recipe, "make", note)
+    monkeypatch.setattr(records, "encode", hold)
+    conversion.run(lambda line: None, quiet=True)
+    assert len(readers) == 2
+
+
+def test_workers_go_on_while_a_record_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_checkpoint(tmp_path / "src", "mixtral")
+    conversion = Conversion.plan(open_checkpoint(source), tmp_path / "dst", Options(workers=2, fast=True))
+    encode, finished, plan = records.encode, threading.Semaphore(0), conversion.target.plan
+    keys = [ExpertKey(b, e) for b, block in enumerate(plan.blocks) for e in range(block.experts)]
+    assert len(keys) > 5
+
+    def tell(*arguments: Any, **options: Any) -> Any:
+        errors = encode(*arguments, **options)
+        finished.release()
+        return errors
+
+    monkeypatch.setattr(records, "encode", tell)
+    with closing(conversion.encoder.records(keys)) as made:
+        next(made)  # and nobody asks for the next one
+        for _ in range(5):  # more than the workers and one
+            assert finished.acquire(timeout=10)

@@ -25,8 +25,14 @@ def run(*words: str) -> int:
     return replay.run(parser.parse_args([*words]))
 
 
-def test_the_policies_it_offers_are_those_of_the_simulation() -> None:
-    assert replay.POLICIES == POLICIES
+def test_it_offers_every_policy_of_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--policy", ",".join(POLICIES)]):
+        assert run(GPT_OSS, "--slots", "4", "--json", *words) == 0
+        (report,) = json.loads(capsys.readouterr().out)["traces"]
+        assert tuple(result["policy"] for result in report["results"]) == POLICIES
+    parser = ArgumentParser()
+    replay.add_arguments(parser)
+    assert all(name in parser.format_help() for name in POLICIES)
 
 
 def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +97,26 @@ def test_recall_where_there_are_predictions(tmp_path: Path, capsys: pytest.Captu
     ]
     assert run(str(tmp_path / "t.npz"), "--slots", "2") == 0
     assert "1           0.500       1.000           1.000" in capsys.readouterr().out
+
+
+def test_where_nobody_guesses_there_is_no_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In strict JSON."""
+    predictions = np.asarray([[[[-1], [1]]], [[[-1], [-1]]]], np.int16)
+    experts = np.asarray([[[0], [1]]], np.int16)
+    trace = Trace(experts=experts, offsets=(0, 1), num_experts=(2, 2), lookaheads=(1, 2), predictions=predictions)
+    trace.save(tmp_path / "t.npz")
+    assert run(str(tmp_path / "t.npz"), "--json") == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (report,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["traces"]
+    assert report["recall"] == [
+        {"lookahead": 1, "gates": 1.0, "popularity": 1.0, "previous_token": None},
+        {"lookahead": 2, "gates": None, "popularity": None, "previous_token": None},
+    ]
+    assert run(str(tmp_path / "t.npz")) == 0
+    assert "1           1.000       1.000               -" in capsys.readouterr().out
 
 
 def test_a_trace_of_prompts_has_no_hit_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from moetier.runtime.trace import Trace
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import ORDERS
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS, Recency
 from moetier.tools.simulation import POLICIES, Demand, SimulatedTier, demands_of, simulate
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"
@@ -212,6 +213,41 @@ def test_a_device_tier_above() -> None:
     assert found.device.hit_ratio == pytest.approx(0.574, abs=0.001)
     assert found.decoding.lookups == found.device.misses
     assert found.decoding.misses == 256, "each expert of each block comes from the disk once"
+
+
+class NewestFirst(Recency):
+    """An order that no policy has."""
+
+    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+        return reversed(self._keys)
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"), [("lru", "lru"), ("scan", "scan"), ("learned", DEFAULT_ORDER), ("belady", DEFAULT_ORDER)]
+)
+def test_a_device_tier_has_the_order_of_the_policy(policy: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that comes first leaves the same behind in either of tiers' orders. So one that leaves something else
+    stands in for each: it is seen in the device tier where its name is asked for, and nowhere else."""
+    trace = load("gptoss_120b_top2_bigmoeonedge")
+    assert sum(trace.n_prefill) == 85
+    demands = [sets_of(trace, 0, block) for block in range(trace.block_count)]
+    expected = sum(second_lru(of_block, 4) for of_block in demands)
+    assert simulate(trace, policy, 16, device_slots=4).device.hits == expected
+    for name in ORDERS:
+        with monkeypatch.context() as patch:
+            patch.setitem(ORDERS, name, NewestFirst)
+            hits = simulate(trace, policy, 16, device_slots=4).device.hits
+        assert (hits != expected) == (name == order)
+
+
+def test_what_was_learned_is_kept_least_recently_used() -> None:
+    """A prompt of more than the cache's four evicts it, as it would not from ``scan``."""
+    prompt, token = [[4, 5], [6, 7], [0, 4]], [[0, 1]]
+    rows = [*[[pair] for pair in ([0, 1], [2, 3], [0, 1])], *[[pair] for pair in prompt], token]
+    trace = Trace(experts=np.asarray(rows, np.int16), offsets=(0, 3, 7), num_experts=(8,), n_prefill=(0, 3))
+    found = simulate(trace, "learned", 4)
+    assert found.preloads == 4
+    assert (found.decoding.lookups, found.decoding.misses) == (8, 4 + 2)
 
 
 def test_a_prompt_is_one_demand() -> None:

@@ -12,14 +12,18 @@ import transformers
 from checkpoints import tree
 
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
-from moetier.tools import synthetic
 from moetier.tools.convert import convert
+from moetier.tools.geometry import GEOMETRIES, config_of, shapes_of
 from moetier.tools.main import main
-from moetier.tools.synthetic import GEOMETRIES, make_synthetic
+from moetier.tools.synthetic import make_synthetic
 
 SMALL: dict[str, dict[str, Any]] = {
     "mixtral-4L": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3-8L": {
+        "hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_experts": 16,
+    },
+    "fine-4L": {
         "hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 16, "num_experts": 16,
     },
@@ -42,7 +46,7 @@ def test_transformers_loads_it_whole(geometry: str, tmp_path: Path) -> None:
     assert not any(info.values()), info
     assert model.dtype == torch.bfloat16
     experts = model.model.layers[1].mlp.experts
-    assert abs(float(experts.gate_up_proj.detach().float().std()) - synthetic.STD) < 1e-3
+    assert abs(float(experts.gate_up_proj.detach().float().std()) - 64**-0.5) < 5e-3
     for one in range(experts.num_experts):
         for other in range(one):
             assert not torch.equal(experts.down_proj[one], experts.down_proj[other])
@@ -60,11 +64,19 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 
 def test_the_geometries_are_what_they_say() -> None:
-    """Parameters: 5.84 and 5.07 thousand million."""
-    for name, expected in (("mixtral-4L", 5.84e9), ("qwen3-8L", 5.0e9)):
-        config = {**synthetic.COMMON, **GEOMETRIES[name]}
-        weights = sum(torch.Size(shape).numel() for shape in synthetic.shapes_of(config).values())
+    """Parameters: 5.84, 5.07 and 6.6 thousand million."""
+    for name, expected in (("mixtral-4L", 5.84e9), ("qwen3-8L", 5.0e9), ("fine-4L", 6.55e9)):
+        weights = sum(torch.Size(shape).numel() for shape in shapes_of(config_of(name)).values())
         assert abs(weights / expected - 1) < 0.02, weights
+
+
+def test_sizes_take_the_place_of_a_geometrys(tmp_path: Path) -> None:
+    make_synthetic(tmp_path / "src", blocks=1, sizes=SMALL["mixtral-4L"] | {"num_local_experts": 4})
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_local_experts"], config["num_experts_per_tok"]) == (64, 4, 2)
+    model, info = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "src", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.model.layers[0].mlp.experts.num_experts == 4
 
 
 @pytest.mark.parametrize("blocks", ["0", "-1"])

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from daemons import running_daemon
 
+import moetier
 from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.folder import read_manifest, store_folder
@@ -162,6 +165,39 @@ def test_what_can_not_work_is_said(
     assert all(word in message for word in words), message
     assert "Traceback" not in message
     assert not (tmp_path / "T.npz").exists()
+
+
+def test_a_prompt_without_tokens_is_refused_before_any_is_recorded(
+    tinymix_4bit: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a tokenizer that leaves a character out."""
+    folder = tmp_path / "model"
+    shutil.copytree(tinymix_4bit, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    prompts.write_text("one\n~\ntwo\n~~\n")
+    assert trace(folder, prompts, tmp_path / "T.npz", "--max-new-tokens", "1") == 1
+    message = capsys.readouterr().err
+    assert "no tokens in prompt 2, 4" in message
+    assert "of 4 prompts" not in message
+    assert not (tmp_path / "T.npz").exists()
+
+
+def test_it_does_not_speculate(
+    tinymix_4bit: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose guesses would read and evict beside what is recorded, for nothing."""
+    speculations, real = [], moetier.load
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        model, tokenizer = real(*arguments, **options)
+        speculations.append(model.tiers.speculation)
+        return model, tokenizer
+
+    monkeypatch.setattr("moetier.runtime.generate.load", load)
+    assert trace(tinymix_4bit, prompts, tmp_path / "T.npz", "--max-new-tokens", "1") == 0
+    assert speculations == [None]
 
 
 def test_prompts_of_json_lines(tmp_path: Path) -> None:

@@ -1,0 +1,220 @@
+"""The code of one new token's attention: softmax(q @ K.T * scale + mask) @ V, in fp32, keys and values where they lie.
+
+An item is one head of keys and values, with all the heads of queries that share it: keys are read once for them, and so
+are values. What comes out of it depends on nothing but that item.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from llvmlite import ir
+
+from .emit import F32, I16, I32, I64, POINTER, Emitter, Value, new_module, vector
+from .form import Number
+
+ATTEND = "moetier_attend"  # the function's name
+LANES = 16
+HEADS, POSITIONS = 4, 4  # that are computed together
+# i64: items begun, items, heads of keys, heads of queries for each; L, D, V; q, K, V, mask (0: none), out, scratch;
+# of K, then of V: elements from one sequence, head, position to the next; the scale's bits
+CONTEXT = 20
+_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # of 2^f, f in -.5 .. .5
+
+
+def scratch_numbers(heads: int, positions: int, width: int, values: int) -> int:
+    """fp32, of an item: queries, rows of keys or values, scores, sums."""
+    padded = -(-positions // LANES) * LANES
+    return heads * (width + padded + values) + POSITIONS * max(width, values)
+
+
+def attending(number: Number) -> ir.Module:
+    """``ATTEND(context)``: takes items until none is left. q [items, heads, D], mask fp32 [B, L rounded up to LANES],
+    out [items, heads, V]; D and V are multiples of LANES."""
+    return _Attending(new_module(), number).module
+
+
+class _Attending(Emitter):
+    def __init__(self, module: ir.Module, number: Number) -> None:
+        super().__init__(module, ATTEND, [POINTER])
+        self._number = number
+        at, n = self.at, self.number
+        (context,) = self.function.args
+        field = [self.place(context, n(8 * i), I64) for i in range(CONTEXT)]
+        items, key_heads, self._heads, self._length, self._width, self._values = (at.load(f) for f in field[1:7])
+        q, k, v, mask, out, scratch = (at.load(f) for f in field[7:13])
+        k_strides, v_strides = [at.load(f) for f in field[13:16]], [at.load(f) for f in field[16:19]]
+        scale = at.bitcast(at.trunc(at.load(field[19]), I32), F32)
+        self._padded = at.mul(at.udiv(at.add(self._length, n(LANES - 1)), n(LANES)), n(LANES))
+        self._accumulators = [at.alloca(vector(F32, LANES)) for _ in range(HEADS)]
+        wide = at.select(at.icmp_signed(">", self._width, self._values), self._width, self._values)
+        numbers = at.mul(self._heads, at.add(self._width, at.add(self._padded, self._values)))
+        numbers = at.add(numbers, at.mul(n(POSITIONS), wide))
+        with self.items(field[0], items) as item:
+            sequence, head = at.udiv(item, key_heads), at.urem(item, key_heads)
+            self._queries = at.inttoptr(at.add(scratch, at.mul(item, at.mul(numbers, n(4)))), POINTER)
+            self._rows = at.gep(self._queries, [at.mul(at.mul(self._heads, self._width), n(4))])
+            self._scores = at.gep(self._rows, [at.mul(wide, n(4 * POSITIONS))])
+            self._sums = at.gep(self._scores, [at.mul(at.mul(self._heads, self._padded), n(4))])
+
+            queries = at.mul(self._heads, self._width)
+            self._take(self._address(q, at.mul(item, queries)), self._queries, queries, scale)
+            self._score(self._begin(k, k_strides, sequence, head), k_strides[2])
+            self._soften(mask, at.mul(sequence, self._padded))
+            self._unite(self._begin(v, v_strides, sequence, head), v_strides[2])
+            self._give(self._address(out, at.mul(item, at.mul(self._heads, self._values))))
+        at.ret_void()
+
+    def _address(self, base: Value, elements: Value) -> Value:
+        return self.at.inttoptr(self.at.add(base, self.at.mul(elements, self.number(self._number.nbytes))), POINTER)
+
+    def _begin(self, base: Value, strides: list[Value], sequence: Value, head: Value) -> Value:
+        at = self.at
+        return self._address(base, at.add(at.mul(sequence, strides[0]), at.mul(head, strides[1])))
+
+    def _floats(self, pointer: Value, index: Value) -> Value:
+        return self.load(pointer, self.at.mul(index, self.number(4)), vector(F32, LANES))
+
+    def _keep(self, value: Value, pointer: Value, index: Value) -> None:
+        self.store(value, pointer, self.at.mul(index, self.number(4)))
+
+    def _take(self, source: Value, target: Value, count: Value, scale: Value | None = None) -> None:
+        """``count`` numbers, as fp32."""
+        at, n = self.at, self.number
+        with self.loop(n(0), count, LANES) as i:
+            place = at.mul(i, n(self._number.nbytes))
+            if self._number is Number.BF16:
+                value = self.widen(self.load(source, place, vector(I16, LANES)), LANES)
+            else:
+                value = self.load(source, place, vector(F32, LANES))
+            if scale is not None:
+                value = at.fmul(value, self.spread(scale, LANES))
+            self._keep(value, target, i)
+
+    def _some(self, count: Value, together: int, body: Callable[[int, Value], None]) -> None:
+        """``body(how many, first)`` for ``together`` at a time, and for each of the rest."""
+        at, n = self.at, self.number
+        whole = at.mul(at.udiv(count, n(together)), n(together))
+        with self.loop(n(0), whole, together) as first:
+            body(together, first)
+        with self.loop(whole, count) as first:
+            body(1, first)
+
+    def _score(self, keys: Value, stride: Value) -> None:
+        """Scores of all positions; behind them -inf."""
+        at, n = self.at, self.number
+        nothing = self.all(F32, -math.inf, LANES)
+        with self.loop(n(0), self._heads) as head:
+            self._keep(nothing, self._scores, at.sub(at.mul(at.add(head, n(1)), self._padded), n(LANES)))
+        with self.loop(n(0), self._length) as position:
+            key = at.gep(keys, [at.mul(at.mul(position, stride), n(self._number.nbytes))])
+            self._take(key, self._rows, self._width)
+
+            def dots(count: int, head: Value, position: Value = position) -> None:
+                heads = [at.add(head, n(i)) for i in range(count)]
+                for place in self._accumulators[:count]:
+                    at.store(self.all(F32, 0.0, LANES), place)
+                with self.loop(n(0), self._width, LANES) as i:
+                    row = self._floats(self._rows, i)
+                    for h, place in zip(heads, self._accumulators, strict=False):
+                        query = self._floats(self._queries, at.add(at.mul(h, self._width), i))
+                        at.store(self._multiply_add(query, row, at.load(place)), place)
+                for h, place in zip(heads, self._accumulators, strict=False):
+                    total = self._reduce(at.load(place), at.fadd)
+                    self.store(total, self._scores, at.mul(at.add(at.mul(h, self._padded), position), n(4)))
+
+            self._some(self._heads, HEADS, dots)
+
+    def _soften(self, mask: Value, first: Value) -> None:
+        """Scores -> shares of 1."""
+        at, n = self.at, self.number
+        largest, total = self._accumulators[:2]
+        rest, masked = self.function.append_basic_block("plain"), self.function.append_basic_block("masked")
+        at.cbranch(at.icmp_signed("==", mask, n(0)), rest, masked)
+        at.position_at_end(masked)
+        added = at.inttoptr(at.add(mask, at.mul(first, n(4))), POINTER)
+        with self.loop(n(0), self._heads) as head, self.loop(n(0), self._padded, LANES) as i:
+            place = at.add(at.mul(head, self._padded), i)
+            self._keep(at.fadd(self._floats(self._scores, place), self._floats(added, i)), self._scores, place)
+        at.branch(rest)
+        at.position_at_end(rest)
+        with self.loop(n(0), self._heads) as head:
+            begin = at.mul(head, self._padded)
+            at.store(self.all(F32, -math.inf, LANES), largest)
+            with self.loop(n(0), self._padded, LANES) as i:
+                at.store(self._larger(self._floats(self._scores, at.add(begin, i)), at.load(largest)), largest)
+            top = self.spread(self._reduce(at.load(largest), self._larger), LANES)
+            at.store(self.all(F32, 0.0, LANES), total)
+            with self.loop(n(0), self._padded, LANES) as i:
+                share = self._exp(at.fsub(self._floats(self._scores, at.add(begin, i)), top))
+                self._keep(share, self._scores, at.add(begin, i))
+                at.store(at.fadd(at.load(total), share), total)
+            inverse = at.fdiv(ir.Constant(F32, 1.0), self._reduce(at.load(total), at.fadd))
+            with self.loop(n(0), self._padded, LANES) as i:
+                place = at.add(begin, i)
+                self._keep(at.fmul(self._floats(self._scores, place), self.spread(inverse, LANES)), self._scores, place)
+
+    def _unite(self, values: Value, stride: Value) -> None:
+        """Sums of values by their shares."""
+        at, n = self.at, self.number
+        with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
+            self._keep(self.all(F32, 0.0, LANES), self._sums, i)
+
+        def add(count: int, position: Value) -> None:
+            positions = [at.add(position, n(i)) for i in range(count)]
+            rows = [at.gep(self._rows, [at.mul(self._values, n(4 * i))]) for i in range(count)]
+            for p, row in zip(positions, rows, strict=True):
+                self._take(at.gep(values, [at.mul(at.mul(p, stride), n(self._number.nbytes))]), row, self._values)
+            with self.loop(n(0), self._heads) as head:
+                begin = at.mul(head, self._padded)
+                shares = [
+                    self.spread(self.load(self._scores, at.mul(at.add(begin, p), n(4)), F32), LANES) for p in positions
+                ]
+                with self.loop(n(0), self._values, LANES) as i:
+                    place = at.add(at.mul(head, self._values), i)
+                    value = self._floats(self._sums, place)
+                    for share, row in zip(shares, rows, strict=True):
+                        value = self._multiply_add(share, self._floats(row, i), value)
+                    self._keep(value, self._sums, place)
+
+        self._some(self._length, POSITIONS, add)
+
+    def _give(self, out: Value) -> None:
+        at, n = self.at, self.number
+        with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
+            value = self._floats(self._sums, i)
+            if self._number is Number.BF16:
+                value = self.narrow(value, LANES)
+            self.store(value, out, at.mul(i, n(self._number.nbytes)))
+
+    def _multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        return self.intrinsic(f"llvm.fmuladd.v{LANES}f32", vector(F32, LANES), a, b, c)
+
+    def _larger(self, a: Value, b: Value) -> Value:
+        return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
+
+    def _reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
+        """All lanes by halves, so always in the same order."""
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            value = unite(self.pick(value, value, range(lanes)), self.pick(value, value, range(lanes, 2 * lanes)))
+        return self.at.extract_element(value, ir.Constant(I32, 0))
+
+    def _exp(self, x: Value) -> Value:
+        """e^x, x <= 0; to about 1e-7 of it."""
+        at = self.at
+        lowest = self.all(F32, -87.0, LANES)
+        is_nothing = at.fcmp_ordered("<", x, lowest)
+        powers = at.fmul(at.select(is_nothing, lowest, x), self.all(F32, 1 / math.log(2), LANES))
+        shift = self.all(F32, 1.5 * 2**23, LANES)
+        whole = at.fsub(at.fadd(powers, shift), shift)
+        rest = at.fsub(powers, whole)
+        value = self.all(F32, _POWERS[-1], LANES)
+        for power in reversed(_POWERS[:-1]):
+            value = self._multiply_add(value, rest, self.all(F32, power, LANES))
+        finite = at.select(at.fcmp_ordered("ord", whole, whole), whole, self.all(F32, 0.0, LANES))
+        exponent = at.add(at.fptosi(finite, vector(I32, LANES)), self.all(I32, 127, LANES))
+        scaled = at.fmul(value, at.bitcast(at.shl(exponent, self.all(I32, 23, LANES)), vector(F32, LANES)))
+        return at.select(is_nothing, self.all(F32, 0.0, LANES), scaled)

@@ -1,0 +1,94 @@
+"""Machine code for this processor, made while the program runs, and the threads that run it.
+
+LLVM (llvmlite) compiles what ``emit.py`` describes, in some hundredths of a second. It runs on the OpenMP threads that
+torch uses itself: a second set of threads would fight with the first for the same cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+
+_OPENMP = re.compile(r"/(libgomp|libomp|libiomp5)[^/]*\.so[^/]*$")
+# a fork waits for it: a child would find LLVM, and llvmlite's own lock, in the midst of something for ever
+compiling = threading.RLock()
+os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)
+
+
+class Processor:
+    """What code is made for: this machine's processor, or one of LLVM's names (as ``haswell``)."""
+
+    def __init__(self, name: str | None = None) -> None:
+        with compiling:
+            llvm.initialize_native_target()
+            llvm.initialize_native_asmprinter()
+            features = llvm.get_host_cpu_features().flatten() if name is None else ""
+            self._cpu = {"cpu": name or llvm.get_host_cpu_name(), "features": features}
+        self.has_vnni = name is None and _has(features, "avx512vnni", "avx512bw")
+        self.has_avx2 = _has(features, "avx2") if name is None else name == "haswell"
+        self._engines: list[Any] = []  # they own the code
+
+    def compile(self, module: ir.Module, name: str) -> int:
+        """The address of the function ``name`` of ``module``, which stays as long as this object."""
+        with compiling:
+            code = llvm.parse_assembly(str(module))
+            code.verify()
+            machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3)  # an engine owns it
+            passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+            passes.getModulePassManager().run(code, passes)
+            engine = llvm.create_mcjit_compiler(code, machine)
+            engine.finalize_object()
+            self._engines.append(engine)
+            return int(engine.get_function_address(name))
+
+
+@functools.cache
+def here() -> Processor:
+    """This machine's."""
+    return Processor()
+
+
+def _has(features: str, *names: str) -> bool:
+    return all(f"+{name}" in features.split(",") for name in names)
+
+
+@functools.cache
+def _team() -> Callable[[int, int, int, int], None] | None:
+    """``GOMP_parallel`` of the OpenMP that torch has loaded (LLVM's and Intel's have it too); None if there is none."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    found = {line[line.index("/") :] for line in lines if _OPENMP.search(line)}
+    beside = str(Path(torch.__file__).parents[1])  # torch's own may not be the only one
+    for path in sorted(found, key=lambda path: not path.startswith(beside)):
+        with contextlib.suppress(OSError, AttributeError):
+            parallel = ctypes.CDLL(path).GOMP_parallel
+            parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            parallel.restype = None
+            team: Callable[[int, int, int, int], None] = parallel
+            return team
+    return None
+
+
+def run(work: int, alone: Callable[[int], None], context: int, threads: int) -> None:
+    """Calls ``work(context)`` in each of ``threads`` threads at once, and returns when all are done; ``alone`` is the
+    same function, to be called by this thread. Python's lock is not held meanwhile."""
+    if threads > 1 and (team := _team()) is not None:
+        team(work, context, threads, 0)
+    else:
+        alone(context)
+
+
+def threads_for(weights: int) -> int:
+    """How many threads a product of so many weights is worth."""
+    return torch.get_num_threads() if weights >= 1 << 17 else 1

@@ -1,0 +1,48 @@
+"""What a workload lacks by itself, whatever is guessed: about what an LRU of as many slots would miss. Pure.
+
+Steps take as long as reads take, and how many a step needs is chance. To know it tells how much longer a step took
+because it guessed from how much longer it took because it needed more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+class Shadow:
+    """Of every block's slots."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        """By block."""
+        self.misses = 0
+        self._demands = 0
+        self._lacking = 0  # of the demands: those that missed anything
+        self._last = 0  # hits on what would have been evicted next
+        self._slots = slots
+        self._resident: list[dict[int, None]] = [{} for _ in slots]  # experts by block, the latest last
+
+    @property
+    def lacks(self) -> float:
+        """The share of demands that miss anything."""
+        return self._lacking / self._demands if self._demands else 1.0
+
+    @property
+    def regrets(self) -> float:
+        """How often a record is used again that is evicted one miss too early."""
+        return min(self._last / self.misses, 1.0) if self.misses else 0.0
+
+    def demand(self, block: int, experts: Collection[int]) -> None:
+        """A passage, which is more than there are slots, leaves what is there."""
+        resident, slots = self._resident[block], self._slots[block]
+        if len(experts) > slots:
+            return
+        missing = sum(expert not in resident for expert in experts)
+        self._demands += 1
+        self._lacking += missing > 0
+        self._last += len(resident) == slots and next(iter(resident)) in experts
+        self.misses += missing
+        for expert in experts:
+            resident.pop(expert, None)
+            resident[expert] = None
+        while len(resident) > slots:
+            del resident[next(iter(resident))]

@@ -1,0 +1,79 @@
+"""One token's attention, moetier's and torch's own, at growing contexts.
+
+    python tests/measurements/attention.py
+
+32 heads of queries of 128 numbers, 8 of keys and values, in bf16, as in a layer of Mixtral-8x7B. Each context length
+has keys and values enough that they come from memory; the two take turns. Prints medians (least to most) of the
+microseconds of a layer, and the rate at which moetier's reads keys and values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from moetier.runtime.attention import decode_attention
+from moetier.tools.report import table
+from moetier.tools.rounds import Spread, alternate
+
+HEADS, KEY_HEADS, WIDTH = 32, 8, 128
+UNCACHED = 256 << 20  # bytes
+LEAST_SECONDS = 0.3  # of a round
+
+Pair = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 512, 4096, 32768])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print(f"machine  {platform.machine()}, {torch.get_num_threads()} threads; torch {torch.__version__}")
+    lines = [["context", "moetier, us", "torch, us", "times as fast", "GB/s"]]
+    for length in arguments.lengths:
+        contexts = cycle(pairs(length))
+        query = torch.randn(1, HEADS, 1, WIDTH).bfloat16()
+        module = nn.Module()
+
+        def own_way(contexts: Iterator[Pair] = contexts, query: Tensor = query, module: nn.Module = module) -> None:
+            decode_attention(module, query, *next(contexts), None)
+
+        def torchs_way(contexts: Iterator[Pair] = contexts, query: Tensor = query) -> None:
+            scaled_dot_product_attention(query, *next(contexts), enable_gqa=True)
+
+        ways = {"moetier": partial(microseconds, own_way), "torch": partial(microseconds, torchs_way)}
+        with torch.inference_mode():
+            found = {name: Spread.of(times) for name, times in alternate(arguments.rounds, ways).items()}
+        own, torchs = found["moetier"], found["torch"]
+        read = 2 * KEY_HEADS * length * WIDTH * 2
+        rate = read / own.median / 1e3
+        lines.append([str(length), own.text(), torchs.text(), f"{torchs.median / own.median:.1f}", f"{rate:.1f}"])
+    print(table(lines))
+
+
+def pairs(length: int) -> list[Pair]:
+    """Keys and values [1, KEY_HEADS, length, WIDTH]."""
+    nbytes = 2 * KEY_HEADS * length * WIDTH * 2
+    shape = (1, KEY_HEADS, length, WIDTH)
+    return [(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()) for _ in range(max(2, UNCACHED // nbytes))]
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    call()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < LEAST_SECONDS:
+        call()
+        count += 1
+    return (time.perf_counter() - began) / count * 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Microseconds of our own for each expert of a decode step, beyond the products, when all experts are resident.
+
+    python tests/measurements/overhead.py [DIR]
+
+Without DIR a store of random weights is made in a temporary folder: 4 layers of 128 experts of 256 x 128, top 8. Every
+expert is demanded once; then fixed tokens are decoded one at a time. Timed are the forward of each Experts module
+(``forward``) and within it what runs on records (``products``: from the start of all threads to their end) and the
+activation that torch computes between them (``activation``). ``beyond`` is the forward without its products, ``Python``
+that without the activation too: leases, the rounding of what goes in, small tensors. All of them of a step, divided by
+the experts that it calls: medians (quartiles) over the steps. The clocks are in it: some tenths of a microsecond.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import moetier
+from moetier.runtime import grouped, native
+from moetier.runtime.config import Size
+from moetier.runtime.experts import experts_modules
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.keys import ExpertKey
+from moetier.tools.routing import TOKENS_FILE, read_tokens
+from moetier.tools.synthetic import convert_synthetic, make_synthetic
+
+GEOMETRY, LAYERS = "qwen3-8L", 4
+SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64}
+CLOCKS = ("forward", "products", "activation")
+
+
+class Clocks:
+    """Seconds of a step that functions took, those inside a forward of experts."""
+
+    def __init__(self, experts: type) -> None:
+        self.seconds: dict[str, float] = {}
+        self.calls = 0  # of an expert by a token
+        self._inside = False
+        self._watch(native, "run", "products")
+        self._watch(grouped, "_activate", "activation")
+        forward = experts.forward
+
+        def watched(module: Any, hidden: Any, top_k_index: Any, *others: Any) -> Any:
+            self._inside, began = True, time.perf_counter()
+            found = forward(module, hidden, top_k_index, *others)
+            self.seconds["forward"] += time.perf_counter() - began
+            self._inside, self.calls = False, self.calls + top_k_index.numel()
+            return found
+
+        experts.forward = watched
+
+    def reset(self) -> None:
+        self.seconds, self.calls = dict.fromkeys(CLOCKS, 0.0), 0
+
+    def _watch(self, module: Any, function: str, name: str) -> None:
+        call: Callable[..., Any] = getattr(module, function)
+
+        def watched(*arguments: Any) -> Any:
+            if not self._inside:  # the trunk's
+                return call(*arguments)
+            began = time.perf_counter()
+            found = call(*arguments)
+            self.seconds[name] += time.perf_counter() - began
+            return found
+
+        setattr(module, function, watched)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", metavar="DIR")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--warm", type=int, default=40, help="steps that are not counted (default: %(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="moetier-overhead-") as temporary:
+        directory = arguments.directory or make_store(Path(temporary))
+        model = load_warm(directory, ram="100%")
+        manifest = model.tiers.manifest
+        misses = model.tiers.host.stats().misses
+        (experts,) = {type(module) for module in experts_modules(model).values()}
+        ids = tokens_of(directory, model, arguments.warm + arguments.steps)
+        steps = decode(model, ids, Clocks(experts))[arguments.warm :]
+        assert model.tiers.host.stats().misses == misses, "not all experts are resident"
+    print(
+        f"machine     {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
+        f"{manifest.model}, {len(manifest.blocks)} blocks of {manifest.blocks[0].experts} experts, "
+        f"{steps[0]['calls']:.0f} calls a step"
+    )
+    for name in (*CLOCKS, "beyond", "Python"):
+        low, middle, high = statistics.quantiles((1e6 * step[name] / step["calls"] for step in steps), n=4)
+        print(f"{name:<12}{middle:7.2f} ({low:.2f} to {high:.2f}) us an expert")
+    print(f"a step      {1e3 * statistics.median(step['step'] for step in steps):7.2f} ms")
+
+
+def load_warm(directory: Path, ram: str) -> Any:
+    """The model, every expert demanded once; a share is of all experts."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    budget = Size.parse(ram).of(read_manifest(store_folder(directory)).stored_bytes)
+    model, _ = moetier.load(directory, ram=budget, daemon=None, speculate="off")
+    for number, block in enumerate(model.tiers.manifest.blocks):
+        for expert in range(block.experts):
+            assert all(lease.holds() for lease in model.tiers.device.acquire([ExpertKey(number, expert)]))
+    return model
+
+
+def make_store(base: Path) -> Path:
+    make_synthetic(base / "checkpoint", geometry=GEOMETRY, blocks=LAYERS, sizes=SIZES)
+    convert_synthetic(base / "checkpoint", base / "store")
+    return base / "store"
+
+
+def tokens_of(directory: Path, model: Any, count: int) -> list[int]:
+    if (directory / TOKENS_FILE).exists():
+        found = read_tokens(directory)
+    else:
+        chance = torch.Generator().manual_seed(0)
+        found = torch.randint(model.config.vocab_size, (count,), generator=chance).tolist()
+    return (found * (count // len(found) + 1))[:count]
+
+
+@torch.inference_mode()
+def decode(model: Any, ids: list[int], clocks: Clocks) -> list[dict[str, float]]:
+    """Seconds of each step, and how many experts it called."""
+    cache, steps = None, []
+    for token in ids:
+        clocks.reset()
+        began = time.perf_counter()
+        output = model(torch.tensor([[token]]), cache=cache, use_cache=True)
+        step, cache = time.perf_counter() - began, output.past_key_values
+        beyond = clocks.seconds["forward"] - clocks.seconds["products"]
+        python = beyond - clocks.seconds["activation"]
+        steps.append(clocks.seconds | {"beyond": beyond, "Python": python, "step": step, "calls": clocks.calls})
+    return steps
+
+
+if __name__ == "__main__":
+    sys.exit(main())

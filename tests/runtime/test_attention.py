@@ -1,0 +1,143 @@
+"""One token's attention, beside torch's own on numbers in fp32; and which models get it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import convert_tiny
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma4ForCausalLM
+
+from moetier.runtime.attention import NAME, _fits, decode_attention, use_decode_attention
+from moetier.runtime.generate import load
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "bool", "added"])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "values"),
+    [(4, 4, 16, 16), (8, 2, 64, 64), (6, 1, 48, 32), (5, 1, 80, 16), (12, 1, 192, 128)],
+)
+@pytest.mark.parametrize("length", [1, 15, 16, 77])
+def test_it_is_what_torch_says(
+    heads: int, key_heads: int, width: int, values: int, length: int, mask: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, heads, 1, width).to(dtype)
+    key, value = torch.randn(3, key_heads, length, width).to(dtype), torch.randn(3, key_heads, length, values).to(dtype)
+    allowed = (torch.rand(3, 1, 1, length) < 0.6) | (torch.arange(length) == 0)
+    given: Tensor | None = None if mask == "none" else allowed
+    if mask == "added":
+        given = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    with torch.inference_mode():
+        found, _ = decode_attention(nn.Module(), query, key, value, given, scaling=0.2)
+    assert found.shape == (3, 1, heads, values)
+    expected = scaled_dot_product_attention(
+        query.float(),
+        key.float(),
+        value.float(),
+        None if mask == "none" else allowed,
+        scale=0.2,
+        enable_gqa=True,
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # the result is rounded to bf16
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_several_tokens_are_left_to_transformers(tokens: int) -> None:
+    query, key = torch.randn(1, 4, tokens, 16), torch.randn(1, 4, tokens, 16)
+    with torch.inference_mode():
+        found, _ = decode_attention(nn.Module(), query, key, key, None)
+        expected = scaled_dot_product_attention(query, key, key, is_causal=True)
+    assert torch.equal(found, expected.transpose(1, 2))
+
+
+def test_keys_and_values_lie_where_a_cache_has_them() -> None:
+    """Parts of larger tensors, and one head for many."""
+    torch.manual_seed(0)
+    query, room = torch.randn(2, 6, 1, 32), torch.randn(2, 50, 2, 3, 32)
+    key, value = room[:, 7:40, 0].transpose(1, 2), room[:, 7:40, 1].transpose(1, 2)  # [2, 3, 33, 32]
+    shared = torch.randn(1, 1, 33, 32).expand(2, 3, 33, 32)
+    with torch.inference_mode():
+        for values in (value, shared):
+            found, _ = decode_attention(nn.Module(), query, key, values, None)
+            expected = scaled_dot_product_attention(query, key, values, enable_gqa=True)
+            torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["width", "length", "mask"])
+def test_what_does_not_fit_is_not_read(wrong: str) -> None:
+    key = torch.randn(1, 4, 9, 16)
+    query = torch.randn(1, 4, 1, 32 if wrong == "width" else 16)
+    value = torch.randn(1, 4, 5 if wrong == "length" else 9, 16)
+    mask = torch.ones(1, 1, 3, 9, dtype=torch.bool) if wrong == "mask" else None
+    assert _fits(torch.randn(1, 4, 1, 16), key, key, None)
+    assert not _fits(query, key, value, mask), "torch is to say what it thinks of that"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_model_says_the_same_as_with_sdpa(tinymix_4bit: Path, cache: str) -> None:
+    """Two sequences, one of them padded on the left; step by step."""
+    model, _ = load(tinymix_4bit, daemon=None)
+    with model.tiers, torch.inference_mode():
+        found = {}
+        for way in (NAME, "sdpa"):
+            model.set_attn_implementation(way)
+            found[way] = model.generate(
+                torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]),
+                attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+                cache_implementation=cache,
+                **{"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True},
+            )
+    assert torch.equal(found[NAME].sequences, found["sdpa"].sequences)
+    for ours, theirs in zip(found[NAME].logits, found["sdpa"].logits, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_a_gradient_flows() -> None:
+    query, key = torch.randn(1, 4, 1, 16, requires_grad=True), torch.randn(1, 4, 3, 16)
+    found, _ = decode_attention(nn.Module(), query, key, key, None)
+    found.sum().backward()
+    assert query.grad is not None
+
+
+def test_a_quantised_model_attends_so(tinymix_4bit: Path) -> None:
+    for exact, expected in ((False, NAME), (True, "sdpa")):
+        model, _ = load(tinymix_4bit, daemon=None, exact=exact)
+        with model.tiers:
+            assert model.config._attn_implementation == expected
+
+
+def test_an_unquantised_one_does_not(tmp_path: Path) -> None:
+    _, directory = convert_tiny("mixtral", torch.bfloat16, tmp_path)
+    model, _ = load(directory, daemon=None)
+    with model.tiers:
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("mixtral", NAME), ("gemma4_text", "sdpa")])
+def test_a_model_that_names_sdpa_keeps_it(kind: str, expected: str) -> None:
+    """Gemma 4 asks for its name before it leaves out tokens."""
+    model = _tiny(kind)
+    use_decode_attention(model)
+    assert model.config._attn_implementation == expected
+
+
+def test_a_class_of_the_users_own_is_what_it_is_made_of() -> None:
+    class Own(Gemma4ForCausalLM):
+        pass
+
+    with torch.device("meta"):
+        model = Own(AutoConfig.for_model("gemma4_text", num_hidden_layers=1))
+    use_decode_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _tiny(kind: str) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=1))

@@ -1,0 +1,113 @@
+"""What a daemon's reads take, as its clients hear of it, who weigh guesses by it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
+import pytest
+from daemons import running_daemon
+from local_daemons import local_daemon
+from mapped_store import MappedStore, keys
+from readers import PATIENCE, RamReader
+from threads import wait_until
+
+import moetier
+from moetier.runtime.client import DaemonTier
+from moetier.runtime.exchange import PACE_SECONDS
+from moetier.runtime.prefetch import LEAST
+from moetier.tiers.early import LEAST_RIGHT
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> MappedStore:
+    return MappedStore.make(tmp_path_factory.mktemp("mapped"))
+
+
+turns = itertools.cycle(range(6))  # of experts of a block that has two slots: none is there when its turn comes
+
+
+def wish_rightly(store: MappedStore, tier: DaemonTier, times: int) -> None:
+    for expert in itertools.islice(turns, times):
+        tier.prefetch(1, keys(1, expert))
+        wait_until(lambda expert=expert: not tier.absent(keys(1, expert)))
+        store.take(tier, 1, expert)
+
+
+def test_who_wishes_is_told_what_reads_take_there(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(6, tmp_path / "daemon") as daemon, store.tier(daemon) as tier, store.tier(daemon) as other:
+        wish_rightly(store, tier, LEAST_RIGHT - 1)
+        time.sleep(2 * PACE_SECONDS)  # until it is looked at again, and hits are reported
+        wish_rightly(store, tier, 1)
+        assert tier.pace(1) is None, "too few were right"
+        deadline = time.monotonic() + PATIENCE
+        while (pace := tier.pace(1)) is None and time.monotonic() < deadline:
+            wish_rightly(store, tier, 2)
+        assert pace is not None
+        assert 0 < pace.read == pace.grain < 1, "so small a record is read at once"
+        assert 0 < pace.saved < 1
+        assert tier.pace(0) == tier.pace(1), "of the same geometry"
+        assert other.pace(1) is None
+        other.prefetch(0, keys(0, 5))
+        wait_until(lambda: other.pace(1) is not None)
+
+
+def test_it_is_told_now_and_then(store: MappedStore, tmp_path: Path) -> None:
+    with store.daemon(6, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
+        began = time.monotonic()
+        wish_rightly(store, tier, 200)
+        daemon.wait_for("leases == 0")
+        stats, seconds = tier.stats(), time.monotonic() - began
+        assert tier.traffic.messages_in <= stats.misses + 1 + seconds / PACE_SECONDS
+
+
+@pytest.fixture
+def slow(store: MappedStore) -> Iterator[HostTier]:
+    """Takes 20 ms to read a record."""
+
+    class Slow(RamReader):
+        def read_into(self, key: ExpertKey, buffer: memoryview, pause: object = None) -> None:
+            time.sleep(0.02)
+            super().read_into(key, buffer)
+
+    with HostTier(Slow(store.manifest, store.records), slots={"records": 6}) as host:
+        yield host
+
+
+def test_it_is_what_the_daemon_measured(store: MappedStore, slow: HostTier, tmp_path: Path) -> None:
+    with (
+        local_daemon(slow, store.manifest, store.directory, tmp_path / "d") as folder,
+        DaemonTier.open(folder, store.directory, store.manifest) as tier,
+    ):
+        wish_rightly(store, tier, LEAST_RIGHT + 1)
+        wait_until(lambda: slow.pace(1) is not None)
+        time.sleep(PACE_SECONDS)
+        tier.prefetch(1, [])
+        tier.prefetch(1, keys(1, 0, 1, 2, 3, 4, 5))
+        wait_until(lambda: tier.pace(1) is not None)
+        pace = tier.pace(1)
+        assert pace is not None
+        assert 0.02 <= pace.read < 0.2
+        assert 0.02 <= pace.saved < 0.2
+
+
+def test_guesses_are_admitted_by_it(tinymix_4bit: Path, tmp_path: Path) -> None:
+    """Of a model whose experts are a daemon's: as of one that has its own."""
+    with running_daemon(tinymix_4bit, ram=4 << 20, folder=tmp_path / "daemon") as daemon:
+        model, tokenizer = moetier.load(tinymix_4bit, daemon=str(daemon.folder), speculate="always")
+        with model.tiers as tiers:
+            encoded = tokenizer("La mattina seguente, don Rodrigo", return_tensors="pt")
+            least: dict[int, float] = {}
+            deadline = time.monotonic() + PATIENCE
+            while set(least.values()) <= {LEAST} and time.monotonic() < deadline:
+                model.generate(**encoded, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+                assert tiers.speculation is not None
+                least = tiers.speculation._prefetch._least
+            assert isinstance(tiers.host, DaemonTier)
+            assert tiers.host.pace(0) is not None
+            assert not set(least.values()) <= {LEAST}, "nothing was known of what guesses save"

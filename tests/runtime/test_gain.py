@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetier.runtime.gain import break_even
+from moetier.tiers.source import Pace
+
+shares = st.floats(0.01, 1)
+paces = st.builds(
+    lambda read, grain, saved: Pace(read, read * grain, read * saved), st.floats(1e-5, 10), st.floats(0.1, 1), shares
+)
+
+
+@given(paces, shares, shares)
+def test_there_what_is_gained_is_what_is_lost(pace: Pace, lacks: float, regrets: float) -> None:
+    likely = break_even(pace, lacks=lacks, regrets=regrets)
+    late = min(pace.read - pace.saved, pace.grain)  # seconds that a demand waits for what is in its way
+    assert 0 < likely < 1
+    assert likely * pace.saved == pytest.approx((1 - likely) * (lacks * late + regrets * pace.read))
+
+
+def test_where_nothing_is_read_in_time_no_guess_is_worth_it() -> None:
+    assert break_even(Pace(0.004, 0.004, 0.0), lacks=0.5, regrets=0.4) == 1
+
+
+def test_where_nothing_is_lost_any_is() -> None:
+    assert break_even(Pace(0.001, 0.001, 0.001), lacks=0.5, regrets=0.0) == 0
+
+
+def test_a_slow_disk_wants_surer_guesses_than_a_fast_one() -> None:
+    """One whose reads are over before the demand delays nothing by a wrong guess."""
+    fast, slow = Pace(0.001, 0.001, 0.001), Pace(0.008, 0.008, 0.002)
+    assert break_even(fast, lacks=0.5, regrets=0.4) < break_even(slow, lacks=0.5, regrets=0.4)
+
+
+def test_who_can_stand_back_delays_less() -> None:
+    patient, other = Pace(0.008, 0.001, 0.002), Pace(0.008, 0.008, 0.002)
+    assert break_even(patient, lacks=1.0, regrets=0.1) < break_even(other, lacks=1.0, regrets=0.1)

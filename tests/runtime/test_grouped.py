@@ -1,0 +1,109 @@
+"""Experts that are computed together: the same bits in whatever groups they come, and whatever of a group is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from functools import partial
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from twins import BLOCK, CPU, inputs, pair
+
+from moetier.runtime.block import TieredBlock
+from moetier.runtime.experts import experts_forward
+from moetier.runtime.grouped import ROWS
+from moetier.runtime.kernels import Kernels, PackedKernels
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.source import Lease
+
+KINDS = ["mixtral", "gpt_oss", "nemotron_h", "muse_spark", "aria"]  # plain; biased; no gate; normed; transposed
+
+
+class Groups:
+    """An ExpertSource that gives leases in groups, in any order; some show garbage, do not hold, and come again. What
+    is kept of a group is lost when the next comes."""
+
+    def __init__(self, records: Sequence[Tensor], random: Random, broken: float = 0.0) -> None:
+        self.records = records
+        self.random = random
+        self.broken = broken
+        self.lost = 0
+
+    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Tensor], None, None]:
+        wanted = list(keys)
+        self.random.shuffle(wanted)
+        while wanted:
+            group = [wanted.pop() for _ in range(self.random.randint(1, len(wanted)))]
+            answers: list[list[bool]] = []
+            copies = []
+            for number, key in enumerate(group, 1):
+                breaks = self.random.random() < self.broken
+                record = torch.full_like(self.records[0], 0x3C) if breaks else self.records[key.expert].clone()
+                copies.append(record)
+                answers.append([not breaks])
+                yield Lease(key, record, 0, partial(list.pop, answers[-1]), number < len(group))
+            for key, record, answer in zip(group, copies, answers, strict=True):
+                assert not answer, "each lease is proved"
+                if torch.equal(record, torch.full_like(record, 0x3C)):
+                    wanted.append(key)
+                    self.lost += 1
+                record.fill_(0xA5)
+
+
+def ways(model_type: str, dtype: torch.dtype, bits: Any = 4) -> tuple[Any, Any, Sequence[Tensor]]:
+    """The ordinary module, its twin, and the twin's records."""
+    ordinary, twin, source = pair(model_type, dtype, bits=bits)
+    return ordinary, twin, source.records
+
+
+def computed(twin: Any, kernels: Kernels, source: Any, given_to: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    twin.tiered = TieredBlock(BLOCK, twin.tiered.layout, source, kernels, CPU)
+    with torch.no_grad():
+        return experts_forward(twin, *given_to)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+@given(seed=st.integers(0, 10_000), tokens=st.sampled_from([1, 1, 2, 7, 40]))
+@settings(max_examples=12, deadline=None)
+def test_groups_change_nothing(model_type: str, seed: int, tokens: int) -> None:
+    ordinary, twin, records = ways(model_type, torch.bfloat16)
+    given_to = inputs(ordinary, torch.bfloat16, tokens=tokens, seed=seed)
+    steady = Groups(records, Random(seed))
+    expected = computed(twin, PackedKernels(), steady, given_to)
+    assert expected.isfinite().all()
+    for number in range(3):
+        unsteady = Groups(records, Random(seed + number), broken=0.4)
+        assert torch.equal(computed(twin, PackedKernels(), unsteady, given_to), expected)
+    exact = computed(twin, Kernels(), Groups(records, Random(seed)), given_to).float()
+    assert float((expected.float() - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, ROWS + 50])
+def test_no_token_and_more_than_go_together(tokens: int, dtype: torch.dtype) -> None:
+    """Of so many every one wants the same experts: one's rows are cut."""
+    ordinary, twin, records = ways("mixtral", dtype)
+    states, index, weights = inputs(ordinary, dtype, tokens=tokens)
+    index = index.clone()
+    index[:] = torch.tensor([2, 0, 1])
+    quick = computed(twin, PackedKernels(), Groups(records, Random(1)), (states, index, weights))
+    exact = computed(twin, Kernels(), Groups(records, Random(1)), (states, index, weights))
+    assert quick.shape == exact.shape == states.shape
+    assert quick.dtype == dtype
+    assert float((quick.float() - exact.float()).norm()) <= 0.03 * float(exact.float().norm())
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("chosen", [(1, 1, 1), (2, 0, 2), (0, 1, 1_000_000)], ids=str)
+def test_an_expert_twice_and_one_that_is_computed_elsewhere(tokens: int, chosen: tuple[int, ...]) -> None:
+    ordinary, twin, records = ways("mixtral", torch.float32)
+    states, index, weights = inputs(ordinary, torch.float32, tokens=tokens)
+    index = torch.tensor([chosen] * tokens)
+    quick = computed(twin, PackedKernels(), Groups(records, Random(1)), (states, index, weights))
+    exact = computed(twin, Kernels(), Groups(records, Random(1)), (states, index, weights))
+    assert float((quick - exact).norm() / exact.norm()) < 0.03

@@ -1,0 +1,82 @@
+"""The bound of a step, against numbers that were worked out by hand, and an LRU against the tiers' own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from geometries import two_geometries
+from stores import layout_of, make_plan
+
+from moetier.runtime.trace import Trace
+from moetier.tiers.policy import Group
+from moetier.tools.bound import Bound, Need, Rates, lru_misses, need_of, rows_of, slots_within
+from moetier.tools.simulation import simulate
+
+GB = 10**9
+
+
+def test_of_the_disk_and_the_kernels_the_slower_one_counts() -> None:
+    rates = Rates(disk=2.0 * GB, experts=20.0 * GB, trunk=10.0 * GB, memory=40.0 * GB)
+    bound = Bound.of(Need(missing=0.4 * GB, experts=0.8 * GB, trunk=0.2 * GB), rates)
+    assert (bound.disk, bound.kernels, bound.memory) == pytest.approx((0.2, 0.04 + 0.02, 0.025))
+    assert (bound.seconds, bound.by) == (pytest.approx(0.2), "disk")
+    resident = Bound.of(Need(missing=0.0, experts=0.8 * GB, trunk=0.2 * GB), rates)
+    assert (resident.seconds, resident.by) == (pytest.approx(0.06), "kernels")
+    assert resident.to_json().keys() == {"disk", "kernels", "memory", "seconds", "by"}
+
+
+def test_misses_of_an_lru_by_hand() -> None:
+    steps = [
+        [[0, 1], [0]],  # all cold
+        [[1, 2], [0]],  # 1 is there; 0 goes, as it is the older one
+        [[0, 2], [1]],  # 2 is there; 1 goes
+        [[0, 2], [0]],
+    ]
+    groups = [Group((0,), 2), Group((1,), 1)]
+    assert lru_misses(steps, groups) == [[2, 1], [1, 0], [1, 1], [0, 1]]
+    # both blocks in one group of two slots: what the second wants comes between
+    assert lru_misses(steps[:2], [Group((0, 1), 2)]) == [[2, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5, 8])
+def test_it_is_the_tiers_own_lru(slots: int) -> None:
+    chance = np.random.default_rng(slots)
+    experts = np.stack([[chance.choice(8, 2, replace=False) for _ in range(3)] for _ in range(200)])
+    trace = Trace(experts=experts, offsets=(0, 200), num_experts=(8, 8, 8), n_prefill=(0,))
+    missed = lru_misses(experts.tolist(), [Group((block,), slots) for block in range(3)])
+    assert np.sum(missed) == simulate(trace, "lru", slots).decoding.misses
+
+
+def test_bytes_of_a_step() -> None:
+    """Three blocks, 4 experts each, top 2; of the two last steps."""
+    plan = make_plan()
+    size, payload = plan.layout(0).slot_bytes, plan.layout(0).payload_bytes
+    routing = [[[0, 1]] * 3, [[0, 2], [0, 1], [3]], [[0, 1], [0, 1], [0, 1]]]
+    need = need_of(plan, routing, 2, {"records": 6}, trunk=1000)
+    # block 0: 2, and then 1, which made room for it; block 2: 3, and then 1, the older one, which went for it
+    assert need.missing == (1 + 1 + 1 + 1) * size / 2
+    assert need.experts == (2 + 2 + 1 + 2 + 2 + 2) * payload / 2
+    assert need.trunk == 1000
+    assert need_of(plan, routing, 1, {"records": 12}, trunk=0).missing == 0
+
+
+def test_blocks_of_two_sizes_are_counted_in_their_own_bytes() -> None:
+    plan = two_geometries()
+    sizes = [plan.layout(block).slot_bytes for block in range(5)]
+    assert sizes[0] > sizes[1]
+    need = need_of(plan, [[[0]] * 5], 1, {"big": 8, "small": 12}, trunk=0)
+    assert need.missing == sum(sizes)
+
+
+def test_rows_that_an_expert_gets() -> None:
+    plan = make_plan()  # top 2 in three blocks
+    assert rows_of(plan, [[[0, 1]] * 3], 1, tokens=1) == 1
+    assert rows_of(plan, [[[0, 1, 2, 3]] * 3], 1, tokens=64) == 32  # 64 tokens x 2, on 4 experts
+
+
+def test_slots_that_a_budget_permits() -> None:
+    plan = make_plan(layout=layout_of())
+    size = plan.layout(0).slot_bytes
+    assert slots_within(plan, 7 * size + 1) == {"records": 7}
+    assert slots_within(plan, 100 * size) == {"records": 12}
+    assert slots_within(plan, -5) == {"records": 2}  # a token's experts of a block have to be somewhere

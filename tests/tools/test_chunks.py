@@ -1,0 +1,51 @@
+"""Prompts in chunks: only of models that go on in the middle of one, and those give what they give for the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import FURTHER, REQUIRED, tiny_model
+from comparison import GENERATES_OTHERWISE
+
+from moetier.tools.decoding import chunks_of
+
+GENERATES = sorted((REQUIRED | FURTHER) - GENERATES_OTHERWISE)
+CHUNK = 5
+
+
+def first_logits(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    logits: torch.Tensor = found.logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("model_type", GENERATES)
+def test_chunks_give_what_the_whole_gives(model_type: str) -> None:
+    model = tiny_model(model_type, torch.float32)
+    if not model.can_generate():
+        pytest.skip("it generates no text")
+    ids = torch.randint(2, 250, (1, 17), generator=torch.Generator().manual_seed(1))
+    options = chunks_of(model, 17, CHUNK)
+    assert options in ({}, {"prefill_chunk_size": CHUNK})
+    if options:
+        torch.testing.assert_close(first_logits(model, ids, **options), first_logits(model, ids), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "goes_on"),
+    [("mixtral", True), ("qwen3_moe", True), ("gpt_oss", True), ("jamba", False), ("minimax", False)],
+)
+def test_who_goes_on_in_the_middle(model_type: str, goes_on: bool) -> None:
+    model = tiny_model(model_type, torch.float32)
+    assert bool(chunks_of(model, 17, CHUNK)) == goes_on
+    assert chunks_of(model, CHUNK, CHUNK) == {}

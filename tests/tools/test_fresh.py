@@ -1,0 +1,117 @@
+"""Work in processes and control groups of its own: what goes wrong there."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from cgroups import memory_limit
+
+from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
+from moetier.tools import cgroup, page_cache
+from moetier.tools.disk_rate import RandomReads, read_rate
+from moetier.tools.fresh import fresh
+from moetier.tools.machine import Machine
+from moetier.tools.page_cache import drop_page_cache
+from moetier.tools.token_ids import read_ids
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
+
+
+def test_a_group_that_can_not_be_made_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "VERSION_1", tmp_path / "nothing")
+    monkeypatch.setattr(cgroup, "VERSION_2", tmp_path / "nothing")
+    with pytest.raises(ConfigError) as caught:
+        fresh({"work": "idle"}, limit=MIB)
+    assert "nothing" in caught.value.cause
+    assert "root" in caught.value.fix
+
+
+def test_who_is_killed_for_memory_is_said() -> None:
+    with memory_limit(MIB):
+        pass
+    with pytest.raises(BudgetError, match=r"killed for memory.*24 MiB"):
+        fresh({"work": "idle"}, limit=24 * MIB)
+
+
+def test_an_error_of_the_child_is_the_parents(tmp_path: Path) -> None:
+    work = {"work": "model", "directory": str(tmp_path), "ids": [[1]], "pieces": [1], "measured": 1}
+    with pytest.raises(MoetierError, match=r"has no experts\.zarr"):
+        fresh(work)
+    with pytest.raises(ConfigError, match="KeyError: 'nothing'"):
+        fresh({"work": "nothing"})
+
+
+def test_what_is_dropped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(4096))
+    (tmp_path / "drop").write_text("")
+    assert drop_page_cache([tmp_path / "file"], whole=True).endswith("can't be")
+    monkeypatch.setattr(page_cache, "DROP_CACHES", tmp_path / "drop")
+    assert drop_page_cache([], whole=False) == "dropped for the model's files"
+    assert (tmp_path / "drop").read_text() == ""
+    assert drop_page_cache([], whole=True) == "dropped"
+    assert (tmp_path / "drop").read_text() == "1"
+
+
+def test_reads_in_flight_are_counted_by_the_clock() -> None:
+    most, present, lock = 0, 0, threading.Lock()
+
+    def read(buffer: memoryview) -> None:
+        nonlocal most, present
+        assert len(buffer) == 4096
+        with lock:
+            present += 1
+            most = max(most, present)
+        time.sleep(0.02)
+        with lock:
+            present -= 1
+
+    rate = read_rate(read, 4096, depth=3, seconds=0.2)
+    assert most == 3
+    assert 0.3 * 3 * 4096 / 0.02 < rate <= 3 * 4096 / 0.02
+
+    def fail(buffer: memoryview) -> None:
+        raise OSError("the disk")
+
+    with pytest.raises(OSError, match="the disk"):
+        read_rate(fail, 4096, depth=2, seconds=10)
+
+
+def test_both_ways_read_a_file_whose_name_fio_would_take_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a:b"
+    path.write_bytes(os.urandom(64 * 4096))
+    os.sync()
+    reads = RandomReads((path,), 64 * 4096, 4 * 4096, direct=False)
+    assert reads.rate(2, 0.05) > 0
+    monkeypatch.setenv("PATH", "")
+    assert (reads.by, reads.rate(2, 0.05) > 0) == ("preadv", True)
+
+
+def test_ids_of_a_list_and_of_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    for text in ("[3, 4]", '{"seed": 0, "token_ids": [3, 4]}'):
+        path.write_text(text)
+        assert read_ids(path) == [3, 4]
+    for text in ("[]", "[3, -1]", "[true]", '{"ids": [3]}', "3", "[[3]]", "["):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"tokens\.json"):
+            read_ids(path)
+
+
+def test_a_machine_says_what_it_is(tmp_path: Path) -> None:
+    machine = Machine.here(threads=2, place=tmp_path, fio="3.39")
+    assert machine.versions.keys() >= {"python", "moetier", "torch", "transformers", "fio"}
+    assert machine.cores == len(os.sched_getaffinity(0))
+    assert machine.memory_bytes == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert f"{machine.cores} cores, 2 threads" in machine.text()
+    assert machine.disk

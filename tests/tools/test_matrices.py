@@ -1,0 +1,194 @@
+"""Which of the trunk's matrices are quantised, and the records that become of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import TINY, tiny_model
+from checkpoints import edit_tensors, save_checkpoint, trunk_tensors
+
+from moetier.runtime.linear import WEIGHT, matrix_layout
+from moetier.runtime.memory import Available
+from moetier.tiers.errors import CheckpointError, ConfigError
+from moetier.tiers.keys import Bits
+from moetier.tiers.quantize import encode
+from moetier.tools import conversion, matrix_record
+from moetier.tools.checkpoint import open_checkpoint
+from moetier.tools.conversion import Conversion, Options
+from moetier.tools.convert import convert
+from moetier.tools.matrices import FLOAT, GATE, MIXED, READ, SHARED, SMALL, TOWER, Matrices, trunk_form
+
+BF16 = torch.bfloat16
+
+
+def matrices_of(folder: Path, bits: Bits = 4) -> Matrices:
+    return Conversion.plan(open_checkpoint(folder), folder.parent / "dst", Options(trunk_bits=bits)).matrices
+
+
+def saved(folder: Path, model_type: str, **changes: object) -> Path:
+    tiny_model(model_type, BF16, **changes).save_pretrained(folder / model_type)
+    return folder / model_type
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_of_an_ordinary_model_all_but_the_gates(tmp_path: Path, bits: Bits) -> None:
+    """A gate of mixtral is no linear module, and one of afmoe holds one."""
+    found = matrices_of(saved(tmp_path, "mixtral", num_key_value_heads=4), bits)
+    attention = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkvo"}
+    assert set(found.chosen) == attention | {"lm_head"}
+    assert found.kept == {}
+    found = matrices_of(saved(tmp_path, "afmoe"), bits)
+    assert {path for path, why in found.kept.items() if why == GATE} == {
+        f"model.layers.{layer}.mlp.router.gate" for layer in (1, 2)
+    }
+    assert "model.layers.1.mlp.router.gate" not in found.chosen
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path", "reason"),
+    [
+        ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate", SMALL),  # one row
+        ("jamba", "model.layers.0.mamba.dt_proj", READ),
+        ("granitemoehybrid", "model.layers.0.mamba.out_proj", READ),
+        ("gemma4", "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear", TOWER),
+        ("gemma4", "model.language_model.layers.0.router.proj", GATE),
+        ("zaya", "model.layers.0.mlp.gate.down_proj", GATE),
+        ("deepseek_v3", "model.layers.0.self_attn.q_b_proj", SMALL),  # 24 columns
+        ("lara_mini", "model.layers.0.linear_attn.in_proj_qkv", MIXED),  # with some too small
+    ],
+)
+def test_what_stays_and_why(tmp_path: Path, model_type: str, path: str, reason: str) -> None:
+    found = matrices_of(saved(tmp_path, model_type))
+    assert found.kept[path] == reason
+    assert found.chosen
+    assert any(line.startswith("1 ") or reason in line for line in found.reasons())
+
+
+def test_what_is_kept_in_fp32_stays() -> None:
+    """As an architecture says by the names of its modules."""
+    model = tiny_model("mixtral", BF16)
+    model._keep_in_fp32_modules_strict = {"o_proj"}
+    form = trunk_form(4)
+    assert form
+    assert Matrices.of(model, BF16, form).kept == {f"model.layers.{i}.self_attn.o_proj": FLOAT for i in range(3)}
+
+
+def test_what_two_modules_share_stays() -> None:
+    model = tiny_model("mixtral", BF16)
+    first, second = (f"model.layers.{i}.self_attn.o_proj" for i in range(2))
+    model.all_tied_weights_keys = {f"{first}.weight": f"{second}.weight"}
+    form = trunk_form(4)
+    assert form
+    assert Matrices.of(model, BF16, form).kept == {first: SHARED, second: SHARED}
+
+
+def test_what_a_checkpoint_fuses_is_quantised_as_the_module_has_it(tmp_path: Path) -> None:
+    """lara_mini's checkpoints hold four of its matrices as one."""
+    source = saved(tmp_path, "lara_mini", linear_num_value_heads=64, linear_num_key_heads=64)
+    found = matrices_of(source)
+    assert "model.layers.0.linear_attn.in_proj_a" in found.chosen
+    convert(source, tmp_path / "dst", bits=16, trunk_bits=4)
+    (fused,) = (name for name in open_checkpoint(source).tensors if name.endswith("0.linear_attn.in_proj.weight"))
+    stored = trunk_tensors(tmp_path / "dst")
+    assert fused not in stored
+    ordinary = tiny_model("lara_mini", BF16, linear_num_value_heads=64, linear_num_key_heads=64)
+    for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"):
+        path = f"model.layers.0.linear_attn.{name}"
+        assert torch.equal(stored[f"{path}.record"], record_of(ordinary.get_submodule(path).weight))
+
+
+def record_of(weights: torch.Tensor, bits: Bits = 4) -> torch.Tensor:
+    """Made in one piece."""
+    form = trunk_form(bits)
+    assert form
+    layout = matrix_layout(*weights.shape, form)
+    out = np.empty(layout.record_bytes, np.uint8)
+    encode({WEIGHT: weights}, layout, out)
+    return torch.from_numpy(out)[: layout.payload_bytes]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_pieces_make_the_record_of_the_whole(
+    tmp_path: Path, bits: Bits, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their number; and their errors add up to its error."""
+    monkeypatch.setattr(matrix_record, "PIECE_WEIGHTS", 64 * 64)
+    monkeypatch.setitem(TINY, "vocab_size", 300)  # no multiple of 64
+    source = saved(tmp_path, "mixtral", num_key_value_heads=4)
+    report = convert(source, tmp_path / "dst", bits=16, trunk_bits=bits, workers=workers)
+    stored = trunk_tensors(tmp_path / "dst")
+    model = tiny_model("mixtral", BF16, num_key_value_heads=4)
+    assert len(model.lm_head.weight) == 300
+    for path in ("lm_head", "model.layers.2.self_attn.k_proj"):
+        assert torch.equal(stored[f"{path}.record"], record_of(model.get_submodule(path).weight, bits)), path
+        assert f"{path}.weight" not in stored
+    assert report.trunk_error
+    assert (0.05 < report.trunk_error < 0.12) if bits == 4 else (0 < report.trunk_error < 0.01)
+
+
+def test_where_memory_is_short_fewer_work_on_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(saved(tmp_path, "mixtral", num_key_value_heads=4))
+    options = Options(bits=4, trunk_bits=4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+    def peaks(options: Options) -> tuple[int, list[int]]:
+        plan = Conversion.plan(source, tmp_path / "dst", options)
+        return plan.encoder.workers, [record.peak_bytes for record in plan.records.values()]
+
+    workers, many = peaks(options)
+    assert workers == 8
+    monkeypatch.setattr(conversion, "available_memory", lambda: Available(1, "a test"))
+    workers, one = peaks(options)
+    assert workers == 1
+    assert one == peaks(replace(options, workers=1))[1]
+    assert all(few < more for few, more in zip(one, many, strict=True))
+
+
+def test_a_tied_head_has_a_record_beside_the_embedding(tmp_path: Path) -> None:
+    source = saved(tmp_path, "mixtral", tie_word_embeddings=True)
+    assert "lm_head.weight" not in open_checkpoint(source).tensors
+    convert(source, tmp_path / "dst", bits=16, trunk_bits=4)
+    stored = trunk_tensors(tmp_path / "dst")
+    embedding = tiny_model("mixtral", BF16, tie_word_embeddings=True).get_input_embeddings().weight
+    assert torch.equal(stored["model.embed_tokens.weight"], embedding)
+    assert torch.equal(stored["lm_head.record"], record_of(embedding))
+
+
+def test_a_checkpoint_that_has_only_the_head_of_both_keeps_it(tmp_path: Path) -> None:
+    """transformers makes the embedding of it."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    source = saved(tmp_path, "mixtral", tie_word_embeddings=True)
+    edit_tensors(source, edit)
+    found = matrices_of(source)
+    assert found.kept == {"lm_head": MIXED}
+    convert(source, tmp_path / "dst", bits=16, trunk_bits=4)
+    assert "lm_head.weight" in trunk_tensors(tmp_path / "dst")
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "src", shards=1)
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("inf")
+
+    edit_tensors(source, edit)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight has weights that"):
+        convert(source, tmp_path / "dst", trunk_bits=4)
+
+
+def test_widths_that_no_kernel_has() -> None:
+    for bits in (3, 2, 5):
+        with pytest.raises(ConfigError, match=f"A trunk of {bits} bits"):
+            Options(trunk_bits=bits)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="nothing is rounded"):
+        Options(bits=16, fast=True)
+    Options(bits=16, trunk_bits=4, fast=True)

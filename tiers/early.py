@@ -1,0 +1,163 @@
+"""What is read before a demand comes, for wishes and for the warm-up, and what became of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from .demands import Load, Party, Pool
+from .keys import ExpertKey
+from .stats import TierCounters
+from .wishes import Wishes
+
+LEAST_RIGHT = 8  # wishes, until it is known what they save
+SAVINGS_KEPT = 64  # of the latest right ones
+
+
+class Place(NamedTuple):
+    """Where a record is to be read to."""
+
+    pool: Pool
+    key: ExpertKey
+    slot: int
+    warmed: bool  # by the warm-up; else for a wish
+
+
+class Early:
+    """The tier's own wishes are nobody's: of no party."""
+
+    def __init__(self, counters: TierCounters) -> None:
+        self._counters = counters
+        self._wishes: Wishes[Pool] = Wishes()
+        self._warming: deque[tuple[Pool, ExpertKey]] = deque()  # not begun
+        self._warmed: set[ExpertKey] = set()  # brought by the warm-up, READY, not wanted yet
+        self._unused: dict[ExpertKey, float] = {}  # brought by wishes, READY: seconds that each read took
+        self._above: dict[ExpertKey, float] = {}  # likewise, but evicted here: the tier above may have them
+        self._savings: deque[float] = deque(maxlen=SAVINGS_KEPT)  # seconds
+        self._lent: set[ExpertKey] = set()  # of these two, what the tier above has borrowed: it may be evicted here
+
+    def __len__(self) -> int:
+        """How many have not begun."""
+        return len(self._wishes) + len(self._warming)
+
+    # -- what is to come ----------------------------------------------------------------------------------------------
+
+    def is_wished(self, key: ExpertKey) -> bool:
+        """Whether anybody's latest wishes name it, begun or not, here or not."""
+        return key in self._wishes
+
+    def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey], wisher: Party | None) -> bool:
+        """Replaces a wisher's wishes for a block. Whether any of these is to be read."""
+        lacking = [key for key in wishes if pool.slots.find(key) is None]
+        self._counters.cancelled += self._wishes.replace(wisher, block, pool, wishes, lacking)
+        return bool(lacking)
+
+    def withdraw(self, wisher: Party) -> None:
+        """All of a wisher's."""
+        self._counters.cancelled += self._wishes.withdraw(wisher)
+
+    def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
+        self._warming.extend((pool, key) for key in keys)
+
+    def drop(self) -> None:
+        """Nothing is to come any more."""
+        self._wishes.clear()
+        self._warming.clear()
+
+    def take(self) -> Place | None:
+        """What is read next, wishes first; None if there is nothing that has a slot. A wish takes an EMPTY slot, else
+        one that an earlier wish filled in vain, of any group, else that of what is neither held nor wished, of its
+        own; the warm-up evicts nothing. Both stand back where somebody is hungry."""
+        for wisher, pool, key in self._wishes.take(lambda pool: not pool.hungry):
+            if pool.slots.find(key) is None:
+                slot = pool.policy.vacancy(key.block)
+                if slot is None:
+                    slot = self._leftover(pool)
+                if slot is None:
+                    slot = pool.policy.choose(key.block, keep=self.is_wished)
+                if slot is not None:
+                    self._wishes.served(wisher)
+                    self._counters.prefetched += 1
+                    return Place(pool, key, slot, warmed=False)
+                self._counters.cancelled += 1
+        while self._warming:
+            pool, key = self._warming.popleft()
+            if pool.slots.find(key) is None and not pool.hungry:
+                slot = pool.policy.vacancy(key.block)
+                if slot is not None:
+                    return Place(pool, key, slot, warmed=True)
+        return None
+
+    def _leftover(self, pool: Pool) -> int | None:
+        """Of a wish that was wrong: so the next one costs its block no record."""
+        for key in self._unused:
+            slot = pool.slots.find(key)
+            if slot is not None and not self.is_wished(key) and pool.slots.is_evictable(slot):
+                return slot
+        return None
+
+    # -- what became of it --------------------------------------------------------------------------------------------
+
+    def saved(self) -> float | None:
+        """Seconds that the latest right wishes saved, on average; None until there are some."""
+        return fmean(self._savings) if len(self._savings) >= LEAST_RIGHT else None
+
+    def join(self, load: Load, seconds: float) -> None:
+        """The first demand for what is being read for so many seconds."""
+        load.was_late = True
+        if not load.warmed:
+            self._counters.late += 1
+            self._save(seconds)
+
+    def arrive(self, load: Load, seconds: float) -> None:
+        """It is READY, and its read took so many seconds."""
+        if load.warmed:
+            self._counters.warmed += 1
+            if load.was_late:
+                self._counters.recalled += 1
+            else:
+                self._warmed.add(load.key)
+        elif load.wished and not load.was_late:
+            self._unused[load.key] = seconds
+
+    def lend(self, key: ExpertKey) -> None:
+        """To the tier above."""
+        if key in self._unused or key in self._warmed:
+            self._lent.add(key)
+
+    def use(self, key: ExpertKey) -> None:
+        """By a demand: if a wish brought it, or the warm-up, that was right."""
+        self._lent.discard(key)
+        if key in self._warmed:
+            self._warmed.remove(key)
+            self._counters.recalled += 1
+        if (seconds := self._forget(key)) is not None:
+            self._counters.useful += 1
+            self._save(seconds)
+
+    def evict(self, key: ExpertKey) -> None:
+        if key not in self._lent:
+            self._waste(key)
+        elif (seconds := self._unused.pop(key, None)) is not None:
+            self._above[key] = seconds
+
+    def begin(self, key: ExpertKey) -> None:
+        """It is read, for whomever. If it was lent, it was not used, and is lost above as well."""
+        if key in self._lent:
+            self._lent.remove(key)
+            self._waste(key)
+
+    def _waste(self, key: ExpertKey) -> None:
+        """It is lost: if a wish brought it, that was wrong."""
+        self._warmed.discard(key)
+        if self._forget(key) is not None:
+            self._counters.wasted += 1
+
+    def _save(self, seconds: float) -> None:
+        self._counters.saved_seconds += seconds
+        self._savings.append(seconds)
+
+    def _forget(self, key: ExpertKey) -> float | None:
+        return self._unused.pop(key, None) if key in self._unused else self._above.pop(key, None)

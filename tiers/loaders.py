@@ -1,0 +1,101 @@
+"""Loaders: a small pool of threads that read records into slots."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from functools import partial
+from queue import SimpleQueue
+
+from .arena import Arena
+from .demands import Load
+from .ledger import Ledger
+from .loads import Loads
+from .monitor import Monitor
+from .plan import ArenaPlan
+from .source import RecordReader, interruptible_bytes
+from .stats import TierCounters
+
+
+def prefetches(loaders: int, plan: ArenaPlan) -> int:
+    """Reads for wishes at a time. A demand waits for no more than one that can't stand back, and finds a loader."""
+    is_patient = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in plan.regions)
+    return max(1, loaders - 1) if is_patient else 1
+
+
+class Loaders:
+    """What they read is decided under the monitor's lock, and read outside it."""
+
+    def __init__(self, store: RecordReader, arena: Arena, monitor: Monitor) -> None:
+        self._store = store
+        self._arena = arena
+        self._monitor = monitor
+        self._bell: SimpleQueue[None] = SimpleQueue()  # wakes one loader a ring, which works until nothing is left
+        self._threads: list[threading.Thread] = []
+        self._loads: Loads
+        self._counters: TierCounters
+
+    def start(self, ledger: Ledger, count: int) -> None:
+        self._loads, self._counters = ledger.loads, ledger.counters
+        for number in range(count):
+            # daemon: a tier that nobody closes must not keep the interpreter from ending
+            loader = threading.Thread(target=self._serve, name=f"moetier-loader-{number}", daemon=True)
+            loader.start()
+            self._threads.append(loader)
+
+    def ring(self) -> None:
+        """There is something to read."""
+        self._bell.put(None)  # reentrant, as it promises: a finalizer may come by here
+
+    def close(self) -> None:
+        """When the ledger has been dropped; waits for reads under way."""
+        for _ in self._threads:
+            self.ring()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        """A loader's life."""
+        while not self._loads.is_dropped:
+            self._bell.get()
+            while (load := self._next_load()) is not None:
+                self._read(load)
+
+    def _next_load(self) -> Load | None:
+        with self._monitor:
+            return self._loads.take()
+
+    def _read(self, load: Load) -> None:
+        # while it stands back, another loader must be there for the demands
+        pause = partial(self._stand_back, load) if load.wished and len(self._threads) > 1 else None
+        began = time.monotonic()
+        try:
+            self._store.read_into(load.key, self._arena.slot(load.pool.first + load.slot), pause)
+        except _UnwantedError:
+            with self._monitor:
+                self._loads.cancel(load)
+        except BaseException as error:  # whatever it is: those who wait must learn of it
+            traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
+            with self._monitor:
+                self._counters.failures += 1
+                self._loads.fail(load, error)
+        else:
+            with self._monitor:
+                if not load.has_stood_back:
+                    load.pool.reads.append(time.monotonic() - began)
+                self._loads.arrive(load)
+
+    def _stand_back(self, load: Load) -> bool:
+        """Of a load that a wish began; whether no demand has joined it yet."""
+        with self._monitor:
+            while not self._loads.is_dropped and self._loads.stands_back(load):
+                load.has_stood_back = True
+                self._monitor.sleep()
+            if self._loads.is_unwanted(load):
+                raise _UnwantedError
+            return not load.waiters
+
+
+class _UnwantedError(Exception):
+    """Ends the read of a record that nobody wants any more."""

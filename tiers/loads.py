@@ -1,0 +1,205 @@
+"""Records on their way into slots: what is read next, for whom, and what came of it.
+
+Part of the ledger: no I/O, and its owner's lock is held. What demands begin goes first; wishes and the warm-up have
+what demands leave of the disk. Every load ends by ``arrive``, ``fail`` or ``cancel``, or before a loader takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from .demands import Demand, Load, Party, Pool
+from .directory import Directory
+from .early import Early
+from .keys import ExpertKey
+from .stats import TierCounters
+from .turns import Turns
+from .waiting import Waiting
+
+
+class Loads:
+    """``ring`` wakes a loader; ``prefetches`` loads that wishes began are in flight at most."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        counters: TierCounters,
+        early: Early,
+        waiting: Waiting,
+        *,
+        ring: Callable[[], None],
+        prefetches: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.is_dropped = False
+        self._directory = directory
+        self._counters = counters
+        self._early = early
+        self._waiting = waiting
+        self._ring = ring
+        self._prefetches = prefetches
+        self._clock = clock
+        self._turns = Turns()
+        self._loads: dict[ExpertKey, Load] = {}
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def __iter__(self) -> Iterator[Load]:
+        return iter(self._loads.values())
+
+    # -- for demands --------------------------------------------------------------------------------------------------
+
+    def begin(
+        self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, passing: bool = False, warmed: bool = False
+    ) -> Load:
+        """Into a slot that is EMPTY, or evictable."""
+        old = None
+        if pool.slots.is_ready(slot):
+            old = pool.slots.key(slot)
+            pool.policy.forget(slot)
+            pool.slots.evict(slot)
+            self._counters.evictions += 1
+            self._early.evict(old)
+        self._early.begin(key)
+        self._directory.withdraw(old, pool.first + slot)
+        pool.slots.begin(slot, key)
+        pool.policy.admit(key.block, slot, passing=passing, early=wished)
+        load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock(), warmed=warmed)
+        return load
+
+    def join(self, demand: Demand, key: ExpertKey) -> None:
+        """A demand, which claims the slot, waits for what has begun."""
+        load = self._loads[key]
+        if load.wished and not load.was_late:
+            self._early.join(load, self._clock() - load.began)
+            self._waiting.wake()  # it may stand back
+        load.waiters.append(demand)
+        demand.loads.append(load)
+        if not load.is_taken:
+            self._turns.add(demand.caller, load)
+
+    def leave(self, demand: Demand, load: Load) -> None:
+        """A demand, which claims the slot no longer, does not wait. What no loader has begun and nobody else wants is
+        not begun any more."""
+        load.waiters.remove(demand)
+        if not load.waiters and not load.is_taken:
+            load.is_taken = True
+            self._void(load)
+
+    # -- for wishes ---------------------------------------------------------------------------------------------------
+
+    def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey], *, wisher: Party | None = None) -> None:
+        """Replaces a wisher's wishes for a block; the tier's own are nobody's. What is there already stays the longer
+        for being wished, and wakes nobody."""
+        if self._early.wish(pool, block, wishes, wisher):
+            self._ring_for_wishes()
+
+    def withdraw_wishes(self, wisher: Party) -> None:
+        """All of a wisher's."""
+        self._early.withdraw(wisher)
+
+    def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
+        """Reads these beforehand, behind all wishes, each into an EMPTY slot of its group or not at all."""
+        self._early.warm(pool, keys)
+        self._ring_for_wishes()
+
+    def saved(self) -> float | None:
+        """Seconds that a right wish saves; None where too little is known."""
+        return self._early.saved()
+
+    def _begin_wish(self) -> Load | None:
+        """None while anything is read for a demand: wishes have what demands leave of the disk."""
+        if self._is_for_demands or self._prefetching >= self._prefetches:
+            return None
+        place = self._early.take()
+        if place is None:
+            return None
+        return self.begin(place.pool, place.key, place.slot, wished=True, warmed=place.warmed)
+
+    def _ring_for_wishes(self) -> None:
+        waiting = len(self._early)
+        if waiting and not self._is_for_demands:
+            for _ in range(min(waiting, self._prefetches - self._prefetching)):
+                self._ring()
+
+    @property
+    def _is_for_demands(self) -> bool:
+        """Whether anything is read for a demand."""
+        return any(load.waiters or not load.wished for load in self._loads.values())
+
+    @property
+    def _prefetching(self) -> int:
+        return sum(load.wished for load in self._loads.values())
+
+    # -- loaders ------------------------------------------------------------------------------------------------------
+
+    def take(self) -> Load | None:
+        """What a loader does next; None if there is nothing to do. Demands first, and of those one of the caller who
+        was served the longest ago: somebody's hundred are not before another's one."""
+        return self._turns.take() or self._begin_wish()
+
+    def arrive(self, load: Load) -> None:
+        """Its record is in the slot."""
+        del self._loads[load.key]
+        load.pool.slots.fill(load.slot)
+        self._directory.publish(load.key, load.pool.first + load.slot)
+        self._counters.bytes_in += load.pool.slot_bytes
+        self._early.arrive(load, self._clock() - load.began)
+        for demand in load.waiters:
+            demand.loads.remove(load)
+            demand.ready.append(load.slot)
+            if demand.party is not None:
+                self._waiting.stir(demand)
+        self._waiting.wake()
+        if load.waiters or not load.wished:
+            self._ring_for_wishes()  # perhaps it was the last for a demand
+
+    def stands_back(self, load: Load) -> bool:
+        """Whether a load that nobody but wishes wants is to wait, as others are read for demands."""
+        return not load.waiters and self._is_for_demands
+
+    def is_unwanted(self, load: Load) -> bool:
+        """Whether a load that a wish began is for nobody any more; of the warm-up, whether it is in anybody's way."""
+        if load.warmed and not load.waiters:
+            return self.is_dropped or bool(load.pool.hungry)
+        return not load.waiters and not self._early.is_wished(load.key)
+
+    def cancel(self, load: Load) -> None:
+        """It was unwanted, and is not read to its end."""
+        self._counters.cancelled += not load.warmed
+        self._void(load)
+        self._waiting.wake()
+
+    def fail(self, load: Load, error: BaseException) -> None:
+        """Its record won't come. The slot is EMPTY again, and everyone who waits for it gets the error."""
+        self._void(load)
+        for demand in load.waiters:
+            demand.loads.remove(load)
+            demand.error = demand.error or error
+            self._waiting.count(demand, -1)
+            if demand.party is not None:
+                self._waiting.stir(demand)
+        self._waiting.wake()
+
+    def drop(self, error: BaseException) -> None:
+        """No loader will begin anything any more."""
+        self.is_dropped = True
+        self._early.drop()
+        for load in self._turns.take_all():
+            self.fail(load, error)
+
+    def _void(self, load: Load) -> None:
+        del self._loads[load.key]
+        load.pool.policy.forget(load.slot)
+        load.pool.slots.fail(load.slot)
+        self._directory.void(load.pool.first + load.slot)
+
+    def check_integrity(self) -> None:
+        """Asserts that loads, those who wait for them and turns agree."""
+        for key, load in self._loads.items():
+            assert load.key == key
+            assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
+        queued = list(self._turns)
+        assert all(self._loads[load.key] is load for load in queued)
+        assert {load.key for load in queued} == {key for key, load in self._loads.items() if not load.is_taken}

@@ -1,0 +1,30 @@
+"""One call of a device tier's acquire: what it holds, and what it has to give back."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from .device_pool import DevicePool
+from .keys import ExpertKey
+from .stream import Event, Stream
+
+
+class Visit:
+    """One call of acquire."""
+
+    __slots__ = ("copied", "latest", "leased", "misses", "passing", "pool", "ready")
+
+    def __init__(self, pool: DevicePool, *, passing: bool) -> None:
+        self.pool = pool
+        self.passing = passing  # a passage: wants more than its block can keep
+        self.latest: ExpertKey | None = None  # leased
+        self.misses = False  # records; the promoter stands back until it leaves
+        self.ready: deque[int] = deque()  # pinned, not yielded yet
+        self.leased: tuple[int, Stream] | None = None  # pinned; computed on in this stream
+        self.copied: Event | None = None  # the end of the latest copy, and with it of those before
+
+    def end_copies(self) -> None:
+        """Waits until the records that were copied may go."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None

@@ -1,0 +1,43 @@
+"""transformers with accelerate's disk offload as a child process: a job as JSON in, what it found as JSON out.
+
+See ``peers.py``, which starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from .resident import peak_bytes
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    import torch
+    import transformers
+
+    torch.set_num_threads(job["threads"])
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    room = {} if job["resident"] is None else {"max_memory": {"cpu": job["resident"]}}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["checkpoint"], dtype=torch.bfloat16, device_map="auto", offload_folder=job["offload"], **room
+    )
+    cache = transformers.DynamicCache()
+    start = 0.0
+    with torch.inference_mode():
+        for position, token in enumerate(job["tokens"]):
+            if position == job["warmup"]:
+                start = time.perf_counter()
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    found = {
+        "tokens": len(job["tokens"]) - job["warmup"],
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak_bytes(),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""``moetier bench kernels``: products with records, beside the rate at which memory can be read."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.keys import BITS, Bits, Projection, RecordLayout
+
+from .bench_report import add_bench_arguments, add_threads, check_bench, report
+from .machine import Machine
+from .rounds import Spread, alternate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .compute_rate import MemoryRate
+
+HELP = "products with records, beside the rate at which memory is read"
+
+ROWS = (1, 4, 16, 64, 512)
+GB = 1e9
+MEMORY = ("", 0)  # among the ways: its probe
+EXPERTS = {  # hidden and intermediate size
+    "Mixtral-8x7B": (4096, 14336),
+    "Qwen3-30B-A3B": (2048, 768),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        metavar="DIR",
+        help=f"a model directory, whose records are measured (default: {' and '.join(EXPERTS)})",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, action="append", help="once or more; not with DIR (default: all)"
+    )
+    parser.add_argument("--rows", type=int, action="append", metavar="N", help=f"once or more (default: {ROWS})")
+    parser.add_argument("--seconds", type=float, default=0.3, metavar="S", help="a product (default: %(default)s)")
+    add_threads(parser)
+    add_bench_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_bench(arguments)
+    rows = arguments.rows or list(ROWS)
+    if min(rows) < 1 or not arguments.seconds > 0:
+        raise ConfigError("Products take one row and more than 0 seconds, at least.", "See --rows and --seconds.")
+    layouts = dict(_layouts(arguments))
+    import torch
+
+    from moetier.runtime.choice import kernels_for
+
+    from . import compute_rate
+    from .compute_rate import KernelProbe, MemoryProbe, activation_dtype, projection_bytes, random_records
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    memory_probe = MemoryProbe(compute_rate.UNCACHED_BYTES)
+    table = [["projection", "bits", "rows", "GB/s", "memory, GB/s", "ratio", "GFLOP/s", "ms"]]
+    results: list[dict[str, Any]] = []
+    for title, layout in layouts.items():
+        records = random_records(layout, compute_rate.UNCACHED_BYTES)
+        probe = KernelProbe(kernels_for(torch.device("cpu")), layout, records)
+        ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: memory_probe}
+        for p, count in product(layout.projections, rows):
+            ways[p.name, count] = partial(probe.seconds, p.name, count, at_least=arguments.seconds)
+        found = alternate(arguments.rounds, ways)
+        memory: list[MemoryRate] = found[MEMORY]
+        for p, count in product(layout.projections, rows):
+            nbytes = projection_bytes(layout, p.name)
+            result = result_of(title, p, count, nbytes, Spread.of(found[p.name, count]), memory)
+            results.append(result)
+            table.append(_row(result))
+    dtype = str(activation_dtype()).removeprefix("torch.")
+    by = " or ".join(sorted({result["bound_by"] for result in results}))
+    notes = [f"memory   read at the rate of torch's {by} over 512 MiB, whichever is quickest; activations in {dtype}"]
+    machine = Machine.here(threads=torch.get_num_threads())
+    return report(arguments, machine, table, results, notes=notes, activations=dtype)
+
+
+def result_of(
+    title: str, p: Projection, rows: int, nbytes: int, seconds: Spread, memory: Sequence[MemoryRate]
+) -> dict[str, Any]:
+    """One row of the table, as JSON. ``nbytes`` of a record are read in ``seconds``."""
+    rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found.rate for found in memory)
+    return {
+        "records": title,
+        "projection": p.name,
+        "outputs": p.rows,
+        "inputs": p.columns,
+        "bits": p.bits,
+        "rows": rows,
+        "bytes": nbytes,
+        "seconds": seconds.to_json(),
+        "bytes_per_s": rate.to_json(),
+        "bound_bytes_per_s": bound.to_json(),
+        "bound_by": memory[-1].by,
+        "ratio": rate.median / bound.median,
+        "flops_per_s": 2 * rows * p.rows * p.columns / seconds.median,
+    }
+
+
+def _row(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{result['records']} {result['projection']} {result['outputs']}x{result['inputs']}",
+        str(result["bits"]),
+        str(result["rows"]),
+        Spread(tuple(result["bytes_per_s"]["runs"])).text(GB),
+        Spread(tuple(result["bound_bytes_per_s"]["runs"])).text(GB, 1),
+        f"{result['ratio']:.2f}",
+        f"{result['flops_per_s'] / 1e9:.1f}",
+        f"{1e3 * result['seconds']['median']:.3f}",
+    ]
+
+
+def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]]:
+    """By title."""
+    if arguments.directory is not None:
+        from moetier.tiers.folder import read_manifest, store_folder
+
+        if arguments.bits:
+            raise ConfigError("The records of a directory have the bits that they have.", "Leave out --bits, or DIR.")
+        yield from read_manifest(store_folder(arguments.directory)).layouts.items()
+        return
+    for title, (hidden, inner) in EXPERTS.items():
+        for bits in arguments.bits or BITS:
+            yield f"{title}, {bits} bits", expert_layout(hidden, inner, bits)
+
+
+def expert_layout(hidden: int, inner: int, bits: Bits) -> RecordLayout:
+    """Of an expert with a gate, as ``moetier convert`` stores it by default."""
+    from moetier.tiers.quantize import layout_for
+
+    shapes = {"gate_up_proj": ((2 * inner, hidden), "bfloat16"), "down_proj": ((hidden, inner), "bfloat16")}
+    return layout_for(shapes, bits=bits)

@@ -1,0 +1,64 @@
+"""What every ``moetier bench`` command is told, and how it says what it found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from moetier.tiers.errors import ConfigError, TargetError
+
+from .machine import Machine
+from .report import table
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="alternating runs of everything (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is found there, as one JSON object")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: as torch chooses)")
+
+
+def check_bench(arguments: argparse.Namespace) -> None:
+    """Before anything is measured. Raises ConfigError or TargetError."""
+    for name in ("rounds", "threads", "tokens", "batch", "prompt", "warm"):
+        value = getattr(arguments, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}.", "Give 1 or more.")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise TargetError(f"{arguments.json.parent} is no folder.", "Make it, or name another with --json.")
+
+
+def report(
+    arguments: argparse.Namespace,
+    machine: Machine,
+    rows: list[list[str]],
+    results: list[dict[str, Any]],
+    *,
+    notes: list[str] | None = None,
+    **more: Any,
+) -> int:
+    """Prints the machine, the table ``rows`` and ``notes``; writes ``--json``. ``results``: one for each row."""
+    from moetier.tiers.durable import write_durably
+
+    print(machine.text())
+    print(f"rounds   {arguments.rounds}: median (least to most)")
+    print(table(rows))
+    for note in notes or []:
+        print(note)
+    if arguments.json is not None:
+        document = {
+            "command": arguments.noun,
+            "rounds": arguments.rounds,
+            "machine": machine.to_json(),
+            "notes": notes or [],
+            **more,
+            "results": results,
+        }
+        write_durably(arguments.json, json.dumps(document, indent=2).encode() + b"\n")
+    return 0

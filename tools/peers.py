@@ -1,0 +1,158 @@
+"""Other engines, each in a process of its own with a limit on its memory, fed the same tokens.
+
+llama.cpp reads a GGUF file (``gguf_export.py``) through the package llama-cpp-python; transformers with accelerate's
+disk offload reads the checkpoint itself, in bf16. Both are in the extra ``peers``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetier.tiers.errors import ConfigError
+
+from .cgroup import MemoryGroup, forget, memory_group
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one process did behind its warm-up."""
+
+    tokens: int
+    seconds: float
+    peak_bytes: int  # pages of files included: of the control group, or of the process where that had more mapped
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+class PeerError(ConfigError):
+    """A peer did not finish: it is not installed, or was killed for memory."""
+
+
+def llama_decode(
+    gguf: Path,
+    tokens: Sequence[int],
+    *,
+    threads: int,
+    limit: int | None = None,
+    repack: bool = False,
+    warmup: int = 0,
+    mmap: bool = True,
+) -> Run:
+    """One by one, as if they were generated; the first ``warmup`` of them are not timed.
+
+    ``limit``: bytes for the process and its pages of files. ``repack`` copies the weights into an order that is quicker
+    to multiply with, which needs all of them in memory a second time. ``mmap``: else the file is read into memory.
+    Raises PeerError.
+    """
+    job = {"gguf": str(gguf), "threads": threads, "repack": repack, "mmap": mmap, "one_by_one": True}
+    return _llama(job, tokens, warmup, limit)
+
+
+def llama_prefill(
+    gguf: Path,
+    tokens: Sequence[int],
+    *,
+    threads: int,
+    limit: int | None = None,
+    repack: bool = False,
+    warmup: int = 0,
+    mmap: bool = True,
+) -> Run:
+    """The tokens behind the first ``warmup`` go through the model together, as a text of their own.
+
+    Raises PeerError.
+    """
+    job = {"gguf": str(gguf), "threads": threads, "repack": repack, "mmap": mmap, "one_by_one": False}
+    return _llama(job, tokens, warmup, limit)
+
+
+def llama_logits(gguf: Path, tokens: Sequence[int], *, threads: int = 1) -> list[float]:
+    """[vocabulary] of the last token. Raises PeerError."""
+    job = {"gguf": str(gguf), "threads": threads, "repack": False, "mmap": True, "one_by_one": False}
+    found, _ = _child("llama_peer", job | {"tokens": list(tokens), "warmup": 0, "logits": True}, None)
+    logits: list[float] = found["logits"]
+    return logits
+
+
+def llama_quantize(gguf: Path, target: Path, *, threads: int) -> tuple[float, int]:
+    """Writes ``target``, every matrix of ``gguf`` in Q4_0. (Seconds of llama.cpp's call, the process's peak in bytes).
+
+    Raises PeerError.
+    """
+    found, _ = _child("llama_peer", {"gguf": str(gguf), "target": str(target), "threads": threads}, None)
+    return found["seconds"], found["peak_bytes"]
+
+
+def accelerate_decode(
+    checkpoint: Path,
+    tokens: Sequence[int],
+    *,
+    threads: int,
+    limit: int | None = None,
+    resident: int | None = None,
+    warmup: int = 1,
+    scratch: Path | None = None,
+) -> Run:
+    """One by one, in bf16. ``resident`` bytes of weights stay in memory (without it, half of ``limit``); accelerate
+    writes the others into ``scratch`` (a temporary folder beside the checkpoint) as it wants them, and reads them for
+    every token. Raises PeerError.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch or checkpoint.parent, prefix="offload-") as folder:
+        room = resident if resident is not None else limit // 2 if limit is not None else None
+        job = {"checkpoint": str(checkpoint), "threads": threads, "resident": room, "offload": folder}
+        forget(checkpoint)
+        assert 0 <= warmup < len(tokens)
+        found, peak = _child("accelerate_peer", job | {"tokens": list(tokens), "warmup": warmup}, limit)
+    return Run(found["tokens"], found["seconds"], peak)
+
+
+def _llama(job: dict[str, Any], tokens: Sequence[int], warmup: int, limit: int | None) -> Run:
+    assert 0 <= warmup < len(tokens)
+    if limit is not None:
+        forget(Path(job["gguf"]))
+    found, peak = _child("llama_peer", job | {"tokens": list(tokens), "warmup": warmup, "logits": False}, limit)
+    return Run(found["tokens"], found["seconds"], peak)
+
+
+def _child(module: str, job: dict[str, Any], limit: int | None) -> tuple[dict[str, Any], int]:
+    """(what it found, its peak of memory)."""
+    command = [sys.executable, "-m", f"moetier.tools.{module}"]
+    with contextlib.ExitStack() as stack:
+        group = None
+        try:
+            group = stack.enter_context(memory_group(limit))
+        except ConfigError:
+            if limit is not None:
+                raise
+        ended = _run(group, command, json.dumps(job))
+        peak = group.peak if group is not None else 0
+    if ended.returncode:
+        raise PeerError(*_reason(module, ended, limit))
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found, max(peak, found["peak_bytes"])
+
+
+def _run(group: MemoryGroup | None, command: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    if group is not None:
+        return group.run(command, text=text)
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+
+
+def _reason(module: str, ended: subprocess.CompletedProcess[str], limit: int | None) -> tuple[str, str]:
+    name = {"llama_peer": "llama.cpp", "accelerate_peer": "transformers with accelerate"}[module]
+    last = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
+    if "ModuleNotFoundError" in last:
+        return f"{name} is not installed ({last}).", 'Install it: pip install ".[peers]" in the repository.'
+    if ended.returncode in (-9, 137) and limit is not None:
+        return f"{name} was killed for memory, of which it had {limit:,} bytes.", "Give it more."
+    return f"{name} ended with status {ended.returncode}: {last}", "See whether the machine has enough memory and disk."
