@@ -119,9 +119,9 @@ class _Attending(Emitter):
                     row = self._floats(self._rows, i)
                     for h, place in zip(heads, self._accumulators, strict=False):
                         query = self._floats(self._queries, at.add(at.mul(h, self._width), i))
-                        at.store(self._multiply_add(query, row, at.load(place)), place)
+                        at.store(self.multiply_add(query, row, at.load(place)), place)
                 for h, place in zip(heads, self._accumulators, strict=False):
-                    total = self._reduce(at.load(place), at.fadd)
+                    total = self.reduce(at.load(place), at.fadd)
                     self.store(total, self._scores, at.mul(at.add(at.mul(h, self._padded), position), n(4)))
 
             self._some(self._heads, HEADS, dots)
@@ -144,13 +144,13 @@ class _Attending(Emitter):
             at.store(self.all(F32, -math.inf, LANES), largest)
             with self.loop(n(0), self._padded, LANES) as i:
                 at.store(self._larger(self._floats(self._scores, at.add(begin, i)), at.load(largest)), largest)
-            top = self.spread(self._reduce(at.load(largest), self._larger), LANES)
+            top = self.spread(self.reduce(at.load(largest), self._larger), LANES)
             at.store(self.all(F32, 0.0, LANES), total)
             with self.loop(n(0), self._padded, LANES) as i:
                 share = self._exp(at.fsub(self._floats(self._scores, at.add(begin, i)), top))
                 self._keep(share, self._scores, at.add(begin, i))
                 at.store(at.fadd(at.load(total), share), total)
-            inverse = at.fdiv(ir.Constant(F32, 1.0), self._reduce(at.load(total), at.fadd))
+            inverse = at.fdiv(ir.Constant(F32, 1.0), self.reduce(at.load(total), at.fadd))
             with self.loop(n(0), self._padded, LANES) as i:
                 place = at.add(begin, i)
                 self._keep(at.fmul(self._floats(self._scores, place), self.spread(inverse, LANES)), self._scores, place)
@@ -175,7 +175,7 @@ class _Attending(Emitter):
                     place = at.add(at.mul(head, self._values), i)
                     value = self._floats(self._sums, place)
                     for share, row in zip(shares, rows, strict=True):
-                        value = self._multiply_add(share, self._floats(row, i), value)
+                        value = self.multiply_add(share, self._floats(row, i), value)
                     self._keep(value, self._sums, place)
 
         self._some(self._length, POSITIONS, add)
@@ -188,19 +188,8 @@ class _Attending(Emitter):
                 value = self.narrow(value, LANES)
             self.store(value, out, at.mul(i, n(self._number.nbytes)))
 
-    def _multiply_add(self, a: Value, b: Value, c: Value) -> Value:
-        return self.intrinsic(f"llvm.fmuladd.v{LANES}f32", vector(F32, LANES), a, b, c)
-
     def _larger(self, a: Value, b: Value) -> Value:
         return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
-
-    def _reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
-        """All lanes by halves, so always in the same order."""
-        lanes = LANES
-        while lanes > 1:
-            lanes //= 2
-            value = unite(self.pick(value, value, range(lanes)), self.pick(value, value, range(lanes, 2 * lanes)))
-        return self.at.extract_element(value, ir.Constant(I32, 0))
 
     def _exp(self, x: Value) -> Value:
         """e^x, x <= 0; to about 1e-7 of it."""
@@ -213,7 +202,7 @@ class _Attending(Emitter):
         rest = at.fsub(powers, whole)
         value = self.all(F32, _POWERS[-1], LANES)
         for power in reversed(_POWERS[:-1]):
-            value = self._multiply_add(value, rest, self.all(F32, power, LANES))
+            value = self.multiply_add(value, rest, self.all(F32, power, LANES))
         finite = at.select(at.fcmp_ordered("ord", whole, whole), whole, self.all(F32, 0.0, LANES))
         exponent = at.add(at.fptosi(finite, vector(I32, LANES)), self.all(I32, 127, LANES))
         scaled = at.fmul(value, at.bitcast(at.shl(exponent, self.all(I32, 23, LANES)), vector(F32, LANES)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import binding, ir
@@ -105,6 +105,18 @@ class Emitter:
         rounded = at.add(at.add(bits, self.all(I32, 0x7FFF, count)), odd)
         rounded = at.select(at.fcmp_unordered("uno", value, value), self.all(I32, 0x7FC00000, count), rounded)
         return at.trunc(at.lshr(rounded, self.all(I32, 16, count)), vector(I16, count))
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c of fp32 vectors."""
+        return self.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+
+    def reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
+        """All elements of a vector, a power of two, by halves: so always in the same order."""
+        count = value.type.count
+        while count > 1:
+            count //= 2
+            value = unite(self.pick(value, value, range(count)), self.pick(value, value, range(count, 2 * count)))
+        return self.at.extract_element(value, ir.Constant(I32, 0))
 
     def intrinsic(self, name: str, result: Any, *arguments: Value) -> Value:
         """A call of LLVM's ``name``."""

@@ -43,6 +43,7 @@ from .kv_cache import kv_cache_bytes
 from .linear import quantized_linears, replace_linears
 from .memory import mapped_files
 from .model_config import NAME, read_config
+from .row import use_row_weights
 from .shortcut import Shortcuts
 from .speculation import Speculation
 from .tiers import Tiers
@@ -206,6 +207,7 @@ class MoetierQuantizer(HfQuantizer):
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
         if any(kernels.packs(layout) for layout in layouts):  # else it computes bit for bit as the ordinary model
             use_decode_attention(model)
+            use_row_weights(model)
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
             layout = tiers.manifest.layout(number)

@@ -57,6 +57,7 @@ HOMES = {
     "llvmlite": {
         "runtime/attending",
         "runtime/emit",
+        "runtime/gemv",
         "runtime/native",
         "runtime/product",
         "runtime/rounding",

@@ -1,0 +1,52 @@
+"""A product of one row with a matrix of bf16, moetier's and torch's own.
+
+    python tests/measurements/row.py
+
+Matrices as routers, attention and heads have them, enough of each that they come from memory; the two take turns.
+Prints medians (least to most) of the microseconds of a product, and the rate at which moetier's reads the matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from functools import partial
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+from attention import microseconds
+
+from moetier.runtime.row import RowWeight
+from moetier.tools.report import table
+from moetier.tools.rounds import Spread, alternate
+
+SHAPES = {"8 experts": (8, 4096), "128 experts": (128, 2048), "512 experts": (512, 2048), "attention": (4096, 4096)}
+UNCACHED = 256 << 20  # bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print(f"machine  {platform.machine()}, {torch.get_num_threads()} threads; torch {torch.__version__}")
+    lines = [["matrix", "moetier, us", "torch, us", "times as fast", "GB/s"]]
+    for title, (rows, columns) in SHAPES.items():
+        nbytes = 2 * rows * columns
+        weights = [torch.randn(rows, columns).bfloat16() for _ in range(max(2, UNCACHED // nbytes))]
+        x = torch.randn(1, columns).bfloat16()
+        ways = {}
+        for name, form in (("moetier", RowWeight), ("torch", torch.nn.Parameter)):
+            matrices = cycle([form(weight, requires_grad=False) for weight in weights])
+            ways[name] = partial(microseconds, lambda x=x, matrices=matrices: F.linear(x, next(matrices)))
+        with torch.inference_mode():
+            found = {name: Spread.of(times) for name, times in alternate(arguments.rounds, ways).items()}
+        own, torchs = found["moetier"], found["torch"]
+        rate = nbytes / own.median / 1e3
+        shown = f"{title} {rows}x{columns}"
+        lines.append([shown, own.text(), torchs.text(), f"{torchs.median / own.median:.1f}", f"{rate:.1f}"])
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
