@@ -82,6 +82,13 @@ class Emitter:
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
         self.at.store(value, self.place(pointer, offset, value.type), align=1)
 
+    def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:
+        """Asks for memory that will be read soon; it need not be there."""
+        read, everywhere, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+        for line in range(0, nbytes, 64):
+            place = self.at.gep(pointer, [self.at.add(offset, self.number(line))])
+            self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, read, everywhere, data)
+
     def spread(self, value: Value, count: int) -> Value:
         """The vector whose elements are all a scalar."""
         nothing = ir.Constant(vector(value.type, count), ir.Undefined)

@@ -16,6 +16,9 @@ from .form import Form, Number
 from .native import Processor
 
 STEP = 4  # columns
+# how far ahead of the sums memory is asked for: processors' own prefetchers end with a page
+BYTES_AHEAD = 2048  # of codes
+PAIRS_AHEAD = 2  # groups
 COLUMN = ROW_TILE // 2  # bytes
 LANES = 16  # rows of one vector
 VECTORS = ROW_TILE // LANES
@@ -50,6 +53,7 @@ class Tile(Emitter):
                 for place in integers[row]:
                     at.store(begin, place)
             first = at.mul(g, n(group))
+            self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
             with self.loop(n(0), n(group), 2 * STEP) as step:
                 for half in range(2):
                     column = at.add(first, at.add(step, n(half * STEP)))
@@ -97,6 +101,7 @@ class Tile(Emitter):
     def _columns_at(self, plane: Value, place: Value) -> list[Value]:
         """STEP columns as they lie: two vectors of 64 bytes."""
         bytes_ = vector(I8, 2 * COLUMN)
+        self.prefetch(plane, self.at.add(place, self.number(BYTES_AHEAD)), STEP * COLUMN)
         return [self.load(plane, self.at.add(place, self.number(2 * COLUMN * half)), bytes_) for half in range(2)]
 
     def _folded(self, plane: Value, place: Value, parts: int, mask: int) -> list[Value]:
@@ -143,6 +148,13 @@ class Tile(Emitter):
         pairs = at.add(*(self.pick(products, products, range(i, 4 * LANES, 2)) for i in range(2)))
         pairs = at.sext(pairs, vector(I32, 2 * LANES))
         return at.add(total, at.add(*(self.pick(pairs, pairs, range(i, 2 * LANES, 2)) for i in range(2))))
+
+    def _prefetch_pairs(self, g: Value) -> None:
+        """Those of a group lie in a page of their own, which nothing but this brings in time."""
+        at, n = self.at, self.number
+        nbytes = 4 if self._form.pairs == "bfloat16" else 2
+        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
+        self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
 
     def _load_pairs(self, g: Value) -> list[tuple[Value, Value]]:
         """(s, b) of a group, by vector of rows; fp32."""
