@@ -18,43 +18,69 @@ ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams i
 PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is computed has a part in its last bits
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
+def add_decoding_arguments(
+    parser: argparse.ArgumentParser, *, new_tokens: int, temperature: float | None = 0.0
+) -> None:
+    """Without a ``temperature``, who gives none samples as generation_config.json says."""
     parser.add_argument("--max-new-tokens", type=int, default=new_tokens, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default: 0)")
+    said = "as generation_config.json says" if temperature is None else f"{temperature:g}"
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T", help=f"0 decodes greedily (default: {said})"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+
+def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=PREFILL_CHUNK,
+        metavar="N",
+        help="tokens of a prompt that are computed together, where the model can go on in the middle of one: each "
+        "expert is read once for all of them (default: %(default)s)",
+    )
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of ``generate()``, checked; the seed is for ``torch.manual_seed``. Raises ConfigError."""
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}.", "Give 1 or more.")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ConfigError(f"--temperature is {arguments.temperature}.", "Give 0, to decode greedily, or more.")
+    temperature: float | None = arguments.temperature
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise ConfigError(f"--temperature is {temperature}.", "Give 0, to decode greedily, or more.")
     if not 0 <= arguments.seed < 1 << 64:
         raise ConfigError(f"--seed is {arguments.seed}.", "Give a number from 0 to 2^64 - 1.")
-    sampling = {"temperature": arguments.temperature} if arguments.temperature else {}
-    return {
-        "do_sample": bool(arguments.temperature),
-        **sampling,
-        **ONE_SEQUENCE,
-        "max_new_tokens": arguments.max_new_tokens,
-    }
+    sampling: dict[str, Any] = {} if temperature is None else {"do_sample": bool(temperature)}
+    if temperature:
+        sampling["temperature"] = temperature
+    return {**sampling, **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
+
+
+def prefill_chunk_of(arguments: argparse.Namespace) -> int:
+    """Raises ConfigError."""
+    chunk: int = arguments.prefill_chunk
+    if chunk < 1:
+        raise ConfigError(f"--prefill-chunk is {chunk}.", "Give 1 or more.")
+    return chunk
 
 
 def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
-    """What ``generate()`` is told beside, where a prompt of so many ``tokens`` is to be computed in chunks. Only models
-    all of whose layers keep keys and values go on in the middle of a prompt: not all others take up their state."""
-    if tokens <= chunk or not model._supports_default_dynamic_cache() or model.generation_config.use_cache is False:
-        return {}
+    """What ``generate()`` is told beside, where a prompt of so many ``tokens`` is to be computed in chunks."""
+    return {"prefill_chunk_size": chunk} if tokens > chunk and goes_on(model) else {}
+
+
+def goes_on(model: Any) -> bool:
+    """Whether it goes on in the middle of a prompt. Only models all of whose layers keep keys and values do: not all
+    others take up their state."""
+    if not model._supports_default_dynamic_cache() or model.generation_config.use_cache is False:
+        return False
     from transformers import DynamicCache
 
     plain = {"DynamicLayer", "DynamicSlidingWindowLayer"}
     config = model.config.get_text_config()
     layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if not layers or layers - plain or rope == "longrope":  # its angles depend on the chunk's length
-        return {}
-    return {"prefill_chunk_size": chunk}
+    return bool(layers) and not layers - plain and rope != "longrope"  # its angles depend on the chunk's length
 
 
 def encode(tokenizer: Any, prompt: str, device: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
@@ -12,16 +12,27 @@ if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import Tier
     from moetier.runtime.share import Share
     from moetier.runtime.speculation import SpeculationStats
+    from moetier.runtime.tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one generation: token counts, and seconds from its start."""
+    """Of one generation, or of several together: token counts, and seconds from the start."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # that were computed
     new_tokens: int
     first_token: float  # seconds to the first new token
     total: float  # seconds to the last
+    generations: int = 1
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(
+            self.prompt_tokens + other.prompt_tokens,
+            self.new_tokens + other.new_tokens,
+            self.first_token + other.first_token,
+            self.total + other.total,
+            self.generations + other.generations,
+        )
 
     @property
     def prefill_rate(self) -> float:
@@ -31,8 +42,8 @@ class Timing:
     @property
     def decode_rate(self) -> float:
         """New tokens a second behind the first; 0 where there is only one."""
-        seconds = self.total - self.first_token
-        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else 0.0
+        more, seconds = self.new_tokens - self.generations, self.total - self.first_token
+        return more / seconds if more > 0 and seconds > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -99,6 +110,30 @@ def tier_report(timing: Timing, tiers: list[TierStats]) -> str:
         f"first token after {timing.first_token:.2f} s\n"
         f"decode   {timing.new_tokens} tokens, {timing.decode_rate:.1f} tokens/s\n{table(rows)}"
     )
+
+
+def run_report(timing: Timing, tiers: Tiers) -> str:
+    """All that there is to say of the tiers of one model; for people."""
+    stats, shares = tiers.stats(), tiers.shares()
+    parts = [tier_report(timing, stats)]
+    if shares:
+        parts.append(shares_report(shares))
+    if tiers.speculation is not None:
+        parts.append(speculation_report(tiers.speculation.stats(), stats))
+    if tiers.learns:
+        parts.append(learning_report(stats[0]))
+    return "\n".join(parts)
+
+
+def run_json(timing: Timing, tiers: Tiers) -> dict[str, Any]:
+    """The same, for programs."""
+    return {
+        "experts": tiers.where,
+        "shares": [asdict(share) for share in tiers.shares()],
+        **timing.to_json(),
+        "tiers": {stats.name: tier_json(stats, timing) for stats in tiers.stats()},
+        "speculation": tiers.speculation.stats().to_json() if tiers.speculation is not None else None,
+    }
 
 
 def speculation_report(stats: SpeculationStats, tiers: list[TierStats]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, TierConfig
+from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE, TierConfig
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
@@ -53,6 +53,31 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute bit for bit as the ordinary model does with the same decoded weights, which is slower",
     )
     add_credentials(parser)
+
+
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of commands that decode and do nothing else."""
+    parser.add_argument(
+        "--speculate",
+        choices=SPECULATE,
+        default="auto",
+        help="promote experts beforehand that the next layers' gates guess: auto, while it is measured to pay "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--look-ahead", type=int, default=LOOK_AHEAD, metavar="N", help="layers to guess (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prefetch",
+        type=int,
+        metavar="N",
+        help="experts of a block to promote on a guess, at most (default: as many as are worth it)",
+    )
+
+
+def speculation_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For ``resources_of``, which checks it."""
+    return {name: getattr(arguments, name) for name in ("speculate", "look_ahead", "prefetch")}
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:

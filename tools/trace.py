@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
+from .loading import loaded
 from .prompts import read_prompts
 from .report import table
 from .resources import add_resource_arguments, resources_of
@@ -50,16 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments.prompts)
     _check_target(arguments.output, force=arguments.force)
 
-    import torch
-    import transformers
+    with loaded(arguments.directory, resources) as (model, tokenizer, _):
+        import torch
 
-    from moetier.runtime.generate import load
-
-    transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load(arguments.directory, **resources)
-    with model.tiers:
-        if tokenizer is None:
-            raise ConfigError(f"{arguments.directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
         torch.manual_seed(arguments.seed)
         trace = record(model, tokenizer, prompts, decoding, look_ahead=arguments.look_ahead)
     _check_target(arguments.output, force=arguments.force)
