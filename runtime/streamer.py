@@ -9,12 +9,20 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class TimedStreamer(TextStreamer):
-    """Prints new text as it comes if ``echo``, keeps it in ``text``, counts tokens, times the first and the last."""
+    """Prints new text as it comes if ``echo``, keeps it in ``text``, counts tokens, times the first and the last.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, echo: bool) -> None:
-        super().__init__(tokenizer, skip_prompt=True)
+    ``stop`` and what is behind it are not part of the text; what may be its beginning waits for what follows.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, echo: bool, skip_special_tokens: bool = False, stop: str = ""
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=skip_special_tokens)
         self.text = ""
+        self.stopped = False  # by ``stop``
         self._echo = echo
+        self._stop = stop
+        self._held = ""
         self._moments: list[float] = []
         self._start = time.perf_counter()
 
@@ -25,6 +33,13 @@ class TimedStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text, self._held = self._held + text, ""
+        if self._stop:
+            text, found, _ = ("", "", "") if self.stopped else text.partition(self._stop)
+            self.stopped = self.stopped or bool(found)
+            if not (self.stopped or stream_end):
+                held = next((n for n in range(len(self._stop), 0, -1) if text.endswith(self._stop[:n])), 0)
+                text, self._held = text[: len(text) - held], text[len(text) - held :]
         self.text += text
         if self._echo:
             print(text, end="\n" if stream_end else "", flush=True)
@@ -35,5 +50,6 @@ class TimedStreamer(TextStreamer):
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """From this streamer's making to the first new token, and to the last."""
-        return self._moments[0] - self._start, self._moments[-1] - self._start
+        """From this streamer's making to the first new token, and to the last; to now, where there is none."""
+        moments = self._moments or [time.perf_counter()]
+        return moments[0] - self._start, moments[-1] - self._start

@@ -1,0 +1,84 @@
+"""A process in a terminal of its own, and a person who types."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+PATIENCE = 120.0  # seconds, for a machine that has other work
+
+_TAKE = (  # the terminal becomes the one whose Ctrl-C it gets
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+)
+
+
+class Terminal:
+    """Runs Python with ``arguments``. A context manager, which ends what still runs."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self._master, slave = pty.openpty()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _TAKE, sys.executable, *arguments],
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                start_new_session=True,
+                env=os.environ | {"TERM": "xterm"} | environment,
+            )
+        finally:
+            os.close(slave)
+        self.screen = ""  # all that was written
+        self._seen = 0
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C at a prompt: typed when the process waits for keys, for Python misses a signal that comes just before
+        it does, until the next key."""
+        while Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
+        self.type(CTRL_C)
+
+    def wait_for(self, pattern: str) -> str:
+        """What was written since the last wait, up to the end of what matches."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := re.compile(pattern, re.DOTALL).search(self.screen, self._seen)):
+            ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
+            piece = self._read() if ready else b""
+            assert piece, f"no {pattern!r} in {self.screen!r}"
+            self.screen += piece.decode(errors="replace").replace("\r\n", "\n")
+        start, self._seen = self._seen, found.end()
+        return self.screen[start : self._seen]
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self._master, 4096)
+        except OSError:  # nobody has the terminal open any more
+            return b""
+
+    def status(self) -> int:
+        """Of the process, when it has ended."""
+        while self._read():
+            pass
+        return self._process.wait(PATIENCE)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._master)

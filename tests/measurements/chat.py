@@ -1,0 +1,75 @@
+"""Seconds to the first token of a second turn, with the keys and values of the first kept, and computed anew.
+
+    python tests/measurements/chat.py DIR --tokens 8000
+
+Loads the model directory, says a message of so many tokens, and then a short one. Each round answers the short one
+twice: as ``moetier chat`` does in its second turn, and with nothing kept. Prints how many tokens were computed each
+time, medians (least to most), and the share of the one in the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import transformers
+
+import moetier
+from moetier.tools.answering import Answer, Answering
+from moetier.tools.conversation import Conversation
+from moetier.tools.interrupt import Interrupt
+from moetier.tools.rounds import Spread
+
+SECOND = "And what came of it in the end?"
+ANSWER = 8  # tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--tokens", type=int, default=8000, help="of the history (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ram", help="as for moetier chat")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens prefilled together (default: %(default)s)")
+    parser.add_argument(
+        "--text", type=Path, default=Path("tests/assets/texts/python.txt"), help="repeated (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    context = arguments.tokens + 1024
+    model, tokenizer = moetier.load(arguments.directory, ram=arguments.ram, daemon=None, context=context)
+    assert tokenizer is not None, "it has no tokenizer"
+    with model.tiers:
+        ids = tokenizer(arguments.text.read_text())["input_ids"]
+        ids = (ids * (arguments.tokens // len(ids) + 1))[: arguments.tokens]
+        conversation = Conversation(tokenizer, system=None, context=context, room=ANSWER)
+        answering = Answering(
+            model, tokenizer, {"do_sample": False}, chunk=arguments.chunk, is_plain=conversation.is_plain
+        )
+
+        def answer(prompt: list[int]) -> Answer:
+            return answering.answer(prompt, most=ANSWER, interrupt=Interrupt(), echo=False)
+
+        first = tokenizer.decode(ids)
+        prompt = conversation.prompt(first)
+        conversation.add(first, answer(prompt).text)
+        second = conversation.prompt(SECOND)
+        kept, anew = [], []
+        for _ in range(arguments.rounds):
+            kept.append(answer(second))
+            answering.kept.clear()
+            anew.append(answer(second))
+            answer(prompt)  # of which all but a token is kept: as it was before the second turn
+    spreads = []
+    for name, found in (("kept", kept), ("anew", anew)):
+        spreads.append(Spread.of(each.timing.first_token for each in found))
+        print(
+            f"{name}  first token after {spreads[-1].text(digits=3)} s: "
+            f"{found[0].timing.prompt_tokens} of {found[0].prompt_tokens} tokens computed"
+        )
+    print(f"kept takes {spreads[0].median / spreads[1].median:.2%} of anew")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

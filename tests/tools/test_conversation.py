@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetier.tiers.errors import ConfigError
+from moetier.tools.conversation import Conversation
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role.') }}{% endif %}" + CHATML
+
+
+@pytest.fixture
+def tokenizer(tinymix: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tinymix)
+
+
+def conversation(
+    tokenizer: Any, *, system: str | None = "Be brief.", context: int = 200, room: int = 20
+) -> Conversation:
+    return Conversation(tokenizer, system=system, context=context, room=room)
+
+
+def test_a_model_without_a_template_gets_a_plain_one(tokenizer: Any) -> None:
+    talk = conversation(tokenizer)
+    assert talk.is_plain
+    assert tokenizer.decode(talk.prompt("Hello?")) == "Be brief.\n\nUser:\nHello?\n\nAssistant:\n"
+    talk.add("Hello?", "Yes.")
+    expected = "Be brief.\n\nUser:\nHello?\n\nAssistant:\nYes.\n\nUser:\nWho?\n\nAssistant:\n"
+    assert tokenizer.decode(talk.prompt("Who?")) == expected
+
+
+def test_the_models_own_template_says_how_it_is_put(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML
+    talk = conversation(tokenizer, system=None)
+    assert not talk.is_plain
+    talk.add("Hello?", "<think>Hm.</think>Yes.")
+    text = tokenizer.decode(talk.prompt("Who?"))
+    assert "Yes.<|im_end|>" in text
+    assert "Hm." not in text
+    assert talk.messages[1]["content"] == "<think>Hm.</think>Yes."
+
+
+def test_what_a_template_refuses_is_said_at_the_start(tokenizer: Any) -> None:
+    tokenizer.chat_template = NO_SYSTEM
+    conversation(tokenizer, system=None)
+    with pytest.raises(ConfigError, match="No system role") as caught:
+        conversation(tokenizer)
+    assert "--system" in caught.value.fix
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(tokenizer: Any) -> None:
+    """Half of it is free then, so that the next turns find room; the system prompt stays, and all is still saved."""
+    talk, lengths, out = conversation(tokenizer), [], []
+    for number in range(30):
+        ids = talk.prompt(f"This is number {number}.")
+        text = tokenizer.decode(ids)
+        assert text.startswith("Be brief.\n\nUser:\n")
+        assert text.endswith(f"number {number}.\n\nAssistant:\n")
+        talk.add(f"This is number {number}.", "So it is, and so it was.")
+        lengths.append(len(ids))
+        out.append(talk.left_out)
+    assert max(lengths) <= 200 - 20
+    after = [number for number in range(1, 30) if out[number] > out[number - 1]]
+    assert all(later - earlier > 2 for earlier, later in pairwise(after))
+    assert len(after) > 1
+    assert all(lengths[number] <= 100 for number in after)
+    assert len(talk.messages) == 61
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Be brief."}]
+    assert talk.left_out == 0
+
+
+def test_a_message_longer_than_the_context_is_refused(tokenizer: Any) -> None:
+    talk = conversation(tokenizer)
+    talk.add("Hello?", "Yes.")
+    with pytest.raises(ConfigError, match="the context is 200") as caught:
+        talk.prompt("no " * 200)
+    assert "--context" in caught.value.fix
+    assert talk.left_out == 0  # what was said before is still there
+    talk.prompt("Who?")

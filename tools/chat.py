@@ -1,0 +1,64 @@
+"""``moetier chat DIR``: talks, on a terminal or with a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .answering import Answering
+from .chat_input import ChatInput
+from .conversation import Conversation
+from .decoding import add_decoding_arguments, add_prefill_argument, decoding_of, prefill_chunk_of
+from .dialogue import Dialogue
+from .loading import loaded
+from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+
+HELP = "talk with a model"
+NEW_TOKENS = 1024
+ROOM = 4  # a prompt leaves this part of the context to the answer, where that may be so long
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt: what the model is told before all else")
+    parser.add_argument(
+        "--status",
+        action=argparse.BooleanOptionalAction,
+        help="a line on standard error behind each answer: its tokens, speed and hits (default: on a terminal)",
+    )
+    parser.add_argument("--json", action="store_true", help="print each answer, and /stats, as one line of JSON")
+    add_decoding_arguments(parser, new_tokens=NEW_TOKENS, temperature=None)
+    add_prefill_argument(parser)
+    add_speculation_arguments(parser)
+    add_resource_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    resources = resources_of(arguments, **speculation_of(arguments))
+    decoding, chunk = decoding_of(arguments), prefill_chunk_of(arguments)
+    most: int = arguments.max_new_tokens
+    with loaded(arguments.directory, resources) as (model, tokenizer, _):
+        import torch
+
+        torch.manual_seed(arguments.seed)
+        trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = min(arguments.context, trained or arguments.context)
+        conversation = Conversation(
+            tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
+        )
+        answering = Answering(model, tokenizer, decoding, chunk=chunk, is_plain=conversation.is_plain)
+        dialogue = Dialogue(
+            conversation,
+            answering,
+            model.tiers,
+            most=most,
+            as_json=arguments.json,
+            status=sys.stderr.isatty() if arguments.status is None else arguments.status,
+        )
+        dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
+        if conversation.is_plain:
+            dialogue.say("it has no chat template, so it is given a plain one, and may not know what to do with it")
+        dialogue.say("/help says what there is")
+        dialogue.talk(ChatInput())
+    return 0

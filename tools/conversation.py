@@ -1,0 +1,90 @@
+"""What was said, and what of it a model is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moetier.tiers.errors import ConfigError
+
+Message = dict[str, str]
+
+# of models that have none: as in the text of a play
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role != 'system' %}{{ message.role | capitalize }}:\n{% endif %}"
+    "{{ message.content | trim }}\n\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+PLAIN_STOP = "\n\nUser:"  # where such a model goes on with what the person says
+
+
+class Conversation:
+    """Messages with a role and content, as transformers' chat templates take them.
+
+    A prompt has at most ``context`` tokens. Where the next one would not leave ``room`` for an answer, the oldest
+    turns are left out of it until half of the context is free, so that not every turn from then on begins anew;
+    the system prompt stays, and so do all messages in ``messages``.
+    """
+
+    def __init__(self, tokenizer: Any, *, system: str | None, context: int, room: int) -> None:
+        self._tokenizer = tokenizer
+        self.context = context
+        self._room = room
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._turns: list[Message] = []  # of the person and the model by turns, those left out among them
+        self._out = 0  # the first so many of them
+        self.is_plain = not tokenizer.chat_template
+        self._encode([{"role": "user", "content": "."}])  # what a template refuses, it refuses now
+
+    @property
+    def messages(self) -> list[Message]:
+        return [*self._system, *self._turns]
+
+    @property
+    def left_out(self) -> int:
+        """Turns that the next prompt is without."""
+        return self._out // 2
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids with which the model goes on when the person has said ``text``, which ``add`` makes part of what
+        was said. Raises ConfigError for what does not fit, or what the template refuses."""
+        said: Message = {"role": "user", "content": text}
+        out, ids = self._out, self._encode([*self._turns[self._out :], said])
+        if len(ids) + self._room > self.context:
+            while len(ids) > self.context // 2 and out < len(self._turns):
+                out += 2
+                ids = self._encode([*self._turns[out:], said])
+        if len(ids) >= self.context:
+            raise ConfigError(
+                f"That takes {len(ids):,} tokens, and the context is {self.context:,}.",
+                "Say it in fewer words, or give a longer --context, where the model has one.",
+            )
+        self._out = out
+        return ids
+
+    def add(self, text: str, answer: str) -> None:
+        """A turn."""
+        self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+    def reset(self) -> None:
+        """To the system prompt alone."""
+        self._turns, self._out = [], 0
+
+    def _encode(self, turns: Sequence[Message]) -> list[int]:
+        import jinja2
+
+        messages = [*self._system, *turns]
+        template = PLAIN_TEMPLATE if self.is_plain else None
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"The model's chat template refuses this conversation: {str(error).splitlines()[0]}",
+                "Leave out --system." if self._system else "See chat_template.jinja of the model directory.",
+            ) from error
+        ids: list[int] = self._tokenizer(text, add_special_tokens=self.is_plain)["input_ids"]
+        return ids
