@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COMMANDS = (
     *("convert", "generate", "verify", "inspect", "quality", "synthetic"),
     *("trace", "replay", "plot", "daemon", "ps", "stats", "bench"),
-    *("config", "completion"),
+    *("doctor", "config", "completion"),
 )
 
 # docs/commands.md has the table; 2 is argparse's own, 1 and 70 are failure.py's
