@@ -7,7 +7,7 @@ DEMO_RAM := 3520KiB
 # for another: make demo DEMO_PROMPT='...'
 DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
-.PHONY: help setup demo synthetic proto check format test test-slow wheel clean
+.PHONY: help setup demo synthetic proto golden check format test test-slow wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ build/types/.ready: Makefile
 proto: .venv/.ready build/types/.ready  ## generate proto/*_pb2*.py from the wire contract
 	$(RUN) -m grpc_tools.protoc -I build/types --python_out=build/types --pyi_out=build/types \
 		--grpc_python_out=build/types moetier/proto/expert_store.proto
+
+golden: .venv/.ready  ## write what each command says with --help to tests/tools/golden, which tests compare
+	$(RUN) tests/helpers/help_texts.py
 
 check: .venv/.ready build/types/.ready  ## lint, format, types
 	$(RUN) -m ruff check .

@@ -64,7 +64,7 @@ def _has(features: str, *names: str) -> bool:
 
 
 @functools.cache
-def _team() -> Callable[[int, int, int, int], None] | None:
+def openmp() -> Callable[[int, int, int, int], None] | None:
     """``GOMP_parallel`` of the OpenMP that torch has loaded (LLVM's and Intel's have it too); None if there is none."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
@@ -83,7 +83,7 @@ def _team() -> Callable[[int, int, int, int], None] | None:
 def run(work: int, alone: Callable[[int], None], context: int, threads: int) -> None:
     """Calls ``work(context)`` in each of ``threads`` threads at once, and returns when all are done; ``alone`` is the
     same function, to be called by this thread. Python's lock is not held meanwhile."""
-    if threads > 1 and (team := _team()) is not None:
+    if threads > 1 and (team := openmp()) is not None:
         team(work, context, threads, 0)
     else:
         alone(context)

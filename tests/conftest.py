@@ -21,6 +21,7 @@ if "torch" in sys.modules:  # imported by a plugin: it has read the environment 
     sys.modules["torch"].set_num_threads(1)
 
 os.environ["XDG_RUNTIME_DIR"] = "/nonexistent"  # a daemon that happens to run here is none of the tests'
+os.environ["MOETIER_CONFIG"] = os.devnull  # nor is what somebody has set for the commands
 
 tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts a thread that stays
 

@@ -27,6 +27,7 @@ from .disk_rate import NO_FIO, RandomReads, fio_version, takes_direct
 from .machine import Machine
 from .page_cache import drop_page_cache
 from .rounds import Spread, alternate
+from .settings import without_settings
 
 HELP = "conversion with HQQ and with --fast, beside llama.cpp's and the rate at which the source can be read"
 
@@ -128,7 +129,13 @@ def convert_once(source: Path, into: Path | None, options: list[str], files: lis
     page_cache = drop_page_cache(files, whole=False)
     with tempfile.TemporaryDirectory(prefix="moetier-bench-", dir=into) as folder:
         command = [sys.executable, "-m", "moetier.tools.main", "convert", str(source), str(Path(folder) / "out")]
-        result = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*command, *options, "--json"],
+            capture_output=True,
+            text=True,
+            env=without_settings(os.environ),
+            check=False,
+        )
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.startswith(("moetier: ", "  "))][-2:]
         cause, fix = lines if len(lines) == 2 else (result.stderr[-500:], "See moetier convert.")

@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale (default: by --bits)")
     parser.add_argument("--pairs", choices=("bfloat16", "uint8"), help="format of the scales (default: by --bits)")
-    parser.add_argument("--fast", action="store_true", help="plain rounding in place of HQQ: quicker, less exact")
+    parser.add_argument(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        help="plain rounding in place of HQQ: quicker, less exact",
+    )
+    parser.set_defaults(fast=False)
     parser.add_argument(
         "--workers", type=int, metavar="N", help="experts at a time (default: as CPUs and memory allow)"
     )

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--learn",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
     )
     parser.add_argument(
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remote.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="clients must have certificates of this CA")
     remote.add_argument("--token-file", type=Path, metavar="FILE", help="one line, which clients must show")
     remote.add_argument("--insecure", action="store_true", help="without a token or TLS, whichever is not given")
+    parser.set_defaults(learn=False)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ class Machine:
             threads=threads,
             memory_bytes=machine_memory(),
             kernel=platform.release(),
-            disk=_disk(place) if place is not None else "",
+            disk=place_of(place) if place is not None else "",
             versions=found,
         )
 
@@ -75,8 +75,8 @@ def _cpu() -> tuple[str, set[str]]:
     return known.get("model name", platform.machine()), set(known.get("flags", known.get("Features", "")).split())
 
 
-def _disk(place: Path) -> str:
-    """The file system, and the block device under it: "ext4 on vda, 252 GiB"."""
+def place_of(place: Path) -> str:
+    """The file system of a file or folder, and the block device under it: "ext4 on vda, 252 GiB"."""
     device = place.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     mounts = (line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines())

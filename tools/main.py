@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from moetier.tiers.errors import MoetierError
+from moetier.tiers.errors import ConfigError, MoetierError
+
+from .options import commands_of, settable
+
+if TYPE_CHECKING:
+    from .settings import Setting
 
 COMMANDS = (
     *("convert", "generate", "chat", "verify", "inspect", "quality", "synthetic"),
     *("trace", "replay", "plot", "daemon", "ps", "stats", "bench"),
+    *("doctor", "config", "completion"),
 )
 
-EXIT_ERROR = 1  # 2 is argparse's own
+# docs/commands.md has the table; 2 is argparse's own, 1 and 70 are failure.py's
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class IntermixedParser(argparse.ArgumentParser):
@@ -48,29 +57,69 @@ def build_parser() -> argparse.ArgumentParser:
         module = import_module(f"moetier.tools.{name}")
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        subparser.set_defaults(run=module.run, configured={})
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
     # gRPC's own messages are not for people who use this; it reads this when it is imported
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    settings: list[Setting] = []
     try:
+        _log()
+        arguments, settings = parse(argv)
         status: int = arguments.run(arguments)
         sys.stdout.flush()
-    except MoetierError as error:
-        if os.environ.get("MOETIER_DEBUG") == "1":
-            raise
-        print(f"moetier: {error.cause}\n  {error.fix}", file=sys.stderr)
-        return EXIT_ERROR
     except KeyboardInterrupt:
         print("moetier: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED
+    except Exception as error:
+        if os.environ.get("MOETIER_DEBUG") == "1":
+            raise
+        return _say(error, settings)
     return status
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]]:
+    """A command line, above what is set beforehand, and that. ``configured`` is its part that is not the default's, by
+    name of the attribute. Raises ConfigError; SystemExit as argparse does."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    command = commands_of(parser)[arguments.command]
+    options = settable(command)
+    if not options:
+        return arguments, []
+    from .settings import Settings
+
+    settings = Settings.read(commands_of(parser)).of(arguments.command)
+    found = [setting for setting in settings if not setting.is_default]
+    if found:
+        values = {options[setting.key].dest: setting.value for setting in found}
+        command.set_defaults(**values, configured=values)
+        arguments = parser.parse_args(argv)
+    return arguments, found
+
+
+def _log() -> None:
+    """Nothing but warnings unless MOETIER_LOG asks for more. Raises ConfigError."""
+    level = os.environ.get("MOETIER_LOG", "")
+    if level and level not in LOG_LEVELS:
+        raise ConfigError(f"MOETIER_LOG is {level!r}.", f"Set it to one of {', '.join(LOG_LEVELS)}.")
+    if level:
+        logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+
+
+def _say(error: Exception, settings: Sequence[Setting]) -> int:
+    """Two lines; returns the exit code."""
+    from .failure import EXIT_ERROR, failure_of
+    from .settings import mentioned
+
+    said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
+    print(f"moetier: {said.cause}\n  {said.fix}{mentioned(settings, said)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

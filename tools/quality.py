@@ -16,7 +16,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, RecordLayout
 
 from .report import table
-from .resources import add_resource_arguments, resources_of
+from .resources import add_resource_arguments, asked, resources_of
 
 if TYPE_CHECKING:
     from .perplexity import Loss
@@ -81,14 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tokens < 2:
         raise ConfigError("--tokens must be 2 or more.", "Give another number.")
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
-    given = (arguments.bits, arguments.trunk_bits, arguments.group_size, arguments.pairs, arguments.fast)
-    if converted and any(given):
+    if converted and any(asked(arguments, name) for name in ("bits", "trunk_bits", "group_size", "pairs", "fast")):
         raise ConfigError(
             f"{arguments.source} is converted already: it is measured as it is.",
             "Leave out --bits, --trunk-bits, --group-size, --pairs and --fast, or give its checkpoint.",
         )
     resources = resources_of(arguments)
-    if not converted and resources != resources_of(_defaults()):
+    if not converted and resources != resources_of(_defaults(arguments)):
         raise ConfigError(
             f"{arguments.source} is a checkpoint: it is measured in memory, and uses no tiers.",
             "Leave out --ram, --device, --daemon and what belongs to them, or give a model directory.",
@@ -138,11 +137,11 @@ def _check_ways(ways: Iterable[Way]) -> None:
         trunk_form(trunk_bits)
 
 
-def _defaults() -> argparse.Namespace:
-    """Of the resources, where nothing is said."""
+def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Of the resources, where a command line says nothing."""
     parser = argparse.ArgumentParser()
     add_resource_arguments(parser)
-    return parser.parse_args([])
+    return argparse.Namespace(**vars(parser.parse_args([])) | arguments.configured)
 
 
 def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resources: Mapping[str, Any]) -> Row:

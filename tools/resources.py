@@ -36,7 +36,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--learn",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
     )
     parser.add_argument(
@@ -49,9 +49,10 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--exact",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="compute bit for bit as the ordinary model does with the same decoded weights, which is slower",
     )
+    parser.set_defaults(learn=False, exact=False)
     add_credentials(parser)
 
 
@@ -81,7 +82,11 @@ def speculation_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """The keyword arguments of ``load``, ``more`` among them, checked. Raises ConfigError."""
+    """The keyword arguments of ``load``, ``more`` among them, checked. Raises ConfigError.
+
+    What is said on the command line and can't be had is an error; what is set beforehand gives way (``settings.py``).
+    """
+    _give_way(arguments)
     found = {
         "ram": arguments.ram,
         "device_memory": arguments.device_memory,
@@ -96,3 +101,21 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     found |= more
     TierConfig.of(**found)
     return found
+
+
+def asked(arguments: argparse.Namespace, name: str) -> bool:
+    """Whether a command line says so, and not only what is set beforehand."""
+    value, configured = getattr(arguments, name), getattr(arguments, "configured", {})
+    return bool(value) and (name not in configured or configured[name] != value)
+
+
+def _give_way(arguments: argparse.Namespace) -> None:
+    """What is set beforehand for an own host tier is not asked of a daemon's, nor what a daemon of another host is
+    shown of one that is none."""
+    where = TierConfig.of(daemon=arguments.daemon)
+    unused = {"ram": None, "policy": DEFAULT_ORDER, "learn": False} if where.mapped is not None else {}
+    if not any(address.target for address in where.daemons):
+        unused |= dict.fromkeys(("token_file", "tls_ca", "tls_cert", "tls_key"))
+    for name, default in unused.items():
+        if not asked(arguments, name):
+            setattr(arguments, name, default)

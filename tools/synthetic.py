@@ -16,7 +16,17 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError, DiskSpaceError, TargetExistsError
 
 from .geometry import GEOMETRIES, config_of, deviation_of, shapes_of
-from .routing import ROUTINGS, TOKENS_FILE, TOPICS, TRACED, curve_table, read_tokens, record_tokens, token_ids
+from .routing import (
+    ROUTINGS,
+    TOKENS_FILE,
+    TOPICS,
+    TRACED,
+    curve_table,
+    lru_curve,
+    read_tokens,
+    record_tokens,
+    token_ids,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,16 +52,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="convert it too, to 4 bits without the optimiser, and say how its routing looks beside a trained model's",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     size = make_synthetic(
         arguments.target, geometry=arguments.geometry, blocks=arguments.blocks, seed=arguments.seed, quiet=False
     )
-    print(f"{arguments.target}: {format_bytes(size)}")
+    found: dict[str, Any] = {"checkpoint": str(arguments.target), "bytes": size, "store": None, "hit_ratio": {}}
+    if not arguments.json:
+        print(f"{arguments.target}: {format_bytes(size)}", flush=True)
     if arguments.store is not None:
         convert_synthetic(arguments.target, arguments.store, quiet=False)
-        print(curve_table(arguments.geometry, routing_of(arguments.store)))
+        trace = routing_of(arguments.store)
+        if not arguments.json:
+            print(curve_table(arguments.geometry, trace))
+        else:
+            curve = lru_curve(trace, list(ROUTINGS[arguments.geometry].curve))
+            found |= {"store": str(arguments.store), "hit_ratio": curve}
+    if arguments.json:
+        print(json.dumps(found))
     return 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ask the gates of so many next layers (default: %(default)s)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: what was recorded")
     add_decoding_arguments(parser, new_tokens=128)
     add_resource_arguments(parser)
 
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         trace = record(model, tokenizer, prompts, decoding, look_ahead=arguments.look_ahead)
     _check_target(arguments.output, force=arguments.force)
     trace.save(arguments.output)
-    print(f"{arguments.output}: {summary(trace)}")
+    print(json.dumps(to_json(arguments.output, trace)) if arguments.json else f"{arguments.output}: {summary(trace)}")
     return 0
 
 
@@ -94,6 +97,20 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
             print(f"trace: {number} of {len(prompts)} prompts", file=sys.stderr)
         manifest = model.tiers.manifest
         return recorder.trace(model=manifest.model, digest=manifest.digest)
+
+
+def to_json(path: Path, trace: Trace) -> dict[str, Any]:
+    from moetier.runtime.recall import compare
+
+    return {
+        "trace": str(path),
+        "model": trace.model,
+        "sequences": len(trace.sequences),
+        "tokens": trace.tokens,
+        "blocks": trace.block_count,
+        "top_k": trace.top_k,
+        "recall": [asdict(found) for found in compare(trace)] if trace.lookaheads else [],
+    }
 
 
 def summary(trace: Trace) -> str:

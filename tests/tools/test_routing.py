@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,13 @@ def test_the_command_converts_and_says_the_curve(tmp_path: Path, capsys: pytest.
     assert "mixtral-4L  " in said
     assert read_tokens(tmp_path / "src") == read_tokens(tmp_path / "dst")
     assert main(["verify", str(tmp_path / "dst")]) == 0
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_command_says_it_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["synthetic", str(tmp_path / "src"), "--blocks", "1", "--store", str(tmp_path / "dst"), "--json"]
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["bytes"] == sum(path.stat().st_size for path in (tmp_path / "src").glob("*.safetensors"))
+    assert said["store"] == str(tmp_path / "dst")
+    assert list(said["hit_ratio"]) == [str(slots) for slots in range(1, 9)]

@@ -65,12 +65,17 @@ def spans(found: Trace) -> list[tuple[range, int]]:
     return list(zip(found.sequences, found.n_prefill, strict=True))
 
 
-def test_the_file_is_as_its_format_says(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
-    """docs/traces.md, read with numpy alone."""
-    assert trace(tinymix_4bit, prompts, tmp_path / "T.npz", "--max-new-tokens", "2") == 0
+def test_the_file_is_as_its_format_says(
+    tinymix_4bit: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/traces.md, read with numpy alone; and what --json says of it."""
+    assert trace(tinymix_4bit, prompts, tmp_path / "T.npz", "--max-new-tokens", "2", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
     with np.load(tmp_path / "T.npz", allow_pickle=False) as arrays:
         found = {name: (str(arrays[name].dtype), arrays[name].shape) for name in arrays.files}
     tokens = found["experts"][1][0]
+    assert (said["trace"], said["tokens"], said["blocks"]) == (str(tmp_path / "T.npz"), tokens, 8)
+    assert [entry["lookahead"] for entry in said["recall"]] == [1, 2]
     texts = {name: shape for name, (_, shape) in found.items() if name in ("pieces", "blocks", "model", "digest")}
     assert texts == {"pieces": (tokens,), "blocks": (8,), "model": (), "digest": ()}
     assert {name: value for name, value in found.items() if name not in texts} == {

@@ -1,0 +1,62 @@
+"""What each command says with --help, and the files that hold it. ``make golden`` writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+
+from moetier.tools.main import build_parser, main
+from moetier.tools.options import walk
+
+GOLDEN = Path(__file__).parents[1] / "tools" / "golden"
+COLUMNS = "100"
+_TWICE = re.compile(r"(-\w) (\S+), (--[\w-]+) \2(?!\S)")
+
+
+def all_commands() -> list[tuple[str, ...]]:
+    """() is moetier itself; ("bench", "disk") a command of a command."""
+    return [path for path, _ in walk(build_parser())]
+
+
+def file_of(path: tuple[str, ...]) -> Path:
+    return GOLDEN / f"{'-'.join(('moetier', *path))}.txt"
+
+
+def help_of(path: tuple[str, ...]) -> str:
+    """As it is printed on a terminal of 100 columns."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = COLUMNS
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            main([*path, "--help"])
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return said.getvalue()
+
+
+def words(text: str) -> list[str]:
+    """What all versions of Python print alike: they break lines in different places, and from 3.13 on "-o FILE,
+    --output FILE" is "-o, --output FILE"."""
+    return _TWICE.sub(r"\1, \3 \2", " ".join(text.split())).split()
+
+
+def write() -> None:
+    """All of them, and none besides; a file whose words are as they were stays as it is."""
+    GOLDEN.mkdir(exist_ok=True)
+    paths = {file_of(path): path for path in all_commands()}
+    for stranger in set(GOLDEN.glob("*.txt")) - paths.keys():
+        stranger.unlink()
+    for file, path in paths.items():
+        text = help_of(path)
+        if not file.exists() or words(file.read_text()) != words(text):
+            file.write_text(text)
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moetier.tools.main import main
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text("[general]\nram = '50%'\n[generate]\ncontext = 100\n[replay]\nslots = '1-3'\n")
+    monkeypatch.setenv("MOETIER_CONFIG", str(path))
+    monkeypatch.setenv("MOETIER_CONVERT_BITS", "3")
+    return path
+
+
+def test_a_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "generate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["file"], found["file_exists"], list(found["settings"])) == (str(config), True, ["generate"])
+    settings = found["settings"]["generate"]
+    assert settings["ram"] == {
+        "value": "50%",
+        "source": "file",
+        "where": f"{config}, [general] ram",
+        "variable": "MOETIER_GENERATE_RAM",
+    }
+    assert (settings["context"]["value"], settings["policy"]["source"]) == (100, "default")
+
+
+def test_all(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show"]) == 0
+    sections = capsys.readouterr().out.split("\n\n")
+    assert sections[0] == f"file  {config}"
+    by_name = {section.splitlines()[0]: section.splitlines()[1:] for section in sections[1:]}
+    rows = {(name, line.split()[0]): line.split(maxsplit=2)[1:] for name, lines in by_name.items() for line in lines}
+    assert rows["[general]", "ram"] == ["50%", f"{config}, [general] ram"]
+    assert rows["[general]", "context"] == ["4096", "default"]
+    assert rows["[generate]", "context"] == ["100", f"{config}, [generate] context"]
+    assert rows["[convert]", "bits"] == ["3", "MOETIER_CONVERT_BITS"]
+    assert rows["[replay]", "slots"][0] == "1,2,3"
+    assert ("[trace]", "context") not in rows  # as in general
+
+
+def test_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("MOETIER_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert main(["config", "show"]) == 0
+    assert f"{tmp_path}/moetier/config.toml (there is none)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ps", "general", "nothing"])
+def test_a_command_without_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", name]) == 1
+    assert "convert, generate" in capsys.readouterr().err

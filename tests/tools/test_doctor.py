@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from daemons import running_daemon
+from forks import in_fork
+from stores import layout_of, make_store
+from users import as_nobody
+
+from moetier.runtime.running import FILE
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.shard import ShardFile
+from moetier.tools import doctor_machine, doctor_store
+from moetier.tools.doctor import findings
+from moetier.tools.finding import Finding, State, fail, lines_of, look, ok
+from moetier.tools.main import main
+
+NAMES = ["python", "libraries", "config", "cpu", "kernel", "gpu", "memory", "memfd", "memlock", "/dev/shm", "daemons"]
+SECONDS = 0.01  # of disk reads
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    make_store(tmp_path / "model", experts=4)
+    return tmp_path / "model"
+
+
+def shard_of(directory: Path) -> Path:
+    folder = directory / "experts.zarr"
+    return ShardFile.of(folder, read_manifest(folder), 0).path
+
+
+def test_a_machine_that_is_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As this one, on which the tests run. A disk may be slow, a processor old: that is a warning."""
+    monkeypatch.chdir(tmp_path)
+    found = list(findings(None, seconds=SECONDS))
+    assert [finding.name for finding in found] == [*NAMES, "O_DIRECT", "disk"]
+    assert [finding for finding in found if finding.state is State.FAIL] == []
+    assert all(finding.found and bool(finding.advice) == (finding.state is not State.OK) for finding in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_with_a_model(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tinymix_4bit), "--checksums", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [finding["name"] for finding in found["findings"]] == [*NAMES, "store", "O_DIRECT", "disk"]
+    by_name = {finding["name"]: finding for finding in found["findings"]}
+    assert "every byte is as it was written" in by_name["store"]["found"]
+    assert "the trunk takes" in by_name["memory"]["found"]
+    assert sum(found["counts"].values()) == len(found["findings"])
+
+
+def test_what_is_broken_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path / "nothing")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (number,) = [number for number, line in enumerate(lines) if line.startswith("fail")]
+    assert lines[number].startswith("fail  store")
+    assert "-> Convert a model into it: moetier convert" in "\n".join(lines[number:])
+    assert lines[-1].endswith("1 fail")
+
+
+def test_checksums_of_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--checksums"]) == 1
+    assert "moetier doctor DIR --checksums" in capsys.readouterr().err
+
+
+def test_a_store_that_is_whole(store: Path) -> None:
+    (found,) = doctor_store.health(store, checksums=False)
+    assert found.state is State.OK
+    assert f"moetier verify {store}" in found.found
+
+
+def test_a_file_that_was_cut(store: Path) -> None:
+    shard = shard_of(store)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (found,) = doctor_store.health(store, checksums=False)
+    assert (found.state, str(shard) in found.found, "--overwrite" in found.advice) == (State.FAIL, True, True)
+    assert list(findings(store, seconds=SECONDS))[-1] == found  # and its disk is not measured
+
+
+def test_a_byte_that_was_flipped_is_found_by_checksums(store: Path) -> None:
+    with shard_of(store).open("r+b") as stream:
+        first = stream.read(1)
+        stream.seek(0)
+        stream.write(bytes([first[0] ^ 1]))
+    (found,) = doctor_store.health(store, checksums=False)
+    assert found.state is State.OK
+    (found,) = doctor_store.health(store, checksums=True)
+    assert (found.state, "checksum" in found.found) == (State.FAIL, True)
+
+
+def test_a_control_group_that_is_too_small(store: Path, tmp_path: Path) -> None:
+    """Of version 2, as the kernel shows it."""
+    group = tmp_path / "root/sys/fs/cgroup/job"
+    group.mkdir(parents=True)
+    (tmp_path / "root/proc/self").mkdir(parents=True)
+    (tmp_path / "root/proc/self/cgroup").write_text("0::/job\n")
+    for name, text in (("memory.max", "1024"), ("memory.current", "0"), ("memory.stat", "anon 0")):
+        (group / name).write_text(text)
+    (found,) = doctor_store.memory(store, tmp_path / "root")
+    assert (found.state, "the control group /job" in found.found) == (State.FAIL, True)
+    (found,) = doctor_store.memory(None, tmp_path / "root")
+    assert found.state is State.WARN
+
+
+def test_libraries_out_of_range_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an environment has them in which somebody upgraded one and removed another."""
+    wanted = (
+        "Requires-Dist: tqdm<5\nRequires-Dist: no-such-library>=1\nRequires-Dist: no-such-plotter; extra == 'plots'"
+    )
+    for name, number, more in (
+        ("moetier", "0.1.0", f"Requires-Python: >=3.11\nProvides-Extra: plots\n{wanted}\n"),
+        ("tqdm", "9.0", ""),
+    ):
+        (tmp_path / f"{name}-{number}.dist-info").mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n{more}"
+        (tmp_path / f"{name}-{number}.dist-info/METADATA").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    old, missing, good = doctor_machine.libraries()
+    assert (old.state, old.found) == (State.FAIL, "tqdm is 9.0; moetier is made for <5.")
+    assert missing.found == "no-such-library is missing."
+    assert missing.advice == 'Install it: pip install "no-such-library>=1"'
+    assert (good.state, "without no-such-plotter (moetier[plots])" in good.found) == (State.OK, True)
+
+
+def test_a_python_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "moetier-0.1.0.dist-info").mkdir()
+    text = "Metadata-Version: 2.1\nName: moetier\nVersion: 0.1.0\nRequires-Python: >=4\n"
+    (tmp_path / "moetier-0.1.0.dist-info/METADATA").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = doctor_machine.python()
+    assert (found.state, ">=4" in found.advice) == (State.FAIL, True)
+
+
+def test_a_broken_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.toml"
+    monkeypatch.setenv("MOETIER_CONFIG", str(path))
+    path.write_text("[convert]\nbits = 3\n")
+    (found,) = look("config", doctor_machine.configuration)
+    assert (found.state, f"{path}, [convert] bits" in found.found) == (State.OK, True)
+    path.write_text("[convert]\nbits = 5\n")
+    (found,) = look("config", doctor_machine.configuration)
+    assert (found.state, "16, 8, 4, 3, 2" in found.advice) == (State.FAIL, True)
+
+
+def test_no_memory_files() -> None:
+    """The system gives no byte to a file."""
+
+    def starved() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        (found,) = doctor_machine.memory_files()
+        return f"{found.state}: {found.found}"
+
+    assert "fail: No sealed memory file" in in_fork(starved)
+
+
+def test_a_folder_that_can_not_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    said = as_nobody(lambda: [str(found.state) for found in doctor_store.disk(None, SECONDS)])
+    assert "['warn']" in said
+
+
+def test_daemons(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run/moetier").mkdir(mode=0o700, parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    folder = tmp_path / "run/moetier/default"
+    with running_daemon(store, ram=4 * layout_of().slot_bytes, folder=folder) as daemon:
+        (found,) = doctor_machine.daemons()
+        assert (found.state, str(daemon.pid) in found.found) == (State.OK, True)
+        card = json.loads((folder / FILE).read_text())
+        (folder / FILE).write_text(json.dumps(card | {"version": "0.0.1"}))  # as one that runs since before an upgrade
+        (found,) = doctor_machine.daemons()
+        assert (found.state, "0.0.1" in found.found) == (State.WARN, True)
+
+
+def test_a_look_that_breaks_is_a_finding() -> None:
+    def break_down() -> list[Finding]:
+        raise RuntimeError("no\nsuch thing")
+
+    (found,) = look("thing", break_down)
+    assert (found.state, found.found) == (State.FAIL, "RuntimeError: no such thing")
+
+
+def test_lines_are_as_wide_as_the_terminal() -> None:
+    width = shutil.get_terminal_size((100, 24)).columns
+    assert list(lines_of([ok("cpu", "fine")], width)) == ["ok    cpu           fine"]
+    lines = list(lines_of([fail("disk", "slow " * 30, "Buy another, " * 10)], 80))
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[0].startswith("fail  disk          slow slow")
+    assert sum(line.startswith(" " * 17 + "-> Buy") for line in lines) == 1

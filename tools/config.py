@@ -1,0 +1,109 @@
+"""``moetier config show [COMMAND]``: what is set beforehand for commands, and where."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .settings import Setting, Settings
+
+HELP = "show what is set for commands, by a file or in the environment"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="WHAT", parser_class=type(parser))
+    line = "each value that may be set, and where it is from"
+    show = subparsers.add_parser("show", help=line, description=line)
+    show.add_argument(
+        "of", nargs="?", metavar="COMMAND", help="all of its options (default: what all share, and each one's own)"
+    )
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises ConfigError for what is wrong in any section."""
+    from .main import build_parser
+    from .options import commands_of
+    from .settings import Settings
+
+    settings = Settings.read(commands_of(build_parser()))
+    shown = _shown(settings, arguments.of)
+    if arguments.json:
+        print(json.dumps(_json(settings, shown), indent=2))
+    else:
+        print(_text(settings, shown))
+    return 0
+
+
+def _shown(settings: Settings, command: str | None) -> dict[str, list[Setting]]:
+    """By command, or GENERAL; of all commands each one's own, and what is set for it in another way than for all."""
+    from moetier.tiers.errors import ConfigError
+
+    from .settings import GENERAL
+
+    if command is not None:
+        if command not in settings.sections or command == GENERAL:
+            names = ", ".join(name for name in settings.sections if name != GENERAL)
+            raise ConfigError(f"{command!r} is no command with something to set.", f"Those that have: {names}.")
+        return {command: settings.of(command)}
+    shown = {GENERAL: settings.general()}
+    general = {setting.key: setting for setting in shown[GENERAL]}
+    for name in settings.sections:
+        if name != GENERAL:
+            found = settings.of(name)
+            shown[name] = [each for each in found if each.key not in general or not _same(each, general[each.key])]
+    return {name: found for name, found in shown.items() if found}
+
+
+def _same(own: Setting, general: Setting) -> bool:
+    return (own.value, own.where) == (general.value, general.where)
+
+
+def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]:
+    from .settings import variable
+
+    return {
+        "file": str(settings.file),
+        "file_exists": settings.file.exists(),
+        "settings": {
+            name: {
+                each.key: {
+                    "value": _plain(each.value),
+                    "source": each.source,
+                    "where": each.where,
+                    "variable": variable(name, each.key),
+                }
+                for each in found
+            }
+            for name, found in shown.items()
+        },
+    }
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, bool | int | float | None) else str(value)
+
+
+def _text(settings: Settings, shown: dict[str, list[Setting]]) -> str:
+    there = "" if settings.file.exists() else " (there is none)"
+    lines = [f"file  {settings.file}{there}"]
+    keys = [each.key for found in shown.values() for each in found]
+    values = [_word(each.value) for found in shown.values() for each in found]
+    width, wide = max(map(len, keys)), max(map(len, values))
+    for name, found in shown.items():
+        lines.append(f"\n[{name}]")
+        lines += [f"{each.key:<{width}}  {_word(each.value):<{wide}}  {each.where or 'default'}" for each in found]
+    return "\n".join(lines)
+
+
+def _word(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
