@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import tqdm
+from hypothesis import HealthCheck, settings
+from prepared import Prepared, prepared
 
 # The models here are tiny: a second thread costs more than it saves, and where the machine has other work to do the two
 # wait for each other at every step. Tests of what threads may not change set their own number. Children inherit this.
@@ -23,7 +26,15 @@ if "torch" in sys.modules:  # imported by a plugin: it has read the environment 
 os.environ["XDG_RUNTIME_DIR"] = "/nonexistent"  # a daemon that happens to run here is none of the tests'
 os.environ["MOETIER_CONFIG"] = os.devnull  # nor is what somebody has set for the commands
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job that a shell began with "&", and in its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 tqdm.tqdm.monitor_interval = 0  # else the first progress bar of anybody starts a thread that stays
+
+# how long an example takes tells of the machine's other work
+settings.register_profile("moetier", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moetier")
+
 
 GRACE = 5.0  # seconds for what is ending already
 
@@ -48,6 +59,14 @@ def _threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.is_alive()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_its_own_garbage() -> None:
+    """What there is when a module begins, most of it imported, stays: collections that come look at what is new, and
+    take a hundredth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
     """Fails a test that leaks a thread, a descriptor or a map of a memory file."""
@@ -66,6 +85,13 @@ def leaves_nothing_behind() -> Iterator[None]:
             pytest.fail(f"left behind: {leaked}")
         gc.collect()  # a map goes with the last view of it
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def scripts() -> Iterator[Prepared]:
+    """Runs scripts in processes that have imported what commands with a model need."""
+    with prepared("moetier.tools.generate", "moetier.tools.trace", "moetier.runtime.registration") as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

@@ -117,9 +117,9 @@ class DaemonProcess:
             models = stub.Stats(pb.StatsRequest(), timeout=PATIENCE).models
         return next(model for model in models if digest in (None, model.digest))
 
-    def wait_for(self, condition: str, within: float = PATIENCE) -> pb.ModelStats:
+    def wait_for(self, condition: str) -> pb.ModelStats:
         """Until a statement about its statistics (``"leases == 0"``) is true."""
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + PATIENCE
         while True:
             stats = self.stats()
             names = {field.name: getattr(stats, field.name) for field in stats.DESCRIPTOR.fields}

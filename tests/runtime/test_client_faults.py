@@ -23,6 +23,7 @@ from workers import WorkerError
 
 from moetier.runtime.address import SIDE_SOCKET
 from moetier.runtime.client import DaemonTier
+from moetier.runtime.misses import GRACE
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.folder import store_folder
 from moetier.tiers.shard import ShardFile
@@ -51,14 +52,18 @@ def test_a_hundred_clients_that_are_killed_while_they_hold_leases(store: MappedS
     with store.daemon(4, tmp_path / "daemon") as daemon, store.crew(daemon) as crew:
         (nursery,) = crew.start()
         before: tuple[int, int] | None = None
+        taken = []
         for cycle in range(100):
             child = nursery.do("fork_hold", cycle % 3, cycle % 6, (cycle + 1) % 6)
             daemon.wait_for("leases > 0")
             os.kill(child, signal.SIGKILL)
+            began = time.monotonic()
             assert nursery.do("reap", child) == signal.SIGKILL
-            daemon.wait_for("leases == 0 and clients == 0", within=SECOND)
+            daemon.wait_for("leases == 0 and clients == 0")
+            taken.append(time.monotonic() - began)
             if cycle == 9:  # its threads are made when they are first needed
                 before = census(daemon)
+        assert sorted(taken)[90] < SECOND, "but for moments when the machine had other work"
         assert before is not None
         wait_until(lambda: census(daemon)[0] <= before[0] and census(daemon)[1] <= before[1] + 8)
         host = daemon.stats().host
@@ -149,7 +154,7 @@ def test_a_daemon_gone_for_good_and_a_local_store(store: MappedStore, tmp_path: 
             assert sorted(store.take(tier, block, 0, 1, 2, 3, 4, 5)) == [0, 1, 2, 3, 4, 5]
         began = time.monotonic()
         assert sorted(store.take(tier, 2, 4, 5)) == [4, 5]
-        assert time.monotonic() - began < 1.0, "who has waited once does not wait again"
+        assert time.monotonic() - began < GRACE, "who has waited once does not wait again"
         assert tier.stats().bytes_in > 0
         daemon.start()
         daemon.wait_for("sessions == 1")
@@ -166,7 +171,7 @@ def test_a_daemon_gone_for_good_and_nothing_else(store: MappedStore, tmp_path: P
         began = time.monotonic()
         with pytest.raises(UnavailableError, match=r"away for 1\.5 seconds") as error:
             store.take(tier, 1, 0)
-        assert 1.0 < time.monotonic() - began < 1.5 + SECOND
+        assert 1.0 < time.monotonic() - began < 20, "by default it would wait for 30 seconds"
         assert "\n" not in error.value.cause
         assert store.take(tier, 0, 1, 0) == [1, 0], "hits go on"
         daemon.start()
@@ -299,7 +304,7 @@ def test_the_daemon_sees_the_death_of_a_client_whose_child_lives(store: MappedSt
             daemon.wait_for("leases == 2")
             with orphan(parent.do("fork_sleep")):
                 parent.kill()
-                daemon.wait_for("leases == 0 and clients == 0", within=SECOND)
+                daemon.wait_for("leases == 0 and clients == 0")
 
 
 @contextlib.contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
+from types import SimpleNamespace
 
 import pytest
 from threads import run_all
 
+from moetier.runtime import logfmt
 from moetier.runtime.logfmt import Logfmt, Sparing
 
 LOG = logging.getLogger("test")
@@ -23,24 +24,25 @@ def test_what_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog) == ['level=warning event=read-failed cause="a bad bit" expert=3']
 
 
-def test_a_flood_is_a_line_a_pause_and_none_is_uncounted(caplog: pytest.LogCaptureFixture) -> None:
-    event = Sparing(LOG, "refused", pause=0.2)
+def test_a_flood_is_a_line_a_pause_and_none_is_uncounted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event, now = Sparing(LOG, "refused", pause=0.2), 100.0
+    monkeypatch.setattr(logfmt, "time", SimpleNamespace(monotonic=lambda: now))
 
     def many() -> None:
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
+        for _ in range(1000):
             event.say(cause="x")
 
-    began = time.monotonic()
     event.say(cause="first")
-    run_all([many] * 4)
-    time.sleep(0.2)
-    event.say(cause="last")
-    said = lines(caplog)
-    assert 3 <= len(said) <= 1 + (time.monotonic() - began) / 0.2
-    assert said[0] == "level=warning event=refused cause=first"
-    assert all("unsaid=" in line for line in said[1:])
+    for _ in range(3):
+        run_all([many] * 4)
+        now += 0.201
+    now -= 0.1
     event.say(cause="not said")
-    time.sleep(0.2)
+    now += 0.1
     event.say(cause="again")
-    assert lines(caplog)[-1] == "level=warning event=refused cause=again unsaid=1"
+    first, *others, last = lines(caplog)
+    assert first == "level=warning event=refused cause=first"
+    assert others == [f"level=warning event=refused cause=x unsaid={unsaid}" for unsaid in (4000, 3999)]
+    assert last == "level=warning event=refused cause=again unsaid=4000"

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from comparison import convert_tiny, smallest_ram
 from daemons import DaemonProcess, running_daemon
+from prepared import Prepared
 from threads import Task, wait_until
 from transformers import AutoModelForCausalLM
 
@@ -105,11 +104,11 @@ def test_a_running_daemon_of_this_very_store_is_found(
 
 
 def test_what_has_no_effect_where_a_daemon_is_found_is_said_once(
-    directory: Path, daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
+    scripts: Prepared, directory: Path, daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who has configured no logging sees it too."""
     code = "import moetier, sys; moetier.load(sys.argv[1], ram='50%', policy='lru', learn=True)[0].tiers.close()"
-    result = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    result = scripts.run(code, directory)
     said = [line for line in result.stderr.splitlines() if "effect" in line]
     assert said == [
         f"Without effect: --ram and --policy and --learn, as the experts are those of the daemon {daemon.folder}. "
@@ -158,22 +157,21 @@ def test_a_killed_daemon_s_files_lead_nowhere(directory: Path, daemon: DaemonPro
 
 
 def test_one_that_is_full_is_said_and_one_that_is_gone_not(
-    directory: Path, runtime: Path, caplog: pytest.LogCaptureFixture
+    scripts: Prepared, directory: Path, runtime: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who has configured no logging sees it too."""
     with running_daemon(directory, folder=runtime / DEFAULT_NAME, extra=["--max-clients", "1"]) as daemon:
         first, _ = moetier.load(directory)
         with first.tiers:
             code = "import moetier, sys; print(moetier.load(sys.argv[1])[0].tiers.where)"
-            command = [sys.executable, "-c", code, str(directory)]
-            second = subprocess.run(command, capture_output=True, text=True, check=True)
+            second = scripts.run(code, directory)
             assert second.stdout == "this process\n"
             assert second.stderr.splitlines()[-1] == (
                 f"The daemon {daemon.folder} serves this store, and is not used: "
                 "The daemon has 1 client, as many as it takes. Start it with more --max-clients."
             )
             with running_daemon(directory, folder=runtime / "other") as other:  # another one does
-                third = subprocess.run(command, capture_output=True, text=True, check=True)
+                third = scripts.run(code, directory)
                 assert third.stdout == f"the daemon {other.folder}\n"
                 assert "not used" not in third.stderr
         daemon.kill()
@@ -312,7 +310,6 @@ def test_credentials_that_can_t_be_used(directory: Path, tmp_path: Path) -> None
         moetier.load(directory, daemon="localhost:1", credentials=Credentials(token_file=tmp_path / "none"))
 
 
-def test_a_process_without_a_daemon_imports_no_grpc(directory: Path) -> None:
+def test_a_process_without_a_daemon_imports_no_grpc(scripts: Prepared, directory: Path) -> None:
     code = "import moetier, sys; moetier.load(sys.argv[1])[0].tiers.close(); print('grpc' in sys.modules)"
-    command = [sys.executable, "-c", code, str(directory)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert scripts.run(code, directory).stdout == "False\n"

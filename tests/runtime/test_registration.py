@@ -20,6 +20,7 @@ import torch
 from architectures import tiny_model
 from comparison import convert_tiny, smallest_ram
 from forks import in_fork
+from prepared import Prepared
 from readers import PATIENCE
 from threads import Task, wait_until
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -322,14 +323,14 @@ def test_what_is_closed_says_so(tiny: tuple[Any, Path]) -> None:
         logits(model)
 
 
-def test_a_process_may_end_without_closing(tiny: tuple[Any, Path]) -> None:
+def test_a_process_may_end_without_closing(scripts: Prepared, tiny: tuple[Any, Path]) -> None:
     code = "import moetier, sys; m, _ = moetier.load(sys.argv[1]); m.generate(max_new_tokens=2, do_sample=False)"
-    result = subprocess.run([sys.executable, "-c", code, str(tiny[1])], capture_output=True, text=True, timeout=120)
+    result = scripts.run(code, tiny[1])
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_process_ends_only_when_its_lost_models_are_closed(tiny: tuple[Any, Path]) -> None:
+def test_a_process_ends_only_when_its_lost_models_are_closed(scripts: Prepared, tiny: tuple[Any, Path]) -> None:
     """A loader in the midst of something would meet an interpreter that is gone, and abort."""
     code = """
 import sys, time
@@ -347,7 +348,7 @@ ExpertStore.close = slow
 model, _ = moetier.load(sys.argv[1], daemon=None)
 del model
 """
-    result = subprocess.run([sys.executable, "-c", code, str(tiny[1])], capture_output=True, text=True, timeout=120)
+    result = scripts.run(code, tiny[1])
     assert (result.returncode, result.stdout) == (0, "closed\n"), result.stderr
 
 

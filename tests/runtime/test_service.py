@@ -54,6 +54,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return folder, read_manifest(folder / "experts.zarr"), records
 
 
+@pytest.fixture(scope="module")
+def lasting_daemon(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    folder = tmp_path_factory.mktemp("lasting") / "d"
+    with running_daemon(store[0], ram=12 * SLOT, folder=folder, extra=["--wait", "0.2"]) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def lasting(lasting_daemon: DaemonProcess) -> Iterator[DaemonProcess]:
+    """The same for all who ask it for what is refused; nobody is left in it."""
+    yield lasting_daemon
+    lasting_daemon.wait_for("clients == 0 and sessions == 0 and leases == 0")
+
+
 @pytest.fixture
 def daemon(store: Store, tmp_path: Path) -> Iterator[DaemonProcess]:
     """With 12 slots: 4 a block."""
@@ -112,21 +126,21 @@ def test_messages_of_a_later_version_are_ignored(daemon: DaemonProcess, store: S
 
 @pytest.mark.parametrize(("block", "experts"), [(2**32 - 1, [0]), (3, [0]), (0, [10**9]), (0, [0, 8]), (0, range(9))])
 def test_what_the_model_does_not_have_is_missing(
-    daemon: DaemonProcess, store: Store, block: int, experts: list[int]
+    lasting: DaemonProcess, store: Store, block: int, experts: list[int]
 ) -> None:
-    with RawClient(daemon.folder, store[1]) as client:
+    with RawClient(lasting.folder, store[1]) as client:
         client.acquire(7, block, experts)
         failed = client.failed()
         assert failed.request == 7
         assert isinstance(error_from_message(failed.error), MissingExpertError)
-        assert daemon.stats().leases == 0
+        assert lasting.stats().leases == 0
         client.acquire(7, 0, [1])  # the stream goes on
         assert client.record(client.granted().slot) == store[2][ExpertKey(0, 1)]
 
 
 @pytest.mark.parametrize("fault", ["twice", "none", "in use", "missing used", "missing wish", "too many requests"])
-def test_nonsense_ends_the_stream_and_its_leases(daemon: DaemonProcess, store: Store, fault: str) -> None:
-    with RawClient(daemon.folder, store[1]) as client:
+def test_nonsense_ends_the_stream_and_its_leases(lasting: DaemonProcess, store: Store, fault: str) -> None:
+    with RawClient(lasting.folder, store[1]) as client:
         client.acquire(1, 0, [0, 1])
         client.granted()
         client.granted()
@@ -150,7 +164,7 @@ def test_nonsense_ends_the_stream_and_its_leases(daemon: DaemonProcess, store: S
             grpc.StatusCode.NOT_FOUND if fault.startswith("missing") else grpc.StatusCode.INVALID_ARGUMENT
         )
         assert isinstance(error_of(error), (MissingExpertError, ProtocolError))
-        daemon.wait_for("leases == 0")
+        lasting.wait_for("leases == 0")
         client.open_stream()  # with the same credential
         client.acquire(1, 0, [0])
         assert client.record(client.granted().slot) == store[2][ExpertKey(0, 0)]
@@ -299,11 +313,11 @@ def test_a_fault_of_ours_is_told_and_logged(
     ids=str,
 )
 def test_nothing_is_served_without_a_credential(
-    daemon: DaemonProcess, store: Store, metadata: tuple[tuple[str, str | bytes], ...]
+    lasting: DaemonProcess, store: Store, metadata: tuple[tuple[str, str | bytes], ...]
 ) -> None:
     with (
-        SideConnection.open(daemon.folder, store[1].digest) as side,
-        open_channel(Address.of(daemon.folder), Credentials()) as channel,
+        SideConnection.open(lasting.folder, store[1].digest) as side,
+        open_channel(Address.of(lasting.folder), Credentials()) as channel,
     ):
         shown = [
             (name, value.replace("SESSION", side.session_id) if isinstance(value, str) else value)

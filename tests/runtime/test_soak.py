@@ -18,7 +18,7 @@ from threads import Task, wait_until
 from workers import Crew, WorkerError
 
 SEATS = 6
-SHORT = 12.0  # seconds
+SHORT = 6.0  # seconds
 LONG = float(os.environ.get("MOETIER_SOAK_SECONDS", "600"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import threading
 import time
@@ -23,6 +24,7 @@ from moetier.tiers.keys import ExpertKey
 
 ALL = {"records": 12}
 SIZE = PLAN.layouts["records"].slot_bytes
+PAUSES = [0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.1, 0.1]  # at least, of one that looks in vain
 A_WHILE = 0.05  # seconds in which a promotion would have come
 
 
@@ -296,8 +298,9 @@ def test_wishes_that_never_come_true_are_not_looked_for_all_the_time(
     monkeypatch.setattr(host, "prefetch", lambda block, wishes: None)  # it refuses
     with contextlib.closing(DeviceTier(host, PLAN, slots=ALL, device=device, promotes=True)) as tier:
         tier.prefetch(1, keys(1, 0))
-        time.sleep(0.4)
-        assert 3 <= len(looks) <= 12, "2, 4, 8, ... ms, and then 100"
+        wait_until(lambda: len(looks) > 8)
+        pauses = [after - before for before, after in itertools.pairwise(looks)]
+        assert all(pause >= least for pause, least in zip(pauses[1:], PAUSES, strict=False)), pauses
 
 
 # -- a demand goes first -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
-from faults import flip_bit, mounted, strace
+from faults import flip_bit, mounted, only, strace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import layout_of, make_plan, make_store
@@ -583,7 +583,7 @@ def read_with_eio(folder: Path, path: Path, when: str) -> dict[str, Any]:
     """``when`` counts each thread's reads of ``path`` with preadv; the main thread's first is the trial of O_DIRECT."""
     trace = folder / "trace"
     inject = f"inject=preadv,preadv2:error=EIO:when={when}"
-    result = strace(["-o", str(trace), "-P", str(path), "-e", inject], READ, folder)
+    result = strace([*only("preadv,preadv2"), "-o", str(trace), "-P", str(path), "-e", inject], READ, folder)
     assert result.returncode == 0, result.stderr
     assert "EIO" in trace.read_text()
     found: dict[str, Any] = json.loads(result.stdout)

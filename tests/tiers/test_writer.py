@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults import mounted, strace
+from faults import mounted, only, strace
 from stores import layout_of, make_plan, make_records, make_store, write_store
 
 from moetier.tiers.errors import DiskSpaceError, IncompleteStoreError, TargetError, TargetExistsError
@@ -334,7 +334,7 @@ write_store(Path(sys.argv[1]), plan, make_records(plan))
 def test_the_manifest_reaches_the_disk_last(tmp_path: Path) -> None:
     """The order of the system calls: shards synced, renamed; manifest synced, renamed; folder synced."""
     trace = tmp_path / "trace"
-    options = ["-y", "-o", str(trace), "-e", "trace=fsync,rename,renameat,renameat2"]
+    options = ["-y", "-o", str(trace), *only("fsync,rename,renameat,renameat2")]
     result = strace(options, WRITE, tmp_path / "model")
     assert result.returncode == 0, result.stderr
     store = tmp_path / "model" / GROUP

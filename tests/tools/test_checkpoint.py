@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import edit_json, save_checkpoint, tree
+from prepared import MAIN, Prepared, prepared
 
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tools.checkpoint import INDEX, WEIGHTS, open_checkpoint
@@ -247,21 +248,30 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_pa
 
 @dataclass(frozen=True)
 class Hub:
-    files: dict[str, bytes]
+    repositories: dict[str, dict[str, bytes]]  # name -> its files
     asked: list[str]  # paths
     settings: dict[str, str]  # of a process that is to use it
+    scripts: Prepared  # they use it
 
-    def downloaded(self) -> set[str]:
-        return {"/".join(path.split("/")[5:]) for path in self.asked if "/resolve/" in path}
+    def offer(self, name: str, original: Path) -> dict[str, bytes]:
+        """A repository with more than is wanted."""
+        files = {path.name: path.read_bytes() for path in original.iterdir()}
+        files |= {"modeling_x.py": b"raise SystemExit", "tokenizer.py": b"raise SystemExit"}
+        files |= {"README.md": b"card", "consolidated.safetensors": b"again", "original/model.safetensors": b"again"}
+        files |= {"tokenizer.json": b"{}", "LICENSE": b"free", "pytorch_model.bin": b"pickle"}
+        self.repositories[name] = files
+        return files
+
+    def downloaded(self, name: str) -> set[str]:
+        files = (path.split("/", 5) for path in self.asked if path.startswith(f"/{name}/resolve/"))
+        return {parts[5] for parts in files}
 
 
-@pytest.fixture
-def hub(original: Path, tmp_path: Path) -> Iterator[Hub]:
-    """A server that speaks as much of the hub's protocol as a download needs."""
-    files = {path.name: path.read_bytes() for path in original.iterdir()}
-    files |= {"modeling_x.py": b"raise SystemExit", "tokenizer.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"}
-    files |= {"README.md": b"card", "consolidated.safetensors": b"again", "original/model.safetensors": b"again"}
-    files |= {"tokenizer.json": b"{}", "LICENSE": b"free"}
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A server that speaks as much of the hub's protocol as a download needs. Its downloads stay in one cache: each
+    test offers a repository of its own."""
+    repositories: dict[str, dict[str, bytes]] = {}
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -277,17 +287,19 @@ def hub(original: Path, tmp_path: Path) -> Iterator[Hub]:
             path = self.path.partition("?")[0]
             asked.append(path)
             name = "/".join(path.split("/")[5:])
+            repository = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+            files = repositories.get(repository, {})
             status, data, kind = 404, b"{}", "application/json"
-            if path.startswith("/api/models/acme/tiny-moe/tree/"):
+            if files and path.startswith(f"/api/models/{repository}/tree/"):
                 status = 200
                 data = json.dumps(
                     [{"type": "file", "path": n, "size": len(d), "oid": n} for n, d in files.items()]
                 ).encode()
-            elif path.startswith("/api/models/acme/tiny-moe"):
+            elif files and path.startswith(f"/api/models/{repository}"):
                 status = 200
                 listed = [{"rfilename": n, "size": len(d)} for n, d in files.items()]
-                data = json.dumps({"id": "acme/tiny-moe", "sha": REVISION, "siblings": listed}).encode()
-            elif path.startswith("/acme/tiny-moe/resolve/") and name in files:
+                data = json.dumps({"id": repository, "sha": REVISION, "siblings": listed}).encode()
+            elif path.startswith(f"/{repository}/resolve/") and name in files:
                 status, data, kind = 200, files[name], "application/octet-stream"
             self.send_response(status)
             self.send_header("Content-Type", kind)
@@ -306,51 +318,56 @@ def hub(original: Path, tmp_path: Path) -> Iterator[Hub]:
     thread.start()
     settings = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub")),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
     }
-    yield Hub(files, asked, settings)
+    with prepared(**settings) as scripts:
+        yield Hub(repositories, asked, settings, scripts)
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, original: Path) -> None:
+    hub.offer("acme/tiny-moe", original)
     result = open_in_process("acme/tiny-moe", **hub.settings)
     tensors = str(len(open_checkpoint(original).tensors))
     assert result.stdout.split() == ["acme/tiny-moe", tensors, "LICENSE", "generation_config.json", "tokenizer.json"]
-    assert hub.downloaded() == {path.name for path in original.iterdir()} | {"tokenizer.json", "LICENSE"}
+    wanted = {path.name for path in original.iterdir()} | {"tokenizer.json", "LICENSE"}
+    assert hub.downloaded("acme/tiny-moe") == wanted
     assert "CheckpointError: There is no folder acme/nothing" in open_in_process("acme/nothing", **hub.settings).stderr
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"),
+    ("name", "changes", "error"),
     [
-        ({"auto_map": {"AutoConfig": "modeling_x.X"}}, "auto_map"),
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "is dense"),
-        ({"transformers_weights": "../../x.safetensors"}, "outside itself"),
+        ("acme/code", {"auto_map": {"AutoConfig": "modeling_x.X"}}, "auto_map"),
+        ("acme/dense", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "is dense"),
+        ("acme/outside", {"transformers_weights": "../../x.safetensors"}, "outside itself"),
     ],
 )
 def test_a_hub_id_that_is_refused_costs_no_download_of_weights(
-    hub: Hub, tmp_path: Path, changes: dict[str, object], error: str
+    hub: Hub, original: Path, tmp_path: Path, name: str, changes: dict[str, object], error: str
 ) -> None:
-    hub.files["config.json"] = json.dumps(json.loads(hub.files["config.json"]) | changes).encode()
-    command = [sys.executable, "-m", "moetier.tools.main", "convert", "acme/tiny-moe", str(tmp_path / "dst")]
-    result = subprocess.run(command, env=os.environ | hub.settings, capture_output=True, text=True, check=False)
+    files = hub.offer(name, original)
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | changes).encode()
+    result = hub.scripts.run(MAIN, "convert", name, tmp_path / "dst")
     assert result.returncode == 1
     assert error in result.stderr
-    assert not [name for name in hub.downloaded() if name.endswith((".safetensors", ".py", ".bin"))]
+    downloaded = hub.downloaded(name)
+    assert "config.json" in downloaded
+    assert not [file for file in downloaded if file.endswith((".safetensors", ".py", ".bin"))]
     assert not (tmp_path / "dst").exists()
 
 
 def test_a_hub_id_is_converted(hub: Hub, original: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "moetier.tools.main", "convert", "acme/tiny-moe", str(tmp_path / "dst"), "--fast"]
-    result = subprocess.run(command, env=os.environ | hub.settings, capture_output=True, text=True, check=False)
+    hub.offer("acme/converted", original)
+    result = hub.scripts.run(MAIN, "convert", "acme/converted", tmp_path / "dst", "--fast")
     assert result.returncode == 0, result.stderr
     convert(original, tmp_path / "local", fast=True)
     made, local = tree(tmp_path / "dst"), tree(tmp_path / "local")
     assert (made.pop("LICENSE"), made.pop("tokenizer.json")) == (b"free", b"{}")
     manifest = made.pop("experts.zarr/zarr.json")
-    assert json.loads(manifest)["attributes"]["moetier"]["model"] == "acme/tiny-moe"
+    assert json.loads(manifest)["attributes"]["moetier"]["model"] == "acme/converted"
     assert made == {name: data for name, data in local.items() if name != "experts.zarr/zarr.json"}

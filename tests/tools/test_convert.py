@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import google_crc32c
 import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, save_checkpoint, stored_experts, tree
-from faults import flip_bit, mounted, strace
+from faults import flip_bit, mounted, only, strace
+from prepared import Prepared
 from torch import Tensor
 
 from moetier.tiers.errors import (
@@ -338,12 +338,18 @@ def on_events(act):
 """
 
 
-def script(body: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PRELUDE + body, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_a_disk_that_fills_up_on_the_way_is_resumed(source: Path, uncut: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def script(scripts: Prepared) -> Script:
+    """Of a body, behind the prelude, and its arguments: the source and the target first."""
+    return lambda body, *arguments: scripts.run(PRELUDE + body, *arguments)
+
+
+def test_a_disk_that_fills_up_on_the_way_is_resumed(
+    script: Script, source: Path, uncut: dict[str, bytes], tmp_path: Path
+) -> None:
     """The ballast is written when the first block is renamed into place."""
     with mounted("tmpfs", tmp_path / "disk", "size=64m") as disk:
         body = """
@@ -393,7 +399,15 @@ def test_a_source_whose_disk_fails_is_not_taken_for_the_target(tmp_path: Path, a
     src = save_checkpoint(tmp_path / "src", shards=1)
     samples = sum(1 + (tensor.nbytes > 64) for tensor in open_checkpoint(src).tensors.values())
     inject = f"inject=preadv,preadv2:error=EIO:when={samples + 1 if after_plan else 1}"
-    options = ["-o", str(tmp_path / "trace"), "-P", str(src / "model.safetensors"), "-e", inject]
+    options = [
+        *only("preadv,preadv2"),
+        "-o",
+        str(tmp_path / "trace"),
+        "-P",
+        str(src / "model.safetensors"),
+        "-e",
+        inject,
+    ]
     body = "sys.exit(main(['convert', source, target, '--fast', '--workers', '1']))"
     result = strace(options, PRELUDE + body, src, tmp_path / "dst")
     assert "EIO" in (tmp_path / "trace").read_text()
@@ -405,7 +419,9 @@ def test_a_source_whose_disk_fails_is_not_taken_for_the_target(tmp_path: Path, a
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_cleanly(source: Path, uncut: dict[str, bytes], tmp_path: Path, number: int) -> None:
+def test_a_signal_stops_it_cleanly(
+    script: Script, source: Path, uncut: dict[str, bytes], tmp_path: Path, number: int
+) -> None:
     """It comes when the second block is begun."""
     dst = tmp_path / "dst"
     body = f"""
@@ -437,7 +453,9 @@ def test_the_manifest_sums_the_trunk(source: Path, tmp_path: Path) -> None:
         assert store.manifest.trunk == {n: FileSum(len(data), google_crc32c.value(data)) for n, data in trunk.items()}
 
 
-def test_a_trunk_that_has_rotted_is_not_taken_over(source: Path, uncut: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_trunk_that_has_rotted_is_not_taken_over(
+    script: Script, source: Path, uncut: dict[str, bytes], tmp_path: Path
+) -> None:
     """By a conversion that was killed in its second block and is resumed; and by one that lacks a small file."""
     dst = tmp_path / "dst"
     body = """
@@ -486,21 +504,29 @@ def killer(step):
 """
 
 
-def test_killed_at_any_step_it_resumes_to_the_same_bytes(source: Path, uncut: dict[str, bytes], tmp_path: Path) -> None:
+def test_killed_at_any_step_it_resumes_to_the_same_bytes(
+    script: Script, source: Path, uncut: dict[str, bytes], tmp_path: Path
+) -> None:
     """Every change that it makes to a file is a step; it is killed right before."""
     kill_at(
-        lambda steps: sorted({1, 2, 3, *random.Random(0).sample(range(4, steps), 5), steps}), source, uncut, tmp_path
+        lambda steps: sorted({1, 2, 3, *random.Random(0).sample(range(4, steps), 5), steps}),
+        script,
+        source,
+        uncut,
+        tmp_path,
     )
 
 
 @pytest.mark.slow
 def test_killed_at_every_step_it_resumes_to_the_same_bytes(
-    source: Path, uncut: dict[str, bytes], tmp_path: Path
+    script: Script, source: Path, uncut: dict[str, bytes], tmp_path: Path
 ) -> None:
-    kill_at(lambda steps: list(range(1, steps + 1)), source, uncut, tmp_path)
+    kill_at(lambda steps: list(range(1, steps + 1)), script, source, uncut, tmp_path)
 
 
-def kill_at(choose: Callable[[int], list[int]], source: Path, uncut: dict[str, bytes], folder: Path) -> None:
+def kill_at(
+    choose: Callable[[int], list[int]], script: Script, source: Path, uncut: dict[str, bytes], folder: Path
+) -> None:
     body = """
 for step in chosen:
     target = sys.argv[2] + str(step)
@@ -534,7 +560,7 @@ print(len(steps), steps.index(target + '/experts.zarr/zarr.json.partial', steps.
 
 
 def test_killed_at_twenty_random_moments_it_resumes_to_the_same_bytes(
-    source: Path, uncut: dict[str, bytes], tmp_path: Path
+    script: Script, source: Path, uncut: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Moments of the clock: amid reads, computing, writes. Each run goes on where the last was cut."""
     body = """

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from daemons import running_daemon
+from prepared import MAIN, Prepared
 
 from moetier.tiers.store import ExpertStore
 from moetier.tools.main import main
@@ -132,15 +132,16 @@ def test_the_seed_decides_what_is_sampled(tinymix_4bit: Path, capsys: pytest.Cap
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_the_next_run_begins_with_what_was_used_most(tinymix_4bit: Path, tmp_path: Path) -> None:
-    """As a person runs it, twice."""
+def test_the_next_run_begins_with_what_was_used_most(scripts: Prepared, tinymix_4bit: Path, tmp_path: Path) -> None:
+    """In two processes, as they end and write what they learned."""
     options = ["--max-new-tokens", "8", "--daemon", "none", "--learn", "--speculate", "off"]
-    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), PROMPT, *options]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    first = json.loads(subprocess.check_output([*command, "--json"], env=environment))
+    words = ["generate", tinymix_4bit, PROMPT, *options]
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    first = json.loads(scripts.run(MAIN, *words, "--json", environment=environment).stdout)
     host = first["tiers"]["host"]
     assert (host["warmed"], host["recalled"]) == (0, 0)
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result = scripts.run(MAIN, *words, environment=environment)
+    assert result.returncode == 0, result.stderr
     assert first["text"].strip() in result.stdout
     hits, misses = map(int, re.findall(r"^host +\S+ +(\d+) +(\d+) ", result.stderr, re.MULTILINE)[0])
     assert hits + misses == host["hits"] + host["misses"]
@@ -177,9 +178,9 @@ def test_whatever_a_directory_prefers_one_sequence_streams(
     assert (answer["text"], answer["new_tokens"]) == (expected["text"], 6)
 
 
-def test_the_prompt_may_come_from_standard_input(tinymix_4bit: Path) -> None:
-    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), "--max-new-tokens", "2"]
-    result = subprocess.run([*command, "--json"], input=PROMPT, capture_output=True, text=True, check=True)
+def test_the_prompt_may_come_from_standard_input(scripts: Prepared, tinymix_4bit: Path) -> None:
+    result = scripts.run(MAIN, "generate", tinymix_4bit, "--max-new-tokens", "2", "--json", input=PROMPT)
+    assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["prompt"] == PROMPT
 
 

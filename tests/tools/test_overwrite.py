@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint, tree
+from prepared import Prepared
 
 from moetier.tiers.errors import TargetExistsError
 from moetier.tools.convert import convert
@@ -61,7 +60,7 @@ for step in range(1, steps + 1):
 
 
 @pytest.mark.parametrize("cut", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_removal_that_is_killed_is_gone_on_with(tmp_path: Path, cut: bool) -> None:
+def test_a_removal_that_is_killed_is_gone_on_with(scripts: Prepared, tmp_path: Path, cut: bool) -> None:
     """The old directory is a whole one, or a conversion that was cut; it holds somebody's file too."""
     source = save_checkpoint(tmp_path / "src")
     convert(source, tmp_path / "new", fast=True)
@@ -73,8 +72,7 @@ def test_a_removal_that_is_killed_is_gone_on_with(tmp_path: Path, cut: bool) -> 
         (manifest := old / "experts.zarr" / "zarr.json").unlink()
         plan = json.loads((tmp_path / "new" / "experts.zarr" / "zarr.json").read_bytes())["attributes"]["moetier"]
         manifest.with_name("plan.json").write_text(json.dumps(plan | {"digest": "", "model": "another"}))
-    command = [sys.executable, "-c", KILLED, str(source), str(old), str(tmp_path / "work")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    result = scripts.run(KILLED, source, old, tmp_path / "work")
     assert result.returncode == 0, result.stderr
     count, *lines = result.stdout.splitlines()
     assert int(count) == len(lines) > 8

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from daemons import running_daemon
+from prepared import Prepared
 
 import moetier
 from moetier.runtime.trace import NONE, Trace
@@ -29,9 +29,12 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "prompts.txt"
 
 
+def words_of(folder: Path, prompts: Path, output: Path) -> list[str]:
+    return ["trace", str(folder), "--prompts", str(prompts), "-o", str(output), "--daemon", "none"]
+
+
 def trace(folder: Path, prompts: Path, output: Path, *options: str) -> int:
-    words = ["trace", str(folder), "--prompts", str(prompts), "-o", str(output), "--daemon", "none", *options]
-    return main(words)
+    return main([*words_of(folder, prompts, output), *options])
 
 
 def test_it_records_what_the_model_does(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
@@ -130,17 +133,30 @@ def test_a_file_that_is_there_stays_unless_told_otherwise(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["T.npz", "prompts.txt"]
 
 
-def test_a_run_that_is_cut_leaves_the_old_file(tinymix_4bit: Path, prompts: Path, tmp_path: Path) -> None:
+KILLED = """
+import os, signal, sys
+from moetier.tools.main import main
+
+def write(text, write=sys.stderr.write):
+    write(text)
+    if text == "\\n":  # the first prompt is recorded
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.stderr.write = write
+main()
+"""
+
+
+def test_a_run_that_is_cut_leaves_the_old_file(
+    scripts: Prepared, tinymix_4bit: Path, prompts: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "T.npz"
     target.write_text("mine")
     prompts.write_text("one\n" * 1000)
-    command = [sys.executable, "-m", "moetier.tools.main", "trace", str(tinymix_4bit), "--prompts", str(prompts)]
-    options = ["-o", str(target), "--force", "--max-new-tokens", "4"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        process.stderr.readline()  # the first prompt is recorded
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    result = scripts.run(KILLED, *words_of(tinymix_4bit, prompts, target), "--force", "--max-new-tokens", "4")
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert "1 of 1000 prompts" in result.stderr
     assert target.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["T.npz", "prompts.txt"]
 
