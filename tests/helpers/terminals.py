@@ -9,14 +9,16 @@ import select
 import subprocess
 import sys
 import time
+from codecs import getincrementaldecoder
 from pathlib import Path
 from types import TracebackType
 
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 PATIENCE = 120.0  # seconds, for a machine that has other work
 
-_TAKE = (  # the terminal becomes the one whose Ctrl-C it gets
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+_TAKE = (  # the terminal becomes the one whose Ctrl-C it gets, which who started us may have been told to ignore
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
 )
 
 
@@ -36,7 +38,8 @@ class Terminal:
             )
         finally:
             os.close(slave)
-        self.screen = ""  # all that was written
+        self.screen = ""  # all that was written, without carriage returns
+        self._decoder = getincrementaldecoder("utf-8")("replace")
         self._seen = 0
 
     def type(self, text: str) -> None:
@@ -45,7 +48,7 @@ class Terminal:
     def interrupt(self) -> None:
         """Ctrl-C at a prompt: typed when the process waits for keys, for Python misses a signal that comes just before
         it does, until the next key."""
-        while Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        while Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "SZ":
             os.sched_yield()
         self.type(CTRL_C)
 
@@ -56,7 +59,7 @@ class Terminal:
             ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
             piece = self._read() if ready else b""
             assert piece, f"no {pattern!r} in {self.screen!r}"
-            self.screen += piece.decode(errors="replace").replace("\r\n", "\n")
+            self.screen += self._decoder.decode(piece).replace("\r", "")
         start, self._seen = self._seen, found.end()
         return self.screen[start : self._seen]
 
