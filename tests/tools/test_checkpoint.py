@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkpoints import edit_json, save_checkpoint, tree
+from hubs import REVISION, Hub, serve_hub
 
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 from moetier.tools.checkpoint import INDEX, WEIGHTS, open_checkpoint
@@ -197,7 +195,6 @@ def test_a_folder_without_config_or_weights_is_refused(source: Path, tmp_path: P
 
 # the hub
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 OPEN = """
 import sys
 from moetier.tools.checkpoint import open_checkpoint
@@ -245,75 +242,14 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_pa
     assert "CheckpointError: There is no folder acme/nothing, and the hub did not give" in result.stderr
 
 
-@dataclass(frozen=True)
-class Hub:
-    files: dict[str, bytes]
-    asked: list[str]  # paths
-    settings: dict[str, str]  # of a process that is to use it
-
-    def downloaded(self) -> set[str]:
-        return {"/".join(path.split("/")[5:]) for path in self.asked if "/resolve/" in path}
-
-
 @pytest.fixture
 def hub(original: Path, tmp_path: Path) -> Iterator[Hub]:
-    """A server that speaks as much of the hub's protocol as a download needs."""
     files = {path.name: path.read_bytes() for path in original.iterdir()}
     files |= {"modeling_x.py": b"raise SystemExit", "tokenizer.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"}
     files |= {"README.md": b"card", "consolidated.safetensors": b"again", "original/model.safetensors": b"again"}
     files |= {"tokenizer.json": b"{}", "LICENSE": b"free"}
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, body: bool) -> None:
-            path = self.path.partition("?")[0]
-            asked.append(path)
-            name = "/".join(path.split("/")[5:])
-            status, data, kind = 404, b"{}", "application/json"
-            if path.startswith("/api/models/acme/tiny-moe/tree/"):
-                status = 200
-                data = json.dumps(
-                    [{"type": "file", "path": n, "size": len(d), "oid": n} for n, d in files.items()]
-                ).encode()
-            elif path.startswith("/api/models/acme/tiny-moe"):
-                status = 200
-                listed = [{"rfilename": n, "size": len(d)} for n, d in files.items()]
-                data = json.dumps({"id": "acme/tiny-moe", "sha": REVISION, "siblings": listed}).encode()
-            elif path.startswith("/acme/tiny-moe/resolve/") and name in files:
-                status, data, kind = 200, files[name], "application/octet-stream"
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{name}-1"')
-            self.send_header("X-Repo-Commit", REVISION)
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    settings = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
-    yield Hub(files, asked, settings)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve_hub(files, tmp_path / "hub") as served:
+        yield served
 
 
 def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, original: Path) -> None:
