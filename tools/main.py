@@ -13,7 +13,7 @@ from importlib.metadata import version
 from moetier.tiers.errors import MoetierError
 
 COMMANDS = (
-    *("convert", "generate", "verify", "inspect", "quality", "synthetic"),
+    *("plan", "convert", "generate", "verify", "inspect", "quality", "synthetic"),
     *("trace", "replay", "plot", "daemon", "ps", "stats", "bench"),
 )
 
