@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import TierConfig
 from moetier.tiers.host import LOADERS
 from moetier.tiers.keys import Bits, RecordLayout
 from moetier.tiers.store import PIECE_BYTES, ExpertStore
@@ -83,9 +82,16 @@ def _files_on(folder: Path, prospect: Prospect) -> list[Path]:
 
 
 def estimate(
-    prospect: Prospect, fits: Sequence[Fit], best: Fit, config: TierConfig, room: Room, speeds: Speeds
+    prospect: Prospect,
+    fits: Sequence[Fit],
+    best: Fit,
+    room: Room,
+    speeds: Speeds,
+    *,
+    context: int,
+    budgets: Mapping[str, str | int | None],
 ) -> dict[str, Any]:
-    """What ``moetier plan --json`` prints."""
+    """What ``moetier plan --json`` prints. ``budgets``: what was given, by option."""
     manifest, outline = best.choice.manifest, prospect.outline
     return {
         "model": prospect.name,
@@ -99,11 +105,11 @@ def estimate(
         "experts": max(block.experts for block in manifest.blocks),
         "top_k": max(block.top_k for block in manifest.blocks),
         "records": manifest.record_count,
-        "context": config.context,
+        "context": context,
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(room, speeds),
         "choices": [_choice(prospect, fit, room, speeds) for fit in fits],
-        "recommended": _recommended(prospect, best, config),
+        "recommended": _recommended(prospect, best, context, budgets),
     }
 
 
@@ -172,18 +178,20 @@ def _conversion(prospect: Prospect, choice: Choice, speeds: Speeds) -> float | N
     return max(moved, weights / (speeds.quantising[choice.bits] * speeds.workers))
 
 
-def _recommended(prospect: Prospect, best: Fit, config: TierConfig) -> dict[str, Any]:
+def _recommended(
+    prospect: Prospect, best: Fit, context: int, budgets: Mapping[str, str | int | None]
+) -> dict[str, Any]:
     """Widths, and command lines: convert is None where there is nothing to convert."""
     outline, convert, directory = prospect.outline, None, prospect.source
     if outline is not None:
         directory = f"{prospect.name.rpartition('/')[2]}-{best.choice.bits}bit"
-        source = prospect.source if outline.on_hub else str(outline.checkpoint.folder)
-        convert = f"moetier convert {shlex.quote(source)} {shlex.quote(directory)} {best.choice.options}"
+        convert = f"moetier convert {shlex.quote(prospect.source)} {shlex.quote(directory)} {best.choice.options}"
         convert += " --ignore-code" if outline.names_code else ""
-    generate = f"moetier generate {shlex.quote(directory)}"
-    given = {"--ram": config.ram, "--device-memory": config.device_memory}
-    for option, size in given.items():
-        if size is not None:
-            generate += f" {option} {size.bytes if size.bytes is not None else f'{float(size.share or 0):.0%}'}"
-    generate += f" --context {config.context} 'Once upon a time'"
-    return {"bits": best.choice.bits, "trunk_bits": best.choice.trunk_bits, "convert": convert, "generate": generate}
+    given = [f"{option} {shlex.quote(str(size))}" for option, size in budgets.items() if size is not None]
+    words = ["moetier generate", shlex.quote(directory), *given, f"--context {context}", "'Once upon a time'"]
+    return {
+        "bits": best.choice.bits,
+        "trunk_bits": best.choice.trunk_bits,
+        "convert": convert,
+        "generate": " ".join(words),
+    }

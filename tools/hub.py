@@ -59,6 +59,15 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
         return dict(zip(files, pool.map(header, files), strict=True))
 
 
+def downloads_to(folder: Path) -> bool:
+    """Whether what is downloaded lands on the disk of ``folder``."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    there = next(place for place in (cache, *cache.parents) if place.exists())
+    return there.stat().st_dev == folder.stat().st_dev
+
+
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
     """Turns what goes wrong between here and the hub into a CheckpointError."""

@@ -120,4 +120,5 @@ def plan(
     if not working:
         raise impossible(asked, evaluate, config)
     speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
-    return estimate(prospect, asked, working[0], config, room, speeds)
+    budgets = {"--ram": ram, "--device-memory": device_memory}
+    return estimate(prospect, asked, working[0], room, speeds, context=context, budgets=budgets)

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import torch
 from cgroups import memory_limit
 from faults import mounted
 
 import moetier
+from moetier.runtime.choice import kernels_for
+from moetier.runtime.config import TierConfig
+from moetier.runtime.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, TargetError
 from moetier.tools import plan_report, probes
 from moetier.tools.checkpoint import INDEX
+from moetier.tools.fit import Room, fit_of
 from moetier.tools.main import main
 from moetier.tools.plan import plan
+from moetier.tools.prospect import open_prospect
 
 GB_PER_S = 1.0
 
@@ -84,7 +92,7 @@ def test_8_bits_are_recommended_where_all_experts_stay_in_memory(index_only: Pat
     assert "caching is not needed" in plan_report.text(found)
     less = plan(index_only, ram="8MiB", context=256, disk=GB_PER_S)
     assert (less["recommended"]["bits"], less["recommended"]["trunk_bits"]) == (4, 8)
-    assert less["recommended"]["generate"].startswith(f"moetier generate tinymix-4bit --ram {8 << 20} --context 256 ")
+    assert less["recommended"]["generate"].startswith("moetier generate tinymix-4bit --ram 8MiB --context 256 ")
     assert "caching" not in plan_report.text(less).lower()
 
 
@@ -122,6 +130,20 @@ def test_a_disk_that_is_full_names_what_fits(index_only: Path, tmp_path: Path) -
         assert [choice["works"] for choice in found["choices"]] == [False, False, True, True, True]
         assert found["recommended"]["bits"] == 4
         assert " no " in plan_report.text(found)
+
+
+def test_a_download_takes_disk_too(index_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "not there yet"))
+    prospect = open_prospect(index_only)
+    assert prospect.outline is not None
+    cpu = torch.device("cpu")
+    room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
+    for on_hub, problem in ((False, None), (True, "The download and a model directory with --bits 4 take 7")):
+        outline = replace(prospect.outline, on_hub=on_hub)
+        (choice,) = prospect.chosen([4], [16])
+        fit = fit_of(replace(prospect, outline=outline), choice, TierConfig.of(), room, kernels_for(cpu))
+        assert fit.works == (problem is None)
+        assert problem is None or (fit.problem is not None and fit.problem.cause.startswith(problem))
 
 
 def test_a_context_that_is_too_long_names_one_that_is_not(index_only: Path) -> None:
