@@ -97,7 +97,7 @@ def load(
     manifest = read_manifest(store_folder(folder))
     model_class = _model_class(read_config(folder))
     check_trunk(folder, manifest)
-    place = _place(asked.device)
+    place = place_of(asked.device)
     register()
     tokenizer = _tokenizer(folder)
     with _load_errors(folder):
@@ -136,7 +136,8 @@ def _model_class(config: dict[str, Any]) -> Any:
     return found
 
 
-def _place(device: str) -> str:
+def place_of(device: str) -> str:
+    """Where a model is put: "cpu", "cuda" or "cuda:N". Raises ConfigError."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

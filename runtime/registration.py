@@ -34,12 +34,12 @@ from moetier.tiers.trunk import check_trunk, trunk_records
 
 from .attention import use_decode_attention
 from .block import TieredBlock
+from .budgets import context_bytes, largest_decoded
 from .choice import kernels_for
 from .config import AUTO, DEFAULT_CONTEXT, TierConfig
 from .controller import Mode
-from .experts import EXPERT_PARAMETERS, early_bytes, experts_forward, experts_modules
+from .experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from .gates import Gates
-from .kv_cache import kv_cache_bytes
 from .linear import quantized_linears, replace_linears
 from .memory import mapped_files
 from .model_config import NAME, read_config
@@ -185,11 +185,10 @@ class MoetierQuantizer(HfQuantizer):
             asked,
             device,
             trunk=_mapped_bytes(model),
-            cache=kv_cache_bytes(model.config, asked.context, dtype=model.dtype)
-            + _early_bytes(model, self._folder, min(asked.context, DEFAULT_CONTEXT)),
+            cache=context_bytes(model, read_manifest(store_folder(self._folder)), asked.context),
             width=model.dtype.itemsize,
             kernels=kernels,
-            largest=max((m.layout.weights for m in linears if not kernels.packs(m.layout)), default=0),
+            largest=largest_decoded((linear.layout for linear in linears), kernels),
         )
         weakref.finalize(model, _close, tiers.close_sources, weakref.ref(tiers))
         model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
@@ -295,15 +294,6 @@ def _device_of(model: PreTrainedModel) -> torch.device:
             'Load it on one device: device_map={"": "cuda:0"}, or none for the CPU.',
         )
     return devices.pop()
-
-
-def _early_bytes(model: PreTrainedModel, folder: Path, tokens: int) -> int:
-    """What outputs that come early take in a prefill of so many tokens; one block computes at a time."""
-    manifest, modules = read_manifest(store_folder(folder)), experts_modules(model)
-    return max(
-        early_bytes(modules[block.path], manifest.layout(number), tokens, block.top_k, model.dtype)
-        for number, block in enumerate(manifest.blocks)
-    )
 
 
 def _mapped_bytes(model: PreTrainedModel) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.budget import slots_for
 from moetier.tiers.device import DeviceTier
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.folder import read_manifest, store_folder
@@ -20,11 +20,11 @@ from moetier.tiers.stats import TierStats
 from moetier.tiers.stream import CudaDevice
 from moetier.tiers.views import HostViews
 
+from .budgets import Needs, scratch_numbers
 from .choice import kernels_for
 from .config import TierConfig
-from .grouped import ROWS
 from .kernels import Kernels
-from .memory import Available, available_memory, budget_for
+from .memory import Available, available_memory
 from .origin import Origin, open_origin
 from .speculation import Speculation
 
@@ -57,15 +57,11 @@ class Tiers:
                 "On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone."
             )
         manifest = read_manifest(store_folder(folder))
-        budget_of = partial(budget_for, smallest=smallest_budget(manifest), largest=largest_budget(manifest))
         kernels = kernels or kernels_for(device, exact=config.exact)
-        on_device = cache + max(_scratch_numbers(manifest, kernels), largest) * width
+        needs = Needs(trunk, cache, scratch=max(scratch_numbers(manifest, kernels), largest) * width)
 
         def host_slots() -> Mapping[str, int]:
-            free = available_memory()
-            available = Available(max(free.bytes - trunk, 0), free.limiter)
-            reserve = on_device if device.type == "cpu" else 0
-            return slots_for(manifest, budget_of(config.ram, reserve=reserve, available=available))
+            return slots_for(manifest, needs.host_budget(manifest, config.ram, available_memory(), device))
 
         with contextlib.ExitStack() as undo:
             origin = open_origin(folder, manifest, config, host_slots)
@@ -73,8 +69,7 @@ class Tiers:
             source: HostViews | DeviceTier = HostViews(origin.host)
             if device.type == "cuda":
                 there = Available(torch.cuda.mem_get_info(device)[0], str(device))
-                budget = budget_of(config.device_memory, reserve=on_device, available=there, option="--device-memory")
-                slots = slots_for(manifest, budget)
+                slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, there))
                 source = DeviceTier(
                     origin.host,
                     manifest,
@@ -124,12 +119,3 @@ class Tiers:
 def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:
     device.close()
     origin.close()
-
-
-def _scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
-    """What computing with experts takes beside them: the largest projection, decoded; or what goes in and comes out of
-    the widest, of as many tokens as go together."""
-    layouts = manifest.layouts.values()
-    decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]
-    wide = [2 * ROWS * (p.rows + p.columns) for layout in layouts for p in layout.projections if kernels.packs(layout)]
-    return max(decoded + wide)

@@ -28,6 +28,7 @@ def test_the_wheel_carries_the_code_the_types_and_the_model(tmp_path: Path) -> N
     for package, folder in FOLDERS.items():
         expected = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert expected <= names
+    assert "moetier/tools/hit_curves.json" in names
     assert {"moetier/py.typed", "moetier/proto/expert_store.proto", "moetier/proto/expert_store_pb2.pyi"} <= names
     for path in (ROOT / "tests/assets/tinymix").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:

@@ -23,7 +23,7 @@ from moetier.tiers.errors import CheckpointError, ConfigError, MoetierError
 from moetier.tiers.keys import BITS
 
 from .bench_report import add_bench_arguments, check_bench, report
-from .disk_rate import NO_FIO, RandomReads, fio_version, takes_direct
+from .disk_rate import NO_FIO, RandomReads, fio_version
 from .machine import Machine
 from .page_cache import drop_page_cache
 from .rounds import Spread, alternate
@@ -34,7 +34,6 @@ HELP = "conversion with HQQ and with --fast, beside llama.cpp's and the rate at 
 MILLION = 1e6
 WAYS: dict[str, list[str]] = {"hqq": [], "fast": ["--fast"]}
 LLAMA, LLAMA_BITS = "llama.cpp Q4_0", 4
-BLOCK_BYTES = 8 << 20  # of the reads that give the disk's rate
 DEPTH = 4
 DISK_SECONDS = 2.0
 
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not files:
         raise CheckpointError(f"{arguments.source} has no safetensors files.", "Give the folder of a checkpoint.")
     fio = fio_version()
-    reads = reads_of(files)
+    reads = RandomReads.of_files(files)
     ways: dict[str, Any] = {"disk": partial(reads.rate, DEPTH, DISK_SECONDS)}
     for name, options in WAYS.items():
         words = [*options, "--bits", str(arguments.bits)]
@@ -112,16 +111,6 @@ def run(arguments: argparse.Namespace) -> int:
     machine = Machine.here(place=arguments.source, fio=fio)
     rates = {"disk_bytes_per_s": disk.to_json(), "disk_by": reads.by}
     return report(arguments, machine, rows, results, notes=notes, rates=rates)
-
-
-def reads_of(files: list[Path]) -> RandomReads:
-    """From the largest of ``files``."""
-    largest = max(files, key=lambda path: path.stat().st_size)
-    size = largest.stat().st_size
-    block = min(BLOCK_BYTES, size // 4096 * 4096)
-    if not block:
-        raise CheckpointError(f"{largest} is smaller than a page.", "Give a checkpoint with weights.")
-    return RandomReads((largest,), size // block * block, block, direct=takes_direct(largest))
 
 
 def convert_once(source: Path, into: Path | None, options: list[str], files: list[Path]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ what the model has is its trunk.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,14 @@ def make_blueprint(
                 one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
                 setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
     return Blueprint(str(dtype).removeprefix("torch."), blocks, tuple(trunk), tuple(unused), matrices)
+
+
+def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """Which of a checkpoint's tensors together make which keys of the model; some of these it may not have."""
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    groups = _group(sorted(names, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
+    for key, (converter, sources) in groups.items():
+        yield [name for found in sources.values() for name in found], _targets(key, converter)
 
 
 def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:

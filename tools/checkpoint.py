@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -82,13 +82,13 @@ def open_checkpoint(
     """
     name, folder = locate(source)
     of_hub = not Path(source).is_dir()
-    config = _read_json(folder, "config.json")
+    config = read_json(folder, "config.json")
     if not ignore_code:
         _refuse_code(folder, config)
     if of_hub:
         if check is not None:
             check(config)
-        hub.fetch(name, _weights_on_hub(folder, config), revision=folder.name)
+        hub.fetch(name, weights_of(folder, config), revision=folder.name)
     names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
     names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
     return Checkpoint(
@@ -111,8 +111,8 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def locate(source: str | Path) -> tuple[str, Path]:
-    """(name, folder). Of a hub id only the small files are there then."""
+def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
+    """(name, folder). Of a hub id only the small ``files`` are there then."""
     folder = Path(source)
     if folder.is_dir():
         folder = folder.resolve()
@@ -123,7 +123,7 @@ def locate(source: str | Path) -> tuple[str, Path]:
         raise CheckpointError(f"{source} is not a folder.", "Give the folder that holds config.json, or a hub id.")
     if not hub.HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
-    return str(source), hub.fetch(str(source))
+    return str(source), hub.fetch(str(source), files)
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -145,7 +145,7 @@ def contained(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
     path = contained(folder, name)
     try:
         found = json.loads(path.read_bytes())
@@ -162,34 +162,35 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
     others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-    found = {name: _read_json(folder, name) for name in others if contained(folder, name).exists()}
+    found = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
     for name, value in {"config.json": config, **found}.items():
-        if _names_code(value):
+        if names_code(value):
             raise UnsafeCheckpointError(
                 f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
                 "If transformers has this architecture itself, --ignore-code converts it with transformers' class.",
             )
 
 
-def _names_code(value: object) -> bool:
+def names_code(value: object) -> bool:
+    """Whether a config, or a part of it, names code of the checkpoint's own."""
     if isinstance(value, dict):
-        return "auto_map" in value or any(map(_names_code, value.values()))
-    return isinstance(value, list) and any(map(_names_code, value))
+        return "auto_map" in value or any(map(names_code, value.values()))
+    return isinstance(value, list) and any(map(names_code, value))
 
 
-def _weights_on_hub(folder: Path, config: Mapping[str, Any]) -> list[str]:
+def weights_of(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """The names of its shards, by the index that is there already."""
     named = config.get("transformers_weights")
     if isinstance(named, str):
         return [named]
     if not contained(folder, INDEX).is_file():
         return [WEIGHTS]
-    return sorted(set(_read_places(folder, INDEX).values()))
+    return sorted(set(read_places(folder, INDEX).values()))
 
 
-def _read_places(folder: Path, index: str) -> dict[str, str]:
+def read_places(folder: Path, index: str) -> dict[str, str]:
     """weight_map of an index: tensor -> file, each within the checkpoint and safetensors."""
-    places = _read_json(folder, index).get("weight_map")
+    places = read_json(folder, index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
     for name in sorted(set(places.values())):
@@ -205,21 +206,21 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTe
     weights = _weights_file(folder, config)
     if not weights.endswith(".index.json"):
         return read_header(contained(folder, weights))
-    places = _read_places(folder, weights)
+    places = read_places(folder, weights)
     paths = {name: contained(folder, name) for name in sorted(set(places.values()))}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         raise CheckpointError(
-            f"{folder} lacks {_some(missing)}, which {weights} names.", "Download the checkpoint again."
+            f"{folder} lacks {some(missing)}, which {weights} names.", "Download the checkpoint again."
         )
     tensors: dict[str, StoredTensor] = {}
     for path in paths.values():
         found = read_header(path)
         if doubled := tensors.keys() & found.keys():
-            raise CheckpointError(f"{path} holds {_some(doubled)} a second time.", "Download the checkpoint again.")
+            raise CheckpointError(f"{path} holds {some(doubled)} a second time.", "Download the checkpoint again.")
         tensors |= found
     if absent := [name for name, file in places.items() if name not in tensors or tensors[name].file != paths[file]]:
         raise CheckpointError(
-            f"{folder / weights} names tensors that are not in their files: {_some(absent)}.",
+            f"{folder / weights} names tensors that are not in their files: {some(absent)}.",
             "Download the checkpoint again.",
         )
     return tensors
@@ -237,7 +238,7 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
             return name
     if pickles := [p.name for p in folder.iterdir() if p.suffix in PICKLES]:
         raise UnsafeCheckpointError(
-            f"{folder} holds its weights as pickle ({_some(pickles)}), which can run code when it is read.",
+            f"{folder} holds its weights as pickle ({some(pickles)}), which can run code when it is read.",
             "Get the checkpoint as safetensors.",
         )
     raise CheckpointError(
@@ -254,7 +255,7 @@ def _samples(tensor: StoredTensor) -> Iterator[Bytes]:
         yield sample
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """At most three of them."""
     listed = sorted(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -8,52 +8,29 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import available_memory
 from moetier.tiers.durable import disk_errors
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.keys import Bits, ExpertKey, RecordLayout
-from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
-from moetier.tiers.quantize import WeightError, layout_for
-from moetier.tiers.trunk import RECORD
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.quantize import WeightError
 from moetier.tiers.writer import StoreWriter
 
-from .blueprint import Blueprint, make_blueprint
+from .blueprint import Blueprint
 from .checkpoint import Checkpoint
 from .conversion_report import BlockReport, ConversionReport
 from .dequantize import source_tensors
-from .matrices import Matrices, trunk_form
+from .draft import Draft, Options
+from .matrices import Matrices
 from .matrix_record import MatrixRecord
 from .progress import Progress
 from .records import INTERPRETER_BYTES, Encoder
 from .resident import peak_bytes
 from .skeleton import build_on_meta
 from .target import Target, small_files
-from .trunk import TrunkTensor, plan_trunk
-
-
-@dataclass(frozen=True)
-class Options:
-    """How experts are stored, and with how many workers; None is the default of the width, or of the machine."""
-
-    bits: Bits = 4
-    trunk_bits: Bits = 16  # of the trunk's matrices
-    group_size: int | None = None
-    pairs: str | None = None
-    fast: bool = False  # plain rounding in place of HQQ
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        trunk_form(self.trunk_bits)
-        fast = self.fast and self.trunk_bits == 16
-        if self.bits == 16 and (self.group_size is not None or self.pairs is not None or fast):
-            raise ConfigError(
-                "With 16 bits nothing is rounded: groups, pairs and plain rounding say nothing.",
-                "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
-            )
 
 
 @dataclass(frozen=True)
@@ -70,28 +47,19 @@ class Conversion:
     def plan(cls, checkpoint: Checkpoint, folder: Path, options: Options) -> Conversion:
         """Reads nothing but the config and the shards' headers. Raises CheckpointError or ConfigError."""
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
-        name = str(dtype).removeprefix("torch.")
-        tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, name)
-        form = trunk_form(options.trunk_bits)
-        matrices = Matrices.of(model, dtype, form) if form else Matrices()
-        blueprint = make_blueprint(model, dtype, tensors, matrices.chosen)
-        plan = _manifest(checkpoint, blueprint, options, form)
-        encoder = _encoder(blueprint, plan, options)
-        records = {
-            path: MatrixRecord(path, recipe, form, workers=encoder.workers, fast=options.fast)
-            for path, recipe in blueprint.matrices.items()
-            if form
-        }
-        of_trunk: dict[str, TrunkTensor] = {name: tensors[name] for name in blueprint.trunk}
-        of_trunk |= {f"{path}{RECORD}": record for path, record in records.items()}
-        trunk = plan_trunk(of_trunk)
+        tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
+        draft = Draft.of(model, dtype, tensors, options.trunk_bits)
+        plan = draft.manifest(options, model=checkpoint.name, digest=checkpoint.digest)
+        encoder = _encoder(draft.blueprint, plan, options)
+        records = draft.records(workers=encoder.workers, fast=options.fast)
+        trunk = draft.trunk(records)
         target = Target(
             folder=folder,
             plan=plan,
             trunk=trunk,
-            small=small_files(checkpoint, options.bits, options.trunk_bits, blueprint.dtype, trunk),
+            small=small_files(checkpoint, options.bits, options.trunk_bits, draft.blueprint.dtype, trunk),
         )
-        return cls(checkpoint, blueprint, target, encoder, options, matrices.only(blueprint.matrices), records)
+        return cls(checkpoint, draft.blueprint, target, encoder, options, draft.matrices, records)
 
     def announce(self) -> list[str]:
         """What is going to happen, in lines."""
@@ -211,35 +179,6 @@ class Conversion:
             resumed_blocks=resumed_blocks,
             was_complete=was_complete,
         )
-
-
-def _manifest(checkpoint: Checkpoint, blueprint: Blueprint, options: Options, form: TrunkRecords | None) -> Manifest:
-    arrays: dict[tuple[RecordLayout, int], str] = {}
-    sizes: dict[str, int] = {}
-    blocks = []
-    for block in blueprint.blocks:
-        layout = layout_for(
-            block.parameters,
-            bits=options.bits,
-            group=options.group_size,
-            pairs=options.pairs,
-            transposed=block.transposed,
-        )
-        name = f"records-{len(arrays) + 1}" if arrays else "records"
-        array = arrays.setdefault((layout, block.experts), name)
-        index = sizes.get(array, 0)
-        sizes[array] = index + 1
-        blocks.append(Block(block.path, array, index, block.experts, block.top_k))
-    return Manifest(
-        model=checkpoint.name,
-        source_digest=checkpoint.digest,
-        blocks=tuple(blocks),
-        layouts={name: layout for (layout, _), name in arrays.items()},
-        version=version("moetier"),
-        requires=(TRUNK_RECORDS,) if form else (),
-        method="rounding" if options.fast else "hqq",
-        trunk_records=form,
-    )
 
 
 def _encoder(blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:

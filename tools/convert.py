@@ -98,7 +98,8 @@ def convert(
     ConfigError. Unless ``quiet``, says what it does on standard error.
     """
     from .checkpoint import open_checkpoint
-    from .conversion import Conversion, Options
+    from .conversion import Conversion
+    from .draft import Options
     from .skeleton import check_supported
     from .target import State, check_place, is_ours, remove
 

@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetier.tiers.errors import StoreReadError
+from moetier.tiers.errors import CheckpointError, StoreReadError
 
+FILE_BLOCK_BYTES = 8 << 20  # of reads from files that hold no records
 NO_FIO = "fio is not installed: the disk's rate is that of a plain loop over preadv, in Python"
 
 
@@ -48,6 +49,16 @@ class RandomReads:
         )
         chosen = [shard for shard, block in zip(shards, manifest.blocks, strict=True) if block.array == array]
         return cls(tuple(shard.path for shard in chosen), chosen[0].data_bytes, chosen[0].slot_bytes, direct)
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path], block_bytes: int = FILE_BLOCK_BYTES) -> RandomReads:
+        """From the largest of ``files``, in blocks of ``block_bytes`` at most."""
+        largest = max(files, key=lambda path: path.stat().st_size)
+        size = largest.stat().st_size
+        block = min(block_bytes, size) // 4096 * 4096
+        if not block:
+            raise CheckpointError(f"{largest} is smaller than a page.", "Give a checkpoint with weights.")
+        return cls((largest,), size // block * block, block, direct=takes_direct(largest))
 
     @property
     def by(self) -> str:

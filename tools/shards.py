@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
     try:
-        tensors = dict(_tensors(path, json.loads(raw), 8 + length))
+        tensors = dict(listed(path, json.loads(raw), 8 + length))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has a malformed header ({error}).", fix) from error
     end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
@@ -127,7 +127,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _tensors(path: Path, header: dict[str, Any], start: int) -> Iterator[tuple[str, StoredTensor]]:
+def listed(path: Path, header: Mapping[str, Any], start: int) -> Iterator[tuple[str, StoredTensor]]:
+    """What a ``header`` says of the file at ``path``, whose data begin at ``start``. Raises ValueError, KeyError,
+    TypeError or AttributeError where it is malformed."""
     for name, entry in header.items():
         if name == "__metadata__":
             continue

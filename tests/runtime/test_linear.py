@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.runtime import tiers
+from moetier.runtime import budgets, tiers
 from moetier.runtime.choice import kernels_for
 from moetier.runtime.fused import CudaInt4, FusedKernels
 from moetier.runtime.kernels import Kernels
@@ -180,13 +180,13 @@ def test_budgets_leave_room_for_the_largest_matrix(tiny: tuple[Any, Path], monke
     """The head is larger than any projection of an expert here."""
     _, directory = tiny
     reserves: list[int] = []
-    budget_for = tiers.budget_for
+    budget_for = budgets.budget_for
 
     def noted(*given: Any, reserve: int, **named: Any) -> int:
         reserves.append(reserve)
         return budget_for(*given, reserve=reserve, **named)
 
-    monkeypatch.setattr(tiers, "budget_for", noted)
+    monkeypatch.setattr(budgets, "budget_for", noted)
     manifest = read_manifest(store_folder(directory))
     for largest in (0, 10_000_000):
         tiers.Tiers.open(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkpoints import edit_json, save_checkpoint, tree
+from hubs import REVISION, Hub, serve_hub
 from prepared import MAIN, Prepared, prepared
 
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
@@ -198,7 +196,6 @@ def test_a_folder_without_config_or_weights_is_refused(source: Path, tmp_path: P
 
 # the hub
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 OPEN = """
 import sys
 from moetier.tools.checkpoint import open_checkpoint
@@ -246,96 +243,37 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_pa
     assert "CheckpointError: There is no folder acme/nothing, and the hub did not give" in result.stderr
 
 
-@dataclass(frozen=True)
-class Hub:
-    repositories: dict[str, dict[str, bytes]]  # name -> its files
-    asked: list[str]  # paths
-    settings: dict[str, str]  # of a process that is to use it
-    scripts: Prepared  # they use it
-
-    def offer(self, name: str, original: Path) -> dict[str, bytes]:
-        """A repository with more than is wanted."""
-        files = {path.name: path.read_bytes() for path in original.iterdir()}
-        files |= {"modeling_x.py": b"raise SystemExit", "tokenizer.py": b"raise SystemExit"}
-        files |= {"README.md": b"card", "consolidated.safetensors": b"again", "original/model.safetensors": b"again"}
-        files |= {"tokenizer.json": b"{}", "LICENSE": b"free", "pytorch_model.bin": b"pickle"}
-        self.repositories[name] = files
-        return files
-
-    def downloaded(self, name: str) -> set[str]:
-        files = (path.split("/", 5) for path in self.asked if path.startswith(f"/{name}/resolve/"))
-        return {parts[5] for parts in files}
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """Its downloads stay in one cache: each test offers a repository of its own."""
+    with serve_hub({}, tmp_path_factory.mktemp("hub")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """A server that speaks as much of the hub's protocol as a download needs. Its downloads stay in one cache: each
-    test offers a repository of its own."""
-    repositories: dict[str, dict[str, bytes]] = {}
-    asked: list[str] = []
+def scripts(hub: Hub) -> Iterator[Prepared]:
+    """They use the hub."""
+    with prepared(**hub.settings) as process:
+        yield process
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, body: bool) -> None:
-            path = self.path.partition("?")[0]
-            asked.append(path)
-            name = "/".join(path.split("/")[5:])
-            repository = "/".join(path.removeprefix("/api/models").split("/")[1:3])
-            files = repositories.get(repository, {})
-            status, data, kind = 404, b"{}", "application/json"
-            if files and path.startswith(f"/api/models/{repository}/tree/"):
-                status = 200
-                data = json.dumps(
-                    [{"type": "file", "path": n, "size": len(d), "oid": n} for n, d in files.items()]
-                ).encode()
-            elif files and path.startswith(f"/api/models/{repository}"):
-                status = 200
-                listed = [{"rfilename": n, "size": len(d)} for n, d in files.items()]
-                data = json.dumps({"id": repository, "sha": REVISION, "siblings": listed}).encode()
-            elif path.startswith(f"/{repository}/resolve/") and name in files:
-                status, data, kind = 200, files[name], "application/octet-stream"
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{name}-1"')
-            self.send_header("X-Repo-Commit", REVISION)
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    settings = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub")),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
-    with prepared(**settings) as scripts:
-        yield Hub(repositories, asked, settings, scripts)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def offer(hub: Hub, name: str, original: Path) -> dict[str, bytes]:
+    """A repository with more than is wanted."""
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    files |= {"modeling_x.py": b"raise SystemExit", "tokenizer.py": b"raise SystemExit"}
+    files |= {"README.md": b"card", "consolidated.safetensors": b"again", "original/model.safetensors": b"again"}
+    files |= {"tokenizer.json": b"{}", "LICENSE": b"free", "pytorch_model.bin": b"pickle"}
+    hub.repositories[name] = files
+    return files
 
 
 def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, original: Path) -> None:
-    hub.offer("acme/tiny-moe", original)
+    offer(hub, "acme/tiny-moe", original)
     result = open_in_process("acme/tiny-moe", **hub.settings)
     tensors = str(len(open_checkpoint(original).tensors))
     assert result.stdout.split() == ["acme/tiny-moe", tensors, "LICENSE", "generation_config.json", "tokenizer.json"]
     wanted = {path.name for path in original.iterdir()} | {"tokenizer.json", "LICENSE"}
-    assert hub.downloaded("acme/tiny-moe") == wanted
+    assert hub.downloaded() == wanted
     assert "CheckpointError: There is no folder acme/nothing" in open_in_process("acme/nothing", **hub.settings).stderr
 
 
@@ -348,11 +286,11 @@ def test_a_hub_id_is_downloaded_but_for_code_and_pickle(hub: Hub, original: Path
     ],
 )
 def test_a_hub_id_that_is_refused_costs_no_download_of_weights(
-    hub: Hub, original: Path, tmp_path: Path, name: str, changes: dict[str, object], error: str
+    hub: Hub, scripts: Prepared, original: Path, tmp_path: Path, name: str, changes: dict[str, object], error: str
 ) -> None:
-    files = hub.offer(name, original)
+    files = offer(hub, name, original)
     files["config.json"] = json.dumps(json.loads(files["config.json"]) | changes).encode()
-    result = hub.scripts.run(MAIN, "convert", name, tmp_path / "dst")
+    result = scripts.run(MAIN, "convert", name, tmp_path / "dst")
     assert result.returncode == 1
     assert error in result.stderr
     downloaded = hub.downloaded(name)
@@ -361,9 +299,9 @@ def test_a_hub_id_that_is_refused_costs_no_download_of_weights(
     assert not (tmp_path / "dst").exists()
 
 
-def test_a_hub_id_is_converted(hub: Hub, original: Path, tmp_path: Path) -> None:
-    hub.offer("acme/converted", original)
-    result = hub.scripts.run(MAIN, "convert", "acme/converted", tmp_path / "dst", "--fast")
+def test_a_hub_id_is_converted(hub: Hub, scripts: Prepared, original: Path, tmp_path: Path) -> None:
+    offer(hub, "acme/converted", original)
+    result = scripts.run(MAIN, "convert", "acme/converted", tmp_path / "dst", "--fast")
     assert result.returncode == 0, result.stderr
     convert(original, tmp_path / "local", fast=True)
     made, local = tree(tmp_path / "dst"), tree(tmp_path / "local")

@@ -1,0 +1,65 @@
+"""What a token and a prompt cost follows from sizes and rates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from geometries import two_geometries
+
+from moetier.tools.forecast import Caching, Cost, DiskRate, Rates, Trunk, prompt_cost, token_cost
+
+MANIFEST = two_geometries()  # top-3 of 4 in two blocks, top-2 of 4 in three
+ALL = {"big": 8, "small": 12}
+RATES = Rates(DiskRate(1e9, 2e9, 4), 1e10, {16: 5e9, 4: 5e9}, {16: 1e11, 4: 1e11}, 5e9, 0.0)
+TRUNK = Trunk(16, records=0, plain=1_000_000, layers=5)
+
+
+def test_reads_in_flight_make_a_disk_quicker() -> None:
+    disk = DiskRate(1.0, 4.0, 4)
+    assert [disk.at(reads) for reads in (0.1, 1, 2, 4, 100)] == pytest.approx([1, 1, 2, 4, 4])
+
+
+def test_what_is_all_in_memory_is_read_no_more() -> None:
+    caching = Caching.of(MANIFEST, ALL)
+    assert caching.mean(MANIFEST) == 1.0
+    cost, read = token_cost(MANIFEST, 4, caching, TRUNK, RATES, 0)
+    assert (cost.disk, read) == (0, 0)
+    experts = sum(block.top_k * MANIFEST.layout(number).payload_bytes for number, block in enumerate(MANIFEST.blocks))
+    assert cost.seconds == pytest.approx((experts + TRUNK.plain) / 5e9)
+
+
+def test_blocks_that_share_slots_hit_nothing() -> None:
+    caching = Caching.of(MANIFEST, {"big": 3, "small": 12})
+    assert caching.hit_ratios == (0.0, 1.0, 0.0, 1.0, 1.0)
+    _, read = token_cost(MANIFEST, 4, caching, TRUNK, RATES, 0)
+    assert read == 6 * MANIFEST.layouts["big"].slot_bytes
+
+
+def test_what_it_is_bound_by() -> None:
+    none = Caching.of(MANIFEST, {"big": 3, "small": 2})
+    whole = Caching.of(MANIFEST, ALL)
+    slow = replace(RATES, disk=DiskRate(1e6, 1e6, 4))
+    assert token_cost(MANIFEST, 4, none, TRUNK, slow, 0)[0].by == "disk"
+    assert token_cost(MANIFEST, 4, whole, TRUNK, replace(RATES, memory=5e9), 0)[0].by == "memory"
+    assert token_cost(MANIFEST, 4, whole, TRUNK, replace(RATES, operation=1e-3), 0)[0].by == "compute"
+
+
+def test_a_long_context_takes_longer() -> None:
+    whole = Caching.of(MANIFEST, ALL)
+    short, long = (token_cost(MANIFEST, 4, whole, TRUNK, RATES, size)[0].seconds for size in (0, 10_000_000_000))
+    assert long - short == pytest.approx(1.0)
+
+
+def test_a_first_prompt_reads_every_expert_once() -> None:
+    whole = Caching.of(MANIFEST, ALL)
+    cost = prompt_cost(MANIFEST, 4, whole, TRUNK, RATES, tokens=512)
+    assert cost.disk == pytest.approx(MANIFEST.stored_bytes / 2e9)
+    assert prompt_cost(MANIFEST, 4, whole, TRUNK, RATES, tokens=1024 + 512).disk == pytest.approx(cost.disk)
+    few = Caching.of(MANIFEST, {"big": 3, "small": 2})
+    assert prompt_cost(MANIFEST, 4, few, TRUNK, RATES, tokens=1024 + 512).disk > 1.5 * cost.disk
+
+
+def test_reads_and_products_of_a_prompt_overlap_and_those_of_a_token_do_not() -> None:
+    assert Cost(3.0, 1.0, 1.0, 0.0, overlaps=True).seconds == 3.0
+    assert Cost(3.0, 1.0, 1.0, 0.0, overlaps=False).seconds == 5.0

@@ -1,0 +1,97 @@
+"""What is known of a checkpoint before its weights are there is what its conversion finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import save_checkpoint
+from hubs import serve_hub
+
+from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+from moetier.tools.checkpoint import INDEX
+from moetier.tools.outline import open_outline
+from moetier.tools.prospect import open_prospect
+
+# experts apart and renamed; fused; beside shared experts and dense layers; with biases; head tied to the embedding
+ARCHITECTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next")
+
+
+def small_files(source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("config.json", INDEX):
+        shutil.copy(source / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_index_says_as_much_as_the_headers(model_type: str, tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", model_type)
+    whole, named = open_prospect(source), open_prospect(small_files(source, tmp_path / "small"))
+    assert whole.outline is not None
+    assert named.outline is not None
+    assert (whole.outline.shaped, named.outline.shaped) == (True, False)
+    assert len(whole.choices) == 15
+    for choice, same in zip(whole.choices, named.choices, strict=True):
+        assert choice.manifest.layouts == same.manifest.layouts
+        assert choice.manifest.blocks == same.manifest.blocks
+        assert choice.matrices == same.matrices
+        assert same.trunk_bytes == pytest.approx(choice.trunk_bytes, abs=4096)  # headers name tensors' shapes
+
+
+def test_shards_of_which_some_are_missing(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source")
+    sorted(source.glob("*.safetensors"))[0].unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-00001.*which model\.safetensors\.index\.json names"):
+        open_outline(source)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "x.bin"])
+def test_an_index_that_names_something_else(tmp_path: Path, name: str) -> None:
+    folder = small_files(save_checkpoint(tmp_path / "source"), tmp_path / "small")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UnsafeCheckpointError):
+        open_outline(folder)
+
+
+def test_a_folder_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has neither"):
+        open_outline(tmp_path)
+
+
+OPEN = """
+from moetier.tiers.errors import CheckpointError
+from moetier.tools.prospect import open_prospect
+found = open_prospect("acme/tiny-moe")
+print(found.name, found.outline.on_hub, found.source_bytes, *(choice.disk_bytes for choice in found.choices))
+try:
+    open_prospect("acme/nothing")
+except CheckpointError as error:
+    print(error.cause)
+"""
+
+
+def test_of_a_hub_only_headers_are_fetched(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source")
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    weights = [name for name in files if name.endswith(".safetensors")]
+    files |= {name: files[name] + bytes(1 << 20) for name in weights}  # far larger than a header and what goes with it
+    expected = open_prospect(source)
+    with serve_hub(files, tmp_path / "hub") as hub:
+        result = subprocess.run(
+            [sys.executable, "-c", OPEN], env=os.environ | hub.settings, capture_output=True, text=True, check=False
+        )
+        assert result.stdout.split("\n")[0].split() == [
+            *("acme/tiny-moe", "True", str(expected.source_bytes)),
+            *(str(choice.disk_bytes) for choice in expected.choices),
+        ], result.stderr
+        assert "There is no folder acme/nothing, and the hub did not give a model of that id" in result.stdout
+        assert hub.downloaded() == {"config.json", INDEX, *weights}
+        assert all(hub.sent[name] <= 100_001 for name in weights)
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))

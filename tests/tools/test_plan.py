@@ -1,0 +1,205 @@
+"""What a plan says of sizes and tiers is what conversion and loading come to; of what can't work it says what can."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from cgroups import memory_limit
+from faults import mounted
+
+import moetier
+from moetier.runtime.choice import kernels_for
+from moetier.runtime.config import TierConfig
+from moetier.runtime.memory import Available
+from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, TargetError
+from moetier.tools import plan_report, probes
+from moetier.tools.checkpoint import INDEX
+from moetier.tools.fit import Room, fit_of
+from moetier.tools.main import main
+from moetier.tools.plan import plan
+from moetier.tools.prospect import open_prospect
+
+GB_PER_S = 1.0
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "KERNEL_SECONDS", 0.0)
+    monkeypatch.setattr(probes, "UNCACHED_BYTES", 1 << 20)
+    monkeypatch.setattr(probes, "QUANTISED_WEIGHTS", 1 << 16)
+
+
+@pytest.fixture(scope="session")
+def index_only(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is known of tinymix before it is downloaded."""
+    folder = tmp_path_factory.mktemp("index") / "tinymix"
+    folder.mkdir()
+    for name in ("config.json", INDEX):
+        shutil.copy(tinymix / name, folder / name)
+    return folder
+
+
+def choice_of(found: dict[str, Any], bits: int, trunk_bits: int) -> dict[str, Any]:
+    return next(c for c in found["choices"] if (c["bits"], c["trunk_bits"]) == (bits, trunk_bits))
+
+
+def test_sizes_are_those_of_its_conversion(index_only: Path, tinymix_4bit: Path) -> None:
+    found = plan(index_only, bits=[4], disk=GB_PER_S)
+    choice, there = choice_of(found, 4, 16), plan(tinymix_4bit, disk=GB_PER_S)
+    (converted,) = there["choices"]
+    names = ("bits", "trunk_bits", "disk_bytes", "experts_bytes", "trunk_bytes", "slots", "hit_ratio", "all_resident")
+    assert [choice[name] for name in names] == [converted[name] for name in names]
+    files = sum(path.stat().st_size for path in tinymix_4bit.rglob("*") if path.is_file())
+    assert choice["disk_bytes"] == pytest.approx(files, rel=0.03)  # the tokenizer and other small files are not in it
+    assert (found["converted"], there["converted"]) == (False, True)
+    assert found["source_bytes"] == json.loads((index_only / INDEX).read_text())["metadata"]["total_size"]
+    assert there["recommended"]["convert"] is None
+
+
+@pytest.mark.parametrize("ram", ["3MiB", "25%"])
+def test_tiers_are_those_that_it_is_loaded_with(tinymix_4bit: Path, ram: str) -> None:
+    (choice,) = plan(tinymix_4bit, ram=ram, context=512, disk=GB_PER_S)["choices"]
+    model, _ = moetier.load(tinymix_4bit, ram=ram, context=512, daemon=None)
+    with model.tiers:
+        assert model.tiers.host.plan.slots == choice["slots"]
+        assert model.tiers.host.plan.nbytes == choice["memory"]["experts_bytes"]
+
+
+def test_memory_is_a_sum(index_only: Path) -> None:
+    found = plan(index_only, disk=GB_PER_S)
+    assert len(found["choices"]) == 15
+    for choice in found["choices"]:
+        memory = dict(choice["memory"])
+        assert memory.pop("process_bytes") == sum(memory.values())
+        assert choice["decode"]["seconds"] == pytest.approx(1 / choice["decode"]["tokens_per_s"])
+    longer = plan(index_only, bits=[4], context=8192, disk=GB_PER_S)
+    once, twice = (choice_of(each, 4, 16)["memory"]["kv_cache_bytes"] for each in (found, longer))
+    assert twice == 2 * once
+
+
+def test_8_bits_are_recommended_where_all_experts_stay_in_memory(index_only: Path) -> None:
+    found = plan(index_only, disk=GB_PER_S)
+    assert (found["recommended"]["bits"], found["recommended"]["trunk_bits"]) == (8, 8)
+    assert "--bits 8 --trunk-bits 8" in found["recommended"]["convert"]
+    assert "caching is not needed" in plan_report.text(found)
+    less = plan(index_only, ram="8MiB", context=256, disk=GB_PER_S)
+    assert (less["recommended"]["bits"], less["recommended"]["trunk_bits"]) == (4, 8)
+    assert less["recommended"]["generate"].startswith("moetier generate tinymix-4bit --ram 8MiB --context 256 ")
+    assert "caching" not in plan_report.text(less).lower()
+
+
+def test_too_few_slots_are_said_to_cache_nothing(tinymix_4bit: Path) -> None:
+    found = plan(tinymix_4bit, ram="2MiB", context=256, disk=GB_PER_S)
+    (choice,) = found["choices"]
+    assert choice["streams"]
+    assert choice["slots"] < 16
+    assert f"Caching hardly helps: {choice['slots']} slots are fewer than the 16 experts" in plan_report.text(found)
+
+
+def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(index_only), "--trunk-bits", "4", "--disk", "1.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith(("experts", "16 bits", "8 bits", "4 bits", "3 bits", "2 bits"))]
+    assert len(table) == 6
+    assert max(map(len, table)) <= 100
+    assert lines[-1].startswith("moetier generate tinymix-8bit --context 4096 ")
+    assert lines[-2].endswith("tinymix-8bit --bits 8 --trunk-bits 4")
+
+
+def test_code_that_a_checkpoint_names_is_left_alone_and_said(index_only: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(index_only, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.X"}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert plan(source, bits=[4], disk=GB_PER_S)["recommended"]["convert"].endswith("--ignore-code")
+
+
+def test_a_disk_that_is_full_names_what_fits(index_only: Path, tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=20m") as disk:
+        with pytest.raises(DiskSpaceError, match=r"--bits 8.*takes .* MiB in .* are free") as caught:
+            plan(index_only, bits=[16, 8], into=disk, disk=GB_PER_S)
+        assert caught.value.fix.startswith("--bits 4 --trunk-bits 8 works.")
+        found = plan(index_only, into=disk, trunk_bits=[4], disk=GB_PER_S)
+        assert [choice["works"] for choice in found["choices"]] == [False, False, True, True, True]
+        assert found["recommended"]["bits"] == 4
+        assert " no " in plan_report.text(found)
+
+
+def test_a_download_takes_disk_too(index_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "not there yet"))
+    prospect = open_prospect(index_only)
+    assert prospect.outline is not None
+    cpu = torch.device("cpu")
+    room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
+    for on_hub, problem in ((False, None), (True, "The download and a model directory with --bits 4 take 7")):
+        outline = replace(prospect.outline, on_hub=on_hub)
+        (choice,) = prospect.chosen([4], [16])
+        fit = fit_of(replace(prospect, outline=outline), choice, TierConfig.of(), room, kernels_for(cpu))
+        assert fit.works == (problem is None)
+        assert problem is None or (fit.problem is not None and fit.problem.cause.startswith(problem))
+
+
+def test_a_context_that_is_too_long_names_one_that_is_not(index_only: Path) -> None:
+    with pytest.raises(BudgetError, match=r"a context of 100000000 tokens .* need .* leaves") as caught:
+        plan(index_only, bits=[4], context=100_000_000, disk=GB_PER_S)
+    assert "--context " in caught.value.fix
+    assert "works." in caught.value.fix
+
+
+def test_a_budget_out_of_bounds_says_its_bounds(tinymix_4bit: Path) -> None:
+    with pytest.raises(BudgetError, match="too small") as caught:
+        plan(tinymix_4bit, ram="100KiB", disk=GB_PER_S)
+    assert caught.value.fix.startswith("Give --ram from ")
+
+
+def test_memory_is_what_the_control_group_leaves(index_only: Path) -> None:
+    code = f"""
+from moetier.tools import main, probes
+probes.KERNEL_SECONDS, probes.UNCACHED_BYTES = 0.0, 1 << 20
+main.main(["plan", {str(index_only)!r}, "--bits", "4", "--trunk-bits", "16", "--disk", "1", "--json"])
+"""
+    with memory_limit(900 << 20) as group:
+        result = group.run([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["machine"]["memory_limiter"].startswith("the control group")
+    assert found["machine"]["memory_bytes"] < 900 << 20
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"bits": [5]}, ConfigError),
+        ({"trunk_bits": [3]}, ConfigError),
+        ({"disk": 0.0}, ConfigError),
+        ({"context": 0}, ConfigError),
+        ({"into": Path("/nonexistent")}, TargetError),
+        ({"ram": "much"}, ConfigError),
+    ],
+)
+def test_mistakes(index_only: Path, options: dict[str, Any], error: type[MoetierError]) -> None:
+    with pytest.raises(error):
+        plan(index_only, **({"disk": GB_PER_S} | options))
+
+
+def test_a_model_directory_has_one_choice(tinymix_4bit: Path) -> None:
+    with pytest.raises(ConfigError, match="converted already, with experts of 4 bits and a trunk of 16"):
+        plan(tinymix_4bit, bits=[8], disk=GB_PER_S)
+
+
+def test_the_disk_is_probed_in_a_file_that_goes(
+    index_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "DISK_SECONDS", 0.02)
+    monkeypatch.setattr(probes, "FILE_BYTES", 4 << 20)
+    found = plan(index_only, bits=[4], trunk_bits=[4], into=tmp_path)
+    assert found["machine"]["disk"]["all"] > 0
+    assert found["machine"]["disk_by"].endswith("on a file made for it")
+    assert not list(tmp_path.iterdir())

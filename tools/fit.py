@@ -1,0 +1,174 @@
+"""Whether a choice works on this machine, and what of it lies in which tier: by the budgets that it would load with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetier.runtime.budgets import Needs, context_bytes, largest_decoded, scratch_numbers
+from moetier.runtime.config import TierConfig, format_bytes
+from moetier.runtime.kernels import Kernels
+from moetier.runtime.kv_cache import kv_cache_bytes
+from moetier.runtime.memory import MARGIN_BYTES, MARGIN_SHARE, Available
+from moetier.tiers.budget import slots_for, smallest_budget
+from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
+from moetier.tiers.plan import ArenaPlan
+
+from . import hub
+from .prospect import Choice, Prospect
+from .target import SLACK_BYTES
+
+# What is recommended first. 8 bits come before, where all experts then stay in memory. A trunk of 8 bits costs nothing
+# that could be measured, one of 4 does (docs/quality.md).
+BITS_ORDER, TRUNK_ORDER = (4, 3, 2, 8, 16), (8, 4, 16)
+LEAST_CONTEXT = 256  # tokens that are tried in place of a longer context
+
+
+@dataclass(frozen=True)
+class Room:
+    """What this machine has, as a process finds it that has imported what a model needs."""
+
+    host: Available
+    device: torch.device
+    on_device: Available | None  # None on a CPU
+    disk_free: int  # where the model directory is to be
+    idle_bytes: int  # of such a process
+    into: Path
+
+    @classmethod
+    def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> Room:
+        there = None
+        if device.type == "cuda":
+            there = Available(torch.cuda.mem_get_info(device)[0], str(device))
+        disk = os.statvfs(into)
+        return cls(host, device, there, disk.f_bavail * disk.f_frsize, idle_bytes, into)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A choice on this machine. ``problem`` is why it can't work; then there are no slots."""
+
+    choice: Choice
+    needs: Needs
+    kv_bytes: int
+    slots: Mapping[str, int]  # of the host tier, by array
+    device_slots: Mapping[str, int] | None
+    arena_bytes: int
+    problem: MoetierError | None
+
+    @property
+    def works(self) -> bool:
+        return self.problem is None
+
+    @property
+    def slot_count(self) -> int:
+        return sum(self.slots.values())
+
+    @property
+    def all_resident(self) -> bool:
+        return self.works and self.slot_count == self.choice.manifest.record_count
+
+    @property
+    def streams(self) -> bool:
+        """Whether the slots are too few for each block to keep what one token needs."""
+        return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
+
+
+def fit_of(prospect: Prospect, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
+    manifest, model = choice.manifest, prospect.model
+    scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
+    on_cpu = room.device.type == "cpu"
+    needs = Needs(
+        trunk=choice.trunk_bytes if on_cpu else 0,
+        cache=context_bytes(model, manifest, config.context),
+        scratch=scratch * model.dtype.itemsize,
+    )
+    kv = kv_cache_bytes(model.config, config.context, dtype=model.dtype)
+    slots: Mapping[str, int] = {}
+    device_slots, arena, problem = None, 0, _disk_problem(prospect, choice, room)
+    try:
+        slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
+        if room.on_device is not None:
+            left = Available(max(room.on_device.bytes - choice.trunk_bytes, 0), room.on_device.limiter)
+            device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
+        arena = ArenaPlan.of(manifest, slots).nbytes
+    except BudgetError as error:
+        problem, slots = problem or _memory_problem(error, choice, needs, config, room), {}
+    return Fit(choice, needs, kv, {} if problem else slots, device_slots, arena, problem)
+
+
+def _disk_problem(prospect: Prospect, choice: Choice, room: Room) -> MoetierError | None:
+    outline = prospect.outline
+    if outline is None:
+        return None
+    needed, what = choice.disk_bytes + SLACK_BYTES, f"A model directory with {choice.options} takes"
+    if outline.on_hub and hub.downloads_to(room.into):
+        needed, what = needed + prospect.source_bytes, f"The download and a model directory with {choice.options} take"
+    if needed <= room.disk_free:
+        return None
+    return DiskSpaceError(
+        f"{what} {format_bytes(needed)} in {room.into}; {format_bytes(room.disk_free)} are free.",
+        "Free some space, or name another disk with --into.",
+    )
+
+
+def _memory_problem(error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, room: Room) -> BudgetError:
+    """In whole: budgets know only what the trunk leaves."""
+    if (config.ram or config.device_memory) and "Give --" in error.fix:
+        return error
+    least = smallest_budget(choice.manifest)
+    needed = int((needs.reserve + least + MARGIN_BYTES) / (1 - MARGIN_SHARE)) + choice.trunk_bytes
+    there = room.on_device or room.host
+    return BudgetError(
+        f"With {choice.options}, trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
+        f"({format_bytes(needs.reserve)}) and a token's experts of a block ({format_bytes(least)}) need "
+        f"{format_bytes(needed)}; {there.limiter} leaves {format_bytes(there.bytes)}.",
+        "Free some memory, or raise the limit.",
+    )
+
+
+def by_preference(fits: Iterable[Fit]) -> list[Fit]:
+    """Those that work, what is recommended first."""
+
+    def rank(fit: Fit) -> tuple[int, int]:
+        bits = -1 if fit.choice.bits == 8 and fit.all_resident else BITS_ORDER.index(fit.choice.bits)
+        return bits, TRUNK_ORDER.index(fit.choice.trunk_bits)
+
+    return sorted((fit for fit in fits if fit.works), key=rank)
+
+
+def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]], config: TierConfig) -> MoetierError:
+    """Why none of ``asked`` works, and the nearest that does: another width, else a shorter context."""
+    worst = min(asked, key=lambda fit: fit.choice.disk_bytes)
+    problem = worst.problem
+    assert problem is not None
+    if "Give --" in problem.fix:  # a budget that is out of bounds, which are said
+        return problem
+    tried = config
+    while True:
+        if found := by_preference(evaluate(tried)):
+            nearest = max(found, key=lambda fit: (fit.choice.bits, fit.choice.trunk_bits))
+            context = f" --context {tried.context}" if tried.context != config.context else ""
+            return type(problem)(problem.cause, f"{nearest.choice.options}{context} works. {problem.fix}")
+        if tried.context <= LEAST_CONTEXT:
+            return type(problem)(problem.cause, f"No width and no shorter context works either. {problem.fix}")
+        tried = replace(tried, context=max(tried.context // 2, LEAST_CONTEXT))
+
+
+def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
+    """Bytes of a process that runs it, when its context and its slots are full."""
+    on_cpu = room.device.type == "cpu"
+    parts = {
+        "idle_bytes": room.idle_bytes,
+        "trunk_bytes": fit.choice.trunk_bytes,
+        "kv_cache_bytes": fit.kv_bytes,
+        "computing_bytes": fit.needs.reserve - fit.kv_bytes,
+        "experts_bytes": fit.arena_bytes,
+    }
+    beside = () if on_cpu else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # are on the device
+    return parts | {"process_bytes": sum(size for name, size in parts.items() if name not in beside)}

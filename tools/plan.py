@@ -1,0 +1,124 @@
+"""``moetier plan SRC|DIR``: whether a model will run here, and how fast, before it is downloaded or converted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.config import DEFAULT_CONTEXT
+
+if TYPE_CHECKING:
+    from .fit import Fit
+
+HELP = "say whether a model will run here, and how fast, before it is downloaded"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a checkpoint's folder, of which config.json and the index are enough; its id on the Hugging Face hub, of "
+        "which no weights are downloaded; or a model directory",
+    )
+    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="of an expert's weight (default: 16,8,4,3,2)")
+    parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="of the trunk's matrices (16,8,4)")
+    parser.add_argument("--ram", metavar="SIZE", help="host budget for experts, as of generate (default: its own)")
+    parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
+    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')
+    parser.add_argument(
+        "--context", type=int, default=DEFAULT_CONTEXT, metavar="TOKENS", help="how long (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--into", type=Path, default=Path(), metavar="FOLDER", help="on whose disk the model is to be (default: here)"
+    )
+    parser.add_argument("--disk", type=float, metavar="GB/S", help="its rate, in place of a probe of two seconds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _numbers(value: str) -> list[int]:
+    return [int(part) for part in value.split(",")]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises MoetierError where nothing that was asked for can work."""
+    found = plan(
+        arguments.source,
+        bits=arguments.bits,
+        trunk_bits=arguments.trunk_bits,
+        ram=arguments.ram,
+        device_memory=arguments.device_memory,
+        device=arguments.device,
+        context=arguments.context,
+        into=arguments.into,
+        disk=arguments.disk,
+    )
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        from .plan_report import text
+
+        print(text(found))
+    return 0
+
+
+def plan(
+    source: str | Path,
+    *,
+    bits: list[int] | None = None,
+    trunk_bits: list[int] | None = None,
+    ram: str | int | None = None,
+    device_memory: str | int | None = None,
+    device: str = "auto",
+    context: int = DEFAULT_CONTEXT,
+    into: Path = Path(),
+    disk: float | None = None,
+) -> dict[str, Any]:
+    """What ``--json`` prints (docs/plan.md). ``bits`` and ``trunk_bits`` None: all. ``disk`` in GB/s, in place of a
+    probe. Raises MoetierError."""
+    from moetier.runtime.config import TierConfig
+    from moetier.tiers.errors import ConfigError, TargetError
+    from moetier.tiers.keys import BITS, TRUNK_BITS
+
+    for name, given, known in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
+        if strange := [number for number in given or () if number not in known]:
+            raise ConfigError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
+    if disk is not None and not 0 < disk < float("inf"):
+        raise ConfigError(f"--disk is {disk}.", "Give GB a second, more than 0.")
+    if not into.is_dir():
+        raise TargetError(f"{into} is no folder.", "Make it, or name another with --into.")
+    config = TierConfig.of(ram=ram, device_memory=device_memory, device=device, context=context)
+
+    from .startup import uncollected
+
+    with uncollected():
+        import torch
+        import transformers.generation.utils  # a process that runs a model has it too
+
+        from moetier.runtime.choice import kernels_for
+        from moetier.runtime.generate import place_of
+        from moetier.runtime.memory import available_memory
+
+        from .estimate import Speeds, estimate
+        from .fit import Room, by_preference, fit_of, impossible
+        from .prospect import open_prospect
+        from .resident import resident_bytes
+
+    transformers.utils.logging.set_verbosity_error()
+    place = torch.device(place_of(config.device))
+    kernels = kernels_for(place)
+    room = Room.here(place, into, available_memory(), resident_bytes())
+    prospect = open_prospect(source)
+    chosen = prospect.chosen(bits, trunk_bits)
+
+    def evaluate(tried: TierConfig) -> list[Fit]:
+        return [fit_of(prospect, choice, tried, room, kernels) for choice in prospect.choices]
+
+    asked = [fit for fit in evaluate(config) if fit.choice in chosen]
+    working = by_preference(asked)
+    if not working:
+        raise impossible(asked, evaluate, config)
+    speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
+    budgets = {"--ram": ram, "--device-memory": device_memory}
+    return estimate(prospect, asked, working[0], room, speeds, context=context, budgets=budgets)

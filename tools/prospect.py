@@ -1,0 +1,125 @@
+"""What there is to choose for a model, before it is converted: how large experts and trunk would be at each width."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetier.runtime.linear import matrix_layout
+from moetier.runtime.model_config import read_config
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.keys import BITS, TRUNK_BITS, Bits, RecordLayout
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.trunk import check_trunk, trunk_records
+
+from .draft import Draft, Options
+from .forecast import Trunk
+from .outline import Outline, open_outline
+from .skeleton import build_on_meta
+from .target import is_ours
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One width of experts and one of the trunk."""
+
+    bits: Bits
+    trunk_bits: Bits
+    manifest: Manifest
+    trunk_bytes: int  # of its files, and in memory
+    matrices: tuple[RecordLayout, ...]  # of the trunk, that are quantised
+    trunk: Trunk
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of a model directory, but for small files."""
+        return self.manifest.stored_bytes + self.trunk_bytes
+
+    @property
+    def options(self) -> str:
+        return f"--bits {self.bits}" + (f" --trunk-bits {self.trunk_bits}" if self.trunk_bits != 16 else "")
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A model and its choices; ``outline`` is None where it is converted, and there is one choice."""
+
+    name: str
+    source: str
+    outline: Outline | None
+    model: Any  # on meta, its experts cut down
+    choices: tuple[Choice, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Of the checkpoint; where its index does not say, what it takes at 16 bits."""
+        if self.outline is not None and self.outline.nbytes is not None:
+            return self.outline.nbytes
+        return max(choice.disk_bytes for choice in self.choices)
+
+    def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
+        """Those of the given widths. Raises ConfigError where there are none."""
+        found = [
+            choice
+            for choice in self.choices
+            if (bits is None or choice.bits in bits) and (trunk_bits is None or choice.trunk_bits in trunk_bits)
+        ]
+        if not found:
+            (only, *_) = self.choices
+            raise ConfigError(
+                f"{self.source} is converted already, with experts of {only.bits} bits and a trunk of "
+                f"{only.trunk_bits}.",
+                "Leave out --bits and --trunk-bits, or plan with the checkpoint that it was made from.",
+            )
+        return found
+
+
+def open_prospect(source: str | Path) -> Prospect:
+    """Of a checkpoint's folder, in which its weights need not be; of a hub id; of a model directory. Raises
+    CheckpointError or StoreError."""
+    if is_ours(Path(source)):
+        return _converted(Path(source))
+    outline = open_outline(source)
+    checkpoint, choices, model = outline.checkpoint, list[Choice](), None
+    for trunk_bits in TRUNK_BITS:
+        model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype if outline.shaped else None)
+        draft = Draft.of(model, dtype, outline.tensors(model, dtype), trunk_bits)
+        records = draft.records(workers=1, fast=False)
+        layouts = {path: record.layout for path, record in records.items()}
+        size = sum(file.size for file in draft.trunk(records))
+        trunk = _trunk(model, size, trunk_bits, layouts)
+        for bits in BITS:
+            manifest = draft.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
+            choices.append(Choice(bits, trunk_bits, manifest, size, tuple(layouts.values()), trunk))
+    return Prospect(checkpoint.name, str(source), outline, model, tuple(choices))
+
+
+def _converted(folder: Path) -> Prospect:
+    manifest = read_manifest(store_folder(folder))
+    check_trunk(folder, manifest)
+    model, _ = build_on_meta(read_config(folder), None)
+    layouts = {}
+    if manifest.trunk_records is not None:
+        for path in trunk_records(folder, manifest):
+            linear: Any = model.get_submodule(path)
+            layouts[path] = matrix_layout(linear.out_features, linear.in_features, manifest.trunk_records)
+    files = [folder / name for name in manifest.trunk] or folder.glob("trunk-*.safetensors")
+    size = sum(path.stat().st_size for path in files)
+    bits = min(projection.bits for layout in manifest.layouts.values() for projection in layout.projections)
+    trunk_bits: Any = manifest.trunk_bits
+    choice = Choice(bits, trunk_bits, manifest, size, tuple(layouts.values()), _trunk(model, size, trunk_bits, layouts))
+    return Prospect(manifest.model, str(folder), None, model, (choice,))
+
+
+def _trunk(model: Any, size: int, bits: Bits, records: Mapping[str, RecordLayout]) -> Trunk:
+    """``size`` bytes, but for the embedding's where a token reads one row of it."""
+    quantised = sum(layout.payload_bytes for layout in records.values())
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    recorded = any(model.get_submodule(path) is head for path in records)
+    is_head = head is not None and head.weight is table and not recorded
+    plain = size - quantised - (0 if is_head else table.numel() * model.dtype.itemsize)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return Trunk(bits, records=quantised, plain=max(plain, 0), layers=layers)
