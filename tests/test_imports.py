@@ -54,6 +54,11 @@ HOMES = {
     "zarr": {"tiers/writer"},
     "matplotlib": {"tools/figures", "tools/plot"},
     "psutil": {"runtime/memory"},
+    "fastapi": {"tools/serve_app", "tools/serve_handlers", "tools/serve_refusal"},
+    "starlette": {"tools/serve_app"},
+    "uvicorn": {"tools/serve_listen"},
+    "openai": {"tools/serve_handlers"},
+    "pydantic": {"tools/serve_request"},
     "llvmlite": {
         "runtime/attending",
         "runtime/emit",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .settings import Setting
 
 COMMANDS = (
-    *("plan", "convert", "generate", "chat", "verify", "inspect", "quality", "synthetic"),
+    *("plan", "convert", "generate", "chat", "serve", "verify", "inspect", "quality", "synthetic"),
     *("trace", "replay", "plot", "daemon", "ps", "stats", "bench"),
     *("doctor", "config", "completion"),
 )

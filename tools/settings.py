@@ -28,7 +28,7 @@ GENERAL_KEYS = (
 )
 CONFIG = "MOETIER_CONFIG"
 # that say no option: moetier's own, its tests', and those that Kubernetes sets for a service of this name
-OTHERS = re.compile(rf"{PREFIX}(CONFIG|DEBUG|LOG|(TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)")
+OTHERS = re.compile(rf"{PREFIX}(API_KEY|CONFIG|DEBUG|LOG|(TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)")
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 NUMBERS = {int: "a whole number", float: "a number"}
 

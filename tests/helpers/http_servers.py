@@ -1,0 +1,65 @@
+"""`moetier serve` as a real process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx2
+from openai import OpenAI
+from readers import PATIENCE
+
+KEY = "a-key-of-the-tests"
+
+
+class ServerProcess:
+    """Ready when it is made. ``log`` is what it wrote to stderr so far."""
+
+    def __init__(self, directory: Path, place: Path, arguments: Sequence[str] = ()) -> None:
+        self._log, said = place / "log", place / "said"
+        command = [sys.executable, "-m", "moetier.tools.main", "serve", str(directory), "--port", "0", *arguments]
+        environment = os.environ | {"MOETIER_API_KEY": KEY, "MOETIER_LOG": "info"}
+        with self._log.open("wb") as log, said.open("wb") as out:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=environment)
+        try:
+            self.url = self._wait(lambda: re.search(r"http://\S+(?=/v1\n)", said.read_text()))
+            assert httpx2.get(self.url + "/health", timeout=PATIENCE).json() == {"status": "ok"}
+        except BaseException:
+            self.end()
+            raise
+        self.said = said.read_text()
+
+    def _wait(self, found) -> str:  # type: ignore[no-untyped-def]
+        deadline = time.monotonic() + PATIENCE
+        while (match := found()) is None:
+            assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log}"
+            assert time.monotonic() < deadline, f"it says nothing:\n{self.log}"
+            time.sleep(0.02)
+        return str(match.group())
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, pattern: str) -> str:
+        """A line of its log."""
+        return self._wait(lambda: re.search(pattern, self.log))
+
+    def client(self, **options: object) -> OpenAI:
+        given = {"base_url": self.url + "/v1", "api_key": KEY, "max_retries": 0, "timeout": PATIENCE} | options
+        return OpenAI(**given)  # type: ignore[arg-type]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(PATIENCE)

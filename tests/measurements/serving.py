@@ -1,0 +1,78 @@
+"""Requests to `moetier serve`, one after the other and together.
+
+    python tests/measurements/serving.py DIR [--ram SIZE] [--requests 1 2 4 8] [--prompt 64] [--tokens 32]
+
+What stands behind the server's routes is given so many requests at once, as without --parallel and as with it. Prints
+how many tokens came in a second, all requests together, and how many experts were read for each. Prompts are random
+tokens, all different; answers are greedy. Each way has answered before it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import moetier
+from moetier.tools.decoding import PREFILL_CHUNK
+from moetier.tools.report import table
+from moetier.tools.serve_generation import OneByOne
+from moetier.tools.serve_together import Together
+from moetier.tools.serve_wanted import Wanted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--ram", default="100%")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    most, context = max(arguments.requests), arguments.prompt + arguments.tokens
+    model, tokenizer = moetier.load(
+        arguments.directory, ram=arguments.ram, daemon=None, context=most * context, speculate="off"
+    )
+    torch.manual_seed(0)
+    prompts = torch.randint(10, model.config.vocab_size - 10, (most + 1, arguments.prompt)).tolist()
+    config = copy.deepcopy(model.generation_config)
+    config.update(max_new_tokens=arguments.tokens, do_sample=False)
+
+    async def answers(manager: Any, prompts: list[list[int]]) -> int:
+        """How many tokens came."""
+        given = [
+            manager.generate_streaming(model, tokenizer, {"input_ids": ids}, Wanted(copy.deepcopy(config)), f"{ids}")
+            for ids in prompts
+        ]
+        for queue, _ in given:
+            while await queue.get() is not None:
+                pass
+        return sum(answer.total_tokens for _, answer in given)
+
+    lines = [["requests at once", "tokens/s", "experts read a token"]]
+    with model.tiers:
+        for make in (OneByOne, lambda *place: Together(*place, most)):
+            manager = make(model, context, PREFILL_CHUNK)
+            try:
+                asyncio.run(answers(manager, prompts[-1:]))
+                for count in arguments.requests:
+                    before, start = model.tiers.stats()[0].misses, time.perf_counter()
+                    tokens = asyncio.run(answers(manager, prompts[:count]))
+                    seconds, misses = time.perf_counter() - start, model.tiers.stats()[0].misses - before
+                    way = "together" if manager.together else "one by one"
+                    lines.append([f"{count} {way}", f"{tokens / seconds:.1f}", f"{misses / tokens:.1f}"])
+            finally:
+                manager.stop()
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""The unmodified openai client at a real server: one after the other, and together with a daemon's experts."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason='pip install "moetier[serve]"')
+pytest.importorskip("uvicorn", reason='pip install "moetier[serve]"')
+
+import httpx2
+import openai
+from daemons import running_daemon
+from http_servers import KEY, ServerProcess
+from openai import AsyncOpenAI, OpenAI
+
+from moetier.tools.main import main
+
+PROMPT = "La mattina seguente, don Rodrigo"
+NAME = "small"
+SAMPLED = {"temperature": 1.0, "max_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def server(tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One after the other."""
+    place = tmp_path_factory.mktemp("serve")
+    found = ServerProcess(tinymix_4bit, place, ["--name", NAME, "--daemon", "none", "--context", "1500"])
+    yield found
+    found.end()
+
+
+@pytest.fixture(scope="module")
+def together(tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Eight at a time, with the experts of a daemon."""
+    place = tmp_path_factory.mktemp("together")
+    with running_daemon(tinymix_4bit, folder=place / "daemon") as daemon:
+        options = ["--parallel", "8", "--daemon", str(daemon.folder), "--context", "1500"]
+        found = ServerProcess(tinymix_4bit, place, ["--name", NAME, *options])
+        yield found
+        found.end()
+
+
+@pytest.fixture(params=["server", "together"])
+def either(request: pytest.FixtureRequest) -> ServerProcess:
+    found: ServerProcess = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with server.client() as found:
+        yield found
+
+
+def text_of(client: OpenAI, prompt: str = PROMPT, **asked: Any) -> str:
+    return client.completions.create(**{"model": NAME, "prompt": prompt, "max_tokens": 24} | asked).choices[0].text
+
+
+def streamed(client: OpenAI, **asked: Any) -> tuple[str, Any]:
+    """The text, and the last piece."""
+    pieces = list(client.completions.create(**{"model": NAME, "prompt": PROMPT, "stream": True} | asked))
+    return "".join(piece.choices[0].text for piece in pieces), pieces[-1]
+
+
+def test_it_says_where_it_is_and_whose_experts_it_has(server: ServerProcess, together: ServerProcess) -> None:
+    assert server.said == f"{NAME}, experts of this process, a context of 1,500 tokens: {server.url}/v1\n"
+    assert "experts of the daemon" in together.said
+
+
+def test_one_model_is_there_under_its_own_name(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "moetier"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+
+
+def test_text_is_that_of_generate(client: OpenAI, tinymix_4bit: Path) -> None:
+    import moetier
+
+    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
+    assert tokenizer is not None
+    with model.tiers:
+        ids = tokenizer(PROMPT, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    expected = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    done = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, seed=0)
+    assert done.choices[0].text == expected
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage is not None
+    assert done.usage.completion_tokens == 24
+    assert done.usage.total_tokens == done.usage.prompt_tokens + 24
+
+
+def test_a_stream_is_the_same_text(either: ServerProcess) -> None:
+    with either.client() as client:
+        whole = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, temperature=0)
+        text, last = streamed(client, max_tokens=24, temperature=0)
+    assert text == whole.choices[0].text
+    assert last.choices[0].finish_reason == "length"
+    assert last.usage.completion_tokens == 24
+
+
+def test_a_chat_without_a_template_ends_where_the_person_would_speak(either: ServerProcess) -> None:
+    messages: list[Any] = [{"role": "system", "content": "Sii breve."}, {"role": "user", "content": PROMPT}]
+    with either.client() as client:
+        done = client.chat.completions.create(model=NAME, messages=messages, max_tokens=12)
+        pieces = list(client.chat.completions.create(model=NAME, messages=messages, max_tokens=12, stream=True))
+    assert done.choices[0].message.role == pieces[0].choices[0].delta.role == "assistant"
+    assert done.choices[0].message.content == "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert "User:" not in (done.choices[0].message.content or "")
+    assert pieces[-1].usage is not None
+    assert done.model == pieces[-1].model == NAME
+
+
+def test_stop_strings_end_an_answer_and_are_no_part_of_it(either: ServerProcess) -> None:
+    with either.client() as client:
+        whole = text_of(client, temperature=0)
+        stop = whole[len(whole) // 2 :][:3]
+        done = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, temperature=0, stop=["§", stop])
+        text, last = streamed(client, max_tokens=24, temperature=0, stop=stop)
+    assert done.choices[0].text == text == whole[: whole.index(stop)]
+    assert done.choices[0].finish_reason == last.choices[0].finish_reason == "stop"
+    assert 0 < last.usage.completion_tokens < 24
+
+
+def test_a_seed_says_what_is_sampled(client: OpenAI) -> None:
+    first, again, other = (text_of(client, seed=seed, **SAMPLED) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_together_each_samples_in_its_own_way_but_without_a_seed(together: ServerProcess) -> None:
+    with together.client() as client, ThreadPoolExecutor(8) as pool:
+        alone = text_of(client, temperature=0)
+        warm = pool.map(lambda _: text_of(client, **SAMPLED), range(4))
+        cold = pool.map(lambda _: text_of(client, temperature=0), range(4))
+        assert len(set(warm)) > 1
+        assert {text[:8] for text in cold} == {alone[:8]}  # in other company last bits differ
+        with pytest.raises(openai.BadRequestError, match="seed") as refused:
+            text_of(client, seed=1, **SAMPLED)
+    assert refused.value.param == "seed"
+
+
+def test_eight_requests_at_once(either: ServerProcess) -> None:
+    prompts = [f"{PROMPT} {number}" for number in range(8)]
+
+    async def ask() -> list[Any]:
+        async with AsyncOpenAI(base_url=either.url + "/v1", api_key=KEY, max_retries=0) as client:
+            asked = [
+                client.completions.create(model=NAME, prompt=prompt, max_tokens=8, temperature=0) for prompt in prompts
+            ]
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(ask())
+    assert [answer.usage.completion_tokens for answer in answers] == [8] * 8
+    assert len({answer.id for answer in answers}) == 8
+
+
+def test_what_was_said_before_is_not_computed_anew(client: OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Chi era don Abbondio? " * 8}]
+    first = client.chat.completions.create(model=NAME, messages=messages, max_tokens=16)
+    messages += [
+        first.choices[0].message.model_dump(include={"role", "content"}),
+        {"role": "user", "content": "E poi?"},
+    ]
+    second = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4)
+    assert first.usage is not None
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    kept = second.usage.prompt_tokens_details.cached_tokens
+    assert kept is not None
+    assert first.usage.prompt_tokens - 4 <= kept < second.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"extra_body": {"generation_config": "{}"}}, "generation_config"),
+    ],
+)
+def test_what_is_not_done_is_refused(client: OpenAI, asked: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        text_of(client, **asked)
+    assert refused.value.param == param
+    assert refused.value.type == "invalid_request_error"
+
+
+def test_chats_that_make_no_sense_are_refused(client: OpenAI) -> None:
+    for messages in ([], [{"content": "?"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]):
+        with pytest.raises(openai.BadRequestError, match="messages"):
+            client.chat.completions.create(model=NAME, messages=messages)  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_does_not_fit_is_refused(either: ServerProcess) -> None:
+    with either.client() as client:
+        with pytest.raises(openai.BadRequestError) as refused:
+            text_of(client, "la mattina " * 1500)
+        assert refused.value.code == "context_length_exceeded"
+
+
+def test_another_model_is_not_found(client: OpenAI, tinymix_4bit: Path) -> None:
+    for name in ("another", str(tinymix_4bit), "mistralai/Mixtral-8x7B-v0.1"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            text_of(client, model=name)
+        assert refused.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses", "/v1/systemone", "/docs", "/v1/models/"])
+def test_other_routes_are_not_there(server: ServerProcess, path: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for method in ("GET", "POST"):
+        answer = httpx2.request(method, server.url + path, headers=headers, json={"model": NAME})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("shown", [None, "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x"])
+def test_without_the_key_nothing_but_health(server: ServerProcess, shown: str | None) -> None:
+    headers = {} if shown is None else {"Authorization": shown}
+    assert httpx2.get(server.url + "/health", headers=headers).status_code == 200
+    for path in ("/v1/models", "/nothing"):
+        answer = httpx2.get(server.url + path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert httpx2.post(server.url + "/v1/completions", headers=headers, json={}).status_code == 401
+
+
+def test_what_is_no_json_is_refused(server: ServerProcess) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx2.post(server.url + "/v1/completions", headers=headers, content=b"{")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    answer = httpx2.post(server.url + "/v1/completions", headers=headers, content=iter([b"{}"]))
+    assert answer.status_code == 411
+
+
+def test_a_stream_ends_as_openais(server: ServerProcess) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    asked = {"prompt": PROMPT, "max_tokens": 2, "stream": True}
+    answer = httpx2.post(server.url + "/v1/completions", headers=headers, json=asked)
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_who_goes_away_ends_a_stream(either: ServerProcess) -> None:
+    with either.client() as client:
+        with client.completions.create(model=NAME, prompt="Uno.", max_tokens=1400, stream=True) as pieces:
+            assert [next(iter(pieces)) for _ in range(3)]
+        either.wait_for(r"cancelled: prompt \d+( \(\d+ kept\))?, new \d{1,3}\n")
+        assert text_of(client)
+
+
+def test_who_goes_away_ends_an_answer_that_does_not_stream(server: ServerProcess) -> None:
+    before = server.log.count("cancelled:")
+    with server.client() as client:
+        with client.completions.create(model=NAME, prompt="Due.", max_tokens=1400, stream=True) as busy:
+            next(iter(busy))
+            host, port = server.url.removeprefix("http://").split(":")
+            body = b'{"prompt": "Tre.", "max_tokens": 1400}'
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head.encode() + body)
+        server.wait_for(rf"(?s)(cancelled:.*){{{before + 1}}}")
+        assert text_of(client)
+    assert "new 1400" not in server.log
+
+
+def test_the_log_has_no_prompts(either: ServerProcess) -> None:
+    with either.client() as client:
+        text_of(client, "parola-segreta")
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model=NAME, messages=[{"parola-segreta": "parola-segreta"}])  # type: ignore[list-item]
+    either.wait_for("answered:")
+    assert "segreta" not in either.log
+    assert "Traceback" not in either.log
+
+
+@pytest.mark.parametrize(("name", "number"), [("server", signal.SIGTERM), ("together", signal.SIGINT)])
+def test_a_signal_ends_streams_and_then_the_server(request: pytest.FixtureRequest, name: str, number: int) -> None:
+    found: ServerProcess = request.getfixturevalue(name)
+    with found.client() as client:
+        pieces = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=1400, stream=True)
+        next(iter(pieces))
+        found.process.send_signal(number)
+        with pytest.raises(openai.APIError) as told:
+            list(pieces)
+        assert told.value.body == "The server is ending."
+    assert found.process.wait(60) == 0
+    assert "Traceback" not in found.log
+
+
+def test_it_does_not_serve_others_without_a_key(
+    tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOETIER_API_KEY", raising=False)
+    assert main(["serve", str(tinymix_4bit), "--host", "0.0.0.0", "--port", "0"]) == 1
+    assert "there is no API key" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", str(tinymix_4bit), "--port", str(taken.getsockname()[1])]) == 1
+    assert "can't be listened on" in capsys.readouterr().err
+
+
+def test_a_key_that_is_none_is_said(
+    tmp_path: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text("two words\n")
+    (tmp_path / "key").chmod(0o600)
+    assert main(["serve", str(tinymix_4bit), "--api-key-file", str(tmp_path / "key")]) == 1
+    assert "one line of printable ASCII" in capsys.readouterr().err
+    monkeypatch.setenv("MOETIER_API_KEY", "two words")
+    assert main(["serve", str(tinymix_4bit)]) == 1
+    assert "MOETIER_API_KEY" in capsys.readouterr().err
+
+
+def test_the_extra_is_named_where_it_is_missing(
+    tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", str(tinymix_4bit)]) == 1
+    said = capsys.readouterr().err
+    assert "needs fastapi" in said
+    assert 'pip install "moetier[serve]"' in said

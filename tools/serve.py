@@ -1,0 +1,114 @@
+"""``moetier serve DIR``: a model behind an HTTP interface as OpenAI's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+from moetier.tiers.errors import ConfigError
+
+from .decoding import add_prefill_argument, prefill_chunk_of
+from .loading import loaded
+from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+
+HELP = "serve a model over HTTP, as OpenAI's API"
+
+KEY = "MOETIER_API_KEY"
+NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--name", help="what the model is called in requests (default: the folder's name)")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"the key that requests must show, in one line; without it ${KEY}. Without either only programs of this "
+        "machine are served",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="requests that are computed together, and share the experts that they load; each takes memory for a "
+        "context (default: one after the other)",
+    )
+    add_prefill_argument(parser)
+    add_speculation_arguments(parser)
+    add_resource_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Until SIGTERM or SIGINT; 0 then."""
+    resources = resources_of(
+        arguments, **speculation_of(arguments), context=arguments.context * max(arguments.parallel, 1)
+    )
+    chunk = prefill_chunk_of(arguments)
+    if arguments.parallel < 1:
+        raise ConfigError(f"--parallel is {arguments.parallel}.", "Give 1 or more.")
+    name = arguments.directory.resolve().name if arguments.name is None else arguments.name
+    if not name or not name.isprintable():
+        raise ConfigError(f"{name!r} is no name for a model.", "Give one: --name NAME.")
+    key = _key(arguments.api_key_file)
+    if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+        raise ConfigError(
+            f"moetier serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
+            'Install the extra: pip install "moetier[serve]"',
+        )
+    from .serve_listen import Server, bind, is_loopback, url_of
+
+    with bind(arguments.host, arguments.port) as bound:
+        if key is None and not is_loopback(bound):
+            raise ConfigError(
+                f"On {arguments.host} other machines reach it, and there is no API key.",
+                f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
+            )
+        with loaded(arguments.directory, resources) as (model, tokenizer, _):
+            import transformers
+
+            transformers.utils.logging.set_verbosity_error()  # its server tells of each request in a warning
+
+            from .serve_app import application
+            from .serve_generation import OneByOne
+            from .serve_together import Together
+
+            if not hasattr(tokenizer, "_tokenizer"):
+                raise ConfigError(
+                    f"{type(tokenizer).__name__} can't write text piece by piece.",
+                    "Add a tokenizer.json to the directory.",
+                )
+            config = model.config.get_text_config(decoder=True)
+            context = min(arguments.context, getattr(config, "max_position_embeddings", None) or arguments.context)
+            place = model, context, chunk
+            manager = OneByOne(*place) if arguments.parallel == 1 else Together(*place, arguments.parallel)
+            try:
+                Server(
+                    application(name, model, tokenizer, manager, key),
+                    ready=lambda: print(
+                        f"{name}, experts of {model.tiers.where}, a context of {context:,} tokens: {url_of(bound)}/v1",
+                        flush=True,
+                    ),
+                    ending=manager.cut,
+                ).serve_until_told(bound)
+            finally:
+                manager.cut()
+                manager.stop()
+    return 0
+
+
+def _key(file: Path | None) -> str | None:
+    """Raises ConfigError for what can't be one."""
+    from moetier.runtime.channel import read_token
+
+    if file is not None:
+        return read_token(file)
+    key = os.environ.get(KEY)
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make one: openssl rand -hex 32")
+    return key or None

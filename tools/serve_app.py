@@ -1,0 +1,79 @@
+"""transformers' server of one model, behind the gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import CBWorkerDeadError
+
+from .conversation import PLAIN_STOP, PLAIN_TEMPLATE
+from .decoding import ONE_SEQUENCE
+from .serve_gate import MODELS, App, Gate
+from .serve_handlers import ChatHandler, OneManager, OneModel, TextHandler
+from .serve_refusal import Refusal, refusal_response, unknown_model
+from .serve_wanted import FAILED
+
+OF_THIS_HOST = ["localhost", "127.0.0.1", "[::1]"]
+
+
+def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | None) -> App:
+    """Of a model whose answers come from ``manager``. Without a key it answers to names of this host alone, or any web
+    page could have it asked by a name of its own."""
+    model.generation_config.update(**ONE_SEQUENCE)
+    models, state = OneModel(name, model, tokenizer), OneManager(manager)
+    chat = ChatHandler(models, state)
+    if not tokenizer.chat_template:
+        begins = "{{ bos_token }}" if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
+        tokenizer.chat_template = begins + PLAIN_TEMPLATE
+        chat.end_of_turn = PLAIN_STOP
+    others: Any = None  # handlers of routes that the gate does not let through
+    app: FastAPI = build_server(
+        model_manager=models,
+        chat_handler=chat,
+        completion_handler=TextHandler(models, state),
+        response_handler=others,
+        transcription_handler=others,
+        systemone_handler=others,
+        generation_state=state,
+    )
+    _answer_errors(app)
+
+    @app.get(MODELS + "/{model:path}")
+    def retrieve(model: str) -> JSONResponse:
+        if model != name:
+            raise unknown_model(model, name)
+        return JSONResponse(models.card())
+
+    if key is None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=OF_THIS_HOST)
+    return Gate(app, key)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """As OpenAI's API does."""
+
+    @app.exception_handler(StarletteHTTPException)
+    def http(_: Request, error: HTTPException) -> JSONResponse:
+        return refusal_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        return refusal_response(
+            Refusal(400, "The body is no JSON object, or its Content-Type is not application/json.")
+        )
+
+    @app.exception_handler(jinja2.TemplateError)
+    def template(_: Request, error: jinja2.TemplateError) -> JSONResponse:
+        message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
+        return refusal_response(Refusal(400, message, param="messages"))
+
+    @app.exception_handler(CBWorkerDeadError)
+    def dead(_: Request, error: CBWorkerDeadError) -> JSONResponse:
+        return refusal_response(Refusal(503, FAILED))

@@ -1,0 +1,146 @@
+"""Answers one after the other, each by ``generate()``: as `moetier generate` has them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    DirectStreamer,
+    InferenceThread,
+    _GenerationCancelled,
+    _StreamError,
+)
+
+from moetier.runtime.experts import experts_modules
+
+from .decoding import chunks_of
+from .kept_cache import KeptCache
+from .serve_wanted import ENDING, FAILED, Wanted, ids_of, log_answer, log_failure
+from .stop_strings import StopStrings
+
+
+class Answer(DirectStreamer):
+    """The text of one request, on its way from the inference thread to the event loop's queue."""
+
+    kept_tokens = 0  # of the prompt: computed for the request before
+
+    def __init__(self, stop: list[str], *args: Any, **kwargs: Any) -> None:
+        self._stops = StopStrings(stop)
+        super().__init__(*args, **kwargs)
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Nobody waits for more of it."""
+        return self._stops.ended or self.is_cancelled
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.ended:
+            super().put(value)
+
+    def fail(self, message: str) -> None:
+        self._enqueue(_StreamError(message))
+        self.cancel()
+
+    def between_layers(self, *_: Any) -> None:
+        """Ends a prompt that nobody waits for in its midst; what comes behind it ends at a token, and stays whole."""
+        if self.ended and not self.total_tokens:
+            raise _GenerationCancelled
+
+    def between_tokens(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """A stopping criterion."""
+        return torch.full((len(ids),), self.ended, dtype=torch.bool, device=ids.device)
+
+    def _enqueue(self, item: Any) -> None:
+        for found in self._stops.take(item):
+            super()._enqueue(found)
+
+
+class OneByOne(BaseGenerateManager):
+    """What ``context`` tokens of a conversation have of keys and values is kept for the next request."""
+
+    together = False
+    is_alive = True
+
+    def __init__(self, model: Any, context: int, chunk: int) -> None:
+        self._model = model
+        self._chunk = chunk
+        self._context = context
+        self._kept = KeptCache(model)
+        self._thread = InferenceThread()
+        self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()  # by request
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue[Any], Answer]:
+        ids, wanted = ids_of(inputs), gen_config
+        wanted.fit(len(ids), self._context)
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        answer = Answer(wanted.stop, processor._tokenizer, loop, queue, response_parser=response_parser)
+        self._answers[request_id] = answer
+        self._thread.submit(self._generate, ids, wanted, answer)
+        return queue, answer
+
+    async def generate_non_streaming(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("our handlers collect the stream")
+
+    def kept_tokens(self, request_id: str) -> int:
+        """Of the prompt of a request whose answer somebody still holds."""
+        return self._answers[request_id].kept_tokens
+
+    def cut(self) -> None:
+        """Ends what is under way."""
+        for answer in list(self._answers.values()):
+            answer.fail(ENDING)
+
+    def stop(self) -> None:
+        """Waits for the inference thread to have nothing to do."""
+        self._thread.submit(self._kept.clear).result()
+
+    def _generate(self, ids: list[int], wanted: Wanted, answer: Answer) -> None:
+        """On the inference thread."""
+        if answer.ended:
+            return
+        model, sequence, hooks = self._model, ids, []
+        if wanted.seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(wanted.seed)
+            self._kept.clear()  # in what company a token is computed has a part in its last bits
+        try:
+            answer.kept_tokens = self._kept.begin(ids)
+            hooks = [m.register_forward_pre_hook(answer.between_layers) for m in experts_modules(model).values()]
+            prompt = torch.tensor([ids], device=model.device)
+            sequence = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=wanted.config,
+                streamer=answer,
+                stopping_criteria=[answer.between_tokens],
+                **chunks_of(model, len(ids) - answer.kept_tokens, self._chunk),
+                **self._kept.options,
+            )[0].tolist()
+        except _GenerationCancelled:
+            pass
+        except Exception as error:
+            log_failure("An answer", error)
+            answer.fail(FAILED)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._kept.end(sequence)
+            log_answer(len(ids), answer.kept_tokens, answer.total_tokens, cancelled=answer.is_cancelled)

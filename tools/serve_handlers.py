@@ -1,0 +1,125 @@
+"""transformers' handlers of requests, of one model that is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from openai.types.completion_usage import PromptTokensDetails
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import BaseHandler, GenerationState
+
+from .serve_refusal import SERVER, Refusal, unknown_model
+from .serve_request import Asked, ChatAsked, TextAsked, checked
+from .serve_wanted import ENDING, Wanted
+
+
+class OneModel(ModelManager):
+    """Loads nothing, whatever it is asked for."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        super().__init__(model_timeout=-1)
+        self.name = name
+        self._both = model, tokenizer
+
+    def load_model_and_processor(self, *_: Any, **__: Any) -> Any:
+        return self._both
+
+    def card(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "moetier"}
+
+    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        return [self.card()]
+
+
+class OneManager(GenerationState):
+    """Of how answers come to be: OneByOne, or Together."""
+
+    def __init__(self, manager: Any) -> None:
+        super().__init__(continuous_batching=manager.together)
+        self.manager = manager
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
+        return self.manager
+
+    def is_cb_alive(self) -> bool:
+        alive: bool = self.manager.is_alive
+        return alive
+
+
+class _Handler(BaseHandler):
+    """What both kinds of completions do in another way than transformers."""
+
+    asked: type[Asked]
+    model_manager: OneModel
+    generation_state: OneManager
+    end_of_turn: str | None = None  # a string that ends every answer
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        given = checked(body, self.asked)
+        if body.get("model") not in (None, self.model_manager.name):
+            raise unknown_model(body["model"], self.model_manager.name)
+        body.clear()
+        body.update(given)
+
+    def _resolve_model(self, body: dict[str, Any]) -> Any:
+        return self.model_manager.name, *self.model_manager.load_model_and_processor()
+
+    def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
+        """A Wanted. transformers' own would set torch's seed now, and not when it is this request's turn."""
+        said = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        config = super()._build_generation_config(said, model_generation_config)
+        if said.get("temperature"):
+            config.do_sample = True
+        if not config.do_sample:
+            config.temperature = config.top_p = config.top_k = None
+        stop = [*body.get("stop", ()), *([self.end_of_turn] if self.end_of_turn else ())]
+        return Wanted(config, body.get("seed"), stop)
+
+    def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
+        if (usage := kwargs.get("usage")) is not None:
+            kept = self.generation_state.manager.kept_tokens(args[0])
+            usage.prompt_tokens_details = None if kept is None else PromptTokensDetails(cached_tokens=kept)
+        found: str = super()._build_chunk_sse(*args, **kwargs)  # type: ignore[misc]
+        return found
+
+    async def _pieces(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """Of an answer that does not stream: those of the stream, all of them. Raises Refusal."""
+        pieces = []
+        async for events in super()._streaming(*args, **kwargs).body_iterator:  # type: ignore[misc]
+            for event in events.removesuffix("\n\n").split("\n\n"):
+                piece = json.loads(event.removeprefix("data: "))
+                if "error" in piece:
+                    status = 503 if piece["error"] == ENDING else 500
+                    raise Refusal(status, piece["error"], kind=SERVER)
+                pieces.append(piece)
+        return pieces
+
+
+class ChatHandler(_Handler, ChatCompletionHandler):
+    asked = ChatAsked
+
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
+        pieces = await self._pieces(*args, **kwargs)
+        deltas = [piece["choices"][0]["delta"] for piece in pieces]
+        message: dict[str, Any] = {"role": "assistant"}
+        message["content"] = "".join(delta.get("content", "") for delta in deltas)
+        if reasoning := "".join(delta.get("reasoning_content", "") for delta in deltas):
+            message["reasoning_content"] = reasoning
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        if calls:
+            message["tool_calls"] = [{key: call[key] for key in call if key != "index"} for call in calls]
+        choice = {"index": 0, "message": message, "finish_reason": pieces[-1]["choices"][0]["finish_reason"]}
+        return JSONResponse({**pieces[-1], "object": "chat.completion", "choices": [choice]})
+
+
+class TextHandler(_Handler, CompletionHandler):
+    asked = TextAsked
+
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
+        pieces = await self._pieces(*args, **kwargs)
+        text = "".join(piece["choices"][0]["text"] for piece in pieces)
+        return JSONResponse({**pieces[-1], "choices": [{**pieces[-1]["choices"][0], "text": text}]})

@@ -1,0 +1,38 @@
+"""What a client is told in place of an answer, as OpenAI's API says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+
+
+class Refusal(HTTPException):
+    """Raised where a request is looked at; transformers' server and ours answer with it. ``kind`` is OpenAI's type."""
+
+    def __init__(
+        self, status: int, message: str, *, kind: str = INVALID, param: str | None = None, code: str | None = None
+    ) -> None:
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+        super().__init__(status_code=status, detail=message, headers=headers)
+        self.kind, self.param, self.code = kind, param, code
+
+
+def refusal_response(error: HTTPException) -> JSONResponse:
+    """Of any exception that FastAPI answers with."""
+    kind = INVALID if error.status_code < 500 else SERVER
+    body: dict[str, Any] = {
+        "message": str(error.detail),
+        "type": getattr(error, "kind", kind),
+        "param": getattr(error, "param", None),
+        "code": getattr(error, "code", None),
+    }
+    status = 400 if error.status_code == 422 else error.status_code  # FastAPI's own for what is malformed
+    return JSONResponse({"error": body}, status_code=status, headers=error.headers)
+
+
+def unknown_model(asked: str, served: str) -> Refusal:
+    return Refusal(404, f"There is no model {asked!r} here, but {served!r}.", param="model", code="model_not_found")

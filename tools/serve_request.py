@@ -1,0 +1,95 @@
+"""What a request may ask for. Nothing is accepted and then ignored that would change an answer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .serve_refusal import Refusal
+
+Stop = Annotated[str, Field(min_length=1)]
+MOST_TOKENS = 1 << 31
+
+
+class Asked(BaseModel):
+    """Of both kinds of completions. What transformers would take otherwise, or not at all, has its neutral value."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    stream: bool | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    # for the server's own books: no answer depends on them
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    stream_options: dict[str, Any] | None = None  # usage always comes with the last piece
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")  # what is in it beside goes to the template
+
+    role: str
+    content: str | list[Part] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatAsked(Asked):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    tool_choice: Literal["auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    logprobs: Literal[False] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+
+class TextAsked(Asked):
+    prompt: str
+
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: None = None
+
+
+FORWARDED = {
+    *("messages", "prompt", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
+    *("tools", "chat_template_kwargs"),
+}
+
+
+def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
+    """What transformers is given of a request's body. Raises Refusal; of the model's name whoever has one."""
+    try:
+        asked = kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        what = "not supported here" if first["type"] == "extra_forbidden" else first["msg"]
+        raise Refusal(400, f"{place}: {what}.", param=place) from None
+    given = asked.model_dump(include=FORWARDED, exclude_none=True)
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    return given
