@@ -48,12 +48,12 @@ def use_row_weights(model: nn.Module) -> None:
 
 
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """x [..., K] of one row, weight [N, K], bias [N] -> [..., N], all bf16, sums in fp32; None where torch is to do
-    it."""
-    rows, columns = weight.shape
-    if x.dtype != torch.bfloat16 or x.numel() != columns or not x.is_cpu or not _fits(weight):
+    """x [..., K] of one row, weight [N, K], bias [N] -> [..., N], all bf16; None where torch is to do it. Sums are
+    fp32; the bias is added to what they are rounded to."""
+    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled():
         return None
-    if torch.is_grad_enabled():
+    rows, columns = weight.shape
+    if x.numel() != columns or x.shape[-1] != columns:
         return None
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)

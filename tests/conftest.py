@@ -24,7 +24,10 @@ if "torch" in sys.modules:  # imported by a plugin: it has read the environment 
     sys.modules["torch"].set_num_threads(1)
 
 os.environ["XDG_RUNTIME_DIR"] = "/nonexistent"  # a daemon that happens to run here is none of the tests'
-os.environ["MOETIER_CONFIG"] = os.devnull  # nor is what somebody has set for the commands
+for name in [*os.environ]:  # nor is what somebody has set for the commands
+    if name.startswith("MOETIER_"):
+        del os.environ[name]
+os.environ["MOETIER_CONFIG"] = os.devnull
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job that a shell began with "&", and in its children
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,9 +26,10 @@ class ChatInput:
     def __init__(self) -> None:
         self.is_terminal = sys.stdin.isatty()
         self._prompts = (PROMPT, MORE) if self.is_terminal else ("", "")
+        is_edited = self.is_terminal and sys.stdout.isatty()
         self._in_block = False
         self._buffer: Callable[[], str] = str  # what stands on the line
-        if self.is_terminal:
+        if is_edited:
             with contextlib.suppress(ImportError):
                 import readline
 
@@ -57,7 +58,12 @@ class ChatInput:
 
 
 def _line(prompt: str) -> str:
+    if prompt and not sys.stdout.isatty():  # what goes into a file or a pipe is answers
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
     try:
-        return input(prompt)
-    except UnicodeDecodeError:
+        line = input(prompt)
+        line.encode()  # in the locale C what is no text passes as surrogates
+        return line
+    except UnicodeError:
         raise ConfigError("Standard input is not UTF-8.", "Give a text.") from None

@@ -81,10 +81,14 @@ class Conversation:
             text = self._tokenizer.apply_chat_template(
                 messages, chat_template=template, add_generation_prompt=True, tokenize=False
             )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ConfigError(
-                f"The model's chat template refuses this conversation: {str(error).splitlines()[0]}",
+                f"The model's chat template refuses this conversation: {_first_line(error)}",
                 "Leave out --system." if self._system else "See chat_template.jinja of the model directory.",
             ) from error
         ids: list[int] = self._tokenizer(text, add_special_tokens=self.is_plain)["input_ids"]
         return ids
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +129,9 @@ class Dialogue:
 
         if not name:
             raise ConfigError("/save lacks a file.", "Name one: /save FILE.")
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path raises where there is no home
+        if path.exists():
+            raise TargetError(f"{path} is there already.", "Name another file, or remove it.")
         try:
             write_durably(path, json.dumps(self._conversation.messages, ensure_ascii=False, indent=1).encode() + b"\n")
         except OSError as error:

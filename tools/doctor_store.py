@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,14 +136,16 @@ def _sample(place: Path) -> Iterator[RandomReads]:
     other = "Name a model directory, moetier doctor DIR, or run it in another folder."
     if (free := shutil.disk_usage(place).free) < 4 * SAMPLE_BYTES:
         raise ConfigError(f"The disk of {place} has {format_bytes(free)} free: its rate is not measured.", other)
-    try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".moetier-doctor-") as stream:
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(tempfile.NamedTemporaryFile(dir=place, prefix=".moetier-doctor-"))
             piece = os.urandom(BLOCK_BYTES)
             for _ in range(SAMPLE_BYTES // BLOCK_BYTES):
                 stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-            path = Path(stream.name)
-            yield RandomReads((path,), SAMPLE_BYTES, BLOCK_BYTES, direct=takes_direct(path))
-    except PermissionError as error:
-        raise ConfigError(f"{place} can't be written to: its disk's rate is not measured.", other) from error
+        except OSError as error:
+            said = f"{place} can't be written to ({error.strerror}): its disk's rate is not measured."
+            raise ConfigError(said, other) from error
+        path = Path(stream.name)
+        yield RandomReads((path,), SAMPLE_BYTES, BLOCK_BYTES, direct=takes_direct(path))

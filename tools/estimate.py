@@ -89,9 +89,9 @@ def estimate(
     speeds: Speeds,
     *,
     context: int,
-    budgets: Mapping[str, str | int | None],
+    options: Mapping[str, str | int | None],
 ) -> dict[str, Any]:
-    """What ``moetier plan --json`` prints. ``budgets``: what was given, by option."""
+    """What ``moetier plan --json`` prints. ``options``: what was given that `generate` takes, by option."""
     manifest, outline = best.choice.manifest, prospect.outline
     return {
         "model": prospect.name,
@@ -109,7 +109,7 @@ def estimate(
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(room, speeds),
         "choices": [_choice(prospect, fit, room, speeds) for fit in fits],
-        "recommended": _recommended(prospect, best, context, budgets),
+        "recommended": _recommended(prospect, best, context, options, room.into),
     }
 
 
@@ -179,15 +179,15 @@ def _conversion(prospect: Prospect, choice: Choice, speeds: Speeds) -> float | N
 
 
 def _recommended(
-    prospect: Prospect, best: Fit, context: int, budgets: Mapping[str, str | int | None]
+    prospect: Prospect, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path
 ) -> dict[str, Any]:
     """Widths, and command lines: convert is None where there is nothing to convert."""
     outline, convert, directory = prospect.outline, None, prospect.source
     if outline is not None:
-        directory = f"{prospect.name.rpartition('/')[2]}-{best.choice.bits}bit"
+        directory = str(into / f"{prospect.name.rpartition('/')[2]}-{best.choice.bits}bit")
         convert = f"moetier convert {shlex.quote(prospect.source)} {shlex.quote(directory)} {best.choice.options}"
         convert += " --ignore-code" if outline.names_code else ""
-    given = [f"{option} {shlex.quote(str(size))}" for option, size in budgets.items() if size is not None]
+    given = [f"{option} {shlex.quote(str(size))}" for option, size in options.items() if size is not None]
     words = ["moetier generate", shlex.quote(directory), *given, f"--context {context}", "'Once upon a time'"]
     return {
         "bits": best.choice.bits,

@@ -24,8 +24,8 @@ class KeptCache:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For ``generate()``."""
-        return {"cache": self._cache, "use_cache": True} if self._keeps else {}
+        """For ``generate()``, which takes no cache where a directory's generation_config.json names a kind of them."""
+        return {"cache": self._cache, "use_cache": True, "cache_implementation": None} if self._keeps else {}
 
     def begin(self, ids: Sequence[int]) -> int:
         """How many of the first of ``ids`` need not be computed: fewer than all."""

@@ -108,6 +108,8 @@ def plan(
     transformers.utils.logging.set_verbosity_error()
     place = torch.device(place_of(config.device))
     kernels = kernels_for(place)
+    if place.type == "cpu" and device_memory is not None:
+        raise ConfigError("On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone.")
     room = Room.here(place, into, available_memory(), resident_bytes())
     prospect = open_prospect(source)
     chosen = prospect.chosen(bits, trunk_bits)
@@ -120,5 +122,5 @@ def plan(
     if not working:
         raise impossible(asked, evaluate, config)
     speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
-    budgets = {"--ram": ram, "--device-memory": device_memory}
-    return estimate(prospect, asked, working[0], room, speeds, context=context, budgets=budgets)
+    options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
+    return estimate(prospect, asked, working[0], room, speeds, context=context, options=options)

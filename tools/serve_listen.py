@@ -52,8 +52,16 @@ class Server(uvicorn.Server):
     to be sent, for GRACE seconds."""
 
     def __init__(self, app: Any, *, ready: Callable[[], None], ending: Callable[[], None]) -> None:
-        config = {"log_config": None, "lifespan": "on", "ws": "none", "server_header": False}
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=GRACE, **config))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                lifespan="on",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=GRACE,
+            )
+        )
         self._ready = ready
         self._ending = ending
 

@@ -146,9 +146,10 @@ class Settings:
 def config_file(environment: Mapping[str, str] = os.environ) -> Path:
     """$MOETIER_CONFIG, or moetier/config.toml beneath $XDG_CONFIG_HOME (XDG Base Directory Specification 0.8)."""
     if named := environment.get(CONFIG):
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))  # noqa: PTH111 - Path raises where there is no home
     base = environment.get("XDG_CONFIG_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path("~/.config").expanduser()) / "moetier" / "config.toml"
+    home = Path(os.path.expanduser("~/.config"))  # noqa: PTH111
+    return (Path(base) if Path(base).is_absolute() else home) / "moetier" / "config.toml"
 
 
 def variable(section: str, key: str) -> str:
@@ -169,9 +170,14 @@ def mentioned(settings: Iterable[Setting], error: MoetierError) -> str:
     found = [
         f"{each.key} is set by {each.where}"
         for each in settings
-        if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in (each.key, str(each.value)))
+        if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in _words(each))
     ]
     return f" ({'; '.join(found)}.)" if found else ""
+
+
+def _words(setting: Setting) -> tuple[str, ...]:
+    """By which an error may speak of it; a number may be anybody's."""
+    return (setting.key, setting.value) if isinstance(setting.value, str) else (setting.key,)
 
 
 def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
@@ -183,6 +189,8 @@ def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
             return {}
         raise ConfigError(f"{path} is missing, which {CONFIG} names.", f"Make it, or unset {CONFIG}.") from error
     except OSError as error:
+        if not must_be and _is_elsewhere(path):
+            return {}
         raise ConfigError(
             f"{path} can't be read: {error.strerror}.", f"Mend that, or name another file: {CONFIG}."
         ) from error
@@ -192,6 +200,11 @@ def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}.", "Mend that place, or remove the file.") from error
+
+
+def _is_elsewhere(path: Path) -> bool:
+    """Whether the folder of a file can't even be looked into: the home is somebody else's, or none."""
+    return not os.access(path.parent, os.X_OK)
 
 
 def _typed(action: argparse.Action, raw: object, key: str, where: str, base: Path) -> object:

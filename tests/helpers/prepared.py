@@ -80,7 +80,8 @@ class Prepared:
         return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(int(line)), out, err)
 
     def close(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)  # with a script that hangs
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with a script that hangs
         self._process.communicate()
 
 

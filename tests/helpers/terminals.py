@@ -34,7 +34,7 @@ class Terminal:
                 stdout=slave,
                 stderr=slave,
                 start_new_session=True,
-                env=os.environ | {"TERM": "xterm"} | environment,
+                env=os.environ | {"TERM": "xterm", "INPUTRC": os.devnull} | environment,
             )
         finally:
             os.close(slave)

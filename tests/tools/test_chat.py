@@ -27,7 +27,7 @@ def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def set_input(text: str | bytes) -> None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        stream = file.open(encoding="utf-8")
+        stream = file.open(encoding="utf-8", errors="surrogateescape")  # as in the locale C
         opened.append(stream)
         monkeypatch.setattr(sys, "stdin", stream)
 
@@ -143,11 +143,13 @@ def test_a_directory_says_how_it_talks_and_samples_and_the_seed_what(
         ("/nothing\n", ["no /nothing", "/help"]),
         ("/save\n", ["lacks a file", "/save FILE"]),
         ("/save /nonexistent/file\n", ["/nonexistent/file", "can't be written"]),
+        ("/save /\n", ["there already", "another file"]),
+        ("/save ~nobody-of-this-name/file\n", ["~nobody-of-this-name/file", "can't be written"]),
         ('"""no\nend\n', ["not closed", '"""']),
         (b"\xff\xfe\n", ["not UTF-8"]),
         ("many words " * 300 + "\n", ["the context is 200", "--context"]),
     ],
-    ids=["command", "no file", "no folder", "block", "bytes", "length"],
+    ids=["command", "no file", "no folder", "there", "no home", "block", "bytes", "length"],
 )
 def test_what_can_not_work_ends_a_pipe(
     says: Any, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], text: str | bytes, words: list[str]
@@ -288,3 +290,15 @@ def test_the_plain_template_is_one_that_transformers_takes() -> None:
     import jinja2
 
     jinja2.Environment().from_string(PLAIN_TEMPLATE)
+
+
+def test_a_directory_may_name_a_kind_of_cache(
+    says: Any, tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    copytree(tinymix_4bit, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"cache_implementation": "dynamic"}))
+    says("To be?\n")
+    assert main(["chat", str(folder), "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()

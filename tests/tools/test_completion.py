@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,6 +25,7 @@ def completed(tmp_path: Path, *words: str) -> set[str]:
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=os.environ | {"LC_ALL": "C"},
         check=True,
     )
     assert result.stderr == ""

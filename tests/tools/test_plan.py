@@ -74,13 +74,13 @@ def test_tiers_are_those_that_it_is_loaded_with(tinymix_4bit: Path, ram: str) ->
 
 
 def test_memory_is_a_sum(index_only: Path) -> None:
-    found = plan(index_only, disk=GB_PER_S)
+    found = plan(index_only, device="cpu", disk=GB_PER_S)
     assert len(found["choices"]) == 15
     for choice in found["choices"]:
         memory = dict(choice["memory"])
         assert memory.pop("process_bytes") == sum(memory.values())
         assert choice["decode"]["seconds"] == pytest.approx(1 / choice["decode"]["tokens_per_s"])
-    longer = plan(index_only, bits=[4], context=8192, disk=GB_PER_S)
+    longer = plan(index_only, device="cpu", bits=[4], context=8192, disk=GB_PER_S)
     once, twice = (choice_of(each, 4, 16)["memory"]["kv_cache_bytes"] for each in (found, longer))
     assert twice == 2 * once
 
