@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -108,8 +109,10 @@ class OneByOne(BaseGenerateManager):
             answer.fail(ENDING)
 
     def stop(self) -> None:
-        """Waits for the inference thread to have nothing to do."""
-        self._thread.submit(self._kept.clear).result()
+        """Waits for the inference thread to end."""
+        self._thread.submit(self._kept.clear)
+        self._thread.submit(sys.exit)  # transformers has it run for ever
+        self._thread._thread.join()
 
     def _generate(self, ids: list[int], wanted: Wanted, answer: Answer) -> None:
         """On the inference thread."""
