@@ -25,9 +25,17 @@ def store_folder(folder: Path) -> Path:
         return folder / GROUP
     if folder.name == GROUP and folder.is_dir():
         return folder
-    missing = "has no experts.zarr" if folder.is_dir() else "is not a folder"
+    if not folder.exists():
+        raise StoreFormatError(f"There is no folder {folder}.", f"Convert a model: {command('convert', 'SRC', folder)}")
+    if not folder.is_dir():
+        raise StoreFormatError(f"{folder} is not a folder.", "Name the model directory that it is in.")
+    if (folder / "config.json").exists():
+        raise StoreFormatError(
+            f"{folder} is not a model directory: it is a checkpoint, which is not converted.",
+            f"Convert it: {command('convert', folder, 'DST')}",
+        )
     raise StoreFormatError(
-        f"{folder} is not a model directory: it {missing}.",
+        f"{folder} is not a model directory: it has no experts.zarr.",
         f"Convert a model into it: {command('convert', 'SRC', folder)}",
     )
 

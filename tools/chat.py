@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser, new_tokens=NEW_TOKENS, temperature=None)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser)
+    add_resource_arguments(parser, context="a conversation is at most so long, and memory is kept for it")
 
 
 def run(arguments: argparse.Namespace) -> int:

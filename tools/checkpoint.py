@@ -121,7 +121,7 @@ def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[
         return folder.name, folder
     if folder.exists():
         raise CheckpointError(f"{source} is not a folder.", "Give the folder that holds config.json, or a hub id.")
-    if not hub.HUB_ID.fullmatch(str(source)):
+    if not hub.HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
     return str(source), hub.fetch(str(source), files)
 

@@ -22,7 +22,13 @@ def add_decoding_arguments(
     parser: argparse.ArgumentParser, *, new_tokens: int, temperature: float | None = 0.0
 ) -> None:
     """Without a ``temperature``, who gives none samples as generation_config.json says."""
-    parser.add_argument("--max-new-tokens", type=int, default=new_tokens, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=new_tokens,
+        metavar="N",
+        help="of an answer, at most (default: %(default)s)",
+    )
     said = "as generation_config.json says" if temperature is None else f"{temperature:g}"
     parser.add_argument(
         "--temperature", type=float, default=temperature, metavar="T", help=f"0 decodes greedily (default: {said})"

@@ -10,8 +10,14 @@ from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
 
+LEAVES_ROOM = (
+    "budgets leave room for so long a context; a longer one takes more. Of no effect with a daemon of this machine "
+    "on a CPU"
+)
 
-def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVES_ROOM) -> None:
+    """``context`` says what --context does."""
     parser.add_argument(
         "--ram",
         metavar="SIZE",
@@ -44,8 +50,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_CONTEXT,
         metavar="TOKENS",
-        help="budgets leave room for so long a context; a longer one takes more. Of no effect with a daemon of this "
-        "machine on a CPU (default: %(default)s)",
+        help=f"{context} (default: %(default)s)",
     )
     parser.add_argument(
         "--exact",

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser)
+    add_resource_arguments(parser, context="a prompt and its answer are at most so long, and memory is kept for them")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -236,7 +236,7 @@ def test_a_mapped_daemon_needs_no_budget_here(
     def refuse(*_: object, **__: object) -> None:
         raise BudgetError("Nothing is free.", "Free some.")
 
-    monkeypatch.setattr("moetier.runtime.tiers.budget_for", refuse)
+    monkeypatch.setattr("moetier.runtime.budgets.budget_for", refuse)
     model, _ = moetier.load(directory)
     model.tiers.close()
     with pytest.raises(BudgetError):

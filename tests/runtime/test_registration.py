@@ -26,7 +26,7 @@ from threads import Task, wait_until
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import moetier
-from moetier.runtime import registration
+from moetier.runtime import budgets
 from moetier.runtime.experts import EXPERT_PARAMETERS
 from moetier.tiers.errors import (
     BudgetError,
@@ -125,10 +125,10 @@ def test_budgets_leave_room_for_outputs_that_come_early(
     tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a context so long that they alone take all memory."""
-    monkeypatch.setattr(registration, "kv_cache_bytes", lambda *_, **__: 0)
+    monkeypatch.setattr(budgets, "kv_cache_bytes", lambda *_, **__: 0)
     moetier.load(tiny[1])[0].tiers.close()
     moetier.load(tiny[1], context=1 << 40)[0].tiers.close()  # longer prompts are cut
-    monkeypatch.setattr(registration, "DEFAULT_CONTEXT", 1 << 40)
+    monkeypatch.setattr(budgets, "DEFAULT_CONTEXT", 1 << 40)
     with pytest.raises(BudgetError, match="too little for"):
         moetier.load(tiny[1], context=1 << 40)
 

@@ -545,13 +545,16 @@ def test_array_metadata_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_places_that_are_no_model_directory(tmp_path: Path) -> None:
-    with pytest.raises(StoreFormatError, match="it is not a folder"):
+    with pytest.raises(StoreFormatError, match="There is no folder"):
         ExpertStore.open(tmp_path / "nowhere")
     with pytest.raises(StoreFormatError, match="it has no experts"):
         ExpertStore.open(tmp_path)
     (tmp_path / "file").write_text("text")
-    with pytest.raises(StoreFormatError, match="it is not a folder"):
+    with pytest.raises(StoreFormatError, match="is not a folder"):
         ExpertStore.open(tmp_path / "file")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StoreFormatError, match="it is a checkpoint"):
+        ExpertStore.open(tmp_path)
 
 
 # --- disks that fail --------------------------------------------------------------------------------------------------

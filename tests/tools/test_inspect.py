@@ -125,7 +125,7 @@ def test_a_bad_trunk_is_said(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_what_is_no_finished_store_is_said(tmp_path: Path) -> None:
-    with pytest.raises(StoreFormatError, match="is not a folder"):
+    with pytest.raises(StoreFormatError, match="There is no folder"):
         run(tmp_path / "nowhere")
     with pytest.raises(StoreFormatError, match="has no experts"):
         run(tmp_path)
