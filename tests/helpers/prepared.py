@@ -17,10 +17,13 @@ from pathlib import Path
 COMMANDS = ("moetier.tools.convert", "moetier.tools.conversion", "transformers.models.mixtral.modeling_mixtral")
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main())"  # the arguments are the command line
 
-# A child leaves the loop, and ends as any interpreter does, when the script has ended.
+# A child leaves the loop, and ends as any interpreter does, when the script has ended: soon, as what was imported is
+# frozen, and no collection at the end touches, and so copies, its pages.
 SERVER = """
-import json, os, sys
+import gc, json, os, sys
 exec(sys.argv[1])
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
