@@ -59,7 +59,7 @@ def test_what_is_broken_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     (number,) = [number for number, line in enumerate(lines) if line.startswith("fail")]
     assert lines[number].startswith("fail  store")
-    assert "-> Convert a model into it: moetier convert" in "\n".join(lines[number:])
+    assert "-> Convert a model: moetier convert" in "\n".join(lines[number:])
     assert lines[-1].endswith("1 fail")
 
 
