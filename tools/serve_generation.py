@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -11,7 +11,6 @@ import torch
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
     DirectStreamer,
-    InferenceThread,
     _GenerationCancelled,
     _StreamError,
 )
@@ -25,7 +24,7 @@ from .stop_strings import StopStrings
 
 
 class Answer(DirectStreamer):
-    """The text of one request, on its way from the inference thread to the event loop's queue."""
+    """The text of one request, on its way from the generating thread to the event loop's queue."""
 
     kept_tokens = 0  # of the prompt: computed for the request before
 
@@ -75,7 +74,7 @@ class OneByOne(BaseGenerateManager):
         self._chunk = chunk
         self._context = context
         self._kept = KeptCache(model)
-        self._thread = InferenceThread()
+        self._thread = ThreadPoolExecutor(1, "moetier-answers")
         self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()  # by request
 
     def generate_streaming(
@@ -109,13 +108,11 @@ class OneByOne(BaseGenerateManager):
             answer.fail(ENDING)
 
     def stop(self) -> None:
-        """Waits for the inference thread to end."""
-        self._thread.submit(self._kept.clear)
-        self._thread.submit(sys.exit)  # transformers has it run for ever
-        self._thread._thread.join()
+        """Waits for what is under way."""
+        self._thread.shutdown()
 
     def _generate(self, ids: list[int], wanted: Wanted, answer: Answer) -> None:
-        """On the inference thread."""
+        """On the one thread."""
         if answer.ended:
             return
         model, sequence, hooks = self._model, ids, []
@@ -128,14 +125,15 @@ class OneByOne(BaseGenerateManager):
             answer.kept_tokens = self._kept.begin(ids)
             hooks = [m.register_forward_pre_hook(answer.between_layers) for m in experts_modules(model).values()]
             prompt = torch.tensor([ids], device=model.device)
+            given = self._kept.options | chunks_of(model, len(ids) - answer.kept_tokens, self._chunk)
+            more = wanted.config.update(**given)  # what is none of a config's: the cache
             sequence = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 generation_config=wanted.config,
                 streamer=answer,
                 stopping_criteria=[answer.between_tokens],
-                **chunks_of(model, len(ids) - answer.kept_tokens, self._chunk),
-                **self._kept.options,
+                **more,
             )[0].tolist()
         except _GenerationCancelled:
             pass

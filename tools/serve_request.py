@@ -70,8 +70,6 @@ class TextAsked(Asked):
 
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: None = None
 
 
 FORWARDED = {
@@ -81,9 +79,11 @@ FORWARDED = {
 
 
 def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
-    """What transformers is given of a request's body. Raises Refusal; of the model's name whoever has one."""
+    """What transformers is given of a request's body, in which null is as good as nothing. Raises Refusal; of the
+    model's name whoever has one."""
+    given = {name: value for name, value in body.items() if value is not None}
     try:
-        asked = kind.model_validate(body)
+        asked = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -53,9 +53,10 @@ class SharedAnswer(CBStreamer):
             return
         if output.is_finished():
             self.end()
+        elif self.ended:
+            self._forget()
         if self.ended:
             log_answer(self._prompt, None, self.total_tokens, cancelled=False)
-            self._forget()
 
     def fail(self, message: str) -> None:
         self.put_nowait(_StreamError(message))

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import copy
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,18 @@ def main() -> None:
     config = copy.deepcopy(model.generation_config)
     config.update(max_new_tokens=arguments.tokens, do_sample=False)
 
+    numbers = count()
+
     async def answers(manager: Any, prompts: list[list[int]]) -> int:
         """How many tokens came."""
-        given = [
-            manager.generate_streaming(model, tokenizer, {"input_ids": ids}, Wanted(copy.deepcopy(config)), f"{ids}")
-            for ids in prompts
-        ]
+        given = []
+        for ids in prompts:
+            wanted = Wanted(copy.deepcopy(config))
+            name = str(next(numbers))
+            given.append(manager.generate_streaming(model, tokenizer, {"input_ids": ids}, wanted, name))
         for queue, _ in given:
-            while await queue.get() is not None:
-                pass
+            while (item := await queue.get()) is not None:
+                assert isinstance(item, str), item.msg
         return sum(answer.total_tokens for _, answer in given)
 
     lines = [["requests at once", "tokens/s", "experts read a token"]]
@@ -63,12 +67,12 @@ def main() -> None:
             manager = make(model, context, PREFILL_CHUNK)
             try:
                 asyncio.run(answers(manager, prompts[-1:]))
-                for count in arguments.requests:
+                for requests in arguments.requests:
                     before, start = model.tiers.stats()[0].misses, time.perf_counter()
-                    tokens = asyncio.run(answers(manager, prompts[:count]))
+                    tokens = asyncio.run(answers(manager, prompts[:requests]))
                     seconds, misses = time.perf_counter() - start, model.tiers.stats()[0].misses - before
                     way = "together" if manager.together else "one by one"
-                    lines.append([f"{count} {way}", f"{tokens / seconds:.1f}", f"{misses / tokens:.1f}"])
+                    lines.append([f"{requests} {way}", f"{tokens / seconds:.1f}", f"{misses / tokens:.1f}"])
             finally:
                 manager.stop()
     print(table(lines))

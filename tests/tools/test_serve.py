@@ -198,6 +198,11 @@ def test_what_is_not_done_is_refused(client: OpenAI, asked: dict[str, Any], para
     assert refused.value.type == "invalid_request_error"
 
 
+def test_null_and_what_changes_nothing_are_taken(client: OpenAI) -> None:
+    neutral = {"n": 1, "presence_penalty": 0, "echo": False, "user": "somebody", "logit_bias": {}}
+    assert text_of(client, max_tokens=2, suffix=None, stream_options={"include_usage": True}, **neutral)
+
+
 def test_chats_that_make_no_sense_are_refused(client: OpenAI) -> None:
     for messages in ([], [{"content": "?"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]):
         with pytest.raises(openai.BadRequestError, match="messages"):
