@@ -5,12 +5,11 @@ transformers builds a model on the meta device, asks the quantiser, and loads wh
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
@@ -36,6 +35,7 @@ from .attention import use_decode_attention
 from .block import TieredBlock
 from .budgets import context_bytes, largest_decoded
 from .choice import kernels_for
+from .closing import close_later
 from .config import AUTO, DEFAULT_CONTEXT, TierConfig
 from .controller import Mode
 from .experts import EXPERT_PARAMETERS, experts_forward, experts_modules
@@ -50,7 +50,6 @@ from .tiers import Tiers
 
 _lock = threading.Lock()
 _asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
-_closers: set[threading.Thread] = set()  # of models that are gone
 
 
 @contextlib.contextmanager
@@ -190,7 +189,7 @@ class MoetierQuantizer(HfQuantizer):
             kernels=kernels,
             largest=largest_decoded((linear.layout for linear in linears), kernels),
         )
-        weakref.finalize(model, _close, tiers.close_sources, weakref.ref(tiers))
+        weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
         model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
@@ -239,40 +238,6 @@ def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
                 "Don't use this directory, or convert the model again.",
             )
     return folder
-
-
-def _close(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) -> None:
-    """Ends the speculation of a model that is gone, if it is still there, and closes its tiers. To the speculation no
-    reference is held until then: it refers to the model's modules, and any of these may refer to the model.
-
-    The collector that found it gone may run anywhere: in a thread that holds a tier's lock, or in a loader. Closing
-    waits for both, so a thread of its own does it; a daemon, whose start waits for nothing that such a thread may hold.
-    At the interpreter's end nobody is interrupted, and no thread would come to its end.
-    """
-    here = tiers()
-    if here is not None and here.speculation is not None:
-        here.speculation.detach()
-    if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
-        close_sources()
-        return
-
-    def close() -> None:
-        try:
-            close_sources()
-        finally:
-            _closers.discard(threading.current_thread())
-
-    closer = threading.Thread(target=close, name="moetier-closer", daemon=True)
-    _closers.add(closer)
-    closer.start()
-
-
-@atexit.register
-def _wait_for_closers() -> None:
-    """A thread that is in the midst of something when the interpreter ends may take the process down with it: torch's
-    C++ can't be unwound."""
-    for closer in list(_closers):
-        closer.join()
 
 
 def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:

@@ -1,7 +1,7 @@
 """Products of one row with the matrices of a trunk that are not quantised: a router's, and all of one of 16 bits.
 
-torch gives such a product of bf16 to oneDNN, which takes longer than reading the matrix does (docs/benchmarks.md,
-"Kernels"); with fp32 it takes no longer.
+torch gives such a product of bf16 to oneDNN, which takes up to 2.7 times as long (docs/benchmarks.md, "One row"); with
+fp32 there is nothing to gain.
 """
 
 from __future__ import annotations

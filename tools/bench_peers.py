@@ -16,7 +16,7 @@ from .bench_model import Work
 from .bench_report import add_bench_arguments, add_threads, check_bench, report
 from .fresh import fresh
 from .machine import Machine
-from .peers import Run, accelerate_decode, llama_decode, llama_prefill
+from .peers import Run, accelerate_decode, llama_run
 from .rounds import Spread, alternate
 from .token_ids import add_token_arguments
 
@@ -74,9 +74,7 @@ def engines_of(arguments: argparse.Namespace, work: Work, threads: int) -> dict[
     common = {"threads": threads, "warmup": arguments.warm}
     engines: dict[str, Engine] = {"moetier": partial(_moetier, arguments, work, threads, limit)}
     if arguments.gguf is not None:
-        llama = partial(
-            llama_prefill if arguments.prefill else llama_decode, arguments.gguf, ids, limit=limit, **common
-        )
+        llama = partial(llama_run, arguments.gguf, ids, together=arguments.prefill, limit=limit, **common)
         engines["llama.cpp, mapped"] = llama
         if limit is None:
             engines["llama.cpp, repacked"] = partial(llama, repack=True)

@@ -38,42 +38,30 @@ class PeerError(ConfigError):
     """A peer did not finish: it is not installed, or was killed for memory."""
 
 
-def llama_decode(
+def llama_run(
     gguf: Path,
     tokens: Sequence[int],
     *,
+    together: bool = False,
     threads: int,
     limit: int | None = None,
     repack: bool = False,
     warmup: int = 0,
     mmap: bool = True,
 ) -> Run:
-    """One by one, as if they were generated; the first ``warmup`` of them are not timed.
+    """The tokens one by one, as if they were generated, the first ``warmup`` of them not timed; or those behind the
+    first ``warmup`` ``together``, as a prompt of their own.
 
     ``limit``: bytes for the process and its pages of files. ``repack`` copies the weights into an order that is quicker
     to multiply with, which needs all of them in memory a second time. ``mmap``: else the file is read into memory.
     Raises PeerError.
     """
-    job = {"gguf": str(gguf), "threads": threads, "repack": repack, "mmap": mmap, "one_by_one": True}
-    return _llama(job, tokens, warmup, limit)
-
-
-def llama_prefill(
-    gguf: Path,
-    tokens: Sequence[int],
-    *,
-    threads: int,
-    limit: int | None = None,
-    repack: bool = False,
-    warmup: int = 0,
-    mmap: bool = True,
-) -> Run:
-    """The tokens behind the first ``warmup`` go through the model together, as a text of their own.
-
-    Raises PeerError.
-    """
-    job = {"gguf": str(gguf), "threads": threads, "repack": repack, "mmap": mmap, "one_by_one": False}
-    return _llama(job, tokens, warmup, limit)
+    assert 0 <= warmup < len(tokens)
+    if limit is not None:
+        forget(gguf)
+    job = {"gguf": str(gguf), "threads": threads, "repack": repack, "mmap": mmap, "one_by_one": not together}
+    found, peak = _child("llama_peer", job | {"tokens": list(tokens), "warmup": warmup, "logits": False}, limit)
+    return Run(found["tokens"], found["seconds"], peak)
 
 
 def llama_logits(gguf: Path, tokens: Sequence[int], *, threads: int = 1) -> list[float]:
@@ -113,14 +101,6 @@ def accelerate_decode(
         forget(checkpoint)
         assert 0 <= warmup < len(tokens)
         found, peak = _child("accelerate_peer", job | {"tokens": list(tokens), "warmup": warmup}, limit)
-    return Run(found["tokens"], found["seconds"], peak)
-
-
-def _llama(job: dict[str, Any], tokens: Sequence[int], warmup: int, limit: int | None) -> Run:
-    assert 0 <= warmup < len(tokens)
-    if limit is not None:
-        forget(Path(job["gguf"]))
-    found, peak = _child("llama_peer", job | {"tokens": list(tokens), "warmup": warmup, "logits": False}, limit)
     return Run(found["tokens"], found["seconds"], peak)
 
 

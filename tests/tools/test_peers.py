@@ -18,10 +18,9 @@ from moetier.tools.peers import (
     PeerError,
     Run,
     accelerate_decode,
-    llama_decode,
     llama_logits,
-    llama_prefill,
     llama_quantize,
+    llama_run,
 )
 from moetier.tools.routing import read_tokens
 from moetier.tools.synthetic import make_synthetic
@@ -60,8 +59,8 @@ def limits() -> None:
 def test_llama_is_timed_behind_its_warmup(gguf: Path, checkpoint: Path, repack: bool) -> None:
     ids = read_tokens(checkpoint)[:20]
     for run in (
-        llama_decode(gguf, ids, threads=1, repack=repack, warmup=4),
-        llama_prefill(gguf, ids, threads=1, repack=repack, warmup=4),
+        llama_run(gguf, ids, threads=1, repack=repack, warmup=4),
+        llama_run(gguf, ids, together=True, threads=1, repack=repack, warmup=4),
     ):
         assert run.tokens == 16
         assert run.tokens_per_s == 16 / run.seconds > 0
@@ -72,9 +71,9 @@ def test_llama_is_timed_behind_its_warmup(gguf: Path, checkpoint: Path, repack: 
 @pytest.mark.usefixtures("limits")
 def test_the_limit_is_the_processs(gguf: Path, checkpoint: Path) -> None:
     ids = read_tokens(checkpoint)[:8]
-    assert llama_decode(gguf, ids, threads=1, limit=192 * MIB).peak_bytes <= 192 * MIB
+    assert llama_run(gguf, ids, threads=1, limit=192 * MIB).peak_bytes <= 192 * MIB
     with pytest.raises(PeerError, match="killed for memory"):
-        llama_decode(gguf, ids, threads=1, limit=8 * MIB)
+        llama_run(gguf, ids, threads=1, limit=8 * MIB)
 
 
 @needs_llama
