@@ -40,9 +40,11 @@ from .config import AUTO, DEFAULT_CONTEXT, TierConfig
 from .controller import Mode
 from .experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from .gates import Gates
+from .growing import use_growing_layers
 from .linear import quantized_linears, replace_linears
 from .memory import mapped_files
 from .model_config import NAME, read_config
+from .norm import use_quick_norms
 from .row import use_row_weights
 from .shortcut import Shortcuts
 from .speculation import Speculation
@@ -205,6 +207,8 @@ class MoetierQuantizer(HfQuantizer):
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
         if any(kernels.packs(layout) for layout in layouts):  # else it computes bit for bit as the ordinary model
             use_decode_attention(model)
+            use_growing_layers(model)
+            use_quick_norms(model)
             use_row_weights(model)
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):

@@ -1,0 +1,111 @@
+"""Keys and values that grow in place, beside transformers' that are copied."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from moetier.runtime.generate import load
+from moetier.runtime.growing import TOKENS, GrowingLayer
+
+Pair = tuple[Tensor, Tensor]
+
+
+def pair(tokens: int, seed: int, batch: int = 2) -> Pair:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, tokens, 8, generator=generator), torch.randn(batch, 3, tokens, 4, generator=generator)
+
+
+def same(layer: Any, other: Any) -> bool:
+    return torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("update"), st.sampled_from([1, 1, 1, 2, 7, TOKENS - 1, TOKENS])),
+    st.tuples(st.just("crop"), st.integers(1, 9)),
+    st.tuples(st.just("reorder"), st.integers(0, 1)),
+    st.tuples(st.just("fork"), st.booleans()),
+    st.tuples(st.just("return"), st.just(0)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=st.lists(STEPS, max_size=14))
+@torch.inference_mode()
+def test_whatever_is_done_it_holds_what_a_copied_one_holds(steps: list[tuple[str, int]]) -> None:
+    """Of the layers that were put aside as well: a fork that shares memory writes into none of them."""
+    now: tuple[Any, Any] = GrowingLayer(), DynamicLayer()
+    aside: list[tuple[Any, Any]] = []
+    for number, (step, count) in enumerate(steps):
+        length = now[1].get_seq_length()
+        if step == "update":
+            results = [layer.update(*pair(count, number)) for layer in now]
+            assert all(map(torch.equal, *results))
+        elif step == "crop" and count < length:
+            for layer in now:
+                layer.crop(-count)
+        elif step == "reorder" and length:
+            for layer in now:
+                layer.reorder_cache(torch.tensor([count, 0]))
+        elif step == "fork" and length:
+            aside.append(now)
+            now = (copy.deepcopy(now[0]) if count else copy.copy(now[0])), copy.deepcopy(now[1])
+        elif step == "return" and aside:
+            aside.append(now)
+            now = aside.pop(0)
+        assert now[0].get_seq_length() == now[1].get_seq_length()
+        assert all(same(*layers) for layers in (now, *aside) if layers[1].get_seq_length())
+
+
+@torch.inference_mode()
+def test_a_token_is_put_behind_the_others() -> None:
+    layer = GrowingLayer()
+    layer.update(*pair(3, 0))
+    place = layer.keys.data_ptr()
+    for number in range(TOKENS - 3):
+        layer.update(*pair(1, number))
+        assert layer.keys.data_ptr() == place
+    layer.update(*pair(1, 99))
+    assert layer.keys.data_ptr() != place
+    assert layer.keys.untyped_storage().nbytes() == 2 * TOKENS * 2 * 3 * 8 * 4
+
+
+def test_what_was_made_in_inference_mode_grows_outside_of_it() -> None:
+    layer, other = GrowingLayer(), DynamicLayer()
+    with torch.inference_mode():
+        layer.update(*pair(3, 0))
+        other.update(*pair(3, 0))
+    with torch.no_grad():
+        layer.update(*pair(1, 1))
+        other.update(*pair(1, 1))
+    assert same(layer, other)
+
+
+def test_with_gradients_it_is_copied() -> None:
+    layer = GrowingLayer()
+    keys, values = (tensor.requires_grad_() for tensor in pair(2, 0))
+    layer.update(keys, values)
+    found, _ = layer.update(*pair(1, 1))
+    found.sum().backward()
+    assert keys.grad is not None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_models_cache_grows_in_place(tinymix_4bit: Path, exact: bool) -> None:
+    model, _ = load(tinymix_4bit, daemon=None, exact=exact, device="cpu")
+    with model.tiers, torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        cache.layers[-1] = DynamicSlidingWindowLayer(sliding_window=4096)
+        model(torch.tensor([[5, 6, 7]]), cache=cache, use_cache=True)
+        kinds = [type(layer) for layer in cache.layers]
+        assert set(kinds[:-1]) == {DynamicLayer if exact else GrowingLayer}
+        assert kinds[-1] is DynamicSlidingWindowLayer
