@@ -16,7 +16,7 @@ from .form import Form, Number
 from .native import Processor
 
 STEP = 4  # columns
-# how far ahead of the sums memory is asked for: processors' own prefetchers end with a page
+# how far ahead of the sums memory is asked for: most processors' own prefetchers end with a page
 BYTES_AHEAD = 2048  # of codes
 PAIRS_AHEAD = 2  # groups
 COLUMN = ROW_TILE // 2  # bytes
@@ -101,7 +101,8 @@ class Tile(Emitter):
     def _columns_at(self, plane: Value, place: Value) -> list[Value]:
         """STEP columns as they lie: two vectors of 64 bytes."""
         bytes_ = vector(I8, 2 * COLUMN)
-        self.prefetch(plane, self.at.add(place, self.number(BYTES_AHEAD)), STEP * COLUMN)
+        if not self._processor.has_stream_prefetch:
+            self.prefetch(plane, self.at.add(place, self.number(BYTES_AHEAD)), STEP * COLUMN)
         return [self.load(plane, self.at.add(place, self.number(2 * COLUMN * half)), bytes_) for half in range(2)]
 
     def _folded(self, plane: Value, place: Value, parts: int, mask: int) -> list[Value]:
