@@ -36,7 +36,7 @@ class Processor:
             features = llvm.get_host_cpu_features().flatten() if name is None else ""
             self._cpu = {"cpu": name or llvm.get_host_cpu_name(), "features": features}
         self.has_vnni = name is None and _has(features, "avx512vnni", "avx512bw")
-        # whether its own prefetchers bring a long run of memory in time; to ask for it as well costs 15 % on AMD's Zen 4
+        # whether its own prefetchers bring a long run of memory in time: to ask for it too costs 15 % on AMD's Zen 4
         self.has_stream_prefetch = self._cpu["cpu"].startswith("znver")
         self.has_avx2 = _has(features, "avx2") if name is None else name == "haswell"
         self._engines: list[Any] = []  # they own the code
