@@ -11,7 +11,7 @@ NOUNS = ("disk", "kernels", "decode", "prefill", "convert", "peers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subparsers = parser.add_subparsers(dest="noun", required=True, metavar="WHAT", parser_class=type(parser))
+    subparsers = parser.add_subparsers(dest="noun", required=True, metavar="WHAT")
     for noun in NOUNS:
         module = import_module(f"moetier.tools.bench_{noun}")
         subparser = subparsers.add_parser(noun, help=module.HELP, description=module.HELP)

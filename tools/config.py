@@ -14,7 +14,7 @@ HELP = "show what is set for commands, by a file or in the environment"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="WHAT", parser_class=type(parser))
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="WHAT")
     line = "each value that may be set, and where it is from"
     show = subparsers.add_parser("show", help=line, description=line)
     show.add_argument(

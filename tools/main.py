@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError, MoetierError
 
+from .command_line import CommandParser
 from .options import commands_of, settable
 
 if TYPE_CHECKING:
@@ -25,34 +26,19 @@ COMMANDS = (
     *("doctor", "config", "completion"),
 )
 
-# docs/commands.md has the table; 2 is argparse's own, 1 and 70 are failure.py's
+# docs/commands.md has the table; 2 is command_line.py's, 1 and 70 are failure.py's
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-class IntermixedParser(argparse.ArgumentParser):
-    """Takes positional arguments on both sides of options: ``generate DIR --ram 6GiB PROMPT``."""
-
-    _inside = False
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # as argparse declares it
-        if self._inside or self._subparsers is not None:  # argparse's own passes; who has commands has no arguments
-            return super().parse_known_args(args, namespace)
-        self._inside = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._inside = False
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Every command's module is light: torch, transformers and zarr are imported when it runs."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="moetier", description="Run Mixture-of-Experts language models on machines that are too small for them."
     )
     parser.add_argument("--version", action="version", version=f"moetier {version('moetier')}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=IntermixedParser)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"moetier.tools.{name}")
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)

@@ -193,7 +193,7 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--drain", "-1"], "between 0"),
         (["--wait", "nan"], "between 0"),
         (["--listen", "no-such-host.invalid:70", "--insecure"], "Can't listen"),
-        (["--no-such-option"], "unrecognized"),
+        (["--no-such-option"], "has no option --no-such-option"),
     ],
 )
 def test_options_that_cannot_work_are_said(store: Store, tmp_path: Path, options: list[str], says: str | None) -> None:

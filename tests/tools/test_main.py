@@ -64,11 +64,43 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         assert (str(arguments.directory), arguments.prompt, arguments.ram) == ("DIR", "the prompt", "6GiB")
 
 
-@pytest.mark.parametrize("words", [[], ["nothing"], ["convert"], ["generate", "DIR", "--no-such-option"]])
-def test_a_wrong_command_line_exits_with_2(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "cause", "fix"),
+    [
+        ([], "required: COMMAND", "moetier --help"),
+        (["genrate"], "there is no command 'genrate'", "nearest is generate"),
+        (["bench", "decod"], "there is no bench 'decod'", "nearest is decode"),
+        (["--verson"], "no option --verson", "nearest is --version"),
+        (["convert"], "convert: the following arguments are required: SRC, DST", "moetier convert --help"),
+        (["generate", "DIR", "--rma", "2GiB", "hello"], "generate has no option --rma.", "nearest is --ram"),
+        (["verify", "--jsn"], "verify has no option --jsn.", "nearest is --json"),
+        (["bench", "decode", "DIR", "--toens=3"], "bench decode has no option --toens.", "nearest is --tokens"),
+        (["generate", "DIR", "to", "be"], "generate has no place for 'be'.", "Quote"),
+        (["generate", "DIR", "--max-new-tokens", "x"], "invalid int value: 'x'", "moetier generate --help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_two_lines_too(
+    words: list[str], cause: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line[:9].rstrip() for line in said] == ["moetier:", said[1][:9].rstrip()]
+    assert said[1].startswith("  ")
+    assert cause in said[0]
+    assert fix in said[1]
+
+
+def test_what_is_no_option_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """A clear beginning of one, a text, and what stands behind --."""
+    for words, prompt in (
+        (["DIR", "--max-new", "3", "x"], "x"),
+        (["DIR", "--a text that begins so"], "--a text that begins so"),
+        (["DIR", "--", "--rma"], "--rma"),
+    ):
+        assert build_parser().parse_args(["generate", *words]).prompt == prompt
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, tinymix_4bit: Path) -> None:
