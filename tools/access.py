@@ -7,9 +7,11 @@ from pathlib import Path
 
 from moetier.runtime.address import Credentials
 
+from .options import group_of
+
 
 def add_credentials(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("daemons of other hosts")
+    group = group_of(parser, "daemons of other hosts")
     group.add_argument("--token-file", type=Path, metavar="FILE", help="the token of the daemon, in one line")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="who has signed its certificate, PEM (the system's)")
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="a certificate to show, PEM")

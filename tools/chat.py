@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a line on standard error behind each answer: its tokens, speed and hits (default: on a terminal)",
     )
     parser.add_argument("--json", action="store_true", help="print each answer, and /stats, as one line of JSON")
-    add_decoding_arguments(parser, new_tokens=NEW_TOKENS, temperature=None)
+    add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
     add_resource_arguments(parser, context="a conversation is at most so long, and memory is kept for it")

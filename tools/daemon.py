@@ -9,6 +9,8 @@ from pathlib import Path
 
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
+from .resources import size
+
 HELP = "hold the experts of models in memory, for all processes of this machine"
 
 CLIENTS = 64
@@ -18,7 +20,9 @@ SECONDS = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="model directories")
-    parser.add_argument("--ram", metavar="SIZE", help='for all of them: "8GiB", "50%%"; default: 80%% of what is free')
+    parser.add_argument(
+        "--ram", type=size, metavar="SIZE", help='for all of them: "8GiB", "50%%"; default: 80%% of what is free'
+    )
     parser.add_argument(
         "--policy",
         default=DEFAULT_ORDER,

@@ -7,6 +7,8 @@ from typing import Any
 
 from moetier.tiers.errors import ConfigError
 
+from .options import group_of
+
 ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams is one sequence, token by token
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -18,26 +20,27 @@ ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams i
 PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is computed has a part in its last bits
 
 
-def add_decoding_arguments(
-    parser: argparse.ArgumentParser, *, new_tokens: int, temperature: float | None = 0.0
-) -> None:
-    """Without a ``temperature``, who gives none samples as generation_config.json says."""
-    parser.add_argument(
+def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
+    """Who gives no temperature samples as the model's generation_config.json says."""
+    group = group_of(parser, "generation")
+    group.add_argument(
         "--max-new-tokens",
         type=int,
         default=new_tokens,
         metavar="N",
         help="of an answer, at most (default: %(default)s)",
     )
-    said = "as generation_config.json says" if temperature is None else f"{temperature:g}"
-    parser.add_argument(
-        "--temperature", type=float, default=temperature, metavar="T", help=f"0 decodes greedily (default: {said})"
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 decodes greedily (default: as the model's generation_config.json says, else greedily)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group_of(parser, "generation").add_argument(
         "--prefill-chunk",
         type=int,
         default=PREFILL_CHUNK,

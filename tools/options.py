@@ -22,6 +22,12 @@ def walk(parser: argparse.ArgumentParser, *path: str) -> Iterator[tuple[tuple[st
         yield from walk(command, *path, name)
 
 
+def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of that title in a parser's --help, made where it is missing: several functions add to one."""
+    found = (group for group in parser._action_groups if group.title == title)
+    return next(found, None) or parser.add_argument_group(title)
+
+
 def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """The options of a command that may be set beforehand, by key ("prefill-chunk").
 

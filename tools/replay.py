@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import Size, format_bytes
 from moetier.tiers.order import DEFAULT_ORDER
 
+from .resources import size
+
 if TYPE_CHECKING:
     from moetier.runtime.trace import Trace
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(with learned and belady: {DEFAULT_ORDER})",
     )
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--record", metavar="SIZE", help="an expert's, as inspect says it")
+    speed.add_argument("--record", type=size, metavar="SIZE", help="an expert's, as inspect says it")
     speed.add_argument("--disk", type=_rate, metavar="GB/S", help="at which misses are read")
     speed.add_argument("--link", type=_rate, metavar="GB/S", help="at which the device's misses are copied")
     speed.add_argument("--compute", type=_milliseconds, default=0.0, metavar="MS", help="of a token, all resident (0)")

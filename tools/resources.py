@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE, TierConfig
+from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE, Size, TierConfig
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
+from .options import group_of
 
 LEAVES_ROOM = (
     "budgets leave room for so long a context; a longer one takes more. Of no effect with a daemon of this machine "
@@ -16,43 +17,61 @@ LEAVES_ROOM = (
 )
 
 
+def size(text: str) -> str:
+    """An amount of memory as it is written, checked when it is read, beforehand too. Raises ConfigError."""
+    Size.parse(text)
+    return text
+
+
+def device(text: str) -> str:
+    """Likewise, the name of a device."""
+    TierConfig.of(device=text)
+    return text
+
+
 def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVES_ROOM) -> None:
     """``context`` says what --context does."""
-    parser.add_argument(
+    memory, daemon = group_of(parser, "memory and device"), group_of(parser, "daemon")
+    memory.add_argument(
         "--ram",
+        type=size,
         metavar="SIZE",
         help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%. With a daemon of '
         "this machine it has no effect, nor have --policy and --learn: they are the daemon's to be given",
     )
-    parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
-    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')
-    parser.add_argument(
+    memory.add_argument(
+        "--device-memory", type=size, metavar="SIZE", help="device budget for experts, where there is a GPU"
+    )
+    memory.add_argument(
+        "--device", type=device, default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)'
+    )
+    daemon.add_argument(
         "--daemon",
         default=AUTO,
         metavar="WHOSE",
         help="whose experts: auto, a running daemon's that serves this very store, else this process's own; none, its "
         "own; NAME, FOLDER or HOST:PORT, that daemon's; A,B,C, each has a share (default: %(default)s)",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--policy",
         default=DEFAULT_ORDER,
         choices=list(ORDERS),
         help="who is evicted from the host tier: lru, least recently used; scan, the same, but a long prompt leaves "
         "what is cached in place (default: %(default)s)",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--learn",
         action=argparse.BooleanOptionalAction,
         help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--context",
         type=int,
         default=DEFAULT_CONTEXT,
         metavar="TOKENS",
         help=f"{context} (default: %(default)s)",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--exact",
         action=argparse.BooleanOptionalAction,
         help="compute bit for bit as the ordinary model does with the same decoded weights, which is slower",
@@ -63,17 +82,18 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     """Of commands that decode and do nothing else."""
-    parser.add_argument(
+    group = group_of(parser, "speculation")
+    group.add_argument(
         "--speculate",
         choices=SPECULATE,
         default="auto",
         help="promote experts beforehand that the next layers' gates guess: auto, while it is measured to pay "
         "(default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--look-ahead", type=int, default=LOOK_AHEAD, metavar="N", help="layers to guess (default: %(default)s)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--prefetch",
         type=int,
         metavar="N",

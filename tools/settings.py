@@ -221,6 +221,8 @@ def _typed(action: argparse.Action, raw: object, key: str, where: str, base: Pat
     kind: Any = action.type or str
     try:
         value = base / Path(text).expanduser() if kind is Path else kind(text)
+    except MoetierError as error:
+        raise ConfigError(f"{where}: {error.cause}", error.fix) from error
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"{where}: {error}.", f"Set {key} {_wanted(action)}.") from error
     except (ValueError, TypeError) as error:

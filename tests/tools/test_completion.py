@@ -40,6 +40,8 @@ def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
     assert completed(tmp_path, "bench", "de") == {"decode"}
     assert completed(tmp_path, "bench", "decode", "--lim") == {"--limit"}
     assert completed(tmp_path, "completion", "") == {"bash", "zsh"}
+    assert completed(tmp_path, "config", "show", "con") == {"convert"}  # what has something to set
+    assert completed(tmp_path, "config", "show", "ge") == {"generate"}
 
 
 def test_bash_completes_paths(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from moetier.tools.doctor_machine import configuration
+from moetier.tools.finding import State, look
 from moetier.tools.main import main
 
 
@@ -56,3 +58,20 @@ def test_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
 def test_a_command_without_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", name]) == 1
     assert "convert, generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [("ram = '6GB!'", "ram"), ("device-memory = '0%'", "device-memory"), ("device = 'gpu'", "device")],
+)
+def test_a_value_that_can_not_be_names_its_place(
+    line: str, key: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what only a run would look at; doctor says it too."""
+    config.write_text(f"[general]\n{line}\n")
+    assert main(["config", "show"]) == 1
+    cause, fix = capsys.readouterr().err.splitlines()
+    assert f"{config}, [general] {key}: " in cause
+    assert "Give " in fix
+    (found,) = look("config", configuration)
+    assert (found.state, f"[general] {key}: " in found.found) == (State.FAIL, True)

@@ -173,9 +173,27 @@ def test_whatever_a_directory_prefers_one_sequence_streams(
     folder = tmp_path / "copy"
     copytree(tinymix_4bit, folder)
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | preferred))
-    answer = generate(capsys, str(folder), PROMPT, "--max-new-tokens", "6")
-    expected = generate(capsys, str(tinymix_4bit), PROMPT, "--max-new-tokens", "6")
+    options = ("--max-new-tokens", "6", "--temperature", "0")
+    answer = generate(capsys, str(folder), PROMPT, *options)
+    expected = generate(capsys, str(tinymix_4bit), PROMPT, *options)
     assert (answer["text"], answer["new_tokens"]) == (expected["text"], 6)
+
+
+def test_a_directory_says_how_it_samples(
+    tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in chat and serve: generation_config.json, unless --temperature is given."""
+    folder = tmp_path / "copy"
+    copytree(tinymix_4bit, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": True, "temperature": 1.5, "top_k": 50}))
+
+    def said(*more: str) -> str:
+        text: str = generate(capsys, str(folder), PROMPT, "--max-new-tokens", "16", *more)["text"]
+        return text
+
+    assert said("--seed", "1") == said("--seed", "1") != said("--seed", "2")
+    assert said("--seed", "1", "--temperature", "0") == said("--seed", "2", "--temperature", "0")
 
 
 def test_the_prompt_may_come_from_standard_input(scripts: Prepared, tinymix_4bit: Path) -> None:

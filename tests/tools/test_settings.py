@@ -82,7 +82,7 @@ def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
         ("[general]\nspeculate = false", "[general] speculate is false", "to one of auto, off, always"),
         ("[general]\nlearn = 'perhaps'", "[general] learn is 'perhaps'", "true or false"),
         ("[general]\nram = 2020-01-01", "[general] ram is ", "as --ram takes it"),
-        ("[general]\nram = '6GX'", "'6GX' is not an amount of memory", "ram is set by"),
+        ("[general]\nram = '6GX'", "[general] ram: '6GX' is not an amount of memory", "Give a size"),
         ("[general]\ncontext = 0", "A context of 0 tokens", "context is set by"),
     ],
 )
@@ -104,7 +104,8 @@ def test_mistakes_name_the_file_the_key_and_the_fix(
         ("MOETIER_RAMM", "1", "MOETIER_RAMM", "The nearest is MOETIER_RAM;"),
         ("MOETIER_CONVERT_BIT", "4", "MOETIER_CONVERT_BIT", "MOETIER_CONVERT_BITS"),
         ("MOETIER_CONTEXT", "x", "MOETIER_CONTEXT is 'x'", "whole number"),
-        ("MOETIER_RAM", "6GX", "'6GX'", "ram is set by MOETIER_RAM"),
+        ("MOETIER_RAM", "6GX", "MOETIER_RAM: '6GX' is not an amount of memory", '"6GiB"'),
+        ("MOETIER_DEVICE", "gpu", "MOETIER_DEVICE: 'gpu' is not a device", '"cuda"'),
         ("MOETIER_CONFIG", "/nonexistent/c.toml", "/nonexistent/c.toml is missing", "unset MOETIER_CONFIG"),
         ("MOETIER_CONFIG", "/", "/ can't be read", "MOETIER_CONFIG"),
         ("MOETIER_LOG", "loud", "MOETIER_LOG is 'loud'", "debug, info"),
