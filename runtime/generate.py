@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
-from moetier.tiers.folder import command, read_manifest, store_folder
+from moetier.tiers.folder import check_directory, command, read_manifest, store_folder
 from moetier.tiers.order import DEFAULT_ORDER
 from moetier.tiers.trunk import check_trunk
 
@@ -94,6 +94,7 @@ def load(
         context=context,
         exact=exact,
     )
+    check_directory(folder)
     manifest = read_manifest(store_folder(folder))
     model_class = _model_class(read_config(folder))
     check_trunk(folder, manifest)

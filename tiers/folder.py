@@ -40,6 +40,14 @@ def store_folder(folder: Path) -> Path:
     )
 
 
+def check_directory(folder: Path) -> None:
+    """Raises StoreFormatError for the store in a model directory, where the directory is meant."""
+    if folder.name == GROUP and folder.is_dir():
+        raise StoreFormatError(
+            f"{folder} holds the experts of a model directory, and not the model.", f"Give its folder: {folder.parent}"
+        )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an ``experts.zarr``. Raises IncompleteStoreError when its conversion was cut."""
     path = folder / METADATA

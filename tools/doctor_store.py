@@ -15,6 +15,8 @@ from moetier.runtime.config import format_bytes
 from .finding import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
+    from moetier.runtime.memory import Available
+
     from .disk_rate import RandomReads
 
 SLOW = 0.3e9  # bytes a second: of a disk that turns, or a network
@@ -27,33 +29,50 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
     """What can be allocated, by the machine and its control groups (``root`` as of ``available_memory``); and whether
     that is enough for a model."""
     from moetier.runtime.memory import available_memory, machine_memory
-    from moetier.tiers.budget import largest_budget, smallest_budget
-    from moetier.tiers.errors import StoreError
-    from moetier.tiers.folder import read_manifest, store_folder
+    from moetier.tiers.errors import MoetierError
 
     left = available_memory(root)
     found = f"{format_bytes(left.bytes)} that {left.limiter} leaves, of {format_bytes(machine_memory())}"
-    least, needs = LEAST_MEMORY, ""
     if directory is not None:
         try:
-            manifest = read_manifest(store_folder(directory))
-        except StoreError:  # is said of the store
+            yield _memory_for(directory, left, found)
+            return
+        except (MoetierError, OSError):  # is said of the store
             pass
-        else:
-            trunk = sum(entry.bytes for entry in manifest.trunk.values())
-            smallest, largest = smallest_budget(manifest), largest_budget(manifest)
-            least = trunk + smallest
-            needs = (
-                f"; the trunk takes {format_bytes(trunk)}, experts {format_bytes(smallest)} to {format_bytes(largest)}"
-            )
-    if left.bytes >= least:
-        yield ok("memory", found + needs)
-    elif needs:
-        yield fail("memory", found + needs, "Free some, raise the control group's limit, or convert to fewer bits.")
+    if left.bytes >= LEAST_MEMORY:
+        yield ok("memory", found)
     else:
         yield warn(
             "memory", found, "Free some, or raise the control group's limit: Python and torch alone take .4 GiB."
         )
+
+
+def _memory_for(directory: Path, left: Available, found: str) -> Finding:
+    """By the budgets that a model is loaded with, as of ``moetier plan``. Raises MoetierError."""
+    import torch
+
+    from moetier.runtime.choice import kernels_for
+    from moetier.runtime.config import TierConfig
+    from moetier.runtime.generate import place_of
+    from moetier.tiers.budget import largest_budget, smallest_budget
+
+    from .fit import Room, fit_of
+    from .prospect import open_prospect
+
+    device = torch.device(place_of("auto"))
+    prospect = open_prospect(directory)
+    config = TierConfig.of(context=prospect.context)
+    (choice,) = prospect.choices
+    fit = fit_of(prospect, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
+    if fit.problem is not None:
+        return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert it to fewer bits.")
+    smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), largest_budget(choice.manifest)))
+    return ok(
+        "memory",
+        f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {config.context} tokens and "
+        f"computing {format_bytes(fit.needs.reserve)}, experts {smallest} to {largest}: by default "
+        f"{format_bytes(fit.arena_bytes)}, {fit.slot_count} of {choice.manifest.record_count}",
+    )
 
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:

@@ -46,7 +46,8 @@ class Speeds:
             memory = probes.memory_rate(size)
             one, many = probes.kernel_rates(_layouts(choices), size)
             rates = Rates(rate, memory, one, many, probes.plain_rate(memory, size), probes.operation_seconds())
-        widths = {choice.bits for choice in choices if prospect.outline is not None and choice.bits != 16}
+        made = choices if prospect.outline is not None else ()
+        widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
         quantising = probes.quantising_rates(sorted(widths))
         return cls(rate, by, rates, quantising, len(os.sched_getaffinity(0)))
 
@@ -170,12 +171,16 @@ def _conversion(prospect: Prospect, choice: Choice, speeds: Speeds) -> float | N
     if prospect.outline is None:
         return None
     moved = (prospect.source_bytes + choice.disk_bytes) / speeds.disk.all
-    if choice.bits == 16:
-        return moved
-    weights = sum(
+    experts = sum(
         block.experts * choice.manifest.layout(number).weights for number, block in enumerate(choice.manifest.blocks)
     )
-    return max(moved, weights / (speeds.quantising[choice.bits] * speeds.workers))
+    trunk = sum(layout.weights for layout in choice.matrices)
+    quantised = sum(
+        weights / (speeds.quantising[bits] * speeds.workers)
+        for weights, bits in ((experts, choice.bits), (trunk, choice.trunk_bits))
+        if bits != 16
+    )
+    return max(moved, quantised)
 
 
 def _recommended(

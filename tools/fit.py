@@ -90,16 +90,19 @@ def fit_of(prospect: Prospect, choice: Choice, config: TierConfig, room: Room, k
     )
     kv = kv_cache_bytes(model.config, config.context, dtype=model.dtype)
     slots: Mapping[str, int] = {}
-    device_slots, arena, problem = None, 0, _disk_problem(prospect, choice, room)
+    device_slots, arena, problem, there = None, 0, _disk_problem(prospect, choice, room), room.host
     try:
         slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
         if room.on_device is not None:
-            left = Available(max(room.on_device.bytes - choice.trunk_bytes, 0), room.on_device.limiter)
+            there = room.on_device
+            left = Available(max(there.bytes - choice.trunk_bytes, 0), there.limiter)
             device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
         arena = ArenaPlan.of(manifest, slots).nbytes
     except BudgetError as error:
-        problem, slots = problem or _memory_problem(error, choice, needs, config, room), {}
-    return Fit(choice, needs, kv, {} if problem else slots, device_slots, arena, problem)
+        problem, slots = problem or _memory_problem(error, choice, needs, config, there, room), {}
+    if problem:
+        slots, device_slots = {}, None
+    return Fit(choice, needs, kv, slots, device_slots, arena, problem)
 
 
 def _disk_problem(prospect: Prospect, choice: Choice, room: Room) -> MoetierError | None:
@@ -117,19 +120,34 @@ def _disk_problem(prospect: Prospect, choice: Choice, room: Room) -> MoetierErro
     )
 
 
-def _memory_problem(error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, room: Room) -> BudgetError:
-    """In whole: budgets know only what the trunk leaves."""
+def _memory_problem(
+    error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: Room
+) -> BudgetError:
+    """In whole: budgets know only what the trunk leaves. ``there`` is where it is too little: with a GPU the trunk and
+    the context are on it, and the host has experts alone."""
     if (config.ram or config.device_memory) and "Give --" in error.fix:
         return error
     least = smallest_budget(choice.manifest)
-    needed = int((needs.reserve + least + MARGIN_BYTES) / (1 - MARGIN_SHARE)) + choice.trunk_bytes
-    there = room.on_device or room.host
+    experts = f"a token's experts of a block ({format_bytes(least)})"
+    if room.on_device is not None and there is room.host:
+        needed = needed_bytes(least)
+        what = f"{experts} need {format_bytes(needed)} beside the GPU's memory"
+    else:
+        needed = needed_bytes(needs.reserve + least) + choice.trunk_bytes
+        what = (
+            f"trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
+            f"({format_bytes(needs.reserve)}) and {experts} need {format_bytes(needed)}"
+        )
+    on_gpu = there is room.on_device
     return BudgetError(
-        f"With {choice.options}, trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
-        f"({format_bytes(needs.reserve)}) and a token's experts of a block ({format_bytes(least)}) need "
-        f"{format_bytes(needed)}; {there.limiter} leaves {format_bytes(there.bytes)}.",
-        "Free some memory, or raise the limit.",
+        f"With {choice.options}, {what}; {there.limiter} leaves {format_bytes(there.bytes)}.",
+        "Free some of its memory, or give --device cpu." if on_gpu else "Free some memory, or raise the limit.",
     )
+
+
+def needed_bytes(used: int) -> int:
+    """That have to be there, where so many are to be ``used``: with the margin of ``budget_for``."""
+    return int((used + MARGIN_BYTES) / (1 - MARGIN_SHARE))
 
 
 def by_preference(fits: Iterable[Fit]) -> list[Fit]:

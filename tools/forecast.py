@@ -24,9 +24,8 @@ LAYER_OPERATIONS = 800.0  # with attention and router
 EXPERT_OPERATIONS = 100.0  # that a layer calls
 MISS_OPERATIONS = 200.0  # of a record that is read: threads wait for each other
 PASSING_OPERATIONS = 1000.0  # likewise, where a block has fewer slots than a prompt wants: little is read ahead
-PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # of a prompt's chunk: rows are sorted and gathered
+PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # of a prompt: rows are sorted and gathered
 PROMPT_TOKENS = 512  # of a prompt whose rate is forecast
-CHUNK_TOKENS = 1024  # computed together
 MEMORY_BOUND = 0.6  # of the time without the disk: reading memory
 
 
@@ -155,23 +154,18 @@ def token_cost(
     ), missing
 
 
-def prompt_cost(
-    manifest: Manifest, bits: Bits, caching: Caching, trunk: Trunk, rates: Rates, tokens: int = PROMPT_TOKENS
-) -> Cost:
-    """Of the first prompt of a process: nothing is in memory. Its tokens are taken to choose experts evenly."""
-    disk = kernels = overhead = memory = 0.0
-    for start in range(0, tokens, CHUNK_TOKENS):
-        rows = min(CHUNK_TOKENS, tokens - start)
-        kernels += trunk.seconds(rates, rows)
-        memory += (trunk.records + trunk.plain) / rates.memory
-        overhead += (STEP_OPERATIONS + PROMPT_LAYER_OPERATIONS * trunk.layers) * rates.operation
-        for number, block in enumerate(manifest.blocks):
-            layout = manifest.layout(number)
-            wanted = block.experts * (1 - (1 - block.top_k / block.experts) ** rows)
-            absent = wanted if start == 0 else max(0.0, wanted - caching.slots[number])
-            disk += absent * layout.slot_bytes / rates.disk.all
-            kernels += rates.seconds(wanted * layout.payload_bytes, bits, rows * block.top_k / wanted)
-            miss = PASSING_OPERATIONS if wanted > caching.slots[number] else MISS_OPERATIONS
-            overhead += (PROMPT_EXPERT_OPERATIONS * wanted + miss * absent) * rates.operation
-            memory += wanted * layout.payload_bytes / rates.memory
+def prompt_cost(manifest: Manifest, bits: Bits, caching: Caching, trunk: Trunk, rates: Rates) -> Cost:
+    """Of the first prompt of a process, of PROMPT_TOKENS: nothing is in memory, and all of them are computed together.
+    They are taken to choose experts evenly."""
+    disk, kernels = 0.0, trunk.seconds(rates, PROMPT_TOKENS)
+    memory = (trunk.records + trunk.plain) / rates.memory
+    overhead = (STEP_OPERATIONS + PROMPT_LAYER_OPERATIONS * trunk.layers) * rates.operation
+    for number, block in enumerate(manifest.blocks):
+        layout = manifest.layout(number)
+        wanted = block.experts * (1 - (1 - block.top_k / block.experts) ** PROMPT_TOKENS)
+        disk += wanted * layout.slot_bytes / rates.disk.all
+        kernels += rates.seconds(wanted * layout.payload_bytes, bits, PROMPT_TOKENS * block.top_k / wanted)
+        miss = PASSING_OPERATIONS if wanted > caching.slots[number] else MISS_OPERATIONS
+        overhead += (PROMPT_EXPERT_OPERATIONS + miss) * wanted * rates.operation
+        memory += wanted * layout.payload_bytes / rates.memory
     return Cost(disk, kernels, overhead, memory, overlaps=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
+
+from .resources import device, size
 
 if TYPE_CHECKING:
     from .fit import Fit
@@ -24,11 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bits", type=_numbers, metavar="N,...", help="of an expert's weight (default: 16,8,4,3,2)")
     parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="of the trunk's matrices (16,8,4)")
-    parser.add_argument("--ram", metavar="SIZE", help="host budget for experts, as of generate (default: its own)")
-    parser.add_argument("--device-memory", metavar="SIZE", help="device budget for experts, where there is a GPU")
-    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)')
     parser.add_argument(
-        "--context", type=int, default=DEFAULT_CONTEXT, metavar="TOKENS", help="how long (default: %(default)s)"
+        "--ram", type=size, metavar="SIZE", help="host budget for experts, as of generate (default: its own)"
+    )
+    parser.add_argument(
+        "--device-memory", type=size, metavar="SIZE", help="device budget for experts, where there is a GPU"
+    )
+    parser.add_argument(
+        "--device", type=device, default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)'
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help=f"how long (default: {DEFAULT_CONTEXT}, or the model's max_position_embeddings where that is less)",
     )
     parser.add_argument(
         "--into", type=Path, default=Path(), metavar="FOLDER", help="on whose disk the model is to be (default: here)"
@@ -71,12 +83,12 @@ def plan(
     ram: str | int | None = None,
     device_memory: str | int | None = None,
     device: str = "auto",
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     into: Path = Path(),
     disk: float | None = None,
 ) -> dict[str, Any]:
-    """What ``--json`` prints (docs/plan.md). ``bits`` and ``trunk_bits`` None: all. ``disk`` in GB/s, in place of a
-    probe. Raises MoetierError."""
+    """What ``--json`` prints (docs/plan.md). ``bits`` and ``trunk_bits`` None: all; ``context`` None: what
+    ``Prospect.context`` says. ``disk`` in GB/s, in place of a probe. Raises MoetierError."""
     from moetier.runtime.config import TierConfig
     from moetier.tiers.errors import ConfigError, TargetError
     from moetier.tiers.keys import BITS, TRUNK_BITS
@@ -88,7 +100,12 @@ def plan(
         raise ConfigError(f"--disk is {disk}.", "Give GB a second, more than 0.")
     if not into.is_dir():
         raise TargetError(f"{into} is no folder.", "Make it, or name another with --into.")
-    config = TierConfig.of(ram=ram, device_memory=device_memory, device=device, context=context)
+    config = TierConfig.of(
+        ram=ram,
+        device_memory=device_memory,
+        device=device,
+        context=DEFAULT_CONTEXT if context is None else context,
+    )
 
     from .startup import uncollected
 
@@ -113,6 +130,8 @@ def plan(
     room = Room.here(place, into, available_memory(), resident_bytes())
     prospect = open_prospect(source)
     chosen = prospect.chosen(bits, trunk_bits)
+    if context is None:
+        config = replace(config, context=prospect.context)
 
     def evaluate(tried: TierConfig) -> list[Fit]:
         return [fit_of(prospect, choice, tried, room, kernels) for choice in prospect.choices]
@@ -123,4 +142,4 @@ def plan(
         raise impossible(asked, evaluate, config)
     speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
-    return estimate(prospect, asked, working[0], room, speeds, context=context, options=options)
+    return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options)

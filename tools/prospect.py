@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.linear import matrix_layout
 from moetier.runtime.model_config import read_config
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.folder import check_directory, read_manifest, store_folder
 from moetier.tiers.keys import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.trunk import check_trunk, trunk_records
@@ -60,6 +61,12 @@ class Prospect:
             return self.outline.nbytes
         return max(choice.disk_bytes for choice in self.choices)
 
+    @property
+    def context(self) -> int:
+        """Tokens that a plan is for where nobody says: no more than the model was made for."""
+        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
+
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
         """Those of the given widths. Raises ConfigError where there are none."""
         found = [
@@ -80,6 +87,7 @@ class Prospect:
 def open_prospect(source: str | Path) -> Prospect:
     """Of a checkpoint's folder, in which its weights need not be; of a hub id; of a model directory. Raises
     CheckpointError or StoreError."""
+    check_directory(Path(source))
     if is_ours(Path(source)):
         return _converted(Path(source))
     outline = open_outline(source)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit_json, edit_tensors, ordinary_model, save_checkpoint, stored_experts, trunk_tensors
+from checkpoints import edit_json, ordinary_model, save_checkpoint, stored_experts, trunk_tensors
+from quantised_checkpoints import BLOCK, FP8, quantise_fp8, quantise_mxfp4, quantised, to_fp8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,20 +19,6 @@ from moetier.tools.convert import convert
 from moetier.tools.dequantize import E2M1, Scaled, source_tensors
 from moetier.tools.shards import read_header
 
-BLOCK = 8
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-
-
-def to_fp8(weight: Tensor, rows: int = BLOCK, columns: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """[N, K] -> FP8 [N, K] and a scale for each block, edge blocks included."""
-    n, k = weight.shape
-    padded = torch.zeros(-(-n // rows) * rows, -(-k // columns) * columns)
-    padded[:n, :k] = weight.float()
-    tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-    scale = (tiles.abs().amax((1, 3)) / 448).clamp_min(1e-12)
-    codes = (tiles / scale[:, None, :, None]).view_as(padded)[:n, :k]
-    return codes.to(torch.float8_e4m3fn).contiguous(), scale
-
 
 def from_fp8(weight: Tensor, scale: Tensor, rows: int = BLOCK, columns: int = BLOCK) -> Tensor:
     """One by one: fp32, then bf16."""
@@ -40,19 +27,6 @@ def from_fp8(weight: Tensor, scale: Tensor, rows: int = BLOCK, columns: int = BL
         for j in range(weight.shape[1]):
             made[i, j] = weight[i, j].float() * scale[i // rows, j // columns].float()
     return made.bfloat16()
-
-
-def quantised(name: str) -> bool:
-    return name.endswith("_proj.weight") and "norm" not in name and "lm_head" not in name
-
-
-def quantise_fp8(folder: Path, scale_name: str = "{}_scale_inv") -> None:
-    def edit(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if quantised(name)]:
-            tensors[name], tensors[scale_name.format(name)] = to_fp8(tensors[name])
-
-    edit_tensors(folder, edit)
-    edit_json(folder / "config.json", quantization_config=FP8)
 
 
 @pytest.fixture
@@ -167,23 +141,7 @@ def test_fp8_without_a_scale_is_refused(tmp_path: Path) -> None:
 
 def test_an_mxfp4_checkpoint_is_what_transformers_loads(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "src", "gpt_oss", shards=1)
-    random = torch.Generator().manual_seed(0)
-
-    def edit(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-            experts, inputs, outputs = tensors.pop(name).shape
-            groups = -(-inputs // 32)
-            assert inputs % 32 == 0
-            tensors[f"{name}_blocks"] = torch.randint(
-                0, 256, (experts, outputs, groups, 16), dtype=torch.uint8, generator=random
-            )
-            tensors[f"{name}_scales"] = torch.randint(
-                118, 124, (experts, outputs, groups), dtype=torch.uint8, generator=random
-            )
-
-    edit_tensors(source, edit)
-    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    edit_json(source / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+    quantise_mxfp4(source)
     convert(source, tmp_path / "dst", bits=16)
     same_experts(tmp_path / "dst", source)
     assert trunk_tensors(tmp_path / "dst").keys() == {

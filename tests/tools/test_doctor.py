@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -93,16 +94,25 @@ def test_a_byte_that_was_flipped_is_found_by_checksums(store: Path) -> None:
     assert (found.state, "checksum" in found.found) == (State.FAIL, True)
 
 
-def test_a_control_group_that_is_too_small(store: Path, tmp_path: Path) -> None:
-    """Of version 2, as the kernel shows it."""
+def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path) -> None:
+    """Of version 2, as the kernel shows it. The trunk and the fewest experts would fit twice: keys and values, what is
+    computed in, and margins do not."""
     group = tmp_path / "root/sys/fs/cgroup/job"
     group.mkdir(parents=True)
     (tmp_path / "root/proc/self").mkdir(parents=True)
     (tmp_path / "root/proc/self/cgroup").write_text("0::/job\n")
-    for name, text in (("memory.max", "1024"), ("memory.current", "0"), ("memory.stat", "anon 0")):
+    for name, text in (("memory.max", "15000000"), ("memory.current", "0"), ("memory.stat", "anon 0")):
         (group / name).write_text(text)
-    (found,) = doctor_store.memory(store, tmp_path / "root")
+    (found,) = doctor_store.memory(tinymix_4bit, tmp_path / "root")
     assert (found.state, "the control group /job" in found.found) == (State.FAIL, True)
+    assert re.search(r"a context of 2048 tokens \(.*\) and a token's experts of a block \(440 KiB\) need", found.found)
+    (group / "memory.max").write_text("80000000")
+    (found,) = doctor_store.memory(tinymix_4bit, tmp_path / "root")
+    assert (found.state, "experts 440 KiB to 13.75 MiB: by default 13.75 MiB, 64 of 64" in found.found) == (
+        State.OK,
+        True,
+    )
+    (group / "memory.max").write_text("1024")
     (found,) = doctor_store.memory(None, tmp_path / "root")
     assert found.state is State.WARN
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from users import as_nobody
 
+from moetier.tools.doctor import findings
 from moetier.tools.failure import EXIT_ERROR, EXIT_FAULT, failure_of
+from moetier.tools.finding import State
 from moetier.tools.main import main
 
 
@@ -77,8 +79,11 @@ def test_no_command_shows_a_traceback_for_a_wrong_path(
     (tmp_path / "loop").symlink_to("loop")
     path, out = str(tmp_path / place), str(tmp_path / "out")
     for words in (
+        ["plan", path, "--disk", "1"],
         ["convert", path, out],
         ["generate", path, "hello"],
+        ["chat", path],
+        ["serve", path, "--port", "0"],
         ["verify", path],
         ["inspect", path],
         ["quality", path, "--text", path],
@@ -98,6 +103,15 @@ def test_no_command_shows_a_traceback_for_a_wrong_path(
         assert (code, len(said)) == (1, 2), (words, said)
         assert said[0].startswith("moetier: ")
         assert said[1].startswith("  ")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:10])
+def test_doctor_says_what_is_wrong_with_a_path(place: str, tmp_path: Path) -> None:
+    """In its line of the store, and looks no further; the machine is looked at all the same."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (found,) = [each for each in findings(tmp_path / place) if each.state is State.FAIL]
+    assert (found.name, str(tmp_path) in found.found, bool(found.advice)) == ("store", True, True)
 
 
 def test_no_permission_is_said(tmp_path: Path, tinymix_4bit: Path, capfd: pytest.CaptureFixture[str]) -> None:

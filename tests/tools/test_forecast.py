@@ -53,11 +53,12 @@ def test_a_long_context_takes_longer() -> None:
 
 def test_a_first_prompt_reads_every_expert_once() -> None:
     whole = Caching.of(MANIFEST, ALL)
-    cost = prompt_cost(MANIFEST, 4, whole, TRUNK, RATES, tokens=512)
-    assert cost.disk == pytest.approx(MANIFEST.stored_bytes / 2e9)
-    assert prompt_cost(MANIFEST, 4, whole, TRUNK, RATES, tokens=1024 + 512).disk == pytest.approx(cost.disk)
     few = Caching.of(MANIFEST, {"big": 3, "small": 2})
-    assert prompt_cost(MANIFEST, 4, few, TRUNK, RATES, tokens=1024 + 512).disk > 1.5 * cost.disk
+    for caching in (whole, few):
+        cost = prompt_cost(MANIFEST, 4, caching, TRUNK, RATES)
+        assert cost.disk == pytest.approx(MANIFEST.stored_bytes / 2e9)
+    busy = replace(RATES, operation=1e-6)  # what passes through few slots costs more around each read
+    assert prompt_cost(MANIFEST, 4, few, TRUNK, busy).overhead > prompt_cost(MANIFEST, 4, whole, TRUNK, busy).overhead
 
 
 def test_reads_and_products_of_a_prompt_overlap_and_those_of_a_token_do_not() -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from checkpoints import save_checkpoint
 from hubs import serve_hub
+from quantised_checkpoints import quantise_fp8, quantise_mxfp4
+from safetensors import safe_open
 
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tools.checkpoint import INDEX
+from moetier.tools.checkpoint import INDEX, WEIGHTS
 from moetier.tools.outline import open_outline
 from moetier.tools.prospect import open_prospect
 
@@ -42,6 +44,25 @@ def test_the_index_says_as_much_as_the_headers(model_type: str, tmp_path: Path) 
         assert choice.manifest.blocks == same.manifest.blocks
         assert choice.matrices == same.matrices
         assert same.trunk_bytes == pytest.approx(choice.trunk_bytes, abs=4096)  # headers name tensors' shapes
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def test_of_a_quantised_checkpoint_too(form: str, tmp_path: Path) -> None:
+    """Its experts are as large as those that it is made of, and so are the plans for them."""
+    model_type, quantise = {"fp8": ("deepseek_v3", quantise_fp8), "mxfp4": ("gpt_oss", quantise_mxfp4)}[form]
+    source = save_checkpoint(tmp_path / "source", model_type, shards=1)
+    plain = open_prospect(source)
+    quantise(source)
+    with safe_open(source / WEIGHTS, "pt") as file:
+        (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(file.keys(), WEIGHTS)}))
+    whole, named = open_prospect(source), open_prospect(small_files(source, tmp_path / "small"))
+    assert whole.source_bytes < plain.source_bytes
+    for expected, choice, same in zip(plain.choices, whole.choices, named.choices, strict=True):
+        assert expected.manifest.layouts == choice.manifest.layouts == same.manifest.layouts
+        assert expected.manifest.blocks == choice.manifest.blocks == same.manifest.blocks
+        assert expected.matrices == choice.matrices == same.matrices
+        assert choice.trunk_bytes == pytest.approx(expected.trunk_bytes, abs=4096)
+        assert same.trunk_bytes == pytest.approx(choice.trunk_bytes, abs=4096)
 
 
 def test_shards_of_which_some_are_missing(tmp_path: Path) -> None:

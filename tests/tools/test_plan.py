@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -19,10 +20,12 @@ import moetier
 from moetier.runtime.choice import kernels_for
 from moetier.runtime.config import TierConfig
 from moetier.runtime.memory import Available
-from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, TargetError
+from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
 from moetier.tools import plan_report, probes
 from moetier.tools.checkpoint import INDEX
+from moetier.tools.estimate import Speeds, estimate
 from moetier.tools.fit import Room, fit_of
+from moetier.tools.forecast import DiskRate
 from moetier.tools.main import main
 from moetier.tools.plan import plan
 from moetier.tools.prospect import open_prospect
@@ -74,7 +77,7 @@ def test_tiers_are_those_that_it_is_loaded_with(tinymix_4bit: Path, ram: str) ->
 
 
 def test_memory_is_a_sum(index_only: Path) -> None:
-    found = plan(index_only, device="cpu", disk=GB_PER_S)
+    found = plan(index_only, device="cpu", context=4096, disk=GB_PER_S)
     assert len(found["choices"]) == 15
     for choice in found["choices"]:
         memory = dict(choice["memory"])
@@ -110,7 +113,7 @@ def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytes
     table = [line for line in lines if line.startswith(("experts", "16 bits", "8 bits", "4 bits", "3 bits", "2 bits"))]
     assert len(table) == 6
     assert max(map(len, table)) <= 100
-    assert lines[-1].startswith("moetier generate tinymix-8bit --context 4096 ")
+    assert lines[-1].startswith("moetier generate tinymix-8bit --context 2048 ")
     assert lines[-2].endswith("tinymix-8bit --bits 8 --trunk-bits 4")
 
 
@@ -151,6 +154,67 @@ def test_a_context_that_is_too_long_names_one_that_is_not(index_only: Path) -> N
         plan(index_only, bits=[4], context=100_000_000, disk=GB_PER_S)
     assert "--context " in caught.value.fix
     assert "works." in caught.value.fix
+
+
+def test_where_nobody_says_a_context_is_no_longer_than_the_model_has(
+    index_only: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = plan(index_only, bits=[4], disk=GB_PER_S)
+    assert found["context"] == json.loads((index_only / "config.json").read_text())["max_position_embeddings"] == 2048
+    assert "--context 2048 " in found["recommended"]["generate"]
+    assert plan(index_only, bits=[4], context=4096, disk=GB_PER_S)["context"] == 4096
+
+
+def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
+    """Where quantising takes longer than the disk does, the time is in proportion to the weights of both."""
+    cpu = torch.device("cpu")
+    prospect = open_prospect(index_only)
+    room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 30, idle_bytes=0, into=Path())
+    rate = DiskRate(1e12, 1e12, 4)
+    speeds = Speeds(rate, "given", None, dict.fromkeys((2, 3, 4, 8), 1000000.0), workers=2)
+    times = {}
+    for trunk_bits in (16, 4):
+        (choice,) = prospect.chosen([4], [trunk_bits])
+        fit = fit_of(prospect, choice, TierConfig.of(), room, kernels_for(cpu))
+        found = estimate(prospect, [fit], fit, room, speeds, context=1, options={})
+        times[trunk_bits] = found["choices"][0]["convert_s"]
+    weights = sum(layout.weights for layout in choice.matrices)
+    assert weights > 1_000_000
+    assert times[4] - times[16] == pytest.approx(weights / 2e6)
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "words", "fix"),
+    [
+        (8 << 30, 20 << 20, r"trunk \(.*, a context of 4096 .* need .*; cuda:0 leaves 20 MiB", "--device cpu"),
+        (10 << 20, 8 << 30, r"With --bits 4, a token's experts .* beside the GPU's memory; this machine", "raise the"),
+        (10 << 20, 10 << 20, "beside the GPU's memory; this machine leaves 10 MiB", "Free some memory"),
+        (8 << 30, 8 << 30, "", ""),
+    ],
+)
+def test_with_a_gpu_it_is_said_whose_memory_is_too_little(
+    index_only: Path, host: int, device: int, words: str, fix: str
+) -> None:
+    """On a GPU of so many free bytes, of which nothing but their number is asked."""
+    prospect = open_prospect(index_only)
+    (choice,) = prospect.chosen([4], [16])
+    there = Available(device, "cuda:0")
+    room = Room(Available(host, "this machine"), torch.device("cuda:0"), there, 60 << 30, 0, Path())
+    fit = fit_of(prospect, choice, TierConfig.of(), room, kernels_for(torch.device("cpu")))
+    if not words:
+        assert fit.problem is None
+        assert sum((fit.device_slots or {}).values()) == choice.manifest.record_count
+        return
+    assert fit.problem is not None
+    assert re.search(words, fit.problem.cause), fit.problem.cause
+    assert fix in fit.problem.fix
+    assert (fit.slot_count, fit.device_slots) == (0, None)
+
+
+def test_the_store_alone_is_no_model_directory(tinymix_4bit: Path) -> None:
+    with pytest.raises(StoreFormatError, match="holds the experts of a model directory") as caught:
+        plan(tinymix_4bit / "experts.zarr", disk=GB_PER_S)
+    assert caught.value.fix == f"Give its folder: {tinymix_4bit}"
 
 
 def test_a_budget_out_of_bounds_says_its_bounds(tinymix_4bit: Path) -> None:
