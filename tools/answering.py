@@ -21,7 +21,10 @@ class Answer:
     text: str
     finish_reason: str  # END, CUT at the most tokens, or INTERRUPTED
     prompt_tokens: int
-    timing: Timing  # of what was computed: its prompt tokens are those that were not kept
+    kept_tokens: int  # of the prompt, from earlier answers
+    timing: (
+        Timing  # its prompt tokens are those that were computed; of a prompt that was cut, those that are kept of it
+    )
     hits: int  # of experts in the uppermost tier, and
     misses: int
 
@@ -33,7 +36,8 @@ class Answer:
             "finish_reason": self.finish_reason,
             **self.timing.to_json(),
             "prompt_tokens": self.prompt_tokens,
-            "kept_tokens": self.prompt_tokens - self.timing.prompt_tokens,
+            "kept_tokens": self.kept_tokens,
+            "computed_tokens": self.timing.prompt_tokens,
             "hit_ratio": self.hits / demands if demands else 0.0,
         }
 
@@ -41,10 +45,17 @@ class Answer:
         """For people."""
         timing, demands = self.timing, self.hits + self.misses
         why = {END: "", CUT: ", cut short", INTERRUPTED: ", interrupted"}[self.finish_reason]
+        hits = f"hits {self.hits / demands if demands else 0:.1%}"
+        if not timing.new_tokens:
+            done = self.kept_tokens + timing.prompt_tokens
+            return (
+                f"[no tokens{why} after {timing.total:.2f} s: {done} of {self.prompt_tokens} prompt tokens are kept, "
+                f"{timing.prompt_tokens} of them new; {hits}]"
+            )
         return (
             f"[{timing.new_tokens} tokens{why}, {timing.decode_rate:.1f} tokens/s; first after "
             f"{timing.first_token:.2f} s, {timing.prompt_tokens} of {self.prompt_tokens} prompt tokens new; "
-            f"hits {self.hits / demands if demands else 0:.1%}]"
+            f"{hits}]"
         )
 
 
@@ -101,11 +112,13 @@ class Answering:
                 handle.remove()
             self.kept.end(sequence)
         after = model.tiers.stats()[-1]
+        computed = len(ids) - known if streamer.tokens else max(self.kept.length - known, 0)
         return Answer(
             streamer.text.strip() if self._stop else streamer.text,
             self._why(streamer, sequence, most, interrupt),
             len(ids),
-            Timing(len(ids) - known, streamer.tokens, *streamer.seconds, min(streamer.tokens, 1)),
+            known,
+            Timing(computed, streamer.tokens, *streamer.seconds, min(streamer.tokens, 1)),
             after.hits - before.hits,
             after.misses - before.misses,
         )

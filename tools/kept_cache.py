@@ -45,6 +45,11 @@ class KeptCache:
             self._ids = list(ids)
             self._cut(min(len(ids), *(layer.get_seq_length() for layer in self._cache.layers)))
 
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values every layer has, between ``end`` and ``begin``."""
+        return len(self._ids)
+
     def clear(self) -> None:
         self._cache, self._ids = None, []
 
