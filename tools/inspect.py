@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 HELP = "say what is in a model directory"
 
 EXIT_BAD = 1
+MEND = "Convert the model again with --overwrite, or restore the files named."  # what verify says too
+NO_TOKENIZER = "none: generate, chat and serve want one; if its source has one, copy the files of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     with ExpertStore.open(arguments.directory, damaged=True) as store:
         found = survey(store)
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
+    if found["faults"] and not arguments.json:
+        print(MEND, file=sys.stderr)
     return EXIT_BAD if found["faults"] else 0
 
 
@@ -42,17 +47,21 @@ def survey(store: ExpertStore) -> dict[str, Any]:
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.trunk import trunk_faults, trunk_records
 
+    from .small_files import has_tokenizer, small_faults
+
     manifest = store.manifest
     directory = store.folder.parent
     trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file())
     faults = [fault for _, fault in sorted(store.faults.items())]
-    faults += trunk_faults(directory, manifest).values() if manifest.trunk else ()
+    if manifest.trunk:  # else it is a store alone, or of before there were sums
+        faults += trunk_faults(directory, manifest).values()
     matrices = 0
     if manifest.trunk_records and not faults:
         try:
             matrices = len(trunk_records(directory, manifest))
         except StoreError as error:
             faults.append(error)
+    small = list(small_faults(directory)) if manifest.trunk else []
     weights = sum(block.experts * manifest.layouts[block.array].weights for block in manifest.blocks)
     return {
         "directory": str(directory),
@@ -76,7 +85,8 @@ def survey(store: ExpertStore) -> dict[str, Any]:
         "trunk_matrices": matrices,
         "direct": store.direct,
         "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
-        "faults": [fault.cause for fault in faults],
+        "tokenizer": has_tokenizer(directory),
+        "faults": [fault.cause for fault in [*faults, *small]],
     }
 
 
@@ -113,6 +123,7 @@ def _text(found: dict[str, Any]) -> str:
         f"experts          {found['records']:,} in {len(found['blocks'])} blocks, {found['expert_weights']:,} weights, "
         f"{format_bytes(found['expert_bytes'])}, {found['bits_per_weight']:.3f} bits a weight as stored",
         f"trunk            {format_bytes(found['trunk_bytes'])}{_trunk(found)}",
+        f"tokenizer        {'there' if found['tokenizer'] else NO_TOKENIZER}",
         f"reads            {'O_DIRECT' if found['direct'] else 'buffered (no O_DIRECT on this file system)'}",
     ]
     for name, layout in found["layouts"].items():

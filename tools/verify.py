@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from moetier.runtime.config import format_bytes
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 
+from .inspect import MEND, NO_TOKENIZER
+
 if TYPE_CHECKING:
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import Manifest
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tiers.trunk import trunk_faults
 
     from .progress import Progress
+    from .small_files import has_tokenizer
 
     with ExpertStore.open(arguments.directory, readers=READS, damaged=True) as store:
         manifest = store.manifest
@@ -59,8 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
         faults = trunk_faults(store.folder.parent, manifest) if manifest.trunk else {}
         total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
         problems = []
+        small = scrub_small(store.folder.parent) if manifest.trunk else ()
+        tokenizer = not manifest.trunk or has_tokenizer(store.folder.parent)
         with Progress("verify", total) as progress:
-            for found in chain(scrub(store), scrub_trunk(store.folder.parent, manifest, faults)):
+            for found in chain(scrub(store), scrub_trunk(store.folder.parent, manifest, faults), small):
                 if isinstance(found, int):
                     progress.advance(found)
                 else:
@@ -77,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             "trunk_files": len(manifest.trunk),
             "bytes_read": total,
             "seconds": seconds,
+            "tokenizer": tokenizer,
             "direct": store.direct,
             "bad": [asdict(problem) for problem in problems],
         }
@@ -89,9 +95,19 @@ def run(arguments: argparse.Namespace) -> int:
             f"{format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
             f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(problems)} bad' if problems else 'all good'}"
         )
+        if not tokenizer:
+            print(f"tokenizer: {NO_TOKENIZER}")
         if problems:
-            print("Convert the model again with --overwrite, or restore the files named.", file=sys.stderr)
+            print(MEND, file=sys.stderr)
     return EXIT_BAD if problems else 0
+
+
+def scrub_small(directory: Path) -> Iterator[Problem]:
+    """Yields what is wrong with the small files of a model directory, of which there are no sums."""
+    from .small_files import small_faults
+
+    for fault in small_faults(directory):
+        yield Problem(None, None, str(directory), fault.cause)
 
 
 def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreError]) -> Iterator[int | Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from moetier.tiers.manifest import FileSum
 from moetier.tiers.shard import GROUP, METADATA, ShardFile
 from moetier.tiers.writer import StoreWriter
 from moetier.tools import verify
+from moetier.tools.main import main
 
 
 def run(folder: Path, *options: str) -> int:
@@ -136,6 +138,27 @@ def test_the_trunk_is_checked(tinymix_4bit: Path, tmp_path: Path, capsys: pytest
     assert f"{path}, a file of the trunk, is missing" in capsys.readouterr().out
 
 
+def test_small_files_that_are_missing(tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """config.json has to be there, and all of a tokenizer or nothing of it; inspect says the same."""
+    directory = Path(shutil.copytree(tinymix_4bit, tmp_path / "model"))
+    (directory / "tokenizer.json").unlink()
+    causes = ["has tokenizer_config.json, and no vocabulary: tokenizer.json"]
+    for more in ("", "config.json"):
+        if more:
+            (directory / more).unlink()
+            causes.insert(0, "has no config.json")
+        assert run(directory, "--json") == 1
+        bad = json.loads(capsys.readouterr().out)["bad"]
+        assert [cause in each["cause"] for cause, each in zip(causes, bad, strict=True)] == [True] * len(causes)
+        assert main(["inspect", str(directory), "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["faults"] == [each["cause"] for each in bad]
+    shutil.copy(tinymix_4bit / "config.json", directory)
+    (directory / "tokenizer_config.json").unlink()
+    for command in ("verify", "inspect"):  # as of a model that never had one
+        assert main([command, str(directory)]) == 0
+        assert re.search(r"tokenizer:? +none: .* copy the files", capsys.readouterr().out)
+
+
 MEASURE = """
 import sys
 from argparse import Namespace
@@ -159,6 +182,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     name, data = "trunk-00001-of-00001.safetensors", bytes(96 << 20)
     (tmp_path / name).write_bytes(data)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "moetier"}}))
     records = make_records(plan)
     write_store(tmp_path, plan, records)
     with StoreWriter.open(tmp_path / GROUP, plan) as writer:
