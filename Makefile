@@ -45,8 +45,9 @@ proto: .venv/.ready build/types/.ready  ## generate proto/*_pb2*.py from the wir
 	$(RUN) -m grpc_tools.protoc -I build/types --python_out=build/types --pyi_out=build/types \
 		--grpc_python_out=build/types moetier/proto/expert_store.proto
 
-golden: .venv/.ready  ## write what each command says with --help to tests/tools/golden, which tests compare
+golden: .venv/.ready  ## write what commands say with --help, and of faults, to tests/tools/golden, which tests compare
 	$(RUN) tests/helpers/help_texts.py
+	$(RUN) tests/helpers/error_texts.py
 
 check: .venv/.ready build/types/.ready  ## lint, format, types
 	$(RUN) -m ruff check .

@@ -100,11 +100,12 @@ def budget_for(
     left = available.bytes - reserve
     most = int(left * (1 - MARGIN_SHARE)) - MARGIN_BYTES
     if most < smallest:
+        shorter = "shorten --context, " if reserve else ""
         raise BudgetError(
             f"Of the {format_bytes(available.bytes)} that {available.limiter} leaves, "
             f"{format_bytes(available.bytes - most)} are for the KV cache, computing and the kernel: "
             f"too little for the {format_bytes(smallest)} of a token's experts of a block.",
-            "Free some memory, raise the limit, or convert the model to fewer bits.",
+            f"Free some memory, raise the limit, {shorter}or convert the model to fewer bits.",
         )
     if asked is None:
         return min(largest, max(smallest, int(most * DEFAULT_SHARE)))

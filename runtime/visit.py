@@ -12,27 +12,35 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 
 from .address import Address, Credentials
 from .channel import open_channel
+from .failures import failure_of
 from .side import SideConnection
 from .side_packets import PATIENCE
-from .status import error_of
 
 
 class Visit:
     """Every method raises DaemonError when the daemon does not answer within ``patience`` seconds."""
 
-    def __init__(self, channel: grpc.Channel, patience: float) -> None:
+    def __init__(self, channel: grpc.Channel, address: Address, patience: float) -> None:
         self._stub = ExpertStoreStub(channel)
+        self._address = address
         self._patience = patience
 
     def describe(self) -> pb.DescribeReply:
-        with _errors():
+        with self._errors():
             reply: pb.DescribeReply = self._stub.Describe(pb.DescribeRequest(), timeout=self._patience)
         return reply
 
     def stats(self) -> pb.StatsReply:
-        with _errors():
+        with self._errors():
             reply: pb.StatsReply = self._stub.Stats(pb.StatsRequest(), timeout=self._patience)
         return reply
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise failure_of(error, self._address) from None
 
 
 @contextlib.contextmanager
@@ -43,12 +51,5 @@ def visit(address: Address, credentials: Credentials | None = None, *, patience:
         if address.folder is not None:
             side = closing.enter_context(SideConnection.open(address.folder, None, patience=patience))
             bearer = side.session_id
-        yield Visit(closing.enter_context(open_channel(address, credentials or Credentials(), bearer=bearer)), patience)
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise error_of(error) from None
+        channel = closing.enter_context(open_channel(address, credentials or Credentials(), bearer=bearer))
+        yield Visit(channel, address, patience)

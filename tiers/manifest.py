@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from .errors import MissingExpertError, StoreFormatError
@@ -122,8 +123,9 @@ class Manifest:
             )
         try:
             if missing := set(value["requires"]) - FEATURES:
+                features = ", ".join(sorted(missing))
                 raise StoreFormatError(
-                    f"{where} requires {', '.join(sorted(missing))}, which this moetier does not have.",
+                    f"{where} requires {features}, which this moetier does not have: {_versions(value)}.",
                     "Install a newer moetier, or convert the model again.",
                 )
             manifest = cls(
@@ -147,7 +149,8 @@ class Manifest:
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreFormatError(
-                f"{where}: its manifest is malformed ({type(error).__name__}: {error}).", "Convert the model again."
+                f"{where}: its manifest can't be used ({type(error).__name__}: {error}): {_versions(value)}.",
+                "Install the moetier that wrote it, or convert the model again.",
             ) from error
         return manifest
 
@@ -177,3 +180,7 @@ class Manifest:
         for block in self.blocks:
             if not 1 <= block.top_k <= block.experts:
                 raise ValueError(f"block {block.path}: top-{block.top_k} of {block.experts} experts")
+
+
+def _versions(value: Mapping[str, Any]) -> str:
+    return f"moetier {value.get('version', '?')} wrote it, this is {version('moetier')}"

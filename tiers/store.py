@@ -18,7 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from .errors import ChecksumError, ClosedError, MissingExpertError, StoreError
+from .errors import ChecksumError, ClosedError, MissingExpertError, StoreError, StoreReadError
 from .folder import check_array, command, read_errors, read_manifest, store_folder
 from .keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from .manifest import Manifest
@@ -103,12 +103,15 @@ class ExpertStore:
             view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0, "not on a page"
-            crc = self._read(shard, offset, view, pause)
+            name = f"{self.manifest.model}, {_name(self.manifest, key.block)}, expert {key.expert}"
+            try:
+                crc = self._read(shard, offset, view, pause)
+            except StoreReadError as error:
+                raise StoreReadError(f"{name}: {error.cause}", error.fix) from error
             shard.uncache(offset, len(view))
             if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
                 raise ChecksumError(
-                    f"{self.manifest.model}, {_name(self.manifest, key.block)}, expert {key.expert}: "
-                    f"checksum mismatch in {shard.file.path}.",
+                    f"{name}: checksum mismatch in {shard.file.path}.",
                     f"Check the whole: {command('verify', self.folder.parent)}; then convert again with --overwrite.",
                 )
 

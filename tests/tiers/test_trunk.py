@@ -142,7 +142,7 @@ def test_the_manifest_keeps_it_and_it_is_no_part_of_the_plan(manifest: Manifest,
     [None, [], {NAMES[0]: None}, {NAMES[0]: {"bytes": 1}}, {"../trunk-1.safetensors": {"bytes": 1, "crc32c": 1}}],
 )
 def test_a_malformed_one_is_refused(value: object) -> None:
-    with pytest.raises(StoreError, match="its manifest is malformed"):
+    with pytest.raises(StoreError, match="its manifest can't be used"):
         Manifest.from_json(make_plan().to_json() | {"trunk": value}, "here")
 
 
@@ -202,7 +202,7 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_says_something_else_of_them(value: object, requires: list[str]) -> None:
     stored = make_plan().to_json() | {"trunk_records": value, "requires": requires}
-    with pytest.raises(StoreError, match="its manifest is malformed"):
+    with pytest.raises(StoreError, match="its manifest can't be used"):
         Manifest.from_json(stored, "here")
 
 
