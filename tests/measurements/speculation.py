@@ -31,8 +31,8 @@ from torch import Tensor
 import moetier
 from moetier.runtime.config import LOOK_AHEAD, Size, format_bytes
 from moetier.runtime.gates import Gates
-from moetier.tiers import store
 from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.open_shard import OpenShard
 from moetier.tiers.stats import TierStats
 
 WAYS = {
@@ -202,15 +202,15 @@ def tell(model: Any, routing: dict[tuple[int, int, int], Tensor], *, is_right: b
 def slow_down(bytes_a_second: float) -> None:
     """Reads take as long as they would on a disk of this speed, which serves one after the other."""
     lock, free = threading.Lock(), [0.0]
-    read_piece = store._read_piece
+    read = OpenShard.read
 
-    def slow(shard: Any, offset: int, view: memoryview) -> None:
+    def slow(shard: OpenShard, offset: int, view: memoryview) -> None:
         with lock:
             end = free[0] = max(time.perf_counter(), free[0]) + len(view) / bytes_a_second
-        read_piece(shard, offset, view)
+        read(shard, offset, view)
         time.sleep(max(0.0, end - time.perf_counter()))
 
-    store._read_piece = slow
+    OpenShard.read = slow  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
