@@ -149,7 +149,8 @@ def alone(model: Any) -> Iterator[None]:
     """What the others did meanwhile is in no step of the model's."""
     speculation = model.tiers.speculation
     if speculation is not None and speculation._began:
-        speculation._began += time.perf_counter() - model.paused
+        paused = model.__dict__.get("paused")
+        speculation._began = 0.0 if paused is None else speculation._began + time.perf_counter() - paused
     yield
     model.paused = time.perf_counter()
 
