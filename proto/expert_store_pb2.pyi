@@ -200,10 +200,11 @@ class ModelStats(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ...) -> None: ...
 
 class Tier(_message.Message):
-    __slots__ = ("name", "slots", "ready", "slot_bytes", "hits", "misses", "joined", "prefetched", "useful", "late", "wasted", "cancelled", "saved_seconds", "warmed", "recalled", "evictions", "failures", "bytes_in", "wait_seconds", "wait_median", "wait_p99", "discarded")
+    __slots__ = ("name", "slots", "ready", "leased", "slot_bytes", "hits", "misses", "joined", "prefetched", "useful", "late", "wasted", "cancelled", "saved_seconds", "warmed", "recalled", "evictions", "failures", "bytes_in", "load_bounds", "loads", "load_seconds", "waits", "wait_seconds", "wait_median", "wait_p99", "discarded")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    LEASED_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     MISSES_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +220,10 @@ class Tier(_message.Message):
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MEDIAN_FIELD_NUMBER: _ClassVar[int]
     WAIT_P99_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +231,7 @@ class Tier(_message.Message):
     name: str
     slots: int
     ready: int
+    leased: int
     slot_bytes: int
     hits: int
     misses: int
@@ -241,11 +247,15 @@ class Tier(_message.Message):
     evictions: int
     failures: int
     bytes_in: int
+    load_bounds: _containers.RepeatedScalarFieldContainer[float]
+    loads: _containers.RepeatedScalarFieldContainer[int]
+    load_seconds: float
+    waits: int
     wait_seconds: float
     wait_median: float
     wait_p99: float
     discarded: int
-    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., useful: _Optional[int] = ..., late: _Optional[int] = ..., wasted: _Optional[int] = ..., cancelled: _Optional[int] = ..., saved_seconds: _Optional[float] = ..., warmed: _Optional[int] = ..., recalled: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., slots: _Optional[int] = ..., ready: _Optional[int] = ..., leased: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., prefetched: _Optional[int] = ..., useful: _Optional[int] = ..., late: _Optional[int] = ..., wasted: _Optional[int] = ..., cancelled: _Optional[int] = ..., saved_seconds: _Optional[float] = ..., warmed: _Optional[int] = ..., recalled: _Optional[int] = ..., evictions: _Optional[int] = ..., failures: _Optional[int] = ..., bytes_in: _Optional[int] = ..., load_bounds: _Optional[_Iterable[float]] = ..., loads: _Optional[_Iterable[int]] = ..., load_seconds: _Optional[float] = ..., waits: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., wait_median: _Optional[float] = ..., wait_p99: _Optional[float] = ..., discarded: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("kind", "cause", "fix")

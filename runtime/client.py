@@ -161,13 +161,13 @@ class DaemonTier:
             self._link.report(told)
 
     def stats(self) -> TierStats:
-        """Slots are the daemon's, which all its clients share; ``bytes_in`` is what was read from the local store."""
+        """Slots are the daemon's, which all its clients share; ``bytes_in`` and loads are reads of the local store."""
         closed = self._closed_error is not None
         return self._counts.snapshot(
             slots=self._arena.plan.slots,
             ready=0 if closed else self._arena.ready,
             slot_bytes=self._arena.plan.nbytes - self._arena.plan.directory_bytes,
-            bytes_in=self._spare.bytes_in,
+            reads=self._spare.stats(),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from moetier.tiers.monitor import Monitor
@@ -22,11 +23,13 @@ class Counts:
         """Somebody, for a record."""
         self._monitor.post(partial(self._counters.waited, seconds))
 
-    def snapshot(self, *, slots: int, ready: int, slot_bytes: int, bytes_in: int) -> TierStats:
-        """Raises ClosedError in a forked child."""
+    def snapshot(self, *, slots: int, ready: int, slot_bytes: int, reads: TierStats | None) -> TierStats:
+        """With the ``reads`` of another tier. Raises ClosedError in a forked child."""
         with self._monitor:
-            self._counters.bytes_in = bytes_in
-            return self._counters.snapshot(slots=slots, ready=ready, slot_bytes=slot_bytes)
+            stats = self._counters.snapshot(slots=slots, ready=ready, leased=None, slot_bytes=slot_bytes)
+        if reads is None:
+            return stats
+        return replace(stats, bytes_in=reads.bytes_in, loads=reads.loads, load_seconds=reads.load_seconds)
 
     def _add(self, hits: int, misses: int, discarded: int, failures: int) -> None:
         self._counters.hits += hits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 from moetier.proto import expert_store_pb2 as pb
@@ -63,30 +64,7 @@ class Hosted:
             return pb.ModelStats(
                 name=self.name,
                 digest=self.digest,
-                host=pb.Tier(
-                    name=stats.name,
-                    slots=stats.slots,
-                    ready=stats.ready,
-                    slot_bytes=stats.slot_bytes,
-                    hits=stats.hits,
-                    misses=stats.misses,
-                    joined=stats.joined,
-                    prefetched=stats.prefetched,
-                    useful=stats.useful,
-                    late=stats.late,
-                    wasted=stats.wasted,
-                    cancelled=stats.cancelled,
-                    saved_seconds=stats.saved_seconds,
-                    warmed=stats.warmed,
-                    recalled=stats.recalled,
-                    evictions=stats.evictions,
-                    failures=stats.failures,
-                    bytes_in=stats.bytes_in,
-                    wait_seconds=stats.wait_seconds,
-                    wait_median=stats.wait_median,
-                    wait_p99=stats.wait_p99,
-                    discarded=stats.discarded,
-                ),
+                host=pb.Tier(**asdict(stats)),
                 clients=clients,
                 sessions=sessions,
                 leases=leases,

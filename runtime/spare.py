@@ -11,6 +11,7 @@ from moetier.tiers.errors import BudgetError, ClosedError, StoreError
 from moetier.tiers.host import HostTier
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.monitor import Home
+from moetier.tiers.stats import TierStats
 from moetier.tiers.store import ExpertStore
 
 
@@ -56,11 +57,10 @@ class Spare:
         """What could not be had is tried again when it is needed next."""
         self._error = None
 
-    @property
-    def bytes_in(self) -> int:
-        """That it read."""
+    def stats(self) -> TierStats | None:
+        """None before it was needed."""
         host = self._host
-        return host.stats().bytes_in if host is not None else 0
+        return host.stats() if host is not None else None
 
     def close(self) -> None:
         """Idempotent."""

@@ -86,7 +86,7 @@ class Demand:
 
     __slots__ = (
         *("block", "caller", "error", "held", "loads", "party", "passing", "patience", "pending", "pool", "ready"),
-        "residents",
+        *("residents", "stands_since"),
     )
 
     def __init__(
@@ -104,6 +104,7 @@ class Demand:
         self.residents = 0  # of those that are ready: how many were when it came
         self.held: dict[int, None] = {}  # pinned, leased
         self.error: BaseException | None = None
+        self.stands_since: float | None = None  # of a party's: when it had nothing, and was given nothing at once
 
     @property
     def is_idle(self) -> bool:

@@ -85,6 +85,7 @@ class DeviceSlots:
         return self._counters.snapshot(
             slots=sum(pool.slots.count for pool in pools),
             ready=sum(pool.slots.ready for pool in pools),
+            leased=sum(pool.slots.leased for pool in pools),
             slot_bytes=sum(pool.slots.count * pool.slot_bytes for pool in pools),
         )
 

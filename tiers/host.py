@@ -201,6 +201,7 @@ class HostTier:
             return self._ledger.counters.snapshot(
                 slots=sum(pool.slots.count for pool in pools),
                 ready=sum(pool.slots.ready for pool in pools),
+                leased=sum(pool.slots.leased for pool in pools),
                 slot_bytes=sum(pool.slots.count * pool.slot_bytes for pool in pools),
             )
 

@@ -88,6 +88,8 @@ class Intake:
                 self._arrive(pool, slot, copy)
             copy.ended.synchronize()
             promotion.seconds = time.perf_counter() - promotion.began
+            with self._monitor:
+                self._counters.loaded(promotion.seconds)
 
     def _choose(self, visit: Visit, block: int) -> int | None:
         """The slot for a demand: only if there is no other, one of what is wished for, or, in a passage, the one that

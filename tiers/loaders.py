@@ -83,7 +83,9 @@ class Loaders:
         else:
             with self._monitor:
                 if not load.has_stood_back:
-                    load.pool.reads.append(time.monotonic() - began)
+                    seconds = time.monotonic() - began
+                    load.pool.reads.append(seconds)
+                    self._counters.loaded(seconds)
                 self._loads.arrive(load)
 
     def _stand_back(self, load: Load) -> bool:

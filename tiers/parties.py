@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from .demands import Demand
 from .ledger import Ledger
 
@@ -36,10 +38,15 @@ class Parties:
             self._ledger.leave(demand)
             party.refuse(demand, demand.error)
             return
+        if demand.ready and demand.stands_since is not None:
+            self._ledger.counters.waited(time.monotonic() - demand.stands_since)
+            demand.stands_since = None
         while demand.ready:
             party.grant(demand, self._ledger.take(demand))
         if demand.is_over:
             self._ledger.leave(demand)
+        elif not demand.held and demand.stands_since is None:
+            demand.stands_since = time.monotonic()
 
     def _feed(self, demand: Demand) -> bool:
         """Whether the first of the hungry is fed now."""

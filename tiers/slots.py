@@ -67,6 +67,11 @@ class Slots:
         """How many slots are READY."""
         return self._states.count(State.READY)
 
+    @property
+    def leased(self) -> int:
+        """How many of these somebody holds."""
+        return sum(pins > 0 and state is State.READY for pins, state in zip(self._pins, self._states, strict=True))
+
     def begin(self, slot: int, key: ExpertKey) -> None:
         assert self._states[slot] is State.EMPTY, f"slot {slot} is {self._states[slot]}"
         assert key not in self._slot_of, f"{key} has a slot"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
 WAITS_KEPT = 65_536  # the latest; median and p99 are over these
+# seconds: from a record in a page cache to one that waits behind a busy disk
+LOAD_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """A snapshot. ``bytes_in`` is what moved into this tier; waits are seconds that callers of acquire stood still."""
+    """A snapshot. ``bytes_in`` is what moved into this tier; waits are seconds that callers of acquire stood still, and
+    in which requests of other processes had nothing granted."""
 
     name: str
     slots: int  # that the budget pays for
     ready: int  # slots that hold a record now
+    leased: int | None  # of these: that somebody holds; None of a daemon's client, as the daemon knows
     slot_bytes: int  # of all slots together
     hits: int
     misses: int  # loads that a demand began, and demands that joined a load under way
@@ -33,8 +38,12 @@ class TierStats:
     failures: int  # loads that ended in an error
     discarded: int  # results that were thrown away: their record had been replaced meanwhile
     bytes_in: int
+    load_bounds: tuple[float, ...]  # seconds; of the loads that were timed from their beginning to their end:
+    loads: tuple[int, ...]  # how many took no longer than each bound, but longer than the one before; and than them all
+    load_seconds: float  # that they took, all of them
+    waits: int  # how many there were
     wait_seconds: float
-    wait_median: float
+    wait_median: float  # of the latest
     wait_p99: float
 
     @property
@@ -67,21 +76,31 @@ class TierCounters:
     failures: int = 0
     discarded: int = 0
     bytes_in: int = 0
+    loads: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BOUNDS) + 1))
+    load_seconds: float = 0.0
+    waits: int = 0
     wait_seconds: float = 0.0
-    waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
+    latest_waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
+
+    def loaded(self, seconds: float) -> None:
+        """One load took so long."""
+        self.loads[bisect_left(LOAD_BOUNDS, seconds)] += 1
+        self.load_seconds += seconds
 
     def waited(self, seconds: float) -> None:
+        self.waits += 1
         self.wait_seconds += seconds
-        self.waits.append(seconds)
+        self.latest_waits.append(seconds)
 
-    def snapshot(self, *, slots: int, ready: int, slot_bytes: int) -> TierStats:
-        """Call it under the owner's lock; the sort of the waits is the only work."""
-        waits = list(self.waits)
+    def snapshot(self, *, slots: int, ready: int, leased: int | None, slot_bytes: int) -> TierStats:
+        """Call it under the owner's lock; the sort of the latest waits is the only work."""
+        waits = sorted(self.latest_waits)
         p99 = quantiles(waits, n=100)[98] if len(waits) > 1 else sum(waits)
         return TierStats(
             name=self.name,
             slots=slots,
             ready=ready,
+            leased=leased,
             slot_bytes=slot_bytes,
             hits=self.hits,
             misses=self.misses,
@@ -98,6 +117,10 @@ class TierCounters:
             failures=self.failures,
             discarded=self.discarded,
             bytes_in=self.bytes_in,
+            load_bounds=LOAD_BOUNDS,
+            loads=tuple(self.loads),
+            load_seconds=self.load_seconds,
+            waits=self.waits,
             wait_seconds=self.wait_seconds,
             wait_median=median(waits) if waits else 0.0,
             wait_p99=p99,

@@ -13,7 +13,7 @@ from moetier.runtime.config import format_bytes
 from .access import add_credentials, credentials
 
 if TYPE_CHECKING:
-    from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply
+    from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier
     from moetier.runtime.address import Address
 
 HELP = "show the counters of a daemon"
@@ -72,10 +72,15 @@ def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> di
         "uptime_s": stats.uptime_s,
         "models": [
             {field.name: getattr(model, field.name) for field in model.DESCRIPTOR.fields if field.name != "host"}
-            | {"host": {field.name: getattr(model.host, field.name) for field in model.host.DESCRIPTOR.fields}}
+            | {"host": _tier(model.host)}
             for model in stats.models
         ],
     }
+
+
+def _tier(host: Tier) -> dict[str, Any]:
+    several = {"load_bounds": list(host.load_bounds), "loads": list(host.loads)}
+    return {field.name: getattr(host, field.name) for field in host.DESCRIPTOR.fields} | several
 
 
 def _address(text: str | None) -> Address:

@@ -51,7 +51,7 @@ class OneSlot:
         raise AssertionError("nobody wishes here")
 
     def stats(self) -> TierStats:
-        return TierCounters("one slot").snapshot(slots=1, ready=0, slot_bytes=len(self.slot))
+        return TierCounters("one slot").snapshot(slots=1, ready=0, leased=0, slot_bytes=len(self.slot))
 
     def close(self) -> None:
         pass

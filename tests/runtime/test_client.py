@@ -69,7 +69,8 @@ def test_a_hit_is_no_message(store: MappedStore, tmp_path: Path) -> None:
         assert daemon.wait_for("used == 3000").requests == 1
         stats = tier.stats()
         assert (stats.hits, stats.misses, stats.discarded) == (3_000, 3, 0)
-        assert (stats.name, stats.slots, stats.ready) == ("daemon", 18, 3)
+        assert (stats.name, stats.slots, stats.ready, stats.leased) == ("daemon", 18, 3, None)
+        assert (stats.waits > 0, sum(stats.loads)) == (True, 0), "it has waited, and read nothing itself"
 
 
 HITS = """

@@ -107,6 +107,8 @@ def test_two_record_sizes() -> None:
             assert not numbers["big"] & numbers["small"]
             stats = tier.stats()
             assert stats.slots == stats.ready == sum(slots.values())
+            assert sum(stats.loads) == stats.misses >= 12
+            assert (stats.load_seconds > 0, stats.leased) == (True, 0)
             assert stats.slot_bytes == sum(plan.layouts[name].slot_bytes * count for name, count in slots.items())
             tier.check_integrity()
 
@@ -320,7 +322,8 @@ def test_when_all_slots_are_held_a_caller_waits_until_they_are_given_back() -> N
         tier.check_integrity()
         assert len(list(held)) < 2  # gives them back
         assert waiting.result() == keys(1, 0)
-        assert tier.stats().wait_seconds > 0
+        stats = tier.stats()
+        assert (stats.waits > 0, stats.wait_seconds > 0) == (True, True)
 
 
 def test_ten_callers_at_the_smallest_budget_come_to_an_end() -> None:

@@ -175,6 +175,18 @@ def test_the_hosts_lease_ends_after_the_copy(forgets: Order | None) -> None:
     assert (wrong > 0) == (forgets is not None)
 
 
+def test_what_is_promoted_is_timed(tier: DeviceTier, device: FakeDevice) -> None:
+    tier.prefetch(0, keys(0, 1, 2))
+    wait_until(lambda: sum(tier.stats().loads) == 2)
+    assert tier.stats().load_seconds > 0
+    assert tier.stats().leased == 0
+    leases = tier.acquire(keys(0, 1, 3))
+    next(leases)
+    assert tier.stats().leased == 1
+    leases.close()
+    assert sum(tier.stats().loads) == 2, "no copy for a demand is waited for by itself"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_callers_who_demand_and_wish_on_streams_of_their_own(seed: int) -> None:
     device = device_of(seed)

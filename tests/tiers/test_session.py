@@ -99,6 +99,32 @@ def test_what_is_ready_is_granted_at_once_and_the_rest_as_it_arrives(gate: Gated
         tier.check_integrity()
 
 
+def test_a_request_waits_while_it_has_nothing(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}) as tier:
+        client = Client(tier)
+        began = time.monotonic()
+        client.session.acquire(1, keys(0, 0, 1))
+        gate.wait_begun(*keys(0, 0, 1))
+        gate.release(ExpertKey(0, 0))
+        client.granted(1)
+        once = tier.stats()
+        assert (once.waits, once.leased) == (1, 1)
+        assert 0 < once.wait_seconds < time.monotonic() - began
+        gate.release(ExpertKey(0, 1))
+        client.granted(1)
+        assert (tier.stats().waits, tier.stats().leased) == (1, 2), "it had one all the time"
+        client.session.release(1)
+        client.take(2, keys(0, 0, 1))
+        assert (tier.stats().waits, tier.stats().leased) == (1, 0), "nobody waits for a hit"
+        client.session.acquire(3, keys(1, 0, 1))
+        gate.release(ExpertKey(1, 0))
+        client.session.release(3, [client.granted(3).key])
+        assert tier.stats().waits == 2
+        gate.release(ExpertKey(1, 1))
+        client.session.release(3, [client.granted(3).key])
+        assert tier.stats().waits == 3, "it had given back what it had"
+
+
 def test_what_is_leased_stays_and_what_is_released_may_go() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
         client, other = Client(tier), Client(tier)
