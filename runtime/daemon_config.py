@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class DaemonConfig:
     max_clients: int = 64
     drain: float = 10.0  # seconds
     reflection: bool = False
+    metrics: str = ""  # [HOST:]PORT for Prometheus; on 127.0.0.1 unless it says where; port 0: any
     ready_fd: int | None = None
 
     @property
@@ -40,9 +42,16 @@ class DaemonConfig:
         lacks = (("a token", self.token_file), ("TLS", self.tls_cert))
         return [what for what, given in lacks if given is None] if self.insecure else []
 
+    @property
+    def metrics_address(self) -> str:
+        """HOST:PORT."""
+        return f"127.0.0.1:{self.metrics}" if self.metrics.isdecimal() else self.metrics
+
     def check(self) -> None:
         """Raises ConfigError for what contradicts itself, and for a TCP address that is not protected."""
         check_policy(self.policy)
+        if self.metrics:
+            _tcp(self.metrics_address, self.metrics)
         tls = self.tls_cert is not None
         if tls != (self.tls_key is not None):
             raise ConfigError("TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key.")
@@ -57,9 +66,7 @@ class DaemonConfig:
             raise ConfigError(
                 f"{self.listen!r} is a port alone.", f"Say on which address too: 127.0.0.1:{port}, or 0.0.0.0:{port}."
             )
-        address = Address.parse(f"{host}:{'1' if port == '0' else port}")
-        if address.folder is not None:
-            raise ConfigError(f"{self.listen!r} is not HOST:PORT.", "Give one, such as 127.0.0.1:7070.")
+        address = _tcp(self.listen, self.listen)
         if self.insecure:
             return
         if self.token_file is None:
@@ -72,3 +79,13 @@ class DaemonConfig:
                 f"{self.listen} is without TLS, and other hosts can reach it.",
                 "Give --tls-cert and --tls-key, or --insecure.",
             )
+
+
+def _tcp(address: str, said: str) -> Address:
+    """HOST:PORT, whose port may be 0. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(ConfigError):
+        parsed = Address.parse(f"{host}:{'1' if port == '0' else port}")
+        if parsed.target:
+            return parsed
+    raise ConfigError(f"{said!r} is not HOST:PORT.", "Give one, such as 127.0.0.1:7070.")

@@ -16,7 +16,7 @@ from grpc_health.v1 import health
 
 from moetier.tiers.errors import ConfigError
 
-from .address import SOCKET, make_folder
+from .address import SOCKET, Address, make_folder
 from .channel import read_token
 from .clients import Clients
 from .config import format_bytes
@@ -123,10 +123,21 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     served = tuple(
         ServedModel(model.name, model.digest, str(model.directory), model.budget_bytes) for model in models.values()
     )
-    card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen)
+    metrics = _serve_metrics(config.metrics_address, clients, closing) if config.metrics else ""
+    card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen, metrics)
     closing.callback((config.folder / FILE).unlink, missing_ok=True)
     card.write(config.folder)
     return _Running(models, clients, checks, servers, card)
+
+
+def _serve_metrics(address: str, clients: Clients, closing: contextlib.ExitStack) -> str:
+    """Where they are then."""
+    from .metrics import DaemonCollector, registry_of  # of an extra
+    from .metrics_server import MetricsServer
+
+    server = MetricsServer(address, registry_of(DaemonCollector(clients.stats)))
+    closing.callback(server.close)
+    return server.address
 
 
 def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) -> None:
@@ -141,12 +152,15 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
         version=card.version,
         folder=config.folder,
         listen=card.listen or "-",
+        metrics=card.metrics or "-",
         models=models,
         budget=budget,
         slots=sum(sum(model.slots.values()) for model in running.models.values()),
     )
     if without := config.unprotected:
         say(_log, "insecure", logging.WARNING, listen=card.listen, without=" and ".join(without))
+    if card.metrics and not Address(target=card.metrics).is_loopback:
+        say(_log, "insecure", logging.WARNING, metrics=card.metrics, without="a token and TLS")
     if config.ready_fd is not None:
         _tell(config.ready_fd)
 

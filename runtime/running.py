@@ -33,6 +33,7 @@ class DaemonCard:
     started_unix: float
     models: tuple[ServedModel, ...]
     listen: str = ""  # HOST:PORT, if it listens there too
+    metrics: str = ""  # HOST:PORT, if Prometheus may read its metrics there
 
     def write(self, folder: Path) -> None:
         """In one step: a reader sees all of it or nothing."""

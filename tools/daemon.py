@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SECONDS,
         help="that it finishes what is under way when it is told to end (%(default)s)",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="[HOST:]PORT",
+        default="",
+        help="answer Prometheus there, without TLS or a token; on 127.0.0.1 unless HOST is said (port 0: any)",
+    )
     parser.add_argument("--reflection", action="store_true", help="answer gRPC server reflection")
     parser.add_argument(
         "--ready-fd", type=int, metavar="N", help='a descriptor to write "ready" to when it serves; it is closed then'
@@ -90,6 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Address.parse(arguments.folder).folder
     if folder is None:
         raise ConfigError(f"{arguments.folder!r} is no folder.", "Give a name, or a path; for TCP there is --listen.")
+    if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
+        raise ConfigError(
+            "moetier daemon --metrics needs prometheus_client, which is not installed.",
+            'Install the extra: pip install "moetier[metrics]"',
+        )
     if arguments.ready_fd is not None:
         try:
             os.set_inheritable(arguments.ready_fd, False)
@@ -114,6 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_clients=arguments.max_clients,
             drain=arguments.drain,
             reflection=arguments.reflection,
+            metrics=arguments.metrics,
             ready_fd=arguments.ready_fd,
         )
     )

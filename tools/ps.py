@@ -82,6 +82,7 @@ def _json(daemon: Running) -> dict[str, Any]:
         "pid": daemon.card.pid,
         "version": daemon.card.version,
         "listen": daemon.card.listen,
+        "metrics": daemon.card.metrics,
         "answers": daemon.stats is not None,
         "uptime_s": time.time() - daemon.card.started_unix,
         "models": [

@@ -16,7 +16,7 @@ from .resources import add_resource_arguments, add_speculation_arguments, resour
 HELP = "serve a model over HTTP, as OpenAI's API"
 
 KEY = "MOETIER_API_KEY"
-NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")
+NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

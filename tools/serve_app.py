@@ -7,16 +7,19 @@ from typing import Any
 import jinja2
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError
 
+from moetier.runtime.metrics import registry_of
+
 from .conversation import PLAIN_STOP, PLAIN_TEMPLATE
 from .decoding import ONE_SEQUENCE
-from .serve_gate import MODELS, App, Gate
+from .serve_gate import METRICS, MODELS, App, Gate
 from .serve_handlers import ChatHandler, OneManager, OneModel, TextHandler
+from .serve_metrics import ServeCollector, exposition
 from .serve_refusal import Refusal, refusal_response, unknown_model
 from .serve_wanted import FAILED
 
@@ -50,6 +53,14 @@ def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | 
         if model != name:
             raise unknown_model(model, name)
         return JSONResponse(models.card())
+
+    tiers = model.tiers
+    registry = registry_of(ServeCollector(tiers.manifest.model, tiers.stats, manager.tally))
+
+    @app.get(METRICS)
+    def metrics(request: Request) -> Response:  # in a thread: it waits for locks
+        content, content_type = exposition(registry, request.headers.get("accept", ""))
+        return Response(content, media_type=content_type)
 
     if key is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=OF_THIS_HOST)

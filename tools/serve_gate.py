@@ -17,9 +17,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HEALTH, MODELS = "/health", "/v1/models"
+HEALTH, METRICS, MODELS = "/health", "/metrics", "/v1/models"
 ROUTES = {
     ("GET", HEALTH),
+    ("GET", METRICS),
     ("GET", MODELS),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),

@@ -19,6 +19,7 @@ from moetier.runtime.experts import experts_modules
 
 from .decoding import chunks_of
 from .kept_cache import KeptCache
+from .serve_tally import Tally
 from .serve_wanted import ENDING, FAILED, Wanted, ids_of, log_answer, log_failure
 from .stop_strings import StopStrings
 
@@ -28,8 +29,9 @@ class Answer(DirectStreamer):
 
     kept_tokens = 0  # of the prompt: computed for the request before
 
-    def __init__(self, stop: list[str], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, stop: list[str], tally: Tally, *args: Any, **kwargs: Any) -> None:
         self._stops = StopStrings(stop)
+        self._tally = tally
         super().__init__(*args, **kwargs)
 
     @property
@@ -43,7 +45,9 @@ class Answer(DirectStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if not self.ended:
+            before = self.total_tokens
             super().put(value)
+            self._tally.new(self.total_tokens - before)
 
     def fail(self, message: str) -> None:
         self._enqueue(_StreamError(message))
@@ -73,6 +77,7 @@ class OneByOne(BaseGenerateManager):
         self._model = model
         self._chunk = chunk
         self._context = context
+        self.tally = Tally()
         self._kept = KeptCache(model)
         self._thread = ThreadPoolExecutor(1, "moetier-answers")
         self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()  # by request
@@ -90,8 +95,9 @@ class OneByOne(BaseGenerateManager):
         wanted.fit(len(ids), self._context)
         queue: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        answer = Answer(wanted.stop, processor._tokenizer, loop, queue, response_parser=response_parser)
+        answer = Answer(wanted.stop, self.tally, processor._tokenizer, loop, queue, response_parser=response_parser)
         self._answers[request_id] = answer
+        self.tally.begin()
         self._thread.submit(self._generate, ids, wanted, answer)
         return queue, answer
 
@@ -114,8 +120,9 @@ class OneByOne(BaseGenerateManager):
     def _generate(self, ids: list[int], wanted: Wanted, answer: Answer) -> None:
         """On the one thread."""
         if answer.ended:
+            self.tally.end("cancelled")
             return
-        model, sequence, hooks = self._model, ids, []
+        model, sequence, hooks, failed = self._model, ids, [], False
         if wanted.seed is None:
             torch.seed()
         else:
@@ -123,6 +130,7 @@ class OneByOne(BaseGenerateManager):
             self._kept.clear()  # in what company a token is computed has a part in its last bits
         try:
             answer.kept_tokens = self._kept.begin(ids)
+            self.tally.prompt(len(ids), answer.kept_tokens)
             hooks = [m.register_forward_pre_hook(answer.between_layers) for m in experts_modules(model).values()]
             prompt = torch.tensor([ids], device=model.device)
             given = self._kept.options | chunks_of(model, len(ids) - answer.kept_tokens, self._chunk)
@@ -139,9 +147,11 @@ class OneByOne(BaseGenerateManager):
             pass
         except Exception as error:
             log_failure("An answer", error)
+            failed = True
             answer.fail(FAILED)
         finally:
             for hook in hooks:
                 hook.remove()
             self._kept.end(sequence)
+            self.tally.end("failed" if failed else "cancelled" if answer.is_cancelled else "answered")
             log_answer(len(ids), answer.kept_tokens, answer.total_tokens, cancelled=answer.is_cancelled)

@@ -14,6 +14,7 @@ from moetier.tiers.errors import ConfigError
 
 from .decoding import ONE_SEQUENCE, goes_on
 from .serve_refusal import Refusal
+from .serve_tally import Tally
 from .serve_wanted import ENDING, FAILED, ids_of, log_answer, log_failure
 from .stop_strings import StopStrings
 
@@ -26,9 +27,11 @@ class SharedAnswer(CBStreamer):
     """The text of one request; all on the event loop."""
 
     def __init__(
-        self, prompt: int, stop: list[str], manager: Any, request_id: str, tokenizer: Any, parser: Any
+        self, prompt: int, stop: list[str], tally: Tally, manager: Any, request_id: str, tokenizer: Any, parser: Any
     ) -> None:
         self._prompt = prompt  # tokens
+        self._tally = tally
+        self._is_over = False
         self._stops = StopStrings(stop)
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         sink: Any = self  # in the place of a queue
@@ -46,9 +49,12 @@ class SharedAnswer(CBStreamer):
         """What the manager says of the request: all tokens so far."""
         if self._stops.ended:
             return
+        before = self.total_tokens
         self.put(output)
+        self._tally.new(self.total_tokens - before)
         if output.error is not None:
             log_failure("An answer", RuntimeError(output.error))
+            self._over("failed")
             self.fail(FAILED)
             return
         if output.is_finished():
@@ -56,6 +62,7 @@ class SharedAnswer(CBStreamer):
         elif self.ended:
             self._forget()
         if self.ended:
+            self._over("answered")
             log_answer(self._prompt, None, self.total_tokens, cancelled=False)
 
     def fail(self, message: str) -> None:
@@ -66,7 +73,14 @@ class SharedAnswer(CBStreamer):
         if not self.ended:
             self._stops.ended = True
             log_answer(self._prompt, None, self.total_tokens, cancelled=True)
+        self._over("cancelled")
         self._forget()
+
+    def _over(self, outcome: str) -> None:
+        """The first outcome counts."""
+        if not self._is_over:
+            self._is_over = True
+            self._tally.end(outcome)
 
     def _forget(self) -> None:
         super().cancel()
@@ -83,6 +97,7 @@ class Together(BaseGenerateManager):
     def __init__(self, model: Any, context: int, chunk: int, requests: int) -> None:
         """Raises ConfigError for a model whose layers transformers can't compute so."""
         self._context = context
+        self.tally = Tally()
         self._answers: WeakValueDictionary[str, SharedAnswer] = WeakValueDictionary()
         if not goes_on(model):
             raise ConfigError(
@@ -146,8 +161,12 @@ class Together(BaseGenerateManager):
                 raise Refusal(400, "seed: what is sampled together has no seed; --parallel 1 has.", param="seed")
             given = {"temperature": config.temperature, "top_p": config.top_p}
             sampling = {name: 1.0 if value is None else float(value) for name, value in given.items()}
-        answer = SharedAnswer(len(ids), wanted.stop, self._cb, request_id, processor._tokenizer, response_parser)
+        answer = SharedAnswer(
+            len(ids), wanted.stop, self.tally, self._cb, request_id, processor._tokenizer, response_parser
+        )
         self._answers[request_id] = answer
+        self.tally.begin()
+        self.tally.prompt(len(ids), 0)
         self._cb.register_result_handler(request_id, answer.take)
         self._cb.add_request(
             ids,

@@ -117,6 +117,7 @@ def test_who_runs_with_what(daemon: DaemonProcess, store: tuple[Path, Manifest],
             "pid": daemon.pid,
             "version": daemon.card.version,
             "listen": "",
+            "metrics": "",
             "answers": True,
             "models": [
                 {

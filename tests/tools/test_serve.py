@@ -21,6 +21,9 @@ import openai
 from daemons import running_daemon
 from http_servers import KEY, ServerProcess
 from openai import AsyncOpenAI, OpenAI
+from prometheus import scrape
+from prometheus_client.parser import text_string_to_metric_families as parsed
+from threads import wait_until
 
 from moetier.tools.main import main
 
@@ -236,10 +239,53 @@ def test_other_routes_are_not_there(server: ServerProcess, path: str) -> None:
 def test_without_the_key_nothing_but_health(server: ServerProcess, shown: str | None) -> None:
     headers = {} if shown is None else {"Authorization": shown}
     assert httpx2.get(server.url + "/health", headers=headers).status_code == 200
-    for path in ("/v1/models", "/nothing"):
+    for path in ("/v1/models", "/metrics", "/nothing"):
         answer = httpx2.get(server.url + path, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert httpx2.post(server.url + "/v1/completions", headers=headers, json={}).status_code == 401
+
+
+def counted(server: ServerProcess) -> dict[str, float]:
+    """By name and outcome, without that of the program."""
+    text = scrape(server.url + "/metrics", KEY)
+    found = [sample for family in parsed(text) for sample in family.samples if "moetier_serve" in sample.name]
+    assert len({sample.labels["model"] for sample in found}) == 1
+    return {" ".join([each.name[14:], *filter(None, [each.labels.get("outcome")])]): each.value for each in found}
+
+
+def test_what_was_asked_for_is_counted(either: ServerProcess) -> None:
+    before = counted(either)
+    with either.client() as client:
+        usage = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=8, temperature=0).usage
+        assert usage is not None
+        with pytest.raises(openai.BadRequestError):
+            text_of(client, max_tokens=0)
+        with client.completions.create(model=NAME, prompt="Quattro.", max_tokens=1400, stream=True) as pieces:
+            next(iter(pieces))
+            now = counted(either)
+            assert (now["requests_under_way"], now["new_tokens_total"] > before["new_tokens_total"] + 8) == (1, True)
+        wait_until(lambda: not counted(either)["requests_under_way"])
+    after = counted(either)
+    change = {name: after[name] - before[name] for name in after}
+    assert [change[f"requests_total {outcome}"] for outcome in ("answered", "cancelled", "failed")] == [1, 1, 0]
+    assert change["prompt_tokens_total"] > usage.prompt_tokens
+    assert 8 < change["new_tokens_total"] < 1400
+    details = usage.prompt_tokens_details
+    assert change["kept_tokens_total"] >= ((details.cached_tokens or 0) if details is not None else 0)
+
+
+@pytest.mark.parametrize(("name", "tier"), [("server", "host"), ("together", "daemon")])
+def test_its_tiers_are_in_the_metrics(request: pytest.FixtureRequest, name: str, tier: str) -> None:
+    found: ServerProcess = request.getfixturevalue(name)
+    with found.client() as client:
+        text_of(client, max_tokens=2)
+    answer = httpx2.get(found.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    samples = [sample for family in parsed(answer.text) for sample in family.samples]
+    assert {sample.labels["tier"] for sample in samples if "tier" in sample.labels} == {tier}
+    hits = [sample.value for sample in samples if sample.name == "moetier_tier_hits_total"]
+    assert len(hits) == 1
+    assert hits[0] > 0
 
 
 def test_what_is_no_json_is_refused(server: ServerProcess) -> None:

@@ -50,6 +50,8 @@ def test_a_damaged_record_fails_an_answer_and_says_so_in_the_log(
                 assert found.msg == FAILED
         finally:
             manager.stop()
+        tallied = manager.tally.tallied()
+        assert (tallied.requests, tallied.under_way) == ({"answered": 0, "cancelled": 0, "failed": 2}, 0)
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
     assert all("ChecksumError: " in error and PROMPT not in error for error in errors)

@@ -1,0 +1,83 @@
+"""Prometheus as a real process, which scrapes what a test runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from readers import PATIENCE
+
+
+def scrape(url: str, key: str | None = None, accept: str = "") -> str:
+    """What a server of metrics says."""
+    headers = {"Accept": accept} | ({"Authorization": f"Bearer {key}"} if key else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as answer:
+        return bytes(answer.read()).decode()
+
+
+class Prometheus:
+    """``targets`` are URLs of metrics, with a key where one is needed."""
+
+    def __init__(self, binary: str, folder: Path, targets: Iterable[tuple[str, str | None]]) -> None:
+        jobs = []
+        for number, (url, key) in enumerate(targets):
+            place = urllib.parse.urlsplit(url)
+            job: dict[str, Any] = {
+                "job_name": f"moetier-{number}",
+                "metrics_path": place.path,
+                "static_configs": [{"targets": [place.netloc]}],
+                "relabel_configs": [{"target_label": "job", "replacement": "moetier"}],
+            }
+            jobs.append(job | ({"authorization": {"credentials": key}} if key else {}))
+        config = {"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"}, "scrape_configs": jobs}
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        self._log = folder / "prometheus.log"
+        command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--web.listen-address=127.0.0.1:0"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        try:
+            self.url = self._wait_until_it_listens()
+        except BaseException:
+            self.end()
+            raise
+
+    def _wait_until_it_listens(self) -> str:
+        deadline = time.monotonic() + PATIENCE
+        while (found := re.search(r"Listening on.*address=(127\.0\.0\.1:\d+)", self._log.read_text())) is None:
+            assert self.process.poll() is None, self._log.read_text()
+            assert time.monotonic() < deadline, self._log.read_text()
+            time.sleep(0.02)
+        return f"http://{found.group(1)}"
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Now; what it finds wrong with the expression is an error."""
+        asked = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{asked}", timeout=PATIENCE) as answer:
+            found = json.load(answer)
+        assert found["status"] == "success", (expression, found)
+        result: list[dict[str, Any]] = found["data"]["result"]
+        return result
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+
+@contextmanager
+def running_prometheus(binary: str, folder: Path, targets: Iterable[tuple[str, str | None]]) -> Iterator[Prometheus]:
+    found = Prometheus(binary, folder, targets)
+    try:
+        yield found
+    finally:
+        found.end()
