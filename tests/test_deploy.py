@@ -56,16 +56,41 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
 def test_the_containers_run_commands(name: str) -> None:
     service = compose()["services"][name]
     words = [*service.get("entrypoint", ["moetier"])[1:], *service["command"]]
-    words = [word.replace("${RAM:-8GiB}", "8GiB") for word in words]
-    assert build_parser().parse_args(words).command == name
+    words = [word.replace("${RAM:-8GiB}", "8GiB").replace("${METRICS:-}", "") for word in words]
+    arguments = build_parser().parse_args(words)
+    assert arguments.command == name
+    assert name != "daemon" or arguments.metrics == "", "off unless it is said"
     if check := service.get("healthcheck"):
         assert build_parser().parse_args(check["test"][2:]).command == "stats"
 
 
+def test_what_watches_finds_its_files(tmp_path: Path) -> None:
+    """And Prometheus understands its own, where it is found."""
+    found = compose()
+    watching = [found["services"][name] for name in ("prometheus", "grafana")]
+    assert all(service["profiles"] == ["watch"] for service in watching), "on demand"
+    targets = {each["source"]: each["target"] for service in watching for each in service["configs"]}
+    assert targets.keys() == found["configs"].keys()
+    for name, config in found["configs"].items():
+        path = tmp_path / Path(targets[name]).name
+        path.write_text(config["content"] if "content" in config else (DEPLOY / config["file"]).read_text())
+        assert yaml.safe_load(path.read_text())
+    rules = yaml.safe_load(found["configs"]["prometheus"]["content"])
+    assert {f"/etc/prometheus/{file}" for file in rules["rule_files"]} == {targets["alerts"]}
+    assert rules["scrape_configs"][0]["static_configs"][0]["targets"] == ["daemon:9400"]
+    assert "METRICS=0.0.0.0:9400" in (DEPLOY / "compose.yaml").read_text()
+    provider = yaml.safe_load(found["configs"]["dashboards"]["content"])["providers"][0]
+    assert Path(targets["dashboard"]).parent == Path(provider["options"]["path"])
+    if (promtool := shutil.which("promtool")) is not None:
+        command = [promtool, "check", "config", str(tmp_path / "prometheus.yml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
 def test_compose_understands_the_file() -> None:
-    if shutil.which("docker-compose") is None:
+    if (docker_compose := shutil.which("docker-compose")) is None:
         pytest.skip("docker-compose is missing")
-    command = ["docker-compose", "-f", DEPLOY / "compose.yaml", "config", "--quiet"]
+    command = [docker_compose, "-f", DEPLOY / "compose.yaml", "config", "--quiet"]
     done = subprocess.run(
         command, env={"MODEL": "/srv/model", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60,
         check=False,

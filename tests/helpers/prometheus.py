@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import yaml
 from readers import PATIENCE
 
@@ -47,26 +48,26 @@ class Prometheus:
                 [*command, "--web.listen-address=127.0.0.1:0"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         try:
-            self.url = self._wait_until_it_listens()
+            listening = partial(re.search, r"Listening on.*address=(127\.0\.0\.1:\d+)")
+            self.url = f"http://{self._wait(lambda: listening(self._log.read_text())).group(1)}"
+            self._wait(lambda: httpx2.get(f"{self.url}/-/ready").status_code == 200)  # it listens before it answers
         except BaseException:
             self.end()
             raise
 
-    def _wait_until_it_listens(self) -> str:
+    def _wait(self, found: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + PATIENCE
-        while (found := re.search(r"Listening on.*address=(127\.0\.0\.1:\d+)", self._log.read_text())) is None:
+        while not (result := found()):
             assert self.process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.02)
-        return f"http://{found.group(1)}"
+        return result
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Now; what it finds wrong with the expression is an error."""
-        asked = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{asked}", timeout=PATIENCE) as answer:
-            found = json.load(answer)
-        assert found["status"] == "success", (expression, found)
-        result: list[dict[str, Any]] = found["data"]["result"]
+        """Now. Fails with what Prometheus finds wrong with the expression."""
+        answer = httpx2.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=PATIENCE)
+        assert answer.status_code == 200, (expression, answer.text)
+        result: list[dict[str, Any]] = answer.json()["data"]["result"]
         return result
 
     def end(self) -> None:
