@@ -158,16 +158,20 @@ class Piece(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("details",)
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    details: bool
+    def __init__(self, details: _Optional[bool] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("models", "uptime_s")
+    __slots__ = ("models", "uptime_s", "details")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[ModelStats]
     uptime_s: float
-    def __init__(self, models: _Optional[_Iterable[_Union[ModelStats, _Mapping]]] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    details: _containers.RepeatedCompositeFieldContainer[Details]
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelStats, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., details: _Optional[_Iterable[_Union[Details, _Mapping]]] = ...) -> None: ...
 
 class ModelStats(_message.Message):
     __slots__ = ("name", "digest", "host", "clients", "sessions", "leases", "requests", "used", "fetches", "fetched_bytes", "session_bytes_in", "session_bytes_out", "recovered")
@@ -198,6 +202,38 @@ class ModelStats(_message.Message):
     session_bytes_out: int
     recovered: int
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ...) -> None: ...
+
+class Details(_message.Message):
+    __slots__ = ("clients", "blocks")
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    clients: _containers.RepeatedCompositeFieldContainer[Client]
+    blocks: _containers.RepeatedCompositeFieldContainer[Block]
+    def __init__(self, clients: _Optional[_Iterable[_Union[Client, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ...) -> None: ...
+
+class Client(_message.Message):
+    __slots__ = ("number", "pid", "connected_s", "leases", "hits", "misses")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_S_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    pid: int
+    connected_s: float
+    leases: int
+    hits: int
+    misses: int
+    def __init__(self, number: _Optional[int] = ..., pid: _Optional[int] = ..., connected_s: _Optional[float] = ..., leases: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
+
+class Block(_message.Message):
+    __slots__ = ("ready", "uses")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    ready: _containers.RepeatedScalarFieldContainer[int]
+    uses: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ready: _Optional[_Iterable[int]] = ..., uses: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Tier(_message.Message):
     __slots__ = ("name", "slots", "ready", "leased", "slot_bytes", "hits", "misses", "joined", "prefetched", "useful", "late", "wasted", "cancelled", "saved_seconds", "warmed", "recalled", "evictions", "failures", "bytes_in", "load_bounds", "loads", "load_seconds", "waits", "wait_seconds", "wait_median", "wait_p99", "discarded")

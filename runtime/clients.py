@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.errors import RefusedError, UnavailableError, UnknownModelError
 
-from .exchange import Exchange
+from .exchange import Asked, Exchange
 from .hosted import Hosted
 from .logfmt import say
 from .running import SHORT
@@ -26,7 +28,20 @@ class _Client:
 
     pid: int
     model: Hosted | None
+    number: int = 0
     exchange: Exchange | None = None
+    asked: Asked = field(default_factory=Asked)
+    began: float = field(default_factory=time.monotonic)
+
+    def describe(self) -> pb.Client:
+        return pb.Client(
+            number=self.number,
+            pid=self.pid,
+            connected_s=time.monotonic() - self.began,
+            leases=0 if self.exchange is None else self.exchange.leases,
+            hits=self.asked.hits,
+            misses=self.asked.misses,
+        )
 
 
 class Clients:
@@ -37,8 +52,9 @@ class Clients:
         self.models = models
         self._leases = leases
         self._patience = patience
-        self._changed = threading.Condition()  # guards the three below
+        self._changed = threading.Condition()  # guards the four below
         self._clients: dict[str, _Client] = {}
+        self._numbers = itertools.count(1)
         self._fetching = 0
         self._stopping = False
 
@@ -56,7 +72,7 @@ class Clients:
             if model is None:
                 raise self._unknown(digest)
             welcome = Welcome(model.name, model.slots, model.host.export())
-            self._clients[session] = _Client(pid, model)
+            self._clients[session] = _Client(pid, model, next(self._numbers))
         say(_log, "client", pid=pid, model=model.name)
         return welcome
 
@@ -85,7 +101,7 @@ class Clients:
                 raise _stopping()
             former = client.exchange
             client.exchange = exchange = Exchange(
-                client.model, leases=self._leases, patience=self._patience, settled=self._settled
+                client.model, client.asked, leases=self._leases, patience=self._patience, settled=self._settled
             )
         if former is not None:
             former.end(UnavailableError("The client has opened another stream.", "Use that."))
@@ -125,6 +141,15 @@ class Clients:
             leases = sum(exchange.leases for exchange in exchanges)
             found.append(model.stats(clients=len(of_model), sessions=len(exchanges), leases=leases))
         return found
+
+    def details(self) -> list[pb.Details]:
+        """Of the models, in the order of ``stats``."""
+        with self._changed:
+            clients = list(self._clients.values())
+        return [
+            pb.Details(clients=[one.describe() for one in clients if one.model is model], blocks=model.blocks())
+            for model in self.models.values()
+        ]
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 from google.protobuf.message import DecodeError
@@ -24,12 +25,23 @@ UNREAD = 65_536  # answers that a client has not taken
 PACE_SECONDS = 0.5  # between two words on the pace of the same records
 
 
+@dataclass(slots=True)
+class Asked:
+    """By one client, over all its streams."""
+
+    hits: int = 0  # that it reported
+    misses: int = 0  # experts that it asked for
+
+
 class Exchange:
     """Two threads meet here: one that hears the client, and one that answers it. ``settled`` is called, by any thread,
-    when the last of its requests is over."""
+    when the last of its requests is over; ``asked`` counts."""
 
-    def __init__(self, model: Hosted, *, leases: int, patience: float, settled: Callable[[], None]) -> None:
+    def __init__(
+        self, model: Hosted, asked: Asked, *, leases: int, patience: float, settled: Callable[[], None]
+    ) -> None:
         self._model = model
+        self._asked = asked
         self._settled = settled
         self._events: SimpleQueue[Granted | Failed | pb.Pace | None] = SimpleQueue()  # None: the end
         self._state = threading.Lock()  # guards the three below
@@ -108,6 +120,7 @@ class Exchange:
                 keys = [key for entry in message.used.blocks for key in self._keys(entry.block, entry.experts)]
                 self._session.used(keys)
                 self._model.count(used=len(keys))
+                self._asked.hits += len(keys)
             case "prefetch":
                 wishes = message.prefetch.wishes
                 self._session.prefetch(wishes.block, self._keys(wishes.block, wishes.experts))
@@ -131,6 +144,7 @@ class Exchange:
                 return
             self._requests[request] = set(keys)
         self._model.count(requests=1)
+        self._asked.misses += len(keys)
         try:
             if self._refusal is not None:
                 raise self._refusal

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
 from moetier.tiers.learner import Learner
 from moetier.tiers.manifest import Manifest
 
@@ -26,6 +27,7 @@ class Hosted:
         self.slots = host.plan.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self.fetches = Fetches(host, manifest, self.slots, patience=patience)
+        host.uses()  # are counted from now on
         self._learner = Learner(host) if learn else None
         self._lock = threading.Lock()  # of the four below
         self._requests = 0
@@ -76,6 +78,17 @@ class Hosted:
                 session_bytes_out=self._bytes_out,
                 recovered=self.host.recovered,
             )
+
+    def blocks(self) -> list[pb.Block]:
+        """What is in the slots now, and what was used since the beginning."""
+        uses = self.host.uses()
+        return [
+            pb.Block(
+                ready=self.host.ready(number),
+                uses=[uses.get(ExpertKey(number, expert), 0) for expert in range(block.experts)],
+            )
+            for number, block in enumerate(self.manifest.blocks)
+        ]
 
     def close(self) -> None:
         self.fetches.close()

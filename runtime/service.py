@@ -55,7 +55,12 @@ class Service(ExpertStoreServicer):
             yield from model.fetches.serve(request, context)
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:
-        return pb.StatsReply(models=self._clients.stats(), uptime_s=time.monotonic() - self._began)
+        with _answering(context):
+            return pb.StatsReply(
+                models=self._clients.stats(),
+                uptime_s=time.monotonic() - self._began,
+                details=self._clients.details() if request.details else (),
+            )
 
 
 class RemoteService(Service):

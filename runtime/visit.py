@@ -30,9 +30,9 @@ class Visit:
             reply: pb.DescribeReply = self._stub.Describe(pb.DescribeRequest(), timeout=self._patience)
         return reply
 
-    def stats(self) -> pb.StatsReply:
+    def stats(self, *, details: bool = False) -> pb.StatsReply:
         with self._errors():
-            reply: pb.StatsReply = self._stub.Stats(pb.StatsRequest(), timeout=self._patience)
+            reply: pb.StatsReply = self._stub.Stats(pb.StatsRequest(details=details), timeout=self._patience)
         return reply
 
     @contextlib.contextmanager

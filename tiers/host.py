@@ -157,11 +157,17 @@ class HostTier:
         with self._monitor:
             self._ledger.used_above(keys)
 
-    def take_uses(self) -> dict[ExpertKey, int]:
-        """How often each record was wanted since the last call. The first call begins the counting."""
+    def uses(self) -> dict[ExpertKey, int]:
+        """How often each record was wanted since the first call, which begins the counting."""
         with self._monitor:
-            uses, self._ledger.uses = self._ledger.uses, {}
-            return uses or {}
+            if self._ledger.uses is None:
+                self._ledger.uses = {}
+            return dict(self._ledger.uses)
+
+    def ready(self, block: int) -> list[int]:
+        """The experts of a block whose records are in slots now."""
+        find, experts = self._arena.directory.find, self.manifest.blocks[block].experts
+        return [expert for expert in range(experts) if find(ExpertKey(block, expert)) is not None]
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """As ``ExpertSource`` says."""

@@ -22,7 +22,7 @@ class Learner:
         self._experts = {number: block.experts for number, block in enumerate(host.manifest.blocks)}
         self._every = every
         self._ending = threading.Event()
-        host.take_uses()
+        self._kept = host.uses()
         self._thread = threading.Thread(target=self._run, name="moetier-learner", daemon=True)
         self._thread.start()
 
@@ -44,5 +44,8 @@ class Learner:
             self._keep()
 
     def _keep(self) -> None:
-        if uses := self._host.take_uses():
-            keep_hot_set(self._digest, self._experts, HotSet(uses))
+        uses = self._host.uses()
+        new = {key: count - self._kept.get(key, 0) for key, count in uses.items()}
+        self._kept = uses
+        if used := {key: count for key, count in new.items() if count}:
+            keep_hot_set(self._digest, self._experts, HotSet(used))

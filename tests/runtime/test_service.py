@@ -117,6 +117,39 @@ def test_hits_are_told_and_wishes_are_loaded(daemon: DaemonProcess, store: Store
         assert (stats.host.hits, stats.host.misses, stats.host.prefetched) == (2, 0, 2)
 
 
+def details(daemon: DaemonProcess) -> pb.Details:
+    with daemon.stub() as stub:
+        (found,) = stub.Stats(pb.StatsRequest(details=True), timeout=PATIENCE).details
+    return found
+
+
+def test_details_are_told_on_request(daemon: DaemonProcess, store: Store) -> None:
+    """Who asked for what, what is there, and how often each expert was wanted: over all streams of a client."""
+    with daemon.stub() as stub:
+        assert not stub.Stats(pb.StatsRequest(), timeout=PATIENCE).details
+    with RawClient(daemon.folder, store[1]) as client, RawClient(daemon.folder, store[1]):
+        client.acquire(1, 0, [3, 5])
+        client.granted()
+        client.granted()
+        client.send(used=pb.Used(blocks=[pb.Experts(block=0, experts=[5, 5])]))
+        daemon.wait_for("used == 2")
+        client.open_stream()
+        client.acquire(1, 2, [7])
+        client.granted()
+        found = details(daemon)
+        pid = os.getpid()
+        assert [(one.number, one.pid, one.hits, one.misses) for one in found.clients] == [
+            (1, pid, 2, 3),
+            (2, pid, 0, 0),
+        ]
+        assert [one.leases for one in found.clients] == [1, 0]
+        assert found.clients[0].connected_s >= found.clients[1].connected_s > 0
+        assert [list(block.ready) for block in found.blocks] == [[3, 5], [], [7]]
+        assert [list(block.uses) for block in found.blocks] == [[0, 0, 0, 1, 0, 3, 0, 0], [0] * 8, [0] * 7 + [1]]
+    daemon.wait_for("clients == 0")
+    assert not details(daemon).clients
+
+
 def test_messages_of_a_later_version_are_ignored(daemon: DaemonProcess, store: Store) -> None:
     with RawClient(daemon.folder, store[1]) as client:
         client.send()  # a oneof that this version has no name for reads as none

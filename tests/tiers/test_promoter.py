@@ -467,14 +467,14 @@ def guesses(host: HostTier) -> tuple[int, ...]:
 
 
 def test_a_promotion_is_no_demand_of_the_host(host: HostTier, tier: DeviceTier) -> None:
-    host.take_uses()
+    host.uses()
     order = list(host._pools["records"].policy._orders[0])
     before = host.stats()
     tier.prefetch(0, keys(0, 0, 1))
     promoted(tier, 2)
     idle(tier)
     assert host.stats() == before
-    assert host.take_uses() == {}
+    assert host.uses() == {}
     assert list(host._pools["records"].policy._orders[0]) == order
 
 
