@@ -56,6 +56,8 @@ HOMES = {
     },
     "zarr": {"tiers/writer"},
     "matplotlib": {"tools/figures", "tools/plot"},
+    "textual": {"tools/top_app"},
+    "rich": {"tools/top_app", "tools/top_heat", "tools/top_parts"},
     "psutil": {"runtime/memory"},
     "fastapi": {"tools/serve_app", "tools/serve_handlers", "tools/serve_refusal"},
     "starlette": {"tools/serve_app"},

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     *("plan", "convert", "generate", "chat", "serve", "verify", "inspect", "quality", "synthetic"),
-    *("trace", "replay", "plot", "daemon", "ps", "stats", "bench"),
+    *("trace", "replay", "plot", "daemon", "ps", "stats", "top", "bench"),
     *("doctor", "config", "completion"),
 )
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON: one object, with --watch one a line")
     parser.add_argument(
         "--watch",
-        type=_interval,
+        type=interval,
         nargs="?",
         const=1.0,
         metavar="SECONDS",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.visit import visit
 
-    address = _address(arguments.address)
+    address = address_of(arguments.address)
     with visit(address, credentials(arguments)) as visited:
         described, stats = visited.describe(), visited.stats()
         if arguments.watch is None:
@@ -83,7 +83,8 @@ def _tier(host: Tier) -> dict[str, Any]:
     return {field.name: getattr(host, field.name) for field in host.DESCRIPTOR.fields} | several
 
 
-def _address(text: str | None) -> Address:
+def address_of(text: str | None) -> Address:
+    """As a command line has it; the only daemon that runs here where it has none, or the default's."""
     from moetier.runtime.address import DEFAULT_NAME, Address
 
     from .ps import running
@@ -148,7 +149,8 @@ def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:
     )
 
 
-def _interval(text: str) -> float:
+def interval(text: str) -> float:
+    """Seconds between two looks, as an option has it."""
     with contextlib.suppress(ValueError):
         if 0.01 <= (seconds := float(text)) <= 86_400:
             return seconds

@@ -45,6 +45,10 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
+    def send(self, number: int) -> None:
+        """A signal, to the process."""
+        self._process.send_signal(number)
+
     def interrupt(self) -> None:
         """Ctrl-C at a prompt: typed when the process waits for keys, for Python misses a signal that comes just before
         it does, until the next key."""

@@ -10,7 +10,7 @@ import pytest
 
 from moetier.tools.main import COMMANDS, build_parser, main
 
-HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy", "matplotlib", "fastapi", "uvicorn", "openai")
+HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy", "matplotlib", "fastapi", "uvicorn", "openai", "textual")
 
 
 def moetier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

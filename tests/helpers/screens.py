@@ -1,0 +1,64 @@
+"""A terminal that something draws on, as a person sees it."""
+
+from __future__ import annotations
+
+import fcntl
+import select
+import struct
+import termios
+import time
+from collections.abc import Callable
+
+import pyte
+from terminals import PATIENCE, Terminal
+
+
+class DrawnTerminal(Terminal):
+    """``text`` is what stands on the screen now; ``attributes`` are the terminal's own, as termios has them."""
+
+    def __init__(self, *arguments: str, columns: int = 150, lines: int = 40, **environment: str) -> None:
+        colours = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
+        super().__init__(*arguments, **(colours | environment))
+        self.before = self.attributes
+        self._screen = pyte.Screen(columns, lines)
+        self._stream = pyte.ByteStream(self._screen)
+        self.resize(columns, lines)
+
+    def resize(self, columns: int, lines: int) -> None:
+        self._screen.resize(lines, columns)
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+
+    @property
+    def attributes(self) -> list[object]:
+        return termios.tcgetattr(self._master)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self._screen.display)
+
+    @property
+    def written(self) -> str:
+        """All of it, with what moves the cursor and colours."""
+        return self.screen
+
+    def colour(self, column: int, line: int) -> str:
+        """Of a letter: "rrggbb"."""
+        return str(self._screen.buffer[line][column].fg)
+
+    def shows(self, *words: str) -> str:
+        """Waits until all of them stand on the screen together; its text."""
+        return self.shows_that(lambda: all(word in self.text for word in words), f"{words}")
+
+    def shows_that(self, condition: Callable[[], bool], name: str) -> str:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
+            piece = self._read() if ready else b""
+            assert piece, f"never {name}:\n{self.text}"
+        return self.text
+
+    def _read(self) -> bytes:
+        piece = super()._read()
+        self._stream.feed(piece)
+        self.screen += self._decoder.decode(piece)
+        return piece

@@ -1,0 +1,345 @@
+"""``moetier top`` in a terminal, on real daemons; and its screens, driven by textual's pilot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
+import pytest
+from daemons import DaemonProcess, running_daemon
+from raw_client import RawClient
+from readers import PATIENCE
+from screens import DrawnTerminal
+from stores import layout_of, make_plan, make_records, make_store, write_store
+from textual.pilot import Pilot
+from textual.widgets import OptionList, Static
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.address import Credentials
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.manifest import Manifest
+from moetier.tools import top_parts
+from moetier.tools.ps import running
+from moetier.tools.top_app import TERMINATED, Part, Top
+from moetier.tools.top_heat import ABSENT, READY, Grid, colour, heatmap
+from moetier.tools.top_history import History
+from moetier.tools.top_watch import Watch
+
+SLOT = layout_of().slot_bytes
+COMMAND = ("-m", "moetier.tools.main", "top")
+ALTERNATE, NORMAL = "\x1b[?1049h", "\x1b[?1049l"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("store")
+    make_store(folder, experts=8)
+    return folder, read_manifest(folder / "experts.zarr")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$XDG_RUNTIME_DIR; the daemons of the tests are in ``moetier`` beneath it."""
+    folder = tmp_path / "run"
+    (folder / "moetier").mkdir(mode=0o700, parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def daemon(store: tuple[Path, Manifest], runtime: Path) -> Iterator[DaemonProcess]:
+    with running_daemon(store[0], ram=12 * SLOT, folder=runtime / "moetier/default") as daemon:
+        yield daemon
+
+
+def ask(client: RawClient, request: int, block: int, *experts: int) -> None:
+    """Asks for what is granted, and gives it back."""
+    client.acquire(request, block, experts)
+    for _ in experts:
+        client.granted()
+    client.release(request)
+
+
+# -- in a terminal -----------------------------------------------------------------------------------------------------
+
+
+def test_a_daemon_is_watched_goes_away_and_comes_back(
+    daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path
+) -> None:
+    model = store[1].model
+    with DrawnTerminal(*COMMAND, "--interval", "0.05") as terminal:
+        text = terminal.shows(model, "0 of 12, 192 KiB", f"process {daemon.pid}", "none", "not there")
+        assert all(part in text for part in ("history", "prefetches", "clients of ", "experts by block"))
+        terminal.shows_that(lambda: "│ 1 ▆▆▆" in terminal.text, "block 1")
+        text = terminal.text
+        line = next(number for number, row in enumerate(text.splitlines()) if "│ 1 ▆▆▆" in row)
+        column = text.splitlines()[line].rindex("│ 1 ") + 4  # of the first expert of block 1
+        absent, ready = colour(0, 0)[1:], colour(1, 1)[1:]
+        assert terminal.colour(column, line) == absent
+        with RawClient(daemon.folder, store[1]) as client:
+            terminal.shows(str(os.getpid()))
+            ask(client, 1, 1, 0, 3)
+            terminal.shows("2 of 12", "2, 0 failed")
+            terminal.shows_that(lambda: terminal.colour(column, line) == ready, "the expert")
+        terminal.shows("none")
+        daemon.kill()
+        terminal.shows("Trying again.", "2 of 12")
+        daemon.restart()
+        terminal.shows(f"process {daemon.pid}", "0 of 12")
+        assert "Trying" not in terminal.text
+        terminal.type("q")
+        assert terminal.status() == 0
+        assert terminal.attributes == terminal.before
+        assert terminal.written.index(ALTERNATE) < terminal.written.index(NORMAL)
+        assert "\x1b[?25h" in terminal.written[terminal.written.index(ALTERNATE) :], "the cursor is seen again"
+        assert "Traceback" not in terminal.written
+
+
+@pytest.mark.parametrize(("end", "status"), [(signal.SIGTERM, TERMINATED), ("\x03", 0)])
+def test_any_size_will_do_and_the_terminal_is_left_as_it_was(
+    daemon: DaemonProcess, runtime: Path, end: signal.Signals | str, status: int
+) -> None:
+    with DrawnTerminal(*COMMAND, "default", "--interval", "0.05", columns=24, lines=8) as terminal:
+        terminal.shows("moetier top", "slots")
+        terminal.resize(3, 2)
+        terminal.resize(80, 24)
+        terminal.shows("0 of 12", "hit ratio", "every 0.05 s")
+        if isinstance(end, str):
+            terminal.type(end)
+        else:
+            terminal.send(end)
+        assert terminal.status() == status
+        assert terminal.attributes == terminal.before
+        assert NORMAL in terminal.written
+
+
+def test_nobody_is_there(runtime: Path) -> None:
+    with DrawnTerminal(*COMMAND) as terminal:
+        assert terminal.status() == 1
+        cause, fix = terminal.written.split("\r\n")[:2]
+        assert cause == f"moetier: No daemon runs in {runtime}/moetier/default."
+        assert fix.startswith("  ")
+        assert ALTERNATE not in terminal.written
+
+
+def test_without_a_terminal_it_names_what_needs_none(runtime: Path) -> None:
+    result = subprocess.run([sys.executable, *COMMAND], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    cause, fix = result.stderr.splitlines()
+    assert "terminal" in cause
+    assert "moetier stats" in fix
+
+
+def test_without_textual_it_says_what_to_install(runtime: Path) -> None:
+    code = "import sys; sys.modules['textual'] = None\nfrom moetier.tools.main import main\nsys.exit(main(['top']))"
+    with DrawnTerminal("-c", code) as terminal:
+        assert terminal.status() == 1
+        assert terminal.written.split("\r\n")[:2] == [
+            "moetier: moetier top needs textual, which is not installed.",
+            '  Install the extra: pip install "moetier[tui]"',
+        ]
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def drive(app: Top, person: Callable[[Pilot[None]], Awaitable[None]], size: tuple[int, int] = (150, 40)) -> None:
+    async def do() -> None:
+        async with app.run_test(size=size) as pilot:
+            await person(pilot)
+
+    asyncio.run(do())
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await pilot.pause(0.01)
+
+
+def shown(app: Top, selector: str) -> str:
+    """What a part says now, or a widget."""
+    widget = app.screen_stack[0].query_one(selector)
+    static = widget if isinstance(widget, Static) else widget.query_one(Static)
+    return "\n".join("".join(segment.text for segment in line) for line in static.render_lines(static.size.region))
+
+
+def test_pausing_and_the_interval(daemon: DaemonProcess, store: tuple[Path, Manifest]) -> None:
+    watch = Watch(Credentials(), 0.05)
+    app = Top([], daemon.address, watch)
+
+    async def person(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "0 of 12" in shown(app, "#tiers"))
+        await pilot.press("p")
+        assert "paused" in shown(app, "#head")
+        await asyncio.to_thread(asked, daemon, store[1])
+        await pilot.pause(0.2)  # four looks, if there were any
+        assert "0 of 12" in shown(app, "#tiers")
+        await pilot.press("p")
+        await until(pilot, lambda: "2 of 12" in shown(app, "#tiers"))
+        await pilot.press("plus")
+        assert (watch.interval, "every 0.1 s" in shown(app, "#head")) == (0.1, True)
+        await pilot.press(*["plus"] * 9)
+        assert watch.interval == 60
+        await pilot.press(*["minus"] * 9)
+        assert watch.interval == 0.1
+        await pilot.press("q")
+
+    drive(app, person)
+
+
+def asked(daemon: DaemonProcess, manifest: Manifest) -> None:
+    with RawClient(daemon.folder, manifest) as client:
+        ask(client, 1, 0, 1, 2)
+
+
+def test_parts_and_help(daemon: DaemonProcess) -> None:
+    app = Top([], daemon.address, Watch(Credentials(), 0.05))
+
+    async def person(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "0 of 12" in shown(app, "#tiers"))
+        names = ["tiers", "history", "prefetches", "clients", "experts"]
+        visited = [app.focused.id if app.focused else ""]
+        for key in ("tab", "right", "tab", "right"):
+            await pilot.press(key)
+            visited.append(app.focused.id if app.focused else "")
+        assert visited == names
+        for key, name in (("left", "clients"), ("shift+tab", "prefetches")):
+            await pilot.press(key)
+            assert isinstance(app.focused, Part)
+            assert app.focused.id == name
+        assert "since the start" in str(app.query_one("#experts", Part).border_title)
+        await pilot.press("u")
+        assert "lately" in str(app.query_one("#experts", Part).border_title)
+        await pilot.press("question_mark")
+        assert len(app.screen_stack) == 2
+        assert "pause, and go on" in "".join(str(one.content) for one in app.screen.query(Static))
+        await pilot.press("x")
+        assert len(app.screen_stack) == 1
+
+    drive(app, person)
+
+
+def test_one_of_several_daemons_and_of_several_models(
+    daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(model="acme/other")
+    write_store(tmp_path / "other", plan, make_records(plan, 1))
+    with running_daemon([tmp_path / "other", store[0]], ram=16 * SLOT, folder=runtime / "moetier/second") as second:
+        app = Top(running(), None, Watch(Credentials(), 0.05))
+
+        async def person(pilot: Pilot[None]) -> None:
+            listed = app.screen.query_one(OptionList)
+            names = [str(listed.get_option_at_index(number).prompt) for number in range(listed.option_count)]
+            assert ["default" in names[0], "acme/other" in names[1]] == [True, True]
+            await pilot.press("down", "enter")
+            await until(pilot, lambda: f"process {second.pid}" in shown(app, "#head"))
+            tiers = app.query_one("#tiers", Part)
+            assert tiers.border_title == "acme/other (1 of 2)"
+            await pilot.press("m")
+            assert tiers.border_title == f"{store[1].model} (2 of 2)"
+            await pilot.press("m")
+            assert tiers.border_title == "acme/other (1 of 2)"
+
+        drive(app, person)
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def block(count: int, *ready: int, uses: dict[int, int] | None = None) -> pb.Block:
+    return pb.Block(ready=ready, uses=[(uses or {}).get(expert, 0) for expert in range(count)])
+
+
+def reply(uptime: float, host: pb.Tier, *blocks: pb.Block, clients: list[pb.Client] | None = None) -> pb.StatsReply:
+    return pb.StatsReply(
+        models=[pb.ModelStats(name="acme/one", digest="1", host=host)],
+        details=[pb.Details(blocks=blocks, clients=clients or [])],
+        uptime_s=uptime,
+    )
+
+
+def test_changes_are_by_the_second_and_another_daemon_begins_anew() -> None:
+    history = History()
+    history.add(7, reply(10, pb.Tier(hits=10, misses=2), block(2, uses={0: 8}), clients=[pb.Client(number=1, hits=10)]))
+    assert history.models["1"].last is None
+    now = pb.Tier(hits=40, misses=12, joined=4, prefetched=5, warmed=1, bytes_in=64, evictions=3, wait_seconds=0.5)
+    clients = [pb.Client(number=1, hits=30, misses=8), pb.Client(number=2, misses=4)]
+    history.add(7, reply(12, now, block(2, uses={0: 12}), clients=clients))
+    model = history.models["1"]
+    change = model.last
+    assert change is not None
+    assert (change.hits, change.misses, change.hit_ratio) == (15, 5, 0.75)
+    assert (change.reads, change.bytes_read, change.evictions, change.waiting) == (6, 32, 1.5, 0.25)
+    assert model.rates == {1: (10, 4), 2: (0, 2)}
+    assert model.lately == [[4, 0]]
+    history.add(7, reply(42, now, block(2, uses={0: 12})))
+    assert history.models["1"].lately == [[2, 0]]
+    assert history.models["1"].changes[-1].hit_ratio is None
+    history.add(8, reply(43, pb.Tier(hits=1), block(2)))  # at the same address
+    assert not history.models["1"].changes
+    history.add(8, reply(1, pb.Tier(), block(2)))  # of the same number, in another namespace
+    assert not history.models["1"].changes
+
+
+def test_a_daemon_of_an_earlier_version_has_no_details() -> None:
+    history = History()
+    for uptime in (1, 2):
+        history.add(7, pb.StatsReply(models=[pb.ModelStats(name="acme/one", digest="1")], uptime_s=uptime))
+    (model,) = history.models.values()
+    assert "earlier version" in heatmap(model.details.blocks, model.lately, 40, 20).plain
+
+
+@pytest.mark.parametrize(
+    ("blocks", "experts", "width", "height", "grid"),
+    [
+        (8, 8, 70, 34, Grid(label=2, width=8, lines=3, experts=1, blocks=1)),
+        (32, 8, 80, 36, Grid(label=3, width=4, lines=1, experts=1, blocks=1)),
+        (48, 128, 140, 40, Grid(label=3, width=1, lines=0, experts=1, blocks=1)),
+        (61, 384, 100, 20, Grid(label=3, width=1, lines=0, experts=4, blocks=2)),
+        (1, 1, 0, 0, Grid(label=2, width=1, lines=1, experts=1, blocks=1)),
+    ],
+)
+def test_every_model_fits(blocks: int, experts: int, width: int, height: int, grid: Grid) -> None:
+    assert Grid.of(blocks, experts, width, height) == grid
+    text = heatmap([block(experts, 0)] * blocks, [[1.0] * experts] * blocks, width, height)
+    lines = text.plain.splitlines()
+    assert len(lines) <= max(height, 3)
+    if width:
+        assert max(len(line.rstrip()) for line in lines[1:-1]) <= width
+
+
+def test_colours_say_what_is_there_and_used() -> None:
+    dark, bright = ("#{:02x}{:02x}{:02x}".format(*value) for value in ABSENT)
+    there, hot = ("#{:02x}{:02x}{:02x}".format(*value) for value in READY)
+    assert [colour(0, 0), colour(0, 1), colour(1, 0), colour(1, 1)] == [dark, bright, there, hot]
+    blocks = [block(3, 0, 1), block(2)]
+    text = heatmap(blocks, [[0, 8, 0], [8, 0]], 20, 4)
+    styles = [str(span.style) for span in text.spans if text.plain[span.start] in "▆█"]
+    assert styles == [there, hot, dark, bright, dark]
+    halves = heatmap([*blocks, block(3)], [[0, 8, 0], [8, 0], [0, 0, 0]], 20, 4)
+    assert [str(span.style) for span in halves.spans if halves.plain[span.start] == "▀"] == [
+        f"{there} on {bright}",
+        f"{hot} on {dark}",
+        dark,
+        *[dark] * 3,
+    ]
+
+
+def test_sparklines() -> None:
+    assert top_parts.sparkline([0, 0.001, 0.5, 1, None], 6, 1.0) == " ▁▂▄█ "
+    assert top_parts.sparkline([], 3, 0.0) == "   "
+    assert top_parts.sparkline([1, 2, 3, 4], 2, 4.0) == "▆█"
+
+
+def test_programs_by_their_command_lines() -> None:
+    assert top_parts.program_of(2**22 + 1) == "?"
+    with subprocess.Popen([sys.executable, "-c", "input()", "a\x1bb"], stdin=subprocess.PIPE) as process:
+        assert top_parts.program_of(process.pid) == "-c input() a?b"
+        process.kill()

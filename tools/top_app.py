@@ -1,0 +1,303 @@
+"""The screens of ``moetier top``. It alone, with what draws, needs textual."""
+
+from __future__ import annotations
+
+import asyncio
+import pwd
+import signal
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.console import RenderableType
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.message import Message
+from textual.screen import ModalScreen, Screen
+from textual.widgets import Footer, OptionList, Static
+from textual.widgets.option_list import Option
+
+from moetier.runtime.address import Address, runtime_folder
+from moetier.tiers.errors import MoetierError
+
+from . import top_parts
+from .ps import Running, format_seconds
+from .top_heat import heatmap
+from .top_history import History, ModelHistory
+from .top_watch import Look, Watch
+
+INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds
+TERMINATED = 128 + signal.SIGTERM
+NARROW_HEAT = 20  # lines of the experts where the parts stand below each other
+
+HELP = """\
+q        end
+p        pause, and go on
++  -      look less often, more often
+tab  ->  the next part, shift+tab  <- the one before
+up down  scroll what does not fit
+u        uses of experts: since the daemon was started, or lately
+         (a use counts half after 30 seconds)
+m        the next model, where the daemon has several
+?        this
+
+A second's rates are those between the last two looks. Waits are of
+those who ask the daemon and hold nothing to compute with meanwhile.
+Hits of a client are what it found by itself in the daemon's memory,
+misses what it asked for."""
+
+
+class Part(VerticalScroll, can_focus=True):
+    """One thing, with a border and a title."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("right", "app.focus_next", show=False),
+        Binding("left", "app.focus_previous", show=False),
+    ]
+
+    def __init__(self, name: str) -> None:
+        super().__init__(id=name)
+        self.border_title = name
+        self._body = Static()
+
+    class Sized(Message):
+        """What is drawn to its size is to be drawn anew."""
+
+    def on_resize(self) -> None:
+        self.post_message(self.Sized())
+
+    def compose(self) -> ComposeResult:
+        yield self._body
+
+    def show(self, content: RenderableType, title: str = "") -> None:
+        self._body.update(content)
+        if title:
+            self.border_title = title
+
+
+class Help(ModalScreen[None]):
+    def compose(self) -> ComposeResult:
+        with VerticalScroll() as box:
+            box.border_title = "moetier top"
+            yield Static(HELP, markup=False)
+
+    def on_key(self) -> None:
+        self.dismiss()
+
+
+class Choice(Screen[None]):
+    """Which of several daemons."""
+
+    class Made(Message):
+        def __init__(self, address: Address) -> None:
+            super().__init__()
+            self.address = address
+
+    def __init__(self, found: Sequence[Running]) -> None:
+        super().__init__()
+        self._found = found
+
+    def compose(self) -> ComposeResult:
+        yield Static("Which daemon?", id="head")
+        yield OptionList(*(Option(_line(daemon)) for daemon in self._found))
+        yield Footer()
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        self.app.post_message(self.Made(Address.of(self._found[event.option_index].folder)))
+
+
+class Told(Message):
+    """What the watch has seen, or why it has not."""
+
+    def __init__(self, seen: Look | MoetierError) -> None:
+        super().__init__()
+        self.seen = seen
+
+
+class Top(App[None]):
+    """Shows the daemon at ``address``, or lets one of those that were ``found`` be chosen. The watch is its own to
+    begin and to end."""
+
+    TITLE = "moetier top"
+    ENABLE_COMMAND_PALETTE = False
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (120, "-wide")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "end"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
+        Binding("p", "pause", "pause"),
+        Binding("plus,equals_sign", "interval(1)", "less often", key_display="+"),
+        Binding("minus", "interval(-1)", "more often", key_display="-"),
+        Binding("u", "uses", "uses"),
+        Binding("m", "model", "model"),
+        Binding("question_mark", "help", "help", key_display="?"),
+    ]
+    CSS = """
+    #head { height: 1; padding: 0 1; background: $panel; }
+    #away { height: auto; padding: 0 1; background: $error-darken-2; color: $text; display: none; }
+    #away.shown { display: block; }
+    #columns { height: 1fr; }
+    Part { border: round $surface-lighten-2; border-title-color: $text-muted; padding: 0 1; height: auto; }
+    Part:focus { border: round $accent; border-title-color: $accent; background-tint: $foreground 0%; }
+    .-narrow #columns { layout: vertical; overflow-y: auto; }
+    .-narrow #left, .-narrow #experts { height: auto; width: 100%; }
+    .-wide #left { width: 50%; max-width: 88; overflow-y: auto; }
+    .-wide #experts { width: 1fr; height: 1fr; }
+    .-wide #clients { min-height: 5; }
+    Help { align: center middle; }
+    Help VerticalScroll { width: 76; max-width: 100%; height: auto; max-height: 100%; }
+    Help VerticalScroll { padding: 1 2; border: round $accent; background: $panel; }
+    """
+
+    def __init__(self, found: Sequence[Running], address: Address | None, watch: Watch) -> None:
+        super().__init__()
+        self._found = found
+        self._address = address
+        self._watch = watch
+        self._seen: Look | None = None
+        self._error: MoetierError | None = None
+        self._history = History()
+        self._model = 0
+        self._is_lately = False
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="head")
+        yield Static(id="away")
+        with Horizontal(id="columns"):
+            with Vertical(id="left"):
+                for name in ("tiers", "history", "prefetches", "clients"):
+                    yield Part(name)
+            yield Part("experts")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
+        if self._address is None:
+            self.push_screen(Choice(self._found))
+        else:
+            self._begin(self._address)
+
+    def on_unmount(self) -> None:
+        self._watch.end()
+
+    def on_choice_made(self, made: Choice.Made) -> None:
+        self.pop_screen()
+        self._begin(made.address)
+
+    def on_told(self, told: Told) -> None:
+        if isinstance(told.seen, MoetierError):
+            self._error = told.seen
+        else:
+            self._seen, self._error = told.seen, None
+            self._history.add(told.seen.described.pid, told.seen.stats)
+        self._show()
+
+    def on_part_sized(self) -> None:
+        self._show()
+
+    def action_pause(self) -> None:
+        self._watch.change(paused=not self._watch.paused)
+        self._show()
+
+    def action_interval(self, step: int) -> None:
+        now = self._watch.interval
+        others = [value for value in INTERVALS if (value - now) * step > 0]
+        if others:
+            self._watch.change(interval=min(others, key=lambda value: abs(value - now)))
+        self._show()
+
+    def action_uses(self) -> None:
+        self._is_lately = not self._is_lately
+        self._show()
+
+    def action_model(self) -> None:
+        self._model += 1
+        self._show()
+
+    def action_help(self) -> None:
+        if not isinstance(self.screen, Help):
+            self.push_screen(Help())
+
+    async def action_quit(self) -> None:
+        self.exit()
+
+    def _begin(self, address: Address) -> None:
+        self._address = address
+        self.query_one("#tiers").focus()
+        self._watch.begin(address, lambda seen: self.post_message(Told(seen)))
+        self._show()
+
+    def _terminate(self) -> None:
+        self.exit(return_code=TERMINATED)
+
+    # -- what is shown -------------------------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        screen = self.screen_stack[0]
+        away = screen.query_one("#away", Static)
+        away.set_class(self._error is not None, "shown")
+        if self._error is not None:
+            away.update(Text(f"{self._error.cause} Trying again.", overflow="fold"))
+        screen.query_one("#head", Static).update(self._head())
+        models = list(self._history.models.values())
+        if models:
+            self._show_model(screen, models[self._model % len(models)], len(models))
+
+    def _head(self) -> Text:
+        state = "paused" if self._watch.paused else f"every {self._watch.interval:g} s"
+        address = "" if self._address is None else _name(self._address)
+        text = Text.assemble(("moetier top  ", "bold"), address, (f"  {state}", "bold"), no_wrap=True)
+        if self._seen is not None:
+            described, stats = self._seen.described, self._seen.stats
+            up = format_seconds(stats.uptime_s)
+            text.append(f"  process {described.pid}, moetier {described.version}, up {up}", "dim")
+        return text
+
+    def _show_model(self, screen: Screen[object], model: ModelHistory, of: int) -> None:
+        assert self._address is not None
+        parts = {part.id: part for part in screen.query(Part)}
+        number = f" ({self._model % of + 1} of {of})" if of > 1 else ""
+        parts["tiers"].show(top_parts.tiers(model), f"{model.stats.name}{number}")
+        parts["history"].show(top_parts.history(model, _width(parts["history"])))
+        parts["prefetches"].show(top_parts.prefetches(model.stats.host))
+        folder = self._address.folder
+        parts["clients"].show(
+            top_parts.clients(model, local=folder is not None),
+            f"clients of {_user(folder.stat().st_uid)}" if folder is not None and folder.exists() else "clients",
+        )
+        experts = parts["experts"]
+        blocks = model.details.blocks
+        uses = model.lately if self._is_lately and model.lately else [list(block.uses) for block in blocks]
+        height = experts.scrollable_content_region.height if "-wide" in screen.classes else NARROW_HEAT
+        experts.show(
+            heatmap(blocks, uses, _width(experts), height),
+            f"experts by block, uses {'lately' if self._is_lately else 'since the start'}",
+        )
+
+
+def _width(part: Part) -> int:
+    return part.scrollable_content_region.width
+
+
+def _name(address: Address) -> str:
+    """As short as it can be typed."""
+    folder = address.folder
+    return folder.name if folder is not None and folder.parent == runtime_folder() else str(address)
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _line(daemon: Running) -> Text:
+    names = ", ".join(model.name for model in daemon.card.models)
+    answers = "" if daemon.stats is not None else ", does not answer"
+    return Text.assemble(
+        (daemon.folder.name, "bold"),
+        f"  {names}",
+        (f"  process {daemon.card.pid}{answers}", "dim"),
+        f"\n{daemon.folder}",
+    )

@@ -1,0 +1,115 @@
+"""What happened to a daemon's models between looks; pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moetier.proto.expert_store_pb2 import Block, Client, Details, ModelStats, StatsReply, Tier
+
+KEPT = 600  # changes
+HALF_LIFE = 30.0  # seconds after which a use counts half, of what was used lately
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of one model between two looks; all but the ratio is by the second."""
+
+    hits: float
+    misses: float
+    reads: float  # begun
+    bytes_read: float
+    evictions: float
+    waiting: float  # seconds that callers waited
+    fetches: float
+    bytes_fetched: float
+
+    @property
+    def demands(self) -> float:
+        return self.hits + self.misses
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """None where nothing was wanted."""
+        return self.hits / self.demands if self.demands else None
+
+
+def reads_of(host: Tier) -> int:
+    """Loads that were begun: for demands, for wishes, and beforehand."""
+    return host.misses - host.joined + host.prefetched + host.warmed
+
+
+@dataclass(slots=True)
+class ModelHistory:
+    """One model as it was seen last, and what changed before. ``lately`` has the uses of each expert by block."""
+
+    stats: ModelStats
+    details: Details
+    changes: deque[Change] = field(default_factory=lambda: deque(maxlen=KEPT))
+    rates: dict[int, tuple[float, float]] = field(default_factory=dict)  # by client: hits and misses a second
+    lately: list[list[float]] = field(default_factory=list)
+
+    @property
+    def last(self) -> Change | None:
+        return self.changes[-1] if self.changes else None
+
+    def go_on(self, stats: ModelStats, details: Details, seconds: float) -> None:
+        self.changes.append(_change(self.stats, stats, seconds))
+        self.rates = dict(_rates(self.details.clients, details.clients, seconds))
+        fading = 0.5 ** (seconds / HALF_LIFE)
+        before = self.lately or [[0.0] * len(block.uses) for block in details.blocks]
+        self.lately = [
+            _fade(values, fading, was, now)
+            for values, was, now in zip(before, self.details.blocks, details.blocks, strict=True)
+        ]
+        self.stats, self.details = stats, details
+
+
+class History:
+    """Of all models of a daemon, by digest, in its order; another daemon at its address begins anew."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, ModelHistory] = {}
+        self._pid = 0
+        self._uptime = 0.0
+
+    def add(self, pid: int, stats: StatsReply) -> None:
+        if (pid, 0.0) != (self._pid, min(stats.uptime_s - self._uptime, 0.0)):
+            self.models = {}
+        seconds = max(stats.uptime_s - self._uptime, 1e-9)
+        self._pid, self._uptime = pid, stats.uptime_s
+        # one of an earlier version has no details
+        every = list(stats.details) or [Details() for _ in stats.models]
+        for model, details in zip(stats.models, every, strict=True):
+            if model.digest in self.models:
+                self.models[model.digest].go_on(model, details, seconds)
+            else:
+                self.models[model.digest] = ModelHistory(model, details)
+
+
+def _change(before: ModelStats, now: ModelStats, seconds: float) -> Change:
+    was, host = before.host, now.host
+    return Change(
+        hits=(host.hits - was.hits) / seconds,
+        misses=(host.misses - was.misses) / seconds,
+        reads=(reads_of(host) - reads_of(was)) / seconds,
+        bytes_read=(host.bytes_in - was.bytes_in) / seconds,
+        evictions=(host.evictions - was.evictions) / seconds,
+        waiting=(host.wait_seconds - was.wait_seconds) / seconds,
+        fetches=(now.fetches - before.fetches) / seconds,
+        bytes_fetched=(now.fetched_bytes - before.fetched_bytes) / seconds,
+    )
+
+
+def _rates(
+    before: Sequence[Client], now: Sequence[Client], seconds: float
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    former = {client.number: client for client in before}
+    for client in now:
+        was = former.get(client.number, Client())
+        yield client.number, ((client.hits - was.hits) / seconds, (client.misses - was.misses) / seconds)
+
+
+def _fade(values: list[float], fading: float, was: Block, now: Block) -> list[float]:
+    return [value * fading + new - old for value, old, new in zip(values, was.uses, now.uses, strict=True)]
