@@ -121,7 +121,10 @@ class Top(App[None]):
 
     TITLE = "moetier top"
     ENABLE_COMMAND_PALETTE = False
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (120, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012 - as App declares it
+        (0, "-narrow"),
+        (120, "-wide"),
+    ]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "end"),
         Binding("ctrl+c", "quit", show=False, priority=True),
@@ -159,15 +162,18 @@ class Top(App[None]):
         self._history = History()
         self._model = 0
         self._is_lately = False
+        # kept, and not looked for: a look may be told while the screen is taken down
+        self._heading = Static(id="head")
+        self._away = Static(id="away")
+        self._parts = {name: Part(name) for name in ("tiers", "history", "prefetches", "clients", "experts")}
 
     def compose(self) -> ComposeResult:
-        yield Static(id="head")
-        yield Static(id="away")
+        yield self._heading
+        yield self._away
         with Horizontal(id="columns"):
             with Vertical(id="left"):
-                for name in ("tiers", "history", "prefetches", "clients"):
-                    yield Part(name)
-            yield Part("experts")
+                yield from (part for name, part in self._parts.items() if name != "experts")
+            yield self._parts["experts"]
         yield Footer()
 
     def on_mount(self) -> None:
@@ -223,7 +229,7 @@ class Top(App[None]):
 
     def _begin(self, address: Address) -> None:
         self._address = address
-        self.query_one("#tiers").focus()
+        self._parts["tiers"].focus()
         self._watch.begin(address, lambda seen: self.post_message(Told(seen)))
         self._show()
 
@@ -233,15 +239,17 @@ class Top(App[None]):
     # -- what is shown -------------------------------------------------------------------------------------------------
 
     def _show(self) -> None:
-        screen = self.screen_stack[0]
-        away = screen.query_one("#away", Static)
-        away.set_class(self._error is not None, "shown")
+        self._away.set_class(self._error is not None, "shown")
         if self._error is not None:
-            away.update(Text(f"{self._error.cause} Trying again.", overflow="fold"))
-        screen.query_one("#head", Static).update(self._head())
+            self._away.update(Text(f"{self._error.cause} Trying again.", overflow="fold"))
+        self._heading.update(self._head())
         models = list(self._history.models.values())
         if models:
-            self._show_model(screen, models[self._model % len(models)], len(models))
+            self._show_model(models[self._model % len(models)], len(models))
+
+    @property
+    def _is_wide(self) -> bool:
+        return bool(self.screen_stack) and self.screen_stack[0].has_class("-wide")
 
     def _head(self) -> Text:
         state = "paused" if self._watch.paused else f"every {self._watch.interval:g} s"
@@ -253,9 +261,9 @@ class Top(App[None]):
             text.append(f"  process {described.pid}, moetier {described.version}, up {up}", "dim")
         return text
 
-    def _show_model(self, screen: Screen[object], model: ModelHistory, of: int) -> None:
+    def _show_model(self, model: ModelHistory, of: int) -> None:
         assert self._address is not None
-        parts = {part.id: part for part in screen.query(Part)}
+        parts = self._parts
         number = f" ({self._model % of + 1} of {of})" if of > 1 else ""
         parts["tiers"].show(top_parts.tiers(model), f"{model.stats.name}{number}")
         parts["history"].show(top_parts.history(model, _width(parts["history"])))
@@ -268,7 +276,7 @@ class Top(App[None]):
         experts = parts["experts"]
         blocks = model.details.blocks
         uses = model.lately if self._is_lately and model.lately else [list(block.uses) for block in blocks]
-        height = experts.scrollable_content_region.height if "-wide" in screen.classes else NARROW_HEAT
+        height = experts.scrollable_content_region.height if self._is_wide else NARROW_HEAT
         experts.show(
             heatmap(blocks, uses, _width(experts), height),
             f"experts by block, uses {'lately' if self._is_lately else 'since the start'}",

@@ -25,17 +25,17 @@ def tiers(model: ModelHistory) -> Table:
     host, last = model.stats.host, model.last
     demands = host.hits + host.misses
 
-    def rate(value: float | None, of: str = "") -> str:
-        return "-" if value is None else f"{value:,.0f}{of}/s"
+    def rate(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.0f}/s"
 
     ratio = None if last is None else last.hit_ratio
     share = host.ready / host.slots if host.slots else 0.0
-    rows = [
+    rows: list[tuple[str, str, str | Text, str]] = [
         ("host", "slots", _bar([(share, BLUE)]), f"{host.ready:,} of {host.slots:,}, {format_bytes(host.slot_bytes)}"),
         ("", "hit ratio", "-" if ratio is None else f"{ratio:.1%}", f"{host.hits / demands:.1%}" if demands else "-"),
-        ("", "hits", rate(last and last.hits), f"{host.hits:,}"),
-        ("", "misses", rate(last and last.misses), f"{host.misses:,}, {host.joined:,} joined a load"),
-        ("", "evictions", rate(last and last.evictions), f"{host.evictions:,}"),
+        ("", "hits", rate(None if last is None else last.hits), f"{host.hits:,}"),
+        ("", "misses", rate(None if last is None else last.misses), f"{host.misses:,}, {host.joined:,} joined a load"),
+        ("", "evictions", rate(None if last is None else last.evictions), f"{host.evictions:,}"),
         (
             "",
             "waits",
@@ -43,12 +43,12 @@ def tiers(model: ModelHistory) -> Table:
             f"median {_milliseconds(host.wait_median)}, p99 {_milliseconds(host.wait_p99)}",
         ),
         ("", "leases", f"{model.stats.leases:,}", ""),
-        ("store", "reads", rate(last and last.reads), f"{reads_of(host):,}, {host.failures:,} failed"),
+        ("store", "reads", rate(None if last is None else last.reads), f"{reads_of(host):,}, {host.failures:,} failed"),
         ("", "", "-" if last is None else f"{format_bytes(last.bytes_read)}/s", format_bytes(host.bytes_in)),
     ]
     if model.stats.fetches:
         rows += [
-            ("others", "fetches", rate(last and last.fetches), f"{model.stats.fetches:,}"),
+            ("others", "fetches", rate(None if last is None else last.fetches), f"{model.stats.fetches:,}"),
             (
                 "",
                 "",

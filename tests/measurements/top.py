@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--ram", default="60%", help="of all experts (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of traffic (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=0.5)
-    parser.add_argument("--size", default="150x40", help="of the terminal (default: %(default)s)")
+    parser.add_argument("--size", default="150x33", help="of the terminal (default: %(default)s)")
     parser.add_argument("--keys", default="", help="that are typed before the picture is taken, with commas between")
     arguments = parser.parse_args()
     ram = Size.parse(arguments.ram).of(read_manifest(store_folder(arguments.directory)).stored_bytes)

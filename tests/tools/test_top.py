@@ -226,6 +226,20 @@ def test_parts_and_help(daemon: DaemonProcess) -> None:
     drive(app, person)
 
 
+def test_a_look_that_comes_while_the_screen_is_taken_down(daemon: DaemonProcess) -> None:
+    app = Top([], daemon.address, Watch(Credentials(), 0.05))
+
+    async def person(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "0 of 12" in shown(app, "#tiers"))
+        for name in ("#head", "#away", "#columns"):
+            await app.query_one(name).remove()
+        (model,) = app._history.models.values()
+        seen = len(model.changes)
+        await until(pilot, lambda: len(model.changes) > seen + 1)
+
+    drive(app, person)
+
+
 def test_one_of_several_daemons_and_of_several_models(
     daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path, tmp_path: Path
 ) -> None:
@@ -340,6 +354,9 @@ def test_sparklines() -> None:
 
 def test_programs_by_their_command_lines() -> None:
     assert top_parts.program_of(2**22 + 1) == "?"
-    with subprocess.Popen([sys.executable, "-c", "input()", "a\x1bb"], stdin=subprocess.PIPE) as process:
-        assert top_parts.program_of(process.pid) == "-c input() a?b"
+    command = [sys.executable, "-c", "print(flush=True); input()", "a\x1bb"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # before it has begun, it has no command line
+        assert top_parts.program_of(process.pid) == "-c print(flush=True); input() a?b"
         process.kill()
