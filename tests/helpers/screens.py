@@ -52,7 +52,8 @@ class DrawnTerminal(Terminal):
     def shows_that(self, condition: Callable[[], bool], name: str) -> str:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()  # a screen that changes all the time is no reason to go on
+            ready = left > 0 and select.select([self._master], [], [], left)[0]
             piece = self._read() if ready else b""
             assert piece, f"never {name}:\n{self.text}"
         return self.text

@@ -69,6 +69,14 @@ def ask(client: RawClient, request: int, block: int, *experts: int) -> None:
 # -- in a terminal -----------------------------------------------------------------------------------------------------
 
 
+def first_expert(terminal: DrawnTerminal, block: int) -> str | None:
+    """The colour of its cell, wherever the block stands now."""
+    for line, row in enumerate(terminal.text.splitlines()):
+        if (column := row.rfind(f"│ {block} ▆▆▆")) >= 0:
+            return terminal.colour(column + 4, line)
+    return None
+
+
 def test_a_daemon_is_watched_goes_away_and_comes_back(
     daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path
 ) -> None:
@@ -77,16 +85,13 @@ def test_a_daemon_is_watched_goes_away_and_comes_back(
         text = terminal.shows(model, "0 of 12, 192 KiB", f"process {daemon.pid}", "none", "not there")
         assert all(part in text for part in ("history", "prefetches", "clients of ", "experts by block"))
         terminal.shows_that(lambda: "│ 1 ▆▆▆" in terminal.text, "block 1")
-        text = terminal.text
-        line = next(number for number, row in enumerate(text.splitlines()) if "│ 1 ▆▆▆" in row)
-        column = text.splitlines()[line].rindex("│ 1 ") + 4  # of the first expert of block 1
         absent, ready = colour(0, 0)[1:], colour(1, 1)[1:]
-        assert terminal.colour(column, line) == absent
+        terminal.shows_that(lambda: first_expert(terminal, 1) == absent, "an expert that is absent")
         with RawClient(daemon.folder, store[1]) as client:
             terminal.shows(str(os.getpid()))
             ask(client, 1, 1, 0, 3)
             terminal.shows("2 of 12", "2, 0 failed")
-            terminal.shows_that(lambda: terminal.colour(column, line) == ready, "the expert")
+            terminal.shows_that(lambda: first_expert(terminal, 1) == ready, "the expert")
         terminal.shows("none")
         daemon.kill()
         terminal.shows("Trying again.", "2 of 12")
