@@ -7,7 +7,7 @@ DEMO_RAM := 3520KiB
 # for another: make demo DEMO_PROMPT='...'
 DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
-.PHONY: help setup demo synthetic proto golden check format test test-slow wheel clean
+.PHONY: help setup demo synthetic proto golden check format test test-slow docs wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,11 @@ test: .venv/.ready  ## the tests, but for the slow ones
 
 test-slow: .venv/.ready  ## the slow tests: minutes and gigabytes
 	$(RUN) -m pytest -m slow
+
+# what is wrong with a page, a link from one to another among it, ends it; every page anew, as warnings are not kept
+docs: .venv/.ready  ## build/docs/index.html: these pages, with the reference of Python names
+	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
+	@echo build/docs/index.html
 
 wheel: .venv/.ready  ## build/dist/*.whl
 	$(RUN) -m build --wheel --outdir build/dist .

@@ -1,4 +1,4 @@
-"""What each command says with --help, and the files that hold it. ``make golden`` writes them."""
+"""What each command says with --help, the files that hold it, and the page that shows them: by ``make golden``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moetier.tools.main import build_parser, main
 from moetier.tools.options import walk
 
 GOLDEN = Path(__file__).parents[1] / "tools" / "golden"
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COLUMNS = "100"
 _TWICE = re.compile(r"(-\w) (\S+), (--[\w-]+) \2(?!\S)")
 
@@ -40,6 +41,19 @@ def help_of(path: tuple[str, ...]) -> str:
     return said.getvalue()
 
 
+def page() -> str:
+    """docs/cli.md."""
+    parts = [
+        "# Command line",
+        "What each command says with `--help`. [Commands](commands.md) has what they have in common: exit codes,\n"
+        "`--json`, options that are set beforehand. `make golden` writes this page.",
+    ]
+    for path in all_commands():
+        source = os.path.relpath(file_of(path), PAGE.parent)
+        parts.append(f"## {' '.join(('moetier', *path))}\n\n```{{literalinclude}} {source}\n:language: text\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def words(text: str) -> list[str]:
     """What all versions of Python print alike: they break lines in different places, and from 3.13 on "-o FILE,
     --output FILE" is "-o, --output FILE"."""
@@ -56,6 +70,7 @@ def write() -> None:
         text = help_of(path)
         if not file.exists() or words(file.read_text()) != words(text):
             file.write_text(text)
+    PAGE.write_text(page())
 
 
 if __name__ == "__main__":

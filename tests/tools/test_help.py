@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from help_texts import GOLDEN, all_commands, file_of, help_of, words
+from help_texts import GOLDEN, PAGE, all_commands, file_of, help_of, page, words
 
 
 @pytest.mark.parametrize("path", all_commands(), ids=lambda path: " ".join(path) or "moetier")
@@ -14,3 +14,7 @@ def test_help_is_as_it_was(path: tuple[str, ...]) -> None:
 
 def test_no_file_is_left_of_a_command_that_is_gone() -> None:
     assert set(GOLDEN.glob("*.txt")) == {file_of(path) for path in all_commands()}, "make golden"
+
+
+def test_the_page_shows_all_of_them() -> None:
+    assert PAGE.read_text() == page(), "make golden"
