@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+from moetier.tools.main import build_parser
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-BESIDE_DOCS = sorted(ROOT.glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def test_they_are_made_without_a_warning(tmp_path: Path) -> None:
@@ -35,9 +45,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize(
-    "page", [*BESIDE_DOCS, *sorted(DOCS.rglob("*.md"))], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere_in_the_repository_too(page: Path) -> None:
     """What Sphinx does not look at: pages beside docs/, and links as a git forge follows them."""
     text = re.sub(r"^(```+).*?^\1", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -62,6 +70,45 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert re.findall(r"target not found: '(.*?)'", done.stderr) == ["b.md", "d"]
+
+
+PLACEHOLDERS = {"[DIR]": "DIR", "[COMMAND]": "generate", "SHARE": "50%", "WHAT": "hits"}
+
+
+def commands(page: Path) -> list[str]:
+    """Lines that begin with moetier, in blocks of code, as one types them: joined where they go on."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(
+        r"^    (?! )(.*)$", text, re.MULTILINE
+    )
+    found = [re.sub(r"^(\$ |>>> )", "", line).split("  ")[0] for line in lines]
+    return [line for line in found if re.match(r"(\S*/)?moetier [a-z]", line) and "..." not in line and "|" not in line]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_commands_that_they_give_are_commands(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in commands(page):
+        words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True)]
+        words = list(takewhile(lambda word: word not in ("&", "&&", ">"), words))[1:]
+        with contextlib.suppress(SystemExit):
+            build_parser().parse_args(words)
+            continue
+        raise AssertionError(f"{line}\n{capsys.readouterr().err}")
+
+
+def test_the_first_program_runs(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "quickstart.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert "build/demo/tinymix-4bit" in program
+    exec(program.replace("build/demo/tinymix-4bit", str(tinymix_4bit)), {})
+    text, _, ratio = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert text.startswith("La mattina seguente")
+    assert 0 < float(ratio) < 1
+
+
+def test_the_drawing_is_what_its_script_draws() -> None:
+    drawn = runpy.run_path(str(DOCS / "figures" / "tiers.py"))["picture"]()
+    assert (DOCS / "figures" / "tiers.svg").read_text() == drawn
 
 
 def test_dependencies_are_all_explained_and_no_others() -> None:
