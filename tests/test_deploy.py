@@ -33,7 +33,7 @@ def compose() -> dict[str, Any]:
 
 def test_the_unit_starts_a_daemon() -> None:
     service = unit()
-    _, *words = shlex.split(service["ExecStart"])
+    _, *words = shlex.split(service["ExecStart"].replace("${RAM}", "24GiB"))
     arguments = build_parser().parse_args(words)
     assert arguments.command == "daemon"
     assert arguments.folder.startswith(f"/run/{service['RuntimeDirectory'].split()[0]}/")
