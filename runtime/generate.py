@@ -22,6 +22,7 @@ from moetier.tiers.trunk import check_trunk
 from .address import Credentials
 from .config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, TierConfig
 from .model_config import read_config
+from .models import model_directory
 from .registration import asked_for, register
 
 TOKENIZER_FILES = (
@@ -52,6 +53,8 @@ def load(
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
 
+    ``directory`` is its folder, or what a pulled model is called.
+
     Reads the trunk; experts are read when they are wanted. ``ram`` and ``device_memory`` are what experts may take:
     "6GiB", "50%", or a number of bytes; without them 80 % of what the trunk and the KV cache leave. ``device`` is
     "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
@@ -79,7 +82,7 @@ def load(
     ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
     the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
     """
-    folder = Path(directory)
+    folder = model_directory(directory)
     asked = TierConfig.of(
         ram=ram,
         device_memory=device_memory,

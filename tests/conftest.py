@@ -24,6 +24,7 @@ if "torch" in sys.modules:  # imported by a plugin: it has read the environment 
     sys.modules["torch"].set_num_threads(1)
 
 os.environ["XDG_RUNTIME_DIR"] = "/nonexistent"  # a daemon that happens to run here is none of the tests'
+os.environ["XDG_DATA_HOME"] = "/nonexistent"  # nor is a model that somebody pulled
 for name in [*os.environ]:  # nor is what somebody has set for the commands
     if name.startswith("MOETIER_"):
         del os.environ[name]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import IncompleteStoreError, StoreFormatError, StoreReadError
 from .manifest import Manifest
-from .shard import GROUP, JOURNAL, METADATA, PLAN, ShardFile
+from .shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, ShardFile
 
 
 def command(name: str, *arguments: str | Path) -> str:
@@ -58,6 +58,15 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(attributes.get("moetier") if isinstance(attributes, dict) else None, str(folder.parent))
 
 
+def read_origin(folder: Path) -> dict[str, str]:
+    """``id`` and ``revision`` (a commit) of a model directory that was made from the hub; {} of another."""
+    try:
+        found = json.loads((folder / ORIGIN).read_bytes())
+        return {name: str(found[name]) for name in ("id", "revision")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _incomplete(folder: Path) -> IncompleteStoreError:
     target = folder.parent
     if not (folder / PLAN).exists():
@@ -70,12 +79,12 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
     there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
     return IncompleteStoreError(
         f"{target} is incomplete: its conversion was cut; {there} of {len(blocks)} blocks are there.",
-        f"Resume it: {_resuming(target, plan)}",
+        f"Resume it: {resuming(target, plan)}",
     )
 
 
-def _resuming(target: Path, plan: Manifest) -> str:
-    """As the converter noted it, with every option that counts."""
+def resuming(target: Path, plan: Manifest) -> str:
+    """The command, as the converter noted it, with every option that counts."""
     try:
         return shlex.join(json.loads((target / JOURNAL).read_bytes())["command"])
     except (OSError, ValueError, KeyError, TypeError):

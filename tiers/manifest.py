@@ -64,6 +64,11 @@ class Manifest:
     def trunk_bits(self) -> int:
         return self.trunk_records.bits if self.trunk_records else 16
 
+    @property
+    def bits(self) -> Bits:
+        """Of an expert's weight; projections that no group divides may have more."""
+        return min(projection.bits for layout in self.layouts.values() for projection in layout.projections)
+
     def layout(self, block: int) -> RecordLayout:
         return self.layouts[self.blocks[block].array]
 

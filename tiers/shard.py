@@ -25,6 +25,7 @@ GROUP = "experts.zarr"  # the store's folder in a model directory
 METADATA = "zarr.json"  # of the group (holds the manifest, written last) and of each array
 PLAN = "plan.json"  # the manifest of a conversion under way; gone when it is finished
 JOURNAL = "conversion.json"  # beside the store, likewise: the converter's own notes, with the command that resumes it
+ORIGIN = "origin.json"  # beside the store, of what is from the hub: the id and the commit
 PARTIAL = ".partial"  # ends the names of files that are being written; zarr never looks for these
 EMPTY = 2**64 - 1  # offset and size of a record that was not written
 

@@ -129,16 +129,21 @@ class StoreWriter:
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
         return disk_errors(self.folder, lambda: self.missing_bytes)
 
-    def finish(self, trunk: Mapping[str, FileSum] | None = None) -> Manifest:
+    def finish(self, trunk: Mapping[str, FileSum] | None = None, source_digest: str | None = None) -> Manifest:
         """Writes the manifest, with the digest of all records and what the trunk's files are; from now on the store is
-        complete. Closes the writer."""
+        complete. ``source_digest`` takes the place of the plan's, where it was not known before. Closes the writer."""
         assert not self._open
         assert len(self._finished) == len(self._files), "blocks are missing"
         digest = StoreDigest()
         with self._disk_errors():
             for file in self._files:
                 digest.add(_stored_checksums(file))
-            manifest = replace(self.plan, digest=digest.hexdigest(), trunk=trunk or {})
+            manifest = replace(
+                self.plan,
+                source_digest=self.plan.source_digest if source_digest is None else source_digest,
+                digest=digest.hexdigest(),
+                trunk=trunk or {},
+            )
             # Shards that an earlier process renamed may not be in their folders durably yet.
             for name in sorted({parent for file in self._files for parent in list(file.path.parents)[:4]}):
                 sync_folder(name)

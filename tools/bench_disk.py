@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import random
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
@@ -14,6 +13,7 @@ from moetier.tiers.errors import ConfigError
 from .bench_report import add_bench_arguments, check_bench, report
 from .disk_rate import NO_FIO, RandomReads, fio_version, read_rate
 from .machine import Machine
+from .options import DIRECTORY, directory
 from .rounds import Spread, alternate
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each run (default: %(default)s)")
     add_bench_arguments(parser)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.tiers.errors import ConfigError
@@ -13,6 +12,7 @@ from moetier.tiers.keys import BITS, Bits, Projection, RecordLayout
 
 from .bench_report import add_bench_arguments, add_threads, check_bench, report
 from .machine import Machine
+from .options import directory
 from .rounds import Spread, alternate
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ EXPERTS = {  # hidden and intermediate size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory",
-        type=Path,
+        type=directory,
         nargs="?",
         metavar="DIR",
         help=f"a model directory, whose records are measured (default: {' and '.join(EXPERTS)})",

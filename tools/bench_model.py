@@ -21,6 +21,7 @@ from .compute_rate import UNCACHED_BYTES
 from .disk_rate import NO_FIO, RandomReads, fio_version
 from .fresh import fresh
 from .machine import Machine
+from .options import DIRECTORY, directory
 from .rounds import Spread, alternate
 from .token_ids import add_token_arguments, fixed_ids
 
@@ -34,7 +35,7 @@ TABLE = (
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--ram", action="append", metavar="SIZE", help="host budget; once or more (default: its own)")
     parser.add_argument(
         "--limit",

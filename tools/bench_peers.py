@@ -16,6 +16,7 @@ from .bench_model import Work
 from .bench_report import add_bench_arguments, add_threads, check_bench, report
 from .fresh import fresh
 from .machine import Machine
+from .options import DIRECTORY, directory
 from .peers import Run, accelerate_decode, llama_run
 from .rounds import Spread, alternate
 from .token_ids import add_token_arguments
@@ -26,7 +27,7 @@ Engine = Callable[[], Run]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     parser.add_argument("--checkpoint", type=Path, metavar="SRC", help="the same model for accelerate")
     parser.add_argument("--limit", metavar="SIZE", help="of memory, for each engine (default: none)")

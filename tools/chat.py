@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from .answering import Answering
 from .chat_input import ChatInput
@@ -12,6 +11,7 @@ from .conversation import Conversation
 from .decoding import add_decoding_arguments, add_prefill_argument, decoding_of, prefill_chunk_of
 from .dialogue import Dialogue
 from .loading import loaded
+from .options import DIRECTORY, directory
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 HELP = "talk with a model"
@@ -20,7 +20,7 @@ ROOM = 4  # a prompt leaves this part of the context to the answer, where that m
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--system", metavar="TEXT", help="a system prompt: what the model is told before all else")
     parser.add_argument(
         "--status",

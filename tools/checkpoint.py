@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +16,7 @@ from moetier.runtime.model_config import NOT_CARRIED
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 
 from . import hub
-from .shards import FLOATS, Bytes, StoredTensor, read_at, read_header
+from .shards import FLOATS, StoredTensor, read_at, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,6 +43,7 @@ class Checkpoint:
     config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, StoredTensor]
     copied: tuple[str, ...]
+    revision: str | None = None  # the commit, where it is known to be the hub's
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +68,9 @@ class Checkpoint:
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
             place = [tensor.name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset]
             state.update(json.dumps(place).encode())
-            for sample in _samples(tensor):
+            for offset, size in samples(tensor):
+                sample = np.empty(size, np.uint8)
+                read_at(tensor.file, offset, sample)
                 state.update(sample.data)
         return state.hexdigest()
 
@@ -84,13 +87,11 @@ def open_checkpoint(
     of_hub = not Path(source).is_dir()
     config = read_json(folder, "config.json")
     if not ignore_code:
-        _refuse_code(folder, config)
+        refuse_code(folder, config)
     if of_hub:
         if check is not None:
             check(config)
         hub.fetch(name, weights_of(folder, config), revision=folder.name)
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
-    names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
     return Checkpoint(
         name=name,
         folder=folder,
@@ -98,8 +99,16 @@ def open_checkpoint(
         ignored_code=ignore_code,
         config=config,
         tensors=_read_tensors(folder, config),
-        copied=tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name)),
+        copied=copied_files(folder),
+        revision=folder.name if _is_snapshot(folder) else None,
     )
+
+
+def copied_files(folder: Path) -> tuple[str, ...]:
+    """Names of those that a model directory takes over."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
+    names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
+    return tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name))
 
 
 def carried(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,17 +122,29 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
     """(name, folder). Of a hub id only the small ``files`` are there then."""
+    folder = check_source(source)
+    if folder is None:
+        return str(source), hub.fetch(str(source), files)
+    if _is_snapshot(folder):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder
+    return folder.name, folder
+
+
+def check_source(source: str | Path) -> Path | None:
+    """The folder; None of a hub id. Raises CheckpointError for what is neither."""
     folder = Path(source)
     if folder.is_dir():
-        folder = folder.resolve()
-        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):  # a hub cache
-            return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder
-        return folder.name, folder
+        return folder.resolve()
     if folder.exists():
         raise CheckpointError(f"{source} is not a folder.", "Give the folder that holds config.json, or a hub id.")
     if not hub.HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
-    return str(source), hub.fetch(str(source), files)
+    return None
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Of a hub cache: its name is a commit's."""
+    return folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -160,7 +181,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
     others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     found = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
     for name, value in {"config.json": config, **found}.items():
@@ -212,16 +233,23 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTe
         raise CheckpointError(
             f"{folder} lacks {some(missing)}, which {weights} names.", "Download the checkpoint again."
         )
+    named = {tensor: paths[file] for tensor, file in places.items()}
+    return gathered({path: read_header(path) for path in paths.values()}, named, folder / weights)
+
+
+def gathered(
+    headers: Mapping[Path, Mapping[str, StoredTensor]], places: Mapping[str, Path], index: Path
+) -> dict[str, StoredTensor]:
+    """The tensors of all files. Raises CheckpointError unless each is in one alone, and those that ``index`` names are
+    in the ``places`` that it names."""
     tensors: dict[str, StoredTensor] = {}
-    for path in paths.values():
-        found = read_header(path)
+    for path, found in headers.items():
         if doubled := tensors.keys() & found.keys():
             raise CheckpointError(f"{path} holds {some(doubled)} a second time.", "Download the checkpoint again.")
         tensors |= found
-    if absent := [name for name, file in places.items() if name not in tensors or tensors[name].file != paths[file]]:
+    if absent := [name for name, path in places.items() if name not in tensors or tensors[name].file != path]:
         raise CheckpointError(
-            f"{folder / weights} names tensors that are not in their files: {some(absent)}.",
-            "Download the checkpoint again.",
+            f"{index} names tensors that are not in their files: {some(absent)}.", "Download the checkpoint again."
         )
     return tensors
 
@@ -236,23 +264,27 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
     for name in (WEIGHTS, INDEX):
         if contained(folder, name).is_file():
             return name
-    if pickles := [p.name for p in folder.iterdir() if p.suffix in PICKLES]:
-        raise UnsafeCheckpointError(
-            f"{folder} holds its weights as pickle ({some(pickles)}), which can run code when it is read.",
+    raise without_weights(folder, (path.name for path in folder.iterdir()))
+
+
+def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
+    """What to raise where there are files of these ``names`` and none that can be read."""
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return UnsafeCheckpointError(
+            f"{place} holds its weights as pickle ({some(pickles)}), which can run code when it is read.",
             "Get the checkpoint as safetensors.",
         )
-    raise CheckpointError(
-        f"{folder} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
+    return CheckpointError(
+        f"{place} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
     )
 
 
-def _samples(tensor: StoredTensor) -> Iterator[Bytes]:
-    """The first and the last SAMPLE_BYTES of a tensor, and as many at each SAMPLE_STRIDE between them."""
+def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
+    """(offset in its file, bytes) of the first and the last SAMPLE_BYTES of a tensor, and of as many at each
+    SAMPLE_STRIDE between them."""
     last = max(0, tensor.nbytes - SAMPLE_BYTES)
-    for start in sorted({*range(0, last, SAMPLE_STRIDE), last}):
-        sample = np.empty(min(SAMPLE_BYTES, tensor.nbytes), np.uint8)
-        read_at(tensor.file, tensor.offset + start, sample)
-        yield sample
+    starts = sorted({*range(0, last, SAMPLE_STRIDE), last})
+    return [(tensor.offset + start, min(SAMPLE_BYTES, tensor.nbytes)) for start in starts]
 
 
 def some(names: Iterable[str]) -> str:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import available_memory
 from moetier.tiers.durable import disk_errors
-from moetier.tiers.errors import ConfigError
+from moetier.tiers.errors import ConfigError, DiskSpaceError
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.manifest import Manifest
+from moetier.tiers.manifest import FileSum, Manifest
 from moetier.tiers.quantize import WeightError
 from moetier.tiers.writer import StoreWriter
 
+from . import hub
 from .blueprint import Blueprint
 from .checkpoint import Checkpoint
 from .conversion_report import BlockReport, ConversionReport
@@ -26,11 +28,12 @@ from .dequantize import source_tensors
 from .draft import Draft, Options
 from .matrices import Matrices
 from .matrix_record import MatrixRecord
+from .passage import Passage, Stage, stages
 from .progress import Progress
 from .records import INTERPRETER_BYTES, Encoder
 from .resident import peak_bytes
 from .skeleton import build_on_meta
-from .target import Target, small_files
+from .target import Target, free_bytes, small_files
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,42 @@ class Conversion:
     options: Options
     matrices: Matrices  # of the trunk that are quantised
     records: Mapping[str, MatrixRecord]  # what becomes of them, by module path
+    resuming: tuple[str, ...] = ()  # the words of the command that resumes it, but for the options
+    passage: Passage | None = None  # of a checkpoint whose files are here one after the other
 
     @classmethod
-    def plan(cls, checkpoint: Checkpoint, folder: Path, options: Options) -> Conversion:
-        """Reads nothing but the config and the shards' headers. Raises CheckpointError or ConfigError."""
+    def plan(
+        cls,
+        checkpoint: Checkpoint,
+        folder: Path,
+        options: Options,
+        *,
+        passage: Passage | None = None,
+        resuming: Sequence[str] | None = None,
+    ) -> Conversion:
+        """Reads nothing but the config, the shards' headers and, without a ``passage``, samples of them. Raises
+        CheckpointError or ConfigError."""
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
         draft = Draft.of(model, dtype, tensors, options.trunk_bits)
-        plan = draft.manifest(options, model=checkpoint.name, digest=checkpoint.digest)
+        digest = checkpoint.digest if passage is None else passage.revision
+        plan = draft.manifest(options, model=checkpoint.name, digest=digest)
         encoder = _encoder(draft.blueprint, plan, options)
         records = draft.records(workers=encoder.workers, fast=options.fast)
         trunk = draft.trunk(records)
+        if passage is not None:
+            passage.last([part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts])
         target = Target(
             folder=folder,
             plan=plan,
             trunk=trunk,
             small=small_files(checkpoint, options.bits, options.trunk_bits, draft.blueprint.dtype, trunk),
+            passing=passage is not None,
         )
-        return cls(checkpoint, draft.blueprint, target, encoder, options, draft.matrices, records)
+        words = resuming or ("convert", checkpoint.source, str(folder.resolve()))
+        return cls(
+            checkpoint, draft.blueprint, target, encoder, options, draft.matrices, records, tuple(words), passage
+        )
 
     def announce(self) -> list[str]:
         """What is going to happen, in lines."""
@@ -74,6 +95,8 @@ class Conversion:
             f"experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
             f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
+        if self.passage is not None:
+            lines.append(self.passage.announce(self._route()))
         if self.options.trunk_bits != 16:
             weights = sum(record.layout.weights for record in self.records.values())
             size = sum(record.layout.payload_bytes for record in self.records.values())
@@ -95,9 +118,10 @@ class Conversion:
         return lines
 
     def run(self, say: Callable[[str], None], quiet: bool) -> ConversionReport:
-        """Trunk, blocks, small files; the manifest last. Goes on where an earlier run was cut."""
+        """Trunk, blocks, small files; the manifest last. Goes on where an earlier run was cut. Of a checkpoint that
+        passes by the trunk comes behind the blocks: it lies in all of the files."""
         start = time.monotonic()
-        self.target.check_disk()
+        self._check_disks()
         with StoreWriter.open(self.target.store, self.target.plan) as writer:
             finished = writer.finished_blocks
             errors = {b: error for b, error in self.target.read_journal().items() if b in finished}
@@ -105,23 +129,75 @@ class Conversion:
                 say(f"resumed: {len(finished)} of {len(self.target.plan.blocks)} blocks are there")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
-                with Progress("trunk", sum(file.size for file in self.target.trunk), quiet=quiet) as progress:
-                    trunk = {f.name: f.make(self.target.folder, progress.advance) for f in self.target.trunk}
-                self._write_blocks(writer, errors, say, quiet)
+                if self.passage is None:
+                    trunk, digest = self._write_trunk(quiet), None
+                    self._write_blocks(writer, errors, say, quiet)
+                else:
+                    self._write_blocks(writer, errors, say, quiet)
+                    self.passage.rest(quiet)
+                    trunk, digest = self._write_trunk(quiet), self.checkpoint.digest
                 self.target.write_small()
-            writer.finish(trunk)
+            writer.finish(trunk, digest)
         self.target.tidy()
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
+
+    def _check_disks(self) -> None:
+        """Raises DiskSpaceError."""
+        if self.passage is None:
+            self.target.check_disk()
+            return
+        route = self._route()
+        here, cached = self.passage.here(route), self.passage.in_cache(route)
+        place = hub.cache_place()
+        if cached and hub.downloads_to(
+            next(p for p in (self.target.folder, *self.target.folder.parents) if p.exists())
+        ):
+            here, cached = here + cached, 0
+        self.target.check_disk(here)
+        if cached > (free := free_bytes(place)):
+            raise DiskSpaceError(
+                f"{place} is to keep {cached:,} bytes of the checkpoint; {free:,} are free.",
+                "Free some space, leave out --keep-source, or name another place with HF_HUB_CACHE.",
+            )
+
+    def _route(self, finished: Collection[int] | None = None) -> list[Stage]:
+        """The missing blocks, in the order in which they are written."""
+        done = self.target.finished_blocks if finished is None else finished
+        missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
+        if self.passage is None:
+            return [Stage(tuple(missing), frozenset(), frozenset())]
+        return stages({block: self.blueprint.blocks[block].files for block in missing})
+
+    def _write_trunk(self, quiet: bool) -> dict[str, FileSum]:
+        with Progress("trunk", sum(file.size for file in self.target.trunk), quiet=quiet) as progress:
+            return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
 
     def _write_blocks(
         self, writer: StoreWriter, errors: dict[int, float], say: Callable[[str], None], quiet: bool
     ) -> None:
+        plan, route = self.target.plan, self._route(writer.finished_blocks)
+        blocks = [block for stage in route for block in stage.blocks]
+        total = sum(plan.blocks[block].experts * plan.layout(block).slot_bytes for block in blocks)
+        with Progress("experts", total, quiet=quiet) as progress:
+            for stage, after in zip_longest(route, route[1:]):
+                if self.passage is not None:
+                    self.passage.let_in(stage.files, quiet)
+                self._write_stage(stage.blocks, writer, errors, say, progress)
+                if self.passage is not None:
+                    self.passage.let_go(stage.present - (after.present if after else frozenset()))
+
+    def _write_stage(
+        self,
+        blocks: Sequence[int],
+        writer: StoreWriter,
+        errors: dict[int, float],
+        say: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
         plan = self.target.plan
-        missing = [block for block in range(len(plan.blocks)) if block not in writer.finished_blocks]
-        keys = [ExpertKey(block, expert) for block in missing for expert in range(plan.blocks[block].experts)]
-        total = sum(plan.layout(key.block).slot_bytes for key in keys)
-        with Progress("experts", total, quiet=quiet) as progress, closing(self.encoder.records(keys)) as records:
-            for block in missing:
+        keys = [ExpertKey(block, expert) for block in blocks for expert in range(plan.blocks[block].experts)]
+        with closing(self.encoder.records(keys)) as records:
+            for block in blocks:
                 entry, error = plan.blocks[block], WeightError()
                 with writer.block(block) as shard:
                     for _ in range(entry.experts):
@@ -137,15 +213,15 @@ class Conversion:
     @property
     def command(self) -> list[str]:
         """What resumes it, word by word."""
-        options, words = self.options, ["moetier", "convert", self.checkpoint.source, str(self.target.folder.resolve())]
-        words += ["--bits", str(options.bits)]
+        options, words = self.options, ["moetier", *self.resuming, "--bits", str(self.options.bits)]
         if options.trunk_bits != 16:
             words += ["--trunk-bits", str(options.trunk_bits)]
         if options.group_size is not None:
             words += ["--group-size", str(options.group_size)]
         if options.pairs is not None:
             words += ["--pairs", options.pairs]
-        return words + ["--fast"] * options.fast + ["--ignore-code"] * self.checkpoint.ignored_code
+        words += ["--fast"] * options.fast + ["--ignore-code"] * self.checkpoint.ignored_code
+        return words + ["--keep-source"] * (self.passage is not None and self.passage.keep)
 
     @property
     def _trunk_error(self) -> WeightError:

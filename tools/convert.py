@@ -7,15 +7,19 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from moetier.tiers.errors import TargetExistsError
+from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.keys import BITS, TRUNK_BITS, Bits
 
-from .conversion_report import ConversionReport
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .conversion_report import ConversionReport
+    from .passage import Passage
 
 HELP = "turn a Hugging Face checkpoint into a model directory with quantised experts"
 
@@ -23,6 +27,11 @@ HELP = "turn a Hugging Face checkpoint into a model directory with quantised exp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of a checkpoint, or its id on the Hugging Face hub")
     parser.add_argument("target", metavar="DST", type=Path, help="folder of the model directory to be")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `moetier pull` takes too."""
     parser.add_argument(
         "--bits", type=int, choices=BITS, default=4, help="of an expert's weight (default: %(default)s)"
     )
@@ -49,38 +58,113 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-code", action="store_true", help="accept a checkpoint that names code of its own; it is never run"
     )
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit on the hub (default: its main)")
+    parser.add_argument(
+        "--keep-source",
+        action="store_true",
+        help="keep what is downloaded in huggingface_hub's cache; else each file goes when nothing needs it any more",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    return report_of(lambda: convert(arguments.source, arguments.target, **options_of(arguments)), arguments.json)
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of ``convert`` that ``add_options`` names."""
+    names = ("bits", "trunk_bits", "group_size", "pairs", "fast", "workers", "overwrite", "ignore_code")
+    return {name: getattr(arguments, name) for name in (*names, "revision", "keep_source")} | {"quiet": False}
+
+
+def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
+    """Does the work of a command, and says what came of it."""
     import transformers
 
     logging.getLogger(transformers.__name__).setLevel(logging.ERROR)
     try:
         with _stopped_by_signals():
-            report = convert(
-                arguments.source,
-                arguments.target,
-                bits=arguments.bits,
-                trunk_bits=arguments.trunk_bits,
-                group_size=arguments.group_size,
-                pairs=arguments.pairs,
-                fast=arguments.fast,
-                overwrite=arguments.overwrite,
-                workers=arguments.workers,
-                ignore_code=arguments.ignore_code,
-                quiet=False,
-            )
+            report = work()
     except Stopped as stop:
         print("moetier: stopped; run the same command again: it resumes where it stopped", file=sys.stderr)
         return 128 + stop.number
-    print(json.dumps(report.to_json()) if arguments.json else report.table())
+    print(json.dumps(report.to_json()) if as_json else report.table())
     return 0
+
+
+class How(TypedDict, total=False):
+    """Options of every conversion; without one it is as ``write`` has it."""
+
+    bits: Bits
+    trunk_bits: Bits
+    group_size: int | None
+    pairs: str | None
+    fast: bool
+    overwrite: bool
+    workers: int | None
+    quiet: bool
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
+    *,
+    revision: str | None = None,
+    keep_source: bool = False,
+    ignore_code: bool = False,
+    **how: Unpack[How],
+) -> ConversionReport:
+    """Makes the model directory ``dst`` from the checkpoint ``src``, a folder or a hub id; goes on where a run was cut.
+
+    Of a hub id its files are downloaded as they are needed, and removed when they are not any more, but for those in
+    huggingface_hub's cache, where ``keep_source`` keeps them all. ``how`` is as in ``write``.
+
+    Everything that can be checked is checked before anything is written. Raises CheckpointError, TargetError or
+    ConfigError.
+    """
+    from .checkpoint import check_source, open_checkpoint
+    from .skeleton import check_supported
+
+    if check_source(src) is None:
+        return pull(str(src), Path(dst), revision=revision, keep_source=keep_source, ignore_code=ignore_code, **how)
+    if revision is not None or keep_source:
+        raise ConfigError(
+            f"{src} is a folder: nothing of it is downloaded, and nothing removed.",
+            "Leave out --revision and --keep-source.",
+        )
+    checkpoint = open_checkpoint(src, ignore_code=ignore_code, check=check_supported)
+    return write(checkpoint, Path(dst), **how)
+
+
+def pull(
+    name: str,
+    dst: Path,
+    *,
+    revision: str | None = None,
+    keep_source: bool = False,
+    ignore_code: bool = False,
+    resuming: Sequence[str] | None = None,
+    **how: Unpack[How],
+) -> ConversionReport:
+    """The same for a hub id, whatever folders there are. A run that was cut goes on with the commit that it was of."""
+    from .remote import open_on_hub
+    from .skeleton import check_supported
+    from .target import DOWNLOAD, revision_under_way
+
+    checkpoint, passage = open_on_hub(
+        name,
+        dst / DOWNLOAD,
+        revision=revision or revision_under_way(dst, name),
+        keep=keep_source,
+        ignore_code=ignore_code,
+        check=check_supported,
+    )
+    return write(checkpoint, dst, passage=passage, resuming=resuming, **how)
+
+
+def write(
+    checkpoint: Checkpoint,
+    dst: Path,
     *,
     bits: Bits = 4,
     trunk_bits: Bits = 16,
@@ -89,18 +173,14 @@ def convert(
     fast: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
-    ignore_code: bool = False,
     quiet: bool = True,
+    passage: Passage | None = None,
+    resuming: Sequence[str] | None = None,
 ) -> ConversionReport:
-    """Makes the model directory ``dst`` from the checkpoint ``src``, a folder or a hub id; goes on where a run was cut.
-
-    Everything that can be checked is checked before anything is written. Raises CheckpointError, TargetError or
-    ConfigError. Unless ``quiet``, says what it does on standard error.
-    """
-    from .checkpoint import open_checkpoint
+    """Of a checkpoint that is open. Unless ``quiet``, says what it does on standard error. ``resuming`` is the command
+    that resumes it, but for its options."""
     from .conversion import Conversion
     from .draft import Options
-    from .skeleton import check_supported
     from .target import State, check_place, is_ours, remove
 
     def say(line: str) -> None:
@@ -108,18 +188,17 @@ def convert(
             print(line, file=sys.stderr, flush=True)
 
     options = Options(bits, trunk_bits, group_size, pairs, fast, workers)
-    checkpoint = open_checkpoint(src, ignore_code=ignore_code, check=check_supported)
-    check_place(Path(dst), checkpoint.folder)
-    conversion = Conversion.plan(checkpoint, Path(dst), options)
+    check_place(dst, checkpoint.folder)
+    conversion = Conversion.plan(checkpoint, dst, options, passage=passage, resuming=resuming)
     try:
         state = conversion.target.state()
     except TargetExistsError:
-        if not (overwrite and is_ours(Path(dst))):
+        if not (overwrite and is_ours(dst)):
             raise
-        remove(Path(dst))
+        remove(dst)
         state = State.NEW
     if state is State.COMPLETE and overwrite:  # its bytes may be damaged, which nothing here looks at
-        remove(Path(dst))
+        remove(dst)
         state = State.NEW
     if state is State.COMPLETE:
         conversion.target.tidy()

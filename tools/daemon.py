@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
+from .options import DIRECTORY, directory
 from .resources import size
 
 HELP = "hold the experts of models in memory, for all processes of this machine"
@@ -20,7 +21,7 @@ SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="model directories")
+    parser.add_argument("directories", type=directory, nargs="+", metavar="DIR", help=f"each {DIRECTORY}")
     parser.add_argument(
         "--ram", type=size, metavar="SIZE", help='for all of them: "8GiB", "50%%"; default: 80%% of what is free'
     )

@@ -29,6 +29,11 @@ class SourceTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """What it is read from."""
+        ...
+
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Rows of the leading dimension -> a new tensor."""
         ...
@@ -47,6 +52,10 @@ class Plain:
     @property
     def dtype(self) -> str:
         return TORCH_NAMES[self.stored.dtype]
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.stored,)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         return self.stored.read(first, count)
@@ -68,6 +77,10 @@ class Scaled:
     def shape(self) -> tuple[int, ...]:
         packed = 2 if self.weight.dtype == "I8" else 1
         return (*self.weight.shape[:-1], self.weight.shape[-1] * packed)
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.weight, self.scale)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         import torch
@@ -153,6 +166,10 @@ class Mxfp4:
     def shape(self) -> tuple[int, ...]:
         experts, rows, groups, size = self.blocks.shape
         return experts, groups * size * 2, rows
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.blocks, self.scales)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         import torch

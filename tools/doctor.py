@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .options import directory
+
 if TYPE_CHECKING:
     from .finding import Finding
 
@@ -22,7 +24,7 @@ PROBE_SECONDS = 2.0  # of reads
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory",
-        type=Path,
+        type=directory,
         nargs="?",
         metavar="DIR",
         help="a model directory, whose files and disk are looked at too (default: the disk of the current folder)",

@@ -19,7 +19,6 @@ from moetier.tiers.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
 from moetier.tiers.plan import ArenaPlan
 
-from . import hub
 from .prospect import Choice, Prospect
 from .target import SLACK_BYTES
 
@@ -110,8 +109,9 @@ def _disk_problem(prospect: Prospect, choice: Choice, room: Room) -> MoetierErro
     if outline is None:
         return None
     needed, what = choice.disk_bytes + SLACK_BYTES, f"A model directory with {choice.options} takes"
-    if outline.on_hub and hub.downloads_to(room.into):
-        needed, what = needed + prospect.source_bytes, f"The download and a model directory with {choice.options} take"
+    if outline.on_hub:
+        needed += prospect.passing_bytes
+        what = f"A model directory with {choice.options}, and files of the checkpoint on their way into it, take"
     if needed <= room.disk_free:
         return None
     return DiskSpaceError(

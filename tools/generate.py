@@ -6,7 +6,6 @@ import argparse
 import json
 import resource
 import sys
-from pathlib import Path
 
 from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
@@ -20,6 +19,7 @@ from .decoding import (
     prefill_chunk_of,
 )
 from .loading import loaded
+from .options import DIRECTORY, directory
 from .report import Timing, run_json, run_report
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
@@ -27,7 +27,7 @@ HELP = "generate text from a model directory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
     add_decoding_arguments(parser, new_tokens=256)

@@ -1,14 +1,17 @@
 """A checkpoint on the Hugging Face hub: first what is small, and only when that is in order its weights.
 
-Never code, never pickle. Everything lands in huggingface_hub's own cache, or is found there without a network.
+Never code, never pickle. All of HTTP is huggingface_hub's: tokens, mirrors (HF_ENDPOINT), retries, being offline.
+What is small lands in its cache, or is found there without a network.
 """
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,31 @@ SMALL_FILES = (
     "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+NOBODYS = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # a partial download that huggingface_hub 2 never resumes
 
 
 HEADERS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What the hub says of a file; ``sha256`` of those that are large."""
+
+    size: int
+    sha256: str | None
+
+
+def check_id(name: str) -> None:
+    """Raises CheckpointError for what can be no id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it has no __all__
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{name!r} is no id of the Hugging Face hub.", "Give one, such as ORG/NAME; a width is chosen with --bits."
+        ) from error
 
 
 def fetch(name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = None) -> Path:
@@ -33,6 +58,51 @@ def fetch(name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = 
 
     with _errors(name):
         return Path(snapshot_download(name, allow_patterns=list(files), revision=revision))
+
+
+def listing(name: str, revision: str) -> dict[str, RemoteFile]:
+    """Every file of a revision. Raises CheckpointError."""
+    from huggingface_hub import HfApi
+
+    with _errors(name):
+        found = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or ()
+    return {
+        each.rfilename: RemoteFile(each.size, None if each.lfs is None else each.lfs.sha256)
+        for each in found
+        if each.size is not None
+    }
+
+
+def cached(name: str, file: str, revision: str) -> Path | None:
+    """Where huggingface_hub's cache has it, for somebody else's sake."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def download(name: str, file: str, revision: str, into: Path | None, advance: Callable[[int], None]) -> Path:
+    """One file, whole: in the folder ``into``, or with None in the cache. ``advance`` is told bytes as they come.
+    Raises CheckpointError."""
+    from huggingface_hub import hf_hub_download
+    from tqdm import tqdm
+
+    class Told(tqdm):  # type: ignore[type-arg]
+        """A bar that is somebody else's."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            advance(int(n or 0))
+            return None
+
+    if into is not None:
+        for partial in into.rglob("*.incomplete"):  # of a process that was killed
+            if NOBODYS.search(partial.name):
+                partial.unlink()
+    with _errors(name, file):
+        return Path(hf_hub_download(name, file, revision=revision, local_dir=into, tqdm_class=Told))
 
 
 def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[str, Any]]:
@@ -60,26 +130,51 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
 
 
 def downloads_to(folder: Path) -> bool:
-    """Whether what is downloaded lands on the disk of ``folder``."""
+    """Whether what stays in huggingface_hub's cache lands on the disk of ``folder``."""
+    return cache_place().stat().st_dev == folder.stat().st_dev
+
+
+def cache_place() -> Path:
+    """The cache's folder, or what there is of the way to it."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).absolute()
-    there = next(place for place in (cache, *cache.parents) if place.exists())
-    return there.stat().st_dev == folder.stat().st_dev
+    return next(place for place in (cache, *cache.parents) if place.exists())
 
 
 @contextmanager
-def _errors(name: str) -> Iterator[None]:
+def _errors(name: str, file: str | None = None) -> Iterator[None]:
     """Turns what goes wrong between here and the hub into a CheckpointError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
 
     # the first base is the HTTP library's own error; which library depends on the version
     known: Any = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
     try:
         yield
     except known as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise  # the disk's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        causes = (error, error.__cause__)
+        fix = "Check the name and the network; for a model behind a licence, log in with `hf auth login`."
+        if any(isinstance(each, GatedRepoError) for each in causes):
+            reason = "it is behind a licence, or asks who you are."
+            fix = f"Accept its terms at {constants.ENDPOINT}/{name}, then log in with `hf auth login`."
+        elif any(isinstance(each, RevisionNotFoundError) for each in causes):
+            reason, fix = "it has no such revision.", "Name a branch, a tag or a commit of it with --revision."
+        elif any(isinstance(each, OfflineModeIsEnabled) for each in causes):
+            fix = "Unset HF_HUB_OFFLINE, and see that there is a network."
+        elif file is not None:
+            fix = "Check the network, and run the same command again: it resumes where it stopped."
+        if file is not None:
+            raise CheckpointError(f"The hub did not give {file} of {name}: {reason}", fix) from error
         raise CheckpointError(
-            f"There is no folder {name}, and the hub did not give a model of that id: {reason}",
-            "Check the name and the network; for a model behind a licence, log in with `hf auth login`.",
+            f"There is no folder {name}, and the hub did not give a model of that id: {reason}", fix
         ) from error

@@ -7,10 +7,11 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
+
+from .options import DIRECTORY, directory
 
 if TYPE_CHECKING:
     from moetier.tiers.keys import RecordLayout
@@ -25,7 +26,7 @@ NO_TOKENIZER = "none: generate, chat and serve want one; if its source has one, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

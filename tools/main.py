@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from moetier.tiers.errors import ConfigError, MoetierError
 
 from .command_line import CommandParser
-from .options import commands_of, settable
+from .options import arguments_by_name, by_name, commands_of, settable
 
 if TYPE_CHECKING:
     from .settings import Setting
 
 COMMANDS = (
-    *("plan", "convert", "generate", "chat", "serve", "verify", "inspect", "quality", "synthetic"),
+    *("plan", "pull", "list", "rm", "convert", "generate", "chat", "serve"),
+    *("verify", "inspect", "quality", "synthetic"),
     *("trace", "replay", "plot", "daemon", "ps", "stats", "top", "bench"),
     *("doctor", "config", "completion"),
 )
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         module = import_module(f"moetier.tools.{name}")
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run, configured={})
+        subparser.set_defaults(run=module.run, configured={}, by_name=arguments_by_name(subparser))
     return parser
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _log()
         arguments, settings = parse(argv)
-        status: int = arguments.run(arguments)
+        status: int = arguments.run(by_name(arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("moetier: interrupted", file=sys.stderr)

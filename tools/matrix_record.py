@@ -17,7 +17,7 @@ from moetier.tiers.quantize import WeightError, encode, sections
 
 from .recipe import Recipe
 from .records import one_thread_each
-from .shards import CHUNK_BYTES, Bytes
+from .shards import CHUNK_BYTES, Bytes, StoredTensor
 
 PIECE_WEIGHTS = 1 << 20  # quantised at a time by a worker
 
@@ -40,6 +40,10 @@ class MatrixRecord:
     @property
     def shape(self) -> tuple[int]:
         return (self.layout.payload_bytes,)
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return tuple(self._recipe.parts)
 
     @property
     def peak_bytes(self) -> int:

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from moetier.runtime.models import may_be_name
+
+DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled model"
+
+
+def directory(text: str) -> str | Path:
+    """The type of an argument that is a model directory: a path, or what may be a name, for ``by_name``."""
+    return text if may_be_name(text) else Path(text)
+
+
+def source(text: str) -> str:
+    """Of one that may be an id of the hub as well, or a checkpoint's folder."""
+    return text
 
 
 def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
@@ -44,3 +59,24 @@ def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
         and not action.required
         and (longest := next((name for name in action.option_strings if name.startswith("--")), ""))
     }
+
+
+def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
+    """The arguments of a command, and of its commands, that may be names of pulled models: their types."""
+    actions = (action for _, each in walk(parser) for action in each._actions)
+    return {action.dest: action.type for action in actions if action.type in (directory, source)}
+
+
+def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
+    """With folders in the place of names. Raises StoreFormatError for a name that nothing has."""
+    from moetier.runtime.models import checkpoint_or_model, model_directory
+
+    found = dict(vars(arguments))
+    for name in arguments.by_name.keys() & found.keys():
+        find = checkpoint_or_model if arguments.by_name[name] is source else model_directory
+        match found[name]:
+            case str() as text:
+                found[name] = find(text)
+            case list() as several:
+                found[name] = [find(each) if isinstance(each, str) else each for each in several]
+    return argparse.Namespace(**found)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
 
+from .options import source
 from .resources import device, size
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ HELP = "say whether a model will run here, and how fast, before it is downloaded
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
+        type=source,
         metavar="SRC",
         help="a checkpoint's folder, of which config.json and the index are enough; its id on the Hugging Face hub, of "
-        "which no weights are downloaded; or a model directory",
+        "which no weights are downloaded; or a model directory or pulled model (ID:TAG)",
     )
     parser.add_argument("--bits", type=_numbers, metavar="N,...", help="of an expert's weight (default: 16,8,4,3,2)")
     parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="of the trunk's matrices (16,8,4)")

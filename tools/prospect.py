@@ -19,6 +19,7 @@ from moetier.tiers.trunk import check_trunk, trunk_records
 from .draft import Draft, Options
 from .forecast import Trunk
 from .outline import Outline, open_outline
+from .passage import most_bytes
 from .skeleton import build_on_meta
 from .target import is_ours
 
@@ -53,6 +54,7 @@ class Prospect:
     outline: Outline | None
     model: Any  # on meta, its experts cut down
     choices: tuple[Choice, ...]
+    passing_bytes: int = 0  # of the checkpoint's files, the most that are on the disk when it is converted from the hub
 
     @property
     def source_bytes(self) -> int:
@@ -91,10 +93,12 @@ def open_prospect(source: str | Path) -> Prospect:
     if is_ours(Path(source)):
         return _converted(Path(source))
     outline = open_outline(source)
-    checkpoint, choices, model = outline.checkpoint, list[Choice](), None
+    checkpoint, choices, model, passing = outline.checkpoint, list[Choice](), None, 0
     for trunk_bits in TRUNK_BITS:
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype if outline.shaped else None)
         draft = Draft.of(model, dtype, outline.tensors(model, dtype), trunk_bits)
+        if outline.on_hub:
+            passing = max(passing, most_bytes(draft, checkpoint.tensors.values()))
         records = draft.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
         size = sum(file.size for file in draft.trunk(records))
@@ -102,7 +106,7 @@ def open_prospect(source: str | Path) -> Prospect:
         for bits in BITS:
             manifest = draft.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
             choices.append(Choice(bits, trunk_bits, manifest, size, tuple(layouts.values()), trunk))
-    return Prospect(checkpoint.name, str(source), outline, model, tuple(choices))
+    return Prospect(checkpoint.name, str(source), outline, model, tuple(choices), passing)
 
 
 def _converted(folder: Path) -> Prospect:
@@ -116,9 +120,9 @@ def _converted(folder: Path) -> Prospect:
             layouts[path] = matrix_layout(linear.out_features, linear.in_features, manifest.trunk_records)
     files = [folder / name for name in manifest.trunk] or folder.glob("trunk-*.safetensors")
     size = sum(path.stat().st_size for path in files)
-    bits = min(projection.bits for layout in manifest.layouts.values() for projection in layout.projections)
     trunk_bits: Any = manifest.trunk_bits
-    choice = Choice(bits, trunk_bits, manifest, size, tuple(layouts.values()), _trunk(model, size, trunk_bits, layouts))
+    trunk = _trunk(model, size, trunk_bits, layouts)
+    choice = Choice(manifest.bits, trunk_bits, manifest, size, tuple(layouts.values()), trunk)
     return Prospect(manifest.model, str(folder), None, model, (choice,))
 
 

@@ -15,6 +15,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, RecordLayout
 
+from .options import source
 from .report import table
 from .resources import add_resource_arguments, asked, resources_of
 
@@ -54,7 +55,10 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SRC", help="a checkpoint, stored in memory in every way; or a model directory, as it is"
+        "source",
+        type=source,
+        metavar="SRC",
+        help="a checkpoint, stored in memory in every way; or a model directory or pulled model (ID:TAG), as it is",
     )
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="PATH", help="texts, or folders of .txt")
     parser.add_argument(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import core_model_loading as loading
 from moetier.tiers.errors import CheckpointError
 
 from .dequantize import SourceTensor
+from .shards import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +54,11 @@ class Recipe:
     def direct(self) -> bool:
         """Whether it is one tensor of the checkpoint, as it is there: its rows can be read a few at a time."""
         return self.converter is None and sum(map(len, self.sources.values())) == 1
+
+    @property
+    def parts(self) -> Iterator[StoredTensor]:
+        """Everything that it is made from."""
+        return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Of a ``direct`` one."""
@@ -130,6 +137,11 @@ class BlockBlueprint:
     def apart(self) -> bool:
         """Whether its experts are read one at a time; else the block is read whole, once."""
         return all(recipe.apart for recipe in self.recipes.values())
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """That its experts are made from."""
+        return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
     def expert(self, index: int, turn: threading.Lock) -> Mapping[str, torch.Tensor]:
         """The slices of one expert, each made when it is looked up, under ``turn``, and kept by nobody."""

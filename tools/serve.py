@@ -7,10 +7,12 @@ import importlib.util
 import os
 from pathlib import Path
 
+from moetier.runtime import models
 from moetier.tiers.errors import ConfigError
 
 from .decoding import add_prefill_argument, prefill_chunk_of
 from .loading import loaded
+from .options import DIRECTORY, directory
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 HELP = "serve a model over HTTP, as OpenAI's API"
@@ -20,10 +22,12 @@ NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
-    parser.add_argument("--name", help="what the model is called in requests (default: the folder's name)")
+    parser.add_argument(
+        "--name", help="what the model is called in requests (default: the folder's, or the pulled model's)"
+    )
     parser.add_argument(
         "--api-key-file",
         type=Path,
@@ -52,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     chunk = prefill_chunk_of(arguments)
     if arguments.parallel < 1:
         raise ConfigError(f"--parallel is {arguments.parallel}.", "Give 1 or more.")
-    name = arguments.directory.resolve().name if arguments.name is None else arguments.name
+    name = models.name_of(arguments.directory) if arguments.name is None else arguments.name
     if not name or not name.isprintable():
         raise ConfigError(f"{name!r} is no name for a model.", "Give one: --name NAME.")
     key = _key(arguments.api_key_file)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moetier.runtime.trace import Trace
 
     from .dequantize import SourceTensor
+    from .shards import StoredTensor
 
 HELP = "make a checkpoint of a large model's geometry with random weights"
 
@@ -148,6 +149,10 @@ class RandomTensor:
     pool: torch.Tensor  # [POOL_WEIGHTS]
     dtype: str = "bfloat16"
 
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return ()
+
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         import torch
 
@@ -171,6 +176,10 @@ class Embeddings:
     tokens: RandomTensor
     topics: RandomTensor
     dtype: str = "bfloat16"
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return ()
 
     @property
     def shape(self) -> tuple[int, ...]:

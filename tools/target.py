@@ -19,16 +19,17 @@ from typing import Any
 
 from moetier.tiers.durable import sync_folder, write_durably
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
-from moetier.tiers.folder import read_manifest
+from moetier.tiers.folder import read_manifest, read_origin
 from moetier.tiers.manifest import FORMAT, Manifest
-from moetier.tiers.shard import GROUP, JOURNAL, METADATA, PARTIAL, PLAN, ShardFile
+from moetier.tiers.shard import GROUP, JOURNAL, METADATA, ORIGIN, PARTIAL, PLAN, ShardFile
 from moetier.tiers.writer import is_complete
 
 from .checkpoint import COPIED, INDEX, Checkpoint, carried, contained
 from .trunk import TrunkFile, index_of
 
 CONFIG = "config.json"
-WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{JOURNAL}")
+DOWNLOAD = "download"  # what is on its way from there; gone when the conversion is finished
+WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}")
 SLACK_BYTES = 1 << 20  # folders and small files
 
 
@@ -40,12 +41,17 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Target:
-    """``small`` holds the bytes of every file that is neither trunk nor experts, by relative name."""
+    """``small`` holds the bytes of every file that is neither trunk nor experts, by relative name.
+
+    ``passing``: its source passes by, so that the source's digest is known in the end alone. Until then the plan has
+    the hub's commit in its place, which ``ORIGIN`` keeps.
+    """
 
     folder: Path
     plan: Manifest
     trunk: tuple[TrunkFile, ...]
     small: Mapping[str, bytes]
+    passing: bool = False
 
     @property
     def store(self) -> Path:
@@ -72,12 +78,14 @@ class Target:
                 found = replace(read_manifest(self.store), digest="", trunk={}).to_json()
             except StoreError as error:
                 raise self._differs(f"one that can't be read ({error.cause})") from error
+            if self.passing:
+                found["source_digest"] = read_origin(self.folder).get("revision", "")
             self._compare(found)
             whole = all(file.is_complete(self.folder) for file in self.trunk)
             whole = whole and all((self.folder / name).is_file() for name in self.small)
-            whole = whole and all(
-                is_complete(ShardFile.of(self.store, self.plan, b)) for b in range(len(self.plan.blocks))
-            )
+            whole = whole and len(self.finished_blocks) == len(self.plan.blocks)
+            if self.passing and not whole:  # nothing of its source is left
+                raise self._differs("the same, of which files are missing")
             return State.COMPLETE if whole else State.CUT
         if (self.store / PLAN).exists():
             try:
@@ -100,6 +108,11 @@ class Target:
             "Choose another folder, or replace it with --overwrite.",
         )
 
+    @property
+    def finished_blocks(self) -> frozenset[int]:
+        blocks = range(len(self.plan.blocks))
+        return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.plan, block)))
+
     def missing_bytes(self) -> int:
         """That are still to be written."""
         shards = [ShardFile.of(self.store, self.plan, block) for block in range(len(self.plan.blocks))]
@@ -109,14 +122,14 @@ class Target:
             + sum(map(len, self.small.values()))
         )
 
-    def check_disk(self) -> None:
-        """Raises DiskSpaceError, naming what is needed and what is free."""
-        place = next(p for p in (self.folder, *self.folder.parents) if p.exists())
-        disk = os.statvfs(place)
-        free, needed = disk.f_bavail * disk.f_frsize, self.missing_bytes() + SLACK_BYTES
+    def check_disk(self, beside: int = 0) -> None:
+        """Whether what is missing fits, and ``beside`` bytes of its source. Raises DiskSpaceError, naming what is
+        needed and what is free."""
+        free, needed = free_bytes(self.folder), self.missing_bytes() + beside + SLACK_BYTES
         if needed > free:
+            source = f", {beside:,} of them for files of the checkpoint" if beside else ""
             raise DiskSpaceError(
-                f"{self.folder} needs {needed:,} bytes more; {free:,} are free.",
+                f"{self.folder} needs {needed:,} bytes more{source}; {free:,} are free.",
                 "Free some space, choose fewer --bits and --trunk-bits, or another disk.",
             )
 
@@ -146,6 +159,23 @@ class Target:
             if path.exists():
                 path.unlink()
                 sync_folder(path.parent)
+        _remove_download(self.folder)
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder, which need not be there, is on."""
+    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
+    return disk.f_bavail * disk.f_frsize
+
+
+def revision_under_way(folder: Path, name: str) -> str | None:
+    """The commit of the hub's ``name`` that a conversion into ``folder``, which was cut, is of."""
+    try:
+        plan = json.loads((folder / GROUP / PLAN).read_bytes())
+        found = str(plan["source_digest"]) if plan["model"] == name else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if re.fullmatch(r"[0-9a-f]{40}", found) else None
 
 
 def is_ours(folder: Path) -> bool:
@@ -176,6 +206,7 @@ def remove(folder: Path) -> None:
 def _remove(folder: Path) -> None:
     (folder / GROUP / METADATA).unlink(missing_ok=True)
     sync_folder(folder / GROUP)
+    _remove_download(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if WRITTEN.fullmatch(name.removesuffix(PARTIAL)) or COPIED.fullmatch(name.removesuffix(PARTIAL)):
@@ -188,11 +219,20 @@ def _remove(folder: Path) -> None:
     sync_folder(folder)
 
 
+def _remove_download(folder: Path) -> None:
+    if (folder / DOWNLOAD).is_dir() and not (folder / DOWNLOAD).is_symlink():
+        shutil.rmtree(folder / DOWNLOAD)
+        sync_folder(folder)
+
+
 def small_files(
     checkpoint: Checkpoint, bits: int, trunk_bits: int, dtype: str, trunk: tuple[TrunkFile, ...]
 ) -> dict[str, bytes]:
     """config.json, the trunk's index, and what is copied: tokenizer, chat template, other configs."""
     made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
+    if checkpoint.revision is not None:
+        origin = {"id": checkpoint.name, "revision": checkpoint.revision}
+        made[ORIGIN] = json.dumps(origin, indent=2).encode() + b"\n"
     return {**made, INDEX: index_of(trunk), CONFIG: _config(checkpoint.config, bits, trunk_bits, dtype)}
 
 

@@ -13,6 +13,7 @@ from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
 from .loading import loaded
+from .options import DIRECTORY, directory
 from .prompts import read_prompts
 from .report import table
 from .resources import add_resource_arguments, resources_of
@@ -24,7 +25,7 @@ HELP = "record which experts a model uses, and which its gates foretell"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument(
         "--prompts",
         type=Path,

@@ -18,6 +18,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 
 from .inspect import MEND, NO_TOKENIZER
+from .options import DIRECTORY, directory
 
 if TYPE_CHECKING:
     from moetier.tiers.errors import StoreError
@@ -43,7 +44,7 @@ class Problem:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory, made by moetier convert")
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.quantize import sections
 from moetier.tiers.store import ExpertStore
+from moetier.tools.checkpoint import WEIGHTS
 
 transformers.utils.logging.disable_progress_bar()  # tqdm's monitor is a thread that stays
 
@@ -29,6 +30,31 @@ def save_checkpoint(
     model = tiny_model(model_type, dtype)
     size = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // shards + 1 if shards > 1 else "50GB")
+    return folder
+
+
+def reshard(source: Path, folder: Path, files: int) -> Path:
+    """The same checkpoint in so many files of about one size, tensors by their names: experts reach from one to the
+    next. With one file there is no index."""
+    tensors: dict[str, Tensor] = {}
+    for path in source.glob("*.safetensors"):
+        tensors |= load_file(path)
+    size = sum(tensor.nbytes for tensor in tensors.values()) / files
+    groups: list[dict[str, Tensor]] = [{} for _ in range(files)]
+    done = 0
+    for name in sorted(tensors):
+        groups[min(int(done / size), files - 1)][name] = tensors[name]
+        done += tensors[name].nbytes
+    folder.mkdir()
+    for path in source.glob("*.json"):
+        if path.name != "model.safetensors.index.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    names = [f"model-{i:05}-of-{files:05}.safetensors" for i in range(1, files + 1)] if files > 1 else [WEIGHTS]
+    for name, group in zip(names, groups, strict=True):
+        save_file(group, folder / name, metadata={"format": "pt"})
+    if files > 1:
+        places = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 

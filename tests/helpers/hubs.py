@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import json
 import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -25,6 +26,11 @@ class Hub:
     asked: list[str]  # paths
     sent: dict[str, int]  # bytes of each file
     settings: dict[str, str]  # of a process that is to use it
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # beginnings of paths: status, X-Error-Code
+    cut: dict[str, list[int]] = field(default_factory=dict)  # file -> after so many bytes its next answers end
+    tampered: set[str] = field(default_factory=set)  # files whose last byte is another on its way
+    instead: dict[str, bytes] = field(default_factory=dict)  # what is sent to who wants a file whole, as is listed
+    watched: list[Callable[[str], None]] = field(default_factory=list)  # called with weights of which half was sent
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -38,9 +44,8 @@ class Hub:
 @contextlib.contextmanager
 def serve_hub(files: dict[str, bytes], cache: Path) -> Iterator[Hub]:
     """``cache`` is where who uses it keeps what it downloads."""
-    repositories = {MODEL: files}
-    asked: list[str] = []
-    sent: dict[str, int] = {}
+    hub = Hub({MODEL: files}, [], {}, {})
+    repositories, asked, sent = hub.repositories, hub.asked, hub.sent
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -58,28 +63,57 @@ def serve_hub(files: dict[str, bytes], cache: Path) -> Iterator[Hub]:
             repository = "/".join(path.removeprefix("/api/models").split("/")[1:3])
             files = repositories.get(repository, {})
             status, data, kind = 404, b"{}", "application/json"
-            if files and path.startswith(f"/api/models/{repository}/tree/"):
+            code = "RepoNotFound" if not files else "EntryNotFound"
+            whole, etag = b"", f"{name}-1"
+            refusal = next((said for start, said in hub.refused.items() if path.startswith(start)), None)
+            revision = re.search(r"/(?:revision|tree|resolve)/([^/]+)", path)
+            if refusal is not None:
+                status, code = refusal
+            elif files and revision and revision[1] not in ("main", REVISION):
+                code = "RevisionNotFound"
+            elif files and path.startswith(f"/api/models/{repository}/tree/"):
                 status = 200
                 data = json.dumps(
                     [{"type": "file", "path": n, "size": len(d), "oid": n} for n, d in files.items()]
                 ).encode()
             elif files and path.startswith(f"/api/models/{repository}"):
                 status = 200
-                listed = [{"rfilename": n, "size": len(d)} for n, d in files.items()]
+                listed = [{"rfilename": n, "size": len(d)} | _lfs(n, hub.instead.get(n, d)) for n, d in files.items()]
                 data = json.dumps({"id": repository, "sha": REVISION, "siblings": listed}).encode()
             elif path.startswith(f"/{repository}/resolve/") and name in files:
-                status, data, kind = 200, files[name], "application/octet-stream"
+                status, whole, kind = 200, files[name], "application/octet-stream"
+                etag = _lfs(name, whole).get("lfs", {}).get("sha256", etag)
+                data = whole
                 if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                     status, data = 206, data[int(part[1]) : int(part[2]) + 1 if part[2] else None]
+                else:
+                    whole = data = hub.instead.get(name, whole)
                 sent[name] = sent.get(name, 0) + len(data) * body
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{name}-1"')
+            self.send_header("ETag", f'"{etag}"')
             self.send_header("X-Repo-Commit", REVISION)
+            if status >= 400:
+                self.send_header("X-Error-Code", code)
             self.end_headers()
             if body:
-                self.wfile.write(data)
+                self.send(name, data, is_whole=data is whole)
+
+        def send(self, name: str, data: bytes, is_whole: bool) -> None:
+            if is_whole and name in hub.tampered:
+                data = data[:-1] + bytes([data[-1] ^ 1])
+            if is_whole and hub.cut.get(name):
+                self.wfile.write(data[: hub.cut[name].pop(0)])
+                self.close_connection = True
+                return
+            with contextlib.suppress(ConnectionError):  # who asked may be killed
+                self.wfile.write(data[: len(data) // 2])
+                if is_whole and name.endswith(".safetensors"):
+                    self.wfile.flush()
+                    for watch in hub.watched:
+                        watch(name)
+                self.wfile.write(data[len(data) // 2 :])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -94,8 +128,16 @@ def serve_hub(files: dict[str, bytes], cache: Path) -> Iterator[Hub]:
         "HF_HUB_OFFLINE": "0",
     }
     try:
-        yield Hub(repositories, asked, sent, settings)
+        hub.settings.update(settings)
+        yield hub
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def _lfs(name: str, data: bytes) -> dict[str, dict[str, object]]:
+    """What the hub says of a file that is no small text."""
+    if not name.endswith(".safetensors"):
+        return {}
+    return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}

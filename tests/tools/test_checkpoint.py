@@ -306,6 +306,7 @@ def test_a_hub_id_is_converted(hub: Hub, scripts: Prepared, original: Path, tmp_
     convert(original, tmp_path / "local", fast=True)
     made, local = tree(tmp_path / "dst"), tree(tmp_path / "local")
     assert (made.pop("LICENSE"), made.pop("tokenizer.json")) == (b"free", b"{}")
+    assert json.loads(made.pop("origin.json")) == {"id": "acme/converted", "revision": REVISION}
     manifest = made.pop("experts.zarr/zarr.json")
     assert json.loads(manifest)["attributes"]["moetier"]["model"] == "acme/converted"
     assert made == {name: data for name, data in local.items() if name != "experts.zarr/zarr.json"}

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from cgroups import memory_limit
@@ -135,16 +134,16 @@ def test_a_disk_that_is_full_names_what_fits(index_only: Path, tmp_path: Path) -
         assert " no " in plan_report.text(found)
 
 
-def test_a_download_takes_disk_too(index_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "not there yet"))
+def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> None:
     prospect = open_prospect(index_only)
     assert prospect.outline is not None
     cpu = torch.device("cpu")
     room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
-    for on_hub, problem in ((False, None), (True, "The download and a model directory with --bits 4 take 7")):
+    for on_hub, problem in ((False, None), (True, "A model directory with --bits 4, and files of the checkpoint")):
         outline = replace(prospect.outline, on_hub=on_hub)
         (choice,) = prospect.chosen([4], [16])
-        fit = fit_of(replace(prospect, outline=outline), choice, TierConfig.of(), room, kernels_for(cpu))
+        passing = replace(prospect, outline=outline, passing_bytes=50 << 20)
+        fit = fit_of(passing, choice, TierConfig.of(), room, kernels_for(cpu))
         assert fit.works == (problem is None)
         assert problem is None or (fit.problem is not None and fit.problem.cause.startswith(problem))
 

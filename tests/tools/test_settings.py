@@ -10,7 +10,7 @@ from moetier.tools.main import main, parse
 from moetier.tools.resources import resources_of
 from moetier.tools.settings import config_file, without_settings
 
-GENERATE = ["generate", "DIR", "hello"]
+GENERATE = ["generate", "./DIR", "hello"]
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
         ("ram = '1'", "ram stands outside of a section", "beneath [general]"),
         ("[genrate]", "no section [genrate]", "[generate]"),
         ("[generate]\nmax-new-token = 1", "[generate] has no key 'max-new-token'", "The nearest is max-new-tokens."),
-        ("[general]\nbits = 3", "[general] has no key 'bits'", "beneath [plan] or [convert] or [quality]"),
+        ("[general]\nbits = 3", "[general] has no key 'bits'", "beneath [plan] or [pull] or [convert] or [quality]"),
         ("[convert]\nram = '1'", "[convert] has no key 'ram'", "beneath [general]"),
         ("[ps]\njson = true", "moetier ps has nothing to set", "[ps]"),
         ("[bench]\nrounds = 1", "moetier bench has nothing to set", "[bench]"),

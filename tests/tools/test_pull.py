@@ -1,0 +1,414 @@
+"""A model is pulled from a hub: what comes of it, what is on the disk meanwhile, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import edit_json, reshard, save_checkpoint, tree
+from faults import mounted
+from hubs import REVISION, Hub, serve_hub
+from prepared import Prepared, prepared
+
+from moetier.tools.convert import convert
+from moetier.tools.passage import stages
+
+MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"
+OFFLINE = "import huggingface_hub.constants as constants; constants.HF_HUB_OFFLINE = True\n"  # read when it is imported
+NOTED = """
+import os, sys
+from pathlib import Path
+from moetier.tools.main import main
+Path(sys.argv[1]).write_text(str(os.getpid()))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixtral of 3 blocks of 8 experts, in 3 files."""
+    return save_checkpoint(tmp_path_factory.mktemp("small") / "src")
+
+
+@pytest.fixture(scope="module")
+def tinymix_12(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 blocks of 8 experts in 12 files: most files have parts of two blocks, and most blocks lie in three."""
+    return reshard(tinymix, tmp_path_factory.mktemp("12") / "tinymix", 12)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def served(place: Path) -> Iterator[Hub]:
+    with serve_hub({}, place / "cache") as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(served: Hub) -> Iterator[Hub]:
+    """Each test offers repositories of its own, and takes its faults back."""
+    served.asked.clear()
+    yield served
+    for faults in (served.refused, served.cut, served.tampered, served.instead, served.watched):
+        faults.clear()
+
+
+@pytest.fixture(scope="module")
+def scripts(served: Hub, place: Path) -> Iterator[Prepared]:
+    with prepared(**served.settings, XDG_DATA_HOME=str(place / "data")) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def models(place: Path) -> Path:
+    return place / "data" / "moetier" / "models"
+
+
+def offer(hub: Hub, name: str, folder: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    hub.repositories[name] = files
+    return files
+
+
+def converted(name: str, folder: Path, place: Path, **options: object) -> dict[str, bytes]:
+    """What convert makes of the same in huggingface_hub's cache."""
+    snapshot = place / f"models--{name.replace('/', '--')}" / "snapshots" / REVISION
+    shutil.copytree(folder, snapshot)
+    convert(snapshot, place / "dst", **options)  # type: ignore[arg-type]
+    return tree(place / "dst")
+
+
+def disk_bytes(folder: Path) -> int:
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            found += path.lstat().st_blocks * 512
+    return found
+
+
+def shards_asked(hub: Hub) -> list[str]:
+    return [path.rpartition("/")[2] for path in hub.asked if path.endswith(".safetensors")]
+
+
+# what is made
+
+
+@pytest.mark.parametrize("options", [[], ["--trunk-bits", "8"]])
+def test_it_is_what_convert_makes_and_files_go_as_it_does(
+    hub: Hub, scripts: Prepared, models: Path, tinymix_12: Path, tmp_path: Path, options: list[str]
+) -> None:
+    name = f"acme/tinymix{len(options)}"
+    files = offer(hub, name, tinymix_12)
+    largest = max(len(data) for file, data in files.items() if file.endswith(".safetensors"))
+    total = sum(len(data) for file, data in files.items() if file.endswith(".safetensors"))
+    folder = models / name.replace("/", "--") / ("4bit" if not options else "4bit-trunk8bit")
+    begun, taken = list[str](), list[int]()
+    hub.watched.extend([begun.append, lambda _: taken.append(disk_bytes(folder / "download"))])
+    result = scripts.run(MAIN, "pull", name, "--fast", "--json", *options)
+    assert result.returncode == 0, result.stderr
+    assert begun == sorted(file for file in files if file.endswith(".safetensors"))
+    staying = 9 << 20  # tensors of the trunk, which are 7 MiB, and pages of samples
+    assert max(taken) <= 3 * largest + staying < total / 2
+    made = tree(folder)
+    assert made == converted(name, tinymix_12, tmp_path, fast=True, trunk_bits=8 if options else 16)
+    assert json.loads(made["origin.json"]) == {"id": name, "revision": REVISION}
+    assert not (folder / "download").exists()
+    again = scripts.run(MAIN, "pull", name, "--fast", "--json", *options)
+    assert json.loads(again.stdout)["was_complete"]
+    assert tree(folder) == made
+    assert len(begun) == 12
+    assert "55.07 MiB are downloaded; at most 13.89 MiB are here at a time" in result.stderr
+
+
+def test_a_model_of_one_file(hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path) -> None:
+    one = reshard(small, tmp_path / "one", 1)
+    offer(hub, "acme/one", one)
+    result = scripts.run(MAIN, "pull", "acme/one", "--bits", "3")
+    assert result.returncode == 0, result.stderr
+    assert tree(models / "acme--one" / "3bit") == converted("acme/one", one, tmp_path, bits=3)
+
+
+def test_what_is_kept_is_in_the_cache_and_read_there(
+    hub: Hub, scripts: Prepared, place: Path, models: Path, small: Path, tmp_path: Path
+) -> None:
+    """A second width downloads nothing then, and needs no network."""
+    files = offer(hub, "acme/kept", small)
+    result = scripts.run(MAIN, "pull", "acme/kept", "--keep-source")
+    assert result.returncode == 0, result.stderr
+    assert "kept in" in result.stderr
+    snapshot = place / "cache" / "models--acme--kept" / "snapshots" / REVISION
+    shards = {name: data for name, data in files.items() if name.endswith(".safetensors")}
+    assert {path.name: path.read_bytes() for path in snapshot.glob("*.safetensors")} == shards
+    hub.asked.clear()
+    result = scripts.run(OFFLINE + MAIN, "pull", "acme/kept", "--bits", "2")
+    assert result.returncode == 0, result.stderr
+    refused = scripts.run(OFFLINE + MAIN, "pull", "acme/never-seen")
+    assert hub.asked == []
+    assert tree(models / "acme--kept" / "2bit") == converted("acme/kept", small, tmp_path, bits=2)
+    assert {path.name for path in snapshot.glob("*.safetensors")} == set(shards)
+    assert "the hub did not give a model of that id" in failed(refused)
+
+
+# cut
+
+
+def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
+    hub: Hub, scripts: Prepared, models: Path, tinymix_12: Path, tmp_path: Path
+) -> None:
+    """While the seventh file is on its way."""
+    offer(hub, "acme/killed", tinymix_12)
+    folder, begun = models / "acme--killed" / "4bit", list[str]()
+
+    def kill(file: str) -> None:
+        begun.append(file)
+        if len(begun) == 7:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    hub.watched.append(kill)
+    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/killed", "--fast")
+    assert result.returncode == -signal.SIGKILL
+    assert len(begun) == 7
+    listed = scripts.run(MAIN, "list")
+    (line,) = [line for line in listed.stdout.splitlines() if line.startswith("acme/killed:4bit")]
+    assert "incomplete: moetier pull acme/killed --bits 4 --fast resumes it" in line
+    incomplete = scripts.run(MAIN, "inspect", "acme/killed:4bit")
+    assert incomplete.returncode == 1
+    assert "Resume it: moetier pull acme/killed --bits 4 --fast" in incomplete.stderr
+    assert list(folder.rglob("*.incomplete"))
+    result = scripts.run(MAIN, "pull", "acme/killed", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert "resumed: " in result.stderr
+    assert begun[7:] == sorted(set(begun))[6:]  # the seventh again, and what comes behind it
+    assert tree(folder) == converted("acme/killed", tinymix_12, tmp_path, fast=True)
+
+
+STEPS = """
+import json, os, signal, sys
+from pathlib import Path
+import moetier.tools.conversion, moetier.tools.remote, transformers.models.mixtral.modeling_mixtral
+from moetier.tools.convert import pull
+name, work, every = sys.argv[1:]
+
+def in_child(target, kill_at=None):
+    if not (pid := os.fork()):
+        done = 0
+        def hook(event, arguments):
+            global steps
+            nonlocal done
+            if event in ('os.rename', 'os.remove', 'os.symlink', 'shutil.rmtree', 'os.truncate') and (
+                any(str(target) in str(each) for each in arguments)
+            ):
+                done += 1
+                if done == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        pull(name, target, fast=True)
+        Path(work, 'steps').write_text(str(done))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+assert in_child(Path(work, 'count')) == 0
+steps = int(Path(work, 'steps').read_text())
+print(steps)
+for step in range(1, steps + 1, int(every)):
+    print(json.dumps([step, in_child(Path(work, str(step)), step), in_child(Path(work, str(step)))]))
+"""
+
+
+def test_killed_at_any_step_it_goes_on(hub: Hub, scripts: Prepared, small: Path, tmp_path: Path) -> None:
+    """Each change of a name in the target, or a few of them."""
+    offer(hub, "acme/steps", small)
+    work = tmp_path / "work"
+    work.mkdir()
+    result = scripts.run(STEPS, "acme/steps", work, 9)
+    assert result.returncode == 0, result.stderr
+    steps, *runs = map(json.loads, result.stdout.splitlines())
+    assert steps > 30
+    wanted = converted("acme/steps", small, tmp_path, fast=True)
+    for step, killed, again in runs:
+        assert (killed, again) == (-signal.SIGKILL, 0), step
+        assert tree(work / str(step)) == wanted, step
+
+
+def test_a_commit_stays_what_it_was_begun_with(hub: Hub, scripts: Prepared, small: Path, models: Path) -> None:
+    """And another is another model."""
+    offer(hub, "acme/moves", small)
+    assert scripts.run(MAIN, "pull", "acme/moves", "--fast", "--revision", REVISION).returncode == 0
+    edit_json(models / "acme--moves" / "4bit" / "origin.json", revision="f" * 40)
+    result = scripts.run(MAIN, "pull", "acme/moves", "--fast")
+    assert result.returncode == 1
+    assert "they differ in source_digest" in result.stderr
+    assert "--overwrite" in result.stderr
+    result = scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite")
+    assert result.returncode == 0, result.stderr
+
+
+# faults
+
+
+def test_a_connection_that_breaks_is_taken_up_again(
+    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+) -> None:
+    files = offer(hub, "acme/breaks", small)
+    first = min(file for file in files if file.endswith(".safetensors"))
+    hub.cut[first] = [len(files[first]) // 3]
+    result = scripts.run(MAIN, "pull", "acme/breaks", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert tree(models / "acme--breaks" / "4bit") == converted("acme/breaks", small, tmp_path, fast=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "refusal", "said"),
+    [
+        ("acme/unknown", "/api/models/", (404, "RepoNotFound"), "There is no folder acme/unknown, and the hub"),
+        ("acme/asks", "/api/models/", (401, "GatedRepo"), "log in with `hf auth login`"),
+        ("acme/licence", f"/acme/licence/resolve/{REVISION}/model-00002", (403, "GatedRepo"), "behind a licence"),
+        ("acme/lacks", f"/acme/lacks/resolve/{REVISION}/model-00002", (404, "EntryNotFound"), "404 Client Error"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_two_lines_and_nothing_is_made(
+    hub: Hub, scripts: Prepared, small: Path, models: Path, name: str, start: str, refusal: tuple[int, str], said: str
+) -> None:
+    offer(hub, name, small)
+    hub.refused[start] = refusal
+    result = scripts.run(MAIN, "pull", name)
+    assert said in failed(result)
+    assert not (models / name.replace("/", "--")).exists()
+
+
+def failed(result: subprocess.CompletedProcess[str]) -> str:
+    """The two lines of its error."""
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    cause, fix = result.stderr.splitlines()[-2:]
+    assert cause.startswith("moetier: ")
+    assert fix.startswith("  ")
+    return f"{cause}\n{fix}"
+
+
+def test_a_revision_that_there_is_not_and_ids_that_are_none(
+    hub: Hub, scripts: Prepared, small: Path, place: Path
+) -> None:
+    offer(hub, "acme/revised", small)
+    assert "it has no such revision" in failed(scripts.run(MAIN, "pull", "acme/revised", "--revision", "v9"))
+    for name in ("..", "../../x", "a/b/c", "a--b/c", "acme/revised:4bit", "/etc"):
+        assert "is no id of the Hugging Face hub" in failed(scripts.run(MAIN, "pull", name))
+    assert not (place / "data" / "moetier" / "x").exists()
+
+
+def test_a_file_that_never_comes_whole_can_come_later(
+    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+) -> None:
+    """First it is cut each time; then the hub's storage has another byte than the hub says."""
+    files = offer(hub, "acme/damaged", small)
+    *_, last = sorted(file for file in files if file.endswith(".safetensors"))
+    hub.refused[f"/acme/damaged/resolve/{REVISION}/{last}"] = (500, "")
+    assert "malformed" not in failed(scripts.run(MAIN, "pull", "acme/damaged", "--fast"))
+    hub.refused.clear()
+    hub.tampered.add(last)
+    said = failed(scripts.run(MAIN, "pull", "acme/damaged", "--fast"))
+    assert f"{last} of acme/damaged was damaged on its way: its sha256 is another than the hub says." in said
+    assert "run the same command again" in said.lower()
+    hub.tampered.clear()
+    hub.asked.clear()
+    result = scripts.run(MAIN, "pull", "acme/damaged", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert set(shards_asked(hub)) == {last}
+    assert tree(models / "acme--damaged" / "4bit") == converted("acme/damaged", small, tmp_path, fast=True)
+
+
+@pytest.mark.parametrize("size", ["6m", "52m"])
+def test_a_disk_that_is_too_small_is_found_before_anything_is_downloaded(
+    hub: Hub, scripts: Prepared, tinymix_12: Path, tmp_path: Path, size: str
+) -> None:
+    """52 MiB take the store, and what passes, but not the whole checkpoint beside it."""
+    name = f"acme/disk-{size}"
+    offer(hub, name, tinymix_12)
+    begun: list[str] = []
+    hub.watched.append(begun.append)
+    with mounted("tmpfs", tmp_path / "disk", f"size={size}") as disk:
+        result = scripts.run(MAIN, "pull", name, "--fast", environment={"XDG_DATA_HOME": str(disk)})
+        if size == "52m":
+            assert result.returncode == 0, result.stderr
+            return
+        said = failed(result)
+        assert "bytes more, " in said
+        assert "of them for files of the checkpoint; " in said
+        assert " are free." in said
+        assert not list(disk.iterdir())
+        kept = scripts.run(MAIN, "pull", name, "--keep-source", environment={"XDG_DATA_HOME": str(disk)})
+        assert "of them for files of the checkpoint" not in failed(kept)
+    assert not begun
+
+
+@pytest.mark.parametrize(
+    ("file", "error"),
+    [
+        ("../../../outside.safetensors", "names a file outside itself"),
+        ("/etc/passwd.safetensors", "names a file outside itself"),
+        ("pytorch_model.bin", "not safetensors"),
+        ("model-00009.safetensors", "lacks model-00009.safetensors"),
+    ],
+)
+def test_a_hostile_index_is_refused(
+    hub: Hub, scripts: Prepared, small: Path, models: Path, file: str, error: str
+) -> None:
+    files = offer(hub, "acme/hostile", small)
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"] |= {next(iter(index["weight_map"])): file}
+    name = f"acme/hostile-{zlib.crc32(file.encode())}"
+    hub.repositories[name] = files | {"model.safetensors.index.json": json.dumps(index).encode()}
+    assert error in failed(scripts.run(MAIN, "pull", name))
+    assert not (models / name.replace("/", "--")).exists()
+
+
+def test_code_and_pickle_are_refused(hub: Hub, scripts: Prepared, small: Path, tmp_path: Path) -> None:
+    files = offer(hub, "acme/code", small)
+    config = json.loads(files["config.json"]) | {"auto_map": {"AutoConfig": "modeling_x.X"}}
+    files |= {"config.json": json.dumps(config).encode(), "modeling_x.py": b"raise SystemExit(77)"}
+    assert "auto_map" in failed(scripts.run(MAIN, "pull", "acme/code"))
+    assert scripts.run(MAIN, "pull", "acme/code", "--fast", "--ignore-code").returncode == 0
+    files = offer(hub, "acme/pickle", small)
+    hub.repositories["acme/pickle"] = {"config.json": files["config.json"], "pytorch_model.bin": b"pickle"}
+    assert "as pickle (pytorch_model.bin)" in failed(scripts.run(MAIN, "pull", "acme/pickle"))
+
+
+def test_headers_that_are_others_in_the_file_are_refused(hub: Hub, scripts: Prepared, small: Path) -> None:
+    """The hub shows one header to who asks for the beginning, and gives another file."""
+    files = offer(hub, "acme/two-faced", small)
+    *_, file = sorted(file for file in files if file.endswith(".safetensors"))
+    data = files[file]
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    one, other = [name for name in header if "experts" in name][:2]
+    header[one]["data_offsets"], header[other]["data_offsets"] = (
+        header[other]["data_offsets"],
+        header[one]["data_offsets"],
+    )
+    changed = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    hub.instead[file] = data[:8] + changed + data[8 + size :]
+    assert "it has other tensors" in failed(scripts.run(MAIN, "pull", "acme/two-faced", "--fast"))
+
+
+# where files lie
+
+
+def test_blocks_are_made_in_the_order_of_files() -> None:
+    """By number they would hold all of the files, where these are ordered by name."""
+    a, b, c = (Path(name) for name in "abc")
+    by_name = {0: {a}, 1: {a}, 2: {b, c}, 3: {c}, 10: {a, b}, 11: {b}}
+    route = stages({block: frozenset(files) for block, files in by_name.items()})
+    assert [stage.blocks for stage in route] == [(0, 1), (10, 11), (2, 3)]
+    assert [stage.present for stage in route] == [{a}, {a, b}, {b, c}]
+    spread = stages({0: frozenset({a}), 1: frozenset({b}), 2: frozenset({a, c})})
+    assert [stage.present for stage in spread] == [{a}, {a, b}, {a, c}]

@@ -1,0 +1,242 @@
+"""Models that were pulled, by their names: in every command that takes a directory, and in list and rm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from daemons import running_daemon
+from http_servers import ServerProcess
+from prepared import Prepared
+from terminals import Terminal
+
+import moetier
+from moetier.runtime.models import checkpoint_or_model, model_directory, models_folder, name_of, pulled
+from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
+from moetier.tiers.shard import GROUP, METADATA, PLAN
+from moetier.tools.main import build_parser, main
+from moetier.tools.options import directory, walk
+
+MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"
+NAME = "acme/tinymix:4bit"
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place for them, which children inherit."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    return tmp_path / "data" / "moetier" / "models"
+
+
+@pytest.fixture
+def tinymix_there(models: Path, tinymix_4bit: Path) -> Path:
+    return Path(shutil.copytree(tinymix_4bit, models / "acme--tinymix" / "4bit"))
+
+
+def place(models: Path, *names: str) -> None:
+    """As much of a model as has a name."""
+    for name in names:
+        hub_id, _, tag = name.partition(":")
+        (models / hub_id.replace("/", "--") / tag / GROUP).mkdir(parents=True)
+
+
+# names
+
+
+def test_every_command_that_takes_a_directory_takes_a_name() -> None:
+    found = 0
+    for path, parser in walk(build_parser()):
+        for action in parser._actions:
+            if action.metavar == "DIR" and not action.option_strings:
+                assert action.type is directory, path
+                found += 1
+    assert found >= 12
+
+
+def test_a_name_is_a_folder_and_a_folder_that_is_there_goes_before(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(models, "acme/a:4bit", "acme/b:4bit", "acme/b:3bit-trunk8bit", "alone:2bit")
+    assert models_folder() == models
+    assert list(pulled()) == ["acme/a:4bit", "acme/b:3bit-trunk8bit", "acme/b:4bit", "alone:2bit"]
+    assert model_directory("acme/a:4bit") == model_directory("acme/a") == models / "acme--a" / "4bit"
+    assert model_directory("alone") == models / "alone" / "2bit"
+    assert name_of(models / "acme--b" / "4bit") == "acme/b:4bit"
+    assert name_of(tmp_path / "else") == "else"
+    assert checkpoint_or_model("acme/a:4bit") == str(models / "acme--a" / "4bit")  # of plan and quality
+    assert checkpoint_or_model("acme/a") == "acme/a"  # which is the hub's
+    with pytest.raises(StoreFormatError, match="more than once") as caught:
+        model_directory("acme/b")
+    assert caught.value.fix == "Say which: acme/b:3bit-trunk8bit or acme/b:4bit."
+    for path in ("/not/there", "./acme/a", "../x", "a/b/c", str(tmp_path / "nothing")):
+        assert model_directory(path) == Path(path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme" / "a").mkdir(parents=True)
+    assert model_directory("acme/a") == Path("acme/a")
+
+
+def test_a_name_that_nothing_has_is_said_with_those_that_are_near(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place(models, "mistralai/Mixtral-8x7B-v0.1:4bit")
+    assert main(["inspect", "mistralai/Mixtral-8x7b:3bit"]) == 1
+    cause, fix = capsys.readouterr().err.splitlines()
+    assert cause == "moetier: There is no folder mistralai/Mixtral-8x7b:3bit, and no pulled model of that name."
+    assert "`moetier list` has mistralai/Mixtral-8x7B-v0.1" in fix
+    assert fix.endswith("pull it: moetier pull mistralai/Mixtral-8x7b --bits 3")
+    assert main(["inspect", "./mistralai/Mixtral-8x7B-v0.1"]) == 1  # a path
+    assert capsys.readouterr().err.startswith("moetier: There is no folder mistralai/Mixtral-8x7B-v0.1.\n")
+    assert main(["generate", "nobody/nothing", "x"]) == 1
+    assert capsys.readouterr().err.endswith("pull it: moetier pull nobody/nothing\n")
+
+
+@pytest.mark.usefixtures("tinymix_there")
+def test_models_run_by_name(scripts: Prepared, tmp_path: Path) -> None:
+    def run(*words: str, text: str = "") -> str:
+        result = scripts.run(MAIN, *words, input=text, environment=dict(os.environ))
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    greedy = ("--temperature", "0", "--max-new-tokens", "8")
+    made = run("generate", "acme/tinymix", "Once upon a time", "--json", *greedy)
+    assert json.loads(made)["text"]
+    assert run("chat", NAME, *greedy, text="Once upon a time\n").strip()
+    assert json.loads(run("inspect", NAME, "--json"))["model"] == "tinymix"
+    assert run("verify", NAME)
+    model, tokenizer = moetier.load("acme/tinymix", daemon=None)
+    with model.tiers:
+        assert tokenizer is not None
+
+
+def test_a_server_and_a_daemon_by_name_and_what_is_in_use_stays(
+    models: Path, tinymix_there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running_daemon(Path(NAME), folder=tmp_path / "daemon") as daemon:
+        assert main(["rm", NAME]) == 1
+        cause, fix = capsys.readouterr().err.splitlines()
+        assert cause.startswith(f"moetier: {NAME} is in use: process {daemon.pid} (")
+        assert f"daemon {NAME}" in cause
+        assert fix == "  End that first."
+        assert (tinymix_there / GROUP / METADATA).exists()
+    (tmp_path / "server").mkdir()
+    server = ServerProcess(Path(NAME), tmp_path / "server")
+    try:
+        with server.client() as client:
+            assert [model.id for model in client.models.list()] == [NAME]
+        assert main(["rm", NAME]) == 1
+        assert f"process {server.process.pid} (" in capsys.readouterr().err
+    finally:
+        server.end()
+    assert main(["rm", NAME]) == 0
+    assert not models.joinpath("acme--tinymix").exists()
+
+
+# list
+
+
+def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = Path(shutil.copytree(tinymix_there, models / "acme--part" / "4bit"))
+    manifest = json.loads((part / GROUP / METADATA).read_text())["attributes"]["moetier"]
+    (part / GROUP / METADATA).unlink()
+    (part / GROUP / PLAN).write_text(json.dumps(manifest | {"digest": "", "trunk": {}}))
+    (part / "conversion.json").write_text(json.dumps({"command": ["moetier", "pull", "acme/part", "--fast"]}))
+    place(models, "acme/empty:3bit")
+    (tinymix_there / "origin.json").write_text(json.dumps({"id": "acme/tinymix", "revision": "a" * 40}))
+    assert main(["list", "--json"]) == 0
+    empty, cut, whole = json.loads(capsys.readouterr().out)
+    assert (whole["name"], whole["bits"], whole["trunk_bits"], whole["complete"]) == (NAME, 4, 16, True)
+    assert (whole["blocks"], whole["experts"], whole["revision"]) == (8, 64, "a" * 40)
+    size = sum(path.stat().st_size for path in tinymix_there.rglob("*") if path.is_file())
+    assert size <= whole["bytes"] < size * 1.2
+    assert whole["pulled_unix"] == (tinymix_there / GROUP / METADATA).stat().st_mtime
+    assert (cut["bits"], cut["complete"], cut["resume"]) == (4, False, "moetier pull acme/part --fast")
+    assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --overwrite")
+    assert main(["list"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "bits", "trunk", "size", "experts", "pulled"]
+    assert rows[1].endswith("incomplete: moetier pull acme/part --fast resumes it")
+    assert "8 x 8" in rows[2]
+    assert rows[2].split()[-1] == "complete"
+    with pytest.raises(IncompleteStoreError, match="incomplete"):
+        moetier.load("acme/part")
+
+
+def test_list_of_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out == f"No model was pulled into {models}.\n"
+    assert main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+# rm
+
+
+def test_rm_removes_all_that_is_named_or_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place(models, "acme/a:4bit", "acme/a:3bit", "acme/b:4bit")
+    partial = models / "acme--b" / "4bit" / "download" / "x" / "whole" / "y.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"1" * 5000)
+    assert main(["rm", "acme/b", "acme/c"]) == 1
+    assert "There is no folder acme/c" in capsys.readouterr().err
+    assert main(["rm", "acme/a"]) == 1
+    assert "Say which" in capsys.readouterr().err
+    assert len(pulled()) == 3
+    assert main(["rm", "acme/b", "acme/a:3bit"]) == 0
+    assert capsys.readouterr().out.startswith("acme/b:4bit: removed, ")
+    assert list(pulled()) == ["acme/a:4bit"]
+    assert [path.name for path in models.iterdir()] == ["acme--a"]
+
+
+@pytest.mark.parametrize("level", ["model", "id", "root"])
+def test_rm_removes_nothing_outside(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str
+) -> None:
+    """Where a part of the way is a link, but for the folder of all models, which may be anywhere."""
+    elsewhere = tmp_path / "elsewhere" / "acme--a" / "4bit"
+    (elsewhere / GROUP).mkdir(parents=True)
+    (elsewhere / GROUP / METADATA).write_text("{}")
+    link = {"model": models / "acme--a" / "4bit", "id": models / "acme--a", "root": models}[level]
+    link.parent.mkdir(parents=True)
+    link.symlink_to({"model": elsewhere, "id": elsewhere.parent, "root": elsewhere.parents[1]}[level])
+    status = main(["rm", "acme/a", "--yes"])
+    if level == "root":
+        assert status == 0
+        assert not elsewhere.exists()
+        return
+    assert status == 1
+    assert "moetier removes nothing outside of" in capsys.readouterr().err
+    assert (elsewhere / GROUP / METADATA).exists()
+
+
+def test_rm_follows_no_link_within_a_model(models: Path, tmp_path: Path) -> None:
+    place(models, "acme/a:4bit")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / METADATA).write_text("mine")
+    (models / "acme--a" / "4bit" / "download").symlink_to(tmp_path / "outside")
+    shutil.rmtree(models / "acme--a" / "4bit" / GROUP)
+    (models / "acme--a" / "4bit" / GROUP).symlink_to(tmp_path / "outside")
+    assert main(["rm", "acme/a:4bit"]) == 0
+    assert (tmp_path / "outside" / METADATA).read_text() == "mine"
+    assert not (models / "acme--a").exists()
+
+
+def test_rm_asks_at_a_terminal(models: Path) -> None:
+    place(models, "acme/a:4bit", "acme/b:4bit")
+    command = ["-m", "moetier.tools.main", "rm", "acme/a", "acme/b"]
+    with Terminal(*command, XDG_DATA_HOME=str(models.parents[1])) as terminal:
+        terminal.wait_for(r"Remove acme/a:4bit \(.*\)\? \[y/N\] ")
+        terminal.type("\n")
+        terminal.wait_for(r"Remove acme/b:4bit \(.*\)\? \[y/N\] ")
+        terminal.type("y\n")
+        terminal.wait_for("acme/b:4bit: removed")
+    assert list(pulled()) == ["acme/a:4bit"]
+
+
+def test_the_default_place_is_below_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for wrong in ("", "not/absolute"):
+        monkeypatch.setenv("XDG_DATA_HOME", wrong)
+        assert models_folder() == tmp_path / ".local" / "share" / "moetier" / "models"
