@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import select
-import struct
 import termios
 import time
 from collections.abc import Callable
@@ -18,15 +16,14 @@ class DrawnTerminal(Terminal):
 
     def __init__(self, *arguments: str, columns: int = 150, lines: int = 40, **environment: str) -> None:
         colours = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        super().__init__(*arguments, **(colours | environment))
+        super().__init__(*arguments, size=(columns, lines), **(colours | environment))
         self.before = self.attributes
         self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)
-        self.resize(columns, lines)
 
     def resize(self, columns: int, lines: int) -> None:
         self._screen.resize(lines, columns)
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+        termios.tcsetwinsize(self._master, (lines, columns))
 
     @property
     def attributes(self) -> list[object]:

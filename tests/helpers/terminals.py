@@ -8,6 +8,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import time
 from codecs import getincrementaldecoder
 from pathlib import Path
@@ -23,10 +24,13 @@ _TAKE = (  # the terminal becomes the one whose Ctrl-C it gets, which who starte
 
 
 class Terminal:
-    """Runs Python with ``arguments``. A context manager, which ends what still runs."""
+    """Runs Python with ``arguments``. A context manager, which ends what still runs. A terminal of ``size`` (columns,
+    lines) has it before anybody looks."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, size: tuple[int, int] | None = None, **environment: str) -> None:
         self._master, slave = pty.openpty()
+        if size is not None:
+            termios.tcsetwinsize(self._master, size[::-1])
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _TAKE, sys.executable, *arguments],
