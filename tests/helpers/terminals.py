@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from codecs import getincrementaldecoder
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,11 @@ _TAKE = (  # the terminal becomes the one whose Ctrl-C it gets, which who starte
     "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
 )
+
+
+def _plain(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what says another size than the terminal itself, as where tests run side by side."""
+    return {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
 
 
 class Terminal:
@@ -38,7 +44,7 @@ class Terminal:
                 stdout=slave,
                 stderr=slave,
                 start_new_session=True,
-                env=os.environ | {"TERM": "xterm", "INPUTRC": os.devnull} | environment,
+                env=_plain(os.environ) | {"TERM": "xterm", "INPUTRC": os.devnull} | environment,
             )
         finally:
             os.close(slave)
