@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import DEFAULT_CONTEXT
 
 from .options import source
-from .resources import device, size
+from .resources import add_device_arguments, size
 
 if TYPE_CHECKING:
     from .fit import Fit
@@ -32,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram", type=size, metavar="SIZE", help="host budget for experts, as of generate (default: its own)"
     )
-    parser.add_argument(
-        "--device-memory", type=size, metavar="SIZE", help="device budget for experts, where there is a GPU"
-    )
-    parser.add_argument(
-        "--device", type=device, default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)'
-    )
+    add_device_arguments(parser)
     parser.add_argument(
         "--context",
         type=int,

@@ -29,6 +29,16 @@ def device(text: str) -> str:
     return text
 
 
+def add_device_arguments(parser: argparse._ActionsContainer) -> None:
+    """A parser's, or a group's."""
+    parser.add_argument(
+        "--device-memory", type=size, metavar="SIZE", help="device budget for experts, where there is a GPU"
+    )
+    parser.add_argument(
+        "--device", type=device, default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)'
+    )
+
+
 def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVES_ROOM) -> None:
     """``context`` says what --context does."""
     memory, daemon = group_of(parser, "memory and device"), group_of(parser, "daemon")
@@ -39,12 +49,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
         help='host budget for experts: "6GiB", or "50%%" of what the rest leaves; default: 80%%. With a daemon of '
         "this machine it has no effect, nor have --policy and --learn: they are the daemon's to be given",
     )
-    memory.add_argument(
-        "--device-memory", type=size, metavar="SIZE", help="device budget for experts, where there is a GPU"
-    )
-    memory.add_argument(
-        "--device", type=device, default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)'
-    )
+    add_device_arguments(memory)
     daemon.add_argument(
         "--daemon",
         default=AUTO,
