@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import native
+from .emit import F32, I16
 from .gemv import GEMV, LANES, ROWS, gemv
+
+_KINDS = {torch.bfloat16: I16, torch.float32: F32}
 
 
 class RowWeight(nn.Parameter):
@@ -57,26 +60,53 @@ def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
         return None
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-    items = -(-rows // ROWS)
-    context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y.data_ptr()))
-    work, alone = _compiled()
-    native.run(work, alone, context.buffer_info()[0], min(items, native.threads_for(rows * columns)))
+    _multiply(x, weight, y.data_ptr())
     return y if bias is None else y.add_(bias)
 
 
+class Scores:
+    """A matrix [N, K] of fp32 on a CPU, to be multiplied with one row at a time: a gate's, that is asked for a guess.
+    Its numbers may change in place."""
+
+    def __init__(self, weight: Tensor) -> None:
+        assert self.fits(weight)
+        self._weight = weight
+        self._found = array("f", bytes(4 * len(weight)))
+        self._address = self._found.buffer_info()[0]
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        return weight.dtype == torch.float32 and _lies_in_rows(weight)
+
+    def of(self, x: Tensor) -> list[float] | None:
+        """``weight @ x`` of x [..., K], one row of bf16 or fp32; None where torch is to do it. Threads that ask at once
+        may be given one another's numbers."""
+        if x.dtype not in _KINDS or not x.is_cpu or not x.is_contiguous() or x.numel() != self._weight.shape[1]:
+            return None
+        _multiply(x, self._weight, self._address)
+        return self._found.tolist()
+
+
+def _multiply(x: Tensor, weight: Tensor, y: int) -> None:
+    """``y`` is the address of N numbers of the weight's type."""
+    rows, columns = weight.shape
+    items = -(-rows // ROWS)
+    context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y))
+    work, alone = _compiled(x.dtype, weight.dtype)
+    native.run(work, alone, context.buffer_info()[0], min(items, native.threads_for(rows * columns)))
+
+
+def _lies_in_rows(weight: Tensor) -> bool:
+    return weight.dim() == 2 and weight.shape[1] % LANES == 0 and weight.is_cpu and weight.is_contiguous()
+
+
 def _fits(weight: Tensor) -> bool:
-    return (
-        weight.dtype == torch.bfloat16
-        and weight.dim() == 2
-        and weight.shape[1] % LANES == 0
-        and weight.is_cpu
-        and weight.is_contiguous()
-    )
+    return weight.dtype == torch.bfloat16 and _lies_in_rows(weight)
 
 
 @functools.cache
-def _compiled() -> tuple[int, Callable[[int], None]]:
+def _compiled(given: torch.dtype, kept: torch.dtype) -> tuple[int, Callable[[int], None]]:
     """The address of GEMV, and the same as a function."""
     with native.compiling:
-        work = native.here().compile(gemv(), GEMV)
+        work = native.here().compile(gemv(_KINDS[given], _KINDS[kept]), GEMV)
     return work, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)

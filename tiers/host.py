@@ -170,9 +170,9 @@ class HostTier:
         return [expert for expert in range(experts) if find(ExpertKey(block, expert)) is not None]
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """As ``ExpertSource`` says."""
-        with self._monitor:
-            return [key for key in keys if not self._desk.pool(key.block).slots.holds(key)]
+        """As ``ExpertSource`` says. Takes no lock: it may be otherwise by the time that it is told."""
+        self._monitor.home.check()
+        return [key for key in keys if not self._desk.pool(key.block).slots.holds(key)]
 
     def pace(self, block: int) -> Pace | None:
         """As ``ExpertSource`` says: the median of the latest reads."""

@@ -12,7 +12,7 @@ from comparison import convert_tiny
 from torch import Tensor, nn
 
 from moetier.runtime.generate import load
-from moetier.runtime.row import RowWeight, linear_row, use_row_weights
+from moetier.runtime.row import RowWeight, Scores, linear_row, use_row_weights
 
 
 def numbers(*shape: int) -> Tensor:
@@ -30,6 +30,26 @@ def test_it_is_what_fp64_says(rows: int, columns: int, biased: bool) -> None:
     assert found.shape == (1, 1, rows)
     product = (x.double() @ weight.double().T).bfloat16()  # a bias comes after that
     torch.testing.assert_close(found, product if bias is None else product + bias)
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (8, 1024), (513, 272)])
+def test_scores_are_what_fp64_says(rows: int, columns: int, given: torch.dtype) -> None:
+    weight, x = numbers(rows, columns).float() * 1.001, numbers(1, 1, columns).to(given)
+    scores = Scores(weight)
+    for _ in range(2):  # its numbers may change in place
+        expected = (weight.double() @ x.double().flatten()).float()
+        torch.testing.assert_close(torch.tensor(scores.of(x)), expected, rtol=1e-5, atol=1e-4)
+        weight[0] += 1.0
+
+
+@pytest.mark.parametrize(
+    "x",
+    [numbers(2, 32), numbers(1, 48), numbers(1, 64)[:, ::2], numbers(1, 32).half()],
+    ids=["two rows", "48 columns", "with gaps", "fp16"],
+)
+def test_other_scores_are_left_to_torch(x: Tensor) -> None:
+    assert Scores(numbers(8, 32).float()).of(x) is None
 
 
 def test_the_matrix_may_lie_at_any_byte() -> None:
