@@ -84,7 +84,7 @@ def openmp() -> Callable[[int, int, int, int], None] | None:
 
 def run(work: int, alone: Callable[[int], None], context: int, threads: int) -> None:
     """Calls ``work(context)`` in each of ``threads`` threads at once, and returns when all are done; ``alone`` is the
-    same function, to be called by this thread. Python's lock is not held meanwhile."""
+    same function, to be called by this thread, which says what becomes of Python's lock; threads have no use for it."""
     if threads > 1 and (team := openmp()) is not None:
         team(work, context, threads, 0)
     else:
@@ -93,4 +93,9 @@ def run(work: int, alone: Callable[[int], None], context: int, threads: int) -> 
 
 def threads_for(weights: int) -> int:
     """How many threads a product of so many weights is worth."""
-    return torch.get_num_threads() if weights >= 1 << 17 else 1
+    return 1 if is_small(weights) else torch.get_num_threads()
+
+
+def is_small(weights: int) -> bool:
+    """Whether a product of so many takes some microseconds."""
+    return weights < 1 << 17

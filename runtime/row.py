@@ -10,7 +10,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +92,9 @@ def _multiply(x: Tensor, weight: Tensor, y: int) -> None:
     rows, columns = weight.shape
     items = -(-rows // ROWS)
     context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y))
-    work, alone = _compiled(x.dtype, weight.dtype)
-    native.run(work, alone, context.buffer_info()[0], min(items, native.threads_for(rows * columns)))
+    code, threads = _compiled(x.dtype, weight.dtype), native.threads_for(rows * columns)
+    alone = code.locked if native.is_small(rows * columns) else code.alone
+    native.run(code.work, alone, context.buffer_info()[0], min(items, threads))
 
 
 def _lies_in_rows(weight: Tensor) -> bool:
@@ -104,9 +105,16 @@ def _fits(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and _lies_in_rows(weight)
 
 
+class _Code(NamedTuple):
+    """The address of GEMV, and the same as functions for one thread."""
+
+    work: int
+    alone: Callable[[int], None]
+    locked: Callable[[int], None]  # keeps Python's lock: to get that back from another thread may take longer
+
+
 @functools.cache
-def _compiled(given: torch.dtype, kept: torch.dtype) -> tuple[int, Callable[[int], None]]:
-    """The address of GEMV, and the same as a function."""
+def _compiled(given: torch.dtype, kept: torch.dtype) -> _Code:
     with native.compiling:
         work = native.here().compile(gemv(_KINDS[given], _KINDS[kept]), GEMV)
-    return work, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+    return _Code(work, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work), ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(work))
