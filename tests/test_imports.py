@@ -55,7 +55,7 @@ HOMES = {
         "tools/",
     },
     "zarr": {"tiers/writer"},
-    "matplotlib": {"tools/figures", "tools/plot"},
+    "matplotlib": {"tools/figures", "tools/plot", "tools/plot_resident"},
     "textual": {"tools/top_app"},
     "rich": {"tools/top_app", "tools/top_heat", "tools/top_parts"},
     "psutil": {"runtime/memory"},

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -121,6 +123,29 @@ def test_prometheus_finds_something_for_each_query(scraped: Scraped, tmp_path: P
         wait_until(lambda: [one["value"][1] for one in prometheus.query('up{job="moetier"}')] == ["1", "1"])
 
 
+def test_a_picture_of_it_has_every_panel(scraped: Scraped, tmp_path: Path) -> None:
+    """As docs/figures/dashboard.py draws it; legends are of what was scraped."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.skip("prometheus is missing")
+    script = runpy.run_path(str(DOCS / "figures/dashboard.py"))
+    with running_prometheus(binary, tmp_path, scraped.targets) as prometheus:
+
+        def drawn() -> set[str]:
+            asked = script["Prometheus"](
+                prometheus.url, end=time.time(), seconds=30.0, scrape=1.0, variables=script["variables_of"](DASHBOARD)
+            )
+            return {text.get_text() for text in script["draw"](DASHBOARD, asked).texts}
+
+        for query in QUERIES:
+            wait_until(lambda query=query: prometheus.query(query))
+        # rates are of the last four seconds, of which there is nothing yet at the first
+        wait_until(lambda: not {"No data", "NaN", "no server", "no daemon"} & drawn())
+        words = drawn()
+    assert {panel["title"] for panel in PANELS} <= words
+    assert [text for text in words if re.fullmatch(r"p99 host \S+ 127\.0\.0\.1:\d+", text)]
+
+
 def test_promtool_finds_no_fault(scraped: Scraped) -> None:
     binary = shutil.which("promtool")
     if binary is None:
@@ -161,7 +186,7 @@ def test_the_dashboard_is_whole() -> None:
     for panel in PANELS:
         assert panel["type"] in ("timeseries", "stat")
         assert panel["description"]
-        assert panel["fieldConfig"]["defaults"]["unit"] in ("percentunit", "Bps", "bytes", "s", "short")
+        assert panel["fieldConfig"]["defaults"]["unit"] in ("percentunit", "binBps", "bytes", "s", "short")
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
         sources: list[Any] = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
         assert sources == [{"type": "prometheus", "uid": "${datasource}"}] * len(sources)

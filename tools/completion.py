@@ -24,7 +24,7 @@ def script(shell: str) -> str:
     import shtab
 
     from .main import build_parser
-    from .options import commands_of, directory, settable, walk
+    from .options import commands_of, directory, file_or_address, settable, walk
 
     parser = build_parser()
     with_settings = [name for name, command in commands_of(parser).items() if settable(command)]
@@ -32,7 +32,7 @@ def script(shell: str) -> str:
         for action in each._actions:
             if action.metavar == "COMMAND" and action.type is None and not action.choices:  # of moetier config show
                 action.choices = with_settings
-            if action.type in (Path, directory):
+            if action.type in (Path, directory, file_or_address):
                 folder = isinstance(action.metavar, str) and action.metavar in FOLDERS
                 action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]  # shtab's
     found: str = shtab.complete(parser, shell=shell)

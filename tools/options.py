@@ -16,6 +16,11 @@ def directory(text: str) -> str | Path:
     return text if may_be_name(text) else Path(text)
 
 
+def file_or_address(text: str) -> str:
+    """Of one that may be a file, or where a daemon is."""
+    return text
+
+
 def source(text: str) -> str:
     """Of one that may be an id of the hub as well, or a checkpoint's folder."""
     return text

@@ -1,21 +1,26 @@
-"""``moetier plot WHAT T.npz -o F.png``: pictures of a trace."""
+"""``moetier plot WHAT T.npz -o F.png``: pictures of a trace; ``moetier plot resident ADDRESS``: of a daemon."""
 
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .access import add_credentials, credentials
+from .options import file_or_address
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from moetier.runtime.trace import Trace
 
-HELP = "draw a trace: which experts tokens use, hit ratios, recall"
+HELP = "draw a trace: which experts tokens use, hit ratios, recall; or a daemon: which experts it holds"
 
-KINDS = ("figure1", "hits", "recall", "heatmap")
+OF_TRACES = ("figure1", "hits", "recall", "heatmap")
+KINDS = (*OF_TRACES, "resident")
 FORMATS = (".png", ".svg")
 MOST_TOKENS = 200
 FEW_TOKENS = 40
@@ -27,21 +32,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         metavar="WHAT",
         help="figure1: the experts of each token, with its text; hits: hit ratio against cache size; recall: of the "
-        "gates' predictions against look-ahead; heatmap: use and hits by block and expert",
+        "gates' predictions against look-ahead; heatmap: use and hits by block and expert; resident: which experts a "
+        "daemon holds, and how often each was used",
     )
-    parser.add_argument("trace", type=Path, metavar="T.npz", help="as moetier trace records it")
+    parser.add_argument(
+        "source",
+        type=file_or_address,
+        metavar="T.npz|ADDRESS",
+        help="a trace, as moetier trace records it; resident: a daemon, by a name, a folder or HOST:PORT",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .png or .svg")
     parser.add_argument("--tokens", type=_span, metavar="A-B", help=f"figure1: tokens (the first {FEW_TOKENS})")
     parser.add_argument("--blocks", type=_list, metavar="N,M", help="figure1: blocks (four from the first to the last)")
     parser.add_argument(
         "--cached", type=int, metavar="N", help="figure1, heatmap: experts of each block that an LRU holds (top-k)"
     )
+    add_credentials(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ConfigError where there is nothing to draw, or nothing to draw with, and TargetError where it can't be
-    written."""
-    from moetier.runtime.trace import Trace
+    """Raises ConfigError where there is nothing to draw, or nothing to draw with, DaemonError where nobody answers, and
+    TargetError where it can't be written."""
     from moetier.tiers.errors import ConfigError, TargetError
 
     if arguments.output.suffix.lower() not in FORMATS:
@@ -52,8 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "Pictures need matplotlib, which is not installed.", 'Install it: pip install ".[plots]" in the repository'
         ) from error
-    trace = Trace.load(arguments.trace)
-    figure = _draw(trace if trace.model else replace(trace, model=arguments.trace.stem), arguments)
+    figure = _draw_daemon(arguments) if arguments.kind == "resident" else _draw_trace(arguments)
     is_svg = arguments.output.suffix.lower() == ".svg"
     try:
         # the same trace gives the same file, whose text stays text
@@ -65,6 +75,32 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.output}: can't be written ({error.strerror}).", "Name a file in a folder that exists."
         ) from error
     return 0
+
+
+def _draw_daemon(arguments: argparse.Namespace) -> Figure:
+    """As it is now."""
+    from moetier.tiers.errors import DaemonError
+
+    from .plot_resident import draw_resident
+    from .stats import address_of
+    from .top_watch import look
+
+    address = address_of(arguments.source)
+    stats = look(address, credentials(arguments)).stats
+    if not all(details.blocks for details in stats.details) or not stats.details:
+        raise DaemonError(
+            f"The daemon at {address}, of an earlier version, tells nothing of experts.",
+            "End it and start it again, with this version.",
+        )
+    return draw_resident(stats, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def _draw_trace(arguments: argparse.Namespace) -> Figure:
+    from moetier.runtime.trace import Trace
+
+    source = Path(arguments.source)
+    trace = Trace.load(source)
+    return _draw(trace if trace.model else replace(trace, model=source.stem), arguments)
 
 
 def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
@@ -93,7 +129,7 @@ def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
         case "recall":
             if trace.predictions is None:
                 raise ConfigError(
-                    f"{arguments.trace} has no predictions.", "Record them: moetier trace asks the gates ahead."
+                    f"{arguments.source} has no predictions.", "Record them: moetier trace asks the gates ahead."
                 )
             return figures.draw_recall(trace)
     return figures.draw_heatmap(trace, cached=cached)

@@ -49,6 +49,7 @@ def test_bash_completes_paths(tmp_path: Path) -> None:
     (tmp_path / "model.txt").touch()
     assert completed(tmp_path, "verify", "mod") == {"model-4bit"}
     assert completed(tmp_path, "trace", "--prompts", "model.") == {"model.txt"}
+    assert completed(tmp_path, "plot", "hits", "model.") == {"model.txt"}
 
 
 def test_bash_takes_it_from_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
     run("figure1", recorded(folder), "-o", folder / "a.png")
 
 
-@pytest.mark.parametrize("kind", plot.KINDS)
+@pytest.mark.parametrize("kind", plot.OF_TRACES)
 @pytest.mark.parametrize("form", ["png", "svg"])
 def test_every_picture_can_be_made_and_is_the_same_again(kind: str, form: str, tmp_path: Path) -> None:
     trace = recorded(tmp_path)
