@@ -124,11 +124,15 @@ class Shortcut:
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
         """Of a single token. Waits for no device."""
         state = hidden.reshape(-1).float()
-        state = state * (self._step / torch.linalg.vector_norm(state).clamp_min(TINY))
+        length, step = torch.linalg.vector_norm(state).clamp_min(TINY), self._step
+        if state.is_cpu:
+            step /= float(length)
+        else:
+            state = state / length
         for expert in missed:
-            self._rows[expert].add_(state)
+            self._rows[expert].add_(state, alpha=step)
         for expert in in_vain:
-            self._rows[expert].sub_(state)
+            self._rows[expert].add_(state, alpha=-step)
 
 
 @torch.no_grad()
