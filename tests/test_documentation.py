@@ -118,6 +118,18 @@ def test_the_first_program_runs(
     assert 0 < float(ratio) <= 1
 
 
+SOURCES = [path for name in ("tools", "runtime", "tiers") for path in sorted((ROOT / name).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES, ROOT / "pyproject.toml"], ids=name_of)
+def test_extras_are_installed_from_the_repository(path: Path) -> None:
+    """There is no moetier on an index."""
+    text = path.read_text()
+    assert "moetier[" not in text
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"pip install [^\n]*?\"\.\[(\w+)\]\"", text)) <= set(extras)
+
+
 def test_the_drawing_is_what_its_script_draws() -> None:
     drawn = runpy.run_path(str(DOCS / "figures" / "tiers.py"))["picture"]()
     assert (DOCS / "figures" / "tiers.svg").read_text() == drawn

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
-            "Pictures need matplotlib, which is not installed.", 'Install it: pip install ".[plots]" in the repository'
+            "Pictures need matplotlib, which is not installed.", 'Install it: pip install ".[plots]" in the repository.'
         ) from error
     trace = Trace.load(arguments.trace)
     figure = _draw(trace if trace.model else replace(trace, model=arguments.trace.stem), arguments)

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise ConfigError(
             f"moetier serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            'Install the extra: pip install "moetier[serve]"',
+            'Install it: pip install ".[serve]" in the repository.',
         )
     from .serve_listen import Server, bind, is_loopback, url_of
 
