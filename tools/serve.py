@@ -111,7 +111,7 @@ def _key(file: Path | None) -> str | None:
     from moetier.runtime.channel import read_token
 
     if file is not None:
-        return read_token(file)
+        return read_token(file, "API key")
     key = os.environ.get(KEY)
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make one: openssl rand -hex 32")
