@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from checkpoints import save_checkpoint
 
 from moetier.tools.main import COMMANDS, build_parser, main
 
@@ -107,3 +109,26 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, tinymix_4bit: Path)
     script = f"'{sys.executable}' -m moetier.tools.main inspect '{tinymix_4bit}' | head -n 0"
     result = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True)
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "SRC", "DST"], {"stdout", "stderr"}),
+        (["verify", "DST"], {"stderr"}),
+        (["config", "show"], {"stdout"}),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_nobody_reads(tmp_path: Path, stream: str, words: list[str], said: set[str]) -> None:
+    """What it does, or its error, is said where the reader has gone away: one exit code for both, and no traceback."""
+    places = {"SRC": str(save_checkpoint(tmp_path / "src")), "DST": str(tmp_path / "dst")}
+    command = [sys.executable, "-m", "moetier.tools.main", *(places.get(word, word) for word in words)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
+    done = subprocess.run(command, text=True, check=False, **streams)  # type: ignore[call-overload]
+    os.close(writer)
+    assert (done.returncode == 128 + signal.SIGPIPE) == (stream in said)
+    assert "Traceback" not in (done.stderr or "")
