@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ConfigError for what is wrong in any section."""
+    """1 where something is wrong in any section; what is right is shown then too. Raises ConfigError for a file that
+    can't be read."""
+    from moetier.tiers.errors import ConfigError
+
+    from .failure import EXIT_ERROR
     from .main import build_parser
     from .options import commands_of
     from .settings import Settings
 
-    settings = Settings.read(commands_of(build_parser()))
+    faults: list[ConfigError] = []
+    settings = Settings.read(commands_of(build_parser()), faults=faults)
     shown = _shown(settings, arguments.of)
     if arguments.json:
-        print(json.dumps(_json(settings, shown), indent=2))
+        print(json.dumps(_json(settings, shown) | {"faults": [fault.cause for fault in faults]}, indent=2))
     else:
         print(_text(settings, shown))
-    return 0
+    sys.stdout.flush()
+    for fault in faults:
+        print(f"moetier: {fault.cause}\n  {fault.fix}", file=sys.stderr)
+    return EXIT_ERROR if faults else 0
 
 
 def _shown(settings: Settings, command: str | None) -> dict[str, list[Setting]]:
@@ -97,7 +106,7 @@ def _text(settings: Settings, shown: dict[str, list[Setting]]) -> str:
     width, wide = max(map(len, keys)), max(map(len, values))
     for name, found in shown.items():
         lines.append(f"\n[{name}]")
-        lines += [f"{each.key:<{width}}  {_word(each.value):<{wide}}  {each.where or 'default'}" for each in found]
+        lines += [f"{each.key:<{width}}  {_word(each.value):<{wide}}  {_where(each)}" for each in found]
     return "\n".join(lines)
 
 
@@ -107,3 +116,7 @@ def _word(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+def _where(setting: Setting) -> str:
+    return f"{setting.where}: this can't be" if setting.fault else setting.where or "default"
+
+
