@@ -19,9 +19,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     line = "each value that may be set, and where it is from"
     show = subparsers.add_parser("show", help=line, description=line)
     show.add_argument(
-        "of", nargs="?", metavar="COMMAND", help="all of its options (default: what all share, and each one's own)"
+        "of",
+        nargs="?",
+        type=_command,
+        metavar="COMMAND",
+        help="all of its options (default: what all share, and each one's own)",
     )
     show.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _command(text: str) -> str:
+    """Raises ConfigError for what is no command with something to set."""
+    from moetier.tiers.errors import ConfigError
+
+    from .main import build_parser
+    from .options import commands_of, settable
+
+    known = [name for name, command in commands_of(build_parser()).items() if settable(command)]
+    if text not in known:
+        raise ConfigError(f"{text!r} is no command with something to set.", f"Those that have: {', '.join(known)}.")
+    return text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,14 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _shown(settings: Settings, command: str | None) -> dict[str, list[Setting]]:
     """By command, or GENERAL; of all commands each one's own, and what is set for it in another way than for all."""
-    from moetier.tiers.errors import ConfigError
-
     from .settings import GENERAL
 
     if command is not None:
-        if command not in settings.sections or command == GENERAL:
-            names = ", ".join(name for name in settings.sections if name != GENERAL)
-            raise ConfigError(f"{command!r} is no command with something to set.", f"Those that have: {names}.")
         return {command: settings.of(command)}
     shown = {GENERAL: settings.general()}
     general = {setting.key: setting for setting in shown[GENERAL]}
@@ -110,13 +122,13 @@ def _text(settings: Settings, shown: dict[str, list[Setting]]) -> str:
     return "\n".join(lines)
 
 
+def _where(setting: Setting) -> str:
+    return f"{setting.where}: this can't be" if setting.fault else setting.where or "default"
+
+
 def _word(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
-def _where(setting: Setting) -> str:
-    return f"{setting.where}: this can't be" if setting.fault else setting.where or "default"
-
-

@@ -12,6 +12,7 @@ from moetier.runtime.config import DEFAULT_CONTEXT
 
 from .options import source
 from .resources import add_device_arguments, size
+from .number import COUNT
 
 if TYPE_CHECKING:
     from .fit import Fit
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     parser.add_argument(
         "--context",
-        type=int,
+        type=COUNT,
         metavar="TOKENS",
         help=f"how long (default: {DEFAULT_CONTEXT}, or the model's max_position_embeddings where that is less)",
     )

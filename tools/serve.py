@@ -10,21 +10,23 @@ from pathlib import Path
 from moetier.runtime import models
 from moetier.tiers.errors import ConfigError
 
-from .decoding import add_prefill_argument, prefill_chunk_of
+from .decoding import add_prefill_argument
 from .loading import loaded
+from .number import COUNT, Number
 from .options import DIRECTORY, directory
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 HELP = "serve a model over HTTP, as OpenAI's API"
 
 KEY = "MOETIER_API_KEY"
+PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--port", type=PORT, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument(
         "--name", help="what the model is called in requests (default: the folder's, or the pulled model's)"
     )
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--parallel",
-        type=int,
+        type=COUNT,
         default=1,
         metavar="N",
         help="requests that are computed together, and share the experts that they load; each takes memory for a "
@@ -50,12 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT; 0 then."""
-    resources = resources_of(
-        arguments, **speculation_of(arguments), context=arguments.context * max(arguments.parallel, 1)
-    )
-    chunk = prefill_chunk_of(arguments)
-    if arguments.parallel < 1:
-        raise ConfigError(f"--parallel is {arguments.parallel}.", "Give 1 or more.")
+    resources = resources_of(arguments, **speculation_of(arguments), context=arguments.context * arguments.parallel)
     name = models.name_of(arguments.directory) if arguments.name is None else arguments.name
     if not name or not name.isprintable():
         raise ConfigError(f"{name!r} is no name for a model.", "Give one: --name NAME.")
@@ -89,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             config = model.config.get_text_config(decoder=True)
             context = min(arguments.context, getattr(config, "max_position_embeddings", None) or arguments.context)
-            place = model, context, chunk
+            place = model, context, arguments.prefill_chunk
             manager = OneByOne(*place) if arguments.parallel == 1 else Together(*place, arguments.parallel)
             try:
                 Server(

@@ -269,8 +269,8 @@ def _shown(raw: object) -> str:
 def _wanted(action: argparse.Action) -> str:
     if action.choices is not None:
         return f"to one of {', '.join(map(str, action.choices))}"
-    if action.type in NUMBERS:
-        return f"to {NUMBERS[action.type]}"
+    if (kind := getattr(action.type, "kind", action.type)) in NUMBERS:
+        return f"to {NUMBERS[kind]}"
     return f"as {max(action.option_strings, key=len)} takes it"
 
 

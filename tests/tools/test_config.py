@@ -56,7 +56,9 @@ def test_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("name", ["ps", "general", "nothing"])
 def test_a_command_without_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "show", name]) == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["config", "show", name])
+    assert stop.value.code == 2
     assert "convert, generate" in capsys.readouterr().err
 
 
