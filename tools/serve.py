@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"On {arguments.host} other machines reach it, and there is no API key.",
                 f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
             )
-        with loaded(arguments.directory, resources) as (model, tokenizer, _):
+        with loaded(arguments.directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
             import transformers
 
             transformers.utils.logging.set_verbosity_error()  # its server tells of each request in a warning
