@@ -17,6 +17,7 @@ setup: .venv/.ready  ## a virtual environment with everything
 .venv/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moetier needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Setting up .venv, once: torch, transformers and the rest are downloaded, which takes some minutes." >&2
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch .venv/.ready

@@ -82,18 +82,19 @@ def speaks_tls(target: str, patience: float) -> bool:
     return False
 
 
-def read_token(path: Path) -> str:
-    """The one line of a token's file; warns where every user can read it. Raises ConfigError for what can't be one."""
-    text = _read(path, "token")
-    _warn_of_readers(path)
+def read_token(path: Path, what: str = "token") -> str:
+    """The one line of the file of a token, or of what else is as secret; warns where every user can read it. Raises
+    ConfigError for what can't be one."""
+    text = _read(path, f"{what}'s file")
+    _warn_of_readers(path, what)
     try:
         token = text.decode("ascii").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         token = ""
     if not token or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"The token's file {path} does not hold one line of printable ASCII characters.",
-            "Make a token: openssl rand -hex 32",
+            f"The {what}'s file {path} does not hold one line of printable ASCII characters.",
+            f"Make a {what.split()[-1]}: openssl rand -hex 32",
         )
     return token
 
@@ -143,9 +144,9 @@ def _system_roots() -> bytes | None:
 
 
 @functools.cache  # a client reads it for each connection
-def _warn_of_readers(path: Path) -> None:
+def _warn_of_readers(path: Path, what: str) -> None:
     if path.stat().st_mode & stat.S_IROTH:
-        _log.warning("Every user can read the token in %s: chmod 600 %s", path, path)
+        _log.warning("Every user can read the %s in %s: chmod 600 %s", what, path, path)
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -40,12 +40,25 @@ def available_memory(root: Path = Path("/")) -> Available:
 
     ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Pages of files count as free: they can be dropped.
     """
-    return min(
-        [Available(psutil.virtual_memory().available, "this machine"), *_groups(root)], key=lambda known: known.bytes
-    )
+    left = [
+        Available(max(count, 0), limiter) for limiter, *where in _groups(root) if (count := _left(*where)) is not None
+    ]
+    return min([Available(psutil.virtual_memory().available, "this machine"), *left], key=_bytes)
 
 
-def _groups(root: Path) -> Iterator[Available]:
+def whole_memory(root: Path = Path("/")) -> Available:
+    """The same, but with nothing in use."""
+    limits = [(limiter, _limit(folder / name)) for limiter, folder, name, *_ in _groups(root)]
+    groups = [Available(limit, limiter) for limiter, limit in limits if limit is not None]
+    return min([Available(machine_memory(), "this machine"), *groups], key=_bytes)
+
+
+def _bytes(known: Available) -> int:
+    return known.bytes
+
+
+def _groups(root: Path) -> Iterator[tuple[str, Path, str, str, str]]:
+    """What limits, for people; its folder, and the arguments of ``_left`` beside that."""
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -62,8 +75,7 @@ def _groups(root: Path) -> Iterator[Available]:
         if not group.is_dir():  # in a container the path is the host's, and the group is mounted as the top
             group = top
         for folder in (group, *group.parents):
-            if (left := _left(folder, *names)) is not None:
-                yield Available(max(left, 0), f"the control group {path}")
+            yield f"the control group {path}", folder, *names
             if folder == top:
                 break
 
@@ -71,15 +83,23 @@ def _groups(root: Path) -> Iterator[Available]:
 def _left(folder: Path, limit_name: str, usage_name: str, prefix: str) -> int | None:
     """Bytes that a group leaves; None where it has no limit."""
     try:
-        limit = (folder / limit_name).read_text().strip()
         usage = int((folder / usage_name).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    if limit == "max" or int(limit) >= _NO_LIMIT:
+    if (limit := _limit(folder / limit_name)) is None:
         return None
     droppable = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
-    return int(limit) - (usage - droppable)
+    return limit - (usage - droppable)
+
+
+def _limit(file: Path) -> int | None:
+    """Bytes; None where there is none."""
+    try:
+        text = file.read_text().strip()
+        return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
+    except (OSError, ValueError):
+        return None
 
 
 def budget_for(

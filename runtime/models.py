@@ -52,7 +52,11 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     Raises StoreFormatError for a name that nothing has. What can be no name is taken for a folder.
     """
     text, folder = os.fspath(name), Path(name)
-    return pulled_model(text)[1] if may_be_name(text) and not folder.exists() else folder
+    if not may_be_name(text) or folder.exists():
+        return folder
+    if (found := _named(text)) is None:
+        raise StoreFormatError(f"There is no folder {text}, and no pulled model of that name.", _advice(text))
+    return found[1]
 
 
 def may_be_name(text: str) -> bool:
@@ -62,6 +66,13 @@ def may_be_name(text: str) -> bool:
 
 def pulled_model(name: str) -> tuple[str, Path]:
     """(name with its tag, folder). Raises StoreFormatError."""
+    if (found := _named(name)) is None:
+        raise StoreFormatError(f"There is no pulled model {name}.", "moetier list says what there is.")
+    return found
+
+
+def _named(name: str) -> tuple[str, Path] | None:
+    """Raises StoreFormatError for a name of several."""
     there = pulled()
     if name in there:
         return name, there[name]
@@ -70,7 +81,7 @@ def pulled_model(name: str) -> tuple[str, Path]:
         return widths[0], there[widths[0]]
     if widths:
         raise StoreFormatError(f"{name} was pulled more than once.", f"Say which: {' or '.join(widths)}.")
-    raise StoreFormatError(f"There is no folder {name}, and no pulled model of that name.", _advice(name, list(there)))
+    return None
 
 
 def checkpoint_or_model(source: str) -> str:
@@ -85,8 +96,8 @@ def name_of(folder: Path) -> str:
     return names[0] if names else real.name
 
 
-def _advice(name: str, there: list[str]) -> str:
-    parts = NAME.fullmatch(name)
+def _advice(name: str) -> str:
+    there, parts = list(pulled()), NAME.fullmatch(name)
     assert parts is not None
     words, width = [parts["id"]], WIDTH.fullmatch(parts["tag"] or "")
     if width is not None:

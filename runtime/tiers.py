@@ -99,7 +99,8 @@ class Tiers:
         return [self.host.stats(), *([self.device.stats()] if isinstance(self.device, DeviceTier) else [])]
 
     def snapshot(self) -> dict[str, Any]:
-        """Counters by tier's name, as JSON takes them."""
+        """Counters by tier's name, as JSON takes them: "host", or "daemon" where the experts are a daemon's; "device"
+        with a GPU."""
         return {stats.name: stats.to_json() for stats in self.stats()}
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from daemons import running_daemon
 from packaging.requirements import Requirement
 
 from moetier.tools.main import build_parser
@@ -97,13 +98,36 @@ def test_the_commands_that_they_give_are_commands(page: Path, capsys: pytest.Cap
         raise AssertionError(f"{line}\n{capsys.readouterr().err}")
 
 
-def test_the_first_program_runs(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("tier", ["host", "daemon"])
+def test_the_first_program_runs(
+    tier: str, tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a daemon serves the model or not."""
     (program,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "quickstart.md").read_text(), re.DOTALL | re.MULTILINE)
     assert "build/demo/tinymix-4bit" in program
-    exec(program.replace("build/demo/tinymix-4bit", str(tinymix_4bit)), {})
-    text, _, ratio = capsys.readouterr().out.rstrip().rpartition("\n")
+    (tmp_path / "moetier").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with contextlib.ExitStack() as running:
+        if tier == "daemon":
+            running.enter_context(running_daemon(tinymix_4bit, folder=tmp_path / "moetier" / "one"))
+        exec(program.replace("build/demo/tinymix-4bit", str(tinymix_4bit)), {})
+    text, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
     assert text.startswith("La mattina seguente")
-    assert 0 < float(ratio) < 1
+    name, ratio = last.split()
+    assert name == tier
+    assert 0 < float(ratio) <= 1
+
+
+SOURCES = [path for name in ("tools", "runtime", "tiers") for path in sorted((ROOT / name).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES, ROOT / "pyproject.toml"], ids=name_of)
+def test_extras_are_installed_from_the_repository(path: Path) -> None:
+    """There is no moetier on an index."""
+    text = path.read_text()
+    assert "moetier[" not in text
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"pip install [^\n]*?\"\.\[(\w+)\]\"", text)) <= set(extras)
 
 
 def test_the_drawing_is_what_its_script_draws() -> None:

@@ -64,6 +64,7 @@ HOMES = {
     "uvicorn": {"tools/serve_listen"},
     "openai": {"tools/serve_handlers"},
     "pydantic": {"tools/serve_request"},
+    "pydantic_core": {"tools/serve_request"},
     "prometheus_client": {"runtime/metrics", "runtime/metrics_server", "tools/serve_metrics"},
     "llvmlite": {
         "runtime/attending",

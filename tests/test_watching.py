@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason='pip install "moetier[serve]"')
-pytest.importorskip("uvicorn", reason='pip install "moetier[serve]"')
-pytest.importorskip("prometheus_client", reason='pip install "moetier[serve]"')
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
+pytest.importorskip("prometheus_client", reason='pip install ".[serve]"')
 
 import yaml
 from daemons import running_daemon

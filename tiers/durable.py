@@ -17,6 +17,8 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
     """Turns what the disk answers into errors that say what to do; ``needed`` bytes are still to be written."""
     try:
         yield
+    except BrokenPipeError:  # no disk's: of who reads what is said meanwhile
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             disk = os.statvfs(folder)

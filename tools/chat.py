@@ -8,7 +8,7 @@ import sys
 from .answering import Answering
 from .chat_input import ChatInput
 from .conversation import Conversation
-from .decoding import add_decoding_arguments, add_prefill_argument, decoding_of, prefill_chunk_of
+from .decoding import add_decoding_arguments, add_prefill_argument, decoding_of
 from .dialogue import Dialogue
 from .loading import loaded
 from .options import DIRECTORY, directory
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments, **speculation_of(arguments))
-    decoding, chunk = decoding_of(arguments), prefill_chunk_of(arguments)
+    decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
     most: int = arguments.max_new_tokens
     with loaded(arguments.directory, resources) as (model, tokenizer, _):
         import torch

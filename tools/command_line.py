@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import NoReturn
 
+from moetier.tiers.errors import MoetierError
+
 from .options import commands_of
 
 EXIT_USAGE = 2  # as argparse has it
@@ -39,6 +41,14 @@ class CommandParser(argparse.ArgumentParser):
         if more:
             self._refuse(f"{self._name()} has no place for {more[0]!r}.", "Quote a text of several words; ")
         return found, more
+
+    def _get_value(self, action, arg_string):  # type: ignore[no-untyped-def]  # as argparse declares it
+        """An error of moetier's own says more than argparse would of it."""
+        try:
+            return super()._get_value(action, arg_string)
+        except MoetierError as error:
+            name = "/".join(action.option_strings) or action.metavar
+            self.exit(EXIT_USAGE, f"moetier: {name}: {error.cause}\n  {error.fix}\n")
 
     def error(self, message: str) -> NoReturn:
         """For what argparse itself finds. The usage, which may be twenty lines, is in --help."""

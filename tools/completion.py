@@ -30,7 +30,7 @@ def script(shell: str) -> str:
     with_settings = [name for name, command in commands_of(parser).items() if settable(command)]
     for _, each in walk(parser):
         for action in each._actions:
-            if action.metavar == "COMMAND" and action.type is None and not action.choices:  # of moetier config show
+            if action.metavar == "COMMAND" and not action.choices:  # of moetier config show
                 action.choices = with_settings
             if action.type in (Path, directory, file_or_address):
                 folder = isinstance(action.metavar, str) and action.metavar in FOLDERS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,36 +19,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     line = "each value that may be set, and where it is from"
     show = subparsers.add_parser("show", help=line, description=line)
     show.add_argument(
-        "of", nargs="?", metavar="COMMAND", help="all of its options (default: what all share, and each one's own)"
+        "of",
+        nargs="?",
+        type=_command,
+        metavar="COMMAND",
+        help="all of its options (default: what all share, and each one's own)",
     )
     show.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _command(text: str) -> str:
+    """Raises ConfigError for what is no command with something to set."""
+    from moetier.tiers.errors import ConfigError
+
+    from .main import build_parser
+    from .options import commands_of, settable
+
+    known = [name for name, command in commands_of(build_parser()).items() if settable(command)]
+    if text not in known:
+        raise ConfigError(f"{text!r} is no command with something to set.", f"Those that have: {', '.join(known)}.")
+    return text
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ConfigError for what is wrong in any section."""
+    """1 where something is wrong in any section; what is right is shown then too. Raises ConfigError for a file that
+    can't be read."""
+    from moetier.tiers.errors import ConfigError
+
+    from .failure import EXIT_ERROR
     from .main import build_parser
     from .options import commands_of
     from .settings import Settings
 
-    settings = Settings.read(commands_of(build_parser()))
+    faults: list[ConfigError] = []
+    settings = Settings.read(commands_of(build_parser()), faults=faults)
     shown = _shown(settings, arguments.of)
     if arguments.json:
-        print(json.dumps(_json(settings, shown), indent=2))
+        print(json.dumps(_json(settings, shown) | {"faults": [fault.cause for fault in faults]}, indent=2))
     else:
         print(_text(settings, shown))
-    return 0
+    sys.stdout.flush()
+    for fault in faults:
+        print(f"moetier: {fault.cause}\n  {fault.fix}", file=sys.stderr)
+    return EXIT_ERROR if faults else 0
 
 
 def _shown(settings: Settings, command: str | None) -> dict[str, list[Setting]]:
     """By command, or GENERAL; of all commands each one's own, and what is set for it in another way than for all."""
-    from moetier.tiers.errors import ConfigError
-
     from .settings import GENERAL
 
     if command is not None:
-        if command not in settings.sections or command == GENERAL:
-            names = ", ".join(name for name in settings.sections if name != GENERAL)
-            raise ConfigError(f"{command!r} is no command with something to set.", f"Those that have: {names}.")
         return {command: settings.of(command)}
     shown = {GENERAL: settings.general()}
     general = {setting.key: setting for setting in shown[GENERAL]}
@@ -97,8 +118,12 @@ def _text(settings: Settings, shown: dict[str, list[Setting]]) -> str:
     width, wide = max(map(len, keys)), max(map(len, values))
     for name, found in shown.items():
         lines.append(f"\n[{name}]")
-        lines += [f"{each.key:<{width}}  {_word(each.value):<{wide}}  {each.where or 'default'}" for each in found]
+        lines += [f"{each.key:<{width}}  {_word(each.value):<{wide}}  {_where(each)}" for each in found]
     return "\n".join(lines)
+
+
+def _where(setting: Setting) -> str:
+    return f"{setting.where}: this can't be" if setting.fault else setting.where or "default"
 
 
 def _word(value: object) -> str:

@@ -12,7 +12,7 @@ Message = dict[str, str]
 # of models that have none: as in the text of a play
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role != 'system' %}{{ message.role | capitalize }}:\n{% endif %}"
+    "{% if message.role not in ('system', 'developer') %}{{ message.role | capitalize }}:\n{% endif %}"
     "{{ message.content | trim }}\n\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"

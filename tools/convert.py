@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.keys import BITS, TRUNK_BITS, Bits
 
+from .number import COUNT
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .conversion_report import ConversionReport
     from .passage import Passage
+
+GROUPS = (16, 32, 64, 128)  # 16 with pairs in 8 bits alone
 
 HELP = "turn a Hugging Face checkpoint into a model directory with quantised experts"
 
@@ -43,7 +47,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of a weight of the matrices beside the experts; embeddings, norms and gates stay as they are "
         "(default: %(default)s)",
     )
-    parser.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale (default: by --bits)")
+    parser.add_argument(
+        "--group-size", type=int, choices=GROUPS, metavar="N", help="weights that share a scale (default: by --bits)"
+    )
     parser.add_argument("--pairs", choices=("bfloat16", "uint8"), help="format of the scales (default: by --bits)")
     parser.add_argument(
         "--fast",
@@ -52,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(fast=False)
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="experts at a time (default: as CPUs and memory allow)"
+        "--workers", type=COUNT, metavar="N", help="experts at a time (default: as CPUs and memory allow)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a different, or damaged, model directory")
     parser.add_argument(

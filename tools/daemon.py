@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
         raise ConfigError(
             "moetier daemon --metrics needs prometheus_client, which is not installed.",
-            'Install the extra: pip install "moetier[metrics]"',
+            'Install it: pip install ".[metrics]" in the repository.',
         )
     if arguments.ready_fd is not None:
         try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
-from moetier.tiers.errors import ConfigError
-
+from .number import COUNT, Number
 from .options import group_of
 
 ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams is one sequence, token by token
@@ -17,6 +17,8 @@ ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams i
     "dola_layers": None,
 }
 
+TEMPERATURE = Number(float, 0, math.inf, "Give 0, to decode greedily, or more.")
+SEED = Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1.")
 PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is computed has a part in its last bits
 
 
@@ -25,24 +27,24 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
     group = group_of(parser, "generation")
     group.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=COUNT,
         default=new_tokens,
         metavar="N",
         help="of an answer, at most (default: %(default)s)",
     )
     group.add_argument(
         "--temperature",
-        type=float,
+        type=TEMPERATURE,
         metavar="T",
         help="0 decodes greedily (default: as the model's generation_config.json says, else greedily)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    group.add_argument("--seed", type=SEED, default=0, help="of the sampling (default: %(default)s)")
 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
     group_of(parser, "generation").add_argument(
         "--prefill-chunk",
-        type=int,
+        type=COUNT,
         default=PREFILL_CHUNK,
         metavar="N",
         help="tokens of a prompt that are computed together, where the model can go on in the middle of one: each "
@@ -51,26 +53,12 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``generate()``, checked; the seed is for ``torch.manual_seed``. Raises ConfigError."""
-    if arguments.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}.", "Give 1 or more.")
+    """The keyword arguments of ``generate()``; the seed is for ``torch.manual_seed``."""
     temperature: float | None = arguments.temperature
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        raise ConfigError(f"--temperature is {temperature}.", "Give 0, to decode greedily, or more.")
-    if not 0 <= arguments.seed < 1 << 64:
-        raise ConfigError(f"--seed is {arguments.seed}.", "Give a number from 0 to 2^64 - 1.")
     sampling: dict[str, Any] = {} if temperature is None else {"do_sample": bool(temperature)}
     if temperature:
         sampling["temperature"] = temperature
     return {**sampling, **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
-
-
-def prefill_chunk_of(arguments: argparse.Namespace) -> int:
-    """Raises ConfigError."""
-    chunk: int = arguments.prefill_chunk
-    if chunk < 1:
-        raise ConfigError(f"--prefill-chunk is {chunk}.", "Give 1 or more.")
-    return chunk
 
 
 def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:

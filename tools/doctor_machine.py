@@ -61,7 +61,7 @@ def libraries() -> Iterator[Finding]:
             yield say("libraries", f"{wanted.name} is {found}; moetier is made for {wanted.specifier}.", install)
         elif needed:
             good.append(f"{wanted.name} {found}")
-    missing = "; ".join(f"{', '.join(names)} (moetier[{extra}])" for extra, names in extras.items())
+    missing = "; ".join(f"{', '.join(names)} (the extra {extra})" for extra, names in extras.items())
     yield ok(
         "libraries",
         f"moetier {version('moetier')}, and in range {', '.join(good)}" + (f"; without {missing}" if missing else ""),

@@ -70,7 +70,8 @@ def _probed_disk(prospect: Prospect, choices: Sequence[Choice], room: Room) -> t
         elif files := _files_on(room.into, prospect):
             reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
         else:
-            reads, what = stack.enter_context(probes.reads_at(room.into, block)), "a file made for it"
+            largest = max(choice.disk_bytes for choice in choices)
+            reads, what = stack.enter_context(probes.reads_at(room.into, block, largest)), "a file made for it"
         return probes.disk_rate(reads), f"{reads.by}, on {what}"
 
 

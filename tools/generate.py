@@ -16,7 +16,6 @@ from .decoding import (
     chunks_of,
     decoding_of,
     encode,
-    prefill_chunk_of,
 )
 from .loading import loaded
 from .options import DIRECTORY, directory
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments, **speculation_of(arguments))
-    decoding, chunk = decoding_of(arguments), prefill_chunk_of(arguments)
+    decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")

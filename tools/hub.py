@@ -162,8 +162,11 @@ def _errors(name: str, file: str | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise  # the disk's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason.removeprefix("Got: ")  # huggingface_hub's word for what its HTTP library said
         causes = (error, error.__cause__)
         fix = "Check the name and the network; for a model behind a licence, log in with `hf auth login`."
+        if "/" not in name:  # as few ids are written, and many folders
+            fix = "Check the folder's name; of a model on the hub its name (ORG/NAME) and the network."
         if any(isinstance(each, GatedRepoError) for each in causes):
             reason = "it is behind a licence, or asks who you are."
             fix = f"Accept its terms at {constants.ENDPOINT}/{name}, then log in with `hf auth login`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,14 @@ from moetier.tiers.errors import ConfigError
 
 from .startup import uncollected
 
+_log = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def loaded(directory: Path, resources: dict[str, Any]) -> Iterator[tuple[Any, Any, float]]:
+def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) -> Iterator[tuple[Any, Any, float]]:
     """The model, its tokenizer, and the seconds that loading took; in the end closes the tiers. ``resources``: keyword
-    arguments of ``load``. Raises MoetierError, for a directory without a tokenizer too."""
+    arguments of ``load``, whose context is that of so many ``sequences``. Warns where they are more than there is.
+    Raises MoetierError, for a directory without a tokenizer too."""
     with uncollected():
         import transformers
 
@@ -29,4 +33,22 @@ def loaded(directory: Path, resources: dict[str, Any]) -> Iterator[tuple[Any, An
     with model.tiers:
         if tokenizer is None:
             raise ConfigError(f"{directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
+        _warn(model, resources["ram"], resources["context"] // sequences)
         yield model, tokenizer, seconds
+
+
+def _warn(model: Any, ram: str | None, context: int) -> None:
+    from moetier.runtime.config import DEFAULT_CONTEXT, Size, format_bytes
+    from moetier.runtime.memory import whole_memory
+
+    asked, there = None if ram is None else Size.parse(ram).bytes, whole_memory()
+    if asked is not None and asked > there.bytes and model.tiers.host.stats().name == "host":
+        _log.warning(
+            "--ram %s is more than the %s of %s: all experts fit, which is less.",
+            ram,
+            format_bytes(there.bytes),
+            there.limiter,
+        )
+    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if trained and context > trained and context != DEFAULT_CONTEXT:
+        _log.warning("--context %d is more than the %d tokens that the model was made for.", context, trained)

@@ -51,6 +51,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     # gRPC's own messages are not for people who use this; it reads this when it is imported
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:  # nor is it tried again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return EXIT_PIPE_CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Raises BrokenPipeError where nobody reads what is said."""
     settings: list[Setting] = []
     try:
         _log()
@@ -60,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moetier: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE_CLOSED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if os.environ.get("MOETIER_DEBUG") == "1":
             raise

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
 
+from .number import COUNT
 from .options import source
 from .resources import add_device_arguments, size
 
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     parser.add_argument(
         "--context",
-        type=int,
+        type=COUNT,
         metavar="TOKENS",
         help=f"how long (default: {DEFAULT_CONTEXT}, or the model's max_position_embeddings where that is less)",
     )
@@ -62,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         into=arguments.into,
         disk=arguments.disk,
+        say=_to_a_terminal,
     )
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -70,6 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(text(found))
     return 0
+
+
+def _to_a_terminal(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"plan: {line}", file=sys.stderr, flush=True)
 
 
 def plan(
@@ -83,9 +92,11 @@ def plan(
     context: int | None = None,
     into: Path = Path(),
     disk: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """What ``--json`` prints (docs/plan.md). ``bits`` and ``trunk_bits`` None: all; ``context`` None: what
-    ``Prospect.context`` says. ``disk`` in GB/s, in place of a probe. Raises MoetierError."""
+    ``Prospect.context`` says. ``disk`` in GB/s, in place of a probe. ``say`` is told what takes its time. Raises
+    MoetierError."""
     from moetier.runtime.config import TierConfig
     from moetier.tiers.errors import ConfigError, TargetError
     from moetier.tiers.keys import BITS, TRUNK_BITS
@@ -106,6 +117,7 @@ def plan(
 
     from .startup import uncollected
 
+    say(f"reading what {source} says of itself")
     with uncollected():
         import torch
         import transformers.generation.utils  # a process that runs a model has it too
@@ -137,6 +149,7 @@ def plan(
     working = by_preference(asked)
     if not working:
         raise impossible(asked, evaluate, config)
+    say("measuring this machine, for some seconds")
     speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
     return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options)

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
-            "Pictures need matplotlib, which is not installed.", 'Install it: pip install ".[plots]" in the repository'
+            "Pictures need matplotlib, which is not installed.", 'Install it: pip install ".[plots]" in the repository.'
         ) from error
     figure = _draw_daemon(arguments) if arguments.kind == "resident" else _draw_trace(arguments)
     is_svg = arguments.output.suffix.lower() == ".svg"

@@ -20,7 +20,8 @@ from .forecast import DiskRate
 
 DISK_SECONDS = 2.0  # of random reads, half of them one at a time
 LEAST_FILE_BYTES = 64 << 20  # of a file that is there: in a smaller one reads would meet too often
-FILE_BYTES = 256 << 20  # that is read from, where there is no other file
+FILE_BYTES = 256 << 20  # that is read from, where there is no other file; less for a smaller model
+LEAST_MADE_BYTES = 16 << 20  # but not less than this
 KERNEL_SECONDS = 0.25
 ROWS = 32  # of a product with many
 PROBED_WEIGHTS = 1 << 22  # of a matrix that is multiplied
@@ -35,10 +36,11 @@ def disk_rate(reads: RandomReads) -> DiskRate:
 
 
 @contextlib.contextmanager
-def reads_at(folder: Path, block_bytes: int) -> Iterator[RandomReads]:
-    """In a file that is written there for it and is gone afterwards. Raises DiskSpaceError."""
+def reads_at(folder: Path, block_bytes: int, model_bytes: int = FILE_BYTES) -> Iterator[RandomReads]:
+    """In a file that is written there for it, no larger than a model of ``model_bytes`` needs, and is gone afterwards.
+    Raises DiskSpaceError."""
     disk = os.statvfs(folder)
-    size = min(FILE_BYTES, disk.f_bavail * disk.f_frsize // 2)
+    size = min(FILE_BYTES, max(LEAST_MADE_BYTES, model_bytes), disk.f_bavail * disk.f_frsize // 2)
     with disk_errors(folder, lambda: size), tempfile.NamedTemporaryFile(dir=folder, prefix=".moetier-plan-") as file:
         piece = os.urandom(1 << 20)
         for _ in range(max(1, size // len(piece))):

@@ -9,8 +9,10 @@ from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE,
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
+from .number import COUNT, Number
 from .options import group_of
 
+LAYERS = Number(int, 1, 8, "Give 1 to 8.")
 LEAVES_ROOM = (
     "budgets leave room for so long a context; a longer one takes more. Of no effect with a daemon of this machine "
     "on a CPU"
@@ -71,7 +73,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
     )
     memory.add_argument(
         "--context",
-        type=int,
+        type=COUNT,
         default=DEFAULT_CONTEXT,
         metavar="TOKENS",
         help=f"{context} (default: %(default)s)",
@@ -96,11 +98,11 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     group.add_argument(
-        "--look-ahead", type=int, default=LOOK_AHEAD, metavar="N", help="layers to guess (default: %(default)s)"
+        "--look-ahead", type=LAYERS, default=LOOK_AHEAD, metavar="N", help="layers to guess (default: %(default)s)"
     )
     group.add_argument(
         "--prefetch",
-        type=int,
+        type=COUNT,
         metavar="N",
         help="experts of a block to promote on a guess, at most (default: as many as are worth it)",
     )

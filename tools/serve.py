@@ -10,21 +10,23 @@ from pathlib import Path
 from moetier.runtime import models
 from moetier.tiers.errors import ConfigError
 
-from .decoding import add_prefill_argument, prefill_chunk_of
+from .decoding import add_prefill_argument
 from .loading import loaded
+from .number import COUNT, Number
 from .options import DIRECTORY, directory
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 HELP = "serve a model over HTTP, as OpenAI's API"
 
 KEY = "MOETIER_API_KEY"
+PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--port", type=PORT, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument(
         "--name", help="what the model is called in requests (default: the folder's, or the pulled model's)"
     )
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--parallel",
-        type=int,
+        type=COUNT,
         default=1,
         metavar="N",
         help="requests that are computed together, and share the experts that they load; each takes memory for a "
@@ -50,12 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT; 0 then."""
-    resources = resources_of(
-        arguments, **speculation_of(arguments), context=arguments.context * max(arguments.parallel, 1)
-    )
-    chunk = prefill_chunk_of(arguments)
-    if arguments.parallel < 1:
-        raise ConfigError(f"--parallel is {arguments.parallel}.", "Give 1 or more.")
+    resources = resources_of(arguments, **speculation_of(arguments), context=arguments.context * arguments.parallel)
     name = models.name_of(arguments.directory) if arguments.name is None else arguments.name
     if not name or not name.isprintable():
         raise ConfigError(f"{name!r} is no name for a model.", "Give one: --name NAME.")
@@ -63,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise ConfigError(
             f"moetier serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            'Install the extra: pip install "moetier[serve]"',
+            'Install it: pip install ".[serve]" in the repository.',
         )
     from .serve_listen import Server, bind, is_loopback, url_of
 
@@ -73,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"On {arguments.host} other machines reach it, and there is no API key.",
                 f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
             )
-        with loaded(arguments.directory, resources) as (model, tokenizer, _):
+        with loaded(arguments.directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
             import transformers
 
             transformers.utils.logging.set_verbosity_error()  # its server tells of each request in a warning
@@ -89,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             config = model.config.get_text_config(decoder=True)
             context = min(arguments.context, getattr(config, "max_position_embeddings", None) or arguments.context)
-            place = model, context, chunk
+            place = model, context, arguments.prefill_chunk
             manager = OneByOne(*place) if arguments.parallel == 1 else Together(*place, arguments.parallel)
             try:
                 Server(
@@ -111,7 +108,7 @@ def _key(file: Path | None) -> str | None:
     from moetier.runtime.channel import read_token
 
     if file is not None:
-        return read_token(file)
+        return read_token(file, "API key")
     key = os.environ.get(KEY)
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make one: openssl rand -hex 32")

@@ -9,7 +9,6 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError
 
@@ -23,12 +22,9 @@ from .serve_metrics import ServeCollector, exposition
 from .serve_refusal import Refusal, refusal_response, unknown_model
 from .serve_wanted import FAILED
 
-OF_THIS_HOST = ["localhost", "127.0.0.1", "[::1]"]
-
 
 def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | None) -> App:
-    """Of a model whose answers come from ``manager``. Without a key it answers to names of this host alone, or any web
-    page could have it asked by a name of its own."""
+    """Of a model whose answers come from ``manager``; ``key`` is as in Gate."""
     model.generation_config.update(**ONE_SEQUENCE)
     models, state = OneModel(name, model, tokenizer), OneManager(manager)
     chat = ChatHandler(models, state)
@@ -62,8 +58,6 @@ def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | 
         content, content_type = exposition(registry, request.headers.get("accept", ""))
         return Response(content, media_type=content_type)
 
-    if key is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=OF_THIS_HOST)
     return Gate(app, key)
 
 

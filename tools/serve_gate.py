@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -26,12 +27,13 @@ ROUTES = {
     ("POST", "/v1/completions"),
 }
 MOST_BYTES = 16 << 20  # of a request's body
-DONE = b"data: [DONE]\n\n"  # how OpenAI ends a stream
+NAME_OF_THIS_HOST = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 class Gate:
-    """ASGI middleware: lets through whoever has ``key`` (None: everybody), to ROUTES alone. A client that goes away
-    ends its request, be it a stream or not."""
+    """ASGI middleware: lets through whoever has ``key``, to ROUTES alone. Without a key (None) whoever calls this host
+    by a name of its own, or any web page could have it asked by one of the page's. A client that goes away ends its
+    request, be it a stream or not."""
 
     def __init__(self, app: App, key: str | None) -> None:
         self._app = app
@@ -53,6 +55,13 @@ class Gate:
     def _check(self, scope: Message) -> None:
         method, path = scope["method"], scope["path"]
         headers: dict[bytes, bytes] = dict(scope["headers"])
+        if self._key is None and not NAME_OF_THIS_HOST.fullmatch(headers.get(b"host", b"")):
+            raise Refusal(
+                400,
+                "Without an API key this server answers to names of its own machine alone: ask localhost, 127.0.0.1 or "
+                "[::1], or give it a key (--api-key-file).",
+                code="invalid_host",
+            )
         if path != HEALTH and not self._knows(headers.get(b"authorization", b"")):
             raise Refusal(401, "The API key is missing or wrong.", code="invalid_api_key")
         if (method, path) not in ROUTES and not (method == "GET" and path.startswith(MODELS + "/")):
@@ -71,7 +80,7 @@ class Gate:
         return hmac.compare_digest(_digest(shown.strip()), self._key) and scheme.lower() == b"bearer"
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
-        gone, started, streams, read = asyncio.Event(), False, False, asyncio.Event()
+        gone, started, read = asyncio.Event(), False, asyncio.Event()
 
         async def hear() -> Message:
             if read.is_set():
@@ -83,12 +92,8 @@ class Gate:
             return message
 
         async def answer(message: Message) -> None:
-            nonlocal started, streams
-            if message["type"] == "http.response.start":
-                started = True
-                streams = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
-            elif streams and not message.get("more_body", False):
-                message = {**message, "body": message.get("body", b"") + DONE}
+            nonlocal started
+            started = True
             await send(message)
 
         async def watch() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -12,9 +14,11 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerationState
 
-from .serve_refusal import SERVER, Refusal, unknown_model
+from .serve_refusal import SERVER, Refusal, refusal_body, unknown_model
 from .serve_request import Asked, ChatAsked, TextAsked, checked
 from .serve_wanted import ENDING, Wanted
+
+DONE = "data: [DONE]\n\n"  # how OpenAI ends a stream that is whole
 
 
 class OneModel(ModelManager):
@@ -86,17 +90,44 @@ class _Handler(BaseHandler):
         found: str = super()._build_chunk_sse(*args, **kwargs)  # type: ignore[misc]
         return found
 
+    def _streaming(self, *args: Any, **kwargs: Any) -> Any:
+        response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
+        response.body_iterator = _as_openai(response.body_iterator)
+        return response
+
     async def _pieces(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """Of an answer that does not stream: those of the stream, all of them. Raises Refusal."""
         pieces = []
         async for events in super()._streaming(*args, **kwargs).body_iterator:  # type: ignore[misc]
-            for event in events.removesuffix("\n\n").split("\n\n"):
-                piece = json.loads(event.removeprefix("data: "))
-                if "error" in piece:
-                    status = 503 if piece["error"] == ENDING else 500
-                    raise Refusal(status, piece["error"], kind=SERVER)
-                pieces.append(piece)
+            for event in _events(events):
+                if (failed := _failure(event)) is not None:
+                    raise failed
+                pieces.append(json.loads(event.removeprefix("data: ")))
         return pieces
+
+
+async def _as_openai(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """transformers' stream, with OpenAI's last event: DONE, or an error's object."""
+    async with contextlib.aclosing(stream):
+        async for events in stream:
+            for event in _events(events):
+                if (failed := _failure(event)) is not None:
+                    yield f"data: {json.dumps(refusal_body(failed))}\n\n"
+                    return
+                yield event + "\n\n"
+    yield DONE
+
+
+def _events(text: str) -> list[str]:
+    return text.removesuffix("\n\n").split("\n\n")
+
+
+def _failure(event: str) -> Refusal | None:
+    """Of an event that says, in transformers' form, that an answer failed; None of any other."""
+    if not event.startswith('data: {"error": '):
+        return None
+    message = json.loads(event.removeprefix("data: "))["error"]
+    return Refusal(503 if message == ENDING else 500, message, kind=SERVER)
 
 
 class ChatHandler(_Handler, ChatCompletionHandler):

@@ -19,8 +19,6 @@ GRACE = 5  # seconds for clients to take what is still sent to them
 def bind(host: str, port: int) -> socket.socket:
     """A socket that has its address, and does not listen yet: nobody waits for a model that is being loaded. Raises
     ConfigError."""
-    if not 0 <= port < 1 << 16:
-        raise ConfigError(f"--port is {port}.", "Give 1 to 65535, or 0 for any that is free.")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)

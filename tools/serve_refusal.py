@@ -21,17 +21,21 @@ class Refusal(HTTPException):
         self.kind, self.param, self.code = kind, param, code
 
 
-def refusal_response(error: HTTPException) -> JSONResponse:
+def refusal_body(error: HTTPException) -> dict[str, Any]:
     """Of any exception that FastAPI answers with."""
     kind = INVALID if error.status_code < 500 else SERVER
-    body: dict[str, Any] = {
+    said = {
         "message": str(error.detail),
         "type": getattr(error, "kind", kind),
         "param": getattr(error, "param", None),
         "code": getattr(error, "code", None),
     }
+    return {"error": said}
+
+
+def refusal_response(error: HTTPException) -> JSONResponse:
     status = 400 if error.status_code == 422 else error.status_code  # FastAPI's own for what is malformed
-    return JSONResponse({"error": body}, status_code=status, headers=error.headers)
+    return JSONResponse(refusal_body(error), status_code=status, headers=error.headers)
 
 
 def unknown_model(asked: str, served: str) -> Refusal:

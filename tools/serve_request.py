@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from .serve_refusal import Refusal
 
-Stop = Annotated[str, Field(min_length=1)]
 MOST_TOKENS = 1 << 31
+MOST_STOPS = 4
+
+
+def _stops(given: Any) -> Any:
+    """A list, of one string too."""
+    strings = [given] if isinstance(given, str) else given
+    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings):
+        raise PydanticCustomError("stop", "a string, or a list of strings")
+    if len(strings) > MOST_STOPS:
+        raise PydanticCustomError("stop", f"at most {MOST_STOPS} strings")
+    if not all(strings):
+        raise PydanticCustomError("stop", "no empty string")
+    return strings
+
+
+def _text(given: Any) -> Any:
+    """Of a message: a string, or parts that are text."""
+    parts = given if isinstance(given, list) else [{"type": "text", "text": given}]
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        raise PydanticCustomError("content", "text only, no images or sound")
+    if not all(isinstance(part.get("text"), str) for part in parts):
+        raise PydanticCustomError("content", "a string, or a list of parts with a text")
+    return given
 
 
 class Asked(BaseModel):
@@ -23,7 +46,7 @@ class Asked(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] | None = None
 
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
@@ -40,16 +63,11 @@ class Asked(BaseModel):
     stream_options: dict[str, Any] | None = None  # usage always comes with the last piece
 
 
-class Part(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
 class Message(BaseModel):
     model_config = ConfigDict(extra="allow")  # what is in it beside goes to the template
 
-    role: str
-    content: str | list[Part] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[Any, BeforeValidator(lambda given: None if given is None else _text(given))] = None
     tool_calls: list[dict[str, Any]] | None = None
 
 
@@ -86,10 +104,11 @@ def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
         asked = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
         what = "not supported here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise Refusal(400, f"{place}: {what}.", param=place) from None
-    given = asked.model_dump(include=FORWARDED, exclude_none=True)
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
-    return given
+        raise Refusal(400, f"{_place(first['loc'])}: {what}.", param=str(first["loc"][0])) from None
+    return asked.model_dump(include=FORWARDED, exclude_none=True)
+
+
+def _place(path: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") -> "messages[0].role"."""
+    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in path).removeprefix(".")

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Setting:
     value: object
     source: str  # "default", "file" or "environment"
     where: str = ""  # "MOETIER_RAM", "/path/config.toml, [generate] ram"; "" for a default
+    fault: ConfigError | None = None  # why its value, as it is written, can't be
 
     @property
     def is_default(self) -> bool:
@@ -49,15 +50,20 @@ class Setting:
 
 
 class Settings:
-    """What a file and the environment say, every key of it known; values are looked at when a command asks."""
+    """What a file and the environment say, every key of it known; values are looked at when a command asks.
+
+    With ``faults``, a list, what is wrong in them is put there in place of being raised, and the rest is as it is."""
 
     @classmethod
     def read(
-        cls, commands: Mapping[str, argparse.ArgumentParser], environment: Mapping[str, str] = os.environ
+        cls,
+        commands: Mapping[str, argparse.ArgumentParser],
+        environment: Mapping[str, str] = os.environ,
+        faults: list[ConfigError] | None = None,
     ) -> Settings:
         """Raises ConfigError for a file that can't be read, and for what no command has."""
         path = config_file(environment)
-        return cls(commands, path, _read_file(path, must_be=bool(environment.get(CONFIG))), environment)
+        return cls(commands, path, _read_file(path, must_be=bool(environment.get(CONFIG))), environment, faults)
 
     def __init__(
         self,
@@ -65,8 +71,10 @@ class Settings:
         file: Path,
         sections: Mapping[str, Any],
         environment: Mapping[str, str],
+        faults: list[ConfigError] | None = None,
     ) -> None:
         self.file = file
+        self._faults = faults
         self._options = {name: settable(command) for name, command in commands.items()}
         reference = self._options[REFERENCE]
         self._general = {key: reference[key] for key in GENERAL_KEYS}
@@ -74,6 +82,12 @@ class Settings:
         self._variables = {name: text for name, text in environment.items() if name.startswith(PREFIX) and text}
         self._check_sections()
         self._check_variables()
+
+    def _found(self, fault: ConfigError) -> None:
+        if self._faults is None:
+            raise fault
+        if (fault.cause, fault.fix) not in [(each.cause, each.fix) for each in self._faults]:
+            self._faults.append(fault)
 
     @property
     def sections(self) -> dict[str, list[str]]:
@@ -99,47 +113,63 @@ class Settings:
         places = dict.fromkeys((command, *wider))
         for section in places:
             if text := self._variables.get(name := variable(section, key)):
-                return Setting(key, section, _typed(action, text, key, name, Path()), "environment", name)
+                return self._of(action, text, Path(), Setting(key, section, text, "environment", name))
         for section in places:
             if key in self._sections.get(section, {}):
-                where = f"{self.file}, [{section}] {key}"
-                value = _typed(action, self._sections[section][key], key, where, self.file.parent)
-                return Setting(key, section, value, "file", where)
+                raw, where = self._sections[section][key], f"{self.file}, [{section}] {key}"
+                return self._of(action, raw, self.file.parent, Setting(key, section, raw, "file", where))
         return Setting(key, command, action.default, "default")
+
+    def _of(self, action: argparse.Action, raw: object, base: Path, written: Setting) -> Setting:
+        """With the value that the option makes of it; as it is written, where it makes none."""
+        try:
+            return replace(written, value=_typed(action, raw, written.key, written.where, base))
+        except ConfigError as fault:
+            self._found(fault)
+            return replace(written, fault=fault)
 
     def _check_sections(self) -> None:
         known = self.sections
         for section, keys in self._sections.items():
             if not isinstance(keys, dict):
                 homes = _homes(section, known) or [_nearest(section, known)]
-                raise ConfigError(
-                    f"{self.file}: {section} stands outside of a section.", f"Put it beneath {' or '.join(homes)}."
-                )
-            if section in self._options and section not in known and keys:
-                raise ConfigError(
-                    f"{self.file}: moetier {section} has nothing to set.", f"Leave out the section [{section}]."
-                )
-            if section not in known and section not in self._options:
-                raise ConfigError(
-                    f"{self.file}: there is no section [{section}].", f"The nearest is {_nearest(section, known)}."
-                )
-            for key in keys:
-                if key not in known[section]:
-                    homes = _homes(key, known)
-                    raise ConfigError(
-                        f"{self.file}: [{section}] has no key {key!r}.",
-                        f"Put it beneath {' or '.join(homes)}."
-                        if homes
-                        else f"The nearest is {_near(key, known[section])}.",
+                self._found(
+                    ConfigError(
+                        f"{self.file}: {section} stands outside of a section.", f"Put it beneath {' or '.join(homes)}."
                     )
+                )
+            elif section in self._options and section not in known and keys:
+                self._found(
+                    ConfigError(
+                        f"{self.file}: moetier {section} has nothing to set.", f"Leave out the section [{section}]."
+                    )
+                )
+            elif section not in known and section not in self._options:
+                self._found(
+                    ConfigError(
+                        f"{self.file}: there is no section [{section}].", f"The nearest is {_nearest(section, known)}."
+                    )
+                )
+            else:
+                for key in keys:
+                    if key not in known[section]:
+                        self._found(self._no_key(section, key))
+        self._sections = {section: keys for section, keys in self._sections.items() if isinstance(keys, dict)}
+
+    def _no_key(self, section: str, key: str) -> ConfigError:
+        homes, near = _homes(key, self.sections), _near(key, self.sections[section])
+        fix = f"Put it beneath {' or '.join(homes)}." if homes else f"The nearest is {near}."
+        return ConfigError(f"{self.file}: [{section}] has no key {key!r}.", fix)
 
     def _check_variables(self) -> None:
         known = [variable(section, key) for section, keys in self.sections.items() for key in keys]
         for name in self._variables:
             if name not in known and not OTHERS.fullmatch(name):
-                raise ConfigError(
-                    f"The environment has {name}, which is no setting.",
-                    f"The nearest is {_near(name, known)}; else unset it.",
+                self._found(
+                    ConfigError(
+                        f"The environment has {name}, which is no setting.",
+                        f"The nearest is {_near(name, known)}; else unset it.",
+                    )
                 )
 
 
@@ -239,8 +269,8 @@ def _shown(raw: object) -> str:
 def _wanted(action: argparse.Action) -> str:
     if action.choices is not None:
         return f"to one of {', '.join(map(str, action.choices))}"
-    if action.type in NUMBERS:
-        return f"to {NUMBERS[action.type]}"
+    if (kind := getattr(action.type, "kind", action.type)) in NUMBERS:
+        return f"to {NUMBERS[kind]}"
     return f"as {max(action.option_strings, key=len)} takes it"
 
 

@@ -25,6 +25,7 @@ from moetier.tiers.shard import GROUP, JOURNAL, METADATA, ORIGIN, PARTIAL, PLAN,
 from moetier.tiers.writer import is_complete
 
 from .checkpoint import COPIED, INDEX, Checkpoint, carried, contained
+from .difference import difference
 from .trunk import TrunkFile, index_of
 
 CONFIG = "config.json"
@@ -98,9 +99,8 @@ class Target:
         return State.CUT
 
     def _compare(self, found: Mapping[str, Any]) -> None:
-        asked = self.plan.to_json()
-        if differing := [name for name in asked if found.get(name) != asked[name]]:
-            raise self._differs(f"of {found.get('model')}; they differ in {', '.join(differing)}")
+        if differing := difference(found, self.plan.to_json()):
+            raise self._differs(differing)
 
     def _differs(self, what: str) -> TargetExistsError:
         return TargetExistsError(

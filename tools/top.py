@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if importlib.util.find_spec("textual") is None:
         raise ConfigError(
-            "moetier top needs textual, which is not installed.", 'Install the extra: pip install "moetier[tui]"'
+            "moetier top needs textual, which is not installed.", 'Install it: pip install ".[tui]" in the repository.'
         )
     from .top_watch import Watch, look
 

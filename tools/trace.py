@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
 from .loading import loaded
+from .number import Number
 from .options import DIRECTORY, directory
 from .prompts import read_prompts
 from .report import table
@@ -21,6 +23,7 @@ from .resources import add_resource_arguments, resources_of
 if TYPE_CHECKING:
     from moetier.runtime.trace import Trace
 
+LAYERS = Number(int, 0, math.inf, "Give 0, for no predictions, or more.")
 HELP = "record which experts a model uses, and which its gates foretell"
 
 
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the file, if it is there")
     parser.add_argument(
         "--look-ahead",
-        type=int,
+        type=LAYERS,
         default=2,
         metavar="N",
         help="ask the gates of so many next layers (default: %(default)s)",
@@ -50,8 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments, speculate="off")  # each forward pass is watched, none is to be quick
     decoding = decoding_of(arguments)
-    if arguments.look_ahead < 0:
-        raise ConfigError(f"--look-ahead is {arguments.look_ahead}.", "Give 0, for no predictions, or more.")
     prompts = read_prompts(arguments.prompts)
     _check_target(arguments.output, force=arguments.force)
 

@@ -204,7 +204,7 @@ def size_set_in_a_file(bench: Bench) -> Said:
 
 @case
 def size_set_in_the_environment(bench: Bench) -> Said:
-    return bench.run("config", "show", MOETIER_RAM="6GB!")
+    return bench.run("config", "show", last=2, MOETIER_RAM="6GB!")
 
 
 @case

@@ -12,7 +12,7 @@ import pytest
 from cgroups import memory_limit
 
 from moetier.runtime.config import Size
-from moetier.runtime.memory import Available, available_memory, budget_for
+from moetier.runtime.memory import Available, available_memory, budget_for, whole_memory
 from moetier.tiers.errors import BudgetError
 
 GIB = 1 << 30
@@ -53,6 +53,14 @@ def test_version_2_a_parent_limits_too(tmp_path: Path) -> None:
     top = fake_v2(tmp_path, limit="max", current=10)
     write(top / "user.slice", memory__max="4096", memory__current="1096", memory__stat="anon 1")
     assert available_memory(tmp_path).bytes == 3000
+    assert whole_memory(tmp_path) == Available(4096, "the control group /user.slice/job")
+
+
+def test_what_there_is_in_all_is_the_machines_where_no_group_has_a_limit(tmp_path: Path) -> None:
+    machine = Available(psutil.virtual_memory().total, "this machine")
+    assert whole_memory(tmp_path) == machine
+    fake_v2(tmp_path, limit="max", current=900_000)
+    assert whole_memory(tmp_path) == machine
 
 
 def test_in_a_container_the_group_is_the_mounted_top(tmp_path: Path) -> None:

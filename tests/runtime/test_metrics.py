@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("prometheus_client", reason='pip install "moetier[metrics]"')
+pytest.importorskip("prometheus_client", reason='pip install ".[metrics]"')
 
 from daemons import DaemonProcess, daemon_command, running_daemon
 from prometheus import scrape
@@ -192,7 +192,7 @@ def test_the_extra_is_named_where_it_is_missing(
     assert main(["daemon", str(store[0]), "--folder", str(tmp_path / "d"), *LOOPBACK]) == 1
     cause, fix = capsys.readouterr().err.splitlines()
     assert "needs prometheus_client" in cause
-    assert 'pip install "moetier[metrics]"' in fix
+    assert 'pip install ".[metrics]"' in fix
 
 
 def test_ps_says_where(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]

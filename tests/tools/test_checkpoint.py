@@ -243,6 +243,17 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(original: Path, tmp_pa
     assert "CheckpointError: There is no folder acme/nothing, and the hub did not give" in result.stderr
 
 
+@pytest.mark.parametrize(("name", "fix"), [("nowhere", "Check the folder's name; "), ("acme/x", "Check the name and ")])
+def test_a_hub_that_is_not_reached(tmp_path: Path, name: str, fix: str) -> None:
+    """What is likely to be a folder that is not there is said to be one."""
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "moetier.tools.main", "convert", name, str(tmp_path / "dst")]
+    result = subprocess.run(command, env=os.environ | nobody, capture_output=True, text=True, check=False)
+    cause, advice = result.stderr.splitlines()[-2:]
+    assert f"There is no folder {name}, and the hub did not give a model of that id: ConnectError: " in cause
+    assert advice.strip().startswith(fix)
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """Its downloads stay in one cache: each test offers a repository of its own."""

@@ -56,7 +56,9 @@ def test_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("name", ["ps", "general", "nothing"])
 def test_a_command_without_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "show", name]) == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["config", "show", name])
+    assert stop.value.code == 2
     assert "convert, generate" in capsys.readouterr().err
 
 
@@ -75,3 +77,33 @@ def test_a_value_that_can_not_be_names_its_place(
     assert "Give " in fix
     (found,) = look("config", configuration)
     assert (found.state, f"[general] {key}: " in found.found) == (State.FAIL, True)
+
+
+def test_the_rest_is_shown_beside_what_can_not_be(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text("top = 1\n[general]\nram = '6GB!'\nrma = '1GiB'\n[genrate]\n[ps]\nx = 1\n[convert]\nbits = 8\n")
+    monkeypatch.setenv("MOETIER_GENERATE_SEED", "many")
+    monkeypatch.setenv("MOETIER_SEDE", "1")
+    assert main(["config", "show"]) == 1
+    out, err = capsys.readouterr()
+    rows = {tuple(line.split(maxsplit=2)) for line in out.splitlines()}
+    assert ("ram", "6GB!", f"{config}, [general] ram: this can't be") in rows
+    assert ("seed", "many", "MOETIER_GENERATE_SEED: this can't be") in rows
+    assert ("bits", "3", "MOETIER_CONVERT_BITS") in rows
+    assert out.count("can't be") == 2
+    causes = err.splitlines()[::2]
+    words = ("top stands", "no key 'rma'", "section [genrate]", "ps has nothing", "MOETIER_SEDE", "'6GB!'", "'many'")
+    assert len(causes) == len(words)
+    assert all(sum(word in cause for cause in causes) == 1 for word in words)
+    assert main(["config", "show", "convert", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["convert"]["bits"]["value"] == 3
+    assert len(found["faults"]) == 5  # of the file and the environment as a whole: of values those that are shown
+
+
+def test_a_file_that_is_no_toml_shows_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text("[general\n")
+    assert main(["config", "show"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, "is not TOML" in err) == ("", True)

@@ -134,7 +134,7 @@ def test_libraries_out_of_range_and_missing(tmp_path: Path, monkeypatch: pytest.
     assert (old.state, old.found) == (State.FAIL, "tqdm is 9.0; moetier is made for <5.")
     assert missing.found == "no-such-library is missing."
     assert missing.advice == 'Install it: pip install "no-such-library>=1"'
-    assert (good.state, "without no-such-plotter (moetier[plots])" in good.found) == (State.OK, True)
+    assert (good.state, "without no-such-plotter (the extra plots)" in good.found) == (State.OK, True)
 
 
 def test_a_python_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,11 +207,6 @@ def test_the_prompt_may_come_from_standard_input(scripts: Prepared, tinymix_4bit
     [
         (["--ram", "1KiB"], ["too small", "--ram"]),
         (["--ram", "0.001%"], ["too small", "--ram", "bytes"]),
-        (["--ram", "much"], ["'much'", "6GiB"]),
-        (["--device", "tpu"], ["'tpu'", "cpu"]),
-        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
-        (["--temperature", "nan"], ["--temperature"]),
-        (["--seed", "18446744073709551616"], ["--seed"]),
     ],
 )
 def test_what_can_not_work_is_said(
@@ -221,6 +216,28 @@ def test_what_can_not_work_is_said(
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("options", "warnings"),
+    [
+        (["--ram", "999TiB"], [r"--ram 999TiB is more than the \S+ \wiB of (this machine|the control group \S+): .*"]),
+        (["--context", "100000"], [r"--context 100000 is more than the 2048 tokens that the model was made for\."]),
+        (["--ram", "100%", "--context", "2048"], []),
+        ([], []),
+    ],
+)
+def test_more_than_there_is_is_said_once(
+    tinymix_4bit: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    options: list[str],
+    warnings: list[str],
+) -> None:
+    generate(capsys, str(tinymix_4bit), PROMPT, "--max-new-tokens", "1", "--daemon", "none", *options)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == len(warnings)
+    assert all(map(re.fullmatch, warnings, said)), said
 
 
 def test_an_empty_prompt_is_refused(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from checkpoints import save_checkpoint
 
 from moetier.tools.main import COMMANDS, build_parser, main
 
@@ -77,6 +79,25 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         (["bench", "decode", "DIR", "--toens=3"], "bench decode has no option --toens.", "nearest is --tokens"),
         (["generate", "DIR", "to", "be"], "generate has no place for 'be'.", "Quote"),
         (["generate", "DIR", "--max-new-tokens", "x"], "invalid int value: 'x'", "moetier generate --help"),
+        (["generate", "DIR", "--max-new-tokens", "0"], "--max-new-tokens: 0 is out of range.", "Give 1 or more."),
+        (["generate", "DIR", "--temperature", "-1"], "--temperature: -1 is out of range.", "Give 0, to"),
+        (["generate", "DIR", "--temperature", "nan"], "--temperature: nan is out of range.", "Give 0, to"),
+        (["generate", "DIR", "--seed", str(1 << 64)], f"--seed: {1 << 64} is out of range.", "from 0 to 2^64 - 1"),
+        (["generate", "DIR", "--ram", "much"], "--ram: 'much' is not an amount of memory.", "6GiB"),
+        (["generate", "DIR", "--device", "tpu"], "--device: 'tpu' is not a device.", '"cpu"'),
+        (["generate", "DIR", "--look-ahead", "9"], "--look-ahead: 9 is out of range.", "Give 1 to 8."),
+        (["chat", "DIR", "--prefill-chunk", "0"], "--prefill-chunk: 0 is out of range.", "Give 1 or more."),
+        (["serve", "DIR", "--port", "99999"], "--port: 99999 is out of range.", "0 for any that is free"),
+        (["serve", "DIR", "--parallel", "0"], "--parallel: 0 is out of range.", "Give 1 or more."),
+        (["plan", "SRC", "--context", "0"], "--context: 0 is out of range.", "Give 1 or more."),
+        (["convert", "SRC", "DST", "--workers", "0"], "--workers: 0 is out of range.", "Give 1 or more."),
+        (["convert", "SRC", "DST", "--group-size", "7"], "invalid choice: 7 (choose from 16, 32, 64, 128)", "--help"),
+        (
+            ["trace", "DIR", "--prompts", "P", "-o", "T.npz", "--look-ahead", "-1"],
+            "--look-ahead: -1 is out of range.",
+            "Give 0, for no predictions",
+        ),
+        (["config", "show", "nope"], "COMMAND: 'nope' is no command with something to set.", "convert, generate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -107,3 +128,26 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, tinymix_4bit: Path)
     script = f"'{sys.executable}' -m moetier.tools.main inspect '{tinymix_4bit}' | head -n 0"
     result = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True)
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "SRC", "DST"], {"stdout", "stderr"}),
+        (["verify", "DST"], {"stderr"}),
+        (["config", "show"], {"stdout"}),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_nobody_reads(tmp_path: Path, stream: str, words: list[str], said: set[str]) -> None:
+    """What it does, or its error, is said where the reader has gone away: one exit code for both, and no traceback."""
+    places = {"SRC": str(save_checkpoint(tmp_path / "src")), "DST": str(tmp_path / "dst")}
+    command = [sys.executable, "-m", "moetier.tools.main", *(places.get(word, word) for word in words)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
+    done = subprocess.run(command, text=True, check=False, **streams)  # type: ignore[call-overload]
+    os.close(writer)
+    assert (done.returncode == 128 + signal.SIGPIPE) == (stream in said)
+    assert "Traceback" not in (done.stderr or "")

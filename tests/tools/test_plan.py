@@ -266,3 +266,20 @@ def test_the_disk_is_probed_in_a_file_that_goes(
     assert found["machine"]["disk"]["all"] > 0
     assert found["machine"]["disk_by"].endswith("on a file made for it")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("model", "size"), [(1 << 20, 16 << 20), (20 << 20, 20 << 20), (1 << 40, 24 << 20)])
+def test_what_is_written_for_a_probe_is_no_larger_than_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: int, size: int
+) -> None:
+    monkeypatch.setattr(probes, "FILE_BYTES", 24 << 20)
+    with probes.reads_at(tmp_path, 1 << 20, model) as reads:
+        assert [path.stat().st_size for path in reads.files] == [size]
+
+
+def test_a_terminal_is_told_what_takes_its_time(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    plan(index_only, bits=[4], trunk_bits=[16], disk=GB_PER_S, say=said.append)
+    assert said == [f"reading what {index_only} says of itself", "measuring this machine, for some seconds"]
+    assert main(["plan", str(index_only), "--bits", "4", "--trunk-bits", "16", "--disk", "1"]) == 0
+    assert capsys.readouterr().err == ""

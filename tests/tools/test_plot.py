@@ -207,7 +207,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
         "moetier: Pictures need matplotlib, which is not installed.",
-        '  Install it: pip install ".[plots]" in the repository',
+        '  Install it: pip install ".[plots]" in the repository.',
     ]
 
 

@@ -180,7 +180,9 @@ def test_rm_removes_all_that_is_named_or_nothing(models: Path, capsys: pytest.Ca
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"1" * 5000)
     assert main(["rm", "acme/b", "acme/c"]) == 1
-    assert "There is no folder acme/c" in capsys.readouterr().err
+    assert capsys.readouterr().err == "moetier: There is no pulled model acme/c.\n  moetier list says what there is.\n"
+    assert main(["rm", "./acme/b"]) == 1
+    assert "There is no pulled model ./acme/b." in capsys.readouterr().err
     assert main(["rm", "acme/a"]) == 1
     assert "Say which" in capsys.readouterr().err
     assert len(pulled()) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import sys
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason='pip install "moetier[serve]"')
-pytest.importorskip("uvicorn", reason='pip install "moetier[serve]"')
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 import openai
@@ -191,6 +192,7 @@ def test_what_was_said_before_is_not_computed_anew(client: OpenAI) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"prompt": [1, 2]}, "prompt"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"extra_body": {"generation_config": "{}"}}, "generation_config"),
     ],
 )
@@ -208,8 +210,17 @@ def test_null_and_what_changes_nothing_are_taken(client: OpenAI) -> None:
 
 def test_chats_that_make_no_sense_are_refused(client: OpenAI) -> None:
     for messages in ([], [{"content": "?"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]):
-        with pytest.raises(openai.BadRequestError, match="messages"):
+        with pytest.raises(openai.BadRequestError, match="messages") as refused:
             client.chat.completions.create(model=NAME, messages=messages)  # type: ignore[arg-type]
+        assert refused.value.param == "messages"
+
+
+def test_parts_of_text_are_taken(client: OpenAI) -> None:
+    messages: list[Any] = [
+        {"role": "developer", "content": "Sii breve."},
+        {"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+    ]
+    assert client.chat.completions.create(model=NAME, messages=messages, max_tokens=2).choices[0].message.content
 
 
 def test_a_prompt_that_does_not_fit_is_refused(either: ServerProcess) -> None:
@@ -343,10 +354,17 @@ def test_a_signal_ends_streams_and_then_the_server(request: pytest.FixtureReques
     with found.client() as client:
         pieces = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=1400, stream=True)
         next(iter(pieces))
-        found.process.send_signal(number)
-        with pytest.raises(openai.APIError) as told:
-            list(pieces)
-        assert told.value.body == "The server is ending."
+        asked = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1400, "stream": True}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx2.stream("POST", found.url + "/v1/chat/completions", headers=headers, json=asked) as other:
+            found.process.send_signal(number)
+            with pytest.raises(openai.APIError) as told:
+                list(pieces)
+            events = [line for line in other.iter_lines() if line]
+    error = {"message": "The server is ending.", "type": "server_error", "param": None, "code": None}
+    assert (told.value.message, told.value.body) == (error["message"], error)
+    assert json.loads(events[-1].removeprefix("data: ")) == {"error": error}
+    assert not any("[DONE]" in event for event in events)
     assert found.process.wait(60) == 0
     assert "Traceback" not in found.log
 
@@ -371,7 +389,11 @@ def test_a_key_that_is_none_is_said(
     (tmp_path / "key").write_text("two words\n")
     (tmp_path / "key").chmod(0o600)
     assert main(["serve", str(tinymix_4bit), "--api-key-file", str(tmp_path / "key")]) == 1
-    assert "one line of printable ASCII" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"The API key's file {tmp_path / 'key'} does not hold one line of printable ASCII" in said
+    assert "Make a key: openssl" in said
+    assert main(["serve", str(tinymix_4bit), "--api-key-file", str(tmp_path / "none")]) == 1
+    assert f"The API key's file {tmp_path / 'none'} can't be read" in capsys.readouterr().err
     monkeypatch.setenv("MOETIER_API_KEY", "two words")
     assert main(["serve", str(tinymix_4bit)]) == 1
     assert "MOETIER_API_KEY" in capsys.readouterr().err
@@ -384,4 +406,4 @@ def test_the_extra_is_named_where_it_is_missing(
     assert main(["serve", str(tinymix_4bit)]) == 1
     said = capsys.readouterr().err
     assert "needs fastapi" in said
-    assert 'pip install "moetier[serve]"' in said
+    assert 'pip install ".[serve]"' in said

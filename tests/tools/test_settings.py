@@ -83,7 +83,7 @@ def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
         ("[general]\nlearn = 'perhaps'", "[general] learn is 'perhaps'", "true or false"),
         ("[general]\nram = 2020-01-01", "[general] ram is ", "as --ram takes it"),
         ("[general]\nram = '6GX'", "[general] ram: '6GX' is not an amount of memory", "Give a size"),
-        ("[general]\ncontext = 0", "A context of 0 tokens", "context is set by"),
+        ("[general]\ncontext = 0", "[general] context: 0 is out of range.", "Give 1 or more."),
     ],
 )
 def test_mistakes_name_the_file_the_key_and_the_fix(

@@ -164,9 +164,6 @@ def test_a_run_that_is_cut_leaves_the_old_file(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--look-ahead", "-1"], ["--look-ahead", "0"]),
-        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
-        (["--temperature", "-1"], ["--temperature"]),
         (["--ram", "1KiB"], ["too small", "--ram"]),
         (["-o", "/nonexistent/T.npz"], ["/nonexistent is no folder"]),
         (["-o", "/"], ["/ is a folder"]),

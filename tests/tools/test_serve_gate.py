@@ -1,0 +1,54 @@
+"""What stands before the server: by which names it is asked, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("fastapi", reason='pip install ".[serve]"')
+
+import httpx2
+
+from moetier.tools.serve_gate import Gate
+
+PATH = "/v1/models"
+
+
+async def behind(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"served"})
+
+
+def asked(key: str | None, **headers: str) -> httpx2.Response:
+    async def ask() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app=Gate(behind, key))  # type: ignore[arg-type]
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            return await client.get(PATH, headers=headers)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:80", "[::1]", "[::1]:8000"])
+def test_without_a_key_names_of_this_host_are_served(host: str) -> None:
+    assert asked(None, Host=host).text == "served"
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "localhost:8000.evil.example", "evil.example:127", "127.0.0.10", ""],
+)
+def test_without_a_key_other_names_are_refused_as_openai_does(host: str) -> None:
+    answer = asked(None, Host=host)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, "invalid_host")
+    assert "--api-key-file" in error["message"]
+
+
+def test_with_a_key_any_name_will_do() -> None:
+    assert asked("secret", Host="big-host.example", Authorization="Bearer secret").text == "served"
+    assert asked("secret", Host="localhost").status_code == 401

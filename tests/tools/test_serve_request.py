@@ -1,0 +1,63 @@
+"""What a request may say, and what is said of one that can't be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("fastapi", reason='pip install ".[serve]"')
+
+from moetier.tools.serve_refusal import Refusal
+from moetier.tools.serve_request import ChatAsked, TextAsked, checked
+
+USER = {"role": "user", "content": "Chi era don Abbondio?"}
+ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "param"),
+    [
+        ({"messages": []}, "messages: List should have at least 1 item after validation, not 0.", "messages"),
+        ({"messages": [USER, {"content": "?"}]}, "messages[1].role: Field required.", "messages"),
+        ({"messages": [{"role": "bogus"}]}, f"messages[0].role: Input should be {ROLES}.", "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content: text only, no images or sound.",
+            "messages",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "messages[0].content: a string, or a list of parts with a text.",
+            "messages",
+        ),
+        ({"messages": [USER], "stop": ["a", "b", "c", "d", "e"]}, "stop: at most 4 strings.", "stop"),
+        ({"messages": [USER], "stop": ""}, "stop: no empty string.", "stop"),
+        ({"messages": [USER], "stop": ["a", ""]}, "stop: no empty string.", "stop"),
+        ({"messages": [USER], "stop": [1]}, "stop: a string, or a list of strings.", "stop"),
+        (
+            {"messages": [USER], "response_format": {"type": "json_object"}},
+            "response_format.type: Input should be 'text'.",
+            "response_format",
+        ),
+        ({"messages": [USER], "audio": {}}, "audio: not supported here.", "audio"),
+    ],
+)
+def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: str, param: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        checked(body, ChatAsked)
+    assert (refused.value.detail, refused.value.param, refused.value.status_code) == (said, param, 400)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+@pytest.mark.parametrize("content", ["text", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], []])
+def test_messages_are_taken_as_they_are(role: str, content: object) -> None:
+    message = {"role": role, "content": content, "name": "somebody"}
+    assert checked({"messages": [message]}, ChatAsked) == {"messages": [message]}
+
+
+@pytest.mark.parametrize("stop", ["a", ["a"], ["a", "b", "c", "d"]])
+def test_stop_strings_are_a_list(stop: str | list[str]) -> None:
+    asked = checked({"prompt": "?", "stop": stop, "seed": None}, TextAsked)
+    assert asked == {"prompt": "?", "stop": [stop] if isinstance(stop, str) else stop}

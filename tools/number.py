@@ -1,0 +1,33 @@
+"""Numbers of options, looked at as they are read: on a command line, and in what is set beforehand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moetier.tiers.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of an option. ``fix`` says what to give."""
+
+    kind: type[int] | type[float]
+    least: int
+    most: float
+    fix: str
+
+    def __call__(self, text: str) -> float:
+        """Raises ConfigError for what is out of range, ValueError for what is no number."""
+        number = self.kind(text)
+        if not self.least <= number <= self.most or math.isinf(number):
+            raise ConfigError(f"{text} is out of range.", self.fix)
+        return number
+
+    @property
+    def __name__(self) -> str:
+        """What argparse calls it."""
+        return self.kind.__name__
+
+
+COUNT = Number(int, 1, math.inf, "Give 1 or more.")
