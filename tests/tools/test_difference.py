@@ -1,0 +1,47 @@
+"""How a conversion that is there is told from the one that is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moetier.tools.difference import difference
+
+
+def manifest(bits: int = 4, group: int = 64, pairs: str = "uint8", trunk: int = 16, **more: Any) -> dict[str, Any]:
+    layout = {"record_bytes": 4092, "projections": [{"name": "up_proj", "bits": bits, "group": group, "pairs": pairs}]}
+    records = {"trunk_records": {"bits": trunk, "group": group, "pairs": pairs}} if trunk != 16 else {}
+    plain = {
+        "model": "m",
+        "source_digest": "a",
+        "requires": [*records],
+        "method": "hqq",
+        "layouts": {"records": layout},
+    }
+    return plain | records | more
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "said"),
+    [
+        (manifest(), manifest(), ""),
+        (manifest(), manifest(bits=3, group=128), "with experts of 4 bits, and 3 were asked for"),
+        (manifest(), manifest(group=32), "with experts in groups of 64, and 32 was asked for"),
+        (manifest(), manifest(pairs="bfloat16"), "with scales of experts in uint8, and bfloat16 was asked for"),
+        (manifest(), manifest(trunk=8), "with a trunk of 16 bits, and 8 were asked for"),
+        (manifest(trunk=4), manifest(trunk=8), "with a trunk of 4 bits, and 8 were asked for"),
+        (manifest(method="rounding"), manifest(), "with plain rounding (--fast), and HQQ was asked for"),
+        (manifest(), manifest(model="n", bits=3), "of m, and n was asked for"),
+        (manifest(), manifest(source_digest="b"), "they differ in source_digest"),
+        (
+            manifest(),
+            manifest(bits=8, trunk=8, source_digest="b"),
+            "with experts of 4 bits, and 8 were asked for; with a trunk of 16 bits, and 8 were asked for; "
+            "they differ in source_digest",
+        ),
+        (manifest(layouts="?", method=3), manifest(), "with 3, and HQQ was asked for; they differ in layouts"),
+    ],
+)
+def test_options_are_named_with_both_values(found: dict[str, Any], asked: dict[str, Any], said: str) -> None:
+    assert difference(found, asked) == said
