@@ -58,7 +58,7 @@ def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | 
         content, content_type = exposition(registry, request.headers.get("accept", ""))
         return Response(content, media_type=content_type)
 
-    return Gate(app, key)
+    return Gate(app, key, manager.over)
 
 
 def _answer_errors(app: FastAPI) -> None:

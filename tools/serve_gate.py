@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import re
+import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -33,10 +34,12 @@ NAME_OF_THIS_HOST = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.I
 class Gate:
     """ASGI middleware: lets through whoever has ``key``, to ROUTES alone. Without a key (None) whoever calls this host
     by a name of its own, or any web page could have it asked by one of the page's. A client that goes away ends its
-    request, be it a stream or not."""
+    request, be it a stream or not. ``over`` is told the id of each request that has ended, however it did: a stream
+    that nobody began to read can't tell whoever generates for it."""
 
-    def __init__(self, app: App, key: str | None) -> None:
+    def __init__(self, app: App, key: str | None, over: Callable[[str], None]) -> None:
         self._app = app
+        self._over = over
         self._key = None if key is None else _digest(key.encode())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -49,8 +52,13 @@ class Gate:
             await refusal_response(refusal)(scope, receive, send)
             return
         # transformers keeps requests apart by this: nobody else may give it
+        request_id = str(uuid.uuid4())
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-        await self._serve({**scope, "headers": headers}, receive, send)
+        headers.append((b"x-request-id", request_id.encode()))
+        try:
+            await self._serve({**scope, "headers": headers}, receive, send)
+        finally:
+            self._over(request_id)
 
     def _check(self, scope: Message) -> None:
         method, path = scope["method"], scope["path"]

@@ -45,9 +45,13 @@ class Answer(DirectStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if not self.ended:
-            before = self.total_tokens
+            if not self._first:  # the prompt
+                self._tally.new(len(value))  # before it is told: who has it may ask for the count
             super().put(value)
-            self._tally.new(self.total_tokens - before)
+
+    def cancel(self) -> None:
+        if not self._stops.ended:  # else all of it was told, and the thread is about to say so
+            super().cancel()
 
     def fail(self, message: str) -> None:
         self._enqueue(_StreamError(message))
@@ -107,6 +111,11 @@ class OneByOne(BaseGenerateManager):
     def kept_tokens(self, request_id: str) -> int:
         """Of the prompt of a request whose answer somebody still holds."""
         return self._answers[request_id].kept_tokens
+
+    def over(self, request_id: str) -> None:
+        """Nobody waits for its answer any more, if it has one."""
+        if (answer := self._answers.get(request_id)) is not None:
+            answer.cancel()
 
     def cut(self) -> None:
         """Ends what is under way."""

@@ -185,6 +185,12 @@ class Together(BaseGenerateManager):
         """transformers does not say it."""
         return
 
+    def over(self, request_id: str) -> None:
+        """Nobody waits for its answer any more, if it has one."""
+        answer = self._answers.get(request_id)
+        if answer is not None and not answer.ended:
+            answer.cancel()
+
     def cut(self) -> None:
         """Ends what is under way."""
         for answer in list(self._answers.values()):

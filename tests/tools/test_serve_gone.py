@@ -1,0 +1,110 @@
+"""Who goes away at any step of a request, in this process: its answer ends, whoever is left to be told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason='pip install "moetier[serve]"')
+pytest.importorskip("fastapi", reason='pip install "moetier[serve]"')
+
+from threads import wait_until
+
+import moetier
+
+MOST = 400  # tokens: seconds of work
+STEPS = 12  # of the event loop, until the first text is on its way
+
+
+@pytest.fixture(scope="module", params=["one by one", "together"])
+def served(request: pytest.FixtureRequest, tinymix_4bit: Path) -> Iterator[tuple[Any, Any]]:
+    """(application, manager); it has answered once."""
+    from moetier.tools.serve_app import application
+    from moetier.tools.serve_generation import OneByOne
+    from moetier.tools.serve_together import Together
+
+    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
+    with model.tiers:
+        place = model, MOST + 100, 16
+        manager = OneByOne(*place) if request.param == "one by one" else Together(*place, 2)
+        try:
+            app = application("small", model, tokenizer, manager, None)
+            asyncio.run(ask(app, manager, stream=False, most=1))
+            yield app, manager
+        finally:
+            manager.stop()
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Garbage collection could end what nobody holds any more, sooner or later."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def ask(app: Any, manager: Any, *, stream: bool, most: int, steps: int | None = None) -> None:
+    """Goes away so many steps of the event loop after the request was read; with None when it is answered."""
+    body = json.dumps({"prompt": "Tre.", "max_tokens": most, "stream": stream}).encode()
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if not asked.is_set():
+            asked.set()
+            return {"type": "http.request", "body": body, "more_body": False}
+        if steps is None:
+            await answered.wait()
+        for _ in range(steps or 0):
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            answered.set()
+
+    headers = {"host": "localhost", "content-type": "application/json", "content-length": str(len(body))}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("localhost", 80),
+    }
+    await app(scope, receive, send)
+    await asyncio.to_thread(wait_until, lambda: not manager.tally.tallied().under_way)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_it_ends_the_answer(served: tuple[Any, Any], uncollected: None, stream: bool) -> None:
+    app, manager = served
+    before = manager.tally.tallied()
+    for steps in range(STEPS):
+        asyncio.run(ask(app, manager, stream=stream, most=MOST, steps=steps))
+        after = manager.tally.tallied()
+        assert after.requests["answered"] == before.requests["answered"], steps
+    assert after.requests["cancelled"] > before.requests["cancelled"] + STEPS // 2  # the others never came to be
+    assert after.new_tokens - before.new_tokens < MOST
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_stays_has_it_all(served: tuple[Any, Any], stream: bool) -> None:
+    app, manager = served
+    before = manager.tally.tallied()
+    for _ in range(8):
+        asyncio.run(ask(app, manager, stream=stream, most=2))
+    after = manager.tally.tallied()
+    assert after.requests == before.requests | {"answered": before.requests["answered"] + 8}
+    assert after.new_tokens == before.new_tokens + 16
