@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moetier.runtime.models import tag_of
 from moetier.tiers.host import LOADERS
 from moetier.tiers.keys import Bits, RecordLayout
 from moetier.tiers.store import PIECE_BYTES, ExpertStore
@@ -92,8 +93,10 @@ def estimate(
     *,
     context: int,
     options: Mapping[str, str | int | None],
+    pulls: bool = False,
 ) -> dict[str, Any]:
-    """What ``moetier plan --json`` prints. ``options``: what was given that `generate` takes, by option."""
+    """What ``moetier plan --json`` prints. ``options``: what was given that `generate` takes, by option. ``pulls``: it
+    is to be pulled, and kept by its name."""
     manifest, outline = best.choice.manifest, prospect.outline
     return {
         "model": prospect.name,
@@ -111,7 +114,7 @@ def estimate(
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(room, speeds),
         "choices": [_choice(prospect, fit, room, speeds) for fit in fits],
-        "recommended": _recommended(prospect, best, context, options, room.into),
+        "recommended": _recommended(prospect, best, context, options, None if pulls else room.into),
     }
 
 
@@ -185,19 +188,25 @@ def _conversion(prospect: Prospect, choice: Choice, speeds: Speeds) -> float | N
 
 
 def _recommended(
-    prospect: Prospect, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path
+    prospect: Prospect, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path | None
 ) -> dict[str, Any]:
-    """Widths, and command lines: convert is None where there is nothing to convert."""
-    outline, convert, directory = prospect.outline, None, prospect.source
+    """Widths, and command lines: of `pull`, where ``into`` is None, and `convert` what is to be run, else None."""
+    outline, choice, directory = prospect.outline, best.choice, prospect.source
+    pull = convert = None
     if outline is not None:
-        directory = str(into / f"{prospect.name.rpartition('/')[2]}-{best.choice.bits}bit")
-        convert = f"moetier convert {shlex.quote(prospect.source)} {shlex.quote(directory)} {best.choice.options}"
-        convert += " --ignore-code" if outline.names_code else ""
+        source, code = shlex.quote(prospect.source), " --ignore-code" if outline.names_code else ""
+        if into is None:
+            directory = f"{prospect.source}:{tag_of(choice.bits, choice.trunk_bits)}"
+            pull = f"moetier pull {source} {choice.options}{code}"
+        else:
+            directory = str(into / f"{prospect.name.rpartition('/')[2]}-{choice.bits}bit")
+            convert = f"moetier convert {source} {shlex.quote(directory)} {choice.options}{code}"
     given = [f"{option} {shlex.quote(str(size))}" for option, size in options.items() if size is not None]
     words = ["moetier generate", shlex.quote(directory), *given, f"--context {context}", "'Once upon a time'"]
     return {
-        "bits": best.choice.bits,
-        "trunk_bits": best.choice.trunk_bits,
+        "bits": choice.bits,
+        "trunk_bits": choice.trunk_bits,
+        "pull": pull,
         "convert": convert,
         "generate": " ".join(words),
     }

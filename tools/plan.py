@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how long (default: {DEFAULT_CONTEXT}, or the model's max_position_embeddings where that is less)",
     )
     parser.add_argument(
-        "--into", type=Path, default=Path(), metavar="FOLDER", help="on whose disk the model is to be (default: here)"
+        "--into",
+        type=Path,
+        metavar="FOLDER",
+        help="on whose disk the model is to be (default: here; of an id on the hub, where `pull` puts it)",
     )
     parser.add_argument("--disk", type=float, metavar="GB/S", help="its rate, in place of a probe of two seconds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -90,14 +93,15 @@ def plan(
     device_memory: str | int | None = None,
     device: str = "auto",
     context: int | None = None,
-    into: Path = Path(),
+    into: Path | None = None,
     disk: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """What ``--json`` prints (docs/plan.md). ``bits`` and ``trunk_bits`` None: all; ``context`` None: what
-    ``Prospect.context`` says. ``disk`` in GB/s, in place of a probe. ``say`` is told what takes its time. Raises
-    MoetierError."""
+    ``Prospect.context`` says; ``into`` None: where `pull` puts a hub's model, or here. ``disk`` in GB/s, in place of a
+    probe. ``say`` is told what takes its time. Raises MoetierError."""
     from moetier.runtime.config import TierConfig
+    from moetier.runtime.models import models_folder
     from moetier.tiers.errors import ConfigError, TargetError
     from moetier.tiers.keys import BITS, TRUNK_BITS
 
@@ -106,8 +110,12 @@ def plan(
             raise ConfigError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
     if disk is not None and not 0 < disk < float("inf"):
         raise ConfigError(f"--disk is {disk}.", "Give GB a second, more than 0.")
-    if not into.is_dir():
-        raise TargetError(f"{into} is no folder.", "Make it, or name another with --into.")
+    pulls = into is None and not Path(source).is_dir()
+    place = Path() if into is None else into
+    if pulls:
+        place = _there_of(models_folder())
+    if not place.is_dir():
+        raise TargetError(f"{place} is no folder.", "Make it, or name another with --into.")
     config = TierConfig.of(
         ram=ram,
         device_memory=device_memory,
@@ -132,11 +140,11 @@ def plan(
         from .resident import resident_bytes
 
     transformers.utils.logging.set_verbosity_error()
-    place = torch.device(place_of(config.device))
-    kernels = kernels_for(place)
-    if place.type == "cpu" and device_memory is not None:
+    device_place = torch.device(place_of(config.device))
+    kernels = kernels_for(device_place)
+    if device_place.type == "cpu" and device_memory is not None:
         raise ConfigError("On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone.")
-    room = Room.here(place, into, available_memory(), resident_bytes())
+    room = Room.here(device_place, place, available_memory(), resident_bytes())
     prospect = open_prospect(source)
     chosen = prospect.chosen(bits, trunk_bits)
     if context is None:
@@ -152,4 +160,9 @@ def plan(
     say("measuring this machine, for some seconds")
     speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
-    return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options)
+    return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls)
+
+
+def _there_of(folder: Path) -> Path:
+    """What there is of the way to it: on the same disk, until it is made."""
+    return next(each for each in (folder, *folder.parents) if each.is_dir())

@@ -73,8 +73,8 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
         lines.append(f"{best['device_slots']:,} of them fit the GPU, where speed is not forecast.")
     else:
         lines.append(f"Hits are an estimate, from the trace {best['hit_curve']}; rates are those of this moment.")
-    lines += [*_caching(found, best), *([recommended["convert"]] if recommended["convert"] else [])]
-    return [*lines, recommended["generate"]]
+    lines += _caching(found, best)
+    return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
 
 
 def _caching(found: dict[str, Any], best: dict[str, Any]) -> list[str]:

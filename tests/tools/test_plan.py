@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from cgroups import memory_limit
+from checkpoints import save_checkpoint
 from faults import mounted
+from hubs import MODEL, serve_hub
 
 import moetier
 from moetier.runtime.choice import kernels_for
@@ -63,7 +67,7 @@ def test_sizes_are_those_of_its_conversion(index_only: Path, tinymix_4bit: Path)
     assert choice["disk_bytes"] == pytest.approx(files, rel=0.03)  # the tokenizer and other small files are not in it
     assert (found["converted"], there["converted"]) == (False, True)
     assert found["source_bytes"] == json.loads((index_only / INDEX).read_text())["metadata"]["total_size"]
-    assert there["recommended"]["convert"] is None
+    assert (there["recommended"]["pull"], there["recommended"]["convert"]) == (None, None)
 
 
 @pytest.mark.parametrize("ram", ["3MiB", "25%"])
@@ -146,6 +150,48 @@ def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> 
         fit = fit_of(passing, choice, TierConfig.of(), room, kernels_for(cpu))
         assert fit.works == (problem is None)
         assert problem is None or (fit.problem is not None and fit.problem.cause.startswith(problem))
+
+
+OF_HUB = """
+import json, sys
+from pathlib import Path
+from moetier.tools import plan_report, probes
+from moetier.tools.plan import plan
+probes.KERNEL_SECONDS, probes.UNCACHED_BYTES, probes.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
+asked = {"bits": [4], "trunk_bits": [8], "disk": 1.0, "context": 256, "ram": "1MiB"}
+found = [plan(sys.argv[1], **asked), plan(sys.argv[1], into=Path(sys.argv[2]), **asked)]
+print(json.dumps([each | {"last": plan_report.text(each).splitlines()[-2:]} for each in found]))
+"""
+
+
+def test_of_a_hub_id_it_recommends_pull_and_looks_at_the_disk_of_pulled_models(tmp_path: Path) -> None:
+    """Unless it is said where the model is to be."""
+    source = save_checkpoint(tmp_path / "source")
+    with (
+        serve_hub({path.name: path.read_bytes() for path in source.iterdir()}, tmp_path / "hub") as hub,
+        mounted("tmpfs", tmp_path / "data", "size=300m") as data,
+    ):
+        environment = os.environ | hub.settings | {"XDG_DATA_HOME": str(data / "not" / "yet")}
+        words = [sys.executable, "-c", OF_HUB, MODEL, tmp_path]
+        result = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert not list(data.iterdir())
+    pulled, converted = json.loads(result.stdout)
+    assert pulled["machine"]["disk_folder"] == str(data)
+    assert 0 < pulled["machine"]["disk_free_bytes"] <= 300 << 20
+    model = "--context 256 'Once upon a time'"
+    assert pulled["last"] == [
+        f"moetier pull {MODEL} --bits 4 --trunk-bits 8",
+        f"moetier generate {MODEL}:4bit-trunk8bit --ram 1MiB {model}",
+    ]
+    assert pulled["recommended"]["convert"] is None
+    assert converted["machine"]["disk_folder"] == str(tmp_path)
+    folder = tmp_path / f"{MODEL.rpartition('/')[2]}-4bit"
+    assert converted["last"] == [
+        f"moetier convert {MODEL} {folder} --bits 4 --trunk-bits 8",
+        f"moetier generate {folder} --ram 1MiB {model}",
+    ]
+    assert converted["recommended"]["pull"] is None
 
 
 def test_a_context_that_is_too_long_names_one_that_is_not(index_only: Path) -> None:
