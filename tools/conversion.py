@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -165,7 +165,7 @@ class Conversion:
         done = self.target.finished_blocks if finished is None else finished
         missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
         if self.passage is None:
-            return [Stage(tuple(missing), frozenset(), frozenset())]
+            return [Stage(tuple(missing), frozenset(), frozenset(), None)]
         return stages({block: self.blueprint.blocks[block].files for block in missing})
 
     def _write_trunk(self, quiet: bool) -> dict[str, FileSum]:
@@ -178,10 +178,14 @@ class Conversion:
         plan, route = self.target.plan, self._route(writer.finished_blocks)
         blocks = [block for stage in route for block in stage.blocks]
         total = sum(plan.blocks[block].experts * plan.layout(block).slot_bytes for block in blocks)
-        with Progress("experts", total, quiet=quiet) as progress:
+        with Progress("experts", total, quiet=quiet) as progress, ExitStack() as stack:
+            if self.passage is not None:
+                stack.callback(self.passage.halt)
             for stage, after in zip_longest(route, route[1:]):
                 if self.passage is not None:
                     self.passage.let_in(stage.files, quiet)
+                    if stage.ahead is not None:
+                        self.passage.look_ahead(stage.ahead, quiet)
                 self._write_stage(stage.blocks, writer, errors, say, progress)
                 if self.passage is not None:
                     self.passage.let_go(stage.present - (after.present if after else frozenset()))

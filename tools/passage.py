@@ -28,21 +28,34 @@ from moetier.tiers.keys import PAGE
 from moetier.tiers.shard import PARTIAL
 
 from . import hub
+from .ahead import Ahead
 from .checkpoint import samples
 from .draft import Draft
 from .hub import RemoteFile
 from .progress import Progress
 from .shards import CHUNK_BYTES, StoredTensor, read_at, read_header
 
+AT_ONCE = 2  # files, where one of them is downloaded while blocks are made of the other
+
 
 @dataclass(frozen=True)
 class Stage:
     """Blocks that are made of the same ``files``, one after the other; ``present`` are all that are there meanwhile:
-    others have been before, and will be needed behind them."""
+    others have been before, and will be needed behind them. ``following`` is the first that the next stage lacks."""
 
     blocks: tuple[int, ...]
     files: frozenset[Path]
     present: frozenset[Path]
+    following: Path | None
+
+    @property
+    def ahead(self) -> Path | None:
+        """What is downloaded while the blocks are made: no more than AT_ONCE files are there for that."""
+        return self.following if len(self.present) < AT_ONCE else None
+
+    @property
+    def at_once(self) -> frozenset[Path]:
+        return self.present if self.ahead is None else self.present | {self.ahead}
 
 
 def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
@@ -50,16 +63,18 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
     may lie in them by number, or by name ("10" before "2")."""
     groups: list[tuple[list[int], frozenset[Path]]] = []
     for block in sorted(files, key=lambda block: (max(files[block]), min(files[block]), block)):
-        if groups and files[block] <= groups[-1][1]:
+        if groups and files[block] == groups[-1][1]:
             groups[-1][0].append(block)
         else:
             groups.append(([block], files[block]))
     made = [group[1] for group in groups]
     none = frozenset[Path]()
-    return [
-        Stage(tuple(blocks), needed, none.union(*made[: place + 1]) & none.union(*made[place:]))
-        for place, (blocks, needed) in enumerate(groups)
-    ]
+    route = []
+    for place, (blocks, needed) in enumerate(groups):
+        present = none.union(*made[: place + 1]) & none.union(*made[place:])
+        lacking = none.union(*made[place + 1 : place + 2]) - present
+        route.append(Stage(tuple(blocks), needed, present, min(lacking, default=None)))
+    return route
 
 
 def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
@@ -70,11 +85,12 @@ def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
     route = stages(dict(enumerate(block.files for block in draft.blueprint.blocks)))
     parts = {part for file in draft.trunk({}) for tensor in file.tensors.values() for part in tensor.parts}
     parts |= {part for recipe in draft.blueprint.matrices.values() for part in recipe.parts}
-    return max(sum(sizes[path] for path in stage.present) for stage in route) + sum(part.nbytes for part in parts)
+    return max(sum(sizes[path] for path in stage.at_once) for stage in route) + sum(part.nbytes for part in parts)
 
 
 class Passage:
-    """Used by one thread, of the process that holds the lock of the model directory ``folder`` is in."""
+    """Used by one thread of the process that holds the lock of the model directory ``folder`` is in; another of its own
+    looks ahead."""
 
     def __init__(
         self,
@@ -98,6 +114,7 @@ class Passage:
         for tensor in tensors.values():
             self._tensors[tensor.file][tensor.name] = tensor
         self._lasting: frozenset[str] = frozenset()
+        self._ahead = Ahead()
 
     def last(self, tensors: Collection[str]) -> None:
         """Says, before anything passes, which tensors are read behind the blocks."""
@@ -107,13 +124,13 @@ class Passage:
 
     def largest(self, route: Iterable[Stage]) -> int:
         """Bytes of the files that are here at a time, at most."""
-        together = [stage.present for stage in route] + [frozenset([path]) for path in self._tensors]
+        together = [stage.at_once for stage in route] + [frozenset([path]) for path in self._tensors]
         return max(sum(self._files[path].size for path in files) for files in together)
 
     def here(self, route: Iterable[Stage]) -> int:
         """Bytes that it takes at most beside what it has, on the disk of the model directory."""
         coming = {path: self._files[path].size for path in self._coming(self._needed(route)) if not self._stays(path)}
-        together = [stage.present for stage in route] + [frozenset([path]) for path in coming]
+        together = [stage.at_once for stage in route] + [frozenset([path]) for path in coming]
         most = max((sum(coming.get(path, 0) for path in files) for files in together), default=0)
         staying = sum(self._rest_bytes(path) for path in self._tensors if not self._stays(path) and not _rests(path))
         return most + staying
@@ -125,10 +142,21 @@ class Passage:
     # what passes
 
     def let_in(self, paths: Iterable[Path], quiet: bool) -> None:
-        """Has them here, whole. Raises CheckpointError."""
+        """Has them here, whole. Raises CheckpointError, for what was downloaded ahead too."""
         for path in sorted(paths):
             if not _is_whole(path):
+                self._ahead.wait()  # maybe for this one
+            if not _is_whole(path):
                 self._fetch(path, quiet)
+
+    def look_ahead(self, path: Path, quiet: bool) -> None:
+        """Lets it in meanwhile."""
+        if not _is_whole(path):
+            self._ahead.begin(lambda: self._fetch(path, quiet))
+
+    def halt(self) -> None:
+        """Ends what is under way: who resumes it goes on from there."""
+        self._ahead.halt()
 
     def let_go(self, paths: Iterable[Path]) -> None:
         """Of each only what lasts stays, unless it is the cache's."""
@@ -171,7 +199,12 @@ class Passage:
             found = self._cached(path)
             if found is None:
                 into = None if self.keep else self._whole
-                found = hub.download(self._name, name, self.revision, into, progress.advance)
+
+                def told(count: int) -> None:
+                    self._ahead.check()
+                    progress.advance(count)
+
+                found = hub.download(self._name, name, self.revision, into, told)
                 self._check_sum(found, remote, name)
         if moved(read_header(found), path) != self._tensors[path]:
             raise CheckpointError(

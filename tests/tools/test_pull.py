@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,12 @@ from checkpoints import edit_json, reshard, save_checkpoint, tree
 from faults import mounted
 from hubs import REVISION, Hub, serve_hub
 from prepared import Prepared, prepared
+from safetensors.torch import load_file, save_file
+from threads import wait_until
 
 from moetier.tools.convert import convert
 from moetier.tools.passage import stages
+from moetier.tools.target import JOURNAL
 
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"
 OFFLINE = "import huggingface_hub.constants as constants; constants.HF_HUB_OFFLINE = True\n"  # read when it is imported
@@ -160,7 +164,93 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
     assert "the hub did not give a model of that id" in failed(refused)
 
 
+# ahead
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import moetier.tools.conversion, moetier.tools.remote, transformers.models.mixtral.modeling_mixtral
+from moetier.tools.main import main
+from moetier.tools.records import Encoder
+begun, encode, first = Path(sys.argv[1]), Encoder._encode, True
+
+def patient(self, key, free):
+    global first
+    deadline = time.monotonic() + 60
+    while first and not begun.exists():  # the first of all experts, until another download is under way
+        assert time.monotonic() < deadline, "nothing is downloaded meanwhile"
+        time.sleep(0.01)
+    first = False
+    return encode(self, key, free)
+
+Encoder._encode = patient
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def apart(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, each block in a file of its own, and what is beside the blocks in the last."""
+    folder = tmp_path_factory.mktemp("apart") / "src"
+    shutil.copytree(small, folder)
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    layers = {name: int(found[1]) if (found := re.search(r"layers\.(\d)", name)) else 2 for name in tensors}
+    files = {name: f"model-{layer + 1:05}-of-00003.safetensors" for name, layer in layers.items()}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def test_the_next_file_is_downloaded_while_blocks_are_made(
+    hub: Hub, scripts: Prepared, models: Path, apart: Path, tmp_path: Path
+) -> None:
+    """The first expert waits until the second file is under way, whose end waits until the first block is written."""
+    offer(hub, "acme/ahead", apart)
+    folder = models / "acme--ahead" / "4bit"
+    begun, there = list[str](), list[int]()
+
+    def watch(file: str) -> None:
+        begun.append(file)
+        whole = folder / "download" / REVISION / "whole"
+        there.append(len([*whole.rglob("*.safetensors"), *whole.rglob("*.incomplete")]))
+        if len(begun) == 2:
+            (tmp_path / "begun").touch()
+            wait_until(lambda: "0" in json.loads((folder / JOURNAL).read_bytes())["errors"])
+
+    hub.watched.append(watch)
+    result = scripts.run(SLOW, tmp_path / "begun", "pull", "acme/ahead", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert begun == [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert max(there) == 2
+    assert tree(folder) == converted("acme/ahead", apart, tmp_path, fast=True)
+
+
 # cut
+
+
+def test_interrupted_in_a_download_ahead_it_goes_on(
+    hub: Hub, scripts: Prepared, models: Path, apart: Path, tmp_path: Path
+) -> None:
+    offer(hub, "acme/stopped", apart)
+    folder, begun = models / "acme--stopped" / "4bit", list[str]()
+
+    def interrupt(file: str) -> None:
+        begun.append(file)
+        if len(begun) == 2:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)
+
+    hub.watched.append(interrupt)
+    result = scripts.run(NOTED, tmp_path / "pid", "pull", "acme/stopped", "--fast")
+    assert (result.returncode, "Traceback" in result.stderr) == (128 + signal.SIGINT, False), result.stderr
+    assert "stopped; run the same command again" in result.stderr
+    result = scripts.run(MAIN, "pull", "acme/stopped", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert begun.count(begun[0]) == 1
+    assert tree(folder) == converted("acme/stopped", apart, tmp_path, fast=True)
 
 
 def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
@@ -307,10 +397,10 @@ def test_a_revision_that_there_is_not_and_ids_that_are_none(
 
 
 def test_a_file_that_never_comes_whole_can_come_later(
-    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+    hub: Hub, scripts: Prepared, apart: Path, models: Path, tmp_path: Path
 ) -> None:
-    """First it is cut each time; then the hub's storage has another byte than the hub says."""
-    files = offer(hub, "acme/damaged", small)
+    """First it is cut each time; then the hub's storage has another byte than the hub says. It is downloaded ahead."""
+    files = offer(hub, "acme/damaged", apart)
     *_, last = sorted(file for file in files if file.endswith(".safetensors"))
     hub.refused[f"/acme/damaged/resolve/{REVISION}/{last}"] = (500, "")
     assert "malformed" not in failed(scripts.run(MAIN, "pull", "acme/damaged", "--fast"))
@@ -324,7 +414,7 @@ def test_a_file_that_never_comes_whole_can_come_later(
     result = scripts.run(MAIN, "pull", "acme/damaged", "--fast")
     assert result.returncode == 0, result.stderr
     assert set(shards_asked(hub)) == {last}
-    assert tree(models / "acme--damaged" / "4bit") == converted("acme/damaged", small, tmp_path, fast=True)
+    assert tree(models / "acme--damaged" / "4bit") == converted("acme/damaged", apart, tmp_path, fast=True)
 
 
 @pytest.mark.parametrize("size", ["6m", "52m"])
@@ -404,11 +494,14 @@ def test_headers_that_are_others_in_the_file_are_refused(hub: Hub, scripts: Prep
 
 
 def test_blocks_are_made_in_the_order_of_files() -> None:
-    """By number they would hold all of the files, where these are ordered by name."""
+    """By number they would hold all of the files, where these are ordered by name. One is downloaded ahead where that
+    makes two."""
     a, b, c = (Path(name) for name in "abc")
     by_name = {0: {a}, 1: {a}, 2: {b, c}, 3: {c}, 10: {a, b}, 11: {b}}
     route = stages({block: frozenset(files) for block, files in by_name.items()})
-    assert [stage.blocks for stage in route] == [(0, 1), (10, 11), (2, 3)]
-    assert [stage.present for stage in route] == [{a}, {a, b}, {b, c}]
+    assert [stage.blocks for stage in route] == [(0, 1), (10,), (11,), (2,), (3,)]
+    assert [stage.present for stage in route] == [{a}, {a, b}, {b}, {b, c}, {c}]
+    assert [stage.at_once for stage in route] == [{a, b}, {a, b}, {b, c}, {b, c}, {c}]
     spread = stages({0: frozenset({a}), 1: frozenset({b}), 2: frozenset({a, c})})
     assert [stage.present for stage in spread] == [{a}, {a, b}, {a, c}]
+    assert [stage.ahead for stage in spread] == [b, None, None]
