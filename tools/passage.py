@@ -133,7 +133,7 @@ class Passage:
     def let_go(self, paths: Iterable[Path]) -> None:
         """Of each only what lasts stays, unless it is the cache's."""
         for path in sorted(paths):
-            if path.is_symlink() and (whole := path.readlink()).is_relative_to(self._whole):
+            if path.is_symlink() and (whole := path.resolve()).is_relative_to(self._whole):
                 self._write_rest(path)
                 whole.unlink()
                 sync_folder(whole.parent)
@@ -147,7 +147,7 @@ class Passage:
 
     @property
     def _whole(self) -> Path:
-        return self._folder.absolute() / "whole"
+        return self._folder.resolve() / "whole"  # what is compared has no link in it, wherever the folder is
 
     def _needed(self, route: Iterable[Stage]) -> set[Path]:
         """Those that have to be whole once more."""

@@ -131,6 +131,23 @@ def test_it_is_what_convert_makes_and_files_go_as_it_does(
     assert "55.07 MiB are downloaded; at most 13.89 MiB are here at a time" in result.stderr
 
 
+def test_files_go_where_the_folder_of_models_is_behind_a_link(
+    hub: Hub, scripts: Prepared, small: Path, tmp_path: Path
+) -> None:
+    """And its path has a `..` in it."""
+    offer(hub, "acme/linked", small)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    data, there = tmp_path / "real" / ".." / "linked", list[int]()
+    hub.watched.append(lambda _: there.append(len(list((tmp_path / "real").rglob("whole/*.safetensors")))))
+    result = scripts.run(MAIN, "pull", "acme/linked", "--fast", environment={"XDG_DATA_HOME": str(data)})
+    assert result.returncode == 0, result.stderr
+    assert len(there) == 4
+    assert max(there) <= 2
+    made = tree(tmp_path / "real" / "moetier" / "models" / "acme--linked" / "4bit")
+    assert made == converted("acme/linked", small, tmp_path, fast=True)
+
+
 def test_a_model_of_one_file(hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path) -> None:
     one = reshard(small, tmp_path / "one", 1)
     offer(hub, "acme/one", one)
