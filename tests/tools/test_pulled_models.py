@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -233,6 +235,96 @@ def test_rm_asks_at_a_terminal(models: Path) -> None:
         terminal.type("y\n")
         terminal.wait_for("acme/b:4bit: removed")
     assert list(pulled()) == ["acme/a:4bit"]
+
+
+def test_rm_looks_again_behind_the_answer(models: Path) -> None:
+    """Somebody began to use it meanwhile."""
+    place(models, "acme/a:4bit")
+    (file := models / "acme--a" / "4bit" / "config.json").write_text("{}")
+    command = ["-m", "moetier.tools.main", "rm", "acme/a"]
+    with Terminal(*command, XDG_DATA_HOME=str(models.parents[1])) as terminal:
+        terminal.wait_for(r"Remove acme/a:4bit \(.*\)\? \[y/N\] ")
+        with file.open() as stream:
+            user = subprocess.Popen(["sleep", "100"], stdin=stream)
+        try:
+            terminal.type("y\n")
+            terminal.wait_for(rf"acme/a:4bit is in use: process {user.pid} \(sleep 100\)")
+        finally:
+            user.kill()
+            user.wait()
+    assert file.exists()
+
+
+def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one of another user does, whose files nobody sees."""
+    place(models, "acme/a:4bit")
+    store = models / "acme--a" / "4bit" / GROUP
+    (store / METADATA).write_text("{}")
+    lock = os.open(store, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["rm", "acme/a"]) == 1
+    finally:
+        os.close(lock)
+    assert "acme/a:4bit is in use: a conversion writes into it." in capsys.readouterr().err
+    assert (store / METADATA).exists()
+    assert main(["rm", "acme/a"]) == 0
+
+
+REMOVED = """
+import json, os, shutil, signal, sys
+from moetier.runtime.models import models_folder, pulled
+from moetier.tools.main import main
+old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
+
+def in_child(kill_at=None):
+    'Exit status, and how many files and folders were removed.'
+    receive, send = os.pipe()
+    if not (pid := os.fork()):
+        removed = 0
+        def hook(event, arguments):
+            nonlocal removed
+            if event in ('os.remove', 'os.rmdir'):
+                removed += 1
+                if removed == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        status = main(['rm', 'acme/a:4bit'])
+        os.write(send, str(removed).encode())
+        os._exit(status)
+    os.close(send)
+    with open(receive) as stream: said = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+shutil.copytree(old, folder)
+status, steps = in_child()
+left = []
+for step in range(1, int(steps) + 1):
+    shutil.copytree(old, folder)
+    killed, _ = in_child(step)
+    files = sum(len(names) for _, _, names in os.walk(folder))
+    names = list(pulled())
+    again = in_child()[0] if names else 0
+    left.append([step, killed, files, names, again, folder.exists() and os.listdir(folder)])
+    shutil.rmtree(folder, ignore_errors=True)
+print(json.dumps([status, left]), file=sys.stderr)
+"""
+
+
+def test_rm_that_is_killed_leaves_nothing_without_a_name(models: Path, scripts: Prepared, tmp_path: Path) -> None:
+    (array := tmp_path / "old" / GROUP / "records" / "c").mkdir(parents=True)
+    (whole := tmp_path / "old" / "download" / "x" / "whole").mkdir(parents=True)
+    files = [array / "0", array / "1", array.parents[1] / METADATA, whole / "y", *(tmp_path / "old" / n for n in "az")]
+    for file in files:
+        file.write_bytes(b"1")
+    result = scripts.run(REMOVED, tmp_path / "old", environment=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    status, steps = json.loads(result.stderr)
+    assert status == 0
+    assert len(steps) > 10
+    for step, killed, count, names, again, rest in steps:
+        assert (killed, again) == (-9, 0), step
+        assert not count or names == ["acme/a:4bit"], step
+        assert not rest, step
 
 
 def test_the_default_place_is_below_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
