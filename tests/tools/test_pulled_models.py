@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import moetier
 from moetier.runtime.models import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.shard import GROUP, METADATA, PLAN
+from moetier.tools.list import disk_bytes
 from moetier.tools.main import build_parser, main
 from moetier.tools.options import directory, walk
 
@@ -145,7 +148,7 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     (part / GROUP / METADATA).unlink()
     (part / GROUP / PLAN).write_text(json.dumps(manifest | {"digest": "", "trunk": {}}))
     (part / "conversion.json").write_text(json.dumps({"command": ["moetier", "pull", "acme/part", "--fast"]}))
-    place(models, "acme/empty:3bit")
+    place(models, "acme/empty:3bit-trunk8bit")
     (tinymix_there / "origin.json").write_text(json.dumps({"id": "acme/tinymix", "revision": "a" * 40}))
     assert main(["list", "--json"]) == 0
     empty, cut, whole = json.loads(capsys.readouterr().out)
@@ -155,15 +158,63 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     assert size <= whole["bytes"] < size * 1.2
     assert whole["pulled_unix"] == (tinymix_there / GROUP / METADATA).stat().st_mtime
     assert (cut["bits"], cut["complete"], cut["resume"]) == (4, False, "moetier pull acme/part --fast")
-    assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --overwrite")
+    assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite")
     assert main(["list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "bits", "trunk", "size", "experts", "pulled"]
+    assert rows[0].endswith("incomplete: moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite replaces it")
     assert rows[1].endswith("incomplete: moetier pull acme/part --fast resumes it")
     assert "8 x 8" in rows[2]
     assert rows[2].split()[-1] == "complete"
     with pytest.raises(IncompleteStoreError, match="incomplete"):
         moetier.load("acme/part")
+
+
+def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "stays").write_bytes(b"1" * 5000)
+    ended = threading.Event()
+
+    def convert() -> None:
+        while not ended.is_set():
+            for number in range(100):
+                (tmp_path / f"{number}.partial").touch()
+            for number in range(100):
+                (tmp_path / f"{number}.partial").rename(tmp_path / str(number))
+            for number in range(100):
+                (tmp_path / str(number)).unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        converting = pool.submit(convert)
+        try:
+            for _ in range(100):
+                assert disk_bytes(tmp_path) == 8192
+        finally:
+            ended.set()
+        converting.result()
+
+
+FINISHED = """
+import os, sys
+from moetier.tools.main import main
+def hook(event, arguments):
+    if event == 'open' and str(arguments[0]).endswith('plan.json') and os.path.exists(arguments[0]):
+        os.rename(os.path.join(os.path.dirname(arguments[0]), 'ready'), arguments[0].replace('plan.json', 'zarr.json'))
+        os.remove(arguments[0])
+sys.addaudithook(hook)
+sys.exit(main(['list', '--json']))
+"""
+
+
+def test_list_while_a_conversion_ends(tinymix_there: Path, scripts: Prepared) -> None:
+    """Its plan is there when it is looked for, and gone when it is read."""
+    store = tinymix_there / GROUP
+    (store / METADATA).rename(store / "ready")
+    (store / PLAN).write_text("{}")
+    result = scripts.run(FINISHED, environment=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads(result.stdout)
+    assert (found["name"], found["bits"], found["complete"]) == (NAME, 4, True)
+    assert not (store / PLAN).exists()
 
 
 def test_list_of_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
