@@ -126,7 +126,15 @@ def convert(
     from .skeleton import check_supported
 
     if check_source(src) is None:
-        return pull(str(src), Path(dst), revision=revision, keep_source=keep_source, ignore_code=ignore_code, **how)
+        return pull(
+            str(src),
+            Path(dst),
+            revision=revision,
+            keep_source=keep_source,
+            ignore_code=ignore_code,
+            or_folder=True,
+            **how,
+        )
     if revision is not None or keep_source:
         raise ConfigError(
             f"{src} is a folder: nothing of it is downloaded, and nothing removed.",
@@ -143,10 +151,12 @@ def pull(
     revision: str | None = None,
     keep_source: bool = False,
     ignore_code: bool = False,
+    or_folder: bool = False,
     resuming: Sequence[str] | None = None,
     **how: Unpack[How],
 ) -> ConversionReport:
-    """The same for a hub id, whatever folders there are. A run that was cut goes on with the commit that it was of."""
+    """The same for a hub id, whatever folders there are; ``or_folder``: one of that name was looked for before. A run
+    that was cut goes on with the commit that it was of."""
     from .remote import open_on_hub
     from .skeleton import check_supported
     from .target import DOWNLOAD, revision_under_way
@@ -156,6 +166,7 @@ def pull(
         dst / DOWNLOAD,
         revision=revision or revision_under_way(dst, name),
         keep=keep_source,
+        or_folder=or_folder,
         ignore_code=ignore_code,
         check=check_supported,
     )

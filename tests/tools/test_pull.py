@@ -174,7 +174,7 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
     assert hub.asked == []
     assert tree(models / "acme--kept" / "2bit") == converted("acme/kept", small, tmp_path, bits=2)
     assert {path.name for path in snapshot.glob("*.safetensors")} == set(shards)
-    assert "the hub did not give a model of that id" in failed(refused)
+    assert "The hub did not give a model of the id acme/never-seen: " in failed(refused)
 
 
 # cut
@@ -287,10 +287,27 @@ def test_a_connection_that_breaks_is_taken_up_again(
 @pytest.mark.parametrize(
     ("name", "start", "refusal", "said"),
     [
-        ("acme/unknown", "/api/models/", (404, "RepoNotFound"), "There is no folder acme/unknown, and the hub"),
+        (
+            "acme/unknown",
+            "/api/models/",
+            (404, "RepoNotFound"),
+            "The hub did not give a model of the id acme/unknown: ",
+        ),
         ("acme/asks", "/api/models/", (401, "GatedRepo"), "log in with `hf auth login`"),
         ("acme/licence", f"/acme/licence/resolve/{REVISION}/model-00002", (403, "GatedRepo"), "behind a licence"),
         ("acme/lacks", f"/acme/lacks/resolve/{REVISION}/model-00002", (404, "EntryNotFound"), "404 Client Error"),
+        (
+            "acme/ails",
+            f"/acme/ails/resolve/{REVISION}/model-00002",
+            (500, ""),
+            "did not give model-00002-of-00004.safetensors of acme/ails: ",
+        ),
+        (
+            "acme/ails-too",
+            f"/api/models/acme/ails-too/revision/{REVISION}",
+            (500, ""),
+            "did not give the list of files of acme/ails-too: ",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_two_lines_and_nothing_is_made(
