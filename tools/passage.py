@@ -167,6 +167,8 @@ class Passage:
 
     def _fetch(self, path: Path, quiet: bool) -> None:
         name, remote = self._names[path], self._files[path]
+        if not self.keep:
+            make_folders((self._whole / name).parent)
         with Progress(name, remote.size, quiet=quiet) as progress:
             found = self._cached(path)
             if found is None:
@@ -186,14 +188,16 @@ class Passage:
         sync_folder(path.parent)
 
     def _check_sum(self, found: Path, remote: RemoteFile, name: str) -> None:
-        """Raises CheckpointError, and removes a file whose bytes are not the hub's."""
+        """Has it on the disk before a link says that it is whole. Raises CheckpointError, and removes a file whose
+        bytes are not the hub's."""
         problem = None
-        if (size := found.stat().st_size) != remote.size:
-            problem = f"it has {size:,} bytes, and should have {remote.size:,}"
-        elif remote.sha256 is not None:
-            with found.open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != remote.sha256:
-                    problem = "its sha256 is another than the hub says"
+        with found.open("rb") as stream:
+            if (size := os.fstat(stream.fileno()).st_size) != remote.size:
+                problem = f"it has {size:,} bytes, and should have {remote.size:,}"
+            elif remote.sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != remote.sha256:
+                problem = "its sha256 is another than the hub says"
+            if problem is None:
+                os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if problem:
             found.resolve().unlink()
@@ -201,6 +205,8 @@ class Passage:
                 f"{name} of {self._name} was damaged on its way: {problem}.",
                 "Run the same command again: it resumes where it stopped.",
             )
+        for folder in {found.parent, found.resolve().parent}:  # of the cache's link, and of what it leads to
+            sync_folder(folder)
 
     # what stays
 

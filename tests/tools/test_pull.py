@@ -180,6 +180,41 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
 # cut
 
 
+SYNCED = """
+import os, sys
+from moetier.tools.main import main
+real, said = os.fsync, open(sys.argv[1], 'w')
+
+def synced(descriptor):
+    real(descriptor)
+    print('sync', os.readlink(f'/proc/self/fd/{descriptor}'), file=said)
+
+def hook(event, arguments):
+    if event == 'os.rename': print('name', os.path.abspath(arguments[1]), file=said)
+
+os.fsync = synced
+sys.addaudithook(hook)
+status = main(sys.argv[2:])
+said.close()
+sys.exit(status)
+"""
+
+
+def test_a_file_is_on_the_disk_before_a_link_says_that_it_is_whole(
+    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+) -> None:
+    files = offer(hub, "acme/synced", small)
+    result = scripts.run(SYNCED, tmp_path / "said", "pull", "acme/synced", "--fast")
+    assert result.returncode == 0, result.stderr
+    said = (tmp_path / "said").read_text().splitlines()
+    place = models.resolve() / "acme--synced" / "4bit" / "download" / REVISION
+    for file in (file for file in files if file.endswith(".safetensors")):
+        before = said[: said.index(f"name {place}/shards/{file}")]
+        assert f"sync {place}/whole/{file}" in before
+        assert f"sync {place}/whole" in before[before.index(f"sync {place}/whole/{file}") :]
+        assert f"sync {place}" in before
+
+
 def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
     hub: Hub, scripts: Prepared, models: Path, tinymix_12: Path, tmp_path: Path
 ) -> None:
