@@ -6,6 +6,7 @@ know of any of this. Below ``folder``:
 
     whole/NAME      as it was downloaded
     shards/NAME     what is read: a link to that, or into huggingface_hub's cache; once it has passed, the sparse file
+    shards/NAME.kept    what that has: a hole looks like zeros, and another version may want more than this one kept
 
 Links and files are renamed into place, so a process that is killed leaves what the next one goes on with.
 """
@@ -13,6 +14,7 @@ Links and files are renamed into place, so a process that is killed leaves what 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from moetier.runtime.config import format_bytes
-from moetier.tiers.durable import make_folders, sync_folder
+from moetier.tiers.durable import make_folders, sync_folder, write_durably
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.keys import PAGE
 from moetier.tiers.shard import PARTIAL
@@ -115,7 +117,9 @@ class Passage:
         coming = {path: self._files[path].size for path in self._coming(self._needed(route)) if not self._stays(path)}
         together = [stage.present for stage in route] + [frozenset([path]) for path in coming]
         most = max((sum(coming.get(path, 0) for path in files) for files in together), default=0)
-        staying = sum(self._rest_bytes(path) for path in self._tensors if not self._stays(path) and not _rests(path))
+        staying = sum(
+            self._rest_bytes(path) for path in self._tensors if not self._stays(path) and not self._rests(path)
+        )
         return most + staying
 
     def in_cache(self, route: Iterable[Stage]) -> int:
@@ -141,7 +145,7 @@ class Passage:
     def rest(self, quiet: bool) -> None:
         """Lets those pass that no block has needed."""
         for path in self._tensors:
-            if not path.exists():
+            if not self._serves(path):
                 self.let_in([path], quiet)
             self.let_go([path])
 
@@ -151,7 +155,8 @@ class Passage:
 
     def _needed(self, route: Iterable[Stage]) -> set[Path]:
         """Those that have to be whole once more."""
-        return {path for stage in route for path in stage.files} | {path for path in self._tensors if not path.exists()}
+        lost = {path for path in self._tensors if not self._serves(path)}
+        return lost.union(*(stage.files for stage in route))
 
     def _coming(self, needed: Iterable[Path]) -> Iterator[Path]:
         """Of those the ones to be downloaded."""
@@ -217,6 +222,20 @@ class Passage:
         for tensor in tensors:
             yield from [(tensor.offset, tensor.nbytes)] if tensor.name in self._lasting else samples(tensor)
 
+    def _rests(self, path: Path) -> bool:
+        """Whether all that is to stay of it is in the sparse file."""
+        if not path.is_file() or path.is_symlink():
+            return False
+        try:
+            kept = {(offset, size) for offset, size in json.loads(_kept(path).read_bytes())}
+        except (FileNotFoundError, ValueError, TypeError):
+            return False
+        return kept.issuperset(self._ranges(path))
+
+    def _serves(self, path: Path) -> bool:
+        """Whether the trunk, and the samples, can be read from it."""
+        return _is_whole(path) or self._rests(path)
+
     def _rest_bytes(self, path: Path) -> int:
         """About what those take on a disk: whole pages."""
         return sum(-(-size // PAGE) * PAGE + PAGE for _, size in self._ranges(path))
@@ -233,6 +252,7 @@ class Passage:
                     stream.seek(start)
                     _write_all(stream.write, piece.data)
             os.fsync(stream.fileno())
+        write_durably(_kept(path), json.dumps(list(self._ranges(path))).encode())
         partial.rename(path)
         sync_folder(path.parent)
 
@@ -251,8 +271,8 @@ def _is_whole(path: Path) -> bool:
     return path.is_symlink() and path.exists()
 
 
-def _rests(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def _kept(path: Path) -> Path:
+    return path.with_name(path.name + ".kept")
 
 
 def moved(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:

@@ -245,6 +245,35 @@ def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
     assert tree(folder) == converted("acme/killed", tinymix_12, tmp_path, fast=True)
 
 
+LESS = """
+from moetier.tools.passage import Passage
+last = Passage.last
+Passage.last = lambda self, tensors: last(self, [name for name in tensors if 'self_attn' not in name])
+"""
+
+
+def test_what_another_version_did_not_keep_is_fetched_anew(
+    hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path
+) -> None:
+    """It took attention for what is not read behind the blocks, and was killed while the last file was on its way."""
+    files = offer(hub, "acme/lessons", small)
+    *_, last = sorted(file for file in files if file.endswith(".safetensors"))
+
+    def kill(file: str) -> None:
+        if file == last:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    hub.watched.append(kill)
+    result = scripts.run(LESS + NOTED, tmp_path / "pid", "pull", "acme/lessons", "--fast")
+    assert result.returncode == -signal.SIGKILL
+    folder = models / "acme--lessons" / "4bit"
+    assert [path for path in folder.rglob("shards/*.safetensors") if not path.is_symlink()]
+    hub.watched.clear()
+    result = scripts.run(MAIN, "pull", "acme/lessons", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert tree(folder) == converted("acme/lessons", small, tmp_path, fast=True)
+
+
 STEPS = """
 import json, os, signal, sys
 from pathlib import Path
