@@ -193,10 +193,17 @@ def write(
     from .conversion import Conversion
     from .draft import Options
     from .target import State, check_place, is_ours, remove
+    from .users import check_unused
 
     def say(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr, flush=True)
+
+    def clear() -> State:
+        check_unused(str(dst), dst)
+        say(f"{dst}: what is there is removed first")
+        remove(dst)
+        return State.NEW
 
     options = Options(bits, trunk_bits, group_size, pairs, fast, workers)
     check_place(dst, checkpoint.folder)
@@ -206,11 +213,9 @@ def write(
     except TargetExistsError:
         if not (overwrite and is_ours(dst)):
             raise
-        remove(dst)
-        state = State.NEW
+        state = clear()
     if state is State.COMPLETE and overwrite:  # its bytes may be damaged, which nothing here looks at
-        remove(dst)
-        state = State.NEW
+        state = clear()
     if state is State.COMPLETE:
         conversion.target.tidy()
         return conversion.report({}, seconds=0.0, was_complete=True)

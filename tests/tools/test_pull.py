@@ -330,8 +330,19 @@ def test_a_commit_stays_what_it_was_begun_with(hub: Hub, scripts: Prepared, smal
     assert result.returncode == 1
     assert "they differ in source_digest" in result.stderr
     assert "--overwrite" in result.stderr
+    before = tree(models / "acme--moves" / "4bit")
+    with (models / "acme--moves" / "4bit" / "config.json").open() as stream:
+        user = subprocess.Popen(["sleep", "100"], stdin=stream)
+        try:
+            said = failed(scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite"))
+        finally:
+            user.kill()
+            user.wait()
+    assert f"process {user.pid} (sleep 100)" in said
+    assert tree(models / "acme--moves" / "4bit") == before
     result = scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite")
     assert result.returncode == 0, result.stderr
+    assert f"{models / 'acme--moves' / '4bit'}: what is there is removed first" in result.stderr
 
 
 # faults
