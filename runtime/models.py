@@ -97,12 +97,18 @@ def name_of(folder: Path) -> str:
 
 
 def _advice(name: str) -> str:
-    there, parts = list(pulled()), NAME.fullmatch(name)
+    there = list(pulled())
+    ids = dict.fromkeys(each.rpartition(":")[0] for each in there)
+    near = difflib.get_close_matches(name, [*there, *ids], n=3)
+    said = f"`moetier list` has {', '.join(near)}; or" if near else "A checkpoint is converted by `moetier convert`;"
+    return f"{said} pull it: moetier pull {shlex.join(pulling(name))}"
+
+
+def pulling(name: str) -> list[str]:
+    """The words that follow ``moetier pull`` for a model to get this name."""
+    parts = NAME.fullmatch(name)
     assert parts is not None
     words, width = [parts["id"]], WIDTH.fullmatch(parts["tag"] or "")
     if width is not None:
         words += ["--bits", width[1]] + (["--trunk-bits", width[2]] if width[2] else [])
-    ids = dict.fromkeys(each.rpartition(":")[0] for each in there)
-    near = difflib.get_close_matches(name, [*there, *ids], n=3)
-    said = f"`moetier list` has {', '.join(near)}; or" if near else "A checkpoint is converted by `moetier convert`;"
-    return f"{said} pull it: moetier pull {shlex.join(words)}"
+    return words

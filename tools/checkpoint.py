@@ -124,7 +124,7 @@ def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[
     """(name, folder). Of a hub id only the small ``files`` are there then."""
     folder = check_source(source)
     if folder is None:
-        return str(source), hub.fetch(str(source), files)
+        return str(source), hub.fetch(str(source), files, or_folder=True)
     if _is_snapshot(folder):
         return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder
     return folder.name, folder

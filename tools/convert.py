@@ -132,7 +132,15 @@ def convert(
     from .skeleton import check_supported
 
     if check_source(src) is None:
-        return pull(str(src), Path(dst), revision=revision, keep_source=keep_source, ignore_code=ignore_code, **how)
+        return pull(
+            str(src),
+            Path(dst),
+            revision=revision,
+            keep_source=keep_source,
+            ignore_code=ignore_code,
+            or_folder=True,
+            **how,
+        )
     if revision is not None or keep_source:
         raise ConfigError(
             f"{src} is a folder: nothing of it is downloaded, and nothing removed.",
@@ -149,10 +157,12 @@ def pull(
     revision: str | None = None,
     keep_source: bool = False,
     ignore_code: bool = False,
+    or_folder: bool = False,
     resuming: Sequence[str] | None = None,
     **how: Unpack[How],
 ) -> ConversionReport:
-    """The same for a hub id, whatever folders there are. A run that was cut goes on with the commit that it was of."""
+    """The same for a hub id, whatever folders there are; ``or_folder``: one of that name was looked for before. A run
+    that was cut goes on with the commit that it was of."""
     from .remote import open_on_hub
     from .skeleton import check_supported
     from .target import DOWNLOAD, revision_under_way
@@ -162,6 +172,7 @@ def pull(
         dst / DOWNLOAD,
         revision=revision or revision_under_way(dst, name),
         keep=keep_source,
+        or_folder=or_folder,
         ignore_code=ignore_code,
         check=check_supported,
     )
@@ -188,10 +199,17 @@ def write(
     from .conversion import Conversion
     from .draft import Options
     from .target import State, check_place, is_ours, remove
+    from .users import check_unused
 
     def say(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr, flush=True)
+
+    def clear() -> State:
+        check_unused(str(dst), dst)
+        say(f"{dst}: what is there is removed first")
+        remove(dst)
+        return State.NEW
 
     options = Options(bits, trunk_bits, group_size, pairs, fast, workers)
     check_place(dst, checkpoint.folder)
@@ -201,11 +219,9 @@ def write(
     except TargetExistsError:
         if not (overwrite and is_ours(dst)):
             raise
-        remove(dst)
-        state = State.NEW
+        state = clear()
     if state is State.COMPLETE and overwrite:  # its bytes may be damaged, which nothing here looks at
-        remove(dst)
-        state = State.NEW
+        state = clear()
     if state is State.COMPLETE:
         conversion.target.tidy()
         return conversion.report({}, seconds=0.0, was_complete=True)

@@ -52,11 +52,14 @@ def check_id(name: str) -> None:
         ) from error
 
 
-def fetch(name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = None) -> Path:
-    """The snapshot's folder, with those of ``files`` (names or patterns) that there are. Raises CheckpointError."""
+def fetch(
+    name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = None, *, or_folder: bool = False
+) -> Path:
+    """The snapshot's folder, with those of ``files`` (names or patterns) that there are. ``or_folder``: ``name`` might
+    have been a folder's. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
 
-    with _errors(name):
+    with _errors(name, or_folder=or_folder):
         return Path(snapshot_download(name, allow_patterns=list(files), revision=revision))
 
 
@@ -64,7 +67,7 @@ def listing(name: str, revision: str) -> dict[str, RemoteFile]:
     """Every file of a revision. Raises CheckpointError."""
     from huggingface_hub import HfApi
 
-    with _errors(name):
+    with _errors(name, "the list of files"):
         found = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or ()
     return {
         each.rfilename: RemoteFile(each.size, None if each.lfs is None else each.lfs.sha256)
@@ -115,7 +118,8 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
 
     def header(file: str) -> dict[str, Any]:
         try:
-            found = api.parse_safetensors_file_metadata(name, file, revision=revision)
+            with _errors(name, file):
+                found = api.parse_safetensors_file_metadata(name, file, revision=revision)
         except SafetensorsParsingError as error:
             raise CheckpointError(
                 f"{file} of {name} has a malformed header ({error}).", "Choose another revision, or another model."
@@ -125,7 +129,7 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
             for tensor, info in found.tensors.items()
         }
 
-    with _errors(name), ThreadPoolExecutor(HEADERS_AT_ONCE, "headers") as pool:
+    with ThreadPoolExecutor(HEADERS_AT_ONCE, "headers") as pool:
         return dict(zip(files, pool.map(header, files), strict=True))
 
 
@@ -143,8 +147,9 @@ def cache_place() -> Path:
 
 
 @contextmanager
-def _errors(name: str, file: str | None = None) -> Iterator[None]:
-    """Turns what goes wrong between here and the hub into a CheckpointError."""
+def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> Iterator[None]:
+    """Turns what goes wrong between here and the hub into a CheckpointError: it did not give ``what``, as a file, of a
+    model that it has; or the model."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -174,10 +179,12 @@ def _errors(name: str, file: str | None = None) -> Iterator[None]:
             reason, fix = "it has no such revision.", "Name a branch, a tag or a commit of it with --revision."
         elif any(isinstance(each, OfflineModeIsEnabled) for each in causes):
             fix = "Unset HF_HUB_OFFLINE, and see that there is a network."
-        elif file is not None:
+        elif what is not None:
             fix = "Check the network, and run the same command again: it resumes where it stopped."
-        if file is not None:
-            raise CheckpointError(f"The hub did not give {file} of {name}: {reason}", fix) from error
-        raise CheckpointError(
-            f"There is no folder {name}, and the hub did not give a model of that id: {reason}", fix
-        ) from error
+        if what is not None:
+            cause = f"The hub did not give {what} of {name}"
+        elif or_folder:
+            cause = f"There is no folder {name}, and the hub did not give a model of that id"
+        else:
+            cause = f"The hub did not give a model of the id {name}"
+        raise CheckpointError(f"{cause}: {reason}", fix) from error

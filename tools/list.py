@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HELP = "list the models that were pulled"
+LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Listed:
     bytes: int  # that it takes on the disk, with what is on its way
     pulled_unix: float  # when it was finished, or last went on
     revision: str | None  # the hub's commit
-    resume: str | None  # the command that completes it; None where it is complete
+    resume: str | None  # the command that completes it, or where its plan is lost replaces it; None of a complete one
 
     @property
     def complete(self) -> bool:
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.models import models_folder, pulled
 
-    found = [look(name, folder) for name, folder in pulled().items()]
+    found = [model for name, folder in pulled().items() if (model := look(name, folder)) is not None]
     if arguments.json:
         print(json.dumps([asdict(model) | {"complete": model.complete} for model in found], indent=2))
     elif found:
@@ -48,8 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def look(name: str, folder: Path) -> Listed:
+def look(name: str, folder: Path) -> Listed | None:
+    """None of what is removed meanwhile. A conversion that ends meanwhile takes its plan away: then once more."""
+    for _ in range(LOOKS):
+        with contextlib.suppress(FileNotFoundError):
+            return _look(name, folder)
+    return None
+
+
+def _look(name: str, folder: Path) -> Listed:
     """Reads the manifest, or what is to become it."""
+    from moetier.runtime.models import pulling
     from moetier.tiers.errors import StoreError
     from moetier.tiers.folder import command, read_manifest, read_origin, resuming
     from moetier.tiers.manifest import Manifest
@@ -65,7 +77,7 @@ def look(name: str, folder: Path) -> Listed:
         else:
             manifest = read_manifest(store)
     except (StoreError, ValueError):
-        resume = command("pull", name.rpartition(":")[0], "--overwrite")
+        resume = command("pull", *pulling(name), "--overwrite")
     return Listed(
         name=name,
         folder=str(folder),
@@ -82,7 +94,12 @@ def look(name: str, folder: Path) -> Listed:
 
 def disk_bytes(folder: Path) -> int:
     """That its files take; holes and what links lead to don't count."""
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    taken = 0
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                taken += os.lstat(Path(place, name)).st_blocks * 512
+    return taken
 
 
 def _text(found: list[Listed]) -> str:
@@ -92,6 +109,7 @@ def _text(found: list[Listed]) -> str:
 
     rows = [["name", "bits", "trunk", "size", "experts", "pulled", ""]]
     for model in found:
+        does = "replaces" if model.bits is None else "resumes"
         experts = "?" if model.experts is None else f"{model.blocks} x {model.experts // (model.blocks or 1)}"
         rows.append(
             [
@@ -101,7 +119,7 @@ def _text(found: list[Listed]) -> str:
                 format_bytes(model.bytes),
                 experts,
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(model.pulled_unix)),
-                "complete" if model.complete else f"incomplete: {model.resume} resumes it",
+                "complete" if model.complete else f"incomplete: {model.resume} {does} it",
             ]
         )
     return table(rows)

@@ -6,6 +6,7 @@ know of any of this. Below ``folder``:
 
     whole/NAME      as it was downloaded
     shards/NAME     what is read: a link to that, or into huggingface_hub's cache; once it has passed, the sparse file
+    shards/NAME.kept    what that has: a hole looks like zeros, and another version may want more than this one kept
 
 Links and files are renamed into place, so a process that is killed leaves what the next one goes on with.
 """
@@ -13,6 +14,7 @@ Links and files are renamed into place, so a process that is killed leaves what 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from moetier.runtime.config import format_bytes
-from moetier.tiers.durable import make_folders, sync_folder
+from moetier.tiers.durable import make_folders, sync_folder, write_durably
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.keys import PAGE
 from moetier.tiers.shard import PARTIAL
@@ -132,7 +134,9 @@ class Passage:
         coming = {path: self._files[path].size for path in self._coming(self._needed(route)) if not self._stays(path)}
         together = [stage.at_once for stage in route] + [frozenset([path]) for path in coming]
         most = max((sum(coming.get(path, 0) for path in files) for files in together), default=0)
-        staying = sum(self._rest_bytes(path) for path in self._tensors if not self._stays(path) and not _rests(path))
+        staying = sum(
+            self._rest_bytes(path) for path in self._tensors if not self._stays(path) and not self._rests(path)
+        )
         return most + staying
 
     def in_cache(self, route: Iterable[Stage]) -> int:
@@ -161,7 +165,7 @@ class Passage:
     def let_go(self, paths: Iterable[Path]) -> None:
         """Of each only what lasts stays, unless it is the cache's."""
         for path in sorted(paths):
-            if path.is_symlink() and (whole := path.readlink()).is_relative_to(self._whole):
+            if path.is_symlink() and (whole := path.resolve()).is_relative_to(self._whole):
                 self._write_rest(path)
                 whole.unlink()
                 sync_folder(whole.parent)
@@ -169,17 +173,18 @@ class Passage:
     def rest(self, quiet: bool) -> None:
         """Lets those pass that no block has needed."""
         for path in self._tensors:
-            if not path.exists():
+            if not self._serves(path):
                 self.let_in([path], quiet)
             self.let_go([path])
 
     @property
     def _whole(self) -> Path:
-        return self._folder.absolute() / "whole"
+        return self._folder.resolve() / "whole"  # what is compared has no link in it, wherever the folder is
 
     def _needed(self, route: Iterable[Stage]) -> set[Path]:
         """Those that have to be whole once more."""
-        return {path for stage in route for path in stage.files} | {path for path in self._tensors if not path.exists()}
+        lost = {path for path in self._tensors if not self._serves(path)}
+        return lost.union(*(stage.files for stage in route))
 
     def _coming(self, needed: Iterable[Path]) -> Iterator[Path]:
         """Of those the ones to be downloaded."""
@@ -195,6 +200,8 @@ class Passage:
 
     def _fetch(self, path: Path, quiet: bool) -> None:
         name, remote = self._names[path], self._files[path]
+        if not self.keep:
+            make_folders((self._whole / name).parent)
         with Progress(name, remote.size, quiet=quiet) as progress:
             found = self._cached(path)
             if found is None:
@@ -219,14 +226,16 @@ class Passage:
         sync_folder(path.parent)
 
     def _check_sum(self, found: Path, remote: RemoteFile, name: str) -> None:
-        """Raises CheckpointError, and removes a file whose bytes are not the hub's."""
+        """Has it on the disk before a link says that it is whole. Raises CheckpointError, and removes a file whose
+        bytes are not the hub's."""
         problem = None
-        if (size := found.stat().st_size) != remote.size:
-            problem = f"it has {size:,} bytes, and should have {remote.size:,}"
-        elif remote.sha256 is not None:
-            with found.open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != remote.sha256:
-                    problem = "its sha256 is another than the hub says"
+        with found.open("rb") as stream:
+            if (size := os.fstat(stream.fileno()).st_size) != remote.size:
+                problem = f"it has {size:,} bytes, and should have {remote.size:,}"
+            elif remote.sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != remote.sha256:
+                problem = "its sha256 is another than the hub says"
+            if problem is None:
+                os.fsync(stream.fileno())
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if problem:
             found.resolve().unlink()
@@ -234,6 +243,8 @@ class Passage:
                 f"{name} of {self._name} was damaged on its way: {problem}.",
                 "Run the same command again: it resumes where it stopped.",
             )
+        for folder in {found.parent, found.resolve().parent}:  # of the cache's link, and of what it leads to
+            sync_folder(folder)
 
     # what stays
 
@@ -243,6 +254,20 @@ class Passage:
         yield 0, tensors[0].offset if tensors else self._files[path].size
         for tensor in tensors:
             yield from [(tensor.offset, tensor.nbytes)] if tensor.name in self._lasting else samples(tensor)
+
+    def _rests(self, path: Path) -> bool:
+        """Whether all that is to stay of it is in the sparse file."""
+        if not path.is_file() or path.is_symlink():
+            return False
+        try:
+            kept = {(offset, size) for offset, size in json.loads(_kept(path).read_bytes())}
+        except (FileNotFoundError, ValueError, TypeError):
+            return False
+        return kept.issuperset(self._ranges(path))
+
+    def _serves(self, path: Path) -> bool:
+        """Whether the trunk, and the samples, can be read from it."""
+        return _is_whole(path) or self._rests(path)
 
     def _rest_bytes(self, path: Path) -> int:
         """About what those take on a disk: whole pages."""
@@ -260,6 +285,7 @@ class Passage:
                     stream.seek(start)
                     _write_all(stream.write, piece.data)
             os.fsync(stream.fileno())
+        write_durably(_kept(path), json.dumps(list(self._ranges(path))).encode())
         partial.rename(path)
         sync_folder(path.parent)
 
@@ -278,8 +304,8 @@ def _is_whole(path: Path) -> bool:
     return path.is_symlink() and path.exists()
 
 
-def _rests(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def _kept(path: Path) -> Path:
+    return path.with_name(path.name + ".kept")
 
 
 def moved(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:

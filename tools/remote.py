@@ -36,16 +36,18 @@ def open_on_hub(
     *,
     revision: str | None = None,
     keep: bool = False,
+    or_folder: bool = False,
     ignore_code: bool = False,
     check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[Checkpoint, Passage]:
     """Of a hub id; its files will pass through ``folder``, which need not be there, or with ``keep`` stay in
     huggingface_hub's cache. What that has already is read where it is.
 
-    ``revision`` is a branch, a tag or a commit. ``check`` may raise on the config. Raises CheckpointError or
-    UnsafeCheckpointError. Needs no network where all that is wanted is here.
+    ``revision`` is a branch, a tag or a commit. ``or_folder``: a folder of this name was looked for before. ``check``
+    may raise on the config. Raises CheckpointError or UnsafeCheckpointError. Needs no network where all that is wanted
+    is here.
     """
-    snapshot = hub.fetch(name, revision=revision)
+    snapshot = hub.fetch(name, revision=revision, or_folder=or_folder)
     config = read_json(snapshot, "config.json")
     if not ignore_code:
         refuse_code(snapshot, config)

@@ -1,13 +1,21 @@
-"""``moetier rm NAME...``: removes pulled models, and what was downloaded of those that are incomplete."""
+"""``moetier rm NAME...``: removes pulled models, and what was downloaded of those that are incomplete.
+
+What gives a folder its name is its store. That goes last, so what is left of a removal that is cut has its name still:
+``list`` shows it, and ``rm`` goes on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from .users import check_unused
 
 HELP = "remove pulled models"
 
@@ -18,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Removes all of them or, where a name is wrong or a model in use, none. Raises StoreFormatError or TargetError."""
+    """Removes all of them or, where a name is wrong or a model in use, none; but what has come into use by the time of
+    an answer stays, and what is behind it. Raises StoreFormatError or TargetError."""
     from moetier.runtime.config import format_bytes
     from moetier.runtime.models import pulled_model
 
@@ -31,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         size = format_bytes(disk_bytes(folder))
         if not arguments.yes and sys.stdin.isatty() and not _agrees(f"Remove {name} ({size})? [y/N] "):
             continue
-        remove(folder)
+        remove(name, folder)
         print(f"{name}: removed, {size}")
     return 0
 
@@ -52,41 +61,51 @@ def check_removable(name: str, folder: Path) -> None:
             f"{folder} is a link, or in one, to {folder.resolve()}: moetier removes nothing outside of {root}.",
             "Remove link and folder yourself.",
         )
-    if users := users_of(folder):
-        which = "; ".join(f"process {pid} ({command})" for pid, command in users.items())
-        raise TargetError(f"{name} is in use: {which}.", "End that first.")
+    check_unused(name, folder)
 
 
-def users_of(folder: Path) -> dict[int, str]:
-    """The processes, as far as one may look at them, that have files of a folder open or mapped: a daemon, a server, a
-    conversion. pid -> command line."""
-    prefix = f"{folder.resolve()}/"
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if any(f"{path}/".startswith(prefix) for path in _opened(process)) or prefix in _maps(process):
-                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                found[int(process.name)] = " ".join(words).strip()[:100]
-    return found
-
-
-def _opened(process: Path) -> Iterator[str]:
-    for link in (process / "fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            yield str(link.readlink())
-
-
-def _maps(process: Path) -> str:
-    return (process / "maps").read_text(errors="replace")
-
-
-def remove(folder: Path) -> None:
-    """First what makes it whole, so that nobody takes what is left of it, if this is cut, for a model. Links in it are
-    not followed."""
+def remove(name: str, folder: Path) -> None:
+    """First what makes it whole, so that nobody takes what is left of it, if this is cut, for a model; last its store.
+    Links in it are not followed. Raises TargetError where it is in use."""
+    from moetier.tiers.durable import sync_folder
     from moetier.tiers.shard import GROUP, METADATA
 
-    if not (folder / GROUP).is_symlink():
-        (folder / GROUP / METADATA).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    store = folder / GROUP
+    with _held(name, store):
+        check_unused(name, folder)  # by now, whatever was seen before a person was asked
+        if not store.is_symlink():
+            (store / METADATA).unlink(missing_ok=True)
+            sync_folder(store)
+        for path in folder.iterdir():
+            if path != store:
+                _remove(path)
+        sync_folder(folder)
+        _remove(store)
+        folder.rmdir()
     with contextlib.suppress(OSError):  # other widths are there
         folder.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _held(name: str, store: Path) -> Iterator[None]:
+    """With the lock of conversions into it, which the folder has until it is gone."""
+    from moetier.tiers.errors import TargetError
+
+    if store.is_symlink():  # no conversion writes there
+        yield
+        return
+    lock = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise TargetError(f"{name} is in use: a conversion writes into it.", "End that first.") from None
+    finally:
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -135,6 +135,23 @@ def test_it_is_what_convert_makes_and_files_go_as_it_does(
     assert "55.07 MiB are downloaded; at most 13.89 MiB are here at a time" in result.stderr
 
 
+def test_files_go_where_the_folder_of_models_is_behind_a_link(
+    hub: Hub, scripts: Prepared, small: Path, tmp_path: Path
+) -> None:
+    """And its path has a `..` in it."""
+    offer(hub, "acme/linked", small)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    data, there = tmp_path / "real" / ".." / "linked", list[int]()
+    hub.watched.append(lambda _: there.append(len(list((tmp_path / "real").rglob("whole/*.safetensors")))))
+    result = scripts.run(MAIN, "pull", "acme/linked", "--fast", environment={"XDG_DATA_HOME": str(data)})
+    assert result.returncode == 0, result.stderr
+    assert len(there) == 4
+    assert max(there) <= 2
+    made = tree(tmp_path / "real" / "moetier" / "models" / "acme--linked" / "4bit")
+    assert made == converted("acme/linked", small, tmp_path, fast=True)
+
+
 def test_a_model_of_one_file(hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path) -> None:
     one = reshard(small, tmp_path / "one", 1)
     offer(hub, "acme/one", one)
@@ -161,7 +178,7 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
     assert hub.asked == []
     assert tree(models / "acme--kept" / "2bit") == converted("acme/kept", small, tmp_path, bits=2)
     assert {path.name for path in snapshot.glob("*.safetensors")} == set(shards)
-    assert "the hub did not give a model of that id" in failed(refused)
+    assert "The hub did not give a model of the id acme/never-seen: " in failed(refused)
 
 
 # ahead
@@ -253,6 +270,41 @@ def test_interrupted_in_a_download_ahead_it_goes_on(
     assert tree(folder) == converted("acme/stopped", apart, tmp_path, fast=True)
 
 
+SYNCED = """
+import os, sys
+from moetier.tools.main import main
+real, said = os.fsync, open(sys.argv[1], 'w')
+
+def synced(descriptor):
+    real(descriptor)
+    print('sync', os.readlink(f'/proc/self/fd/{descriptor}'), file=said)
+
+def hook(event, arguments):
+    if event == 'os.rename': print('name', os.path.abspath(arguments[1]), file=said)
+
+os.fsync = synced
+sys.addaudithook(hook)
+status = main(sys.argv[2:])
+said.close()
+sys.exit(status)
+"""
+
+
+def test_a_file_is_on_the_disk_before_a_link_says_that_it_is_whole(
+    hub: Hub, scripts: Prepared, small: Path, models: Path, tmp_path: Path
+) -> None:
+    files = offer(hub, "acme/synced", small)
+    result = scripts.run(SYNCED, tmp_path / "said", "pull", "acme/synced", "--fast")
+    assert result.returncode == 0, result.stderr
+    said = (tmp_path / "said").read_text().splitlines()
+    place = models.resolve() / "acme--synced" / "4bit" / "download" / REVISION
+    for file in (file for file in files if file.endswith(".safetensors")):
+        before = said[: said.index(f"name {place}/shards/{file}")]
+        assert f"sync {place}/whole/{file}" in before
+        assert f"sync {place}/whole" in before[before.index(f"sync {place}/whole/{file}") :]
+        assert f"sync {place}" in before
+
+
 def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
     hub: Hub, scripts: Prepared, models: Path, tinymix_12: Path, tmp_path: Path
 ) -> None:
@@ -281,6 +333,35 @@ def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
     assert "resumed: " in result.stderr
     assert begun[7:] == sorted(set(begun))[6:]  # the seventh again, and what comes behind it
     assert tree(folder) == converted("acme/killed", tinymix_12, tmp_path, fast=True)
+
+
+LESS = """
+from moetier.tools.passage import Passage
+last = Passage.last
+Passage.last = lambda self, tensors: last(self, [name for name in tensors if 'self_attn' not in name])
+"""
+
+
+def test_what_another_version_did_not_keep_is_fetched_anew(
+    hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path
+) -> None:
+    """It took attention for what is not read behind the blocks, and was killed while the last file was on its way."""
+    files = offer(hub, "acme/lessons", small)
+    *_, last = sorted(file for file in files if file.endswith(".safetensors"))
+
+    def kill(file: str) -> None:
+        if file == last:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    hub.watched.append(kill)
+    result = scripts.run(LESS + NOTED, tmp_path / "pid", "pull", "acme/lessons", "--fast")
+    assert result.returncode == -signal.SIGKILL
+    folder = models / "acme--lessons" / "4bit"
+    assert [path for path in folder.rglob("shards/*.safetensors") if not path.is_symlink()]
+    hub.watched.clear()
+    result = scripts.run(MAIN, "pull", "acme/lessons", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert tree(folder) == converted("acme/lessons", small, tmp_path, fast=True)
 
 
 STEPS = """
@@ -339,8 +420,19 @@ def test_a_commit_stays_what_it_was_begun_with(hub: Hub, scripts: Prepared, smal
     assert result.returncode == 1
     assert "they differ in source_digest" in result.stderr
     assert "--overwrite" in result.stderr
+    before = tree(models / "acme--moves" / "4bit")
+    with (models / "acme--moves" / "4bit" / "config.json").open() as stream:
+        user = subprocess.Popen(["sleep", "100"], stdin=stream)
+        try:
+            said = failed(scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite"))
+        finally:
+            user.kill()
+            user.wait()
+    assert f"process {user.pid} (sleep 100)" in said
+    assert tree(models / "acme--moves" / "4bit") == before
     result = scripts.run(MAIN, "pull", "acme/moves", "--fast", "--overwrite")
     assert result.returncode == 0, result.stderr
+    assert f"{models / 'acme--moves' / '4bit'}: what is there is removed first" in result.stderr
 
 
 # faults
@@ -360,10 +452,27 @@ def test_a_connection_that_breaks_is_taken_up_again(
 @pytest.mark.parametrize(
     ("name", "start", "refusal", "said"),
     [
-        ("acme/unknown", "/api/models/", (404, "RepoNotFound"), "There is no folder acme/unknown, and the hub"),
+        (
+            "acme/unknown",
+            "/api/models/",
+            (404, "RepoNotFound"),
+            "The hub did not give a model of the id acme/unknown: ",
+        ),
         ("acme/asks", "/api/models/", (401, "GatedRepo"), "log in with `hf auth login`"),
         ("acme/licence", f"/acme/licence/resolve/{REVISION}/model-00002", (403, "GatedRepo"), "behind a licence"),
         ("acme/lacks", f"/acme/lacks/resolve/{REVISION}/model-00002", (404, "EntryNotFound"), "404 Client Error"),
+        (
+            "acme/ails",
+            f"/acme/ails/resolve/{REVISION}/model-00002",
+            (500, ""),
+            "did not give model-00002-of-00004.safetensors of acme/ails: ",
+        ),
+        (
+            "acme/ails-too",
+            f"/api/models/acme/ails-too/revision/{REVISION}",
+            (500, ""),
+            "did not give the list of files of acme/ails-too: ",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_two_lines_and_nothing_is_made(

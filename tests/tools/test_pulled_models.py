@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import moetier
 from moetier.runtime.models import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.shard import GROUP, METADATA, PLAN
+from moetier.tools.list import disk_bytes
 from moetier.tools.main import build_parser, main
 from moetier.tools.options import directory, walk
 
@@ -143,7 +148,7 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     (part / GROUP / METADATA).unlink()
     (part / GROUP / PLAN).write_text(json.dumps(manifest | {"digest": "", "trunk": {}}))
     (part / "conversion.json").write_text(json.dumps({"command": ["moetier", "pull", "acme/part", "--fast"]}))
-    place(models, "acme/empty:3bit")
+    place(models, "acme/empty:3bit-trunk8bit")
     (tinymix_there / "origin.json").write_text(json.dumps({"id": "acme/tinymix", "revision": "a" * 40}))
     assert main(["list", "--json"]) == 0
     empty, cut, whole = json.loads(capsys.readouterr().out)
@@ -153,15 +158,63 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     assert size <= whole["bytes"] < size * 1.2
     assert whole["pulled_unix"] == (tinymix_there / GROUP / METADATA).stat().st_mtime
     assert (cut["bits"], cut["complete"], cut["resume"]) == (4, False, "moetier pull acme/part --fast")
-    assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --overwrite")
+    assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite")
     assert main(["list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "bits", "trunk", "size", "experts", "pulled"]
+    assert rows[0].endswith("incomplete: moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite replaces it")
     assert rows[1].endswith("incomplete: moetier pull acme/part --fast resumes it")
     assert "8 x 8" in rows[2]
     assert rows[2].split()[-1] == "complete"
     with pytest.raises(IncompleteStoreError, match="incomplete"):
         moetier.load("acme/part")
+
+
+def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "stays").write_bytes(b"1" * 5000)
+    ended = threading.Event()
+
+    def convert() -> None:
+        while not ended.is_set():
+            for number in range(100):
+                (tmp_path / f"{number}.partial").touch()
+            for number in range(100):
+                (tmp_path / f"{number}.partial").rename(tmp_path / str(number))
+            for number in range(100):
+                (tmp_path / str(number)).unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        converting = pool.submit(convert)
+        try:
+            for _ in range(100):
+                assert disk_bytes(tmp_path) == 8192
+        finally:
+            ended.set()
+        converting.result()
+
+
+FINISHED = """
+import os, sys
+from moetier.tools.main import main
+def hook(event, arguments):
+    if event == 'open' and str(arguments[0]).endswith('plan.json') and os.path.exists(arguments[0]):
+        os.rename(os.path.join(os.path.dirname(arguments[0]), 'ready'), arguments[0].replace('plan.json', 'zarr.json'))
+        os.remove(arguments[0])
+sys.addaudithook(hook)
+sys.exit(main(['list', '--json']))
+"""
+
+
+def test_list_while_a_conversion_ends(tinymix_there: Path, scripts: Prepared) -> None:
+    """Its plan is there when it is looked for, and gone when it is read."""
+    store = tinymix_there / GROUP
+    (store / METADATA).rename(store / "ready")
+    (store / PLAN).write_text("{}")
+    result = scripts.run(FINISHED, environment=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads(result.stdout)
+    assert (found["name"], found["bits"], found["complete"]) == (NAME, 4, True)
+    assert not (store / PLAN).exists()
 
 
 def test_list_of_nothing(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +288,96 @@ def test_rm_asks_at_a_terminal(models: Path) -> None:
         terminal.type("y\n")
         terminal.wait_for("acme/b:4bit: removed")
     assert list(pulled()) == ["acme/a:4bit"]
+
+
+def test_rm_looks_again_behind_the_answer(models: Path) -> None:
+    """Somebody began to use it meanwhile."""
+    place(models, "acme/a:4bit")
+    (file := models / "acme--a" / "4bit" / "config.json").write_text("{}")
+    command = ["-m", "moetier.tools.main", "rm", "acme/a"]
+    with Terminal(*command, XDG_DATA_HOME=str(models.parents[1])) as terminal:
+        terminal.wait_for(r"Remove acme/a:4bit \(.*\)\? \[y/N\] ")
+        with file.open() as stream:
+            user = subprocess.Popen(["sleep", "100"], stdin=stream)
+        try:
+            terminal.type("y\n")
+            terminal.wait_for(rf"acme/a:4bit is in use: process {user.pid} \(sleep 100\)")
+        finally:
+            user.kill()
+            user.wait()
+    assert file.exists()
+
+
+def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one of another user does, whose files nobody sees."""
+    place(models, "acme/a:4bit")
+    store = models / "acme--a" / "4bit" / GROUP
+    (store / METADATA).write_text("{}")
+    lock = os.open(store, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["rm", "acme/a"]) == 1
+    finally:
+        os.close(lock)
+    assert "acme/a:4bit is in use: a conversion writes into it." in capsys.readouterr().err
+    assert (store / METADATA).exists()
+    assert main(["rm", "acme/a"]) == 0
+
+
+REMOVED = """
+import json, os, shutil, signal, sys
+from moetier.runtime.models import models_folder, pulled
+from moetier.tools.main import main
+old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
+
+def in_child(kill_at=None):
+    'Exit status, and how many files and folders were removed.'
+    receive, send = os.pipe()
+    if not (pid := os.fork()):
+        removed = 0
+        def hook(event, arguments):
+            nonlocal removed
+            if event in ('os.remove', 'os.rmdir'):
+                removed += 1
+                if removed == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        status = main(['rm', 'acme/a:4bit'])
+        os.write(send, str(removed).encode())
+        os._exit(status)
+    os.close(send)
+    with open(receive) as stream: said = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+shutil.copytree(old, folder)
+status, steps = in_child()
+left = []
+for step in range(1, int(steps) + 1):
+    shutil.copytree(old, folder)
+    killed, _ = in_child(step)
+    files = sum(len(names) for _, _, names in os.walk(folder))
+    names = list(pulled())
+    again = in_child()[0] if names else 0
+    left.append([step, killed, files, names, again, folder.exists() and os.listdir(folder)])
+    shutil.rmtree(folder, ignore_errors=True)
+print(json.dumps([status, left]), file=sys.stderr)
+"""
+
+
+def test_rm_that_is_killed_leaves_nothing_without_a_name(models: Path, scripts: Prepared, tmp_path: Path) -> None:
+    (array := tmp_path / "old" / GROUP / "records" / "c").mkdir(parents=True)
+    (whole := tmp_path / "old" / "download" / "x" / "whole").mkdir(parents=True)
+    files = [array / "0", array / "1", array.parents[1] / METADATA, whole / "y", *(tmp_path / "old" / n for n in "az")]
+    for file in files:
+        file.write_bytes(b"1")
+    result = scripts.run(REMOVED, tmp_path / "old", environment=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    status, steps = json.loads(result.stderr)
+    assert status == 0
+    assert len(steps) > 10
+    for step, killed, count, names, again, rest in steps:
+        assert (killed, again) == (-9, 0), step
+        assert not count or names == ["acme/a:4bit"], step
+        assert not rest, step
 
 
 def test_the_default_place_is_below_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
