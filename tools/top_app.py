@@ -195,7 +195,7 @@ class Top(App[None]):
             self._error = told.seen
         else:
             self._seen, self._error = told.seen, None
-            self._history.add(told.seen.described.pid, told.seen.stats)
+            self._history.add(told.seen.described, told.seen.stats)
         self._show()
 
     def on_part_sized(self) -> None:
