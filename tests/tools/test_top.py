@@ -30,7 +30,7 @@ from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import Manifest
 from moetier.tools import top_parts
 from moetier.tools.ps import running
-from moetier.tools.top_app import TERMINATED, Part, Top
+from moetier.tools.top_app import TERMINATED, Choice, Part, Top
 from moetier.tools.top_heat import ABSENT, READY, Grid, colour, heatmap
 from moetier.tools.top_history import History
 from moetier.tools.top_watch import Look, Watch
@@ -38,6 +38,10 @@ from moetier.tools.top_watch import Look, Watch
 SLOT = layout_of().slot_bytes
 COMMAND = ("-m", "moetier.tools.main", "top")
 SEVEN, EIGHT = (pb.DescribeReply(pid=pid, version="1") for pid in (7, 8))
+HOLD = (
+    "import sys; from pathlib import Path; from moetier.runtime.side import SideConnection; "
+    "side = SideConnection.open(Path(sys.argv[1]), sys.argv[2]); print(flush=True); sys.stdin.read()"
+)  # with what else stands in the command line
 ALTERNATE, NORMAL = "\x1b[?1049h", "\x1b[?1049l"
 
 
@@ -278,6 +282,46 @@ def test_one_of_several_daemons_and_of_several_models(
             assert tiers.border_title == "acme/other (1 of 2)"
 
         drive(app, person)
+
+
+def test_names_are_neither_markup_nor_escape_sequences(runtime: Path, tmp_path: Path) -> None:
+    plan = make_plan(model="acme/m [/b]\x1b[31m")
+    manifest = write_store(tmp_path / "odd", plan, make_records(plan, 1))
+    with (
+        running_daemon(tmp_path / "odd", ram=12 * SLOT, folder=runtime / "moetier/default") as daemon,
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(daemon.folder), manifest.digest, "[/b]"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as client,
+    ):
+        assert client.stdout is not None
+        client.stdout.readline()  # it is connected
+        listed, app = Choice(running()), Top([], daemon.address, Watch(Credentials(), 0.05))
+
+        async def person(pilot: Pilot[None]) -> None:
+            await until(pilot, lambda: "-c import sys" in shown(app, "#clients"))
+            picture = "\n".join(strip.text for strip in app.screen._compositor.render_strips())
+            assert "acme/m [/b]?[31m" in picture
+            await app.push_screen(listed)
+            prompt = listed.query_one(OptionList).get_option_at_index(0).prompt
+            assert "acme/m [/b]?[31m" in str(prompt)
+            await pilot.press("q")
+
+        drive(app, person, (200, 40))
+        client.communicate()
+
+
+def test_a_cause_is_no_escape_sequence(runtime: Path) -> None:
+    app = Top([], Address.of(runtime / "moetier/a\x1b[31mb"), Watch(Credentials(), 0.05))
+
+    async def person(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "Trying again." in shown(app, "#away"))
+        assert "a?[31mb" in shown(app, "#away")
+        assert "a?[31mb" in shown(app, "#head")
+        await pilot.press("q")
+
+    drive(app, person)
 
 
 def test_a_daemon_on_tcp_that_is_started_anew_between_two_looks(
