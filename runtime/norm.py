@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | No
 
 def _trial(module: Any) -> tuple[Scale, str] | None:
     """How it multiplies, and what it calls its eps, if some numbers show that it does what is computed here."""
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # with a gate it is another function than without
+        return None
     eps = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
     weight = module._parameters.get("weight")
     if eps is None or weight is None or len(module._parameters) != 1 or weight.dtype not in _EQUAL or weight.dim() != 1:
@@ -71,7 +74,7 @@ def _trial(module: Any) -> tuple[Scale, str] | None:
     with torch.no_grad():
         try:
             wanted = module(x)
-        except (RuntimeError, TypeError):  # it takes something else besides
+        except Exception:  # whatever it wants besides: it stays as it is
             return None
         for scale in Scale:
             found = rms_norm(x, weight, getattr(module, eps), scale)

@@ -16,6 +16,7 @@ from .answering import Answering
 from .chat_input import QUOTES, ChatInput, Entry
 from .conversation import Conversation
 from .interrupt import Interrupt, Leave
+from .plain import plain
 from .report import Timing, run_json, run_report
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Dialogue:
             except MoetierError as error:
                 if not source.is_terminal:
                     raise
-                print(f"{error.cause}\n  {error.fix}", file=sys.stderr)
+                print(f"{plain(error.cause)}\n  {plain(error.fix)}", file=sys.stderr)
 
     def take(self, entry: Entry, interrupt: Interrupt, *, by_hand: bool) -> None:
         """A command, or a message to the model, which Ctrl-C interrupts if ``by_hand``. Raises MoetierError."""

@@ -114,10 +114,11 @@ def _log() -> None:
 def _say(error: Exception, settings: Sequence[Setting]) -> int:
     """Two lines; returns the exit code."""
     from .failure import EXIT_ERROR, failure_of
+    from .plain import plain
     from .settings import mentioned
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
-    print(f"moetier: {said.cause}\n  {said.fix}{mentioned(settings, said)}", file=sys.stderr)
+    print(f"moetier: {plain(said.cause)}\n  {plain(said.fix)}{mentioned(settings, said)}", file=sys.stderr)
     return code
 
 

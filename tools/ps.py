@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
 
+from .plain import plain
 from .report import table
 
 if TYPE_CHECKING:
@@ -113,15 +114,15 @@ def _text(found: list[Running]) -> str:
             first = number == 0
             rows.append(
                 [
-                    str(daemon.folder) if first else "",
+                    plain(str(daemon.folder)) if first else "",
                     str(daemon.card.pid) if first else "",
-                    model.name,
-                    model.digest[:SHORT],
+                    plain(model.name),
+                    plain(model.digest[:SHORT]),
                     format_bytes(model.budget_bytes),
                     f"{now.host.ready}/{now.host.slots}" if now is not None else "no answer",
                     str(now.clients) if now is not None else "?",
                     format_seconds(time.time() - daemon.card.started_unix) if first else "",
-                    (daemon.card.listen or "-") if first else "",
+                    plain(daemon.card.listen or "-") if first else "",
                 ]
             )
     return table(rows)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import format_bytes
 from moetier.tiers.stats import TierStats
 
+from .plain import plain
+
 if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import Tier
     from moetier.runtime.share import Share
@@ -168,7 +170,7 @@ def shares_report(shares: list[Share]) -> str:
     """From where the host tier's records came; for people."""
     return "\n".join(
         f"fetched  {share.records} records, {format_bytes(share.bytes)}, from {share.place}"
-        + (f", which is away: {share.away}" if share.away else "")
+        + (f", which is away: {plain(share.away)}" if share.away else "")
         for share in shares
     )
 

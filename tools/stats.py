@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import format_bytes
 
 from .access import add_credentials, credentials
+from .plain import plain
 
 if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier
@@ -99,12 +100,14 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
     from .ps import format_seconds
     from .report import wishes_text
 
-    lines = [f"{address}: process {described.pid}, moetier {described.version}, up {format_seconds(stats.uptime_s)}"]
+    lines = [
+        f"{address}: process {described.pid}, moetier {plain(described.version)}, up {format_seconds(stats.uptime_s)}"
+    ]
     for model in stats.models:
         host = model.host
         demands = host.hits + host.misses
         lines += [
-            f"{model.name} ({model.digest[:12]})",
+            f"{plain(model.name)} ({plain(model.digest[:12])})",
             f"  slots     {host.ready} of {host.slots} hold a record, {format_bytes(host.slot_bytes)}; "
             f"{model.recovered} were taken back at the start",
             f"  demands   {demands:,}: {host.hits:,} hits ({host.hits / demands if demands else 0:.1%}), "
@@ -137,7 +140,7 @@ def changes(before: StatsReply, now: StatsReply) -> str:
 
 def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:
     return _COLUMNS.format(
-        now.name[-20:],
+        plain(now.name[-20:]),
         f"{now.host.ready}/{now.host.slots}",
         now.clients,
         now.leases,

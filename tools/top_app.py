@@ -22,6 +22,7 @@ from moetier.runtime.address import Address, runtime_folder
 from moetier.tiers.errors import MoetierError
 
 from . import top_parts
+from .plain import plain
 from .ps import Running, format_seconds
 from .top_heat import heatmap
 from .top_history import History, ModelHistory
@@ -73,7 +74,7 @@ class Part(VerticalScroll, can_focus=True):
     def show(self, content: RenderableType, title: str = "") -> None:
         self._body.update(content)
         if title:
-            self.border_title = title
+            self.border_title = Text(title)  # what is no str is no markup
 
 
 class Help(ModalScreen[None]):
@@ -195,7 +196,7 @@ class Top(App[None]):
             self._error = told.seen
         else:
             self._seen, self._error = told.seen, None
-            self._history.add(told.seen.described.pid, told.seen.stats)
+            self._history.add(told.seen.described, told.seen.stats)
         self._show()
 
     def on_part_sized(self) -> None:
@@ -241,7 +242,7 @@ class Top(App[None]):
     def _show(self) -> None:
         self._away.set_class(self._error is not None, "shown")
         if self._error is not None:
-            self._away.update(Text(f"{self._error.cause} Trying again.", overflow="fold"))
+            self._away.update(Text(f"{plain(self._error.cause)} Trying again.", overflow="fold"))
         self._heading.update(self._head())
         models = list(self._history.models.values())
         if models:
@@ -253,19 +254,19 @@ class Top(App[None]):
 
     def _head(self) -> Text:
         state = "paused" if self._watch.paused else f"every {self._watch.interval:g} s"
-        address = "" if self._address is None else _name(self._address)
+        address = "" if self._address is None else plain(_name(self._address))
         text = Text.assemble(("moetier top  ", "bold"), address, (f"  {state}", "bold"), no_wrap=True)
         if self._seen is not None:
             described, stats = self._seen.described, self._seen.stats
             up = format_seconds(stats.uptime_s)
-            text.append(f"  process {described.pid}, moetier {described.version}, up {up}", "dim")
+            text.append(f"  process {described.pid}, moetier {plain(described.version)}, up {up}", "dim")
         return text
 
     def _show_model(self, model: ModelHistory, of: int) -> None:
         assert self._address is not None
         parts = self._parts
         number = f" ({self._model % of + 1} of {of})" if of > 1 else ""
-        parts["tiers"].show(top_parts.tiers(model), f"{model.stats.name}{number}")
+        parts["tiers"].show(top_parts.tiers(model), f"{plain(model.stats.name)}{number}")
         parts["history"].show(top_parts.history(model, _width(parts["history"])))
         parts["prefetches"].show(top_parts.prefetches(model.stats.host))
         folder = self._address.folder
@@ -301,11 +302,11 @@ def _user(uid: int) -> str:
 
 
 def _line(daemon: Running) -> Text:
-    names = ", ".join(model.name for model in daemon.card.models)
+    names = ", ".join(plain(model.name) for model in daemon.card.models)
     answers = "" if daemon.stats is not None else ", does not answer"
     return Text.assemble(
-        (daemon.folder.name, "bold"),
+        (plain(daemon.folder.name), "bold"),
         f"  {names}",
         (f"  process {daemon.card.pid}{answers}", "dim"),
-        f"\n{daemon.folder}",
+        f"\n{plain(str(daemon.folder))}",
     )

@@ -72,7 +72,7 @@ def heatmap(blocks: Sequence[Block], uses: Sequence[Sequence[float]], width: int
 def colour(ready: float, heat: float) -> str:
     """ "#rrggbb" of experts of which the share ``ready`` is there, and that are used ``heat`` times as much as those
     that are used most."""
-    heat = math.sqrt(heat)  # a few must not make all others pale
+    heat = math.sqrt(max(heat, 0.0))  # a few must not make all others pale
     red, green, blue = _mix(_mix(*ABSENT, heat), _mix(*READY, heat), ready)
     return f"#{red:02x}{green:02x}{blue:02x}"
 

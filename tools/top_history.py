@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from moetier.proto.expert_store_pb2 import Block, Client, Details, ModelStats, StatsReply, Tier
+from moetier.proto.expert_store_pb2 import Block, Client, DescribeReply, Details, ModelStats, StatsReply, Tier
 
 KEPT = 600  # changes
 HALF_LIFE = 30.0  # seconds after which a use counts half, of what was used lately
@@ -71,21 +72,40 @@ class History:
 
     def __init__(self) -> None:
         self.models: dict[str, ModelHistory] = {}
-        self._pid = 0
+        self._daemon = (0, 0)  # its process, and when that was started
         self._uptime = 0.0
 
-    def add(self, pid: int, stats: StatsReply) -> None:
-        if (pid, 0.0) != (self._pid, min(stats.uptime_s - self._uptime, 0.0)):
-            self.models = {}
-        seconds = max(stats.uptime_s - self._uptime, 1e-9)
-        self._pid, self._uptime = pid, stats.uptime_s
+    def add(self, described: DescribeReply, stats: StatsReply) -> None:
+        daemon = described.pid, described.started_unix_ms
         # one of an earlier version has no details
         every = list(stats.details) or [Details() for _ in stats.models]
-        for model, details in zip(stats.models, every, strict=True):
+        found = list(zip(stats.models, every, strict=True))
+        # it may have begun between the answers: what a daemon counts never falls
+        if daemon != self._daemon or stats.uptime_s < self._uptime or any(self._falls(*one) for one in found):
+            self.models = {}
+        seconds = max(stats.uptime_s - self._uptime, 1e-9)
+        self._daemon, self._uptime = daemon, stats.uptime_s
+        for model, details in found:
             if model.digest in self.models:
                 self.models[model.digest].go_on(model, details, seconds)
             else:
                 self.models[model.digest] = ModelHistory(model, details)
+
+    def _falls(self, stats: ModelStats, details: Details) -> bool:
+        """Whether one is less than it was, or they are of other experts."""
+        known = self.models.get(stats.digest)
+        if known is None:
+            return False
+        if [len(block.uses) for block in details.blocks] != [len(block.uses) for block in known.details.blocks]:
+            return True
+        return any(map(operator.lt, _counters(stats, details), _counters(known.stats, known.details)))
+
+
+def _counters(stats: ModelStats, details: Details) -> list[float]:
+    host = stats.host
+    counted = (host.hits, host.misses, host.bytes_in, host.evictions, host.wait_seconds)
+    uses = (use for block in details.blocks for use in block.uses)
+    return [*counted, stats.fetches, stats.fetched_bytes, *uses]
 
 
 def _change(before: ModelStats, now: ModelStats, seconds: float) -> Change:
@@ -93,7 +113,7 @@ def _change(before: ModelStats, now: ModelStats, seconds: float) -> Change:
     return Change(
         hits=(host.hits - was.hits) / seconds,
         misses=(host.misses - was.misses) / seconds,
-        reads=(reads_of(host) - reads_of(was)) / seconds,
+        reads=max(reads_of(host) - reads_of(was), 0) / seconds,  # of several counters: these are not read at once
         bytes_read=(host.bytes_in - was.bytes_in) / seconds,
         evictions=(host.evictions - was.evictions) / seconds,
         waiting=(host.wait_seconds - was.wait_seconds) / seconds,

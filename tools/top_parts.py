@@ -12,6 +12,7 @@ from rich.text import Text
 from moetier.proto.expert_store_pb2 import Tier
 from moetier.runtime.config import format_bytes
 
+from .plain import plain
 from .ps import format_seconds
 from .top_history import ModelHistory, reads_of
 
@@ -112,7 +113,7 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
         wanted = client.hits + client.misses
         table.add_row(
             str(client.pid),
-            *([program_of(client.pid)] if local else []),
+            *([Text(program_of(client.pid))] if local else []),  # no markup
             format_seconds(client.connected_s),
             f"{client.leases:,}",
             f"{hits:,.0f}",
@@ -133,7 +134,7 @@ def program_of(pid: int) -> str:
     if os.path.basename(words[0]).startswith("python") and len(words) > 2:  # noqa: PTH119 - it may be no path
         words = words[2 if words[1] == "-m" else 1 :]
     text = " ".join([os.path.basename(words[0]), *words[1:]]).strip()  # noqa: PTH119
-    return "".join(letter if letter.isprintable() else "?" for letter in text) or "?"
+    return plain(text) or "?"
 
 
 def prefetches(host: Tier) -> Text:

@@ -26,11 +26,12 @@ class Look:
 def look(address: Address, credentials: Credentials) -> Look:
     """Once. Raises DaemonError, ConfigError."""
     with visit(address, credentials, patience=PATIENCE) as visited:
-        return _look(visited, visited.describe())
+        return _look(visited)
 
 
-def _look(visited: Visit, described: DescribeReply) -> Look:
-    return Look(described, visited.stats(details=True))
+def _look(visited: Visit) -> Look:
+    """Both are asked for: another daemon may answer on the same connection, which gRPC makes anew by itself."""
+    return Look(visited.describe(), visited.stats(details=True))
 
 
 class Watch:
@@ -69,9 +70,8 @@ class Watch:
         while True:
             try:
                 with visit(address, self._credentials, patience=PATIENCE) as visited:
-                    described = visited.describe()
                     while True:
-                        tell(_look(visited, described))
+                        tell(_look(visited))
                         if not self._wait(self.interval):
                             return
             except MoetierError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNormGated
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
@@ -75,6 +78,13 @@ class LoudRMSNorm(Qwen3MoeRMSNorm):  # type: ignore[misc]
         return super().forward(hidden_states) * 1.05  # type: ignore[no-any-return]
 
 
+class WaryRMSNorm(Qwen3MoeRMSNorm):  # type: ignore[misc]
+    """One that refuses what it is tried with."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        raise AssertionError(hidden_states.shape)
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -82,9 +92,12 @@ class LoudRMSNorm(Qwen3MoeRMSNorm):  # type: ignore[misc]
         norm_of(Qwen3MoeRMSNorm, 24),
         norm_of(Qwen3MoeRMSNorm, 64, torch.float16),
         norm_of(Qwen3NextRMSNormGated, 64),
+        norm_of(KimiLinearRMSNormGated, 64),
+        norm_of(functools.partial(GraniteMoeHybridRMSNormGated, group_size=64), 64),
+        norm_of(WaryRMSNorm, 64),
         nn.LayerNorm(64),
     ],
-    ids=["another function", "24 columns", "fp16", "two inputs", "no RMS norm"],
+    ids=["another", "24 columns", "fp16", "a gate", "no gate is None", "a gate or none", "refuses", "no RMS norm"],
 )
 def test_others_stay_as_they_are(module: nn.Module) -> None:
     kind = type(module)

@@ -182,6 +182,19 @@ def test_folders_of_something_else_are_passed_over(daemon: DaemonProcess, runtim
     assert [one["pid"] for one in json.loads(said(runtime, "ps", "--json"))] == [daemon.pid]
 
 
+def test_what_others_are_called_is_no_escape_sequence(runtime: Path, tmp_path: Path) -> None:
+    plan = make_plan(model="acme/\x1b[2Jodd\n")
+    write_store(tmp_path / "odd", plan, make_records(plan, 1))
+    with running_daemon_in(runtime / "moetier/default", tmp_path / "odd"):
+        assert said(runtime, "ps").splitlines()[1].split()[2] == "acme/?[2Jodd?"
+        assert said(runtime, "stats").splitlines()[1].startswith("acme/?[2Jodd? (")
+        found = json.loads(said(runtime, "stats", "--json"))
+        assert found["models"][0]["name"] == plan.model, "a program gets it as it is"
+    stats = pb.StatsReply(models=[pb.ModelStats(name=plan.model, digest="1")])
+    assert changes(stats, stats).startswith("acme/?[2Jodd? ")
+    assert refused(runtime, "stats", f"{tmp_path}/a\x1b]0;b\x07").endswith(f"{tmp_path}/a?]0;b?.")
+
+
 # -- stats ------------------------------------------------------------------------------------------------------------
 
 

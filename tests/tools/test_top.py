@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -21,18 +24,24 @@ from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.address import Credentials
+from moetier.runtime.address import Address, Credentials
+from moetier.tiers.errors import MoetierError
 from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import Manifest
 from moetier.tools import top_parts
 from moetier.tools.ps import running
-from moetier.tools.top_app import TERMINATED, Part, Top
+from moetier.tools.top_app import TERMINATED, Choice, Part, Top
 from moetier.tools.top_heat import ABSENT, READY, Grid, colour, heatmap
 from moetier.tools.top_history import History
-from moetier.tools.top_watch import Watch
+from moetier.tools.top_watch import Look, Watch
 
 SLOT = layout_of().slot_bytes
 COMMAND = ("-m", "moetier.tools.main", "top")
+SEVEN, EIGHT = (pb.DescribeReply(pid=pid, version="1") for pid in (7, 8))
+HOLD = (
+    "import sys; from pathlib import Path; from moetier.runtime.side import SideConnection; "
+    "side = SideConnection.open(Path(sys.argv[1]), sys.argv[2]); print(flush=True); sys.stdin.read()"
+)  # with what else stands in the command line
 ALTERNATE, NORMAL = "\x1b[?1049h", "\x1b[?1049l"
 
 
@@ -56,6 +65,12 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def daemon(store: tuple[Path, Manifest], runtime: Path) -> Iterator[DaemonProcess]:
     with running_daemon(store[0], ram=12 * SLOT, folder=runtime / "moetier/default") as daemon:
         yield daemon
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def ask(client: RawClient, request: int, block: int, *experts: int) -> None:
@@ -269,6 +284,75 @@ def test_one_of_several_daemons_and_of_several_models(
         drive(app, person)
 
 
+def test_names_are_neither_markup_nor_escape_sequences(runtime: Path, tmp_path: Path) -> None:
+    plan = make_plan(model="acme/m [/b]\x1b[31m")
+    manifest = write_store(tmp_path / "odd", plan, make_records(plan, 1))
+    with (
+        running_daemon(tmp_path / "odd", ram=12 * SLOT, folder=runtime / "moetier/default") as daemon,
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(daemon.folder), manifest.digest, "[/b]"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as client,
+    ):
+        assert client.stdout is not None
+        client.stdout.readline()  # it is connected
+        listed, app = Choice(running()), Top([], daemon.address, Watch(Credentials(), 0.05))
+
+        async def person(pilot: Pilot[None]) -> None:
+            await until(pilot, lambda: "-c import sys" in shown(app, "#clients"))
+            picture = "\n".join(strip.text for strip in app.screen._compositor.render_strips())
+            assert "acme/m [/b]?[31m" in picture
+            await app.push_screen(listed)
+            prompt = listed.query_one(OptionList).get_option_at_index(0).prompt
+            assert "acme/m [/b]?[31m" in str(prompt)
+            await pilot.press("q")
+
+        drive(app, person, (200, 40))
+        client.communicate()
+
+
+def test_a_cause_is_no_escape_sequence(runtime: Path) -> None:
+    app = Top([], Address.of(runtime / "moetier/a\x1b[31mb"), Watch(Credentials(), 0.05))
+
+    async def person(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "Trying again." in shown(app, "#away"))
+        assert "a?[31mb" in shown(app, "#away")
+        assert "a?[31mb" in shown(app, "#head")
+        await pilot.press("q")
+
+    drive(app, person)
+
+
+def test_a_daemon_on_tcp_that_is_started_anew_between_two_looks(
+    store: tuple[Path, Manifest], tmp_path: Path, free_port: int
+) -> None:
+    """gRPC connects again by itself."""
+    listen = f"127.0.0.1:{free_port}"
+    told: queue.Queue[Look | MoetierError] = queue.Queue()
+    watch = Watch(Credentials(insecure=True), 0.05)
+    with running_daemon(
+        store[0], ram=12 * SLOT, folder=tmp_path / "d", extra=["--listen", listen, "--insecure"]
+    ) as daemon:
+        watch.begin(Address.parse(listen), told.put)
+        try:
+            first = told.get(timeout=PATIENCE)
+            assert isinstance(first, Look)
+            watch.change(paused=True)
+            time.sleep(0.3)  # a look that was under way has ended
+            while not told.empty():
+                told.get()
+            former = daemon.pid
+            daemon.restart()
+            watch.change(paused=False)
+            seen = told.get(timeout=PATIENCE)
+            while not isinstance(seen, Look):  # the old connection may be found to be gone first
+                seen = told.get(timeout=PATIENCE)
+        finally:
+            watch.end()
+    assert (first.described.pid, seen.described.pid) == (former, daemon.pid)
+
+
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
@@ -286,11 +370,13 @@ def reply(uptime: float, host: pb.Tier, *blocks: pb.Block, clients: list[pb.Clie
 
 def test_changes_are_by_the_second_and_another_daemon_begins_anew() -> None:
     history = History()
-    history.add(7, reply(10, pb.Tier(hits=10, misses=2), block(2, uses={0: 8}), clients=[pb.Client(number=1, hits=10)]))
+    history.add(
+        SEVEN, reply(10, pb.Tier(hits=10, misses=2), block(2, uses={0: 8}), clients=[pb.Client(number=1, hits=10)])
+    )
     assert history.models["1"].last is None
     now = pb.Tier(hits=40, misses=12, joined=4, prefetched=5, warmed=1, bytes_in=64, evictions=3, wait_seconds=0.5)
     clients = [pb.Client(number=1, hits=30, misses=8), pb.Client(number=2, misses=4)]
-    history.add(7, reply(12, now, block(2, uses={0: 12}), clients=clients))
+    history.add(SEVEN, reply(12, now, block(2, uses={0: 12}), clients=clients))
     model = history.models["1"]
     change = model.last
     assert change is not None
@@ -298,19 +384,40 @@ def test_changes_are_by_the_second_and_another_daemon_begins_anew() -> None:
     assert (change.reads, change.bytes_read, change.evictions, change.waiting) == (6, 32, 1.5, 0.25)
     assert model.rates == {1: (10, 4), 2: (0, 2)}
     assert model.lately == [[4, 0]]
-    history.add(7, reply(42, now, block(2, uses={0: 12})))
+    history.add(SEVEN, reply(42, now, block(2, uses={0: 12})))
     assert history.models["1"].lately == [[2, 0]]
     assert history.models["1"].changes[-1].hit_ratio is None
-    history.add(8, reply(43, pb.Tier(hits=1), block(2)))  # at the same address
+    history.add(EIGHT, reply(43, pb.Tier(hits=1), block(2)))  # at the same address
     assert not history.models["1"].changes
-    history.add(8, reply(1, pb.Tier(), block(2)))  # of the same number, in another namespace
+    history.add(EIGHT, reply(1, pb.Tier(), block(2)))  # of the same number, in another namespace
     assert not history.models["1"].changes
+
+
+@pytest.mark.parametrize(
+    ("described", "host", "uses"),
+    [
+        (pb.DescribeReply(pid=7, version="1", started_unix_ms=5), pb.Tier(hits=12), {0: 8}),
+        (SEVEN, pb.Tier(hits=9), {0: 8}),
+        (SEVEN, pb.Tier(hits=12), {0: 7}),
+    ],
+    ids=["started later", "fewer hits", "fewer uses"],
+)
+def test_another_daemon_of_the_same_number_begins_anew(
+    described: pb.DescribeReply, host: pb.Tier, uses: dict[int, int]
+) -> None:
+    history = History()
+    history.add(SEVEN, reply(10, pb.Tier(hits=10), block(2, uses={0: 8})))
+    history.add(SEVEN, reply(11, pb.Tier(hits=10), block(2, uses={0: 8})))
+    assert len(history.models["1"].changes) == 1
+    history.add(described, reply(12, host, block(2, uses=uses)))
+    model = history.models["1"]
+    assert (list(model.changes), model.lately, model.stats.host) == ([], [], host)
 
 
 def test_a_daemon_of_an_earlier_version_has_no_details() -> None:
     history = History()
     for uptime in (1, 2):
-        history.add(7, pb.StatsReply(models=[pb.ModelStats(name="acme/one", digest="1")], uptime_s=uptime))
+        history.add(SEVEN, pb.StatsReply(models=[pb.ModelStats(name="acme/one", digest="1")], uptime_s=uptime))
     (model,) = history.models.values()
     assert "earlier version" in heatmap(model.details.blocks, model.lately, 40, 20).plain
 
@@ -338,6 +445,7 @@ def test_colours_say_what_is_there_and_used() -> None:
     dark, bright = ("#{:02x}{:02x}{:02x}".format(*value) for value in ABSENT)
     there, hot = ("#{:02x}{:02x}{:02x}".format(*value) for value in READY)
     assert [colour(0, 0), colour(0, 1), colour(1, 0), colour(1, 1)] == [dark, bright, there, hot]
+    assert colour(0, -0.5) == dark
     blocks = [block(3, 0, 1), block(2)]
     text = heatmap(blocks, [[0, 8, 0], [8, 0]], 20, 4)
     styles = [str(span.style) for span in text.spans if text.plain[span.start] in "▆█"]
