@@ -41,7 +41,9 @@ def available_memory(root: Path = Path("/")) -> Available:
     ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Pages of files count as free: they can be dropped.
     """
     left = [
-        Available(max(count, 0), limiter) for limiter, *where in _groups(root) if (count := _left(*where)) is not None
+        Available(max(count, 0), limiter)
+        for limiter, folder, limit, usage, prefix in _groups(root)
+        if (count := _left(folder, limit, usage, prefix)) is not None
     ]
     return min([Available(psutil.virtual_memory().available, "this machine"), *left], key=_bytes)
 

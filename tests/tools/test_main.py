@@ -146,8 +146,8 @@ def test_nobody_reads(tmp_path: Path, stream: str, words: list[str], said: set[s
     command = [sys.executable, "-m", "moetier.tools.main", *(places.get(word, word) for word in words)]
     reader, writer = os.pipe()
     os.close(reader)
-    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
-    done = subprocess.run(command, text=True, check=False, **streams)  # type: ignore[call-overload]
+    out, err = (writer if name == stream else subprocess.PIPE for name in ("stdout", "stderr"))
+    done = subprocess.run(command, stdout=out, stderr=err, text=True, check=False)
     os.close(writer)
     assert (done.returncode == 128 + signal.SIGPIPE) == (stream in said)
     assert "Traceback" not in (done.stderr or "")
