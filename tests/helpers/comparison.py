@@ -97,15 +97,16 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _steps(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
-    """The logits of a prefill and of three decode steps, with the cache that the model likes best."""
+def _steps(model: Any, ids: Tensor, *, steps: int = 3, **options: Any) -> tuple[Tensor, ...]:
+    """The logits of a prefill and of decode steps, with the cache that the model likes best."""
     found = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=4,
+        max_new_tokens=1 + steps,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     logits: tuple[Tensor, ...] = found.logits
     return logits
@@ -147,3 +148,25 @@ def farthest(model_type: str, dtype: torch.dtype, folder: Path) -> float:
     for model in models.values():
         model.tiers.close()
     return found
+
+
+def apart(model_type: str, dtype: torch.dtype, folder: Path) -> list[float]:
+    """Converts at 4 bits, and says how far the logits of the model, as it is loaded by default, are from those that it
+    computes exactly: the norm of the difference over that of the logits. First of a batch, and then, where the model
+    generates, of a prefill and decode steps; of each the median over tokens, as one may be sent to other experts."""
+    _, converted = convert_tiny(model_type, dtype, folder, bits=4)
+    ids = torch.randint(2, 250, (1, 17), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for exact in (True, False):
+        model, _ = moetier.load(converted, speculate="off", exact=exact)
+        with model.tiers:
+            tiers = model.tiers
+            assert exact or any(tiers.kernels.packs(layout) for layout in tiers.manifest.layouts.values())
+            found = [_logits(model, ids)]
+            if model.can_generate() and model_type not in GENERATES_OTHERWISE:
+                found.append(torch.cat(_steps(model, ids, steps=4, prefix_allowed_tokens_fn=lambda *_: [7])))
+            logits.append(found)
+    return [
+        float(((quick - exact).float().norm(dim=-1) / exact.float().norm(dim=-1)).median())
+        for exact, quick in zip(*logits, strict=True)
+    ]

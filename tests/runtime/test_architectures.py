@@ -8,7 +8,7 @@ import pytest
 import torch
 from architecture_table import TABLE, listed
 from architectures import FURTHER, REQUIRED, TINY, model_types
-from comparison import compare, convert_tiny, farthest
+from comparison import apart, compare, convert_tiny, farthest
 
 import moetier
 from moetier.tiers.keys import Bits
@@ -62,6 +62,13 @@ def divisible(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(TINY, name, 64)
     for name in ("q_lora_rank", "kv_lora_rank", "o_lora_rank"):
         monkeypatch.setitem(TINY, name, 32)
+
+
+@pytest.mark.usefixtures("divisible")
+@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+def test_as_it_is_loaded_at_4_bits(model_type: str, tmp_path: Path) -> None:
+    """With norms, attention, keys and matrices of the trunk as they are computed where records are multiplied."""
+    assert all(0 < far < 0.3 for far in apart(model_type, BF16, tmp_path))
 
 
 @pytest.mark.usefixtures("divisible")
