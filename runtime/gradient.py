@@ -17,7 +17,7 @@ def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
     would no longer be bit for bit the ordinary one.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return cast("Tensor", _NoGradient.apply(out, *inputs))  # type: ignore[no-untyped-call]
+        return cast("Tensor", _NoGradient.apply(out, *inputs))  # type: ignore[no-untyped-call, unused-ignore]
     return out
 
 
