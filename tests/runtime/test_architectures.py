@@ -64,8 +64,17 @@ def divisible(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(TINY, name, 32)
 
 
+GATED = {"bailing_hybrid", "granitemoehybrid"}  # their norms take a gate, too
+
+
 @pytest.mark.usefixtures("divisible")
-@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] * (each not in REQUIRED | GATED))
+        for each in sorted(REQUIRED | FURTHER)
+    ],
+)
 def test_as_it_is_loaded_at_4_bits(model_type: str, tmp_path: Path) -> None:
     """With norms, attention, keys and matrices of the trunk as they are computed where records are multiplied."""
     assert all(0 < far < 0.3 for far in apart(model_type, BF16, tmp_path))
