@@ -25,7 +25,7 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
 
 def asked(key: str | None, **headers: str) -> httpx2.Response:
     async def ask() -> httpx2.Response:
-        transport = httpx2.ASGITransport(app=Gate(behind, key))
+        transport = httpx2.ASGITransport(app=Gate(behind, key, lambda _: None))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             return await client.get(PATH, headers=headers)
 
