@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,17 +115,21 @@ def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tens
 def _groups(here: TieredBlock, experts: Iterable[int]) -> Iterator[list[Lease[Tensor]]]:
     """The leases of a block's experts, those together that are valid together."""
     asked = list(experts)
-    told = here.demanded is None
+    left = len(asked)
+    tell = None if here.demanded is None else partial(here.demanded, here.block, asked)
     with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in asked])) as leases:
         group = []
         for lease in leases:
-            if not told and here.demanded is not None:
-                here.demanded(here.block, asked)
-                told = True
             group.append(lease)
-            if not lease.more:
-                yield group
-                group = []
+            left -= 1
+            if lease.more:
+                continue
+            if tell is not None and left <= 0:
+                tell = tell()
+            yield group
+            group = []
+            if tell is not None:  # others are being read: what is guessed meanwhile delays nothing
+                tell = tell()
 
 
 def _first(module: Any) -> str:

@@ -13,7 +13,7 @@ perceptron's do (Rosenblatt 1958). The gate itself is never touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,20 +29,40 @@ STEP = 0.01  # of a row's length
 AGREE = 0.95  # of the rows: where two experts are as good as equal, rounding decides
 
 
+class Leads(NamedTuple):
+    """What is guessed of one block, token by token."""
+
+    named: list[tuple[int, float]]  # experts, and by how much each beats the best that is not named
+    near: list[int]  # those that come next
+
+    @classmethod
+    def of(cls, ranked: Sequence[int], values: Sequence[float], unit: float, top_k: int) -> Leads:
+        """Of one token: experts, the best first, with their values, of which ``top_k`` are named."""
+        best = values[top_k] if len(values) > top_k else -math.inf
+        named = [(ranked[place], (values[place] - best) / unit if unit else 0.0) for place in range(top_k)]
+        return cls(named, list(ranked[top_k:]))
+
+
 class Guess(NamedTuple):
     """Where tokens might be sent. Values are logits, or logarithms of what the gate makes of them."""
 
-    experts: Tensor  # [T, k], int64; more are not named
-    values: Tensor  # [T, k + 1], of any floating type
+    experts: Tensor  # [T, n], int64, the best first: what the gate chooses, and as many that come next, or all
+    values: Tensor  # [T, n], of any floating type
     unit: Tensor  # [T], likewise
+    top_k: int
 
-    def leads(self) -> list[tuple[int, float]]:
-        """Experts, token by token, and by how much each beats the best that is not named, in units. Waits for the
-        device, if the tensors are on one."""
-        found = []
-        for experts, values, unit in zip(*(tensor.tolist() for tensor in self), strict=True):
-            for expert, value in zip(experts, values[:-1], strict=True):
-                found.append((expert, (value - values[-1]) / unit if unit else 0.0))
+    def on_cpu(self) -> Guess:
+        """The same, to be read once the device has been waited for."""
+        experts, values, unit = (tensor.to("cpu", non_blocking=True) for tensor in self[:3])
+        return Guess(experts, values, unit, self.top_k)
+
+    def leads(self) -> Leads:
+        """In units. Waits for the device, if the tensors are on one."""
+        found = Leads([], [])
+        for experts, values, unit in zip(*(tensor.tolist() for tensor in self[:3]), strict=True):
+            named, near = Leads.of(experts, values, unit, self.top_k)
+            found.named.extend(named)
+            found.near.extend(near)
         return found
 
 
@@ -64,7 +84,7 @@ class Shortcuts:
         shortcut = self._of[distance][block]
         return shortcut.guess(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
 
-    def leads(self, block: int, distance: int, hidden: Tensor) -> list[tuple[int, float]]:
+    def leads(self, block: int, distance: int, hidden: Tensor) -> Leads:
         """``guess(...).leads()``, on a CPU; of a single token sooner."""
         shortcut = self._of[distance][block]
         if shortcut is not None and hidden.numel() == hidden.shape[-1]:
@@ -89,6 +109,7 @@ class Shortcut:
         self._bias = bias
         self._biases = None if bias is None else bias.tolist()
         self._top_k = top_k
+        self._ranked = _ranked(top_k, len(weight))
         self._unit = 0.0  # of a token that it was asked about lately
         self._asked = 0
         self._root = math.sqrt(weight.shape[1])
@@ -100,10 +121,10 @@ class Shortcut:
         unit = torch.linalg.vector_norm(states, dim=-1) / self._root
         if self._bias is not None:
             states, unit = states / unit.unsqueeze(-1), torch.ones_like(unit)
-        values, experts = nn.functional.linear(states, self._weight, self._bias).topk(self._top_k + 1, -1)
-        return Guess(experts[:, : self._top_k], values, unit)
+        values, experts = nn.functional.linear(states, self._weight, self._bias).topk(self._ranked, -1)
+        return Guess(experts, values, unit, self._top_k)
 
-    def leads(self, hidden: Tensor) -> list[tuple[int, float]]:
+    def leads(self, hidden: Tensor) -> Leads:
         """As ``guess(hidden).leads()``, on a CPU of a single token, in one operation. The unit varies
         little from token to token, and is looked at now and then."""
         values = None if self._scores is None else self._scores.of(hidden)
@@ -116,9 +137,8 @@ class Shortcut:
         if self._biases is not None:
             values = [value / unit + bias if unit else bias for value, bias in zip(values, self._biases, strict=True)]
             unit = 1.0
-        ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)
-        last = values[ranked[self._top_k]]
-        return [(expert, (values[expert] - last) / unit if unit else 0.0) for expert in ranked[: self._top_k]]
+        ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)[: self._ranked]
+        return Leads.of(ranked, [values[expert] for expert in ranked], unit, self._top_k)
 
     @torch.no_grad()
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
@@ -140,9 +160,15 @@ def ask(gate: Gate, hidden: Tensor) -> Guess:
     """What the gate itself says."""
     output = gate.ask(hidden)
     probabilities, experts = gate.probabilities(output), output[2]
-    others = probabilities.scatter(-1, experts, 0.0)
-    values = torch.cat([probabilities.gather(-1, experts), others.amax(-1, keepdim=True)], -1).log()
-    return Guess(experts, values, values.new_ones(len(values)))
+    top_k = experts.shape[-1]
+    others = probabilities.scatter(-1, experts, -1.0).topk(_ranked(top_k, probabilities.shape[-1]) - top_k, -1)
+    values = torch.cat([probabilities.gather(-1, experts), others.values], -1).log()
+    return Guess(torch.cat([experts, others.indices], -1), values, values.new_ones(len(values)), top_k)
+
+
+def _ranked(top_k: int, experts: int) -> int:
+    """How many a guess puts in order."""
+    return min(2 * top_k, experts)
 
 
 @torch.no_grad()
@@ -160,7 +186,7 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
     bias = bias.detach().float() if isinstance(bias, Tensor) else None
     for scale in _scales(gate.norm):
         found = Shortcut(weight.float() * scale, bias, said.shape[-1])
-        ours = found.guess(hidden).experts
+        ours = found.guess(hidden).experts[:, : said.shape[-1]]
         same = (ours.sort(-1).values == said.sort(-1).values).all(-1)
         if float(same.float().mean()) >= AGREE:
             return found

@@ -24,7 +24,7 @@ from .controller import Controller, Mode
 from .gates import Observation
 from .prefetch import Named, Prefetch
 from .shadow import Shadow
-from .shortcut import Guess, Shortcuts
+from .shortcut import Guess, Leads, Shortcuts
 
 MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
 DUE = 32  # guesses that are judged later, at most
@@ -136,7 +136,7 @@ class Speculation:
         """The demand of a block is made: of these experts. Judges what was guessed of it, and wishes for what was
         guessed of later blocks."""
         missed = self._shadow.misses
-        self._shadow.demand(block, experts)
+        self._shadow.demand(block, experts, self._prefetch.spared(block))
         if not self._guessing:
             return
         began = time.perf_counter()
@@ -234,10 +234,9 @@ class Speculation:
             self._wish(target, distance, hidden, shortcuts.leads(target, distance, hidden))
         else:  # does not wait for the device: read when the demand path has
             guess = shortcuts.guess(target, distance, hidden)
-            guess = Guess(*(tensor.to("cpu", non_blocking=True) for tensor in guess))
-            self._pending.append(_Asked(target, distance, hidden, guess))
+            self._pending.append(_Asked(target, distance, hidden, guess.on_cpu()))
 
-    def _wish(self, block: int, distance: int, hidden: Tensor, leads: list[tuple[int, float]]) -> None:
+    def _wish(self, block: int, distance: int, hidden: Tensor, leads: Leads) -> None:
         if named := self._prefetch.wish(block, distance, leads):
             self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named))
 

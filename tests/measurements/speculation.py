@@ -31,6 +31,7 @@ from torch import Tensor
 import moetier
 from moetier.runtime.config import LOOK_AHEAD, Size, format_bytes
 from moetier.runtime.gates import Gates
+from moetier.runtime.shortcut import Leads
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.open_shard import OpenShard
 from moetier.tiers.stats import TierStats
@@ -187,15 +188,15 @@ def tell(model: Any, routing: dict[tuple[int, int, int], Tensor], *, is_right: b
     shortcuts = model.tiers.speculation._shortcuts
     ask = shortcuts.leads
 
-    def leads(block: int, distance: int, hidden: Tensor) -> list[tuple[int, float]]:
+    def leads(block: int, distance: int, hidden: Tensor) -> Leads:
         used = routing[*model.present, block].flatten().tolist()
         if is_right:
-            return [(expert, 9.0) for expert in used]
-        said = ask(block, distance, hidden)
+            return Leads([(expert, 9.0) for expert in used], [])
+        said = ask(block, distance, hidden).named
         if model.present < (0, TRUSTED):
-            return [(expert, lead) for expert, (_, lead) in zip(used, said, strict=True)]
+            return Leads([(expert, lead) for expert, (_, lead) in zip(used, said, strict=True)], [])
         others = [expert for expert in range(model.tiers.manifest.blocks[block].experts) if expert not in used]
-        return [(expert, lead) for expert, (_, lead) in zip(others, said, strict=False)]
+        return Leads([(expert, lead) for expert, (_, lead) in zip(others, said, strict=False)], [])
 
     shortcuts.leads = leads
 

@@ -9,6 +9,7 @@ import pytest
 from moetier.runtime.gain import break_even
 from moetier.runtime.prefetch import Prefetch
 from moetier.runtime.shadow import Shadow
+from moetier.runtime.shortcut import Leads
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.source import Pace
 
@@ -44,15 +45,26 @@ def prefetch_of(source: Source, most: int | None = None) -> Prefetch:
 @pytest.mark.parametrize(("most", "wished"), [(None, [6, 2, 4, 5]), (4, [6, 2, 4, 5]), (2, [6, 2, 4]), (1, [6, 2])])
 def test_no_more_than_asked_for_and_the_likeliest(most: int | None, wished: list[int]) -> None:
     source = Source()
-    prefetch_of(source, most).wish(0, 1, [(4, 0.1), (5, 0.1), (6, 0.1), (2, 1.0)])
+    prefetch_of(source, most).wish(0, 1, Leads([(4, 0.1), (5, 0.1), (6, 0.1), (2, 1.0)], []))
     assert source.made == [wished], "what is there is wished for besides: it costs nothing"
 
 
 def test_what_is_there_needs_no_wish() -> None:
     source = Source()
-    named = prefetch_of(source).wish(0, 1, [(6, 1.0), (7, 1.0)])
+    named = prefetch_of(source).wish(0, 1, Leads([(6, 1.0), (7, 1.0)], []))
     assert source.made == []
     assert [name.was_absent for name in named] == [False, False]
+
+
+def test_what_comes_next_is_spared_if_it_is_there() -> None:
+    source = Source()
+    found = prefetch_of(source)
+    assert found.spared(0) is None
+    assert [name.expert for name in found.wish(0, 1, Leads([(2, 1.0)], [3, 7]))] == [2]
+    assert source.made == [[7, 2]], "3 is not there, and not to be read"
+    assert found.spared(0) == {2, 3, 7}
+    found.demanded(0)
+    assert found.spared(0) is None
 
 
 def test_what_a_wrong_one_costs_says_how_likely_it_has_to_be() -> None:
@@ -60,12 +72,12 @@ def test_what_a_wrong_one_costs_says_how_likely_it_has_to_be() -> None:
     assert break_even(cheap, lacks=1.0, regrets=0.0) < 0.7 < break_even(dear, lacks=1.0, regrets=0.0)
     for pace, wished in ((cheap, [[4]]), (dear, [])):
         source = Source(pace)
-        prefetch_of(source).wish(0, 1, [(4, 0.1)])
+        prefetch_of(source).wish(0, 1, Leads([(4, 0.1)], []))
         assert source.made == wished
 
 
 def test_what_is_no_record_is_not_wished() -> None:
     source = Source()
-    named = prefetch_of(source).wish(0, 1, [(EXPERTS, 1.0), (2, 1.0)])
+    named = prefetch_of(source).wish(0, 1, Leads([(EXPERTS, 1.0), (2, 1.0)], [EXPERTS]))
     assert source.made == [[2]]
     assert [name.expert for name in named] == [2]

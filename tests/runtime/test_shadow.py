@@ -24,11 +24,23 @@ def test_what_an_lru_misses(demands: list[tuple[int, set[int]]], slots: int) -> 
 def test_what_would_be_missed_of_what_is_evicted_too_early() -> None:
     shadow = Shadow([2])
     for expert in (0, 1, 0, 1, 2, 1):  # all but the first two and the fifth find the one that would go next
-        shadow.demand(0, {expert})
+        shadow.demand(0, {expert}, spared=())
     assert (shadow.misses, shadow.regrets) == (3, 1.0)
     for expert in (3, 4, 5, 6, 7, 7):
-        shadow.demand(0, {expert})
+        shadow.demand(0, {expert}, spared=())
     assert (shadow.misses, shadow.regrets) == (8, 3 / 8)
+
+
+def test_what_a_guess_spares_is_not_evicted_too_early() -> None:
+    shadow = Shadow([2])
+    for expert in (0, 1, 2, 3):
+        shadow.demand(0, {expert})
+    assert shadow.regrets == 0.0, "nothing was guessed"
+    shadow.demand(0, {2}, spared={2, 5})  # 3 would be evicted
+    shadow.demand(0, {4}, spared={6})  # ... and missed, for which 3 goes
+    assert shadow.regrets == 0.0
+    shadow.demand(0, {2}, spared={4})
+    assert shadow.regrets == 1.0
 
 
 def test_a_passage_leaves_what_is_there() -> None:

@@ -14,7 +14,7 @@ import moetier
 from moetier.runtime.controller import Mode
 from moetier.runtime.experts import experts_modules
 from moetier.runtime.gates import Gates
-from moetier.runtime.shortcut import Shortcuts
+from moetier.runtime.shortcut import Leads, Shortcuts
 from moetier.runtime.speculation import JUDGED, MOST_ROWS, Speculation
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import ExpertKey
@@ -52,10 +52,10 @@ class Wrong(Shortcuts):
         self.real = real
         self.step = -1
 
-    def leads(self, block: int, distance: int, hidden: Tensor) -> list[tuple[int, float]]:
+    def leads(self, block: int, distance: int, hidden: Tensor) -> Leads:
         used = self.real[self.step][block]
         others = [expert for expert in range(8) if expert not in used]
-        return [(expert, 1.0) for expert in (used if self.step < TRUSTED else others[:2])]
+        return Leads([(expert, 1.0) for expert in (used if self.step < TRUSTED else others[:2])], [])
 
 
 def text(folder: Path, prompt: str = "La mattina seguente, don Rodrigo", **options: Any) -> tuple[list[int], Any]:
