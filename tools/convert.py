@@ -213,6 +213,7 @@ def write(
 
     def clear() -> State:
         check_unused(str(dst), dst)
+        conversion.check_disks(replacing=True)
         say(f"{dst}: what is there is removed first")
         remove(dst)
         return State.NEW

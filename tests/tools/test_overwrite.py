@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint, tree
+from faults import mounted
 from prepared import Prepared
 
-from moetier.tiers.errors import TargetExistsError
+from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+from moetier.tiers.keys import PAGE, Bits
+from moetier.tiers.shard import GROUP
 from moetier.tools.convert import convert
+from moetier.tools.target import SLACK_BYTES
 
 KILLED = """
 import json, os, shutil, signal, sys
@@ -98,3 +104,33 @@ def test_a_store_without_plan_is_replaced_only_if_told_to(tmp_path: Path) -> Non
     assert tree(tmp_path / "dst") == before
     convert(source, tmp_path / "dst", fast=True, overwrite=True)
     assert tree(tmp_path / "dst") == uncut
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_where_the_new_one_does_not_fit_the_old_one_stays(tmp_path: Path, bits: Bits) -> None:
+    """What that takes is room for the new one, but for what has another name too. One of 16 bits is the very same."""
+    source = save_checkpoint(tmp_path / "src")
+    convert(source, tmp_path / "new", bits=16)
+    new = tree(tmp_path / "new")
+    convert(source, tmp_path / "old", bits=bits, fast=bits < 16)
+    old = tree(tmp_path / "old")
+    room = sum(-(-len(data) // PAGE) * PAGE for data in new.values()) + SLACK_BYTES
+    with mounted("tmpfs", tmp_path / "disk", f"size={room + (1 << 16)}") as disk:
+        dst = Path(shutil.copytree(tmp_path / "old", disk / "dst"))
+
+        def is_refused() -> None:
+            with pytest.raises(DiskSpaceError, match=r"are free once what is there is removed\.") as caught:
+                convert(source, dst, bits=16, overwrite=True)
+            assert str(dst) in caught.value.cause
+            assert tree(dst) == old
+
+        (disk / "ballast").write_bytes(bytes(1 << 18))
+        is_refused()
+        (disk / "ballast").unlink()
+        (links := disk / "links").mkdir()
+        for number, shard in enumerate((dst / GROUP).glob("*/c/*/0/0")):
+            os.link(shard, links / str(number))
+        is_refused()
+        shutil.rmtree(links)
+        convert(source, dst, bits=16, overwrite=True)
+        assert tree(dst) == new
