@@ -191,7 +191,8 @@ def test_what_others_are_called_is_no_escape_sequence(runtime: Path, tmp_path: P
         found = json.loads(said(runtime, "stats", "--json"))
         assert found["models"][0]["name"] == plan.model, "a program gets it as it is"
     stats = pb.StatsReply(models=[pb.ModelStats(name=plan.model, digest="1")])
-    assert changes(stats, stats).startswith("acme/?[2Jodd? ")
+    look = pb.DescribeReply(), stats
+    assert changes(look, look).startswith("acme/?[2Jodd? ")
     assert refused(runtime, "stats", f"{tmp_path}/a\x1b]0;b\x07").endswith(f"{tmp_path}/a?]0;b?.")
 
 
@@ -318,11 +319,18 @@ def test_watching_one_that_ends_is_said(
 def test_between_two_looks_another_daemon_may_have_begun() -> None:
     """At a TCP address, with other models: its counters begin at nothing, and no rate is negative."""
     host = pb.Tier(slots=12, hits=100, misses=50, bytes_in=1 << 20)
-    before = pb.StatsReply(uptime_s=500, models=[pb.ModelStats(name="acme/one", digest="1", host=host)])
+    before = pb.StatsReply(uptime_s=1, models=[pb.ModelStats(name="acme/one", digest="1", host=host)])
     fresh = [pb.ModelStats(name=f"acme/{digest}", digest=digest, host=pb.Tier(hits=4)) for digest in ("1", "2")]
-    rows = [line.split() for line in changes(before, pb.StatsReply(uptime_s=2, models=fresh)).splitlines()]
-    assert [(row[0], row[4]) for row in rows] == [("acme/1", "2"), ("acme/2", "2")]
-    assert changes(before, pb.StatsReply(uptime_s=502, models=[])) == ""
+    known = pb.DescribeReply(pid=7, started_unix_ms=1000)
+    for daemon, uptime, rate in (
+        (pb.DescribeReply(pid=8, started_unix_ms=9000), 2, "2"),  # longer up than the other was when it was seen
+        (pb.DescribeReply(pid=7, started_unix_ms=9000), 2, "2"),  # the first process of another container
+        (known, 0.5, "8"),  # it began behind the first answer
+    ):
+        now = daemon, pb.StatsReply(uptime_s=uptime, models=fresh)
+        rows = [line.split() for line in changes((known, before), now).splitlines()]
+        assert [(row[0], row[4]) for row in rows] == [("acme/1", rate), ("acme/2", rate)]
+    assert changes((known, before), (known, pb.StatsReply(uptime_s=502, models=[]))) == ""
 
 
 def test_mistakes_are_said(daemon: DaemonProcess, runtime: Path) -> None:
