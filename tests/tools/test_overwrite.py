@@ -11,6 +11,7 @@ import pytest
 from checkpoints import save_checkpoint, tree
 from faults import mounted
 from prepared import Prepared
+from removals import IN_CHILD
 
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 from moetier.tiers.keys import PAGE, Bits
@@ -19,48 +20,33 @@ from moetier.tools.convert import convert
 from moetier.tools.target import SLACK_BYTES
 
 KILLED = """
-import json, os, shutil, signal, sys
+import json, shutil
 from pathlib import Path
 import moetier.tools.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tiers.errors import TargetExistsError
 from moetier.tools.convert import convert
-from moetier.tools.main import main
 source, old, work = sys.argv[1:]
 
-def in_child(target, kill_at=None, overwrite=True):
-    'Exit status, and how many files and folders were removed before anything was made.'
-    receive, send = os.pipe()
-    if not (pid := os.fork()):
-        removed = 0
-        def hook(event, arguments):
-            nonlocal removed
-            if event in ('os.remove', 'os.rmdir'):
-                removed += 1
-                if removed == kill_at: os.kill(os.getpid(), signal.SIGKILL)
-            if event == 'open' and str(arguments[0]).endswith('plan.json.partial'):
-                os.write(send, f'{removed} '.encode())
-        sys.addaudithook(hook)
+def converted(target, kill_at=None, overwrite=True):
+    'Counts what is removed before anything is made.'
+    def converting():
         try:
             convert(source, target, fast=True, overwrite=overwrite)
-            status = 0
         except TargetExistsError as error:
-            status = 3 if '--overwrite' in error.fix else 4
-        os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    os.close(send)
-    with open(receive) as stream: said = stream.read().split()
-    return os.waitstatus_to_exitcode(status), int(said[0]) if said else None
+            return 3 if '--overwrite' in error.fix else 4
+        return 0
+    return in_child(converting, kill_at, until='plan.json.partial')
 
 def copy(name):
     return shutil.copytree(old, Path(work) / name)
 
-_, steps = in_child(copy('count'))
+_, steps = converted(copy('count'))
 print(steps)
 for step in range(1, steps + 1):
     target = copy(str(step))
-    died, _ = in_child(target, step)
-    plainly, _ = in_child(shutil.copytree(target, Path(work) / f'{step}-plain'), overwrite=False)
-    again, _ = in_child(target)
+    died, _ = converted(target, step)
+    plainly, _ = converted(shutil.copytree(target, Path(work) / f'{step}-plain'), overwrite=False)
+    again, _ = converted(target)
     print(json.dumps([step, died, plainly, again]))
 """
 
@@ -78,7 +64,7 @@ def test_a_removal_that_is_killed_is_gone_on_with(scripts: Prepared, tmp_path: P
         (manifest := old / "experts.zarr" / "zarr.json").unlink()
         plan = json.loads((tmp_path / "new" / "experts.zarr" / "zarr.json").read_bytes())["attributes"]["moetier"]
         manifest.with_name("plan.json").write_text(json.dumps(plan | {"digest": "", "model": "another"}))
-    result = scripts.run(KILLED, source, old, tmp_path / "work")
+    result = scripts.run(IN_CHILD + KILLED, source, old, tmp_path / "work")
     assert result.returncode == 0, result.stderr
     count, *lines = result.stdout.splitlines()
     assert int(count) == len(lines) > 8

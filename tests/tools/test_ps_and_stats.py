@@ -17,31 +17,15 @@ import trustme
 from daemons import DaemonProcess, running_daemon
 from raw_client import RawClient
 from readers import PATIENCE
-from stores import layout_of, make_plan, make_records, make_store, write_store
+from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import Manifest
 from moetier.tools.ps import format_seconds
 from moetier.tools.stats import changes
 
 SLOT = layout_of().slot_bytes
 COMMAND = [sys.executable, "-m", "moetier.tools.main"]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    folder = tmp_path_factory.mktemp("store")
-    make_store(folder, experts=8)
-    return folder, read_manifest(folder / "experts.zarr")
-
-
-@pytest.fixture
-def runtime(tmp_path: Path) -> Path:
-    """$XDG_RUNTIME_DIR; the daemons of the tests are in ``moetier`` beneath it."""
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    return folder
 
 
 @pytest.fixture
