@@ -28,11 +28,12 @@ from .dequantize import source_tensors
 from .draft import Draft, Options
 from .matrices import Matrices
 from .matrix_record import MatrixRecord
-from .passage import Passage, Stage, stages
+from .passage import Passage
 from .progress import Progress
 from .records import INTERPRETER_BYTES, Encoder
 from .resident import peak_bytes
 from .skeleton import build_on_meta
+from .stages import Stage, stages
 from .target import Target, free_bytes, small_files
 
 
