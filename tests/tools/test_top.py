@@ -29,10 +29,11 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.manifest import Manifest
 from moetier.tools import top_parts
 from moetier.tools.ps import running
-from moetier.tools.top_app import TERMINATED, Choice, Part, Top
+from moetier.tools.top_app import TERMINATED, Top
 from moetier.tools.top_heat import ABSENT, READY, Grid, colour, heatmap
 from moetier.tools.top_history import History
 from moetier.tools.top_watch import Look, Watch
+from moetier.tools.top_widgets import Choice, Part
 
 SLOT = layout_of().slot_bytes
 COMMAND = ("-m", "moetier.tools.main", "top")
