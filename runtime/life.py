@@ -25,6 +25,7 @@ from .hold import hold
 from .hosted import Hosted
 from .hosting import open_models
 from .logfmt import say
+from .memory import exceeded
 from .running import FILE, DaemonCard, ServedModel
 from .servers import (
     health_checks,
@@ -157,6 +158,9 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
         budget=budget,
         slots=sum(sum(model.slots.values()) for model in running.models.values()),
     )
+    if config.ram is not None and (there := exceeded(config.ram)) is not None:  # all experts fit, which is less
+        sizes = {"asked": format_bytes(config.ram.of(there.bytes)), "there": format_bytes(there.bytes)}
+        say(_log, "more-than-there-is", logging.WARNING, **sizes, limiter=there.limiter, budget=budget)
     if without := config.unprotected:
         say(_log, "insecure", logging.WARNING, listen=card.listen, without=" and ".join(without))
     if card.metrics and not Address(target=card.metrics).is_loopback:

@@ -55,6 +55,12 @@ def whole_memory(root: Path = Path("/")) -> Available:
     return min([Available(machine_memory(), "this machine"), *groups], key=_bytes)
 
 
+def exceeded(asked: Size | None) -> Available | None:
+    """What there is in all, where more is asked for."""
+    there = whole_memory()
+    return there if asked is not None and asked.of(there.bytes) > there.bytes else None
+
+
 def _bytes(known: Available) -> int:
     return known.bytes
 

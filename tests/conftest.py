@@ -11,11 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tqdm
 from hypothesis import HealthCheck, settings
 from prepared import Prepared, prepared
+
+if TYPE_CHECKING:
+    from moetier.tiers.manifest import Manifest
 
 # The models here are tiny: a second thread costs more than it saves, and where the machine has other work to do the two
 # wait for each other at every step. Tests of what threads may not change set their own number. Children inherit this.
@@ -111,4 +115,26 @@ def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     folder = tmp_path_factory.mktemp("tinymix") / "4bit"
     convert(tinymix, folder, bits=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """A model directory without a model, with 3 blocks of 8 experts, and its manifest: for daemons, where a module has
+    no store of its own. Tests must not change it."""
+    from stores import make_store
+
+    from moetier.tiers.folder import read_manifest
+
+    folder = tmp_path_factory.mktemp("store")
+    make_store(folder, experts=8)
+    return folder, read_manifest(folder / "experts.zarr")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$XDG_RUNTIME_DIR; the daemons of the tests are in ``moetier`` beneath it."""
+    folder = tmp_path / "run"
+    (folder / "moetier").mkdir(mode=0o700, parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     return folder

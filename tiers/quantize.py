@@ -76,12 +76,7 @@ def layout_for(
     not above ``group``; a projection that none divides stays 16-bit. fp32 is stored as bf16 where it is not quantised.
     Raises ConfigError for settings that don't exist, CheckpointError for parameters that can't be stored.
     """
-    if bits not in BITS:
-        raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
-    default_group, default_pairs = DEFAULTS.get(bits, (0, ""))
-    group, pairs = default_group if group is None else group, default_pairs if pairs is None else pairs
-    if bits != 16:
-        _check(group, pairs)
+    group, pairs = form_of(bits, group, pairs)
     projections, biases = [], []
     for name, (shape, dtype) in parameters.items():
         if dtype not in STORED_AS:
@@ -102,15 +97,23 @@ def layout_for(
     return RecordLayout(tuple(projections), tuple(biases))
 
 
-def _check(group: int, pairs: str) -> None:
+def form_of(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]:
+    """Group size and format of pairs, where None is the width's own. At 16 bits they say nothing. Raises
+    ConfigError."""
+    if bits not in BITS:
+        raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
+    default_group, default_pairs = DEFAULTS.get(bits, (0, ""))
+    group, pairs = default_group if group is None else group, default_pairs if pairs is None else pairs
+    if bits == 16:
+        return group, pairs
     if pairs not in PAIR_TYPES:
         raise ConfigError(f"Pairs of type {pairs} are not supported.", f"Choose {' or '.join(PAIR_TYPES)}.")
-    sizes = (*GROUPS, 16) if pairs == "uint8" else GROUPS
-    if group not in sizes:
+    if group not in GROUPS and (group, pairs) != (16, "uint8"):
         raise ConfigError(
             f"Groups of {group} weights are not supported with {pairs} pairs.",
-            f"Choose a group size among {', '.join(map(str, sizes))}.",
+            "Choose a group size of 32, 64 or 128, or of 16 with pairs of uint8.",
         )
+    return group, pairs
 
 
 def _group_of(columns: int, asked: int, pairs: str) -> int:

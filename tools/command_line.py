@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import NoReturn
 
-from moetier.tiers.errors import MoetierError
+from moetier.tiers.errors import ConfigError, MoetierError
 
 from .options import commands_of
 
 EXIT_USAGE = 2  # as argparse has it
+
+
+class UsageError(ConfigError):
+    """Options, each of which argparse has taken by itself, that can't be for any model."""
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Around what looks at options alone: a ConfigError of it is one of the command line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise UsageError(error.cause, error.fix) from error
 
 
 class CommandParser(argparse.ArgumentParser):

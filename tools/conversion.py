@@ -28,11 +28,12 @@ from .dequantize import source_tensors
 from .draft import Draft, Options
 from .matrices import Matrices
 from .matrix_record import MatrixRecord
-from .passage import Passage, Stage, stages
+from .passage import Passage
 from .progress import Progress
 from .records import INTERPRETER_BYTES, Encoder
 from .resident import peak_bytes
 from .skeleton import build_on_meta
+from .stages import Stage, stages
 from .target import Target, free_bytes, small_files
 
 
@@ -121,7 +122,7 @@ class Conversion:
         """Trunk, blocks, small files; the manifest last. Goes on where an earlier run was cut. Of a checkpoint that
         passes by the trunk comes behind the blocks: it lies in all of the files."""
         start = time.monotonic()
-        self._check_disks()
+        self.check_disks()
         with StoreWriter.open(self.target.store, self.target.plan) as writer:
             finished = writer.finished_blocks
             errors = {b: error for b, error in self.target.read_journal().items() if b in finished}
@@ -141,19 +142,19 @@ class Conversion:
         self.target.tidy()
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
 
-    def _check_disks(self) -> None:
-        """Raises DiskSpaceError."""
+    def check_disks(self, *, replacing: bool = False) -> None:
+        """Whether what is missing fits; ``replacing``: once what is there is removed. Raises DiskSpaceError."""
         if self.passage is None:
-            self.target.check_disk()
+            self.target.check_disk(replacing=replacing)
             return
-        route = self._route()
+        route = self._route(() if replacing else None)
         here, cached = self.passage.here(route), self.passage.in_cache(route)
         place = hub.cache_place()
         if cached and hub.downloads_to(
             next(p for p in (self.target.folder, *self.target.folder.parents) if p.exists())
         ):
             here, cached = here + cached, 0
-        self.target.check_disk(here)
+        self.target.check_disk(here, replacing=replacing)
         if cached > (free := free_bytes(place)):
             raise DiskSpaceError(
                 f"{place} is to keep {cached:,} bytes of the checkpoint; {free:,} are free.",

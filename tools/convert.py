@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.keys import BITS, TRUNK_BITS, Bits
 
+from .command_line import checked
 from .number import COUNT
 
 if TYPE_CHECKING:
@@ -74,11 +75,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return report_of(lambda: convert(arguments.source, arguments.target, **options_of(arguments)), arguments.json)
+    options = options_of(arguments)
+    return report_of(lambda: convert(arguments.source, arguments.target, **options), arguments.json)
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``convert`` that ``add_options`` names."""
+    """The keyword arguments of ``convert`` that ``add_options`` names. Raises UsageError."""
+    from .draft import Options
+
+    with checked():
+        Options(arguments.bits, arguments.trunk_bits, arguments.group_size, arguments.pairs, arguments.fast)
     names = ("bits", "trunk_bits", "group_size", "pairs", "fast", "workers", "overwrite", "ignore_code")
     return {name: getattr(arguments, name) for name in (*names, "revision", "keep_source")} | {"quiet": False}
 
@@ -207,6 +213,7 @@ def write(
 
     def clear() -> State:
         check_unused(str(dst), dst)
+        conversion.check_disks(replacing=True)
         say(f"{dst}: what is there is removed first")
         remove(dst)
         return State.NEW

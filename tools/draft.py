@@ -12,7 +12,7 @@ import torch
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import Bits, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
-from moetier.tiers.quantize import layout_for
+from moetier.tiers.quantize import form_of, layout_for
 from moetier.tiers.trunk import RECORD
 
 from .blueprint import Blueprint, make_blueprint
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How experts are stored, and with how many workers; None is the default of the width, or of the machine."""
+    """How experts are stored, and with how many workers; None is the default of the width, or of the machine. Raises
+    ConfigError for what no model can be stored with."""
 
     bits: Bits = 4
     trunk_bits: Bits = 16  # of the trunk's matrices
@@ -44,6 +45,7 @@ class Options:
                 "With 16 bits nothing is rounded: groups, pairs and plain rounding say nothing.",
                 "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
             )
+        form_of(self.bits, self.group_size, self.pairs)
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
 
 def _warn(model: Any, ram: str | None, context: int) -> None:
     from moetier.runtime.config import DEFAULT_CONTEXT, Size, format_bytes
-    from moetier.runtime.memory import whole_memory
+    from moetier.runtime.memory import exceeded
 
-    asked, there = None if ram is None else Size.parse(ram).bytes, whole_memory()
-    if asked is not None and asked > there.bytes and model.tiers.host.stats().name == "host":
+    there = exceeded(None if ram is None else Size.parse(ram))
+    if there is not None and model.tiers.host.stats().name == "host":
         _log.warning(
             "--ram %s is more than the %s of %s: all experts fit, which is less.",
             ram,

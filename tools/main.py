@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError, MoetierError
 
-from .command_line import CommandParser
+from .command_line import EXIT_USAGE, CommandParser, UsageError
 from .options import arguments_by_name, by_name, commands_of, settable
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _say(error: Exception, settings: Sequence[Setting]) -> int:
     from .settings import mentioned
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
+    code = EXIT_USAGE if isinstance(error, UsageError) else code
     print(f"moetier: {plain(said.cause)}\n  {plain(said.fix)}{mentioned(settings, said)}", file=sys.stderr)
     return code
 

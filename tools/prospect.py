@@ -19,8 +19,8 @@ from moetier.tiers.trunk import check_trunk, trunk_records
 from .draft import Draft, Options
 from .forecast import Trunk
 from .outline import Outline, open_outline
-from .passage import most_bytes
 from .skeleton import build_on_meta
+from .stages import most_bytes
 from .target import is_ours
 
 

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises CheckpointError, TargetError or ConfigError."""
+    options = options_of(arguments)
     from moetier.runtime.models import place_of, tag_of
 
     from . import hub
@@ -23,6 +24,4 @@ def run(arguments: argparse.Namespace) -> int:
 
     hub.check_id(arguments.id)
     folder = place_of(arguments.id, tag_of(arguments.bits, arguments.trunk_bits))
-    return report_of(
-        lambda: pull(arguments.id, folder, resuming=("pull", arguments.id), **options_of(arguments)), arguments.json
-    )
+    return report_of(lambda: pull(arguments.id, folder, resuming=("pull", arguments.id), **options), arguments.json)

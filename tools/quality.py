@@ -15,6 +15,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, RecordLayout
 
+from .command_line import checked
 from .options import source
 from .report import table
 from .resources import add_resource_arguments, asked, resources_of
@@ -117,7 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
             if not (way[0] == way[3] == 16 and way[4])  # nothing is rounded there
         ]
-        _check_ways(ways)
+        with checked():
+            _check_ways(ways)
         rows = []
         for row in measure_checkpoint(arguments.source, texts, arguments.tokens, ways):
             rows.append(row)
@@ -132,12 +134,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_ways(ways: Iterable[Way]) -> None:
     """Raises ConfigError, before anything is measured, for settings that don't exist."""
-    from moetier.tiers.quantize import layout_for
+    from moetier.tiers.quantize import form_of
 
     from .matrices import trunk_form
 
     for bits, group, pairs, trunk_bits, _ in ways:
-        layout_for({"weight": ((64, 256), "bfloat16")}, bits=bits, group=group, pairs=pairs)
+        form_of(bits, group, pairs)
         trunk_form(trunk_bits)
 
 

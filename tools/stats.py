@@ -54,11 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
                 print(_HEAD, flush=True)
             while True:
                 time.sleep(arguments.watch)
-                before, stats = stats, visited.stats()
+                before = described, stats
+                described, stats = visited.describe(), visited.stats()
                 if arguments.json:
-                    print(json.dumps(to_json(address, visited.describe(), stats)), flush=True)
+                    print(json.dumps(to_json(address, described, stats)), flush=True)
                 else:
-                    print(changes(before, stats), flush=True)
+                    print(changes(before, (described, stats)), flush=True)
         except KeyboardInterrupt:  # how one ends it
             return 0
 
@@ -127,15 +128,17 @@ _COLUMNS = "{:<20} {:>11} {:>7} {:>6} {:>9} {:>9} {:>9} {:>12} {:>12}"
 _HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses/s", "failures", "read/s", "fetched/s")
 
 
-def changes(before: StatsReply, now: StatsReply) -> str:
+def changes(before: tuple[DescribeReply, StatsReply], now: tuple[DescribeReply, StatsReply]) -> str:
     """What ``--watch`` prints of two looks: one line for each model."""
     from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
 
-    if now.uptime_s < before.uptime_s:  # another daemon, at the same address
-        before = StatsReply()
-    seconds = max(now.uptime_s - before.uptime_s, 1e-9)
-    former = {model.digest: model for model in before.models}
-    return "\n".join(_line(former.get(model.digest, ModelStats()), model, seconds) for model in now.models)
+    (daemon, stats), (was_daemon, was) = now, before
+    started = (daemon.pid, daemon.started_unix_ms)
+    if started != (was_daemon.pid, was_daemon.started_unix_ms) or stats.uptime_s < was.uptime_s:
+        was = StatsReply()  # another daemon, at the same address; it may have begun between the answers
+    seconds = max(stats.uptime_s - was.uptime_s, 1e-9)
+    former = {model.digest: model for model in was.models}
+    return "\n".join(_line(former.get(model.digest, ModelStats()), model, seconds) for model in stats.models)
 
 
 def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -113,23 +113,25 @@ class Target:
         blocks = range(len(self.plan.blocks))
         return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.plan, block)))
 
-    def missing_bytes(self) -> int:
-        """That are still to be written."""
+    def missing_bytes(self, *, replacing: bool = False) -> int:
+        """That are still to be written; all of them where what is there is removed before."""
         shards = [ShardFile.of(self.store, self.plan, block) for block in range(len(self.plan.blocks))]
         return (
-            sum(shard.file_bytes for shard in shards if not is_complete(shard))
-            + sum(file.size for file in self.trunk if not file.is_complete(self.folder))
+            sum(shard.file_bytes for shard in shards if replacing or not is_complete(shard))
+            + sum(file.size for file in self.trunk if replacing or not file.is_complete(self.folder))
             + sum(map(len, self.small.values()))
         )
 
-    def check_disk(self, beside: int = 0) -> None:
-        """Whether what is missing fits, and ``beside`` bytes of its source. Raises DiskSpaceError, naming what is
-        needed and what is free."""
-        free, needed = free_bytes(self.folder), self.missing_bytes() + beside + SLACK_BYTES
+    def check_disk(self, beside: int = 0, *, replacing: bool = False) -> None:
+        """Whether what is missing fits, and ``beside`` bytes of its source; ``replacing``: in the room too that what is
+        there takes. Raises DiskSpaceError, naming what is needed and what is free."""
+        free = free_bytes(self.folder) + (_freed_bytes(self.folder) if replacing else 0)
+        needed = self.missing_bytes(replacing=replacing) + beside + SLACK_BYTES
         if needed > free:
             source = f", {beside:,} of them for files of the checkpoint" if beside else ""
+            then = " once what is there is removed" if replacing else ""
             raise DiskSpaceError(
-                f"{self.folder} needs {needed:,} bytes more{source}; {free:,} are free.",
+                f"{self.folder} needs {needed:,} bytes more{source}; {free:,} are free{then}.",
                 "Free some space, choose fewer --bits and --trunk-bits, or another disk.",
             )
 
@@ -207,16 +209,29 @@ def _remove(folder: Path) -> None:
     (folder / GROUP / METADATA).unlink(missing_ok=True)
     sync_folder(folder / GROUP)
     _remove_download(folder)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if WRITTEN.fullmatch(name.removesuffix(PARTIAL)) or COPIED.fullmatch(name.removesuffix(PARTIAL)):
-            path.unlink()
+    for path in _beside_store(folder):
+        path.unlink()
     for path in (folder / GROUP).iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
     sync_folder(folder)
+
+
+def _beside_store(folder: Path) -> Iterator[Path]:
+    """The files of a model directory that moetier writes, but for the store and what is downloaded."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
+        if WRITTEN.fullmatch(name) or COPIED.fullmatch(name):
+            yield path
+
+
+def _freed_bytes(folder: Path) -> int:
+    """Of the disk, that ``remove`` frees. What is downloaded is not among them: of what its source takes, a conversion
+    counts only what is not here yet."""
+    found = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
+    return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else something is left of it
 
 
 def _remove_download(folder: Path) -> None:

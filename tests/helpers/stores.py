@@ -14,8 +14,8 @@ from moetier.tiers.manifest import Block, Manifest
 from moetier.tiers.shard import GROUP
 from moetier.tiers.writer import StoreWriter, array_metadata
 
-# A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it. So each
-# process of tests has digests of its own, which its children share.
+# A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it: that of the
+# records. So each process of tests has records of its own, which its children share.
 _RUN = os.environ.setdefault("MOETIER_TEST_RUN", secrets.token_hex(8)) + os.environ.get("PYTEST_XDIST_WORKER", "")
 SOURCE_DIGEST = hashlib.sha256(_RUN.encode()).hexdigest()
 
@@ -48,7 +48,7 @@ def make_plan(
 
 
 def make_records(plan: Manifest, seed: int = 0) -> dict[ExpertKey, bytes]:
-    """Random payloads, ``record_bytes`` long, zeros in the padding."""
+    """Random payloads, ``record_bytes`` long, zeros in the padding; the first begins with what only this run has."""
     random = np.random.default_rng(seed)
     records = {}
     for block, entry in enumerate(plan.blocks):
@@ -56,6 +56,8 @@ def make_records(plan: Manifest, seed: int = 0) -> dict[ExpertKey, bytes]:
         padding = bytes(layout.record_bytes - layout.payload_bytes)
         for expert in range(entry.experts):
             records[ExpertKey(block, expert)] = random.bytes(layout.payload_bytes) + padding
+    mark = bytes.fromhex(SOURCE_DIGEST)[:8]
+    records[ExpertKey(0, 0)] = mark + records[ExpertKey(0, 0)][len(mark) :]
     return records
 
 

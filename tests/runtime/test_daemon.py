@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -121,6 +122,16 @@ def test_insecure_is_said(store: Store, tmp_path: Path, with_token: bool) -> Non
         assert daemon.stop() == 0
 
 
+def test_more_memory_than_there_is_is_said(store: Store, tmp_path: Path) -> None:
+    """As `generate` has it: all experts fit, which is what it takes."""
+    with running_daemon(store[0], ram="900TiB", folder=tmp_path / "d") as daemon:
+        assert daemon.stats().host.slots == 24
+        (line,) = (line for line in daemon.log.splitlines() if "event=more-than-there-is" in line)
+        assert re.search(r'level=warning .* asked="900 TiB" there="\S+ \wiB" limiter=".+" budget="384 KiB"$', line)
+    with running_daemon(store[0], ram="100MiB", folder=tmp_path / "e") as daemon:  # than there are experts
+        assert "level=warning" not in daemon.log
+
+
 def test_a_second_one_names_the_first(store: Store, tmp_path: Path) -> None:
     with running_daemon(store[0], folder=tmp_path / "d") as daemon:
         second = starting(store[0], "--folder", tmp_path / "d")
@@ -169,7 +180,6 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
     ("options", "says"),
     [
         (["--ram", "1KiB"], "too small"),
-        (["--ram", "900TiB"], None),  # as much as there are records: served
         (["--ram", "lots"], "not an amount"),
         (["--folder", "127.0.0.1:7"], "no folder"),
         (["--listen", "nonsense"], "HOST:PORT"),
@@ -199,16 +209,12 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--no-such-option"], "has no option --no-such-option"),
     ],
 )
-def test_options_that_cannot_work_are_said(store: Store, tmp_path: Path, options: list[str], says: str | None) -> None:
+def test_options_that_cannot_work_are_said(store: Store, tmp_path: Path, options: list[str], says: str) -> None:
     token = tmp_path / "token"
     token.write_text("s3cret\n")
     options = [str(token) if option == "TOKEN" else option for option in options]
     if "--folder" not in options:
         options += ["--folder", str(tmp_path / "d")]
-    if says is None:
-        with running_daemon(store[0], folder=tmp_path / "e", extra=options[:2]) as daemon:
-            assert daemon.stats().host.slots == 24
-        return
     result = starting(store[0], *options)
     assert result.returncode in (1, 2), result.stderr
     assert says in result.stderr

@@ -20,7 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parsed
 from raw_client import RawClient
 from readers import PATIENCE
-from stores import layout_of, make_plan, make_records, make_store, write_store
+from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.folder import read_manifest
@@ -30,13 +30,6 @@ from moetier.tools.main import main
 SLOT = layout_of().slot_bytes
 LOOPBACK = ["--metrics", "0"]
 Store = tuple[Path, Manifest]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    folder = tmp_path_factory.mktemp("store")
-    make_store(folder, experts=8)
-    return folder, read_manifest(folder / "experts.zarr")
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
@@ -116,7 +109,7 @@ def test_a_histogram_is_cumulative_in_both_forms(store: Store, tmp_path: Path) -
             client.acquire(1, 0, [1, 2, 3])
             for _ in range(3):
                 client.granted()
-        host = daemon.wait_for("sum(host.loads) == 3").host
+        host = daemon.stats().host
         url = f"http://{daemon.card.metrics}/metrics"
         for accept, parse in (("", parsed), ("application/openmetrics-text; version=1.0.0", parsed_open)):
             (loads,) = (family for family in parse(scrape(url, accept=accept)) if family.name.endswith("load_seconds"))

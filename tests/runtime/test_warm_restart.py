@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -160,6 +161,23 @@ def test_what_a_living_daemon_owns_is_left_to_it(store: Store, tmp_path: Path) -
             check_all(other, store)
         assert find_leftovers({store[1].digest: store[1]}) == {}
         check_all(daemon, store)
+
+
+def test_what_other_tests_leave_is_none_of_these(store: Store, tmp_path: Path) -> None:
+    """A worker beside this one has no store of the same digest: its daemons are killed too."""
+    code = (
+        "import sys; from pathlib import Path; from stores import make_store; make_store(Path(sys.argv[1]), experts=8)"
+    )
+    helpers = str(Path(__file__).parent.parent / "helpers")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])}
+    digests = []
+    for worker in ("mine", "mine", "another"):
+        folder = tmp_path / str(len(digests))
+        command = [sys.executable, "-c", code, str(folder)]
+        subprocess.run(command, env=environment | {"PYTEST_XDIST_WORKER": worker}, check=True)
+        digests.append(read_manifest(folder / "experts.zarr").digest)
+    assert digests[0] == digests[1] != digests[2]
+    assert store[1].digest not in digests
 
 
 def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_already(tmp_path: Path) -> None:

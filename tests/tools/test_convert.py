@@ -201,6 +201,28 @@ def test_a_mistake_is_two_lines(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert fix.startswith("  Choose another folder")
 
 
+@pytest.mark.parametrize("words", [("convert", "SRC", "DST"), ("pull", "acme/nothing")], ids=["convert", "pull"])
+@pytest.mark.parametrize(
+    ("options", "cause", "fix"),
+    [
+        (("--group-size", "16"), "Groups of 16 weights are not supported with bfloat16 pairs.", "16 with pairs of"),
+        (("--bits", "2", "--group-size", "16", "--pairs", "bfloat16"), "Groups of 16", "16 with pairs of uint8"),
+        (("--bits", "16", "--pairs", "uint8"), "With 16 bits nothing is rounded", "choose fewer --bits"),
+        (("--bits", "16", "--fast"), "With 16 bits nothing is rounded", "choose fewer --bits"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_no_model_can_be_stored_with_is_a_wrong_command_line(
+    words: tuple[str, ...], options: tuple[str, ...], cause: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever the checkpoint is: it need not be there, and nobody has looked for it."""
+    assert main([*words, *options]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert cause in said[0]
+    assert fix in said[1]
+
+
 def test_what_resumes_it_has_every_option(source: Path, tmp_path: Path) -> None:
     """The command that a cut conversion names makes the very same."""
     src = Path(shutil.copytree(source, tmp_path / "with space"))

@@ -3,58 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint, tree
+from faults import mounted
 from prepared import Prepared
+from removals import IN_CHILD
 
-from moetier.tiers.errors import TargetExistsError
+from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+from moetier.tiers.keys import PAGE, Bits
+from moetier.tiers.shard import GROUP
 from moetier.tools.convert import convert
+from moetier.tools.target import SLACK_BYTES
 
 KILLED = """
-import json, os, shutil, signal, sys
+import json, shutil
 from pathlib import Path
 import moetier.tools.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tiers.errors import TargetExistsError
 from moetier.tools.convert import convert
-from moetier.tools.main import main
 source, old, work = sys.argv[1:]
 
-def in_child(target, kill_at=None, overwrite=True):
-    'Exit status, and how many files and folders were removed before anything was made.'
-    receive, send = os.pipe()
-    if not (pid := os.fork()):
-        removed = 0
-        def hook(event, arguments):
-            nonlocal removed
-            if event in ('os.remove', 'os.rmdir'):
-                removed += 1
-                if removed == kill_at: os.kill(os.getpid(), signal.SIGKILL)
-            if event == 'open' and str(arguments[0]).endswith('plan.json.partial'):
-                os.write(send, f'{removed} '.encode())
-        sys.addaudithook(hook)
+def converted(target, kill_at=None, overwrite=True):
+    'Counts what is removed before anything is made.'
+    def converting():
         try:
             convert(source, target, fast=True, overwrite=overwrite)
-            status = 0
         except TargetExistsError as error:
-            status = 3 if '--overwrite' in error.fix else 4
-        os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    os.close(send)
-    with open(receive) as stream: said = stream.read().split()
-    return os.waitstatus_to_exitcode(status), int(said[0]) if said else None
+            return 3 if '--overwrite' in error.fix else 4
+        return 0
+    return in_child(converting, kill_at, until='plan.json.partial')
 
 def copy(name):
     return shutil.copytree(old, Path(work) / name)
 
-_, steps = in_child(copy('count'))
+_, steps = converted(copy('count'))
 print(steps)
 for step in range(1, steps + 1):
     target = copy(str(step))
-    died, _ = in_child(target, step)
-    plainly, _ = in_child(shutil.copytree(target, Path(work) / f'{step}-plain'), overwrite=False)
-    again, _ = in_child(target)
+    died, _ = converted(target, step)
+    plainly, _ = converted(shutil.copytree(target, Path(work) / f'{step}-plain'), overwrite=False)
+    again, _ = converted(target)
     print(json.dumps([step, died, plainly, again]))
 """
 
@@ -72,7 +64,7 @@ def test_a_removal_that_is_killed_is_gone_on_with(scripts: Prepared, tmp_path: P
         (manifest := old / "experts.zarr" / "zarr.json").unlink()
         plan = json.loads((tmp_path / "new" / "experts.zarr" / "zarr.json").read_bytes())["attributes"]["moetier"]
         manifest.with_name("plan.json").write_text(json.dumps(plan | {"digest": "", "model": "another"}))
-    result = scripts.run(KILLED, source, old, tmp_path / "work")
+    result = scripts.run(IN_CHILD + KILLED, source, old, tmp_path / "work")
     assert result.returncode == 0, result.stderr
     count, *lines = result.stdout.splitlines()
     assert int(count) == len(lines) > 8
@@ -98,3 +90,33 @@ def test_a_store_without_plan_is_replaced_only_if_told_to(tmp_path: Path) -> Non
     assert tree(tmp_path / "dst") == before
     convert(source, tmp_path / "dst", fast=True, overwrite=True)
     assert tree(tmp_path / "dst") == uncut
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_where_the_new_one_does_not_fit_the_old_one_stays(tmp_path: Path, bits: Bits) -> None:
+    """What that takes is room for the new one, but for what has another name too. One of 16 bits is the very same."""
+    source = save_checkpoint(tmp_path / "src")
+    convert(source, tmp_path / "new", bits=16)
+    new = tree(tmp_path / "new")
+    convert(source, tmp_path / "old", bits=bits, fast=bits < 16)
+    old = tree(tmp_path / "old")
+    room = sum(-(-len(data) // PAGE) * PAGE for data in new.values()) + SLACK_BYTES
+    with mounted("tmpfs", tmp_path / "disk", f"size={room + (1 << 16)}") as disk:
+        dst = Path(shutil.copytree(tmp_path / "old", disk / "dst"))
+
+        def is_refused() -> None:
+            with pytest.raises(DiskSpaceError, match=r"are free once what is there is removed\.") as caught:
+                convert(source, dst, bits=16, overwrite=True)
+            assert str(dst) in caught.value.cause
+            assert tree(dst) == old
+
+        (disk / "ballast").write_bytes(bytes(1 << 18))
+        is_refused()
+        (disk / "ballast").unlink()
+        (links := disk / "links").mkdir()
+        for number, shard in enumerate((dst / GROUP).glob("*/c/*/0/0")):
+            os.link(shard, links / str(number))
+        is_refused()
+        shutil.rmtree(links)
+        convert(source, dst, bits=16, overwrite=True)
+        assert tree(dst) == new

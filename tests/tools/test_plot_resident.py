@@ -19,13 +19,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from raw_client import RawClient
-from stores import layout_of, make_store
+from stores import layout_of
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
 from moetier.runtime.visit import visit
 from moetier.tiers.errors import ConfigError, DaemonError, NobodyError, RefusedError, TargetError
-from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import Manifest
 from moetier.tools import plot
 from moetier.tools.figures import ORANGE
@@ -38,13 +37,6 @@ def run(*words: object) -> int:
     parser = ArgumentParser()
     plot.add_arguments(parser)
     return plot.run(parser.parse_args([str(word) for word in ("resident", *words)]))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    folder = tmp_path_factory.mktemp("store")
-    make_store(folder, experts=8)
-    return folder, read_manifest(folder / "experts.zarr")
 
 
 @pytest.fixture(scope="module", autouse=True)

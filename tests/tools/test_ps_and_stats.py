@@ -17,31 +17,15 @@ import trustme
 from daemons import DaemonProcess, running_daemon
 from raw_client import RawClient
 from readers import PATIENCE
-from stores import layout_of, make_plan, make_records, make_store, write_store
+from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import Manifest
 from moetier.tools.ps import format_seconds
 from moetier.tools.stats import changes
 
 SLOT = layout_of().slot_bytes
 COMMAND = [sys.executable, "-m", "moetier.tools.main"]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    folder = tmp_path_factory.mktemp("store")
-    make_store(folder, experts=8)
-    return folder, read_manifest(folder / "experts.zarr")
-
-
-@pytest.fixture
-def runtime(tmp_path: Path) -> Path:
-    """$XDG_RUNTIME_DIR; the daemons of the tests are in ``moetier`` beneath it."""
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    return folder
 
 
 @pytest.fixture
@@ -191,7 +175,8 @@ def test_what_others_are_called_is_no_escape_sequence(runtime: Path, tmp_path: P
         found = json.loads(said(runtime, "stats", "--json"))
         assert found["models"][0]["name"] == plan.model, "a program gets it as it is"
     stats = pb.StatsReply(models=[pb.ModelStats(name=plan.model, digest="1")])
-    assert changes(stats, stats).startswith("acme/?[2Jodd? ")
+    look = pb.DescribeReply(), stats
+    assert changes(look, look).startswith("acme/?[2Jodd? ")
     assert refused(runtime, "stats", f"{tmp_path}/a\x1b]0;b\x07").endswith(f"{tmp_path}/a?]0;b?.")
 
 
@@ -318,11 +303,18 @@ def test_watching_one_that_ends_is_said(
 def test_between_two_looks_another_daemon_may_have_begun() -> None:
     """At a TCP address, with other models: its counters begin at nothing, and no rate is negative."""
     host = pb.Tier(slots=12, hits=100, misses=50, bytes_in=1 << 20)
-    before = pb.StatsReply(uptime_s=500, models=[pb.ModelStats(name="acme/one", digest="1", host=host)])
+    before = pb.StatsReply(uptime_s=1, models=[pb.ModelStats(name="acme/one", digest="1", host=host)])
     fresh = [pb.ModelStats(name=f"acme/{digest}", digest=digest, host=pb.Tier(hits=4)) for digest in ("1", "2")]
-    rows = [line.split() for line in changes(before, pb.StatsReply(uptime_s=2, models=fresh)).splitlines()]
-    assert [(row[0], row[4]) for row in rows] == [("acme/1", "2"), ("acme/2", "2")]
-    assert changes(before, pb.StatsReply(uptime_s=502, models=[])) == ""
+    known = pb.DescribeReply(pid=7, started_unix_ms=1000)
+    for daemon, uptime, rate in (
+        (pb.DescribeReply(pid=8, started_unix_ms=9000), 2, "2"),  # longer up than the other was when it was seen
+        (pb.DescribeReply(pid=7, started_unix_ms=9000), 2, "2"),  # the first process of another container
+        (known, 0.5, "8"),  # it began behind the first answer
+    ):
+        now = daemon, pb.StatsReply(uptime_s=uptime, models=fresh)
+        rows = [line.split() for line in changes((known, before), now).splitlines()]
+        assert [(row[0], row[4]) for row in rows] == [("acme/1", rate), ("acme/2", rate)]
+    assert changes((known, before), (known, pb.StatsReply(uptime_s=502, models=[]))) == ""
 
 
 def test_mistakes_are_said(daemon: DaemonProcess, runtime: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from daemons import running_daemon
 from http_servers import ServerProcess
 from prepared import Prepared
+from removals import IN_CHILD
 from terminals import Terminal
 
 import moetier
@@ -325,38 +326,23 @@ def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.Ca
 
 
 REMOVED = """
-import json, os, shutil, signal, sys
+import json, shutil
 from moetier.runtime.models import models_folder, pulled
 from moetier.tools.main import main
 old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
 
-def in_child(kill_at=None):
-    'Exit status, and how many files and folders were removed.'
-    receive, send = os.pipe()
-    if not (pid := os.fork()):
-        removed = 0
-        def hook(event, arguments):
-            nonlocal removed
-            if event in ('os.remove', 'os.rmdir'):
-                removed += 1
-                if removed == kill_at: os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-        status = main(['rm', 'acme/a:4bit'])
-        os.write(send, str(removed).encode())
-        os._exit(status)
-    os.close(send)
-    with open(receive) as stream: said = stream.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+def removed(kill_at=None):
+    return in_child(lambda: main(['rm', 'acme/a:4bit']), kill_at)
 
 shutil.copytree(old, folder)
-status, steps = in_child()
+status, steps = removed()
 left = []
-for step in range(1, int(steps) + 1):
+for step in range(1, steps + 1):
     shutil.copytree(old, folder)
-    killed, _ = in_child(step)
+    killed, _ = removed(step)
     files = sum(len(names) for _, _, names in os.walk(folder))
     names = list(pulled())
-    again = in_child()[0] if names else 0
+    again = removed()[0] if names else 0
     left.append([step, killed, files, names, again, folder.exists() and os.listdir(folder)])
     shutil.rmtree(folder, ignore_errors=True)
 print(json.dumps([status, left]), file=sys.stderr)
@@ -369,7 +355,7 @@ def test_rm_that_is_killed_leaves_nothing_without_a_name(models: Path, scripts: 
     files = [array / "0", array / "1", array.parents[1] / METADATA, whole / "y", *(tmp_path / "old" / n for n in "az")]
     for file in files:
         file.write_bytes(b"1")
-    result = scripts.run(REMOVED, tmp_path / "old", environment=dict(os.environ))
+    result = scripts.run(IN_CHILD + REMOVED, tmp_path / "old", environment=dict(os.environ))
     assert result.returncode == 0, result.stderr
     status, steps = json.loads(result.stderr)
     assert status == 0

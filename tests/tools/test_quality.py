@@ -116,18 +116,20 @@ def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "cause"),
+    ("arguments", "cause", "code"),
     [
-        (("--text", "nowhere.txt"), "nowhere.txt is no text"),
-        (("--text", str(Path(__file__).parent)), "no folder with .txt files"),
-        (("--text", str(TEXTS / "it.txt"), str(TEXTS / "it.txt")), "same name"),
-        (("--text", str(TEXTS), "--tokens", "1"), "--tokens must be 2 or more"),
-        (("--text", str(TEXTS), "--tokens", "4", "--bits", "5"), "5 bits are not supported"),
-        (("--text", str(TEXTS), "--tokens", "4", "--bits", "4", "--group-size", "48"), "Groups of 48"),
+        (("--text", "nowhere.txt"), "nowhere.txt is no text", 1),
+        (("--text", str(Path(__file__).parent)), "no folder with .txt files", 1),
+        (("--text", str(TEXTS / "it.txt"), str(TEXTS / "it.txt")), "same name", 1),
+        (("--text", str(TEXTS), "--tokens", "1"), "--tokens must be 2 or more", 1),
+        (("--text", str(TEXTS), "--tokens", "4", "--bits", "5"), "5 bits are not supported", 2),
+        (("--text", str(TEXTS), "--tokens", "4", "--bits", "4", "--group-size", "48"), "Groups of 48", 2),
     ],
 )
-def test_mistakes(tinymix: Path, arguments: tuple[str, ...], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["quality", str(tinymix), *arguments]) == 1
+def test_mistakes(
+    tinymix: Path, arguments: tuple[str, ...], cause: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quality", str(tinymix), *arguments]) == code
     error = capsys.readouterr().err
     assert cause in error
     assert "Traceback" not in error

@@ -19,21 +19,21 @@ from daemons import DaemonProcess, running_daemon
 from raw_client import RawClient
 from readers import PATIENCE
 from screens import DrawnTerminal
-from stores import layout_of, make_plan, make_records, make_store, write_store
+from stores import layout_of, make_plan, make_records, write_store
 from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.address import Address, Credentials
 from moetier.tiers.errors import MoetierError
-from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import Manifest
 from moetier.tools import top_parts
 from moetier.tools.ps import running
-from moetier.tools.top_app import TERMINATED, Choice, Part, Top
+from moetier.tools.top_app import TERMINATED, Top
 from moetier.tools.top_heat import ABSENT, READY, Grid, colour, heatmap
 from moetier.tools.top_history import History
 from moetier.tools.top_watch import Look, Watch
+from moetier.tools.top_widgets import Choice, Part
 
 SLOT = layout_of().slot_bytes
 COMMAND = ("-m", "moetier.tools.main", "top")
@@ -43,22 +43,6 @@ HOLD = (
     "side = SideConnection.open(Path(sys.argv[1]), sys.argv[2]); print(flush=True); sys.stdin.read()"
 )  # with what else stands in the command line
 ALTERNATE, NORMAL = "\x1b[?1049h", "\x1b[?1049l"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    folder = tmp_path_factory.mktemp("store")
-    make_store(folder, experts=8)
-    return folder, read_manifest(folder / "experts.zarr")
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """$XDG_RUNTIME_DIR; the daemons of the tests are in ``moetier`` beneath it."""
-    folder = tmp_path / "run"
-    (folder / "moetier").mkdir(mode=0o700, parents=True)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    return folder
 
 
 @pytest.fixture
