@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetier.tiers.keys import RecordLayout
-from moetier.tiers.source import ExpertSource
+from moetier.tiers.keys import ExpertKey, RecordLayout
+from moetier.tiers.source import ExpertSource, Lease
 
 from .kernels import Kernels
+
+SoFar = Callable[[], Tensor | None]  # what a block's experts have given a single token [1, H], if any have
+Demanded = Callable[[int, Collection[int], SoFar], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,27 @@ class TieredBlock:
     source: ExpertSource[Tensor]
     kernels: Kernels
     device: torch.device  # of the records
-    demanded: Callable[[int, Collection[int]], None] | None = None  # told of a demand, once it is made
+    demanded: Demanded | None = None  # told of a demand, once it is made
+
+
+def groups(here: TieredBlock, experts: Collection[int], so_far: SoFar = lambda: None) -> Iterator[list[Lease[Tensor]]]:
+    """The leases of a block's experts, those together that are valid together. Tells of the demand at once where all
+    are there, else as soon as those are computed that are: while the others are read, it delays nothing."""
+    left = len(experts)
+    tell = None if here.demanded is None else partial(here.demanded, here.block, experts, so_far)
+    with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in experts])) as leases:
+        group = []
+        for lease in leases:
+            group.append(lease)
+            left -= 1
+            if lease.more:
+                continue
+            if tell is not None and left <= 0:
+                tell = tell()
+            yield group
+            group = []
+            if tell is not None:
+                tell = tell()
 
 
 def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 SPAN = 4  # steps of a window
 FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
-HOLD = 512  # steps that a verdict holds
-LONGEST = {True: 1024, False: 4096}  # when it is the same again and again
+HOLD = {True: 1024, False: 512}  # steps that a verdict holds: half of a trial goes without what it gains
+LONGEST = 4096  # when it is the same again and again
 SURE, UNSURE = 2.5, 1.0  # standard errors: to be for it, and against it; a trial of what loses had better be short
 ODD = 4.0  # times a window's median: no step
 
@@ -46,7 +46,6 @@ class Controller:
 
     mode: Mode
     span: int = SPAN
-    hold: int = HOLD
     is_on: bool = field(init=False)
     trials: int = field(init=False, default=0)
     steps_on: int = field(init=False, default=0)
@@ -97,7 +96,7 @@ class Controller:
             self.is_on = windows % 4 in (0, 3)
 
     def _conclude(self, pays: bool) -> None:
-        self._held = min(2 * self._held, LONGEST[pays]) if pays is self._verdict else self.hold
+        self._held = min(2 * self._held, LONGEST) if pays is self._verdict else HOLD[pays]
         self._verdict, self._left, self.is_on = pays, self._held, pays
         self.trials += 1
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetier.tiers.keys import ExpertKey
 from moetier.tiers.quantize import sections
 
-from .block import TieredBlock, arithmetic, rows_of_experts
+from .block import TieredBlock, arithmetic, groups, rows_of_experts
 
 
 def eager_forward(
@@ -24,12 +22,13 @@ def eager_forward(
     rows = rows_of_experts(top_k_index, self.num_experts)
     waiting, early = deque(rows), dict[int, Tensor]()
     out = torch.zeros_like(hidden_states, dtype=accumulate)
-    tell = here.demanded
-    with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in rows])) as leases:
+
+    def so_far() -> Tensor | None:
+        is_nothing = not early and len(waiting) == len(rows)
+        return None if is_nothing or len(out) > 1 else sum(early.values(), out)
+
+    for leases in groups(here, rows, so_far):
         for lease in leases:
-            if tell is not None:
-                tell(here.block, rows.keys())
-                tell = None
             tokens, positions = rows[lease.key.expert]
             y = _expert(self, here, lease.record, hidden_states[tokens].to(compute))
             y = (y * top_k_weights[tokens, positions, None]).to(accumulate)

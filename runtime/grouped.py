@@ -6,19 +6,16 @@ together; what torch computes between the products has shapes that the routing a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetier.tiers.keys import ExpertKey
 from moetier.tiers.quantize import sections
 from moetier.tiers.source import Lease
 
-from .block import TieredBlock, arithmetic, rows_of_experts
+from .block import TieredBlock, arithmetic, groups, rows_of_experts
 from .kernels import PackedKernels
 
 ROWS = 256  # that go through experts together: what comes out of them in between fits
@@ -42,7 +39,11 @@ def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, t
         return _tokens(module, here, x, top_k_index, top_k_weights)
     row, everywhere = x.to(compute), list(range(len(experts)))
     inner = outer = None
-    for leases in _groups(here, places):
+
+    def so_far() -> Tensor | None:
+        return None if outer is None else (outer * top_k_weights.T).sum(0, keepdim=True)
+
+    for leases in groups(here, places, so_far):
         at, ones = [places[lease.key.expert] for lease in leases], [1] * len(leases)
         records = [lease.record for lease in leases]
         inner = _put(inner, at, _project(here, row, records, ones, module, _first(module)), everywhere)
@@ -76,7 +77,7 @@ def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_
     tokens, k = top_k_index.shape
     rows = rows_of_experts(top_k_index, module.num_experts)
     outer = torch.zeros(tokens * k, x.shape[1], dtype=compute)
-    for leases in _groups(here, rows):
+    for leases in groups(here, rows):
         for batch in _batches(leases, rows):
             records, counts = [lease.record for lease, _, _ in batch], [len(token) for _, token, _ in batch]
             gathered = torch.cat([token for _, token, _ in batch])
@@ -110,26 +111,6 @@ def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tens
             batch.append((lease, tokens, positions))
             left -= len(tokens)
     yield batch
-
-
-def _groups(here: TieredBlock, experts: Iterable[int]) -> Iterator[list[Lease[Tensor]]]:
-    """The leases of a block's experts, those together that are valid together."""
-    asked = list(experts)
-    left = len(asked)
-    tell = None if here.demanded is None else partial(here.demanded, here.block, asked)
-    with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in asked])) as leases:
-        group = []
-        for lease in leases:
-            group.append(lease)
-            left -= 1
-            if lease.more:
-                continue
-            if tell is not None and left <= 0:
-                tell = tell()
-            yield group
-            group = []
-            if tell is not None:  # others are being read: what is guessed meanwhile delays nothing
-                tell = tell()
 
 
 def _first(module: Any) -> str:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from moetier.tiers.source import ExpertSource
 
+from .block import SoFar
 from .controller import Controller, Mode
 from .gates import Observation
+from .partial_sum import PartialSum
 from .prefetch import Named, Prefetch
 from .shadow import Shadow
 from .shortcut import Guess, Leads, Shortcuts
@@ -63,6 +65,7 @@ class _Guessed(NamedTuple):
     distance: int
     hidden: Tensor
     named: list[Named]
+    other: frozenset[int] | None  # what is named with what the experts have given so far, while that is tried
 
 
 class Speculation:
@@ -100,6 +103,7 @@ class Speculation:
         self._pending: list[_Asked] = []  # of a device, not read yet
         self._guessed: dict[int, list[_Guessed]] = {}  # by block: not judged yet
         self._due: list[tuple[int, _Guessed, frozenset[int]]] = []  # to be judged: a block's, which has used these
+        self._partial = PartialSum()
         self._judged: deque[float] = deque(maxlen=JUDGED)
         self._is_poor = False  # too few of them were right
         self._began = 0.0  # the present step; 0: none that counts
@@ -132,16 +136,16 @@ class Speculation:
         self._guessed.clear()
         self._settle()
 
-    def demanded(self, block: int, experts: Collection[int]) -> None:
-        """The demand of a block is made: of these experts. Judges what was guessed of it, and wishes for what was
-        guessed of later blocks."""
+    def demanded(self, block: int, experts: Collection[int], so_far: SoFar = lambda: None) -> None:
+        """The demand of a block is made: of these experts, and ``so_far`` says what they have given already. Judges
+        what was guessed of it, and wishes for what was guessed of later blocks."""
         missed = self._shadow.misses
         self._shadow.demand(block, experts, self._prefetch.spared(block))
         if not self._guessing:
             return
         began = time.perf_counter()
         self._prefetch.demanded(block)
-        self._ask(block)
+        self._ask(block, so_far)
         for target, distance, hidden, guess in self._pending:
             self._wish(target, distance, hidden, guess.leads())
         self._pending.clear()
@@ -192,12 +196,20 @@ class Speculation:
             self._ask(block)
             self._seconds += time.perf_counter() - began
 
-    def _ask(self, block: int) -> None:
-        """About the blocks ahead of this one, with what it was entered with."""
-        if (hidden := self._entered) is not None:
-            self._entered = None
-            for distance, target in self._targets[block]:
-                self._guess(target, distance, hidden)
+    def _ask(self, block: int, so_far: SoFar = lambda: None) -> None:
+        """About the blocks ahead of this one, with what it was entered with, and what its experts have added since."""
+        if (hidden := self._entered) is None:
+            return
+        self._entered = None
+        part = so_far() if self._partial.is_tried or self._partial.is_better else None
+        if part is None or part.numel() != hidden.numel():  # else there are several residual streams
+            other = None
+        else:
+            other = hidden + part.view_as(hidden).to(hidden.dtype)
+            if self._partial.is_better:
+                hidden, other = other, None
+        for distance, target in self._targets[block]:
+            self._guess(target, distance, hidden, other)
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
         """Only where nothing has to be waited for."""
@@ -227,18 +239,23 @@ class Speculation:
 
     # -- guesses ------------------------------------------------------------------------------------------------------
 
-    def _guess(self, target: int, distance: int, hidden: Tensor) -> None:
+    def _guess(self, target: int, distance: int, hidden: Tensor, other: Tensor | None = None) -> None:
+        """``other`` is tried besides."""
         if (shortcuts := self._shortcuts) is None:
             return
         if hidden.device.type == "cpu":
-            self._wish(target, distance, hidden, shortcuts.leads(target, distance, hidden))
+            tried = None if other is None else shortcuts.leads(target, distance, other).named
+            self._wish(target, distance, hidden, shortcuts.leads(target, distance, hidden), tried)
         else:  # does not wait for the device: read when the demand path has
             guess = shortcuts.guess(target, distance, hidden)
             self._pending.append(_Asked(target, distance, hidden, guess.on_cpu()))
 
-    def _wish(self, block: int, distance: int, hidden: Tensor, leads: Leads) -> None:
+    def _wish(
+        self, block: int, distance: int, hidden: Tensor, leads: Leads, tried: list[tuple[int, float]] | None = None
+    ) -> None:
         if named := self._prefetch.wish(block, distance, leads):
-            self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named))
+            other = None if tried is None else frozenset(expert for expert, _ in tried)
+            self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named, other))
 
     def _settle(self) -> None:
         due, self._due = self._due, []
@@ -246,12 +263,14 @@ class Speculation:
             self._judge(block, guessed, experts)
 
     def _judge(self, block: int, guessed: _Guessed, experts: frozenset[int]) -> None:
-        distance, hidden, named = guessed
+        distance, hidden, named, other = guessed
         names = {expert for expert, _, _ in named}
         right = sum(expert in experts for expert, _, _ in named)
         self._guesses[distance] += len(named)
         self._right[distance] += right
         self._judged.append(right / len(named))
+        if other is not None:
+            self._partial.judge(len(other & experts), right)
         self._prefetch.judge(distance, named, experts)
         is_finite = math.isfinite(sum(lead for _, lead, _ in named))
         if is_finite and hidden.numel() == hidden.shape[-1] and (shortcuts := self._shortcuts) is not None:

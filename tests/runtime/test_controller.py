@@ -82,21 +82,21 @@ def test_drift_is_not_taken_for_a_gain() -> None:
 def test_a_verdict_is_tried_again() -> None:
     """What lost gains later, and the other way round."""
     controller = Controller(Mode.AUTO)
-    run(controller, HOLD, on=1.1)
+    run(controller, HOLD[False], on=1.1)
     assert not controller.is_on
-    run(controller, HOLD + TRIAL, on=0.9)
+    run(controller, HOLD[False] + TRIAL, on=0.9)
     assert controller.is_on
     trials = controller.trials
     while controller.trials == trials:
         run(controller, 1, on=1.1)
     assert not controller.is_on
-    assert controller.steps_on + controller.steps_off < 2 * HOLD + TRIAL + LONGEST[True] + TRIAL
+    assert controller.steps_on + controller.steps_off < 2 * HOLD[False] + TRIAL + HOLD[True] + TRIAL
 
 
 def test_the_same_verdict_holds_ever_longer() -> None:
     controller = Controller(Mode.AUTO)
     run(controller, 100_000, on=0.9)
-    assert controller.trials <= 100_000 / LONGEST[True] + 10
+    assert controller.trials <= 100_000 / LONGEST + 10
     assert controller.steps_on > 0.96 * 100_000
 
 
@@ -111,7 +111,7 @@ def test_one_odd_step_decides_nothing() -> None:
 def test_no_after_no_is_tried_ever_less_often() -> None:
     controller = Controller(Mode.AUTO)
     run(controller, 100_000, on=1.1)
-    assert controller.trials <= 100_000 / LONGEST[False] + 10
+    assert controller.trials <= 100_000 / LONGEST + 10
     assert controller.steps_on < 0.01 * 100_000
 
 
@@ -120,7 +120,7 @@ def test_wrong_guesses_end_it_at_once() -> None:
     run(controller, 3, on=1.0)
     controller.give_up()
     assert not controller.is_on
-    run(controller, HOLD, on=1.0)
+    run(controller, HOLD[False], on=1.0)
     assert controller.is_on, "until they are tried again"
 
 

@@ -87,6 +87,7 @@ def test_the_text_is_the_same_and_experts_are_there_before_they_are_needed(tinym
     assert stats.steps_on > 0
     assert with_.host.stats().prefetched > 0
     assert with_.host.stats().hit_ratio > without.host.stats().hit_ratio
+    assert with_.speculation._partial._tried > 0, "guesses with what a block's experts have given"
 
 
 def test_guesses_are_better_than_chance_and_worse_from_afar(tinymix_4bit: Path) -> None:
