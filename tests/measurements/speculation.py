@@ -109,7 +109,8 @@ def report(name: str, times: dict[str, list[float]], model: Any, before: TierSta
         found = model.tiers.speculation.stats()
         print(
             f"{'':9} in {found.steps_on} of {found.steps_on + found.steps_off} steps, in which asking took "
-            f"{1e3 * found.seconds / max(found.steps_on, 1):.2f} ms"
+            f"{1e3 * found.seconds / max(found.steps_on, 1):.2f} ms, and "
+            f"{sum(found.right) / max(sum(found.guesses), 1):.1%} of guesses were right"
         )
 
 
