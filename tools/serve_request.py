@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .serve_refusal import Refusal
 
 MOST_TOKENS = 1 << 31
 MOST_STOPS = 4
+NOT_OF_TEMPLATES = {  # whatever takes what is meant for a template has parameters of its own
+    *("messages", "load_audio_from_video", "compiled_template"),
+    *(
+        name
+        for function in (
+            PreTrainedTokenizerBase.apply_chat_template,
+            PreTrainedTokenizerBase.__call__,
+            render_jinja_template,
+        )
+        for name in inspect.signature(function).parameters
+    ),
+}
 
 
 def _stops(given: Any) -> Any:
@@ -32,6 +47,13 @@ def _text(given: Any) -> Any:
         raise PydanticCustomError("content", "text only, no images or sound")
     if not all(isinstance(part.get("text"), str) for part in parts):
         raise PydanticCustomError("content", "a string, or a list of parts with a text")
+    return given
+
+
+def _of_template(given: dict[str, Any]) -> dict[str, Any]:
+    """What the model's own template may know: nothing that says which template, or how transformers goes about it."""
+    if taken := sorted(given.keys() & NOT_OF_TEMPLATES):
+        raise PydanticCustomError("template", "{name} is not supported here", {"name": taken[0]})
     return given
 
 
@@ -75,7 +97,7 @@ class ChatAsked(Asked):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None
 
     tool_choice: Literal["auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None

@@ -66,3 +66,9 @@ def test_hardly_any_temperature(app: Any, temperature: float) -> None:
     if temperature < 1e-5:
         cold = answer_of(app, TEXT, {"prompt": "Due", "temperature": 0})
         assert answer.json()["choices"] == cold.json()["choices"]
+
+
+def test_a_template_of_its_own(app: Any) -> None:
+    for template in ("", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"):
+        error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"chat_template": template}})
+        assert error["param"] == "chat_template_kwargs"

@@ -61,3 +61,42 @@ def test_messages_are_taken_as_they_are(role: str, content: object) -> None:
 def test_stop_strings_are_a_list(stop: str | list[str]) -> None:
     asked = checked({"prompt": "?", "stop": stop, "seed": None}, TextAsked)
     assert asked == {"prompt": "?", "stop": [stop] if isinstance(stop, str) else stop}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chat_template", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        ("chat_template", ""),
+        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("tokenize", False),
+        ("return_dict", False),
+        ("return_tensors", "np"),
+        ("return_assistant_tokens_mask", True),
+        ("padding", "max_length"),
+        ("truncation", True),
+        ("max_length", 3),
+        ("tools", 5),
+        ("documents", "x"),
+        ("tokenizer_kwargs", {"truncation": True}),
+        ("messages", []),
+        ("conversation", []),
+        ("conversations", []),
+        ("load_audio_from_video", True),
+        ("compiled_template", 1),
+        ("self", 1),
+        ("text", "x"),
+        ("kwargs", {}),
+    ],
+)
+def test_a_request_has_no_say_in_how_its_template_is_applied(name: str, value: object) -> None:
+    with pytest.raises(Refusal) as refused:
+        checked({"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, name: value}}, ChatAsked)
+    assert refused.value.detail == f"chat_template_kwargs: {name} is not supported here."
+    assert (refused.value.param, refused.value.status_code) == ("chat_template_kwargs", 400)
+
+
+def test_what_a_template_may_know_is_passed_on() -> None:
+    asked = {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, "thinking_budget": None}}
+    assert checked(asked, ChatAsked)["chat_template_kwargs"]["enable_thinking"] is False
