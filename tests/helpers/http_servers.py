@@ -21,14 +21,16 @@ KEY = "a-key-of-the-tests"
 
 
 @contextmanager
-def serving(directory: Path, *, context: int, together: bool) -> Iterator[tuple[Any, Any]]:
-    """(application, manager), without a key."""
+def serving(directory: Path, *, context: int, together: bool, template: str | None = None) -> Iterator[tuple[Any, Any]]:
+    """(application, manager), without a key; with another chat ``template`` than the model's."""
     import moetier
     from moetier.tools.serve_app import application
     from moetier.tools.serve_generation import OneByOne
     from moetier.tools.serve_together import Together
 
     model, tokenizer = moetier.load(directory, daemon=None)
+    assert tokenizer is not None
+    tokenizer.chat_template = template or tokenizer.chat_template
     with model.tiers:
         place = model, context, 16
         manager: Any = Together(*place, 2) if together else OneByOne(*place)

@@ -18,6 +18,7 @@ from http_servers import serving
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Ciao."}
+HALF = "\ud800"  # of a character
 
 
 @pytest.fixture(scope="module", params=["one by one", "together"])
@@ -72,3 +73,69 @@ def test_a_template_of_its_own(app: Any) -> None:
     for template in ("", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"):
         error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"chat_template": template}})
         assert error["param"] == "chat_template_kwargs"
+
+
+def deep(levels: int) -> Any:
+    return json.loads("[" * levels + "]" * levels)
+
+
+def called(function: Any) -> list[Any]:
+    """Messages in which it was."""
+    call = {"id": "1", "type": "function", "function": function}
+    return [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": called("f")}, "messages"),
+        ({"messages": called({"name": "f"})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": "{"})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": "5"})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": json.dumps({"a": HALF})})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": {"a": deep(900)}})}, None),
+        ({"messages": called({"name": "f", "arguments": "[" * 5000})}, None),
+        ({"messages": [USER, {"role": "tool", "tool_call_id": 5, "content": "3"}]}, "messages"),
+        ({"messages": [USER | {"content": HALF}]}, None),
+        ({"messages": [USER], HALF: 1}, None),
+        ({"messages": [USER], "model": HALF}, None),
+        ({"messages": [USER], "tools": "x"}, "tools"),
+        ({"messages": [USER], "tools": [{"x": 1}]}, "tools"),
+        ({"messages": [USER], "tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools"),
+        ({"messages": [USER], "chat_template_kwargs": {"budget": deep(900)}}, "messages"),
+    ],
+)
+def test_chats_that_make_no_sense(app: Any, body: dict[str, Any], param: str | None) -> None:
+    assert refused(app, CHAT, body)["param"] == param
+
+
+@pytest.mark.parametrize("body", [{"prompt": HALF}, {"prompt": "Due", HALF: 1}, {"prompt": "Due", "stop": HALF}])
+def test_half_a_character(app: Any, body: dict[str, Any]) -> None:
+    assert refused(app, TEXT, body)["message"] == "The body has text that is no Unicode."
+
+
+def test_tools_that_were_called(app: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    for arguments in ('{"a": 1}', "{}", {"a": 1}):
+        body = {"messages": called({"name": "f", "arguments": arguments}), "tools": tools}
+        assert answer_of(app, CHAT, body).status_code == 200
+
+
+def test_a_template_that_does_not_like_what_it_is_given(tinymix_4bit: Path) -> None:
+    with serving(tinymix_4bit, context=400, together=False, template="{{ 'a' + budget }}") as (app, _):
+        error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"budget": 5}})
+    assert error["message"].startswith("The model's chat template refuses these messages: can only concatenate str")
+
+
+def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(tinymix_4bit, context=400, together=False) as (app, manager):
+
+        def broken(*_: Any, **__: Any) -> Any:
+            del manager.generate_streaming
+            raise OSError("a secret")
+
+        manager.generate_streaming = broken
+        answer = answer_of(app, TEXT, {"prompt": "Due"})
+    said = {"message": "The request failed; the server's log says why.", "type": "server_error"}
+    assert (answer.status_code, answer.json()) == (500, {"error": said | {"param": None, "code": None}})
+    assert "POST /v1/completions failed with OSError" in caplog.messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -55,6 +56,18 @@ def test_what_can_not_be_is_named_where_it_stands(body: dict[str, Any], said: st
 def test_messages_are_taken_as_they_are(role: str, content: object) -> None:
     message = {"role": role, "content": content, "name": "somebody"}
     assert checked({"messages": [message]}, ChatAsked) == {"messages": [message]}
+
+
+def test_tools_and_calls_of_them_are_passed_on_in_the_order_that_templates_have() -> None:
+    """Some write them down as JSON."""
+    schema = {"type": "object", "properties": {"b": {"default": None}, "a": {"enum": [None]}}}
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema, "strict": True}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"b": None, "a": [None]}}}
+    asked = {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+    assert json.dumps(checked(asked, ChatAsked)) == json.dumps(asked)
+    written = call | {"function": {"arguments": '{"b": null, "a": [null]}', "name": "f"}}
+    asked |= {"messages": [{"role": "assistant", "tool_calls": [written]}]}
+    assert json.dumps(checked(asked, ChatAsked)["messages"][0]["tool_calls"]) == json.dumps([call])
 
 
 @pytest.mark.parametrize("stop", ["a", ["a"], ["a", "b", "c", "d"]])
