@@ -19,7 +19,7 @@ from .decoding import ONE_SEQUENCE
 from .serve_gate import METRICS, MODELS, App, Gate
 from .serve_handlers import ChatHandler, OneManager, OneModel, TextHandler
 from .serve_metrics import ServeCollector, exposition
-from .serve_refusal import SERVER, Refusal, refusal_response, unknown_model
+from .serve_refusal import Refusal, refusal_response, unknown_model
 from .serve_wanted import FAILED
 
 
@@ -94,7 +94,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def fault(_: Request, error: Exception) -> JSONResponse:  # it is raised again, and the gate logs it
-        return refusal_response(Refusal(500, "The request failed; the server's log says why.", kind=SERVER))
+        return refusal_response(Refusal(500, "The request failed; the server's log says why."))
 
     @app.exception_handler(CBWorkerDeadError)
     def dead(_: Request, error: CBWorkerDeadError) -> JSONResponse:

@@ -15,7 +15,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerationState
 
 from .decoding import LEAST_TEMPERATURE
-from .serve_refusal import SERVER, Refusal, refusal_body, unknown_model
+from .serve_refusal import Refusal, refusal_body, unknown_model
 from .serve_request import Asked, ChatAsked, TextAsked, checked
 from .serve_wanted import ENDING, Wanted
 
@@ -129,7 +129,7 @@ def _failure(event: str) -> Refusal | None:
     if not event.startswith('data: {"error": '):
         return None
     message = json.loads(event.removeprefix("data: "))["error"]
-    return Refusal(503 if message == ENDING else 500, message, kind=SERVER)
+    return Refusal(503 if message == ENDING else 500, message)
 
 
 class ChatHandler(_Handler, ChatCompletionHandler):

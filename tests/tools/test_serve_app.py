@@ -127,15 +127,27 @@ def test_a_template_that_does_not_like_what_it_is_given(tinymix_4bit: Path) -> N
     assert error["message"].startswith("The model's chat template refuses these messages: can only concatenate str")
 
 
-def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(tinymix_4bit, context=400, together=False) as (app, manager):
+def answer_after(error: Exception, directory: Path) -> httpx2.Response:
+    """To a request whose answer begins with it."""
+    with serving(directory, context=400, together=False) as (app, manager):
 
         def broken(*_: Any, **__: Any) -> Any:
             del manager.generate_streaming
-            raise OSError("a secret")
+            raise error
 
         manager.generate_streaming = broken
-        answer = answer_of(app, TEXT, {"prompt": "Due"})
+        return answer_of(app, TEXT, {"prompt": "Due"})
+
+
+def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answer = answer_after(OSError("a secret"), tinymix_4bit)
     said = {"message": "The request failed; the server's log says why.", "type": "server_error"}
     assert (answer.status_code, answer.json()) == (500, {"error": said | {"param": None, "code": None}})
     assert "POST /v1/completions failed with OSError" in caplog.messages
+
+
+def test_a_worker_that_is_dead(tinymix_4bit: Path) -> None:
+    from transformers.cli.serving.utils import CBWorkerDeadError
+
+    answer = answer_after(CBWorkerDeadError(), tinymix_4bit)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
