@@ -28,7 +28,7 @@ ROUTES = {
     ("POST", "/v1/completions"),
 }
 MOST_BYTES = 16 << 20  # of a request's body
-NAME_OF_THIS_HOST = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 class Gate:
