@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason='pip install "moetier[serve]"')
-pytest.importorskip("fastapi", reason='pip install "moetier[serve]"')
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("fastapi", reason='pip install ".[serve]"')
 
 from http_servers import serving
 from threads import wait_until
