@@ -30,7 +30,7 @@ class Logfmt(logging.Formatter):
 
 def _value(value: object) -> str:
     text = str(value)
-    return text if text and set(text) <= _PLAIN else json.dumps(text, ensure_ascii=False)
+    return text if text and set(text) <= _PLAIN else json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def say(log: logging.Logger, event: str, level: int = logging.INFO, **fields: object) -> None:

@@ -118,7 +118,8 @@ def test_the_first_program_runs(
     assert 0 < float(ratio) <= 1
 
 
-SOURCES = [path for name in ("tools", "runtime", "tiers") for path in sorted((ROOT / name).glob("*.py"))]
+SOURCES = [path for name in ("tools", "runtime", "tiers", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
+SOURCES.remove(Path(__file__))
 
 
 @pytest.mark.parametrize("path", [*PAGES, *SOURCES, ROOT / "pyproject.toml"], ids=name_of)

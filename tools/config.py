@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,7 @@ def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]
                     "value": _plain(each.value),
                     "source": each.source,
                     "where": each.where,
+                    "fault": None if each.fault is None else each.fault.cause,
                     "variable": variable(name, each.key),
                 }
                 for each in found
@@ -107,6 +109,8 @@ def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]
 def _plain(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):  # which JSON has not
+        return str(value)
     return value if isinstance(value, bool | int | float | None) else str(value)
 
 

@@ -18,6 +18,7 @@ ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams i
 }
 
 TEMPERATURE = Number(float, 0, math.inf, "Give 0, to decode greedily, or more.")
+LEAST_TEMPERATURE = 1e-5  # below it counts as 0: scores that are divided by it may be no numbers any more
 SEED = Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1.")
 PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is computed has a part in its last bits
 
@@ -55,8 +56,8 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of ``generate()``; the seed is for ``torch.manual_seed``."""
     temperature: float | None = arguments.temperature
-    sampling: dict[str, Any] = {} if temperature is None else {"do_sample": bool(temperature)}
-    if temperature:
+    sampling: dict[str, Any] = {} if temperature is None else {"do_sample": temperature >= LEAST_TEMPERATURE}
+    if sampling.get("do_sample"):
         sampling["temperature"] = temperature
     return {**sampling, **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
 

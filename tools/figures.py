@@ -15,6 +15,7 @@ from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.order import ORDERS
 
+from .plain import plain
 from .simulation import SimulatedTier, demands_of, simulate
 
 BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#d9822b", "#8a8f98", "#22262b"
@@ -198,7 +199,7 @@ def _visible(piece: str) -> str:
 
 
 def _of(trace: Trace) -> str:
-    return f" of {trace.model}" if trace.model else ""
+    return f" of {plain(trace.model)}" if trace.model else ""
 
 
 def _line_figure() -> tuple[Figure, Axes]:

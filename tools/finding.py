@@ -11,6 +11,8 @@ from typing import Any
 
 from moetier.tiers.errors import MoetierError
 
+from .plain import plain
+
 
 class State(StrEnum):
     OK = "ok"
@@ -62,6 +64,6 @@ def lines_of(findings: Iterable[Finding], width: int) -> Iterator[str]:
         wrap = partial(
             textwrap.wrap, width=width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
-        yield from wrap(each.found, initial_indent=head)
+        yield from map(plain, wrap(each.found, initial_indent=head))
         if each.advice:
-            yield from wrap(each.advice, initial_indent=f"{indent[3:]}-> ")
+            yield from map(plain, wrap(each.advice, initial_indent=f"{indent[3:]}-> "))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import format_bytes
 
 from .options import DIRECTORY, directory
+from .plain import plain
 
 if TYPE_CHECKING:
     from moetier.tiers.keys import RecordLayout
@@ -138,7 +139,7 @@ def _text(found: dict[str, Any]) -> str:
         lines.append(f"{count} block{'s' if count > 1 else ''} of {experts} experts, top-{top_k}{where}")
     lines += [f"  {block:>3}  {b['path']}" for block, b in enumerate(found["blocks"])]
     lines += [f"bad: {fault}" for fault in found["faults"]]
-    return "\n".join(lines)
+    return "\n".join(map(plain, lines))
 
 
 def _trunk(found: dict[str, Any]) -> str:

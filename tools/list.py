@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .plain import plain
+
 HELP = "list the models that were pulled"
 LOOKS = 3
 
@@ -119,7 +121,7 @@ def _text(found: list[Listed]) -> str:
                 format_bytes(model.bytes),
                 experts,
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(model.pulled_unix)),
-                "complete" if model.complete else f"incomplete: {model.resume} {does} it",
+                "complete" if model.complete else f"incomplete: {plain(str(model.resume))} {does} it",
             ]
         )
     return table(rows)

@@ -103,12 +103,19 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
 
 
 def _log() -> None:
-    """Nothing but warnings unless MOETIER_LOG asks for more. Raises ConfigError."""
+    """Nothing but warnings unless MOETIER_LOG asks for more; all in what can be read, as a daemon of another host may
+    have said it. Raises ConfigError."""
+    from .plain import PlainFormatter
+
     level = os.environ.get("MOETIER_LOG", "")
     if level and level not in LOG_LEVELS:
         raise ConfigError(f"MOETIER_LOG is {level!r}.", f"Set it to one of {', '.join(LOG_LEVELS)}.")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PlainFormatter())
     if level:
-        logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def _say(error: Exception, settings: Sequence[Setting]) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from moetier.runtime.config import format_bytes
 
+from .plain import plain
 from .report import table
 
 HEAD = ["experts", "trunk", "on disk", "convert", "in memory", "hits", "read", "tokens/s", "by", "prompt/s", "by"]
@@ -38,7 +39,7 @@ def _heading(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
     sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
     disk = machine["disk"]["all"] / 1e9
     return [
-        f"model    {found['model']}: {size}{found['blocks']} blocks of {found['experts']} experts, top-"
+        f"model    {plain(found['model'])}: {size}{found['blocks']} blocks of {found['experts']} experts, top-"
         f"{found['top_k']}{to_come}",
         f"machine  {format_bytes(machine['memory_bytes'])} of memory free ({machine['memory_limiter']}), {device}, "
         f"{machine['workers']} CPUs",

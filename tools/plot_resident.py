@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from moetier.proto.expert_store_pb2 import Block, StatsReply
 
 from .figures import MOST_HEIGHT, MOST_WIDTH, ORANGE
+from .plain import plain
 from .ps import format_seconds
 
 WIDEST, HIGHEST = 0.6, 0.36  # of a cell, in inches
@@ -36,7 +37,8 @@ def draw_resident(stats: StatsReply, *, time: str) -> Figure:
     grid = figure.subplots(len(models), 1, squeeze=False, height_ratios=[len(uses) for uses, _ in models])
     for axes, model, (uses, ready) in zip(grid[:, 0], stats.models, models, strict=True):
         _draw(axes, uses, ready, mark=min(cell) * 72 * 0.5)
-        title = f"{model.name}, {time}, up {format_seconds(stats.uptime_s)}\n{_summary(uses, ready, model.host.slots)}"
+        title = f"{plain(model.name)}, {time}, up {format_seconds(stats.uptime_s)}"
+        title += f"\n{_summary(uses, ready, model.host.slots)}"
         axes.set_title(title, fontsize=10, loc="left", pad=22, parse_math=False)  # above the legend
     return figure
 

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from moetier.runtime.config import format_bytes
 
+from .plain import plain
+
 LINE_SECONDS = 10.0  # between two plain lines
 
 
@@ -47,7 +49,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line on standard output that the bar makes room for."""
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(plain(line), file=sys.stdout)
 
     def __enter__(self) -> Progress:
         return self

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import Size, format_bytes
 from moetier.tiers.order import DEFAULT_ORDER
 
+from .plain import plain
 from .resources import size
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _text(report: dict[str, Any]) -> str:
     by = {(result["slots"], result["policy"]): result for result in results}
     slots = sorted({number for number, _ in by})
     lines = [
-        f"{report['trace']}{': ' + report['model'] if report['model'] else ''}",
+        f"{report['trace']}{': ' + plain(report['model']) if report['model'] else ''}",
         f"{report['tokens']:,} tokens ({report['prompt_tokens']:,} of prompts) in {report['sequences']} sequences; "
         f"{report['blocks']} blocks of {report['experts']} experts, top-{report['top_k']}",
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import jinja2
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -32,6 +32,7 @@ def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | 
         begins = "{{ bos_token }}" if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
         tokenizer.chat_template = begins + PLAIN_TEMPLATE
         chat.end_of_turn = PLAIN_STOP
+    tokenizer.apply_chat_template = _refusing(tokenizer.apply_chat_template)
     others: Any = None  # handlers of routes that the gate does not let through
     app: FastAPI = build_server(
         model_manager=models,
@@ -61,6 +62,19 @@ def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | 
     return Gate(app, key, manager.over)
 
 
+def _refusing(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """A template raises whatever comes to its mind where messages, tools or what is meant for it do not suit it."""
+
+    def applied(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return apply(*args, **kwargs)
+        except Exception as error:
+            message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
+            raise Refusal(400, message, param="messages") from None
+
+    return applied
+
+
 def _answer_errors(app: FastAPI) -> None:
     """As OpenAI's API does."""
 
@@ -74,10 +88,13 @@ def _answer_errors(app: FastAPI) -> None:
             Refusal(400, "The body is no JSON object, or its Content-Type is not application/json.")
         )
 
-    @app.exception_handler(jinja2.TemplateError)
-    def template(_: Request, error: jinja2.TemplateError) -> JSONResponse:
-        message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
-        return refusal_response(Refusal(400, message, param="messages"))
+    @app.exception_handler(RecursionError)
+    def deep(_: Request, error: RecursionError) -> JSONResponse:
+        return refusal_response(Refusal(400, "The body is nested too deeply."))
+
+    @app.exception_handler(Exception)
+    def fault(_: Request, error: Exception) -> JSONResponse:  # it is raised again, and the gate logs it
+        return refusal_response(Refusal(500, "The request failed; the server's log says why."))
 
     @app.exception_handler(CBWorkerDeadError)
     def dead(_: Request, error: CBWorkerDeadError) -> JSONResponse:

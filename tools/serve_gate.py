@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .serve_refusal import SERVER, Refusal, refusal_response
+from .serve_refusal import Refusal, refusal_response
 from .serve_wanted import log_failure
 
 Message = MutableMapping[str, Any]
@@ -28,7 +28,7 @@ ROUTES = {
     ("POST", "/v1/completions"),
 }
 MOST_BYTES = 16 << 20  # of a request's body
-NAME_OF_THIS_HOST = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 class Gate:
@@ -88,7 +88,7 @@ class Gate:
         return hmac.compare_digest(_digest(shown.strip()), self._key) and scheme.lower() == b"bearer"
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
-        gone, started, read = asyncio.Event(), False, asyncio.Event()
+        gone, read = asyncio.Event(), asyncio.Event()
 
         async def hear() -> Message:
             if read.is_set():
@@ -99,18 +99,13 @@ class Gate:
                 read.set()
             return message
 
-        async def answer(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         async def watch() -> None:
             await read.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
 
-        work = asyncio.ensure_future(self._app(scope, hear, answer))
+        work = asyncio.ensure_future(self._app(scope, hear, send))
         watcher = asyncio.ensure_future(watch())
         try:
             await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -119,11 +114,8 @@ class Gate:
             await work
         except asyncio.CancelledError:
             pass  # by a client that is gone, or by a server that has waited for it for long enough
-        except Exception as error:
+        except Exception as error:  # of which the client has been told
             log_failure(f"{scope['method']} {scope['path']}", error)
-            if not started:
-                failed = Refusal(500, "The request failed; the server's log says why.", kind=SERVER)
-                await refusal_response(failed)(scope, receive, send)
         finally:
             for task in (work, watcher):
                 task.cancel()

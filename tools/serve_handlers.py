@@ -14,7 +14,8 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerationState
 
-from .serve_refusal import SERVER, Refusal, refusal_body, unknown_model
+from .decoding import LEAST_TEMPERATURE
+from .serve_refusal import Refusal, refusal_body, unknown_model
 from .serve_request import Asked, ChatAsked, TextAsked, checked
 from .serve_wanted import ENDING, Wanted
 
@@ -58,6 +59,7 @@ class _Handler(BaseHandler):
     """What both kinds of completions do in another way than transformers."""
 
     asked: type[Asked]
+    prompt: str  # the field that it is in
     model_manager: OneModel
     generation_state: OneManager
     end_of_turn: str | None = None  # a string that ends every answer
@@ -76,12 +78,12 @@ class _Handler(BaseHandler):
         """A Wanted. transformers' own would set torch's seed now, and not when it is this request's turn."""
         said = {name: value for name, value in body.items() if name not in ("seed", "stop")}
         config = super()._build_generation_config(said, model_generation_config)
-        if said.get("temperature"):
-            config.do_sample = True
+        is_warm = config.temperature is None or config.temperature >= LEAST_TEMPERATURE
+        config.do_sample = is_warm and bool(config.do_sample or "temperature" in said)
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
         stop = [*body.get("stop", ()), *([self.end_of_turn] if self.end_of_turn else ())]
-        return Wanted(config, body.get("seed"), stop)
+        return Wanted(config, body.get("seed"), stop, self.prompt)
 
     def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
         if (usage := kwargs.get("usage")) is not None:
@@ -127,11 +129,11 @@ def _failure(event: str) -> Refusal | None:
     if not event.startswith('data: {"error": '):
         return None
     message = json.loads(event.removeprefix("data: "))["error"]
-    return Refusal(503 if message == ENDING else 500, message, kind=SERVER)
+    return Refusal(503 if message == ENDING else 500, message)
 
 
 class ChatHandler(_Handler, ChatCompletionHandler):
-    asked = ChatAsked
+    asked, prompt = ChatAsked, "messages"
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         pieces = await self._pieces(*args, **kwargs)
@@ -148,7 +150,7 @@ class ChatHandler(_Handler, ChatCompletionHandler):
 
 
 class TextHandler(_Handler, CompletionHandler):
-    asked = TextAsked
+    asked, prompt = TextAsked, "prompt"
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         pieces = await self._pieces(*args, **kwargs)

@@ -7,26 +7,21 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-INVALID, SERVER = "invalid_request_error", "server_error"
-
 
 class Refusal(HTTPException):
-    """Raised where a request is looked at; transformers' server and ours answer with it. ``kind`` is OpenAI's type."""
+    """Raised where a request is looked at; transformers' server and ours answer with it."""
 
-    def __init__(
-        self, status: int, message: str, *, kind: str = INVALID, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
         super().__init__(status_code=status, detail=message, headers=headers)
-        self.kind, self.param, self.code = kind, param, code
+        self.param, self.code = param, code
 
 
 def refusal_body(error: HTTPException) -> dict[str, Any]:
     """Of any exception that FastAPI answers with."""
-    kind = INVALID if error.status_code < 500 else SERVER
     said = {
         "message": str(error.detail),
-        "type": getattr(error, "kind", kind),
+        "type": "invalid_request_error" if error.status_code < 500 else "server_error",
         "param": getattr(error, "param", None),
         "code": getattr(error, "code", None),
     }

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .serve_refusal import Refusal
 
 MOST_TOKENS = 1 << 31
 MOST_STOPS = 4
+NOT_OF_TEMPLATES = {  # whatever takes what is meant for a template has parameters of its own
+    *("messages", "load_audio_from_video", "compiled_template"),
+    *(
+        name
+        for function in (
+            PreTrainedTokenizerBase.apply_chat_template,
+            PreTrainedTokenizerBase.__call__,
+            render_jinja_template,
+        )
+        for name in inspect.signature(function).parameters
+    ),
+}
 
 
 def _stops(given: Any) -> Any:
@@ -32,6 +48,33 @@ def _text(given: Any) -> Any:
         raise PydanticCustomError("content", "text only, no images or sound")
     if not all(isinstance(part.get("text"), str) for part in parts):
         raise PydanticCustomError("content", "a string, or a list of parts with a text")
+    return given
+
+
+def _arguments(given: Any) -> Any:
+    """Of a tool's call: an object, as OpenAI's API has it in a string; parsed, as templates have it."""
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not _is_unicode(found):
+        raise PydanticCustomError("arguments", "a JSON object in a string")
+    return found
+
+
+def _is_unicode(given: Any) -> bool:
+    """JSON may have half of a character, which nothing can be done with."""
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _of_template(given: dict[str, Any]) -> dict[str, Any]:
+    """What the model's own template may know: nothing that says which template, or how transformers goes about it."""
+    if taken := sorted(given.keys() & NOT_OF_TEMPLATES):
+        raise PydanticCustomError("template", "{name} is not supported here", {"name": taken[0]})
     return given
 
 
@@ -63,19 +106,44 @@ class Asked(BaseModel):
     stream_options: dict[str, Any] | None = None  # usage always comes with the last piece
 
 
-class Message(BaseModel):
+class _Open(BaseModel):
     model_config = ConfigDict(extra="allow")  # what is in it beside goes to the template
 
+
+class Called(_Open):
+    name: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+
+
+class Call(_Open):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: Called
+
+
+class Offered(_Open):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Open):
+    type: Literal["function"]
+    function: Offered
+
+
+class Message(_Open):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, BeforeValidator(lambda given: None if given is None else _text(given))] = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatAsked(Asked):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None
 
     tool_choice: Literal["auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
@@ -99,6 +167,8 @@ FORWARDED = {
 def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
     """What transformers is given of a request's body, in which null is as good as nothing. Raises Refusal; of the
     model's name whoever has one."""
+    if not _is_unicode(body):
+        raise Refusal(400, "The body has text that is no Unicode.")
     given = {name: value for name, value in body.items() if value is not None}
     try:
         asked = kind.model_validate(given)

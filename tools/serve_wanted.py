@@ -26,6 +26,7 @@ class Wanted:
     config: GenerationConfig
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
+    param: str = "prompt"  # the field of the request that it is in
 
     @property
     def max_new_tokens(self) -> int:
@@ -34,10 +35,13 @@ class Wanted:
 
     def fit(self, prompt: int, context: int) -> None:
         """Into a context of so many tokens. Raises Refusal."""
+        if not prompt:
+            raise Refusal(400, f"{self.param}: there is not one token in it.", param=self.param)
         if prompt >= context:
             raise Refusal(
                 400,
                 f"The prompt has {prompt} tokens, and the context of this server {context} (--context).",
+                param=self.param,
                 code="context_length_exceeded",
             )
         self.config.max_new_tokens = min(self.max_new_tokens, context - prompt)

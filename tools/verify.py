@@ -19,6 +19,7 @@ from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 
 from .inspect import MEND, NO_TOKENIZER
 from .options import DIRECTORY, directory
+from .plain import plain
 
 if TYPE_CHECKING:
     from moetier.tiers.errors import StoreError
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         files = len(manifest.trunk)
         trunk = f"{files} file{'s' * (files > 1)} of the trunk" if files else "no checksums of the trunk"
         print(
-            f"{manifest.model}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks, {trunk}, "
+            f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks, {trunk}, "
             f"{format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
             f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(problems)} bad' if problems else 'all good'}"
         )

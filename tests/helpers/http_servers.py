@@ -1,4 +1,4 @@
-"""`moetier serve` as a real process."""
+"""`moetier serve` as a real process, and its application in this one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from openai import OpenAI
 from readers import PATIENCE
 
 KEY = "a-key-of-the-tests"
+
+
+@contextmanager
+def serving(directory: Path, *, context: int, together: bool, template: str | None = None) -> Iterator[tuple[Any, Any]]:
+    """(application, manager), without a key; with another chat ``template`` than the model's."""
+    import moetier
+    from moetier.tools.serve_app import application
+    from moetier.tools.serve_generation import OneByOne
+    from moetier.tools.serve_together import Together
+
+    model, tokenizer = moetier.load(directory, daemon=None)
+    assert tokenizer is not None
+    tokenizer.chat_template = template or tokenizer.chat_template
+    with model.tiers:
+        place = model, context, 16
+        manager: Any = Together(*place, 2) if together else OneByOne(*place)
+        try:
+            yield application("small", model, tokenizer, manager, None), manager
+        finally:
+            manager.stop()
 
 
 class ServerProcess:

@@ -19,6 +19,8 @@ from moetier.tiers.writer import StoreWriter, array_metadata
 _RUN = os.environ.setdefault("MOETIER_TEST_RUN", secrets.token_hex(8)) + os.environ.get("PYTEST_XDIST_WORKER", "")
 SOURCE_DIGEST = hashlib.sha256(_RUN.encode()).hexdigest()
 
+NASTY = "x\x1b[31m\x1b]0;owned\x07\ny"  # as a model may call itself: it sets a terminal's colour and title
+
 
 def layout_of(rows: int = 64, columns: int = 32) -> RecordLayout:
     """Two 16-bit projections; the default's slot is 16,384 bytes."""
@@ -78,10 +80,11 @@ def make_store(
     experts: int = 4,
     top_k: int = 2,
     layout: RecordLayout | None = None,
+    model: str = "acme/tiny-moe",
     seed: int = 0,
 ) -> dict[ExpertKey, bytes]:
     """Writes ``folder/experts.zarr`` and returns every record, without its checksum."""
-    plan = make_plan(blocks=blocks, experts=experts, top_k=top_k, layout=layout)
+    plan = make_plan(blocks=blocks, experts=experts, top_k=top_k, layout=layout, model=model)
     records = make_records(plan, seed)
     write_store(folder, plan, records)
     return records

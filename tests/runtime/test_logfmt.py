@@ -9,7 +9,7 @@ import pytest
 from threads import run_all
 
 from moetier.runtime import logfmt
-from moetier.runtime.logfmt import Logfmt, Sparing
+from moetier.runtime.logfmt import Logfmt, Sparing, say
 
 LOG = logging.getLogger("test")
 
@@ -22,6 +22,13 @@ def test_what_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     event = Sparing(LOG, "read-failed")
     event.say(cause="a bad bit", expert=3)
     assert lines(caplog) == ['level=warning event=read-failed cause="a bad bit" expert=3']
+
+
+def test_what_others_say_can_not_write_to_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    for cause in ("\x1b]0;owned\x07", "\x9b31m\n", "perché no"):
+        say(LOG, "read-failed", logging.ERROR, cause=cause)
+    causes = [line.partition("cause=")[2] for line in lines(caplog)]
+    assert causes == ['"\\u001b]0;owned\\u0007"', '"\\u009b31m\\n"', '"perché no"']
 
 
 def test_a_flood_is_a_line_a_pause_and_none_is_uncounted(

@@ -28,6 +28,7 @@ def test_a_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "value": "50%",
         "source": "file",
         "where": f"{config}, [general] ram",
+        "fault": None,
         "variable": "MOETIER_GENERATE_RAM",
     }
     assert (settings["context"]["value"], settings["policy"]["source"]) == (100, "default")
@@ -100,6 +101,19 @@ def test_the_rest_is_shown_beside_what_can_not_be(
     found = json.loads(capsys.readouterr().out)
     assert found["settings"]["convert"]["bits"]["value"] == 3
     assert len(found["faults"]) == 5  # of the file and the environment as a whole: of values those that are shown
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_its_json_is_json_and_says_what_can_not_be(
+    value: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(f"[generate]\ntemperature = {value}\n")
+    assert main(["config", "show", "generate", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    shown = found["settings"]["generate"]
+    assert shown["temperature"]["value"] == value
+    assert [shown["temperature"]["fault"]] == found["faults"]
+    assert shown["seed"]["fault"] is None
 
 
 def test_a_file_that_is_no_toml_shows_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

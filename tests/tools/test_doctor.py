@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from daemons import running_daemon
 from forks import in_fork
-from stores import layout_of, make_store
+from stores import NASTY, layout_of, make_store
 from users import as_nobody
 
 from moetier.runtime.running import FILE
@@ -202,3 +202,9 @@ def test_lines_are_as_wide_as_the_terminal() -> None:
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].startswith("fail  disk          slow slow")
     assert sum(line.startswith(" " * 17 + "-> Buy") for line in lines) == 1
+
+
+def test_what_others_call_themselves_is_told_in_what_can_be_read() -> None:
+    lines = "\n".join(lines_of([fail("store", f"{NASTY}: {NASTY}", f"restore {NASTY}")], 60))
+    assert all(line.isprintable() for line in lines.split("\n"))
+    assert lines.startswith("fail  store         x?[31m?]0;owned? y: x?[31m?]0;owned? y")

@@ -194,6 +194,7 @@ def test_a_directory_says_how_it_samples(
 
     assert said("--seed", "1") == said("--seed", "1") != said("--seed", "2")
     assert said("--seed", "1", "--temperature", "0") == said("--seed", "2", "--temperature", "0")
+    assert said("--temperature", "1e-320") == said("--temperature", "0")
 
 
 def test_the_prompt_may_come_from_standard_input(scripts: Prepared, tinymix_4bit: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import layout_of, make_plan, make_records, make_store, write_store
+from stores import NASTY, layout_of, make_plan, make_records, make_store, write_store
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.keys import Bias, Projection, RecordLayout
@@ -144,3 +144,11 @@ def test_the_command(tmp_path: Path) -> None:
     result = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (1, "")
     assert len(result.stderr.splitlines()) == 2
+
+
+def test_names_are_told_in_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path, model=NASTY)
+    assert run(tmp_path) == 0
+    assert capsys.readouterr().out.startswith("model            x?[31m?]0;owned??y\n")
+    assert run(tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"] == NASTY

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint
+from stores import NASTY
 
 from moetier.tools.main import COMMANDS, build_parser, main
 
@@ -151,3 +152,20 @@ def test_nobody_reads(tmp_path: Path, stream: str, words: list[str], said: set[s
     os.close(writer)
     assert (done.returncode == 128 + signal.SIGPIPE) == (stream in said)
     assert "Traceback" not in (done.stderr or "")
+
+
+@pytest.mark.parametrize(("level", "head"), [("", ""), ("info", "WARNING x: ")])
+def test_what_is_logged_is_a_line_of_what_can_be_read(level: str, head: str) -> None:
+    """By a daemon's own words, among others."""
+    code = (
+        "import logging; from moetier.tools.main import main; main(['completion', 'bash'])\n"
+        f"logging.getLogger('x').warning('%s', {NASTY!r})\n"
+        f"try: raise OSError({NASTY!r})\n"
+        "except OSError: logging.getLogger('x').exception('no')"
+    )
+    environment = os.environ | {"MOETIER_LOG": level}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"{head}x?[31m?]0;owned??y"
+    assert all(line.isprintable() for line in lines)
+    assert lines[2] == "Traceback (most recent call last):"

@@ -18,6 +18,7 @@ from cgroups import memory_limit
 from checkpoints import save_checkpoint
 from faults import mounted
 from hubs import MODEL, serve_hub
+from stores import NASTY
 
 import moetier
 from moetier.runtime.choice import kernels_for
@@ -329,3 +330,8 @@ def test_a_terminal_is_told_what_takes_its_time(index_only: Path, capsys: pytest
     assert said == [f"reading what {index_only} says of itself", "measuring this machine, for some seconds"]
     assert main(["plan", str(index_only), "--bits", "4", "--trunk-bits", "16", "--disk", "1"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_name_is_told_in_what_can_be_read(index_only: Path) -> None:
+    found = plan(index_only, context=256, disk=GB_PER_S) | {"model": NASTY}
+    assert plan_report.text(found).startswith("model    x?[31m?]0;owned??y: ")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from stores import NASTY
 
 from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError, TargetError
@@ -71,6 +72,14 @@ def test_every_picture_can_be_made_and_is_the_same_again(kind: str, form: str, t
     else:
         root = ElementTree.parse(tmp_path / "a.svg").getroot()
         assert "acme/<tiny>" in "".join(root.itertext())
+
+
+@pytest.mark.parametrize("kind", plot.OF_TRACES)
+def test_a_name_that_no_svg_can_have(kind: str, tmp_path: Path) -> None:
+    trace = replace(Trace.load(recorded(tmp_path)), model=NASTY)
+    trace.save(tmp_path / "nasty.npz")
+    assert run(kind, tmp_path / "nasty.npz", "-o", tmp_path / "a.svg") == 0
+    assert "x?[31m?]0;owned??y" in "".join(ElementTree.parse(tmp_path / "a.svg").getroot().itertext())
 
 
 def test_the_text_is_under_the_tokens(tmp_path: Path) -> None:

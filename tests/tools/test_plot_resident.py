@@ -19,7 +19,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from raw_client import RawClient
-from stores import layout_of
+from stores import NASTY, layout_of
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
@@ -127,6 +127,16 @@ def test_models_of_any_size_and_blocks_that_differ() -> None:
     assert np.isfinite(shown[1]).sum(axis=1).tolist() == [0, 3, 8]
     assert (figure.get_size_inches() <= (16, 10)).all()
     assert figure.axes[0].get_title(loc="left").startswith("$a$, now")
+
+
+def test_a_name_that_no_svg_can_have(tmp_path: Path) -> None:
+    stats = pb.StatsReply(
+        models=[pb.ModelStats(name=NASTY)], details=[pb.Details(blocks=[pb.Block(uses=[1, 2], ready=[1])])]
+    )
+    figure = draw_resident(stats, time="now")
+    assert figure.axes[0].get_title(loc="left").startswith("x?[31m?]0;owned??y, now, up 0 s\n1 of 2 experts")
+    figure.savefig(tmp_path / "a.svg")
+    ElementTree.parse(tmp_path / "a.svg")
 
 
 def test_nobody_is_there(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     manifest = json.loads((part / GROUP / METADATA).read_text())["attributes"]["moetier"]
     (part / GROUP / METADATA).unlink()
     (part / GROUP / PLAN).write_text(json.dumps(manifest | {"digest": "", "trunk": {}}))
-    (part / "conversion.json").write_text(json.dumps({"command": ["moetier", "pull", "acme/part", "--fast"]}))
+    (part / "conversion.json").write_text(json.dumps({"command": ["moetier", "pull", "acme/part", "--fast\x1b"]}))
     place(models, "acme/empty:3bit-trunk8bit")
     (tinymix_there / "origin.json").write_text(json.dumps({"id": "acme/tinymix", "revision": "a" * 40}))
     assert main(["list", "--json"]) == 0
@@ -158,13 +158,13 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     size = sum(path.stat().st_size for path in tinymix_there.rglob("*") if path.is_file())
     assert size <= whole["bytes"] < size * 1.2
     assert whole["pulled_unix"] == (tinymix_there / GROUP / METADATA).stat().st_mtime
-    assert (cut["bits"], cut["complete"], cut["resume"]) == (4, False, "moetier pull acme/part --fast")
+    assert (cut["bits"], cut["complete"], cut["resume"]) == (4, False, "moetier pull acme/part '--fast\x1b'")
     assert (empty["bits"], empty["resume"]) == (None, "moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite")
     assert main(["list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "bits", "trunk", "size", "experts", "pulled"]
     assert rows[0].endswith("incomplete: moetier pull acme/empty --bits 3 --trunk-bits 8 --overwrite replaces it")
-    assert rows[1].endswith("incomplete: moetier pull acme/part --fast resumes it")
+    assert rows[1].endswith("incomplete: moetier pull acme/part '--fast?' resumes it")
     assert "8 x 8" in rows[2]
     assert rows[2].split()[-1] == "complete"
     with pytest.raises(IncompleteStoreError, match="incomplete"):

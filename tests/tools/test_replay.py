@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import NASTY
 
 from moetier.runtime.trace import Trace
 from moetier.tiers.errors import ConfigError
@@ -86,17 +87,19 @@ def test_recall_where_there_are_predictions(tmp_path: Path, capsys: pytest.Captu
     predictions = np.stack([experts, np.full_like(experts, -1)])
     predictions[1, :, 1] = [2, 5]  # half of them
     Trace(
-        experts=experts, offsets=(0, 4), num_experts=(8, 8), lookaheads=(0, 1), predictions=predictions, model="a/b"
+        experts=experts, offsets=(0, 4), num_experts=(8, 8), lookaheads=(0, 1), predictions=predictions, model=NASTY
     ).save(tmp_path / "t.npz")
     assert run(str(tmp_path / "t.npz"), "--slots", "2", "--json") == 0
     (report,) = json.loads(capsys.readouterr().out)["traces"]
-    assert report["model"] == "a/b"
+    assert report["model"] == NASTY
     assert report["recall"] == [
         {"lookahead": 0, "gates": 1.0, "popularity": 1.0, "previous_token": 1.0},
         {"lookahead": 1, "gates": 0.5, "popularity": 1.0, "previous_token": 1.0},
     ]
     assert run(str(tmp_path / "t.npz"), "--slots", "2") == 0
-    assert "1           0.500       1.000           1.000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 't.npz'}: x?[31m?]0;owned??y\n")
+    assert "1           0.500       1.000           1.000" in said
 
 
 def test_where_nobody_guesses_there_is_no_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 pytest.importorskip("openai", reason='pip install ".[serve]"')
 pytest.importorskip("fastapi", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 
 from moetier.tools.serve_gate import Gate
+from moetier.tools.serve_listen import bind, is_loopback, url_of
 
 PATH = "/v1/models"
 
@@ -32,14 +34,28 @@ def asked(key: str | None, **headers: str) -> httpx2.Response:
     return asyncio.run(ask())
 
 
-@pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:80", "[::1]", "[::1]:8000"])
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:80", "127.0.0.2:8000", "[::1]"])
 def test_without_a_key_names_of_this_host_are_served(host: str) -> None:
     assert asked(None, Host=host).text == "served"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.10.20.30", "::1", "localhost"])
+def test_without_a_key_it_is_served_where_it_says_that_it_is(host: str) -> None:
+    with bind(host, 0) as bound:
+        assert is_loopback(bound)
+        assert asked(None, Host=url_of(bound).removeprefix("http://")).text == "served"
+
+
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "localhost.evil.example", "localhost:8000.evil.example", "evil.example:127", "127.0.0.10", ""],
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "localhost:8000.evil.example",
+        "evil.example:127",
+        "127.0.0.1.evil.example",
+        "",
+    ],
 )
 def test_without_a_key_other_names_are_refused_as_openai_does(host: str) -> None:
     answer = asked(None, Host=host)

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason='pip install "moetier[serve]"')
-pytest.importorskip("fastapi", reason='pip install "moetier[serve]"')
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("fastapi", reason='pip install ".[serve]"')
 
+from http_servers import serving
 from threads import wait_until
-
-import moetier
 
 MOST = 400  # tokens: seconds of work
 STEPS = 12  # of the event loop, until the first text is on its way
@@ -25,20 +24,9 @@ STEPS = 12  # of the event loop, until the first text is on its way
 @pytest.fixture(scope="module", params=["one by one", "together"])
 def served(request: pytest.FixtureRequest, tinymix_4bit: Path) -> Iterator[tuple[Any, Any]]:
     """(application, manager); it has answered once."""
-    from moetier.tools.serve_app import application
-    from moetier.tools.serve_generation import OneByOne
-    from moetier.tools.serve_together import Together
-
-    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
-    with model.tiers:
-        place = model, MOST + 100, 16
-        manager = OneByOne(*place) if request.param == "one by one" else Together(*place, 2)
-        try:
-            app = application("small", model, tokenizer, manager, None)
-            asyncio.run(ask(app, manager, stream=False, most=1))
-            yield app, manager
-        finally:
-            manager.stop()
+    with serving(tinymix_4bit, context=MOST + 100, together=request.param == "together") as (app, manager):
+        asyncio.run(ask(app, manager, stream=False, most=1))
+        yield app, manager
 
 
 @pytest.fixture

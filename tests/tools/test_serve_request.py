@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -57,7 +58,58 @@ def test_messages_are_taken_as_they_are(role: str, content: object) -> None:
     assert checked({"messages": [message]}, ChatAsked) == {"messages": [message]}
 
 
+def test_tools_and_calls_of_them_are_passed_on_in_the_order_that_templates_have() -> None:
+    """Some write them down as JSON."""
+    schema = {"type": "object", "properties": {"b": {"default": None}, "a": {"enum": [None]}}}
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema, "strict": True}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"b": None, "a": [None]}}}
+    asked = {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+    assert json.dumps(checked(asked, ChatAsked)) == json.dumps(asked)
+    written = call | {"function": {"arguments": '{"b": null, "a": [null]}', "name": "f"}}
+    asked |= {"messages": [{"role": "assistant", "tool_calls": [written]}]}
+    assert json.dumps(checked(asked, ChatAsked)["messages"][0]["tool_calls"]) == json.dumps([call])
+
+
 @pytest.mark.parametrize("stop", ["a", ["a"], ["a", "b", "c", "d"]])
 def test_stop_strings_are_a_list(stop: str | list[str]) -> None:
     asked = checked({"prompt": "?", "stop": stop, "seed": None}, TextAsked)
     assert asked == {"prompt": "?", "stop": [stop] if isinstance(stop, str) else stop}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chat_template", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        ("chat_template", ""),
+        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("tokenize", False),
+        ("return_dict", False),
+        ("return_tensors", "np"),
+        ("return_assistant_tokens_mask", True),
+        ("padding", "max_length"),
+        ("truncation", True),
+        ("max_length", 3),
+        ("tools", 5),
+        ("documents", "x"),
+        ("tokenizer_kwargs", {"truncation": True}),
+        ("messages", []),
+        ("conversation", []),
+        ("conversations", []),
+        ("load_audio_from_video", True),
+        ("compiled_template", 1),
+        ("self", 1),
+        ("text", "x"),
+        ("kwargs", {}),
+    ],
+)
+def test_a_request_has_no_say_in_how_its_template_is_applied(name: str, value: object) -> None:
+    with pytest.raises(Refusal) as refused:
+        checked({"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, name: value}}, ChatAsked)
+    assert refused.value.detail == f"chat_template_kwargs: {name} is not supported here."
+    assert (refused.value.param, refused.value.status_code) == ("chat_template_kwargs", 400)
+
+
+def test_what_a_template_may_know_is_passed_on() -> None:
+    asked = {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False, "thinking_budget": None}}
+    assert checked(asked, ChatAsked)["chat_template_kwargs"]["enable_thinking"] is False

@@ -15,7 +15,7 @@ from typing import Any
 import google_crc32c
 import pytest
 from faults import flip_bit
-from stores import layout_of, make_plan, make_records, make_store, write_store
+from stores import NASTY, layout_of, make_plan, make_records, make_store, write_store
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.folder import read_manifest
@@ -24,6 +24,7 @@ from moetier.tiers.shard import GROUP, METADATA, ShardFile
 from moetier.tiers.writer import StoreWriter
 from moetier.tools import verify
 from moetier.tools.main import main
+from moetier.tools.progress import Progress
 
 
 def run(folder: Path, *options: str) -> int:
@@ -213,3 +214,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 2
     assert "is incomplete" in result.stderr
     assert "moetier convert" in result.stderr
+
+
+def test_names_are_told_in_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path, model=NASTY)
+    assert run(tmp_path) == 0
+    assert capsys.readouterr().out.startswith("x?[31m?]0;owned??y: 12 records")
+
+
+def test_what_is_bad_is_told_in_what_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("verify", 1) as progress:
+        progress.say(f"bad: {NASTY}")
+    assert capsys.readouterr().out == "bad: x?[31m?]0;owned??y\n"

@@ -1,0 +1,153 @@
+"""What the server says to requests that can't be answered, in this process; behind each of them it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("fastapi", reason='pip install ".[serve]"')
+
+import httpx2
+from http_servers import serving
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "Ciao."}
+HALF = "\ud800"  # of a character
+
+
+@pytest.fixture(scope="module", params=["one by one", "together"])
+def app(request: pytest.FixtureRequest, tinymix_4bit: Path) -> Iterator[Any]:
+    with serving(tinymix_4bit, context=400, together=request.param == "together") as (found, _):
+        answer_of(found, TEXT, {"prompt": "Uno"})  # whatever thread it needs is there now
+        yield found
+
+
+def answer_of(app: Any, path: str, body: dict[str, Any]) -> httpx2.Response:
+    """Behind it an ordinary request is answered."""
+
+    async def ask() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app=app)
+        headers = {"Content-Type": "application/json"}
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000", timeout=60) as client:
+            found = await client.post(path, content=json.dumps({"max_tokens": 2} | body), headers=headers)
+            other = await client.post(TEXT, json={"prompt": "Due", "max_tokens": 2})
+        assert other.status_code == 200, other.text
+        assert other.json()["usage"]["completion_tokens"] == 2
+        return found
+
+    return asyncio.run(ask())
+
+
+def refused(app: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The error of a 400 in OpenAI's form."""
+    answer = answer_of(app, path, body)
+    assert answer.status_code == 400, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_without_a_token(app: Any, stream: bool) -> None:
+    error = refused(app, TEXT, {"prompt": "", "stream": stream})
+    assert (error["message"], error["param"]) == ("prompt: there is not one token in it.", "prompt")
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-10, 1e-5])
+def test_hardly_any_temperature(app: Any, temperature: float) -> None:
+    answer = answer_of(app, TEXT, {"prompt": "Due", "temperature": temperature})
+    assert answer.status_code == 200, answer.text
+    if temperature < 1e-5:
+        cold = answer_of(app, TEXT, {"prompt": "Due", "temperature": 0})
+        assert answer.json()["choices"] == cold.json()["choices"]
+
+
+def test_a_template_of_its_own(app: Any) -> None:
+    for template in ("", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"):
+        error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"chat_template": template}})
+        assert error["param"] == "chat_template_kwargs"
+
+
+def deep(levels: int) -> Any:
+    return json.loads("[" * levels + "]" * levels)
+
+
+def called(function: Any) -> list[Any]:
+    """Messages in which it was."""
+    call = {"id": "1", "type": "function", "function": function}
+    return [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": called("f")}, "messages"),
+        ({"messages": called({"name": "f"})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": "{"})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": "5"})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": json.dumps({"a": HALF})})}, "messages"),
+        ({"messages": called({"name": "f", "arguments": {"a": deep(900)}})}, None),
+        ({"messages": called({"name": "f", "arguments": "[" * 5000})}, None),
+        ({"messages": [USER, {"role": "tool", "tool_call_id": 5, "content": "3"}]}, "messages"),
+        ({"messages": [USER | {"content": HALF}]}, None),
+        ({"messages": [USER], HALF: 1}, None),
+        ({"messages": [USER], "model": HALF}, None),
+        ({"messages": [USER], "tools": "x"}, "tools"),
+        ({"messages": [USER], "tools": [{"x": 1}]}, "tools"),
+        ({"messages": [USER], "tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools"),
+        ({"messages": [USER], "chat_template_kwargs": {"budget": deep(900)}}, "messages"),
+    ],
+)
+def test_chats_that_make_no_sense(app: Any, body: dict[str, Any], param: str | None) -> None:
+    assert refused(app, CHAT, body)["param"] == param
+
+
+@pytest.mark.parametrize("body", [{"prompt": HALF}, {"prompt": "Due", HALF: 1}, {"prompt": "Due", "stop": HALF}])
+def test_half_a_character(app: Any, body: dict[str, Any]) -> None:
+    assert refused(app, TEXT, body)["message"] == "The body has text that is no Unicode."
+
+
+def test_tools_that_were_called(app: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    for arguments in ('{"a": 1}', "{}", {"a": 1}):
+        body = {"messages": called({"name": "f", "arguments": arguments}), "tools": tools}
+        assert answer_of(app, CHAT, body).status_code == 200
+
+
+def test_a_template_that_does_not_like_what_it_is_given(tinymix_4bit: Path) -> None:
+    with serving(tinymix_4bit, context=400, together=False, template="{{ 'a' + budget }}") as (app, _):
+        error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"budget": 5}})
+    assert error["message"].startswith("The model's chat template refuses these messages: can only concatenate str")
+
+
+def answer_after(error: Exception, directory: Path) -> httpx2.Response:
+    """To a request whose answer begins with it."""
+    with serving(directory, context=400, together=False) as (app, manager):
+
+        def broken(*_: Any, **__: Any) -> Any:
+            del manager.generate_streaming
+            raise error
+
+        manager.generate_streaming = broken
+        return answer_of(app, TEXT, {"prompt": "Due"})
+
+
+def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answer = answer_after(OSError("a secret"), tinymix_4bit)
+    said = {"message": "The request failed; the server's log says why.", "type": "server_error"}
+    assert (answer.status_code, answer.json()) == (500, {"error": said | {"param": None, "code": None}})
+    assert "POST /v1/completions failed with OSError" in caplog.messages
+
+
+def test_a_worker_that_is_dead(tinymix_4bit: Path) -> None:
+    from transformers.cli.serving.utils import CBWorkerDeadError
+
+    answer = answer_after(CBWorkerDeadError(), tinymix_4bit)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
