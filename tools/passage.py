@@ -168,6 +168,7 @@ class Passage:
         link = path.with_name(path.name + PARTIAL)
         link.unlink(missing_ok=True)
         link.symlink_to(found.absolute())
+        self._ahead.check()  # who was told to end may have gone on for longer than anybody waited
         link.rename(path)
         sync_folder(path.parent)
 

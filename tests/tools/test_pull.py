@@ -281,6 +281,42 @@ def test_a_file_that_no_block_needs_comes_behind_those_that_came_ahead(
 # cut
 
 
+LATE = """
+import os, signal, sys, threading
+from pathlib import Path
+from moetier.tools import ahead
+from moetier.tools.convert import pull
+from moetier.tools.passage import Passage
+ahead.GRACE, check_sum = 0, Passage._check_sum
+
+def late(self, found, remote, name):
+    check_sum(self, found, remote, name)
+    if threading.current_thread().name == "ahead":
+        os.kill(os.getpid(), signal.SIGINT)
+        self._ahead._halted.wait()
+
+Passage._check_sum = late
+try:
+    pull("acme/late", Path(sys.argv[1]), fast=True)
+except KeyboardInterrupt:
+    pass
+for thread in threading.enumerate():
+    if thread.name == "ahead":
+        thread.join()
+"""
+
+
+def test_a_download_ahead_that_was_not_waited_for_says_nothing_of_its_file(
+    hub: Hub, scripts: Prepared, apart: Path, tmp_path: Path
+) -> None:
+    """The directory may be another conversion's by then."""
+    offer(hub, "acme/late", apart)
+    result = scripts.run(LATE, tmp_path / "dst")
+    assert result.returncode == 0, result.stderr
+    (shards,) = (tmp_path / "dst" / "download").rglob("shards")
+    assert not (shards / "model-00002-of-00003.safetensors").exists()
+
+
 def test_interrupted_in_a_download_ahead_it_goes_on(
     hub: Hub, scripts: Prepared, models: Path, apart: Path, tmp_path: Path
 ) -> None:
