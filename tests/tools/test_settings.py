@@ -83,7 +83,8 @@ def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
         ("[general]\nlearn = 'perhaps'", "[general] learn is 'perhaps'", "true or false"),
         ("[general]\nram = 2020-01-01", "[general] ram is ", "as --ram takes it"),
         ("[general]\nram = '6GX'", "[general] ram: '6GX' is not an amount of memory", "Give a size"),
-        ("[general]\ncontext = 0", "[general] context: 0 is out of range.", "Give 1 or more."),
+        ("[general]\ncontext = 0", "[general] context: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (f"[general]\ncontext = '{'9' * 400}'", "9 is out of range.", "Give 1 to 2^31 - 1."),
     ],
 )
 def test_mistakes_name_the_file_the_key_and_the_fix(
