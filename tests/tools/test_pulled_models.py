@@ -171,6 +171,14 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
         moetier.load("acme/part")
 
 
+def test_list_passes_over_folders_that_nothing_pulled_is_called(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place(models, "acme/a:4bit", "we ird:4bit", "acme/b:4 bit", "a/b/c:4bit")
+    assert main(["list", "--json"]) == 0
+    assert [model["name"] for model in json.loads(capsys.readouterr().out)] == ["acme/a:4bit"]
+
+
 def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:
     (tmp_path / "stays").write_bytes(b"1" * 5000)
     ended = threading.Event()
