@@ -93,6 +93,8 @@ class Target:
                 found = json.loads((self.store / PLAN).read_bytes())
             except ValueError as error:
                 raise self._differs(f"one that can't be read ({error})") from error
+            if not isinstance(found, dict):
+                raise self._differs("one that can't be read (it is no JSON object)")
             self._compare(found)
         elif any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
             raise self._differs("one without its plan, as when its removal was cut")

@@ -306,13 +306,14 @@ def test_another_model_is_another_conversion(source: Path, uncut: dict[str, byte
         convert(source, tmp_path / "dst")
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
 @pytest.mark.parametrize("name", ["plan.json", "zarr.json"])
 def test_a_store_that_can_not_be_read_is_replaced_only_if_told_to(
-    source: Path, uncut: dict[str, bytes], tmp_path: Path, name: str
+    source: Path, uncut: dict[str, bytes], tmp_path: Path, name: str, text: str
 ) -> None:
     dst = tmp_path / "dst"
     (dst / GROUP).mkdir(parents=True)
-    (dst / GROUP / name).write_text("{")
+    (dst / GROUP / name).write_text(text)
     with pytest.raises(TargetExistsError, match="can't be read"):
         convert(source, dst)
     convert(source, dst, overwrite=True)
