@@ -157,3 +157,24 @@ def test_nobody_reads(tmp_path: Path, stream: str, words: list[str], said: set[s
     os.close(writer)
     assert (done.returncode == 128 + signal.SIGPIPE) == (stream in said)
     assert "Traceback" not in (done.stderr or "")
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("list", 0), ("config show", 0), ("verify /nonexistent", 1), ("rm nobody/nothing", 1), ("no-command", 2)],
+)
+def test_streams_that_are_closed_say_nothing(tmp_path: Path, streams: str, words: str, code: int) -> None:
+    script = f"'{sys.executable}' -m moetier.tools.main {words} {streams}"
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    done = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+def test_nobody_reads_the_one_stream_that_is_open() -> None:
+    script = f"'{sys.executable}' -m moetier.tools.main verify /nonexistent >&-"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(["/bin/sh", "-c", script], stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
