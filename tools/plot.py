@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .access import add_credentials, credentials
+from .access import CREDENTIALS, add_credentials, credentials
+from .command_line import UsageError
 from .options import file_or_address
+from .resources import asked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +23,8 @@ HELP = "draw a trace: which experts tokens use, hit ratios, recall; or a daemon:
 
 OF_TRACES = ("figure1", "hits", "recall", "heatmap")
 KINDS = (*OF_TRACES, "resident")
+ONLY = {"tokens": ("figure1",), "blocks": ("figure1",), "cached": ("figure1", "heatmap")}  # which pictures have what
+ONLY |= dict.fromkeys(CREDENTIALS, ("resident",))
 FORMATS = (".png", ".svg")
 MOST_TOKENS = 200
 FEW_TOKENS = 40
@@ -51,10 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ConfigError where there is nothing to draw, or nothing to draw with, DaemonError where nobody answers, and
-    TargetError where it can't be written."""
+    """Raises UsageError for an option of another picture, ConfigError where there is nothing to draw, or nothing to
+    draw with, DaemonError where nobody answers, and TargetError where it can't be written."""
     from moetier.tiers.errors import ConfigError, TargetError
 
+    for name, kinds in ONLY.items():
+        if arguments.kind not in kinds and asked(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"plot {arguments.kind} has no {option}.", f"Leave it out; {' and '.join(kinds)} has it.")
     if arguments.output.suffix.lower() not in FORMATS:
         raise ConfigError(f"{arguments.output} is no picture that can be made.", "Name a .png or an .svg.")
     try:

@@ -138,7 +138,8 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
 def asked(arguments: argparse.Namespace, name: str) -> bool:
     """Whether a command line says so, and not only what is set beforehand."""
     value, configured = getattr(arguments, name), getattr(arguments, "configured", {})
-    return bool(value) and (name not in configured or configured[name] != value)
+    said = value is not None and value is not False
+    return said and (name not in configured or configured[name] != value)
 
 
 def _give_way(arguments: argparse.Namespace) -> None:
