@@ -15,7 +15,7 @@ class Number:
     """The type of an option. ``fix`` says what to give."""
 
     kind: type[int] | type[float]
-    least: int
+    least: float
     most: float
     fix: str
 
@@ -32,4 +32,6 @@ class Number:
         return self.kind.__name__
 
 
+TINY = math.ulp(0.0)  # more than 0
 COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
+SECONDS = Number(float, TINY, 86_400, "Give more than 0, to 86,400 at most.")

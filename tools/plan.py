@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
 
+from .command_line import UsageError
 from .number import COUNT
 from .options import source
 from .resources import add_device_arguments, size
@@ -107,9 +108,9 @@ def plan(
 
     for name, given, known in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
         if strange := [number for number in given or () if number not in known]:
-            raise ConfigError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
+            raise UsageError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
     if disk is not None and not 0 < disk < float("inf"):
-        raise ConfigError(f"--disk is {disk}.", "Give GB a second, more than 0.")
+        raise UsageError(f"--disk is {disk}.", "Give GB a second, more than 0.")
     pulls = into is None and not Path(source).is_dir()
     place = Path() if into is None else into
     if pulls:

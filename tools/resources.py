@@ -9,6 +9,7 @@ from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE,
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
+from .command_line import checked
 from .number import COUNT, Number
 from .options import group_of
 
@@ -114,7 +115,7 @@ def speculation_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """The keyword arguments of ``load``, ``more`` among them, checked. Raises ConfigError.
+    """The keyword arguments of ``load``, ``more`` among them, checked. Raises UsageError.
 
     What is said on the command line and can't be had is an error; what is set beforehand gives way (``settings.py``).
     """
@@ -131,7 +132,8 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "exact": arguments.exact,
     }
     found |= more
-    TierConfig.of(**found)
+    with checked():
+        TierConfig.of(**found)
     return found
 
 
@@ -145,7 +147,8 @@ def asked(arguments: argparse.Namespace, name: str) -> bool:
 def _give_way(arguments: argparse.Namespace) -> None:
     """What is set beforehand for an own host tier is not asked of a daemon's, nor what a daemon of another host is
     shown of one that is none."""
-    where = TierConfig.of(daemon=arguments.daemon)
+    with checked():
+        where = TierConfig.of(daemon=arguments.daemon)
     unused = {"ram": None, "policy": DEFAULT_ORDER, "learn": False} if where.mapped is not None else {}
     if not any(address.target for address in where.daemons):
         unused |= dict.fromkeys(("token_file", "tls_ca", "tls_cert", "tls_key"))

@@ -103,6 +103,19 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
             "--look-ahead: -1 is out of range.",
             "Give 0, for no predictions",
         ),
+        (["quality", "SRC", "--text", "T", "--tokens", "1"], "--tokens: 1 is out of range.", "Give 2, of which"),
+        (["synthetic", "DST", "--blocks", "0"], "--blocks: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["synthetic", "DST", "--seed", "-1"], "--seed: -1 is out of range.", "from 0 to 2^64 - 1"),
+        (["bench", "decode", "DIR", "--tokens", "0"], "--tokens: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["bench", "decode", "DIR", "--rounds", "0"], "--rounds: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["bench", "decode", "DIR", "--limit", "much"], "--limit: 'much' is not an amount of memory.", "6GiB"),
+        (["bench", "disk", "DIR", "--seconds", "-1"], "--seconds: -1 is out of range.", "Give more than 0"),
+        (["bench", "disk", "DIR", "--seconds", "inf"], "--seconds: inf is out of range.", "Give more than 0"),
+        (["bench", "kernels", "--rows", "0"], "--rows: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["bench", "convert", "SRC", "--bits", "16"], "invalid choice: 16", "--help"),
+        (["bench", "convert", "SRC", "--workers", "0"], "--workers: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["plot", "heatmap", "T", "-o", "a.png", "--cached", "-1"], "--cached: -1 is out of range.", "Give 0 to"),
+        (["plot", "figure1", "T", "-o", "a.png", "--tokens", "9-8"], "Tokens 9-8 can't be drawn.", "the first and"),
         (["config", "show", "nope"], "COMMAND: 'nope' is no command with something to set.", "convert, generate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -118,6 +131,35 @@ def test_a_wrong_command_line_is_two_lines_too(
     assert said[1].startswith("  ")
     assert cause in said[0]
     assert fix in said[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["plan", "SRC", "--disk", "0"], "--disk is 0.0."),
+        (["plan", "SRC", "--bits", "9"], "--bits of 9."),
+        (["plan", "SRC", "--trunk-bits", "16,3"], "--trunk-bits of 3."),
+        (["bench", "kernels", "./DIR", "--bits", "4"], "have the bits that they have"),
+        (["bench", "peers", "./DIR"], "There is no peer to measure."),
+        (["plot", "hits", "T", "-o", "a.jpg"], "a.jpg is no picture"),
+        (["plot", "resident", "a:b:c", "-o", "a.png"], "'a:b:c' is no address"),
+        (["stats", "a:b:c"], "'a:b:c' is no address"),
+        (["replay", "T", "--record", "50%"], "'50%' is no size of an expert."),
+        (["replay", "T", "--disk", "1"], "How long a read takes"),
+        (["daemon", "./DIR", "--listen", "a:b"], "'a:b' is not HOST:PORT."),
+        (["daemon", "./DIR", "--folder", "a:7070"], "'a:7070' is no folder."),
+        (["daemon", "./DIR", "--insecure"], "are for TCP"),
+        (["generate", "./DIR", "x", "--daemon", "a::b"], "'a::b' is no address"),
+        (["generate", "./DIR", "x", "--daemon", "none", "--insecure"], "for daemons of other hosts"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_so_is_one_that_is_wrong_as_a_whole(words: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the model: none of these is there."""
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert cause in said[0]
 
 
 def test_what_is_no_option_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
