@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 
 from .decoding import SEED
+from .disk_space import free_bytes
 from .geometry import GEOMETRIES, config_of, deviation_of, shapes_of
 from .number import COUNT
 from .routing import (
@@ -121,8 +121,7 @@ def make_synthetic(
         raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another place.")
     shards = plan_trunk(_tensors(config, ROUTINGS[geometry].share, seed), "model")
     size = sum(shard.size for shard in shards)
-    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
-    if size > (free := disk.f_bavail * disk.f_frsize):
+    if size > (free := free_bytes(folder)):
         raise DiskSpaceError(f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space.")
     own = files("moetier.assets") / "tinymix"
     tokens = json.loads((own / "config.json").read_bytes())

@@ -22,7 +22,7 @@ import moetier
 from moetier.runtime.models import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.shard import GROUP, METADATA, PLAN
-from moetier.tools.list import disk_bytes
+from moetier.tools.disk_space import disk_bytes
 from moetier.tools.main import build_parser, main
 from moetier.tools.options import directory, walk
 
