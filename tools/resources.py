@@ -32,6 +32,12 @@ def device(text: str) -> str:
     return text
 
 
+def daemons(text: str) -> str:
+    """Likewise, whose experts."""
+    TierConfig.of(daemon=text)
+    return text
+
+
 def add_device_arguments(parser: argparse._ActionsContainer) -> None:
     """A parser's, or a group's."""
     parser.add_argument(
@@ -55,6 +61,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
     add_device_arguments(memory)
     daemon.add_argument(
         "--daemon",
+        type=daemons,
         default=AUTO,
         metavar="WHOSE",
         help="whose experts: auto, a running daemon's that serves this very store, else this process's own; none, its "
@@ -147,8 +154,7 @@ def asked(arguments: argparse.Namespace, name: str) -> bool:
 def _give_way(arguments: argparse.Namespace) -> None:
     """What is set beforehand for an own host tier is not asked of a daemon's, nor what a daemon of another host is
     shown of one that is none."""
-    with checked():
-        where = TierConfig.of(daemon=arguments.daemon)
+    where = TierConfig.of(daemon=arguments.daemon)
     unused = {"ram": None, "policy": DEFAULT_ORDER, "learn": False} if where.mapped is not None else {}
     if not any(address.target for address in where.daemons):
         unused |= dict.fromkeys(("token_file", "tls_ca", "tls_cert", "tls_key"))
