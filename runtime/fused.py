@@ -16,10 +16,11 @@ from torch import Tensor
 from moetier.tiers.keys import ROW_TILE, Projection, RecordLayout
 from moetier.tiers.pairs import load_pairs
 from moetier.tiers.planes import pair_columns
-from moetier.tiers.quantize import GROUPS, decode, encode, expand, layout_for, sections
+from moetier.tiers.quantize import decode, encode, expand, layout_for, sections
 
 from .kernels import Kernels, projection_of
 
+GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel takes
 TILE_WEIGHTS = 2**24  # arranged at a time: some tens of MiB are taken on the way
 _PLANES = {8: ("high", "low"), 4: ("codes",)}  # that are arranged in place
 

@@ -41,9 +41,10 @@ def place_of(hub_id: str, tag: str) -> Path:
 
 
 def pulled() -> dict[str, Path]:
-    """By name those that are there, whole or in part."""
-    found = (path for path in models_folder().glob("*/*") if (path / GROUP).is_dir())
-    return {f"{path.parent.name.replace('--', '/')}:{path.name}": path for path in sorted(found)}
+    """By name those that are there, whole or in part; what nothing that is pulled is called is no model."""
+    found = sorted(path for path in models_folder().glob("*/*") if (path / GROUP).is_dir())
+    named = {f"{path.parent.name.replace('--', '/')}:{path.name}": path for path in found}
+    return {name: path for name, path in named.items() if NAME.fullmatch(name)}
 
 
 def model_directory(name: str | os.PathLike[str]) -> Path:

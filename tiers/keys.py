@@ -23,7 +23,8 @@ BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
 TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # of matrices beside the experts: what a kernel multiplies where it lies
 PAIR_BLOCK = 128  # groups that share one second-level pair when pairs are stored in 8 bits
 WEIGHT_TYPES = ("bfloat16", "float16")  # of 16-bit weights and of biases
-PAIR_TYPES = ("bfloat16", "uint8")
+GROUPS = {"bfloat16": (32, 64, 128, 256), "uint8": (16, 32, 64, 128, 256)}  # weights that share a pair, by its type
+PAIR_TYPES = tuple(GROUPS)
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
 
 

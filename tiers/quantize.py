@@ -26,7 +26,7 @@ from torch import Tensor
 from . import hqq, planes
 from .bands import Bands
 from .errors import CheckpointError, ConfigError
-from .keys import BITS, PAIR_TYPES, ROW_TILE, Bias, Bits, Projection, RecordLayout
+from .keys import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits, Projection, RecordLayout
 from .pairs import load_pairs, store_pairs
 from .planes import HALF
 
@@ -38,7 +38,6 @@ DEFAULTS: dict[Bits, tuple[int, str]] = {
     3: (64, "uint8"),
     2: (32, "uint8"),
 }
-GROUPS = (256, 128, 64, 32)  # that torch's int4 kernel takes
 STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
 TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # what expansion adds to both nibbles
@@ -108,17 +107,16 @@ def form_of(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]
         return group, pairs
     if pairs not in PAIR_TYPES:
         raise ConfigError(f"Pairs of type {pairs} are not supported.", f"Choose {' or '.join(PAIR_TYPES)}.")
-    if group not in GROUPS and (group, pairs) != (16, "uint8"):
+    if group not in GROUPS[pairs]:
+        known = [f"{', '.join(map(str, groups))} with pairs of {name}" for name, groups in GROUPS.items()]
         raise ConfigError(
-            f"Groups of {group} weights are not supported with {pairs} pairs.",
-            "Choose a group size of 32, 64 or 128, or of 16 with pairs of uint8.",
+            f"Groups of {group} weights are not supported with {pairs} pairs.", f"Choose among {'; or '.join(known)}."
         )
     return group, pairs
 
 
 def _group_of(columns: int, asked: int, pairs: str) -> int:
-    smaller = (128, 64, 32, 16) if pairs == "uint8" else (128, 64, 32)
-    return next((g for g in (asked, *smaller) if g <= asked and columns % g == 0), 0)
+    return max((group for group in GROUPS[pairs] if group <= asked and columns % group == 0), default=0)
 
 
 def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from moetier.runtime.address import Credentials
 
 from .options import group_of
 
+CREDENTIALS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
+
 
 def add_credentials(parser: argparse.ArgumentParser) -> None:
     group = group_of(parser, "daemons of other hosts")

@@ -25,6 +25,7 @@ from moetier.tiers.keys import BITS
 from .bench_report import add_bench_arguments, check_bench, report
 from .disk_rate import NO_FIO, RandomReads, fio_version
 from .machine import Machine
+from .number import COUNT
 from .page_cache import drop_page_cache
 from .rounds import Spread, alternate
 from .settings import without_settings
@@ -40,11 +41,11 @@ DISK_SECONDS = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint")
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="(default: %(default)s)")
+    parser.add_argument("--bits", type=int, choices=BITS[1:], default=4, help="(default: %(default)s)")
     parser.add_argument(
         "--into", type=Path, metavar="FOLDER", help="where a temporary folder is made (default: TMPDIR)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="as of moetier convert; threads of llama.cpp")
+    parser.add_argument("--workers", type=COUNT, metavar="N", help="as of moetier convert; threads of llama.cpp")
     parser.add_argument(
         "--no-llama", action="store_true", help="without llama.cpp, whose source takes as much disk as SRC again"
     )
@@ -53,8 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_bench(arguments)
-    if arguments.bits == 16:
-        raise ConfigError("With 16 bits nothing is optimised or rounded.", "Choose fewer --bits.")
     files = sorted(arguments.source.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{arguments.source} has no safetensors files.", "Give the folder of a checkpoint.")

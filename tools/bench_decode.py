@@ -6,19 +6,20 @@ import argparse
 
 from .bench_model import Work, add_model_arguments, measure
 from .bench_report import check_bench
+from .number import COUNT
 
 HELP = "decoding of fixed tokens, beside the bound of a token"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="measured steps (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=16, metavar="N", help="tokens before (default: %(default)s)")
+    parser.add_argument("--tokens", type=COUNT, default=32, metavar="N", help="measured steps (default: %(default)s)")
+    parser.add_argument("--prompt", type=COUNT, default=16, metavar="N", help="tokens before (default: %(default)s)")
     parser.add_argument(
-        "--warm", type=int, default=16, metavar="N", help="steps that are not counted (default: %(default)s)"
+        "--warm", type=COUNT, default=16, metavar="N", help="steps that are not counted (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="sequences, stepped together (default: %(default)s)"
+        "--batch", type=COUNT, default=1, metavar="B", help="sequences, stepped together (default: %(default)s)"
     )
 
 

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.tiers.errors import ConfigError
 
 from .bench_report import add_bench_arguments, check_bench, report
 from .disk_rate import NO_FIO, RandomReads, fio_version, read_rate
 from .machine import Machine
+from .number import SECONDS
 from .options import DIRECTORY, directory
 from .rounds import Spread, alternate
 
@@ -26,7 +26,7 @@ GB = 1e9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each run (default: %(default)s)")
+    parser.add_argument("--seconds", type=SECONDS, default=3.0, metavar="S", help="of each run (default: %(default)s)")
     add_bench_arguments(parser)
 
 
@@ -35,8 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tiers.store import ExpertStore
 
     check_bench(arguments)
-    if not arguments.seconds > 0:
-        raise ConfigError(f"--seconds is {arguments.seconds}.", "Give more than 0.")
     fio = fio_version()
     with ExpertStore.open(arguments.directory) as store:
         reads = RandomReads.of_records(arguments.directory, direct=store.direct)

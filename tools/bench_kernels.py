@@ -7,11 +7,12 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, Projection, RecordLayout
 
 from .bench_report import add_bench_arguments, add_threads, check_bench, report
+from .command_line import UsageError
 from .machine import Machine
+from .number import COUNT, SECONDS
 from .options import directory
 from .rounds import Spread, alternate
 
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits", type=int, choices=BITS, action="append", help="once or more; not with DIR (default: all)"
     )
-    parser.add_argument("--rows", type=int, action="append", metavar="N", help=f"once or more (default: {ROWS})")
-    parser.add_argument("--seconds", type=float, default=0.3, metavar="S", help="a product (default: %(default)s)")
+    parser.add_argument("--rows", type=COUNT, action="append", metavar="N", help=f"once or more (default: {ROWS})")
+    parser.add_argument("--seconds", type=SECONDS, default=0.3, metavar="S", help="a product (default: %(default)s)")
     add_threads(parser)
     add_bench_arguments(parser)
 
@@ -51,8 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check_bench(arguments)
     rows = arguments.rows or list(ROWS)
-    if min(rows) < 1 or not arguments.seconds > 0:
-        raise ConfigError("Products take one row and more than 0 seconds, at least.", "See --rows and --seconds.")
     layouts = dict(_layouts(arguments))
     import torch
 
@@ -127,7 +126,7 @@ def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]
         from moetier.tiers.folder import read_manifest, store_folder
 
         if arguments.bits:
-            raise ConfigError("The records of a directory have the bits that they have.", "Leave out --bits, or DIR.")
+            raise UsageError("The records of a directory have the bits that they have.", "Leave out --bits, or DIR.")
         yield from read_manifest(store_folder(arguments.directory)).layouts.items()
         return
     for title, (hidden, inner) in EXPERTS.items():

@@ -22,6 +22,7 @@ from .disk_rate import NO_FIO, RandomReads, fio_version
 from .fresh import fresh
 from .machine import Machine
 from .options import DIRECTORY, directory
+from .resources import size
 from .rounds import Spread, alternate
 from .token_ids import add_token_arguments, fixed_ids
 
@@ -36,9 +37,12 @@ TABLE = (
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("--ram", action="append", metavar="SIZE", help="host budget; once or more (default: its own)")
+    parser.add_argument(
+        "--ram", type=size, action="append", metavar="SIZE", help="host budget; once or more (default: its own)"
+    )
     parser.add_argument(
         "--limit",
+        type=size,
         action="append",
         metavar="SIZE",
         help="everything in a control group of so much memory; once or more (default: none)",

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
-from moetier.tiers.errors import ConfigError
 
 from .bench_model import Work
 from .bench_report import add_bench_arguments, add_threads, check_bench, report
+from .command_line import UsageError
 from .fresh import fresh
 from .machine import Machine
+from .number import COUNT
 from .options import DIRECTORY, directory
 from .peers import Run, accelerate_decode, llama_run
+from .resources import size
 from .rounds import Spread, alternate
 from .token_ids import add_token_arguments
 
@@ -30,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     parser.add_argument("--checkpoint", type=Path, metavar="SRC", help="the same model for accelerate")
-    parser.add_argument("--limit", metavar="SIZE", help="of memory, for each engine (default: none)")
-    parser.add_argument("--checkpoint-limit", metavar="SIZE", help="accelerate's, which reads bf16 (default: --limit)")
-    parser.add_argument("--ram", metavar="SIZE", help="moetier's host budget (default: its own)")
-    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="measured (default: %(default)s)")
-    parser.add_argument("--warm", type=int, default=16, metavar="N", help="not counted (default: %(default)s)")
+    parser.add_argument("--limit", type=size, metavar="SIZE", help="of memory, for each engine (default: none)")
+    parser.add_argument(
+        "--checkpoint-limit", type=size, metavar="SIZE", help="accelerate's, which reads bf16 (default: --limit)"
+    )
+    parser.add_argument("--ram", type=size, metavar="SIZE", help="moetier's host budget (default: its own)")
+    parser.add_argument("--tokens", type=COUNT, default=32, metavar="N", help="measured (default: %(default)s)")
+    parser.add_argument("--warm", type=COUNT, default=16, metavar="N", help="not counted (default: %(default)s)")
     parser.add_argument("--prefill", action="store_true", help="the measured tokens as one prompt; not with accelerate")
     add_token_arguments(parser)
     add_threads(parser)
@@ -44,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check_bench(arguments)
     if arguments.gguf is None and (arguments.checkpoint is None or arguments.prefill):
-        raise ConfigError("There is no peer to measure.", "Give --gguf FILE; or --checkpoint SRC, without --prefill.")
+        raise UsageError("There is no peer to measure.", "Give --gguf FILE; or --checkpoint SRC, without --prefill.")
     threads = arguments.threads or len(os.sched_getaffinity(0))
     pieces = [arguments.warm, arguments.tokens] if arguments.prefill else [1] * (arguments.warm + arguments.tokens)
     work = Work.of(arguments, pieces, measured=1 if arguments.prefill else arguments.tokens)

@@ -6,6 +6,7 @@ import argparse
 
 from .bench_model import Work, add_model_arguments, measure
 from .bench_report import check_bench
+from .number import COUNT
 
 HELP = "a prompt's pass through the model, beside its bound"
 
@@ -14,7 +15,7 @@ WARM = 8  # tokens before the prompt: what is done once in a process is done the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="of the prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=COUNT, default=512, metavar="N", help="of the prompt (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,29 +7,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.errors import ConfigError, TargetError
+from moetier.tiers.errors import TargetError
 
 from .machine import Machine
+from .number import COUNT
 from .report import table
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="alternating runs of everything (default: %(default)s)"
+        "--rounds", type=COUNT, default=3, metavar="N", help="alternating runs of everything (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is found there, as one JSON object")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: as torch chooses)")
+    parser.add_argument("--threads", type=COUNT, metavar="N", help="of torch (default: as torch chooses)")
 
 
 def check_bench(arguments: argparse.Namespace) -> None:
-    """Before anything is measured. Raises ConfigError or TargetError."""
-    for name in ("rounds", "threads", "tokens", "batch", "prompt", "warm"):
-        value = getattr(arguments, name, None)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}.", "Give 1 or more.")
+    """Before anything is measured. Raises TargetError."""
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise TargetError(f"{arguments.json.parent} is no folder.", "Make it, or name another with --json.")
 

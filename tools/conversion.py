@@ -25,6 +25,7 @@ from .blueprint import Blueprint
 from .checkpoint import Checkpoint
 from .conversion_report import BlockReport, ConversionReport
 from .dequantize import source_tensors
+from .disk_space import free_bytes, nearest_folder
 from .draft import Draft, Options
 from .matrices import Matrices
 from .matrix_record import MatrixRecord
@@ -34,7 +35,7 @@ from .records import INTERPRETER_BYTES, Encoder
 from .resident import peak_bytes
 from .skeleton import build_on_meta
 from .stages import Stage, stages
-from .target import Target, free_bytes, small_files
+from .target import Target, small_files
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,7 @@ class Conversion:
         route = self._route(() if replacing else None)
         here, cached = self.passage.here(route), self.passage.in_cache(route)
         place = hub.cache_place()
-        if cached and hub.downloads_to(
-            next(p for p in (self.target.folder, *self.target.folder.parents) if p.exists())
-        ):
+        if cached and hub.downloads_to(nearest_folder(self.target.folder)):
             here, cached = here + cached, 0
         self.target.check_disk(here, replacing=replacing)
         if cached > (free := free_bytes(place)):

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from moetier.tiers.errors import ConfigError, TargetExistsError
-from moetier.tiers.keys import BITS, TRUNK_BITS, Bits
+from moetier.tiers.keys import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
 
 from .command_line import checked
 from .number import COUNT
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .conversion_report import ConversionReport
     from .passage import Passage
-
-GROUPS = (16, 32, 64, 128)  # 16 with pairs in 8 bits alone
 
 HELP = "turn a Hugging Face checkpoint into a model directory with quantised experts"
 
@@ -49,9 +47,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--group-size", type=int, choices=GROUPS, metavar="N", help="weights that share a scale (default: by --bits)"
+        "--group-size",
+        type=int,
+        choices=sorted(set().union(*GROUPS.values())),
+        metavar="N",
+        help="weights that share a scale (default: by --bits)",
     )
-    parser.add_argument("--pairs", choices=("bfloat16", "uint8"), help="format of the scales (default: by --bits)")
+    parser.add_argument("--pairs", choices=PAIR_TYPES, help="format of the scales (default: by --bits)")
     parser.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
+from .command_line import UsageError, checked
 from .options import DIRECTORY, directory
 from .resources import size
 
@@ -95,9 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.logfmt import log_to_stderr
     from moetier.tiers.errors import ConfigError
 
-    folder = Address.parse(arguments.folder).folder
+    with checked():
+        folder = Address.parse(arguments.folder).folder
     if folder is None:
-        raise ConfigError(f"{arguments.folder!r} is no folder.", "Give a name, or a path; for TCP there is --listen.")
+        raise UsageError(f"{arguments.folder!r} is no folder.", "Give a name, or a path; for TCP there is --listen.")
     if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
         raise ConfigError(
             "moetier daemon --metrics needs prometheus_client, which is not installed.",
@@ -108,29 +110,30 @@ def run(arguments: argparse.Namespace) -> int:
             os.set_inheritable(arguments.ready_fd, False)
         except (OSError, OverflowError):
             raise ConfigError(f"Descriptor {arguments.ready_fd} is not open.", "Name one that is.") from None
-    log_to_stderr()
-    return serve(
-        DaemonConfig(
-            directories=tuple(arguments.directories),
-            folder=folder,
-            ram=None if arguments.ram is None else Size.parse(arguments.ram),
-            policy=arguments.policy,
-            learn=arguments.learn,
-            listen=arguments.listen,
-            tls_cert=arguments.tls_cert,
-            tls_key=arguments.tls_key,
-            tls_client_ca=arguments.tls_client_ca,
-            token_file=arguments.token_file,
-            insecure=arguments.insecure,
-            wait=arguments.wait,
-            leases=arguments.leases,
-            max_clients=arguments.max_clients,
-            drain=arguments.drain,
-            reflection=arguments.reflection,
-            metrics=arguments.metrics,
-            ready_fd=arguments.ready_fd,
-        )
+    config = DaemonConfig(
+        directories=tuple(arguments.directories),
+        folder=folder,
+        ram=None if arguments.ram is None else Size.parse(arguments.ram),
+        policy=arguments.policy,
+        learn=arguments.learn,
+        listen=arguments.listen,
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+        tls_client_ca=arguments.tls_client_ca,
+        token_file=arguments.token_file,
+        insecure=arguments.insecure,
+        wait=arguments.wait,
+        leases=arguments.leases,
+        max_clients=arguments.max_clients,
+        drain=arguments.drain,
+        reflection=arguments.reflection,
+        metrics=arguments.metrics,
+        ready_fd=arguments.ready_fd,
     )
+    with checked():
+        config.check()
+    log_to_stderr()
+    return serve(config)
 
 
 def _count(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from moetier.tiers.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
 from moetier.tiers.plan import ArenaPlan
 
+from .disk_space import free_bytes
 from .prospect import Choice, Prospect
 from .target import SLACK_BYTES
 
@@ -44,8 +44,7 @@ class Room:
         there = None
         if device.type == "cuda":
             there = Available(torch.cuda.mem_get_info(device)[0], str(device))
-        disk = os.statvfs(into)
-        return cls(host, device, there, disk.f_bavail * disk.f_frsize, idle_bytes, into)
+        return cls(host, device, there, free_bytes(into), idle_bytes, into)
 
 
 @dataclass(frozen=True)

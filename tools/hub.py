@@ -17,6 +17,8 @@ from typing import Any
 
 from moetier.tiers.errors import CheckpointError
 
+from .disk_space import nearest_folder
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 SMALL_FILES = (
     "config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model*",
@@ -142,8 +144,7 @@ def cache_place() -> Path:
     """The cache's folder, or what there is of the way to it."""
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE).absolute()
-    return next(place for place in (cache, *cache.parents) if place.exists())
+    return nearest_folder(Path(constants.HF_HUB_CACHE).absolute())
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +68,8 @@ def _look(name: str, folder: Path) -> Listed:
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.shard import GROUP, METADATA, PLAN
 
+    from .disk_space import disk_bytes
+
     store, resume = folder / GROUP, None
     last = next((path for path in (store / METADATA, store / PLAN) if path.exists()), store)
     manifest: Manifest | None = None
@@ -92,16 +93,6 @@ def _look(name: str, folder: Path) -> Listed:
         revision=read_origin(folder).get("revision"),
         resume=resume,
     )
-
-
-def disk_bytes(folder: Path) -> int:
-    """That its files take; holes and what links lead to don't count."""
-    taken = 0
-    for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
-                taken += os.lstat(Path(place, name)).st_blocks * 512
-    return taken
 
 
 def _text(found: list[Listed]) -> str:

@@ -51,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     # gRPC's own messages are not for people who use this; it reads this when it is imported
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when the process began
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - for as long as that
     try:
         return _run(argv)
     except BrokenPipeError:  # the reader of our output went away, as `head` does

@@ -94,9 +94,8 @@ class Passage:
 
     def let_in(self, paths: Iterable[Path], quiet: bool) -> None:
         """Has them here, whole. Raises CheckpointError, for what was downloaded ahead too."""
+        self._ahead.wait()  # for one of these
         for path in sorted(paths):
-            if not _is_whole(path):
-                self._ahead.wait()  # maybe for this one
             if not _is_whole(path):
                 self._fetch(path, quiet)
 
@@ -169,6 +168,7 @@ class Passage:
         link = path.with_name(path.name + PARTIAL)
         link.unlink(missing_ok=True)
         link.symlink_to(found.absolute())
+        self._ahead.check()  # who was told to end may have gone on for longer than anybody waited
         link.rename(path)
         sync_folder(path.parent)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
 
+from .command_line import UsageError
+from .disk_space import nearest_folder
 from .number import COUNT
 from .options import source
 from .resources import add_device_arguments, size
@@ -107,13 +109,13 @@ def plan(
 
     for name, given, known in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
         if strange := [number for number in given or () if number not in known]:
-            raise ConfigError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
+            raise UsageError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
     if disk is not None and not 0 < disk < float("inf"):
-        raise ConfigError(f"--disk is {disk}.", "Give GB a second, more than 0.")
+        raise UsageError(f"--disk is {disk}.", "Give GB a second, more than 0.")
     pulls = into is None and not Path(source).is_dir()
     place = Path() if into is None else into
     if pulls:
-        place = _there_of(models_folder())
+        place = nearest_folder(models_folder())
     if not place.is_dir():
         raise TargetError(f"{place} is no folder.", "Make it, or name another with --into.")
     config = TierConfig.of(
@@ -161,8 +163,3 @@ def plan(
     speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
     return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls)
-
-
-def _there_of(folder: Path) -> Path:
-    """What there is of the way to it: on the same disk, until it is made."""
-    return next(each for each in (folder, *folder.parents) if each.is_dir())

@@ -9,8 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .access import add_credentials, credentials
+from moetier.tiers.errors import ConfigError
+
+from .access import CREDENTIALS, add_credentials, credentials
+from .command_line import UsageError
+from .number import MOST, Number
 from .options import file_or_address
+from .resources import asked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +26,10 @@ HELP = "draw a trace: which experts tokens use, hit ratios, recall; or a daemon:
 
 OF_TRACES = ("figure1", "hits", "recall", "heatmap")
 KINDS = (*OF_TRACES, "resident")
+ONLY = {"tokens": ("figure1",), "blocks": ("figure1",), "cached": ("figure1", "heatmap")}  # which pictures have what
+ONLY |= dict.fromkeys(CREDENTIALS, ("resident",))
 FORMATS = (".png", ".svg")
+CACHED = Number(int, 0, MOST, "Give 0 to what a block has.")
 MOST_TOKENS = 200
 FEW_TOKENS = 40
 
@@ -45,18 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=_span, metavar="A-B", help=f"figure1: tokens (the first {FEW_TOKENS})")
     parser.add_argument("--blocks", type=_list, metavar="N,M", help="figure1: blocks (four from the first to the last)")
     parser.add_argument(
-        "--cached", type=int, metavar="N", help="figure1, heatmap: experts of each block that an LRU holds (top-k)"
+        "--cached", type=CACHED, metavar="N", help="figure1, heatmap: experts of each block that an LRU holds (top-k)"
     )
     add_credentials(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ConfigError where there is nothing to draw, or nothing to draw with, DaemonError where nobody answers, and
-    TargetError where it can't be written."""
-    from moetier.tiers.errors import ConfigError, TargetError
+    """Raises UsageError for an option of another picture, ConfigError where there is nothing to draw, or nothing to
+    draw with, DaemonError where nobody answers, and TargetError where it can't be written."""
+    from moetier.tiers.errors import TargetError
 
+    for name, kinds in ONLY.items():
+        if arguments.kind not in kinds and asked(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"plot {arguments.kind} has no {option}.", f"Leave it out; {' and '.join(kinds)} has it.")
     if arguments.output.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{arguments.output} is no picture that can be made.", "Name a .png or an .svg.")
+        raise UsageError(f"{arguments.output} is no picture that can be made.", "Name a .png or an .svg.")
     try:
         import matplotlib
     except ImportError as error:
@@ -104,8 +116,6 @@ def _draw_trace(arguments: argparse.Namespace) -> Figure:
 
 
 def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
-    from moetier.tiers.errors import ConfigError
-
     from . import figures
 
     cached = trace.top_k if arguments.cached is None else arguments.cached
@@ -114,7 +124,7 @@ def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
     match arguments.kind:
         case "figure1":
             tokens = range(min(FEW_TOKENS, trace.tokens)) if arguments.tokens is None else arguments.tokens
-            if not tokens or tokens.stop > trace.tokens or len(tokens) > MOST_TOKENS:
+            if tokens.stop > trace.tokens or len(tokens) > MOST_TOKENS:
                 raise ConfigError(
                     f"Tokens {tokens.start} to {tokens.stop - 1} can't be drawn.",
                     f"The trace has {trace.tokens:,}, from 0; {MOST_TOKENS} fit into a picture.",
@@ -138,7 +148,9 @@ def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
 def _span(text: str) -> range:
     """ "10-49" -> 40 tokens."""
     first, _, last = text.partition("-")
-    return range(int(first), int(last) + 1)
+    if not (span := range(int(first), int(last) + 1)):
+        raise ConfigError(f"Tokens {text} can't be drawn.", "Give the first and the last, as in 0-39.")
+    return span
 
 
 def _list(text: str) -> list[int]:

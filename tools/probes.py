@@ -16,6 +16,7 @@ from moetier.tiers.keys import ROW_TILE, Bits, RecordLayout
 
 from .compute_rate import TIMES, UNCACHED_BYTES, KernelProbe, MemoryProbe, activation_dtype, random_records, record_rate
 from .disk_rate import RandomReads
+from .disk_space import free_bytes
 from .forecast import DiskRate
 
 DISK_SECONDS = 2.0  # of random reads, half of them one at a time
@@ -39,8 +40,7 @@ def disk_rate(reads: RandomReads) -> DiskRate:
 def reads_at(folder: Path, block_bytes: int, model_bytes: int = FILE_BYTES) -> Iterator[RandomReads]:
     """In a file that is written there for it, no larger than a model of ``model_bytes`` needs, and is gone afterwards.
     Raises DiskSpaceError."""
-    disk = os.statvfs(folder)
-    size = min(FILE_BYTES, max(LEAST_MADE_BYTES, model_bytes), disk.f_bavail * disk.f_frsize // 2)
+    size = min(FILE_BYTES, max(LEAST_MADE_BYTES, model_bytes), free_bytes(folder) // 2)
     with disk_errors(folder, lambda: size), tempfile.NamedTemporaryFile(dir=folder, prefix=".moetier-plan-") as file:
         piece = os.urandom(1 << 20)
         for _ in range(max(1, size // len(piece))):

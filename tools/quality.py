@@ -16,6 +16,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, RecordLayout
 
 from .command_line import checked
+from .number import MOST, Number
 from .options import source
 from .report import table
 from .resources import add_resource_arguments, asked, resources_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "measure what quantised weights cost: bytes, error, perplexity by text"
 
+TOKENS = Number(int, 2, MOST, "Give 2, of which one foretells the other, to 2^31 - 1.")
 Way = tuple[Bits, int | None, str | None, Bits, bool]  # bits, group, pairs, bits of the trunk, fast
 
 
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="PATH", help="texts, or folders of .txt")
     parser.add_argument(
-        "--tokens", type=int, default=3072, metavar="N", help="of the beginning of each text (default: %(default)s)"
+        "--tokens", type=TOKENS, default=3072, metavar="N", help="of the beginning of each text (default: %(default)s)"
     )
     parser.add_argument("--bits", type=_numbers, metavar="N,...", help="(default: 16,8,4,3,2)")
     parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="(default: 16)")
@@ -83,8 +85,6 @@ def _names(value: str) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.tokens < 2:
-        raise ConfigError("--tokens must be 2 or more.", "Give another number.")
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
     if converted and any(asked(arguments, name) for name in ("bits", "trunk_bits", "group_size", "pairs", "fast")):
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import Size, format_bytes
 from moetier.tiers.order import DEFAULT_ORDER
 
+from .command_line import UsageError
 from .plain import plain
 from .resources import size
 
@@ -53,15 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Raises ConfigError for what is no trace, and for options that contradict each other."""
     from moetier.runtime.trace import Trace
-    from moetier.tiers.errors import ConfigError
 
     record = Size.parse(arguments.record).bytes if arguments.record is not None else None
     if arguments.record is not None and record is None:
-        raise ConfigError(f"{arguments.record!r} is no size of an expert.", "Give it in bytes, MB or MiB.")
+        raise UsageError(f"{arguments.record!r} is no size of an expert.", "Give it in bytes, MB or MiB.")
     if (arguments.disk or arguments.link) and record is None:
-        raise ConfigError("How long a read takes depends on an expert's size.", "Give --record too.")
+        raise UsageError("How long a read takes depends on an expert's size.", "Give --record too.")
     if arguments.link and not arguments.device_slots:
-        raise ConfigError("Over the link goes what a device tier misses.", "Give --device-slots too.")
+        raise UsageError("Over the link goes what a device tier misses.", "Give --device-slots too.")
     reports = [{"trace": str(path)} | _report(path, Trace.load(path), arguments, record) for path in arguments.traces]
     print(json.dumps({"traces": reports}, indent=2) if arguments.json else "\n\n".join(map(_text, reports)))
     return 0

@@ -9,6 +9,7 @@ from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE,
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
+from .command_line import checked
 from .number import COUNT, Number
 from .options import group_of
 
@@ -28,6 +29,12 @@ def size(text: str) -> str:
 def device(text: str) -> str:
     """Likewise, the name of a device."""
     TierConfig.of(device=text)
+    return text
+
+
+def daemons(text: str) -> str:
+    """Likewise, whose experts."""
+    TierConfig.of(daemon=text)
     return text
 
 
@@ -54,6 +61,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
     add_device_arguments(memory)
     daemon.add_argument(
         "--daemon",
+        type=daemons,
         default=AUTO,
         metavar="WHOSE",
         help="whose experts: auto, a running daemon's that serves this very store, else this process's own; none, its "
@@ -114,7 +122,7 @@ def speculation_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """The keyword arguments of ``load``, ``more`` among them, checked. Raises ConfigError.
+    """The keyword arguments of ``load``, ``more`` among them, checked. Raises UsageError.
 
     What is said on the command line and can't be had is an error; what is set beforehand gives way (``settings.py``).
     """
@@ -131,14 +139,16 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "exact": arguments.exact,
     }
     found |= more
-    TierConfig.of(**found)
+    with checked():
+        TierConfig.of(**found)
     return found
 
 
 def asked(arguments: argparse.Namespace, name: str) -> bool:
     """Whether a command line says so, and not only what is set beforehand."""
     value, configured = getattr(arguments, name), getattr(arguments, "configured", {})
-    return bool(value) and (name not in configured or configured[name] != value)
+    said = value is not None and value is not False
+    return said and (name not in configured or configured[name] != value)
 
 
 def _give_way(arguments: argparse.Namespace) -> None:

@@ -1,18 +1,13 @@
 """``moetier rm NAME...``: removes pulled models, and what was downloaded of those that are incomplete.
 
-What gives a folder its name is its store. That goes last, so what is left of a removal that is cut has its name still:
-``list`` shows it, and ``rm`` goes on.
+What is left of a removal that is cut has its name still: ``list`` shows it, and ``rm`` goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import os
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from .users import check_unused
@@ -31,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.config import format_bytes
     from moetier.runtime.models import pulled_model
 
-    from .list import disk_bytes
+    from .disk_space import disk_bytes
 
     found = dict(pulled_model(name) for name in arguments.names)
     for name, folder in found.items():
@@ -65,47 +60,21 @@ def check_removable(name: str, folder: Path) -> None:
 
 
 def remove(name: str, folder: Path) -> None:
-    """First what makes it whole, so that nobody takes what is left of it, if this is cut, for a model; last its store.
-    Links in it are not followed. Raises TargetError where it is in use."""
-    from moetier.tiers.durable import sync_folder
-    from moetier.tiers.shard import GROUP, METADATA
+    """Links in it are not followed. Raises TargetError where it is in use."""
+    from moetier.tiers.shard import GROUP
+
+    from .removal import delete, empty, locked
 
     store = folder / GROUP
-    with _held(name, store):
+    linked = store.is_symlink()  # no conversion writes there
+    with contextlib.nullcontext() if linked else locked(name, folder):
         check_unused(name, folder)  # by now, whatever was seen before a person was asked
-        if not store.is_symlink():
-            (store / METADATA).unlink(missing_ok=True)
-            sync_folder(store)
-        for path in folder.iterdir():
-            if path != store:
-                _remove(path)
-        sync_folder(folder)
-        _remove(store)
-        folder.rmdir()
+        beside = [path for path in folder.iterdir() if path != store]
+        if linked:
+            for path in beside:
+                delete(path)
+        else:
+            empty(folder, beside)
+        delete(folder)
     with contextlib.suppress(OSError):  # other widths are there
         folder.parent.rmdir()
-
-
-@contextlib.contextmanager
-def _held(name: str, store: Path) -> Iterator[None]:
-    """With the lock of conversions into it, which the folder has until it is gone."""
-    from moetier.tiers.errors import TargetError
-
-    if store.is_symlink():  # no conversion writes there
-        yield
-        return
-    lock = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise TargetError(f"{name} is in use: a conversion writes into it.", "End that first.") from None
-    finally:
-        os.close(lock)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

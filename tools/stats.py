@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import format_bytes
 
 from .access import add_credentials, credentials
+from .command_line import checked
 from .plain import plain
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def address_of(text: str | None) -> Address:
     from .ps import running
 
     if text is not None:
-        return Address.parse(text)
+        with checked():
+            return Address.parse(text)
     found = running()
     return Address.of(found[0].folder) if len(found) == 1 else Address.parse(DEFAULT_NAME)
 

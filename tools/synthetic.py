@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.tiers.errors import ConfigError, DiskSpaceError, TargetExistsError
+from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 
+from .decoding import SEED
+from .disk_space import free_bytes
 from .geometry import GEOMETRIES, config_of, deviation_of, shapes_of
+from .number import COUNT
 from .routing import (
     ROUTINGS,
     TOKENS_FILE,
@@ -45,8 +47,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", type=Path, help="folder of the checkpoint to be")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="mixtral-4L", help="(default: %(default)s)")
-    parser.add_argument("--blocks", type=int, metavar="N", help="in place of the geometry's own number")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blocks", type=COUNT, metavar="N", help="in place of the geometry's own number")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument(
         "--store",
         type=Path,
@@ -114,15 +116,12 @@ def make_synthetic(
     from .progress import Progress
     from .trunk import index_of, plan_trunk
 
-    if blocks is not None and blocks < 1:
-        raise ConfigError(f"A model of {blocks} blocks is none.", "Give --blocks 1 or more.")
     config = config_of(geometry, blocks, sizes)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another place.")
     shards = plan_trunk(_tensors(config, ROUTINGS[geometry].share, seed), "model")
     size = sum(shard.size for shard in shards)
-    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
-    if size > (free := disk.f_bavail * disk.f_frsize):
+    if size > (free := free_bytes(folder)):
         raise DiskSpaceError(f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space.")
     own = files("moetier.assets") / "tinymix"
     tokens = json.loads((own / "config.json").read_bytes())

@@ -6,11 +6,8 @@ The manifest inside ``experts.zarr`` is written last of all, so a directory with
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -26,6 +23,8 @@ from moetier.tiers.writer import is_complete
 
 from .checkpoint import COPIED, INDEX, Checkpoint, carried, contained
 from .difference import difference
+from .disk_space import free_bytes
+from .removal import delete, empty, locked
 from .trunk import TrunkFile, index_of
 
 CONFIG = "config.json"
@@ -93,6 +92,8 @@ class Target:
                 found = json.loads((self.store / PLAN).read_bytes())
             except ValueError as error:
                 raise self._differs(f"one that can't be read ({error})") from error
+            if not isinstance(found, dict):
+                raise self._differs("one that can't be read (it is no JSON object)")
             self._compare(found)
         elif any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
             raise self._differs("one without its plan, as when its removal was cut")
@@ -161,13 +162,9 @@ class Target:
             if path.exists():
                 path.unlink()
                 sync_folder(path.parent)
-        _remove_download(self.folder)
-
-
-def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder, which need not be there, is on."""
-    disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
-    return disk.f_bavail * disk.f_frsize
+        for path in _downloaded(self.folder):
+            delete(path)
+            sync_folder(self.folder)
 
 
 def revision_under_way(folder: Path, name: str) -> str | None:
@@ -193,30 +190,10 @@ def check_place(folder: Path, source: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes what moetier writes into a model directory: first what makes it whole, then the rest. The store's folder
-    stays, empty: it makes the directory ours, so that a removal that was cut can be gone on with at any moment."""
-    lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove(folder)
-    except BlockingIOError:
-        raise TargetExistsError(f"Another process is converting into {folder}.", "Wait until it has ended.") from None
-    finally:
-        os.close(lock)
-
-
-def _remove(folder: Path) -> None:
-    (folder / GROUP / METADATA).unlink(missing_ok=True)
-    sync_folder(folder / GROUP)
-    _remove_download(folder)
-    for path in _beside_store(folder):
-        path.unlink()
-    for path in (folder / GROUP).iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    sync_folder(folder)
+    """Removes what moetier writes into a model directory, but for the store's own folder. Raises TargetError where
+    another conversion is under way."""
+    with locked(str(folder), folder):
+        empty(folder, [*_downloaded(folder), *_beside_store(folder)])
 
 
 def _beside_store(folder: Path) -> Iterator[Path]:
@@ -234,10 +211,9 @@ def _freed_bytes(folder: Path) -> int:
     return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else something is left of it
 
 
-def _remove_download(folder: Path) -> None:
-    if (folder / DOWNLOAD).is_dir() and not (folder / DOWNLOAD).is_symlink():
-        shutil.rmtree(folder / DOWNLOAD)
-        sync_folder(folder)
+def _downloaded(folder: Path) -> list[Path]:
+    path = folder / DOWNLOAD
+    return [path] if path.is_dir() and not path.is_symlink() else []
 
 
 def small_files(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 
 from .decoding import add_decoding_arguments, decoding_of, encode
 from .loading import loaded
-from .number import Number
+from .number import MOST, Number
 from .options import DIRECTORY, directory
 from .prompts import read_prompts
 from .report import table
@@ -23,7 +22,7 @@ from .resources import add_resource_arguments, resources_of
 if TYPE_CHECKING:
     from moetier.runtime.trace import Trace
 
-LAYERS = Number(int, 0, math.inf, "Give 0, for no predictions, or more.")
+LAYERS = Number(int, 0, MOST, "Give 0, for no predictions, to 2^31 - 1.")
 HELP = "record which experts a model uses, and which its gates foretell"
 
 

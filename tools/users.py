@@ -21,12 +21,14 @@ def users_of(folder: Path) -> dict[int, str]:
     """The other processes, as far as one may look at them, that have files of a folder open or mapped: a daemon, a
     server, a conversion. pid -> command line."""
     prefix = f"{folder.resolve()}/"
+    mapped = prefix.replace("\n", r"\012")  # as the kernel writes it there
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):
             continue
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if any(f"{path}/".startswith(prefix) for path in _opened(process)) or prefix in _maps(process):
+            opened = any(f"{path}/".startswith(prefix) for path in _opened(process))
+            if opened or any(path.startswith(mapped) for path in _mapped(process)):
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 found[int(process.name)] = " ".join(words).strip()[:100]
     return found
@@ -38,5 +40,6 @@ def _opened(process: Path) -> Iterator[str]:
             yield str(link.readlink())
 
 
-def _maps(process: Path) -> str:
-    return (process / "maps").read_text(errors="replace")
+def _mapped(process: Path) -> Iterator[str]:
+    for line in os.fsdecode((process / "maps").read_bytes()).split("\n"):
+        yield from line.split(maxsplit=5)[5:]  # address, permissions, offset, device, inode, path

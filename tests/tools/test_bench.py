@@ -268,12 +268,8 @@ def test_what_a_limit_permits() -> None:
     ("words", "said"),
     [
         (["disk", "{here}"], ["experts.zarr"]),
-        (["disk", "{store}", "--seconds", "0"], ["--seconds"]),
-        (["decode", "{store}", "--rounds", "0"], ["--rounds is 0"]),
         (["decode", "{store}", "--json", "{here}/no/x.json"], ["no folder"]),
         (["decode", "{store}", "--tokens-file", "{here}/no.json"], ["no.json", "token ids"]),
-        (["decode", "{store}", "--limit", "much"], ["'much'"]),
-        (["kernels", "{store}", "--bits", "4"], ["--bits"]),
         (["convert", "{here}"], ["no safetensors"]),
     ],
 )

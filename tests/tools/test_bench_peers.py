@@ -38,6 +38,6 @@ def test_llama_cpp_beside_moetier(tinymix: Path, tinymix_4bit: Path, tmp_path: P
 
 
 def test_without_a_peer_there_is_nothing_to_measure(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "peers", str(tinymix_4bit)]) == 1
+    assert main(["bench", "peers", str(tinymix_4bit)]) == 2
     assert "--gguf" in capsys.readouterr().err
-    assert main(["bench", "peers", str(tinymix_4bit), "--checkpoint", "x", "--prefill"]) == 1
+    assert main(["bench", "peers", str(tinymix_4bit), "--checkpoint", "x", "--prefill"]) == 2

@@ -27,14 +27,14 @@ from moetier.tiers.errors import (
     TargetError,
     TargetExistsError,
 )
-from moetier.tiers.keys import BITS, Bits
+from moetier.tiers.keys import BITS, GROUPS, PAIR_TYPES, Bits
 from moetier.tiers.manifest import FileSum
 from moetier.tiers.shard import GROUP, PARTIAL
 from moetier.tiers.store import ExpertStore
 from moetier.tools.checkpoint import open_checkpoint
 from moetier.tools.conversion import Conversion, Options
-from moetier.tools.convert import convert
-from moetier.tools.main import main
+from moetier.tools.convert import convert, options_of
+from moetier.tools.main import build_parser, main
 from moetier.tools.target import State
 
 HELPERS = Path(__file__).parent.parent / "helpers"
@@ -205,8 +205,16 @@ def test_a_mistake_is_two_lines(source: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("options", "cause", "fix"),
     [
-        (("--group-size", "16"), "Groups of 16 weights are not supported with bfloat16 pairs.", "16 with pairs of"),
-        (("--bits", "2", "--group-size", "16", "--pairs", "bfloat16"), "Groups of 16", "16 with pairs of uint8"),
+        (
+            ("--group-size", "16"),
+            "Groups of 16 weights are not supported with bfloat16 pairs.",
+            "256 with pairs of uint8.",
+        ),
+        (
+            ("--bits", "2", "--group-size", "16", "--pairs", "bfloat16"),
+            "Groups of 16",
+            "256 with pairs of uint8.",
+        ),
         (("--bits", "16", "--pairs", "uint8"), "With 16 bits nothing is rounded", "choose fewer --bits"),
         (("--bits", "16", "--fast"), "With 16 bits nothing is rounded", "choose fewer --bits"),
     ],
@@ -221,6 +229,13 @@ def test_what_no_model_can_be_stored_with_is_a_wrong_command_line(
     assert len(said) == 2
     assert cause in said[0]
     assert fix in said[1]
+
+
+@pytest.mark.parametrize(("pairs", "group"), [(pairs, group) for pairs in PAIR_TYPES for group in GROUPS[pairs]])
+@pytest.mark.parametrize("words", [("convert", "SRC", "DST"), ("pull", "acme/nothing")], ids=["convert", "pull"])
+def test_every_group_size_may_be_asked_for(words: tuple[str, ...], pairs: str, group: int) -> None:
+    arguments = build_parser().parse_args([*words, "--group-size", str(group), "--pairs", pairs])
+    assert options_of(arguments)["group_size"] == group
 
 
 def test_what_resumes_it_has_every_option(source: Path, tmp_path: Path) -> None:
@@ -291,13 +306,14 @@ def test_another_model_is_another_conversion(source: Path, uncut: dict[str, byte
         convert(source, tmp_path / "dst")
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
 @pytest.mark.parametrize("name", ["plan.json", "zarr.json"])
 def test_a_store_that_can_not_be_read_is_replaced_only_if_told_to(
-    source: Path, uncut: dict[str, bytes], tmp_path: Path, name: str
+    source: Path, uncut: dict[str, bytes], tmp_path: Path, name: str, text: str
 ) -> None:
     dst = tmp_path / "dst"
     (dst / GROUP).mkdir(parents=True)
-    (dst / GROUP / name).write_text("{")
+    (dst / GROUP / name).write_text(text)
     with pytest.raises(TargetExistsError, match="can't be read"):
         convert(source, dst)
     convert(source, dst, overwrite=True)

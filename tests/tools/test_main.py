@@ -80,24 +80,44 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         (["bench", "decode", "DIR", "--toens=3"], "bench decode has no option --toens.", "nearest is --tokens"),
         (["generate", "DIR", "to", "be"], "generate has no place for 'be'.", "Quote"),
         (["generate", "DIR", "--max-new-tokens", "x"], "invalid int value: 'x'", "moetier generate --help"),
-        (["generate", "DIR", "--max-new-tokens", "0"], "--max-new-tokens: 0 is out of range.", "Give 1 or more."),
+        (["generate", "DIR", "--max-new-tokens", "0"], "--max-new-tokens: 0 is out of range.", "Give 1 to 2^31 - 1."),
         (["generate", "DIR", "--temperature", "-1"], "--temperature: -1 is out of range.", "Give 0, to"),
         (["generate", "DIR", "--temperature", "nan"], "--temperature: nan is out of range.", "Give 0, to"),
         (["generate", "DIR", "--seed", str(1 << 64)], f"--seed: {1 << 64} is out of range.", "from 0 to 2^64 - 1"),
         (["generate", "DIR", "--ram", "much"], "--ram: 'much' is not an amount of memory.", "6GiB"),
         (["generate", "DIR", "--device", "tpu"], "--device: 'tpu' is not a device.", '"cpu"'),
+        (["generate", "DIR", "--daemon", "a::b"], "--daemon: 'a::b' is no address", "HOST:PORT"),
         (["generate", "DIR", "--look-ahead", "9"], "--look-ahead: 9 is out of range.", "Give 1 to 8."),
-        (["chat", "DIR", "--prefill-chunk", "0"], "--prefill-chunk: 0 is out of range.", "Give 1 or more."),
+        (["generate", "DIR", "--max-new-tokens", "9" * 400], f"{'9' * 400} is out of range.", "Give 1 to 2^31 - 1."),
+        (["generate", "DIR", "--context", str(1 << 31)], f"{1 << 31} is out of range.", "Give 1 to 2^31 - 1."),
+        (["chat", "DIR", "--prefill-chunk", "0"], "--prefill-chunk: 0 is out of range.", "Give 1 to 2^31 - 1."),
         (["serve", "DIR", "--port", "99999"], "--port: 99999 is out of range.", "0 for any that is free"),
-        (["serve", "DIR", "--parallel", "0"], "--parallel: 0 is out of range.", "Give 1 or more."),
-        (["plan", "SRC", "--context", "0"], "--context: 0 is out of range.", "Give 1 or more."),
-        (["convert", "SRC", "DST", "--workers", "0"], "--workers: 0 is out of range.", "Give 1 or more."),
-        (["convert", "SRC", "DST", "--group-size", "7"], "invalid choice: 7 (choose from 16, 32, 64, 128)", "--help"),
+        (["serve", "DIR", "--parallel", "0"], "--parallel: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["plan", "SRC", "--context", "0"], "--context: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["convert", "SRC", "DST", "--workers", "0"], "--workers: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (
+            ["convert", "SRC", "DST", "--group-size", "7"],
+            "choice: 7 (choose from 16, 32, 64, 128, 256)",
+            "--help",
+        ),
         (
             ["trace", "DIR", "--prompts", "P", "-o", "T.npz", "--look-ahead", "-1"],
             "--look-ahead: -1 is out of range.",
             "Give 0, for no predictions",
         ),
+        (["quality", "SRC", "--text", "T", "--tokens", "1"], "--tokens: 1 is out of range.", "Give 2, of which"),
+        (["synthetic", "DST", "--blocks", "0"], "--blocks: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["synthetic", "DST", "--seed", "-1"], "--seed: -1 is out of range.", "from 0 to 2^64 - 1"),
+        (["bench", "decode", "DIR", "--tokens", "0"], "--tokens: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["bench", "decode", "DIR", "--rounds", "0"], "--rounds: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["bench", "decode", "DIR", "--limit", "much"], "--limit: 'much' is not an amount of memory.", "6GiB"),
+        (["bench", "disk", "DIR", "--seconds", "-1"], "--seconds: -1 is out of range.", "Give more than 0"),
+        (["bench", "disk", "DIR", "--seconds", "inf"], "--seconds: inf is out of range.", "Give more than 0"),
+        (["bench", "kernels", "--rows", "0"], "--rows: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["bench", "convert", "SRC", "--bits", "16"], "invalid choice: 16", "--help"),
+        (["bench", "convert", "SRC", "--workers", "0"], "--workers: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (["plot", "heatmap", "T", "-o", "a.png", "--cached", "-1"], "--cached: -1 is out of range.", "Give 0 to"),
+        (["plot", "figure1", "T", "-o", "a.png", "--tokens", "9-8"], "Tokens 9-8 can't be drawn.", "the first and"),
         (["config", "show", "nope"], "COMMAND: 'nope' is no command with something to set.", "convert, generate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -113,6 +133,34 @@ def test_a_wrong_command_line_is_two_lines_too(
     assert said[1].startswith("  ")
     assert cause in said[0]
     assert fix in said[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["plan", "SRC", "--disk", "0"], "--disk is 0.0."),
+        (["plan", "SRC", "--bits", "9"], "--bits of 9."),
+        (["plan", "SRC", "--trunk-bits", "16,3"], "--trunk-bits of 3."),
+        (["bench", "kernels", "./DIR", "--bits", "4"], "have the bits that they have"),
+        (["bench", "peers", "./DIR"], "There is no peer to measure."),
+        (["plot", "hits", "T", "-o", "a.jpg"], "a.jpg is no picture"),
+        (["plot", "resident", "a:b:c", "-o", "a.png"], "'a:b:c' is no address"),
+        (["stats", "a:b:c"], "'a:b:c' is no address"),
+        (["replay", "T", "--record", "50%"], "'50%' is no size of an expert."),
+        (["replay", "T", "--disk", "1"], "How long a read takes"),
+        (["daemon", "./DIR", "--listen", "a:b"], "'a:b' is not HOST:PORT."),
+        (["daemon", "./DIR", "--folder", "a:7070"], "'a:7070' is no folder."),
+        (["daemon", "./DIR", "--insecure"], "are for TCP"),
+        (["generate", "./DIR", "x", "--daemon", "none", "--insecure"], "for daemons of other hosts"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_so_is_one_that_is_wrong_as_a_whole(words: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the model: none of these is there."""
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert cause in said[0]
 
 
 def test_what_is_no_option_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,3 +217,24 @@ def test_what_is_logged_is_a_line_of_what_can_be_read(level: str, head: str) -> 
     assert lines[0] == f"{head}x?[31m?]0;owned??y"
     assert all(line.isprintable() for line in lines)
     assert lines[2] == "Traceback (most recent call last):"
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("list", 0), ("config show", 0), ("verify /nonexistent", 1), ("rm nobody/nothing", 1), ("no-command", 2)],
+)
+def test_streams_that_are_closed_say_nothing(tmp_path: Path, streams: str, words: str, code: int) -> None:
+    script = f"'{sys.executable}' -m moetier.tools.main {words} {streams}"
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    done = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+def test_nobody_reads_the_one_stream_that_is_open() -> None:
+    script = f"'{sys.executable}' -m moetier.tools.main verify /nonexistent >&-"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(["/bin/sh", "-c", script], stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE

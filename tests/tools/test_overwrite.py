@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from faults import mounted
 from prepared import Prepared
 from removals import IN_CHILD
 
-from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+from moetier.tiers.errors import DiskSpaceError, TargetError, TargetExistsError
 from moetier.tiers.keys import PAGE, Bits
 from moetier.tiers.shard import GROUP
 from moetier.tools.convert import convert
@@ -90,6 +91,21 @@ def test_a_store_without_plan_is_replaced_only_if_told_to(tmp_path: Path) -> Non
     assert tree(tmp_path / "dst") == before
     convert(source, tmp_path / "dst", fast=True, overwrite=True)
     assert tree(tmp_path / "dst") == uncut
+
+
+def test_a_conversion_that_is_under_way_is_not_removed(tmp_path: Path) -> None:
+    """Its lock says so, whoever's files one may look at."""
+    source = save_checkpoint(tmp_path / "src")
+    convert(source, tmp_path / "dst", bits=8, fast=True)
+    before = tree(tmp_path / "dst")
+    lock = os.open(tmp_path / "dst" / GROUP, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(TargetError, match="is in use: a conversion writes into it"):
+            convert(source, tmp_path / "dst", fast=True, overwrite=True)
+    finally:
+        os.close(lock)
+    assert tree(tmp_path / "dst") == before
 
 
 @pytest.mark.parametrize("bits", [4, 16])

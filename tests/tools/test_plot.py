@@ -20,6 +20,7 @@ from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.order import ORDERS
 from moetier.tools import figures, plot
+from moetier.tools.main import main
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"
 MIXTRAL = TRACES / "mixtral_8x7b_instruct_h39s.npz"
@@ -199,6 +200,31 @@ def test_what_can_not_be_drawn(
     with pytest.raises(ConfigError, match=cause):
         run(*words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "fix"),
+    [
+        ("hits", ("--tokens", "1-5"), "figure1 has it"),
+        ("heatmap", ("--blocks", "1"), "figure1 has it"),
+        ("recall", ("--cached", "0"), "figure1 and heatmap"),
+        ("resident", ("--cached", "2"), "figure1 and heatmap"),
+        ("figure1", ("--insecure",), "resident has it"),
+        ("hits", ("--token-file", "/nonexistent"), "resident has it"),
+    ],
+)
+def test_an_option_of_another_picture_is_a_wrong_command_line(
+    kind: str, option: tuple[str, ...], fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plot", kind, str(MIXTRAL), "-o", "a.png", *option]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"moetier: plot {kind} has no {option[0]}."
+    assert fix in said[1]
+
+
+def test_what_is_set_beforehand_for_another_picture_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETIER_PLOT_TOKENS", "0-3")
+    assert main(["plot", "hits", str(recorded(tmp_path)), "-o", str(tmp_path / "a.png")]) == 0
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -208,17 +208,21 @@ sys.exit(main(sys.argv[2:]))
 @pytest.fixture(scope="module")
 def apart(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, each block in a file of its own, and what is beside the blocks in the last."""
-    folder = tmp_path_factory.mktemp("apart") / "src"
-    shutil.copytree(small, folder)
+    return by_block(small, tmp_path_factory.mktemp("apart") / "src", files=3)
+
+
+def by_block(checkpoint: Path, folder: Path, *, files: int) -> Path:
+    """Each block in a file of its own, what is beside them in the last of the ``files``."""
+    shutil.copytree(checkpoint, folder)
     tensors = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
         path.unlink()
-    layers = {name: int(found[1]) if (found := re.search(r"layers\.(\d)", name)) else 2 for name in tensors}
-    files = {name: f"model-{layer + 1:05}-of-00003.safetensors" for name, layer in layers.items()}
-    for file in set(files.values()):
-        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    layers = {name: int(found[1]) if (found := re.search(r"layers\.(\d)", name)) else files - 1 for name in tensors}
+    names = {name: f"model-{layer + 1:05}-of-{files:05}.safetensors" for name, layer in layers.items()}
+    for file in set(names.values()):
+        save_file({name: tensors[name] for name in tensors if names[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
 
 
@@ -246,7 +250,71 @@ def test_the_next_file_is_downloaded_while_blocks_are_made(
     assert tree(folder) == converted("acme/ahead", apart, tmp_path, fast=True)
 
 
+PATIENT = """
+import sys, threading
+import moetier.tools.conversion, moetier.tools.remote, transformers.models.mixtral.modeling_mixtral
+from moetier.tools.main import main
+from moetier.tools.records import Encoder
+encode = Encoder._encode
+
+def patient(self, key, free):
+    for thread in threading.enumerate():
+        if thread.name == "ahead":  # the next file is whole before a block is
+            thread.join()
+    return encode(self, key, free)
+
+Encoder._encode = patient
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_file_that_no_block_needs_comes_behind_those_that_came_ahead(
+    hub: Hub, scripts: Prepared, models: Path, small: Path, tmp_path: Path
+) -> None:
+    source = by_block(small, tmp_path / "src", files=4)
+    offer(hub, "acme/beside", source)
+    result = scripts.run(PATIENT, "pull", "acme/beside", "--fast")
+    assert result.returncode == 0, result.stderr
+    assert tree(models / "acme--beside" / "4bit") == converted("acme/beside", source, tmp_path, fast=True)
+
+
 # cut
+
+
+LATE = """
+import os, signal, sys, threading
+from pathlib import Path
+from moetier.tools import ahead
+from moetier.tools.convert import pull
+from moetier.tools.passage import Passage
+ahead.GRACE, check_sum = 0, Passage._check_sum
+
+def late(self, found, remote, name):
+    check_sum(self, found, remote, name)
+    if threading.current_thread().name == "ahead":
+        os.kill(os.getpid(), signal.SIGINT)
+        self._ahead._halted.wait()
+
+Passage._check_sum = late
+try:
+    pull("acme/late", Path(sys.argv[1]), fast=True)
+except KeyboardInterrupt:
+    pass
+for thread in threading.enumerate():
+    if thread.name == "ahead":
+        thread.join()
+"""
+
+
+def test_a_download_ahead_that_was_not_waited_for_says_nothing_of_its_file(
+    hub: Hub, scripts: Prepared, apart: Path, tmp_path: Path
+) -> None:
+    """The directory may be another conversion's by then."""
+    offer(hub, "acme/late", apart)
+    result = scripts.run(LATE, tmp_path / "dst")
+    assert result.returncode == 0, result.stderr
+    (shards,) = (tmp_path / "dst" / "download").rglob("shards")
+    assert not (shards / "model-00002-of-00003.safetensors").exists()
 
 
 def test_interrupted_in_a_download_ahead_it_goes_on(

@@ -22,7 +22,7 @@ import moetier
 from moetier.runtime.models import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.shard import GROUP, METADATA, PLAN
-from moetier.tools.list import disk_bytes
+from moetier.tools.disk_space import disk_bytes
 from moetier.tools.main import build_parser, main
 from moetier.tools.options import directory, walk
 
@@ -169,6 +169,14 @@ def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pyte
     assert rows[2].split()[-1] == "complete"
     with pytest.raises(IncompleteStoreError, match="incomplete"):
         moetier.load("acme/part")
+
+
+def test_list_passes_over_folders_that_nothing_pulled_is_called(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place(models, "acme/a:4bit", "we ird:4bit", "acme/b:4 bit", "a/b/c:4bit")
+    assert main(["list", "--json"]) == 0
+    assert [model["name"] for model in json.loads(capsys.readouterr().out)] == ["acme/a:4bit"]
 
 
 def test_what_it_takes_is_said_while_files_come_and_go(tmp_path: Path) -> None:

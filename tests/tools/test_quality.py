@@ -121,7 +121,6 @@ def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str])
         (("--text", "nowhere.txt"), "nowhere.txt is no text", 1),
         (("--text", str(Path(__file__).parent)), "no folder with .txt files", 1),
         (("--text", str(TEXTS / "it.txt"), str(TEXTS / "it.txt")), "same name", 1),
-        (("--text", str(TEXTS), "--tokens", "1"), "--tokens must be 2 or more", 1),
         (("--text", str(TEXTS), "--tokens", "4", "--bits", "5"), "5 bits are not supported", 2),
         (("--text", str(TEXTS), "--tokens", "4", "--bits", "4", "--group-size", "48"), "Groups of 48", 2),
     ],

@@ -83,7 +83,8 @@ def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
         ("[general]\nlearn = 'perhaps'", "[general] learn is 'perhaps'", "true or false"),
         ("[general]\nram = 2020-01-01", "[general] ram is ", "as --ram takes it"),
         ("[general]\nram = '6GX'", "[general] ram: '6GX' is not an amount of memory", "Give a size"),
-        ("[general]\ncontext = 0", "[general] context: 0 is out of range.", "Give 1 or more."),
+        ("[general]\ncontext = 0", "[general] context: 0 is out of range.", "Give 1 to 2^31 - 1."),
+        (f"[general]\ncontext = '{'9' * 400}'", "9 is out of range.", "Give 1 to 2^31 - 1."),
     ],
 )
 def test_mistakes_name_the_file_the_key_and_the_fix(
@@ -106,6 +107,7 @@ def test_mistakes_name_the_file_the_key_and_the_fix(
         ("MOETIER_CONTEXT", "x", "MOETIER_CONTEXT is 'x'", "whole number"),
         ("MOETIER_RAM", "6GX", "MOETIER_RAM: '6GX' is not an amount of memory", '"6GiB"'),
         ("MOETIER_DEVICE", "gpu", "MOETIER_DEVICE: 'gpu' is not a device", '"cuda"'),
+        ("MOETIER_DAEMON", "a,,b", "MOETIER_DAEMON: 'a,,b' has a comma too many", "one comma"),
         ("MOETIER_CONFIG", "/nonexistent/c.toml", "/nonexistent/c.toml is missing", "unset MOETIER_CONFIG"),
         ("MOETIER_CONFIG", "/", "/ can't be read", "MOETIER_CONFIG"),
         ("MOETIER_LOG", "loud", "MOETIER_LOG is 'loud'", "debug, info"),

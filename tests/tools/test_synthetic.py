@@ -79,13 +79,6 @@ def test_sizes_take_the_place_of_a_geometrys(tmp_path: Path) -> None:
     assert model.model.layers[0].mlp.experts.num_experts == 4
 
 
-@pytest.mark.parametrize("blocks", ["0", "-1"])
-def test_a_model_of_no_blocks_is_refused(tmp_path: Path, blocks: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["synthetic", str(tmp_path / "dst"), "--blocks", blocks]) == 1
-    assert f"A model of {blocks} blocks" in capsys.readouterr().err
-    assert not (tmp_path / "dst").exists()
-
-
 def test_it_writes_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TargetExistsError):

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -52,9 +52,12 @@ def daemon(store: tuple[Path, Manifest], runtime: Path) -> Iterator[DaemonProces
 
 
 @pytest.fixture
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def port() -> Iterator[int]:
+    """Nobody else gets it, and a daemon may listen on it again and again."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC's have it
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def ask(client: RawClient, request: int, block: int, *experts: int) -> None:
@@ -309,30 +312,33 @@ def test_a_cause_is_no_escape_sequence(runtime: Path) -> None:
 
 
 def test_a_daemon_on_tcp_that_is_started_anew_between_two_looks(
-    store: tuple[Path, Manifest], tmp_path: Path, free_port: int
+    store: tuple[Path, Manifest], tmp_path: Path, port: int
 ) -> None:
     """gRPC connects again by itself."""
-    listen = f"127.0.0.1:{free_port}"
+    listen = f"127.0.0.1:{port}"
     told: queue.Queue[Look | MoetierError] = queue.Queue()
+    restarted = threading.Event()
+
+    def tell(seen: Look | MoetierError) -> None:
+        told.put(seen)
+        restarted.wait()  # no look is under way meanwhile
+
     watch = Watch(Credentials(insecure=True), 0.05)
     with running_daemon(
         store[0], ram=12 * SLOT, folder=tmp_path / "d", extra=["--listen", listen, "--insecure"]
     ) as daemon:
-        watch.begin(Address.parse(listen), told.put)
+        watch.begin(Address.parse(listen), tell)
         try:
             first = told.get(timeout=PATIENCE)
             assert isinstance(first, Look)
-            watch.change(paused=True)
-            time.sleep(0.3)  # a look that was under way has ended
-            while not told.empty():
-                told.get()
             former = daemon.pid
             daemon.restart()
-            watch.change(paused=False)
+            restarted.set()
             seen = told.get(timeout=PATIENCE)
             while not isinstance(seen, Look):  # the old connection may be found to be gone first
                 seen = told.get(timeout=PATIENCE)
         finally:
+            restarted.set()
             watch.end()
     assert (first.described.pid, seen.described.pid) == (former, daemon.pid)
 
