@@ -100,7 +100,7 @@ def test_no_command_shows_a_traceback_for_a_wrong_path(
         ["bench", "peers", path, "--gguf", path],
     ):
         code, said = main(words), capsys.readouterr().err.splitlines()
-        assert (code, len(said)) == (1, 2), (words, said)
+        assert (code in (1, 2), len(said)) == (True, 2), (words, said)  # 2: a name that can be no address
         assert said[0].startswith("moetier: ")
         assert said[1].startswith("  ")
 
