@@ -9,7 +9,7 @@ from moetier.tiers.source import Pace
 
 shares = st.floats(0.01, 1)
 paces = st.builds(
-    lambda read, grain, saved: Pace(read, read * grain, read * saved), st.floats(1e-5, 10), st.floats(0.1, 1), shares
+    lambda read, grain, saved: Pace(read, read * grain, read * saved), st.floats(1e-5, 10), st.floats(0.1, 0.99), shares
 )
 
 
@@ -19,6 +19,14 @@ def test_there_what_is_gained_is_what_is_lost(pace: Pace, lacks: float, regrets:
     late = min(pace.read - pace.saved, pace.grain)  # seconds that a demand waits for what is in its way
     assert 0 < likely < 1
     assert likely * pace.saved == pytest.approx((1 - likely) * (lacks * late + regrets * pace.read))
+
+
+def test_what_can_not_be_given_up_is_in_the_way_of_the_first_that_reads() -> None:
+    """Demands at 2, 4 and 6 of 8 ms, of which every second one reads: it waits 6, 4 or 2 ms."""
+    likely = break_even(Pace(0.008, 0.008, 0.002), lacks=0.5, regrets=0.0)
+    cost = 0.5 * 0.006 + 0.25 * 0.004 + 0.125 * 0.002
+    assert likely == pytest.approx(cost / (0.002 + cost))
+    assert break_even(Pace(0.008, 0.008, 1e-9), lacks=1e-9, regrets=0.0) < 1, "it ends"
 
 
 def test_where_nothing_is_read_in_time_no_guess_is_worth_it() -> None:
