@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 SPAN = 4  # steps of a window
 FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
-HOLD = {True: 1024, False: 128}  # steps that a verdict holds at first: what guesses gain grows as they learn
+HOLD = {True: 1024, False: 256}  # steps that a verdict holds at first: what guesses gain grows as they learn
 LONGEST = 4096  # when it is the same again and again
 SURE, UNSURE = 2.5, 1.0  # standard errors: to be for it, and against it; a trial of what loses had better be short
 ODD = 4.0  # times a window's median: no step
