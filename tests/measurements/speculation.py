@@ -3,8 +3,9 @@
     python tests/measurements/speculation.py DIR --ram 50% --disk 0.2 --rounds 20
 
 Feeds fixed token ids, one at a time, to one model for each way: ``off``; ``off again``, which shows the noise;
-``auto``; ``always``; ``perfect``, whose guesses are the routing, recorded beforehand; and ``adversary``: ``auto``, all
-of whose guesses are wrong, once the first have been right. A round is a new sequence, which all of them decode in turns
+``auto``; ``always``; ``asking``, which asks and judges, and wishes for nothing; ``perfect``, whose guesses are the
+routing, recorded beforehand; and ``adversary``: ``auto``, all of whose guesses are wrong, once the first have been
+right. A round is a new sequence, which all of them decode in turns
 of a few steps, in an order that rotates. Prints the median time of a step, and the ratio of ``off`` to each way with
 the 95 % interval of its mean over the rounds. ``--disk`` makes reads wait as a disk of so many GB/s would: bytes come
 one after the other.
@@ -41,6 +42,7 @@ WAYS = {
     "off again": "off",
     "auto": "auto",
     "always": "always",
+    "asking": "always",
     "perfect": "always",
     "adversary": "auto",
 }
@@ -80,6 +82,8 @@ def main() -> None:
         routing = record(models["off"], parts)
         for name in told:
             tell(models[name], routing, is_right=name == "perfect")
+    if "asking" in models:
+        models["asking"].tiers.speculation._prefetch._worthy = lambda block, doubt: []
     before = {name: model.tiers.stats()[0] for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number, part in enumerate(parts):
