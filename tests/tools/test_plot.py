@@ -232,11 +232,12 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         run("hits", recorded(tmp_path), "-o", tmp_path / "nowhere" / "a.png")
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.parametrize("picture", [["hits", str(MIXTRAL)], ["resident", "default"]], ids=lambda words: words[0])
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, picture: list[str]) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from moetier.tools.main import main\n"
-        f"sys.exit(main(['plot', 'hits', {str(MIXTRAL)!r}, '-o', {str(tmp_path / 'a.png')!r}]))"
+        f"sys.exit(main(['plot', *{picture!r}, '-o', {str(tmp_path / 'a.png')!r}]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1

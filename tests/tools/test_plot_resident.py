@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,14 +186,3 @@ def test_what_can_not_be_written(daemon: DaemonProcess, tmp_path: Path) -> None:
         run("default", "-o", tmp_path / "a.jpeg")
     with pytest.raises(TargetError, match="can't be written"):
         run("default", "-o", tmp_path / "nowhere" / "a.png")
-
-
-def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "from moetier.tools.main import main\n"
-        f"sys.exit(main(['plot', 'resident', 'default', '-o', {str(tmp_path / 'a.png')!r}]))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[0] == "moetier: Pictures need matplotlib, which is not installed."
