@@ -58,6 +58,7 @@ class Intake:
                 self._monitor.sleep()
                 self._check_open()
             self._begin(pool, slot, lease.key, passing=visit.passing)
+            pool.policy.touch(slot, passing=visit.passing)
         copy = self._transfer(pool, slot, lease)
         if copy is not None:
             visit.copied = copy.ended

@@ -10,10 +10,12 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from math import inf
+from math import inf, log2
 from typing import Protocol
 
 from .keys import ExpertKey
+
+HALF_LIFE = 30  # uses
 
 
 class Order(Protocol):
@@ -27,9 +29,10 @@ class Order(Protocol):
         """From the one that is evicted first. A passage may be given fewer than all, so that it leaves the others."""
 
     def add(self, key: ExpertKey, *, passing: bool) -> None:
-        """Its record is being loaded, which counts as a use."""
+        """Its record is being loaded. If that is for a demand, ``touch`` follows."""
 
-    def touch(self, key: ExpertKey, *, passing: bool) -> None: ...
+    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+        """It is used, or about to be."""
 
     def put_first(self, key: ExpertKey) -> None:
         """It is evicted before whatever was used, as nobody has used it yet."""
@@ -75,7 +78,7 @@ class ScanResistant:
     def __init__(self, quota: int) -> None:
         self.room = max(2, quota // 8)  # enough reads in flight for a passage to be quick, few enough to lose little
         self._passing: OrderedDict[ExpertKey, None] = OrderedDict()
-        self._settled: OrderedDict[ExpertKey, None] = OrderedDict()
+        self._settled: OrderedDict[ExpertKey, float] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._passing) + len(self._settled)
@@ -87,12 +90,15 @@ class ScanResistant:
         return iter(self._passing) if passing and len(self._passing) >= self.room else iter(self)
 
     def add(self, key: ExpertKey, *, passing: bool) -> None:
-        (self._passing if passing else self._settled)[key] = None
+        if passing:
+            self._passing[key] = None
+        else:
+            self._settled[key] = 0.0
 
     def touch(self, key: ExpertKey, *, passing: bool) -> None:
         if not passing:
             self._passing.pop(key, None)
-            self._settled[key] = None
+            self._settled[key] = 0.0
             self._settled.move_to_end(key)
 
     def put_first(self, key: ExpertKey) -> None:
@@ -103,6 +109,40 @@ class ScanResistant:
             del self._passing[key]
         else:
             del self._settled[key]
+
+
+class Frequency(ScanResistant):
+    """Least often used first, where a use counts half as much after ``HALF_LIFE`` others of its group; a passage
+    disturbs it as little as it does recency, and what was evicted comes back with the uses it had.
+
+    LRFU (Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used
+    policies", IEEE Transactions on Computers 50(12)). Two records that are not used keep their order, so what is kept
+    is the logarithm of each one's count as of the group's first use.
+    """
+
+    def __init__(self, quota: int) -> None:
+        super().__init__(quota)
+        self._uses = 0
+        self._counts: dict[ExpertKey, float] = {}  # log2, of all that were ever used
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return chain(self._passing, sorted(self._settled, key=self._settled.__getitem__))
+
+    def add(self, key: ExpertKey, *, passing: bool) -> None:
+        super().add(key, passing=passing)
+        if not passing:
+            self._settled[key] = self._counts.get(key, -inf)
+
+    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+        super().touch(key, passing=passing)
+        if not passing:
+            self._uses += 1
+            now, before = self._uses / HALF_LIFE, self._counts.get(key, -inf)
+            self._counts[key] = self._settled[key] = now + log2(1.0 + 2.0 ** (before - now))
+
+    def put_first(self, key: ExpertKey) -> None:
+        super().put_first(key)
+        self._settled[key] = -inf
 
 
 class Clairvoyant:
@@ -142,5 +182,5 @@ class Clairvoyant:
         return times[later] if later < len(times) else inf
 
 
-ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant}  # name -> of a quota
-DEFAULT_ORDER = "scan"
+ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}  # name -> of a quota
+DEFAULT_ORDER = "lrfu"
