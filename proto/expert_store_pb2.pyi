@@ -126,16 +126,18 @@ class Failed(_message.Message):
     def __init__(self, request: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Pace(_message.Message):
-    __slots__ = ("array", "read", "grain", "saved")
+    __slots__ = ("array", "read", "grain", "saved", "beside")
     ARRAY_FIELD_NUMBER: _ClassVar[int]
     READ_FIELD_NUMBER: _ClassVar[int]
     GRAIN_FIELD_NUMBER: _ClassVar[int]
     SAVED_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     array: str
     read: float
     grain: float
     saved: float
-    def __init__(self, array: _Optional[str] = ..., read: _Optional[float] = ..., grain: _Optional[float] = ..., saved: _Optional[float] = ...) -> None: ...
+    beside: float
+    def __init__(self, array: _Optional[str] = ..., read: _Optional[float] = ..., grain: _Optional[float] = ..., saved: _Optional[float] = ..., beside: _Optional[float] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("digest", "block", "expert", "offset", "length")

@@ -18,7 +18,9 @@ def break_even(pace: Pace, *, lacks: float, regrets: float) -> float:
     is in what they have saved."""
     if pace.saved <= 0:
         return 1.0
-    cost = _in_the_way(pace, lacks) + regrets * pace.read
+    cost = _in_the_way(pace, lacks)
+    if pace.saved >= pace.beside:  # a wrong one is under way as long as a right one, and has evicted something then
+        cost += regrets * pace.read
     return cost / (pace.saved + cost)
 
 
@@ -28,7 +30,7 @@ def _in_the_way(pace: Pace, lacks: float) -> float:
     """
     left = pace.read - pace.saved
     if pace.grain < pace.read:
-        return lacks * min(max(left, 0.0), pace.grain)
+        return lacks * min(max(left, 0.0), pace.grain / 2)
     cost, chance = 0.0, lacks
     while left > 0 and chance > NEGLIGIBLE:
         cost += chance * left

@@ -225,4 +225,4 @@ class Link(Generic[Place]):
                 request.deliver(Failed(request, error_from_message(message.failed.error)))
         elif message.HasField("pace"):
             told = message.pace
-            self._paces[told.array] = Pace(told.read, told.grain, told.saved)
+            self._paces[told.array] = Pace(told.read, told.grain, told.saved, told.beside)

@@ -77,6 +77,10 @@ class RemoteReader:
         if former is not None:
             former.close()
 
+    @property
+    def parts(self) -> None:
+        return None
+
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """As ``RecordReader`` says, without pauses. Raises MissingExpertError, ChecksumError, a DaemonError, and what
         the daemon's own tier has raised: StoreError, ExhaustedError. What the buffer holds then is undefined."""

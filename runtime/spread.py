@@ -76,6 +76,10 @@ class SpreadReader:
         self._home = Home()
         self._state = threading.Lock()  # guards the counters
 
+    @property
+    def parts(self) -> None:
+        return None
+
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """As ``RecordReader`` says; pauses where it reads from the store. Raises MissingExpertError; with nothing else
         to read from StoreError or ExhaustedError as the daemons tell them, and UnavailableError when none answers for

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Hashable, Sequence
 
+from .heads import Head
 from .keys import ExpertKey
 from .order import DEFAULT_ORDER, ORDERS
 from .policy import BlockPolicy, Group
@@ -34,6 +35,7 @@ class Load:
     __slots__ = (
         "began",
         "has_stood_back",
+        "head",
         "is_taken",
         "key",
         "pool",
@@ -56,6 +58,7 @@ class Load:
         self.was_late = False  # a demand came while a wish's was under way
         self.is_taken = wished  # by a loader: a wish is begun by the loader that reads it
         self.has_stood_back = False  # while others were read for demands
+        self.head: Head[Pool] | None = None  # what has been read of it already
         self.waiters: list[Demand] = []
 
 

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from .demands import Load, Party, Pool
+from .heads import Head, Heads
 from .keys import ExpertKey
 from .stats import TierCounters
 from .wishes import Wishes
@@ -21,14 +22,16 @@ class Place(NamedTuple):
 
     pool: Pool
     key: ExpertKey
-    slot: int
+    slot: int | None  # None: beside the slots
     warmed: bool  # by the warm-up; else for a wish
 
 
 class Early:
     """The tier's own wishes are nobody's: of no party."""
 
-    def __init__(self, counters: TierCounters) -> None:
+    def __init__(self, counters: TierCounters, heads: Heads[Pool] | None = None) -> None:
+        """Without ``heads`` what is wished for evicts as soon as its read begins."""
+        self.heads = heads
         self._counters = counters
         self._wishes: Wishes[Pool] = Wishes()
         self._warming: deque[tuple[Pool, ExpertKey]] = deque()  # not begun
@@ -39,8 +42,9 @@ class Early:
         self._lent: set[ExpertKey] = set()  # of these two, what the tier above has borrowed: it may be evicted here
 
     def __len__(self) -> int:
-        """How many have not begun."""
-        return len(self._wishes) + len(self._warming)
+        """How many have not begun, or go on beside the slots."""
+        growing = sum(self.is_wished(head.key) for head in self.heads or ())
+        return len(self._wishes) + len(self._warming) + growing
 
     # -- what is to come ----------------------------------------------------------------------------------------------
 
@@ -51,7 +55,8 @@ class Early:
     def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey], wisher: Party | None) -> bool:
         """Replaces a wisher's wishes for a block. Whether any of these is to be read."""
         lacking = [key for key in wishes if pool.slots.find(key) is None]
-        self._counters.cancelled += self._wishes.replace(wisher, block, pool, wishes, lacking)
+        absent = lacking if self.heads is None else [key for key in lacking if key not in self.heads]
+        self._counters.cancelled += self._wishes.replace(wisher, block, pool, wishes, absent)
         return bool(lacking)
 
     def withdraw(self, wisher: Party) -> None:
@@ -67,17 +72,18 @@ class Early:
         self._warming.clear()
 
     def take(self) -> Place | None:
-        """What is read next, wishes first; None if there is nothing that has a slot. A wish takes an EMPTY slot, else
-        one that an earlier wish filled in vain, of any group, else that of what is neither held nor wished, of its
-        own; the warm-up evicts nothing. Both stand back where somebody is hungry."""
+        """What is begun next, wishes first; None if there is nothing that has a place. A wish takes an EMPTY slot, else
+        one that an earlier wish filled in vain, of any group, else one of the heads, and without these that of what is
+        neither held nor wished, of its own; the warm-up evicts nothing. Both stand back where somebody is hungry."""
+        heads = self.heads
         for wisher, pool, key in self._wishes.take(lambda pool: not pool.hungry):
-            if pool.slots.find(key) is None:
+            if pool.slots.find(key) is None and (heads is None or key not in heads):
                 slot = pool.policy.vacancy(key.block)
                 if slot is None:
                     slot = self._leftover(pool)
-                if slot is None:
-                    slot = pool.policy.choose(key.block, keep=self.is_wished)
-                if slot is not None:
+                if slot is None and heads is None:
+                    slot = self.victim(pool, key)
+                if slot is not None or heads is not None:
                     self._wishes.served(wisher)
                     self._counters.prefetched += 1
                     return Place(pool, key, slot, warmed=False)
@@ -89,6 +95,10 @@ class Early:
                 if slot is not None:
                     return Place(pool, key, slot, warmed=True)
         return None
+
+    def victim(self, pool: Pool, key: ExpertKey) -> int | None:
+        """For what is wished: the slot of what is neither held nor wished, of its own group."""
+        return pool.policy.choose(key.block, keep=self.is_wished)
 
     def _leftover(self, pool: Pool) -> int | None:
         """Of a wish that was wrong: so the next one costs its block no record."""
@@ -110,6 +120,18 @@ class Early:
         if not load.warmed:
             self._counters.late += 1
             self._save(seconds)
+
+    def claim(self, head: Head[Pool], seconds: float) -> None:
+        """A demand wants what was read beside the slots for so many seconds."""
+        self._counters.late += 1
+        self._save(seconds)
+
+    def make_room(self) -> bool:
+        """Whether there is room for one more head, perhaps in place of those that nobody wishes for any more."""
+        assert self.heads is not None
+        if not self.heads.has_room:
+            self._counters.cancelled += self.heads.clear(self.is_wished)
+        return self.heads.has_room
 
     def arrive(self, load: Load, seconds: float) -> None:
         """It is READY, and its read took so many seconds."""

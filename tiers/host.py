@@ -18,6 +18,7 @@ from .arena import Arena
 from .budget import members
 from .demands import Demand, Pool
 from .errors import ClosedError
+from .heads import Heads, head_bytes, piece_bytes
 from .hotset import HotSet
 from .keys import ExpertKey
 from .ledger import Ledger
@@ -68,6 +69,9 @@ class HostTier:
         self._arena = arena or Arena.create(self.plan)
         self._loaders = Loaders(store, self._arena, self._monitor)
         self._timekeeper = Timekeeper(self._monitor)
+        self._heads: Heads[Pool] | None = None
+        if store.parts is not None:
+            self._heads = Heads(max(region.slot_bytes for region in self.plan.regions))
         # by slot: always the same object, so that who wraps it knows it again
         self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
         self._ledger = Ledger(  # ahead: enough to keep every loader busy; prefetches: a demand finds a loader
@@ -77,6 +81,7 @@ class HostTier:
             watch=self._timekeeper.watch,
             ahead=2 * loaders,
             prefetches=prefetches(loaders, self.plan),
+            heads=self._heads,
         )
         self._parties = Parties(self._ledger)
         self._pools: dict[str, Pool] = {}
@@ -182,7 +187,10 @@ class HostTier:
         if saved is None or not reads:
             return None
         read = median(reads)
-        return Pace(read, read * interruptible_bytes(pool.slot_bytes) / pool.slot_bytes, saved)
+        if self._heads is None:
+            return Pace(read, read * interruptible_bytes(pool.slot_bytes) / pool.slot_bytes, saved)
+        piece, head = piece_bytes(pool.slot_bytes), head_bytes(pool.slot_bytes)
+        return Pace(read, read * piece / pool.slot_bytes, saved, read * head / pool.slot_bytes)
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
         """For what another process asks for: at most ``leases`` slots are held for it at a time, and a request that
@@ -222,6 +230,8 @@ class HostTier:
                 self._ledger.drop(_closed_error())
                 self._parties.serve()
             self._loaders.close()
+            if self._heads is not None:
+                self._heads.close()
             self._timekeeper.close()
         self._records.clear()
         self._arena.close()

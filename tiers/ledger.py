@@ -25,6 +25,7 @@ from functools import partial
 from .demands import Demand, Pool
 from .directory import Directory
 from .early import Early
+from .heads import Heads
 from .keys import ExpertKey
 from .loads import Loads
 from .slots import State
@@ -37,7 +38,7 @@ class Ledger:
 
     ``wake`` wakes the callers that sleep, and has the parties served soon; ``ring`` wakes a loader, ``watch`` whoever
     sees to it that parties ``expire`` in time. ``ahead`` loads of one caller are in flight at most, and twice as many
-    of its arrivals wait for it; ``prefetches`` loads that wishes began."""
+    of its arrivals wait for it; ``prefetches`` reads for wishes, which begin in ``heads``, where there are any."""
 
     def __init__(
         self,
@@ -48,15 +49,22 @@ class Ledger:
         watch: Callable[[], None],
         ahead: int,
         prefetches: int,
+        heads: Heads[Pool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters = TierCounters("host")
         self.uses: dict[ExpertKey, int] | None = None  # how often each was wanted; None: not counted
         self._directory = directory
-        self._early = Early(self.counters)
+        self._early = Early(self.counters, heads)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
         self.loads = Loads(
-            directory, self.counters, self._early, self.waiting, ring=ring, prefetches=prefetches, clock=clock
+            directory,
+            self.counters,
+            self._early,
+            self.waiting,
+            ring=ring,
+            prefetches=prefetches,
+            clock=clock,
         )
         self._ring = ring
         self._ahead = ahead

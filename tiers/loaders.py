@@ -5,16 +5,22 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
+import google_crc32c
+import numpy as np
+
 from .arena import Arena
-from .demands import Load
+from .demands import Load, Pool
+from .heads import Head
+from .keys import CHECKSUM_BYTES
 from .ledger import Ledger
 from .loads import Loads
 from .monitor import Monitor
 from .plan import ArenaPlan
-from .source import RecordReader, interruptible_bytes
+from .source import Beginning, RecordReader, interruptible_bytes
 from .stats import TierCounters
 
 
@@ -29,6 +35,7 @@ class Loaders:
 
     def __init__(self, store: RecordReader, arena: Arena, monitor: Monitor) -> None:
         self._store = store
+        self._parts = store.parts
         self._arena = arena
         self._monitor = monitor
         self._bell: SimpleQueue[None] = SimpleQueue()  # wakes one loader a ring, which works until nothing is left
@@ -59,10 +66,13 @@ class Loaders:
         """A loader's life."""
         while not self._loads.is_dropped:
             self._bell.get()
-            while (load := self._next_load()) is not None:
-                self._read(load)
+            while (task := self._next_task()) is not None:
+                if isinstance(task, Load):
+                    self._read(task)
+                else:
+                    self._read_piece(task)
 
-    def _next_load(self) -> Load | None:
+    def _next_task(self) -> Load | Head[Pool] | None:
         with self._monitor:
             return self._loads.take()
 
@@ -71,7 +81,7 @@ class Loaders:
         pause = partial(self._stand_back, load) if load.wished and len(self._threads) > 1 else None
         began = time.monotonic()
         try:
-            self._store.read_into(load.key, self._arena.slot(load.pool.first + load.slot), pause)
+            self._fill(load, self._arena.slot(load.pool.first + load.slot), pause)
         except _UnwantedError:
             with self._monitor:
                 self._loads.cancel(load)
@@ -82,11 +92,42 @@ class Loaders:
                 self._loads.fail(load, error)
         else:
             with self._monitor:
-                if not load.has_stood_back:
+                if not load.has_stood_back and load.head is None:
                     seconds = time.monotonic() - began
                     load.pool.reads.append(seconds)
                     self._counters.loaded(seconds)
                 self._loads.arrive(load)
+
+    def _fill(self, load: Load, slot: memoryview, pause: Callable[[], bool] | None) -> None:
+        if load.head is None:
+            self._store.read_into(load.key, slot, pause)
+        else:
+            assert self._parts is not None
+            beginning = Beginning(load.head.end, partial(self._copy, load.head))
+            self._parts.read_rest(load.key, slot, beginning, pause)
+
+    def _read_piece(self, head: Head[Pool]) -> None:
+        assert self._parts is not None
+        piece, crc, error = head.buffer[head.filled : head.end], head.crc, None
+        try:
+            self._parts.read_part(head.key, head.filled, piece)
+            payload = head.place.slot_bytes - CHECKSUM_BYTES - head.filled
+            crc = google_crc32c.extend(crc, np.frombuffer(piece, np.uint8)[:payload])
+        except BaseException as caught:
+            traceback.clear_frames(caught.__traceback__)
+            error = caught
+        with self._monitor:
+            self._loads.grown(head, crc, error)
+
+    def _copy(self, head: Head[Pool], slot: memoryview) -> int:
+        """What was read before its load began, or is being read still; returns the crc32c of its payload."""
+        with self._monitor:
+            while head.is_reading:
+                self._monitor.sleep()
+        if head.error is not None:
+            raise head.error
+        slot[: head.filled] = head.buffer[: head.filled]
+        return head.crc
 
     def _stand_back(self, load: Load) -> bool:
         """Of a load that a wish began; whether no demand has joined it yet."""

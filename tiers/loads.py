@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from .demands import Demand, Load, Party, Pool
 from .directory import Directory
 from .early import Early
+from .heads import Head
 from .keys import ExpertKey
 from .stats import TierCounters
 from .turns import Turns
@@ -32,6 +33,7 @@ class Loads:
         clock: Callable[[], float],
     ) -> None:
         self.is_dropped = False
+        self._heads = early.heads
         self._directory = directory
         self._counters = counters
         self._early = early
@@ -66,6 +68,13 @@ class Loads:
         pool.slots.begin(slot, key)
         pool.policy.admit(key.block, slot, passing=passing, early=wished)
         load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock(), warmed=warmed)
+        if self._heads is not None and (head := self._heads.claim(key)) is not None:
+            load.head = head
+            seconds = head.seconds + (self._clock() - head.began if head.is_reading else 0.0)
+            if wished:
+                load.began -= seconds
+            else:
+                self._early.claim(head, seconds)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
@@ -108,14 +117,44 @@ class Loads:
         """Seconds that a right wish saves; None where too little is known."""
         return self._early.saved()
 
-    def _begin_wish(self) -> Load | None:
-        """None while anything is read for a demand: wishes have what demands leave of the disk."""
+    def _begin_wish(self) -> Load | Head[Pool] | None:
+        """None while anything is read for a demand: wishes have what demands leave of the disk. What has begun beside
+        the slots goes on first, and what is full there goes on in a slot when nothing else is to begin."""
         if self._is_for_demands or self._prefetching >= self._prefetches:
             return None
-        place = self._early.take()
-        if place is None:
-            return None
-        return self.begin(place.pool, place.key, place.slot, wished=True, warmed=place.warmed)
+        for head in self._heads or ():
+            if head.may_grow and self._early.is_wished(head.key):
+                return self._grow(head)
+        if self._heads is None or self._early.make_room():
+            place = self._early.take()
+            if place is not None and place.slot is not None:
+                return self.begin(place.pool, place.key, place.slot, wished=True, warmed=place.warmed)
+            if place is not None and self._heads is not None:
+                return self._grow(self._heads.begin(place.pool, place.key, place.pool.slot_bytes))
+        return self._promote()
+
+    def _grow(self, head: Head[Pool]) -> Head[Pool]:
+        head.grow(self._clock())
+        return head
+
+    def _promote(self) -> Load | None:
+        """Into a slot, what is wished for still."""
+        for head in self._heads or ():
+            if head.is_full and head.is_idle and not head.place.hungry and self._early.is_wished(head.key):
+                slot = self._early.victim(head.place, head.key)
+                if slot is not None:
+                    return self.begin(head.place, head.key, slot, wished=True)
+        return None
+
+    def grown(self, head: Head[Pool], crc: int, error: BaseException | None = None) -> None:
+        """The piece that was being read is there, or won't come: the demand will meet the error again, if any comes."""
+        assert self._heads is not None
+        self._heads.read(head, self._clock() - head.began, crc, error)
+        if head.is_claimed:
+            self._waiting.wake()  # a loader waits for it
+        elif error is not None:
+            self._counters.failures += 1
+            self._heads.end(head)
 
     def _ring_for_wishes(self) -> None:
         waiting = len(self._early)
@@ -130,18 +169,19 @@ class Loads:
 
     @property
     def _prefetching(self) -> int:
-        return sum(load.wished for load in self._loads.values())
+        reading = 0 if self._heads is None else self._heads.reading
+        return reading + sum(load.wished for load in self._loads.values())
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
-    def take(self) -> Load | None:
-        """What a loader does next; None if there is nothing to do. Demands first, and of those one of the caller who
-        was served the longest ago: somebody's hundred are not before another's one."""
+    def take(self) -> Load | Head[Pool] | None:
+        """What a loader reads next: a record, or a piece of a head; None if there is nothing to do. Demands first, and
+        of those one of the caller who was served the longest ago: somebody's hundred are not before another's one."""
         return self._turns.take() or self._begin_wish()
 
     def arrive(self, load: Load) -> None:
         """Its record is in the slot."""
-        del self._loads[load.key]
+        self._forget(load)
         load.pool.slots.fill(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
         self._counters.bytes_in += load.pool.slot_bytes
@@ -189,8 +229,15 @@ class Loads:
         for load in self._turns.take_all():
             self.fail(load, error)
 
-    def _void(self, load: Load) -> None:
+    def _forget(self, load: Load) -> None:
         del self._loads[load.key]
+        if (head := load.head) is not None:
+            assert self._heads is not None
+            load.head = None
+            self._heads.end(head)
+
+    def _void(self, load: Load) -> None:
+        self._forget(load)
         load.pool.policy.forget(load.slot)
         load.pool.slots.fail(load.slot)
         self._directory.void(load.pool.first + load.slot)
@@ -202,4 +249,6 @@ class Loads:
             assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
         queued = list(self._turns)
         assert all(self._loads[load.key] is load for load in queued)
+        for head in self._heads or ():
+            assert head.is_claimed == (head.key in self._loads and self._loads[head.key].head is head)
         assert {load.key for load in queued} == {key for key, load in self._loads.items() if not load.is_taken}

@@ -52,6 +52,14 @@ class Pace(NamedTuple):
     read: float  # that its read takes
     grain: float  # for which its read can't stand back
     saved: float  # that a right wish has saved, on average: what was read of it when its demand came
+    beside: float = 0.0  # for which it is read beside the slots, and has evicted nothing
+
+
+class Beginning(NamedTuple):
+    """What is there of a record already."""
+
+    length: int  # bytes, of whole pages
+    copy: Callable[[memoryview], int]  # puts it into a slot, as soon as it is there; the crc32c of its payload
 
 
 class RecordReader(Protocol):
@@ -59,6 +67,10 @@ class RecordReader(Protocol):
 
     @property
     def manifest(self) -> Manifest: ...
+
+    @property
+    def parts(self) -> PartReader | None:
+        """Itself, if it can read parts of records."""
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """Fills a writable slot of ``slot_bytes``, which begins on a page, with a record and its checksum.
@@ -68,6 +80,17 @@ class RecordReader(Protocol):
         StoreError.
         """
         ...
+
+
+class PartReader(Protocol):
+    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
+        """Fills ``part`` with what a slot of the record has from byte ``start`` on: whole pages, or to its end. Nothing
+        is checked. Raises StoreError."""
+
+    def read_rest(
+        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+    ) -> None:
+        """As ``read_into``, but for what is there: that is waited for only when the rest has been asked for."""
 
 
 class ExpertSource(Protocol[Record]):

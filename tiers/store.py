@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from .manifest import Manifest
 from .monitor import Home
 from .open_shard import OpenShard
 from .shard import METADATA, ShardFile, read_checksums
-from .source import interruptible_bytes
+from .source import Beginning, interruptible_bytes
 
 PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
 
@@ -98,20 +99,35 @@ class ExpertStore:
         MissingExpertError for a key that the model does not have, StoreReadError when the disk fails twice,
         ChecksumError when the bytes are not what was written. What the buffer holds then is undefined.
         """
+        self.read_rest(key, buffer, _NOTHING, pause)
+
+    @property
+    def parts(self) -> ExpertStore:
+        return self
+
+    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
+        """As ``PartReader`` says."""
+        with self._in_use():
+            shard, offset = self._locate(key)
+            with self._naming(key):
+                shard.read(offset + start, part)
+            shard.uncache(offset + start, len(part))
+
+    def read_rest(
+        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+    ) -> None:
+        """As ``PartReader`` says; raises what ``read_into`` does."""
         with self._in_use():
             shard, offset = self._locate(key)
             view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0, "not on a page"
-            name = f"{self.manifest.model}, {_name(self.manifest, key.block)}, expert {key.expert}"
-            try:
-                crc = self._read(shard, offset, view, pause)
-            except StoreReadError as error:
-                raise StoreReadError(f"{name}: {error.cause}", error.fix) from error
+            with self._naming(key):
+                crc = self._read(shard, offset, view, beginning, pause)
             shard.uncache(offset, len(view))
             if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
                 raise ChecksumError(
-                    f"{name}: checksum mismatch in {shard.file.path}.",
+                    f"{_expert(self.manifest, key)}: checksum mismatch in {shard.file.path}.",
                     f"Check the whole: {command('verify', self.folder.parent)}; then convert again with --overwrite.",
                 )
 
@@ -163,6 +179,13 @@ class ExpertStore:
                 self._reading -= 1
                 self._state.notify_all()
 
+    @contextlib.contextmanager
+    def _naming(self, key: ExpertKey) -> Iterator[None]:
+        try:
+            yield
+        except StoreReadError as error:
+            raise StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix) from error
+
     def _locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
         block, expert = key
         if not 0 <= block < len(self.manifest.blocks):
@@ -180,33 +203,40 @@ class ExpertStore:
         shard = self._shards[block]
         return shard, shard.offsets[expert]
 
-    def _read(self, shard: OpenShard, offset: int, view: memoryview, pause: Callable[[], bool] | None) -> int:
-        """Reads a record and returns the crc32c of its payload."""
+    def _read(
+        self,
+        shard: OpenShard,
+        offset: int,
+        view: memoryview,
+        beginning: Beginning,
+        pause: Callable[[], bool] | None,
+    ) -> int:
+        """Reads a record, but for its beginning, and returns the crc32c of its payload."""
         payload = np.frombuffer(view, np.uint8)[:-CHECKSUM_BYTES]
-        crc, start, step = 0, 0, interruptible_bytes(len(view))
+        start, copy, step = *beginning, interruptible_bytes(len(view))
         while pause is not None and start < len(view):
             shard.read(offset + start, view[start : start + step])
-            crc = google_crc32c.extend(crc, payload[start : start + step])
-            start += step
+            crc = google_crc32c.extend(copy(view), payload[start : start + step])
+            start, copy = start + step, partial(_known, crc)
             if start < len(view) and not pause():
                 pause = None  # the rest as one that nobody may interrupt
         if len(view) - start > PIECE_BYTES:
-            return self._read_side_by_side(shard, offset, view, payload, crc, start)
-        if start < len(view):
-            shard.read(offset + start, view[start:])
-            crc = google_crc32c.extend(crc, payload[start:])
-        return crc
+            return self._read_side_by_side(shard, offset, view, payload, Beginning(start, copy))
+        if start >= len(view):
+            return copy(view)
+        shard.read(offset + start, view[start:])
+        return int(google_crc32c.extend(copy(view), payload[start:]))
 
     def _read_side_by_side(
-        self, shard: OpenShard, offset: int, view: memoryview, payload: Any, crc: int, start: int
+        self, shard: OpenShard, offset: int, view: memoryview, payload: Any, beginning: Beginning
     ) -> int:
-        """From ``start`` on; ``crc`` is of what is before."""
         pool = self._readers_pool()
-        starts = range(start, len(view), PIECE_BYTES)
+        starts = range(beginning.length, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
             pool.submit(shard.read, offset + start, view[start : start + PIECE_BYTES]) for start in starts
         ]
         try:
+            crc = beginning.copy(view)
             # In order: each piece is checksummed while later ones are read. This thread takes one that none has begun.
             for start, piece in zip(starts, pieces, strict=True):
                 if piece.cancel():
@@ -229,3 +259,14 @@ class ExpertStore:
 
 def _name(manifest: Manifest, block: int) -> str:
     return f"block {block} ({manifest.blocks[block].path})"
+
+
+def _expert(manifest: Manifest, key: ExpertKey) -> str:
+    return f"{manifest.model}, {_name(manifest, key.block)}, expert {key.expert}"
+
+
+def _known(crc: int, view: memoryview) -> int:
+    return crc
+
+
+_NOTHING = Beginning(0, partial(_known, 0))

@@ -2,51 +2,87 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import google_crc32c
 
 from moetier.tiers.errors import StoreReadError
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import Beginning, PartReader
 
 PATIENCE = 60.0  # seconds until a test that hangs fails
 
 
 class RamReader:
-    """Records from a dict. ``broken`` ones can't be read. Counts its reads."""
+    """Records from a dict, ``in_parts`` if it is told so. ``broken`` ones can't be read. Counts its reads."""
 
-    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
+    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes], *, in_parts: bool = False) -> None:
         self.manifest = manifest
         self.records = records
         self.broken: set[ExpertKey] = set()
-        self.reads: Counter[ExpertKey] = Counter()
+        self.reads: Counter[ExpertKey] = Counter()  # of whole records, or of all the rest
+        self.parts_read: list[tuple[ExpertKey, int, int]] = []  # from where to where
+        self._in_parts = in_parts
         self._lock = threading.Lock()
 
+    @property
+    def parts(self) -> PartReader | None:
+        return self if self._in_parts else None
+
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
+        self.read_rest(key, buffer, Beginning(0, lambda view: 0), pause)
+
+    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
+        with self._lock:
+            self.parts_read.append((key, start, start + len(part)))
+        part[:] = self._whole(key)[start : start + len(part)]
+
+    def read_rest(
+        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+    ) -> None:
         with self._lock:
             self.reads[key] += 1
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
+        whole, start = self._whole(key), beginning.length
+        buffer[start:] = whole[start:]
+        crc = beginning.copy(buffer)
+        assert crc == google_crc32c.value(whole[: min(start, len(whole) - CHECKSUM_BYTES)])
+
+    def _whole(self, key: ExpertKey) -> bytes:
         if key in self.broken:
             raise StoreReadError(f"{key} can't be read.", "Repair it.")
         record = self.records[key]
-        buffer[:-CHECKSUM_BYTES] = record
-        buffer[-CHECKSUM_BYTES:] = google_crc32c.value(record).to_bytes(CHECKSUM_BYTES, "little")
+        return record + google_crc32c.value(record).to_bytes(CHECKSUM_BYTES, "little")
 
 
 class GatedReader(RamReader):
     """Reads of a key begin at once and end when the test lets them; those that may pause do so once before."""
 
-    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
-        super().__init__(manifest, records)
+    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes], *, in_parts: bool = False) -> None:
+        super().__init__(manifest, records, in_parts=in_parts)
         self.begun: list[ExpertKey] = []  # in order; those that have not ended
         self._changed = threading.Condition()
         self._open = False
         self._passes: Counter[ExpertKey] = Counter()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
+    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
+        with self._gate(key):
+            super().read_part(key, start, part)
+
+    def read_rest(
+        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+    ) -> None:
+        with self._gate(key):
+            if pause is not None:
+                pause()
+            super().read_rest(key, buffer, beginning)
+
+    @contextlib.contextmanager
+    def _gate(self, key: ExpertKey) -> Iterator[None]:
         with self._changed:
             self.begun.append(key)
             self._changed.notify_all()
@@ -54,9 +90,7 @@ class GatedReader(RamReader):
             if not self._open:
                 self._passes[key] -= 1
         try:
-            if pause is not None:
-                pause()
-            super().read_into(key, buffer)
+            yield
         finally:
             with self._changed:
                 self.begun.remove(key)

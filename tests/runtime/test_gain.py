@@ -16,7 +16,7 @@ paces = st.builds(
 @given(paces, shares, shares)
 def test_there_what_is_gained_is_what_is_lost(pace: Pace, lacks: float, regrets: float) -> None:
     likely = break_even(pace, lacks=lacks, regrets=regrets)
-    late = min(pace.read - pace.saved, pace.grain)  # seconds that a demand waits for what is in its way
+    late = min(pace.read - pace.saved, pace.grain / 2)  # seconds that a demand waits for what is in its way
     assert 0 < likely < 1
     assert likely * pace.saved == pytest.approx((1 - likely) * (lacks * late + regrets * pace.read))
 
@@ -46,3 +46,9 @@ def test_a_slow_disk_wants_surer_guesses_than_a_fast_one() -> None:
 def test_who_can_stand_back_delays_less() -> None:
     patient, other = Pace(0.008, 0.001, 0.002), Pace(0.008, 0.008, 0.002)
     assert break_even(patient, lacks=1.0, regrets=0.1) < break_even(other, lacks=1.0, regrets=0.1)
+
+
+def test_what_evicts_nothing_before_its_demand_regrets_nothing() -> None:
+    beside, evicting = Pace(0.008, 0.001, 0.002, beside=0.003), Pace(0.008, 0.001, 0.002, beside=0.002)
+    assert break_even(beside, lacks=0.5, regrets=0.4) == break_even(evicting, lacks=0.5, regrets=0.0)
+    assert break_even(beside, lacks=0.5, regrets=0.4) < break_even(evicting, lacks=0.5, regrets=0.4)

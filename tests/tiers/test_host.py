@@ -699,13 +699,15 @@ class HostMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.oracle = make_records(PLAN, seed=1)
-        self.reader = GatedReader(PLAN, self.oracle)
         self.suspended: list[tuple[Generator[Lease[memoryview], None, None], set[ExpertKey]]] = []
         self.leases: dict[int, Lease[memoryview]] = {}  # by the iterator's id
 
-    @initialize(count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(ORDERS)))
-    def open(self, count: int, loaders: int, policy: str) -> None:
+    @initialize(
+        count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(ORDERS)), parts=st.booleans()
+    )
+    def open(self, count: int, loaders: int, policy: str, parts: bool) -> None:
         self.count = count
+        self.reader = GatedReader(PLAN, self.oracle, in_parts=parts)
         self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders, policy=policy)
 
     def spare(self) -> int:
@@ -796,11 +798,11 @@ class HostMachine(RuleBasedStateMachine):
                 assert bytes(lease.record) == self.oracle[lease.key], "a lease is valid until the next is taken"
 
     def teardown(self) -> None:
-        self.reader.open()
-        self.leases.clear()
-        for leases, _ in self.suspended:
-            leases.close()
         if hasattr(self, "tier"):
+            self.reader.open()
+            self.leases.clear()
+            for leases, _ in self.suspended:
+                leases.close()
             self.tier.check_integrity()
             self.tier.close()
 

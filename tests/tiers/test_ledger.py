@@ -17,7 +17,8 @@ from moetier.tiers.budget import members, slot_ranges
 from moetier.tiers.demands import Demand, Load, Party, Pool
 from moetier.tiers.directory import Directory
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.heads import Head, Heads
+from moetier.tiers.keys import PAGE, ExpertKey
 from moetier.tiers.ledger import Ledger
 from moetier.tiers.monitor import Monitor
 from moetier.tiers.order import ORDERS
@@ -30,6 +31,7 @@ MANIFEST = two_geometries()
 EXPERTS = 4
 BLOCKS = st.integers(0, 4)
 PATIENCE = 10.0
+SLOT_BYTES = 8 * PAGE
 
 
 class Caller:
@@ -94,7 +96,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.memory: dict[tuple[Pool, int], ExpertKey | None] = {}
         self.callers: list[Caller] = []
         self.clients: list[Client] = []
-        self.reading: list[Load] = []
+        self.reading: list[Load | Head[Pool]] = []
         self.seen: list[tuple[ExpertKey, int, int]] = []  # what somebody found in the directory, and computes on
         self.now = 0.0
 
@@ -114,6 +116,7 @@ class LedgerMachine(RuleBasedStateMachine):
             watch=lambda: None,
             ahead=data.draw(st.integers(1, 4), "ahead"),
             prefetches=data.draw(st.integers(1, 2), "prefetches"),
+            heads=Heads(SLOT_BYTES) if data.draw(st.booleans(), "heads") else None,
             clock=lambda: self.now,
         )
         self.parties = Parties(self.ledger)
@@ -121,7 +124,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.pools = {}
         order = data.draw(st.sampled_from(sorted(ORDERS)), "order")
         for (name, count), first in zip(counts.items(), plan.first_slots, strict=True):
-            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, 1, order)
+            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, SLOT_BYTES, order)
         self.desk = Desk(MANIFEST, self.monitor, self.ledger, self.parties, self.directory, self.pools)
 
     def wake(self) -> None:
@@ -296,9 +299,13 @@ class LedgerMachine(RuleBasedStateMachine):
         with self.monitor:
             evictions = self.ledger.counters.evictions
             load = self.ledger.loads.take()
+        if isinstance(load, Head):
+            assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
+            assert self.ledger.counters.evictions == evictions, "and evicts nothing"
+            assert self.ledger.loads._early.is_wished(load.key)
         if load is not None:
-            if load.warmed:
-                assert not any(other.waiters for other in self.reading), "it has what demands leave of the disk"
+            if isinstance(load, Load) and load.warmed:
+                assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
                 assert self.ledger.counters.evictions == evictions, "and of the slots"
             self.reading.append(load)
 
@@ -308,8 +315,16 @@ class LedgerMachine(RuleBasedStateMachine):
         load = data.draw(st.sampled_from(self.reading))
         self.end(load, OSError("broken") if fails else None)
 
-    def end(self, load: Load, error: OSError | None) -> None:
+    def end(self, load: Load | Head[Pool], error: OSError | None) -> None:
+        if isinstance(load, Load) and load.head is not None and load.head in self.reading:
+            self.end(load.head, None)  # a loader waits for that
         self.reading.remove(load)
+        if isinstance(load, Head):
+            with self.monitor:
+                self.ledger.loads.grown(load, 0, error)
+            return
+        if load.head is not None:
+            error = error or load.head.error
         with self.monitor:
             waiters = list(load.waiters)
             if error is not None:
@@ -347,7 +362,15 @@ class LedgerMachine(RuleBasedStateMachine):
             if self.directory.generation(slot) == generation:
                 assert content[slot] == key, "a proof that proves nothing"
         for pool in self.pools.values():
-            assert max(Counter(load.slot for load in self.reading if load.pool is pool).values(), default=0) <= 1
+            assert (
+                max(
+                    Counter(
+                        load.slot for load in self.reading if isinstance(load, Load) and load.pool is pool
+                    ).values(),
+                    default=0,
+                )
+                <= 1
+            )
 
     def teardown(self) -> None:
         """From here on everybody does his work, and nothing else happens: all must come to an end."""
@@ -402,8 +425,15 @@ def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
     return made
 
 
+def take_load(ledger: Ledger) -> Load | None:
+    """Without heads there is nothing else to take."""
+    load = ledger.loads.take()
+    assert load is None or isinstance(load, Load)
+    return load
+
+
 def arrive_all(ledger: Ledger) -> None:
-    while (load := ledger.loads.take()) is not None:
+    while (load := take_load(ledger)) is not None:
         ledger.loads.arrive(load)
 
 
@@ -457,16 +487,16 @@ def test_what_is_given_first_is_evicted_last() -> None:
 def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -> None:
     ledger, pool = ledger_of(3)
     caller, other = demand(ledger, pool, 1, 0, 1, 2), demand(ledger, pool, 1, 2)
-    begun = ledger.loads.take()
+    begun = take_load(ledger)
     assert begun is not None
     assert begun.key == ExpertKey(1, 0)
     ledger.leave(caller)
     ledger.check_integrity([Pool(3, plan_groups(3, members(MANIFEST, "big")), 0, 1), pool])
     assert pool.slots.find(ExpertKey(1, 1)) is None
-    wanted = ledger.loads.take()
+    wanted = take_load(ledger)
     assert wanted is not None
     assert wanted.key == ExpertKey(1, 2), "somebody else wants it"
-    assert ledger.loads.take() is None
+    assert take_load(ledger) is None
     ledger.loads.arrive(begun)
     ledger.loads.arrive(wanted)
     slot = pool.slots.find(ExpertKey(1, 0))
@@ -531,19 +561,19 @@ def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
     hungry = demand(ledger, pool, 3, 0)
     ledger.loads.wish(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
     ledger.leave(holder)
-    assert ledger.loads.take() is None, "three slots could be had, but somebody is hungry"
+    assert take_load(ledger) is None, "three slots could be had, but somebody is hungry"
     ledger.advance(hungry)
-    load = ledger.loads.take()
+    load = take_load(ledger)
     assert load is not None
     assert load.key == ExpertKey(3, 0), "demands first"
-    assert ledger.loads.take() is None, "and alone: they don't share the disk with wishes"
+    assert take_load(ledger) is None, "and alone: they don't share the disk with wishes"
     ledger.loads.arrive(load)
-    wished = ledger.loads.take()
+    wished = take_load(ledger)
     assert wished is not None
     assert wished.key == ExpertKey(4, 0)
-    assert ledger.loads.take() is None, "one prefetch at a time, so that a demand finds a loader"
+    assert take_load(ledger) is None, "one prefetch at a time, so that a demand finds a loader"
     ledger.loads.arrive(wished)
-    other = ledger.loads.take()
+    other = take_load(ledger)
     assert other is not None
     assert other.key == ExpertKey(4, 1)
     assert pool.slots.find(ExpertKey(4, 0)) is not None, "a wish does not evict what is wished"
@@ -556,7 +586,7 @@ def test_what_becomes_of_wishes_is_counted() -> None:
     ledger, pool = ledger_of(3, clock=lambda: now[0])
 
     def read(seconds: float) -> None:
-        load = ledger.loads.take()
+        load = take_load(ledger)
         assert load is not None
         now[0] += seconds
         ledger.loads.arrive(load)
@@ -568,7 +598,7 @@ def test_what_becomes_of_wishes_is_counted() -> None:
 
     ledger.loads.wish(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     read(0.5)
-    late = ledger.loads.take()
+    late = take_load(ledger)
     assert late is not None
     now[0] += 0.25
     first = demand(ledger, pool, 1, 0, 1)
@@ -647,7 +677,7 @@ def test_a_wish_that_finds_no_slot_or_whose_wisher_goes_is_given_up() -> None:
 def test_a_record_that_a_client_finds_in_the_directory_was_wished_rightly() -> None:
     ledger, pool = ledger_of(3)
     ledger.loads.wish(pool, 1, [ExpertKey(1, 0)])
-    load = ledger.loads.take()
+    load = take_load(ledger)
     assert load is not None
     ledger.loads.arrive(load)
     ledger.use(pool, ExpertKey(1, 0))
@@ -655,7 +685,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_wished_rightly() -> N
 
 
 def read_next(ledger: Ledger) -> ExpertKey | None:
-    load = ledger.loads.take()
+    load = take_load(ledger)
     if load is None:
         return None
     ledger.loads.arrive(load)
@@ -670,10 +700,10 @@ def test_a_warm_up_fills_what_is_empty_behind_demands_and_wishes() -> None:
     ledger.loads.warm(pool, [ExpertKey(4, 0), ExpertKey(4, 1)])
     assert read_next(ledger) == ExpertKey(1, 3), "the hottest first"
     wanted = demand(ledger, pool, 4, 0)
-    begun = ledger.loads.take()
+    begun = take_load(ledger)
     assert begun is not None
     assert begun.key == ExpertKey(4, 0)
-    assert ledger.loads.take() is None, "not while anything is read for a demand"
+    assert take_load(ledger) is None, "not while anything is read for a demand"
     ledger.loads.arrive(begun)
     ledger.leave(wanted)
     ledger.loads.wish(pool, 3, [ExpertKey(3, 3)])
@@ -697,7 +727,7 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
     ledger, pool = ledger_of(6)
     ledger.loads.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
     assert read_next(ledger) == ExpertKey(1, 0)
-    load = ledger.loads.take()
+    load = take_load(ledger)
     assert load is not None
     for _ in range(2):
         made = demand(ledger, pool, 1, 0, 1)
@@ -712,7 +742,7 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
 def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
     ledger, pool = ledger_of(2)  # shared by three blocks
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
-    load = ledger.loads.take()
+    load = take_load(ledger)
     assert load is not None
     assert not ledger.loads.stands_back(load)
     demand(ledger, pool, 3, 0)
@@ -724,7 +754,7 @@ def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
     arrive_all(ledger)
     ledger.loads.cancel(load)
     ledger.loads.warm(pool, [ExpertKey(1, 1)])
-    assert ledger.loads.take() is None, "the slot is for who is hungry"
+    assert take_load(ledger) is None, "the slot is for who is hungry"
     ledger.advance(hungry)
     assert hungry.loads
 
@@ -757,7 +787,7 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
         ask(caller)
     for step in range(len(waiting) + 2):
         ask(step % 2)
-        load = ledger.loads.take()
+        load = take_load(ledger)
         assert load is not None
         (demand,) = load.waiters
         ledger.loads.arrive(load)

@@ -1,0 +1,216 @@
+"""Wishes that are read beside the slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from readers import GatedReader, RamReader
+from stores import make_plan, make_records
+from threads import Task, wait_until
+
+from moetier.tiers.errors import StoreReadError
+from moetier.tiers.heads import HEADS, LEAST_BYTES, PIECES, SHARE, head_bytes, piece_bytes
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import PAGE, ExpertKey
+
+PLAN = make_plan(blocks=3, experts=4, top_k=2)
+RECORDS = make_records(PLAN)
+SLOT = PLAN.layouts["records"].slot_bytes
+PIECE = piece_bytes(SLOT)
+WISHED = ExpertKey(0, 2)
+
+
+def keys(block: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(block, expert) for expert in experts]
+
+
+def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:
+    arrived = []
+    for lease in tier.acquire(keys(block, *experts)):
+        assert bytes(lease.record) == RECORDS[lease.key]
+        arrived.append(lease.key)
+    tier.check_integrity()
+    return arrived
+
+
+@pytest.fixture
+def gate() -> Iterator[GatedReader]:
+    reader = GatedReader(PLAN, RECORDS, in_parts=True)
+    yield reader
+    reader.open()
+
+
+@pytest.fixture
+def tier(gate: GatedReader) -> Iterator[HostTier]:
+    """Whose slots are full: two of each block, which have experts 0 and 1."""
+    with HostTier(gate, slots={"records": 6}, loaders=2) as tier:
+        fill(gate, tier)
+        yield tier
+        gate.open()
+
+
+def fill(gate: GatedReader, tier: HostTier) -> None:
+    gate.open()
+    for block in range(3):
+        take(tier, block, 0, 1)
+    gate.shut()
+
+
+def everything(tier: HostTier) -> bool:
+    """Whether all is there that was."""
+    return not any(tier.absent(keys(block, 0, 1)) for block in range(3))
+
+
+@given(st.integers(1, 1 << 20))
+def test_a_head_is_of_whole_pieces_and_these_of_whole_pages(pages: int) -> None:
+    slot = pages * PAGE
+    head, piece = head_bytes(slot), piece_bytes(slot)
+    assert head % PAGE == piece % PAGE == 0
+    assert head == slot if slot <= LEAST_BYTES else LEAST_BYTES <= head <= max(LEAST_BYTES, slot // SHARE + PAGE)
+    assert piece <= head <= PIECES * piece
+
+
+def test_a_demand_reads_the_rest_while_the_piece_before_it_is_read(gate: GatedReader, tier: HostTier) -> None:
+    tier.prefetch(0, [WISHED])
+    gate.release(WISHED)
+    wait_until(lambda: gate.parts_read == [(WISHED, 0, PIECE)])
+    gate.wait_begun(WISHED)
+    assert everything(tier), "a wish evicts nothing yet"
+    demand = Task(lambda: take(tier, 0, 2))
+    wait_until(lambda: gate.begun == [WISHED, WISHED])
+    gate.open()
+    assert demand.result() == [WISHED]
+    assert gate.parts_read == [(WISHED, 0, PIECE), (WISHED, PIECE, 2 * PIECE)], "the rest is of one piece"
+    stats = tier.stats()
+    assert (stats.prefetched, stats.late, stats.useful, stats.cancelled) == (1, 1, 0, 0)
+    assert stats.saved_seconds > 0
+    assert len(tier._ledger.loads._heads or ()) == 0
+
+
+def test_a_wrong_guess_costs_no_record(gate: GatedReader, tier: HostTier) -> None:
+    tier.prefetch(0, [WISHED])
+    gate.wait_begun(WISHED)
+    hits = tier.stats().hits
+    take(tier, 0, 0, 1)
+    gate.open()
+    wait_until(lambda: not gate.begun)
+    for block in range(3):
+        take(tier, block, 0, 1)
+    assert tier.stats().hits == hits + 8
+    assert gate.parts_read == [(WISHED, 0, PIECE)], "nobody wishes for it any more"
+    assert not gate.reads[WISHED]
+
+
+def test_what_was_read_for_a_wrong_guess_is_there_for_a_later_one_or_makes_room(
+    gate: GatedReader, tier: HostTier
+) -> None:
+    tier.prefetch(0, [WISHED])
+    gate.wait_begun(WISHED)
+    take(tier, 0, 0, 1)
+    gate.release(WISHED)
+    wait_until(lambda: len(gate.parts_read) == 1)
+    tier.prefetch(0, [WISHED])
+    gate.release(WISHED)
+    wait_until(lambda: gate.parts_read[1:] == [(WISHED, PIECE, 2 * PIECE)])
+    gate.wait_begun(WISHED)
+    take(tier, 0, 0, 1)
+    gate.open()
+    wait_until(lambda: not gate.begun)
+    assert tier.stats().cancelled == 0
+    tier.prefetch(1, keys(1, 2, 3))
+    wait_until(lambda: not tier.absent(keys(1, 2)))
+    assert tier.stats().cancelled == 1
+
+
+def test_what_is_read_to_its_end_goes_into_a_slot(gate: GatedReader, tier: HostTier) -> None:
+    gate.open()
+    tier.prefetch(0, [WISHED])
+    wait_until(lambda: not tier.absent([WISHED]))
+    tier.check_integrity()
+    assert [part[1] for part in gate.parts_read] == [*range(0, SLOT, PIECE)]
+    assert len(tier.absent(keys(0, 0, 1))) == 1, "which was its block's"
+    assert take(tier, 0, 2) == [WISHED]
+    stats = tier.stats()
+    assert (stats.prefetched, stats.useful, stats.late, stats.joined) == (1, 1, 0, 0)
+
+
+def test_more_wishes_than_heads_all_come(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12 - 2}, loaders=4) as tier:
+        gate.open()
+        for block in range(3):
+            take(tier, block, *range(4 if block < 1 else 3))
+        assert HEADS < 3
+        tier.prefetch(1, keys(1, 3))
+        tier.prefetch(2, keys(2, 3))
+        tier.prefetch(0, keys(0, 3))
+        wait_until(lambda: not any(tier.absent(keys(block, 3)) for block in range(3)))
+
+
+def test_no_piece_is_read_while_a_demand_is(gate: GatedReader, tier: HostTier) -> None:
+    demand = Task(lambda: take(tier, 1, 2))
+    gate.wait_begun(*keys(1, 2))
+    tier.prefetch(0, [WISHED])
+    take(tier, 2, 0, 1)  # the loaders have come by
+    assert gate.begun == keys(1, 2)
+    gate.release(ExpertKey(1, 2))
+    demand.result()
+    gate.wait_begun(WISHED)
+    demand = Task(lambda: take(tier, 1, 3))
+    gate.wait_begun(*keys(1, 3))
+    gate.release(WISHED)
+    wait_until(lambda: gate.begun == keys(1, 3))
+    assert gate.parts_read == [(WISHED, 0, PIECE)]
+    gate.release(ExpertKey(1, 3))
+    demand.result()
+    gate.wait_begun(WISHED)
+
+
+def test_a_piece_that_fails_is_nobodys_but_its_demand_s(gate: GatedReader, tier: HostTier) -> None:
+    gate.open()
+    gate.broken.add(WISHED)
+    tier.prefetch(0, [WISHED])
+    wait_until(lambda: tier.stats().failures == 1)
+    assert everything(tier)
+    with pytest.raises(StoreReadError):
+        take(tier, 0, 2)
+    gate.broken.clear()
+    assert take(tier, 0, 2) == [WISHED]
+
+
+def test_a_demand_that_waits_for_a_piece_gets_its_error(gate: GatedReader, tier: HostTier) -> None:
+    tier.prefetch(0, [WISHED])
+    gate.wait_begun(WISHED)
+    demand = Task(lambda: take(tier, 0, 2))
+    wait_until(lambda: gate.begun == [WISHED, WISHED])
+    gate.broken.add(WISHED)
+    gate.open()
+    with pytest.raises(StoreReadError):
+        demand.result()
+    gate.broken.clear()
+    tier.check_integrity()
+    assert take(tier, 0, 2) == [WISHED]
+    assert len(tier._ledger.loads._heads or ()) == 0
+
+
+def test_closing_waits_for_a_piece(gate: GatedReader) -> None:
+    tier = HostTier(gate, slots={"records": 6}, loaders=2)
+    fill(gate, tier)
+    tier.prefetch(0, [WISHED])
+    gate.wait_begun(WISHED)
+    closing = Task(tier.close)
+    wait_until(lambda: tier._closed)
+    gate.open()
+    closing.result()
+    assert gate.parts_read == [(WISHED, 0, PIECE)]
+
+
+def test_of_a_reader_that_reads_whole_records_they_go_into_slots_at_once() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
+        for block in range(3):
+            take(tier, block, 0, 1)
+        tier.prefetch(0, [WISHED])
+        wait_until(lambda: not tier.absent([WISHED]))
+        assert len(tier.absent(keys(0, 0, 1))) == 1

@@ -1,0 +1,157 @@
+"""Heads: beginnings of records, read for wishes beside the slots, so that a guess evicts nothing until it is sure.
+
+A wish is read piece by piece into a buffer. Where its demand comes first, what is there of the record is copied into
+the slot that the demand has chosen, and the rest is read behind it: a wrong guess has cost the demand nothing but the
+piece that was under way. A head that is full, and still wished for, goes on in a slot.
+
+Part of the ledger: no I/O, and its owner's lock is held.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from .keys import PAGE, ExpertKey
+
+Place = TypeVar("Place")  # where its record goes on, and whose bytes it is of
+
+HEADS = 2  # at a time
+LEAST_BYTES = 1 << 20  # of a record, if it has so many: a copy of no more takes a tenth of a millisecond
+SHARE = 8  # a head is an eighth of a larger record
+PIECES = 4  # of a head
+
+
+def head_bytes(slot_bytes: int) -> int:
+    """Of each record of so many bytes, in whole pages."""
+    return min(slot_bytes, max(LEAST_BYTES, -(-slot_bytes // (SHARE * PAGE)) * PAGE))
+
+
+def piece_bytes(slot_bytes: int) -> int:
+    """That are read at a time: a demand waits for no more."""
+    return -(-head_bytes(slot_bytes) // (PIECES * PAGE)) * PAGE
+
+
+class Head(Generic[Place]):
+    """The first ``filled`` bytes of a record."""
+
+    __slots__ = ("began", "buffer", "crc", "end", "error", "filled", "is_claimed", "key", "place", "seconds", "step")
+
+    def __init__(self, place: Place, key: ExpertKey, buffer: memoryview, step: int) -> None:
+        self.place = place
+        self.key = key
+        self.buffer = buffer
+        self.step = step  # bytes of a piece
+        self.filled = 0
+        self.end = 0  # of the piece that is being read; else as ``filled``
+        self.crc = 0  # crc32c of what is filled, but for the record's own checksum
+        self.seconds = 0.0  # that reading it has taken
+        self.began = 0.0  # the latest piece, by the ledger's clock
+        self.error: BaseException | None = None
+        self.is_claimed = False  # by a load, which reads the rest
+
+    @property
+    def is_reading(self) -> bool:
+        return self.end > self.filled
+
+    @property
+    def is_full(self) -> bool:
+        return self.filled == len(self.buffer)
+
+    @property
+    def may_grow(self) -> bool:
+        return not (self.is_claimed or self.is_reading or self.is_full)
+
+    def grow(self, now: float) -> None:
+        """By a piece that is about to be read."""
+        self.end = min(self.filled + self.step, len(self.buffer))
+        self.began = now
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.is_claimed or self.is_reading)
+
+
+class Heads(Generic[Place]):
+    """Of one tier. Buffers are allocated when the first wishes need them."""
+
+    def __init__(self, largest: int) -> None:
+        """``largest``: bytes of a slot."""
+        self._bytes = head_bytes(largest)
+        self._buffers: list[mmap.mmap] = []
+        self._free: list[memoryview] = []
+        self._heads: dict[ExpertKey, Head[Place]] = {}
+        self._ended: list[Head[Place]] = []  # that are read into still
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __iter__(self) -> Iterator[Head[Place]]:
+        return iter(self._heads.values())
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._heads
+
+    @property
+    def reading(self) -> int:
+        """How many pieces are being read."""
+        return sum(head.is_reading for head in self._heads.values()) + len(self._ended)
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free) or len(self._buffers) < HEADS
+
+    def begin(self, place: Place, key: ExpertKey, slot_bytes: int) -> Head[Place]:
+        """There is room for it."""
+        if not self._free:
+            self._buffers.append(mmap.mmap(-1, self._bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            self._free.append(memoryview(self._buffers[-1]))
+        buffer = self._free.pop()[: head_bytes(slot_bytes)]
+        head = self._heads[key] = Head(place, key, buffer, piece_bytes(slot_bytes))
+        return head
+
+    def claim(self, key: ExpertKey) -> Head[Place] | None:
+        """For the load of its record, which ends it; None if there is none."""
+        head = self._heads.get(key)
+        if head is not None:
+            head.is_claimed = True
+        return head
+
+    def clear(self, is_wished: Callable[[ExpertKey], bool]) -> int:
+        """Ends those that nobody wishes for any more; how many."""
+        ended = [head for head in self._heads.values() if head.is_idle and not is_wished(head.key)]
+        for head in ended:
+            self.end(head)
+        return len(ended)
+
+    def end(self, head: Head[Place]) -> None:
+        """Its buffer is another's, as soon as nothing is read into it."""
+        del self._heads[head.key]
+        if head.is_reading:
+            self._ended.append(head)
+        else:
+            self._release(head)
+
+    def read(self, head: Head[Place], seconds: float, crc: int, error: BaseException | None = None) -> None:
+        """The piece that was being read is there, or won't come."""
+        head.seconds += seconds
+        if error is None:
+            head.filled, head.crc = head.end, crc
+        else:
+            head.end, head.error = head.filled, error
+        if head in self._ended:
+            self._ended.remove(head)
+            self._release(head)
+
+    def close(self) -> None:
+        """When nothing is read any more."""
+        self._heads.clear()
+        self._free.clear()
+        self._buffers.clear()
+
+    def _release(self, head: Head[Place]) -> None:
+        whole = head.buffer.obj
+        assert isinstance(whole, mmap.mmap)
+        self._free.append(memoryview(whole))
+        head.buffer.release()
