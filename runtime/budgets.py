@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moetier.tiers.budget import largest_budget, smallest_budget
+from moetier.tiers.heads import heads_bytes
 from moetier.tiers.keys import RecordLayout
 from moetier.tiers.manifest import Manifest
 
@@ -33,13 +34,14 @@ class Needs:
         return self.cache + self.scratch
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
-        """Bytes for the host tier of what is ``available`` on the host. Raises BudgetError when none works."""
+        """Bytes for the host tier's slots of what is ``available`` on the host. Raises BudgetError when none works."""
+        taken = self.trunk + heads_bytes(manifest)
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),
             largest=largest_budget(manifest),
             reserve=self.reserve if device.type == "cpu" else 0,
-            available=Available(max(available.bytes - self.trunk, 0), available.limiter),
+            available=Available(max(available.bytes - taken, 0), available.limiter),
         )
 
     def device_budget(self, manifest: Manifest, asked: Size | None, available: Available) -> int:

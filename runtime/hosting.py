@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.heads import heads_bytes
 from moetier.tiers.host import HostTier
 from moetier.tiers.store import ExpertStore
 
@@ -18,7 +19,7 @@ from .division import plan_slots
 from .hosted import Hosted
 from .leftover import Leftover, find_leftovers
 from .logfmt import say
-from .memory import available_memory
+from .memory import Available, available_memory
 from .reported import ReportedReader
 from .systemd import ServiceManager
 
@@ -42,7 +43,9 @@ def open_models(
         for leftovers in found.values():
             for leftover in leftovers:
                 unused.callback(leftover.arena.close)
-        slots, kept = plan_slots(manifests, config.ram, available_memory(), found)
+        there = available_memory()
+        left = max(there.bytes - sum(map(heads_bytes, manifests.values())), 0)
+        slots, kept = plan_slots(manifests, config.ram, Available(left, there.limiter), found)
         for digest, leftover in kept.items():
             say(
                 _log,

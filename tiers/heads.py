@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from .keys import PAGE, ExpertKey
+from .manifest import Manifest
 
 Place = TypeVar("Place")  # where its record goes on, and whose bytes it is of
 
 HEADS = 2  # at a time
 LEAST_BYTES = 1 << 20  # of a record, if it has so many: a copy of no more takes a tenth of a millisecond
-SHARE = 8  # a head is an eighth of a larger record
+SHARE = 16  # a head is a sixteenth of a larger record
 PIECES = 4  # of a head
 
 
@@ -31,6 +32,11 @@ def head_bytes(slot_bytes: int) -> int:
 def piece_bytes(slot_bytes: int) -> int:
     """That are read at a time: a demand waits for no more."""
     return -(-head_bytes(slot_bytes) // (PIECES * PAGE)) * PAGE
+
+
+def heads_bytes(manifest: Manifest) -> int:
+    """That a tier of the model's records may allocate beside its slots."""
+    return HEADS * head_bytes(max(layout.slot_bytes for layout in manifest.layouts.values()))
 
 
 class Head(Generic[Place]):

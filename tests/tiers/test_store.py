@@ -34,8 +34,9 @@ from moetier.tiers.errors import (
     StoreFormatError,
     StoreReadError,
 )
-from moetier.tiers.keys import ExpertKey, RecordLayout
+from moetier.tiers.keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from moetier.tiers.shard import EMPTY, GROUP, METADATA, ShardFile
+from moetier.tiers.source import Beginning
 from moetier.tiers.store import PIECE_BYTES, ExpertStore
 from moetier.tiers.writer import StoreWriter
 
@@ -128,6 +129,40 @@ def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_p
         assert len(read) == 3, "it asks no more once the read is to be over"
         assert any("moetier-store" in thread.name for thread in threading.enumerate()), "the rest is read side by side"
         assert read_all(store) == records
+
+
+@pytest.mark.parametrize("layout", [layout_of(), LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("pauses", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_the_rest_of_a_record_is_read_behind_its_beginning(
+    tmp_path: Path, layout: RecordLayout, pauses: bool, share: float
+) -> None:
+    records = make_store(tmp_path, blocks=1, experts=2, layout=layout)
+    key, length = ExpertKey(0, 1), int(layout.slot_bytes * share) // PAGE * PAGE
+    slot, head = (np.frombuffer(mmap.mmap(-1, layout.slot_bytes), np.uint8) for _ in range(2))
+    before: list[bool] = []
+
+    def copy(view: memoryview) -> int:
+        before.append(bool(slot[length:].any()))
+        view[:length] = head.data[:length]
+        return google_crc32c.value(bytes(head[: min(length, layout.slot_bytes - CHECKSUM_BYTES)]))
+
+    with ExpertStore.open(tmp_path) as store:
+        assert store.parts is store
+        for start in range(0, length, PAGE):
+            store.read_part(key, start, head.data[start : start + PAGE])
+        store.read_rest(key, slot.data, Beginning(length, copy), (lambda: True) if pauses else None)
+        assert bytes(slot[:-4]) == records[key]
+        assert len(before) == 1, "it is copied once"
+        if length == layout.slot_bytes or layout is not LARGE:
+            assert before == [length < layout.slot_bytes], "when the rest is there, or has been asked for"
+        head[length // 2] ^= 1
+        with pytest.raises(ChecksumError):
+            store.read_rest(key, slot.data, Beginning(length, copy))
+        with pytest.raises(MissingExpertError):
+            store.read_part(ExpertKey(0, 2), 0, head.data[:PAGE])
+    with pytest.raises(ClosedError):
+        store.read_part(key, 0, head.data[:PAGE])
 
 
 def test_what_is_opened_is_closed(tmp_path: Path) -> None:
