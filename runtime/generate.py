@@ -63,8 +63,8 @@ def load(
     store, and otherwise this process's own; None or "none", its own; a daemon's name, folder or HOST:PORT, that one's;
     several, separated by commas: each has a share of the experts. ``credentials`` are for HOST:PORT.
 
-    ``policy`` is who is evicted from memory first: "lru", the least recently used of a block, or "scan", the same, but
-    a long prompt leaves what is cached in place.
+    ``policy`` is who is evicted from memory first: "lru", the least recently used of a block; "scan", the same, but
+    a long prompt leaves what is cached in place; or "lrfu", as "scan", but the least often used of late.
 
     ``speculate`` is whether experts of the next ``look_ahead`` layers are promoted before they are needed, as their
     gates guess from the present hidden state: "auto" (where it is measured to pay), "off" or "always". At most

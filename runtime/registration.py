@@ -200,7 +200,12 @@ class MoetierQuantizer(HfQuantizer):
         if shortcuts is not None:
             slots = max(1, tiers.device.stats().slots // len(shortcuts.gates.blocks))
             speculation = Speculation(
-                shortcuts, tiers.device, slots=slots, mode=Mode(asked.speculate), most=asked.prefetch
+                shortcuts,
+                tiers.device,
+                slots=slots,
+                mode=Mode(asked.speculate),
+                most=asked.prefetch,
+                policy=asked.policy,
             )
             speculation.attach()
             tiers.speculation, demanded = speculation, speculation.demanded

@@ -1,4 +1,4 @@
-"""What a workload lacks by itself, whatever is guessed: about what an LRU of as many slots would miss. Pure.
+"""What a workload lacks by itself, whatever is guessed: about what a tier of as many slots would miss. Pure.
 
 Steps take as long as reads take, and how many a step needs is chance. To know it tells how much longer a step took
 because it guessed from how much longer it took because it needed more.
@@ -7,20 +7,25 @@ because it guessed from how much longer it took because it needed more.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
+
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 
 class Shadow:
     """Of every block's slots."""
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        """By block."""
+    def __init__(self, slots: Sequence[int], policy: str = DEFAULT_ORDER) -> None:
+        """``slots`` by block; ``policy`` is one of ``ORDERS``, the tier's."""
         self.misses = 0
         self._demands = 0
         self._lacking = 0  # of the demands: those that missed anything
         self._guessed = 0  # misses of what was guessed before
         self._last = 0  # of these demands: those that hit what a wish would have evicted next
         self._slots = slots
-        self._resident: list[dict[int, None]] = [{} for _ in slots]  # experts by block, the latest last
+        self._orders = [ORDERS[policy](count) for count in slots]
+        self._resident: list[dict[int, ExpertKey]] = [{} for _ in slots]  # by block: each expert's key
 
     @property
     def lacks(self) -> float:
@@ -33,21 +38,27 @@ class Shadow:
         return min(self._last / self._guessed, 1.0) if self._guessed else 0.0
 
     def demand(self, block: int, experts: Collection[int], spared: Collection[int] | None = None) -> None:
-        """A passage, which is more than there are slots, leaves what is there. ``spared`` is what no wish would have
-        evicted, where there was a guess."""
-        resident, slots = self._resident[block], self._slots[block]
+        """What is given first is evicted last. A passage, which is more than there are slots, leaves what is there.
+        ``spared`` is what no wish would have evicted, where there was a guess."""
+        resident, order, slots = self._resident[block], self._orders[block], self._slots[block]
         if len(experts) > slots:
             return
-        missing = sum(expert not in resident for expert in experts)
+        missing = [expert for expert in experts if expert not in resident]
+        excess = len(resident) + len(missing) - slots
+        is_asked = spared is not None and len(resident) == slots
+        victims = [key.expert for key in order.victims(passing=False)] if is_asked or excess > 0 else []
         self._demands += 1
-        self._lacking += missing > 0
+        self._lacking += bool(missing)
         if spared is not None:
-            self._guessed += missing
-            if len(resident) == slots:
-                self._last += next((expert for expert in resident if expert not in spared), None) in experts
-        self.misses += missing
-        for expert in experts:
-            resident.pop(expert, None)
-            resident[expert] = None
-        while len(resident) > slots:
-            del resident[next(iter(resident))]
+            self._guessed += len(missing)
+            if is_asked:
+                self._last += next((expert for expert in victims if expert not in spared), None) in experts
+        self.misses += len(missing)
+        others = (expert for expert in victims if expert not in experts)
+        for expert in islice(others, max(excess, 0)):
+            order.remove(resident.pop(expert))
+        for expert in missing:
+            resident[expert] = ExpertKey(block, expert)
+            order.add(resident[expert], passing=False)
+        for expert in reversed([*experts]):
+            order.touch(resident[expert], passing=False)

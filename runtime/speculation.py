@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from moetier.tiers.order import DEFAULT_ORDER
 from moetier.tiers.source import ExpertSource
 
 from .block import SoFar
@@ -82,14 +83,15 @@ class Speculation:
         slots: int,
         mode: Mode = Mode.AUTO,
         most: int | None = None,
+        policy: str = DEFAULT_ORDER,
     ) -> None:
         """Guesses as many layers ahead as there are ``shortcuts``. ``slots`` are of a block, in the source, more or
-        less; ``most`` experts of a block are promoted on a guess."""
+        less, and ``policy`` says who is evicted; ``most`` experts of a block are promoted on a guess."""
         self._shortcuts: Shortcuts | None = shortcuts  # None: detached
         gates = shortcuts.gates
         look_ahead = shortcuts.look_ahead
         self._controller = Controller(mode)
-        self._shadow = Shadow([slots] * len(gates.blocks))
+        self._shadow = Shadow([slots] * len(gates.blocks), policy)
         self._missed = 0  # by it, before the present step
         experts = [gate.experts.num_experts for gate in gates.blocks]
         self._prefetch = Prefetch(source, experts, self._shadow, look_ahead=look_ahead, most=most)

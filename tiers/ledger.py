@@ -92,7 +92,7 @@ class Ledger:
         demand.residents = len(demand.ready)
         self.counters.hits += len(demand.ready)
         self.counters.misses += len(demand.pending)
-        self.advance(demand)
+        self._advance(demand)
         for key in reversed(distinct):  # what is given first is evicted last
             slot = slots.find(key)
             if slot is not None:
@@ -102,35 +102,8 @@ class Ledger:
 
     def advance(self, demand: Demand) -> None:
         """Joins the loads of pending keys, and begins more of them as far as slots can be had."""
-        pool = demand.pool
-        party = demand.party
-        full = False  # no slot is to be had
-        for key in list(demand.pending):
-            if party is not None and party.is_full:
-                break
-            slot = pool.slots.find(key)
-            if slot is not None:  # a wish, or somebody else since this caller looked
-                self.counters.joined += 1
-                self._attach(demand, slot)
-                if pool.slots.is_ready(slot):
-                    demand.ready.append(slot)
-                    self._early.use(key)
-                else:
-                    self.loads.join(demand, key)
-            elif full or not self._may_begin(demand):
-                continue
-            elif (slot := self._choose(demand)) is not None:
-                self.loads.begin(pool, key, slot, wished=False, passing=demand.passing)
-                self._attach(demand, slot)
-                self.loads.join(demand, key)
-                self._ring()
-            else:
-                full = True
-                continue
-            del demand.pending[key]
-            self.waiting.feed(demand)
-        if demand.pending and demand.is_idle:
-            self.waiting.starve(demand)
+        for slot in reversed(self._advance(demand)):
+            demand.pool.policy.touch(slot, passing=demand.passing)
 
     def take(self, demand: Demand) -> int:
         """Leases the next slot of those that are ready."""
@@ -210,6 +183,40 @@ class Ledger:
         pool.slots.begin(slot - pool.first, key)
         pool.slots.fill(slot - pool.first)
         pool.policy.admit(key.block, slot - pool.first)
+
+    def _advance(self, demand: Demand) -> list[int]:
+        """The slots of what is pending no more, which are not touched yet."""
+        pool, found = demand.pool, list[int]()
+        party = demand.party
+        full = False  # no slot is to be had
+        for key in list(demand.pending):
+            if party is not None and party.is_full:
+                break
+            slot = pool.slots.find(key)
+            if slot is not None:  # a wish, or somebody else since this caller looked
+                self.counters.joined += 1
+                self._attach(demand, slot)
+                if pool.slots.is_ready(slot):
+                    demand.ready.append(slot)
+                    self._early.use(key)
+                else:
+                    self.loads.join(demand, key)
+            elif full or not self._may_begin(demand):
+                continue
+            elif (slot := self._choose(demand)) is not None:
+                self.loads.begin(pool, key, slot, wished=False, passing=demand.passing)
+                self._attach(demand, slot)
+                self.loads.join(demand, key)
+                self._ring()
+            else:
+                full = True
+                continue
+            del demand.pending[key]
+            found.append(slot)
+            self.waiting.feed(demand)
+        if demand.pending and demand.is_idle:
+            self.waiting.starve(demand)
+        return found
 
     def _may_begin(self, demand: Demand) -> bool:
         hungry = demand.pool.hungry

@@ -182,9 +182,6 @@ class Clairvoyant:
         return times[later] if later < len(times) else inf
 
 
-ORDERS: Mapping[str, Callable[[int], Order]] = {
-    "lru": Recency,
-    "scan": ScanResistant,
-    "lrfu": Frequency,
-}  # name -> of a quota
+# name -> of a quota
+ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
 DEFAULT_ORDER = "lrfu"

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         default=DEFAULT_ORDER,
         choices=list(ORDERS),
-        help="who is evicted: lru, least recently used; scan, the same, but a long prompt leaves what is cached "
-        "(default: %(default)s)",
+        help="who is evicted: lru, least recently used; scan, the same, but a long prompt leaves what is cached; "
+        "lrfu, as scan, but least often used of late (default: %(default)s)",
     )
     parser.add_argument(
         "--learn",

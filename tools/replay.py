@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         type=_policies,
         metavar="NAMES",
-        help="lru, scan: as tiers have them; learned: lru that begins with what was used most in the sequences before; "
-        "belady: the bound (all)",
+        help="lru, scan, lrfu: as tiers have them; learned: lru that begins with what was used most in the sequences "
+        "before; belady: the bound (all)",
     )
     parser.add_argument(
         "--device-slots",

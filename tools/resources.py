@@ -72,7 +72,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
         default=DEFAULT_ORDER,
         choices=list(ORDERS),
         help="who is evicted from the host tier: lru, least recently used; scan, the same, but a long prompt leaves "
-        "what is cached in place (default: %(default)s)",
+        "what is cached in place; lrfu, as scan, but least often used of late (default: %(default)s)",
     )
     memory.add_argument(
         "--learn",

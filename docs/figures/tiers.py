@@ -77,7 +77,7 @@ def picture() -> str:
         (
             24,
             "Device",
-            ("an LRU on the GPU; on a", "CPU the host's, as it lies"),
+            ("a cache on the GPU; on a", "CPU the host's, as it lies"),
             DEVICE,
             range(3, 7),
             {3: "3", 4: "1"},
@@ -85,7 +85,7 @@ def picture() -> str:
         (
             170,
             "Host",
-            ("an LRU in a memory file", "that processes share"),
+            ("a cache in a memory file", "that processes share"),
             HOST,
             range(8),
             {1: "3", 2: "1", 4: "0", 6: "6"},

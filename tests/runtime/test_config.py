@@ -66,7 +66,7 @@ def test_policies_are_checked() -> None:
     assert TierConfig.of(policy="lru").policy == "lru"
     with pytest.raises(ConfigError, match="'fifo' is no policy of eviction"):
         TierConfig.of(policy="fifo")
-    assert TierConfig.of(policy="scan", daemon="night").mapped is not None
+    assert TierConfig.of(policy="lrfu", daemon="night").mapped is not None
     with pytest.raises(ConfigError, match="its memory is what holds them") as caught:
         TierConfig.of(policy="lru", daemon="night")
     assert "--policy" in caught.value.fix

@@ -114,7 +114,7 @@ def test_what_has_no_effect_where_a_daemon_is_found_is_said_once(
         f"Without effect: --ram and --policy and --learn, as the experts are those of the daemon {daemon.folder}. "
         "Give this to the daemon, or take none: --daemon none."
     ]
-    for options, expected in (({"learn": True}, ["--learn"]), ({"policy": "scan"}, []), ({"device_memory": None}, [])):
+    for options, expected in (({"learn": True}, ["--learn"]), ({"policy": "lrfu"}, []), ({"device_memory": None}, [])):
         caplog.clear()
         with caplog.at_level("WARNING"):
             moetier.load(directory, **options)[0].tiers.close()

@@ -18,6 +18,7 @@ from moetier.runtime.shortcut import Leads, Shortcuts
 from moetier.runtime.speculation import JUDGED, MOST_ROWS, Speculation
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import ExpertKey
+from moetier.tiers.order import Recency
 
 BLOCKS = 8
 RAM = 4 << 20  # 18 of 64 experts
@@ -88,6 +89,14 @@ def test_the_text_is_the_same_and_experts_are_there_before_they_are_needed(tinym
     assert with_.host.stats().prefetched > 0
     assert with_.host.stats().hit_ratio > without.host.stats().hit_ratio
     assert with_.speculation._partial._tried > 0, "guesses with what a block's experts have given"
+
+
+def test_what_a_step_lacks_by_itself_is_by_the_tier_s_order(tinymix_4bit: Path) -> None:
+    model, _ = moetier.load(tinymix_4bit, ram=RAM, daemon=None, policy="lru")
+    with model.tiers:
+        orders = model.tiers.speculation._shadow._orders
+    assert len(orders) == BLOCKS
+    assert all(isinstance(order, Recency) for order in orders)
 
 
 def test_guesses_are_better_than_chance_and_worse_from_afar(tinymix_4bit: Path) -> None:

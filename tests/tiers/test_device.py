@@ -303,7 +303,21 @@ def test_what_is_given_first_is_evicted_last(host: HostTier) -> None:
     tier.close()
 
 
-@pytest.mark.parametrize(("policy", "kept"), [("scan", True), ("lru", False)])
+def test_what_a_demand_brings_is_used(host: HostTier) -> None:
+    device = device_of()
+    tier = DeviceTier(host, PLAN, slots={"records": 6}, device=device, policy="lrfu")  # two for each block
+    consumer = Consumer(tier, device)
+    for expert in (0, 0, 1, 2, 1):  # the one with two uses of late has missed twice; 2 went for it
+        consumer.run(0, [expert])
+    consumer.run(0, [3])
+    hits = tier.stats().hits
+    consumer.run(0, [1])
+    assert tier.stats().hits == hits + 1, "0 went, whose uses are older"
+    assert consumer.wrong() == 0
+    tier.close()
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("lrfu", True), ("scan", True), ("lru", False)])
 @pytest.mark.parametrize("promotes", [False, True])
 def test_a_passage_leaves_what_decoding_needs(policy: str, kept: bool, promotes: bool) -> None:
     """A prefill of all experts in each block, of which half have slots."""

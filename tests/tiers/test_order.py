@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import combinations
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import ORDERS, Clairvoyant, Order, Recency, ScanResistant
+from moetier.tiers.order import ORDERS, Clairvoyant, Frequency, Order, Recency, ScanResistant
 
 KEYS = [ExpertKey(block, expert) for block in range(2) for expert in range(6)]
 MAKERS: dict[str, Callable[[int], Order]] = {
@@ -22,12 +23,18 @@ STEPS = st.lists(st.tuples(st.sampled_from(KEYS), st.booleans(), st.booleans()),
 @pytest.mark.parametrize("name", MAKERS)
 @given(quota=st.integers(1, 12), steps=STEPS)
 def test_what_every_order_keeps_to(name: str, quota: int, steps: list[tuple[ExpertKey, bool, bool]]) -> None:
+    """``rare``: what is there leaves, what is not comes for a wish."""
     order, held = MAKERS[name](quota), set[ExpertKey]()
-    for key, passing, leave in steps:
+    for key, passing, rare in steps:
         if key not in held:
             held.add(key)
-            order.add(key, passing=passing)
-        elif leave:
+            if rare:
+                order.add(key, passing=False)
+                order.put_first(key)
+            else:
+                order.add(key, passing=passing)
+                order.touch(key, passing=passing)
+        elif rare:
             held.discard(key)
             order.remove(key)
         else:
@@ -58,35 +65,108 @@ def test_recency_and_scan_without_a_passage(uses: list[ExpertKey]) -> None:
     expected = sorted(set(uses), key=lambda key: max(i for i, use in enumerate(uses) if use == key))
     for order in (Recency(3), ScanResistant(3)):
         for key in uses:
-            if key in set(order):
-                order.touch(key, passing=False)
-            else:
-                order.add(key, passing=False)
+            use(order, key)
         assert list(order.victims(passing=False)) == expected
+
+
+USES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(["use", "use", "use", "leave", "learn"])), max_size=80)
+
+
+def check_counts(order: Order, uses: Sequence[ExpertKey]) -> None:
+    """By the definition: a use counts half as much when it is 30 uses old."""
+    counts = [sum(2 ** (-age / 30) for age, use in enumerate(reversed(uses)) if use == key) for key in order]
+    assert counts == pytest.approx(sorted(counts), rel=1e-9, abs=0)
+    assert list(order.victims(passing=False)) == list(order.victims(passing=True)) == list(order)
+
+
+@given(USES)
+def test_frequency_by_its_definition(steps: list[tuple[ExpertKey, str]]) -> None:
+    """Whether a record was there all the time or not."""
+    order, uses = Frequency(12), list[ExpertKey]()
+    for key, what in steps:
+        if what == "use":
+            use(order, key)
+            uses.append(key)
+        elif what == "leave" and key in set(order):
+            order.remove(key)
+        elif what == "learn" and key not in set(order):
+            order.add(key, passing=False)
+        check_counts(order, uses)
+
+
+def test_frequency_by_its_definition_in_the_long_run() -> None:
+    """Some keys are used more than others, and every 200 uses others are."""
+    order, uses, chance = Frequency(12), list[ExpertKey](), random.Random(0)
+    for now in range(1000):
+        turn = now // 200
+        key = chance.choices([*KEYS[turn:], *KEYS[:turn]], range(1, 13))[0]
+        use(order, key)
+        uses.append(key)
+        if now % 10 == 0:
+            check_counts(order, uses)
+
+
+def test_what_was_evicted_comes_back_with_the_uses_it_had() -> None:
+    order = Frequency(2)
+    often, seldom = KEYS[:2]
+    for key in (often, often, often, seldom):
+        use(order, key)
+    order.remove(often)
+    for key in (often, seldom):
+        use(order, key)
+    assert list(order.victims(passing=False)) == [seldom, often], "as if it had never been away"
+    order.remove(often)
+    order.add(often, passing=False)
+    assert list(order.victims(passing=False)) == [seldom, often], "before it is used, too"
+
+
+@pytest.mark.parametrize("make", ORDERS.values(), ids=ORDERS)
+def test_what_a_wish_brings_goes_first_until_it_is_used(make: Callable[[int], Order]) -> None:
+    """Even of what was used more than all others before it was evicted."""
+    order = make(4)
+    for key in (KEYS[0], KEYS[0], KEYS[0], KEYS[1], KEYS[2]):
+        use(order, key)
+    order.remove(KEYS[0])
+    for key in (KEYS[0], KEYS[3]):
+        order.add(key, passing=False)
+        order.put_first(key)
+        assert next(order.victims(passing=False)) == key
+    for key in (KEYS[0], KEYS[3]):
+        use(order, key)
+    found = list(order.victims(passing=False))
+    assert found == ([*KEYS[1:4], KEYS[0]] if make is Frequency else [KEYS[1], KEYS[2], KEYS[0], KEYS[3]])
 
 
 def test_recency_takes_a_passage_as_any_use() -> None:
     order = Recency(2)
-    for key in KEYS[:3]:
-        order.add(key, passing=True)
-    order.touch(KEYS[0], passing=True)
+    for key in (*KEYS[:3], KEYS[0]):
+        use(order, key, passing=True)
     assert list(order.victims(passing=True)) == [KEYS[1], KEYS[2], KEYS[0]]
 
 
-def test_a_passage_leaves_what_it_finds() -> None:
-    order = ScanResistant(8)  # room for two in passing
+@pytest.mark.parametrize("make", [ScanResistant, Frequency])
+def test_a_passage_leaves_what_it_finds(make: Callable[[int], Order]) -> None:
+    order = make(8)  # room for two in passing
     settled, brought = KEYS[:4], KEYS[4:8]
     for key in settled:
-        order.add(key, passing=False)
-    order.touch(settled[0], passing=True)  # which changes nothing
-    order.add(brought[0], passing=True)
+        use(order, key)
+    for _ in range(3):
+        use(order, settled[0], passing=True)  # which changes nothing
+    use(order, brought[0], passing=True)
     assert list(order.victims(passing=True)) == [brought[0], *settled]
-    order.add(brought[1], passing=True)
+    use(order, brought[1], passing=True)
     assert list(order.victims(passing=True)) == brought[:2], "it has its room, and evicts its own"
     assert list(order.victims(passing=False)) == [*brought[:2], *settled]
     order.touch(brought[1], passing=False)
     assert list(order.victims(passing=False)) == [brought[0], *settled, brought[1]]
     assert list(order.victims(passing=True)) == [brought[0], *settled, brought[1]]
+
+
+def use(order: Order, key: ExpertKey, *, passing: bool = False) -> None:
+    """As a demand does."""
+    if key not in set(order):
+        order.add(key, passing=passing)
+    order.touch(key, passing=passing)
 
 
 def hits_of(order: Order, demands: Sequence[frozenset[int]], quota: int) -> int:
@@ -98,13 +178,13 @@ def hits_of(order: Order, demands: Sequence[frozenset[int]], quota: int) -> int:
         hits += len(wanted & held)
         for key in sorted(wanted):
             if key in held:
-                order.touch(key, passing=False)
+                use(order, key)
         for key in sorted(wanted - held):
             if len(held) == quota:
                 victim = next(victim for victim in order.victims(passing=False) if victim not in wanted)
                 order.remove(victim)
                 held.discard(victim)
-            order.add(key, passing=False)
+            use(order, key)
             held.add(key)
     return hits
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Block
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS, Order
 from moetier.tiers.policy import BlockPolicy, Group, plan_groups
 from moetier.tiers.slots import Slots
 
@@ -87,10 +88,12 @@ def test_impossible_numbers_of_slots_are_ours_to_prevent(slots: int) -> None:
 class Cache:
     """Slots and policy driven as a tier drives them when every load is done at once."""
 
-    def __init__(self, count: int, blocks: Mapping[int, Block]) -> None:
+    def __init__(
+        self, count: int, blocks: Mapping[int, Block], make_order: Callable[[int], Order] = ORDERS[DEFAULT_ORDER]
+    ) -> None:
         self.slots = Slots(count)
         self.groups = plan_groups(count, blocks)
-        self.policy = BlockPolicy(self.slots, self.groups)
+        self.policy = BlockPolicy(self.slots, self.groups, make_order)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
         """Returns the number of hits."""
@@ -166,7 +169,7 @@ def test_it_is_a_least_recently_used_cache_block_by_block(
     plan: tuple[dict[int, Block], int], data: st.DataObject
 ) -> None:
     blocks, slots = plan
-    cache = Cache(slots, blocks)
+    cache = Cache(slots, blocks, ORDERS["lru"])
     oracle = Oracle(cache.groups)
     for _ in range(data.draw(st.integers(1, 40))):
         block = data.draw(st.sampled_from(sorted(blocks)))
@@ -177,14 +180,15 @@ def test_it_is_a_least_recently_used_cache_block_by_block(
         assert cache.resident(blocks) == oracle.resident()
 
 
-@settings(max_examples=200)
+@pytest.mark.parametrize("policy", ORDERS)
+@settings(max_examples=100)
 @given(planned(), st.data())
 def test_a_wish_evicts_its_own_blocks_next_and_goes_first_itself(
-    plan: tuple[dict[int, Block], int], data: st.DataObject
+    policy: str, plan: tuple[dict[int, Block], int], data: st.DataObject
 ) -> None:
     """A right guess evicts what the demand would have, a wrong one one record."""
     blocks, slots = plan
-    cache = Cache(slots, blocks)
+    cache = Cache(slots, blocks, ORDERS[policy])
     for _ in range(data.draw(st.integers(1, 40))):
         block = data.draw(st.sampled_from(sorted(blocks)))
         expert = data.draw(st.integers(0, blocks[block].experts - 1))
@@ -213,7 +217,7 @@ def test_hit_ratio_of_uniform_routing(per_block: int, expected: float) -> None:
 
 
 def test_hit_ratio_of_sticky_routing_beats_chance() -> None:
-    """Where a token's experts are often those of the token before, least-recently-used is worth it."""
+    """Where a token's experts are often those of the token before, keeping those is worth it."""
     blocks = blocks_of(*[(8, 2)] * 4)
     cache, chance = Cache(8, blocks), random.Random(0)
     last, hits = {block: [0, 1] for block in blocks}, 0

@@ -12,6 +12,7 @@ from threads import run_all
 
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import ExpertKey
+from moetier.tiers.order import ORDERS
 
 PLAN = make_plan(blocks=2, experts=64, top_k=2)
 RECORDS = make_records(PLAN)
@@ -32,7 +33,7 @@ def hits(tier: HostTier, block: int, *experts: int) -> int:
     return tier.stats().hits - before
 
 
-@pytest.mark.parametrize(("policy", "least", "most"), [("scan", 28, 31), ("lru", 0, 16)])
+@pytest.mark.parametrize(("policy", "least", "most"), [("lrfu", 28, 31), ("scan", 28, 31), ("lru", 0, 16)])
 def test_what_a_prefill_leaves_of_what_decoding_had(policy: str, least: int, most: int) -> None:
     """32 are cached; all 64 pass. An eighth of the slots is theirs."""
     cached = range(16, 48)
@@ -45,16 +46,30 @@ def test_what_a_prefill_leaves_of_what_decoding_had(policy: str, least: int, mos
         assert hits(tier, 1, *cached) == 32, "the other block is as it was"
 
 
-def test_what_passed_and_is_used_again_stays() -> None:
-    with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy="scan") as tier:
+@pytest.mark.parametrize("policy", ["scan", "lrfu"])
+def test_what_passed_and_is_used_again_stays(policy: str) -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy=policy) as tier:
         use(tier, 0, *range(64))  # into an empty cache: the slots are taken
         use(tier, 0, 62, 63)
         use(tier, 0, *range(64))
         assert hits(tier, 0, 62, 63) == 2
 
 
-def test_passages_and_decoding_at_once_all_end() -> None:
-    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}, policy="scan") as tier:
+@pytest.mark.parametrize("policy", ORDERS)
+def test_all_that_a_demand_brings_is_used(policy: str) -> None:
+    """Also what begins to load only when other records of it are there: it stays before what was used earlier."""
+    with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy=policy) as tier:
+        for expert in range(20, 32):
+            use(tier, 0, expert)
+        use(tier, 0, *range(20))
+        for expert in range(40, 52):
+            use(tier, 0, expert)
+        assert hits(tier, 0, *range(20)) == 20
+
+
+@pytest.mark.parametrize("policy", ["scan", "lrfu"])
+def test_passages_and_decoding_at_once_all_end(policy: str) -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}, policy=policy) as tier:
 
         def caller(seed: int) -> None:
             chance = random.Random(seed)

@@ -154,7 +154,7 @@ def test_what_is_set_gives_way_to_a_daemon(config: Path) -> None:
     own = found("--daemon", "none")
     assert (own["ram"], own["policy"], own["learn"], own["credentials"].token_file) == ("6GiB", "lru", True, None)
     mapped = found("--daemon", "work")
-    assert (mapped["ram"], mapped["policy"], mapped["learn"]) == (None, "scan", False)
+    assert (mapped["ram"], mapped["policy"], mapped["learn"]) == (None, "lrfu", False)
     remote = found("--daemon", "host:1")
     assert (remote["ram"], remote["credentials"].token_file) == ("6GiB", config.parent / "token")
     with pytest.raises(ConfigError, match=r"Give --ram to the daemon"):

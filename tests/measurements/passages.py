@@ -1,0 +1,79 @@
+"""What a prefill costs the decoding behind it, in points of hit ratio, by policy of eviction: simulated on a trace.
+
+    python tests/measurements/passages.py tests/assets/traces/gptoss_20b_12seq.npz --slots 8,16,24
+
+Puts the sequences of a trace one behind the other. At several places of it: 100 tokens are decoded; the 512 that follow
+come as a prefill, or do not; then 32 or 128 more are decoded. Prints how much more often those hit if the prefill came:
+the mean of all places, and the worst. ``prefill.py`` measures the same on a model, and by the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moetier.runtime.trace import Trace
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.order import ORDERS
+from moetier.tools.simulation import SimulatedTier, demands_of
+
+BEFORE = 100  # tokens
+PREFILL = 512
+AFTER = (32, 128)
+
+Rows = Sequence[tuple[ExpertKey, ...]]  # the experts of each token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path, metavar="T.npz")
+    parser.add_argument("--slots", required=True, metavar="N,N", help="experts of each block that are cached")
+    parser.add_argument("--every", type=int, default=200, metavar="TOKENS", help="a place (default: %(default)s)")
+    arguments = parser.parse_args()
+    trace = Trace.load(arguments.trace)
+    blocks = [rows_of(trace, block) for block in range(trace.block_count)]
+    places = range(0, trace.tokens - BEFORE - PREFILL - max(AFTER) + 1, arguments.every)
+    print(f"{arguments.trace.stem}, {len(places)} places")
+    for tokens in AFTER:
+        for slots in map(int, arguments.slots.split(",")):
+            found = [f"{order} {_spread(blocks, order, slots, places, tokens)}" for order in ORDERS]
+            print(f"{slots:>3} cached, {tokens:>3} tokens behind: {'; '.join(found)}", flush=True)
+
+
+def rows_of(trace: Trace, block: int) -> Rows:
+    """One sequence behind the other."""
+    return [demand.keys for sequence in range(len(trace.sequences)) for demand in demands_of(trace, sequence, block)]
+
+
+def ratio_after(blocks: Sequence[Rows], order: str, slots: int, start: int, tokens: int, *, prefill: bool) -> float:
+    """Hit ratio of ``tokens`` that are decoded; before them 100 other tokens, and then perhaps a prefill of 512."""
+    hits = wanted = 0
+    for block in blocks:
+        tier = SimulatedTier(block[0][0].block, slots, ORDERS[order])
+        rows = block[start:]
+        for keys in rows[:BEFORE]:
+            tier.demand(keys)
+        behind = BEFORE + PREFILL
+        if prefill:
+            tier.demand(sorted(set().union(*rows[BEFORE:behind])), is_prompt=True)
+        for keys in rows[behind : behind + tokens]:
+            wanted += len(keys)
+            hits += len(keys) - len(tier.demand(keys))
+        tier.check_integrity()
+    return hits / wanted
+
+
+def _spread(blocks: Sequence[Rows], order: str, slots: int, places: Sequence[int], tokens: int) -> str:
+    points = [
+        100 * (ratio_after(blocks, order, slots, place, tokens, prefill=True) - before)
+        for place in places
+        for before in [ratio_after(blocks, order, slots, place, tokens, prefill=False)]
+    ]
+    return f"{statistics.fmean(points):z.1f}, {min(points):z.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
