@@ -42,7 +42,20 @@ def heads_bytes(manifest: Manifest) -> int:
 class Head(Generic[Place]):
     """The first ``filled`` bytes of a record."""
 
-    __slots__ = ("began", "buffer", "crc", "end", "error", "filled", "is_claimed", "key", "place", "seconds", "step")
+    __slots__ = (
+        "began",
+        "buffer",
+        "crc",
+        "end",
+        "error",
+        "filled",
+        "is_claimed",
+        "key",
+        "place",
+        "seconds",
+        "step",
+        "waiter",
+    )
 
     def __init__(self, place: Place, key: ExpertKey, buffer: memoryview, step: int) -> None:
         self.place = place
@@ -56,6 +69,9 @@ class Head(Generic[Place]):
         self.began = 0.0  # the latest piece, by the ledger's clock
         self.error: BaseException | None = None
         self.is_claimed = False  # by a load, which reads the rest
+        self.waiter: Callable[[], None] | None = (
+            None  # called once the piece that is being read is there, or won't come
+        )
 
     @property
     def is_reading(self) -> bool:
@@ -146,6 +162,8 @@ class Heads(Generic[Place]):
             head.filled, head.crc = head.end, crc
         else:
             head.end, head.error = head.filled, error
+        if head.waiter is not None:
+            head.waiter()
         if head in self._ended:
             self._ended.remove(head)
             self._release(head)

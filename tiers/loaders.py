@@ -121,9 +121,12 @@ class Loaders:
 
     def _copy(self, head: Head[Pool], slot: memoryview) -> int:
         """What was read before its load began, or is being read still; returns the crc32c of its payload."""
+        over = threading.Event()
         with self._monitor:
-            while head.is_reading:
-                self._monitor.sleep()
+            head.waiter = over.set
+            if not head.is_reading:
+                over.set()
+        over.wait()
         if head.error is not None:
             raise head.error
         slot[: head.filled] = head.buffer[: head.filled]

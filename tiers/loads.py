@@ -150,9 +150,7 @@ class Loads:
         """The piece that was being read is there, or won't come: the demand will meet the error again, if any comes."""
         assert self._heads is not None
         self._heads.read(head, self._clock() - head.began, crc, error)
-        if head.is_claimed:
-            self._waiting.wake()  # a loader waits for it
-        elif error is not None:
+        if error is not None and not head.is_claimed:
             self._counters.failures += 1
             self._heads.end(head)
 
