@@ -5,7 +5,6 @@ seconds = max(bytes that are missing / the disk's rate, bytes that are multiplie
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from moetier.tiers.budget import members, slots_for, smallest_budget
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS, Order
 from moetier.tiers.policy import Group, plan_groups
 
 Routing = Sequence[Sequence[Collection[int]]]  # by step and block: the experts that are wanted
@@ -65,24 +65,31 @@ class Bound:
         return asdict(self) | {"seconds": self.seconds, "by": self.by}
 
 
-def lru_misses(routing: Routing, groups: Sequence[Group]) -> list[list[int]]:
-    """By step and block: how many of its experts an LRU lacks, cold at the start. Each is looked up against the state
-    before its step, in its block's group."""
-    caches: dict[int, tuple[OrderedDict[ExpertKey, None], int]] = {}
+def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
+    """By step and block: how many of its experts a cache lacks that evicts by ``policy``, one of ``ORDERS``, and is cold
+    at the start. Each is looked up against the state before its step, in its block's group."""
+    caches: dict[int, tuple[Order, set[ExpertKey], int]] = {}
     for group in groups:
-        caches |= dict.fromkeys(group.blocks, (OrderedDict(), group.quota))
+        caches |= dict.fromkeys(group.blocks, (ORDERS[policy](group.quota), set(), group.quota))
     found = []
     for step in routing:
         missed = []
         for block, experts in enumerate(step):
-            cache, quota = caches[block]
+            order, held, quota = caches[block]
             keys = [ExpertKey(block, expert) for expert in sorted(set(experts), reverse=True)]
-            missed.append(sum(key not in cache for key in keys))
+            missing = [key for key in keys if key not in held]
+            missed.append(len(missing))
+            for key in missing:
+                order.add(key, passing=False)
             for key in keys:
-                cache[key] = None
-                cache.move_to_end(key)
-            while len(cache) > quota:
-                cache.popitem(last=False)
+                order.touch(key, passing=False)
+            held.update(missing)
+            if (excess := len(held) - quota) > 0:
+                victims = list(order.victims(passing=False))
+                others = [key for key in victims if key not in keys]
+                for key in [*others, *(key for key in victims if key in keys)][:excess]:
+                    order.remove(key)
+                    held.remove(key)
         found.append(missed)
     return found
 
@@ -101,7 +108,7 @@ def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[
     """Of the last ``measured`` steps of ``routing``, with ``slots`` by array."""
     sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
     payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]
-    misses = lru_misses(routing, groups_of(manifest, slots))[-measured:]
+    misses = misses_of(routing, groups_of(manifest, slots))[-measured:]
     wanted = [[len(set(experts)) for experts in step] for step in routing[-measured:]]
 
     def mean(counts: list[list[int]], each: list[int]) -> float:
