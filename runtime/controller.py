@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 SPAN = 4  # steps of a window
 FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
+CLEAR = 4  # pairs, if it is as sure as it has to be for it that guessing loses
 HOLD = {True: 1024, False: 256}  # steps that a verdict holds at first: what guesses gain grows as they learn
 LONGEST = 4096  # when it is the same again and again
+WARM = 64  # steps before a trial, from which on it is to be known what steps lack
 SURE, UNSURE = 2.5, 1.0  # standard errors: to be for it, and against it; a trial of what loses had better be short
 ODD = 4.0  # times a window's median: no step
 
@@ -78,6 +80,11 @@ class Controller:
             self._window.clear()
             self._turn()
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether it is to be known what steps lack: in a trial, and for some steps before."""
+        return self.mode is Mode.AUTO and self._left <= WARM
+
     def interrupt(self) -> None:
         """Something else came between the steps: the window that has begun is measured anew."""
         self._window.clear()
@@ -115,17 +122,17 @@ def _typical(steps: list[Window]) -> Window:
 def _verdict(with_: list[Window], without: list[Window]) -> bool | None:
     """Whether it pays; None: not clear yet."""
     pairs = len(with_)
-    if pairs < FEWEST:
+    if pairs < CLEAR:
         return None
     gain, error = _intercept(
         [off.misses - on.misses for on, off in zip(with_, without, strict=True)],
         [off.seconds - on.seconds for on, off in zip(with_, without, strict=True)],
     )
-    if gain - SURE * error > 0:
-        return True
-    if gain + UNSURE * error < 0:
+    if gain + (SURE if pairs < FEWEST else UNSURE) * error < 0:
         return False
-    return gain > 0 if pairs >= MOST else None
+    if pairs >= MOST or (pairs >= FEWEST and gain - SURE * error > 0):
+        return gain > 0
+    return None
 
 
 def _intercept(xs: list[float], ys: list[float]) -> tuple[float, float]:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import islice
+from random import Random
 
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
+
+SAMPLED = 0.3  # of the guesses: those by which it is known what is regretted
 
 
 class Shadow:
     """Of every block's slots."""
 
-    def __init__(self, slots: Sequence[int], policy: str = DEFAULT_ORDER) -> None:
+    def __init__(self, slots: Sequence[int], policy: str = DEFAULT_ORDER, *, sampled: float = SAMPLED) -> None:
         """``slots`` by block; ``policy`` is one of ``ORDERS``, the tier's."""
+        self._sampled = sampled
+        self._chance = Random(0)
         self.misses = 0
         self._demands = 0
         self._lacking = 0  # of the demands: those that missed anything
-        self._guessed = 0  # misses of what was guessed before
+        self._guessed = 0  # misses of what was guessed before, as far as it is looked at
         self._last = 0  # of these demands: those that hit what a wish would have evicted next
         self._slots = slots
         self._orders = [ORDERS[policy](count) for count in slots]
@@ -45,11 +50,12 @@ class Shadow:
             return
         missing = [expert for expert in experts if expert not in resident]
         excess = len(resident) + len(missing) - slots
-        is_asked = spared is not None and len(resident) == slots
+        is_looked_at = spared is not None and self._chance.random() < self._sampled
+        is_asked = is_looked_at and len(resident) == slots
         victims = [key.expert for key in order.victims(passing=False)] if is_asked or excess > 0 else []
         self._demands += 1
         self._lacking += bool(missing)
-        if spared is not None:
+        if spared is not None and is_looked_at:
             self._guessed += len(missing)
             if is_asked:
                 self._last += next((expert for expert in victims if expert not in spared), None) in experts

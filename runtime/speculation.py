@@ -141,11 +141,13 @@ class Speculation:
     def demanded(self, block: int, experts: Collection[int], so_far: SoFar = lambda: None) -> None:
         """The demand of a block is made: of these experts, and ``so_far`` says what they have given already. Judges
         what was guessed of it, and wishes for what was guessed of later blocks."""
-        missed = self._shadow.misses
-        self._shadow.demand(block, experts, self._prefetch.spared(block))
         if not self._guessing:
+            if self._controller.is_watching:
+                self._shadow.demand(block, experts)
             return
         began = time.perf_counter()
+        missed = self._shadow.misses
+        self._shadow.demand(block, experts, self._prefetch.spared(block))
         self._prefetch.demanded(block)
         self._ask(block, so_far)
         for target, distance, hidden, guess in self._pending:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Hashable, Sequence
+from statistics import median
 
 from .heads import Head
 from .keys import ExpertKey
@@ -27,6 +28,11 @@ class Pool:
         self.slot_bytes = slot_bytes
         self.hungry: deque[Demand] = deque()
         self.reads: deque[float] = deque(maxlen=READS_KEPT)  # seconds that the latest took
+
+    @property
+    def read_seconds(self) -> float | None:
+        """That the read of a record takes: the median of the latest. None until there are some."""
+        return median(self.reads) if self.reads else None
 
 
 class Load:

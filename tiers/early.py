@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from .demands import Load, Party, Pool
-from .heads import Head, Heads
+from .heads import QUICK_SECONDS, Head, Heads
 from .keys import ExpertKey
 from .stats import TierCounters
 from .wishes import Wishes
@@ -73,11 +73,12 @@ class Early:
 
     def take(self) -> Place | None:
         """What is begun next, wishes first; None if there is nothing that has a place. A wish takes an EMPTY slot, else
-        one that an earlier wish filled in vain, of any group, else one of the heads, and without these that of what is
-        neither held nor wished, of its own; the warm-up evicts nothing. Both stand back where somebody is hungry."""
-        heads = self.heads
+        one that an earlier wish filled in vain, of any group, else one of the heads; without these, or where reads are
+        quick, that of what is neither held nor wished, of its own. The warm-up evicts nothing. Both stand back where
+        somebody is hungry."""
         for wisher, pool, key in self._wishes.take(lambda pool: not pool.hungry):
-            if pool.slots.find(key) is None and (heads is None or key not in heads):
+            heads = self.heads_for(pool)
+            if pool.slots.find(key) is None and (self.heads is None or key not in self.heads):
                 slot = pool.policy.vacancy(key.block)
                 if slot is None:
                     slot = self._leftover(pool)
@@ -125,6 +126,11 @@ class Early:
         """A demand wants what was read beside the slots for so many seconds."""
         self._counters.late += 1
         self._save(seconds)
+
+    def heads_for(self, pool: Pool) -> Heads[Pool] | None:
+        """None where reads are over before pieces would pay."""
+        seconds = pool.read_seconds
+        return None if seconds is not None and seconds < QUICK_SECONDS else self.heads
 
     def make_room(self) -> bool:
         """Whether there is room for one more head, perhaps in place of those that nobody wishes for any more."""

@@ -21,7 +21,9 @@ Place = TypeVar("Place")  # where its record goes on, and whose bytes it is of
 HEADS = 2  # at a time
 LEAST_BYTES = 1 << 20  # of a record, if it has so many: a copy of no more takes a tenth of a millisecond
 SHARE = 16  # a head is a sixteenth of a larger record
-PIECES = 4  # of a head
+PIECES = 4  # of a head, at most
+PIECE_SECONDS = 1e-3  # at least: each costs turns of Python's lock
+QUICK_SECONDS = 2e-3  # what is read sooner has no head
 
 
 def head_bytes(slot_bytes: int) -> int:
@@ -29,9 +31,13 @@ def head_bytes(slot_bytes: int) -> int:
     return min(slot_bytes, max(LEAST_BYTES, -(-slot_bytes // (SHARE * PAGE)) * PAGE))
 
 
-def piece_bytes(slot_bytes: int) -> int:
-    """That are read at a time: a demand waits for no more."""
-    return -(-head_bytes(slot_bytes) // (PIECES * PAGE)) * PAGE
+def piece_bytes(slot_bytes: int, seconds: float | None) -> int:
+    """That are read at a time of a record whose read takes so many seconds, if that is known: a demand waits for no
+    more."""
+    least = -(-head_bytes(slot_bytes) // (PIECES * PAGE)) * PAGE
+    if seconds is None:
+        return least
+    return min(max(least, int(slot_bytes * PIECE_SECONDS / seconds) // PAGE * PAGE), head_bytes(slot_bytes))
 
 
 def heads_bytes(manifest: Manifest) -> int:
@@ -124,13 +130,13 @@ class Heads(Generic[Place]):
     def has_room(self) -> bool:
         return bool(self._free) or len(self._buffers) < HEADS
 
-    def begin(self, place: Place, key: ExpertKey, slot_bytes: int) -> Head[Place]:
-        """There is room for it."""
+    def begin(self, place: Place, key: ExpertKey, slot_bytes: int, seconds: float | None) -> Head[Place]:
+        """There is room for it. Its record has so many bytes, whose read takes so many seconds, if that is known."""
         if not self._free:
             self._buffers.append(mmap.mmap(-1, self._bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             self._free.append(memoryview(self._buffers[-1]))
         buffer = self._free.pop()[: head_bytes(slot_bytes)]
-        head = self._heads[key] = Head(place, key, buffer, piece_bytes(slot_bytes))
+        head = self._heads[key] = Head(place, key, buffer, piece_bytes(slot_bytes, seconds))
         return head
 
     def claim(self, key: ExpertKey) -> Head[Place] | None:

@@ -11,14 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
-from statistics import median
 from types import TracebackType
 
 from .arena import Arena
 from .budget import members
 from .demands import Demand, Pool
 from .errors import ClosedError
-from .heads import Heads, head_bytes, piece_bytes
+from .heads import Heads
 from .hotset import HotSet
 from .keys import ExpertKey
 from .ledger import Ledger
@@ -30,7 +29,7 @@ from .plan import ArenaPlan
 from .policy import plan_groups
 from .recovery import intact_slots
 from .session import Desk, Event, Session
-from .source import Lease, Pace, RecordReader, interruptible_bytes
+from .source import Lease, Pace, RecordReader
 from .stats import TierStats
 from .timekeeper import Timekeeper
 
@@ -181,16 +180,8 @@ class HostTier:
 
     def pace(self, block: int) -> Pace | None:
         """As ``ExpertSource`` says: the median of the latest reads."""
-        pool = self._desk.pool(block)
         with self._monitor:
-            reads, saved = list(pool.reads), self._ledger.loads.saved()
-        if saved is None or not reads:
-            return None
-        read = median(reads)
-        if self._heads is None:
-            return Pace(read, read * interruptible_bytes(pool.slot_bytes) / pool.slot_bytes, saved)
-        piece, head = piece_bytes(pool.slot_bytes), head_bytes(pool.slot_bytes)
-        return Pace(read, read * piece / pool.slot_bytes, saved, read * head / pool.slot_bytes)
+            return self._ledger.loads.pace(self._desk.pool(block))
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
         """For what another process asks for: at most ``leases`` slots are held for it at a time, and a request that

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from .demands import Demand, Load, Party, Pool
 from .directory import Directory
 from .early import Early
-from .heads import Head
+from .heads import Head, head_bytes, piece_bytes
 from .keys import ExpertKey
+from .source import Pace, interruptible_bytes
 from .stats import TierCounters
 from .turns import Turns
 from .waiting import Waiting
@@ -113,9 +114,14 @@ class Loads:
         self._early.warm(pool, keys)
         self._ring_for_wishes()
 
-    def saved(self) -> float | None:
-        """Seconds that a right wish saves; None where too little is known."""
-        return self._early.saved()
+    def pace(self, pool: Pool) -> Pace | None:
+        """Of the pool's records; None where too little is known."""
+        read, saved, whole = pool.read_seconds, self._early.saved(), pool.slot_bytes
+        if read is None or saved is None:
+            return None
+        if self._early.heads_for(pool) is None:
+            return Pace(read, read * interruptible_bytes(whole) / whole, saved)
+        return Pace(read, read * piece_bytes(whole, read) / whole, saved, read * head_bytes(whole) / whole)
 
     def _begin_wish(self) -> Load | Head[Pool] | None:
         """None while anything is read for a demand: wishes have what demands leave of the disk. What has begun beside
@@ -130,7 +136,8 @@ class Loads:
             if place is not None and place.slot is not None:
                 return self.begin(place.pool, place.key, place.slot, wished=True, warmed=place.warmed)
             if place is not None and self._heads is not None:
-                return self._grow(self._heads.begin(place.pool, place.key, place.pool.slot_bytes))
+                pool = place.pool
+                return self._grow(self._heads.begin(pool, place.key, pool.slot_bytes, pool.read_seconds))
         return self._promote()
 
     def _grow(self, head: Head[Pool]) -> Head[Pool]:

@@ -66,7 +66,7 @@ class Bound:
 
 
 def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
-    """By step and block: how many of its experts a cache lacks that evicts by ``policy``, one of ``ORDERS``, and is cold
+    """By step and block: how many of its experts a cache lacks that evicts by ``policy``, one of ``ORDERS``; it is cold
     at the start. Each is looked up against the state before its step, in its block's group."""
     caches: dict[int, tuple[Order, set[ExpertKey], int]] = {}
     for group in groups:

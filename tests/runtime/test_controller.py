@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moetier.runtime.controller import FEWEST, HOLD, LONGEST, MOST, SPAN, Controller, Mode
+from moetier.runtime.controller import CLEAR, FEWEST, HOLD, LONGEST, MOST, SPAN, WARM, Controller, Mode
 
 TRIAL = 2 * MOST * SPAN  # steps of the longest
 
@@ -60,6 +60,29 @@ def test_what_loses_is_off_soon_and_costs_little(on: float) -> None:
     assert not controller.is_on
     total = run(Controller(Mode.AUTO), 2_000, on=on, noise=0.0)
     assert total < 2_000 * (1 + 0.08 * (on - 1))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_loses_clearly_is_off_sooner(seed: int) -> None:
+    controller = Controller(Mode.AUTO)
+    run(controller, 2 * CLEAR * SPAN, on=1.1, noise=0.03, seed=seed)
+    assert not controller.is_on
+    run(controller := Controller(Mode.AUTO), 2 * CLEAR * SPAN, on=0.9, noise=0.03, seed=seed)
+    assert not controller.trials, "it takes more to be for it"
+
+
+def test_it_watches_in_trials_and_before_them() -> None:
+    controller = Controller(Mode.AUTO)
+    while not controller.trials:
+        assert controller.is_watching
+        run(controller, 1, on=1.1)
+    unwatched = 0
+    while controller.trials == 1 and not controller.is_on:
+        unwatched += not controller.is_watching
+        run(controller, 1, on=1.1)
+    assert unwatched == HOLD[False] - WARM
+    assert controller.is_watching
+    assert not Controller(Mode.OFF).is_watching
 
 
 @pytest.mark.parametrize("seed", range(20))

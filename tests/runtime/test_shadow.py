@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def test_what_a_tier_misses(policy: str, demands: list[tuple[int, list[int]]], s
 
 
 def test_what_would_be_missed_of_what_is_evicted_too_early() -> None:
-    shadow = Shadow([2], "lru")
+    shadow = Shadow([2], "lru", sampled=1.0)
     for expert in (0, 1, 0, 1, 2, 1):  # all but the first two and the fifth find the one that would go next
         shadow.demand(0, {expert}, spared=())
     assert (shadow.misses, shadow.regrets) == (3, 1.0)
@@ -51,7 +53,7 @@ def test_what_would_be_missed_of_what_is_evicted_too_early() -> None:
 
 @pytest.mark.parametrize(("policy", "once", "later"), [("lru", 1.0, 0.5), ("scan", 1.0, 0.5), ("lrfu", 0.0, 0.5)])
 def test_what_goes_next_is_what_the_tier_would_evict(policy: str, once: float, later: float) -> None:
-    shadow = Shadow([2], policy)
+    shadow = Shadow([2], policy, sampled=1.0)
     for expert in (0, 0, 0, 1):  # the one more often, the other later
         shadow.demand(0, {expert})
     shadow.demand(0, {0}, spared=())  # which an LRU would evict next
@@ -64,7 +66,7 @@ def test_what_goes_next_is_what_the_tier_would_evict(policy: str, once: float, l
 
 @pytest.mark.parametrize("policy", ORDERS)
 def test_what_a_guess_spares_is_not_evicted_too_early(policy: str) -> None:
-    shadow = Shadow([2], policy)
+    shadow = Shadow([2], policy, sampled=1.0)
     for expert in (0, 1, 2, 3):
         shadow.demand(0, {expert})
     assert shadow.regrets == 0.0, "nothing was guessed"
@@ -75,9 +77,21 @@ def test_what_a_guess_spares_is_not_evicted_too_early(policy: str) -> None:
     assert shadow.regrets == 1.0
 
 
+def test_a_share_of_the_guesses_says_what_is_regretted() -> None:
+    every, some = (Shadow([4], sampled=sampled) for sampled in (1.0, 0.3))
+    chance = Random(1)
+    for _ in range(3000):
+        used = set(chance.choices(range(8), range(8, 0, -1), k=2))
+        for shadow in (every, some):
+            shadow.demand(0, used, spared=())
+    assert some.misses == every.misses
+    assert 0 < some.regrets == pytest.approx(every.regrets, rel=0.15)
+    assert 0.25 < some._guessed / every._guessed < 0.35
+
+
 @pytest.mark.parametrize("policy", ORDERS)
 def test_a_passage_leaves_what_is_there(policy: str) -> None:
-    shadow = Shadow([2], policy)
+    shadow = Shadow([2], policy, sampled=1.0)
     for experts in ({0, 1}, {2, 3, 4}, {0, 1}):
         shadow.demand(0, experts)
     assert shadow.misses == 2

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import moetier
+from moetier.runtime import controller
 from moetier.runtime.controller import Mode
 from moetier.runtime.experts import experts_modules
 from moetier.runtime.gates import Gates
@@ -175,7 +176,8 @@ def test_several_sequences_want_what_any_of_them_wants(model: Any) -> None:
     assert one == 3 * 2 * (BLOCKS - 1) * 7
 
 
-def test_who_is_wrong_wishes_nothing_any_more_and_is_off(model: Any) -> None:
+def test_who_is_wrong_wishes_nothing_any_more_and_is_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "CLEAR", controller.MOST)  # not by the clock, which would do it sooner
     gates = Gates(model)
     real: list[dict[int, set[int]]] = []
 

@@ -11,6 +11,7 @@ from readers import GatedReader, RamReader
 from stores import make_plan, make_records
 from threads import Task, wait_until
 
+from moetier.tiers import early, heads
 from moetier.tiers.errors import StoreReadError
 from moetier.tiers.heads import HEADS, LEAST_BYTES, PIECES, SHARE, head_bytes, piece_bytes
 from moetier.tiers.host import HostTier
@@ -19,7 +20,7 @@ from moetier.tiers.keys import PAGE, ExpertKey
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)
 SLOT = PLAN.layouts["records"].slot_bytes
-PIECE = piece_bytes(SLOT)
+PIECE = piece_bytes(SLOT, None)
 WISHED = ExpertKey(0, 2)
 
 
@@ -34,6 +35,13 @@ def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:
         arrived.append(lease.key)
     tier.check_integrity()
     return arrived
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These records are read in no time, and would have no heads, nor pieces."""
+    monkeypatch.setattr(early, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(heads, "PIECE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -64,13 +72,33 @@ def everything(tier: HostTier) -> bool:
     return not any(tier.absent(keys(block, 0, 1)) for block in range(3))
 
 
-@given(st.integers(1, 1 << 20))
-def test_a_head_is_of_whole_pieces_and_these_of_whole_pages(pages: int) -> None:
+@given(st.integers(1, 1 << 20), st.none() | st.floats(1e-6, 10))
+def test_heads_and_pieces_are_of_whole_pages(pages: int, seconds: float | None) -> None:
     slot = pages * PAGE
-    head, piece = head_bytes(slot), piece_bytes(slot)
+    head, piece = head_bytes(slot), piece_bytes(slot, seconds)
     assert head % PAGE == piece % PAGE == 0
     assert head == slot if slot <= LEAST_BYTES else LEAST_BYTES <= head <= max(LEAST_BYTES, slot // SHARE + PAGE)
-    assert piece <= head <= PIECES * piece
+    assert piece_bytes(slot, None) <= piece <= head <= PIECES * piece
+
+
+def test_a_piece_takes_a_millisecond_where_a_quarter_of_a_head_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    slot = 64 << 20  # a head is 4 MiB
+    assert piece_bytes(slot, 0.064) == 1 << 20
+    assert piece_bytes(slot, 0.032) == 2 << 20
+    assert piece_bytes(slot, 0.004) == 4 << 20
+
+
+def test_what_is_read_quickly_goes_into_a_slot_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = RamReader(PLAN, RECORDS, in_parts=True)
+    with HostTier(reader, slots={"records": 6}) as tier:
+        for block in range(3):
+            take(tier, block, 0, 1)
+        monkeypatch.undo()
+        assert (tier._pools["records"].read_seconds or 1) < early.QUICK_SECONDS
+        tier.prefetch(0, [WISHED])
+        wait_until(lambda: not tier.absent([WISHED]))
+        assert not reader.parts_read
 
 
 def test_a_demand_reads_the_rest_while_the_piece_before_it_is_read(gate: GatedReader, tier: HostTier) -> None:

@@ -22,6 +22,7 @@ from readers import PATIENCE, GatedReader, RamReader
 from stores import make_plan, make_records
 from threads import Task, run_all, wait_until
 
+from moetier.tiers import early
 from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
 from moetier.tiers.early import LEAST_RIGHT
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
@@ -701,6 +702,7 @@ class HostMachine(RuleBasedStateMachine):
         self.oracle = make_records(PLAN, seed=1)
         self.suspended: list[tuple[Generator[Lease[memoryview], None, None], set[ExpertKey]]] = []
         self.leases: dict[int, Lease[memoryview]] = {}  # by the iterator's id
+        self.patch = pytest.MonkeyPatch()
 
     @initialize(
         count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(ORDERS)), parts=st.booleans()
@@ -708,6 +710,7 @@ class HostMachine(RuleBasedStateMachine):
     def open(self, count: int, loaders: int, policy: str, parts: bool) -> None:
         self.count = count
         self.reader = GatedReader(PLAN, self.oracle, in_parts=parts)
+        self.patch.setattr(early, "QUICK_SECONDS", 0.0)  # else these reads would have no heads
         self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders, policy=policy)
 
     def spare(self) -> int:
@@ -798,6 +801,7 @@ class HostMachine(RuleBasedStateMachine):
                 assert bytes(lease.record) == self.oracle[lease.key], "a lease is valid until the next is taken"
 
     def teardown(self) -> None:
+        self.patch.undo()
         if hasattr(self, "tier"):
             self.reader.open()
             self.leases.clear()
