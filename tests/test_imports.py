@@ -23,7 +23,7 @@ LAYERS = {
 LEVELS = (
     {"keys", "errors", "stats", "stream"},
     {"bands", "hqq", "manifest", "monitor", "slots", "planes", "pairs", "order"},
-    {"source", "policy", "wishes", "heads", "quantize", "plan", "budget", "shard"},
+    {"source", "policy", "wishes", "heads", "usage", "quantize", "plan", "budget", "shard"},
     {"directory", "demands", "views", "promoter", "allocation", "page_locks", "device_pool", "folder", "durable"},
     {"arena", "early", "turns", "waiting", "hotset", "open_shard", "copies", "visit"},
     {"loads", "recovery", "trunk", "store", "writer", "device_slots"},

@@ -27,12 +27,19 @@ class Pool:
         self.first = first
         self.slot_bytes = slot_bytes
         self.hungry: deque[Demand] = deque()
-        self.reads: deque[float] = deque(maxlen=READS_KEPT)  # seconds that the latest took
+        self._reads: deque[float] = deque(maxlen=READS_KEPT)  # seconds that the latest took
+        self._read_seconds: float | None = None  # their median; None: to be found
 
     @property
     def read_seconds(self) -> float | None:
         """That the read of a record takes: the median of the latest. None until there are some."""
-        return median(self.reads) if self.reads else None
+        if self._read_seconds is None and self._reads:
+            self._read_seconds = median(self._reads)
+        return self._read_seconds
+
+    def note_read(self, seconds: float) -> None:
+        self._reads.append(seconds)
+        self._read_seconds = None
 
 
 class Load:

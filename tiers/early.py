@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from .demands import Load, Party, Pool
-from .heads import QUICK_SECONDS, Head, Heads
+from .heads import QUICK_SECONDS, Heads
 from .keys import ExpertKey
 from .stats import TierCounters
 from .wishes import Wishes
@@ -122,8 +122,9 @@ class Early:
             self._counters.late += 1
             self._save(seconds)
 
-    def claim(self, head: Head[Pool], seconds: float) -> None:
+    def claim(self, seconds: float) -> None:
         """A demand wants what was read beside the slots for so many seconds."""
+        self._counters.joined += 1
         self._counters.late += 1
         self._save(seconds)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from .errors import IncompleteStoreError, StoreFormatError, StoreReadError
@@ -136,15 +135,22 @@ def check_array(path: Path, manifest: Manifest, array: str) -> None:
             )
 
 
-@contextlib.contextmanager
-def read_errors(path: Path) -> Iterator[None]:
+class read_errors:
     """Turns what the disk answers into a StoreReadError with the path; FileNotFoundError passes."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StoreReadError(
-            f"{path} can't be read: {error.strerror} (errno {error.errno}).",
-            "Check the disk and the file's permissions; if it is lost, convert the model again.",
-        ) from error
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise StoreReadError(
+                f"{self._path} can't be read: {error.strerror} (errno {error.errno}).",
+                "Check the disk and the file's permissions; if it is lost, convert the model again.",
+            ) from error

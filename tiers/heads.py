@@ -75,9 +75,7 @@ class Head(Generic[Place]):
         self.began = 0.0  # the latest piece, by the ledger's clock
         self.error: BaseException | None = None
         self.is_claimed = False  # by a load, which reads the rest
-        self.waiter: Callable[[], None] | None = (
-            None  # called once the piece that is being read is there, or won't come
-        )
+        self.waiter: Callable[[], None] | None = None  # is told when the piece is there, or won't come
 
     @property
     def is_reading(self) -> bool:
@@ -124,7 +122,7 @@ class Heads(Generic[Place]):
     @property
     def reading(self) -> int:
         """How many pieces are being read."""
-        return sum(head.is_reading for head in self._heads.values()) + len(self._ended)
+        return sum([head.end > head.filled for head in self._heads.values()]) + len(self._ended)
 
     @property
     def has_room(self) -> bool:

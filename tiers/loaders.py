@@ -94,7 +94,7 @@ class Loaders:
             with self._monitor:
                 if not load.has_stood_back and load.head is None:
                     seconds = time.monotonic() - began
-                    load.pool.reads.append(seconds)
+                    load.pool.note_read(seconds)
                     self._counters.loaded(seconds)
                 self._loads.arrive(load)
 
@@ -107,26 +107,32 @@ class Loaders:
             self._parts.read_rest(load.key, slot, beginning, pause)
 
     def _read_piece(self, head: Head[Pool]) -> None:
-        assert self._parts is not None
-        piece, crc, error = head.buffer[head.filled : head.end], head.crc, None
+        crc, error = head.crc, None
         try:
-            self._parts.read_part(head.key, head.filled, piece)
-            payload = head.place.slot_bytes - CHECKSUM_BYTES - head.filled
-            crc = google_crc32c.extend(crc, np.frombuffer(piece, np.uint8)[:payload])
-        except BaseException as caught:
+            crc = self._piece(head, head.buffer[head.filled : head.end])
+        except BaseException as caught:  # whatever it is: its demand meets it again
             traceback.clear_frames(caught.__traceback__)
             error = caught
         with self._monitor:
             self._loads.grown(head, crc, error)
 
+    def _piece(self, head: Head[Pool], piece: memoryview) -> int:
+        """Returns the crc32c of all the payload that is there with it."""
+        assert self._parts is not None
+        self._parts.read_part(head.key, head.filled, piece)
+        payload = head.place.slot_bytes - CHECKSUM_BYTES - head.filled
+        return int(google_crc32c.extend(head.crc, np.frombuffer(piece, np.uint8)[:payload]))
+
     def _copy(self, head: Head[Pool], slot: memoryview) -> int:
         """What was read before its load began, or is being read still; returns the crc32c of its payload."""
-        over = threading.Event()
+        over = threading.Lock()
+        over.acquire()
         with self._monitor:
-            head.waiter = over.set
-            if not head.is_reading:
-                over.set()
-        over.wait()
+            if head.is_reading:
+                head.waiter = over.release
+            else:
+                over.release()
+        over.acquire()
         if head.error is not None:
             raise head.error
         # numpy lets go of Python's lock meanwhile

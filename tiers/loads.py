@@ -75,7 +75,7 @@ class Loads:
             if wished:
                 load.began -= seconds
             else:
-                self._early.claim(head, seconds)
+                self._early.claim(seconds)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
@@ -175,7 +175,7 @@ class Loads:
     @property
     def _prefetching(self) -> int:
         reading = 0 if self._heads is None else self._heads.reading
-        return reading + sum(load.wished for load in self._loads.values())
+        return reading + sum([load.wished for load in self._loads.values()])
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 

@@ -24,11 +24,11 @@ class TierStats:
     leased: int | None  # of these: that somebody holds; None of a daemon's client, as the daemon knows
     slot_bytes: int  # of all slots together
     hits: int
-    misses: int  # loads that a demand began, and demands that joined a load under way
+    misses: int  # loads that a demand began, and demands that joined what was under way
     joined: int  # of the misses: those that joined
     prefetched: int  # loads that a wish began; of these, but for those that failed or were cancelled meanwhile:
     useful: int  # READY when a demand came, to this tier or to the one above, which had borrowed it
-    late: int  # still under way when a demand came
+    late: int  # begun, and not READY, when a demand came
     wasted: int  # evicted before any demand; of what the tier above has borrowed that is known once it is read again
     cancelled: int  # wishes that were given up: before they had begun, for want of a slot too; or while being read
     saved_seconds: float  # that the useful and late ones were read before a demand came: what it did not have to wait

@@ -6,10 +6,9 @@ anything is allocated. A read is ``preadv``, with O_DIRECT where the file system
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from .errors import ChecksumError, ClosedError, MissingExpertError, StoreError, StoreReadError
+from .errors import ChecksumError, MissingExpertError, StoreError, StoreReadError
 from .folder import check_array, command, read_errors, read_manifest, store_folder
 from .keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from .manifest import Manifest
@@ -27,6 +26,7 @@ from .monitor import Home
 from .open_shard import OpenShard
 from .shard import METADATA, ShardFile, read_checksums
 from .source import Beginning, interruptible_bytes
+from .usage import Usage
 
 PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
 
@@ -70,10 +70,9 @@ class ExpertStore:
         self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
         self._direct = False
-        self._state = threading.Condition()  # guards the three below
+        self._use = Usage(f"The store {folder}")  # no descriptor is closed, and its number another file's, meanwhile
+        self._lock = threading.Lock()  # guards the pool
         self._pool: ThreadPoolExecutor | None = None
-        self._reading = 0  # calls that use a descriptor now
-        self._closed = False
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
@@ -107,23 +106,27 @@ class ExpertStore:
 
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
         """As ``PartReader`` says."""
-        with self._in_use():
+        with self._use:
             shard, offset = self._locate(key)
-            with self._naming(key):
+            try:
                 shard.read(offset + start, part)
+            except StoreReadError as error:
+                raise self._named(key, error) from error
             shard.uncache(offset + start, len(part))
 
     def read_rest(
         self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
     ) -> None:
         """As ``PartReader`` says; raises what ``read_into`` does."""
-        with self._in_use():
+        with self._use:
             shard, offset = self._locate(key)
             view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
-            assert not shard.direct or np.frombuffer(view, np.uint8).ctypes.data % PAGE == 0, "not on a page"
-            with self._naming(key):
+            assert not shard.direct or _address(view) % PAGE == 0, "not on a page"
+            try:
                 crc = self._read(shard, offset, view, beginning, pause)
+            except StoreReadError as error:
+                raise self._named(key, error) from error
             shard.uncache(offset, len(view))
             if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
                 raise ChecksumError(
@@ -133,7 +136,7 @@ class ExpertStore:
 
     def record_crcs(self, block: int) -> tuple[int, ...]:
         """The crc32c stored behind each of a block's records, in the order of its experts."""
-        with self._in_use():
+        with self._use:
             shard, _ = self._locate(ExpertKey(block, 0))
             with read_errors(shard.file.path), shard.file.path.open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
@@ -144,15 +147,12 @@ class ExpertStore:
 
         In a forked child there is nothing to wait for: only its own descriptors go.
         """
-        pool = None
-        if self._home.is_here:
-            with self._state:
-                self._closed = True
-                self._state.wait_for(lambda: not self._reading)
-                pool, self._pool = self._pool, None
+        self._use.close()
         shards, self._shards = self._shards, {}
-        if pool is not None:
-            pool.shutdown()
+        if self._home.is_here:
+            pool, self._pool = self._pool, None
+            if pool is not None:
+                pool.shutdown()
         for shard in shards.values():
             shard.close()
 
@@ -164,27 +164,8 @@ class ExpertStore:
     ) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """No descriptor is closed, and its number given to another file, while somebody reads from it."""
-        self._home.check()
-        with self._state:
-            if self._closed:
-                raise ClosedError(f"The store {self.folder} was closed.", "Open it again.")
-            self._reading += 1
-        try:
-            yield
-        finally:
-            with self._state:
-                self._reading -= 1
-                self._state.notify_all()
-
-    @contextlib.contextmanager
-    def _naming(self, key: ExpertKey) -> Iterator[None]:
-        try:
-            yield
-        except StoreReadError as error:
-            raise StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix) from error
+    def _named(self, key: ExpertKey, error: StoreReadError) -> StoreReadError:
+        return StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix)
 
     def _locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
         block, expert = key
@@ -251,7 +232,7 @@ class ExpertStore:
         return crc
 
     def _readers_pool(self) -> ThreadPoolExecutor:
-        with self._state:
+        with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="moetier-store")
             return self._pool
@@ -263,6 +244,10 @@ def _name(manifest: Manifest, block: int) -> str:
 
 def _expert(manifest: Manifest, key: ExpertKey) -> str:
     return f"{manifest.model}, {_name(manifest, key.block)}, expert {key.expert}"
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
 def _known(crc: int, view: memoryview) -> int:

@@ -114,6 +114,7 @@ def test_a_demand_reads_the_rest_while_the_piece_before_it_is_read(gate: GatedRe
     assert gate.parts_read == [(WISHED, 0, PIECE), (WISHED, PIECE, 2 * PIECE)], "the rest is of one piece"
     stats = tier.stats()
     assert (stats.prefetched, stats.late, stats.useful, stats.cancelled) == (1, 1, 0, 0)
+    assert (stats.misses, stats.joined) == (7, 1), "seven records were read"
     assert stats.saved_seconds > 0
     assert len(tier._ledger.loads._heads or ()) == 0
 
