@@ -34,6 +34,7 @@ from .stats import TierStats
 from .timekeeper import Timekeeper
 
 LOADERS = 4  # records that are read at a time
+HANDOVER = 1e-5  # seconds: a caller that computes at once would keep Python's lock from the loader that it has rung for
 
 
 class HostTier:
@@ -115,6 +116,8 @@ class HostTier:
             with self._monitor:
                 self._check_open()
                 self._ledger.look(demand, keys)
+            if demand.loads and demand.ready:
+                time.sleep(HANDOVER)
             while leases := self._next(demand):
                 while leases:  # whoever waits for the next keeps none of them
                     yield leases.popleft()
