@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 SPAN = 4  # steps of a window
 FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
-CLEAR = 4  # pairs, if it is as sure as it has to be for it that guessing loses
+CLEAR = 4  # pairs, if guessing loses by as many standard errors as it takes to be for it
 HOLD = {True: 1024, False: 256}  # steps that a verdict holds at first: what guesses gain grows as they learn
 LONGEST = 4096  # when it is the same again and again
 WARM = 64  # steps before a trial, from which on it is to be known what steps lack

@@ -26,8 +26,8 @@ def break_even(pace: Pace, *, lacks: float, regrets: float) -> float:
 
 def _in_the_way(pace: Pace, lacks: float) -> float:
     """Seconds that a wrong read is expected to delay demands. One comes whenever as much time has passed as a right
-    read saves. Where reads can be given up it ends at the first, which is its own; else it delays the first that reads.
-    """
+    read saves. Where reads can be given up it ends at the first, which is its own, and which comes anywhere in a piece:
+    half of one is left on average; else it delays the first that reads."""
     left = pace.read - pace.saved
     if pace.grain < pace.read:
         return lacks * min(max(left, 0.0), pace.grain / 2)

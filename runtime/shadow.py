@@ -20,7 +20,7 @@ class Shadow:
     """Of every block's slots."""
 
     def __init__(self, slots: Sequence[int], policy: str = DEFAULT_ORDER, *, sampled: float = SAMPLED) -> None:
-        """``slots`` by block; ``policy`` is one of ``ORDERS``, the tier's."""
+        """``slots`` by block; ``policy`` is one of ``ORDERS``: the tier's, which of a daemon's is not known."""
         self._sampled = sampled
         self._chance = Random(0)
         self.misses = 0

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from .demands import Load, Party, Pool
-from .heads import QUICK_SECONDS, Heads
+from .heads import QUICK_SECONDS, Head, Heads
 from .keys import ExpertKey
 from .stats import TierCounters
 from .wishes import Wishes
@@ -41,10 +41,16 @@ class Early:
         self._savings: deque[float] = deque(maxlen=SAVINGS_KEPT)  # seconds
         self._lent: set[ExpertKey] = set()  # of these two, what the tier above has borrowed: it may be evicted here
 
-    def __len__(self) -> int:
-        """How many have not begun, or go on beside the slots."""
-        growing = sum(self.is_wished(head.key) for head in self.heads or ())
-        return len(self._wishes) + len(self._warming) + growing
+    @property
+    def unbegun(self) -> int:
+        """How many have not begun."""
+        return len(self._wishes) + len(self._warming)
+
+    @property
+    def waiting(self) -> int:
+        """How many a loader could read something of: not begun, or gone no further than a piece."""
+        idle = sum([head.is_idle and self.is_wished(head.key) for head in self.heads or ()])
+        return self.unbegun + idle
 
     # -- what is to come ----------------------------------------------------------------------------------------------
 
@@ -79,11 +85,7 @@ class Early:
         for wisher, pool, key in self._wishes.take(lambda pool: not pool.hungry):
             heads = self.heads_for(pool)
             if pool.slots.find(key) is None and (self.heads is None or key not in self.heads):
-                slot = pool.policy.vacancy(key.block)
-                if slot is None:
-                    slot = self._leftover(pool)
-                if slot is None and heads is None:
-                    slot = self.victim(pool, key)
+                slot = self._cheap(pool, key) if heads is not None else self.place(pool, key)
                 if slot is not None or heads is not None:
                     self._wishes.served(wisher)
                     self._counters.prefetched += 1
@@ -97,9 +99,15 @@ class Early:
                     return Place(pool, key, slot, warmed=True)
         return None
 
-    def victim(self, pool: Pool, key: ExpertKey) -> int | None:
-        """For what is wished: the slot of what is neither held nor wished, of its own group."""
-        return pool.policy.choose(key.block, keep=self.is_wished)
+    def place(self, pool: Pool, key: ExpertKey) -> int | None:
+        """The slot for what is wished: one that costs nothing, or of what is neither held nor wished, of its own
+        group."""
+        slot = self._cheap(pool, key)
+        return pool.policy.choose(key.block, keep=self.is_wished) if slot is None else slot
+
+    def _cheap(self, pool: Pool, key: ExpertKey) -> int | None:
+        slot = pool.policy.vacancy(key.block)
+        return self._leftover(pool) if slot is None else slot
 
     def _leftover(self, pool: Pool) -> int | None:
         """Of a wish that was wrong: so the next one costs its block no record."""
@@ -134,11 +142,18 @@ class Early:
         return None if seconds is not None and seconds < QUICK_SECONDS else self.heads
 
     def make_room(self) -> bool:
-        """Whether there is room for one more head, perhaps in place of those that nobody wishes for any more."""
-        assert self.heads is not None
-        if not self.heads.has_room:
-            self._counters.cancelled += self.heads.clear(self.is_wished)
+        """Whether there is room for one more head, perhaps in place of one that nobody wishes for any more."""
+        if self.heads is None or self.heads.has_room:
+            return True
+        if self.heads.clear(self.is_wished):
+            self._counters.cancelled += 1
         return self.heads.has_room
+
+    def give_up(self, head: Head[Pool]) -> None:
+        """There is no slot for it, and others wait for its room."""
+        assert self.heads is not None
+        self.heads.end(head)
+        self._counters.cancelled += 1
 
     def arrive(self, load: Load, seconds: float) -> None:
         """It is READY, and its read took so many seconds."""

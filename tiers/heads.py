@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from .errors import BudgetError
 from .keys import PAGE, ExpertKey
 from .manifest import Manifest
 
@@ -32,8 +33,8 @@ def head_bytes(slot_bytes: int) -> int:
 
 
 def piece_bytes(slot_bytes: int, seconds: float | None) -> int:
-    """That are read at a time of a record whose read takes so many seconds, if that is known: a demand waits for no
-    more."""
+    """That are read at a time of a record whose read takes so many seconds, if that is known: a quarter of a head, or
+    what takes PIECE_SECONDS. A demand waits for no more."""
     least = -(-head_bytes(slot_bytes) // (PIECES * PAGE)) * PAGE
     if seconds is None:
         return least
@@ -51,7 +52,6 @@ class Head(Generic[Place]):
     __slots__ = (
         "began",
         "buffer",
-        "crc",
         "end",
         "error",
         "filled",
@@ -70,7 +70,6 @@ class Head(Generic[Place]):
         self.step = step  # bytes of a piece
         self.filled = 0
         self.end = 0  # of the piece that is being read; else as ``filled``
-        self.crc = 0  # crc32c of what is filled, but for the record's own checksum
         self.seconds = 0.0  # that reading it has taken
         self.began = 0.0  # the latest piece, by the ledger's clock
         self.error: BaseException | None = None
@@ -100,13 +99,19 @@ class Head(Generic[Place]):
 
 
 class Heads(Generic[Place]):
-    """Of one tier. Buffers are allocated when the first wishes need them."""
+    """Of one tier."""
 
     def __init__(self, largest: int) -> None:
-        """``largest``: bytes of a slot."""
-        self._bytes = head_bytes(largest)
-        self._buffers: list[mmap.mmap] = []
-        self._free: list[memoryview] = []
+        """``largest``: bytes of a slot. Pages are taken when they are first read into. Raises BudgetError."""
+        size = head_bytes(largest)
+        try:
+            buffers = [mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(HEADS)]
+        except OSError as error:
+            raise BudgetError(
+                f"The system does not give {HEADS * size:,} bytes beside the slots ({error.strerror}).",
+                "Give the host tier less memory, or free some.",
+            ) from error
+        self._free = [memoryview(buffer) for buffer in buffers]
         self._heads: dict[ExpertKey, Head[Place]] = {}
         self._ended: list[Head[Place]] = []  # that are read into still
 
@@ -126,13 +131,10 @@ class Heads(Generic[Place]):
 
     @property
     def has_room(self) -> bool:
-        return bool(self._free) or len(self._buffers) < HEADS
+        return bool(self._free)
 
     def begin(self, place: Place, key: ExpertKey, slot_bytes: int, seconds: float | None) -> Head[Place]:
         """There is room for it. Its record has so many bytes, whose read takes so many seconds, if that is known."""
-        if not self._free:
-            self._buffers.append(mmap.mmap(-1, self._bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            self._free.append(memoryview(self._buffers[-1]))
         buffer = self._free.pop()[: head_bytes(slot_bytes)]
         head = self._heads[key] = Head(place, key, buffer, piece_bytes(slot_bytes, seconds))
         return head
@@ -144,12 +146,13 @@ class Heads(Generic[Place]):
             head.is_claimed = True
         return head
 
-    def clear(self, is_wished: Callable[[ExpertKey], bool]) -> int:
-        """Ends those that nobody wishes for any more; how many."""
-        ended = [head for head in self._heads.values() if head.is_idle and not is_wished(head.key)]
-        for head in ended:
-            self.end(head)
-        return len(ended)
+    def clear(self, is_wished: Callable[[ExpertKey], bool]) -> bool:
+        """Ends the oldest of those that nobody wishes for any more, if there are any."""
+        for head in self._heads.values():
+            if head.is_idle and not is_wished(head.key):
+                self.end(head)
+                return True
+        return False
 
     def end(self, head: Head[Place]) -> None:
         """Its buffer is another's, as soon as nothing is read into it."""
@@ -159,11 +162,11 @@ class Heads(Generic[Place]):
         else:
             self._release(head)
 
-    def read(self, head: Head[Place], seconds: float, crc: int, error: BaseException | None = None) -> None:
+    def read(self, head: Head[Place], seconds: float, error: BaseException | None = None) -> None:
         """The piece that was being read is there, or won't come."""
         head.seconds += seconds
         if error is None:
-            head.filled, head.crc = head.end, crc
+            head.filled = head.end
         else:
             head.end, head.error = head.filled, error
         if head.waiter is not None:
@@ -176,7 +179,6 @@ class Heads(Generic[Place]):
         """When nothing is read any more."""
         self._heads.clear()
         self._free.clear()
-        self._buffers.clear()
 
     def _release(self, head: Head[Place]) -> None:
         whole = head.buffer.obj

@@ -95,7 +95,7 @@ class Ledger:
         self._advance(demand)
         for key in reversed(distinct):  # what is given first is evicted last
             slot = slots.find(key)
-            if slot is not None:
+            if slot is not None and key not in demand.pending:  # else it is used when the party may have it
                 demand.pool.policy.touch(slot, passing=demand.passing)
         if demand.party is not None:
             self.waiting.stir(demand)
@@ -236,8 +236,11 @@ class Ledger:
 
     def _detach(self, demand: Demand, slot: int) -> None:
         pool = demand.pool
-        if not pool.slots.unpin(slot) and pool.hungry:
-            self.waiting.wake()
+        if not pool.slots.unpin(slot):
+            if pool.hungry:
+                self.waiting.wake()
+            elif self.loads.lacks_slots:
+                self._ring()
         self.waiting.count(demand, -1)
 
     def check_integrity(self, pools: Sequence[Pool]) -> None:

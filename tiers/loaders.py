@@ -9,13 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
-import google_crc32c
 import numpy as np
 
 from .arena import Arena
 from .demands import Load, Pool
 from .heads import Head
-from .keys import CHECKSUM_BYTES
 from .ledger import Ledger
 from .loads import Loads
 from .monitor import Monitor
@@ -107,24 +105,19 @@ class Loaders:
             self._parts.read_rest(load.key, slot, beginning, pause)
 
     def _read_piece(self, head: Head[Pool]) -> None:
-        crc, error = head.crc, None
-        try:
-            crc = self._piece(head, head.buffer[head.filled : head.end])
-        except BaseException as caught:  # whatever it is: its demand meets it again
-            traceback.clear_frames(caught.__traceback__)
-            error = caught
-        with self._monitor:
-            self._loads.grown(head, crc, error)
-
-    def _piece(self, head: Head[Pool], piece: memoryview) -> int:
-        """Returns the crc32c of all the payload that is there with it."""
         assert self._parts is not None
-        self._parts.read_part(head.key, head.filled, piece)
-        payload = head.place.slot_bytes - CHECKSUM_BYTES - head.filled
-        return int(google_crc32c.extend(head.crc, np.frombuffer(piece, np.uint8)[:payload]))
+        try:
+            self._parts.read_part(head.key, head.filled, head.buffer[head.filled : head.end])
+        except BaseException as error:  # whatever it is: its demand meets it again
+            traceback.clear_frames(error.__traceback__)
+            with self._monitor:
+                self._loads.grown(head, error)
+        else:
+            with self._monitor:
+                self._loads.grown(head)
 
-    def _copy(self, head: Head[Pool], slot: memoryview) -> int:
-        """What was read before its load began, or is being read still; returns the crc32c of its payload."""
+    def _copy(self, head: Head[Pool], slot: memoryview) -> None:
+        """What was read before its load began, or is being read still."""
         over = threading.Lock()
         over.acquire()
         with self._monitor:
@@ -137,7 +130,6 @@ class Loaders:
             raise head.error
         # numpy lets go of Python's lock meanwhile
         np.frombuffer(slot, np.uint8)[: head.filled] = np.frombuffer(head.buffer, np.uint8)[: head.filled]
-        return head.crc
 
     def _stand_back(self, load: Load) -> bool:
         """Of a load that a wish began; whether no demand has joined it yet."""

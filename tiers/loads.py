@@ -34,6 +34,7 @@ class Loads:
         clock: Callable[[], float],
     ) -> None:
         self.is_dropped = False
+        self.lacks_slots = False  # what is full beside the slots, and wished for, found none
         self._heads = early.heads
         self._directory = directory
         self._counters = counters
@@ -131,38 +132,40 @@ class Loads:
         for head in self._heads or ():
             if head.may_grow and self._early.is_wished(head.key):
                 return self._grow(head)
-        if self._heads is None or self._early.make_room():
-            place = self._early.take()
-            if place is not None and place.slot is not None:
-                return self.begin(place.pool, place.key, place.slot, wished=True, warmed=place.warmed)
-            if place is not None and self._heads is not None:
-                pool = place.pool
-                return self._grow(self._heads.begin(pool, place.key, pool.slot_bytes, pool.read_seconds))
-        return self._promote()
+        while True:
+            if self._early.unbegun and self._early.make_room():
+                place = self._early.take()
+                if place is not None and place.slot is not None:
+                    return self.begin(place.pool, place.key, place.slot, wished=True, warmed=place.warmed)
+                if place is not None and self._heads is not None:
+                    pool = place.pool
+                    return self._grow(self._heads.begin(pool, place.key, pool.slot_bytes, pool.read_seconds))
+            full = [head for head in self._heads or () if head.is_full and head.is_idle]
+            full = [head for head in full if self._early.is_wished(head.key) and not head.place.hungry]
+            for head in full:
+                if (slot := self._early.place(head.place, head.key)) is not None:
+                    return self.begin(head.place, head.key, slot, wished=True)
+            self.lacks_slots = bool(full)
+            if not full or not self._early.unbegun:
+                return None
+            self._early.give_up(full[0])
 
     def _grow(self, head: Head[Pool]) -> Head[Pool]:
         head.grow(self._clock())
         return head
 
-    def _promote(self) -> Load | None:
-        """Into a slot, what is wished for still."""
-        for head in self._heads or ():
-            if head.is_full and head.is_idle and not head.place.hungry and self._early.is_wished(head.key):
-                slot = self._early.victim(head.place, head.key)
-                if slot is not None:
-                    return self.begin(head.place, head.key, slot, wished=True)
-        return None
-
-    def grown(self, head: Head[Pool], crc: int, error: BaseException | None = None) -> None:
+    def grown(self, head: Head[Pool], error: BaseException | None = None) -> None:
         """The piece that was being read is there, or won't come: the demand will meet the error again, if any comes."""
         assert self._heads is not None
-        self._heads.read(head, self._clock() - head.began, crc, error)
+        filled = head.filled
+        self._heads.read(head, self._clock() - head.began, error)
+        self._counters.bytes_in += head.filled - filled
         if error is not None and not head.is_claimed:
             self._counters.failures += 1
             self._heads.end(head)
 
     def _ring_for_wishes(self) -> None:
-        waiting = len(self._early)
+        waiting = self._early.waiting
         if waiting and not self._is_for_demands:
             for _ in range(min(waiting, self._prefetches - self._prefetching)):
                 self._ring()
@@ -186,10 +189,10 @@ class Loads:
 
     def arrive(self, load: Load) -> None:
         """Its record is in the slot."""
+        self._counters.bytes_in += load.pool.slot_bytes - (load.head.filled if load.head is not None else 0)
         self._forget(load)
         load.pool.slots.fill(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
-        self._counters.bytes_in += load.pool.slot_bytes
         self._early.arrive(load, self._clock() - load.began)
         for demand in load.waiters:
             demand.loads.remove(load)

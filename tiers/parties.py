@@ -20,7 +20,7 @@ class Parties:
         while True:
             while (demand := self._waiting.take_stirred()) is not None:
                 self._go_on(demand)
-            if not any(self._feed(demand) for demand in self._waiting.heads()):
+            if not any(self._feed(demand) for demand in self._waiting.firsts()):
                 return
 
     def expire(self) -> float | None:

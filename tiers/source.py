@@ -59,7 +59,7 @@ class Beginning(NamedTuple):
     """What is there of a record already."""
 
     length: int  # bytes, of whole pages
-    copy: Callable[[memoryview], int]  # puts it into a slot, as soon as it is there; the crc32c of its payload
+    copy: Callable[[memoryview], None]  # puts it into a slot, as soon as it is there
 
 
 class RecordReader(Protocol):
@@ -85,12 +85,13 @@ class RecordReader(Protocol):
 class PartReader(Protocol):
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
         """Fills ``part`` with what a slot of the record has from byte ``start`` on: whole pages, or to its end. Nothing
-        is checked. Raises StoreError."""
+        is checked. Raises StoreError, which does not name the record."""
 
     def read_rest(
         self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
     ) -> None:
-        """As ``read_into``, but for what is there: that is waited for only when the rest has been asked for."""
+        """As ``read_into``, but for what is there: that is waited for only when the rest has been asked for. Raises
+        StoreError, and what ``beginning.copy`` raises."""
 
 
 class ExpertSource(Protocol[Record]):

@@ -26,7 +26,9 @@ class TierStats:
     hits: int
     misses: int  # loads that a demand began, and demands that joined what was under way
     joined: int  # of the misses: those that joined
-    prefetched: int  # loads that a wish began; of these, but for those that failed or were cancelled meanwhile:
+    prefetched: (
+        int  # records whose reads a wish began; of these, but for those that failed or were cancelled meanwhile:
+    )
     useful: int  # READY when a demand came, to this tier or to the one above, which had borrowed it
     late: int  # begun, and not READY, when a demand came
     wasted: int  # evicted before any demand; of what the tier above has borrowed that is known once it is read again

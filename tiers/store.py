@@ -108,10 +108,7 @@ class ExpertStore:
         """As ``PartReader`` says."""
         with self._use:
             shard, offset = self._locate(key)
-            try:
-                shard.read(offset + start, part)
-            except StoreReadError as error:
-                raise self._named(key, error) from error
+            shard.read(offset + start, part)
             shard.uncache(offset + start, len(part))
 
     def read_rest(
@@ -192,32 +189,39 @@ class ExpertStore:
         beginning: Beginning,
         pause: Callable[[], bool] | None,
     ) -> int:
-        """Reads a record, but for its beginning, and returns the crc32c of its payload."""
+        """Reads a record, but for its beginning, and returns the crc32c of its payload, as it is in ``view`` in the
+        end."""
         payload = np.frombuffer(view, np.uint8)[:-CHECKSUM_BYTES]
-        start, copy, step = *beginning, interruptible_bytes(len(view))
+        start, step = beginning.length, interruptible_bytes(len(view))
+
+        def before() -> int:
+            beginning.copy(view)
+            return int(google_crc32c.extend(0, payload[: beginning.length]))
+
+        crc = before
         while pause is not None and start < len(view):
             shard.read(offset + start, view[start : start + step])
-            crc = google_crc32c.extend(copy(view), payload[start : start + step])
-            start, copy = start + step, partial(_known, crc)
+            crc = partial(int, google_crc32c.extend(crc(), payload[start : start + step]))
+            start += step
             if start < len(view) and not pause():
                 pause = None  # the rest as one that nobody may interrupt
         if len(view) - start > PIECE_BYTES:
-            return self._read_side_by_side(shard, offset, view, payload, Beginning(start, copy))
-        if start >= len(view):
-            return copy(view)
-        shard.read(offset + start, view[start:])
-        return int(google_crc32c.extend(copy(view), payload[start:]))
+            return self._read_side_by_side(shard, offset, view, payload, start, crc)
+        if start < len(view):
+            shard.read(offset + start, view[start:])
+        return int(google_crc32c.extend(crc(), payload[start:]))
 
     def _read_side_by_side(
-        self, shard: OpenShard, offset: int, view: memoryview, payload: Any, beginning: Beginning
+        self, shard: OpenShard, offset: int, view: memoryview, payload: Any, start: int, before: Callable[[], int]
     ) -> int:
+        """From ``start`` on; ``before`` gives the crc32c of what is before, once that is there."""
         pool = self._readers_pool()
-        starts = range(beginning.length, len(view), PIECE_BYTES)
+        starts = range(start, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
             pool.submit(shard.read, offset + start, view[start : start + PIECE_BYTES]) for start in starts
         ]
         try:
-            crc = beginning.copy(view)
+            crc = before()
             # In order: each piece is checksummed while later ones are read. This thread takes one that none has begun.
             for start, piece in zip(starts, pieces, strict=True):
                 if piece.cancel():
@@ -250,8 +254,8 @@ def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
-def _known(crc: int, view: memoryview) -> int:
-    return crc
+def _nothing(view: memoryview) -> None:
+    """Is there already."""
 
 
-_NOTHING = Beginning(0, partial(_known, 0))
+_NOTHING = Beginning(0, _nothing)

@@ -50,7 +50,7 @@ class Waiting:
             self.wake()  # the next in the row may find a slot too
             self._ring()  # wishes stand back while somebody is hungry
 
-    def heads(self) -> Iterator[Demand]:
+    def firsts(self) -> Iterator[Demand]:
         """The first of each pool's hungry, where that is a party's: anybody else, woken, comes by himself."""
         for pool in list(self._pools):
             if not any(demand.party for demand in pool.hungry):

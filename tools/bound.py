@@ -67,7 +67,8 @@ class Bound:
 
 def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
     """By step and block: how many of its experts a cache lacks that evicts by ``policy``, one of ``ORDERS``; it is cold
-    at the start. Each is looked up against the state before its step, in its block's group."""
+    at the start. Each is looked up against the state before its step, in its block's group. A passage is a
+    demand like any other here."""
     caches: dict[int, tuple[Order, set[ExpertKey], int]] = {}
     for group in groups:
         caches |= dict.fromkeys(group.blocks, (ORDERS[policy](group.quota), set(), group.quota))

@@ -34,7 +34,7 @@ class RamReader:
         return self if self._in_parts else None
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        self.read_rest(key, buffer, Beginning(0, lambda view: 0), pause)
+        self.read_rest(key, buffer, Beginning(0, lambda view: None), pause)
 
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
         with self._lock:
@@ -49,8 +49,8 @@ class RamReader:
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
         whole, start = self._whole(key), beginning.length
         buffer[start:] = whole[start:]
-        crc = beginning.copy(buffer)
-        assert crc == google_crc32c.value(whole[: min(start, len(whole) - CHECKSUM_BYTES)])
+        beginning.copy(buffer)
+        assert buffer[:start] == whole[:start]
 
     def _whole(self, key: ExpertKey) -> bytes:
         if key in self.broken:

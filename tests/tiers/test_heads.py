@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import mmap
+import random
+import time
 from collections.abc import Iterator
+from math import inf
+from pathlib import Path
 
 import pytest
+from faults import flip_bit
+from geometries import two_geometries
 from hypothesis import given
 from hypothesis import strategies as st
 from readers import GatedReader, RamReader
-from stores import make_plan, make_records
+from stores import make_plan, make_records, write_store
 from threads import Task, wait_until
 
 from moetier.tiers import early, heads
-from moetier.tiers.errors import StoreReadError
-from moetier.tiers.heads import HEADS, LEAST_BYTES, PIECES, SHARE, head_bytes, piece_bytes
+from moetier.tiers.budget import slots_for, smallest_budget
+from moetier.tiers.errors import BudgetError, ChecksumError, MissingExpertError, StoreReadError
+from moetier.tiers.heads import HEADS, LEAST_BYTES, PIECES, SHARE, Heads, head_bytes, piece_bytes
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import PAGE, ExpertKey
+from moetier.tiers.shard import GROUP, ShardFile
+from moetier.tiers.source import Beginning
+from moetier.tiers.store import ExpertStore
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)
@@ -94,8 +105,7 @@ def test_what_is_read_quickly_goes_into_a_slot_at_once(monkeypatch: pytest.Monke
     with HostTier(reader, slots={"records": 6}) as tier:
         for block in range(3):
             take(tier, block, 0, 1)
-        monkeypatch.undo()
-        assert (tier._pools["records"].read_seconds or 1) < early.QUICK_SECONDS
+        monkeypatch.setattr(early, "QUICK_SECONDS", inf)
         tier.prefetch(0, [WISHED])
         wait_until(lambda: not tier.absent([WISHED]))
         assert not reader.parts_read
@@ -231,6 +241,8 @@ def test_closing_waits_for_a_piece(gate: GatedReader) -> None:
     gate.wait_begun(WISHED)
     closing = Task(tier.close)
     wait_until(lambda: tier._closed)
+    time.sleep(0.02)
+    assert closing.thread.is_alive()
     gate.open()
     closing.result()
     assert gate.parts_read == [(WISHED, 0, PIECE)]
@@ -243,3 +255,105 @@ def test_of_a_reader_that_reads_whole_records_they_go_into_slots_at_once() -> No
         tier.prefetch(0, [WISHED])
         wait_until(lambda: not tier.absent([WISHED]))
         assert len(tier.absent(keys(0, 0, 1))) == 1
+
+
+def test_what_is_full_and_finds_no_slot_is_in_nobodys_way(gate: GatedReader, tier: HostTier) -> None:
+    """Somebody wishes for all of a block, so that none of it may go; others wish for less."""
+    gate.open()
+    tier.prefetch(0, keys(0, 0, 1, 2, 3))
+    wait_until(lambda: tier._ledger.loads.lacks_slots)
+    assert everything(tier)
+    tier.prefetch(1, keys(1, 2))
+    wait_until(lambda: not tier.absent(keys(1, 2)))
+    assert tier.stats().cancelled == 1
+    tier.check_integrity()
+
+
+def test_what_is_full_goes_into_a_slot_when_one_is_given_back(gate: GatedReader, tier: HostTier) -> None:
+    gate.open()
+    held = [tier.acquire(keys(0, expert)) for expert in (0, 1)]
+    for leases in held:
+        next(leases)
+    tier.prefetch(0, [WISHED])
+    wait_until(lambda: tier._ledger.loads.lacks_slots)
+    assert tier.absent([WISHED])
+    held.pop().close()
+    wait_until(lambda: not tier.absent([WISHED]))
+    held.pop().close()
+
+
+def test_bytes_are_counted_once_and_wrong_ones_too(gate: GatedReader, tier: HostTier) -> None:
+    gate.open()
+    before = tier.stats().bytes_in
+    gate.shut()
+    tier.prefetch(0, [WISHED])
+    gate.wait_begun(WISHED)
+    take(tier, 0, 0, 1)  # it was wrong
+    gate.release(WISHED)
+    wait_until(lambda: tier.stats().bytes_in == before + PIECE)
+    gate.open()
+    take(tier, 0, 2)
+    assert tier.stats().bytes_in == before + SLOT
+
+
+def test_a_head_that_can_not_be_had_is_an_error_of_the_budget() -> None:
+    with pytest.raises(BudgetError, match="beside the slots"):
+        Heads[None](1 << 60)
+
+
+# -- the real store ----------------------------------------------------------------------------------------------------
+
+
+def test_heads_over_a_store_of_two_geometries(tmp_path: Path) -> None:
+    plan = two_geometries()
+    records = make_records(plan)
+    write_store(tmp_path, plan, records)
+    with (
+        ExpertStore.open(tmp_path) as store,
+        HostTier(store, slots=slots_for(plan, smallest_budget(plan))) as tier,
+    ):
+        chance = random.Random(1)
+        for _ in range(300):
+            block = chance.randrange(len(plan.blocks))
+            wished, wanted = (chance.sample(range(4), 2) for _ in range(2))
+            tier.prefetch(block, keys(block, *wished))
+            time.sleep(chance.choice((0, 0, 1e-4, 1e-3)))
+            if chance.random() < 0.7:
+                wanted = wished
+            for lease in tier.acquire(keys(block, *wanted)):
+                assert bytes(lease.record) == records[lease.key]
+        tier.check_integrity()
+        stats = tier.stats()
+        assert stats.late + stats.useful > 50
+        assert stats.bytes_in > 0
+
+
+def test_a_bit_that_flipped_in_a_head_is_noticed_and_named_once(tmp_path: Path) -> None:
+    write_store(tmp_path, PLAN, RECORDS)
+    flip_bit(ShardFile.of(tmp_path / GROUP, PLAN, 0).path, 2 * SLOT + 5)
+    with ExpertStore.open(tmp_path) as store, HostTier(store, slots={"records": 6}, loaders=2) as tier:
+        for block in range(3):
+            take(tier, block, 0, 1)
+        tier.prefetch(0, [WISHED])
+        heads_of = tier._ledger.loads._heads
+        assert heads_of is not None
+        wait_until(lambda: WISHED in heads_of or tier.stats().failures > 0)
+        with pytest.raises(ChecksumError) as caught:
+            take(tier, 0, 2)
+        assert str(caught.value).count("expert 2") == 1
+
+
+def test_a_read_that_fails_in_a_head_is_named_once(tmp_path: Path) -> None:
+    write_store(tmp_path, PLAN, RECORDS)
+    with ExpertStore.open(tmp_path) as store:
+
+        def copy(view: memoryview) -> None:
+            raise StoreReadError("the disk is broken.", "Mend it.")
+
+        slot = memoryview(mmap.mmap(-1, SLOT))
+        with pytest.raises(StoreReadError) as caught:
+            store.read_rest(WISHED, slot, Beginning(PIECE, copy))
+        assert str(caught.value).count("expert 2") == 1
+        with pytest.raises(MissingExpertError) as missing:
+            store.read_part(ExpertKey(0, 4), 0, slot[:PIECE])
+        assert str(missing.value).count("expert 4") == 1

@@ -321,7 +321,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.reading.remove(load)
         if isinstance(load, Head):
             with self.monitor:
-                self.ledger.loads.grown(load, 0, error)
+                self.ledger.loads.grown(load, error)
             return
         if load.head is not None:
             error = error or load.head.error
