@@ -35,6 +35,7 @@ from moetier.runtime.gates import Gates
 from moetier.runtime.shortcut import Leads
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.open_shard import OpenShard
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 from moetier.tiers.stats import TierStats
 
 WAYS = {
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=0.0, metavar="GB/S", help="0: as fast as it is (default)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64, help="of a round (default: %(default)s)")
+    parser.add_argument("--policy", choices=list(ORDERS), default=DEFAULT_ORDER, help="(default: %(default)s)")
     parser.add_argument("--look-ahead", type=int, default=LOOK_AHEAD)
     parser.add_argument("--ways", default=",".join(WAYS), help="(default: %(default)s)")
     parser.add_argument("--text", type=Path, help="whose tokens are fed; random ones without it")
@@ -69,7 +71,12 @@ def main() -> None:
     models = {}
     for name, mode in ways.items():
         models[name], tokenizer = moetier.load(
-            arguments.directory, ram=ram, daemon=None, speculate=mode, look_ahead=arguments.look_ahead
+            arguments.directory,
+            ram=ram,
+            daemon=None,
+            speculate=mode,
+            look_ahead=arguments.look_ahead,
+            policy=arguments.policy,
         )
     ids = tokens_of(arguments, next(iter(models.values())), tokenizer)
     print(
