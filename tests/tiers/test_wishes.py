@@ -90,8 +90,10 @@ def test_nothing_is_lost_and_nothing_comes_twice(actions: list[tuple[str, str, i
             waiting = {place: found for place, found in waiting.items() if place[0] != wisher}
             latest = {place: found for place, found in latest.items() if place[0] != wisher}
         else:
-            for key in taken(wishes, 1):
-                next(found for found in waiting.values() if found[:1] == [key]).remove(key)
+            for whose, _, key in wishes.take(lambda place: True):
+                wishes.served(whose)
+                assert waiting[str(whose), key.block].pop(0) == key
+                break
         assert len(wishes) == sum(map(len, waiting.values()))
         every = {key for found in latest.values() for key in found}
         assert all((ExpertKey(b, e) in wishes) == (ExpertKey(b, e) in every) for b in range(3) for e in range(5))
