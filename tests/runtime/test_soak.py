@@ -1,6 +1,6 @@
 """Six clients that come, work and die, and a daemon that is restarted twice: at the end everything is as it was.
 
-``MOETIER_SOAK_SECONDS=60 pytest -m slow tests/runtime/test_soak.py`` for another length of the long form.
+``SOAK_SECONDS=60 pytest -m slow tests/runtime/test_soak.py`` for another length of the long form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workers import Crew, WorkerError
 
 SEATS = 6
 SHORT = 12.0  # seconds
-LONG = float(os.environ.get("MOETIER_SOAK_SECONDS", "600"))
+LONG = float(os.environ.get("SOAK_SECONDS", "600"))
 
 
 @pytest.mark.parametrize(
