@@ -20,7 +20,7 @@ from .waiting import Waiting
 
 
 class Loads:
-    """``ring`` wakes a loader; ``prefetches`` reads that wishes began are in flight at most, pieces of heads among them."""
+    """``ring`` wakes a loader; ``prefetches`` reads that wishes began are in flight at most, pieces among them."""
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class TierStats:
     failures: int  # loads that ended in an error
     discarded: int  # results that were thrown away: their record had been replaced meanwhile
     bytes_in: int
-    load_bounds: tuple[float, ...]  # seconds; of the loads that were timed as a whole (no head, and no standing back):
+    load_bounds: tuple[float, ...]  # seconds; of the loads that were timed as a whole, with no head:
     loads: tuple[int, ...]  # how many took no longer than each bound, but longer than the one before; and than them all
     load_seconds: float  # that they took, all of them
     waits: int  # how many there were
