@@ -34,23 +34,14 @@ build/synthetic/%-4bit/tokens.json: | .venv/.ready
 	rm -rf build/synthetic/$* build/synthetic/$*-4bit
 	$(RUN) -m moetier.tools.main synthetic build/synthetic/$* --geometry $* --store build/synthetic/$*-4bit
 
-# mypy does not follow the import hook of an editable install: these links are the package as it is installed
-build/types/.ready: Makefile
-	@mkdir -p build/types/moetier
-	@for name in __init__.py py.typed; do ln -sfn "../../../moetier/$$name" "build/types/moetier/$$name"; done
-	@for name in proto tiers runtime tools; do ln -sfn "../../../$$name" "build/types/moetier/$$name"; done
-	@ln -sfn ../../../tests/assets build/types/moetier/assets
-	@touch build/types/.ready
-
-proto: .venv/.ready build/types/.ready  ## generate proto/*_pb2*.py from the wire contract
-	$(RUN) -m grpc_tools.protoc -I build/types --python_out=build/types --pyi_out=build/types \
-		--grpc_python_out=build/types moetier/proto/expert_store.proto
+proto: .venv/.ready  ## generate proto/*_pb2*.py from the wire contract
+	$(RUN) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. moetier/proto/expert_store.proto
 
 golden: .venv/.ready  ## write what commands say with --help, and of faults, to tests/tools/golden, which tests compare
 	$(RUN) tests/helpers/help_texts.py
 	$(RUN) tests/helpers/error_texts.py
 
-check: .venv/.ready build/types/.ready  ## lint, format, types
+check: .venv/.ready  ## lint, format, types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
