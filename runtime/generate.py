@@ -21,6 +21,7 @@ from moetier.tiers.trunk import check_trunk
 
 from .address import Credentials
 from .config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, TierConfig
+from .context import longest_context
 from .model_config import read_config
 from .models import model_directory
 from .registration import asked_for, register
@@ -106,6 +107,9 @@ def load(
     tokenizer = _tokenizer(folder)
     with _load_errors(folder):
         config = model_class.config_class.from_pretrained(folder)
+    if tokenizer is not None and (most := longest_context(config)) is not None:
+        # many tokenizers say nothing of a length; with one, transformers warns of texts that are longer
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     device_map = None if place == "cpu" else {"": place}
     with _load_errors(folder), asked_for(asked):
         model = model_class.from_pretrained(folder, config=config, device_map=device_map, use_safetensors=True)

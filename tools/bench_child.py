@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.tiers.errors import MoetierError
+from moetier.tiers.errors import ConfigError, MoetierError
 
 from .resident import peak_bytes
 
@@ -35,6 +35,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
+    from moetier.runtime.context import longest_context
     from moetier.runtime.gates import Gates
     from moetier.runtime.generate import load
     from moetier.runtime.kv_cache import kv_cache_bytes
@@ -53,6 +54,12 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
         used[-1][block] = sorted({*used[-1][block], *experts.flatten().tolist()})
 
     with found.tiers, torch.inference_mode():
+        most = longest_context(found.config)
+        if most is not None and ids.shape[1] > most:
+            raise ConfigError(
+                f"It would feed {ids.shape[1]:,} tokens, and the model's maximum context is {most:,}.",
+                "Feed fewer: --tokens, --prompt, --warm.",
+            )
         watched = Gates(found).observe(experts=note) if work.get("record") else None
         seconds, cache, start, before = [], None, 0, found.tiers.host.stats()
         for number, length in enumerate(work["pieces"]):

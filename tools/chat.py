@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from moetier.runtime.context import longest_context
+
 from .answering import Answering
 from .chat_input import ChatInput
 from .conversation import Conversation
@@ -42,8 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         import torch
 
         torch.manual_seed(arguments.seed)
-        trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        context = min(arguments.context, trained or arguments.context)
+        context = min(arguments.context, longest_context(model.config) or arguments.context)
         conversation = Conversation(
             tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moetier.runtime.context import counted, first_ids
 from moetier.tiers.errors import ConfigError
 
 Message = dict[str, str]
@@ -58,7 +59,7 @@ class Conversation:
                 ids = self._encode([*self._turns[out:], said])
         if len(ids) >= self.context:
             raise ConfigError(
-                f"That takes {len(ids):,} tokens, and the context is {self.context:,}.",
+                f"That takes {counted(len(ids), self.context)} tokens, and the context is {self.context:,}.",
                 "Say it in fewer words, or give a longer --context, where the model has one.",
             )
         self._out = out
@@ -86,8 +87,7 @@ class Conversation:
                 f"The model's chat template refuses this conversation: {_first_line(error)}",
                 "Leave out --system." if self._system else "See chat_template.jinja of the model directory.",
             ) from error
-        ids: list[int] = self._tokenizer(text, add_special_tokens=self.is_plain)["input_ids"]
-        return ids
+        return first_ids(self._tokenizer, text, self.context, add_special_tokens=self.is_plain)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from typing import Any
 
+from moetier.runtime.context import counted, first_ids, longest_context
+from moetier.tiers.errors import ConfigError
+
 from .number import COUNT, Number
 from .options import group_of
+
+_log = logging.getLogger(__name__)
 
 ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams is one sequence, token by token
     "num_beams": 1,
@@ -81,7 +87,37 @@ def goes_on(model: Any) -> bool:
     return bool(layers) and not layers - plain and rope != "longrope"  # its angles depend on the chunk's length
 
 
-def encode(tokenizer: Any, prompt: str, device: Any) -> dict[str, Any]:
-    """What ``generate()`` is given of one prompt: input_ids and attention_mask [1, T], no token types."""
-    encoded = tokenizer(prompt, return_tensors="pt").to(device)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
+def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") -> dict[str, Any]:
+    """What ``generate()`` is given of one prompt: input_ids and attention_mask [1, T], no token types.
+
+    Raises ConfigError, which calls it by its ``name``, where it leaves no token of the model's context to an answer.
+    """
+    import torch
+
+    most = longest_context(model.config)
+    ids = first_ids(tokenizer, prompt, most)
+    if most is not None and len(ids) >= most:
+        raise ConfigError(
+            f"{name} has {counted(len(ids), most)} tokens, and the model's maximum context is {most:,}, prompt and "
+            "answer together.",
+            "Shorten it, or take a model with a longer context.",
+        )
+    given = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    return {"input_ids": given, "attention_mask": torch.ones_like(given)}
+
+
+def within_context(model: Any, tokens: int, decoding: dict[str, Any]) -> dict[str, Any]:
+    """``decoding`` for a prompt of so many ``tokens``, with fewer new tokens where the model's context ends before."""
+    most = longest_context(model.config)
+    if most is None or tokens + decoding["max_new_tokens"] <= most:
+        return decoding
+    return decoding | {"max_new_tokens": most - tokens}
+
+
+def warn_if_cut(model: Any, tokens: int, new_tokens: int, decoding: dict[str, Any]) -> None:
+    """Say that ``within_context`` ended a text of ``tokens`` and ``new_tokens`` before ``decoding`` would have."""
+    most = longest_context(model.config)
+    if tokens + new_tokens == most and new_tokens < decoding["max_new_tokens"]:
+        _log.warning(
+            "The text ends at the model's maximum context of %s tokens, prompt and answer together.", f"{most:,}"
+        )

@@ -6,8 +6,10 @@ import argparse
 import json
 import resource
 import sys
+from typing import Any
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.context import first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 
 from .decoding import (
@@ -16,6 +18,8 @@ from .decoding import (
     chunks_of,
     decoding_of,
     encode,
+    warn_if_cut,
+    within_context,
 )
 from .loading import loaded
 from .options import DIRECTORY, directory
@@ -23,6 +27,8 @@ from .report import Timing, run_json, run_report
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 HELP = "generate text from a model directory"
+
+AT_FIRST = 1 << 20  # characters of standard input that are read before the model is loaded: nearly every prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments, **speculation_of(arguments))
     decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
-    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    prompt = sys.stdin.read(AT_FIRST) if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
 
@@ -48,12 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
 
         from moetier.runtime.streamer import TimedStreamer
 
-        inputs = encode(tokenizer, prompt, model.device)
+        if arguments.prompt is None and len(prompt) == AT_FIRST:
+            prompt = read_on(prompt, model, tokenizer)
+        inputs = encode(model, tokenizer, prompt)
         tokens = inputs["input_ids"].shape[1]
         torch.manual_seed(arguments.seed)
         streamer = TimedStreamer(tokenizer, echo=not arguments.json)
-        model.generate(**inputs, **decoding, **chunks_of(model, tokens, chunk), streamer=streamer)
+        limited = within_context(model, tokens, decoding)
+        model.generate(**inputs, **limited, **chunks_of(model, tokens, chunk), streamer=streamer)
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)
+        warn_if_cut(model, tokens, streamer.tokens, decoding)
         report, found = run_report(timing, model.tiers), run_json(timing, model.tiers)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
@@ -70,3 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"\n{head_lines}\n{report}", file=sys.stderr)
     return 0
+
+
+def read_on(prompt: str, model: Any, tokenizer: Any) -> str:
+    """Read the rest of standard input behind ``prompt``, but no more than proves that it is too long for the model."""
+    most = longest_context(model.config)
+    while most is None or len(first_ids(tokenizer, prompt, most)) < most:
+        piece = sys.stdin.read(3 * len(prompt))
+        if not piece:
+            break
+        prompt += piece
+    return prompt

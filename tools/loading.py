@@ -39,6 +39,7 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
 
 def _warn(model: Any, ram: str | None, context: int) -> None:
     from moetier.runtime.config import DEFAULT_CONTEXT, Size, format_bytes
+    from moetier.runtime.context import longest_context
     from moetier.runtime.memory import exceeded
 
     there = exceeded(None if ram is None else Size.parse(ram))
@@ -49,6 +50,6 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
             format_bytes(there.bytes),
             there.limiter,
         )
-    trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    trained = longest_context(model.config)
     if trained and context > trained and context != DEFAULT_CONTEXT:
         _log.warning("--context %d is more than the %d tokens that the model was made for.", context, trained)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetier.runtime.context import first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 
 WINDOW = 512  # tokens that are read together; each window begins without what came before
@@ -50,7 +51,7 @@ def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str,
     """Name -> the first ``tokens`` tokens, int64 [tokens or fewer], without special ones. Raises ConfigError."""
     found = {}
     for name, text in texts.items():
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0, :tokens]
+        ids = torch.tensor(first_ids(tokenizer, text, tokens, add_special_tokens=False)[:tokens], dtype=torch.int64)
         if len(ids) < 2:
             raise ConfigError(f"The text {name} has fewer than two tokens.", "Give --text something longer.")
         found[name] = ids
@@ -59,10 +60,11 @@ def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str,
 
 @torch.inference_mode()
 def loss(model: Any, ids: Tensor) -> Loss:
-    """Of a causal language model on one text, in windows of WINDOW tokens; the last may be shorter."""
-    total = Loss()
-    for start in range(0, len(ids) - 1, WINDOW):
-        window = ids[start : start + WINDOW].to(model.device)
+    """Of a causal language model on one text, in windows of WINDOW tokens, or of the model's context where that is
+    shorter; the last may be shorter."""
+    total, size = Loss(), min(WINDOW, longest_context(model.config) or WINDOW)
+    for start in range(0, len(ids) - 1, size):
+        window = ids[start : start + size].to(model.device)
         if len(window) > 1:
             logits = model(window[None], use_cache=False).logits[0, :-1]  # [window - 1, vocabulary]
             total += Loss(len(window) - 1, float(F.cross_entropy(logits.float(), window[1:], reduction="sum")))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.context import longest_context
 from moetier.runtime.linear import matrix_layout
 from moetier.runtime.model_config import read_config
 from moetier.tiers.errors import ConfigError
@@ -66,8 +67,7 @@ class Prospect:
     @property
     def context(self) -> int:
         """Tokens that a plan is for where nobody says: no more than the model was made for."""
-        most = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
+        return min(DEFAULT_CONTEXT, longest_context(self.model.config) or DEFAULT_CONTEXT)
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
         """Those of the given widths. Raises ConfigError where there are none."""

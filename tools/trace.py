@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 
-from .decoding import add_decoding_arguments, decoding_of, encode
+from .decoding import add_decoding_arguments, decoding_of, encode, warn_if_cut, within_context
 from .loading import loaded
 from .number import MOST, Number
 from .options import DIRECTORY, directory
@@ -80,20 +80,22 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
     """One sequence a prompt. The last new token of each is not among its tokens: it goes through no block.
 
     ``decoding``: keyword arguments of ``generate()``. ``model`` is one that ``load`` gave. Raises ConfigError for a
-    prompt without tokens, before anything is recorded.
+    prompt without tokens, or with more than the model's context has room for, before anything is recorded.
     """
     from moetier.runtime.pieces import pieces_of
     from moetier.runtime.tracing import Recorder
 
-    encoded = [encode(tokenizer, prompt, model.device) for prompt in prompts]
+    encoded = [encode(model, tokenizer, prompt, f"Prompt {number}") for number, prompt in enumerate(prompts, 1)]
     if nothing := [str(number) for number, inputs in enumerate(encoded, 1) if not inputs["input_ids"].numel()]:
         raise ConfigError(f"There are no tokens in prompt {', '.join(nothing)}.", "Leave it out.")
     with Recorder(model, look_ahead=look_ahead) as recorder:
         if recorder.refusals is not None:
             print(f"trace: {recorder.refusals}", file=sys.stderr)
         for number, inputs in enumerate(encoded, 1):
-            token_ids = model.generate(**inputs, **decoding, use_cache=True)[0, :-1].tolist()
             length = inputs["input_ids"].shape[1]
+            limited = within_context(model, length, decoding)
+            token_ids = model.generate(**inputs, **limited, use_cache=True)[0, :-1].tolist()
+            warn_if_cut(model, length, len(token_ids) + 1 - length, decoding)
             recorder.end_sequence(token_ids, n_prefill=length, pieces=pieces_of(tokenizer, token_ids))
             print(f"trace: {number} of {len(prompts)} prompts", file=sys.stderr)
         manifest = model.tiers.manifest

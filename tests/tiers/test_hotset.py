@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import mounted
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,6 +150,23 @@ def test_where_nothing_can_be_kept(cache: Path, caplog: pytest.LogCaptureFixture
     (cache / "moetier").write_text("a file in the folder's place")
     keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
     assert "not kept" in caplog.text
+
+
+def test_a_full_disk_is_a_warning_and_what_was_kept_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=64k") as disk:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
+        keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
+        with contextlib.suppress(OSError), (disk / "other").open("wb", buffering=0) as other:
+            while True:
+                other.write(bytes(4096))
+        assert not caplog.records
+        keep_hot_set(DIGEST, EXPERTS, used((1, 7)))
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert "No space left on device" in record.getMessage()
+        assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 1}
 
 
 def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from daemons import running_daemon
+from faults import mounted
 from prepared import MAIN, Prepared
 
 from moetier.tiers.store import ExpertStore
@@ -154,6 +155,23 @@ def test_the_next_run_begins_with_what_was_used_most(scripts: Prepared, tinymix_
     assert int(said[1]) >= int(said[2]) > 0
 
 
+def test_counts_that_can_not_be_written_are_a_warning(scripts: Prepared, tinymix_4bit: Path, tmp_path: Path) -> None:
+    words = ["generate", tinymix_4bit, PROMPT, "--max-new-tokens", "2", "--daemon", "none", "--learn", "--json"]
+
+    def check(result: subprocess.CompletedProcess[str], why: str) -> None:
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["new_tokens"] == 2
+        (line,) = [line for line in result.stderr.splitlines() if "counts of experts" in line]
+        assert line.startswith("not kept: ")
+        assert why in line
+
+    full, read_only = tmp_path / "full", tmp_path / "read-only"
+    with mounted("tmpfs", full, "size=4k"), mounted("tmpfs", read_only, "ro"):
+        (full / "other").write_bytes(bytes(4096))
+        check(scripts.run(MAIN, *words, environment={"XDG_CACHE_HOME": str(full)}), "No space left on device")
+        check(scripts.run(MAIN, *words, environment={"XDG_CACHE_HOME": str(read_only)}), "Read-only file system")
+
+
 @pytest.mark.parametrize(
     ("file", "preferred"),
     [
@@ -239,6 +257,64 @@ def test_more_than_there_is_is_said_once(
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == len(warnings)
     assert all(map(re.fullmatch, warnings, said)), said
+
+
+@pytest.fixture(scope="module")
+def short_context(tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of at most 32 tokens."""
+    folder = tmp_path_factory.mktemp("short") / "copy"
+    copytree(tinymix_4bit, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    return folder
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(
+    tinymix_4bit: Path, short_context: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, prompt, numbers in (
+        (tinymix_4bit, "a b c " * 1000, ("3,001", "2,048")),
+        (short_context, "a b c " * 10 + "a b", ("32", "32")),
+        (short_context, "a b c " * 50_000, ("more than 64", "32")),
+    ):
+        assert main(["generate", str(folder), prompt]) == 1
+        out, err = capsys.readouterr()
+        assert not out
+        cause, fix = err.splitlines()
+        assert f"has {numbers[0]} tokens" in cause
+        assert f"context is {numbers[1]}" in cause
+        assert fix.startswith("  Shorten it")
+    assert generate(capsys, str(short_context), "a b c " * 10)["new_tokens"] == 1
+
+
+def test_an_endless_prompt_is_refused(tinymix_4bit: Path) -> None:
+    """Standard input is read as far as it has to be."""
+    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit)]
+    with subprocess.Popen(["yes", "La mattina seguente"], stdout=subprocess.PIPE) as endless:
+        result = subprocess.run(command, stdin=endless.stdout, capture_output=True, text=True, check=False, timeout=120)
+        endless.kill()
+    assert result.returncode == 1
+    assert "has more than 4,096 tokens, and the model's maximum context is 2,048" in result.stderr
+
+
+def test_the_text_ends_where_the_context_does(
+    short_context: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = generate(capsys, str(short_context), "a b c " * 8, "--max-new-tokens", "100")
+    assert (answer["prompt_tokens"], answer["new_tokens"]) == (25, 7)
+    assert caplog.messages == ["The text ends at the model's maximum context of 32 tokens, prompt and answer together."]
+    caplog.clear()
+    assert generate(capsys, str(short_context), "a b c " * 8, "--max-new-tokens", "7")["new_tokens"] == 7
+    assert not caplog.messages
+
+    (tmp_path / "prompts.txt").write_text("a b\n" + "a b c " * 8)
+    words = ["trace", str(short_context), "--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "t.npz")]
+    assert main([*words, "--max-new-tokens", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 2 + 19 + 31
+    assert len(caplog.messages) == 1
+    (tmp_path / "prompts.txt").write_text("a b\n" + "a b c " * 20)
+    assert main([*words, "--force"]) == 1
+    assert "Prompt 2 has 61 tokens, and the model's maximum context is 32" in capsys.readouterr().err
 
 
 def test_an_empty_prompt_is_refused(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:

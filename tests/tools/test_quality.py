@@ -104,6 +104,17 @@ def test_loss_is_what_transformers_says(tinymix: Path) -> None:
     assert loss(model, ids[: WINDOW + 1]).tokens == WINDOW - 1  # one token by itself foretells nothing
 
 
+def test_windows_are_no_longer_than_the_context(tinymix: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tinymix, dtype=torch.float32)
+    model.config.max_position_embeddings = 64
+    ids = torch.randint(5, 4000, (128,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        parts = [float(model(part[None], labels=part[None]).loss) for part in (ids[:64], ids[64:])]
+    found = loss(model, ids)
+    assert found.tokens == 2 * 63
+    assert found.nats == pytest.approx(sum(parts) * 63, rel=1e-5)
+
+
 def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = str(TEXTS / "it.txt")
     assert (
