@@ -57,7 +57,7 @@ def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> li
 
 
 def counted(tokens: int, most: int) -> str:
-    """The length of what ``first_ids`` gave, for people: "3,005", or "more than 4,096" where it did not count them all."""
+    """The length of what ``first_ids`` gave, for people: "3,005", or "more than 4,096" where not all were counted."""
     return f"{tokens:,}" if tokens <= _MARGIN * most else f"more than {_MARGIN * most:,}"
 
 
