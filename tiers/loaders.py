@@ -81,8 +81,7 @@ class Loaders:
         try:
             self._fill(load, self._arena.slot(load.pool.first + load.slot), pause)
         except _UnwantedError:
-            with self._monitor:
-                self._loads.cancel(load)
+            pass
         except BaseException as error:  # whatever it is: those who wait must learn of it
             traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
             with self._monitor:
@@ -138,9 +137,10 @@ class Loaders:
                 load.has_stood_back = True
                 self._monitor.sleep()
             if self._loads.is_unwanted(load):
+                self._loads.cancel(load)
                 raise _UnwantedError
             return not load.waiters
 
 
 class _UnwantedError(Exception):
-    """Ends the read of a record that nobody wants any more."""
+    """Ends the read of a load that was cancelled."""

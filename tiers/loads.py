@@ -82,9 +82,11 @@ class Loads:
     def join(self, demand: Demand, key: ExpertKey) -> None:
         """A demand, which claims the slot, waits for what has begun."""
         load = self._loads[key]
-        if load.wished and not load.was_late:
-            self._early.join(load, self._clock() - load.began)
-            self._waiting.wake()  # it may stand back
+        if load.wished:
+            if not load.was_late:
+                self._early.join(load, self._clock() - load.began)
+            # Its loader may sleep, and must look at every first waiter: an earlier one may have left before it looked.
+            self._waiting.wake()
         load.waiters.append(demand)
         demand.loads.append(load)
         if not load.is_taken:
@@ -94,9 +96,14 @@ class Loads:
         """A demand, which claims the slot no longer, does not wait. What no loader has begun and nobody else wants is
         not begun any more."""
         load.waiters.remove(demand)
-        if not load.waiters and not load.is_taken:
-            load.is_taken = True
+        if load.waiters:
+            return
+        if not load.is_taken:
             self._void(load)
+            load.is_taken = True
+        if not self._is_for_demands:  # prefetches that yielded to it may go on
+            self._waiting.wake()
+            self._ring_for_wishes()
 
     # -- for wishes ---------------------------------------------------------------------------------------------------
 
@@ -214,7 +221,7 @@ class Loads:
         return not load.waiters and not self._early.is_wished(load.key)
 
     def cancel(self, load: Load) -> None:
-        """It was unwanted, and is not read to its end."""
+        """End a load that its loader has just found unwanted: in the same step, or a demand could join it between."""
         self._counters.cancelled += not load.warmed
         self._void(load)
         self._waiting.wake()

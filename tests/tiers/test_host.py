@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -30,7 +31,7 @@ from moetier.tiers.host import HostTier
 from moetier.tiers.hotset import HotSet
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.order import ORDERS
-from moetier.tiers.source import Lease
+from moetier.tiers.source import Beginning, Lease
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)  # no two alike
@@ -484,6 +485,53 @@ def test_a_wish_that_stands_back_is_cancelled_when_its_block_wants_others(gate: 
         tier.check_integrity()
         assert tier.absent(keys(0, 0, 1)) == keys(0, 0)
         assert take(tier, 0, 0, 1) == keys(0, 1, 0)
+
+
+def test_a_demand_joins_a_yielding_prefetch_that_another_demand_joined_and_left(gate: GatedReader) -> None:
+    """The other one leaves before the loader, which it has woken, looks whether there is a demand."""
+    with standing_back(gate) as (tier, task), contextlib.closing(tier.session(lambda event: None)) as session:
+        wait_until(lambda: len(tier._monitor._sleepers) == 2)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1000.0)  # no other thread runs until this one waits
+        try:
+            session.acquire(1, keys(0, 0))
+            session.release(1)
+        finally:
+            sys.setswitchinterval(interval)
+        wait_until(lambda: len(tier._monitor._sleepers) == 2)
+        second = Task(lambda: take(tier, 0, 0))
+        try:
+            assert second.result(PATIENCE / 6) == keys(0, 0)
+        finally:
+            gate.open()
+        task.result()
+
+
+def test_a_demand_for_a_prefetch_that_is_being_cancelled_is_read() -> None:
+    ending, join = threading.Event(), threading.Event()
+
+    class Reader(GatedReader):
+        def read_rest(
+            self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+        ) -> None:
+            try:
+                super().read_rest(key, buffer, beginning, pause)
+            except BaseException:  # the loader has found that it is unwanted
+                ending.set()
+                assert join.wait(PATIENCE)
+                raise
+
+    gate = Reader(PLAN, RECORDS)
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        tier.prefetch(0, [])
+        gate.open()
+        assert ending.wait(PATIENCE)
+        task = Task(lambda: take(tier, 0, 0))
+        wait_until(lambda: tier.stats().misses == 1)
+        join.set()
+        assert task.result(PATIENCE / 6) == keys(0, 0)
 
 
 def test_what_is_being_read_is_absent_and_not_lent(gate: GatedReader) -> None:

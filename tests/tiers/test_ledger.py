@@ -97,6 +97,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.callers: list[Caller] = []
         self.clients: list[Client] = []
         self.reading: list[Load | Head[Pool]] = []
+        self.yielding: list[Load] = []  # of these: a loader sleeps until demands have been read
         self.seen: list[tuple[ExpertKey, int, int]] = []  # what somebody found in the directory, and computes on
         self.now = 0.0
 
@@ -128,6 +129,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.desk = Desk(MANIFEST, self.monitor, self.ledger, self.parties, self.directory, self.pools)
 
     def wake(self) -> None:
+        self.yielding.clear()
         for caller in self.callers:
             caller.asleep = False
         self.monitor.post(self.parties.serve)
@@ -309,11 +311,26 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert self.ledger.counters.evictions == evictions, "and of the slots"
             self.reading.append(load)
 
-    @precondition(lambda self: self.reading)
+    def awake(self) -> list[Load | Head[Pool]]:
+        return [load for load in self.reading if load not in self.yielding]
+
+    @precondition(lambda self: self.awake())
     @rule(data=st.data(), fails=st.booleans())
     def end_read(self, data: st.DataObject, fails: bool) -> None:
-        load = data.draw(st.sampled_from(self.reading))
+        load = data.draw(st.sampled_from(self.awake()))
         self.end(load, OSError("broken") if fails else None)
+
+    @precondition(lambda self: any(isinstance(load, Load) and load.wished for load in self.awake()))
+    @rule(data=st.data())
+    def pause(self, data: st.DataObject) -> None:
+        """A loader yields between two pieces, or finds that what it reads is unwanted."""
+        load = data.draw(st.sampled_from([load for load in self.awake() if isinstance(load, Load) and load.wished]))
+        with self.monitor:
+            if self.ledger.loads.stands_back(load):
+                self.yielding.append(load)
+            elif self.ledger.loads.is_unwanted(load):
+                self.ledger.loads.cancel(load)
+                self.reading.remove(load)
 
     def end(self, load: Load | Head[Pool], error: OSError | None) -> None:
         if isinstance(load, Load) and load.head is not None and load.head in self.reading:
@@ -345,6 +362,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counters.useful + counters.late + counters.wasted <= counters.prefetched
         for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None
+        for load in self.yielding:
+            assert self.ledger.loads.stands_back(load), "no loader sleeps that could go on"
         content = {pool.first + slot: key for (pool, slot), key in self.memory.items()}
         for caller in self.callers:
             if caller.held is not None:
@@ -390,8 +409,8 @@ class LedgerMachine(RuleBasedStateMachine):
             with self.monitor:
                 while len(self.reading) < self.loaders and (load := self.ledger.loads.take()) is not None:
                     self.reading.append(load)
-            if self.reading:
-                self.end(self.reading[0], None)
+            if self.awake():
+                self.end(self.awake()[0], None)
             self.agrees()
         for client in self.clients:
             assert client.session.held == 0
@@ -524,6 +543,25 @@ def test_when_the_first_of_the_hungry_goes_the_next_is_woken() -> None:
     assert woken > before
     ledger.advance(second)
     assert second.loads
+
+
+def test_a_prefetch_that_yields_is_woken_when_the_load_goes_that_it_yields_to() -> None:
+    woken = 0
+
+    def wake() -> None:
+        nonlocal woken
+        woken += 1
+
+    ledger, pool = ledger_of(6, wake=wake)
+    ledger.loads.wish(pool, 1, [ExpertKey(1, 0)])
+    prefetch = take_load(ledger)
+    assert prefetch is not None
+    other = demand(ledger, pool, 3, 0)
+    assert ledger.loads.stands_back(prefetch)
+    before = woken
+    ledger.leave(other)  # no loader had begun its load
+    assert not ledger.loads.stands_back(prefetch)
+    assert woken > before
 
 
 def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> None:
