@@ -9,12 +9,19 @@ The public names are imported when they are first used, so that ``import moetier
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .runtime.generate import load as load
     from .runtime.registration import register as register
     from .tiers.errors import MoetierError as MoetierError
+
+# OpenMP reads this when torch is loaded. Its threads wait for the next product by spinning; beside another busy process
+# they would keep from the core the very thread that they wait for. After some microseconds they are to sleep.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 _HOMES = {
     "MoetierError": "moetier.tiers.errors",

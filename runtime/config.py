@@ -10,6 +10,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .address import Address, Credentials
+from .threads import check_threads
 
 SPECULATE = ("auto", "off", "always")
 LOOK_AHEAD = 1  # layers: from further away more is guessed in vain (tests/measurements/speculation.py)
@@ -71,6 +72,7 @@ class TierConfig:
     learn: bool = False  # keep which experts are used most, and begin with those of earlier runs
     context: int = DEFAULT_CONTEXT  # tokens for whose keys, values and early outputs budgets leave room
     exact: bool = False  # compute bit for bit as the ordinary model does with the decoded weights
+    threads: int | None = None  # to compute with; None: as many as this process may use CPUs
 
     @classmethod
     def of(
@@ -88,6 +90,7 @@ class TierConfig:
         learn: bool = False,
         context: int = DEFAULT_CONTEXT,
         exact: bool = False,
+        threads: int | None = None,
     ) -> TierConfig:
         """From what a person writes; raises ConfigError. ``daemon`` is "auto", "none" (or None), or addresses separated
         by commas."""
@@ -102,6 +105,7 @@ class TierConfig:
             raise ConfigError(f"A prefetch of {prefetch} experts.", 'Give 1 or more, or speculate="off".')
         if context < 1:
             raise ConfigError(f"A context of {context} tokens.", "Give 1 or more.")
+        check_threads(threads)
         if not isinstance(daemon, str | None):
             raise ConfigError(f"{daemon!r} names no daemon.", 'Give "auto", None, or addresses separated by commas.')
         addresses = [] if daemon in (None, NONE, AUTO) else daemon.split(",")
@@ -124,6 +128,7 @@ class TierConfig:
             learn=learn,
             context=context,
             exact=exact,
+            threads=threads,
         )
         asked = {"--ram": ram is not None, "--policy": policy != DEFAULT_ORDER, "--learn": learn}
         if found.mapped is not None and any(asked.values()):

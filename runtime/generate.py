@@ -51,6 +51,7 @@ def load(
     learn: bool = False,
     context: int = DEFAULT_CONTEXT,
     exact: bool = False,
+    threads: int | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
 
@@ -80,6 +81,10 @@ def load(
     ``exact`` computes bit for bit as the ordinary model does with the decoded weights, and takes the time that it does;
     else quantised experts are multiplied where they lie, on a CPU with what goes in rounded to 8 bits (``product.py``).
 
+    ``threads`` is how many threads this process computes with, whichever model it is, as of torch.set_num_threads.
+    Without it torch's own number stays, but no more than the CPUs that the process may use: a quota of its control
+    group, as of a container with ``--cpus=2``, counts. A number that OMP_NUM_THREADS gives stays as it is.
+
     ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
     the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
     """
@@ -97,6 +102,7 @@ def load(
         learn=learn,
         context=context,
         exact=exact,
+        threads=threads,
     )
     check_directory(folder)
     manifest = read_manifest(store_folder(folder))

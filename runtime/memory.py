@@ -1,12 +1,11 @@
 """What memory there is for this process, and which budgets work.
 
 psutil sees the machine and not the control group that a container or a service runs in, so the limits of both versions
-of control groups are read here (kernel documentation: admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v2.rst).
+of control groups are read here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +14,17 @@ import psutil
 from moetier.tiers.errors import BudgetError
 
 from .config import Size, format_bytes
+from .control_groups import control_groups
 
 DEFAULT_SHARE = 0.8  # of what is left: a page cache, a second program and a longer context need some too
 MARGIN_SHARE = 1 / 64  # of what is left: page tables and the kernel's index of shared memory grow with what is mapped
 MARGIN_BYTES = 16 << 20  # the kernel charges in batches for each core, and the loaders have stacks
 _NO_LIMIT = 1 << 60  # version 1 writes a huge number where there is none
+# by version: the files of a group's limit and usage, and the prefix of the names in memory.stat that count its children
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("memory.max", "memory.current", ""),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +46,20 @@ def available_memory(root: Path = Path("/")) -> Available:
     ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Pages of files count as free: they can be dropped.
     """
     left = [
-        Available(max(count, 0), limiter)
-        for limiter, folder, limit, usage, prefix in _groups(root)
-        if (count := _left(folder, limit, usage, prefix)) is not None
+        Available(max(count, 0), group.name)
+        for group in control_groups("memory", root)
+        if (count := _left(group.folder, *_FILES[group.version])) is not None
     ]
     return min([Available(psutil.virtual_memory().available, "this machine"), *left], key=_bytes)
 
 
 def whole_memory(root: Path = Path("/")) -> Available:
     """The same, but with nothing in use."""
-    limits = [(limiter, _limit(folder / name)) for limiter, folder, name, *_ in _groups(root)]
-    groups = [Available(limit, limiter) for limiter, limit in limits if limit is not None]
+    groups = [
+        Available(limit, group.name)
+        for group in control_groups("memory", root)
+        if (limit := _limit(group.folder / _FILES[group.version][0])) is not None
+    ]
     return min([Available(machine_memory(), "this machine"), *groups], key=_bytes)
 
 
@@ -63,29 +71,6 @@ def exceeded(asked: Size | None) -> Available | None:
 
 def _bytes(known: Available) -> int:
     return known.bytes
-
-
-def _groups(root: Path) -> Iterator[tuple[str, Path, str, str, str]]:
-    """What limits, for people; its folder, and the arguments of ``_left`` beside that."""
-    try:
-        memberships = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in memberships:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        elif not controllers:
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
-        else:
-            continue
-        group = top / path.lstrip("/")
-        if not group.is_dir():  # in a container the path is the host's, and the group is mounted as the top
-            group = top
-        for folder in (group, *group.parents):
-            yield f"the control group {path}", folder, *names
-            if folder == top:
-                break
 
 
 def _left(folder: Path, limit_name: str, usage_name: str, prefix: str) -> int | None:

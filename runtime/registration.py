@@ -48,6 +48,7 @@ from .norm import use_quick_norms
 from .row import use_row_weights
 from .shortcut import Shortcuts
 from .speculation import Speculation
+from .threads import use_threads
 from .tiers import Tiers
 
 _lock = threading.Lock()
@@ -176,6 +177,7 @@ class MoetierQuantizer(HfQuantizer):
             context=given.context,
             exact=given.exact,
         )
+        use_threads(asked.threads)
         kernels = kernels_for(device, exact=asked.exact)
         linears = quantized_linears(model)
         for linear in linears:

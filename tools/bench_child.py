@@ -42,9 +42,8 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _set_threads(work)
     began = time.perf_counter()
-    options = {"context": sum(map(len, work["ids"]))} | work.get("options", {})
+    options = {"context": sum(map(len, work["ids"])), "threads": work.get("threads")} | work.get("options", {})
     found, _ = load(work["directory"], daemon=None, ram=work.get("ram"), **options)
     load_seconds = time.perf_counter() - began
     ids = torch.tensor(work["ids"], device=found.device)  # [sequences, tokens]
@@ -94,11 +93,12 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from moetier.runtime.choice import kernels_for
+    from moetier.runtime.threads import use_threads
     from moetier.tiers.folder import read_manifest, store_folder
 
     from .compute_rate import KernelProbe, MemoryProbe, random_records, record_rate
 
-    _set_threads(work)
+    use_threads(work.get("threads"))
     probe = MemoryProbe(work["bytes"])
     memory = [probe()]
     manifest = read_manifest(store_folder(Path(work["directory"])))
@@ -131,13 +131,6 @@ def _trunk_bytes(model: Any) -> int:
         if head is None or all(tensor.data_ptr() != other.data_ptr() for other in head.parameters()):
             known.pop(tensor.data_ptr(), None)
     return sum(known.values())
-
-
-def _set_threads(work: dict[str, Any]) -> None:
-    import torch
-
-    if work.get("threads"):
-        torch.set_num_threads(work["threads"])
 
 
 WORKS = {"idle": idle, "model": model, "rates": rates}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import CheckpointError, ConfigError, MoetierError
 from moetier.tiers.keys import BITS
 
@@ -27,6 +28,7 @@ from .disk_rate import NO_FIO, RandomReads, fio_version
 from .machine import Machine
 from .number import COUNT
 from .page_cache import drop_page_cache
+from .resources import add_threads
 from .rounds import Spread, alternate
 from .settings import without_settings
 
@@ -45,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--into", type=Path, metavar="FOLDER", help="where a temporary folder is made (default: TMPDIR)"
     )
-    parser.add_argument("--workers", type=COUNT, metavar="N", help="as of moetier convert; threads of llama.cpp")
+    parser.add_argument("--workers", type=COUNT, metavar="N", help="as of moetier convert")
+    add_threads(parser)
     parser.add_argument(
         "--no-llama", action="store_true", help="without llama.cpp, whose source takes as much disk as SRC again"
     )
@@ -63,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, options in WAYS.items():
         words = [*options, "--bits", str(arguments.bits)]
         words += ["--workers", str(arguments.workers)] if arguments.workers else []
+        words += ["--threads", str(arguments.threads)] if arguments.threads else []
         ways[name] = partial(convert_once, arguments.source, arguments.into, words, files)
     notes = [] if fio else [NO_FIO]
     with ExitStack() as stack:
@@ -146,7 +150,7 @@ def llama_way(arguments: argparse.Namespace, folder: Path) -> Callable[[], dict[
     source = folder / "source.gguf"
     with disk_errors(folder):
         export_gguf(arguments.source, source, kind="F16", quiet=False)
-    threads = arguments.workers or len(os.sched_getaffinity(0))
+    threads = arguments.workers or arguments.threads or usable_cpus()
     return partial(quantize_once, source, folder / "target.gguf", threads)
 
 

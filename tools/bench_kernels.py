@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.tiers.keys import BITS, Bits, Projection, RecordLayout
 
-from .bench_report import add_bench_arguments, add_threads, check_bench, report
+from .bench_report import add_bench_arguments, check_bench, report
 from .command_line import UsageError
 from .machine import Machine
 from .number import COUNT, SECONDS
 from .options import directory
+from .resources import add_threads
 from .rounds import Spread, alternate
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from moetier.runtime.choice import kernels_for
+    from moetier.runtime.threads import use_threads
 
     from . import compute_rate
     from .compute_rate import KernelProbe, MemoryProbe, activation_dtype, projection_bytes, random_records
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     memory_probe = MemoryProbe(compute_rate.UNCACHED_BYTES)
     table = [["projection", "bits", "rows", "GB/s", "memory, GB/s", "ratio", "GFLOP/s", "ms"]]
     results: list[dict[str, Any]] = []

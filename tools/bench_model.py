@@ -15,14 +15,14 @@ from moetier.tiers.budget import smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
 
-from .bench_report import add_bench_arguments, add_threads, check_bench, report
+from .bench_report import add_bench_arguments, check_bench, report
 from .bound import Bound, Rates, need_of, rows_of, slots_within
 from .compute_rate import UNCACHED_BYTES
 from .disk_rate import NO_FIO, RandomReads, fio_version
 from .fresh import fresh
 from .machine import Machine
 from .options import DIRECTORY, directory
-from .resources import size
+from .resources import add_threads, size
 from .rounds import Spread, alternate
 from .token_ids import add_token_arguments, fixed_ids
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.threads import usable_cpus
 
 from .bench_model import Work
-from .bench_report import add_bench_arguments, add_threads, check_bench, report
+from .bench_report import add_bench_arguments, check_bench, report
 from .command_line import UsageError
 from .fresh import fresh
 from .machine import Machine
 from .number import COUNT
 from .options import DIRECTORY, directory
 from .peers import Run, accelerate_decode, llama_run
-from .resources import size
+from .resources import add_threads, size
 from .rounds import Spread, alternate
 from .token_ids import add_token_arguments
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_bench(arguments)
     if arguments.gguf is None and (arguments.checkpoint is None or arguments.prefill):
         raise UsageError("There is no peer to measure.", "Give --gguf FILE; or --checkpoint SRC, without --prefill.")
-    threads = arguments.threads or len(os.sched_getaffinity(0))
+    threads = arguments.threads or usable_cpus()
     pieces = [arguments.warm, arguments.tokens] if arguments.prefill else [1] * (arguments.warm + arguments.tokens)
     work = Work.of(arguments, pieces, measured=1 if arguments.prefill else arguments.tokens)
     found = alternate(arguments.rounds, engines_of(arguments, work, threads))

@@ -21,10 +21,6 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is found there, as one JSON object")
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=COUNT, metavar="N", help="of torch (default: as torch chooses)")
-
-
 def check_bench(arguments: argparse.Namespace) -> None:
     """Before anything is measured. Raises TargetError."""
     if arguments.json is not None and not arguments.json.parent.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import available_memory
+from moetier.runtime.threads import usable_cpus
 from moetier.tiers.durable import disk_errors
 from moetier.tiers.errors import ConfigError, DiskSpaceError
 from moetier.tiers.keys import ExpertKey
@@ -262,10 +262,10 @@ class Conversion:
 
 
 def _encoder(blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
-    """With as many workers as are asked for; else one for each CPU, fewer where memory is short."""
+    """With as many workers as are asked for; else one for each thread or CPU, fewer where memory is short."""
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"{options.workers} workers can't work.", "Give at least one.")
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or options.threads or usable_cpus()
     encoder = Encoder(blueprint, plan, workers=workers, fast=options.fast)
     most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)
     while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:

@@ -18,6 +18,7 @@ from moetier.tiers.keys import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
 
 from .command_line import checked
 from .number import COUNT
+from .resources import add_threads
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -61,8 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(fast=False)
     parser.add_argument(
-        "--workers", type=COUNT, metavar="N", help="experts at a time (default: as CPUs and memory allow)"
+        "--workers",
+        type=COUNT,
+        metavar="N",
+        help="experts at a time, each on a thread (default: --threads, fewer where memory is short)",
     )
+    add_threads(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a different, or damaged, model directory")
     parser.add_argument(
         "--ignore-code", action="store_true", help="accept a checkpoint that names code of its own; it is never run"
@@ -87,7 +92,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with checked():
         Options(arguments.bits, arguments.trunk_bits, arguments.group_size, arguments.pairs, arguments.fast)
-    names = ("bits", "trunk_bits", "group_size", "pairs", "fast", "workers", "overwrite", "ignore_code")
+    names = ("bits", "trunk_bits", "group_size", "pairs", "fast", "workers", "threads", "overwrite", "ignore_code")
     return {name: getattr(arguments, name) for name in (*names, "revision", "keep_source")} | {"quiet": False}
 
 
@@ -116,6 +121,7 @@ class How(TypedDict, total=False):
     fast: bool
     overwrite: bool
     workers: int | None
+    threads: int | None
     quiet: bool
 
 
@@ -198,12 +204,15 @@ def write(
     fast: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
+    threads: int | None = None,
     quiet: bool = True,
     passage: Passage | None = None,
     resuming: Sequence[str] | None = None,
 ) -> ConversionReport:
     """Of a checkpoint that is open. Unless ``quiet``, says what it does on standard error. ``resuming`` is the command
-    that resumes it, but for its options."""
+    that resumes it, but for its options. ``threads`` is how many threads this process computes with, as of ``load``."""
+    from moetier.runtime.threads import use_threads
+
     from .conversion import Conversion
     from .draft import Options
     from .target import State, check_place, is_ours, remove
@@ -220,7 +229,8 @@ def write(
         remove(dst)
         return State.NEW
 
-    options = Options(bits, trunk_bits, group_size, pairs, fast, workers)
+    options = Options(bits, trunk_bits, group_size, pairs, fast, workers, threads)
+    use_threads(threads)
     check_place(dst, checkpoint.folder)
     conversion = Conversion.plan(checkpoint, dst, options, passage=passage, resuming=resuming)
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.threads import usable_cpus, use_threads
 
 from .finding import Finding, fail, ok, warn
 
@@ -84,8 +85,9 @@ def configuration() -> Iterator[Finding]:
 def processor() -> Iterator[Finding]:
     from .machine import Machine
 
-    here = Machine.here()
-    yield ok("cpu", f"{here.cpu} ({', '.join(here.features) or platform.machine()}), {here.cores} cores")
+    here, usable = Machine.here(), usable_cpus()
+    quota = f", and a control group's quota leaves {usable}" if usable < here.cores else ""
+    yield ok("cpu", f"{here.cpu} ({', '.join(here.features) or platform.machine()}), {here.cores} cores{quota}")
 
 
 def kernel() -> Iterator[Finding]:
@@ -104,7 +106,7 @@ def kernel() -> Iterator[Finding]:
             "kernel", why, "Install llvmlite anew, in the range of moetier's: pip install --force-reinstall llvmlite"
         )
         return
-    processor, threads = here(), torch.get_num_threads()
+    processor, threads = here(), use_threads()
     form = "AVX-512 VNNI" if processor.has_vnni else "AVX2" if processor.has_avx2 else "no AVX2"
     found = f"quantised experts are multiplied where they lie, by code compiled for {form}, in {threads} threads"
     if threads > 1 and openmp() is None:

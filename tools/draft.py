@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moetier.runtime.threads import check_threads
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import Bits, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
@@ -36,8 +37,10 @@ class Options:
     pairs: str | None = None
     fast: bool = False  # plain rounding in place of HQQ
     workers: int | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         trunk_form(self.trunk_bits)
         fast = self.fast and self.trunk_bits == 16
         if self.bits == 16 and (self.group_size is not None or self.pairs is not None or fast):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +34,9 @@ class Speeds:
     workers: int
 
     @classmethod
-    def measure(cls, prospect: Prospect, choices: Sequence[Choice], room: Room, disk: float | None) -> Speeds:
+    def measure(
+        cls, prospect: Prospect, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
+    ) -> Speeds:
         """A few seconds; ``disk`` is its rate in GB/s, where it is known."""
         if disk is None:
             rate, by = _probed_disk(prospect, choices, room)
@@ -50,7 +51,7 @@ class Speeds:
         made = choices if prospect.outline is not None else ()
         widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
         quantising = probes.quantising_rates(sorted(widths))
-        return cls(rate, by, rates, quantising, len(os.sched_getaffinity(0)))
+        return cls(rate, by, rates, quantising, workers)
 
 
 def _layouts(choices: Sequence[Choice]) -> dict[Bits, RecordLayout]:

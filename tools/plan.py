@@ -16,7 +16,7 @@ from .command_line import UsageError
 from .disk_space import nearest_folder
 from .number import COUNT
 from .options import source
-from .resources import add_device_arguments, size
+from .resources import add_device_arguments, add_threads, size
 
 if TYPE_CHECKING:
     from .fit import Fit
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ram", type=size, metavar="SIZE", help="host budget for experts, as of generate (default: its own)"
     )
     add_device_arguments(parser)
+    add_threads(parser)
     parser.add_argument(
         "--context",
         type=COUNT,
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         ram=arguments.ram,
         device_memory=arguments.device_memory,
         device=arguments.device,
+        threads=arguments.threads,
         context=arguments.context,
         into=arguments.into,
         disk=arguments.disk,
@@ -94,6 +96,7 @@ def plan(
     ram: str | int | None = None,
     device_memory: str | int | None = None,
     device: str = "auto",
+    threads: int | None = None,
     context: int | None = None,
     into: Path | None = None,
     disk: float | None = None,
@@ -122,6 +125,7 @@ def plan(
         ram=ram,
         device_memory=device_memory,
         device=device,
+        threads=threads,
         context=DEFAULT_CONTEXT if context is None else context,
     )
 
@@ -135,6 +139,7 @@ def plan(
         from moetier.runtime.choice import kernels_for
         from moetier.runtime.generate import place_of
         from moetier.runtime.memory import available_memory
+        from moetier.runtime.threads import usable_cpus, use_threads
 
         from .estimate import Speeds, estimate
         from .fit import Room, by_preference, fit_of, impossible
@@ -142,6 +147,7 @@ def plan(
         from .resident import resident_bytes
 
     transformers.utils.logging.set_verbosity_error()
+    use_threads(threads)
     device_place = torch.device(place_of(config.device))
     kernels = kernels_for(device_place)
     if device_place.type == "cpu" and device_memory is not None:
@@ -160,6 +166,7 @@ def plan(
     if not working:
         raise impossible(asked, evaluate, config)
     say("measuring this machine, for some seconds")
-    speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk)
+    speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk, threads or usable_cpus())
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
+    options |= {"--threads": threads}
     return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls)

@@ -92,17 +92,20 @@ def run(arguments: argparse.Namespace) -> int:
             "Leave out --bits, --trunk-bits, --group-size, --pairs and --fast, or give its checkpoint.",
         )
     resources = resources_of(arguments)
-    if not converted and resources != resources_of(_defaults(arguments)):
+    if not converted and resources != resources_of(_defaults(arguments)) | {"threads": arguments.threads}:
         raise ConfigError(
             f"{arguments.source} is a checkpoint: it is measured in memory, and uses no tiers.",
             "Leave out --ram, --device, --daemon and what belongs to them, or give a model directory.",
         )
     import transformers
 
+    from moetier.runtime.threads import use_threads
+
     from .perplexity import read_texts
 
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
+    use_threads(arguments.threads)
     if converted:
         rows = [measure_directory(Path(arguments.source), texts, arguments.tokens, resources)]
     else:

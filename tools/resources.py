@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE, Size, TierConfig
+from moetier.runtime.threads import machine_cpus
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
@@ -14,6 +15,7 @@ from .number import COUNT, Number
 from .options import group_of
 
 LAYERS = Number(int, 1, 8, "Give 1 to 8.")
+THREADS = Number(int, 1, machine_cpus(), f"Give 1 to {machine_cpus()}, the CPUs of this machine.")
 LEAVES_ROOM = (
     "budgets leave room for so long a context; a longer one takes more. Of no effect with a daemon of this machine "
     "on a CPU"
@@ -45,6 +47,17 @@ def add_device_arguments(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--device", type=device, default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: %(default)s)'
+    )
+
+
+def add_threads(parser: argparse._ActionsContainer) -> None:
+    """Of every command that computes. A parser's, or a group's."""
+    parser.add_argument(
+        "--threads",
+        type=THREADS,
+        metavar="N",
+        help="threads to compute with (default: OMP_NUM_THREADS; else as many as there are CPUs for this process, a "
+        "control group's quota counted)",
     )
 
 
@@ -86,6 +99,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
         metavar="TOKENS",
         help=f"{context} (default: %(default)s)",
     )
+    add_threads(memory)
     memory.add_argument(
         "--exact",
         action=argparse.BooleanOptionalAction,
@@ -137,6 +151,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "learn": arguments.learn,
         "context": arguments.context,
         "exact": arguments.exact,
+        "threads": arguments.threads,
     }
     found |= more
     with checked():

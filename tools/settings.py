@@ -23,7 +23,7 @@ PREFIX = "MOETIER_"
 GENERAL = "general"  # the section of what is for all commands
 REFERENCE = "generate"  # whose options the general ones are: another's of that name with other values is another's
 GENERAL_KEYS = (
-    *("ram", "device-memory", "device", "daemon", "policy", "learn", "context", "exact"),
+    *("ram", "device-memory", "device", "threads", "daemon", "policy", "learn", "context", "exact"),
     *("speculate", "prefetch", "prefill-chunk"),
 )
 CONFIG = "MOETIER_CONFIG"

@@ -18,6 +18,7 @@ from .decoding import SEED
 from .disk_space import free_bytes
 from .geometry import GEOMETRIES, config_of, deviation_of, shapes_of
 from .number import COUNT
+from .resources import add_threads
 from .routing import (
     ROUTINGS,
     TOKENS_FILE,
@@ -55,10 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="convert it too, to 4 bits without the optimiser, and say how its routing looks beside a trained model's",
     )
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from moetier.runtime.threads import use_threads
+
+    use_threads(arguments.threads)
     size = make_synthetic(
         arguments.target, geometry=arguments.geometry, blocks=arguments.blocks, seed=arguments.seed, quiet=False
     )
@@ -66,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(f"{arguments.target}: {format_bytes(size)}", flush=True)
     if arguments.store is not None:
-        convert_synthetic(arguments.target, arguments.store, quiet=False)
-        trace = routing_of(arguments.store)
+        convert_synthetic(arguments.target, arguments.store, threads=arguments.threads, quiet=False)
+        trace = routing_of(arguments.store, threads=arguments.threads)
         if not arguments.json:
             print(curve_table(arguments.geometry, trace))
         else:
@@ -78,21 +83,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def convert_synthetic(source: Path, target: Path, *, quiet: bool = True) -> None:
+def convert_synthetic(source: Path, target: Path, *, threads: int | None = None, quiet: bool = True) -> None:
     """To 4 bits, its fixed tokens with it. Raises CheckpointError, TargetError or ConfigError."""
     from moetier.tiers.durable import write_durably
 
     from .convert import convert
 
-    convert(source, target, bits=4, fast=True, quiet=quiet)
+    convert(source, target, bits=4, fast=True, threads=threads, quiet=quiet)
     write_durably(target / TOKENS_FILE, (source / TOKENS_FILE).read_bytes())
 
 
-def routing_of(directory: Path) -> Trace:
+def routing_of(directory: Path, *, threads: int | None = None) -> Trace:
     """Of a model directory that ``convert_synthetic`` made, for the first of its fixed tokens."""
     from moetier.runtime.generate import load
 
-    model, _ = load(directory, daemon=None, speculate="off")
+    model, _ = load(directory, daemon=None, speculate="off", threads=threads)
     with model.tiers:
         return record_tokens(model, read_tokens(directory)[:TRACED])
 

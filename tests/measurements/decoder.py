@@ -28,9 +28,8 @@ def main() -> None:
     parser.add_argument("--warm", type=int, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a prompt each; several are one batch")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()
-    model, _ = moetier.load(arguments.directory, daemon=arguments.daemon, ram=arguments.ram)
+    model, _ = moetier.load(arguments.directory, daemon=arguments.daemon, ram=arguments.ram, threads=arguments.threads)
     prompts = torch.stack(
         [
             torch.randint(3, model.config.vocab_size, (16,), generator=torch.Generator().manual_seed(seed))

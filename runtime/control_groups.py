@@ -1,0 +1,45 @@
+"""Control groups of this process, of versions 1 and 2.
+
+Kernel documentation: admin-guide/cgroup-v1, admin-guide/cgroup-v2.rst. A ``root`` holds ``proc/self/cgroup`` and
+``sys/fs/cgroup``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ControlGroup:
+    """A group that limits this process: its own, or one above it. ``name`` is that of its own, for people."""
+
+    name: str
+    folder: Path
+    version: int
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[ControlGroup]:
+    """The groups of ``controller`` ("memory", "cpu"), each process's own first, then those above it."""
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            top, version = root / "sys/fs/cgroup" / controller, 1
+            if not top.is_dir():  # controllers that are mounted together; most systems link each name to the folder
+                top = top.with_name(controllers)
+        elif not controllers:
+            top, version = root / "sys/fs/cgroup", 2
+        else:
+            continue
+        group = top / path.lstrip("/")
+        if not group.is_dir():  # in a container the path is the host's, and the group is mounted as the top
+            group = top
+        for folder in (group, *group.parents):
+            yield ControlGroup(f"the control group {path}", folder, version)
+            if folder == top:
+                break

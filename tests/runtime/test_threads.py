@@ -1,0 +1,238 @@
+"""Number of threads: quotas of control groups, cpusets, affinity, options, and OpenMP's spinning."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prepared import Prepared
+
+from moetier.runtime.config import TierConfig
+from moetier.runtime.threads import machine_cpus, usable_cpus
+from moetier.tiers.errors import ConfigError
+from moetier.tools.main import build_parser, main
+from moetier.tools.options import walk
+
+CPU, CPUSET = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup/cpuset")
+FREE = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+several = pytest.mark.skipif(machine_cpus() < 2, reason="one CPU")
+
+
+@pytest.fixture
+def many_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a large host."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+
+
+def write(root: Path, group: str, **files: str) -> None:
+    folder = root / "sys/fs/cgroup" / group
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def version_2(root: Path, path: str = "/docker/1", **quotas: str) -> Path:
+    """A root where this process is in the group ``path``; ``quotas`` by the group's depth below the top."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"0::{path}\n")
+    parts = path.strip("/").split("/")
+    for depth in range(len(parts) + 1):
+        write(root, "/".join(parts[:depth]), cpu__max=quotas.get(f"at_{depth}", "max 100000"))
+    return root
+
+
+@pytest.mark.usefixtures("many_cpus")
+@pytest.mark.parametrize(
+    ("quota", "cpus"),
+    [
+        ("max 100000", 64),
+        ("200000 100000", 2),
+        ("100000 50000", 2),
+        ("6400000 100000", 64),
+        ("9900000 100000", 64),
+        ("120000 100000", 1),
+        ("150000 100000", 2),
+        ("240000 100000", 2),
+        ("20000 100000", 1),
+        ("nonsense", 64),
+        ("", 64),
+    ],
+)
+def test_version_2_to_the_nearest_whole_number(tmp_path: Path, quota: str, cpus: int) -> None:
+    assert usable_cpus(version_2(tmp_path, at_2=quota)) == cpus
+
+
+@pytest.mark.usefixtures("many_cpus")
+def test_version_2_the_least_of_the_groups_above(tmp_path: Path) -> None:
+    assert usable_cpus(version_2(tmp_path, at_1="300000 100000", at_2="800000 100000")) == 3
+
+
+@pytest.mark.usefixtures("many_cpus")
+def test_version_2_in_a_container_the_group_is_the_mounted_top(tmp_path: Path) -> None:
+    write(tmp_path, "", cpu__max="200000 100000")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/system.slice/docker-1.scope\n")
+    assert usable_cpus(tmp_path) == 2
+
+
+@pytest.mark.usefixtures("many_cpus")
+@pytest.mark.parametrize("mounted", ["cpu", "cpu,cpuacct"])
+def test_version_1(tmp_path: Path, mounted: str) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,cpuacct:/job/own\n3:cpuset:/\n0::/\n")
+    write(tmp_path, f"{mounted}/job", cpu__cfs_quota_us="400000", cpu__cfs_period_us="100000")
+    write(tmp_path, f"{mounted}/job/own", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    assert usable_cpus(tmp_path) == 4
+
+
+@pytest.mark.usefixtures("many_cpus")
+def test_without_groups_it_is_the_affinity(tmp_path: Path) -> None:
+    assert usable_cpus(tmp_path) == 64
+
+
+@contextlib.contextmanager
+def group_below(top: Path, **files: str) -> Iterator[Path]:
+    """A real control group, with an empty one in it."""
+    if not os.access(top, os.W_OK):
+        pytest.skip(f"no writable control groups at {top}")
+    outer = top / f"moetier-test-{os.getpid()}"
+    inner = outer / "inner"
+    outer.mkdir()
+    try:
+        for name, text in files.items():
+            (outer / name.replace("__", ".")).write_text(text)
+        inner.mkdir()
+        yield inner
+    finally:
+        inner.rmdir()
+        outer.rmdir()
+
+
+def run_in(group: Path, code: str, *arguments: object, **variables: str) -> list[str]:
+    """The words that ``code`` prints as a process of ``group``."""
+    enter = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
+    command = ["/bin/sh", "-c", enter, "sh", sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=FREE | variables, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
+@several
+def test_a_quota_of_version_1_for_real(tinymix_4bit: Path) -> None:
+    """The quota is the outer group's, the process in the inner one. torch itself begins a thread for each CPU."""
+    code = """
+import os, sys, torch, moetier
+from moetier.runtime.threads import use_threads
+print(torch.get_num_threads())
+os.environ["OMP_NUM_THREADS"] = "2"  # as a user who asks for them
+print(use_threads())
+del os.environ["OMP_NUM_THREADS"]
+moetier.load(sys.argv[1], daemon=None)[0].tiers.close()
+print(torch.get_num_threads())
+moetier.load(sys.argv[1], daemon=None, threads=2)[0].tiers.close()
+print(torch.get_num_threads())
+"""
+    with group_below(CPU, cpu__cfs_period_us="100000", cpu__cfs_quota_us="100000") as group:
+        found = run_in(group, code, tinymix_4bit)
+        doctor = "from moetier.tools.doctor_machine import processor; print(*(each.found for each in processor()))"
+        assert " ".join(run_in(group, doctor)).endswith("cores, and a control group's quota leaves 1")
+    assert found == [str(len(os.sched_getaffinity(0))), "2", "1", "2"]
+
+
+@several
+def test_a_cpuset_for_real() -> None:
+    with group_below(CPUSET, cpuset__cpus="0", cpuset__mems="0") as group:
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            (group / name).write_text("0")
+        assert run_in(group, "from moetier.runtime.threads import usable_cpus; print(usable_cpus())") == ["1"]
+
+
+@several
+def test_affinity_for_real() -> None:
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from moetier.runtime.threads import usable_cpus; print(usable_cpus())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+@pytest.mark.parametrize("threads", [0, -1, machine_cpus() + 1, True, 1.0, "1"])
+def test_a_number_that_can_not_be(threads: object) -> None:
+    with pytest.raises(ConfigError, match="no number of threads") as caught:
+        TierConfig.of(threads=threads)  # type: ignore[arg-type]
+    assert caught.value.fix == f"Give 1 to {machine_cpus()}, its CPUs."
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", str(machine_cpus() + 1), "many"])
+def test_a_number_that_can_not_be_on_a_command_line(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "nothing", f"--threads={threads}"])
+    assert caught.value.code == 2
+    assert "--threads" in capsys.readouterr().err
+
+
+def test_commands_that_compute_have_the_option() -> None:
+    without = {
+        *("list", "rm", "verify", "inspect", "replay", "plot", "daemon", "ps", "stats", "top", "bench", "bench disk"),
+        *("doctor", "config", "config show", "completion", ""),
+    }
+    found = {" ".join(path) for path, parser in walk(build_parser()) if not _has_threads(parser)}
+    assert found == without
+
+
+def _has_threads(parser: argparse.ArgumentParser) -> bool:
+    return "--threads" in parser._option_string_actions
+
+
+COMMANDS = {
+    "generate": ["generate", "STORE", "x", "--max-new-tokens", "1", "--daemon", "none"],
+    "convert": ["convert", "SOURCE", "TARGET", "--fast"],
+}
+
+
+@several
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_computes_with_so_many(
+    command: str, scripts: Prepared, tinymix: Path, tinymix_4bit: Path, tmp_path: Path
+) -> None:
+    places = {"STORE": tinymix_4bit, "SOURCE": tinymix, "TARGET": tmp_path / "dst"}
+    words = [places.get(word, word) for word in COMMANDS[command]]
+    code = "import sys, torch; from moetier.tools.main import main; code = main(); print(torch.get_num_threads(), code)"
+    result = scripts.run(code, *words, "--threads", 2)
+    assert result.stdout.split()[-2:] == ["2", "0"], result.stderr
+    if command == "convert":
+        assert "2 workers" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_openmp_spins_for_a_bounded_time_unless_the_user_says_otherwise(
+    variables: dict[str, str], expected: str | None
+) -> None:
+    """OpenMP itself says what it has taken from the environment, when it is loaded."""
+    code = (
+        "import ctypes, glob, importlib.util, os, moetier, sys; assert 'torch' not in sys.modules\n"
+        "where = os.path.dirname(importlib.util.find_spec('torch').origin)\n"
+        "ctypes.CDLL(glob.glob(where + '/lib/libgomp*.so*')[0])"
+    )
+    if not list(Path(_torch_folder()).glob("lib/libgomp*.so*")):
+        pytest.skip("torch has another OpenMP")
+    environment = FREE | {"OMP_DISPLAY_ENV": "verbose"} | variables
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = [line.split("'")[1] for line in said.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    assert len(found) == 1, said.stderr
+    if expected is not None:
+        assert found == [expected]
+    else:
+        assert int(found[0]) > 1_000_000
+
+
+def _torch_folder() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent
