@@ -9,9 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
-import google_crc32c
-import numpy as np
-
+from moetier.tiers.checksum import crc32c
 from moetier.tiers.errors import ChecksumError, ClosedError, ProtocolError, UnavailableError
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -132,8 +130,7 @@ class RemoteReader:
             lines = self._lines
         assert lines is not None
         Transfer(key, view, self.manifest.digest, self.address, self._patience).run(lines, self._pool)
-        payload = np.frombuffer(view, np.uint8)[:-CHECKSUM_BYTES]
-        if google_crc32c.value(payload) != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+        if crc32c(view[:-CHECKSUM_BYTES]) != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             raise ChecksumError(
                 f"{self.manifest.model}, {key}: checksum mismatch in what the daemon {self.address} sent.",
                 "Check its store (moetier verify) and the network.",

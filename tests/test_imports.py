@@ -22,7 +22,7 @@ LAYERS = {
 # within tiers: each level imports from those above it alone
 LEVELS = (
     {"keys", "errors", "stats", "stream"},
-    {"bands", "hqq", "manifest", "monitor", "slots", "planes", "pairs", "order"},
+    {"bands", "checksum", "hqq", "manifest", "monitor", "slots", "planes", "pairs", "order"},
     {"source", "policy", "wishes", "heads", "usage", "quantize", "plan", "budget", "shard"},
     {"directory", "demands", "views", "promoter", "allocation", "page_locks", "device_pool", "folder", "durable"},
     {"arena", "early", "turns", "waiting", "hotset", "open_shard", "copies", "visit"},
@@ -55,6 +55,8 @@ HOMES = {
         "tools/",
     },
     "zarr": {"tiers/writer"},
+    "crc32c": {"tiers/checksum"},
+    "google_crc32c": set(),  # it holds the GIL
     "matplotlib": {"tools/figures", "tools/plot", "tools/plot_resident"},
     "textual": {"tools/top_app", "tools/top_widgets"},
     "rich": {"tools/top_app", "tools/top_heat", "tools/top_parts", "tools/top_widgets"},

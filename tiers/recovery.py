@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import google_crc32c
-import numpy as np
-
 from .arena import Arena
+from .checksum import crc32c
 from .keys import CHECKSUM_BYTES, ExpertKey
 from .manifest import Manifest
-
-_RUN = 16  # slots that one thread takes at a time
 
 
 def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertKey]:
@@ -24,19 +19,17 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
             key = arena.directory.content(slot)
             if key is not None and manifest.blocks[key.block].array == region.array:
                 claimed.setdefault(key, slot)
-    slots = {slot: key for key, slot in claimed.items()}
-    numbers = list(slots)
-    runs = [numbers[start : start + _RUN] for start in range(0, len(numbers), _RUN)]
+    pending = iter(list(claimed.values()))  # which the threads share: whichever is free takes the next
+
+    def check() -> list[int]:
+        return [slot for slot in pending if _is_whole(arena, slot)]
+
     with ThreadPoolExecutor(threads, thread_name_prefix="moetier-recovery") as pool:
-        whole = {slot for run in pool.map(lambda run: _whole(arena, run), runs) for slot in run}
-    return {slot: key for slot, key in slots.items() if slot in whole}
+        checks = [pool.submit(check) for _ in range(threads)]
+    whole = {slot for done in checks for slot in done.result()}
+    return {slot: key for key, slot in claimed.items() if slot in whole}
 
 
-def _whole(arena: Arena, slots: Iterable[int]) -> list[int]:
-    found = []
-    for slot in slots:
-        data = np.frombuffer(arena.whole(slot), np.uint8)
-        stored = int.from_bytes(data[-CHECKSUM_BYTES:].tobytes(), "little")
-        if google_crc32c.value(data[:-CHECKSUM_BYTES]) == stored:
-            found.append(slot)
-    return found
+def _is_whole(arena: Arena, slot: int) -> bool:
+    data = arena.whole(slot)
+    return crc32c(data[:-CHECKSUM_BYTES]) == int.from_bytes(data[-CHECKSUM_BYTES:], "little")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from .checksum import checksum_bytes, crc32c
 from .keys import CHECKSUM_BYTES, PAGE
 from .manifest import Manifest
 
@@ -64,12 +64,12 @@ class ShardFile:
         pairs[:, 0] = np.arange(self.experts, dtype=np.uint64) * self.slot_bytes
         pairs[:, 1] = self.slot_bytes
         payload = pairs.tobytes()
-        return payload + checksum_bytes(google_crc32c.value(payload))
+        return payload + checksum_bytes(crc32c(payload))
 
     def parse_index(self, index: bytes) -> tuple[int, ...]:
         """The records' offsets; -1 where there is none. Raises ValueError, saying why, on anything else."""
         payload, stored = index[:-CHECKSUM_BYTES], index[-CHECKSUM_BYTES:]
-        if checksum_bytes(google_crc32c.value(payload)) != stored:
+        if checksum_bytes(crc32c(payload)) != stored:
             raise ValueError("the checksum of its index does not match")
         offsets: list[int] = []
         for expert, (offset, size) in enumerate(np.frombuffer(payload, "<u8").reshape(-1, 2).tolist()):
@@ -89,10 +89,6 @@ class ShardFile:
         if any(after - before < self.slot_bytes for before, after in pairwise(placed)):
             raise ValueError("two experts overlap in its index")
         return tuple(offsets)
-
-
-def checksum_bytes(crc: int) -> bytes:
-    return crc.to_bytes(CHECKSUM_BYTES, "little")
 
 
 def read_checksums(descriptor: int, offsets: Iterable[int], slot_bytes: int) -> tuple[int, ...]:

@@ -13,11 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import google_crc32c
 import numpy as np
 
+from .checksum import crc32c
 from .errors import ChecksumError, MissingExpertError, StoreError, StoreReadError
 from .folder import check_array, command, read_errors, read_manifest, store_folder
 from .keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
@@ -191,30 +190,31 @@ class ExpertStore:
     ) -> int:
         """Reads a record, but for its beginning, and returns the crc32c of its payload, as it is in ``view`` in the
         end."""
-        payload = np.frombuffer(view, np.uint8)[:-CHECKSUM_BYTES]
+        payload = view[:-CHECKSUM_BYTES]
         start, step = beginning.length, interruptible_bytes(len(view))
 
         def before() -> int:
             beginning.copy(view)
-            return int(google_crc32c.extend(0, payload[: beginning.length]))
+            return crc32c(payload[: beginning.length])
 
         crc = before
         while pause is not None and start < len(view):
             shard.read(offset + start, view[start : start + step])
-            crc = partial(int, google_crc32c.extend(crc(), payload[start : start + step]))
+            crc = partial(int, crc32c(payload[start : start + step], crc()))
             start += step
             if start < len(view) and not pause():
                 pause = None  # the rest as one that nobody may interrupt
         if len(view) - start > PIECE_BYTES:
-            return self._read_side_by_side(shard, offset, view, payload, start, crc)
+            return self._read_side_by_side(shard, offset, view, start, crc)
         if start < len(view):
             shard.read(offset + start, view[start:])
-        return int(google_crc32c.extend(crc(), payload[start:]))
+        return crc32c(payload[start:], crc())
 
     def _read_side_by_side(
-        self, shard: OpenShard, offset: int, view: memoryview, payload: Any, start: int, before: Callable[[], int]
+        self, shard: OpenShard, offset: int, view: memoryview, start: int, before: Callable[[], int]
     ) -> int:
         """From ``start`` on; ``before`` gives the crc32c of what is before, once that is there."""
+        payload = view[:-CHECKSUM_BYTES]
         pool = self._readers_pool()
         starts = range(start, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
@@ -228,7 +228,7 @@ class ExpertStore:
                     shard.read(offset + start, view[start : start + PIECE_BYTES])
                 else:
                     piece.result()
-                crc = google_crc32c.extend(crc, payload[start : start + PIECE_BYTES])
+                crc = crc32c(payload[start : start + PIECE_BYTES], crc)
         finally:
             for piece in pieces:  # nobody may write to the slot once this has returned
                 if not piece.cancel():

@@ -8,17 +8,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import google_crc32c
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from .checksum import crc32c
 from .errors import ChecksumError, StoreError, StoreFormatError
 from .folder import read_errors
 from .manifest import TRUNK_NAME, FileSum, Manifest
 
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record
-PIECE_BYTES = 8 << 20  # read and checksummed at a time: google_crc32c holds the interpreter's lock
+PIECE_BYTES = 8 << 20  # read and checksummed at a time, while it is in the processor's cache
 AHEAD_BYTES = 64 << 20  # that the kernel is asked to read meanwhile
 
 FIX = "Get that file again from where the directory came from, or remove it and run the same conversion again."
@@ -114,7 +113,7 @@ def check_sum(path: Path, entry: FileSum) -> Iterator[int]:
     crc = 0
     with read_errors(path), path.open("rb", buffering=0) as stream:
         for piece in read_pieces(stream.fileno()):
-            crc = extend_crc(crc, piece)
+            crc = crc32c(piece, crc)
             yield len(piece)
     if crc != entry.crc32c:
         raise ChecksumError(
@@ -135,7 +134,3 @@ def read_pieces(descriptor: int) -> Iterator[memoryview]:
         yield buffer[:count]
         os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
         position += count
-
-
-def extend_crc(crc: int, data: memoryview) -> int:
-    return int(google_crc32c.extend(crc, np.frombuffer(data, np.uint8)))

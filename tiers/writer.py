@@ -19,20 +19,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from .checksum import checksum_bytes, crc32c
 from .durable import allocate, disk_errors, make_folders, sync_folder, write_durably
 from .errors import TargetExistsError
 from .keys import CHECKSUM_BYTES
 from .manifest import FileSum, Manifest
-from .shard import METADATA, PARTIAL, PLAN, Bytes, ShardFile, StoreDigest, checksum_bytes, read_checksums
+from .shard import METADATA, PARTIAL, PLAN, Bytes, ShardFile, StoreDigest, read_checksums
 
-PIECE_BYTES = 8 << 20  # checksummed and written at a time: google_crc32c holds the interpreter's lock
+PIECE_BYTES = 8 << 20  # checksummed and written at a time, while it is in the processor's cache
 FLUSH_BYTES = 64 << 20  # of dirty pages at most: a small cgroup must not be stalled by them
 
 
@@ -194,7 +194,7 @@ class ShardWriter:
         crc = 0
         for start in range(0, len(data), PIECE_BYTES):
             piece = data[start : start + PIECE_BYTES]
-            crc = google_crc32c.extend(crc, np.frombuffer(piece, np.uint8))
+            crc = crc32c(piece, crc)
             self._append(piece)
         self._append(memoryview(checksum_bytes(crc)))
 

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
+from moetier.tiers.checksum import crc32c
 from moetier.tiers.durable import allocate, sync_folder
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.keys import ALIGNMENT
 from moetier.tiers.manifest import FileSum
 from moetier.tiers.shard import PARTIAL
-from moetier.tiers.trunk import extend_crc, read_pieces
+from moetier.tiers.trunk import read_pieces
 
 from .dequantize import Plain, SourceTensor
 from .matrix_record import MatrixRecord
@@ -83,9 +84,9 @@ class TrunkFile:
         path = folder / self.name
         with path.open("rb", buffering=0) as stream:
             for piece in read_pieces(stream.fileno()):
-                stored = extend_crc(stored, piece)
+                stored = crc32c(piece, stored)
         for piece in self._pieces():
-            wanted = extend_crc(wanted, piece)
+            wanted = crc32c(piece, wanted)
         if stored == wanted:
             return FileSum(self.size, stored)
         path.unlink()  # a second copy may be more than the disk holds
@@ -100,7 +101,7 @@ class TrunkFile:
             written = flushed = 0
             for piece in self._pieces():
                 stream.write(piece)
-                crc = extend_crc(crc, piece)
+                crc = crc32c(piece, crc)
                 written += len(piece)
                 advance(len(piece))
                 if written - flushed >= FLUSH_BYTES:

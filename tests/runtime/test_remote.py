@@ -24,6 +24,7 @@ from moetier.runtime.address import Address, Credentials
 from moetier.runtime.fetch import Fetches
 from moetier.runtime.piece import PIECE_BYTES, encode_piece
 from moetier.runtime.remote import RemoteReader
+from moetier.tiers.checksum import checksum_bytes
 from moetier.tiers.errors import (
     ChecksumError,
     ClosedError,
@@ -37,7 +38,6 @@ from moetier.tiers.errors import (
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.shard import checksum_bytes
 from moetier.tiers.store import ExpertStore
 
 PLAIN = Credentials(insecure=True)

@@ -31,6 +31,7 @@ from moetier.runtime.piece import encode_piece
 from moetier.runtime.remote import RemoteReader
 from moetier.runtime.rendezvous import rendezvous
 from moetier.runtime.spread import SpreadReader
+from moetier.tiers.checksum import checksum_bytes
 from moetier.tiers.errors import (
     ArenaError,
     BudgetError,
@@ -47,7 +48,6 @@ from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.shard import checksum_bytes
 from moetier.tiers.store import ExpertStore
 
 PLAIN = Credentials(insecure=True)

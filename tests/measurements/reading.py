@@ -1,0 +1,84 @@
+"""How fast records are read and checked by one thread and by four, and how fast a warm restart checks its slots.
+
+    taskset -c 0,1 python tests/measurements/reading.py [FOLDER]
+
+Writes stores with records of 2.6 MB and of 88 MB into FOLDER, by default /dev/shm: on a tmpfs the disk costs a copy, so
+that checksums show. The restart's check is that of ``HostTier`` on an arena that a killed daemon left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
+
+from stores import layout_of, make_store
+
+from moetier.tiers.arena import Arena
+from moetier.tiers.host import HostTier
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.plan import ArenaPlan
+from moetier.tiers.store import ExpertStore
+from moetier.tools.bench_disk import store_rate
+
+GEOMETRIES = {"2.6 MB": (layout_of(424, 1024), 2, 128), "88 MB": (layout_of(3584, 4096), 2, 8)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("/dev/shm"))
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="medians are of (default: %(default)s)")
+    arguments = parser.parse_args()
+    print(f"machine  {platform.machine()}, {len(os.sched_getaffinity(0))} CPUs; medians of {arguments.rounds} rounds")
+    for name, (layout, blocks, experts) in GEOMETRIES.items():
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            make_store(Path(folder), blocks=blocks, experts=experts, layout=layout)
+            with ExpertStore.open(Path(folder)) as store:
+                reads(name, store, arguments.seconds, arguments.rounds)
+                restarts(name, store, arguments.rounds)
+
+
+def reads(name: str, store: ExpertStore, seconds: float, rounds: int) -> None:
+    rates: dict[int, list[float]] = {1: [], 4: []}
+    for _ in range(rounds):
+        for readers, found in rates.items():
+            found.append(store_rate(store, store.layout(0).slot_bytes, readers, seconds))
+    one, four = (median(found) for found in rates.values())
+    print(
+        f"{name:<8} reads: 1 reader {one / 1e9:.2f} GB/s, 4 readers {four / 1e9:.2f} GB/s, {four / one:.2f} times that"
+    )
+
+
+def restarts(name: str, store: ExpertStore, rounds: int) -> None:
+    """Fills an arena, and takes it back as a daemon takes that of a killed one."""
+    manifest = store.manifest
+    slots = dict.fromkeys(manifest.layouts, manifest.record_count)
+    arena = Arena.create(ArenaPlan.of(manifest, slots))
+    descriptor = arena.export()
+    try:
+        with HostTier(store, slots=slots, arena=arena) as tier:
+            for block, entry in enumerate(manifest.blocks):
+                assert all(lease.holds() for lease in tier.acquire([ExpertKey(block, e) for e in range(entry.experts)]))
+        times = []
+        for _ in range(rounds):
+            arena = Arena.take(descriptor, manifest)
+            began = time.perf_counter()
+            with HostTier(store, slots=slots, arena=arena) as tier:
+                times.append(time.perf_counter() - began)
+                assert tier.recovered == manifest.record_count
+    finally:
+        os.close(descriptor)
+    rate = manifest.stored_bytes / median(times) / 1e9
+    print(f"{'':<8} restart: {manifest.record_count} slots taken back and checked at {rate:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
