@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,23 @@ def load(
         # many tokenizers say nothing of a length; with one, transformers warns of texts that are longer
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     device_map = None if place == "cpu" else {"": place}
-    with _load_errors(folder), asked_for(asked):
+    with _load_errors(folder), asked_for(asked), _bar_on_a_terminal_alone():
         model = model_class.from_pretrained(folder, config=config, device_map=device_map, use_safetensors=True)
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _bar_on_a_terminal_alone() -> Iterator[None]:
+    """Without transformers' progress bar where standard error is a file or a pipe, in which it only leaves noise."""
+    log = transformers.utils.logging
+    if not log.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
+        yield
+        return
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.enable_progress_bar()
 
 
 @contextlib.contextmanager

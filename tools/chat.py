@@ -40,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments, **speculation_of(arguments))
     decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
     most: int = arguments.max_new_tokens
+    status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
+    if status and sys.stderr.isatty():
+        print(f"loading {arguments.directory} ...", file=sys.stderr, flush=True)
     with loaded(arguments.directory, resources) as (model, tokenizer, _):
         import torch
 
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             model.tiers,
             most=most,
             as_json=arguments.json,
-            status=sys.stderr.isatty() if arguments.status is None else arguments.status,
+            status=status,
         )
         dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
         if conversation.is_plain:

@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(_text(settings, shown))
     sys.stdout.flush()
+    for said in settings.unknown_variables:
+        print(f"moetier: {said}", file=sys.stderr)
     for fault in faults:
         print(f"moetier: {fault.cause}\n  {fault.fix}", file=sys.stderr)
     return EXIT_ERROR if faults else 0

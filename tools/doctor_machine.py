@@ -76,6 +76,7 @@ def configuration() -> Iterator[Finding]:
     from .settings import GENERAL, Settings
 
     settings = Settings.read(commands_of(build_parser()))
+    yield from (warn("config", said, "Unset it, or correct its name.") for said in settings.unknown_variables)
     found = [each for name in settings.sections if name != GENERAL for each in settings.of(name)]
     places = sorted({each.where for each in [*settings.general(), *found] if not each.is_default})
     there = "" if settings.file.exists() else " (there is none)"

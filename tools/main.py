@@ -27,6 +27,8 @@ COMMANDS = (
     *("doctor", "config", "completion"),
 )
 
+_log = logging.getLogger(__name__)
+
 # docs/commands.md has the table; 2 is command_line.py's, 1 and 70 are failure.py's
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -69,7 +71,7 @@ def _run(argv: Sequence[str] | None) -> int:
     """Raises BrokenPipeError where nobody reads what is said."""
     settings: list[Setting] = []
     try:
-        _log()
+        _set_up_log()
         arguments, settings = parse(argv)
         status: int = arguments.run(by_name(arguments))
         sys.stdout.flush()
@@ -96,8 +98,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
         return arguments, []
     from .settings import Settings
 
-    settings = Settings.read(commands_of(parser)).of(arguments.command)
-    found = [setting for setting in settings if not setting.is_default]
+    settings = Settings.read(commands_of(parser))
+    for said in settings.unknown_variables:
+        _log.warning("%s", said)
+    found = [setting for setting in settings.of(arguments.command) if not setting.is_default]
     if found:
         values = {options[setting.key].dest: setting.value for setting in found}
         command.set_defaults(**values, configured=values)
@@ -105,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
     return arguments, found
 
 
-def _log() -> None:
+def _set_up_log() -> None:
     """Nothing but warnings unless MOETIER_LOG asks for more; all in what can be read, as a daemon of another host may
     have said it. Raises ConfigError."""
     from .plain import PlainFormatter

@@ -27,8 +27,12 @@ GENERAL_KEYS = (
     *("speculate", "prefetch", "prefill-chunk"),
 )
 CONFIG = "MOETIER_CONFIG"
-# that say no option: moetier's own, its tests', and those that Kubernetes sets for a service of this name
-OTHERS = re.compile(rf"{PREFIX}(API_KEY|CONFIG|DEBUG|LOG|(TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)")
+OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # that are no options
+# nor are these: its tests', and those that Kubernetes sets for a service of this name
+OTHERS = re.compile(
+    rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",
+)
+CLOSE = 0.85  # how alike a name has to be to be suggested: from 0 to 1, as difflib has it; all begin alike
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -81,7 +85,7 @@ class Settings:
         self._sections = sections
         self._variables = {name: text for name, text in environment.items() if name.startswith(PREFIX) and text}
         self._check_sections()
-        self._check_variables()
+        self.unknown_variables = self._unknown_variables()
 
     def _found(self, fault: ConfigError) -> None:
         if self._faults is None:
@@ -161,16 +165,17 @@ class Settings:
         fix = f"Put it beneath {' or '.join(homes)}." if homes else f"The nearest is {near}."
         return ConfigError(f"{self.file}: [{section}] has no key {key!r}.", fix)
 
-    def _check_variables(self) -> None:
-        known = [variable(section, key) for section, keys in self.sections.items() for key in keys]
+    def _unknown_variables(self) -> list[str]:
+        """A sentence on each variable that looks like a setting and is none. Others may set such variables (an image's
+        build, a service manager), so they end no command."""
+        known = [*(variable(section, key) for section, keys in self.sections.items() for key in keys), *OWN]
+        said = []
         for name in self._variables:
             if name not in known and not OTHERS.fullmatch(name):
-                self._found(
-                    ConfigError(
-                        f"The environment has {name}, which is no setting.",
-                        f"The nearest is {_near(name, known)}; else unset it.",
-                    )
-                )
+                near = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
+                meant = f"; {near[0]} may be meant" if near else ""
+                said.append(f"{name} in the environment is no setting of moetier's, and is ignored{meant}.")
+        return said
 
 
 def config_file(environment: Mapping[str, str] = os.environ) -> Path:

@@ -33,7 +33,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
         raise UnsupportedModelError(
             f"This transformers ({transformers.__version__}) has no architecture {architecture} "
             f"(model type {model_type}).",
-            f"Supported model types: {', '.join(supported_types())}.",
+            _supported(),
         )
     try:
         made = CONFIG_MAPPING[model_type].from_dict(_with_floats(carried(config)))
@@ -57,7 +57,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
         raise UnsupportedModelError(
             f"{architecture} (model type {model_type}) is dense, or transformers' experts interface does not know "
             "its experts.",
-            f"Supported model types: {', '.join(supported_types())}.",
+            _supported(),
         )
     return model, dtype
 
@@ -71,6 +71,13 @@ def _with_floats(config: Mapping[str, Any]) -> Any:
     """With infinities and NaNs, which JSON lacks and transformers writes as {"__float__": "Infinity"}."""
     tag = {"__float__"}
     return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
+
+
+def _supported() -> str:
+    return (
+        f"moetier runs Mixture-of-Experts models of {len(supported_types())} types, mixtral, qwen3_moe and gpt_oss "
+        "among them; docs/architectures.md lists all."
+    )
 
 
 def supported_types() -> list[str]:

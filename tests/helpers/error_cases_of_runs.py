@@ -213,11 +213,6 @@ def unknown_key_in_a_file(bench: Bench) -> Said:
     return bench.run("generate", bench.folder / "model", "To be", MOETIER_CONFIG=str(file))
 
 
-@case
-def unknown_variable(bench: Bench) -> Said:
-    return bench.run("generate", bench.folder / "model", "To be", MOETIER_RMA="6GB")
-
-
 # Files of other commands
 
 

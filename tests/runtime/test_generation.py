@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import convert_tiny, smallest_ram
+from prepared import Prepared
 from torch import Tensor
 from transformers import TextStreamer
 
@@ -166,3 +167,13 @@ def _flip_bit(path: Path, offset: int) -> None:
         byte = stream.read(1)[0]
         stream.seek(offset)
         stream.write(bytes([byte ^ 4]))
+
+
+def test_no_progress_bar_is_written_to_a_pipe(scripts: Prepared, tinymix_4bit: Path) -> None:
+    script = (
+        "import sys, moetier; from transformers.utils import logging\n"
+        "with moetier.load(sys.argv[1])[0].tiers: print(logging.is_progress_bar_enabled())"
+    )
+    result = scripts.run(script, tinymix_4bit)
+    assert (result.returncode, result.stdout) == (0, "True\n"), "as it was before"
+    assert result.stderr == ""

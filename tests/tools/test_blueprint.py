@@ -171,7 +171,9 @@ def test_a_dense_model_is_refused_with_what_is_supported(tmp_path: Path) -> None
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "src")
     with pytest.raises(UnsupportedModelError, match="is dense") as caught:
         convert(tmp_path / "src", tmp_path / "dst")
-    assert "mixtral, " in caught.value.fix
+    assert f"{len(supported_types())} types, mixtral, qwen3_moe and gpt_oss among them" in caught.value.fix
+    assert "docs/architectures.md" in caught.value.fix
+    assert len(caught.value.fix) < 160
     assert not (tmp_path / "dst").exists()
 
 

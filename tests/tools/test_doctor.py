@@ -152,8 +152,11 @@ def test_a_broken_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path.write_text("[convert]\nbits = 3\n")
     (found,) = look("config", doctor_machine.configuration)
     assert (found.state, f"{path}, [convert] bits" in found.found) == (State.OK, True)
+    monkeypatch.setenv("MOETIER_VERSION", "1")
+    unknown, _ = look("config", doctor_machine.configuration)
+    assert (unknown.state, "MOETIER_VERSION" in unknown.found) == (State.WARN, True)
     path.write_text("[convert]\nbits = 5\n")
-    (found,) = look("config", doctor_machine.configuration)
+    _, found = look("config", doctor_machine.configuration)
     assert (found.state, "16, 8, 4, 3, 2" in found.advice) == (State.FAIL, True)
 
 

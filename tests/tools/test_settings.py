@@ -102,8 +102,6 @@ def test_mistakes_name_the_file_the_key_and_the_fix(
 @pytest.mark.parametrize(
     ("name", "value", "cause", "fix"),
     [
-        ("MOETIER_RAMM", "1", "MOETIER_RAMM", "The nearest is MOETIER_RAM;"),
-        ("MOETIER_CONVERT_BIT", "4", "MOETIER_CONVERT_BIT", "MOETIER_CONVERT_BITS"),
         ("MOETIER_CONTEXT", "x", "MOETIER_CONTEXT is 'x'", "whole number"),
         ("MOETIER_RAM", "6GX", "MOETIER_RAM: '6GX' is not an amount of memory", '"6GiB"'),
         ("MOETIER_DEVICE", "gpu", "MOETIER_DEVICE: 'gpu' is not a device", '"cuda"'),
@@ -121,6 +119,28 @@ def test_mistakes_in_the_environment(
     said = capsys.readouterr().err.splitlines()
     assert cause in said[0]
     assert fix in said[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MOETIER_RAMM", "MOETIER_RAM"),
+        ("MOETIER_RMA", "MOETIER_RAM"),
+        ("MOETIER_CONVERT_BIT", "MOETIER_CONVERT_BITS"),
+        ("MOETIER_DEBUGG", "MOETIER_DEBUG"),
+        ("MOETIER_VERSION", None),
+        ("MOETIER_IMAGE_TAG", None),
+    ],
+)
+def test_an_unknown_variable_is_a_warning(
+    name: str, meant: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert parse(GENERATE)[1] == []
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    ignored = f"{name} in the environment is no setting of moetier's, and is ignored"
+    assert record.getMessage() == ignored + (f"; {meant} may be meant." if meant else ".")
 
 
 def test_variables_of_others_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
