@@ -271,7 +271,8 @@ def test_a_person_talks_in_a_terminal(endless: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     options = ["--context", "100000", "--max-new-tokens", "90000", "--daemon", "none", "--ram", "32MiB"]
     with Terminal("-m", "moetier.tools.main", "chat", str(endless), *options) as terminal:
-        terminal.wait_for(f"loading {endless} \\.\\.\\.\n.*experts of this process; a context of 100,000 tokens\n.*>>> ")
+        terminal.wait_for(f"loading {endless} \\.\\.\\.\n")
+        terminal.wait_for("experts of this process; a context of 100,000 tokens\n.*>>> ")
         shown = []
         for keys, more in (("To be, or not to be?\n", ""), ('"""What is\n', 'the matter?"""\n')):
             terminal.type(keys)
