@@ -8,7 +8,7 @@ from typing import Any
 from moetier.tiers.errors import MoetierError
 
 from .conversation import PLAIN_STOP
-from .decoding import chunks_of
+from .decoding import behind, chunks_of
 from .interrupt import Interrupt, Interrupted
 from .kept_cache import KeptCache
 from .report import Timing
@@ -60,8 +60,8 @@ class Answer:
 
 
 class Answering:
-    """A loaded model that answers prompts of one conversation after the other. ``decoding``: keyword arguments of
-    ``generate()``; ``is_plain``: of a model without a chat template, whose text may go on with the person's part."""
+    """A loaded model that answers prompts of one conversation after the other. ``decoding``: as ``decoding_of`` has it;
+    ``is_plain``: of a model without a chat template, whose text may go on with the person's part."""
 
     def __init__(self, model: Any, tokenizer: Any, decoding: dict[str, Any], *, chunk: int, is_plain: bool) -> None:
         self._model = model
@@ -95,7 +95,7 @@ class Answering:
             sequence = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                **self._decoding | {"max_new_tokens": most},
+                **behind(len(ids), self._decoding) | {"max_new_tokens": most},
                 **chunks_of(model, len(ids) - known, self._chunk),
                 **self.kept.options,
                 stopping_criteria=[between_tokens],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from moetier.runtime.context import counted, first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 
-from .number import COUNT, Number
+from .number import COUNT, MOST, TINY, Number
 from .options import group_of
 
 _log = logging.getLogger(__name__)
@@ -24,6 +25,14 @@ ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams i
 }
 
 TEMPERATURE = Number(float, 0, math.inf, "Give 0, to decode greedily, or more.")
+TOP_K = Number(int, 0, MOST, "Give 1 or more, or 0 for all tokens.")
+TOP_P = Number(float, TINY, 1, "Give more than 0, and 1 at most.")
+MIN_P = Number(float, 0, 1, "Give 0 to 1.")
+REPETITION_PENALTY = Number(float, 0.01, 100, "Give 0.01 to 100; 1 changes nothing.")
+OCCURRENCE_PENALTY = Number(float, -2, 2, "Give -2 to 2; 0 changes nothing.")
+NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # samplers, and the values with which they leave every token
+PENALTIES = ("presence_penalty", "frequency_penalty")  # that transformers lacks
+SAMPLING = ("temperature", *NEUTRAL, "repetition_penalty", *PENALTIES)
 LEAST_TEMPERATURE = 1e-5  # below it counts as 0: scores that are divided by it may be no numbers any more
 SEED = Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1.")
 PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is computed has a part in its last bits
@@ -45,6 +54,38 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
         metavar="T",
         help="0 decodes greedily (default: as the model's generation_config.json says, else greedily)",
     )
+    group.add_argument(
+        "--top-k",
+        type=TOP_K,
+        metavar="K",
+        help="sample among the K most likely tokens; 0: among all (default of this and the next three: as "
+        "generation_config.json says)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=TOP_P,
+        metavar="P",
+        help="sample among the most likely tokens that together have this probability",
+    )
+    group.add_argument(
+        "--min-p",
+        type=MIN_P,
+        metavar="P",
+        help="leave out tokens with less than this part of the most likely one's probability",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=REPETITION_PENALTY,
+        metavar="X",
+        help="divide the scores of tokens of the prompt and the answer; 1 changes nothing",
+    )
+    for name, times in ("presence", ""), ("frequency", " for each time that it has them"):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=OCCURRENCE_PENALTY,
+            metavar="X",
+            help=f"lower the scores of tokens that the answer has by X{times}; 0 changes nothing",
+        )
     group.add_argument("--seed", type=SEED, default=0, help="of the sampling (default: %(default)s)")
 
 
@@ -60,12 +101,44 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``generate()``; the seed is for ``torch.manual_seed``."""
-    temperature: float | None = arguments.temperature
-    sampling: dict[str, Any] = {} if temperature is None else {"do_sample": temperature >= LEAST_TEMPERATURE}
-    if sampling.get("do_sample"):
-        sampling["temperature"] = temperature
-    return {**sampling, **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
+    """Return keyword arguments of ``generate()``, and PENALTIES, which ``behind`` replaces.
+
+    The seed is not among them: it is for ``torch.manual_seed``.
+    """
+    asked = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
+    return {**sampling_of(asked), **penalties_of(asked), **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
+
+
+def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
+    """Return what ``generate()`` is given of SAMPLING, but for PENALTIES.
+
+    A temperature samples, and so does a sampler that leaves out tokens; a temperature of 0 decodes greedily. Where
+    neither is ``asked`` for, the model's generation_config.json decides.
+    """
+    temperature = asked.get("temperature")
+    given: dict[str, Any] = {name: asked[name] for name in ("repetition_penalty",) if name in asked}
+    if temperature is not None and temperature < LEAST_TEMPERATURE:
+        return given | {"do_sample": False}
+    given |= {name: asked[name] for name in ("temperature", *NEUTRAL) if name in asked}
+    if temperature is not None or any(asked.get(name, neutral) != neutral for name, neutral in NEUTRAL.items()):
+        given["do_sample"] = True
+    return given
+
+
+def penalties_of(asked: Mapping[str, float]) -> dict[str, float]:
+    """Return those of PENALTIES that change something."""
+    return {name: asked[name] for name in PENALTIES if asked.get(name)}
+
+
+def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``decoding`` for a prompt of so many tokens: PENALTIES count the tokens behind it."""
+    presence, frequency = (decoding.get(name, 0.0) for name in PENALTIES)
+    given = {name: value for name, value in decoding.items() if name not in PENALTIES}
+    if presence or frequency:
+        from .penalties import OccurrencePenalties
+
+        given["logits_processor"] = [OccurrencePenalties(prompt, presence, frequency)]
+    return given
 
 
 def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from moetier.tiers.errors import ConfigError
 from .decoding import (
     add_decoding_arguments,
     add_prefill_argument,
+    behind,
     chunks_of,
     decoding_of,
     encode,
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.manual_seed(arguments.seed)
         streamer = TimedStreamer(tokenizer, echo=not arguments.json)
         limited = within_context(model, tokens, decoding)
-        model.generate(**inputs, **limited, **chunks_of(model, tokens, chunk), streamer=streamer)
+        model.generate(**inputs, **behind(tokens, limited), **chunks_of(model, tokens, chunk), streamer=streamer)
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)
         warn_if_cut(model, tokens, streamer.tokens, decoding)
         report, found = run_report(timing, model.tiers), run_json(timing, model.tiers)

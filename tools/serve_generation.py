@@ -17,7 +17,7 @@ from transformers.cli.serving.utils import (
 
 from moetier.runtime.experts import experts_modules
 
-from .decoding import chunks_of
+from .decoding import behind, chunks_of, penalties_of
 from .kept_cache import KeptCache
 from .serve_tally import Tally
 from .serve_wanted import ENDING, FAILED, Wanted, ids_of, log_answer, log_failure
@@ -150,6 +150,7 @@ class OneByOne(BaseGenerateManager):
                 generation_config=wanted.config,
                 streamer=answer,
                 stopping_criteria=[answer.between_tokens],
+                **behind(len(ids), penalties_of(wanted.asked)),
                 **more,
             )[0].tolist()
         except _GenerationCancelled:

@@ -14,7 +14,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerationState
 
-from .decoding import LEAST_TEMPERATURE
+from .decoding import LEAST_TEMPERATURE, SAMPLING, sampling_of
 from .serve_refusal import Refusal, refusal_body, unknown_model
 from .serve_request import Asked, ChatAsked, TextAsked, checked
 from .serve_wanted import ENDING, Wanted
@@ -76,14 +76,17 @@ class _Handler(BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
         """A Wanted. transformers' own would set torch's seed now, and not when it is this request's turn."""
-        said = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        said = {name: value for name, value in body.items() if name not in (*SAMPLING, "seed", "stop")}
         config = super()._build_generation_config(said, model_generation_config)
-        is_warm = config.temperature is None or config.temperature >= LEAST_TEMPERATURE
-        config.do_sample = is_warm and bool(config.do_sample or "temperature" in said)
+        for name, value in sampling_of(body).items():
+            setattr(config, name, value)  # update() would warn of samplers where nothing is sampled
+        if config.temperature is not None and config.temperature < LEAST_TEMPERATURE:
+            config.do_sample = False
         if not config.do_sample:
-            config.temperature = config.top_p = config.top_k = None
+            config.temperature = config.top_p = config.top_k = config.min_p = None
         stop = [*body.get("stop", ()), *([self.end_of_turn] if self.end_of_turn else ())]
-        return Wanted(config, body.get("seed"), stop, self.prompt)
+        asked = {name: body[name] for name in SAMPLING if name in body}
+        return Wanted(config, body.get("seed"), stop, self.prompt, asked)
 
     def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> str:
         if (usage := kwargs.get("usage")) is not None:

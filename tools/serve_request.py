@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .decoding import MIN_P, OCCURRENCE_PENALTY, REPETITION_PENALTY, SAMPLING, TOP_K
 from .serve_refusal import Refusal
 
 MOST_TOKENS = 1 << 31
@@ -88,12 +89,15 @@ class Asked(BaseModel):
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=TOP_K.least, le=TOP_K.most)
+    min_p: float | None = Field(None, ge=MIN_P.least, le=MIN_P.most)
+    repetition_penalty: float | None = Field(None, ge=REPETITION_PENALTY.least, le=REPETITION_PENALTY.most)
+    presence_penalty: float | None = Field(None, ge=OCCURRENCE_PENALTY.least, le=OCCURRENCE_PENALTY.most)
+    frequency_penalty: float | None = Field(None, ge=OCCURRENCE_PENALTY.least, le=OCCURRENCE_PENALTY.most)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[list[str], BeforeValidator(_stops)] | None = None
 
     n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     # for the server's own books: no answer depends on them
@@ -159,8 +163,8 @@ class TextAsked(Asked):
 
 
 FORWARDED = {
-    *("messages", "prompt", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
-    *("tools", "chat_template_kwargs"),
+    *("messages", "prompt", "stream", "max_tokens", "max_completion_tokens", "seed", "stop"),
+    *("tools", "chat_template_kwargs", *SAMPLING),
 }
 
 

@@ -19,7 +19,9 @@ from .serve_wanted import ENDING, FAILED, ids_of, log_answer, log_failure
 from .stop_strings import StopStrings
 
 PAGE = 32  # tokens: what prompts that begin alike share is whole pages
-GREEDY = {"temperature": 1.0, "top_p": 0.0}  # the most likely token alone is left
+NEVER_CUTS = (1 << 31) - 1  # as top_k
+GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": NEVER_CUTS}  # the most likely token alone is left
+FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # they can't differ by request
 PATIENCE = 10.0  # seconds for a step that is under way
 
 
@@ -109,7 +111,8 @@ class Together(BaseGenerateManager):
             model.set_attn_implementation("sdpa")
         config = copy.deepcopy(model.generation_config)
         # what requests say of these holds for them alone, if it is no default here
-        config.update(**ONE_SEQUENCE, do_sample=True, temperature=0.5, top_p=0.5, use_cache=False)
+        config.update(**ONE_SEQUENCE, do_sample=True, temperature=0.5, top_p=0.5, top_k=1, use_cache=False)
+        self._fixed = {**FIXED, "min_p": config.min_p or 0.0}
         self._cb = model.init_continuous_batching(
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
@@ -155,12 +158,16 @@ class Together(BaseGenerateManager):
             raise CBWorkerDeadError
         ids, wanted = ids_of(inputs), gen_config
         wanted.fit(len(ids), self._context)
+        for name, value in self._fixed.items():
+            if wanted.asked.get(name, value) != value:
+                raise Refusal(400, f"{name}: with --parallel it is {value:g} for all requests.", param=name)
         config, sampling = wanted.config, GREEDY
         if config.do_sample:
             if wanted.seed is not None:
                 raise Refusal(400, "seed: what is sampled together has no seed; --parallel 1 has.", param="seed")
             given = {"temperature": config.temperature, "top_p": config.top_p}
             sampling = {name: 1.0 if value is None else float(value) for name, value in given.items()}
+            sampling["top_k"] = config.top_k or NEVER_CUTS
         answer = SharedAnswer(
             len(ids), wanted.stop, self.tally, self._cb, request_id, processor._tokenizer, response_parser
         )

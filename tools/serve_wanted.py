@@ -27,6 +27,7 @@ class Wanted:
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
     param: str = "prompt"  # the field of the request that it is in
+    asked: dict[str, float] = field(default_factory=dict)  # of SAMPLING, what the request itself says
 
     @property
     def max_new_tokens(self) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 
-from .decoding import add_decoding_arguments, decoding_of, encode, warn_if_cut, within_context
+from .decoding import add_decoding_arguments, behind, decoding_of, encode, warn_if_cut, within_context
 from .loading import loaded
 from .number import MOST, Number
 from .options import DIRECTORY, directory
@@ -79,7 +79,7 @@ def _check_target(path: Path, *, force: bool) -> None:
 def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, Any], *, look_ahead: int) -> Trace:
     """One sequence a prompt. The last new token of each is not among its tokens: it goes through no block.
 
-    ``decoding``: keyword arguments of ``generate()``. ``model`` is one that ``load`` gave. Raises ConfigError for a
+    ``decoding``: as ``decoding_of`` has it. ``model`` is one that ``load`` gave. Raises ConfigError for a
     prompt without tokens, or with more than the model's context has room for, before anything is recorded.
     """
     from moetier.runtime.pieces import pieces_of
@@ -94,7 +94,7 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
         for number, inputs in enumerate(encoded, 1):
             length = inputs["input_ids"].shape[1]
             limited = within_context(model, length, decoding)
-            token_ids = model.generate(**inputs, **limited, use_cache=True)[0, :-1].tolist()
+            token_ids = model.generate(**inputs, **behind(length, limited), use_cache=True)[0, :-1].tolist()
             warn_if_cut(model, length, len(token_ids) + 1 - length, decoding)
             recorder.end_sequence(token_ids, n_prefill=length, pieces=pieces_of(tokenizer, token_ids))
             print(f"trace: {number} of {len(prompts)} prompts", file=sys.stderr)

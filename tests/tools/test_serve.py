@@ -189,7 +189,7 @@ def test_what_was_said_before_is_not_computed_anew(client: OpenAI) -> None:
     ("asked", "param"),
     [
         ({"n": 2}, "n"),
-        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"frequency_penalty": 3.0}, "frequency_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"prompt": [1, 2]}, "prompt"),

@@ -1,0 +1,27 @@
+"""Presence and frequency penalties, which transformers' generation does not have."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessor
+
+
+class OccurrencePenalties(LogitsProcessor):
+    """Lower the scores of tokens that were generated before, as OpenAI's API defines it.
+
+    A token behind the ``prompt`` (its length in tokens) loses ``presence`` once, and ``frequency`` for each time that
+    it occurs there. Negative penalties raise the scores.
+    """
+
+    supports_continuous_batching = False  # there a processor sees the last token of each request alone
+
+    def __init__(self, prompt: int, presence: float, frequency: float) -> None:
+        self._prompt = prompt
+        self._presence = presence
+        self._frequency = frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the new scores: ``input_ids`` [1, tokens], ``scores`` [1, vocabulary]."""
+        generated = input_ids[:, self._prompt :]
+        counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
