@@ -46,11 +46,13 @@ exec(compile(job["script"], "script", "exec"), {"__name__": "__main__"})
 class Prepared:
     """``run`` a script: a process of its own, whose signals, descriptors and exit status are real."""
 
-    def __init__(self, modules: Iterable[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, modules: Iterable[str], environment: dict[str, str], python: str | Path = sys.executable
+    ) -> None:
         self._environment = environment
         imports = "\n".join(f"import {name}" for name in modules)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, imports],
+            [python, "-c", SERVER, imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | environment,
@@ -89,9 +91,10 @@ class Prepared:
 
 
 @contextlib.contextmanager
-def prepared(*modules: str, **environment: str) -> Iterator[Prepared]:
-    """With modules, none of which begins a thread; ``environment`` is what they read when they are imported."""
-    process = Prepared((*COMMANDS, *modules), environment)
+def prepared(*modules: str, python: str | Path = sys.executable, **environment: str) -> Iterator[Prepared]:
+    """With modules, none of which begins a thread; ``environment`` is what they read when they are imported.
+    ``python``: the interpreter, where it is not that of the tests."""
+    process = Prepared((*COMMANDS, *modules), environment, python)
     try:
         yield process
     finally:
