@@ -34,8 +34,17 @@ build/synthetic/%-4bit/tokens.json: | .venv/.ready
 	rm -rf build/synthetic/$* build/synthetic/$*-4bit
 	$(RUN) -m moetier.tools.main synthetic build/synthetic/$* --geometry $* --store build/synthetic/$*-4bit
 
-proto: .venv/.ready  ## generate proto/*_pb2*.py from the wire contract
-	$(RUN) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. moetier/proto/expert_store.proto
+# of the oldest gRPC tools whose modules run with the newest protobuf, in an environment of their own as they need an
+# older protobuf than that: what they write asks for their own version, so pyproject.toml's lowest ones are the same
+PROTOC := build/protoc/bin/python
+
+build/protoc/.ready: Makefile
+	$(PYTHON) -m venv build/protoc
+	$(PROTOC) -m pip install --quiet --disable-pip-version-check grpcio-tools==1.72.1
+	@touch build/protoc/.ready
+
+proto: build/protoc/.ready  ## generate proto/*_pb2*.py from the wire contract
+	$(PROTOC) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. moetier/proto/expert_store.proto
 
 golden: .venv/.ready  ## write what commands say with --help, and of faults, to tests/tools/golden, which tests compare
 	$(RUN) tests/helpers/help_texts.py

@@ -163,7 +163,7 @@ class StatsRequest(_message.Message):
     __slots__ = ("details",)
     DETAILS_FIELD_NUMBER: _ClassVar[int]
     details: bool
-    def __init__(self, details: _Optional[bool] = ...) -> None: ...
+    def __init__(self, details: bool = ...) -> None: ...
 
 class StatsReply(_message.Message):
     __slots__ = ("models", "uptime_s", "details")

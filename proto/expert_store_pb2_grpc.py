@@ -5,7 +5,7 @@ import warnings
 
 from moetier.proto import expert_store_pb2 as moetier_dot_proto_dot_expert__store__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in moetier/proto/expert_store_pb2_grpc.py depends on'
+        + f' but the generated code in moetier/proto/expert_store_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class ExpertStoreStub:
+class ExpertStoreStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -56,7 +56,7 @@ class ExpertStoreStub:
                 _registered_method=True)
 
 
-class ExpertStoreServicer:
+class ExpertStoreServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
@@ -120,7 +120,7 @@ def add_ExpertStoreServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ExpertStore:
+class ExpertStore(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
