@@ -1,9 +1,10 @@
-"""Who makes a gRPC call: what it shows, where it comes from, and whether it is served."""
+"""Checks the credential of a gRPC call, as soon as its headers are there."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -14,33 +15,29 @@ from moetier.tiers.errors import RefusedError
 from .logfmt import Sparing
 from .status import abort
 
-_HEALTH = "/grpc.health.v1.Health/"
-
 _log = logging.getLogger(__name__)
 
 
 class CallerCheck(grpc.ServerInterceptor):
-    """Lets those calls in whose bearer is accepted; to health checks everybody."""
+    """Refuses calls whose bearer is not accepted.
 
-    def __init__(self, accepts: Callable[[str], bool], *, anonymous: bool) -> None:
+    A refusal needs neither a message of the call nor a thread of the server's, and does not count as a call under way.
+    So calls that are refused take nothing from those that are accepted, however many are left half-open.
+    """
+
+    def __init__(self, accepts: Callable[[str | None], bool], *, exempt: str | None = None) -> None:
+        """``accepts`` gets the bearer, None without one; calls of the service ``exempt`` need none."""
         self._accepts = accepts
-        self._anonymous = anonymous
+        self._exempt = f"/{exempt}/"
         self._refusals = Sparing(_log, "client-refused")
 
     def intercept_service(self, continuation: Callable[..., Any], handler_call_details: Any) -> Any:
-        handler = continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(_HEALTH) or self._anonymous:
-            return handler
         bearer = bearer_of(handler_call_details.invocation_metadata)
-        if bearer is not None and self._accepts(bearer):
-            return handler
+        if self._accepts(bearer) or handler_call_details.method.startswith(self._exempt):
+            return continuation(handler_call_details)
         cause = "no credential" if bearer is None else "a credential that is not known"
-        return self._refusal(handler, cause)
 
-    def _refusal(self, handler: Any, cause: str) -> Any:
-        """A handler of the same kind that refuses."""
-
-        def refuse(request: object, context: grpc.ServicerContext) -> NoReturn:
+        def refuse(requests: object, context: grpc.ServicerContext) -> NoReturn:
             self._refusals.say(peer=peer_of(context), cause=cause)
             abort(
                 context,
@@ -50,13 +47,31 @@ class CallerCheck(grpc.ServerInterceptor):
                 ),
             )
 
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        return make(refuse)
+        # of whatever kind the call is: gRPC waits for the message of a unary one before it runs the handler
+        return grpc.stream_stream_rpc_method_handler(at_once(refuse))
+
+
+class _Inline(ThreadPoolExecutor):
+    """Runs what is submitted before it returns. It has no threads."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **named))  # gRPC's own function, which catches what a handler raises
+        return future
+
+
+_INLINE = _Inline()
+
+
+def at_once(handler: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+    """``handler``, to be run by the thread that accepts calls: it must neither wait nor yield. Without a thread of the
+    pool the call is over before the next is counted."""
+
+    def run(requests: Any, context: grpc.ServicerContext) -> Any:
+        return handler(requests, context)
+
+    run.experimental_thread_pool = _INLINE  # type: ignore[attr-defined]
+    return run
 
 
 def peer_of(context: grpc.ServicerContext) -> str:

@@ -86,7 +86,7 @@ class Clients:
 
     # -- the service's ------------------------------------------------------------------------------------------------
 
-    def knows(self, session: str) -> bool:
+    def knows(self, session: str | None) -> bool:
         return session in self._clients
 
     def attach(self, session: str) -> Exchange:

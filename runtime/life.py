@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health
 
 from moetier.tiers.errors import ConfigError
 
@@ -21,6 +20,7 @@ from .channel import read_token
 from .clients import Clients
 from .config import format_bytes
 from .daemon_config import DaemonConfig
+from .health import Health
 from .hold import hold
 from .hosted import Hosted
 from .hosting import open_models
@@ -28,7 +28,6 @@ from .logfmt import say
 from .memory import exceeded
 from .running import FILE, DaemonCard, ServedModel
 from .servers import (
-    health_checks,
     listen_tcp,
     listen_unix,
     local_server,
@@ -82,7 +81,7 @@ def _failing(folder: Path) -> Iterator[None]:
 class _Running:
     models: Mapping[str, Hosted]
     clients: Clients
-    checks: health.HealthServicer
+    health: Health
     servers: Sequence[grpc.Server]
     card: DaemonCard
 
@@ -96,14 +95,14 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     models = open_models(config, manager, closing, dying=killed)
     clients = Clients(models, leases=config.leases, patience=config.wait)
     description = describe(models, version("moetier"))
-    checks = health_checks()
+    health = Health()
     servers = [
         local_server(
-            Service(clients, description), checks, clients=clients, sessions=config.max_clients, models=len(models)
+            Service(clients, description), health, clients=clients, sessions=config.max_clients, models=len(models)
         ),
     ]
     if config.listen:
-        servers.append(remote_server(RemoteService(clients, description), checks, token=token, models=len(models)))
+        servers.append(remote_server(RemoteService(clients, description), health, token=token, models=len(models)))
     closing.callback(stop, servers)
     if config.reflection:
         reflect(servers)
@@ -124,19 +123,19 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     served = tuple(
         ServedModel(model.name, model.digest, str(model.directory), model.budget_bytes) for model in models.values()
     )
-    metrics = _serve_metrics(config.metrics_address, clients, closing) if config.metrics else ""
+    metrics = _serve_metrics(config.metrics_address, clients, health, closing) if config.metrics else ""
     card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen, metrics)
     closing.callback((config.folder / FILE).unlink, missing_ok=True)
     card.write(config.folder)
-    return _Running(models, clients, checks, servers, card)
+    return _Running(models, clients, health, servers, card)
 
 
-def _serve_metrics(address: str, clients: Clients, closing: contextlib.ExitStack) -> str:
+def _serve_metrics(address: str, clients: Clients, health: Health, closing: contextlib.ExitStack) -> str:
     """Where they are then."""
     from .metrics import DaemonCollector, registry_of  # of an extra
     from .metrics_server import MetricsServer
 
-    server = MetricsServer(address, registry_of(DaemonCollector(clients.stats)))
+    server = MetricsServer(address, registry_of(DaemonCollector(clients.stats)), lambda: health.is_serving)
     closing.callback(server.close)
     return server.address
 
@@ -186,7 +185,7 @@ def _drain(running: _Running, seconds: float) -> None:
     """What was asked for is finished, within ``seconds`` or until a second signal; then all calls end."""
     deadline = time.monotonic() + seconds
     running.clients.stop()
-    running.checks.enter_graceful_shutdown()  # who hears of it is refused from now on
+    running.health.end()  # who hears of it is refused from now on
     while not (settled := running.clients.wait(min(_POLL, deadline - time.monotonic()))):
         if time.monotonic() >= deadline or is_told_again():
             break

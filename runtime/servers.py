@@ -1,15 +1,15 @@
-"""The gRPC servers of a daemon: on its Unix socket and on TCP, and who may call there."""
+"""The gRPC servers of a daemon: on its Unix socket and on TCP, and the credentials that each asks for."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from moetier.tiers.errors import ConfigError
@@ -18,6 +18,7 @@ from .caller import CallerCheck
 from .channel import read_identity, read_pem
 from .clients import Clients
 from .fetch import CALLS, SERVICE, add_service
+from .health import HEALTH, WATCHERS, Health
 from .service import RemoteService, Service
 
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -29,60 +30,61 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 1 << 20),
+    # calls that wait to be accepted or refused: beyond its default of 1,000 gRPC drops some, of any client
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 10_000),
 )
+# Strangers reach a TCP port. Each of their connections takes memory (50 KB with TLS) and a descriptor.
+_HANDSHAKE = 10_000  # milliseconds until a connection has to be one of HTTP/2, with TLS if that is on
+_CONNECTIONS = 4_096  # at once, and at most half of the descriptors: the rest is for shards and for this host's clients
 _SPARE = 8  # threads for calls that end at once
 _QUEUED = 64  # calls that wait for a thread; more are refused
 _PATIENCE = 5.0  # seconds for gRPC to stop, which it promises to do at once
 
 
-def local_server(
-    service: Service, checks: health.HealthServicer, *, clients: Clients, sessions: int, models: int
-) -> grpc.Server:
+def local_server(service: Service, health: Health, *, clients: Clients, sessions: int, models: int) -> grpc.Server:
     """On a Unix socket: every call shows the id of a side connection that is open. ``sessions`` have a thread each,
     whatever is fetched meanwhile."""
-    return _server(service, checks, clients.knows, sessions + CALLS * models + _SPARE)
+    check = CallerCheck(clients.knows, exempt=HEALTH)
+    return _server(service, health, check, sessions + CALLS * models + WATCHERS + _SPARE)
 
 
-def remote_server(
-    service: RemoteService, checks: health.HealthServicer, *, token: str | None, models: int
-) -> grpc.Server:
-    """On TCP: every call shows the token, if there is one."""
+def remote_server(service: RemoteService, health: Health, *, token: str | None, models: int) -> grpc.Server:
+    """On TCP: every call shows the token, if there is one; health checks too."""
 
-    def is_token(bearer: str) -> bool:
-        return token is None or hmac.compare_digest(bearer.encode(), token.encode())
+    def is_token(bearer: str | None) -> bool:
+        return token is None or (bearer is not None and hmac.compare_digest(bearer.encode(), token.encode()))
 
-    return _server(service, checks, is_token, CALLS * models + _SPARE, anonymous=token is None)
+    connections = min(_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    bounds = (
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE),
+        ("grpc.max_allowed_incoming_connections", connections),
+    )
+    return _server(service, health, CallerCheck(is_token), CALLS * models + WATCHERS + _SPARE, bounds)
 
 
 def reflect(servers: list[grpc.Server]) -> None:
     """Tells who may call what the messages are."""
-    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (SERVICE, HEALTH, reflection.SERVICE_NAME)
     for server in servers:
         reflection.enable_server_reflection(names, server)
 
 
-def health_checks() -> health.HealthServicer:
-    checks = health.HealthServicer()
-    checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    return checks
-
-
 def _server(
     service: Service,
-    checks: health.HealthServicer,
-    accepts: Callable[[str], bool],
+    health: Health,
+    check: CallerCheck,
     threads: int,
-    *,
-    anonymous: bool = False,
+    bounds: tuple[tuple[str, int], ...] = (),
 ) -> grpc.Server:
     server = grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="moetier-grpc"),
-        interceptors=[CallerCheck(accepts, anonymous=anonymous)],
-        options=OPTIONS,
+        interceptors=[check],
+        options=(*OPTIONS, *bounds),
         maximum_concurrent_rpcs=threads + _QUEUED,
     )
     add_service(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    health.add_to(server)
     return server
 
 

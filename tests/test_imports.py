@@ -83,6 +83,7 @@ HOMES = {
         *("runtime/channel", "runtime/status", "runtime/link", "runtime/lines", "runtime/visit"),
         *("runtime/transfer", "runtime/failures"),
         *("runtime/fetch", "runtime/caller", "runtime/service", "runtime/servers", "runtime/life"),
+        "runtime/health",
     },
 }
 

@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         metavar="[HOST:]PORT",
         default="",
-        help="answer Prometheus there, without TLS or a token; on 127.0.0.1 unless HOST is said (port 0: any)",
+        help="answer Prometheus (/metrics) and probes (/healthz) there, without TLS or a token; on 127.0.0.1 unless "
+        "HOST is said (port 0: any)",
     )
     parser.add_argument("--reflection", action="store_true", help="answer gRPC server reflection")
     parser.add_argument(

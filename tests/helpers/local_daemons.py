@@ -10,8 +10,9 @@ from readers import PATIENCE
 
 from moetier.runtime.address import SOCKET, make_folder
 from moetier.runtime.clients import Clients
+from moetier.runtime.health import Health
 from moetier.runtime.hosted import Hosted
-from moetier.runtime.servers import health_checks, local_server
+from moetier.runtime.servers import local_server
 from moetier.runtime.service import Service, describe
 from moetier.runtime.side_server import SideServer
 from moetier.tiers.host import HostTier
@@ -24,9 +25,7 @@ def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Pa
     make_folder(folder)
     models = {manifest.digest: Hosted(manifest, host, directory, patience=PATIENCE)}
     clients = Clients(models, leases=8, patience=PATIENCE)
-    server = local_server(
-        Service(clients, describe(models, "test")), health_checks(), clients=clients, sessions=8, models=1
-    )
+    server = local_server(Service(clients, describe(models, "test")), Health(), clients=clients, sessions=8, models=1)
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()
     side = SideServer(folder, admit=clients.admit, leave=clients.leave, max_clients=8, version="test")

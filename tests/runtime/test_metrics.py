@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families as parsed
 from raw_client import RawClient
 from readers import PATIENCE
 from stores import layout_of, make_plan, make_records, write_store
+from threads import wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.folder import read_manifest
@@ -176,6 +180,52 @@ def test_a_scraper_that_says_nothing_holds_up_no_end(store: Store, tmp_path: Pat
             assert daemon.stop() == 0
         with pytest.raises(urllib.error.URLError):
             scrape(f"http://{host}:{port}/metrics")
+
+
+def healthz(daemon: DaemonProcess) -> tuple[int, str, str]:
+    """Status, type and text."""
+    host, port = daemon.card.metrics.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/healthz")
+        reply = connection.getresponse()
+        return reply.status, reply.headers["Content-Type"], reply.read().decode()
+
+
+def test_probes_without_a_credential_ask_healthz(store: Store, tmp_path: Path) -> None:
+    with running_daemon(store[0], folder=tmp_path / "d", extra=[*LOOPBACK, "--drain", str(PATIENCE)]) as daemon:
+        assert healthz(daemon) == (200, "text/plain", "SERVING\n")
+        with RawClient(daemon.folder, store[1]) as client:
+            client.acquire(1, 0, [1])
+            client.granted()
+            daemon.process.send_signal(signal.SIGTERM)
+            client.acquire(2, 0, [2])
+            while client.answer().WhichOneof("message") == "granted":  # it does not hear of the signal at once
+                client.release(2)
+                client.acquire(2, 0, [2])
+            wait_until(lambda: healthz(daemon) == (503, "text/plain", "NOT_SERVING\n"))
+            assert metrics(daemon)
+            client.release(1)
+            assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_connections_that_say_nothing_hold_up_neither_metrics_nor_probes(store: Store, tmp_path: Path) -> None:
+    with running_daemon(store[0], folder=tmp_path / "d", extra=LOOPBACK) as daemon, contextlib.ExitStack() as stack:
+        host, port = daemon.card.metrics.split(":")
+        for sent in [b"", b"GET /healthz HTTP/1.1\r\nHost: "] * 60:
+            end = stack.enter_context(socket.create_connection((host, int(port))))
+            end.sendall(sent)
+        assert metrics(daemon)
+        assert healthz(daemon)[0] == 200
+
+
+@pytest.mark.slow
+def test_a_connection_that_says_nothing_is_closed(store: Store, tmp_path: Path) -> None:
+    with running_daemon(store[0], folder=tmp_path / "d", extra=LOOPBACK) as daemon:
+        host, port = daemon.card.metrics.split(":")
+        with socket.create_connection((host, int(port)), PATIENCE) as silent:
+            assert silent.recv(1) == b""
+        assert "Traceback" not in daemon.log
 
 
 def test_the_extra_is_named_where_it_is_missing(
