@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import StoreFormatError, UnsafeCheckpointError
-from moetier.tiers.folder import read_errors
+from moetier.tiers.folder import read_json
 
 NAME = "moetier"  # the quantisation method, and the experts implementation, in config.json
 
@@ -23,14 +22,10 @@ NOT_CARRIED = (
 def read_config(folder: Path) -> dict[str, Any]:
     """Raises StoreFormatError if it is no moetier directory's, UnsafeCheckpointError at what no conversion writes."""
     path = folder / "config.json"
-    try:
-        with read_errors(path):
-            config: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise StoreFormatError(f"{folder} has no config.json.", "Convert the model again.") from None
-    except ValueError as error:
-        raise StoreFormatError(f"{path} is not JSON ({error}).", "Convert the model again.") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not path.exists():
+        raise StoreFormatError(f"{folder} has no config.json.", "Convert the model again.")
+    config = read_json(path)
+    quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != NAME:
         raise StoreFormatError(f"{path} does not name moetier as its quantisation method.", "Convert the model again.")
     others = {name: value for name, value in config.items() if name != "quantization_config"}
@@ -46,8 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has an adapter_config.json, which can make transformers load another model in its place.",
             "Don't use this directory, or move that file out of it.",
         )
-    found: dict[str, Any] = config
-    return found
+    return config
 
 
 def _not_carried(value: object) -> Iterator[str]:

@@ -21,6 +21,7 @@ LAYERS = {
 
 # within tiers: each level imports from those above it alone
 LEVELS = (
+    {"fields"},
     {"keys", "errors", "stats", "stream"},
     {"bands", "checksum", "hqq", "manifest", "monitor", "slots", "planes", "pairs", "order"},
     {"source", "policy", "wishes", "heads", "usage", "quantize", "plan", "budget", "shard"},

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .errors import IncompleteStoreError, StoreFormatError, StoreReadError
+from .errors import IncompleteStoreError, StoreError, StoreFormatError, StoreReadError
+from .fields import Fields, shown
 from .manifest import Manifest
 from .shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, ShardFile
+
+MOST_JSON_BYTES = 2 << 20  # of one file: ten times the largest that is known
+MOST_LEVELS = 100
+SHOWN_LEVELS = 9  # in a message
+_CONTAINERS = (dict, list)
+_TOKENS = re.compile(rb'("(?:[^"\\]++|\\.)*+"(?=\s*+:))|"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
 def command(name: str, *arguments: str | Path) -> str:
@@ -52,17 +61,23 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / METADATA
     if not path.exists():
         raise _incomplete(folder)
-    group = _read_json(path)
+    group = read_json(path)
     attributes = group.get("attributes")
-    return Manifest.from_json(attributes.get("moetier") if isinstance(attributes, dict) else None, str(folder.parent))
+    manifest = Manifest.from_json(
+        attributes.get("moetier") if isinstance(attributes, dict) else None, str(folder.parent)
+    )
+    _compare(path, group, {"zarr_format": 3, "node_type": "group"})
+    if not manifest.digest:
+        raise StoreFormatError(f"{path}: its manifest has no digest.", "Convert the model again.")
+    return manifest
 
 
 def read_origin(folder: Path) -> dict[str, str]:
     """``id`` and ``revision`` (a commit) of a model directory that was made from the hub; {} of another."""
     try:
-        found = json.loads((folder / ORIGIN).read_bytes())
-        return {name: str(found[name]) for name in ("id", "revision")}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = Fields(read_json(folder / ORIGIN))
+        return {name: found[name].text() for name in ("id", "revision")}
+    except (StoreError, ValueError):
         return {}
 
 
@@ -73,7 +88,7 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
             f"{target} is incomplete: {folder} has no manifest.",
             f"Convert the model again: {command('convert', 'SRC', target)}",
         )
-    plan = Manifest.from_json(_read_json(folder / PLAN), str(target))
+    plan = Manifest.from_json(read_json(folder / PLAN), str(target))
     blocks = range(len(plan.blocks))
     there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
     return IncompleteStoreError(
@@ -85,27 +100,83 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
 def resuming(target: Path, plan: Manifest) -> str:
     """The command, as the converter noted it, with every option that counts."""
     try:
-        return shlex.join(json.loads((target / JOURNAL).read_bytes())["command"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return shlex.join(word.text() for word in Fields(read_json(target / JOURNAL))["command"].items())
+    except (StoreError, ValueError):
         return command("convert", plan.model, target)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, Any]:
+    """A JSON object of a model directory, which may come from anywhere. Raises StoreFormatError or StoreReadError."""
     try:
-        with read_errors(path):
-            found = json.loads(path.read_bytes())
+        with read_errors(path), path.open("rb") as stream:
+            data = stream.read(MOST_JSON_BYTES + 1)
     except FileNotFoundError:
-        raise StoreFormatError(f"{path} is missing.", "Convert the model again.") from None
+        raise StoreFormatError(f"{path} is missing.", fix) from None
+    if len(data) > MOST_JSON_BYTES:
+        raise StoreFormatError(
+            f"{path} has {path.stat().st_size:,} bytes; what moetier writes has at most {MOST_JSON_BYTES:,}.", fix
+        )
+    return parse_json(data, str(path), fix)
+
+
+def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
+    """Of at most ``MOST_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
+    try:
+        found = json.loads(data, parse_int=_whole)
     except ValueError as error:
-        raise StoreFormatError(f"{path} is not JSON ({error}).", "Convert the model again.") from error
+        raise StoreFormatError(f"{where} is not JSON ({error}).", fix) from error
+    except RecursionError:
+        found = None
+    if found is None or _is_deep(found):
+        raise StoreFormatError(
+            f"{where}: {_deep_field(data)} is nested in more than {MOST_LEVELS} levels.", fix
+        ) from None
     if not isinstance(found, dict):
-        raise StoreFormatError(f"{path} is not a JSON object.", "Convert the model again.")
+        raise StoreFormatError(f"{where} is not a JSON object.", fix)
     return found
+
+
+def _is_deep(value: object) -> bool:
+    """Not recursive: Python's parser may take more levels than a caller's own recursion can."""
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        level = [
+            inner
+            for each in level
+            if type(each) in _CONTAINERS
+            for inner in (each.values() if isinstance(each, dict) else each)  # type: ignore[attr-defined]
+            if type(inner) in _CONTAINERS
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _whole(digits: str) -> float:
+    """More digits than Python turns into an int make a number that no field takes."""
+    return int(digits) if len(digits) < 100 else math.inf
+
+
+def _deep_field(data: bytes) -> str:
+    """The names of the outermost values around the first that is nested too deep."""
+    names: list[bytes] = []
+    name = b""
+    for token in _TOKENS.finditer(data):
+        if token[1] is not None:
+            name = token[1][1:-1]
+        elif token[0] in b"[{":
+            names.append(name)
+            name = b""
+            if len(names) > MOST_LEVELS:
+                break
+        elif token[0] in b"]}":
+            name = names.pop() if names else b""
+    return shown(b".".join(filter(None, names[: 1 + SHOWN_LEVELS])).decode(errors="replace"))
 
 
 def check_array(path: Path, manifest: Manifest, array: str) -> None:
     """Raises StoreFormatError unless an array's zarr metadata says what the manifest says."""
-    found = _read_json(path)
+    found = read_json(path)
     shape = manifest.shape(array)
     inner, outer = [1, 1, shape[2]], [1, shape[1], shape[2]]
     expected = {
@@ -127,12 +198,17 @@ def check_array(path: Path, manifest: Manifest, array: str) -> None:
             }
         ],
     }
+    if "storage_transformers" in found:
+        expected["storage_transformers"] = []
+    _compare(path, found, expected)
+
+
+def _compare(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in expected.items():
-        if found.get(name) != value:
-            raise StoreFormatError(
-                f"{path}: {name} is {json.dumps(found.get(name))}, the manifest says {json.dumps(value)}.",
-                "Convert the model again.",
-            )
+        try:
+            Fields(found)[name].equals(value, "which the manifest says")
+        except ValueError as error:
+            raise StoreFormatError(f"{path}: {error}.", "Convert the model again.") from error
 
 
 class read_errors:

@@ -79,7 +79,7 @@ def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
             return _parse(json.loads(stream.read(MOST_BYTES)), digest, experts)
     except FileNotFoundError:
         return HotSet()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         cause = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
         _log.warning("not used: the counts of experts in %s (%s); they begin anew", path, cause)
         return HotSet()

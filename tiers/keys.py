@@ -1,4 +1,4 @@
-"""The nouns that every module shares: which expert, and how its bytes are laid out. Imports nothing of the project.
+"""The nouns that every module shares: which expert, and how its bytes are laid out.
 
 A *record* is one expert's bytes: its *sections* in a fixed order, each 64-byte aligned. A record and its 4-byte
 checksum fill whole 4,096-byte pages, so that every record of a store starts on a page and one O_DIRECT read fetches it.
@@ -8,10 +8,12 @@ The layout is format version 1 of ``docs/format.md``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
+
+from .fields import Fields, shown
 
 PAGE = 4096  # bytes; records start on a page
 CHECKSUM_BYTES = 4  # crc32c, little endian, behind every record
@@ -23,6 +25,8 @@ BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
 TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # of matrices beside the experts: what a kernel multiplies where it lies
 PAIR_BLOCK = 128  # groups that share one second-level pair when pairs are stored in 8 bits
 WEIGHT_TYPES = ("bfloat16", "float16")  # of 16-bit weights and of biases
+SOURCE_TYPES = (*WEIGHT_TYPES, "float32")  # that weights of fewer bits had before
+MOST = 1 << 24  # rows, columns, or items of a bias
 GROUPS = {"bfloat16": (32, 64, 128, 256), "uint8": (16, 32, 64, 128, 256)}  # weights that share a pair, by its type
 PAIR_TYPES = tuple(GROUPS)
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
@@ -180,30 +184,37 @@ class RecordLayout:
             "sections": [asdict(s) | {"shape": list(s.shape)} for s in self.sections],
         }
 
-    def _check(self) -> None:
-        """Raises ValueError unless every projection and bias is one that this format has."""
-        for p in self.projections:
-            numbers = (p.rows, p.columns, p.bits, p.group)
-            if p.bits not in BITS:
-                raise ValueError(f"bits {p.bits!r} are not among {sorted(BITS)}")
-            if not all(type(n) is int for n in numbers) or min(p.rows, p.columns) < 1:
-                raise ValueError(f"projection {p.name!r} has sizes {numbers}")
-            whole = p.group == 0 and p.pairs == "" and p.dtype in WEIGHT_TYPES
-            cut = p.group > 0 and p.columns % p.group == 0 and p.pairs in PAIR_TYPES
-            if not (whole if p.bits == 16 else cut):
-                raise ValueError(f"projection {p.name!r} has groups of {p.group} with pairs {p.pairs!r} of {p.dtype!r}")
-        for b in self.biases:
-            if type(b.size) is not int or b.size < 1 or b.dtype not in WEIGHT_TYPES:
-                raise ValueError(f"bias {b.name!r} has size {b.size} of {b.dtype!r}")
-        names = [p.name for p in self.projections] + [b.name for b in self.biases]
-        if not self.projections or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-            raise ValueError(f"its parts are named {names}")
-
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> RecordLayout:
-        """Raises KeyError, TypeError or ValueError on anything that is not a layout of this format."""
-        layout = cls(tuple(Projection(**p) for p in value["projections"]), tuple(Bias(**b) for b in value["biases"]))
-        layout._check()
-        if layout.to_json() != dict(value):
-            raise ValueError("its sections do not follow from its projections: another kernel layout")
+    def from_json(cls, value: Fields) -> RecordLayout:
+        """Raises ValueError, naming the field, on anything that is not a layout of this format."""
+        projections = tuple(map(_projection, value["projections"].items()))
+        biases = tuple(
+            Bias(_name(b), b["size"].number(1, MOST), b["dtype"].among(WEIGHT_TYPES)) for b in value["biases"].items()
+        )
+        names = [p.name for p in projections] + [b.name for b in biases]
+        if not projections or len(set(names)) != len(names):
+            raise ValueError(f"{value.place}: the parts of its projections and biases are named {shown(names)}")
+        layout = cls(projections, biases)
+        value.equals(layout.to_json(), "which does not follow from its projections: another kernel layout")
         return layout
+
+
+def _projection(value: Fields) -> Projection:
+    """Exactly what the kernels multiply with."""
+    bits: Bits = value["bits"].among(BITS)
+    rows, columns = (value[name].number(1, MOST) for name in ("rows", "columns"))
+    name, transposed = _name(value), value["transposed"].flag()
+    if bits == 16:
+        dtype = value["dtype"].among(WEIGHT_TYPES)
+        return Projection(
+            name, rows, columns, bits, dtype, transposed, value["group"].among((0,)), value["pairs"].among(("",))
+        )
+    pairs = value["pairs"].among(PAIR_TYPES)
+    group = value["group"].among(GROUPS[pairs])
+    if columns % group:
+        raise ValueError(f"{value.place}.group {group} does not divide {columns} columns")
+    return Projection(name, rows, columns, bits, value["dtype"].among(SOURCE_TYPES), transposed, group, pairs)
+
+
+def _name(value: Fields) -> str:
+    return value["name"].text(r"\w+", "the name of a parameter")

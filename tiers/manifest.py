@@ -9,11 +9,15 @@ from importlib.metadata import version
 from typing import Any
 
 from .errors import MissingExpertError, StoreFormatError
-from .keys import PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayout
+from .fields import SHOWN, Fields, shown
+from .keys import GROUPS, PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayout
 
 FORMAT = 1
 TRUNK_RECORDS = "trunk-records"
 FEATURES = frozenset({TRUNK_RECORDS})  # what a store may require and this version has
+MOST_EXPERTS = 1 << 16  # of a block
+MOST_BYTES = 1 << 50  # of a file
+SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit while its files pass by
 TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # beside experts.zarr, and nowhere else
 
 
@@ -120,41 +124,42 @@ class Manifest:
     def from_json(cls, value: object, where: str) -> Manifest:
         """Ignores unknown optional keys; raises StoreFormatError, naming ``where``, on what is not format 1."""
         if not isinstance(value, dict) or "format" not in value:
-            raise StoreFormatError(f"{where} is not a moetier store: it has no manifest.", "Convert the model again.")
-        if value["format"] != FORMAT:
             raise StoreFormatError(
-                f"{where} has format version {value['format']}; this moetier reads version {FORMAT}.",
+                f"{where} is not a moetier store: it has no manifest (attributes.moetier of zarr.json).",
+                "Convert the model again.",
+            )
+        if type(value["format"]) is not int or value["format"] != FORMAT:
+            raise StoreFormatError(
+                f"{where} has format version {shown(value['format'])}; this moetier reads version {FORMAT}.",
                 "Install a moetier that reads it, or convert the model again.",
             )
+        fields = Fields(value)
         try:
-            if missing := set(value["requires"]) - FEATURES:
-                features = ", ".join(sorted(missing))
+            requires = tuple(entry.text() for entry in fields["requires"].items())
+            if missing := set(requires) - FEATURES:
+                features = ", ".join(sorted(missing))[:SHOWN]
                 raise StoreFormatError(
                     f"{where} requires {features}, which this moetier does not have: {_versions(value)}.",
                     "Install a newer moetier, or convert the model again.",
                 )
             manifest = cls(
-                model=str(value["model"]),
-                source_digest=str(value["source_digest"]),
-                blocks=tuple(
-                    Block(str(b["path"]), str(b["array"]), int(b["index"]), int(b["experts"]), int(b["top_k"]))
-                    for b in value["blocks"]
-                ),
-                layouts={name: RecordLayout.from_json(layout) for name, layout in value["layouts"].items()},
-                version=str(value["version"]),
-                digest=str(value["digest"]),
-                requires=tuple(value["requires"]),
-                method=str(value.get("method", "hqq")),
-                trunk={
-                    str(name): FileSum(int(entry["bytes"]), int(entry["crc32c"]))
-                    for name, entry in value.get("trunk", {}).items()
+                model=fields["model"].text(),
+                source_digest=fields["source_digest"].text(SOURCE_DIGEST, "a digest"),
+                blocks=_blocks(fields["blocks"].items()),
+                layouts={
+                    _array(name, layout): RecordLayout.from_json(layout) for name, layout in fields["layouts"].members()
                 },
-                trunk_records=TrunkRecords(**value["trunk_records"]) if "trunk_records" in value else None,
+                version=fields["version"].text(),
+                digest=fields["digest"].text("([0-9a-f]{64})?", "a sha256"),
+                requires=requires,
+                method=method.text() if (method := fields.get("method")) else "hqq",
+                trunk=dict(map(_file, trunk.members())) if (trunk := fields.get("trunk")) else {},
+                trunk_records=_trunk_records(form) if (form := fields.get("trunk_records")) else None,
             )
             manifest._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise StoreFormatError(
-                f"{where}: its manifest can't be used ({type(error).__name__}: {error}): {_versions(value)}.",
+                f"{where}: its manifest can't be used: {error} ({_versions(value)}).",
                 "Install the moetier that wrote it, or convert the model again.",
             ) from error
         return manifest
@@ -162,30 +167,52 @@ class Manifest:
     def _check(self) -> None:
         """Raises ValueError unless the blocks fill their arrays exactly."""
         if not self.blocks:
-            raise ValueError("it has no blocks")
-        if names := [name for name in self.trunk if not TRUNK_NAME.fullmatch(name)]:
-            raise ValueError(f"{names[0]!r} is no name of a trunk file")
-        form = self.trunk_records
-        if form and (form.bits not in TRUNK_BITS[1:] or form.pairs not in PAIR_TYPES or type(form.group) is not int):
-            raise ValueError(f"its trunk is stored with {form}")
-        if (form is not None) != (TRUNK_RECORDS in self.requires):
-            raise ValueError(f"its trunk is stored with {form}, and it requires {list(self.requires)}")
-        if names := [name for name in self.layouts if not re.fullmatch(r"[\w-]+", name)]:
-            raise ValueError(f"{names[0]!r} is no name of an array")  # it becomes the name of a folder
+            raise ValueError("blocks: it has no blocks")
+        if ((form := self.trunk_records) is not None) != (TRUNK_RECORDS in self.requires):
+            raise ValueError(f"trunk_records is {form}, and requires is {list(self.requires)}")
         if strangers := {b.array for b in self.blocks} - set(self.layouts):
-            raise ValueError(f"its blocks are in arrays that have no layout: {sorted(strangers)}")
+            raise ValueError(f"there are blocks with array {shown(min(strangers))}, which has no layout in layouts")
         for name in self.layouts:
             members = [b for b in self.blocks if b.array == name]
             if sorted(b.index for b in members) != list(range(len(members))) or not members:
-                raise ValueError(f"the blocks of array {name} are not numbered from 0")
+                raise ValueError(f"the blocks of array {name} are not numbered from 0 by their index")
             if len({b.experts for b in members}) != 1:
                 raise ValueError(f"the blocks of array {name} differ in their number of experts")
         if len({b.path for b in self.blocks}) != len(self.blocks):
             raise ValueError("two blocks have one path")
-        for block in self.blocks:
-            if not 1 <= block.top_k <= block.experts:
-                raise ValueError(f"block {block.path}: top-{block.top_k} of {block.experts} experts")
+
+
+def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
+    found = []
+    for value in values:
+        experts = value["experts"].number(1, MOST_EXPERTS)
+        top_k = value["top_k"].number(1, experts)
+        index = value["index"].number(0, len(values) - 1)
+        found.append(Block(value["path"].text(), value["array"].text(), index, experts, top_k))
+    return tuple(found)
+
+
+def _array(name: str, layout: Fields) -> str:
+    """The name of an array becomes that of a folder."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"{layout.place}: {shown(name)} is no name of an array")
+    return name
+
+
+def _file(member: tuple[str, Fields]) -> tuple[str, FileSum]:
+    name, value = member
+    if not TRUNK_NAME.fullmatch(name):
+        raise ValueError(f"{value.place}: {shown(name)} is no name of a trunk file")
+    return name, FileSum(value["bytes"].number(1, MOST_BYTES), value["crc32c"].number(0, 2**32 - 1))
+
+
+def _trunk_records(value: Fields) -> TrunkRecords:
+    pairs = value["pairs"].among(PAIR_TYPES)
+    form = TrunkRecords(value["bits"].among(TRUNK_BITS[1:]), value["group"].among(GROUPS[pairs]), pairs)
+    value.equals(asdict(form), "which this moetier does not have")
+    return form
 
 
 def _versions(value: Mapping[str, Any]) -> str:
-    return f"moetier {value.get('version', '?')} wrote it, this is {version('moetier')}"
+    writer = value.get("version")
+    return f"moetier {writer[:SHOWN] if isinstance(writer, str) else '?'} wrote it, this is {version('moetier')}"

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from .checksum import crc32c
 from .errors import ChecksumError, StoreError, StoreFormatError
-from .folder import read_errors
-from .manifest import TRUNK_NAME, FileSum, Manifest
+from .fields import Fields, shown
+from .folder import MOST_JSON_BYTES, parse_json, read_errors, read_json
+from .manifest import MOST_BYTES, TRUNK_NAME, FileSum, Manifest
 
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record
 PIECE_BYTES = 8 << 20  # read and checksummed at a time, while it is in the processor's cache
 AHEAD_BYTES = 64 << 20  # that the kernel is asked to read meanwhile
 
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+MOST_DIMENSIONS = 16
+
 FIX = "Get that file again from where the directory came from, or remove it and run the same conversion again."
 
 
 def check_trunk(directory: Path, manifest: Manifest) -> None:
-    """Raises the first of ``trunk_faults``. Reads the index alone; of the trunk's files, their sizes."""
+    """Raises the first of ``trunk_faults``. Reads the index; of the trunk's files, their sizes and headers."""
     for fault in trunk_faults(directory, manifest).values():
         raise fault
 
@@ -35,11 +39,12 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
     A manifest of before ``trunk`` says no sizes: then the files that the index names must be there.
     """
     faults: dict[str, StoreError] = {}
-    named: set[str] = set()
+    places: dict[str, str] = {}
     try:
-        named = set(_places(directory).values())
+        places = _places(directory)
     except StoreError as error:
         faults[INDEX] = error
+    named = set(places.values())
     if manifest.trunk and (strangers := sorted(named - manifest.trunk.keys())):
         faults[INDEX] = StoreFormatError(
             f"{directory / INDEX} names {strangers[0]}, which the manifest does not know.", FIX
@@ -57,6 +62,14 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
             faults[name] = StoreFormatError(
                 f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written.", FIX
             )
+        else:
+            try:
+                tensors = _header(path).keys()
+                if names := tensors ^ {tensor for tensor, file in places.items() if file == name}:
+                    if INDEX not in faults:
+                        raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(names))}.", FIX)
+            except StoreError as error:
+                faults[name] = error
     return faults
 
 
@@ -66,46 +79,86 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
     Raises StoreFormatError for what is no record, and for records that the manifest says nothing of.
     """
     found: dict[str, int] = {}
-    of_file: dict[str, list[str]] = defaultdict(list)
+    headers: dict[str, dict[str, tuple[str, list[int]]]] = {}
     for tensor, name in _places(directory).items():
-        if tensor.endswith(RECORD):
-            of_file[name].append(tensor)
-    for name, tensors in of_file.items():
+        if not tensor.endswith(RECORD):
+            continue
         if manifest.trunk_records is None:
-            raise StoreFormatError(f"{directory / INDEX} names {tensors[0]}, which the manifest does not know.", FIX)
-        try:
-            with safe_open(directory / name, "np") as file:
-                for tensor in tensors:
-                    place = file.get_slice(tensor)
-                    (size,) = place.get_shape()
-                    if place.get_dtype() != "U8":
-                        raise ValueError(f"{tensor} is of {place.get_dtype()}")
-                    found[tensor.removesuffix(RECORD)] = size
-        except (OSError, ValueError, SafetensorError) as error:
-            raise StoreFormatError(f"{directory / name}, a file of the trunk, can't be read: {error}.", FIX) from error
+            raise StoreFormatError(f"{directory / INDEX} names {tensor}, which the manifest does not know.", FIX)
+        path = directory / name
+        if name not in headers:
+            headers[name] = _header(path)
+        dtype, shape = headers[name].get(tensor, ("", []))
+        if dtype != "U8" or len(shape) != 1:
+            what = f"is of {dtype} {shape}" if dtype else "is not there"
+            raise StoreFormatError(f"{path}, a file of the trunk: {tensor} {what}; it is to be a record.", FIX)
+        found[tensor.removesuffix(RECORD)] = shape[0]
     return found
 
 
 def _places(directory: Path) -> dict[str, str]:
     """The index: tensor -> file. Raises StoreFormatError unless all are plain names of trunk files."""
     path = directory / INDEX
+    index = Fields(read_json(path, FIX))
+    places: dict[str, str] = {}
     try:
-        with read_errors(path):
-            index = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise StoreFormatError(f"{path} is missing: it says where the trunk's tensors lie.", FIX) from None
+        if metadata := index.get("metadata"):
+            for _, value in metadata.members():  # transformers adds to these
+                value.number(0, MOST_BYTES)
+        for tensor, file in index["weight_map"].members():
+            places[tensor] = file.text(TRUNK_NAME.pattern, "the name of a trunk file of its own folder")
+        if not places:
+            raise ValueError("its weight_map is empty")
     except ValueError as error:
-        raise StoreFormatError(f"{path} is not JSON ({error}).", FIX) from error
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise StoreFormatError(f"{path} has no weight_map.", FIX)
-    for name in places.values():
-        if not isinstance(name, str) or not TRUNK_NAME.fullmatch(name):
-            raise StoreFormatError(
-                f"{path} names {name!r}, which is no trunk file of its own folder.",
-                "Don't use this directory, or convert the model again.",
-            )
+        raise StoreFormatError(f"{path}: {error}.", "Don't use this directory, or convert the model again.") from error
     return places
+
+
+def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor of a safetensors file, which fill it without holes. Raises StoreFormatError or
+    StoreReadError."""
+    try:
+        with read_errors(path), path.open("rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(os.pread(stream.fileno(), 8, 0), "little")
+            if not 2 <= length <= min(size - 8, MOST_JSON_BYTES):
+                raise ValueError(f"a header of {length:,} bytes, of {size:,}")
+            data = os.pread(stream.fileno(), length, 8)
+    except FileNotFoundError:
+        raise StoreFormatError(f"{path}, a file of the trunk, is missing.", FIX) from None
+    except ValueError as error:
+        raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
+    header = parse_json(data, f"The header of {path}", FIX)
+    try:
+        return _tensors(Fields(header), size - 8 - length)
+    except ValueError as error:
+        raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
+
+
+def _tensors(header: Fields, size: int) -> dict[str, tuple[str, list[int]]]:
+    found, ranges = {}, []
+    for name, entry in header.members():
+        if name == "__metadata__":
+            for _, value in entry.members():
+                value.text()
+            continue
+        dtype, shape = entry["dtype"].among(ITEM_BYTES), entry["shape"].items()
+        if len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"{entry.place}.shape has {len(shape)} dimensions")
+        found[name] = dtype, [n.number(0, MOST_BYTES) for n in shape]
+        offsets = entry["data_offsets"].items()
+        begin, end = (each.number(0, size) for each in offsets) if len(offsets) == 2 else (0, -1)
+        if end - begin != math.prod(found[name][1]) * ITEM_BYTES[dtype]:
+            raise ValueError(f"{entry.place}: shape and dtype are not those of data_offsets {begin:,} to {end:,}")
+        ranges.append((begin, end, entry.place))
+    at = 0
+    for begin, end, place in sorted(ranges):
+        if begin != at:
+            raise ValueError(f"{place}.data_offsets begin at {begin:,}, not at {at:,}")
+        at = end
+    if at != size:
+        raise ValueError(f"its data_offsets end at {at:,}, its data at {size:,}")
+    return found
 
 
 def check_sum(path: Path, entry: FileSum) -> Iterator[int]:

@@ -27,7 +27,8 @@ from zarr.storage import MemoryStore
 
 from .checksum import checksum_bytes, crc32c
 from .durable import allocate, disk_errors, make_folders, sync_folder, write_durably
-from .errors import TargetExistsError
+from .errors import StoreError, TargetExistsError
+from .folder import read_json
 from .keys import CHECKSUM_BYTES
 from .manifest import FileSum, Manifest
 from .shard import METADATA, PARTIAL, PLAN, Bytes, ShardFile, StoreDigest, read_checksums
@@ -289,11 +290,11 @@ def _check_target(folder: Path, plan: Manifest) -> None:
 def _plan_in(path: Path) -> dict[str, Any] | None:
     """The plan of a finished store (its manifest less digest and trunk) or an unfinished one; None if it is neither."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
         if path.name == PLAN:
-            return {**found}
+            return found
         return {key: value for key, value in found["attributes"]["moetier"].items() if key != "trunk"} | {"digest": ""}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (StoreError, KeyError, TypeError, AttributeError):
         return None
 
 

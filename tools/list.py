@@ -64,7 +64,7 @@ def _look(name: str, folder: Path) -> Listed:
     """Reads the manifest, or what is to become it."""
     from moetier.runtime.models import pulling
     from moetier.tiers.errors import StoreError
-    from moetier.tiers.folder import command, read_manifest, read_origin, resuming
+    from moetier.tiers.folder import command, read_json, read_manifest, read_origin, resuming
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.shard import GROUP, METADATA, PLAN
 
@@ -75,11 +75,11 @@ def _look(name: str, folder: Path) -> Listed:
     manifest: Manifest | None = None
     try:
         if last.name == PLAN:
-            manifest = Manifest.from_json(json.loads(last.read_bytes()), str(folder))
+            manifest = Manifest.from_json(read_json(last), str(folder))
             resume = resuming(folder, manifest)
         else:
             manifest = read_manifest(store)
-    except (StoreError, ValueError):
+    except StoreError:
         resume = command("pull", *pulling(name), "--overwrite")
     return Listed(
         name=name,

@@ -16,7 +16,7 @@ from typing import Any
 
 from moetier.tiers.durable import sync_folder, write_durably
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
-from moetier.tiers.folder import read_manifest, read_origin
+from moetier.tiers.folder import read_json, read_manifest, read_origin
 from moetier.tiers.manifest import FORMAT, Manifest
 from moetier.tiers.shard import GROUP, JOURNAL, METADATA, ORIGIN, PARTIAL, PLAN, ShardFile
 from moetier.tiers.writer import is_complete
@@ -89,11 +89,9 @@ class Target:
             return State.COMPLETE if whole else State.CUT
         if (self.store / PLAN).exists():
             try:
-                found = json.loads((self.store / PLAN).read_bytes())
-            except ValueError as error:
-                raise self._differs(f"one that can't be read ({error})") from error
-            if not isinstance(found, dict):
-                raise self._differs("one that can't be read (it is no JSON object)")
+                found = read_json(self.store / PLAN)
+            except StoreError as error:
+                raise self._differs(f"one that can't be read ({error.cause})") from error
             self._compare(found)
         elif any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
             raise self._differs("one without its plan, as when its removal was cut")
@@ -147,9 +145,9 @@ class Target:
     def read_journal(self) -> dict[int, float]:
         """Relative error of each block that an earlier run finished."""
         try:
-            found = json.loads((self.folder / JOURNAL).read_bytes())
+            found = read_json(self.folder / JOURNAL)
             return {int(block): float(error) for block, error in found["errors"].items()}
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (StoreError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return {}
 
     def write_journal(self, command: list[str], errors: Mapping[int, float]) -> None:
@@ -170,9 +168,9 @@ class Target:
 def revision_under_way(folder: Path, name: str) -> str | None:
     """The commit of the hub's ``name`` that a conversion into ``folder``, which was cut, is of."""
     try:
-        plan = json.loads((folder / GROUP / PLAN).read_bytes())
+        plan = read_json(folder / GROUP / PLAN)
         found = str(plan["source_digest"]) if plan["model"] == name else ""
-    except (OSError, ValueError, KeyError, TypeError):
+    except (StoreError, KeyError):
         return None
     return found if re.fullmatch(r"[0-9a-f]{40}", found) else None
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from moetier.tiers import bands, quantize
 from moetier.tiers.errors import CheckpointError, ConfigError
+from moetier.tiers.fields import Fields
 from moetier.tiers.keys import GROUPS, Bits, Projection, RecordLayout
 from moetier.tiers.pairs import load_pairs
 from moetier.tiers.quantize import WeightError, decode, encode, expand, layout_for, sections
@@ -393,7 +394,7 @@ def test_layouts_keep_order_types_and_survive_json() -> None:
         ("gate_up_proj_bias", 256, "bfloat16"),
         ("down_proj_bias", 64, "float16"),
     ]
-    assert RecordLayout.from_json(layout.to_json()) == layout
+    assert RecordLayout.from_json(Fields(layout.to_json())) == layout
 
 
 @pytest.mark.parametrize(

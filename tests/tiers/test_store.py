@@ -496,7 +496,7 @@ FIRST = (*MANIFEST, "layouts", "records", "projections", 0)
     [
         ((*MANIFEST, "format"), 2, "format version 2; this moetier reads version 1"),
         ((*MANIFEST, "requires"), ["codebooks", "int5"], "requires codebooks, int5"),
-        ((*FIRST, "bits"), 5, "bits .*5.* are not among"),
+        ((*FIRST, "bits"), 5, "bits is 5, not 16 or 8"),
         ((*FIRST, "rows"), 127, "another kernel layout"),
         ((*FIRST, "tile"), 32, "tile"),
         ((*MANIFEST, "layouts", "records", "sections", 1, "offset"), 64, "another kernel layout"),
@@ -505,7 +505,7 @@ FIRST = (*MANIFEST, "layouts", "records", "projections", 0)
         ((*MANIFEST, "blocks"), [], "no blocks"),
         ((*MANIFEST, "blocks", 1, "index"), 0, "not numbered"),
         ((*MANIFEST, "blocks", 1, "experts"), 5, "differ in their number of experts"),
-        ((*MANIFEST, "blocks", 1, "top_k"), 5, "top-5 of 4"),
+        ((*MANIFEST, "blocks", 1, "top_k"), 5, r"blocks\[1\].top_k is 5, not a whole number from 1 to 4"),
         ((*MANIFEST, "blocks", 1, "array"), "../elsewhere", "no layout"),
         (MANIFEST, None, "no manifest"),
         (("attributes",), [], "no manifest"),
@@ -559,7 +559,7 @@ def test_array_metadata_that_contradicts_the_manifest(tmp_path: Path, keys: tupl
     edit(path, *keys, to=value)
     with pytest.raises(StoreFormatError, match="the manifest says") as caught:
         ExpertStore.open(tmp_path)
-    assert f"{path}: {keys[0]} is" in caught.value.cause
+    assert f"{path}: {keys[0]}" in caught.value.cause
 
 
 @pytest.mark.parametrize("name", [METADATA, f"records/{METADATA}"])

@@ -31,11 +31,20 @@ NAMES = ("trunk-00001-of-00002.safetensors", "trunk-00002-of-00002.safetensors")
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     """Of two files and an index in ``tmp_path``."""
-    for name, size in zip(NAMES, (1000, 77), strict=True):
-        (tmp_path / name).write_bytes(os.urandom(size))
     places = {"a": NAMES[0], "b": NAMES[1], "c": NAMES[0]}
+    for name, size in zip(NAMES, (1000, 200), strict=True):
+        (tmp_path / name).write_bytes(safetensors_of([tensor for tensor in places if places[tensor] == name], size))
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return replace(make_plan(), trunk={name: summed(tmp_path / name) for name in NAMES})
+
+
+def safetensors_of(names: list[str], size: int) -> bytes:
+    """A whole file of ``size`` bytes with random tensors of 10 bytes."""
+    entries = {
+        name: {"dtype": "U8", "shape": [10], "data_offsets": [10 * i, 10 * i + 10]} for i, name in enumerate(names)
+    }
+    header = json.dumps(entries).encode().ljust(size - 8 - 10 * len(names))
+    return len(header).to_bytes(8, "little") + header + os.urandom(10 * len(names))
 
 
 def summed(path: Path) -> FileSum:
@@ -50,27 +59,28 @@ def index(value: object) -> Callable[[Path], object]:
 def test_a_good_one(manifest: Manifest, tmp_path: Path) -> None:
     check_trunk(tmp_path, manifest)
     check_trunk(tmp_path, replace(manifest, trunk={}))
-    assert [sum(check_sum(tmp_path / name, entry)) for name, entry in manifest.trunk.items()] == [1000, 77]
+    assert [sum(check_sum(tmp_path / name, entry)) for name, entry in manifest.trunk.items()] == [1000, 200]
 
 
 @pytest.mark.parametrize(
     ("fault", "name", "words"),
     [
-        (lambda folder: (folder / NAMES[1]).unlink(), NAMES[1], "is missing; it has 77 bytes"),
+        (lambda folder: (folder / NAMES[1]).unlink(), NAMES[1], "is missing; it has 200 bytes"),
         (lambda folder: os.truncate(folder / NAMES[0], 999), NAMES[0], "has 999 bytes; 1,000 were written"),
         (lambda folder: os.truncate(folder / NAMES[0], 0), NAMES[0], "has 0 bytes"),
-        (lambda folder: (folder / INDEX).unlink(), INDEX, "is missing: it says where"),
+        (lambda folder: (folder / INDEX).unlink(), INDEX, "is missing"),
         (lambda folder: (folder / INDEX).write_text("{"), INDEX, "is not JSON"),
         (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe\x00"), INDEX, "is not JSON"),
-        (index([]), INDEX, "has no weight_map"),
-        (index({}), INDEX, "has no weight_map"),
-        (index({"weight_map": {}}), INDEX, "has no weight_map"),
-        (index({"weight_map": ["a"]}), INDEX, "has no weight_map"),
-        (index({"weight_map": {"a": 1}}), INDEX, "names 1, which is no trunk file"),
-        (index({"weight_map": {"a": f"../outside/{NAMES[0]}"}}), INDEX, "no trunk file of its own folder"),
-        (index({"weight_map": {"a": f"/tmp/{NAMES[0]}"}}), INDEX, "no trunk file of its own folder"),
-        (index({"weight_map": {"a": "trunk-../trunk-1.safetensors"}}), INDEX, "no trunk file of its own folder"),
-        (index({"weight_map": {"a": "pytorch_model.bin"}}), INDEX, "no trunk file of its own folder"),
+        (index([]), INDEX, "is not a JSON object"),
+        (index({}), INDEX, "weight_map is missing"),
+        (index({"weight_map": {}}), INDEX, "its weight_map is empty"),
+        (index({"weight_map": ["a"]}), INDEX, "weight_map is ['a'], not an object"),
+        (index({"weight_map": {"a": 1}}), INDEX, "weight_map.a is 1, not the name of a trunk file"),
+        (index({"weight_map": {"a": f"../outside/{NAMES[0]}"}}), INDEX, "not the name of a trunk file of its own folder"),
+        (index({"weight_map": {"a": f"/tmp/{NAMES[0]}"}}), INDEX, "not the name of a trunk file of its own folder"),
+        (index({"weight_map": {"a": "trunk-../trunk-1.safetensors"}}), INDEX, "not the name of a trunk file of its own folder"),
+        (index({"weight_map": {"a": "pytorch_model.bin"}}), INDEX, "not the name of a trunk file of its own folder"),
+        (index({"weight_map": {"a": NAMES[0], "b": NAMES[1]}}), NAMES[0], "differ in 'c'"),
         (index({"weight_map": {"a": "trunk-00003-of-00003.safetensors"}}), INDEX, "the manifest does not know"),
     ],
 )
@@ -170,8 +180,8 @@ def test_records_are_those_that_the_index_names_so(tmp_path: Path) -> None:
     ("tensors", "named", "words"),
     [
         ({"a.record": np.zeros(8, np.float32)}, None, "a.record is of F32"),
-        ({"a.record": np.zeros((8, 8), np.uint8)}, None, "can't be read"),
-        ({"a.record": np.zeros(8, np.uint8)}, "b.record", "can't be read"),
+        ({"a.record": np.zeros((8, 8), np.uint8)}, None, "a.record is of U8"),
+        ({"a.record": np.zeros(8, np.uint8)}, "b.record", "b.record is not there"),
     ],
 )
 def test_what_is_no_record_is_refused(

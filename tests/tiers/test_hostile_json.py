@@ -1,0 +1,228 @@
+"""Every field of every JSON document that a model directory has, replaced by hostile values: a StoreError that names it.
+
+The fields are those of real documents, so a new one is covered by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetier.tiers.errors import IncompleteStoreError, StoreError
+from moetier.tiers.folder import MOST_JSON_BYTES, read_manifest, read_origin, resuming
+from moetier.tiers.shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN
+from moetier.tiers.store import ExpertStore
+from moetier.tiers.trunk import INDEX, check_trunk, trunk_records
+from moetier.tools.convert import convert
+
+TRUNK = "trunk-00001-of-00001.safetensors"
+HEADER = f"the header of {TRUNK}"
+GROUP_JSON, ARRAY_JSON = f"{GROUP}/{METADATA}", f"{GROUP}/records/{METADATA}"
+
+DEEP = '[{"a":' * 5_000 + "0" + "}]" * 5_000
+VALUES = (
+    "0", "-1", str(2**62), "-0.5", "NaN", "Infinity", "9" * 5000, "null", "true", '"zz"', '"\\ud800"', '"../x"',
+    "[]", "{}", '{"zz": {}}', DEEP,
+)  # fmt: skip
+
+# what a field may say as well, by its name; of what no reader looks at, anything
+TEXTS = {'"zz"', '"../x"'}
+OTHERS = {
+    **{name: TEXTS for name in ("model", "version", "method", "path", "__metadata__.format")},
+    **{"crc32c": {"0"}, "total_size": {"0"}, "metadata": {"{}"}, "__metadata__": {"{}"}, "transposed": {"true"}, "trunk": {"{}"}},
+}
+UNREAD = {"fill_value", "attributes", "dimension_names"}  # of an array
+
+Place = tuple[str | int, ...]
+
+
+@pytest.fixture(scope="module")
+def directory(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile") / "model"
+    convert(tinymix, folder, bits=3, trunk_bits=4, fast=True)
+    return folder
+
+
+def use_experts(directory: Path) -> None:
+    ExpertStore.open(directory).close()
+
+
+def use_trunk(directory: Path) -> None:
+    manifest = read_manifest(directory / GROUP)
+    check_trunk(directory, manifest)
+    trunk_records(directory, manifest)
+
+
+def places(value: Any, place: Place = ()) -> Iterator[Place]:
+    """Of each value inside; of a list's items, and of many members (tensors, all alike), the first and the last."""
+    inner: list[tuple[str | int, Any]] = []
+    if isinstance(value, dict):
+        inner = list(value.items())
+    elif isinstance(value, list):
+        inner = list(enumerate(value))
+    if isinstance(value, list) or len(inner) > 20:
+        inner = [*inner[:1], *inner[1:][-1:]]
+    for name, each in inner:
+        yield (*place, name)
+        yield from places(each, (*place, name))
+
+
+def with_value(document: Any, place: Place, value: str) -> str:
+    """The document as text, with the text ``value`` at a place."""
+    made = json.loads(json.dumps(document))
+    inner = made
+    for part in place[:-1]:
+        inner = inner[part]
+    inner[place[-1]] = "@@HERE@@"
+    return json.dumps(made).replace('"@@HERE@@"', value)
+
+
+def header_of(path: Path) -> tuple[Any, bytes]:
+    """And what is behind it."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def framed(text: str) -> bytes:
+    return len(text.encode()).to_bytes(8, "little") + text.encode()
+
+
+def without_sums(directory: Path) -> None:
+    """As older stores are: a trunk file's size is not looked at before its header."""
+    path = directory / GROUP_JSON
+    group = json.loads(path.read_bytes())
+    del group["attributes"]["moetier"]["trunk"]
+    path.write_text(json.dumps(group))
+
+
+def document_of(directory: Path, name: str) -> tuple[Any, Callable[[str], None]]:
+    """A document, and what writes another text in its place. Prepares the directory for it."""
+    if name == HEADER:
+        without_sums(directory)
+        path = directory / TRUNK
+        header, data = header_of(path)
+        return header, lambda text: None if path.write_bytes(framed(text) + data) else None
+    path = directory / name
+    if name == f"{GROUP}/{PLAN}":
+        group = directory / GROUP_JSON
+        plan = json.loads(group.read_bytes())["attributes"]["moetier"]
+        group.unlink()
+        return {key: plan[key] for key in plan if key != "trunk"} | {"digest": ""}, lambda text: _write(path, text)
+    return json.loads(path.read_bytes()), lambda text: _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("name", [GROUP_JSON, ARRAY_JSON, INDEX, HEADER, f"{GROUP}/{PLAN}"])
+def test_each_field_is_named(directory: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "model"))
+    use = use_trunk if name in (INDEX, HEADER) else use_experts
+    document, write = document_of(copy, name)
+    write(json.dumps(document))
+    if name == f"{GROUP}/{PLAN}":
+        with pytest.raises(IncompleteStoreError):
+            use(copy)
+    else:
+        use(copy)
+    for place in places(document):
+        if name == f"{GROUP}/{PLAN}" and len(place) > 1:
+            continue  # as of a manifest
+        names = [part for part in place if isinstance(part, str)]
+        field, allowed = names[-1], OTHERS.get(names[-1], set()) | OTHERS.get(".".join(names), set())
+        for value in VALUES:
+            if value in allowed or (name == ARRAY_JSON and names[0] in UNREAD):
+                continue
+            text = with_value(document, place, value)
+            write(text)
+            began, cause = time.process_time(), ""
+            try:
+                use(copy)
+            except IncompleteStoreError:
+                assert name == f"{GROUP}/{PLAN}"
+            except StoreError as error:
+                cause = error.cause
+            where = f"{place} = {value[:40]}: {cause}"
+            assert time.process_time() - began < 1, where
+            if text == json.dumps(document):
+                assert not cause, where
+                continue
+            assert field in cause, where
+            assert len(cause) < 1000, where
+
+
+def test_hints_that_are_hostile_are_not_used(directory: Path, tmp_path: Path) -> None:
+    """Where a model came from, and what resumes its conversion."""
+    copy = Path(shutil.copytree(directory, tmp_path / "model"))
+    plan = read_manifest(copy / GROUP)
+    origin = {"id": "acme/moe", "revision": "0" * 40}
+    journal = {"command": ["moetier", "convert"], "errors": {"0": 0.5}}
+    for name, document in ((ORIGIN, origin), (JOURNAL, journal)):
+        for place in places(document):
+            for value in VALUES:
+                (copy / name).write_text(with_value(document, place, value))
+                assert set(read_origin(copy)) <= {"id", "revision"}
+                assert resuming(copy, plan).startswith("moetier convert") or place[0] == "command"
+
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+from moetier.runtime.model_config import read_config
+from moetier.tiers.errors import StoreError
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.store import ExpertStore
+from moetier.tiers.trunk import check_trunk, trunk_records
+for folder in sys.argv[1:]:
+    directory, cause, began = Path(folder), "", time.process_time()
+    try:
+        ExpertStore.open(directory).close()
+        manifest = read_manifest(directory / "experts.zarr")
+        check_trunk(directory, manifest)
+        trunk_records(directory, manifest)
+        read_config(directory)
+    except StoreError as error:
+        cause = error.cause
+    peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+    print(json.dumps([cause, time.process_time() - began, peak]))
+"""
+
+
+def test_documents_of_many_bytes(directory: Path, tmp_path: Path) -> None:
+    """200 MB of JSON; and the most that is read, of what takes the most memory."""
+    large = tmp_path / "large"
+    large.write_bytes(b'{"a": [' + b"{}," * 66_666_666 + b"0]}")
+    expected: dict[Path, str] = {}
+    for name in (GROUP_JSON, ARRAY_JSON, INDEX, HEADER, f"{GROUP}/{PLAN}", "config.json"):
+        for size in ("large", "most"):
+            copy = Path(shutil.copytree(directory, tmp_path / f"{size} {name.replace('/', ' ')}"))
+            document, write = document_of(copy, name)
+            if size == "large":
+                path = copy / (TRUNK if name == HEADER else name)
+                path.unlink(missing_ok=True)
+                os.link(large, path)
+                expected[copy] = "a header of" if name == HEADER else f"{path} has 200,000,008 bytes"
+                continue
+            place = next(places(document))
+            rest = MOST_JSON_BYTES - len(with_value(document, place, ""))
+            write(with_value(document, place, "[" + "{}," * (rest // 3 - 1) + "0]"))
+            expected[copy] = "" if name == "config.json" else str(place[0])
+    command = [sys.executable, "-c", CHILD, *map(str, expected)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line, (copy, words) in zip(ended.stdout.splitlines(), expected.items(), strict=True):
+        cause, seconds, peak = json.loads(line)
+        assert words in cause, (copy, cause)
+        assert bool(words) == bool(cause)
+        assert seconds < 1, copy
+        assert peak < 256 << 20, copy

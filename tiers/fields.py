@@ -1,0 +1,95 @@
+"""Fields: values of a JSON document, each with its place, so that an error names the field that is wrong."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+SHOWN = 80  # characters of a value in a message
+
+_repr = reprlib.Repr()
+_repr.maxlevel = 2
+_repr.maxstring = _repr.maxother = _repr.maxlong = SHOWN
+
+
+def shown(value: object) -> str:
+    """A value for a message: short, however long or deep it is."""
+    return _repr.repr(value)
+
+
+class Fields:
+    """A value and its place ("blocks[3].experts"). All methods raise ValueError, naming the place, for a value that is
+    not as they say."""
+
+    __slots__ = ("place", "value")
+
+    def __init__(self, value: Any, place: str = "") -> None:
+        self.value = value
+        self.place = place
+
+    def __getitem__(self, name: str) -> Fields:
+        """A member that an object must have."""
+        found = self.get(name)
+        if found is None:
+            raise ValueError(f"{self._member(name)} is missing")
+        return found
+
+    def get(self, name: str) -> Fields | None:
+        """A member that an object may have."""
+        members = self._of(dict, "an object")
+        return Fields(members[name], self._member(name)) if name in members else None
+
+    def members(self) -> Iterator[tuple[str, Fields]]:
+        return ((name, Fields(value, self._member(name))) for name, value in self._of(dict, "an object").items())
+
+    def items(self) -> list[Fields]:
+        return [Fields(value, f"{self.place}[{i}]") for i, value in enumerate(self._of(list, "a list"))]
+
+    def text(self, pattern: str = r"[^\ud800-\udfff]*", what: str = "a text") -> str:
+        found: str = self._of(str, what)
+        return found if re.fullmatch(pattern, found, re.DOTALL) else self._fail(what)
+
+    def number(self, least: int, most: int) -> int:
+        """A whole number."""
+        fits = type(self.value) is int and least <= self.value <= most
+        return int(self.value) if fits else self._fail(f"a whole number from {least:,} to {most:,}")
+
+    def flag(self) -> bool:
+        return bool(self._of(bool, "true or false"))
+
+    def among(self, known: Collection[Any]) -> Any:
+        """One of these values, and of their type."""
+        for value in known:
+            if type(value) is type(self.value) and value == self.value:
+                return value
+        names = " or ".join(map(shown, known))
+        raise ValueError(f"{self.place} is {shown(self.value)}, not {names}")
+
+    def equals(self, expected: Any, why: str) -> None:
+        """Compares it with what it must be, part by part; ``why`` ends the message."""
+        if isinstance(expected, dict):
+            for name, value in expected.items():
+                self[name].equals(value, why)
+            for name, member in self.members():
+                if name not in expected:
+                    raise ValueError(f"{member.place} is not known, {why}")
+        elif isinstance(expected, list):
+            items = self.items()
+            for item, value in zip(items, expected, strict=False):
+                item.equals(value, why)
+            if len(items) != len(expected):
+                raise ValueError(f"{self.place} has {len(items)} items, not {len(expected)}, {why}")
+        elif type(self.value) is not type(expected) or self.value != expected:
+            raise ValueError(f"{self.place} is {shown(self.value)}, not {shown(expected)}, {why}")
+
+    def _member(self, name: str) -> str:
+        name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
+        return f"{self.place}.{name}" if self.place else name
+
+    def _of(self, kind: type, what: str) -> Any:
+        return self.value if isinstance(self.value, kind) else self._fail(what)
+
+    def _fail(self, what: str) -> Any:
+        raise ValueError(f"{self.place} is {shown(self.value)}, not {what}")
