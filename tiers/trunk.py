@@ -65,9 +65,9 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
         else:
             try:
                 tensors = _header(path).keys()
-                if names := tensors ^ {tensor for tensor, file in places.items() if file == name}:
-                    if INDEX not in faults:
-                        raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(names))}.", FIX)
+                names = tensors ^ {tensor for tensor, file in places.items() if file == name}
+                if names and INDEX not in faults:
+                    raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(names))}.", FIX)
             except StoreError as error:
                 faults[name] = error
     return faults

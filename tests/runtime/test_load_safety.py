@@ -202,7 +202,10 @@ def flip(name: str, position: int) -> Callable[[Path], object]:
         (lambda folder: os.truncate(folder / TRUNK, 5000), r"has 5,000 bytes; [\d,]+ were written"),
         (lambda folder: (folder / INDEX).unlink(), "is missing"),
         (lambda folder: (folder / INDEX).write_text("{"), "is not JSON"),
-        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 1}}'), "weight_map.a is 1, not the name of a trunk file"),
+        (
+            lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 1}}'),
+            "weight_map.a is 1, not the name of a trunk file",
+        ),
         (flip(TRUNK, 3), "a header of"),  # the length of its header
         (flip(TRUNK, 9), "The header of .* is not JSON"),  # the header
         (lambda folder: edit(folder / "config.json", lambda c: c.update(hidden_size="wide")), "can't be loaded"),

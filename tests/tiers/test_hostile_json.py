@@ -1,4 +1,4 @@
-"""Every field of every JSON document that a model directory has, replaced by hostile values: a StoreError that names it.
+"""Every field of every JSON document of a model directory, replaced by hostile values: a StoreError that names it.
 
 The fields are those of real documents, so a new one is covered by itself.
 """
@@ -37,8 +37,15 @@ VALUES = (
 # what a field may say as well, by its name; of what no reader looks at, anything
 TEXTS = {'"zz"', '"../x"'}
 OTHERS = {
-    **{name: TEXTS for name in ("model", "version", "method", "path", "__metadata__.format")},
-    **{"crc32c": {"0"}, "total_size": {"0"}, "metadata": {"{}"}, "__metadata__": {"{}"}, "transposed": {"true"}, "trunk": {"{}"}},
+    **dict.fromkeys(("model", "version", "method", "path", "__metadata__.format"), TEXTS),
+    **{
+        "crc32c": {"0"},
+        "total_size": {"0"},
+        "metadata": {"{}"},
+        "__metadata__": {"{}"},
+        "transposed": {"true"},
+        "trunk": {"{}"},
+    },
 }
 UNREAD = {"fill_value", "attributes", "dimension_names"}  # of an array
 
@@ -111,18 +118,19 @@ def document_of(directory: Path, name: str) -> tuple[Any, Callable[[str], None]]
         without_sums(directory)
         path = directory / TRUNK
         header, data = header_of(path)
-        return header, lambda text: None if path.write_bytes(framed(text) + data) else None
+        return header, lambda text: _write(path, framed(text) + data)
     path = directory / name
     if name == f"{GROUP}/{PLAN}":
         group = directory / GROUP_JSON
-        plan = json.loads(group.read_bytes())["attributes"]["moetier"]
+        manifest = json.loads(group.read_bytes())["attributes"]["moetier"]
+        plan = {key: manifest[key] for key in manifest if key != "trunk"} | {"digest": ""}
         group.unlink()
-        return {key: plan[key] for key in plan if key != "trunk"} | {"digest": ""}, lambda text: _write(path, text)
-    return json.loads(path.read_bytes()), lambda text: _write(path, text)
+        return plan, lambda text: _write(path, text.encode())
+    return json.loads(path.read_bytes()), lambda text: _write(path, text.encode())
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", [GROUP_JSON, ARRAY_JSON, INDEX, HEADER, f"{GROUP}/{PLAN}"])

@@ -83,7 +83,7 @@ def forged(part: str, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_projections_that_are_not_of_this_format(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="projections|biases|are named"):
+    with pytest.raises(ValueError, match=r"projections|biases|are named"):
         RecordLayout.from_json(Fields(forged("projections", **changes)))
 
 
@@ -91,7 +91,7 @@ def test_projections_that_are_not_of_this_format(changes: dict[str, Any]) -> Non
     "changes", [{"size": 0}, {"size": -1}, {"size": 100.0}, {"dtype": "float32"}, {"dtype": "uint8"}]
 )
 def test_biases_that_are_not_of_this_format(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="projections|biases|are named"):
+    with pytest.raises(ValueError, match=r"projections|biases|are named"):
         RecordLayout.from_json(Fields(forged("biases", **changes)))
 
 
