@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from moetier.tiers.durable import write_all
 from moetier.tiers.errors import AlreadyRunningError
 
 from .address import SIDE_SOCKET, SOCKET
@@ -37,7 +38,7 @@ def hold(folder: Path) -> Iterator[bool]:
         os.close(descriptor)  # a daemon that ended has just removed it
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        write_all(descriptor, f"{os.getpid()}\n".encode(), 0)
         left = [path for path in folder.iterdir() if path.name in (SOCKET, SIDE_SOCKET) or path.name.startswith(FILE)]
         for stale in left:
             stale.unlink()

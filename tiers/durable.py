@@ -42,6 +42,17 @@ def allocate(descriptor: int, size: int) -> None:
         raise
 
 
+def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
+    """Writes all of ``data`` at ``position``: one call may write less, and an error then comes with the next."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        if not count:
+            raise OSError(errno.EIO, "nothing was written")
+        view = view[count:]
+        position += count
+
+
 def make_folders(folder: Path) -> None:
     """Like mkdir -p, and each new name is durable in its parent."""
     if not folder.is_dir():

@@ -26,7 +26,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from .checksum import checksum_bytes, crc32c
-from .durable import allocate, disk_errors, make_folders, sync_folder, write_durably
+from .durable import allocate, disk_errors, make_folders, sync_folder, write_all, write_durably
 from .errors import StoreError, TargetExistsError
 from .folder import read_json
 from .keys import CHECKSUM_BYTES
@@ -208,10 +208,8 @@ class ShardWriter:
 
     def _append(self, data: memoryview) -> None:
         with self._disk_errors():
-            while data:
-                count = os.pwrite(self._descriptor, data, self._position)
-                data = data[count:]
-                self._position += count
+            write_all(self._descriptor, data, self._position)
+            self._position += len(data)
             if self._position - self._flushed >= FLUSH_BYTES:
                 self._flush()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from moetier.runtime.config import format_bytes
-from moetier.tiers.durable import make_folders, sync_folder, write_durably
+from moetier.tiers.durable import make_folders, sync_folder, write_all, write_durably
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.keys import PAGE
 from moetier.tiers.shard import PARTIAL
@@ -229,8 +229,7 @@ class Passage:
                 for start in range(offset, offset + size, CHUNK_BYTES):
                     piece = np.empty(min(CHUNK_BYTES, offset + size - start), np.uint8)
                     read_at(path, start, piece)
-                    stream.seek(start)
-                    _write_all(stream.write, piece.data)
+                    write_all(stream.fileno(), piece.data, start)
             os.fsync(stream.fileno())
         write_durably(_kept(path), json.dumps(list(self._ranges(path))).encode())
         partial.rename(path)
@@ -258,8 +257,3 @@ def _kept(path: Path) -> Path:
 def moved(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
     """The same, in another file."""
     return {name: replace(tensor, file=file) for name, tensor in tensors.items()}
-
-
-def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
-    while data:
-        data = data[write(data) or 0 :]

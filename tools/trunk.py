@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from moetier.tiers.checksum import crc32c
-from moetier.tiers.durable import allocate, sync_folder
+from moetier.tiers.durable import allocate, sync_folder, write_all
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.keys import ALIGNMENT
 from moetier.tiers.manifest import FileSum
@@ -100,7 +100,7 @@ class TrunkFile:
             allocate(stream.fileno(), self.size)
             written = flushed = 0
             for piece in self._pieces():
-                stream.write(piece)
+                write_all(stream.fileno(), piece, written)
                 crc = crc32c(piece, crc)
                 written += len(piece)
                 advance(len(piece))
