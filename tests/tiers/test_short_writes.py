@@ -142,7 +142,7 @@ def test_a_write_that_takes_nothing_again_and_again(tmp_path: Path) -> None:
 
 
 def test_only_one_function_calls_the_system_s_write() -> None:
-    """All others go through Python's buffered files, which go on after a short write; or write a few bytes to a pipe."""
+    """Others use buffered files, which go on after a short write; or write a few bytes to a pipe."""
     found = set()
     for path in [path for package in ("tiers", "runtime", "tools") for path in (ROOT / package).glob("**/*.py")]:
         unbuffered = "buffering=0" in path.read_text()
