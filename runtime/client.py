@@ -21,6 +21,7 @@ from moetier.tiers.monitor import Home
 from moetier.tiers.source import Lease, Pace
 from moetier.tiers.stats import TierStats
 
+from .address import Address
 from .counts import Counts
 from .link import Link
 from .mapped import MappedArena
@@ -57,6 +58,7 @@ class DaemonTier:
         spare: Spare,
         patience: float,
     ) -> None:
+        self._folder = folder
         self._manifest = manifest
         self._arena = arena
         self._spare = spare
@@ -169,6 +171,15 @@ class DaemonTier:
             slot_bytes=self._arena.plan.nbytes - self._arena.plan.directory_bytes,
             reads=self._spare.stats(),
         )
+
+    @property
+    def address(self) -> Address:
+        return Address(folder=self._folder)
+
+    @property
+    def away(self) -> str:
+        """Why the daemon is away now; "" while it is here."""
+        return "" if self._link.away_since is None else self._link.error.cause
 
     @property
     def traffic(self) -> Traffic:

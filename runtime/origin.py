@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import MoetierError, NobodyError, UnknownModelError
 from moetier.tiers.host import HostTier
@@ -20,6 +21,9 @@ from .address import Address
 from .config import TierConfig
 from .share import Share
 
+if TYPE_CHECKING:
+    from .client import DaemonTier
+
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +36,7 @@ class Origin:
     close: Callable[[], None]
     learner: Learner | None = None  # of a tier of this process that learns
     shares: Callable[[], list[Share]] = list  # of daemons of other hosts, and of the store beside them
+    daemon: DaemonTier | None = None  # of this host, whose memory is mapped
 
 
 def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
@@ -86,7 +91,7 @@ def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
 
     assert daemon.folder is not None
     host = DaemonTier.open(daemon.folder, folder, manifest)
-    return Origin(host, f"the daemon {daemon}", host.close)
+    return Origin(host, f"the daemon {daemon}", host.close, daemon=host)
 
 
 def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping[str, int]) -> Origin:

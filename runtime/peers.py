@@ -127,7 +127,13 @@ class Peers:
         """What came from each."""
         with self._state:
             return [
-                Share(peer.name, peer.records, peer.bytes, peer.away.cause if peer.away is not None else "")
+                Share(
+                    peer.name,
+                    peer.records,
+                    peer.bytes,
+                    peer.away.cause if peer.away is not None else "",
+                    peer.failures,
+                )
                 for peer in self
             ]
 

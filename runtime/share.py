@@ -11,3 +11,4 @@ class Share:
     records: int
     bytes: int
     away: str = ""  # of a daemon that is not there now: why
+    lost: int = 0  # times that it went away

@@ -87,6 +87,7 @@ class Tiers:
         self.manifest = manifest
         self.host = origin.host
         self.where = origin.where  # the experts come from
+        self.daemon = origin.daemon  # the host tier, where it is a daemon's of this host; else None
         self.learns = origin.learner is not None
         self.shares = origin.shares  # a function: what came from each daemon of another host, and from the store
         self.device = device

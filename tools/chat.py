@@ -10,6 +10,7 @@ from moetier.runtime.context import longest_context
 from .answering import Answering
 from .chat_input import ChatInput
 from .conversation import Conversation
+from .daemon_reads import DaemonWatch
 from .decoding import add_decoding_arguments, add_prefill_argument, decoding_of
 from .dialogue import Dialogue
 from .loading import loaded
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             conversation,
             answering,
             model.tiers,
+            DaemonWatch(model.tiers),
             most=most,
             as_json=arguments.json,
             status=status,

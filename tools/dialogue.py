@@ -15,6 +15,7 @@ from moetier.tiers.errors import ConfigError, MoetierError, TargetError
 from .answering import Answering
 from .chat_input import QUOTES, ChatInput, Entry
 from .conversation import Conversation
+from .daemon_reads import DaemonWatch
 from .interrupt import Interrupt, Leave
 from .plain import plain
 from .report import Timing, run_json, run_report
@@ -41,11 +42,20 @@ class Dialogue:
     standard error what an answer took."""
 
     def __init__(
-        self, conversation: Conversation, answering: Answering, tiers: Tiers, *, most: int, as_json: bool, status: bool
+        self,
+        conversation: Conversation,
+        answering: Answering,
+        tiers: Tiers,
+        watch: DaemonWatch,
+        *,
+        most: int,
+        as_json: bool,
+        status: bool,
     ) -> None:
         self._conversation = conversation
         self._answering = answering
         self._tiers = tiers
+        self._watch = watch
         self._most = most
         self._json = as_json
         self._status = status
@@ -117,9 +127,9 @@ class Dialogue:
 
     def _stats(self, _: str) -> None:
         if self._json:
-            print(json.dumps(run_json(self._spent, self._tiers)), flush=True)
+            print(json.dumps(run_json(self._spent, self._tiers, self._watch.end())), flush=True)
         else:
-            print(run_report(self._spent, self._tiers), file=sys.stderr)
+            print(run_report(self._spent, self._tiers, self._watch.end()), file=sys.stderr)
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()

@@ -105,7 +105,7 @@ def draw_recall(trace: Trace) -> Figure:
     axes.set_ylim(0, 1.08)
     axes.set_xticks(ahead)
     guesses = 0 if trace.predictions is None else trace.predictions.shape[3]
-    axes.set_title(f"Recall of {guesses} guesses{_of(trace)}, top-{trace.top_k}", fontsize=10, loc="left")
+    axes.set_title(f"Recall of {guesses} predictions{_of(trace)}, top-{trace.top_k}", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     return figure
 

@@ -8,10 +8,10 @@ import resource
 import sys
 from typing import Any
 
-from moetier.runtime.config import format_bytes
 from moetier.runtime.context import first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 
+from .daemon_reads import DaemonWatch
 from .decoding import (
     add_decoding_arguments,
     add_prefill_argument,
@@ -24,7 +24,7 @@ from .decoding import (
 )
 from .loading import loaded
 from .options import DIRECTORY, directory
-from .report import Timing, run_json, run_report
+from .report import Timing, details, run_json, summary
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 HELP = "generate text from a model directory"
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
+    parser.add_argument("--verbose", action="store_true", help="report all that is counted, not the main figures alone")
     add_decoding_arguments(parser, new_tokens=256)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
@@ -60,13 +61,17 @@ def run(arguments: argparse.Namespace) -> int:
         inputs = encode(model, tokenizer, prompt)
         tokens = inputs["input_ids"].shape[1]
         torch.manual_seed(arguments.seed)
+        watch = DaemonWatch(model.tiers)
         streamer = TimedStreamer(tokenizer, echo=not arguments.json)
         limited = within_context(model, tokens, decoding)
         model.generate(**inputs, **behind(tokens, limited), **chunks_of(model, tokens, chunk), streamer=streamer)
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)
         warn_if_cut(model, tokens, streamer.tokens, decoding)
-        report, found = run_report(timing, model.tiers), run_json(timing, model.tiers)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        reads = watch.end()
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        found = run_json(timing, model.tiers, reads)
+        short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
+        rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
 
     if arguments.json:
         head = {"prompt": prompt, "text": streamer.text, "seed": arguments.seed}
@@ -75,11 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({**head, **cost, **found, "versions": versions}))
     else:
         sys.stdout.flush()
-        head_lines = (
-            f"load     {load_seconds:.2f} s\nmemory   {format_bytes(peak_bytes)} at its peak, slots included\n"
-            f"experts  of {model.tiers.where}"
-        )
-        print(f"\n{head_lines}\n{report}", file=sys.stderr)
+        print(f"\n{short}{rest}", file=sys.stderr)
     return 0
 
 

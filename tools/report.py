@@ -12,9 +12,10 @@ from .plain import plain
 
 if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import Tier
-    from moetier.runtime.share import Share
     from moetier.runtime.speculation import SpeculationStats
     from moetier.runtime.tiers import Tiers
+
+    from .daemon_reads import DaemonReads
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +75,60 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def tier_report(timing: Timing, tiers: list[TierStats]) -> str:
-    """For people."""
+def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: float, peak_bytes: int) -> str:
+    """The short report of one generation, for people: docs/reading-the-report.md explains its lines.
+
+    ``load``: seconds; ``peak_bytes``: the most memory that the process had.
+    """
+    stats = tiers.stats()
+    hits = ", ".join(f"{tier.name} {tier.hit_ratio:.1%} of {tier.hits + tier.misses:,}" for tier in reversed(stats))
+    waits = tier_json(stats[-1], timing)["wait_share"]
+    lines = [line("load", f"{load:.2f} s"), *_rates(timing)]
+    lines.append(line("hits", f"{hits}; waiting for misses took {waits:.1%} of the time"))
+    if tiers.daemon is None:
+        tokens = timing.prompt_tokens + timing.new_tokens
+        nbytes = stats[0].bytes_in
+        lines.append(line("read", f"{format_bytes(nbytes)}, {format_bytes(nbytes / max(tokens, 1))} a token"))
+    lines += [line("memory", f"{format_bytes(peak_bytes)} at its peak"), *_sources(tiers, reads)]
+    return "\n".join(lines)
+
+
+def run_report(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> str:
+    """What answers took and everything that the tiers counted; for people."""
+    return "\n".join([*_rates(timing), *_sources(tiers, reads), details(timing, tiers)])
+
+
+def details(timing: Timing, tiers: Tiers) -> str:
+    """What the tiers counted, beside ``summary``: docs/reading-the-report.md explains it."""
+    stats = tiers.stats()
+    lines = [line("experts", f"of {tiers.where}"), tier_table(timing, stats)]
+    if tiers.speculation is not None:
+        lines += _predictions(tiers.speculation.stats(), stats)
+    if tiers.learns:
+        host = stats[0]
+        lines.append(line("learned", f"{host.warmed} experts read beforehand, {host.recalled} of them used"))
+    return "\n".join(lines)
+
+
+def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> dict[str, Any]:
+    """The same, for programs."""
+    return {
+        "experts": tiers.where,
+        "daemon": None if reads is None else asdict(reads),
+        "shares": [asdict(share) for share in tiers.shares()],
+        **timing.to_json(),
+        "tiers": {stats.name: tier_json(stats, timing) for stats in tiers.stats()},
+        "speculation": tiers.speculation.stats().to_json() if tiers.speculation is not None else None,
+    }
+
+
+def line(label: str, text: str) -> str:
+    return f"{label:<9} {text}"
+
+
+def tier_table(timing: Timing, tiers: list[TierStats]) -> str:
     head = [
-        "tier",
-        "slots",
-        "hits",
-        "misses",
-        "hit ratio",
-        "read",
-        "a token",
-        "evictions",
-        "wait p50",
-        "p99",
-        "of time",
+        *("tier", "slots", "hits", "misses", "hit ratio", "read", "a token", "evictions", "wait p50", "p99", "of time")
     ]
     rows = [head]
     for stats in tiers:
@@ -107,76 +148,58 @@ def tier_report(timing: Timing, tiers: list[TierStats]) -> str:
                 f"{more['wait_share']:.1%}",
             ]
         )
-    return (
-        f"prefill  {timing.prompt_tokens} tokens, {timing.prefill_rate:.1f} tokens/s, "
-        f"first token after {timing.first_token:.2f} s\n"
-        f"decode   {timing.new_tokens} tokens, {timing.decode_rate:.1f} tokens/s\n{table(rows)}"
-    )
+    return table(rows)
 
 
-def run_report(timing: Timing, tiers: Tiers) -> str:
-    """All that there is to say of the tiers of one model; for people."""
-    stats, shares = tiers.stats(), tiers.shares()
-    parts = [tier_report(timing, stats)]
-    if shares:
-        parts.append(shares_report(shares))
-    if tiers.speculation is not None:
-        parts.append(speculation_report(tiers.speculation.stats(), stats))
-    if tiers.learns:
-        parts.append(learning_report(stats[0]))
-    return "\n".join(parts)
-
-
-def run_json(timing: Timing, tiers: Tiers) -> dict[str, Any]:
-    """The same, for programs."""
-    return {
-        "experts": tiers.where,
-        "shares": [asdict(share) for share in tiers.shares()],
-        **timing.to_json(),
-        "tiers": {stats.name: tier_json(stats, timing) for stats in tiers.stats()},
-        "speculation": tiers.speculation.stats().to_json() if tiers.speculation is not None else None,
-    }
-
-
-def speculation_report(stats: SpeculationStats, tiers: list[TierStats]) -> str:
-    """What was guessed, how well, what asking cost, and what became of the wishes; for people."""
-    names = ["at the layer", *(f"{distance} ahead" for distance in range(1, len(stats.guesses)))]
-    rates = [
-        f"{right / count:.1%} right {name}"
-        for right, count, name in zip(stats.right, stats.guesses, names, strict=True)
-        if count
-    ]
-    # whose experts are a daemon's has no counts: there they are of all clients together, in ``moetier stats``
-    wishes = [f"wishes   {tier.name}: {wishes_text(tier)}" for tier in tiers if tier.prefetched or tier.cancelled]
-    return "\n".join(
-        [
-            f"guesses  in {stats.steps_on} of {stats.steps_on + stats.steps_off} steps ({stats.mode}, "
-            f"{'on' if stats.is_on else 'off'} at the end): {', '.join(rates) or 'none'}",
-            f"asking   {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step",
-            *wishes,
-        ]
-    )
-
-
-def wishes_text(tier: TierStats | Tier) -> str:
-    """What became of a tier's wishes; for people."""
+def prefetch_text(tier: TierStats | Tier) -> str:
+    """The outcomes of a tier's prefetch requests; for people."""
     return (
         f"{tier.prefetched:,} read, {tier.useful:,} useful, {tier.late:,} late, {tier.wasted:,} wasted; "
         f"{tier.cancelled:,} cancelled; up to {tier.saved_seconds:.2f} s of waiting saved"
     )
 
 
-def shares_report(shares: list[Share]) -> str:
-    """From where the host tier's records came; for people."""
-    return "\n".join(
-        f"fetched  {share.records} records, {format_bytes(share.bytes)}, from {share.place}"
-        + (f", which is away: {plain(share.away)}" if share.away else "")
-        for share in shares
-    )
+def _rates(timing: Timing) -> list[str]:
+    more = f", {timing.decode_rate:.1f} tokens/s" if timing.decode_rate else ""
+    return [
+        line(
+            "prefill",
+            f"{timing.prompt_tokens} tokens, {timing.prefill_rate:.1f} tokens/s, "
+            f"first token after {timing.first_token:.2f} s",
+        ),
+        line("decode", f"{timing.new_tokens} tokens{more}"),
+    ]
 
 
-def learning_report(host: TierStats) -> str:
-    """What the host tier began with; for people."""
-    return (
-        f"learned  {host.warmed} experts that earlier runs used were read beforehand, {host.recalled} of them were used"
-    )
+def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
+    """What the daemons gave of whom there are any, and whether they were away."""
+    lines = [] if reads is None else [line("daemon", reads.text())]
+    for share in tiers.shares():
+        text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
+        if share.away:
+            text += f", which is away: {plain(share.away)}"
+        elif share.lost:
+            text += f", which was lost and came back{_times(share.lost)}"
+        lines.append(line("fetched", text))
+    return lines
+
+
+def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
+    """How well routing was predicted, what that cost, and the outcomes of the prefetch requests."""
+    names = ["at the layer", *(f"{distance} ahead" for distance in range(1, len(stats.guesses)))]
+    rates = [
+        f"{right / count:.1%} right {name}"
+        for right, count, name in zip(stats.right, stats.guesses, names, strict=True)
+        if count
+    ]
+    steps = f"in {stats.steps_on} of {stats.steps_on + stats.steps_off} steps ({stats.mode}, "
+    return [
+        line("predicted", f"{steps}{'on' if stats.is_on else 'off'} at the end): {', '.join(rates) or 'nothing'}"),
+        line("", f"{1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step to predict"),
+        # a daemon counts those of all its clients together: ``moetier stats`` has them
+        *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
+    ]
+
+
+def _times(count: int) -> str:
+    return "" if count == 1 else f" {count} times"

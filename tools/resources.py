@@ -116,17 +116,17 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculate",
         choices=SPECULATE,
         default="auto",
-        help="promote experts beforehand that the next layers' gates guess: auto, while it is measured to pay "
+        help="promote experts beforehand that the next layers' gates predict: auto, while it is measured to pay "
         "(default: %(default)s)",
     )
     group.add_argument(
-        "--look-ahead", type=LAYERS, default=LOOK_AHEAD, metavar="N", help="layers to guess (default: %(default)s)"
+        "--look-ahead", type=LAYERS, default=LOOK_AHEAD, metavar="N", help="layers to predict (default: %(default)s)"
     )
     group.add_argument(
         "--prefetch",
         type=COUNT,
         metavar="N",
-        help="experts of a block to promote on a guess, at most (default: as many as are worth it)",
+        help="experts of a block to promote on a prediction, at most (default: as many as are worth it)",
     )
 
 

@@ -101,7 +101,7 @@ def address_of(text: str | None) -> Address:
 
 def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
     from .ps import format_seconds
-    from .report import wishes_text
+    from .report import prefetch_text
 
     lines = [
         f"{address}: process {described.pid}, moetier {plain(described.version)}, up {format_seconds(stats.uptime_s)}"
@@ -116,7 +116,7 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
             f"  demands   {demands:,}: {host.hits:,} hits ({host.hits / demands if demands else 0:.1%}), "
             f"{host.misses:,} misses, {host.joined:,} of them joined a load",
             f"  reads     {format_bytes(host.bytes_in)}, {host.evictions:,} evictions, {host.failures:,} failures",
-            f"  wishes    {wishes_text(host)}",
+            f"  prefetch  {prefetch_text(host)}",
             *([f"  learned   {host.warmed:,} read beforehand, {host.recalled:,} of them used"] if host.warmed else []),
             f"  clients   {model.clients}, {model.sessions} with a session, {model.leases} slots leased",
             f"  sessions  {model.requests:,} requests, {model.used:,} hits reported, "

@@ -218,7 +218,7 @@ gnu_readline = pytest.mark.skipif(
 
 LOOP = (
     "from moetier.tools.chat_input import ChatInput; from moetier.tools.dialogue import Dialogue\n"
-    "Dialogue(None, None, None, most=1, as_json=False, status=False).talk(ChatInput()); print('left')"
+    "Dialogue(None, None, None, None, most=1, as_json=False, status=False).talk(ChatInput()); print('left')"
 )
 
 

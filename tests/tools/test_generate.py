@@ -12,8 +12,12 @@ import pytest
 from daemons import running_daemon
 from faults import mounted
 from prepared import MAIN, Prepared
+from threads import wait_until
 
+import moetier
+from moetier.runtime.config import format_bytes
 from moetier.tiers.store import ExpertStore
+from moetier.tools.daemon_reads import DaemonWatch
 from moetier.tools.main import main
 from moetier.tools.report import Timing
 
@@ -31,24 +35,33 @@ def budget(folder: Path, records: int) -> str:
         return str(records * store.layout(0).slot_bytes)
 
 
-def test_it_streams_the_text_and_then_reports(tinymix_4bit: Path) -> None:
-    """As a person runs it: text on standard output, the report on standard error."""
-    command = [sys.executable, "-m", "moetier.tools.main", "generate", str(tinymix_4bit), "--max-new-tokens", "4"]
-    result = subprocess.run([*command, PROMPT], capture_output=True, text=True, check=True)
+SHORT = """
+load      [\\d.]+ s
+prefill   \\d+ tokens, [\\d.]+ tokens/s, first token after [\\d.]+ s
+decode    4 tokens, [\\d.]+ tokens/s
+hits      host [\\d.]+% of \\d+; waiting for misses took [\\d.]+% of the time
+read      [\\d.]+ MiB, [\\d.]+ [KM]iB a token
+memory    [\\d.]+ MiB at its peak
+"""
+LONG = r"""
+experts   of this process
+tier +slots +hits +misses +hit ratio +read +a token +evictions +wait p50 +p99 +of time
+host .*
+predicted in \d+ of \d+ steps .*
+          [\d.]+ ms a step to predict
+(prefetch  host: .*
+)?"""
+
+
+def test_it_streams_the_text_and_then_reports(scripts: Prepared, tinymix_4bit: Path) -> None:
+    """Text on standard output; the main figures on standard error, and all of them if they are asked for."""
+    words = ["generate", tinymix_4bit, PROMPT, "--max-new-tokens", "4", "--daemon", "none", "--ram", "3MiB"]
+    result = scripts.run(MAIN, *words)
+    assert result.returncode == 0
     assert result.stdout.strip()
-    for words in (
-        "at its peak",
-        "prefill",
-        "decode",
-        "tokens/s",
-        "first token after",
-        "hit ratio",
-        "evictions",
-        "p99",
-        "host",
-    ):
-        assert words in result.stderr
-    assert "Warning" not in result.stderr
+    assert re.fullmatch(SHORT, result.stderr), result.stderr
+    result = scripts.run(MAIN, *words, "--verbose")
+    assert re.fullmatch(SHORT + LONG, result.stderr), result.stderr
 
 
 def test_the_report_adds_up(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,32 +101,70 @@ def test_where_records_came_from_is_said(
         read = answer["tiers"]["host"]["bytes_in"]
         records = read // int(budget(tinymix_4bit, 1))
         assert answer["shares"] == [
-            {"place": listen, "records": records, "bytes": read, "away": ""},
-            {"place": "the local store", "records": 0, "bytes": 0, "away": ""},
+            {"place": listen, "records": records, "bytes": read, "away": "", "lost": 0},
+            {"place": "the local store", "records": 0, "bytes": 0, "away": "", "lost": 0},
         ]
     assert main(["generate", *options]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetched")]
-    assert lines[0].startswith(f"fetched  0 records, 0 B, from {listen}, which is away: ")
+    assert lines[0].startswith(f"fetched   0 records, 0 B, from {listen}, which is away: ")
     # how many there were is a matter of the order in which they came
-    assert re.fullmatch(r"fetched  [1-9]\d* records, [\d.]+ MiB, from the local store", lines[1])
+    assert re.fullmatch(r"fetched   [1-9]\d* records, [\d.]+ MiB, from the local store", lines[1])
 
 
-def test_what_became_of_wishes_is_said_by_who_counts_them(
+def test_a_daemon_that_reads_and_is_lost_and_comes_back_is_reported(tinymix_4bit: Path, tmp_path: Path) -> None:
+    with running_daemon(tinymix_4bit, ram=budget(tinymix_4bit, 16), folder=tmp_path / "d") as daemon:
+        model, tokenizer = moetier.load(tinymix_4bit, daemon=str(daemon.folder), speculate="off")
+        assert tokenizer is not None
+        inputs = tokenizer(PROMPT, return_tensors="pt")
+        with model.tiers:
+            watch = DaemonWatch(model.tiers)
+            model.generate(**inputs, max_new_tokens=2)
+            reads = watch.end()
+            assert reads is not None
+            read = daemon.stats().host.bytes_in
+            assert (reads.bytes_read, reads.clients, reads.lost, reads.local_bytes) == (read, 1, 0, 0)
+            assert reads.text() == f"{daemon.folder} read {format_bytes(read)} for this run"
+            daemon.kill()
+            wait_until(lambda: bool(model.tiers.daemon.away))
+            model.generate(**inputs, max_new_tokens=2)
+            reads = watch.end()
+            assert reads is not None
+            assert (reads.bytes_read, reads.lost, reads.local_bytes > 0) == (None, 1, True)
+            assert re.fullmatch(
+                r"\S+/d; it is away: .*; [\d.]+ MiB were read from the local store instead", reads.text()
+            )
+            daemon.restart()
+            wait_until(lambda: not model.tiers.daemon.away)
+            model.generate(**inputs, max_new_tokens=2)
+            reads = watch.end()
+            assert reads is not None
+            assert (reads.bytes_read, reads.restarted, reads.lost) == (daemon.stats().host.bytes_in, True, 1)
+            assert re.fullmatch(
+                r"\S+/d read [\d.]+ MiB for this run since it was restarted; it was lost and came back; "
+                r"[\d.]+ MiB were read from the local store instead",
+                reads.text(),
+            )
+
+
+def test_the_outcomes_of_prefetches_are_reported_where_they_are_counted(
     tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A daemon's are of all its clients together: it says them itself."""
     options = [str(tinymix_4bit), PROMPT, "--max-new-tokens", "8", "--speculate", "always"]
     ram = budget(tinymix_4bit, 16)
-    assert main(["generate", *options, "--daemon", "none", "--ram", ram]) == 0
-    (own,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wishes")]
-    assert re.match(r"wishes   host: [1-9]\d* read, \d+ useful, \d+ late, \d+ wasted; \d+ cancelled; up to ", own)
+    assert main(["generate", *options, "--daemon", "none", "--ram", ram, "--verbose"]) == 0
+    (own,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prefetch")]
+    assert re.match(r"prefetch  host: [1-9]\d* read, \d+ useful, \d+ late, \d+ wasted; \d+ cancelled; up to ", own)
     with running_daemon(tinymix_4bit, ram=ram, folder=tmp_path / "d") as daemon:
-        assert main(["generate", *options, "--daemon", str(daemon.folder)]) == 0
+        assert main(["generate", *options, "--daemon", str(daemon.folder), "--verbose"]) == 0
         report = capsys.readouterr().err
-        assert daemon.stats().host.prefetched > 0
+        host = daemon.stats().host
+        assert host.prefetched > 0
     words = [line.split()[0] for line in report.splitlines() if line]
-    assert "guesses" in words
-    assert "wishes" not in words
+    assert "predicted" in words
+    assert "prefetch" not in words
+    assert "read" not in words
+    assert f"daemon    {daemon.folder} read {format_bytes(host.bytes_in)} for this run" in report.splitlines()
 
 
 def test_the_budget_changes_no_token(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,16 +192,14 @@ def test_the_next_run_begins_with_what_was_used_most(scripts: Prepared, tinymix_
     first = json.loads(scripts.run(MAIN, *words, "--json", environment=environment).stdout)
     host = first["tiers"]["host"]
     assert (host["warmed"], host["recalled"]) == (0, 0)
-    result = scripts.run(MAIN, *words, environment=environment)
+    result = scripts.run(MAIN, *words, "--verbose", environment=environment)
     assert result.returncode == 0, result.stderr
     assert first["text"].strip() in result.stdout
     hits, misses = map(int, re.findall(r"^host +\S+ +(\d+) +(\d+) ", result.stderr, re.MULTILINE)[0])
     assert hits + misses == host["hits"] + host["misses"]
     assert misses < host["misses"]  # how many fewer: how far the warm-up got before the first demand came
     last = result.stderr.splitlines()[-1]
-    said = re.fullmatch(
-        r"learned  (\d+) experts that earlier runs used were read beforehand, (\d+) of them were used", last
-    )
+    said = re.fullmatch(r"learned   (\d+) experts read beforehand, (\d+) of them used", last)
     assert said is not None
     assert int(said[1]) >= int(said[2]) > 0
 

@@ -212,7 +212,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
         "slots 3 of 12 hold a record, 192 KiB; 0 were taken back at the start",
         "demands 4: 1 hits (25.0%), 3 misses, 0 of them joined a load",
         "reads 48 KiB, 0 evictions, 0 failures",
-        "wishes 0 read, 0 useful, 0 late, 0 wasted; 0 cancelled; up to 0.00 s of waiting saved",
+        "prefetch 0 read, 0 useful, 0 late, 0 wasted; 0 cancelled; up to 0.00 s of waiting saved",
         "clients 1, 1 with a session, 2 slots leased",
         "sessions 2 requests, 0 hits reported",
         "fetches 0, 0 B out",
@@ -220,7 +220,7 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
         assert part in words
 
 
-def test_what_became_of_wishes(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
+def test_the_outcomes_of_prefetches(daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path) -> None:
     with RawClient(daemon.folder, store[1]) as client:
         client.send(prefetch=pb.Prefetch(wishes=pb.Experts(block=0, experts=[1, 2])))
         daemon.wait_for("host.ready == 2")
@@ -228,7 +228,7 @@ def test_what_became_of_wishes(daemon: DaemonProcess, store: tuple[Path, Manifes
         client.granted()
         client.release(1)
         daemon.wait_for("host.useful == 1")
-        assert "wishes 2 read, 1 useful, 0 late, 0 wasted; 0 cancelled;" in " ".join(said(runtime, "stats").split())
+        assert "prefetch 2 read, 1 useful, 0 late, 0 wasted; 0 cancelled;" in " ".join(said(runtime, "stats").split())
 
 
 def test_every_counter_of_the_contract_is_in_the_json(daemon: DaemonProcess, runtime: Path) -> None:
