@@ -203,11 +203,6 @@ def _code_here() -> _Code:
     return _Code(native.here())
 
 
-def check_compiler() -> None:
-    """Raises RuntimeError or OSError where no ``PackedKernels`` can be had."""
-    _code_here().of(Form(4, 64, "bfloat16", Number.BF16))
-
-
 def projection_of(layout: RecordLayout, name: str) -> Projection:
     return next(p for p in layout.projections if p.name == name)
 

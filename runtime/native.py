@@ -1,6 +1,7 @@
 """Machine code for this processor, made while the program runs, and the threads that run it.
 
-LLVM (llvmlite) compiles what ``emit.py`` describes, in some hundredths of a second. It runs on the OpenMP threads that
+LLVM (llvmlite) compiles what ``emit.py`` describes, in some hundredths of a second. It is loaded by ``executable.py``,
+else by LLVM's own engine, and runs on the OpenMP threads that
 torch uses itself: a second set of threads would fight with the first for the same cores.
 """
 
@@ -20,6 +21,9 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
+from .executable import Executable, LinkError, can_become_executable, link
+
+_ANSWER = 42  # of the function that is tried
 _OPENMP = re.compile(r"/(libgomp|libomp|libiomp5)[^/]*\.so[^/]*$")
 # a fork waits for it: a child would find LLVM, and llvmlite's own lock, in the midst of something for ever
 compiling = threading.RLock()
@@ -39,26 +43,56 @@ class Processor:
         # whether its own prefetchers bring a long run of memory in time: to ask for it too costs 15 % on AMD's Zen 4
         self.has_stream_prefetch = self._cpu["cpu"].startswith("znver")
         self.has_avx2 = _has(features, "avx2") if name is None else name == "haswell"
-        self._engines: list[Any] = []  # they own the code
+        self._owners: list[Any] = []  # of the code
 
     def compile(self, module: ir.Module, name: str) -> int:
-        """The address of the function ``name`` of ``module``, which stays as long as this object."""
+        """The address of the function ``name`` of ``module``, which stays as long as this object. Raises OSError where
+        no memory can be made executable."""
         with compiling:
-            code = llvm.parse_assembly(str(module))
-            code.verify()
-            machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3)  # an engine owns it
-            passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-            passes.getModulePassManager().run(code, passes)
-            engine = llvm.create_mcjit_compiler(code, machine)
+            why = "the code is linked by LLVM"
+            if llvm.Target.from_default_triple().name == "x86-64":
+                try:
+                    code, machine = self._made(module, reloc="pic", codemodel="small")
+                    executable = Executable(link(machine.emit_object(code)))
+                except (LinkError, OSError) as error:
+                    why = str(error)
+                else:
+                    self._owners.append(executable)
+                    return executable.address(name)
+            if not can_become_executable():  # LLVM would not notice, and its code would end the process
+                raise OSError(f"memory that was written can't be made executable, and {why}")
+            engine = llvm.create_mcjit_compiler(*self._made(module))
             engine.finalize_object()
-            self._engines.append(engine)
+            self._owners.append(engine)
             return int(engine.get_function_address(name))
+
+    def _made(self, module: ir.Module, **how: str) -> tuple[Any, Any]:
+        """LLVM's own module, optimised, and the target machine that it is for."""
+        code = llvm.parse_assembly(str(module))
+        code.verify()
+        machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3, **how)
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(code, passes)
+        return code, machine
 
 
 @functools.cache
 def here() -> Processor:
     """This machine's."""
     return Processor()
+
+
+@functools.cache
+def refusal() -> str:
+    """Why no code can be compiled and run here, in some words; "" where it can: a small function is, really."""
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.IntType(32), []), "moetier_trial")
+    ir.IRBuilder(function.append_basic_block()).ret(ir.Constant(ir.IntType(32), _ANSWER))
+    try:
+        found = ctypes.CFUNCTYPE(ctypes.c_int32)(here().compile(module, function.name))()
+    except (RuntimeError, OSError) as error:
+        return " ".join(str(error).split())
+    return "" if found == _ANSWER else f"compiled code gives {found} in place of {_ANSWER}"
 
 
 def _has(features: str, *names: str) -> bool:

@@ -53,7 +53,7 @@ def use_row_weights(model: nn.Module) -> None:
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """x [..., K] of one row, weight [N, K], bias [N] -> [..., N], all bf16; None where torch is to do it. Sums are
     fp32; the bias is added to what they are rounded to."""
-    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled():
+    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or native.refusal():
         return None
     rows, columns = weight.shape
     if x.numel() != columns or x.shape[-1] != columns:
@@ -76,7 +76,7 @@ class Scores:
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
-        return weight.dtype == torch.float32 and _lies_in_rows(weight)
+        return weight.dtype == torch.float32 and _lies_in_rows(weight) and not native.refusal()
 
     def of(self, x: Tensor) -> list[float] | None:
         """``weight @ x`` of x [..., K], one row of bf16 or fp32; None where torch is to do it. Threads that ask at once

@@ -59,8 +59,8 @@ def _descriptors() -> Counter[str]:
 
 
 def _arenas() -> int:
-    """Maps of memory files."""
-    return sum("/memfd:" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    """Maps of arenas."""
+    return sum("/memfd:moetier-arena" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 def _threads() -> set[threading.Thread]:

@@ -15,13 +15,13 @@ import yaml
 from moetier.tools.main import build_parser
 
 DEPLOY = Path(__file__).parent.parent / "docs" / "deploy"
-UNIT = DEPLOY / "moetier.service"
+UNIT, SERVER = DEPLOY / "moetier.service", DEPLOY / "moetier-serve.service"
 
 
-def unit() -> dict[str, str]:
+def unit(path: Path = UNIT) -> dict[str, str]:
     parser = configparser.RawConfigParser(strict=False)
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser documents it
-    parser.read_string(UNIT.read_text())
+    parser.read_string(path.read_text())
     return dict(parser["Service"])
 
 
@@ -41,11 +41,20 @@ def test_the_unit_starts_a_daemon() -> None:
     assert (service["Type"], int(service["FileDescriptorStoreMax"]) > 0) == ("notify", True)
 
 
-def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+def test_the_other_unit_starts_a_server() -> None:
+    service = unit(SERVER)
+    _, *words = shlex.split(service["ExecStart"].replace("${RAM}", "24GiB"))
+    arguments = build_parser().parse_args(words)
+    assert (arguments.command, arguments.host) == ("serve", "127.0.0.1"), "without a key it is for this machine"
+    assert service["MemoryDenyWriteExecute"] == "yes"
+
+
+@pytest.mark.parametrize("unit", [UNIT, SERVER], ids=lambda path: path.name)
+def test_systemd_understands_the_unit(unit: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is missing")
-    path = tmp_path / UNIT.name
-    path.write_text(UNIT.read_text().replace("/opt/moetier/bin/moetier", shutil.which("true") or "/bin/true"))
+    path = tmp_path / unit.name
+    path.write_text(unit.read_text().replace("/opt/moetier/bin/moetier", shutil.which("true") or "/bin/true"))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, timeout=60, check=False
     )

@@ -92,19 +92,18 @@ def processor() -> Iterator[Finding]:
 
 
 def kernel() -> Iterator[Finding]:
-    import torch
+    from moetier.runtime.choice import PROTECTED, WITHOUT_ONEDNN
+    from moetier.runtime.executable import can_become_executable
+    from moetier.runtime.native import here, openmp, refusal
 
-    from moetier.runtime.choice import kernels_for
-    from moetier.runtime.kernels import PackedKernels
-    from moetier.runtime.native import here, openmp
-
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        chosen = kernels_for(torch.device("cpu"))
-    if not isinstance(chosen, PackedKernels):
-        why = " ".join(str(each.message) for each in said) or "No kernels can be compiled here."
+    protected = not can_become_executable()
+    if why := refusal():
         yield warn(
-            "kernel", why, "Install llvmlite anew, in the range of moetier's: pip install --force-reinstall llvmlite"
+            "kernel",
+            f"No kernels can be compiled here ({why}): experts are decoded for each product, which is slow.",
+            "Permit it: MemoryDenyWriteExecute=no in a systemd unit, or whatever else forbids it."
+            if protected
+            else "Install llvmlite anew, in the range of moetier's: pip install --force-reinstall llvmlite",
         )
         return
     processor, threads = here(), use_threads()
@@ -114,6 +113,12 @@ def kernel() -> Iterator[Finding]:
         yield warn("kernel", f"{found}, but for OpenMP, which torch lacks: in one.", "Install torch's own wheels.")
     elif form == "no AVX2":
         yield warn("kernel", found, "Expect few tokens a second: it is made for processors with AVX2 or AVX-512 VNNI.")
+    elif protected:
+        yield warn(
+            "kernel",
+            f"{found}. As {PROTECTED}, {WITHOUT_ONEDNN}.",
+            "Permit it (MemoryDenyWriteExecute=no in a systemd unit), or convert with --trunk-bits 8.",
+        )
     else:
         yield ok("kernel", found)
 

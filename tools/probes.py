@@ -104,7 +104,8 @@ def plain_rate(memory: float, nbytes: int) -> float:
     with torch.inference_mode():
         for _ in range(TIMES):
             began = time.perf_counter()
-            linear_row(x, weight)
+            if linear_row(x, weight) is None:
+                torch.nn.functional.linear(x, weight)
             found.append(time.perf_counter() - began)
     return weight.nbytes / statistics.median(found)
 

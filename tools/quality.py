@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     import transformers
 
+    from moetier.runtime.choice import without_onednn
     from moetier.runtime.threads import use_threads
 
     from .perplexity import read_texts
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
     use_threads(arguments.threads)
+    without_onednn()
     if converted:
         rows = [measure_directory(Path(arguments.source), texts, arguments.tokens, resources)]
     else:

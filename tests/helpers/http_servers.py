@@ -43,9 +43,23 @@ def serving(directory: Path, *, context: int, together: bool, template: str | No
 class ServerProcess:
     """Ready when it is made. ``log`` is what it wrote to stderr so far."""
 
-    def __init__(self, directory: Path, place: Path, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, place: Path, arguments: Sequence[str] = (), *, under: Sequence[str] = ()
+    ) -> None:
+        """``under``: a Python script that starts it, with its own arguments."""
         self._log, said = place / "log", place / "said"
-        command = [sys.executable, "-m", "moetier.tools.main", "serve", str(directory), "--port", "0", *arguments]
+        command = [
+            sys.executable,
+            *under,
+            *([sys.executable] if under else []),
+            "-m",
+            "moetier.tools.main",
+            "serve",
+            str(directory),
+            "--port",
+            "0",
+            *arguments,
+        ]
         environment = os.environ | {"MOETIER_API_KEY": KEY, "MOETIER_LOG": "info"}
         with self._log.open("wb") as log, said.open("wb") as out:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=environment)
