@@ -24,7 +24,7 @@ from llvmlite import ir
 from .executable import Executable, LinkError, can_become_executable, link
 
 _ANSWER = 42  # of the function that is tried
-_OPENMP = re.compile(r"/(libgomp|libomp|libiomp5)[^/]*\.so[^/]*$")
+_TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
 # a fork waits for it: a child would find LLVM, and llvmlite's own lock, in the midst of something for ever
 compiling = threading.RLock()
 os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)
@@ -101,19 +101,26 @@ def _has(features: str, *names: str) -> bool:
 
 @functools.cache
 def openmp() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel`` of the OpenMP that torch has loaded (LLVM's and Intel's have it too); None if there is none."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    found = {line[line.index("/") :] for line in lines if _OPENMP.search(line)}
-    beside = str(Path(torch.__file__).parents[1])  # torch's own may not be the only one
-    for path in sorted(found, key=lambda path: not path.startswith(beside)):
+    """``GOMP_parallel`` of the OpenMP that torch calls (LLVM's and Intel's have it too); None if there is none.
+
+    Several may be loaded, as other packages bring their own. Looked up as the dynamic linker does for torch: among what
+    is there for all libraries, then among those that torch needs.
+    """
+    for library in (None, *sorted(_mapped(_TORCH))):
         with contextlib.suppress(OSError, AttributeError):
-            parallel = ctypes.CDLL(path).GOMP_parallel
+            parallel = ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
             parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
             parallel.restype = None
             team: Callable[[int, int, int, int], None] = parallel
             return team
     return None
+
+
+def _mapped(name: re.Pattern[str]) -> set[str]:
+    """Paths of the files that this process has mapped whose end is ``name``."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return {line[line.index("/") :] for line in lines if name.search(line)}
 
 
 def run(work: int, alone: Callable[[int], None], context: int, threads: int) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import pytest
+import torch
 from forks import in_fork
 from llvmlite import ir
 from readers import PATIENCE
@@ -52,3 +59,41 @@ def test_who_compiles_may_fork() -> None:
     found: list[str] = []
     assert len(_Code(Forking()).of(FORM)) == 3
     assert found == ["returned here"] * 2
+
+
+LOOK = """
+import ctypes, sys
+from pathlib import Path
+folder, mode = Path(sys.argv[1]), int(sys.argv[2])
+ctypes.CDLL(str(folder / "before.libs/libgomp.so.1"), mode=mode)
+sys.path.insert(0, str(folder))
+import torch
+assert Path(torch.__file__).parents[1] == folder
+ctypes.CDLL(str(folder / "after.libs/libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
+torch.set_num_threads(3)
+from moetier.runtime.native import openmp
+address = ctypes.cast(openmp(), ctypes.c_void_p).value
+for line in open("/proc/self/maps"):
+    start, end = (int(text, 16) for text in line.split()[0].split("-"))
+    if start <= address < end:
+        library = line.split()[-1]
+        print(library, ctypes.CDLL(library).omp_get_max_threads())
+"""
+
+
+@pytest.mark.parametrize("mode", [ctypes.RTLD_LOCAL, ctypes.RTLD_GLOBAL], ids=["for itself", "for all libraries"])
+def test_of_several_openmps_it_is_the_one_that_torch_calls(mode: int, tmp_path: Path) -> None:
+    """Beside torch's folder there are copies of its OpenMP, as other packages bring them. What torch sets shows in the
+    one that it calls alone."""
+    torch_folder = Path(torch.__file__).parent
+    if not (theirs := sorted((torch_folder / "lib").glob("libgomp*.so*"))):
+        pytest.skip("torch has another OpenMP")
+    (tmp_path / "torch").symlink_to(torch_folder)
+    for name in ("before.libs", "after.libs"):
+        (tmp_path / name).mkdir()
+        shutil.copy(theirs[0], tmp_path / name / "libgomp.so.1")
+    found = subprocess.run(
+        [sys.executable, "-c", LOOK, tmp_path, str(mode)], capture_output=True, text=True, check=True
+    )
+    library, threads = found.stdout.split()
+    assert threads == "3", library
