@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class TimedStreamer(TextStreamer):
-    """Prints new text as it comes if ``echo``, keeps it in ``text``, counts tokens, times the first and the last.
+    """Gives new text to ``echo`` as it comes, keeps it in ``text``, counts tokens, times the first and the last.
 
-    ``stop`` and what is behind it are not part of the text; what may be its beginning waits for what follows.
+    The last piece ends with a newline that is not part of the text. Nor are ``stop`` and what is behind it; what may be
+    its beginning waits for what follows.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, echo: bool, skip_special_tokens: bool = False, stop: str = ""
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        echo: Callable[[str], object] | None = None,
+        skip_special_tokens: bool = False,
+        stop: str = "",
     ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=skip_special_tokens)
         self.text = ""
@@ -41,8 +48,8 @@ class TimedStreamer(TextStreamer):
                 held = next((n for n in range(len(self._stop), 0, -1) if text.endswith(self._stop[:n])), 0)
                 text, self._held = text[: len(text) - held], text[len(text) - held :]
         self.text += text
-        if self._echo:
-            print(text, end="\n" if stream_end else "", flush=True)
+        if self._echo is not None:
+            self._echo(text + "\n" if stream_end else text)
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,7 @@ from .conversation import PLAIN_STOP
 from .decoding import behind, chunks_of
 from .interrupt import Interrupt, Interrupted
 from .kept_cache import KeptCache
+from .plain import show
 from .report import Timing
 
 END, CUT, INTERRUPTED = "stop", "length", "interrupted"
@@ -80,7 +81,9 @@ class Answering:
 
         model, before = self._model, self._model.tiers.stats()[-1]
         known = self.kept.begin(ids)
-        streamer = TimedStreamer(self._tokenizer, echo=echo, skip_special_tokens=True, stop=self._stop)
+        streamer = TimedStreamer(
+            self._tokenizer, echo=show if echo else None, skip_special_tokens=True, stop=self._stop
+        )
 
         def between_layers(*_: object) -> None:
             if not streamer.tokens:  # else what was computed stays whole: it ends at a token

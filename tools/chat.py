@@ -15,6 +15,7 @@ from .decoding import add_decoding_arguments, add_prefill_argument, decoding_of
 from .dialogue import Dialogue
 from .loading import loaded
 from .options import DIRECTORY, directory
+from .plain import plain
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 HELP = "talk with a model"
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     most: int = arguments.max_new_tokens
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
     if status and sys.stderr.isatty():
-        print(f"loading {arguments.directory} ...", file=sys.stderr, flush=True)
+        print(f"loading {plain(str(arguments.directory))} ...", file=sys.stderr, flush=True)
     with loaded(arguments.directory, resources) as (model, tokenizer, _):
         import torch
 

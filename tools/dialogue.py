@@ -69,7 +69,7 @@ class Dialogue:
 
     def say(self, text: str) -> None:
         if self._status:
-            print(text, file=sys.stderr, flush=True)
+            print(plain(text), file=sys.stderr, flush=True)
 
     def talk(self, source: ChatInput) -> None:
         """To the end. On a terminal what goes wrong is said, and the dialogue goes on; with a pipe it is raised."""

@@ -24,6 +24,7 @@ from .decoding import (
 )
 from .loading import loaded
 from .options import DIRECTORY, directory
+from .plain import show
 from .report import Timing, details, run_json, summary
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = inputs["input_ids"].shape[1]
         torch.manual_seed(arguments.seed)
         watch = DaemonWatch(model.tiers)
-        streamer = TimedStreamer(tokenizer, echo=not arguments.json)
+        streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
         limited = within_context(model, tokens, decoding)
         model.generate(**inputs, **behind(tokens, limited), **chunks_of(model, tokens, chunk), streamer=streamer)
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)

@@ -11,6 +11,7 @@ from typing import Any
 
 from moetier.tiers.errors import ConfigError
 
+from .plain import ReadableFormatter
 from .startup import uncollected
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
         from moetier.runtime.generate import load
 
         transformers.utils.logging.disable_progress_bar()
+        for handler in logging.getLogger("transformers").handlers:
+            handler.setFormatter(ReadableFormatter())
         start = time.perf_counter()
         model, tokenizer = load(directory, **resources)
         seconds = time.perf_counter() - start

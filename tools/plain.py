@@ -1,14 +1,30 @@
-"""Texts of others as a terminal may have them: a name of another host must not move its cursor, or write to it."""
+"""Texts of others and of models, without what a terminal would obey: none may move its cursor, or write to it."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
+
+# all controls of ASCII and of C1, DEL, and what turns the direction of letters: embeddings, overrides and isolates
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_READABLE = dict.fromkeys(_CONTROLS, "?") | {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
 
 
 def plain(text: str) -> str:
     """In one line, of what can be read; "?" for all else, the beginning of an escape sequence among it."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def readable(text: str) -> str:
+    """``text`` with "?" for each character that a terminal would obey. Lines and tabs stay; carriage returns are left
+    out. Each character is judged by itself, so that a text may come in pieces."""
+    return text.translate(_READABLE)
+
+
+def show(text: str) -> None:
+    """Print a piece of generated text at once: readable on a terminal, unchanged into a file or a pipe."""
+    print(readable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 class PlainFormatter(logging.Formatter):
@@ -19,3 +35,10 @@ class PlainFormatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(map(plain, super().formatException(ei).split("\n")))
+
+
+class ReadableFormatter(logging.Formatter):
+    """For messages of libraries, which may have lines of their own and cite a model's files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return readable(super().format(record))

@@ -123,7 +123,7 @@ def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> 
 
 
 def line(label: str, text: str) -> str:
-    return f"{label:<9} {text}"
+    return f"{label:<9} {plain(text)}"
 
 
 def tier_table(timing: Timing, tiers: list[TierStats]) -> str:
@@ -177,7 +177,7 @@ def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
     for share in tiers.shares():
         text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
         if share.away:
-            text += f", which is away: {plain(share.away)}"
+            text += f", which is away: {share.away}"
         elif share.lost:
             text += f", which was lost and came back{_times(share.lost)}"
         lines.append(line("fetched", text))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_what_stops_it_is_not_part_of_the_text(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tinymix)
-    streamer = TimedStreamer(tokenizer, echo=True, stop=stop)
+    streamer = TimedStreamer(tokenizer, echo=sys.stdout.write, stop=stop)
     streamer.put(torch.tensor([[5, 6, 7]]))  # the prompt
     ids = tokenizer(text)["input_ids"]
     for token_id in ids:
@@ -39,7 +40,7 @@ def test_special_tokens_are_no_text_if_so_asked(tinymix: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tinymix)
-    streamer = TimedStreamer(tokenizer, echo=False, skip_special_tokens=True)
+    streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
     first, last = streamer.seconds  # nothing came yet
     assert 0 <= first == last
     streamer.put(torch.tensor([[5]]))
