@@ -3,7 +3,7 @@
 The public names are imported when they are first used, so that ``import moetier`` costs no torch:
 
     load(DIR, ram=..., device_memory=..., device=...)  -> (model, tokenizer)
-    register()                                         afterwards plain from_pretrained(DIR) works
+    register(ram=..., exact=..., daemon=...)           afterwards plain from_pretrained(DIR) works
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
     from .runtime.generate import load as load
     from .runtime.registration import register as register
     from .tiers.errors import MoetierError as MoetierError
@@ -29,10 +30,12 @@ _HOMES = {
     "register": "moetier.runtime.registration",
 }
 
-__all__ = ["MoetierError", "load", "register"]
+__all__ = ["MoetierError", "__version__", "load", "register"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("moetier")
     if name not in _HOMES:
         raise AttributeError(f"module 'moetier' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -52,7 +52,7 @@ class Needs:
             largest=largest_budget(manifest),
             reserve=self.reserve,
             available=available,
-            option="--device-memory",
+            name="device_memory",
         )
 
 

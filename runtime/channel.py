@@ -63,7 +63,10 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
         target = f"dns:///{address.target}"  # the scheme said: a host may have the name of one
         if credentials.insecure:
             if given := [name for name in ("ca", "cert", "key") if getattr(credentials, name) is not None]:
-                raise ConfigError(f"--insecure is without TLS: no {given[0]} is used.", "Give one or the other.")
+                raise ConfigError(
+                    f"`credentials.insecure` is without TLS: `credentials.{given[0]}` has no use.",
+                    "Give one or the other.",
+                )
             channel = grpc.insecure_channel(target, options=OPTIONS)
         else:
             channel = grpc.secure_channel(target, _tls(credentials), options=OPTIONS)

@@ -17,7 +17,7 @@ WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where
 
 
 def kernels_for(device: torch.device, *, exact: bool = False) -> Kernels:
-    """The quickest of a device; ``exact``: those whose results are bit for bit the ordinary model's, with the same
+    """The quickest of a device; ``exact``: those whose results are bit for bit the eager model's, with the same
     decoded weights. Warns once of what is missing."""
     protected = without_onednn()
     if not exact and device.type == "cpu" and (why := refusal()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any, TypedDict
 
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
@@ -55,6 +56,23 @@ class Size:
         return self.bytes if self.bytes is not None else int((self.share or 0) * total)
 
 
+class TierOptions(TypedDict, total=False):
+    """Keyword arguments of ``register``: those of ``load`` that ``from_pretrained`` is not told."""
+
+    ram: str | int | None
+    device_memory: str | int | None
+    daemon: str | None
+    credentials: Credentials | None
+    policy: str
+    speculate: str
+    look_ahead: int
+    prefetch: int | None
+    learn: bool
+    context: int
+    exact: bool
+    threads: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class TierConfig:
     """Budgets of the tiers of one process. None means the default: 80 % of what the trunk and the KV cache leave."""
@@ -71,7 +89,7 @@ class TierConfig:
     prefetch: int | None = None  # experts of a block, promoted on a guess; None: as many as are worth it
     learn: bool = False  # keep which experts are used most, and begin with those of earlier runs
     context: int = DEFAULT_CONTEXT  # tokens for whose keys, values and early outputs budgets leave room
-    exact: bool = False  # compute bit for bit as the ordinary model does with the decoded weights
+    exact: bool = False  # compute bit for bit as transformers' eager experts do with the decoded weights
     threads: int | None = None  # to compute with; None: as many as this process may use CPUs
 
     @classmethod
@@ -94,6 +112,14 @@ class TierConfig:
     ) -> TierConfig:
         """From what a person writes; raises ConfigError. ``daemon`` is "auto", "none" (or None), or addresses separated
         by commas."""
+        _check_type(int | str | None, 'a size such as "6GiB", a share: "50%", or a number of bytes', ram=ram)
+        _check_type(int | str | None, "a size, a share or a number of bytes", device_memory=device_memory)
+        _check_type(str, "a text", device=device, policy=policy, speculate=speculate)
+        _check_type(str | None, '"auto", None, or addresses separated by commas', daemon=daemon)
+        _check_type(Credentials | None, "moetier's Credentials", credentials=credentials)
+        _check_type(int, "a whole number", look_ahead=look_ahead, context=context)
+        _check_type(int | None, "a whole number", prefetch=prefetch)
+        _check_type(bool, "True or False", learn=learn, exact=exact)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ConfigError(f"{device!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
         check_policy(policy)
@@ -106,8 +132,6 @@ class TierConfig:
         if context < 1:
             raise ConfigError(f"A context of {context} tokens.", "Give 1 or more.")
         check_threads(threads)
-        if not isinstance(daemon, str | None):
-            raise ConfigError(f"{daemon!r} names no daemon.", 'Give "auto", None, or addresses separated by commas.')
         addresses = [] if daemon in (None, NONE, AUTO) else daemon.split(",")
         if len(addresses) > 1 and not all(addresses):
             raise ConfigError(f"{daemon!r} has a comma too many.", "Name daemons with one comma between two.")
@@ -130,16 +154,16 @@ class TierConfig:
             exact=exact,
             threads=threads,
         )
-        asked = {"--ram": ram is not None, "--policy": policy != DEFAULT_ORDER, "--learn": learn}
+        asked = {"`ram`": ram is not None, "`policy`": policy != DEFAULT_ORDER, "`learn`": learn}
         if found.mapped is not None and any(asked.values()):
             raise ConfigError(
                 f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
-                f"Give {' and '.join(option for option in asked if asked[option])} to the daemon, and not here.",
+                f"Give {' and '.join(name for name in asked if asked[name])} to the daemon, and not here.",
             )
         if found.credentials != Credentials() and not any(address.target for address in daemons):
             raise ConfigError(
                 "A token, certificates or their absence are for daemons of other hosts, and none is named.",
-                "Name one: --daemon HOST:PORT; or leave them out.",
+                "Name one with `daemon` (HOST:PORT), or leave them out.",
             )
         return found
 
@@ -147,6 +171,13 @@ class TierConfig:
     def mapped(self) -> Address | None:
         """The one daemon of this host that was asked for: its memory is mapped, and no budget is needed here."""
         return self.daemons[0] if len(self.daemons) == 1 and self.daemons[0].folder else None
+
+
+def _check_type(kind: Any, wanted: str, **values: object) -> None:
+    """Raises ConfigError for a value of another type. True and False are no numbers, though Python takes them so."""
+    for name, value in values.items():
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"`{name}` is {value!r}.", f"Give {wanted}.")
 
 
 def check_policy(name: str) -> None:

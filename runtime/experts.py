@@ -2,7 +2,7 @@
 
 transformers decorates each architecture's Experts class with ``use_experts_implementation``, which gives it the flags
 has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. Here such a module has no
-parameters: what it multiplies with is leased. There are two ways to compute: ``eager.py``, bit for bit as the ordinary
+parameters: what it multiplies with is leased. There are two ways to compute: ``eager.py``, bit for bit as the eager
 model does, and ``grouped.py``, with records where they lie.
 """
 

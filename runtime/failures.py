@@ -28,12 +28,13 @@ def failure_of(error: grpc.RpcError, address: Address) -> MoetierError:
         if code is grpc.StatusCode.UNAVAILABLE and _PLAIN in said:
             return RefusedError(
                 "The daemon does not speak TLS, and this client would speak nothing else.",
-                "Give --insecure if that daemon has no TLS.",
+                "Give `credentials.insecure` if that daemon has no TLS.",
             )
         if code is grpc.StatusCode.UNAVAILABLE and any(sign in said for sign in _NO_TRUST):
             return RefusedError(
                 f"The daemon and this client do not trust each other: {details}",
-                "Give the authority that signed its certificate (--tls-ca), and the host's name as it is in there.",
+                "Give the authority that signed its certificate (`credentials.ca`), and the host's name as it is in "
+                "there.",
             )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in said:
             return ProtocolError(
@@ -47,7 +48,8 @@ def failure_of(error: grpc.RpcError, address: Address) -> MoetierError:
         ):
             return RefusedError(
                 "The daemon wants TLS, and a certificate of the client's if it was started with --tls-client-ca.",
-                "Give its authority (--tls-ca), and not --insecure; with --tls-cert and --tls-key, if it wants them.",
+                "Give its authority (`credentials.ca`), and not `credentials.insecure`; with `credentials.cert` and "
+                "`credentials.key`, if it wants them.",
             )
     return error_of(error)
 

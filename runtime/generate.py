@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.folder import check_directory, command, read_manifest, store_folder
@@ -25,8 +26,9 @@ from .config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, TierConfig
 from .context import longest_context
 from .model_config import read_config
 from .models import model_directory
-from .registration import asked_for, register
+from .registration import asked_for, install
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,6 +55,8 @@ def load(
     context: int = DEFAULT_CONTEXT,
     exact: bool = False,
     threads: int | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
 
@@ -79,12 +83,18 @@ def load(
     Of the memory that experts may take, what ``context`` tokens need is left out. A longer context works as well, where
     there is more memory than that.
 
-    ``exact`` computes bit for bit as the ordinary model does with the decoded weights, and takes the time that it does;
-    else quantised experts are multiplied where they lie, on a CPU with what goes in rounded to 8 bits (``product.py``).
+    ``exact`` computes bit for bit as the ordinary model does with the decoded weights and
+    ``experts_implementation="eager"``, and takes the time that it does; transformers' default, "grouped_mm", rounds
+    otherwise. Else quantised experts are multiplied where they lie, on a CPU with what goes in rounded to 8 bits
+    (``product.py``).
 
     ``threads`` is how many threads this process computes with, whichever model it is, as of torch.set_num_threads.
     Without it torch's own number stays, but no more than the CPUs that the process may use: a quota of its control
     group, as of a container with ``--cpus=2``, counts. A number that OMP_NUM_THREADS gives stays as it is.
+
+    ``dtype`` is what the trunk is computed in, torch.bfloat16, float16 or float32, by itself or by name; "auto" is what
+    config.json says. ``attn_implementation`` is as of from_pretrained; without it a CPU attends to new tokens with
+    moetier's own function where the model would use "sdpa".
 
     ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
     the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
@@ -105,12 +115,13 @@ def load(
         exact=exact,
         threads=threads,
     )
+    as_loaded = {"dtype": _dtype(dtype), "attn_implementation": _attention(attn_implementation)}
     check_directory(folder)
     manifest = read_manifest(store_folder(folder))
     model_class = _model_class(read_config(folder))
     check_trunk(folder, manifest)
     place = place_of(asked.device)
-    register()
+    install()
     tokenizer = _tokenizer(folder)
     with _load_errors(folder):
         config = model_class.config_class.from_pretrained(folder)
@@ -119,8 +130,30 @@ def load(
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     device_map = None if place == "cpu" else {"": place}
     with _load_errors(folder), asked_for(asked), _bar_on_a_terminal_alone():
-        model = model_class.from_pretrained(folder, config=config, device_map=device_map, use_safetensors=True)
+        model = model_class.from_pretrained(
+            folder, config=config, device_map=device_map, use_safetensors=True, **as_loaded
+        )
     return model, tokenizer
+
+
+def _dtype(dtype: object) -> str | torch.dtype:
+    """Raises ConfigError for what no model computes in."""
+    if dtype == "auto":
+        return "auto"
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    for found in DTYPES:
+        if named is found:
+            return found
+    names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+    raise ConfigError(f"`dtype` is {dtype!r}.", f'Give "auto" or one of {names}, as a text or of torch.')
+
+
+def _attention(name: object) -> str | None:
+    """Raises ConfigError for what transformers does not have."""
+    known = ["eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in each)]
+    if name is None or (isinstance(name, str) and name in known):
+        return name
+    raise ConfigError(f"`attn_implementation` is {name!r}.", f"Give one of {', '.join(sorted(known))}.")
 
 
 @contextlib.contextmanager
@@ -139,9 +172,14 @@ def _bar_on_a_terminal_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _load_errors(folder: Path) -> Iterator[None]:
-    """Turns what transformers says of files that it can't read, or that don't fit, into a StoreFormatError."""
+    """Turns what transformers says of files that it can't read, or that don't fit, into a StoreFormatError; of a
+    library that it lacks, into a ConfigError."""
     try:
         yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{folder} can't be loaded so: {_said(error)}", "Install that, or load it otherwise."
+        ) from error
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise StoreFormatError(
             f"{folder} can't be loaded: {_said(error)}",
@@ -170,7 +208,7 @@ def place_of(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("This machine has no CUDA device that torch can use.", 'Give --device "cpu", or "auto".')
+        raise ConfigError("This machine has no CUDA device that torch can use.", 'Set `device` to "cpu" or "auto".')
     return device
 
 

@@ -102,9 +102,9 @@ def budget_for(
     largest: int,
     reserve: int,
     available: Available,
-    option: str = "--ram",
+    name: str = "ram",
 ) -> int:
-    """Bytes for the host tier, or for the device tier, whose ``option`` is --device-memory.
+    """Bytes for the host tier, or for the device tier, whose parameter has the ``name`` device_memory.
 
     ``smallest`` and ``largest`` are what the tier can work with and make use of; ``reserve`` is kept for the KV cache
     and for computing. What is left then, less a margin, is the most that can be allocated, and what a share is of.
@@ -113,7 +113,7 @@ def budget_for(
     left = available.bytes - reserve
     most = int(left * (1 - MARGIN_SHARE)) - MARGIN_BYTES
     if most < smallest:
-        shorter = "shorten --context, " if reserve else ""
+        shorter = "shorten `context`, " if reserve else ""
         raise BudgetError(
             f"Of the {format_bytes(available.bytes)} that {available.limiter} leaves, "
             f"{format_bytes(available.bytes - most)} are for the KV cache, computing and the kernel: "
@@ -126,7 +126,7 @@ def budget_for(
     if not smallest <= budget <= most:
         what = "too small" if budget < smallest else f"more than {available.limiter} leaves for experts"
         ends = (f"{count} bytes ({format_bytes(count)})" for count in (smallest, min(largest, most)))
-        raise BudgetError(f"{option} of {format_bytes(budget)} is {what}.", f"Give {option} from {' to '.join(ends)}.")
+        raise BudgetError(f"`{name}` of {format_bytes(budget)} is {what}.", f"Give `{name}` from {' to '.join(ends)}.")
     return budget
 
 

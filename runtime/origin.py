@@ -69,12 +69,12 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
 def _say_what_is_without_effect(config: TierConfig, daemon: Address) -> None:
     """Of what a tier of this process would do: a named daemon refuses it (``TierConfig.of``), one that was found may
     not have been thought of."""
-    asked = {"--ram": config.ram is not None, "--policy": config.policy != DEFAULT_ORDER, "--learn": config.learn}
-    if options := " and ".join(option for option in asked if asked[option]):
+    asked = {"`ram`": config.ram is not None, "`policy`": config.policy != DEFAULT_ORDER, "`learn`": config.learn}
+    if names := " and ".join(name for name in asked if asked[name]):
         _log.warning(
-            "Without effect: %s, as the experts are those of the daemon %s. Give this to the daemon, or take none: "
-            "--daemon none.",
-            options,
+            "Without effect: %s, as the experts are those of the daemon %s. Give this to the daemon, or set "
+            '`daemon` to "none".',
+            names,
             daemon,
         )
 

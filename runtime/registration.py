@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ from .block import TieredBlock
 from .budgets import context_bytes, largest_decoded
 from .choice import kernels_for
 from .closing import close_later
-from .config import AUTO, DEFAULT_CONTEXT, TierConfig
+from .config import AUTO, DEFAULT_CONTEXT, TierConfig, TierOptions
 from .controller import Mode
 from .experts import EXPERT_PARAMETERS, experts_forward, experts_modules
 from .gates import Gates
@@ -52,6 +52,7 @@ from .threads import use_threads
 from .tiers import Tiers
 
 _lock = threading.Lock()
+_options: TierOptions = {}  # by register(), of what is loaded without load()
 _asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
 
 
@@ -65,8 +66,22 @@ def asked_for(config: TierConfig) -> Iterator[None]:
         _asked.reset(token)
 
 
-def register() -> None:
-    """Afterwards plain ``AutoModelForCausalLM.from_pretrained(DIR)`` loads a model directory. Idempotent."""
+def register(**options: Unpack[TierOptions]) -> None:
+    """Let plain ``AutoModelForCausalLM.from_pretrained(DIR)``, and what is built on it, load a model directory.
+
+    ``options`` are the keyword arguments ram, device_memory, daemon, credentials, policy, speculate, look_ahead,
+    prefetch, learn, context, exact and threads of ``load``. They hold for all models that are loaded so from then on,
+    and go before what a config.json says; those of the last call count. The ``device_map`` of ``from_pretrained`` says
+    where a model is computed. Raises ConfigError.
+    """
+    global _options
+    TierConfig.of(**options)
+    install()
+    _options = options
+
+
+def install() -> None:
+    """Make moetier known to transformers. Idempotent."""
     with _lock:
         if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
@@ -110,6 +125,16 @@ class MoetierConfig(QuantizationConfigMixin):
         self.exact = exact
         self.bits = bits
         self.trunk_bits = trunk_bits
+
+    @property
+    def options(self) -> TierOptions:
+        return {
+            "ram": self.ram,
+            "device_memory": self.device_memory,
+            "daemon": AUTO,
+            "context": self.context,
+            "exact": self.exact,
+        }
 
 
 class MoetierQuantizer(HfQuantizer):
@@ -170,13 +195,7 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         given: Any = self.quantization_config
         device = _device_of(model)
-        asked = _asked.get() or TierConfig.of(
-            ram=given.ram,
-            device_memory=given.device_memory,
-            daemon=AUTO,
-            context=given.context,
-            exact=given.exact,
-        )
+        asked = _asked.get() or TierConfig.of(**(given.options | _options))
         use_threads(asked.threads)
         kernels = kernels_for(device, exact=asked.exact)
         linears = quantized_linears(model)
@@ -212,7 +231,7 @@ class MoetierQuantizer(HfQuantizer):
             speculation.attach()
             tiers.speculation, demanded = speculation, speculation.demanded
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
-        if any(kernels.packs(layout) for layout in layouts):  # else it computes bit for bit as the ordinary model
+        if any(kernels.packs(layout) for layout in layouts):  # else it computes bit for bit as the eager model
             use_decode_attention(model)
             use_growing_layers(model)
             use_quick_norms(model)

@@ -104,8 +104,8 @@ def error_of(error: grpc.RpcError) -> MoetierError:
 
 
 _FIXES: dict[type[MoetierError], str] = {
-    errors.UnavailableError: "See whether it runs (moetier ps); over TCP also whether it wants TLS (--tls-ca, "
-    "--tls-cert), or none (--insecure).",
+    errors.UnavailableError: "See whether it runs (moetier ps); over TCP also whether it wants TLS "
+    "(`credentials.ca`, `credentials.cert`), or none (`credentials.insecure`).",
     errors.RefusedError: "Give its token and certificate.",
     errors.ProtocolError: "Use moetier in one version.",
     errors.UnknownModelError: "See what it serves (moetier ps).",

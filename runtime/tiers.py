@@ -54,7 +54,7 @@ class Tiers:
         """
         if config.device_memory is not None and device.type == "cpu":
             raise ConfigError(
-                "On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone."
+                "On a CPU there is no device memory: experts are computed on in `ram`.", "Give `ram` alone."
             )
         manifest = read_manifest(store_folder(folder))
         kernels = kernels or kernels_for(device, exact=config.exact)

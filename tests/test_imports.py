@@ -16,7 +16,7 @@ LAYERS = {
     "tiers": ("tiers",),
     "runtime": ("proto", "tiers", "runtime"),
     "tools": ("proto", "tiers", "runtime", "tools", "assets"),
-    "moetier": ("tiers", "runtime"),
+    "moetier": ("tiers", "runtime", "tools"),
 }
 
 # within tiers: each level imports from those above it alone
@@ -169,7 +169,7 @@ def test_a_daemon_blocks_signals_before_a_library_begins_threads() -> None:
 def test_public_names_are_what_is_said() -> None:
     import moetier
 
-    assert sorted(moetier.__all__) == dir(moetier) == ["MoetierError", "load", "register"]
+    assert sorted(moetier.__all__) == dir(moetier) == ["MoetierError", "__version__", "load", "register"]
     for name in moetier.__all__:
         assert getattr(moetier, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

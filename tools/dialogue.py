@@ -17,7 +17,7 @@ from .chat_input import QUOTES, ChatInput, Entry
 from .conversation import Conversation
 from .daemon_reads import DaemonWatch
 from .interrupt import Interrupt, Leave
-from .plain import plain
+from .plain import as_options, plain
 from .report import Timing, run_json, run_report
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Dialogue:
             except MoetierError as error:
                 if not source.is_terminal:
                     raise
-                print(f"{plain(error.cause)}\n  {plain(error.fix)}", file=sys.stderr)
+                print(f"{plain(as_options(error.cause))}\n  {plain(as_options(error.fix))}", file=sys.stderr)
 
     def take(self, entry: Entry, interrupt: Interrupt, *, by_hand: bool) -> None:
         """A command, or a message to the model, which Ctrl-C interrupts if ``by_hand``. Raises MoetierError."""

@@ -18,6 +18,7 @@ from . import probes
 from .disk_rate import RandomReads
 from .fit import Fit, Room, memory_of
 from .forecast import PROMPT_TOKENS, Caching, DiskRate, Rates, prompt_cost, token_cost
+from .plain import as_options
 from .prospect import Choice, Prospect
 
 GB = 1e9
@@ -146,7 +147,7 @@ def _choice(prospect: Prospect, fit: Fit, room: Room, speeds: Speeds) -> dict[st
         "trunk_bytes": choice.trunk_bytes,
         "convert_s": _conversion(prospect, choice, speeds) if fit.works else None,
         "works": fit.works,
-        "problem": fit.problem.cause if fit.problem else None,
+        "problem": as_options(fit.problem.cause) if fit.problem else None,
     }
     if not fit.works:
         return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from moetier.tiers.errors import MoetierError
 
-from .plain import plain
+from .plain import as_options, plain
 
 
 class State(StrEnum):
@@ -38,11 +38,11 @@ def ok(name: str, found: str) -> Finding:
 
 
 def warn(name: str, found: str, advice: str) -> Finding:
-    return Finding(name, State.WARN, found, advice)
+    return Finding(name, State.WARN, as_options(found), as_options(advice))
 
 
 def fail(name: str, found: str, advice: str) -> Finding:
-    return Finding(name, State.FAIL, found, advice)
+    return Finding(name, State.FAIL, as_options(found), as_options(advice))
 
 
 def look(name: str, at: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -164,7 +164,7 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
     worst = min(asked, key=lambda fit: fit.choice.disk_bytes)
     problem = worst.problem
     assert problem is not None
-    if "Give --" in problem.fix:  # a budget that is out of bounds, which are said
+    if "Give `" in problem.fix:  # a budget that is out of bounds, which are said
         return problem
     tried = config
     while True:

@@ -83,7 +83,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if os.environ.get("MOETIER_DEBUG") == "1":
             raise
-        return _say(error, settings)
+        return say(error, settings)
     return status
 
 
@@ -125,14 +125,15 @@ def _set_up_log() -> None:
         logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
-def _say(error: Exception, settings: Sequence[Setting]) -> int:
-    """Two lines; returns the exit code."""
+def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
+    """Print two lines, and return the exit code."""
     from .failure import EXIT_ERROR, failure_of
-    from .plain import plain
+    from .plain import as_options, plain
     from .settings import mentioned
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
     code = EXIT_USAGE if isinstance(error, UsageError) else code
+    said = MoetierError(as_options(said.cause), as_options(said.fix))
     print(f"moetier: {plain(said.cause)}\n  {plain(said.fix)}{mentioned(settings, said)}", file=sys.stderr)
     return code
 

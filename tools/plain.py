@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from dataclasses import fields
 from typing import Any
 
+from moetier.runtime.address import Credentials
+from moetier.runtime.config import TierConfig
+
+_TLS = {name: f"tls_{name}" for name in ("ca", "cert", "key")}  # their options, where those have another name
+_NAMES = "|".join([*(each.name for each in fields(TierConfig)), "daemon"])
+_CREDENTIALS = "|".join(each.name for each in fields(Credentials))
+_PARAMETER = re.compile(rf"`(?:({_NAMES})|credentials\.({_CREDENTIALS}))`")
 # all controls of ASCII and of C1, DEL, and what turns the direction of letters: embeddings, overrides and isolates
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _READABLE = dict.fromkeys(_CONTROLS, "?") | {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
@@ -27,11 +36,21 @@ def show(text: str) -> None:
     print(readable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+def as_options(text: str) -> str:
+    """Name options where an error names parameters of ``load``: `device_memory` becomes --device-memory."""
+
+    def option(found: re.Match[str]) -> str:
+        name = found[1] or _TLS.get(found[2], found[2])
+        return f"--{name.replace('_', '-')}"
+
+    return _PARAMETER.sub(option, text)
+
+
 class PlainFormatter(logging.Formatter):
     """A record is one line, and what can be read; the lines of a traceback stay lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return plain(super().formatMessage(record))
+        return plain(as_options(super().formatMessage(record)))
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(map(plain, super().formatException(ei).split("\n")))

@@ -103,7 +103,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, context: str = LEAVE
     memory.add_argument(
         "--exact",
         action=argparse.BooleanOptionalAction,
-        help="compute bit for bit as the ordinary model does with the same decoded weights, which is slower",
+        help="compute bit for bit as transformers does with eager experts and the same decoded weights, slower",
     )
     parser.set_defaults(learn=False, exact=False)
     add_credentials(parser)

@@ -204,7 +204,7 @@ def test_another_hosts_certificate(with_tls: DaemonProcess, files: Files, manife
 def test_tls_to_one_who_has_none(without_tls: DaemonProcess, files: Files, manifest: Manifest) -> None:
     with pytest.raises(RefusedError, match="not speak TLS") as caught:
         read(without_tls.card.listen, Credentials(token_file=files.token, ca=files.ca), manifest)
-    assert "--insecure" in caught.value.fix
+    assert "`credentials.insecure`" in caught.value.fix
 
 
 @pytest.mark.parametrize("insecure", [True, False])

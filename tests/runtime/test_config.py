@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -69,14 +70,41 @@ def test_policies_are_checked() -> None:
     assert TierConfig.of(policy="lrfu", daemon="night").mapped is not None
     with pytest.raises(ConfigError, match="its memory is what holds them") as caught:
         TierConfig.of(policy="lru", daemon="night")
-    assert "--policy" in caught.value.fix
+    assert "`policy`" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("ram", [True, 6.5, b"6GiB", ["6GiB"]]),
+        ("device_memory", [False, 1e9]),
+        ("device", [None, 0]),
+        ("daemon", [True, ["a", "b"]]),
+        ("credentials", ["token", {"token_file": "token"}]),
+        ("policy", [None, 1]),
+        ("speculate", [True, None]),
+        ("look_ahead", ["1", 1.0, True]),
+        ("prefetch", ["1", True]),
+        ("learn", ["yes", 1, None]),
+        ("context", ["4096", 4096.0, True, None]),
+        ("exact", ["yes", "false", 0, 1, None]),
+        ("threads", ["2", 2.0, True]),
+    ],
+)
+def test_values_of_another_type_are_refused(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            TierConfig.of(**{name: value})
+        assert repr(value) in caught.value.cause
+        assert name in caught.value.cause
+        assert caught.value.fix
 
 
 def test_a_daemon_learns_by_itself() -> None:
     assert TierConfig.of(learn=True, daemon="auto").learn
     with pytest.raises(ConfigError, match="The experts are the daemon's") as caught:
         TierConfig.of(learn=True, ram="1GiB", daemon="night")
-    assert caught.value.fix == "Give --ram and --learn to the daemon, and not here."
+    assert caught.value.fix == "Give `ram` and `learn` to the daemon, and not here."
 
 
 @pytest.mark.parametrize(

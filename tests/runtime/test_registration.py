@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -23,7 +24,7 @@ from forks import in_fork
 from prepared import Prepared
 from readers import PATIENCE
 from threads import Task, wait_until
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 import moetier
 from moetier.runtime import budgets
@@ -77,6 +78,59 @@ def test_plain_from_pretrained(tiny: tuple[Any, Path]) -> None:
         assert torch.equal(logits(model), logits(ordinary))
         assert not any(found.values()), found  # no missing, unexpected or mismatched key
         assert model.config._experts_implementation == "moetier"
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., None]]:
+    """``moetier.register``, whose options are gone after the test."""
+    yield moetier.register
+    moetier.register()
+
+
+def test_options_of_register_hold_for_plain_from_pretrained(
+    tiny: tuple[Any, Path], registered: Callable[..., None]
+) -> None:
+    """They go before what config.json says, those of the last call count, and ``load`` has its own."""
+    _, directory = tiny
+    registered(ram=smallest_ram(directory), exact=True, daemon=None, threads=1)
+    config = AutoConfig.from_pretrained(directory)
+    config.quantization_config["ram"] = "100%"
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config)
+    with model.tiers:
+        assert model.tiers.snapshot()["host"]["slots"] == 3
+        assert model.tiers.where == "this process"
+    loaded, _ = moetier.load(directory)
+    with loaded.tiers:
+        assert loaded.tiers.snapshot()["host"]["slots"] == 24
+    registered()
+    again = AutoModelForCausalLM.from_pretrained(directory)
+    with again.tiers:
+        assert again.tiers.snapshot()["host"]["slots"] == 24
+
+
+def test_a_pipeline_has_the_budget(tinymix_4bit: Path, registered: Callable[..., None]) -> None:
+    registered(ram=smallest_ram(tinymix_4bit), daemon=None)
+    generator = pipeline("text-generation", model=str(tinymix_4bit), device="cpu")
+    with generator.model.tiers:
+        (answer,) = generator("Once upon a time", max_new_tokens=4, do_sample=False)
+        assert answer["generated_text"].startswith("Once upon a time")
+        host = generator.model.tiers.snapshot()["host"]
+        assert host["slots"] * 2 < host["misses"], "as few slots as the budget pays for"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"ram": "much"}, ConfigError), ({"exact": "yes"}, ConfigError), ({"rma": "6GiB"}, TypeError)],
+)
+def test_wrong_options_of_register_change_nothing(
+    tiny: tuple[Any, Path], options: dict[str, Any], error: type[Exception], registered: Callable[..., None]
+) -> None:
+    registered(ram=smallest_ram(tiny[1]))
+    with pytest.raises(error):
+        registered(**options)
+    model = AutoModelForCausalLM.from_pretrained(tiny[1])
+    with model.tiers:
+        assert model.tiers.snapshot()["host"]["slots"] == 3
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -447,6 +501,11 @@ def test_a_config_that_is_no_json(tiny: tuple[Any, Path], tmp_path: Path) -> Non
         ({"ram": "much"}, ConfigError, "not an amount"),
         ({"device": "tpu"}, ConfigError, "not a device"),
         ({"device": "cpu", "device_memory": "1GiB"}, ConfigError, "no device memory"),
+        ({"exact": "yes"}, ConfigError, "`exact` is 'yes'"),
+        ({"dtype": "int8"}, ConfigError, "`dtype` is 'int8'"),
+        ({"dtype": torch.int8}, ConfigError, "`dtype` is torch.int8"),
+        ({"dtype": 16}, ConfigError, "`dtype` is 16"),
+        ({"attn_implementation": "quick"}, ConfigError, "`attn_implementation` is 'quick'"),
     ],
 )
 def test_options_that_can_not_work(
@@ -454,6 +513,32 @@ def test_options_that_can_not_work(
 ) -> None:
     with pytest.raises(error, match=words):
         moetier.load(tiny[1], **options)
+
+
+def test_an_error_names_the_parameter_and_not_the_option(tiny: tuple[Any, Path]) -> None:
+    with pytest.raises(BudgetError) as caught:
+        moetier.load(tiny[1], ram="100B")
+    assert caught.value.cause == "`ram` of 100 B is too small."
+    assert caught.value.fix.startswith("Give `ram` from ")
+
+
+def test_numbers_and_attention_may_be_chosen(tiny: tuple[Any, Path]) -> None:
+    ordinary, directory = tiny
+    expected = logits(tiny_model("mixtral", torch.bfloat16).float())
+    for dtype in (torch.float32, "float32"):
+        model, _ = moetier.load(directory, dtype=dtype, attn_implementation="sdpa")
+        with model.tiers:
+            assert torch.equal(logits(model), expected)
+    eager, _ = moetier.load(directory, attn_implementation="eager")
+    with eager.tiers:
+        assert eager.config._attn_implementation == "eager"
+        assert eager.dtype == ordinary.dtype
+        assert (logits(eager) - logits(ordinary)).abs().max() < 0.1
+
+
+def test_the_version() -> None:
+    assert moetier.__version__ == version("moetier")
+    assert "__version__" in dir(moetier)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -177,7 +177,7 @@ def test_what_is_set_gives_way_to_a_daemon(config: Path) -> None:
     assert (mapped["ram"], mapped["policy"], mapped["learn"]) == (None, "lrfu", False)
     remote = found("--daemon", "host:1")
     assert (remote["ram"], remote["credentials"].token_file) == ("6GiB", config.parent / "token")
-    with pytest.raises(ConfigError, match=r"Give --ram to the daemon"):
+    with pytest.raises(ConfigError, match=r"Give `ram` to the daemon"):
         found("--daemon", "work", "--ram", "5GiB")
 
 
