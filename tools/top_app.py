@@ -68,7 +68,7 @@ class Top(App[None]):
     Part:focus { border: round $accent; border-title-color: $accent; background-tint: $foreground 0%; }
     .-narrow #columns { layout: vertical; overflow-y: auto; }
     .-narrow #left, .-narrow #experts { height: auto; width: 100%; }
-    .-wide #left { width: 50%; max-width: 88; overflow-y: auto; }
+    .-wide #left { width: 50%; min-width: 72; max-width: 88; overflow-y: auto; }
     .-wide #experts { width: 1fr; height: 1fr; }
     .-wide #clients { min-height: 5; }
     Help { align: center middle; }
@@ -178,7 +178,8 @@ class Top(App[None]):
     def _head(self) -> Text:
         state = "paused" if self._watch.paused else f"every {self._watch.interval:g} s"
         address = "" if self._address is None else plain(_name(self._address))
-        text = Text.assemble(("moetier top  ", "bold"), address, (f"  {state}", "bold"), no_wrap=True)
+        parts = ("moetier top  ", "bold"), address, (f"  {state}", "bold")
+        text = Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
         if self._seen is not None:
             described, stats = self._seen.described, self._seen.stats
             up = format_seconds(stats.uptime_s)

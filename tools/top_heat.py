@@ -56,7 +56,7 @@ def heatmap(blocks: Sequence[Block], uses: Sequence[Sequence[float]], width: int
     ]
     top = max((cell[1] for row in cells for cell in row if cell is not None), default=0.0) or 1.0
     rows = [[None if cell is None else colour(cell[0], cell[1] / top) for cell in row] for row in cells]
-    text = Text(no_wrap=True, overflow="crop").append(_axis(grid, len(rows[0])), "dim")
+    text = Text(no_wrap=True, overflow="crop").append(_axis(grid, len(rows[0]), width), "dim")
     for at in range(0, len(rows), 1 if grid.lines else 2):
         number = f"\n{at * grid.blocks:>{grid.label - 1}} "
         if grid.lines:
@@ -108,23 +108,26 @@ def _append_pairs(text: Text, upper: Sequence[str | None], lower: Sequence[str |
             text.append(("▄" if below else " ") * width, below or "")
 
 
-def _axis(grid: Grid, cells: int) -> str:
-    """Numbers of experts, above their cells."""
+def _axis(grid: Grid, cells: int, width: int) -> str:
+    """Numbers of experts, above their cells; one that would be cut at ``width`` is left out."""
     line = " " * grid.label
     step = 1 if grid.width > 3 else max(TICK // grid.width, 1)
     for at in range(0, cells, step):
-        line = line.ljust(grid.label + at * grid.width) + str(at * grid.experts)
+        longer = line.ljust(grid.label + at * grid.width) + str(at * grid.experts)
+        if len(longer) > max(width, grid.label + 1):
+            break
+        line = longer
     return line
 
 
 def _legend(grid: Grid) -> Text:
     text = Text("\n" + " " * grid.label)
-    for there, name in ((1, "in a slot"), (0, "not there")):
+    for there, name in ((1, "ready"), (0, "absent")):
         for heat in (0.0, 0.1, 0.4, 1.0):
             text.append("■", colour(there, heat))
-        text.append(f" {name}   ", "dim")
+        text.append(f" {name}  ", "dim")
     if grid.experts * grid.blocks > 1:
-        text.append(f"{grid.blocks} x {grid.experts} in a cell", "dim")
+        text.append(f"{grid.blocks} x {grid.experts} a cell", "dim")
     return text
 
 

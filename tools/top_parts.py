@@ -16,7 +16,8 @@ from .plain import plain
 from .ps import format_seconds
 from .top_history import ModelHistory, reads_of
 
-BAR = 20  # characters
+BAR = 16  # characters
+WIDTH = 68  # columns that every part must fit into: of a screen of 120, or of 80, without borders
 LEVELS = " ▁▂▃▄▅▆▇█"
 BLUE, ORANGE, GREEN, RED = "#5aa9ff", "#e0862b", "#57b894", "#d9534f"
 
@@ -35,7 +36,7 @@ def tiers(model: ModelHistory) -> Table:
         ("host", "slots", _bar([(share, BLUE)]), f"{host.ready:,} of {host.slots:,}, {format_bytes(host.slot_bytes)}"),
         ("", "hit ratio", "-" if ratio is None else f"{ratio:.1%}", f"{host.hits / demands:.1%}" if demands else "-"),
         ("", "hits", rate(None if last is None else last.hits), f"{host.hits:,}"),
-        ("", "misses", rate(None if last is None else last.misses), f"{host.misses:,}, {host.joined:,} joined a load"),
+        ("", "misses", rate(None if last is None else last.misses), f"{host.misses:,}, {host.joined:,} joined"),
         ("", "evictions", rate(None if last is None else last.evictions), f"{host.evictions:,}"),
         (
             "",
@@ -95,8 +96,8 @@ def sparkline(values: Iterable[float | None], width: int, top: float) -> str:
 
 def clients(model: ModelHistory, *, local: bool) -> Table:
     """With what they are called where they are processes of this machine."""
-    table = _table()
-    numbers = ("leases", "hits/s", "misses/s", "hit ratio")
+    table = _table(gap=1)
+    numbers = ("leases", "hits/s", "miss/s", "hits")
     head = ["pid", *(["program"] if local else []), "for", *numbers]
     for name in head:
         table.add_column(
@@ -126,14 +127,18 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
 
 
 def program_of(pid: int) -> str:
-    """The command line of a process of this machine; "?" where there is none, or nobody may see it."""
+    """The command line of a process of this machine, of moetier's own the command alone; "?" where there is none, or
+    it may not be seen."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return "?"
     if os.path.basename(words[0]).startswith("python") and len(words) > 2:  # noqa: PTH119 - it may be no path
         words = words[2 if words[1] == "-m" else 1 :]
-    text = " ".join([os.path.basename(words[0]), *words[1:]]).strip()  # noqa: PTH119
+    name = os.path.basename(words[0])  # noqa: PTH119
+    if name in ("moetier", "moetier.tools.main"):
+        return plain(" ".join(["moetier", *words[1:2]]))
+    text = " ".join([name, *words[1:]]).strip()
     return plain(text) or "?"
 
 
@@ -146,7 +151,7 @@ def prefetches(host: Tier) -> Text:
         ("cancelled", host.cancelled, "#8a8f98"),
     )
     total = sum(count for _, count, _ in found)
-    text = _bar([(count / total, colour) for _, count, colour in found] if total else [], width=2 * BAR)
+    text = _bar([(count / total, colour) for _, count, colour in found] if total else [], width=40)
     text.append("\n")
     for name, count, colour in found:
         text.append("■ ", colour).append(f"{name} ", "dim").append(f"{count:,}  ")
@@ -156,8 +161,9 @@ def prefetches(host: Tier) -> Text:
     return text
 
 
-def _table() -> Table:
-    return Table.grid(padding=(0, 2, 0, 0))
+def _table(gap: int = 2) -> Table:
+    """``gap``: columns between two of its own."""
+    return Table.grid(padding=(0, gap, 0, 0))
 
 
 def _bar(parts: Iterable[tuple[float, str]], width: int = BAR) -> Text:

@@ -18,6 +18,7 @@ import pytest
 from daemons import DaemonProcess, running_daemon
 from raw_client import RawClient
 from readers import PATIENCE
+from rich.console import Console
 from screens import DrawnTerminal
 from stores import layout_of, make_plan, make_records, write_store
 from textual.pilot import Pilot
@@ -84,7 +85,7 @@ def test_a_daemon_is_watched_goes_away_and_comes_back(
 ) -> None:
     model = store[1].model
     with DrawnTerminal(*COMMAND, "--interval", "0.05") as terminal:
-        text = terminal.shows(model, "0 of 12, 192 KiB", f"process {daemon.pid}", "none", "not there")
+        text = terminal.shows(model, "0 of 12, 192 KiB", f"process {daemon.pid}", "none", "absent")
         assert all(part in text for part in ("history", "prefetches", "clients of ", "experts by block"))
         terminal.shows_that(lambda: "│ 1 ▆▆▆" in terminal.text, "block 1")
         absent, ready = colour(0, 0)[1:], colour(1, 1)[1:]
@@ -124,6 +125,26 @@ def test_any_size_will_do_and_the_terminal_is_left_as_it_was(
         assert terminal.status() == status
         assert terminal.attributes == terminal.before
         assert NORMAL in terminal.written
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(120, 40), (80, 48)])
+def test_nothing_is_cut(
+    daemon: DaemonProcess, store: tuple[Path, Manifest], runtime: Path, columns: int, lines: int
+) -> None:
+    """But for the command line of a client that is no command of moetier's: pytest's, here."""
+    with (
+        RawClient(daemon.folder, store[1]) as client,
+        DrawnTerminal(*COMMAND, "--interval", "0.05", columns=columns, lines=lines) as terminal,
+    ):
+        ask(client, 1, 1, 0, 3)
+        terminal.shows("2 of 12, 192 KiB", "2, 0 joined", "median", "2, 0 failed", str(os.getpid()))
+        text = terminal.shows("miss/s", "useful 0  ■ late 0  ■ wasted 0  ■ cancelled 0", "max 0.00", "? help")
+        assert f"process {daemon.pid}, moetier {daemon.card.version}, up " in text
+        assert [line for line in text.splitlines() if "…" in line and str(os.getpid()) not in line] == []
+        if columns >= 120:
+            assert "ready  ■■■■ absent" in text
+        terminal.type("q")
+        assert terminal.status() == 0
 
 
 def test_nobody_is_there(runtime: Path) -> None:
@@ -455,6 +476,40 @@ def test_sparklines() -> None:
     assert top_parts.sparkline([1, 2, 3, 4], 2, 4.0) == "▆█"
 
 
+def test_large_numbers_fit_into_the_least_width() -> None:
+    """Of a screen of 120 columns, or of 80."""
+    many, seconds = 12_345_678, 0.1234
+    host = pb.Tier(
+        slots=9_999, ready=9_999, slot_bytes=999 << 30, hits=10 * many, misses=many, joined=many // 20, evictions=many,
+        wait_median=seconds, wait_p99=seconds, bytes_in=9 << 50, prefetched=many,
+        useful=many // 20, late=9_999, wasted=9_999, cancelled=9_999, saved_seconds=many, warmed=many, recalled=many,
+    )  # fmt: skip
+    clients = [pb.Client(number=1, pid=4_194_303, connected_s=9e6, leases=64, hits=many, misses=1)]
+    history = History()
+    for uptime in (1, 2):
+        history.add(SEVEN, reply(uptime, host, block(2), clients=clients))
+    (model,) = history.models.values()
+    console = Console(width=top_parts.WIDTH, force_terminal=False, color_system=None)
+    for part in (
+        top_parts.tiers(model),
+        top_parts.history(model, top_parts.WIDTH),
+        top_parts.prefetches(host),
+        top_parts.clients(model, local=True),
+    ):
+        with console.capture() as capture:
+            console.print(part)
+        assert "…" not in capture.get(), capture.get()
+        assert all(len(line.rstrip()) <= top_parts.WIDTH for line in capture.get().splitlines())
+
+
+@pytest.mark.parametrize(("blocks", "experts"), [(8, 8), (32, 8), (24, 32), (48, 128), (60, 384)])
+def test_axis_and_legend_fit(blocks: int, experts: int) -> None:
+    for width in (44, 76, 100):
+        text = heatmap([block(experts)] * blocks, [[0.0] * experts] * blocks, width, 30).plain
+        assert max(map(len, text.splitlines())) <= width
+        assert "absent" in text
+
+
 def test_programs_by_their_command_lines() -> None:
     assert top_parts.program_of(2**22 + 1) == "?"
     command = [sys.executable, "-c", "print(flush=True); input()", "a\x1bb"]
@@ -462,4 +517,10 @@ def test_programs_by_their_command_lines() -> None:
         assert process.stdout is not None
         process.stdout.readline()  # before it has begun, it has no command line
         assert top_parts.program_of(process.pid) == "-c print(flush=True); input() a?b"
+        process.kill()
+    command = [sys.executable, "-m", "moetier.tools.main", "quality", "/nothing", "--text", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert top_parts.program_of(process.pid) == "moetier quality"
         process.kill()
