@@ -24,6 +24,8 @@ from llvmlite import ir
 from .executable import Executable, LinkError, can_become_executable, link
 
 _ANSWER = 42  # of the function that is tried
+# ends the threads of the one that calls it, with HARD (OpenMP 5.0); LLVM's and Intel's ends those of all
+_PAUSE, _HARD, _NOT_GNU = "omp_pause_resource_all", 2, "__kmpc_fork_call"
 _TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
 # a fork waits for it: a child would find LLVM, and llvmlite's own lock, in the midst of something for ever
 compiling = threading.RLock()
@@ -101,19 +103,40 @@ def _has(features: str, *names: str) -> bool:
 
 @functools.cache
 def openmp() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel`` of the OpenMP that torch calls (LLVM's and Intel's have it too); None if there is none.
+    """``GOMP_parallel`` of the OpenMP that torch calls (LLVM's and Intel's have it too); None if there is none."""
+    if (library := _openmp()) is None:
+        return None
+    parallel = library.GOMP_parallel
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    team: Callable[[int, int, int, int], None] = parallel
+    return team
 
-    Several may be loaded, as other packages bring their own. Looked up as the dynamic linker does for torch: among what
-    is there for all libraries, then among those that torch needs.
-    """
-    for library in (None, *sorted(_mapped(_TORCH))):
-        with contextlib.suppress(OSError, AttributeError):
-            parallel = ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
-            parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            parallel.restype = None
-            team: Callable[[int, int, int, int], None] = parallel
-            return team
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """Several may be loaded, as other packages bring their own. Looked up as the dynamic linker does for torch: among
+    what is there for all libraries, then among those that torch needs."""
+    for name in (None, *sorted(_mapped(_TORCH))):
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            if hasattr(library, "GOMP_parallel"):
+                return library
     return None
+
+
+def _end_team() -> None:
+    """End the threads that GNU's OpenMP keeps for this one; the next product begins new ones.
+
+    A forked child would have a record of them, but not the threads, and would wait for them for ever. Other OpenMPs
+    look after their children themselves.
+    """
+    library = _openmp()
+    if library is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):
+        getattr(library, _PAUSE)(_HARD)
+
+
+os.register_at_fork(before=_end_team)
 
 
 def _mapped(name: re.Pattern[str]) -> set[str]:

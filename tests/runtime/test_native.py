@@ -13,12 +13,17 @@ import pytest
 import torch
 from forks import in_fork
 from llvmlite import ir
+from prepared import Prepared
 from readers import PATIENCE
 from threads import Task
 
 from moetier.runtime.form import Form, Number
 from moetier.runtime.kernels import _Code
 from moetier.runtime.native import Processor
+from moetier.runtime.threads import machine_cpus
+from moetier.tools.convert import convert
+
+HELPERS = Path(__file__).parent.parent / "helpers"
 
 FORM, OTHER = Form(4, 64, "bfloat16", Number.BF16), Form(8, 64, "bfloat16", Number.BF16)
 
@@ -97,3 +102,60 @@ def test_of_several_openmps_it_is_the_one_that_torch_calls(mode: int, tmp_path: 
     )
     library, threads = found.stdout.split()
     assert threads == "3", library
+
+
+FORK = f"""
+import sys
+sys.path.insert(0, {str(HELPERS)!r})
+import torch
+import moetier
+from forks import in_fork
+directory = sys.argv[1]
+
+def layer(model):
+    return float(model.model.layers[0].self_attn.q_proj(torch.ones(512, model.config.hidden_size)).sum())
+
+def tokens(model, length=128):
+    ids = torch.arange(length)[None] + 100
+    return model.generate(ids, do_sample=False, max_new_tokens=2, min_new_tokens=2)[0, -2:].tolist()
+
+def own():
+    model, _ = moetier.load(directory, daemon=None)
+    with model.tiers:
+        return tokens(model), torch.get_num_threads()
+
+torch.set_num_threads(2)
+print(in_fork(own))  # before this process has computed
+with torch.no_grad():
+    model, _ = moetier.load(directory, daemon=None)
+    with model.tiers:
+        print(in_fork(lambda: tokens(model)))  # before it has computed with this model
+        expected = tokens(model), 2
+        for length in (128, 1):
+            print(in_fork(lambda: tokens(model, length)))
+        print(in_fork(lambda: layer(model) == 0), layer(model) == 0)
+        print(in_fork(own))
+        assert (tokens(model), 2) == expected
+print(f"returned {{expected}}")
+"""
+
+
+@pytest.fixture(scope="module")
+def tinymix_8bit_trunk(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tinymix") / "8bit"
+    convert(tinymix, folder, bits=4, trunk_bits=8, fast=True)
+    return folder
+
+
+@pytest.mark.skipif(machine_cpus() < 2, reason="one CPU")
+def test_a_child_of_a_process_that_computed_is_told_or_computes(scripts: Prepared, tinymix_8bit_trunk: Path) -> None:
+    """In two threads. A child computes with the trunk and with a model that it opened; of the experts of its parent's
+    model it is told that they are another process's."""
+    result = scripts.run(FORK, tinymix_8bit_trunk)
+    assert result.returncode == 0, result.stderr
+    before, loaded, long, short, trunk, own, expected = result.stdout.splitlines()
+    assert before == own == expected
+    for said in (loaded, long, short):
+        assert said.startswith("ClosedError("), said
+        assert "another process's tier" in said
+    assert trunk == "returned False False"
