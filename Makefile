@@ -7,7 +7,7 @@ DEMO_RAM := 3520KiB
 # for another: make demo DEMO_PROMPT='...'
 DEMO_PROMPT ?= La mattina seguente, don Rodrigo
 
-.PHONY: help setup demo synthetic proto golden check format test test-slow docs wheel clean
+.PHONY: help setup demo synthetic proto golden check format test test-slow test-transformers test-lowest docs wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,29 @@ test: .venv/.ready  ## the tests, but for the slow ones
 
 test-slow: .venv/.ready  ## the slow tests: minutes and gigabytes
 	$(RUN) -m pytest -m slow
+
+# the rest is that of .venv; what differs between the two is in runtime/compat.py
+build/transformers/.ready: pyproject.toml tests/helpers/environments.py .venv/.ready
+	rm -rf build/transformers
+	$(RUN) tests/helpers/environments.py build/transformers 'transformers==5.23.*'
+	@touch build/transformers/.ready
+
+OF_TRANSFORMERS := tests/runtime/test_registration.py tests/runtime/test_generation.py tests/runtime/test_kv_cache.py \
+	tests/runtime/test_growing.py tests/tools/test_kept_cache.py tests/tools/test_serve_app.py \
+	tests/runtime/test_architectures.py::test_required tests/runtime/test_architectures.py::test_no_type_is_skipped
+test-transformers: build/transformers/.ready  ## with the older of the two minor versions of transformers, what it touches most
+	build/transformers/bin/python -m pytest -n 2 $(OF_TRANSFORMERS)
+
+# several gigabytes, unless an index of torch's CPU wheels is given (UV_EXTRA_INDEX_URL)
+build/lowest/.ready: pyproject.toml
+	rm -rf build/lowest
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	build/lowest/bin/uv pip install --python build/lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	@touch build/lowest/.ready
+
+test-lowest: build/lowest/.ready  ## the tests with the lowest version of each dependency's range
+	build/lowest/bin/python -m pytest -n 2 --dist loadfile
 
 # what is wrong with a page, a link from one to another among it, ends it; every page anew, as warnings are not kept
 docs: .venv/.ready  ## build/docs/index.html: these pages, with the reference of Python names

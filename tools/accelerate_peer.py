@@ -17,6 +17,8 @@ def main() -> None:
     import torch
     import transformers
 
+    from moetier.runtime.compat import CACHE
+
     torch.set_num_threads(job["threads"])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -30,7 +32,7 @@ def main() -> None:
         for position, token in enumerate(job["tokens"]):
             if position == job["warmup"]:
                 start = time.perf_counter()
-            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            model(input_ids=torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
     found = {
         "tokens": len(job["tokens"]) - job["warmup"],
         "seconds": time.perf_counter() - start,

@@ -35,6 +35,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
+    from moetier.runtime.compat import CACHE
     from moetier.runtime.context import longest_context
     from moetier.runtime.gates import Gates
     from moetier.runtime.generate import load
@@ -66,7 +67,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
             if number == len(work["pieces"]) - work["measured"]:
                 before = found.tiers.host.stats()
             began = time.perf_counter()
-            output = found(ids[:, start : start + length], cache=cache, use_cache=True, logits_to_keep=1)
+            output = found(ids[:, start : start + length], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             output.logits[:, -1].argmax(-1).tolist()  # waits for the device, as whoever generates does
             seconds.append(time.perf_counter() - began)
             cache, start = output.past_key_values, start + length

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moetier.runtime.compat import CACHE
+
 from .decoding import goes_on
 
 
@@ -25,7 +27,7 @@ class KeptCache:
     @property
     def options(self) -> dict[str, Any]:
         """For ``generate()``, which takes no cache where a directory's generation_config.json names a kind of them."""
-        return {"cache": self._cache, "use_cache": True, "cache_implementation": None} if self._keeps else {}
+        return {CACHE: self._cache, "use_cache": True, "cache_implementation": None} if self._keeps else {}
 
     def begin(self, ids: Sequence[int]) -> int:
         """How many of the first of ``ids`` need not be computed: fewer than all."""

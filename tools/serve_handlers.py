@@ -14,6 +14,8 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerationState
 
+from moetier.runtime.compat import LIST_MODELS
+
 from .decoding import LEAST_TEMPERATURE, SAMPLING, sampling_of
 from .serve_refusal import Refusal, refusal_body, unknown_model
 from .serve_request import Asked, ChatAsked, TextAsked, checked
@@ -36,8 +38,11 @@ class OneModel(ModelManager):
     def card(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": 0, "owned_by": "moetier"}
 
-    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def cards(self) -> list[dict[str, Any]]:
         return [self.card()]
+
+
+setattr(OneModel, LIST_MODELS, OneModel.cards)
 
 
 class OneManager(GenerationState):

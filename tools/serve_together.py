@@ -19,8 +19,7 @@ from .serve_wanted import ENDING, FAILED, ids_of, log_answer, log_failure
 from .stop_strings import StopStrings
 
 PAGE = 32  # tokens: what prompts that begin alike share is whole pages
-NEVER_CUTS = (1 << 31) - 1  # as top_k
-GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": NEVER_CUTS}  # the most likely token alone is left
+GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": 1}  # the most likely token alone is left
 FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # they can't differ by request
 PATIENCE = 10.0  # seconds for a step that is under way
 
@@ -112,6 +111,9 @@ class Together(BaseGenerateManager):
         config = copy.deepcopy(model.generation_config)
         # what requests say of these holds for them alone, if it is no default here
         config.update(**ONE_SEQUENCE, do_sample=True, temperature=0.5, top_p=0.5, top_k=1, use_cache=False)
+        self._vocabulary = model.config.get_text_config(
+            decoder=True
+        ).vocab_size  # the largest top_k that transformers 5.23 takes
         self._fixed = {**FIXED, "min_p": config.min_p or 0.0}
         self._cb = model.init_continuous_batching(
             generation_config=config,
@@ -167,7 +169,7 @@ class Together(BaseGenerateManager):
                 raise Refusal(400, "seed: what is sampled together has no seed; --parallel 1 has.", param="seed")
             given = {"temperature": config.temperature, "top_p": config.top_p}
             sampling = {name: 1.0 if value is None else float(value) for name, value in given.items()}
-            sampling["top_k"] = config.top_k or NEVER_CUTS
+            sampling["top_k"] = min(config.top_k or self._vocabulary, self._vocabulary)
         answer = SharedAnswer(
             len(ids), wanted.stop, self.tally, self._cb, request_id, processor._tokenizer, response_parser
         )

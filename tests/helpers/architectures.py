@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -32,6 +34,8 @@ FURTHER = {
     "mimo_v2_flash", "minimax", "minimax_m3_vl", "mistral4", "mistral_large4", "muse_spark", "openai_privacy_filter",
     "phimoe", "qwen3_omni_moe", "qwen3_vl_moe", "solar_open", "unlimited_ocr", "zaya",
 }  # fmt: skip
+SINCE_5_24 = {"hy_v4_vl", "inkling2_loop", "lara_mini"}  # of FURTHER; transformers 5.23 has not got them
+FURTHER -= {name for name in SINCE_5_24 if not (MODELS / name).exists()}
 
 TINY: dict[str, Any] = {
     "vocab_size": 256, "max_position_embeddings": 256, "hidden_size": 64, "num_hidden_layers": 3,
@@ -150,7 +154,10 @@ def model_types() -> list[str]:
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
-    """The one that generates; of an image-text model the whole, not its text part."""
+    """The one that generates; of an image-text model the whole, not its text part. Skips the test of a type that this
+    version of transformers does not have."""
+    if model_type in SINCE_5_24 - FURTHER:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     endings = ("ForConditionalGeneration", "ForBlockDiffusion", "ForCausalLM", "ForTokenClassification")
     for ending in endings:
@@ -192,6 +199,11 @@ def tiny_model(model_type: str, dtype: torch.dtype, **changes: Any) -> PreTraine
     torch.manual_seed(0)
     of = model_class(model_type)
     model = of._from_config(tiny_config(of.config_class, **changes), dtype=dtype, experts_implementation="eager").eval()
+    # from_pretrained keeps these in fp32; since 5.24 models do so themselves
+    for part in model._keep_in_fp32_modules_strict or ():
+        for name, weights in model.named_parameters():
+            if re.search(part, name):
+                weights.data = weights.data.float()
     for name, weights in model.state_dict().items():  # buffers that are not saved stay as they are: frequencies of RoPE
         if weights.is_floating_point():
             if weights.ndim > 1:

@@ -1,4 +1,8 @@
-"""Virtual environments with another moetier than that of the tests, and with the packages that the tests have."""
+"""Virtual environments with another moetier than that of the tests, or with other versions of some packages, and with
+all else that the tests have.
+
+``python tests/helpers/environments.py FOLDER REQUIREMENT ...`` makes one with the moetier of this source tree.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,21 @@ def environment(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def install(python: Path, *what: str) -> None:
-    """Install with pip what needs neither the network nor other packages."""
+def install(python: Path, *what: str, network: bool = False) -> None:
+    """Install with pip, without dependencies."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    command += ["--no-index", "--no-deps", "--no-build-isolation", *what]
+    command += [*([] if network else ["--no-index"]), "--no-deps", "--no-build-isolation", *what]
     done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+def main() -> None:
+    folder, *requirements = sys.argv[1:]
+    python = environment(Path(folder))
+    install(python, "--editable", str(Path(__file__).parents[2]))
+    install(python, *requirements, network=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from overhead import load_warm
 
+from moetier.runtime.compat import CACHE
 from moetier.runtime.config import format_bytes
 from moetier.tools.report import table
 from moetier.tools.routing import TOKENS_FILE, read_tokens
@@ -107,7 +108,7 @@ def decode(setting: Setting, ids: list[int], *, is_counted: bool) -> None:
     output = setting.model(torch.tensor([ids[:1]]), use_cache=True)
     began, before = time.perf_counter(), host.stats().bytes_in
     for token in ids[1:]:
-        output = setting.model(torch.tensor([[token]]), cache=output.past_key_values, use_cache=True)
+        output = setting.model(torch.tensor([[token]]), **{CACHE: output.past_key_values}, use_cache=True)
     seconds, missing = time.perf_counter() - began, host.stats().bytes_in - before
     if is_counted:
         setting.seconds.append(seconds / (len(ids) - 1))

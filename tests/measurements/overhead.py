@@ -28,6 +28,7 @@ import transformers
 
 import moetier
 from moetier.runtime import grouped, native
+from moetier.runtime.compat import CACHE
 from moetier.runtime.config import Size
 from moetier.runtime.experts import experts_modules
 from moetier.tiers.folder import read_manifest, store_folder
@@ -137,7 +138,7 @@ def decode(model: Any, ids: list[int], clocks: Clocks) -> list[dict[str, float]]
     for token in ids:
         clocks.reset()
         began = time.perf_counter()
-        output = model(torch.tensor([[token]]), cache=cache, use_cache=True)
+        output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
         step, cache = time.perf_counter() - began, output.past_key_values
         beyond = clocks.seconds["forward"] - clocks.seconds["products"]
         python = beyond - clocks.seconds["activation"]

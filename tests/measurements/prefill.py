@@ -21,6 +21,7 @@ import torch
 from speculation import slow_down, tokens_of
 
 import moetier
+from moetier.runtime.compat import CACHE
 from moetier.runtime.config import Size
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.order import ORDERS
@@ -78,7 +79,7 @@ def decode(model: Any, output: Any, ids: list[int]) -> tuple[Any, float, float]:
     """The last output, the hit ratio, and the seconds of a step."""
     counted, began = model.tiers.host.stats(), time.perf_counter()
     for token in ids:
-        output = model(torch.tensor([[token]]), cache=output and output.past_key_values, use_cache=True)
+        output = model(torch.tensor([[token]]), **{CACHE: output and output.past_key_values}, use_cache=True)
     seconds, now = time.perf_counter() - began, model.tiers.host.stats()
     hits, misses = now.hits - counted.hits, now.misses - counted.misses
     return output, hits / (hits + misses), seconds / len(ids)

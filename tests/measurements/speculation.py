@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import moetier
+from moetier.runtime.compat import CACHE
 from moetier.runtime.config import LOOK_AHEAD, Size, format_bytes
 from moetier.runtime.gates import Gates
 from moetier.runtime.shortcut import Leads
@@ -149,7 +150,9 @@ def decode(models: dict[str, Any], ids: list[int], number: int) -> dict[str, flo
                 began = time.perf_counter()
                 for step in range(start, min(start + TURN, len(ids))):
                     model.present = (number, step)
-                    output = model(torch.tensor([ids[step : step + 1]]), cache=output.past_key_values, use_cache=True)
+                    output = model(
+                        torch.tensor([ids[step : step + 1]]), **{CACHE: output.past_key_values}, use_cache=True
+                    )
                 seconds[name] += time.perf_counter() - began
             outputs[name] = output
         logits = [output.logits for output in outputs.values()]
@@ -189,7 +192,7 @@ def record(model: Any, parts: list[list[int]]) -> dict[tuple[int, int, int], Ten
         for number, ids in enumerate(parts):  # noqa: B007 (noted)
             cache = None
             for step, token in enumerate(ids):  # noqa: B007
-                output = model(torch.tensor([[token]]), cache=cache, use_cache=True)
+                output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
                 cache = output.past_key_values
     return found
 

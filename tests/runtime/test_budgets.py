@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import moetier
+from moetier.runtime.compat import CACHE
 from moetier.tiers.store import ExpertStore
 
 PROMPT_TOKENS = 600  # well beyond any shape at which a kernel for few rows would do
@@ -30,7 +31,7 @@ def logits(folder: Path, ram: int, text: str) -> Tensor:
         output = model(tokens[:, :PROMPT_TOKENS], use_cache=True)
         rows = [output.logits[0]]
         for position in range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS):
-            output = model(tokens[:, position : position + 1], cache=output.past_key_values)
+            output = model(tokens[:, position : position + 1], **{CACHE: output.past_key_values})
             rows.append(output.logits[0])
         (host,) = model.tiers.stats()
         assert host.slots == ram // record_bytes(folder)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from moetier.runtime.compat import CACHE
 from moetier.runtime.generate import load
 from moetier.runtime.growing import TOKENS, GrowingLayer
 
@@ -105,7 +106,7 @@ def test_a_models_cache_grows_in_place(tinymix_4bit: Path, exact: bool) -> None:
     with model.tiers, torch.inference_mode():
         cache = DynamicCache(config=model.config)
         cache.layers[-1] = DynamicSlidingWindowLayer(sliding_window=4096)
-        model(torch.tensor([[5, 6, 7]]), cache=cache, use_cache=True)
+        model(torch.tensor([[5, 6, 7]]), **{CACHE: cache}, use_cache=True)
         kinds = [type(layer) for layer in cache.layers]
         assert set(kinds[:-1]) == {DynamicLayer if exact else GrowingLayer}
         assert kinds[-1] is DynamicSlidingWindowLayer

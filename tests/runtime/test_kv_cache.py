@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import tiny_model
 
+from moetier.runtime.compat import CACHE
 from moetier.runtime.kv_cache import kv_cache_bytes
 
 BATCH, TOKENS = 2, 17
@@ -15,7 +16,7 @@ def cached_bytes(model: Any) -> int:
     """What transformers holds after a prefill, states of a constant size left out."""
     ids = torch.randint(2, 250, (BATCH, TOKENS))
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).cache
+        cache = getattr(model(input_ids=ids, use_cache=True), CACHE)
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 

@@ -15,6 +15,7 @@ from architectures import FURTHER, REQUIRED, model_class, tiny_config, tiny_mode
 from torch import Tensor
 
 import moetier
+from moetier.runtime.compat import CACHE
 from moetier.runtime.experts import experts_modules
 from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
 from moetier.runtime.trace import NONE, Trace
@@ -97,7 +98,7 @@ def test_the_routing_is_that_of_the_plain_model(plain: Any, recorded: tuple[Trac
     cache = None
     for tokens, ids, first in passes(trace):
         cache = transformers.DynamicCache(config=plain.config) if first else cache
-        out = plain(input_ids=ids, cache=cache, output_router_logits=True)
+        out = plain(input_ids=ids, **{CACHE: cache}, output_router_logits=True)
         for block, logits in enumerate(out.router_logits):
             probabilities = logits.float().softmax(-1)
             weights, experts = probabilities.topk(2, dim=-1)
@@ -125,7 +126,7 @@ def test_predictions_are_those_of_the_plain_models_gates(plain: Any, recorded: t
     cache, checked = None, 0
     for tokens, ids, first in passes(trace):
         cache = transformers.DynamicCache(config=plain.config) if first else cache
-        plain(input_ids=ids, cache=cache)
+        plain(input_ids=ids, **{CACHE: cache})
         span, here = slice(tokens.start, tokens.stop), dict(entries)
         for ahead, lookahead in enumerate(trace.lookaheads):
             for block in range(8):
