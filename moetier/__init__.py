@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 # OpenMP reads this when torch is loaded. Its threads wait for the next product by spinning; beside another busy process
 # they would keep from the core the very thread that they wait for. After some microseconds they are to sleep.
+_SPIN = "2000"
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ["GOMP_SPINCOUNT"] = _SPIN
 
 _HOMES = {
     "MoetierError": "moetier.tiers.errors",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import moetier
 from moetier.tiers.errors import ConfigError
 
 from .control_groups import control_groups
@@ -68,3 +69,10 @@ def use_threads(threads: int | None = None) -> int:
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return threads
+
+
+def spin_as_others_do() -> None:
+    """Take back the spin of OpenMP that ``import moetier`` set, before a library is loaded: another engine is measured
+    as its own users run it."""
+    if os.environ.get("GOMP_SPINCOUNT") == moetier._SPIN:
+        del os.environ["GOMP_SPINCOUNT"]

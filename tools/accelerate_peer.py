@@ -9,11 +9,14 @@ import json
 import sys
 import time
 
+from moetier.runtime.threads import spin_as_others_do
+
 from .resident import peak_bytes
 
 
 def main() -> None:
     job = json.load(sys.stdin)
+    spin_as_others_do()
     import torch
     import transformers
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from moetier.runtime.threads import spin_as_others_do
+
 from .resident import peak_bytes
 
 UBATCH = 512  # tokens that llama.cpp computes together: its own default
@@ -19,6 +21,7 @@ UBATCH = 512  # tokens that llama.cpp computes together: its own default
 
 def main() -> None:
     job = json.load(sys.stdin)
+    spin_as_others_do()
     import llama_cpp
 
     silent = llama_cpp.llama_log_callback(lambda level, text, user: None)
