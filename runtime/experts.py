@@ -8,6 +8,7 @@ model does, and ``grouped.py``, with records where they lie.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         raise moved_error(hidden_states.device, here.device)
     forward = grouped_forward if here.kernels.packs(here.layout) else eager_forward
     with torch.no_grad():
-        out = forward(self, here, hidden_states, top_k_index, top_k_weights)
+        out = here.kernels.with_room(partial(forward, self, here, hidden_states, top_k_index, top_k_weights))
     return without_gradient(out, hidden_states, top_k_weights)
 
 

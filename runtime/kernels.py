@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetier.tiers.errors import ConfigError
+from moetier.tiers.errors import BudgetError, ConfigError
 from moetier.tiers.keys import ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quantize import decode, sections
 
@@ -39,6 +39,9 @@ class Kernels:
     # before it is multiplied with
     arrange: Callable[[Tensor, RecordLayout], None] | None = None
 
+    # takes memory of the device from its tier; returns how many bytes. The caller holds no lease
+    make_room: Callable[[], int] = staticmethod(lambda: 0)
+
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._local = threading.local()
@@ -61,6 +64,28 @@ class Kernels:
             assert bias is None, "no module of this kind has one"
             return x @ stored
         return F.linear(x, stored, bias)
+
+    def with_room(self, work: Callable[[], Tensor]) -> Tensor:
+        """``work()``; where the device runs out of memory, once more with less memory for its tier. Raises BudgetError
+        where that does not help."""
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            said = str(error)
+        # not before: until the error is gone, its frames hold what was allocated
+        freed = self.make_room()
+        if freed:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                said = str(error)
+        numbers = said.partition(" If reserved but")[0].partition("\n")[0]  # torch's advice on its allocator follows
+        given = f"after its tier gave back {freed:,} bytes" if freed else "and its tier can't be smaller"
+        raise BudgetError(
+            f"The device ran out of memory, {given}: {numbers}",
+            "Give its tier less (--device-memory), compute fewer tokens at a time (--prefill-chunk), or free memory of "
+            "the device.",
+        )
 
     def _scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """A tensor over this thread's scratch memory: the largest projection that it has decoded."""

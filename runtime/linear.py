@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class QuantizedLinear(nn.Module):
         fused = self.bias is not None and (x.dim() == 2 or x.is_contiguous())
         with torch.no_grad():
             rows = x.reshape(-1, self.in_features)
-            y = self.kernels.project(rows, self.record, self.layout, WEIGHT, self.bias if fused else None)
+            bias = self.bias if fused else None
+            y = self.kernels.with_room(partial(self.kernels.project, rows, self.record, self.layout, WEIGHT, bias))
             y = y.view(*x.shape[:-1], self.out_features)
             if self.bias is not None and not fused:
                 y += self.bias

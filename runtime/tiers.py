@@ -79,6 +79,7 @@ class Tiers:
                     policy=config.policy,
                     arrange=kernels.arrange,
                 )
+                kernels.make_room = source.shrink
             tiers = cls(manifest, origin, source, kernels)
             undo.pop_all()
             return tiers

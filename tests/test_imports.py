@@ -48,7 +48,14 @@ HOMES = {
             "tiers/stream",
             "tiers/device",
         ),
-        *("tiers/device_pool", "tiers/device_slots", "tiers/allocation", "tiers/page_locks", "tiers/copies"),
+        *(
+            "tiers/device_pool",
+            "tiers/device_slots",
+            "tiers/promoter",
+            "tiers/allocation",
+            "tiers/page_locks",
+            "tiers/copies",
+        ),
         *("runtime/", "tools/"),
     },
     "transformers": {

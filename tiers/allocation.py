@@ -13,24 +13,29 @@ from .manifest import Manifest
 from .stream import Device
 
 
+def fewer(manifest: Manifest, slots: Mapping[str, int]) -> dict[str, int]:
+    """Three quarters of ``slots`` by array, but at least one token's experts of one block."""
+    fewest = {array: least for array, (least, _) in slot_ranges(manifest).items()}
+    return {array: max(fewest[array], count * 3 // 4) for array, count in slots.items()}
+
+
 def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Memory for ``slots`` by array, or for fewer, with one warning to the caller's caller, where the device has no
     room for them. Raises BudgetError when it has none for one token's experts."""
-    fewest = {array: least for array, (least, _) in slot_ranges(manifest).items()}
     sizes = {array: layout.slot_bytes for array, layout in manifest.layouts.items()}
     counts = dict(slots)
     while True:
         try:
             memory = {array: device.allocate(count * sizes[array]) for array, count in counts.items()}
         except torch.OutOfMemoryError:
-            fewer = {array: max(fewest[array], count * 3 // 4) for array, count in counts.items()}
-            if fewer == counts:
-                least = sum(count * sizes[array] for array, count in fewest.items())
+            less = fewer(manifest, counts)
+            if less == counts:
+                least = sum(count * sizes[array] for array, count in counts.items())
                 raise BudgetError(
                     f"The device has no room for the {least:,} bytes of the experts that one token needs in one block.",
                     "Free some of its memory, or run on the CPU.",
                 ) from None
-            counts = fewer
+            counts = less
         else:
             break
     if counts != slots:

@@ -19,14 +19,15 @@ What is wished for is promoted in the background (``promoter.py``), where the ti
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
 import torch
 
-from .allocation import allocate
+from .allocation import allocate, fewer
 from .copies import Arrange, Copies
 from .device_slots import DeviceSlots
 from .errors import ClosedError
@@ -40,6 +41,8 @@ from .source import Lease, Lender, Pace
 from .stats import TierCounters, TierStats
 from .stream import Device
 from .visit import Visit
+
+_log = logging.getLogger(__name__)
 
 
 class DeviceTier:
@@ -72,10 +75,12 @@ class DeviceTier:
         self._slots = DeviceSlots(manifest, allocate(device, manifest, slots), policy, self._counters)
         self._intake = Intake(self._monitor, self._slots, self._copies, self._counters, self._check_open)
         self._wished: set[int] = set()  # blocks whose wishes were passed on
+        self._visits = 0  # calls of acquire that have not ended
+        self._shrinking = False  # none begins meanwhile
         self._closed = False
         self._promoter: Promoter | None = None
         if promotes:
-            self._promoter = Promoter(source, self._monitor, self._counters, self._intake.wish)
+            self._promoter = Promoter(source, self._monitor, self._counters, self._intake.wish, self.shrink)
             self._intake.promoter = self._promoter
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
@@ -87,8 +92,7 @@ class DeviceTier:
             return
         block, distinct = keys[0].block, list(dict.fromkeys(keys))
         self._manifest.check_keys(block, distinct)
-        pool = self._slots.pool(block)
-        visit = Visit(pool, passing=pool.policy.is_passage(block, len(distinct)))
+        visit = self._enter(block, len(distinct))
         try:
             missing = self._look(visit, distinct)
             yield from self._leases(visit)
@@ -123,6 +127,47 @@ class DeviceTier:
         with self._monitor:
             return self._slots.stats()
 
+    def shrink(self) -> int:
+        """Goes on with three quarters of the slots, all of them empty: for a device that has no memory left. Returns
+        how many bytes that gives back; 0 where the tier can't be smaller.
+
+        The caller holds no lease; this waits until no other caller does. Raises ClosedError; BudgetError where the
+        device has no room for one token's experts any more, which closes the tier.
+        """
+        with self._monitor:
+            self._check_open()
+            self._wait_while(lambda: self._shrinking)
+            before, promoter = self._slots.counts, self._promoter
+            less = fewer(self._manifest, before)
+            if less == before:
+                return 0
+            self._shrinking = True
+            if promoter is not None:
+                promoter.stand_back()
+            try:
+                self._wait_while(lambda: self._visits or self._slots.copying)
+                nbytes = self._slots.stats().slot_bytes
+                for key in self._slots.drop():
+                    if promoter is not None:
+                        promoter.evict(key)
+                try:
+                    self._slots.use(allocate(self._device, self._manifest, less))
+                except BaseException:
+                    self._closed = True
+                    if promoter is not None:
+                        promoter.stop()
+                    raise
+                stats = self._slots.stats()
+            finally:
+                self._shrinking = False
+                if promoter is not None:
+                    promoter.go_on()
+                self._monitor.wake()
+        _log.warning(
+            "the device has no memory left: its tier has %d slots now, no longer %d", stats.slots, sum(before.values())
+        )
+        return nbytes - stats.slot_bytes
+
     def close(self) -> None:
         """As ``ExpertSource`` says; the source stays open. A lease stays usable while its record is held.
 
@@ -151,6 +196,14 @@ class DeviceTier:
             self._slots.check_integrity()
             if self._promoter is not None:
                 self._promoter.check_integrity(self._slots.find)
+
+    def _enter(self, block: int, records: int) -> Visit:
+        with self._monitor:
+            self._check_open()
+            self._wait_while(lambda: self._shrinking)
+            pool = self._slots.pool(block)
+            self._visits += 1
+            return Visit(pool, passing=pool.policy.is_passage(block, records))
 
     def _look(self, visit: Visit, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Pins the residents of distinct keys; returns the others."""
@@ -234,6 +287,7 @@ class DeviceTier:
 
     def _leave(self, visit: Visit) -> None:
         """Gives back all that a caller holds."""
+        self._visits -= 1
         self._end_lease(visit)
         if visit.misses and self._promoter is not None:
             visit.misses = False
@@ -241,6 +295,11 @@ class DeviceTier:
         while visit.ready:
             visit.pool.slots.unpin(visit.ready.popleft())
         self._monitor.wake()
+
+    def _wait_while(self, condition: Callable[[], object]) -> None:
+        while condition():
+            self._monitor.sleep()
+            self._check_open()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -20,14 +20,18 @@ class DeviceSlots:
     def __init__(
         self, manifest: Manifest, memory: Mapping[str, torch.Tensor], policy: str, counters: TierCounters
     ) -> None:
-        """``memory`` by array, as ``allocate`` gives it."""
         self._manifest = manifest
+        self._policy = policy
         self._counters = counters
         self._pools: dict[str, DevicePool] = {}
         self.copying = 0  # slots that are being filled now
+        self.use(memory)
+
+    def use(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Makes slots, all EMPTY, of ``memory`` by array, as ``allocate`` gives it."""
         first = 0
         for array, slots in memory.items():
-            self._pools[array] = DevicePool(manifest, array, first, slots, policy)
+            self._pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
             first += self._pools[array].slots.count
 
     def pool(self, block: int) -> DevicePool:
@@ -75,6 +79,23 @@ class DeviceSlots:
             for event in pool.copied:
                 if event is not None:
                     event.synchronize()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are, by array."""
+        return {array: pool.slots.count for array, pool in self._pools.items()}
+
+    def drop(self) -> list[ExpertKey]:
+        """Evicts every record, and lets go of the memory when the device no longer uses it; what was evicted. No slot
+        is held or being filled."""
+        self.wait_for_copies()
+        for pool in self._pools.values():
+            for event in [event for uses in pool.used for event in uses.values()]:
+                event.synchronize()
+        held = [key for pool in self._pools.values() for key in pool.slots.held()]
+        self._counters.evictions += len(held)
+        self.clear()
+        return held
 
     def clear(self) -> None:
         for pool in self._pools.values():

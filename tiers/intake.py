@@ -69,9 +69,10 @@ class Intake:
 
     def wish(self, lease: Lease[memoryview]) -> None:
         """Promotes what the host has leased for a wish, if that still stands and has a slot. The lease may end then."""
-        promoter, pool, key = self.promoter, self._slots.pool(lease.key.block), lease.key
+        promoter, key = self.promoter, lease.key
         assert promoter is not None
         with self._monitor:
+            pool = self._slots.pool(key.block)
             if not promoter.may_begin(key):
                 return
             if pool.slots.find(key) is not None:

@@ -9,13 +9,16 @@ Nobody waits for ever: the thread waits for its own copy alone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
-from .errors import ClosedError
+import torch
+
+from .errors import BudgetError, ClosedError
 from .keys import ExpertKey
 from .monitor import Monitor
 from .source import Lease, Lender
@@ -46,12 +49,15 @@ class Promoter:
         monitor: Monitor,
         counters: TierCounters,
         promote: Callable[[Lease[memoryview]], None],
+        make_room: Callable[[], object],
     ) -> None:
-        """``promote`` is called without the lock: it begins what ``may_begin``, and returns when the lease may end."""
+        """``promote`` is called without the lock: it begins what ``may_begin``, and returns when the lease may end.
+        ``make_room`` is called without it too, where the device had no memory left to promote a record."""
         self._source = source
         self._monitor = monitor
         self._counters = counters
         self._promote = promote
+        self._make_room = make_room
         self._waiting: dict[int, list[ExpertKey]] = {}  # not begun; by block, in the order of their coming
         self._latest: dict[int, dict[ExpertKey, None]] = {}  # begun or not, here or not; never the same object twice
         self._unused: dict[ExpertKey, Promotion] = {}
@@ -197,4 +203,8 @@ class Promoter:
                 _log.warning("not promoted to the device: %s: %s: %s", key, type(error).__name__, str(error))
             with self._monitor:
                 self.give_up(key)
-            return True
+            is_full = isinstance(error, torch.OutOfMemoryError)
+        if is_full:  # not before: the error's frames hold slots
+            with contextlib.suppress(BudgetError):  # the next demand says that the tier is closed
+                self._make_room()
+        return True

@@ -40,6 +40,10 @@ class Slots:
         slot = self._slot_of.get(key)
         return slot is not None and self._states[slot] is State.READY
 
+    def held(self) -> list[ExpertKey]:
+        """The keys that have a slot."""
+        return list(self._slot_of)
+
     def free(self) -> int | None:
         """An EMPTY slot, if there is one."""
         return next(reversed(self._free), None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from readers import PATIENCE
 
@@ -97,16 +99,24 @@ class FakeDevice:
         self.copy_may_end.set()
         self.pending: Counter[int] = Counter()  # copies that have not run, by the address of their source
         self._chance = chance
-        self._left = capacity
+        self.left = capacity
         self._locks_pages = locks_pages
         self._here = threading.local()
 
     # -- what moetier.tiers.stream.Device asks for --------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        if nbytes > self._left:
-            raise torch.OutOfMemoryError(f"{nbytes} of {self._left}")
-        return torch.full((nbytes,), 0xEE, dtype=torch.uint8)
+        with self.lock:
+            if nbytes > self.left:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} of {self.left} bytes.")
+            self.left -= nbytes
+        memory = np.full(nbytes, 0xEE, dtype=np.uint8)  # is referred to by all tensors on it
+        weakref.finalize(memory, self._give_back, nbytes)
+        return torch.from_numpy(memory)
+
+    def _give_back(self, nbytes: int) -> None:
+        with self.lock:
+            self.left += nbytes
 
     def current_stream(self) -> FakeStream:
         return getattr(self._here, "stream", self.streams[1])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_device import FakeDevice, FakeEvent, FakeStream
@@ -15,13 +21,18 @@ from readers import RamReader
 from stores import make_plan
 from twins import inputs, pair
 
+import moetier
 from moetier.runtime.block import TieredBlock, rows_of_experts
-from moetier.runtime.experts import experts_forward
+from moetier.runtime.experts import experts_forward, experts_modules
 from moetier.runtime.fused import CudaInt4, FusedKernels
 from moetier.runtime.kernels import Kernels
+from moetier.runtime.linear import QuantizedLinear
+from moetier.tiers.budget import slots_for
 from moetier.tiers.device import DeviceTier
+from moetier.tiers.errors import BudgetError
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import Bits, ExpertKey
+from moetier.tiers.quantize import encode, layout_for
 from moetier.tiers.stream import CudaDevice, Device
 
 CUDA = pytest.param(
@@ -104,6 +115,129 @@ def test_a_block_waits_for_the_device_once(tokens: int, fused: bool) -> None:
             assert waits.counts == {"tolist": 1}
             assert device.waits_of_the_host - before == copied
         tier.close()
+
+
+@contextlib.contextmanager
+def full(bits: Bits, *, fused: bool, beside: int) -> Iterator[tuple[Any, FakeDevice, DeviceTier, Kernels]]:
+    """A block on a device that has memory for 48 experts and ``beside`` bytes, all slots full; products take scratch
+    memory of that device."""
+    _, twin, source = pair("mixtral", torch.bfloat16, bits=bits)
+    layout, records, cpu = twin.tiered.layout, source.records, torch.device("cpu")
+    plan = make_plan(blocks=6, experts=len(records), top_k=3, layout=layout)
+    size = plan.layouts["records"].slot_bytes
+    stored = {ExpertKey(b, e): bytes(record.numpy()) for b in range(6) for e, record in enumerate(records)}
+    device = FakeDevice(random.Random(0), capacity=48 * size + beside)
+    device.streams[1] = PromptStream(device)
+    with cuda_operators(), HostTier(RamReader(plan, stored), slots={"records": 48}) as host, torch.no_grad():
+        kernels = FusedKernels(cpu, CudaInt4()) if fused else Kernels(cpu)
+        kernels._scratch = lambda shape, dtype: (  # type: ignore[method-assign]
+            device.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        )
+        tier = DeviceTier(host, plan, slots={"records": 48}, device=device, arrange=kernels.arrange)
+        kernels.make_room = tier.shrink
+        twin.tiered = TieredBlock(5, layout, tier, kernels, cpu)
+        for block in range(5):
+            list(tier.acquire([ExpertKey(block, expert) for expert in range(len(records))]))
+        yield twin, device, tier, kernels
+        tier.check_integrity()
+        tier.close()
+
+
+@pytest.mark.parametrize(("bits", "fused"), [(4, False), (3, False), (3, True), (2, True)])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_products_without_memory_shrink_the_tier_and_come_out_the_same(bits: Bits, fused: bool, tokens: int) -> None:
+    """Decoded, or expanded, in scratch memory for which the device has no room beside the tier."""
+    ordinary, *_ = pair("mixtral", torch.bfloat16, bits=bits)
+    given = inputs(ordinary, torch.bfloat16, tokens=tokens)
+    with full(bits, fused=fused, beside=1 << 30) as (twin, _, tier, _):
+        expected = experts_forward(twin, *given)
+        assert tier.stats().slots == 48
+    with full(bits, fused=fused, beside=0) as (twin, _, tier, _):
+        assert torch.equal(experts_forward(twin, *given), expected)
+        assert tier.stats().slots == 36
+        assert torch.equal(experts_forward(twin, *given), expected)
+        assert tier.stats().slots == 36
+
+
+@pytest.mark.parametrize("speculate", ["off", "always"])
+def test_tokens_are_the_same_when_memory_runs_out_between(tinymix_4bit: Path, speculate: str) -> None:
+    prompt = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    model, _ = moetier.load(tinymix_4bit, daemon=None, exact=True, speculate=speculate)
+    with model.tiers as tiers:
+        expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
+        device, kernels, scratches = fake_device(0), Kernels(), itertools.count()
+        real, fail_at = kernels._scratch, {100, 400}
+
+        def scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+            if next(scratches) in fail_at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+            return real(shape, dtype)
+
+        kernels._scratch = scratch  # type: ignore[method-assign]
+        slots = slots_for(tiers.manifest, tiers.manifest.stored_bytes // 2)
+        with contextlib.closing(
+            DeviceTier(tiers.host, tiers.manifest, slots=slots, device=device, promotes=True)
+        ) as tier:
+            kernels.make_room = tier.shrink
+            for module in experts_modules(model).values():
+                module.tiered = dataclasses.replace(module.tiered, source=tier, kernels=kernels)
+            assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
+            assert tier.stats().slots == sum(slots.values()) * 3 // 4 * 3 // 4
+            tier.check_integrity()
+
+
+def test_what_is_arranged_without_memory_shrinks_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary, *_ = pair("mixtral", torch.bfloat16, bits=4)
+    given = inputs(ordinary, torch.bfloat16, tokens=9)
+    with full(4, fused=True, beside=0) as (twin, device, tier, _):
+        expected = experts_forward(twin, *given)
+        run = device.run
+
+        def arrange(stream: FakeStream, work: Callable[[], None]) -> None:
+            device.allocate(1000)  # taken on the way
+            run(stream, work)
+
+        monkeypatch.setattr(device, "run", arrange)
+        tier.shrink()
+        room = [device.allocate(device.left)]
+        assert torch.equal(experts_forward(twin, *given), expected)
+        assert tier.stats().slots == 27
+        assert len(room) == 1
+
+
+def test_a_device_that_stays_without_memory_fails_with_the_numbers() -> None:
+    ordinary, *_ = pair("mixtral", torch.bfloat16, bits=3)
+    given = inputs(ordinary, torch.bfloat16, tokens=9)
+    with full(3, fused=False, beside=0) as (twin, device, tier, kernels):
+        size, real = tier.stats().slot_bytes // 48, kernels._scratch
+        kernels._scratch = lambda shape, dtype: device.allocate(1 << 30)  # type: ignore[method-assign]
+        cause = f"ran out of memory, after its tier gave back {12 * size:,} bytes: .*Tried to allocate 1073741824 of "
+        with pytest.raises(BudgetError, match=cause) as failed:
+            experts_forward(twin, *given)
+        assert "--device-memory" in failed.value.fix
+        assert tier.stats().slots == 36
+        while tier.shrink():
+            pass
+        with pytest.raises(BudgetError, match="and its tier can't be smaller: CUDA out of memory"):
+            experts_forward(twin, *given)
+        kernels._scratch = real  # type: ignore[method-assign]
+        experts_forward(twin, *given)  # it goes on, now that there is memory
+
+
+def test_a_matrix_of_the_trunk_without_memory_shrinks_the_tier() -> None:
+    linear = torch.nn.Linear(64, 96, bias=True, dtype=torch.bfloat16)
+    layout = layout_for({"weight": ((96, 64), "bfloat16")}, bits=4)
+    record = np.zeros(layout.record_bytes, np.uint8)
+    encode({"weight": linear.weight.detach()}, layout, record, fast=True)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with full(4, fused=False, beside=0) as (_, _, tier, kernels):
+        matrix = QuantizedLinear(linear, layout)
+        matrix.record = torch.from_numpy(record)[: layout.payload_bytes]
+        matrix.compute_with(Kernels())
+        expected = matrix(x)
+        matrix.compute_with(kernels)
+        assert torch.equal(matrix(x), expected)
+        assert tier.stats().slots == 36
 
 
 def test_waits_are_seen() -> None:
