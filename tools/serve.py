@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 
 from moetier.runtime import models
+from moetier.runtime.context import longest_context
 from moetier.tiers.errors import ConfigError
 
 from .decoding import add_prefill_argument
 from .loading import loaded
-from .number import COUNT, Number
+from .number import COUNT, MOST, Number
 from .options import DIRECTORY, directory
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
@@ -20,6 +21,8 @@ HELP = "serve a model over HTTP, as OpenAI's API"
 
 KEY = "MOETIER_API_KEY"
 PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
+QUEUE = Number(int, 0, MOST, "Give 0, to refuse whatever can't be computed at once, or more.")
+SPARE_CONNECTIONS = 128  # beside those of requests: of health checks, of metrics, and kept alive for the next request
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 
@@ -44,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests that are computed together, and share the experts that they load; each takes memory for a "
         "context (default: one after the other)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=QUEUE,
+        default=64,
+        metavar="N",
+        help="requests that may wait for their turn; further ones are refused with 429 (default: %(default)s)",
     )
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
@@ -84,13 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
                     f"{type(tokenizer).__name__} can't write text piece by piece.",
                     "Add a tokenizer.json to the directory.",
                 )
-            config = model.config.get_text_config(decoder=True)
-            context = min(arguments.context, getattr(config, "max_position_embeddings", None) or arguments.context)
+            context = min(arguments.context, longest_context(model.config) or arguments.context)
             place = model, context, arguments.prefill_chunk
             manager = OneByOne(*place) if arguments.parallel == 1 else Together(*place, arguments.parallel)
+            most = arguments.parallel + arguments.queue
             try:
                 Server(
-                    application(name, model, tokenizer, manager, key),
+                    application(name, model, tokenizer, manager, key, most),
+                    connections=most + SPARE_CONNECTIONS,
                     ready=lambda: print(
                         f"{name}, experts of {model.tiers.where}, a context of {context:,} tokens: {url_of(bound)}/v1",
                         flush=True,

@@ -16,6 +16,7 @@ from moetier.runtime.metrics import registry_of
 
 from .conversation import PLAIN_STOP, PLAIN_TEMPLATE
 from .decoding import ONE_SEQUENCE
+from .serve_bounds import Bounds
 from .serve_gate import METRICS, MODELS, App, Gate
 from .serve_handlers import ChatHandler, OneManager, OneModel, TextHandler
 from .serve_metrics import ServeCollector, exposition
@@ -23,8 +24,8 @@ from .serve_refusal import Refusal, refusal_response, unknown_model
 from .serve_wanted import FAILED
 
 
-def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | None) -> App:
-    """Of a model whose answers come from ``manager``; ``key`` is as in Gate."""
+def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | None, most: int) -> App:
+    """Of a model whose answers come from ``manager``; ``key`` is as in Gate, ``most`` as in Bounds."""
     model.generation_config.update(**ONE_SEQUENCE)
     models, state = OneModel(name, model, tokenizer), OneManager(manager)
     chat = ChatHandler(models, state)
@@ -59,7 +60,7 @@ def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | 
         content, content_type = exposition(registry, request.headers.get("accept", ""))
         return Response(content, media_type=content_type)
 
-    return Gate(app, key, manager.over)
+    return Gate(Bounds(app, most), key, manager.over)
 
 
 def _refusing(apply: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
+from moetier.runtime.context import longest_context
 from moetier.runtime.experts import experts_modules
 
 from .decoding import behind, chunks_of, penalties_of
@@ -80,7 +81,7 @@ class OneByOne(BaseGenerateManager):
     def __init__(self, model: Any, context: int, chunk: int) -> None:
         self._model = model
         self._chunk = chunk
-        self._context = context
+        self.context = context  # tokens of a prompt and its answer
         self.tally = Tally()
         self._kept = KeptCache(model)
         self._thread = ThreadPoolExecutor(1, "moetier-answers")
@@ -96,7 +97,7 @@ class OneByOne(BaseGenerateManager):
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Answer]:
         ids, wanted = ids_of(inputs), gen_config
-        wanted.fit(len(ids), self._context)
+        wanted.fit(len(ids), self.context, longest_context(model.config))
         queue: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         answer = Answer(wanted.stop, self.tally, processor._tokenizer, loop, queue, response_parser=response_parser)

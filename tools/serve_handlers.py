@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -12,7 +14,9 @@ from openai.types.completion_usage import PromptTokensDetails
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import BaseHandler, GenerationState
+from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
+
+from moetier.runtime.context import first_ids
 
 from moetier.runtime.compat import LIST_MODELS
 
@@ -69,6 +73,35 @@ class _Handler(BaseHandler):
     generation_state: OneManager
     end_of_turn: str | None = None  # a string that ends every answer
 
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answer as transformers' handlers do, with a prompt that is rendered and tokenised off the event loop.
+
+        Raises Refusal.
+        """
+        model_id, model, tokenizer = self._resolve_model(body)
+        ids = await asyncio.to_thread(self._prepare, body)
+        wanted = self._build_generation_config(body, model.generation_config)
+        answer = self._streaming if body.get("stream") else self._non_streaming  # type: ignore[attr-defined]
+        tools = {"tools": body["tools"]} if "tools" in body else {}
+        found = answer(
+            request_id, model, tokenizer, model_id, {"input_ids": ids}, wanted, self.generation_state.manager, **tools
+        )
+        return await found if inspect.isawaitable(found) else found
+
+    def _prepare(self, body: dict[str, Any]) -> list[int]:
+        """Check a request's body, of which the checked fields remain, and return the first tokens of its prompt.
+
+        On a thread of its own. Raises Refusal.
+        """
+        self._validate_request(body)
+        return self._ids(body, self.model_manager.load_model_and_processor()[1])
+
+    def _ids(self, body: dict[str, Any], tokenizer: Any) -> list[int]:
+        raise NotImplementedError
+
+    def _first_ids(self, tokenizer: Any, text: str, **options: Any) -> list[int]:
+        return first_ids(tokenizer, text, self.generation_state.manager.context, **options)
+
     def _validate_request(self, body: dict[str, Any]) -> None:
         given = checked(body, self.asked)
         if body.get("model") not in (None, self.model_manager.name):
@@ -99,6 +132,13 @@ class _Handler(BaseHandler):
             usage.prompt_tokens_details = None if kept is None else PromptTokensDetails(cached_tokens=kept)
         found: str = super()._build_chunk_sse(*args, **kwargs)  # type: ignore[misc]
         return found
+
+    @staticmethod
+    def chunk_to_sse(chunk: Any) -> str:
+        """An event of a stream. Its choices have a finish_reason, which is null before the last one."""
+        said = chunk.model_dump(exclude_none=True)
+        said["choices"] = [{**choice, "finish_reason": choice.get("finish_reason")} for choice in said["choices"]]
+        return f"data: {json.dumps(said, ensure_ascii=False)}\n\n"
 
     def _streaming(self, *args: Any, **kwargs: Any) -> Any:
         response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
@@ -143,6 +183,21 @@ def _failure(event: str) -> Refusal | None:
 class ChatHandler(_Handler, ChatCompletionHandler):
     asked, prompt = ChatAsked, "messages"
 
+    def _ids(self, body: dict[str, Any], tokenizer: Any) -> list[int]:
+        messages = self.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+
+        def render(tools: Any) -> str:
+            given = body.get("chat_template_kwargs", {})
+            text: str = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tools=tools, tokenize=False, **given
+            )
+            return text
+
+        text = render(body.get("tools"))
+        if body.get("tools") and text == render(None):
+            raise Refusal(400, "tools: the model's chat template does not use them.", param="tools")
+        return self._first_ids(tokenizer, text, add_special_tokens=False)
+
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         pieces = await self._pieces(*args, **kwargs)
         deltas = [piece["choices"][0]["delta"] for piece in pieces]
@@ -159,6 +214,9 @@ class ChatHandler(_Handler, ChatCompletionHandler):
 
 class TextHandler(_Handler, CompletionHandler):
     asked, prompt = TextAsked, "prompt"
+
+    def _ids(self, body: dict[str, Any], tokenizer: Any) -> list[int]:
+        return self._first_ids(tokenizer, body["prompt"])
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         pieces = await self._pieces(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import signal
@@ -10,10 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moetier.tiers.errors import ConfigError
 
 GRACE = 5  # seconds for clients to take what is still sent to them
+HEADER_SECONDS = 20.0  # for all headers of a request, from the connection or from the answer before
+BACKLOG = 128  # connections that are accepted in one go
+TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -45,14 +50,85 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class BoundedProtocol(H11Protocol):
+    """Bounds what no ASGI application sees: connections without a request.
+
+    A connection is idle until all headers of a request have arrived, and again once that is answered. It is closed
+    after ``header_seconds`` of that. Beyond ``most_connections`` the one that has been idle for longest makes room for
+    a new one; where none is idle, the new one is refused.
+    """
+
+    most_connections: int
+    header_seconds: float
+    idle_since: float | None = None  # the event loop's time; None while a request is under way
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.most_connections:
+            others = (each for each in self.connections if isinstance(each, BoundedProtocol))
+            idle = {each: each.idle_since for each in others if each.idle_since is not None}
+            if idle:
+                min(idle, key=lambda each: idle[each]).drop()
+            else:
+                transport.write(TOO_MANY)
+                transport.close()
+                return
+        self._rest()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._work()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete:  # else the next request had arrived already
+            self._rest()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._work()
+        super().connection_lost(exc)
+
+    def drop(self) -> None:
+        """Close the connection at once, and stop counting it."""
+        self._work()
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _rest(self) -> None:
+        self._work()
+        self.idle_since = self.loop.time()
+        self._timer = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _work(self) -> None:
+        self.idle_since = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Server(uvicorn.Server):
     """Calls ``ready`` when it listens, and ``ending`` when a signal tells it to end: then it waits for the last answers
-    to be sent, for GRACE seconds."""
+    to be sent, for GRACE seconds. ``connections`` is the most that it has at a time."""
 
-    def __init__(self, app: Any, *, ready: Callable[[], None], ending: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        connections: int,
+        ready: Callable[[], None],
+        ending: Callable[[], None],
+        header_seconds: float = HEADER_SECONDS,
+    ) -> None:
+        protocol = type(
+            "Protocol", (BoundedProtocol,), {"most_connections": connections, "header_seconds": header_seconds}
+        )
         super().__init__(
             uvicorn.Config(
                 app,
+                http=protocol,
+                backlog=BACKLOG,
                 log_config=None,
                 lifespan="on",
                 ws="none",

@@ -11,8 +11,15 @@ from fastapi.responses import JSONResponse
 class Refusal(HTTPException):
     """Raised where a request is looked at; transformers' server and ours answer with it."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(status_code=status, detail=message, headers=headers)
         self.param, self.code = param, code
 

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 from transformers import ContinuousBatchingConfig
 from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, CBWorkerDeadError, _StreamError
 
+from moetier.runtime.context import longest_context
 from moetier.tiers.errors import ConfigError
 
 from .decoding import ONE_SEQUENCE, goes_on
@@ -97,7 +98,7 @@ class Together(BaseGenerateManager):
 
     def __init__(self, model: Any, context: int, chunk: int, requests: int) -> None:
         """Raises ConfigError for a model whose layers transformers can't compute so."""
-        self._context = context
+        self.context = context  # tokens of a prompt and its answer
         self.tally = Tally()
         self._answers: WeakValueDictionary[str, SharedAnswer] = WeakValueDictionary()
         if not goes_on(model):
@@ -159,7 +160,7 @@ class Together(BaseGenerateManager):
             log_failure("Computing together", error)
             raise CBWorkerDeadError
         ids, wanted = ids_of(inputs), gen_config
-        wanted.fit(len(ids), self._context)
+        wanted.fit(len(ids), self.context, longest_context(model.config))
         for name, value in self._fixed.items():
             if wanted.asked.get(name, value) != value:
                 raise Refusal(400, f"{name}: with --parallel it is {value:g} for all requests.", param=name)

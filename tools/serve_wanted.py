@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from moetier.runtime.context import counted
 from moetier.tiers.errors import MoetierError
 
 from .serve_refusal import Refusal
@@ -34,14 +35,19 @@ class Wanted:
         found: int = self.config.max_new_tokens
         return found
 
-    def fit(self, prompt: int, context: int) -> None:
-        """Into a context of so many tokens. Raises Refusal."""
+    def fit(self, prompt: int, context: int, longest: int | None) -> None:
+        """End the answer where a context of so many tokens ends. Raises Refusal for a prompt that does not fit.
+
+        ``prompt`` is the length of what ``first_ids`` gave, ``longest`` the model's own maximum context.
+        """
         if not prompt:
             raise Refusal(400, f"{self.param}: there is not one token in it.", param=self.param)
         if prompt >= context:
+            whose = "the model's maximum context" if context == longest else "the context of this server (--context)"
             raise Refusal(
                 400,
-                f"The prompt has {prompt} tokens, and the context of this server {context} (--context).",
+                f"The prompt has {counted(prompt, context)} tokens, and {whose} is {context:,}, prompt and answer "
+                "together.",
                 param=self.param,
                 code="context_length_exceeded",
             )

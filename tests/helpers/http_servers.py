@@ -21,7 +21,9 @@ KEY = "a-key-of-the-tests"
 
 
 @contextmanager
-def serving(directory: Path, *, context: int, together: bool, template: str | None = None) -> Iterator[tuple[Any, Any]]:
+def serving(
+    directory: Path, *, context: int, together: bool, template: Any = None, most: int = 64
+) -> Iterator[tuple[Any, Any]]:
     """(application, manager), without a key; with another chat ``template`` than the model's."""
     import moetier
     from moetier.tools.serve_app import application
@@ -35,7 +37,7 @@ def serving(directory: Path, *, context: int, together: bool, template: str | No
         place = model, context, 16
         manager: Any = Together(*place, 2) if together else OneByOne(*place)
         try:
-            yield application("small", model, tokenizer, manager, None), manager
+            yield application("small", model, tokenizer, manager, None, most), manager
         finally:
             manager.stop()
 

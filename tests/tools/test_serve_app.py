@@ -114,17 +114,101 @@ def test_half_a_character(app: Any, body: dict[str, Any]) -> None:
     assert refused(app, TEXT, body)["message"] == "The body has text that is no Unicode."
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+WITH_TOOLS = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+)
+WITHOUT_TOOLS = "{{ messages[-1].content }}{% if not tools is defined %}{% set tools = none %}{% endif %}"
+
+
 def test_tools_that_were_called(app: Any) -> None:
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     for arguments in ('{"a": 1}', "{}", {"a": 1}):
-        body = {"messages": called({"name": "f", "arguments": arguments}), "tools": tools}
+        body = {"messages": called({"name": "f", "arguments": arguments})}
         assert answer_of(app, CHAT, body).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_that_the_template_does_not_use(app: Any, stream: bool) -> None:
+    error = refused(app, CHAT, {"messages": [USER], "tools": TOOLS, "stream": stream})
+    assert (error["message"], error["param"]) == ("tools: the model's chat template does not use them.", "tools")
+    assert answer_of(app, CHAT, {"messages": [USER], "tools": []}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("template", "status"),
+    [
+        (WITH_TOOLS, 200),
+        (WITHOUT_TOOLS, 400),
+        ({"default": WITHOUT_TOOLS, "tool_use": WITH_TOOLS}, 200),
+        ({"default": WITHOUT_TOOLS}, 400),
+    ],
+)
+def test_tools_are_for_templates_that_use_them(tinymix_4bit: Path, template: Any, status: int) -> None:
+    with serving(tinymix_4bit, context=400, together=False, template=template) as (app, _):
+        answer = answer_of(app, CHAT, {"messages": [USER], "tools": TOOLS})
+        assert answer.status_code == status, answer.text
+        assert answer_of(app, CHAT, {"messages": [USER]}).status_code == 200
 
 
 def test_a_template_that_does_not_like_what_it_is_given(tinymix_4bit: Path) -> None:
     with serving(tinymix_4bit, context=400, together=False, template="{{ 'a' + budget }}") as (app, _):
         error = refused(app, CHAT, {"messages": [USER], "chat_template_kwargs": {"budget": 5}})
     assert error["message"].startswith("The model's chat template refuses these messages: can only concatenate str")
+
+
+SLOW_TO_RENDER = "{% for a in range(2000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ 'a' + 5 }}"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(TEXT, {"prompt": "la mattina seguente " * 50_000}), (CHAT, {"messages": [USER]})],
+    ids=["tokenised", "rendered"],
+)
+def test_others_are_answered_while_a_prompt_is(tinymix_4bit: Path, path: str, body: dict[str, Any]) -> None:
+    """A megabyte of text, or a template with much to do; of neither comes more than an error."""
+
+    async def ask(app: Any) -> tuple[httpx2.Response, int]:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            slow = asyncio.ensure_future(client.post(path, json=body))
+            others = 0
+            while not slow.done():
+                assert (await client.get("/health")).status_code == 200
+                others += not slow.done()
+            return await slow, others
+
+    with serving(tinymix_4bit, context=50_000, together=False, template=SLOW_TO_RENDER) as (app, _):
+        answer, others = asyncio.run(ask(app))
+    assert answer.status_code == 400
+    assert others > 2  # one could be before the prompt
+
+
+def test_stream_chunks_say_that_they_are_not_the_last(app: Any) -> None:
+    for path, body in (TEXT, {"prompt": "Due"}), (CHAT, {"messages": [USER]}):
+        answer = answer_of(app, path, body | {"stream": True})
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        assert events.pop() == "[DONE]"
+        reasons = [json.loads(event)["choices"][0]["finish_reason"] for event in events]
+        assert len(reasons) > 1
+        assert reasons == [None] * (len(reasons) - 1) + ["length"]
+
+
+def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
+    """Both numbers are named, and whose the limit is."""
+    for context, most, whose in (
+        (2048, "2,048", "the model's maximum context"),
+        (100, "100", "the context of this server (--context)"),
+    ):
+        with serving(tinymix_4bit, context=context, together=False) as (app, _):
+            for prompt, tokens in ((" la" * 3005, "3,005"), (" la" * 400_000, f"more than {2 * context:,}")):
+                said = refused(app, TEXT, {"prompt": prompt})
+                if context == 100 and tokens == "3,005":
+                    tokens = "more than 200"
+                assert said["message"] == (
+                    f"The prompt has {tokens} tokens, and {whose} is {most}, prompt and answer together."
+                )
+                assert (said["param"], said["code"]) == ("prompt", "context_length_exceeded")
 
 
 def answer_after(error: Exception, directory: Path) -> httpx2.Response:

@@ -1,0 +1,266 @@
+"""What clients can't take of a server: a small application behind the server's own listener, at real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason='pip install ".[serve]"')
+pytest.importorskip("fastapi", reason='pip install ".[serve]"')
+pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
+
+from readers import PATIENCE
+from threads import wait_until
+
+from moetier.tools.serve_bounds import MOST_BYTES, Bounds
+from moetier.tools.serve_gate import Gate
+from moetier.tools.serve_listen import Server, bind
+
+MOST, CONNECTIONS = 3, 8
+GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+class Application:
+    """Answers with the length of the body, when it may; "long" has an endless answer."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.may.set()
+        self.bodies: list[int] = []
+        self.ended = threading.Event()
+        self.asked = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            for _ in range(2):
+                await send({"type": f"{(await receive())['type']}.complete"})
+            return
+        self.asked += 1
+        length = 0
+        if scope["method"] == "POST":
+            message = await receive()
+            assert not message["more_body"]
+            length = len(message["body"])
+            self.bodies.append(length)
+        while not self.may.is_set():
+            await asyncio.sleep(0.01)
+        kind = dict(scope["headers"])[b"content-type"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-kind", kind)]})
+        try:
+            while dict(scope["headers"]).get(b"x-answer") == b"long":
+                await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+            await send({"type": "http.response.body", "body": str(length).encode()})
+        finally:
+            self.ended.set()
+
+
+@pytest.fixture
+def application() -> Application:
+    return Application()
+
+
+@pytest.fixture
+def address(application: Application) -> Iterator[tuple[str, int]]:
+    """Of a server whose times are over for no test."""
+    with serving(application) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(application: Application, header_seconds: float = PATIENCE, **seconds: float) -> Iterator[tuple[str, int]]:
+    ready = threading.Event()
+    app = Gate(Bounds(application, MOST, **seconds), None, lambda _: None)
+    with bind("127.0.0.1", 0) as bound:
+        server = Server(
+            app, connections=CONNECTIONS, ready=ready.set, ending=lambda: None, header_seconds=header_seconds
+        )
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            assert ready.wait(PATIENCE)
+            yield bound.getsockname()
+        finally:
+            application.may.set()
+            server.should_exit = True
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def connection(address: tuple[str, int], sent: bytes = b"") -> Iterator[socket.socket]:
+    with socket.create_connection(address, PATIENCE) as found:
+        found.sendall(sent)
+        yield found
+
+
+def answer(found: socket.socket) -> tuple[int, str, dict[str, str]]:
+    """(status, body, headers) of one answer with a Content-Length; (0, "", {}) where the connection was closed."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while b"\r\n\r\n" not in received and (piece := found.recv(1 << 16)):
+            received += piece
+    if not received:
+        return 0, "", {}
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    if headers.get("transfer-encoding") == "chunked":
+        while not body.endswith(b"0\r\n\r\n"):
+            body += found.recv(1 << 16)
+        body = body.split(b"\r\n")[1]
+    while len(body) < int(headers.get("content-length", 0)):
+        body += found.recv(1 << 16)
+    return int(first.split()[1]), body.decode(), headers
+
+
+def error_of(body: str) -> dict[str, Any]:
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+def test_the_bytes_that_arrive_are_counted(address: tuple[str, int], application: Application) -> None:
+    """Of 40 MiB in chunks the application sees nothing, whatever Content-Length says; the server reads on nowhere."""
+    piece = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    with connection(address, POST + CHUNKED + b"Content-Length: 5\r\n\r\n") as found:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(40):
+                found.sendall(piece)
+            found.sendall(b"0\r\n\r\n")
+        status, body, headers = answer(found)
+    assert (status, headers["connection"]) == (413, "close")
+    assert str(MOST_BYTES) in error_of(body)["message"]
+    with connection(address, POST + b"Content-Length: 16777217\r\n\r\n") as found:
+        assert answer(found)[0] == 413
+    assert not application.bodies
+
+
+def test_a_body_in_chunks_needs_no_length_and_no_type(address: tuple[str, int]) -> None:
+    with connection(address, POST + CHUNKED + b"\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n") as found:
+        status, body, headers = answer(found)
+        assert (status, body, headers["x-kind"]) == (200, "5", "application/json")
+        found.sendall(POST + b"Content-Length: 4\r\nContent-Type: text/plain\r\n\r\nabcd")
+        status, body, headers = answer(found)
+        assert (status, body, headers["x-kind"]) == (200, "4", "text/plain")
+
+
+def test_a_web_page_needs_a_type(address: tuple[str, int]) -> None:
+    """Without one a browser would send its request to this server without asking it."""
+    origin = b"Origin: https://evil.example\r\nContent-Length: 2\r\n"
+    with connection(address, POST + origin + b"\r\n{}") as found:
+        status, body, _ = answer(found)
+        assert (status, error_of(body)["type"]) == (400, "invalid_request_error")
+        found.sendall(POST + origin + b"Content-Type: application/json\r\n\r\n{}")
+        assert answer(found)[0] == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET", GET[:-2], GET[:-2] + b"X-A: " + b"a" * 100])
+def test_headers_have_their_time(application: Application, sent: bytes) -> None:
+    with serving(application, header_seconds=0.3) as address, connection(address, sent) as found:
+        assert answer(found)[0] == 0
+
+
+def test_headers_that_trickle_have_no_more_time(application: Application) -> None:
+    """Nor have those of a second request."""
+    with serving(application, header_seconds=0.3) as address, connection(address, GET) as found:
+        assert answer(found)[0] == 200
+        while answer_is_missing(found):
+            found.sendall(b"G")
+
+
+def answer_is_missing(found: socket.socket) -> bool:
+    """For a twentieth of a second; False once the connection is closed."""
+    found.settimeout(0.05)
+    try:
+        return found.recv(1) != b""
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def test_a_request_under_way_has_all_the_time(application: Application) -> None:
+    with serving(application, header_seconds=0.3) as address:
+        application.may.clear()
+        with connection(address, POST + b"Content-Length: 2\r\n\r\n{}") as found:
+            with connection(address) as other:
+                assert answer(other)[0] == 0  # whose time began later is over
+            application.may.set()
+            assert answer(found)[:2] == (200, "2")
+
+
+@pytest.mark.parametrize("head", [CHUNKED + b"\r\n1\r\na\r\n", b"Content-Length: 100\r\n\r\na"])
+def test_a_body_has_its_time(application: Application, head: bytes) -> None:
+    with serving(application, body_seconds=0.3) as address:
+        with connection(address, POST + head) as found:
+            status, body, headers = answer(found)
+            assert (status, headers["connection"]) == (408, "close")
+            assert "0.3 s" in error_of(body)["message"]
+            assert answer(found)[0] == 0
+        assert not application.bodies
+
+
+def test_an_answer_that_is_not_taken_ends(application: Application) -> None:
+    request = POST + b"X-Answer: long\r\nContent-Length: 2\r\n\r\n{}"
+    with serving(application, answer_seconds=0.3) as address, connection(address, request):
+        assert application.ended.wait(PATIENCE)
+
+
+def test_more_requests_than_there_is_room_for_are_told_to_come_back(
+    address: tuple[str, int], application: Application
+) -> None:
+    application.may.clear()
+    with contextlib.ExitStack() as several:
+        request = POST + b"Content-Length: 2\r\n\r\n{}"
+        served = [several.enter_context(connection(address, request)) for _ in range(MOST - 1)]
+        slow = several.enter_context(connection(address, POST + b"Content-Length: 2\r\n\r\n"))
+        wait_until(lambda: len(application.bodies) == MOST - 1)
+        further = several.enter_context(connection(address, request))
+        status, body, headers = answer(further)
+        assert (status, headers["retry-after"]) == (429, "5")
+        assert (error_of(body)["type"], error_of(body)["code"]) == ("invalid_request_error", "queue_full")
+        slow.sendall(b"{}")
+        wait_until(lambda: len(application.bodies) == MOST)
+        application.may.set()
+        assert [answer(each)[0] for each in (*served, slow)] == [200] * MOST
+        further.sendall(request)
+        assert answer(further)[0] == 200
+
+
+def test_idle_connections_make_room(address: tuple[str, int], application: Application) -> None:
+    """Those that have been idle for longest; a request under way does not."""
+    application.may.clear()
+    with contextlib.ExitStack() as several:
+        busy = several.enter_context(connection(address, POST + b"Content-Length: 2\r\n\r\n{}"))
+        wait_until(lambda: bool(application.bodies))
+        idle = [several.enter_context(connection(address, b"GET /")) for _ in range(5 * CONNECTIONS)]
+        for each in idle[: 4 * CONNECTIONS]:
+            assert answer(each)[0] == 0
+        application.may.set()
+        assert answer(busy)[0] == 200
+        last = idle[-1]
+        last.sendall(GET.removeprefix(b"GET /"))
+        assert answer(last)[0] == 200
+
+
+def test_connections_that_are_all_busy_let_no_other_in(address: tuple[str, int], application: Application) -> None:
+    application.may.clear()
+    with contextlib.ExitStack() as several:
+        busy = [several.enter_context(connection(address, GET)) for _ in range(CONNECTIONS)]
+        wait_until(lambda: application.asked == CONNECTIONS)
+        with connection(address) as further:
+            status, _, headers = answer(further)
+            assert (status, headers["retry-after"]) == (503, "5")
+        application.may.set()
+        assert [answer(each)[0] for each in busy] == [200] * CONNECTIONS
+        with connection(address, GET) as found:
+            assert answer(found)[0] == 200
