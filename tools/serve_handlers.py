@@ -16,9 +16,8 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
-from moetier.runtime.context import first_ids
-
 from moetier.runtime.compat import LIST_MODELS
+from moetier.runtime.context import first_ids
 
 from .decoding import LEAST_TEMPERATURE, SAMPLING, sampling_of
 from .serve_refusal import Refusal, refusal_body, unknown_model
