@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,15 @@ def test_a_message_longer_than_the_context_is_refused(tokenizer: Any) -> None:
     assert "--context" in caught.value.fix
     assert talk.left_out == 0  # what was said before is still there
     talk.prompt("Who?")
+
+
+def test_a_message_of_any_size_is_refused_at_once(tokenizer: Any) -> None:
+    """12 MB, of which a tokenizer reads some MB a second; turns that are left out do not make it shorter."""
+    conversation = Conversation(tokenizer, system=None, context=100, room=10)
+    conversation.add("Who is there?", "A friend.")
+    conversation.add("What friend?", "Yours.")
+    began = time.process_time()
+    with pytest.raises(ConfigError, match="takes more than 200 tokens, and the context is 100"):
+        conversation.prompt("To be, or not to be: " * 600_000)
+    assert time.process_time() - began < 2
+    assert conversation.left_out == 0
