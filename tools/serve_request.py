@@ -16,6 +16,7 @@ from .serve_refusal import Refusal
 
 MOST_TOKENS = 1 << 31
 MOST_STOPS = 4
+MOST_MESSAGES = 1 << 16  # looking at more would take seconds, and few contexts have room for them
 NOT_OF_TEMPLATES = {  # whatever takes what is meant for a template has parameters of its own
     *("messages", "load_audio_from_video", "compiled_template"),
     *(
@@ -144,7 +145,7 @@ class Message(_Open):
 
 
 class ChatAsked(Asked):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: list[Tool] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None

@@ -26,6 +26,7 @@ from http_servers import KEY, ServerProcess
 from openai import AsyncOpenAI, OpenAI
 from prometheus import scrape
 from prometheus_client.parser import text_string_to_metric_families as parsed
+from readers import PATIENCE
 from threads import wait_until
 
 from moetier.tools.main import main
@@ -33,6 +34,8 @@ from moetier.tools.main import main
 PROMPT = "La mattina seguente, don Rodrigo"
 NAME = "small"
 QUEUED = ["--context", "1500", "--queue", "8"]
+SHOWN = {"Authorization": f"Bearer {KEY}"}
+LONG = "la mattina " * 100_000
 SAMPLED = {"temperature": 1.0, "max_tokens": 16}
 
 
@@ -184,6 +187,32 @@ def test_more_than_the_queue_holds_is_told_to_come_back(either: ServerProcess) -
             assert refused.value.response.headers["retry-after"] == "5"
             assert httpx2.get(either.url + "/health").status_code == 200
         counted_at_rest(either)
+        assert text_of(client, max_tokens=1)
+
+
+def test_bad_clients_do_not_keep_others_out(either: ServerProcess) -> None:
+    """Half of a header on 400 connections, a megabyte as a prompt, 40 MiB in chunks that claim to be five bytes."""
+    host, port = either.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n".encode()
+    authorised = head + f"Authorization: Bearer {KEY}\r\n".encode()
+    with contextlib.ExitStack() as several, either.client() as client, ThreadPoolExecutor(1) as thread:
+        idle = [several.enter_context(socket.create_connection((host, int(port)))) for _ in range(400)]
+        for connection in idle[::-1]:
+            with contextlib.suppress(ConnectionError):  # it has made room already
+                connection.sendall(head)
+        with contextlib.suppress(ConnectionResetError):
+            assert idle[0].recv(1) == b""
+        large = thread.submit(lambda: httpx2.post(either.url + "/v1/completions", headers=SHOWN, json={"prompt": LONG}))
+        while not large.done():
+            assert httpx2.get(either.url + "/health", timeout=PATIENCE).status_code == 200
+        assert large.result().json()["error"]["code"] == "context_length_exceeded"
+        chunked = several.enter_context(socket.create_connection((host, int(port))))
+        with contextlib.suppress(ConnectionError):
+            chunked.sendall(authorised + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n")
+            for _ in range(40):
+                chunked.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+            chunked.sendall(b"0\r\n\r\n")
+        assert chunked.recv(12) == b"HTTP/1.1 413"
         assert text_of(client, max_tokens=1)
 
 
