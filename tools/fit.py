@@ -124,7 +124,7 @@ def _memory_problem(
 ) -> BudgetError:
     """In whole: budgets know only what the trunk leaves. ``there`` is where it is too little: with a GPU the trunk and
     the context are on it, and the host has experts alone."""
-    if (config.ram or config.device_memory) and "Give --" in error.fix:
+    if (config.ram or config.device_memory) and "Give `" in error.fix:
         return error
     least = smallest_budget(choice.manifest)
     experts = f"a token's experts of a block ({format_bytes(least)})"

@@ -266,7 +266,7 @@ def test_the_store_alone_is_no_model_directory(tinymix_4bit: Path) -> None:
 def test_a_budget_out_of_bounds_says_its_bounds(tinymix_4bit: Path) -> None:
     with pytest.raises(BudgetError, match="too small") as caught:
         plan(tinymix_4bit, ram="100KiB", disk=GB_PER_S)
-    assert caught.value.fix.startswith("Give --ram from ")
+    assert caught.value.fix.startswith("Give `ram` from ")
 
 
 def test_memory_is_what_the_control_group_leaves(index_only: Path) -> None:
