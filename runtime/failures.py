@@ -13,7 +13,8 @@ from .channel import speaks_tls
 from .status import METADATA, error_of
 
 _TOO_LARGE = "larger than max"  # a message; otherwise the daemon takes no more calls
-_NO_TRUST = ("handshake failed", "certificate_verify_failed", "hostname verification")
+# the last one is older gRPC's: "Peer name localhost is not in peer certificate"
+_NO_TRUST = ("handshake failed", "certificate_verify_failed", "hostname verification", "not in peer certificate")
 _PLAIN = "wrong_version_number"  # the answer to TLS of who speaks none
 _CUT_OFF = ("failed to connect", "socket closed")  # both: before it was a connection
 _HANDSHAKE = 2.0  # seconds
