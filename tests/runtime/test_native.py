@@ -86,7 +86,13 @@ for line in open("/proc/self/maps"):
 """
 
 
-@pytest.mark.parametrize("mode", [ctypes.RTLD_LOCAL, ctypes.RTLD_GLOBAL], ids=["for itself", "for all libraries"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(ctypes.RTLD_LOCAL, id="for itself"),
+        pytest.param(ctypes.RTLD_GLOBAL, id="for all libraries", marks=pytest.mark.slow),
+    ],
+)
 def test_of_several_openmps_it_is_the_one_that_torch_calls(mode: int, tmp_path: Path) -> None:
     """Beside torch's folder there are copies of its OpenMP, as other packages bring them. What torch sets shows in the
     one that it calls alone."""
