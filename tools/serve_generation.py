@@ -15,7 +15,6 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from moetier.runtime.context import longest_context
 from moetier.runtime.experts import experts_modules
 
 from .decoding import behind, chunks_of, penalties_of
@@ -97,7 +96,6 @@ class OneByOne(BaseGenerateManager):
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Answer]:
         ids, wanted = ids_of(inputs), gen_config
-        wanted.fit(len(ids), self.context, longest_context(model.config))
         queue: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         answer = Answer(wanted.stop, self.tally, processor._tokenizer, loop, queue, response_parser=response_parser)

@@ -17,7 +17,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
 from moetier.runtime.compat import LIST_MODELS
-from moetier.runtime.context import first_ids
+from moetier.runtime.context import first_ids, longest_context
 
 from .decoding import LEAST_TEMPERATURE, SAMPLING, sampling_of
 from .serve_refusal import Refusal, refusal_body, unknown_model
@@ -80,6 +80,7 @@ class _Handler(BaseHandler):
         model_id, model, tokenizer = self._resolve_model(body)
         ids = await asyncio.to_thread(self._prepare, body)
         wanted = self._build_generation_config(body, model.generation_config)
+        wanted.fit(len(ids), self.generation_state.manager.context, longest_context(model.config))
         answer = self._streaming if body.get("stream") else self._non_streaming  # type: ignore[attr-defined]
         tools = {"tools": body["tools"]} if "tools" in body else {}
         found = answer(

@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 from transformers import ContinuousBatchingConfig
 from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, CBWorkerDeadError, _StreamError
 
-from moetier.runtime.context import longest_context
 from moetier.tiers.errors import ConfigError
 
 from .decoding import ONE_SEQUENCE, goes_on
@@ -160,7 +159,6 @@ class Together(BaseGenerateManager):
             log_failure("Computing together", error)
             raise CBWorkerDeadError
         ids, wanted = ids_of(inputs), gen_config
-        wanted.fit(len(ids), self.context, longest_context(model.config))
         for name, value in self._fixed.items():
             if wanted.asked.get(name, value) != value:
                 raise Refusal(400, f"{name}: with --parallel it is {value:g} for all requests.", param=name)
