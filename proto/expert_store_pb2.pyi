@@ -176,7 +176,7 @@ class StatsReply(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ModelStats, _Mapping]]] = ..., uptime_s: _Optional[float] = ..., details: _Optional[_Iterable[_Union[Details, _Mapping]]] = ...) -> None: ...
 
 class ModelStats(_message.Message):
-    __slots__ = ("name", "digest", "host", "clients", "sessions", "leases", "requests", "used", "fetches", "fetched_bytes", "session_bytes_in", "session_bytes_out", "recovered")
+    __slots__ = ("name", "digest", "host", "clients", "sessions", "leases", "requests", "used", "fetches", "fetched_bytes", "session_bytes_in", "session_bytes_out", "recovered", "fault")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +190,7 @@ class ModelStats(_message.Message):
     SESSION_BYTES_IN_FIELD_NUMBER: _ClassVar[int]
     SESSION_BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     host: Tier
@@ -203,7 +204,8 @@ class ModelStats(_message.Message):
     session_bytes_in: int
     session_bytes_out: int
     recovered: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ...) -> None: ...
+    fault: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., clients: _Optional[int] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., requests: _Optional[int] = ..., used: _Optional[int] = ..., fetches: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., session_bytes_in: _Optional[int] = ..., session_bytes_out: _Optional[int] = ..., recovered: _Optional[int] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class Details(_message.Message):
     __slots__ = ("clients", "blocks")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from moetier.proto import expert_store_pb2 as pb
+from moetier.tiers.errors import StoreError
 from moetier.tiers.host import HostTier
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.learner import Learner
 from moetier.tiers.manifest import Manifest
 
 from .fetch import Fetches
+from .logfmt import say
+
+_log = logging.getLogger(__name__)
 
 
 class Hosted:
@@ -28,12 +34,19 @@ class Hosted:
         self.budget_bytes = host.stats().slot_bytes
         self.fetches = Fetches(host, manifest, self.slots, patience=patience)
         host.uses()  # are counted from now on
+        self.when_condemned: Callable[[], None] = lambda: None
         self._learner = Learner(host) if learn else None
         self._lock = threading.Lock()  # of the four below
         self._requests = 0
         self._used = 0
         self._bytes_in = 0
         self._bytes_out = 0
+
+    def condemn(self, error: StoreError) -> None:
+        """Ends the service of a store that is not that of its digest. The daemon serves its other models on."""
+        say(_log, "condemned", logging.ERROR, model=self.name, cause=error.cause, fix=error.fix)
+        self.host.condemn(error)
+        self.when_condemned()
 
     @property
     def name(self) -> str:
@@ -77,6 +90,7 @@ class Hosted:
                 session_bytes_in=self._bytes_in,
                 session_bytes_out=self._bytes_out,
                 recovered=self.host.recovered,
+                fault="" if self.host.fault is None else self.host.fault.cause,
             )
 
     def blocks(self) -> list[pb.Block]:

@@ -69,6 +69,7 @@ def open_models(
         model = Hosted(store.manifest, host, store.folder.parent, patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
+        store.on_fault(model.condemn)
         _keep(model, taken, manager)
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"

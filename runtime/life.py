@@ -96,6 +96,14 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     clients = Clients(models, leases=config.leases, patience=config.wait)
     description = describe(models, version("moetier"))
     health = Health()
+
+    def end_health_without_models() -> None:
+        if all(model.host.fault is not None for model in models.values()):
+            health.end()
+
+    for model in models.values():
+        model.when_condemned = end_health_without_models
+    end_health_without_models()  # what was condemned before has told nobody
     servers = [
         local_server(
             Service(clients, description), health, clients=clients, sessions=config.max_clients, models=len(models)

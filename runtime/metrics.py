@@ -60,6 +60,7 @@ OF_CLIENTS_NOW = {
     "leases": ("leases", "Slots held for clients of this host, or on their way to them."),
     "recovered_slots": ("recovered", "Slots that were taken back full when the daemon started."),
 }
+FAULTY = "1 where nothing is served any more, as the shards are not all of one conversion."
 OF_CLIENTS = {
     "requests": ("requests", "Requests of clients for the missing experts of a block."),
     "reported_hits": ("used", "Hits that clients found by themselves, and reported."),
@@ -89,6 +90,10 @@ class DaemonCollector(Collector):
             for name, model in named:
                 gauge.add_metric([name], getattr(model, field))
             yield gauge
+        faulty = GaugeMetricFamily("moetier_daemon_faulty", FAULTY, labels=LABELS[:1])
+        for name, model in named:
+            faulty.add_metric([name], bool(model.fault))
+        yield faulty
         for metric, (field, meaning) in OF_CLIENTS.items():
             counter = CounterMetricFamily(f"moetier_daemon_{metric}", meaning, labels=LABELS[:1])
             for name, model in named:

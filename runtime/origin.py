@@ -83,6 +83,7 @@ def _own(folder: Path, slots: Mapping[str, int], config: TierConfig) -> Origin:
     with contextlib.ExitStack() as closing:
         store = closing.enter_context(ExpertStore.open(folder))
         host, learner = _host(store, slots, config, closing)
+        store.on_fault(host.condemn)
         return Origin(host, "this process", closing.pop_all().close, learner)
 
 
@@ -100,6 +101,8 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
     with contextlib.ExitStack() as closing:
         reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
         host, learner = _host(reader, slots, config, closing)
+        if reader.local is not None:
+            reader.local.on_fault(host.condemn)
         closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
         where = f"the daemons {', '.join(map(str, config.daemons))}"
         return Origin(host, where, closing.pop_all().close, learner, reader.shares)

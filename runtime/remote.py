@@ -130,8 +130,14 @@ class RemoteReader:
             lines = self._lines
         assert lines is not None
         Transfer(key, view, self.manifest.digest, self.address, self._patience).run(lines, self._pool)
-        if crc32c(view[:-CHECKSUM_BYTES]) != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+        crc = crc32c(view[:-CHECKSUM_BYTES])
+        if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             raise ChecksumError(
                 f"{self.manifest.model}, {key}: checksum mismatch in what the daemon {self.address} sent.",
                 "Check its store (moetier verify) and the network.",
+            )
+        if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
+            raise ChecksumError(
+                f"{self.manifest.model}, {key}: the daemon {self.address} sent a record of another conversion.",
+                "On its host, check the store (moetier verify) and copy the shards again; then start it again.",
             )

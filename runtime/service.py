@@ -33,7 +33,12 @@ class Service(ExpertStoreServicer):
         self._began = time.monotonic()
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
-        return self._description
+        """Without the models that turned out not to be what their digest says."""
+        found = pb.DescribeReply()
+        found.CopyFrom(self._description)
+        del found.models[:]
+        found.models.extend(m for m in self._description.models if self._clients.models[m.digest].host.fault is None)
+        return found
 
     def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
         session = bearer_of(context.invocation_metadata()) or ""

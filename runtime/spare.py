@@ -42,6 +42,7 @@ class Spare:
                             raise StoreError(f"{self._directory} holds another store by now.", "Load the model again.")
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
                         self._host = opening.enter_context(HostTier(store, slots=slots))
+                        store.on_fault(self._host.condemn)
                     except (StoreError, BudgetError) as error:
                         self._error = error
                     else:

@@ -71,7 +71,7 @@ class SpreadReader:
         self.manifest = manifest
         self.local_records = self.local_bytes = 0  # that came from the store
         self._peers = Peers(peers)
-        self._local = local
+        self.local = local
         self._patience = patience
         self._home = Home()
         self._state = threading.Lock()  # guards the counters
@@ -91,8 +91,8 @@ class SpreadReader:
             error = self._read_from_peers(key, buffer)
             if error is None:
                 return
-            if self._local is not None and key.block not in self._local.faults:
-                self._local.read_into(key, buffer, pause)
+            if self.local is not None and key.block not in self.local.faults:
+                self.local.read_into(key, buffer, pause)
                 with self._state:
                     self.local_records += 1
                     self.local_bytes += len(buffer)
@@ -108,7 +108,7 @@ class SpreadReader:
     def shares(self) -> list[Share]:
         """What came from each daemon, and at last from the store, where there is one."""
         found = self._peers.shares()
-        if self._local is not None:
+        if self.local is not None:
             with self._state:
                 found.append(Share("the local store", self.local_records, self.local_bytes))
         return found
@@ -117,8 +117,8 @@ class SpreadReader:
         """Idempotent. Reads under way end with an error. In a forked child only the store's descriptors go."""
         if self._home.is_here:
             self._peers.close()
-        if self._local is not None:
-            self._local.close()
+        if self.local is not None:
+            self.local.close()
 
     def __enter__(self) -> SpreadReader:
         return self
@@ -156,12 +156,15 @@ class SpreadReader:
 
 def _open_shards(folder: Path) -> ExpertStore | None:
     """The store of a model directory, where it has at least some of its shards."""
-    try:
-        store = ExpertStore.open(folder, damaged=True)
-    except StoreError as error:
-        _log.info("%s is not read from: %s", folder, error.cause)
-        return None
-    if len(store.faults) == len(store.manifest.blocks):
-        store.close()
-        return None
-    return store
+    with contextlib.ExitStack() as closing:
+        try:
+            store = closing.enter_context(ExpertStore.open(folder, damaged=True))
+            if not store.faults:
+                store.check_digest()
+        except StoreError as error:
+            _log.info("%s is not read from: %s", folder, error.cause)
+            return None
+        if len(store.faults) == len(store.manifest.blocks):
+            return None
+        closing.pop_all()
+        return store

@@ -108,6 +108,7 @@ class Directory:
         assert len(memory) == plan.directory_bytes
         self._plan = plan
         self._closed = False
+        self._retired = False
         self._first_keys = plan.first_keys
         words = memory.cast("Q")
         table = plan.header_words
@@ -158,6 +159,8 @@ class Directory:
 
     def publish(self, key: ExpertKey, slot: int) -> None:
         """The slot, which was withdrawn, holds the record."""
+        if self._retired:
+            return
         number = self._plan.number(key)
         self._contents[slot] = number
         self._step(slot)
@@ -168,7 +171,19 @@ class Directory:
         self._contents[slot] = NONE
         self._step(slot)
 
+    def retire(self) -> None:
+        """No slot holds anything of use, from now on and for ever: readers find nothing, and what they have found does
+        not hold."""
+        self._retired = True
+        for number in range(self._plan.keys):
+            self._table[number] = NONE
+        for slot in range(self._plan.slots):
+            self._contents[slot] = NONE
+            self._generations[slot] = (self._generations[slot] + 2) % _WORDS | 1
+
     def _step(self, slot: int) -> None:
+        if self._retired:
+            return
         # what a dead owner has left may be any number, the last one too
         self._generations[slot] = (self._generations[slot] + 1) % _WORDS
 

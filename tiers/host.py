@@ -16,7 +16,7 @@ from types import TracebackType
 from .arena import Arena
 from .budget import members
 from .demands import Demand, Pool
-from .errors import ClosedError
+from .errors import ClosedError, StoreError
 from .heads import Heads
 from .hotset import HotSet
 from .keys import ExpertKey
@@ -66,6 +66,7 @@ class HostTier:
         self.recovered = 0  # slots that were full when it began
         self._monitor = Monitor()
         self._closed = False
+        self.fault: StoreError | None = None  # for which it serves nothing any more
         self._is_to_serve = False  # the parties, as soon as the lock is let go
         self._arena = arena or Arena.create(self.plan)
         self._loaders = Loaders(store, self._arena, self._monitor)
@@ -197,7 +198,9 @@ class HostTier:
         return Session(deliver, self._desk, leases=leases, patience=patience)
 
     def export(self) -> int:
-        """A new read-only descriptor of the arena, the caller's to close; ``plan`` says what is where."""
+        """A new read-only descriptor of the arena, the caller's to close; ``plan`` says what is where. Raises
+        ClosedError, or the error that condemned the tier."""
+        self._check_open()
         return self._arena.export()
 
     def whole(self, slot: int) -> memoryview:
@@ -230,6 +233,17 @@ class HostTier:
             self._timekeeper.close()
         self._records.clear()
         self._arena.close()
+
+    def condemn(self, error: StoreError) -> None:
+        """What is in the slots is not what the manifest promises: from now on every caller, and every session, gets
+        ``error``, and whoever maps the arena finds nothing in it."""
+        with self._monitor:
+            if self._closed or self.fault is not None:
+                return
+            self.fault = error
+            self._ledger.drop(error)
+            self._arena.directory.retire()
+            self._parties.serve()
 
     def check_integrity(self) -> None:
         """Asserts that slots, groups, loads, callers and the directory agree."""
@@ -283,6 +297,8 @@ class HostTier:
         self._monitor.home.check()
         if self._closed:
             raise _closed_error()
+        if self.fault is not None:
+            raise self.fault.with_traceback(None)
 
 
 def _closed_error() -> ClosedError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from .errors import ClosedError
+from .errors import ClosedError, StoreError
 from .host import HostTier
 from .hotset import HotSet, keep_hot_set, load_hot_set
 from .monitor import Home
@@ -38,7 +38,7 @@ class Learner:
         hot = load_hot_set(self._digest, self._experts)
         try:
             self._host.warm(hot)
-        except ClosedError:
+        except (ClosedError, StoreError):
             return
         while not self._ending.wait(self._every):
             self._keep()

@@ -33,7 +33,7 @@ class Loads:
         prefetches: int,
         clock: Callable[[], float],
     ) -> None:
-        self.is_dropped = False
+        self.drop_error: BaseException | None = None
         self.lacks_slots = False  # what is full beside the slots, and wished for, found none
         self._heads = early.heads
         self._directory = directory
@@ -237,9 +237,13 @@ class Loads:
                 self._waiting.stir(demand)
         self._waiting.wake()
 
+    @property
+    def is_dropped(self) -> bool:
+        return self.drop_error is not None
+
     def drop(self, error: BaseException) -> None:
         """No loader will begin anything any more."""
-        self.is_dropped = True
+        self.drop_error = error
         self._early.drop()
         for load in self._turns.take_all():
             self.fail(load, error)

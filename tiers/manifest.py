@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import re
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -63,6 +68,7 @@ class Manifest:
     method: str = "hqq"  # how the codes were found: "hqq", or "rounding"
     trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by name; like the digest, empty until it is written
     trunk_records: TrunkRecords | None = None  # None: all of the trunk is as it was
+    record_checksums: bytes = field(default=b"", repr=False)  # what ``digest`` is the sha256 of; of older stores b""
 
     @property
     def trunk_bits(self) -> int:
@@ -72,6 +78,20 @@ class Manifest:
     def bits(self) -> Bits:
         """Of an expert's weight; projections that no group divides may have more."""
         return min(projection.bits for layout in self.layouts.values() for projection in layout.projections)
+
+    @cached_property
+    def _checksums(self) -> tuple[tuple[int, ...], ...]:
+        table = iter(struct.iter_unpack("<I", self.record_checksums))
+        return tuple(tuple(next(table)[0] for _ in range(block.experts)) for block in self.blocks)
+
+    def checksums(self, block: int) -> tuple[int, ...]:
+        """The crc32c of each of a block's records; () of an older store, whose manifest has only the digest of all."""
+        return self._checksums[block] if self.record_checksums else ()
+
+    @property
+    def plan(self) -> Manifest:
+        """What is known of it before anything is written."""
+        return replace(self, digest="", trunk={}, record_checksums=b"")
 
     def layout(self, block: int) -> RecordLayout:
         return self.layouts[self.blocks[block].array]
@@ -117,6 +137,7 @@ class Manifest:
             "digest": self.digest,
             "method": self.method,
             **({"trunk_records": asdict(self.trunk_records)} if self.trunk_records else {}),
+            **({"record_checksums": base64.b64encode(self.record_checksums).decode()} if self.record_checksums else {}),
             **({"trunk": {name: asdict(entry) for name, entry in sorted(self.trunk.items())}} if self.trunk else {}),
         }
 
@@ -155,6 +176,7 @@ class Manifest:
                 method=method.text() if (method := fields.get("method")) else "hqq",
                 trunk=dict(map(_file, trunk.members())) if (trunk := fields.get("trunk")) else {},
                 trunk_records=_trunk_records(form) if (form := fields.get("trunk_records")) else None,
+                record_checksums=_table(table) if (table := fields.get("record_checksums")) else b"",
             )
             manifest._check()
         except ValueError as error:
@@ -180,6 +202,10 @@ class Manifest:
                 raise ValueError(f"the blocks of array {name} differ in their number of experts")
         if len({b.path for b in self.blocks}) != len(self.blocks):
             raise ValueError("two blocks have one path")
+        if (table := self.record_checksums) and (
+            len(table) != 4 * self.record_count or hashlib.sha256(table).hexdigest() != self.digest
+        ):
+            raise ValueError("record_checksums are not those that digest is made of")
 
 
 def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
@@ -204,6 +230,13 @@ def _file(member: tuple[str, Fields]) -> tuple[str, FileSum]:
     if not TRUNK_NAME.fullmatch(name):
         raise ValueError(f"{value.place}: {shown(name)} is no name of a trunk file")
     return name, FileSum(value["bytes"].number(1, MOST_BYTES), value["crc32c"].number(0, 2**32 - 1))
+
+
+def _table(value: Fields) -> bytes:
+    try:
+        return base64.b64decode(value.text(), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{value.place} is {shown(value.value)}, not base64") from error
 
 
 def _trunk_records(value: Fields) -> TrunkRecords:

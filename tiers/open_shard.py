@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import mmap
+import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from .errors import MissingExpertError, StoreFormatError, StoreReadError
+from .errors import ChecksumError, MissingExpertError, StoreFormatError, StoreReadError
 from .folder import read_errors
-from .keys import PAGE
-from .shard import ShardFile
+from .keys import CHECKSUM_BYTES, PAGE
+from .shard import ShardFile, read_checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,11 @@ class OpenShard:
     direct: bool  # O_DIRECT: buffers, offsets and lengths are of whole pages
 
     @classmethod
-    def open(cls, file: ShardFile, name: str) -> OpenShard:
+    def open(cls, file: ShardFile, name: str, checksums: Sequence[int] = ()) -> OpenShard:
         """Checks it from its size to the last offset in its index, and tries O_DIRECT by a real read. ``name`` is what
-        errors call its block. Raises MissingExpertError, StoreFormatError, StoreReadError."""
+        errors call its block. Of the records' ``checksums``, where they are known, it compares the one that lies in
+        front of the index, and if that differs, the others. Raises MissingExpertError, StoreFormatError, ChecksumError,
+        StoreReadError."""
         try:
             with read_errors(file.path):
                 descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -43,9 +48,9 @@ class OpenShard:
                         f"{name}: its shard {file.path} has {size:,} bytes, {file.file_bytes:,} were expected.",
                         "Restore the file, or convert the model again.",
                     )
-                index = os.pread(descriptor, file.index_bytes, file.data_bytes)
+                end = os.pread(descriptor, CHECKSUM_BYTES + file.index_bytes, file.data_bytes - CHECKSUM_BYTES)
             try:
-                offsets = file.parse_index(index)
+                offsets = file.parse_index(end[CHECKSUM_BYTES:])
             except ValueError as error:
                 raise StoreFormatError(
                     f"{name}: its shard {file.path} can't be used: {error}.",
@@ -56,6 +61,12 @@ class OpenShard:
                     f"{name}: its shard {file.path} has no record of expert {offsets.index(-1)}.",
                     "Convert the model again.",
                 )
+            last = offsets.index(file.data_bytes - file.slot_bytes)
+            if checksums and checksums[last] != int.from_bytes(end[:CHECKSUM_BYTES], "little"):
+                with read_errors(file.path):
+                    stored = read_checksums(descriptor, offsets, file.slot_bytes)
+                if sum(map(operator.ne, stored, checksums)) > 1:  # one alone may be a flipped bit
+                    raise foreign_record(f"{name}: its shard {file.path}", file.path)
             return cls(file, descriptor, offsets, _try_direct(descriptor))
         except BaseException:
             os.close(descriptor)
@@ -89,6 +100,14 @@ class OpenShard:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def foreign_record(what: str, path: Path) -> ChecksumError:
+    """What is whole, and of another conversion: of another model of the same shape, or with other options."""
+    return ChecksumError(
+        f"{what} is not the one that the manifest knows: it is of another conversion.",
+        f"Copy {path} again from where the model directory came from, or convert the model again with --overwrite.",
+    )
 
 
 def _try_direct(descriptor: int) -> bool:

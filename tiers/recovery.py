@@ -19,10 +19,10 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
             key = arena.directory.content(slot)
             if key is not None and manifest.blocks[key.block].array == region.array:
                 claimed.setdefault(key, slot)
-    pending = iter(list(claimed.values()))  # which the threads share: whichever is free takes the next
+    pending = iter(list(claimed.items()))  # which the threads share: whichever is free takes the next
 
     def check() -> list[int]:
-        return [slot for slot in pending if _is_whole(arena, slot)]
+        return [slot for key, slot in pending if _is_whole(arena.whole(slot), key, manifest)]
 
     with ThreadPoolExecutor(threads, thread_name_prefix="moetier-recovery") as pool:
         checks = [pool.submit(check) for _ in range(threads)]
@@ -30,6 +30,8 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
     return {slot: key for key, slot in claimed.items() if slot in whole}
 
 
-def _is_whole(arena: Arena, slot: int) -> bool:
-    data = arena.whole(slot)
-    return crc32c(data[:-CHECKSUM_BYTES]) == int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:
+    stored = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+    if (known := manifest.checksums(key.block)) and known[key.expert] != stored:
+        return False  # a moetier that did not know these has read it from a shard of another conversion
+    return crc32c(data[:-CHECKSUM_BYTES]) == stored

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .demands import Demand, Party, Pool
 from .directory import Directory
-from .errors import ClosedError, ProtocolError
+from .errors import ClosedError, ProtocolError, StoreError
 from .keys import ExpertKey
 from .ledger import Ledger
 from .manifest import Manifest
@@ -129,6 +129,8 @@ class Session(Party):
         for key in keys:
             self._desk.manifest.check_keys(key.block, (key,))
         with self._desk.monitor:
+            if self._is_condemned:
+                return  # what the session asks for next is told why
             self._check_open()
             for key in keys:
                 self._desk.ledger.use(self._desk.pool(key.block), key)
@@ -137,6 +139,8 @@ class Session(Party):
         """As ``ExpertSource`` says; replaces this session's wishes alone."""
         self._desk.manifest.check_keys(block, wishes)
         with self._desk.monitor:
+            if self._is_condemned:
+                return
             self._check_open()
             self._desk.ledger.loads.wish(self._desk.pool(block), block, wishes, wisher=self)
 
@@ -164,6 +168,13 @@ class Session(Party):
         del self._requests[demand.number]
         self._deliver(Failed(demand.number, error))
 
+    @property
+    def _is_condemned(self) -> bool:
+        return isinstance(self._desk.ledger.loads.drop_error, StoreError)
+
     def _check_open(self) -> None:
+        error = self._desk.ledger.loads.drop_error
+        if isinstance(error, StoreError) and not self._closed:
+            raise error.with_traceback(None)
         if self._closed or self._desk.ledger.loads.is_dropped:
             raise ClosedError("The session was closed.", "Open a new one.")

@@ -17,12 +17,13 @@ from types import TracebackType
 import numpy as np
 
 from .checksum import crc32c
+from .digest import DigestCheck
 from .errors import ChecksumError, MissingExpertError, StoreError, StoreReadError
 from .folder import check_array, command, read_errors, read_manifest, store_folder
 from .keys import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from .manifest import Manifest
 from .monitor import Home
-from .open_shard import OpenShard
+from .open_shard import OpenShard, foreign_record
 from .shard import METADATA, ShardFile, read_checksums
 from .source import Beginning, interruptible_bytes
 from .usage import Usage
@@ -39,7 +40,7 @@ class ExpertStore:
 
         Raises IncompleteStoreError, StoreFormatError, MissingExpertError or StoreReadError when anything but the
         records' own bytes is not as it has to be. With ``damaged`` (for scrubbing) a bad shard is kept in ``faults``
-        and the reads of its records raise its error.
+        and the reads of its records raise its error; the digest of an older store is not checked then.
         """
         folder = store_folder(folder)
         manifest = read_manifest(folder)
@@ -49,15 +50,18 @@ class ExpertStore:
         try:
             for block in range(len(manifest.blocks)):
                 try:
-                    store._shards[block] = OpenShard.open(ShardFile.of(folder, manifest, block), _name(manifest, block))
+                    file, name = ShardFile.of(folder, manifest, block), _name(manifest, block)
+                    store._shards[block] = OpenShard.open(file, name, manifest.checksums(block))
                 except StoreError as error:
                     if not damaged:
                         raise
                     store._faults[block] = error
+            store._direct = all(shard.direct for shard in store._shards.values())
+            if not damaged:
+                store.check_digest()
         except BaseException:
             store.close()
             raise
-        store._direct = all(shard.direct for shard in store._shards.values())
         return store
 
     def __init__(self, folder: Path, manifest: Manifest, readers: int) -> None:
@@ -69,9 +73,36 @@ class ExpertStore:
         self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
         self._direct = False
+        self._digest_check: DigestCheck | None = None
+        self._fault: ChecksumError | None = None  # of all shards together
+        self._watchers: list[Callable[[ChecksumError], None]] = []
         self._use = Usage(f"The store {folder}")  # no descriptor is closed, and its number another file's, meanwhile
         self._lock = threading.Lock()  # guards the pool
         self._pool: ThreadPoolExecutor | None = None
+
+    def check_digest(self) -> None:
+        """Of an older store, whose manifest has no table of checksums, compares all that are stored with the digest: in
+        the background, where that takes long. From a mismatch on, all reads raise it. Raises ChecksumError if it is
+        found at once."""
+        if not self.manifest.record_checksums:
+            self._digest_check = DigestCheck(self.manifest, self._shards, self._condemn)
+            if self._fault is not None:
+                raise self._fault
+
+    def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
+        """Calls ``watcher``, by any thread, when the digest turns out not to be that of the records."""
+        with self._lock:
+            self._watchers.append(watcher)
+            fault = self._fault
+        if fault is not None:
+            watcher(fault)
+
+    def _condemn(self, error: ChecksumError) -> None:
+        with self._lock:
+            self._fault = error
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher(error)
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
@@ -129,6 +160,8 @@ class ExpertStore:
                     f"{_expert(self.manifest, key)}: checksum mismatch in {shard.file.path}.",
                     f"Check the whole: {command('verify', self.folder.parent)}; then convert again with --overwrite.",
                 )
+            if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
+                raise foreign_record(f"{_expert(self.manifest, key)}: its record in {shard.file.path}", shard.file.path)
 
     def record_crcs(self, block: int) -> tuple[int, ...]:
         """The crc32c stored behind each of a block's records, in the order of its experts."""
@@ -143,6 +176,8 @@ class ExpertStore:
 
         In a forked child there is nothing to wait for: only its own descriptors go.
         """
+        if self._home.is_here and self._digest_check is not None:
+            self._digest_check.close()
         self._use.close()
         shards, self._shards = self._shards, {}
         if self._home.is_here:
@@ -175,6 +210,8 @@ class ExpertStore:
                 f"{self.manifest.model}, {_name(self.manifest, block)} has no expert {expert}.",
                 f"Its experts are 0 to {experts - 1}.",
             )
+        if self._fault is not None:
+            raise self._fault.with_traceback(None)
         if block in self._faults:
             raise self._faults[block]
         shard = self._shards[block]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -28,10 +29,10 @@ from zarr.storage import MemoryStore
 from .checksum import checksum_bytes, crc32c
 from .durable import allocate, disk_errors, make_folders, sync_folder, write_all, write_durably
 from .errors import StoreError, TargetExistsError
-from .folder import read_json
+from .folder import read_json, read_manifest
 from .keys import CHECKSUM_BYTES
 from .manifest import FileSum, Manifest
-from .shard import METADATA, PARTIAL, PLAN, Bytes, ShardFile, StoreDigest, read_checksums
+from .shard import METADATA, PARTIAL, PLAN, Bytes, ShardFile, read_checksums
 
 PIECE_BYTES = 8 << 20  # checksummed and written at a time, while it is in the processor's cache
 FLUSH_BYTES = 64 << 20  # of dirty pages at most: a small cgroup must not be stalled by them
@@ -50,8 +51,7 @@ class StoreWriter:
         ``plan`` is the manifest with neither digest nor trunk. Raises TargetExistsError when the folder holds anything
         else or another process is writing to it, DiskSpaceError when it is full, TargetError when it can't be written.
         """
-        assert not plan.digest
-        assert not plan.trunk
+        assert plan == plan.plan
         assert Manifest.from_json(plan.to_json(), str(folder)) == plan
         with disk_errors(folder):
             make_folders(folder)
@@ -135,15 +135,14 @@ class StoreWriter:
         complete. ``source_digest`` takes the place of the plan's, where it was not known before. Closes the writer."""
         assert not self._open
         assert len(self._finished) == len(self._files), "blocks are missing"
-        digest = StoreDigest()
         with self._disk_errors():
-            for file in self._files:
-                digest.add(_stored_checksums(file))
+            checksums = b"".join(checksum_bytes(crc) for file in self._files for crc in _stored_checksums(file))
             manifest = replace(
                 self.plan,
                 source_digest=self.plan.source_digest if source_digest is None else source_digest,
-                digest=digest.hexdigest(),
+                digest=hashlib.sha256(checksums).hexdigest(),
                 trunk=trunk or {},
+                record_checksums=checksums,
             )
             # Shards that an earlier process renamed may not be in their folders durably yet.
             for name in sorted({parent for file in self._files for parent in list(file.path.parents)[:4]}):
@@ -286,13 +285,10 @@ def _check_target(folder: Path, plan: Manifest) -> None:
 
 
 def _plan_in(path: Path) -> dict[str, Any] | None:
-    """The plan of a finished store (its manifest less digest and trunk) or an unfinished one; None if it is neither."""
+    """The plan of a finished store or an unfinished one; None if it is neither."""
     try:
-        found = read_json(path)
-        if path.name == PLAN:
-            return found
-        return {key: value for key, value in found["attributes"]["moetier"].items() if key != "trunk"} | {"digest": ""}
-    except (StoreError, KeyError, TypeError, AttributeError):
+        return read_json(path) if path.name == PLAN else read_manifest(path.parent).plan.to_json()
+    except StoreError:
         return None
 
 

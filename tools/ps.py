@@ -15,7 +15,7 @@ from .plain import plain
 from .report import table
 
 if TYPE_CHECKING:
-    from moetier.proto.expert_store_pb2 import StatsReply
+    from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
     from moetier.runtime.running import DaemonCard
 
 HELP = "list the daemons that run on this machine"
@@ -95,6 +95,7 @@ def _json(daemon: Running) -> dict[str, Any]:
             }
             | (
                 {"ready": now.host.ready, "slots": now.host.slots, "clients": now.clients, "leases": now.leases}
+                | ({"fault": now.fault} if now.fault else {})
                 if (now := stats.get(model.digest)) is not None
                 else {}
             )
@@ -119,13 +120,19 @@ def _text(found: list[Running]) -> str:
                     plain(model.name),
                     plain(model.digest[:SHORT]),
                     format_bytes(model.budget_bytes),
-                    f"{now.host.ready}/{now.host.slots}" if now is not None else "no answer",
+                    _ready(now),
                     str(now.clients) if now is not None else "?",
                     format_seconds(time.time() - daemon.card.started_unix) if first else "",
                     plain(daemon.card.listen or "-") if first else "",
                 ]
             )
     return table(rows)
+
+
+def _ready(now: ModelStats | None) -> str:
+    if now is None:
+        return "no answer"
+    return "bad shards" if now.fault else f"{now.host.ready}/{now.host.slots}"
 
 
 def format_seconds(seconds: float) -> str:

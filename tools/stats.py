@@ -111,6 +111,7 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
         demands = host.hits + host.misses
         lines += [
             f"{plain(model.name)} ({plain(model.digest[:12])})",
+            *([f"  fault     {plain(model.fault)}"] if model.fault else []),
             f"  slots     {host.ready} of {host.slots} hold a record, {format_bytes(host.slot_bytes)}; "
             f"{model.recovered} were taken back at the start",
             f"  demands   {demands:,}: {host.hits:,} hits ({host.hits / demands if demands else 0:.1%}), "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Target:
             )
         if (self.store / METADATA).exists():
             try:
-                found = replace(read_manifest(self.store), digest="", trunk={}).to_json()
+                found = read_manifest(self.store).plan.to_json()
             except StoreError as error:
                 raise self._differs(f"one that can't be read ({error.cause})") from error
             if self.passing:

@@ -134,6 +134,7 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
 
     Several records are read at a time, in the order of the disk, into buffers that are used again.
     """
+    from moetier.tiers.digest import foreign_shards
     from moetier.tiers.errors import StoreError
     from moetier.tiers.shard import StoreDigest
 
@@ -177,10 +178,5 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
         finally:
             pool.shutdown(cancel_futures=True)
     if good and digest.hexdigest() != manifest.digest:
-        yield Problem(
-            None,
-            None,
-            str(store.folder),
-            f"{store.folder}: every record is whole, but they are not those that were converted: "
-            f"digest {digest.hexdigest()}, the manifest says {manifest.digest}.",
-        )
+        paths = [store.path(block) for block in range(len(manifest.blocks))]
+        yield Problem(None, None, str(store.folder), foreign_shards(manifest, digest.hexdigest(), paths).cause)

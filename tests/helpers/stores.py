@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from moetier.tiers.keys import ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest
-from moetier.tiers.shard import GROUP
+from moetier.tiers.shard import GROUP, METADATA
 from moetier.tiers.writer import StoreWriter, array_metadata
 
 # A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it: that of the
@@ -88,6 +89,14 @@ def make_store(
     records = make_records(plan, seed)
     write_store(folder, plan, records)
     return records
+
+
+def without_table(folder: Path) -> None:
+    """Makes the store as moetier did before the manifest had a table of checksums."""
+    path = folder / GROUP / METADATA
+    group = json.loads(path.read_bytes())
+    del group["attributes"]["moetier"]["record_checksums"]
+    path.write_text(json.dumps(group))
 
 
 # zarr starts its event loop's thread when it is first used, for the life of the process. It starts here, when tests are

@@ -95,6 +95,7 @@ def test_they_are_the_counters(store: Store, tmp_path: Path) -> None:
             "sessions": 1,
             "leases": 2,
             "recovered_slots": 0,
+            "faulty": 0,
             "requests_total": 2,
             "reported_hits_total": 0,
             "fetches_total": 0,

@@ -123,7 +123,7 @@ def test_several_geometries_read_back(tmp_path: Path) -> None:
     records = make_records(plan)
     manifest = write_store(tmp_path, plan, records)
     assert read_all(tmp_path) == records
-    assert replace(manifest, digest="") == plan
+    assert manifest.plan == plan
     assert len(manifest.digest) == 64
 
 

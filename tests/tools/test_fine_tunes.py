@@ -9,13 +9,16 @@ import pytest
 import torch
 from checkpoints import edit_tensors, save_checkpoint, tree
 from safetensors.torch import load_file
+from stores import without_table
 
-from moetier.tiers.errors import TargetExistsError
+import moetier
+from moetier.tiers.errors import ChecksumError, TargetExistsError
 from moetier.tiers.shard import GROUP, METADATA
 from moetier.tools import checkpoint
 from moetier.tools.checkpoint import open_checkpoint
 from moetier.tools.conversion import Conversion, Options
 from moetier.tools.convert import convert
+from moetier.tools.main import main
 
 BEGUN = 1  # blocks that a cut conversion has finished
 
@@ -80,3 +83,40 @@ def test_what_is_looked_at(fine_tunes: tuple[Path, Path], monkeypatch: pytest.Mo
         after = open_checkpoint(first).digest
         assert (after != before) == seen, position
         before = after
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_shard_of_the_other_is_never_computed_with(
+    fine_tunes: tuple[Path, Path],
+    tmp_path: Path,
+    table: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As when a copy of a newer one over an older one was cut."""
+    first, second = fine_tunes
+
+    def tune(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if ".experts." in name:
+                tensor.mul_(1.25)
+
+    edit_tensors(second, tune)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    for source, name in ((first, "model"), (second, "newer")):
+        convert(source, tmp_path / name, fast=True)
+    model, newer = tmp_path / "model", tmp_path / "newer"
+    if not table:
+        without_table(model)
+    (shard, *_) = sorted(path.relative_to(newer) for path in newer.rglob("c/1/0/0"))
+    assert main(["verify", str(model)]) == 0
+    shutil.copy(newer / shard, model / shard)
+    with pytest.raises(ChecksumError, match=str(model / shard) if table else "not all of one conversion") as caught:
+        moetier.load(model)
+    assert "again from where the model directory came from" in caught.value.fix
+    for command in (["generate", str(model), "a"], ["daemon", str(model)], ["verify", str(model)]):
+        capsys.readouterr()
+        assert main(command) == 1
+        said = "".join(capsys.readouterr())
+        assert "one conversion" in said or "another conversion" in said
+        assert str(model / shard) in said or not table

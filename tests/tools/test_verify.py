@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from faults import flip_bit
 from safetensors.numpy import save
-from stores import NASTY, layout_of, make_plan, make_records, make_store, write_store
+from stores import NASTY, layout_of, make_plan, make_records, make_store, without_table, write_store
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.folder import read_manifest
@@ -95,7 +95,19 @@ def test_whole_records_of_another_store_are_noticed(tmp_path: Path, capsys: pyte
     make_store(tmp_path)
     shutil.copyfile(path_of(tmp_path, 0), path_of(tmp_path, 1))
     assert run(tmp_path) == 1
-    assert "every record is whole, but they are not those that were converted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        f"its shard {path_of(tmp_path, 1)} is not the one that the manifest knows: it is of another conversion" in said
+    )
+    without_table(tmp_path)
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert f"not all of one conversion: probably {path_of(tmp_path, 1)}, written after the manifest" not in said
+    assert "not all of one conversion: which of them, this manifest of an older moetier does not say" in said
+    os.utime(path_of(tmp_path, 1), (2**32, 2**32))
+    assert run(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert f"not all of one conversion: probably {path_of(tmp_path, 1)}, written after the manifest" in said
 
 
 def test_more_records_than_reads_in_flight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,88 @@
+"""A shard of another conversion of the same shape is refused, whichever way its records are read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from stores import make_plan, make_records, make_store, without_table, write_store
+
+from moetier.tiers.errors import ChecksumError
+from moetier.tiers.folder import read_manifest
+from moetier.tiers.keys import ExpertKey
+from moetier.tiers.shard import GROUP, ShardFile
+from moetier.tiers.store import ExpertStore
+
+PLAN = make_plan()
+
+
+def shard(folder: Path, block: int) -> Path:
+    return ShardFile.of(folder / GROUP, PLAN, block).path
+
+
+def read(store: ExpertStore, key: ExpertKey) -> bytes:
+    slot = memoryview(mmap.mmap(-1, store.layout(key.block).slot_bytes))
+    store.read_into(key, slot)
+    return bytes(slot[:-4])
+
+
+@pytest.fixture
+def swapped(tmp_path: Path) -> Path:
+    """A store whose block 1 is another's."""
+    make_store(tmp_path / "model")
+    make_store(tmp_path / "other", seed=1)
+    shutil.copy(shard(tmp_path / "other", 1), shard(tmp_path / "model", 1))
+    return tmp_path / "model"
+
+
+def test_it_is_refused_when_the_store_is_opened(swapped: Path) -> None:
+    with pytest.raises(ChecksumError, match="of another conversion") as caught:
+        ExpertStore.open(swapped)
+    path = shard(swapped, 1)
+    assert f"block 1 (model.layers.1.mlp.experts): its shard {path}" in caught.value.cause
+    assert f"Copy {path} again" in caught.value.fix
+
+
+def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    """Of a model that shares the record which lies at the shard's end."""
+    records = make_records(PLAN)
+    write_store(tmp_path, PLAN, records)
+    key = ExpertKey(1, 2)
+    other = dict(records)
+    other[key] = make_records(PLAN, seed=1)[key]
+    write_store(tmp_path / "other", PLAN, other)
+    shutil.copy(shard(tmp_path / "other", 1), shard(tmp_path, 1))
+    with ExpertStore.open(tmp_path) as store:
+        for each in records:
+            if each != key:
+                assert read(store, each) == records[each]
+        with pytest.raises(ChecksumError, match="of another conversion") as caught:
+            read(store, key)
+    assert "block 1 (model.layers.1.mlp.experts), expert 2: its record in" in caught.value.cause
+    assert str(shard(tmp_path, 1)) in caught.value.cause
+    assert str(shard(tmp_path, 1)) in caught.value.fix
+
+
+def test_the_table_is_that_of_the_digest(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    manifest = read_manifest(tmp_path / GROUP)
+    with ExpertStore.open(tmp_path) as store:
+        assert [manifest.checksums(block) for block in range(3)] == [store.record_crcs(block) for block in range(3)]
+    without_table(tmp_path)
+    assert read_manifest(tmp_path / GROUP).checksums(0) == ()
+    assert read_manifest(tmp_path / GROUP).digest == manifest.digest
+
+
+def test_an_older_store_of_small_size_is_refused_when_it_is_opened(swapped: Path) -> None:
+    without_table(swapped)
+    os.utime(shard(swapped, 1), (2**32, 2**32))  # written after the manifest, as by an interrupted copy
+    with pytest.raises(ChecksumError, match="not all of one conversion") as caught:
+        ExpertStore.open(swapped)
+    assert f"probably {shard(swapped, 1)}, written after the manifest" in caught.value.cause
+    assert "Copy the shards again" in caught.value.fix
+    os.utime(shard(swapped, 1), (0, 0))
+    with pytest.raises(ChecksumError, match="which of them, this manifest of an older moetier does not say"):
+        ExpertStore.open(swapped)
