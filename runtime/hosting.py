@@ -22,6 +22,7 @@ from .logfmt import say
 from .memory import Available, available_memory
 from .reported import ReportedReader
 from .systemd import ServiceManager
+from .trunk_check import TrunkCheck
 
 _DYING = 2.0  # seconds that a killed daemon's last reads may take
 
@@ -70,6 +71,7 @@ def open_models(
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.condemn)
+        closing.callback(TrunkCheck(store.manifest, model.directory).close)
         _keep(model, taken, manager)
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"

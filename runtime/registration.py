@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
-from moetier.tiers.trunk import check_trunk, trunk_records
+from moetier.tiers.trunk import check_small, check_trunk, trunk_records
 
 from .attention import use_decode_attention
 from .block import TieredBlock
@@ -151,6 +151,7 @@ class MoetierQuantizer(HfQuantizer):
         modules = experts_modules(model)
         manifest = read_manifest(store_folder(self._folder))
         check_trunk(self._folder, manifest)
+        check_small(self._folder, manifest)
         self._check(model, modules, manifest)
         records = trunk_records(self._folder, manifest)
         for path, module in modules.items():

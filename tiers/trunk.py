@@ -16,6 +16,8 @@ from .manifest import MOST_BYTES, TRUNK_NAME, FileSum, Manifest
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record
 PIECE_BYTES = 8 << 20  # read and checksummed at a time, while it is in the processor's cache
+# of a trunk whose checksums take less than a twentieth of the time of a load (tests/measurements/trunk_checksums.py)
+CHECKED_BYTES = 64 << 20
 AHEAD_BYTES = 64 << 20  # that the kernel is asked to read meanwhile
 
 ITEM_BYTES = {
@@ -161,11 +163,21 @@ def _tensors(header: Fields, size: int) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def check_sum(path: Path, entry: FileSum) -> Iterator[int]:
-    """Reads a file from the disk and yields how much, again and again. Raises ChecksumError, or StoreReadError."""
+def check_small(directory: Path, manifest: Manifest) -> None:
+    """Checks the sums of a trunk of at most ``CHECKED_BYTES``, once ``check_trunk`` has passed it. A larger one is left
+    to ``moetier verify`` and to a daemon's ``TrunkCheck``. Raises ChecksumError, or StoreReadError."""
+    if sum(entry.bytes for entry in manifest.trunk.values()) <= CHECKED_BYTES:
+        for name, entry in manifest.trunk.items():
+            for _ in check_sum(directory / name, entry, cached=True):
+                pass
+
+
+def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[int]:
+    """Reads a file and yields how much, again and again: from the disk; or ``cached``, through the page cache, which
+    keeps it. Raises ChecksumError, or StoreReadError."""
     crc = 0
     with read_errors(path), path.open("rb", buffering=0) as stream:
-        for piece in read_pieces(stream.fileno()):
+        for piece in read_pieces(stream.fileno(), cached=cached):
             crc = crc32c(piece, crc)
             yield len(piece)
     if crc != entry.crc32c:
@@ -174,10 +186,12 @@ def check_sum(path: Path, entry: FileSum) -> Iterator[int]:
         )
 
 
-def read_pieces(descriptor: int) -> Iterator[memoryview]:
-    """A file from its start, in one reused buffer; from the disk, as what the page cache holds of it is dropped."""
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+def read_pieces(descriptor: int, *, cached: bool = False) -> Iterator[memoryview]:
+    """A file from its start, in one reused buffer; unless ``cached``, from the disk, as what the page cache holds of it
+    is dropped."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, max(os.fstat(descriptor).st_size, 1))))
+    if not cached:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     position = 0
     while True:
         os.posix_fadvise(descriptor, position, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
@@ -185,5 +199,6 @@ def read_pieces(descriptor: int) -> Iterator[memoryview]:
         if not count:
             return
         yield buffer[:count]
-        os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
+        if not cached:
+            os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
         position += count

@@ -5,6 +5,7 @@ It is the proof that the page says enough, and an example for who writes another
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
@@ -36,6 +37,10 @@ class Reader:
         record, crc = self._record(block, expert)
         if crc32c(record) != crc:
             raise ValueError("a damaged record")
+        if (table := self.manifest.get("record_checksums")) is not None:
+            number = sum(entry["experts"] for entry in self.manifest["blocks"][:block]) + expert
+            if struct.unpack_from("<I", base64.b64decode(table), 4 * number) != (crc,):
+                raise ValueError("a record of another conversion")
         return record
 
     def digest(self) -> str:

@@ -93,9 +93,18 @@ def make_store(
 
 def without_table(folder: Path) -> None:
     """Makes the store as moetier did before the manifest had a table of checksums."""
+    _without(folder, "record_checksums")
+
+
+def without_sums(folder: Path) -> None:
+    """Makes the store as moetier did before the manifest had sizes and checksums of the trunk's files."""
+    _without(folder, "trunk")
+
+
+def _without(folder: Path, key: str) -> None:
     path = folder / GROUP / METADATA
     group = json.loads(path.read_bytes())
-    del group["attributes"]["moetier"]["record_checksums"]
+    del group["attributes"]["moetier"][key]
     path.write_text(json.dumps(group))
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 import grpc
 import pytest
 from daemons import DaemonProcess, running_daemon
-from faults import need_strace, only
+from faults import flip_bit, need_strace, only
 from mapped_store import keys
 from outlets import PLAIN, served
 from readers import PATIENCE, RamReader
 from stores import make_plan, make_records, make_store, without_table
+from threads import wait_until
 
+import moetier
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.client import DaemonTier
 from moetier.runtime.remote import RemoteReader
@@ -97,6 +99,18 @@ def test_another_host_sends_a_record_of_another_conversion(tmp_path: Path) -> No
         assert bytes(slot[:-4]) == records[ExpertKey(1, 1)]
         with pytest.raises(ChecksumError, match="sent a record of another conversion"):
             reader.read_into(key, slot)
+
+
+def test_a_damaged_trunk_is_named_by_its_daemon_and_by_a_load(tinymix_4bit: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tinymix_4bit, tmp_path / "model"))
+    trunk = model / "trunk-00001-of-00001.safetensors"
+    flip_bit(trunk, -1)
+    with running_daemon(model, ram="8MiB", folder=tmp_path / "daemon") as daemon:
+        wait_until(lambda: "trunk-damaged" in daemon.log)
+        assert f"{trunk}, a file of the trunk: checksum mismatch" in daemon.log
+        assert daemon.stop() == 0
+    with pytest.raises(ChecksumError, match=f"{trunk}, a file of the trunk: checksum mismatch"):
+        moetier.load(model)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from comparison import convert_tiny, read_back
 from faults import flip_bit
 from int4 import cuda_operators
+from stores import without_sums
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,7 @@ from moetier.runtime.kernels import Kernels
 from moetier.runtime.linear import WEIGHT, QuantizedLinear, matrix_layout, quantized_linears, replace_linears
 from moetier.runtime.memory import mapped_files
 from moetier.runtime.registration import _mapped_bytes
-from moetier.tiers.errors import ConfigError, StoreFormatError
+from moetier.tiers.errors import ChecksumError, ConfigError, StoreFormatError
 from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.keys import Bits
 from moetier.tiers.manifest import TrunkRecords
@@ -222,6 +223,9 @@ def test_a_flipped_bit_changes_a_weight(tiny: tuple[Any, Path], tmp_path: Path) 
     trunk = directory / "trunk-00001-of-00001.safetensors"
     data = trunk.read_bytes()
     flip_bit(trunk, data.index(bytes(first.lm_head.record[:64].numpy())), 3)
+    with pytest.raises(ChecksumError, match="checksum mismatch"):
+        moetier.load(directory)
+    without_sums(directory)
     second, _ = moetier.load(directory)
     with first.tiers, second.tiers:
         assert not torch.equal(logits(first), logits(second))

@@ -15,13 +15,13 @@ import torch
 from comparison import convert_tiny
 from faults import flip_bit
 from safetensors import safe_open
+from stores import without_sums
 from transformers import AutoModelForCausalLM
 
 import moetier
 from moetier.runtime.model_config import NOT_CARRIED
 from moetier.tiers.errors import MoetierError, StoreFormatError, UnsafeCheckpointError
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.shard import GROUP, METADATA
+from moetier.tiers.shard import GROUP
 from moetier.tiers.trunk import INDEX
 from moetier.tools.main import main
 
@@ -44,12 +44,6 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
-
-
-def without_sums(directory: Path) -> None:
-    """As a store of before the manifest summed the trunk, or of whoever would have it unnoticed."""
-    edit(directory / GROUP / METADATA, lambda group: group["attributes"]["moetier"].pop("trunk"))
-    assert not read_manifest(store_folder(directory)).trunk
 
 
 def point_index(directory: Path, place: str) -> None:

@@ -48,7 +48,7 @@ def test_it_has_nothing_of_moetier_s() -> None:
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} - {"__future__"} == {
-        "collections", "hashlib", "json", "numpy", "pathlib", "struct", "typing",
+        "base64", "collections", "hashlib", "json", "numpy", "pathlib", "struct", "typing",
     }  # fmt: skip
 
 

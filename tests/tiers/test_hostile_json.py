@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stores import without_sums
 
 from moetier.tiers.errors import IncompleteStoreError, StoreError
 from moetier.tiers.folder import MOST_JSON_BYTES, read_manifest, read_origin, resuming
@@ -102,14 +103,6 @@ def header_of(path: Path) -> tuple[Any, bytes]:
 
 def framed(text: str) -> bytes:
     return len(text.encode()).to_bytes(8, "little") + text.encode()
-
-
-def without_sums(directory: Path) -> None:
-    """As older stores are: a trunk file's size is not looked at before its header."""
-    path = directory / GROUP_JSON
-    group = json.loads(path.read_bytes())
-    del group["attributes"]["moetier"]["trunk"]
-    path.write_text(json.dumps(group))
 
 
 def document_of(directory: Path, name: str) -> tuple[Any, Callable[[str], None]]:

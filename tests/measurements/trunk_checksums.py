@@ -1,0 +1,67 @@
+"""What the checksums of a trunk cost beside a load, and beside the smallest load there is.
+
+    python tests/measurements/trunk_checksums.py DIR
+
+Loads the model directory, with its files in the page cache and without a daemon, and computes the checksums of its
+trunk's files, by turns. Prints the median seconds (least to most) of both, and the rate of the checksums; and how large
+a trunk may be for its checksums to take a twentieth of this load. ``CHECKED_BYTES`` of tiers/trunk.py must be below
+that for a small model, whose load takes the least time. The load of a trunk that is checked contains the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+
+import moetier
+from moetier.runtime.config import format_bytes
+from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.trunk import CHECKED_BYTES, check_sum
+from moetier.tools.rounds import Spread, alternate
+
+SHARE = 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    manifest = read_manifest(store_folder(arguments.directory))
+    ways = {"load": lambda: load(arguments.directory), "checksums": lambda: check(arguments.directory, manifest)}
+    for way in ways.values():  # not counted: imports, and files that come into the page cache
+        way()
+    found = {name: Spread.of(seconds) for name, seconds in alternate(arguments.rounds, ways).items()}
+    size = sum(entry.bytes for entry in manifest.trunk.values())
+    print(f"machine    {platform.machine()}, {os.cpu_count()} CPUs; {manifest.model}, a trunk of {format_bytes(size)}")
+    for name, seconds in found.items():
+        print(f"{name:<10} {seconds.text()} s")
+    rate = size / found["checksums"].median
+    share = found["checksums"].median / found["load"].median
+    print(f"checksums  {rate / 1e9:.2f} GB/s, {share:.1%} of the load")
+    most = int(rate * found["load"].median * SHARE)
+    print(f"{SHARE:.0%} of this load are {format_bytes(most)}; up to {format_bytes(CHECKED_BYTES)} are checked")
+
+
+def load(directory: Path) -> float:
+    began = time.perf_counter()
+    model, _ = moetier.load(directory, daemon=None)
+    seconds = time.perf_counter() - began
+    model.tiers.close()
+    return seconds
+
+
+def check(directory: Path, manifest: Manifest) -> float:
+    began = time.perf_counter()
+    for name, entry in manifest.trunk.items():
+        for _ in check_sum(directory / name, entry, cached=True):
+            pass
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
