@@ -116,7 +116,7 @@ def document_of(directory: Path, name: str) -> tuple[Any, Callable[[str], None]]
     if name == f"{GROUP}/{PLAN}":
         group = directory / GROUP_JSON
         manifest = json.loads(group.read_bytes())["attributes"]["moetier"]
-        plan = {key: manifest[key] for key in manifest if key != "trunk"} | {"digest": ""}
+        plan = {key: manifest[key] for key in manifest.keys() - {"trunk", "record_checksums"}} | {"digest": ""}
         group.unlink()
         return plan, lambda text: _write(path, text.encode())
     return json.loads(path.read_bytes()), lambda text: _write(path, text.encode())
