@@ -35,7 +35,7 @@ def completed(tmp_path: Path, *words: str) -> set[str]:
 def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
     assert completed(tmp_path, "") >= set(COMMANDS)
     assert completed(tmp_path, "con") == {"convert", "config"}
-    assert completed(tmp_path, "generate", "--pre") == {"--prefill-chunk", "--prefetch"}
+    assert completed(tmp_path, "generate", "--pre") == {"--prefill-chunk", "--prefetch", "--presence-penalty"}
     assert completed(tmp_path, "generate", "--speculate", "a") == {"auto", "always"}
     assert completed(tmp_path, "bench", "de") == {"decode"}
     assert completed(tmp_path, "bench", "decode", "--lim") == {"--limit"}
