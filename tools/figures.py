@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from moetier.runtime.recall import compare
 from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import ORDERS
+from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .plain import plain
 from .simulation import SimulatedTier, demands_of, simulate
@@ -22,9 +22,9 @@ BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#d9822b", "#8a8f98", "#22262b"
 MOST_WIDTH, MOST_HEIGHT = 16.0, 9.0  # inches
 
 
-def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int) -> Figure:
-    """Figure 1: the experts that each token uses, darker by their weight; a small square marks those that an LRU of
-    ``cached`` experts (0: none) holds before the token. The text is underneath, and
+def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_ORDER) -> Figure:
+    """Figure 1: the experts that each token uses, darker by their weight; a small square marks those that a
+    cache of ``cached`` experts (0: none), evicted by ``policy``, holds before the token. The text is underneath, and
     a line where a sequence begins."""
     width = min(max(0.22 * len(tokens) + 1.2, 6.0), MOST_WIDTH)
     heights = [min(0.15 * trace.num_experts[block], MOST_HEIGHT / len(blocks)) for block in blocks]  # inches
@@ -46,7 +46,7 @@ def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int)
             rasterized=True,
         )
         if cached:
-            x, y = np.nonzero(_resident(trace, tokens, block, cached))
+            x, y = np.nonzero(_resident(trace, tokens, block, cached, policy))
             axes.scatter(x, y, s=max(cell * 0.36, 2) ** 2, marker="s", color=GREY, linewidths=0)
         for first in trace.offsets:
             if first > tokens.start and first in tokens:
@@ -59,19 +59,19 @@ def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int)
         axes.tick_params(which="minor", length=0)
         axes.tick_params(labelsize=8)
     _write_text(rows[-1], trace, tokens)
-    note = f"; grey: held by an LRU of {cached} experts a block before the token" if cached else ""
+    note = f"; grey: held before the token by a cache of {cached} experts a block, policy {policy}" if cached else ""
     shade = "darker: more weight" if trace.weights is not None else "blue: used"
     rows[0].set_title(f"Experts by token{_of(trace)} ({shade}{note})", fontsize=10, loc="left")
     return figure
 
 
-def draw_hits(trace: Trace) -> Figure:
-    """Figure 2, left: hit ratio against experts cached for each block; LRU, the bound, and chance."""
+def draw_hits(trace: Trace, *, policy: str = DEFAULT_ORDER) -> Figure:
+    """Figure 2, left: hit ratio against experts cached for each block; of ``policy``, the bound, and chance."""
     most = max(trace.num_experts)
     slots = sorted({max(round(number), 1) for number in np.linspace(1, most, min(most, 16))})
     figure, axes = _line_figure()
-    for policy, name, colour in (("belady", "Belady, the bound", ORANGE), ("lru", "LRU", BLUE)):
-        found = [simulate(trace, policy, number).decoding.hit_ratio for number in slots]
+    for way, name, colour in (("belady", "Belady, the bound", ORANGE), (policy, f"policy {policy}", BLUE)):
+        found = [simulate(trace, way, number).decoding.hit_ratio for number in slots]
         axes.plot(slots, found, "o-", color=colour, label=name, markersize=4)
     chance = [number / most for number in slots]
     axes.plot(slots, chance, ":", color=GREY, label="as many experts, uniform at random")
@@ -110,18 +110,19 @@ def draw_recall(trace: Trace) -> Figure:
     return figure
 
 
-def draw_heatmap(trace: Trace, *, cached: int) -> Figure:
-    """Block by expert: how much an expert is used, against an even use, and how often an LRU of ``cached`` has it."""
+def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_ORDER) -> Figure:
+    """Block by expert: how much an expert is used, against an even use, and how often a cache of
+    ``cached``, evicted by ``policy``, has it."""
     most = max(trace.num_experts)
     even = np.asarray([trace.top_k / count for count in trace.num_experts])[:, None]
-    used, hits = _uses(trace, cached)
+    used, hits = _uses(trace, cached, policy)
     counted = np.arange(most) < np.asarray(trace.num_experts)[:, None]
     share = np.where(counted, used / trace.tokens / even, np.nan)
     found = np.divide(hits, used, out=np.full_like(used, np.nan), where=used > 0)
     top = max(float(np.nanpercentile(share, 98)), 2.0)  # a few experts must not make all others pale
     panels = (
         (share, "use, 1.0 = an even share", "Blues", top),
-        (found, f"hit ratio, LRU of {cached} a block", "Greens", 1.0),
+        (found, f"hit ratio, {cached} a block, policy {policy}", "Greens", 1.0),
     )
     figure = Figure(figsize=(11, min(max(2.4, 0.13 * trace.block_count + 1.2), 9)), layout="constrained")
     for axes, (values, title, colours, most_shown) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -150,12 +151,12 @@ def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
     return shades
 
 
-def _resident(trace: Trace, tokens: range, block: int, cached: int) -> npt.NDArray[np.bool_]:
+def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str) -> npt.NDArray[np.bool_]:
     """[tokens, experts]: in the cache before the token. Cold at the first token of its sequence."""
     experts = trace.num_experts[block]
     found = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
-        tier = SimulatedTier(block, min(cached, experts), ORDERS["lru"])
+        tier = SimulatedTier(block, min(cached, experts), ORDERS[policy])
         for token in range(span.start, min(span.stop, tokens.stop)):
             if token in tokens:
                 found[token - tokens.start, [key.expert for key in tier.resident]] = True
@@ -164,13 +165,13 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int) -> npt.NDArr
     return found
 
 
-def _uses(trace: Trace, cached: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """[blocks, experts] each: tokens that use an expert, and those of them that find it. A prompt loads one once."""
     used = np.zeros((trace.block_count, max(trace.num_experts)))
     hits = np.zeros_like(used)
     for block, experts in enumerate(trace.num_experts):
         for sequence, span in enumerate(trace.sequences):
-            tier = SimulatedTier(block, min(cached, experts), ORDERS["lru"])
+            tier = SimulatedTier(block, min(cached, experts), ORDERS[policy])
             rows = trace.experts[span.start : span.stop, block]
             np.add.at(used[block], rows[rows != NONE], 1)
             for demand in demands_of(trace, sequence, block):

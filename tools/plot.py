@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.order import DEFAULT_ORDER
 
 from .access import CREDENTIALS, add_credentials, credentials
 from .command_line import UsageError
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=_span, metavar="A-B", help=f"figure1: tokens (the first {FEW_TOKENS})")
     parser.add_argument("--blocks", type=_list, metavar="N,M", help="figure1: blocks (four from the first to the last)")
     parser.add_argument(
-        "--cached", type=CACHED, metavar="N", help="figure1, heatmap: experts of each block that an LRU holds (top-k)"
+        "--cached",
+        type=CACHED,
+        metavar="N",
+        help=f"figure1, heatmap: experts of each block in a cache with the default policy, {DEFAULT_ORDER} (top-k)",
     )
     add_credentials(parser)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -18,9 +19,10 @@ from stores import NASTY
 
 from moetier.runtime.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError, TargetError
-from moetier.tiers.order import ORDERS
+from moetier.tiers.order import DEFAULT_ORDER
 from moetier.tools import figures, plot
 from moetier.tools.main import main
+from moetier.tools.simulation import simulate
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"
 MIXTRAL = TRACES / "mixtral_8x7b_instruct_h39s.npz"
@@ -98,7 +100,7 @@ def images(figure: Figure) -> list[np.ndarray]:  # type: ignore[type-arg]
 def test_figure_1_shows_who_is_used_by_what_weight_and_who_is_cached() -> None:
     trace = Trace.load(GPT_OSS)
     tokens = range(505, 525)  # over the end of a sequence, at 511
-    figure = figures.draw_use(trace, tokens=tokens, blocks=[3, 20], cached=6)
+    figure = figures.draw_use(trace, tokens=tokens, blocks=[3, 20], cached=6, policy="lru")
     assert trace.weights is not None
     for axes, shades, block in zip(figure.axes, images(figure), [3, 20], strict=True):
         assert shades.shape == (32, 20)
@@ -123,7 +125,7 @@ def test_figure_1_shows_who_is_used_by_what_weight_and_who_is_cached() -> None:
 
 
 def test_figure_2_left() -> None:
-    figure = figures.draw_hits(Trace.load(MIXTRAL))
+    figure = figures.draw_hits(Trace.load(MIXTRAL), policy="lru")
     belady, lru, chance = (np.asarray(line.get_ydata(), float) for line in figure.axes[0].lines)
     np.testing.assert_allclose(lru, [0.166, 0.327, 0.453, 0.574, 0.689, 0.799, 0.902, 0.995], atol=0.001)
     assert (belady >= lru).all()
@@ -150,20 +152,29 @@ def test_a_look_ahead_that_nobody_guesses_has_no_point(tmp_path: Path) -> None:
 
 def test_the_heatmap() -> None:
     trace = Trace.load(MIXTRAL)
-    use, hits = images(figures.draw_heatmap(trace, cached=4))
+    use, hits = images(figures.draw_heatmap(trace, cached=4, policy="lru"))
     assert use.shape == hits.shape == (32, 8)
     counts = np.asarray([np.bincount(trace.experts[:, block].ravel(), minlength=8) for block in range(32)])
     np.testing.assert_allclose(use, counts / 773 / (2 / 8))
     assert (hits * counts).sum() / counts.sum() == pytest.approx(0.574, abs=0.001)
 
 
-def test_what_is_called_an_lru_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever order tiers have by default: what they have is not asked for."""
-    trace = Trace.load(recorded(tmp_path))
-    monkeypatch.setattr(figures, "ORDERS", {"lru": ORDERS["lru"]})
-    figures.draw_use(trace, tokens=range(6), blocks=[0], cached=2)
-    figures.draw_heatmap(trace, cached=2)
-    figures.draw_hits(trace)
+@pytest.mark.parametrize("kind", ["figure1", "hits", "heatmap"])
+def test_the_default_policy_is_drawn_and_named(kind: str, tmp_path: Path) -> None:
+    run(kind, MIXTRAL, "-o", tmp_path / "a.svg")
+    words = " ".join(ElementTree.parse(tmp_path / "a.svg").getroot().itertext())
+    assert re.findall(r"policy (\w+)", words) == [DEFAULT_ORDER]
+    assert "LRU" not in words
+
+
+def test_hit_ratios_are_those_of_the_default_policy() -> None:
+    trace = Trace.load(MIXTRAL)
+    line = figures.draw_hits(trace).axes[0].lines[1]
+    expected = [simulate(trace, DEFAULT_ORDER, number).decoding.hit_ratio for number in range(1, 9)]
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), expected)
+    assert expected != [simulate(trace, "lru", number).decoding.hit_ratio for number in range(1, 9)]
+    use, hits = images(figures.draw_heatmap(trace, cached=4))
+    assert (hits * use).sum() / use.sum() > 0.574, "what lru hits"
 
 
 def test_models_whose_blocks_differ(tmp_path: Path) -> None:
