@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from moetier.runtime.context import first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 
 WINDOW = 512  # tokens that are read together; each window begins without what came before
+LEAST_WINDOWS = 8  # to rank by: of fewer a standard error is itself too uncertain
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,58 @@ class Loss:
 
     tokens: int = 0
     nats: float = 0.0
+    windows: tuple[tuple[int, float], ...] = ()  # tokens and nats of each window
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(self.tokens + other.tokens, self.nats + other.nats)
+        return Loss(self.tokens + other.tokens, self.nats + other.nats, self.windows + other.windows)
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.nats / self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Change of the logarithm of a perplexity, with its standard error; None where one window alone was read."""
+
+    log: float
+    log_error: float | None
+
+    @classmethod
+    def of(cls, found: Loss, base: Loss) -> Change:
+        """From ``base`` to ``found``, which were measured on the same windows: each is compared with itself, so that
+        what makes a window hard for both has no part in the error."""
+        pairs = list(zip(found.windows, base.windows, strict=True))
+        assert all(mine[0] == theirs[0] for mine, theirs in pairs), "other windows"
+        log = (found.nats - base.nats) / base.tokens
+        if len(pairs) < 2:
+            return cls(log, None)
+        squares = sum((mine[1] - theirs[1] - log * mine[0]) ** 2 for mine, theirs in pairs)
+        return cls(log, math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / base.tokens)
+
+    @property
+    def relative(self) -> float:
+        return math.expm1(self.log)
+
+    @property
+    def relative_error(self) -> float | None:
+        return None if self.log_error is None else math.exp(self.log) * self.log_error
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than two standard errors."""
+        return self.log_error is not None and abs(self.log) > 2 * self.log_error
+
+
+def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
+    """The first and the last place by perplexity that each may have: two whose difference is not clear share places.
+
+    None where there is nothing to rank, or where there are too few windows to know standard errors by.
+    """
+    if len(losses) < 2 or len(losses[0].windows) < LEAST_WINDOWS:
+        return None
+    clear = [[change.log if (change := Change.of(a, b)).is_clear else 0.0 for b in losses] for a in losses]
+    return [(1 + sum(log > 0 for log in changes), len(losses) - sum(log < 0 for log in changes)) for changes in clear]
 
 
 def read_texts(paths: Iterable[Path]) -> dict[str, str]:
@@ -67,5 +113,6 @@ def loss(model: Any, ids: Tensor) -> Loss:
         window = ids[start : start + size].to(model.device)
         if len(window) > 1:
             logits = model(window[None], use_cache=False).logits[0, :-1]  # [window - 1, vocabulary]
-            total += Loss(len(window) - 1, float(F.cross_entropy(logits.float(), window[1:], reduction="sum")))
+            nats = float(F.cross_entropy(logits.float(), window[1:], reduction="sum"))
+            total += Loss(len(window) - 1, nats, ((len(window) - 1, nats),))
     return total

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 HELP = "measure what quantised weights cost: bytes, error, perplexity by text"
 
 TOKENS = Number(int, 2, MOST, "Give 2, of which one foretells the other, to 2^31 - 1.")
-Way = tuple[Bits, int | None, str | None, Bits, bool]  # bits, group, pairs, bits of the trunk, fast
+METHODS = ("hqq", "rounding")
+WAYS = ("bits", "group_size", "pairs", "trunk_bits", "method")  # the options
+Way = tuple[Bits, int | None, str | None, Bits, str]  # their values
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,15 @@ class Row:
     losses: Mapping[str, Loss]  # by text
 
     @property
-    def perplexity(self) -> float:
+    def loss(self) -> Loss:
         """Over all texts together."""
         from .perplexity import Loss
 
-        return sum(self.losses.values(), Loss()).perplexity
+        return sum(self.losses.values(), Loss())
+
+    @property
+    def perplexity(self) -> float:
+        return self.loss.perplexity
 
     def to_json(self) -> dict[str, Any]:
         by_text = {name: loss.perplexity for name, loss in self.losses.items()}
@@ -71,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="(default: 16)")
     parser.add_argument("--group-size", type=_numbers, metavar="N,...", help="(default: by --bits)")
     parser.add_argument("--pairs", type=_names, metavar="TYPE,...", help="(default: by --bits)")
-    parser.add_argument("--fast", action="store_true", help="plain rounding too, beside HQQ")
+    parser.add_argument("--method", type=_methods, metavar="NAME,...", help="of hqq, rounding (default: hqq)")
+    parser.add_argument(
+        "--fast", action="store_true", help="plain rounding in place of HQQ, as convert has it: --method rounding"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_resource_arguments(parser)
 
@@ -84,12 +93,19 @@ def _names(value: str) -> list[str]:
     return value.split(",")
 
 
+def _methods(value: str) -> list[str]:
+    found = list(dict.fromkeys(_names(value)))
+    if not set(found) <= set(METHODS):
+        raise ConfigError(f"{value!r} names what is no method.", f"Give one or both of {', '.join(METHODS)}.")
+    return found
+
+
 def run(arguments: argparse.Namespace) -> int:
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
-    if converted and any(asked(arguments, name) for name in ("bits", "trunk_bits", "group_size", "pairs", "fast")):
+    if converted and any(asked(arguments, name) for name in (*WAYS, "fast")):
         raise ConfigError(
             f"{arguments.source} is converted already: it is measured as it is.",
-            "Leave out --bits, --trunk-bits, --group-size, --pairs and --fast, or give its checkpoint.",
+            "Leave out --bits, --trunk-bits, --group-size, --pairs, --method and --fast, or give its checkpoint.",
         )
     resources = resources_of(arguments)
     if not converted and resources != resources_of(_defaults(arguments)) | {"threads": arguments.threads}:
@@ -111,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     if converted:
         rows = [measure_directory(Path(arguments.source), texts, arguments.tokens, resources)]
     else:
-        methods = (False, True) if arguments.fast else (False,)
+        methods = arguments.method or ["rounding" if arguments.fast else "hqq"]
         ways = [
             way
             for way in itertools.product(
@@ -121,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.trunk_bits or (16,),
                 methods,
             )
-            if not (way[0] == way[3] == 16 and way[4])  # nothing is rounded there
+            if not way[0] == way[3] == 16 or way[4] == methods[0]  # nothing is rounded there, in either way
         ]
         with checked():
             _check_ways(ways)
@@ -130,8 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
             rows.append(row)
             print(f"quality: {len(rows)} of {len(ways) + 1} measured", file=sys.stderr)
     if arguments.json:
-        found = {"model": arguments.source, "tokens": arguments.tokens, "rows": [row.to_json() for row in rows]}
-        print(json.dumps(found))
+        print(json.dumps({"model": arguments.source, "tokens": arguments.tokens, "rows": to_json(rows)}))
     else:
         print(report(rows))
     return 0
@@ -187,10 +202,9 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     trial = Trial(checkpoint)
     losses = {name: loss(trial.model, ids[name]) for name in ids}
     yield Row(None, "", "", "", None, None, None, 16, losses)
-    for bits, group, pairs, trunk_bits, fast in ways:
-        stored = trial.store(bits, group, pairs, fast=fast)
-        trial.store_trunk(trunk_form(trunk_bits), fast=fast)
-        method = "rounding" if fast else "hqq"
+    for bits, group, pairs, trunk_bits, method in ways:
+        stored = trial.store(bits, group, pairs, fast=method == "rounding")
+        trial.store_trunk(trunk_form(trunk_bits), fast=method == "rounding")
         losses = {name: loss(trial.model, ids[name]) for name in ids}
         yield _row(stored.blocks, trunk_bits, method, stored.error.relative, losses)
 
@@ -226,14 +240,30 @@ def _row(
     )
 
 
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    from .perplexity import Change, ranks
+
+    places = ranks([row.loss for row in rows])
+    found = []
+    for number, row in enumerate(rows):
+        change = Change.of(row.loss, rows[0].loss)
+        errors = {"change": change.relative, "change_error": change.relative_error}
+        found.append(row.to_json() | errors | {"rank": places[number] if places else None})
+    return found
+
+
 def report(rows: Sequence[Row]) -> str:
-    """For people: perplexity over all texts, how far it is above the first row's, and by text."""
+    """For people: perplexity over all texts, how far it is above the first row's, its place, and by text."""
+    from .perplexity import LEAST_WINDOWS, Change, ranks
+
     names = list(rows[0].losses)
+    places = ranks([row.loss for row in rows])
     trunk = any(row.trunk_bits != 16 for row in rows)
     head = ["bits", *(["trunk"] * trunk), "group", "pairs", "method", "experts", "bits/weight", "error"]
-    lines = [[*head, "perplexity", "change", *names]]
-    for row in rows:
-        change = (row.perplexity / rows[0].perplexity - 1) * 100
+    lines = [[*head, "perplexity", "change", *(["rank"] if places else []), *names]]
+    for number, row in enumerate(rows):
+        change = Change.of(row.loss, rows[0].loss)
+        error = "" if change.relative_error is None else f" ± {change.relative_error:.2%}".removesuffix("%")
         lines.append(
             [
                 "as it is" if row.bits is None else str(row.bits),
@@ -245,8 +275,23 @@ def report(rows: Sequence[Row]) -> str:
                 "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
                 "" if row.error is None else f"{row.error:.4f}",
                 f"{row.perplexity:.3f}",
-                "" if row is rows[0] else f"{change:+.2f} %",
+                "" if row is rows[0] else f"{change.relative * 100:+.2f}{error} %",
+                *(["-".join(map(str, dict.fromkeys(places[number])))] if places else []),
                 *(f"{row.losses[name].perplexity:.2f}" for name in names),
             ]
         )
-    return table(lines)
+    if len(rows) == 1:
+        return table(lines)
+    windows = len(rows[0].loss.windows)
+    notes = []
+    if windows > 1:
+        notes += [
+            f"±: standard error of the change, of {windows} windows, each compared with the same of the first row."
+        ]
+    if places:
+        notes += [
+            "rank: the places that a row may have. Two rows that differ by less than two standard errors share some."
+        ]
+    else:
+        notes += [f"No ranks: of fewer than {LEAST_WINDOWS} windows the standard error itself is uncertain."]
+    return "\n".join([table(lines), *notes])

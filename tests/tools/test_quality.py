@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
+from moetier.tools import perplexity
 from moetier.tools.convert import convert
 from moetier.tools.main import main
-from moetier.tools.perplexity import WINDOW, Loss, loss
+from moetier.tools.perplexity import WINDOW, Change, Loss, loss, ranks
 
 TEXTS = Path(__file__).parent.parent / "assets" / "texts"
 
@@ -56,12 +58,78 @@ def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixt
 
 
 def test_hqq_is_better_than_plain_rounding_at_two_bits(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = quality(capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "1024", "--bits", "16,2", "--fast")
+    rows = quality(
+        capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "1024", "--bits", "16,2", "--method", "hqq,rounding"
+    )
     assert [row["method"] for row in rows] == ["", "", "hqq", "rounding"]
     _, _, hqq, rounding = rows
     assert hqq["error"] < rounding["error"]
     assert hqq["perplexity"] < rounding["perplexity"]
     assert hqq["stored_bytes"] == rounding["stored_bytes"]
+
+
+def test_fast_means_what_it_means_in_convert(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain rounding in place of HQQ, so that less is done, not more."""
+    settings = ("--text", str(TEXTS / "it.txt"), "--tokens", "64", "--bits", "2")
+    rows = quality(capsys, str(tinymix), *settings, "--fast")
+    assert [row["method"] for row in rows] == ["", "rounding"]
+    assert quality(capsys, str(tinymix), *settings, "--method", "rounding") == rows
+
+
+def test_there_is_no_other_method(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["quality", str(tinymix), "--text", str(TEXTS), "--method", "hqq,best"])
+    assert "'hqq,best' names what is no method" in capsys.readouterr().err
+
+
+def test_changes_have_standard_errors_and_places(
+    tinymix: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "WINDOW", 64)  # for speed
+    settings = ("--text", str(TEXTS), "--tokens", "512", "--bits", "16,2")
+    assert main(["quality", str(tinymix), *settings]) == 0
+    head, first, same, far, *notes = capsys.readouterr().out.splitlines()
+    assert "rank" in head
+    assert "of 16 windows" in notes[0]
+    assert " +0.00 ± 0.00 % " in same
+    assert all(" 1-2 " in line for line in (first, same)), "they can't be told apart"
+    assert " 3 " in far
+
+
+def losses_of(*nats: Iterable[float], tokens: int = 511) -> list[Loss]:
+    """By window."""
+    return [sum((Loss(tokens, each, ((tokens, each),)) for each in map(float, row)), Loss()) for row in nats]
+
+
+def test_the_standard_error_is_that_of_the_differences() -> None:
+    """However much windows differ among themselves."""
+    random = np.random.default_rng(0)
+    base, more = random.uniform(1000, 3000, 20), random.normal(5.0, 2.0, 20)
+    change = Change.of(*losses_of(base + more, base))
+    assert change.log == pytest.approx(more.mean() / 511)
+    assert change.log_error == pytest.approx(more.std(ddof=1) / math.sqrt(20) / 511)
+    assert change.relative == pytest.approx(math.exp(more.mean() / 511) - 1)
+    assert change.is_clear
+    assert Change.of(*losses_of(base[:1] + more[:1], base[:1])).relative_error is None
+    same = Change.of(*losses_of(base, base))
+    assert (same.log, same.log_error, same.is_clear) == (0.0, 0.0, False)
+
+
+def test_the_standard_error_covers_what_it_should() -> None:
+    """Of a thousand measurements of a change that is none, one in twenty is beyond two standard errors."""
+    random = np.random.default_rng(0)
+    base = random.uniform(1000, 3000, 12)
+    clear = [Change.of(*losses_of(base + random.normal(0.0, 3.0, 12), base)).is_clear for _ in range(1000)]
+    assert 0.03 < np.mean(clear) < 0.1
+
+
+def test_what_can_not_be_told_apart_is_not_ranked() -> None:
+    base = np.linspace(1000.0, 3000.0, 16)
+    noise = np.asarray([5.5, -4.5] * 8)  # its mean is a third of its standard error
+    rows = [base, base + noise, base + 50.0, base + 50.0 + noise, base - 10.0]
+    assert ranks(losses_of(*rows)) == [(2, 3), (2, 3), (4, 5), (4, 5), (1, 1)]
+    assert ranks(losses_of(*(row[:7] for row in rows))) is None, "too few windows"
+    assert ranks(losses_of(base)) is None
 
 
 def test_a_model_directory_is_measured_as_it_runs(
@@ -123,7 +191,10 @@ def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str])
     head, first, *others = capsys.readouterr().out.splitlines()
     assert head.split()[-1] == "it"
     assert first.startswith("as it is")
+    *others, note = others
     assert [line.split()[:2] for line in others] == [["2", "64"], ["2", "32"]]
+    assert note.startswith("No ranks: of fewer than 8 windows")
+    assert "rank" not in head
 
 
 @pytest.mark.parametrize(
@@ -155,7 +226,9 @@ def test_models_that_are_quantised_already_are_refused(
     assert "fp8 is quantised already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [("--bits", "2"), ("--group-size", "32"), ("--pairs", "uint8"), ("--fast",)])
+@pytest.mark.parametrize(
+    "option", [("--bits", "2"), ("--group-size", "32"), ("--pairs", "uint8"), ("--method", "hqq"), ("--fast",)]
+)
 def test_a_way_to_store_a_model_that_is_stored_already_is_refused(
     tinymix_4bit: Path, option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
