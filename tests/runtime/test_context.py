@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -106,3 +108,17 @@ def test_transformers_warns_of_a_text_that_is_too_long(tinymix_4bit: Path, caplo
         tokenizer("a b c " * 1000)
         assert "longer than the specified maximum" in caplog.text
         assert "(3001 > 2048)" in caplog.text
+
+
+def test_transformers_warns_of_generating_beyond_the_context(
+    tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "short"
+    copytree(tinymix_4bit, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    model, tokenizer = moetier.load(folder, daemon=None)
+    with model.tiers:
+        assert tokenizer is not None
+        model.generate(**tokenizer("a b c", return_tensors="pt"), max_new_tokens=20, min_new_tokens=20)
+    assert "exceeded the model's predefined maximum length (16)" in caplog.text
