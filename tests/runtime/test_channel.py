@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from daemons import DaemonProcess, running_daemon
 from stores import make_plan, make_records, write_store
-from threads import wait_until
+from threads import Task, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.address import Address, Credentials
@@ -230,6 +231,41 @@ def test_one_that_is_not_there_behind_somebody_who_answers_for_it_is_away(
             assert (away.records, away.bytes, bool(away.away)) == (0, 0, True)
             assert (local.place, local.records, local.bytes) == ("the local store", 1, len(slot))
         forwarder.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_daemon_that_answers_a_connection_late_is_not_away(
+    without_tls: DaemonProcess, files: Files, manifest: Manifest
+) -> None:
+    """As one far away, or one that many connect to: an attempt takes longer than the first pause between two."""
+    host, _, port = without_tls.card.listen.rpartition(":")
+
+    def forward(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = forwarder.accept()
+                time.sleep(0.2)  # of the network
+                far = socket.create_connection((host, int(port)))
+                ends.extend((near, far))
+                tasks.extend(Task(partial(forward, *pair), "forwarder") for pair in ((near, far), (far, near)))
+
+    ends: list[socket.socket] = []
+    tasks: list[Task[None]] = []
+    with socket.create_server(("127.0.0.1", 0)) as forwarder:
+        accepting = Task(accept, "forwarder")
+        credentials = Credentials(token_file=files.token, insecure=True)
+        read(f"127.0.0.1:{forwarder.getsockname()[1]}", credentials, manifest)
+        forwarder.shutdown(socket.SHUT_RDWR)
+        accepting.result()
+    for task in tasks:
+        task.result()
+    for end in ends:
+        end.close()
 
 
 @pytest.mark.parametrize("who", ["nobody", "a stranger"])

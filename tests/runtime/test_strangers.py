@@ -61,7 +61,7 @@ class Served:
         """Describe, Session and Fetch, each by a client that is new."""
         with self.remote() as channel:
             stub = ExpertStoreStub(channel)
-            assert stub.Describe(pb.DescribeRequest(), timeout=PATIENCE, wait_for_ready=True).pid == self.daemon.pid
+            assert stub.Describe(pb.DescribeRequest(), timeout=PATIENCE).pid == self.daemon.pid
             fetch = pb.FetchRequest(digest=self._manifest.digest, block=1, expert=2)
             assert list(stub.Fetch(fetch, timeout=PATIENCE))
         with RawClient(self.daemon.folder, self._manifest) as client:
