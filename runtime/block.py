@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import closing
+import threading
+from collections.abc import Callable, Collection, Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetier.tiers.errors import MoetierError
 from moetier.tiers.keys import ExpertKey, RecordLayout
 from moetier.tiers.source import ExpertSource, Lease
 
@@ -18,6 +20,8 @@ from .kernels import Kernels
 
 SoFar = Callable[[], Tensor | None]  # what a block's experts have given a single token [1, H], if any have
 Demanded = Callable[[int, Collection[int], SoFar], None]
+
+_open = threading.local()  # ``source``: where this thread's leases were acquired from that have not ended in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,15 @@ class TieredBlock:
     demanded: Demanded | None = None  # told of a demand, once it is made
 
 
-def groups(here: TieredBlock, experts: Collection[int], so_far: SoFar = lambda: None) -> Iterator[list[Lease[Tensor]]]:
+def groups(
+    here: TieredBlock, experts: Collection[int], so_far: SoFar = lambda: None
+) -> Generator[list[Lease[Tensor]], None, None]:
     """The leases of a block's experts, those together that are valid together. Tells of the demand at once where all
     are there, else as soon as those are computed that are: while the others are read, it delays nothing."""
+    if (cut := getattr(_open, "source", None)) is not None:
+        with suppress(MoetierError):  # it may be closed, or another process's
+            cut.reclaim()
+    _open.source = here.source
     left = len(experts)
     tell = None if here.demanded is None else partial(here.demanded, here.block, experts, so_far)
     with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in experts])) as leases:
@@ -50,6 +60,7 @@ def groups(here: TieredBlock, experts: Collection[int], so_far: SoFar = lambda: 
             group = []
             if tell is not None:
                 tell = tell()
+    _open.source = None
 
 
 def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ local store.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class DaemonTier:
         self._closed_error: ClosedError | None = None
         self._wished: set[int] = set()  # blocks whose wishes the daemon may still have to fulfil
         self._borrowed: set[ExpertKey] = set()  # of which no demand has been told
+        self._misses: dict[int, Misses] = {}  # by thread: what it waits for
         self._counts = Counts("daemon")
         self._link = Link(folder, manifest.digest, side, self._arrive)
         self._ways = Ways(self._link, spare, patience, self._counts, self._check_open, lambda: self._arena.plan.slots)
@@ -96,7 +98,7 @@ class DaemonTier:
             if not missing:  # else the daemon learns of the demand by itself
                 self._link.prefetch(block, [])
         self._counts.add(hits=len(found), misses=len(missing))
-        rest = Misses(self._ways, block)
+        rest = Misses(self._ways, block, self._misses)
         try:
             if missing:
                 rest.want(missing)
@@ -113,6 +115,13 @@ class DaemonTier:
                 yield from rest.leases()
         finally:
             rest.close()
+
+    def reclaim(self) -> None:
+        """As ``ExpertSource`` says."""
+        self._home.check()
+        if (misses := self._misses.get(threading.get_ident())) is not None:
+            misses.close()
+        self._spare.reclaim()
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says; while the daemon is away, no wish comes true. No message tells of wishes that are

@@ -75,7 +75,7 @@ class Controller:
                 self._begin_trial()
             return
         self._window.append(Window(seconds, misses))
-        if len(self._window) == self.span:
+        if len(self._window) >= self.span:  # more: the end of the last was cut
             self._windows[self.is_on].append(_typical(self._window))
             self._window.clear()
             self._turn()

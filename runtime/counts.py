@@ -25,8 +25,8 @@ class Counts:
 
     def snapshot(self, *, slots: int, ready: int, slot_bytes: int, reads: TierStats | None) -> TierStats:
         """With the ``reads`` of another tier. Raises ClosedError in a forked child."""
-        with self._monitor:
-            stats = self._counters.snapshot(slots=slots, ready=ready, leased=None, slot_bytes=slot_bytes)
+        take = partial(self._counters.snapshot, slots=slots, ready=ready, leased=None, slot_bytes=slot_bytes)
+        stats = self._monitor.run(take)
         if reads is None:
             return stats
         return replace(stats, bytes_in=reads.bytes_in, loads=reads.loads, load_seconds=reads.load_seconds)

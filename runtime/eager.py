@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -27,17 +28,18 @@ def eager_forward(
         is_nothing = not early and len(waiting) == len(rows)
         return None if is_nothing or len(out) > 1 else sum(early.values(), out)
 
-    for leases in groups(here, rows, so_far):
-        for lease in leases:
-            tokens, positions = rows[lease.key.expert]
-            y = _expert(self, here, lease.record, hidden_states[tokens].to(compute))
-            y = (y * top_k_weights[tokens, positions, None]).to(accumulate)
-            if not lease.holds():
-                continue  # its record was replaced while this was computed on it: it comes again
-            early[lease.key.expert] = y
-            while waiting and waiting[0] in early:
-                expert = waiting.popleft()
-                out.index_add_(0, rows[expert][0], early.pop(expert))
+    with closing(groups(here, rows, so_far)) as arriving:
+        for leases in arriving:
+            for lease in leases:
+                tokens, positions = rows[lease.key.expert]
+                y = _expert(self, here, lease.record, hidden_states[tokens].to(compute))
+                y = (y * top_k_weights[tokens, positions, None]).to(accumulate)
+                if not lease.holds():
+                    continue  # its record was replaced while this was computed on it: it comes again
+                early[lease.key.expert] = y
+                while waiting and waiting[0] in early:
+                    expert = waiting.popleft()
+                    out.index_add_(0, rows[expert][0], early.pop(expert))
     assert not waiting
     return out.to(hidden_states.dtype)
 

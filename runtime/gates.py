@@ -161,17 +161,21 @@ class Gates:
 
         A block with a refusal has no gate here, and may have no entry and no layer; its experts are told all the same.
         """
-        handles = []
-        for found in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
-            if layer is not None and found.decoder is not None:
-                handles.append(_before(found.decoder, _at_entry(layer, found.block)))
-            if entry is not None and found.entry is not None:
-                handles.append(_before(found.entry, _at_entry(entry, found.block)))
-            if gate is not None and found.gate is not None:
-                handles.append(found.gate.register_forward_hook(_at_gate(gate, found)))
-            if experts is not None:
-                handles.append(_before(found.experts, _at_experts(experts, found.block)))
-        return Observation(handles)
+        observation = Observation([])
+        try:
+            for found in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
+                if layer is not None and found.decoder is not None:
+                    observation.add(_before(found.decoder, _at_entry(layer, found.block)))
+                if entry is not None and found.entry is not None:
+                    observation.add(_before(found.entry, _at_entry(entry, found.block)))
+                if gate is not None and found.gate is not None:
+                    observation.add(found.gate.register_forward_hook(_at_gate(gate, found)))
+                if experts is not None:
+                    observation.add(_before(found.experts, _at_experts(experts, found.block)))
+        except BaseException:
+            observation.remove()
+            raise
+        return observation
 
 
 class Observation:
@@ -179,6 +183,9 @@ class Observation:
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
         self._handles = handles
+
+    def add(self, handle: RemovableHandle) -> None:
+        self._handles.append(handle)
 
     def remove(self) -> None:
         for handle in self._handles:

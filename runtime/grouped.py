@@ -7,6 +7,7 @@ together; what torch computes between the products has shapes that the routing a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -43,14 +44,15 @@ def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, t
     def so_far() -> Tensor | None:
         return None if outer is None else (outer * top_k_weights.T).sum(0, keepdim=True)
 
-    for leases in groups(here, places, so_far):
-        at, ones = [places[lease.key.expert] for lease in leases], [1] * len(leases)
-        records = [lease.record for lease in leases]
-        inner = _put(inner, at, _project(here, row, records, ones, module, _first(module)), everywhere)
-        part = _activate(module, inner)
-        part = _project(here, part if at == everywhere else part[at], records, ones, module, "down_proj")
-        at = [place if lease.holds() else -1 for place, lease in zip(at, leases, strict=True)]
-        outer = _put(outer, at, part, everywhere)
+    with closing(groups(here, places, so_far)) as arriving:
+        for leases in arriving:
+            at, ones = [places[lease.key.expert] for lease in leases], [1] * len(leases)
+            records = [lease.record for lease in leases]
+            inner = _put(inner, at, _project(here, row, records, ones, module, _first(module)), everywhere)
+            part = _activate(module, inner)
+            part = _project(here, part if at == everywhere else part[at], records, ones, module, "down_proj")
+            at = [place if lease.holds() else -1 for place, lease in zip(at, leases, strict=True)]
+            outer = _put(outer, at, part, everywhere)
     if outer is None:
         return torch.zeros_like(x)
     if module.has_post_expert_norm:
@@ -77,18 +79,19 @@ def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_
     tokens, k = top_k_index.shape
     rows = rows_of_experts(top_k_index, module.num_experts)
     outer = torch.zeros(tokens * k, x.shape[1], dtype=compute)
-    for leases in groups(here, rows):
-        for batch in _batches(leases, rows):
-            records, counts = [lease.record for lease, _, _ in batch], [len(token) for _, token, _ in batch]
-            gathered = torch.cat([token for _, token, _ in batch])
-            inner = _project(here, x.index_select(0, gathered).to(compute), records, counts, module, _first(module))
-            inner = torch.cat([_activate(module, part) for part in torch.split(inner, counts)])
-            part = _project(here, inner, records, counts, module, "down_proj")
-            if module.has_post_expert_norm:
-                part = torch.cat([module.post_expert_norm(piece) for piece in torch.split(part, counts)])
-            outer[torch.cat([token * k + position for _, token, position in batch])] = part
-        for lease in leases:
-            lease.holds()  # if it does not, it comes again, and is computed again
+    with closing(groups(here, rows)) as arriving:
+        for leases in arriving:
+            for batch in _batches(leases, rows):
+                records, counts = [lease.record for lease, _, _ in batch], [len(token) for _, token, _ in batch]
+                gathered = torch.cat([token for _, token, _ in batch])
+                inner = _project(here, x.index_select(0, gathered).to(compute), records, counts, module, _first(module))
+                inner = torch.cat([_activate(module, part) for part in torch.split(inner, counts)])
+                part = _project(here, inner, records, counts, module, "down_proj")
+                if module.has_post_expert_norm:
+                    part = torch.cat([module.post_expert_norm(piece) for piece in torch.split(part, counts)])
+                outer[torch.cat([token * k + position for _, token, position in batch])] = part
+            for lease in leases:
+                lease.holds()  # if it does not, it comes again, and is computed again
     by_token = outer.view(tokens, k, x.shape[1])
     out = torch.zeros_like(x, dtype=torch.promote_types(accumulate, torch.float32))
     for place in range(k):

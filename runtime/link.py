@@ -90,9 +90,12 @@ class Link(Generic[Place]):
                 self._outbox.put(request.message())
 
     def withdraw(self, request: Request) -> None:
-        """Ends a request: what it holds and waits for is given back. Never waits: a finalizer may call it."""
-        if self._requests.pop(request.number, None) is not None:
+        """Ends a request: what it holds and waits for is given back. Never waits: a finalizer may call it. What an
+        exception has cut can be repeated."""
+        self._requests.pop(request.number, None)
+        if not request.is_over:
             self._say(wire.ClientMessage(release=wire.Release(request=request.number)))
+            request.is_over = True
 
     def release(self, request: Request, expert: int) -> None:
         """Ends one lease."""
@@ -222,6 +225,7 @@ class Link(Generic[Place]):
         elif message.HasField("failed"):
             request = self._requests.pop(message.failed.request, None)
             if request is not None:
+                request.is_over = True
                 request.deliver(Failed(request, error_from_message(message.failed.error)))
         elif message.HasField("pace"):
             told = message.pace

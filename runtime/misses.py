@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -10,6 +11,7 @@ from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host import HostTier
+from moetier.tiers.interrupts import LOOK_SECONDS, may_end
 from moetier.tiers.keys import ExpertKey
 from moetier.tiers.source import Lease
 
@@ -36,11 +38,13 @@ class Ways:
 
 
 class Misses:
-    """Of one block. ``close`` gives back what it still holds."""
+    """Of one block. ``close`` gives back what it still holds. ``register`` knows it by its thread until then."""
 
-    def __init__(self, ways: Ways, block: int) -> None:
+    def __init__(self, ways: Ways, block: int, register: dict[int, Misses]) -> None:
         self._ways = ways
         self._block = block
+        self._register = register
+        self._thread = 0  # until it wants something
         self._requests: list[Request] = []
         self._events: SimpleQueue[Event[MappedArena]] = SimpleQueue()
         self.wanted: dict[int, None] = {}  # experts that were not computed with yet
@@ -50,12 +54,16 @@ class Misses:
         self.wanted.update(dict.fromkeys(experts))
         request = Request(self._block, dict.fromkeys(experts), self._events.put)
         self._requests.append(request)  # first: whatever comes between, close() gives it back
+        self._thread = threading.get_ident()
+        self._register[self._thread] = self
         self._ways.link.ask(request)
 
     def close(self) -> None:
-        """Gives back what is held and waited for. Never waits."""
+        """Gives back what is held and waited for. Never waits. What an exception has cut can be repeated."""
         for request in self._requests:
             self._ways.link.withdraw(request)
+        if self._register.get(self._thread) is self:
+            self._register.pop(self._thread, None)
 
     def leases(self) -> Generator[Lease[memoryview], None, None]:
         """Of all that is wanted, in order of arrival."""
@@ -88,8 +96,10 @@ class Misses:
                 away = link.away_since
                 due = limit if away is None or ways.spare.why else min(limit, max(away, began - GRACE) + GRACE)
                 try:
-                    event = self._events.get(timeout=max(due - time.monotonic(), 0.0))
+                    event = _take(self._events, max(due - time.monotonic(), 0.0))
                 except Empty:
+                    if time.monotonic() < due:
+                        continue
                     if (spare := ways.spare.open()) is not None:
                         return spare
                     if time.monotonic() >= limit:
@@ -115,7 +125,7 @@ class Misses:
             return spare
         if not leaves or time.monotonic() + _AGAIN >= limit:
             raise event.error
-        time.sleep(_AGAIN)
+        _sleep(_AGAIN)
         self.want(list(event.request.awaited))
         return None
 
@@ -134,3 +144,14 @@ class Misses:
         else:
             what = f"The daemon has been away for {ways.patience:g} seconds and more: {link.error.cause}"
         return UnavailableError(f"{what} {ways.spare.why}".rstrip(), "Start it again: moetier daemon DIR")
+
+
+@may_end
+def _take(events: SimpleQueue[Event[MappedArena]], seconds: float) -> Event[MappedArena]:
+    """Raises Empty."""
+    return events.get(timeout=min(seconds, LOOK_SECONDS))
+
+
+@may_end
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)

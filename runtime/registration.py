@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
 from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.interrupts import postpone_interrupts, raise_interrupts
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
 from moetier.tiers.trunk import check_small, check_trunk, trunk_records
 
@@ -87,6 +88,14 @@ def install() -> None:
             ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
             register_quantizer(NAME)(MoetierQuantizer)
             register_quantization_config(NAME)(MoetierConfig)
+
+
+def _postpone(*_: Any) -> None:
+    postpone_interrupts()
+
+
+def _raise(*_: Any) -> None:
+    raise_interrupts()
 
 
 class MoetierConfig(QuantizationConfigMixin):
@@ -237,6 +246,8 @@ class MoetierQuantizer(HfQuantizer):
             use_growing_layers(model)
             use_quick_norms(model)
             use_row_weights(model)
+        model.register_forward_pre_hook(_postpone)
+        model.register_forward_hook(_raise, always_call=True)
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
             layout = tiers.manifest.layout(number)

@@ -47,6 +47,7 @@ class Request:
     block: int
     awaited: dict[int, None]  # the experts that it was not granted yet; the link's to change
     deliver: Callable[[Any], None]
+    is_over: bool = False  # the daemon knows that it is
     number: int = field(default_factory=itertools.count(1).__next__)
 
     def message(self) -> wire.ClientMessage:

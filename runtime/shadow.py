@@ -29,7 +29,8 @@ class Shadow:
         self._guessed = 0  # misses of what was guessed before, as far as it is looked at
         self._last = 0  # of these demands: those that hit what a wish would have evicted next
         self._slots = slots
-        self._orders = [ORDERS[policy](count) for count in slots]
+        self._make_order = ORDERS[policy]
+        self._orders = [self._make_order(count) for count in slots]
         self._resident: list[dict[int, ExpertKey]] = [{} for _ in slots]  # by block: each expert's key
 
     @property
@@ -45,6 +46,8 @@ class Shadow:
     def demand(self, block: int, experts: Collection[int], spared: Collection[int] | None = None) -> None:
         """What is given first is evicted last. A passage, which is more than there are slots, leaves what is there.
         ``spared`` is what no wish would have evicted, where there was a guess."""
+        if len(self._resident[block]) != len(self._orders[block]):  # an exception from outside has cut it
+            self._resident[block], self._orders[block] = {}, self._make_order(self._slots[block])
         resident, order, slots = self._resident[block], self._orders[block], self._slots[block]
         if len(experts) > slots:
             return

@@ -58,6 +58,11 @@ class Spare:
         """What could not be had is tried again when it is needed next."""
         self._error = None
 
+    def reclaim(self) -> None:
+        """Ends all that the calling thread has acquired of it."""
+        if self._host is not None:
+            self._host.reclaim()
+
     def stats(self) -> TierStats | None:
         """None before it was needed."""
         host = self._host

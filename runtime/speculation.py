@@ -187,10 +187,10 @@ class Speculation:
             layer = self._at_layer if len(self._distances) > 1 else None
             others = [gate.block for gate in shortcuts.gates.blocks if gate.block != self._first]
             self._observation = shortcuts.gates.observe(entry=self._at_entry, layer=layer, blocks=others)
-        if not on or self._shortcuts is None:  # detached meanwhile, perhaps
-            observation, self._observation = self._observation, None
-            if observation is not None:
-                observation.remove()
+        is_over = not on or self._shortcuts is None  # detached meanwhile, perhaps
+        if is_over and (observation := self._observation) is not None:
+            observation.remove()
+            self._observation = None
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
         is_of_step = self._guessing and _tokens(hidden) == self._rows  # and not of another tower, or another thread

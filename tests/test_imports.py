@@ -22,7 +22,7 @@ LAYERS = {
 # within tiers: each level imports from those above it alone
 LEVELS = (
     {"fields"},
-    {"keys", "errors", "stats", "stream"},
+    {"keys", "errors", "stats", "stream", "interrupts"},
     {"bands", "checksum", "hqq", "manifest", "monitor", "slots", "planes", "pairs", "order"},
     {"source", "policy", "wishes", "heads", "usage", "quantize", "plan", "budget", "shard"},
     {"directory", "demands", "views", "promoter", "allocation", "page_locks", "device_pool", "folder", "durable"},

@@ -60,6 +60,14 @@ class Copies:
         ready = arranging.record_event()
         return Copy(ended, ready, {arranging: ready})
 
+    def abandon(self, pool: DevicePool, slot: int) -> Event:
+        """For a slot whose copy may have been queued, or not. Refilling it waits for what was; returns the end of the
+        copy."""
+        for stream in (self._device.copy_stream(), *([self._device.arranging_stream()] if self._arrange else ())):
+            pool.used[slot][stream] = stream.record_event()
+        ended = pool.copied[slot] = pool.used[slot][self._device.copy_stream()]
+        return ended
+
     def clear(self) -> None:
         """The host's memory is let go of."""
         self._views.clear()

@@ -20,8 +20,9 @@ What is wished for is promoted in the background (``promoter.py``), where the ti
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -39,7 +40,7 @@ from .order import DEFAULT_ORDER
 from .promoter import Promoter
 from .source import Lease, Lender, Pace
 from .stats import TierCounters, TierStats
-from .stream import Device
+from .stream import Device, Event, Stream
 from .visit import Visit
 
 _log = logging.getLogger(__name__)
@@ -69,14 +70,14 @@ class DeviceTier:
         self._source = source  # stays its owner's to close
         self._device = device
         self._manifest = manifest
-        self._monitor = Monitor()
+        self._monitor = Monitor(self._mend)
         self._counters = TierCounters("device")
         self._copies = Copies(device, arrange)
         self._slots = DeviceSlots(manifest, allocate(device, manifest, slots), policy, self._counters)
         self._intake = Intake(self._monitor, self._slots, self._copies, self._counters, self._check_open)
+        self._visits: dict[Visit, None] = {}  # calls of acquire that have not ended
+        self._shrinking: int | None = None  # the thread that shrinks it; no call of acquire begins meanwhile
         self._wished: set[int] = set()  # blocks whose wishes were passed on
-        self._visits = 0  # calls of acquire that have not ended
-        self._shrinking = False  # none begins meanwhile
         self._closed = False
         self._promoter: Promoter | None = None
         if promotes:
@@ -92,8 +93,9 @@ class DeviceTier:
             return
         block, distinct = keys[0].block, list(dict.fromkeys(keys))
         self._manifest.check_keys(block, distinct)
-        visit = self._enter(block, len(distinct))
+        visit = Visit(self._slots.pool(block), caller=threading.get_ident())
         try:
+            self._monitor.wait_for(self._enter, visit, block, len(distinct))
             missing = self._look(visit, distinct)
             yield from self._leases(visit)
             if missing:
@@ -101,31 +103,42 @@ class DeviceTier:
         finally:
             self._monitor.post(partial(self._leave, visit))
 
+    def reclaim(self) -> None:
+        """As ``ExpertSource`` says."""
+        self._monitor.run(self._reclaim, threading.get_ident())
+        self._source.reclaim()
+
+    def _reclaim(self, caller: int) -> None:
+        self._end_shrinking(caller)
+        for visit in [visit for visit in self._visits if visit.caller == caller]:
+            self._leave(visit)
+            visit.end_copies()
+
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says: what the device lacks is wished for in the host, and promoted from there."""
         self._manifest.check_keys(block, wishes)
-        with self._monitor:
-            self._check_open()
-            lacking = [key for key in wishes if self._slots.find(key) is None]
-            self._wished.add(block)
-            if self._promoter is not None:
-                self._promoter.wish(block, wishes, lacking)
-        self._source.prefetch(block, lacking)
+        self._source.prefetch(block, self._monitor.run(self._wish, block, wishes))
+
+    def _wish(self, block: int, wishes: Sequence[ExpertKey]) -> list[ExpertKey]:
+        self._check_open()
+        lacking = [key for key in wishes if self._slots.find(key) is None]
+        self._wished.add(block)
+        if self._promoter is not None:
+            self._promoter.wish(block, wishes, lacking)
+        return lacking
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """As ``ExpertSource`` says; where nothing is promoted, of the host: to have it there is all a wish can do."""
         if self._promoter is None:
             return self._source.absent(keys)
-        with self._monitor:
-            return [key for key in keys if not self._slots.holds(key)]
+        return self._monitor.run(lambda: [key for key in keys if not self._slots.holds(key)])
 
     def pace(self, block: int) -> Pace | None:
         """Of the host's reads, beside which a copy is nothing."""
         return self._source.pace(block)
 
     def stats(self) -> TierStats:
-        with self._monitor:
-            return self._slots.stats()
+        return self._monitor.run(self._slots.stats)
 
     def shrink(self) -> int:
         """Goes on with three quarters of the slots, all of them empty: for a device that has no memory left. Returns
@@ -134,35 +147,15 @@ class DeviceTier:
         The caller holds no lease; this waits until no other caller does. Raises ClosedError; BudgetError where the
         device has no room for one token's experts any more, which closes the tier.
         """
-        with self._monitor:
-            self._check_open()
-            self._wait_while(lambda: self._shrinking)
-            before, promoter = self._slots.counts, self._promoter
-            less = fewer(self._manifest, before)
+        caller = threading.get_ident()
+        try:
+            before, less = self._monitor.wait_for(self._begin_shrinking, caller)
             if less == before:
                 return 0
-            self._shrinking = True
-            if promoter is not None:
-                promoter.stand_back()
-            try:
-                self._wait_while(lambda: self._visits or self._slots.copying)
-                nbytes = self._slots.stats().slot_bytes
-                for key in self._slots.drop():
-                    if promoter is not None:
-                        promoter.evict(key)
-                try:
-                    self._slots.use(allocate(self._device, self._manifest, less))
-                except BaseException:
-                    self._closed = True
-                    if promoter is not None:
-                        promoter.stop()
-                    raise
-                stats = self._slots.stats()
-            finally:
-                self._shrinking = False
-                if promoter is not None:
-                    promoter.go_on()
-                self._monitor.wake()
+            self._monitor.wait_for(self._is_idle)
+            nbytes, stats = self._monitor.run(self._use_fewer, less)
+        finally:
+            self._monitor.run(self._end_shrinking, caller)
         _log.warning(
             "the device has no memory left: its tier has %d slots now, no longer %d", stats.slots, sum(before.values())
         )
@@ -175,67 +168,130 @@ class DeviceTier:
         """
         if not self._monitor.home.is_here:
             return
-        with self._monitor:
-            self._closed = True
-            if self._promoter is not None:
-                self._promoter.stop()
-            self._monitor.wake()
-            while self._slots.copying:
-                self._monitor.sleep()
+        self._monitor.run(self._stop, threading.get_ident())
+        self._monitor.wait_for(lambda: None if self._slots.copying else True)
         if self._promoter is not None:
             self._promoter.join()
-        with self._monitor:
-            self._slots.wait_for_copies()
-            self._copies.locks.unlock()
+        self._monitor.run(self._unlock)
         self._slots.clear()
         self._copies.clear()
 
     def check_integrity(self) -> None:
         """Asserts that slots, groups and promotions agree."""
-        with self._monitor:
-            self._slots.check_integrity()
-            if self._promoter is not None:
-                self._promoter.check_integrity(self._slots.find)
+        self._monitor.run(self._check_integrity)
 
-    def _enter(self, block: int, records: int) -> Visit:
-        with self._monitor:
-            self._check_open()
-            self._wait_while(lambda: self._shrinking)
-            pool = self._slots.pool(block)
-            self._visits += 1
-            return Visit(pool, passing=pool.policy.is_passage(block, records))
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _stop(self, caller: int) -> None:
+        self._closed = True
+        if self._promoter is not None:
+            self._promoter.stop()
+        for visit in self._visits:
+            if visit.caller == caller:  # this thread copies nothing now: an exception has cut it
+                self._intake.leave(visit)
+        self._monitor.wake()
+
+    def _begin_shrinking(self, caller: int) -> tuple[dict[str, int], dict[str, int]] | None:
+        """How many slots there are, and how many there are to be."""
+        self._check_open()
+        if self._shrinking is not None:
+            return None
+        before = self._slots.counts
+        less = fewer(self._manifest, before)
+        if less != before:
+            self._shrinking = caller
+            if self._promoter is not None:
+                self._promoter.stand_back()
+        return before, less
+
+    def _is_idle(self) -> bool | None:
+        self._check_open()
+        return None if self._visits or self._slots.copying else True
+
+    def _use_fewer(self, less: dict[str, int]) -> tuple[int, TierStats]:
+        """How many bytes there were, and what there is now."""
+        nbytes = self._slots.stats().slot_bytes
+        for key in self._slots.drop():
+            if self._promoter is not None:
+                self._promoter.evict(key)
+        try:
+            self._slots.use(allocate(self._device, self._manifest, less))
+        except BaseException:
+            self._closed = True
+            if self._promoter is not None:
+                self._promoter.stop()
+            raise
+        return nbytes, self._slots.stats()
+
+    def _end_shrinking(self, caller: int) -> None:
+        if self._shrinking == caller:
+            self._shrinking = None
+            if self._promoter is not None:
+                self._promoter.go_on()
+            self._monitor.wake()
+
+    def _unlock(self) -> None:
+        self._slots.wait_for_copies()
+        self._copies.locks.unlock()
+
+    def _check_integrity(self) -> None:
+        self._slots.check_integrity()
+        if self._promoter is not None:
+            self._promoter.check_integrity(self._slots.find)
+
+    def _mend(self) -> None:
+        if self._slots.is_dropped and not self._closed:  # shrinking was cut
+            self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
+        self._slots.mend(self._visits, self._intake.promoting)
+        if self._promoter is not None:
+            missing = sum(visit.misses for visit in self._visits) + (self._shrinking is not None)
+            self._promoter.mend(missing, self._slots.find)
+        self._monitor.wake()
+
+    def _enter(self, visit: Visit, block: int, records: int) -> bool | None:
+        self._check_open()
+        if self._shrinking is not None:
+            return None
+        visit.pool = self._slots.pool(block)
+        visit.passing = visit.pool.policy.is_passage(block, records)
+        self._visits[visit] = None
+        return True
+
+    # -- a caller -----------------------------------------------------------------------------------------------------
 
     def _look(self, visit: Visit, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Pins the residents of distinct keys; returns the others."""
-        slots, missing, promoter = visit.pool.slots, [], self._promoter
-        with self._monitor:
-            self._check_open()
-            if promoter is not None:
-                promoter.wish(keys[0].block, (), ())
-            for key in keys:
-                slot = slots.find(key)
-                if slot is not None and promoter is not None:
-                    promoter.used(key)
-                if slot is not None and slots.is_ready(slot):
-                    slots.pin(slot)
-                    visit.ready.append(slot)
-                else:
-                    missing.append(key)
-            for slot in reversed(visit.ready):  # what is given first is evicted last
-                visit.pool.policy.touch(slot, passing=visit.passing)
-            if missing and promoter is not None:
-                promoter.stand_back()
-                visit.misses = True
-            self._counters.hits += len(visit.ready)
-            self._counters.misses += len(missing)
-            hits = [slots.key(slot) for slot in visit.ready]
-            wished = keys[0].block in self._wished
-            self._wished.discard(keys[0].block)
+        hits, missing, wished = self._monitor.run(self._pin, visit, keys)
         if hits:
             self._source.used(hits)
         if wished and not missing:  # else the host learns of the demand by itself
             self._source.prefetch(keys[0].block, ())
         return missing
+
+    def _pin(self, visit: Visit, keys: Sequence[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], bool]:
+        slots, missing, promoter = visit.pool.slots, list[ExpertKey](), self._promoter
+        self._check_open()
+        if promoter is not None:
+            promoter.wish(keys[0].block, (), ())
+        for key in keys:
+            slot = slots.find(key)
+            if slot is not None and promoter is not None:
+                promoter.used(key)
+            if slot is not None and slots.is_ready(slot):
+                slots.pin(slot)
+                visit.ready.append(slot)
+            else:
+                missing.append(key)
+        for slot in reversed(visit.ready):  # what is given first is evicted last
+            visit.pool.policy.touch(slot, passing=visit.passing)
+        if missing and promoter is not None:
+            promoter.stand_back()
+            visit.misses = True
+        self._counters.hits += len(visit.ready)
+        self._counters.misses += len(missing)
+        wished = keys[0].block in self._wished
+        self._wished.discard(keys[0].block)
+        return [slots.key(slot) for slot in visit.ready], missing, wished
 
     def _bring(self, visit: Visit, missing: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
         """Leases of what the host has to give."""
@@ -262,44 +318,42 @@ class DeviceTier:
             self._release(visit)
 
     def _lease(self, visit: Visit) -> Lease[torch.Tensor]:
-        pool, stream = visit.pool, self._device.current_stream()
-        with self._monitor:
-            self._check_open()
-            slot = visit.ready.popleft()
-            visit.leased = (slot, stream)
-            copied, key, record = pool.copied[slot], pool.slots.key(slot), pool.records[slot]
-            visit.latest = key
-        assert copied is not None
+        stream = self._device.current_stream()
+        lease, copied = self._monitor.run(self._take, visit, stream)
         stream.wait_event(copied)
-        return Lease(key, record, pool.first + slot)
+        return lease
+
+    def _take(self, visit: Visit, stream: Stream) -> tuple[Lease[torch.Tensor], Event]:
+        self._check_open()
+        pool, slot = visit.pool, visit.ready.popleft()
+        visit.leased = (slot, stream)
+        copied, key = pool.copied[slot], pool.slots.key(slot)
+        visit.latest = key
+        assert copied is not None
+        return Lease(key, pool.records[slot], pool.first + slot), copied
 
     def _release(self, visit: Visit) -> None:
-        with self._monitor:
-            self._end_lease(visit)
-            self._monitor.wake()
+        self._monitor.run(self._end_lease, visit)
 
     def _end_lease(self, visit: Visit) -> None:
         if visit.leased is not None:
             slot, stream = visit.leased
-            visit.leased = None
             visit.pool.used[slot][stream] = stream.record_event()
+            visit.leased = None
             visit.pool.slots.unpin(slot)
+            self._monitor.wake()
 
     def _leave(self, visit: Visit) -> None:
         """Gives back all that a caller holds."""
-        self._visits -= 1
         self._end_lease(visit)
         if visit.misses and self._promoter is not None:
             visit.misses = False
             self._promoter.go_on()
         while visit.ready:
             visit.pool.slots.unpin(visit.ready.popleft())
+        self._intake.leave(visit)
+        self._visits.pop(visit, None)
         self._monitor.wake()
-
-    def _wait_while(self, condition: Callable[[], object]) -> None:
-        while condition():
-            self._monitor.sleep()
-            self._check_open()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -12,6 +12,7 @@ from .keys import ExpertKey
 from .manifest import Manifest
 from .slots import State
 from .stats import TierCounters, TierStats
+from .visit import Visit
 
 
 class DeviceSlots:
@@ -73,6 +74,25 @@ class DeviceSlots:
         pool.slots.fail(slot)
         self.copying -= 1
 
+    def mend(self, visits: Collection[Visit], promoting: tuple[DevicePool, int, ExpertKey] | None) -> None:
+        """Make all agree after a step that an exception has cut anywhere. What callers hold stays, and what is being
+        copied for them, or for the promoter."""
+        self.copying = 0
+        for pool in self._pools.values():
+            pins = [0] * pool.slots.count
+            loading: dict[int, ExpertKey] = {}
+            for visit in visits:
+                if visit.pool is pool:
+                    for slot in [*visit.ready, *([visit.leased[0]] if visit.leased is not None else [])]:
+                        pins[slot] += 1
+                    if visit.filling is not None:
+                        loading[visit.filling[0]] = visit.filling[1]
+            if promoting is not None and promoting[0] is pool:
+                loading[promoting[1]] = promoting[2]
+            pool.slots.mend(pins, loading)
+            pool.policy.mend()
+            self.copying += len(loading)
+
     def wait_for_copies(self) -> None:
         """Until all that have been queued are done."""
         for pool in self._pools.values():
@@ -96,6 +116,11 @@ class DeviceSlots:
         self._counters.evictions += len(held)
         self.clear()
         return held
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether some slots have no memory."""
+        return not all(pool.records for pool in self._pools.values())
 
     def clear(self) -> None:
         for pool in self._pools.values():

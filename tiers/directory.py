@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .budget import slot_ranges
@@ -209,6 +210,27 @@ class Directory:
                 if not self._generations[slot] & 1:
                     self._step(slot)
                 self.void(slot)
+
+    def mend(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
+        """After the owner was cut: say of each slot the key that it holds or is filled with, and whether it is being
+        filled. Readers of what was right notice nothing."""
+        if self._closed or self._retired:
+            return
+        held = {self._plan.number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
+        for number in range(self._plan.keys):
+            slot = held.get(number, NONE)
+            if self._table[number] not in (slot, NONE) or (slot != NONE and self.content(slot) != states[slot][0]):
+                self._table[number] = NONE
+        for slot, (key, filling) in enumerate(states):
+            if filling != bool(self._generations[slot] & 1):
+                self._step(slot)
+            content = None if filling else key
+            if not filling and self.content(slot) != content:
+                self._step(slot)
+                self._contents[slot] = NONE if content is None else self._plan.number(content)
+                self._step(slot)
+        for number, slot in held.items():
+            self._table[number] = slot
 
     def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
         """Asserts that it says of each slot what its owner does: the key that it holds or that it is filled with, and

@@ -77,6 +77,10 @@ class Early:
         self._wishes.clear()
         self._warming.clear()
 
+    def mend(self) -> None:
+        """After a step that was cut: no prefetch request is known."""
+        self._wishes.clear()
+
     def take(self) -> Place | None:
         """What is begun next, wishes first; None if there is nothing that has a place. A wish takes an EMPTY slot, else
         one that an earlier wish filled in vain, of any group, else one of the heads; without these, or where reads are

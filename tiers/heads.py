@@ -10,7 +10,7 @@ Part of the ledger: no I/O, and its owner's lock is held.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Generic, TypeVar
 
 from .errors import BudgetError
@@ -93,6 +93,13 @@ class Head(Generic[Place]):
         self.end = min(self.filled + self.step, len(self.buffer))
         self.began = now
 
+    def tell(self, waiter: Callable[[], None]) -> None:
+        """Call ``waiter`` when the piece that is being read is there, or won't come; at once if there is none."""
+        if self.is_reading:
+            self.waiter = waiter
+        else:
+            waiter()
+
     @property
     def is_idle(self) -> bool:
         return not (self.is_claimed or self.is_reading)
@@ -111,6 +118,7 @@ class Heads(Generic[Place]):
                 f"The system does not give {HEADS * size:,} bytes beside the slots ({error.strerror}).",
                 "Give the host tier less memory, or free some.",
             ) from error
+        self._buffers = buffers
         self._free = [memoryview(buffer) for buffer in buffers]
         self._heads: dict[ExpertKey, Head[Place]] = {}
         self._ended: list[Head[Place]] = []  # that are read into still
@@ -156,10 +164,11 @@ class Heads(Generic[Place]):
 
     def end(self, head: Head[Place]) -> None:
         """Its buffer is another's, as soon as nothing is read into it."""
-        del self._heads[head.key]
         if head.is_reading:
             self._ended.append(head)
+            del self._heads[head.key]
         else:
+            del self._heads[head.key]
             self._release(head)
 
     def read(self, head: Head[Place], seconds: float, error: BaseException | None = None) -> None:
@@ -175,10 +184,21 @@ class Heads(Generic[Place]):
             self._ended.remove(head)
             self._release(head)
 
+    def mend(self, claimed: Collection[Head[Place]]) -> None:
+        """After a step that was cut: heads that a load has claimed are these, and buffers that none uses are free."""
+        for head in list(self._heads.values()):
+            if head in self._ended:
+                del self._heads[head.key]
+            elif head.is_claimed and head not in claimed:
+                self.end(head)
+        used = [head.buffer.obj for head in (*self._heads.values(), *self._ended)]
+        self._free[:] = [memoryview(buffer) for buffer in self._buffers if not any(buffer is other for other in used)]
+
     def close(self) -> None:
         """When nothing is read any more."""
         self._heads.clear()
         self._free.clear()
+        self._buffers.clear()
 
     def _release(self, head: Head[Place]) -> None:
         whole = head.buffer.obj

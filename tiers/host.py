@@ -64,7 +64,7 @@ class HostTier:
         self.plan = ArenaPlan.of(manifest, slots)
         assert arena is None or arena.plan == self.plan
         self.recovered = 0  # slots that were full when it began
-        self._monitor = Monitor()
+        self._monitor = Monitor(self._mend)
         self._closed = False
         self.fault: StoreError | None = None  # for which it serves nothing any more
         self._is_to_serve = False  # the parties, as soon as the lock is let go
@@ -115,35 +115,37 @@ class HostTier:
         self.manifest.check_keys(block, keys)
         demand = Demand(self._desk.pool(block), block, caller=threading.get_ident())
         try:
-            with self._monitor:
-                self._check_open()
-                self._ledger.look(demand, keys)
+            self._monitor.run(self._look, demand, keys)
             if demand.loads and demand.ready:
                 time.sleep(HANDOVER)
-            while leases := self._next(demand):
+            while leases := self._monitor.wait_for(self._next, demand):
                 while leases:  # whoever waits for the next keeps none of them
                     yield leases.popleft()
                     self._check_open()
+            if demand.error is not None:
+                raise demand.error
         finally:
             if self._monitor.home.is_here:  # the directory is shared with a forked child, and not the child's to write
                 self._monitor.post(partial(self._ledger.leave, demand))
+
+    def reclaim(self) -> None:
+        """As ``ExpertSource`` says."""
+        self._monitor.run(self._reclaim, threading.get_ident())
+
+    def _reclaim(self, caller: int) -> None:
+        for demand in self._ledger.demands_of(caller):
+            self._ledger.leave(demand)
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says. A wish is read beside the slots first, unless reads are quick. Then it evicts
         what an earlier one brought in vain, or what is neither held nor wished, of its own group."""
         self.manifest.check_keys(block, wishes)
-        with self._monitor:
-            self._check_open()
-            self._ledger.loads.wish(self._desk.pool(block), block, wishes)
+        self._monitor.run(self._wish, block, wishes)
 
     def warm(self, hot: HotSet) -> None:
         """Reads each block's hottest into EMPTY slots, in the background, while nothing is read for demands or wishes.
         It evicts nothing, and what is there already is not read. Returns at once."""
-        with self._monitor:
-            self._check_open()
-            for block in range(len(self.manifest.blocks)):
-                pool = self._desk.pool(block)
-                self._ledger.loads.warm(pool, hot.hottest(block, pool.policy.quota(block)))
+        self._monitor.run(self._warm, hot)
 
     @contextlib.contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
@@ -152,26 +154,18 @@ class HostTier:
         pool = self._desk.pool(key.block)
         loan = Demand(pool, key.block, caller=threading.get_ident())
         try:
-            with self._monitor:
-                self._check_open()
-                slot = self._ledger.lend(loan, key)
-                lease = None if slot is None else self._lease(pool, slot)
-            yield lease
+            yield self._monitor.run(self._lend, loan, key)
         finally:
             if self._monitor.home.is_here:
                 self._monitor.post(partial(self._ledger.leave, loan))
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """As ``Lender`` says; counted as uses, where uses are counted."""
-        with self._monitor:
-            self._ledger.used_above(keys)
+        self._monitor.run(self._ledger.used_above, keys)
 
     def uses(self) -> dict[ExpertKey, int]:
         """How often each record was wanted since the first call, which begins the counting."""
-        with self._monitor:
-            if self._ledger.uses is None:
-                self._ledger.uses = {}
-            return dict(self._ledger.uses)
+        return self._monitor.run(self._ledger.counted_uses)
 
     def ready(self, block: int) -> list[int]:
         """The experts of a block whose records are in slots now."""
@@ -185,16 +179,13 @@ class HostTier:
 
     def pace(self, block: int) -> Pace | None:
         """As ``ExpertSource`` says: the median of the latest reads."""
-        with self._monitor:
-            return self._ledger.loads.pace(self._desk.pool(block))
+        return self._monitor.run(self._ledger.loads.pace, self._desk.pool(block))
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
         """For what another process asks for: at most ``leases`` slots are held for it at a time, and a request that
         has none is refused after ``patience`` seconds. Closing it is the caller's."""
-        with self._monitor:
-            self._check_open()
-            # now: where no thread is to be had, nobody has asked for anything yet
-            self._timekeeper.start(self._parties)
+        # now: where no thread is to be had, nobody has asked for anything yet
+        self._monitor.run(self._start_timekeeper)
         return Session(deliver, self._desk, leases=leases, patience=patience)
 
     def export(self) -> int:
@@ -208,14 +199,7 @@ class HostTier:
         return self._arena.whole(slot)
 
     def stats(self) -> TierStats:
-        with self._monitor:
-            pools = self._pools.values()
-            return self._ledger.counters.snapshot(
-                slots=sum(pool.slots.count for pool in pools),
-                ready=sum(pool.slots.ready for pool in pools),
-                leased=sum(pool.slots.leased for pool in pools),
-                slot_bytes=sum(pool.slots.count * pool.slot_bytes for pool in pools),
-            )
+        return self._monitor.run(self._stats)
 
     def close(self) -> None:
         """As ``ExpertSource`` says. Who sleeps in acquire wakes with ClosedError; a lease stays readable while held.
@@ -223,10 +207,7 @@ class HostTier:
         In a forked child only its own maps and descriptors go.
         """
         if self._monitor.home.is_here:
-            with self._monitor:
-                self._closed = True
-                self._ledger.drop(_closed_error())
-                self._parties.serve()
+            self._monitor.run(self._drop)
             self._loaders.close()
             if self._heads is not None:
                 self._heads.close()
@@ -237,40 +218,82 @@ class HostTier:
     def condemn(self, error: StoreError) -> None:
         """What is in the slots is not what the manifest promises: from now on every caller, and every session, gets
         ``error``, and whoever maps the arena finds nothing in it."""
-        with self._monitor:
-            if self._closed or self.fault is not None:
-                return
-            self.fault = error
-            self._ledger.drop(error)
-            self._arena.directory.retire()
-            self._parties.serve()
+        self._monitor.run(self._condemn, error)
 
     def check_integrity(self) -> None:
         """Asserts that slots, groups, loads, callers and the directory agree."""
-        with self._monitor:
-            self._ledger.check_integrity(list(self._pools.values()))
+        self._monitor.run(self._ledger.check_integrity, list(self._pools.values()))
 
-    def _next(self, demand: Demand) -> deque[Lease[memoryview]]:
-        """Ends the present leases; gives those that are there, as soon as there are any; none behind the last."""
-        began = 0.0
-        with self._monitor:
-            self._ledger.release(demand)
-            while True:
-                self._check_open()
-                if demand.error is not None:
-                    raise demand.error
-                if demand.pending:
-                    self._ledger.advance(demand)
-                if demand.ready or demand.is_over:
-                    break
-                began = began or time.perf_counter()
-                self._monitor.sleep()
-            if began:
-                self._ledger.counters.waited(time.perf_counter() - began)
-            # who passes through wants its slots for what it still lacks: each is given back when it is computed
-            count = min(len(demand.ready), 1 if demand.passing else len(demand.ready))
-            slots = [self._ledger.take(demand) for _ in range(count)]
-            return deque(self._lease(demand.pool, slot, more=slot != slots[-1]) for slot in slots)
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _look(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
+        self._check_open()
+        self._ledger.look(demand, keys)
+
+    def _next(self, demand: Demand) -> deque[Lease[memoryview]] | None:
+        """End the present leases, and give those that are there as soon as there are any; none behind the last, or
+        where an error ended the demand. None: wait."""
+        self._ledger.release(demand)
+        self._check_open()
+        if demand.error is not None:
+            return deque()
+        if demand.pending:
+            self._ledger.advance(demand)
+        if not (demand.ready or demand.is_over):
+            demand.stands_since = demand.stands_since or time.perf_counter()
+            return None
+        if demand.stands_since is not None:
+            self._ledger.counters.waited(time.perf_counter() - demand.stands_since)
+            demand.stands_since = None
+        # who passes through wants its slots for what it still lacks: each is given back when it is computed
+        count = min(len(demand.ready), 1 if demand.passing else len(demand.ready))
+        slots = [self._ledger.take(demand) for _ in range(count)]
+        return deque([self._lease(demand.pool, slot, more=slot != slots[-1]) for slot in slots])
+
+    def _wish(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+        self._check_open()
+        self._ledger.loads.wish(self._desk.pool(block), block, wishes)
+
+    def _warm(self, hot: HotSet) -> None:
+        self._check_open()
+        for block in range(len(self.manifest.blocks)):
+            pool = self._desk.pool(block)
+            self._ledger.loads.warm(pool, hot.hottest(block, pool.policy.quota(block)))
+
+    def _lend(self, loan: Demand, key: ExpertKey) -> Lease[memoryview] | None:
+        self._check_open()
+        slot = self._ledger.lend(loan, key)
+        return None if slot is None else self._lease(loan.pool, slot)
+
+    def _start_timekeeper(self) -> None:
+        self._check_open()
+        self._timekeeper.start(self._parties)
+
+    def _stats(self) -> TierStats:
+        pools = self._pools.values()
+        return self._ledger.counters.snapshot(
+            slots=sum(pool.slots.count for pool in pools),
+            ready=sum(pool.slots.ready for pool in pools),
+            leased=sum(pool.slots.leased for pool in pools),
+            slot_bytes=sum(pool.slots.count * pool.slot_bytes for pool in pools),
+        )
+
+    def _drop(self) -> None:
+        self._closed = True
+        self._ledger.drop(_closed_error())
+        self._parties.serve()
+
+    def _condemn(self, error: StoreError) -> None:
+        if self._closed or self.fault is not None:
+            return
+        self.fault = error
+        self._ledger.drop(error)
+        self._arena.directory.retire()
+        self._parties.serve()
+
+    def _mend(self) -> None:
+        self._ledger.mend(list(self._pools.values()))
+        self._is_to_serve = False
 
     def _lease(self, pool: Pool, slot: int, *, more: bool = False) -> Lease[memoryview]:
         number = pool.first + slot

@@ -19,7 +19,7 @@ stop others.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 
 from .demands import Demand, Pool
@@ -163,11 +163,21 @@ class Ledger:
             pool.policy.touch(slot)
             self._early.use(key)
 
+    def counted_uses(self) -> dict[ExpertKey, int]:
+        """How often each key was wanted since the first call, which begins the counting."""
+        if self.uses is None:
+            self.uses = {}
+        return dict(self.uses)
+
     def count(self, keys: Iterable[ExpertKey]) -> None:
         """Uses, where they are counted."""
         if self.uses is not None:
             for key in keys:
                 self.uses[key] = self.uses.get(key, 0) + 1
+
+    def demands_of(self, caller: Hashable) -> list[Demand]:
+        """What a thread has not left."""
+        return [demand for demand in self._demands if demand.party is None and demand.caller == caller]
 
     def drop(self, error: BaseException) -> None:
         """No loader will begin anything any more, and nobody is to ask."""
@@ -243,6 +253,26 @@ class Ledger:
                 self._ring()
         self.waiting.count(demand, -1)
 
+    def mend(self, pools: Sequence[Pool]) -> None:
+        """Make all agree after a step that an exception has cut anywhere; ``pools`` are all, in their order.
+
+        What callers hold and what loaders read stays. What is cached stays, as far as it is known. Prefetch requests
+        are forgotten.
+        """
+        self.loads.mend(self._demands)
+        states: list[tuple[ExpertKey | None, bool]] = []
+        for pool in pools:
+            pins = [0] * pool.slots.count
+            for demand in self._demands:
+                if demand.pool is pool:
+                    for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
+                        pins[slot] += 1
+            pool.slots.mend(pins, {load.slot: load.key for load in self.loads if load.pool is pool})
+            pool.policy.mend()
+            states += pool.slots.contents()
+        self._directory.mend(states)
+        self.waiting.mend(self._demands, pools)
+
     def check_integrity(self, pools: Sequence[Pool]) -> None:
         """Asserts that slots, groups, loads, callers and the directory agree; ``pools`` are all, in their order."""
         states: list[tuple[ExpertKey | None, bool]] = []
@@ -259,9 +289,7 @@ class Ledger:
             loading = {pool.slots.key(slot) for slot in range(len(pins)) if pool.slots.state(slot) is State.LOADING}
             assert loading == {load.key for load in self.loads if load.pool is pool}
             assert all(demand in self._demands and demand.is_idle and demand.pending for demand in pool.hungry)
-            for slot in range(pool.slots.count):
-                state = pool.slots.state(slot)
-                states.append((None if state is State.EMPTY else pool.slots.key(slot), state is State.LOADING))
+            states += pool.slots.contents()
         self._directory.check_integrity(states)
         assert {load for demand in self._demands for load in demand.loads} <= set(self.loads)
         self.loads.check_integrity()

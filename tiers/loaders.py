@@ -71,8 +71,7 @@ class Loaders:
                     self._read_piece(task)
 
     def _next_task(self) -> Load | Head[Pool] | None:
-        with self._monitor:
-            return self._loads.take()
+        return self._monitor.run(self._loads.take)
 
     def _read(self, load: Load) -> None:
         # while it stands back, another loader must be there for the demands
@@ -84,16 +83,20 @@ class Loaders:
             pass
         except BaseException as error:  # whatever it is: those who wait must learn of it
             traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
-            with self._monitor:
-                self._counters.failures += 1
-                self._loads.fail(load, error)
+            self._monitor.run(self._fail, load, error)
         else:
-            with self._monitor:
-                if not load.has_stood_back and load.head is None:
-                    seconds = time.monotonic() - began
-                    load.pool.note_read(seconds)
-                    self._counters.loaded(seconds)
-                self._loads.arrive(load)
+            self._monitor.run(self._arrive, load, began)
+
+    def _fail(self, load: Load, error: BaseException) -> None:
+        self._counters.failures += 1
+        self._loads.fail(load, error)
+
+    def _arrive(self, load: Load, began: float) -> None:
+        if not load.has_stood_back and load.head is None:
+            seconds = time.monotonic() - began
+            load.pool.note_read(seconds)
+            self._counters.loaded(seconds)
+        self._loads.arrive(load)
 
     def _fill(self, load: Load, slot: memoryview, pause: Callable[[], bool] | None) -> None:
         if load.head is None:
@@ -109,21 +112,15 @@ class Loaders:
             self._parts.read_part(head.key, head.filled, head.buffer[head.filled : head.end])
         except BaseException as error:  # whatever it is: its demand meets it again
             traceback.clear_frames(error.__traceback__)
-            with self._monitor:
-                self._loads.grown(head, error)
+            self._monitor.run(self._loads.grown, head, error)
         else:
-            with self._monitor:
-                self._loads.grown(head)
+            self._monitor.run(self._loads.grown, head, None)
 
     def _copy(self, head: Head[Pool], slot: memoryview) -> None:
         """What was read before its load began, or is being read still."""
         over = threading.Lock()
         over.acquire()
-        with self._monitor:
-            if head.is_reading:
-                head.waiter = over.release
-            else:
-                over.release()
+        self._monitor.run(head.tell, over.release)
         over.acquire()
         if head.error is not None:
             raise head.error
@@ -132,14 +129,19 @@ class Loaders:
 
     def _stand_back(self, load: Load) -> bool:
         """Of a load that a wish began; whether no demand has joined it yet."""
-        with self._monitor:
-            while not self._loads.is_dropped and self._loads.stands_back(load):
-                load.has_stood_back = True
-                self._monitor.sleep()
-            if self._loads.is_unwanted(load):
-                self._loads.cancel(load)
-                raise _UnwantedError
-            return not load.waiters
+        if not self._monitor.wait_for(self._is_wanted, load):
+            raise _UnwantedError
+        return not load.waiters
+
+    def _is_wanted(self, load: Load) -> bool | None:
+        """None while it is to wait. Else it is wanted, or it is cancelled."""
+        if not self._loads.is_dropped and self._loads.stands_back(load):
+            load.has_stood_back = True
+            return None
+        if self._loads.is_unwanted(load):
+            self._loads.cancel(load)
+            return False
+        return True
 
 
 class _UnwantedError(Exception):

@@ -6,7 +6,7 @@ what demands leave of the disk. Every load ends by ``arrive``, ``fail`` or ``can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from .demands import Demand, Load, Party, Pool
 from .directory import Directory
@@ -260,6 +260,23 @@ class Loads:
         load.pool.policy.forget(load.slot)
         load.pool.slots.fail(load.slot)
         self._directory.void(load.pool.first + load.slot)
+
+    def mend(self, demands: Collection[Demand]) -> None:
+        """After a step that was cut: a load is what a loader reads, or a demand waits for."""
+        self._early.mend()
+        for demand in demands:
+            demand.loads = [load for load in demand.loads if self._loads.get(load.key) is load]
+        self._turns.clear()
+        for load in list(self._loads.values()):
+            load.waiters = [demand for demand in demands if load in demand.loads]
+            if not load.is_taken and not load.waiters:
+                del self._loads[load.key]
+            elif not load.is_taken:
+                for demand in load.waiters:
+                    self._turns.add(demand.caller, load)
+                self._ring()
+        if self._heads is not None:
+            self._heads.mend([load.head for load in self._loads.values() if load.head is not None])
 
     def check_integrity(self) -> None:
         """Asserts that loads, those who wait for them and turns agree."""

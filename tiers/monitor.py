@@ -1,7 +1,12 @@
-"""Monitor: a lock to sleep under, and into which a finalizer may post work.
+"""Monitor: steps on shared state, one at a time; callers that sleep between them; and work that a finalizer posts.
 
-An iterator that is lost in a cycle is closed by the garbage collector, and that runs anywhere: even in a thread that
-holds the very lock which the iterator needs to give back what it holds. So nothing that a finalizer calls may wait.
+An iterator that is lost in a cycle is closed by the garbage collector, and that runs anywhere: even in a thread that is
+in the midst of a step, whose state the iterator needs to give back what it holds. So nothing that a finalizer calls may
+wait.
+
+An exception may come from outside between any two instructions: KeyboardInterrupt, what a signal's handler raises,
+PyThreadState_SetAsyncExc. The lock is held by ``with`` alone, which no exception can cut for a lock of C: it is always
+released. What the exception has left of the state is mended before the next step.
 """
 
 from __future__ import annotations
@@ -10,9 +15,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
+from typing import TypeVar, TypeVarTuple
 
-from .errors import ClosedError
+from .errors import ClosedError, MoetierError
+from .interrupts import LOOK_SECONDS, may_end
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 
 class Home:
@@ -35,52 +44,85 @@ class Home:
 
 
 class Monitor:
-    """``with monitor:`` holds the lock. Raises ClosedError in a forked child, instead of waiting for ever."""
+    """Runs steps one at a time. Raises ClosedError in a forked child, instead of waiting for ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, mend: Callable[[], None] = lambda: None) -> None:
+        """``mend`` makes the state agree with itself after a step that an exception has cut anywhere."""
         self.home = Home()
+        self._mend = mend
         self._lock = threading.Lock()
+        self._is_torn = False  # a step is under way, or was cut
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
 
-    def __enter__(self) -> None:
+    def run(self, step: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """What ``step`` returns, which may raise a MoetierError where the state agrees. No step runs another."""
         self.home.check()
-        self._lock.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._lock.release()
-        self._settle()
-
-    def sleep(self) -> None:
-        """Lets go of the lock until the next ``wake``, and holds it again."""
-        bed = threading.Lock()
-        bed.acquire()
-        self._sleepers.append(bed)
-        self._lock.release()
         try:
-            self._settle()
-            bed.acquire()
+            with self._lock:
+                if self._is_torn:
+                    self._mend()
+                self._is_torn = True
+                try:
+                    result = step(*arguments)
+                except MoetierError:
+                    self._is_torn = False
+                    raise
+                self._is_torn = False
         finally:
-            self._lock.acquire()
+            if self._posted:
+                self._settle()
+        return result
+
+    def wait_for(self, step: Callable[[*Arguments], Result | None], *arguments: *Arguments) -> Result:
+        """Run a step, and again after each ``wake``, until it returns something else than None."""
+        if (found := self.run(step, *arguments)) is not None:
+            return found
+
+        def attempt() -> Result | None:
+            result = step(*arguments)
+            if result is None:
+                bed.acquire(blocking=False)
+                self._sleepers.append(bed)
+            return result
+
+        bed = threading.Lock()
+        while (result := self.run(attempt)) is None:
+            _wait(bed)
+        return result
 
     def wake(self) -> None:
-        """Wakes everyone who sleeps; the lock is held."""
-        sleepers, self._sleepers = self._sleepers, []
-        for bed in sleepers:
-            bed.release()
+        """Wake all that sleep. Part of a step."""
+        for bed in self._sleepers:
+            if bed.locked():
+                bed.release()
+        self._sleepers.clear()
+
+    @property
+    def sleepers(self) -> int:
+        """How many threads sleep."""
+        return len(self._sleepers)
 
     def post(self, work: Callable[[], None]) -> None:
-        """Does ``work`` under the lock: now, or when whoever holds it lets go. Never waits."""
+        """Do ``work`` as a step: now, or when the present one has ended. Never waits. Work that was cut is repeated."""
         self._posted.append(work)
         self._settle()
 
     def _settle(self) -> None:
-        # What is posted while the lock is held is seen here by its holder, who comes by when it has let go.
-        while self._posted and self._lock.acquire(blocking=False):
-            try:
+        # What is posted during a step is seen here by the thread that ran it. Between the look at the lock and taking
+        # it another thread may come first. Its step is short, and what it posts in turn does not wait: this one is.
+        while self._posted and not self._lock.locked():
+            with self._lock:
+                if self._is_torn:
+                    self._mend()
+                self._is_torn = True
                 while self._posted:
-                    self._posted.popleft()()
-            finally:
-                self._lock.release()
+                    self._posted[0]()
+                    self._posted.popleft()
+                self._is_torn = False
+
+
+@may_end
+def _wait(bed: threading.Lock) -> None:
+    while not bed.acquire(timeout=LOOK_SECONDS):
+        pass

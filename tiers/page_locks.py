@@ -25,7 +25,7 @@ class PageLocks:
 
     def lock(self, memory: Any) -> None:
         """Warns once where the system does not."""
-        if self._pageable:
+        if self._pageable or id(memory) in self._locked:
             return
         if id(memory) in self._retired:  # a late reader of what was replaced
             self._locked[id(memory)] = self._retired.pop(id(memory))

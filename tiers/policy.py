@@ -137,6 +137,17 @@ class BlockPolicy:
         key = self._slots.key(slot)
         self._orders[self._group_of[key.block]].remove(key)
 
+    def mend(self) -> None:
+        """After a step that was cut: the groups hold the record of every slot that is not EMPTY."""
+        for order in self._orders:
+            for key in list(order):
+                if self._slots.find(key) is None:
+                    order.remove(key)
+        held = {key for order in self._orders for key in order}
+        for slot in range(self._slots.count):
+            if self._slots.state(slot) is not State.EMPTY and (key := self._slots.key(slot)) not in held:
+                self._orders[self._group_of[key.block]].add(key, passing=False)
+
     def check_integrity(self) -> None:
         """Asserts that the groups hold the record of every slot that is not EMPTY, each once and by its key."""
         held = [(key, number) for number, order in enumerate(self._orders) for key in order]

@@ -81,7 +81,7 @@ class Promoter:
             self._latest[block] = dict.fromkeys(wishes)
         if lacking:
             self._waiting[block] = list(dict.fromkeys(lacking))
-            if self._thread is None:
+            if self._thread is None or self._thread.ident is None:  # None: its start was cut
                 self._thread = threading.Thread(target=self._run, name="moetier-promoter", daemon=True)
                 self._thread.start()
             if not self._missing:
@@ -141,6 +141,14 @@ class Promoter:
         if self._unused.pop(key, None) is not None:
             self._counters.wasted += 1
 
+    def mend(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
+        """After a step that was cut: so many demands miss records, and no wish is known."""
+        self._missing = missing
+        self._waiting.clear()
+        self._latest.clear()
+        for key in [key for key in self._unused if find(key) is None]:
+            del self._unused[key]
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
@@ -152,7 +160,7 @@ class Promoter:
 
     def join(self) -> None:
         """Waits for the thread, without the lock."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
 
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
@@ -183,10 +191,12 @@ class Promoter:
 
     def _look(self) -> list[ExpertKey] | None:
         """What waits and may begin now; None at the end."""
-        with self._monitor:
-            if self._is_over:
-                return None
-            return [key for keys in self._waiting.values() for key in keys] if not self._missing else []
+        return self._monitor.run(self._due)
+
+    def _due(self) -> list[ExpertKey] | None:
+        if self._is_over:
+            return None
+        return [key for keys in self._waiting.values() for key in keys] if not self._missing else []
 
     def _bring(self, key: ExpertKey) -> bool:
         """Whether the source has it, or it is given up."""
@@ -201,8 +211,7 @@ class Promoter:
             if not self._has_failed:  # as text: its frames hold the lease
                 self._has_failed = True
                 _log.warning("not promoted to the device: %s: %s: %s", key, type(error).__name__, str(error))
-            with self._monitor:
-                self.give_up(key)
+            self._monitor.run(self.give_up, key)
             is_full = isinstance(error, torch.OutOfMemoryError)
         if is_full:  # not before: the error's frames hold slots
             with contextlib.suppress(BudgetError):  # the next demand says that the tier is closed

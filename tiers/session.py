@@ -96,30 +96,34 @@ class Session(Party):
         self._desk.manifest.check_keys(block, keys)
         patience = self._patience if patience is None else patience
         demand = Request(request, self._desk.pool(block), block, self, patience)
-        with self._desk.monitor:
-            self._check_open()
-            if request in self._requests:
-                raise ProtocolError(f"Request {request} is not over yet.", "Number requests one by one.")
-            self._requests[request] = demand
-            self._desk.ledger.look(demand, keys)
-            self._desk.parties.serve()
+        self._desk.monitor.run(self._ask, demand, keys)
+
+    def _ask(self, demand: Request, keys: Sequence[ExpertKey]) -> None:
+        self._check_open()
+        if demand.number in self._requests:
+            raise ProtocolError(f"Request {demand.number} is not over yet.", "Number requests one by one.")
+        self._requests[demand.number] = demand
+        self._desk.ledger.look(demand, keys)
+        self._desk.parties.serve()
 
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
         """Ends leases. Without ``keys`` the request is over: what it waits for is given back too. What is not held
         (its request may have failed meanwhile) is ignored."""
-        with self._desk.monitor:
-            demand = self._requests.get(request)
-            if demand is None:
-                return
-            if keys:
-                slots = [demand.pool.slots.find(key) for key in keys]
-                self._desk.ledger.release(demand, [slot for slot in slots if slot is not None])
-                self._desk.ledger.waiting.stir(demand)
-            else:
-                self._desk.ledger.leave(demand)
-            self._desk.parties.serve()
-            if demand not in self.demands:
-                self._requests.pop(request, None)
+        self._desk.monitor.run(self._release, request, keys)
+
+    def _release(self, request: int, keys: Sequence[ExpertKey]) -> None:
+        demand = self._requests.get(request)
+        if demand is None:
+            return
+        if keys:
+            slots = [demand.pool.slots.find(key) for key in keys]
+            self._desk.ledger.release(demand, [slot for slot in slots if slot is not None])
+            self._desk.ledger.waiting.stir(demand)
+        else:
+            self._desk.ledger.leave(demand)
+        self._desk.parties.serve()
+        if demand not in self.demands:
+            self._requests.pop(request, None)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Keys that were found in the directory and computed with, least recently used first: hits.
@@ -128,32 +132,38 @@ class Session(Party):
         """
         for key in keys:
             self._desk.manifest.check_keys(key.block, (key,))
-        with self._desk.monitor:
-            if self._is_condemned:
-                return  # what the session asks for next is told why
-            self._check_open()
-            for key in keys:
-                self._desk.ledger.use(self._desk.pool(key.block), key)
+        self._desk.monitor.run(self._use, keys)
+
+    def _use(self, keys: Sequence[ExpertKey]) -> None:
+        if self._is_condemned:
+            return  # what the session asks for next is told why
+        self._check_open()
+        for key in keys:
+            self._desk.ledger.use(self._desk.pool(key.block), key)
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says; replaces this session's wishes alone."""
         self._desk.manifest.check_keys(block, wishes)
-        with self._desk.monitor:
-            if self._is_condemned:
-                return
-            self._check_open()
-            self._desk.ledger.loads.wish(self._desk.pool(block), block, wishes, wisher=self)
+        self._desk.monitor.run(self._wish, block, wishes)
+
+    def _wish(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+        if self._is_condemned:
+            return
+        self._check_open()
+        self._desk.ledger.loads.wish(self._desk.pool(block), block, wishes, wisher=self)
 
     def close(self) -> None:
         """All leases, claims and wishes are given back; loads that have begun go on. Nothing is delivered any more.
         Idempotent."""
-        with self._desk.monitor:
-            self._closed = True
-            for demand in list(self.demands):
-                self._desk.ledger.leave(demand)
-            self._requests.clear()
-            self._desk.ledger.loads.withdraw_wishes(self)
-            self._desk.parties.serve()
+        self._desk.monitor.run(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        for demand in list(self.demands):
+            self._desk.ledger.leave(demand)
+        self._requests.clear()
+        self._desk.ledger.loads.withdraw_wishes(self)
+        self._desk.parties.serve()
 
     # -- what the ledger calls, with the lock held --------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ A *pin* holds a READY slot in place; a pin on a LOADING slot is a claim of someb
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from .keys import ExpertKey
@@ -108,6 +109,28 @@ class Slots:
         assert self._pins[slot] > 0, f"slot {slot} is not pinned"
         self._pins[slot] -= 1
         return self._pins[slot]
+
+    def contents(self) -> list[tuple[ExpertKey | None, bool]]:
+        """Of each slot the key that it holds or is filled with, None if it is EMPTY, and whether it is LOADING."""
+        return [(key, state is State.LOADING) for key, state in zip(self._keys, self._states, strict=True)]
+
+    def mend(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
+        """After a step that was cut: these are LOADING, READY is what was so, and all else is EMPTY."""
+        self._slot_of.clear()
+        self._free.clear()
+        for slot in reversed(range(self.count)):
+            key = loading.get(slot)
+            if key is not None:
+                self._states[slot] = State.LOADING
+            elif self._states[slot] is State.READY:
+                key = self._keys[slot]
+            self._keys[slot] = key
+            self._pins[slot] = 0 if key is None else pins[slot]
+            if key is None:
+                self._states[slot] = State.EMPTY
+                self._free[slot] = None
+            else:
+                self._slot_of[key] = slot
 
     def check_integrity(self) -> None:
         """Asserts that every slot is in exactly one state, and every key in at most one slot."""

@@ -107,6 +107,11 @@ class ExpertSource(Protocol[Record]):
         """
         ...
 
+    def reclaim(self) -> None:
+        """End all that the calling thread has acquired here: an exception from outside may have cut its end. Iterators
+        of it must not go on."""
+        ...
+
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         """Returns at once. Replaces the block's wishes that have not begun; a demand for the block clears them."""
         ...

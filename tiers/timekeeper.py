@@ -44,5 +44,4 @@ class Timekeeper:
         while not self._closed:
             with contextlib.suppress(Empty):
                 self._alarm.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
-            with self._monitor:
-                until = parties.expire()
+            until = self._monitor.run(parties.expire)

@@ -41,6 +41,9 @@ class Turns:
                     return load
         return None
 
+    def clear(self) -> None:
+        self._queues.clear()
+
     def take_all(self) -> list[Load]:
         """Each once; all turns are over."""
         left = []

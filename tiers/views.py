@@ -46,7 +46,7 @@ class SlotViews:
 
     def _make(self, record: memoryview) -> torch.Tensor:
         if not any(memory is record.obj for memory in self._memories):
-            self._prepare(record.obj)
+            self._prepare(record.obj)  # which may be repeated
             self._memories.append(record.obj)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -77,6 +77,9 @@ class HostViews:
             for lease in leases:
                 self._check_open()
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
+
+    def reclaim(self) -> None:
+        self._source.reclaim()
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         self._check_open()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from .demands import Demand, Pool
 from .errors import ExhaustedError
@@ -104,6 +104,22 @@ class Waiting:
         """It is over."""
         self._stirred.pop(demand, None)
         self._deadlines.pop(demand, None)
+
+    def mend(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
+        """After a step that was cut: all callers look again."""
+        for pool in pools:
+            waiting = [demand for demand in pool.hungry if demand in demands and demand.pending and demand.is_idle]
+            pool.hungry.clear()
+            pool.hungry.extend(dict.fromkeys(waiting))
+            self._pools[pool] = None
+        for demand in [demand for demand in self._deadlines if demand not in demands]:
+            self.forget(demand)
+        self._stirred.clear()
+        for demand in demands:
+            if demand.party is not None:
+                demand.party.outstanding = sum(other.outstanding for other in demand.party.demands)
+                self.stir(demand)
+        self.wake()
 
     def check_integrity(self, demands: Collection[Demand]) -> None:
         """Asserts that of all demands no party's is forgotten, and that none waits that could go on."""

@@ -44,6 +44,9 @@ class OneSlot:
         finally:
             self.open -= 1
 
+    def reclaim(self) -> None:
+        """Nothing is kept of who acquired."""
+
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         raise NotImplementedError
 

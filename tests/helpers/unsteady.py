@@ -51,6 +51,9 @@ class UnsteadySource:
     def used(self, keys: Sequence[ExpertKey]) -> None:
         self.source.used(keys)
 
+    def reclaim(self) -> None:
+        self.source.reclaim()
+
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return self.source.absent(keys)
 

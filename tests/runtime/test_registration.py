@@ -364,7 +364,7 @@ def test_a_forked_child_is_told_and_closes_its_own(tiny: tuple[Any, Path]) -> No
         buffer = memoryview(mmap.mmap(-1, tiers.manifest.layout(0).slot_bytes))
         assert "another process's tier" in in_fork(lambda: logits(model))
         assert "another process's tier" in in_fork(lambda: tiers.host._loaders._store.read_into(key, buffer))
-        with tiers.host._monitor, tiers.host._loaders._store._use._lock:
+        with tiers.host._monitor._lock, tiers.host._loaders._store._use._lock:
             assert in_fork(tiers.close) == "returned None"
         assert torch.equal(logits(model), expected)
 

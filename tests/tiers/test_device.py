@@ -421,7 +421,7 @@ def test_a_caller_waits_for_a_slot_that_another_computes_on(reader: RamReader, e
         holder = tier.acquire(keys(0, 0, 1))
         next(holder)
         waiting = Task(lambda: consumer.run(1, [2]))
-        wait_until(lambda: bool(tier._monitor._sleepers))
+        wait_until(lambda: tier._monitor.sleepers > 0)
         if end == "next":
             next(holder)
         else:
@@ -445,7 +445,7 @@ def test_who_waits_for_a_copy_gets_it_when_it_is_queued(reader: RamReader) -> No
         first = Task(lambda: next(leases))
         wait_until(lambda: tier._slots.copying == 1)
         second = Task(lambda: consumer.run(0, [3]))
-        wait_until(lambda: bool(tier._monitor._sleepers))
+        wait_until(lambda: tier._monitor.sleepers > 0)
         device.copy_may_begin.set()
         second.result()
         assert first.result().key == ExpertKey(0, 3)
@@ -465,7 +465,7 @@ def test_who_waits_for_a_copy_that_fails_copies_for_itself(reader: RamReader) ->
         first = Task(lambda: consumer.run(0, [3]))
         wait_until(lambda: tier._slots.copying == 1)
         second = Task(lambda: consumer.run(0, [3]))
-        wait_until(lambda: bool(tier._monitor._sleepers))
+        wait_until(lambda: tier._monitor.sleepers > 0)
         device.copy_may_begin.set()
         with pytest.raises(RuntimeError, match="lost"):
             first.result()
@@ -643,7 +643,7 @@ def test_close_waits_for_copies_and_wakes_who_waits(host: HostTier) -> None:
     held = next(readers[0])
     waiting = Task(lambda: list(tier.acquire(keys(1, 2))))
     wait_until(lambda: host.stats().ready == 2 and host.stats().misses == 3)
-    wait_until(lambda: bool(tier._monitor._sleepers))
+    wait_until(lambda: tier._monitor.sleepers > 0)
     tier.close()
     with pytest.raises(ClosedError):
         waiting.result()
@@ -667,7 +667,7 @@ def test_close_waits_for_a_copy_that_is_being_begun(host: HostTier) -> None:
     wait_until(lambda: tier._slots.copying == 1)
     closer = Task(tier.close)
     wait_until(lambda: tier._closed)
-    wait_until(lambda: bool(tier._monitor._sleepers))
+    wait_until(lambda: tier._monitor.sleepers > 0)
     assert device.locked, "the memory that is copied from is still page-locked"
     device.copy_may_begin.set()
     closer.result()

@@ -490,7 +490,7 @@ def test_a_wish_that_stands_back_is_cancelled_when_its_block_wants_others(gate: 
 def test_a_demand_joins_a_yielding_prefetch_that_another_demand_joined_and_left(gate: GatedReader) -> None:
     """The other one leaves before the loader, which it has woken, looks whether there is a demand."""
     with standing_back(gate) as (tier, task), contextlib.closing(tier.session(lambda event: None)) as session:
-        wait_until(lambda: len(tier._monitor._sleepers) == 2)
+        wait_until(lambda: tier._monitor.sleepers == 2)
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1000.0)  # no other thread runs until this one waits
         try:
@@ -498,7 +498,7 @@ def test_a_demand_joins_a_yielding_prefetch_that_another_demand_joined_and_left(
             session.release(1)
         finally:
             sys.setswitchinterval(interval)
-        wait_until(lambda: len(tier._monitor._sleepers) == 2)
+        wait_until(lambda: tier._monitor.sleepers == 2)
         second = Task(lambda: take(tier, 0, 0))
         try:
             assert second.result(PATIENCE / 6) == keys(0, 0)
@@ -700,7 +700,7 @@ def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
         lambda: tier.warm(HotSet({ExpertKey(1, 0): 1.0})),
         lambda: next(leases),
     ]
-    with tier._monitor if locked else contextlib.nullcontext():
+    with tier._monitor._lock if locked else contextlib.nullcontext():
         for use in uses:
             assert re.match(r"ClosedError\(.*another process's tier.*spawn", in_fork(use), re.DOTALL)
     leases.close()
@@ -718,7 +718,7 @@ def test_closing_in_a_forked_child_closes_the_childs_alone(locked: bool) -> None
 
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
         take(tier, 0, 0)
-        with tier._monitor if locked else contextlib.nullcontext():
+        with tier._monitor._lock if locked else contextlib.nullcontext():
             assert in_fork(close) == "returned (False, False)"
         assert set(take(tier, 1, 0, 1)) == set(keys(1, 0, 1))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from geometries import two_geometries
@@ -32,6 +33,14 @@ EXPERTS = 4
 BLOCKS = st.integers(0, 4)
 PATIENCE = 10.0
 SLOT_BYTES = 8 * PAGE
+
+
+@contextlib.contextmanager
+def step_of(monitor: Monitor) -> Iterator[None]:
+    """The body is a step."""
+    with monitor._lock:
+        yield
+    monitor.post(lambda: None)
 
 
 class Caller:
@@ -144,7 +153,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def acquire(self, block: int, experts: list[int]) -> None:
         keys = [ExpertKey(block, expert) for expert in experts]
         pool = self.pool(block)
-        with self.monitor:
+        with step_of(self.monitor):
             ready = {key for key in keys if (s := pool.slots.find(key)) is not None and pool.slots.is_ready(s)}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
             caller = Caller(Demand(pool, block, caller=len(self.callers)), keys)
@@ -165,7 +174,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def next(self, caller: Caller) -> None:
         demand = caller.demand
-        with self.monitor:
+        with step_of(self.monitor):
             if caller.held is not None:
                 caller.held = None
                 self.ledger.release(demand)
@@ -192,7 +201,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.callers)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        with self.monitor:
+        with step_of(self.monitor):
             self.gone(data.draw(st.sampled_from(self.callers)))
 
     @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)), used=st.booleans())
@@ -201,7 +210,7 @@ class LedgerMachine(RuleBasedStateMachine):
         pool = self.pool(key.block)
         caller = Caller(Demand(pool, key.block, caller=len(self.callers)), [])
         before = replace(self.ledger.counters)
-        with self.monitor:
+        with step_of(self.monitor):
             slot = self.ledger.lend(caller.demand, key)
             assert (slot is not None) == (pool.slots.holds(key) and not pool.hungry)
             if slot is not None:
@@ -213,12 +222,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
-        with self.monitor:
+        with step_of(self.monitor):
             self.ledger.loads.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
     def warm(self, block: int, experts: list[int]) -> None:
-        with self.monitor:
+        with step_of(self.monitor):
             self.ledger.loads.warm(self.pool(block), [ExpertKey(block, expert) for expert in experts])
 
     # -- clients in other processes -----------------------------------------------------------------------------------
@@ -273,7 +282,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ]
         failed = {id(client): len(client.failed) for client in self.clients}
         self.now += seconds
-        with self.monitor:
+        with step_of(self.monitor):
             until = self.parties.expire()
         assert until is None or self.now < until <= self.now + PATIENCE
         if seconds == PATIENCE:
@@ -298,7 +307,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.reading) < self.loaders)
     @rule()
     def begin_read(self) -> None:
-        with self.monitor:
+        with step_of(self.monitor):
             evictions = self.ledger.counters.evictions
             load = self.ledger.loads.take()
         if isinstance(load, Head):
@@ -325,7 +334,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def pause(self, data: st.DataObject) -> None:
         """A loader yields between two pieces, or finds that what it reads is unwanted."""
         load = data.draw(st.sampled_from([load for load in self.awake() if isinstance(load, Load) and load.wished]))
-        with self.monitor:
+        with step_of(self.monitor):
             if self.ledger.loads.stands_back(load):
                 self.yielding.append(load)
             elif self.ledger.loads.is_unwanted(load):
@@ -337,12 +346,12 @@ class LedgerMachine(RuleBasedStateMachine):
             self.end(load.head, None)  # a loader waits for that
         self.reading.remove(load)
         if isinstance(load, Head):
-            with self.monitor:
+            with step_of(self.monitor):
                 self.ledger.loads.grown(load, error)
             return
         if load.head is not None:
             error = error or load.head.error
-        with self.monitor:
+        with step_of(self.monitor):
             waiters = list(load.waiters)
             if error is not None:
                 self.ledger.loads.fail(load, error)
@@ -406,7 +415,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 for request, held in list(client.held.items()):
                     if held and request in client.held:
                         client.release(request, [next(iter(held))])
-            with self.monitor:
+            with step_of(self.monitor):
                 while len(self.reading) < self.loaders and (load := self.ledger.loads.take()) is not None:
                     self.reading.append(load)
             if self.awake():

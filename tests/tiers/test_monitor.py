@@ -4,64 +4,69 @@ import gc
 import threading
 
 import pytest
-from threads import Task
+from cuts import cut
+from threads import Task, wait_until
 
+from moetier.tiers.errors import ConfigError
 from moetier.tiers.monitor import Monitor
 
 
-def test_it_is_a_lock() -> None:
+def test_steps_run_one_at_a_time() -> None:
     monitor, count = Monitor(), 0
 
     def add() -> None:
         nonlocal count
-        for _ in range(2000):
-            with monitor:
-                seen = count
-                count = seen + 1
+        seen = count
+        count = seen + 1
 
-    for task in [Task(add) for _ in range(4)]:
+    def work() -> None:
+        for _ in range(2000):
+            monitor.run(add)
+
+    for task in [Task(work) for _ in range(4)]:
         task.result()
     assert count == 8000
 
 
-def test_sleepers_wake_and_hold_the_lock_again() -> None:
-    monitor, asleep, awake, go = Monitor(), 0, [], False
+def test_a_step_that_waits_is_repeated_when_it_is_woken() -> None:
+    monitor, awake, go = Monitor(), [], False
 
-    def sleep() -> None:
-        nonlocal asleep
-        with monitor:
-            asleep += 1
-            while not go:
-                monitor.sleep()
-            assert monitor._lock.locked()
+    def step() -> bool | None:
+        if go:
             awake.append(threading.current_thread())
+        return go or None
 
-    tasks = [Task(sleep) for _ in range(3)]
-    while True:
-        with monitor:
-            if asleep == 3:
-                monitor.wake()  # for nothing: they sleep on
-                go = True
-                monitor.wake()
-                break
-    for task in tasks:
-        task.result()
+    tasks = [Task(lambda: monitor.wait_for(step)) for _ in range(3)]
+    wait_until(lambda: monitor.sleepers == 3)
+    monitor.run(monitor.wake)  # for nothing: they sleep on
+    wait_until(lambda: monitor.sleepers == 3)
+
+    def end() -> None:
+        nonlocal go
+        go = True
+        monitor.wake()
+
+    monitor.run(end)
+    assert all(task.result() for task in tasks)
     assert len(awake) == 3
 
 
-def test_a_posted_work_is_done_at_once_or_by_the_holder() -> None:
+def test_a_posted_work_is_done_at_once_or_behind_the_step() -> None:
     monitor, done = Monitor(), []
     monitor.post(lambda: done.append("at once"))
     assert done == ["at once"]
-    with monitor:
-        monitor.post(lambda: done.append("later"))  # by the very thread that holds it: a lock would wait for ever
+
+    def step() -> None:
+        monitor.post(lambda: done.append("later"))  # by the very thread whose step it is: a lock would wait for ever
         Task(lambda: monitor.post(lambda: done.append("from elsewhere"))).result()
         assert done == ["at once"]
+
+    monitor.run(step)
     assert done == ["at once", "later", "from elsewhere"]
 
 
-def test_a_posted_work_is_done_before_its_holder_sleeps() -> None:
-    """What a sleeper waits for may be just what was posted while it held the lock."""
+def test_a_posted_work_is_done_before_its_poster_sleeps() -> None:
+    """What a step waits for may be just what was posted in the course of it."""
     monitor, given = Monitor(), False
 
     def give() -> None:
@@ -69,24 +74,78 @@ def test_a_posted_work_is_done_before_its_holder_sleeps() -> None:
         given = True
         monitor.wake()
 
-    def sleep() -> None:
-        with monitor:
-            monitor.post(give)
-            while not given:
-                monitor.sleep()
+    def step() -> bool | None:
+        monitor.post(give)
+        return given or None
 
-    Task(sleep).result()
+    assert Task(lambda: monitor.wait_for(step)).result()
 
 
-def test_an_error_leaves_the_lock_free() -> None:
-    monitor = Monitor()
-    with pytest.raises(KeyError), monitor:
+def test_an_error_leaves_the_lock_free_and_does_posted_work() -> None:
+    monitor, done = Monitor(), []
+
+    def step() -> None:
+        monitor.post(lambda: done.append(1))
         raise KeyError
-    assert not monitor._lock.locked()
+
+    with pytest.raises(KeyError):
+        monitor.run(step)
+    assert done == [1]
+    assert Task(lambda: monitor.run(lambda: 5)).result() == 5
+
+
+def test_what_was_cut_is_mended_once_before_the_next_step() -> None:
+    mended = 0
+
+    def mend() -> None:
+        nonlocal mended
+        mended += 1
+
+    def refuse() -> None:
+        raise ConfigError("no", "none")
+
+    monitor = Monitor(mend)
+    with pytest.raises(ConfigError):
+        monitor.run(refuse)  # of its own accord, where all agrees
+    monitor.run(lambda: None)
+    assert mended == 0
+    with pytest.raises(ZeroDivisionError):
+        monitor.run(lambda: 1 / 0)
+    monitor.post(lambda: None)
+    monitor.run(lambda: None)
+    assert mended == 1
+
+
+def test_wherever_an_exception_cuts_it_the_lock_is_free_and_posted_work_is_done() -> None:
+    """And whoever sleeps is woken."""
+    number = 0
+    while True:
+        done: list[int] = []
+        monitor = Monitor(lambda: monitor.wake())  # noqa: B023  # as tiers do
+        sleeper = Task(lambda: monitor.wait_for(lambda: bool(done) or None))  # noqa: B023
+        wait_until(lambda: monitor.sleepers == 1)  # noqa: B023
+
+        def step() -> None:
+            monitor.post(lambda: done.append(1))  # noqa: B023
+            monitor.wake()  # noqa: B023
+
+        def work() -> None:
+            monitor.run(step)  # noqa: B023
+            monitor.run(monitor.wake)  # noqa: B023
+
+        is_cut = cut(work, number) is not None
+        done.append(0)
+        Task(lambda: monitor.run(monitor.wake)).result()  # noqa: B023
+        assert sleeper.result()
+        assert not monitor._posted
+        if not is_cut:
+            break
+        number += 1
+    assert number > 20
 
 
 def test_finalizers_may_post_at_any_moment() -> None:
-    """With the garbage collector at work on nearly every allocation, also while the lock is held."""
+    """With the garbage collector at work on nearly every allocation, also in the midst of a step."""
     monitor, made, ended = Monitor(), 0, 0
 
     def end() -> None:
@@ -100,13 +159,15 @@ def test_finalizers_may_post_at_any_moment() -> None:
         def __del__(self) -> None:
             monitor.post(end)
 
-    def work() -> None:
+    def step() -> None:
         nonlocal made
+        for _ in range(5):
+            Lost()
+            made += 1
+
+    def work() -> None:
         for _ in range(300):
-            with monitor:
-                for _ in range(5):
-                    Lost()
-                    made += 1
+            monitor.run(step)
 
     threshold = gc.get_threshold()
     gc.set_threshold(1)

@@ -397,7 +397,7 @@ def test_a_demand_joins_what_is_being_promoted(tier: DeviceTier, host: HostTier,
     wait_until(lambda: tier._slots.copying == 1)
     consumer = Consumer(tier, device)
     demand = Task(lambda: consumer.run(0, [1]))
-    wait_until(lambda: bool(tier._monitor._sleepers))
+    wait_until(lambda: tier._monitor.sleepers > 0)
     device.copy_may_begin.set()
     demand.result()
     assert consumer.wrong() == 0
@@ -608,7 +608,7 @@ def test_close_ends_the_thread_and_waits_for_its_copy(host: HostTier, device: Fa
     tier.prefetch(0, keys(0, 0, 1, 2))
     wait_until(lambda: tier._slots.copying == 1)
     closer = Task(tier.close)
-    wait_until(lambda: bool(tier._monitor._sleepers))
+    wait_until(lambda: tier._monitor.sleepers > 0)
     assert device.locked
     device.copy_may_begin.set()
     closer.result()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import cut
 from fake_device import FakeDevice
 from local_daemons import local_daemon
 from outlets import PLAIN, served
@@ -186,6 +187,39 @@ def test_a_lease_is_valid_until_the_next_is_taken(smallest: Opened) -> None:
     for task in tasks:
         task.result()
     assert next(leases, None) is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # cut in a finalizer
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keeps", [False, True], ids=["frames go", "frames stay"])
+def test_an_exception_from_outside_at_any_moment_breaks_nothing(smallest: Opened, stride: int, keeps: bool) -> None:
+    """As a handler of a signal raises it. A traceback that is kept keeps the iterators that it has gone through."""
+
+    def work() -> None:
+        smallest.source.prefetch(1, keys(1, number % 6, (number + 1) % 6))
+        smallest.take(0, 3, number % 3)
+        smallest.take(1, number % 6)
+        smallest.take(2, 0, 1, 2, 3)
+        smallest.source.stats()
+
+    kept, number = [], 0
+    while (error := cut(work, number)) is not None:
+        if keeps:
+            kept.append(error)
+        else:
+            error.__traceback__ = None
+        smallest.source.reclaim()
+        smallest.check()
+        block = number % 3
+        found = Task(lambda block=block: smallest.take(block, 1, 4, 5)).result()  # type: ignore[misc]
+        assert sorted(found) == keys(block, 1, 4, 5), error
+        number += stride
+    assert number > 100
+    kept.clear()
+    gc.collect()
+    smallest.check()
+    wait_until(lambda: smallest.host.stats().leased == 0)
+    assert sorted(smallest.take(0, 0, 1, 2)) == keys(0, 0, 1, 2)
 
 
 def test_a_closed_iterator_holds_nothing(smallest: Opened) -> None:
