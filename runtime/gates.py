@@ -161,7 +161,7 @@ class Gates:
 
         A block with a refusal has no gate here, and may have no entry and no layer; its experts are told all the same.
         """
-        observation = Observation([])
+        observation = Observation()
         try:
             for found in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
                 if layer is not None and found.decoder is not None:
@@ -181,8 +181,8 @@ class Gates:
 class Observation:
     """Hooks on a model. A context manager; removing is idempotent."""
 
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
 
     def add(self, handle: RemovableHandle) -> None:
         self._handles.append(handle)

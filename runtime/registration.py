@@ -246,8 +246,8 @@ class MoetierQuantizer(HfQuantizer):
             use_growing_layers(model)
             use_quick_norms(model)
             use_row_weights(model)
-        model.register_forward_pre_hook(_postpone)
-        model.register_forward_hook(_raise, always_call=True)
+        tiers.hooks.add(model.register_forward_pre_hook(_postpone))
+        tiers.hooks.add(model.register_forward_hook(_raise, always_call=True))
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
             layout = tiers.manifest.layout(number)

@@ -23,6 +23,7 @@ from moetier.tiers.views import HostViews
 from .budgets import Needs, scratch_numbers
 from .choice import kernels_for
 from .config import TierConfig
+from .gates import Observation
 from .kernels import Kernels
 from .memory import Available, available_memory
 from .origin import Origin, open_origin
@@ -94,6 +95,7 @@ class Tiers:
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None
+        self.hooks = Observation()  # on the model, besides those of the speculation
         self.close_sources = partial(_close_sources, device, origin)  # refers to nothing of a model
 
     def stats(self) -> list[TierStats]:
@@ -108,6 +110,7 @@ class Tiers:
     def close(self) -> None:
         if self.speculation is not None:
             self.speculation.detach()
+        self.hooks.remove()
         self.close_sources()
 
     def __enter__(self) -> Tiers:

@@ -269,7 +269,7 @@ def test_a_demand_that_is_there_clears_the_block_s_wishes(store: MappedStore, tm
 def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
     """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
     with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, spare=False, patience=5.0) as tier:
-        misses = Misses(tier._ways, 0)
+        misses = Misses(tier._ways, 0, {})
         with contextlib.closing(misses):
             misses.want([0, 1])
             misses.want([0, 1])

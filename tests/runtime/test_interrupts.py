@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import signal
 import threading
@@ -31,32 +32,36 @@ SCRIPT = Path(__file__).parent.parent / "helpers" / "interrupted.py"
 PLAN = make_plan(blocks=1, experts=2, top_k=1)
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-@pytest.mark.parametrize("kind", ["SIGINT", "SIGALRM"])
-@pytest.mark.parametrize("daemon", [False, True], ids=["embedded", "daemon"])
-@pytest.mark.parametrize("budget", ["smallest", "half"])
+def cases() -> Iterator[Any]:
+    """50 interrupts of two kinds of tiers in the ordinary suite; 2,000 of each in the slow one."""
+    for budget, where in itertools.product(("smallest", "half"), ("embedded", "daemon")):
+        for kind in ("SIGINT", "SIGALRM"):
+            if (budget, where) in {("smallest", "embedded"), ("half", "daemon")}:
+                yield budget, where, kind, 50
+            yield pytest.param(budget, where, kind, 2000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])
+
+
+@pytest.mark.parametrize(("budget", "where", "kind", "count"), list(cases()))
 def test_at_random_moments(
-    scripts: Prepared, tinymix_4bit: Path, tmp_path: Path, budget: str, daemon: bool, kind: str, count: int
+    scripts: Prepared, tinymix_4bit: Path, tmp_path: Path, budget: str, where: str, kind: str, count: int
 ) -> None:
     """Python's own handler of SIGINT, and a user's of SIGALRM that raises. Then the same model gives the right tokens,
     and its tier's integrity holds."""
-    if count == 50 and (budget, daemon) in {("half", False), ("smallest", True)}:
-        pytest.skip("the other two are enough for each time")
     manifest = read_manifest(store_folder(tinymix_4bit))
     ram = smallest_budget(manifest) if budget == "smallest" else largest_budget(manifest) // 2
     with contextlib.ExitStack() as closing:
-        where = ["--ram", ram]
-        if daemon:
+        place = ["--ram", ram]
+        if where == "daemon":
             folder = tmp_path / "daemon"
             running = closing.enter_context(running_daemon(tinymix_4bit, ram=ram, folder=folder))
-            where = ["--daemon", folder]
-        options = [*where, "--count", count, "--signal", kind, "--seed", count]
+            place = ["--daemon", folder]
+        options = [*place, "--count", count, "--signal", kind, "--seed", count]
         result = scripts.run(SCRIPT.read_text(), tinymix_4bit, *options, timeout=1000)
         assert result.returncode == 0, result.stderr
         told = json.loads(result.stdout)
         assert told["interrupts"] == count, told
         assert told["default"], "the handler is Python's own again"
-        if daemon:
+        if where == "daemon":
             running.wait_for("leases == 0")
 
 

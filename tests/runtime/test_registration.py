@@ -266,16 +266,15 @@ def test_the_end_of_the_model_is_the_end_of_its_tiers(tiny: tuple[Any, Path]) ->
 
 def test_a_lost_model_is_closed_also_when_found_by_who_holds_its_lock(tiny: tuple[Any, Path]) -> None:
     model, _ = moetier.load(tiny[1])
-    lock = model.tiers.host._monitor
+    monitor = model.tiers.host._monitor
     lost = _lose(model)
     del model
 
     def collect() -> None:
-        with lock:
-            gc.collect()
-            assert lost() is None
+        gc.collect()
+        assert lost() is None
 
-    Task(collect).result()
+    Task(lambda: monitor.run(collect)).result()
     wait_until(lambda: not _loaders())
 
 
