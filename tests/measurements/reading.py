@@ -41,23 +41,34 @@ def main() -> None:
     for name, (layout, blocks, experts) in GEOMETRIES.items():
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             make_store(Path(folder), blocks=blocks, experts=experts, layout=layout)
+            reads(name, Path(folder), arguments.seconds, arguments.rounds)
             with ExpertStore.open(Path(folder)) as store:
-                reads(name, store, arguments.seconds, arguments.rounds)
-                restarts(name, store, arguments.rounds)
+                restarts(store, arguments.rounds)
 
 
-def reads(name: str, store: ExpertStore, seconds: float, rounds: int) -> None:
-    rates: dict[int, list[float]] = {1: [], 4: []}
+def reads(name: str, folder: Path, seconds: float, rounds: int) -> None:
+    """A reader of large records uses several threads by itself: on one core it shows what a core reads and checks."""
+    cores = os.sched_getaffinity(0)
+    ways = {"one core, 1 reader": ({min(cores)}, 1), "1 reader": (cores, 1), "4 readers": (cores, 4)}
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    used: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for readers, found in rates.items():
-            found.append(store_rate(store, store.layout(0).slot_bytes, readers, seconds))
-    one, four = (median(found) for found in rates.values())
-    print(
-        f"{name:<8} reads: 1 reader {one / 1e9:.2f} GB/s, 4 readers {four / 1e9:.2f} GB/s, {four / one:.2f} times that"
-    )
+        for way, (allowed, readers) in ways.items():
+            os.sched_setaffinity(0, allowed)  # threads inherit it, those of the store too
+            try:
+                with ExpertStore.open(folder) as store:
+                    before = time.process_time()
+                    rates[way].append(store_rate(store, store.layout(0).slot_bytes, readers, seconds))
+                    used[way].append((time.process_time() - before) / seconds)
+            finally:
+                os.sched_setaffinity(0, cores)
+    four = median(rates["4 readers"])
+    for way, found in rates.items():
+        compared = "" if way == "4 readers" else f"; 4 readers are {four / median(found):.2f} times as fast"
+        print(f"{name:<8} {way}: {median(found) / 1e9:.2f} GB/s, {median(used[way]):.1f} cores busy{compared}")
 
 
-def restarts(name: str, store: ExpertStore, rounds: int) -> None:
+def restarts(store: ExpertStore, rounds: int) -> None:
     """Fills an arena, and takes it back as a daemon takes that of a killed one."""
     manifest = store.manifest
     slots = dict.fromkeys(manifest.layouts, manifest.record_count)
