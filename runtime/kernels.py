@@ -83,8 +83,8 @@ class Kernels:
         given = f"after its tier gave back {freed:,} bytes" if freed else "and its tier can't be smaller"
         raise BudgetError(
             f"The device ran out of memory, {given}: {numbers}",
-            "Give its tier less (--device-memory), compute fewer tokens at a time (--prefill-chunk), or free memory of "
-            "the device.",
+            "Give its tier less (`device_memory`), compute fewer tokens at a time (moetier generate --prefill-chunk), "
+            "or free memory of the device.",
         )
 
     def _scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

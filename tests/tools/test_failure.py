@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from users import as_nobody
 from moetier.tools.doctor import findings
 from moetier.tools.failure import EXIT_ERROR, EXIT_FAULT, failure_of
 from moetier.tools.finding import State
-from moetier.tools.main import main
+from moetier.tools.main import build_parser, main
+from moetier.tools.options import commands_of
+from moetier.tools.plain import as_options
 
 
 def raised(work: Callable[[], object]) -> Exception:
@@ -120,3 +124,37 @@ def test_no_permission_is_said(tmp_path: Path, tinymix_4bit: Path, capfd: pytest
     said = capfd.readouterr().err.splitlines()
     assert [line[:9] for line in said] == ["moetier: ", said[1][:9]]
     assert str(tmp_path / "closed") in said[0]
+
+
+def test_what_an_error_calls_a_parameter_is_an_option_of_the_command_line() -> None:
+    """Of every parameter that a text in tiers/ or runtime/ names."""
+    root = Path(__file__).parent.parent.parent
+    texts = [
+        node.value
+        for folder in ("tiers", "runtime")
+        for path in sorted((root / folder).glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "``" not in node.value
+    ]
+    named = {name for text in texts for name in re.findall(r"`[a-z_.]+`", text)}
+    assert {"`ram`", "`device`", "`credentials.ca`", "`credentials.token_file`"} <= named
+    described = commands_of(build_parser())["generate"].format_help()
+    of_python = {"`dtype`", "`attn_implementation`"}
+    assert all(f"{as_options(name)} " in described for name in named - of_python)
+    assert as_options("`dtype` is 16; see `moetier list`.") == "`dtype` is 16; see `moetier list`."
+
+
+@pytest.mark.parametrize("folder", ["tiers", "runtime"])
+def test_no_error_of_load_names_an_option(folder: str) -> None:
+    """But where a command is named, or in what the daemon's own command says."""
+    of_the_daemon = {"daemon_config", "hold", "life", "side_server", "metrics_server", "address"}
+    root = Path(__file__).parent.parent.parent
+    for path in sorted((root / folder).glob("*.py")):
+        if path.stem in of_the_daemon:
+            continue
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        raised = [call for call in calls if ast.unparse(call.func).endswith("Error")]
+        for text in (ast.unparse(part) for node in raised for part in node.args):
+            options = re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)
+            assert not options or re.search(r"moetier|command\(|daemon|convert", text), f"{path.name}: {text}"
