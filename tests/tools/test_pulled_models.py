@@ -21,6 +21,7 @@ from terminals import Terminal
 import moetier
 from moetier.runtime.models import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
+from moetier.tiers.folder import read_manifest
 from moetier.tiers.shard import GROUP, METADATA, PLAN
 from moetier.tools.disk_space import disk_bytes
 from moetier.tools.main import build_parser, main
@@ -145,9 +146,9 @@ def test_a_server_and_a_daemon_by_name_and_what_is_in_use_stays(
 
 def test_list_says_what_is_there(models: Path, tinymix_there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = Path(shutil.copytree(tinymix_there, models / "acme--part" / "4bit"))
-    manifest = json.loads((part / GROUP / METADATA).read_text())["attributes"]["moetier"]
+    plan = read_manifest(part / GROUP).plan.to_json()
     (part / GROUP / METADATA).unlink()
-    (part / GROUP / PLAN).write_text(json.dumps(manifest | {"digest": "", "trunk": {}}))
+    (part / GROUP / PLAN).write_text(json.dumps(plan))
     (part / "conversion.json").write_text(json.dumps({"command": ["moetier", "pull", "acme/part", "--fast\x1b"]}))
     place(models, "acme/empty:3bit-trunk8bit")
     (tinymix_there / "origin.json").write_text(json.dumps({"id": "acme/tinymix", "revision": "a" * 40}))
