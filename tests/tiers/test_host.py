@@ -750,6 +750,7 @@ class HostMachine(RuleBasedStateMachine):
         self.oracle = make_records(PLAN, seed=1)
         self.suspended: list[tuple[Generator[Lease[memoryview], None, None], set[ExpertKey]]] = []
         self.leases: dict[int, Lease[memoryview]] = {}  # by the iterator's id
+        self.most: dict[int, int] = {}  # likewise: slots that it may hold, as those that come together end together
         self.patch = pytest.MonkeyPatch()
 
     @initialize(
@@ -762,7 +763,7 @@ class HostMachine(RuleBasedStateMachine):
         self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders, policy=policy)
 
     def spare(self) -> int:
-        return self.count - sum(len(wanted) + 1 for _, wanted in self.suspended)
+        return self.count - sum(self.most[id(leases)] for leases, _ in self.suspended)
 
     def draw(self, data: st.DataObject, most: int) -> list[ExpertKey]:
         block = data.draw(st.integers(0, 2))
@@ -779,6 +780,7 @@ class HostMachine(RuleBasedStateMachine):
         """Takes a first lease and stops there, with more in flight."""
         wanted = set(asked := self.draw(data, min(4, self.spare() - 1)))
         leases = self.tier.acquire(asked)
+        self.most[id(leases)] = len(wanted)
         self.reader.open()
         lease = next(leases)
         self.reader.shut()
