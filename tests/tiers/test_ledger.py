@@ -336,7 +336,8 @@ class LedgerMachine(RuleBasedStateMachine):
         load = data.draw(st.sampled_from([load for load in self.awake() if isinstance(load, Load) and load.wished]))
         with step_of(self.monitor):
             if self.ledger.loads.stands_back(load):
-                self.yielding.append(load)
+                if len(self.yielding) < self.loaders - 1:  # one is always there for the demands
+                    self.yielding.append(load)
             elif self.ledger.loads.is_unwanted(load):
                 self.ledger.loads.cancel(load)
                 self.reading.remove(load)
