@@ -16,6 +16,8 @@ import struct
 import weakref
 from typing import NamedTuple
 
+from moetier.tiers.durable import write_all
+
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
 _LIBRARY.mmap.restype = ctypes.c_void_p
 _LIBRARY.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
@@ -28,7 +30,7 @@ _NAME = "moetier-code"
 # ELF-64 (System V ABI, and its supplement for AMD64)
 _ELF, _X86_64 = b"\x7fELF\x02\x01", 62
 _SYMBOLS, _ADDENDS, _NO_BITS = 2, 4, 8  # types of sections
-_ALLOCATED = 2  # among a section's flags
+_WRITABLE, _ALLOCATED = 1, 2  # flags of sections
 _RELATIVE = (2, 4)  # relocations: S + A - P in 32 bits, of data and of functions
 
 
@@ -57,8 +59,7 @@ class Executable:
         self._symbols = linked.symbols
         descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         try:
-            os.truncate(descriptor, len(linked.image))
-            os.pwrite(descriptor, linked.image, 0)
+            write_all(descriptor, linked.image, 0)
             # not mmap.mmap, which keeps a descriptor of its own
             protection = mmap.PROT_READ | mmap.PROT_EXEC
             self._base = _LIBRARY.mmap(None, len(linked.image), protection, mmap.MAP_PRIVATE, descriptor, 0)
@@ -105,6 +106,8 @@ def link(object_file: bytes) -> Linked:
     image, places = bytearray(), dict[int, int]()
     for number, section in enumerate(sections):
         if section.flags & _ALLOCATED and section.type != _ADDENDS:
+            if section.flags & _WRITABLE and section.size:
+                raise LinkError("the object file has data that is written")
             image += bytes(-len(image) % max(section.alignment, 1))
             places[number] = len(image)
             data = object_file[section.offset : section.offset + section.size]

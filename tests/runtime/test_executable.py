@@ -154,6 +154,14 @@ def calls_the_c_library(module: ir.Module, function: ir.Function, builder: ir.IR
     builder.ret(builder.add(builder.call(other, []), function.args[0]))
 
 
+def counts(module: ir.Module, function: ir.Function, builder: ir.IRBuilder) -> None:
+    """A variable that each call writes."""
+    total = ir.GlobalVariable(module, INT, "total")
+    total.initializer, total.linkage = ir.Constant(INT, 0), "internal"
+    builder.store(builder.add(builder.load(total), function.args[0]), total)
+    builder.ret(builder.load(total))
+
+
 @linked
 def test_constants_and_functions_of_one_object_are_linked() -> None:
     processor = Processor()
@@ -169,6 +177,13 @@ def test_an_object_that_needs_another_is_left_to_llvm() -> None:
     address = processor.compile(module_of(calls_the_c_library), "tried")
     assert call(address, 7) == os.getppid() + 7
     assert "moetier-code" not in mapped(address)
+
+
+def test_an_object_with_data_that_is_written_is_left_to_llvm() -> None:
+    processor = Processor()
+    address = processor.compile(module_of(counts), "tried")
+    assert "moetier-code" not in mapped(address)
+    assert [call(address, number) for number in (1, 2, 3)] == [1, 3, 6]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"MZ" + bytes(100), b"\x7fELF\x01\x01" + bytes(100)])
