@@ -85,8 +85,8 @@ def foreign_shards(manifest: Manifest, digest: str, paths: Sequence[Path]) -> Ch
     """A digest does not say which shard is another's. One that was written after the manifest, which is written last,
     is suspected."""
     folder = paths[0].parents[4]
-    written = (folder / METADATA).stat().st_mtime
-    later = [path for path in paths if path.exists() and path.stat().st_mtime > written]
+    written = _written(folder / METADATA)
+    later = [path for path in paths if _written(path) > written]
     which = "which of them, this manifest of an older moetier does not say"
     if later and len(later) < len(paths):
         names = ", ".join(map(str, later[:SUSPECTS])) + (f" and {len(later) - SUSPECTS} more" * (len(later) > SUSPECTS))
@@ -96,3 +96,11 @@ def foreign_shards(manifest: Manifest, digest: str, paths: Sequence[Path]) -> Ch
         f"The digest of their records is {digest}, the manifest says {manifest.digest}.",
         "Copy the shards again from where the model directory came from, or convert the model again with --overwrite.",
     )
+
+
+def _written(path: Path) -> float:
+    """When; 0 where that can't be said: the folder may be exchanged meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

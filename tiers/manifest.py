@@ -22,6 +22,7 @@ TRUNK_RECORDS = "trunk-records"
 FEATURES = frozenset({TRUNK_RECORDS})  # what a store may require and this version has
 MOST_EXPERTS = 1 << 16  # of a block
 MOST_BYTES = 1 << 50  # of a file
+MOST_NAME_BYTES = 255  # of a file or folder (NAME_MAX of Linux)
 SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit while its files pass by
 TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # beside experts.zarr, and nowhere else
 
@@ -98,8 +99,16 @@ class Manifest:
 
     def shape(self, array: str) -> tuple[int, int, int]:
         """[blocks, experts, record bytes] of a zarr array."""
-        members = [b for b in self.blocks if b.array == array]
+        members = self._members[array]
         return len(members), members[0].experts, self.layouts[array].record_bytes
+
+    @cached_property
+    def _members(self) -> dict[str, list[Block]]:
+        """The blocks of each array."""
+        found: dict[str, list[Block]] = {name: [] for name in self.layouts}
+        for block in self.blocks:
+            found[block.array].append(block)
+        return found
 
     def check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Raises MissingExpertError for what the model does not have. All keys are of ``block``."""
@@ -191,11 +200,10 @@ class Manifest:
         if not self.blocks:
             raise ValueError("blocks: it has no blocks")
         if ((form := self.trunk_records) is not None) != (TRUNK_RECORDS in self.requires):
-            raise ValueError(f"trunk_records is {form}, and requires is {list(self.requires)}")
+            raise ValueError(f"trunk_records is {form}, and requires is {shown(list(self.requires))}")
         if strangers := {b.array for b in self.blocks} - set(self.layouts):
             raise ValueError(f"there are blocks with array {shown(min(strangers))}, which has no layout in layouts")
-        for name in self.layouts:
-            members = [b for b in self.blocks if b.array == name]
+        for name, members in self._members.items():
             if sorted(b.index for b in members) != list(range(len(members))) or not members:
                 raise ValueError(f"the blocks of array {name} are not numbered from 0 by their index")
             if len({b.experts for b in members}) != 1:
@@ -220,7 +228,7 @@ def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
 
 def _array(name: str, layout: Fields) -> str:
     """The name of an array becomes that of a folder."""
-    if not re.fullmatch(r"[\w-]+", name):
+    if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > MOST_NAME_BYTES:
         raise ValueError(f"{layout.place}: {shown(name)} is no name of an array")
     return name
 

@@ -46,8 +46,10 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
         places = _places(directory)
     except StoreError as error:
         faults[INDEX] = error
-    named = set(places.values())
-    if manifest.trunk and (strangers := sorted(named - manifest.trunk.keys())):
+    named: dict[str, set[str]] = {}  # by file: its tensors
+    for tensor, file in places.items():
+        named.setdefault(file, set()).add(tensor)
+    if manifest.trunk and (strangers := sorted(named.keys() - manifest.trunk.keys())):
         faults[INDEX] = StoreFormatError(
             f"{directory / INDEX} names {strangers[0]}, which the manifest does not know.", FIX
         )
@@ -67,7 +69,7 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
         else:
             try:
                 tensors = _header(path).keys()
-                names = tensors ^ {tensor for tensor, file in places.items() if file == name}
+                names = tensors ^ named.get(name, set())
                 if names and INDEX not in faults:
                     raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(names))}.", FIX)
             except StoreError as error:

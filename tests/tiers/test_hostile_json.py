@@ -12,17 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stores import without_sums
 
-from moetier.tiers.errors import IncompleteStoreError, StoreError
+from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError
 from moetier.tiers.folder import MOST_JSON_BYTES, read_manifest, read_origin, resuming
+from moetier.tiers.keys import Projection, RecordLayout
+from moetier.tiers.manifest import FileSum
 from moetier.tiers.shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN
 from moetier.tiers.store import ExpertStore
-from moetier.tiers.trunk import INDEX, check_trunk, trunk_records
+from moetier.tiers.trunk import INDEX, check_trunk, trunk_faults, trunk_records
 from moetier.tools.convert import convert
 
 TRUNK = "trunk-00001-of-00001.safetensors"
@@ -227,3 +230,55 @@ def test_documents_of_many_bytes(directory: Path, tmp_path: Path) -> None:
         assert bool(words) == bool(cause)
         assert seconds < 1, copy
         assert peak < 256 << 20, copy
+
+
+def test_many_arrays_and_long_names(directory: Path, tmp_path: Path) -> None:
+    """Layouts, blocks and required features, as many as fit into a document, and the longest names."""
+    copy = Path(shutil.copytree(directory, tmp_path / "model"))
+    group, write = document_of(copy, GROUP_JSON)
+    manifest = group["attributes"]["moetier"]
+    del manifest["record_checksums"]
+    layout = RecordLayout((Projection("w", 1, 1, 16),)).to_json()
+    block = {"top_k": 1, "experts": 1}
+    arrays, blocks = 3_000, 15_000
+    many = {
+        "layouts": {f"a{i}": layout for i in range(arrays)},
+        "blocks": [{"path": f"{i}", "array": f"a{i % arrays}", "index": i // arrays} | block for i in range(blocks)],
+    }
+    long = {
+        "layouts": {"a" * 300: manifest["layouts"]["records"]},
+        "blocks": [each | {"array": "a" * 300} for each in manifest["blocks"]],
+    }
+    for changed, words in (
+        (many, "a0/zarr.json is missing"),
+        (long, "layouts.aaa"),
+        ({"requires": ["trunk-records"] * 100_000, "trunk_records": None}, "trunk_records is None"),
+    ):
+        made = {key: value for key, value in (manifest | changed).items() if value is not None}
+        write(json.dumps({**group, "attributes": {"moetier": made}}, separators=(",", ":")))
+        began = time.process_time()
+        with pytest.raises(StoreFormatError) as caught:
+            use_experts(copy)
+        assert time.process_time() - began < 1, words
+        assert words in caught.value.cause
+        assert len(caught.value.cause) < 1000
+    (copy / GROUP / METADATA).unlink()
+    _write(copy / GROUP / PLAN, json.dumps(manifest | long | {"digest": ""}).encode())
+    with pytest.raises(StoreFormatError, match="is no name of an array"):
+        use_experts(copy)
+
+
+def test_a_trunk_of_many_files(directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "model"))
+    header = '{"%s": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}'
+    files = 15_000
+    for i in range(files):
+        _write(copy / f"trunk-{i}.safetensors", framed(header % i) + b"0")
+    places = {str(i): f"trunk-{i}.safetensors" for i in range(files)}
+    (copy / INDEX).write_text(json.dumps({"weight_map": places}))
+    size = (copy / "trunk-1000.safetensors").stat().st_size
+    sums = {name: FileSum(size + len(name) - len("trunk-1000.safetensors"), 0) for name in places.values()}
+    manifest = replace(read_manifest(copy / GROUP), trunk=sums)
+    began = time.process_time()
+    assert not trunk_faults(copy, manifest)
+    assert time.process_time() - began < 1.5

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from stores import make_plan, make_records, make_store, without_table, write_store
 
+from moetier.tiers.digest import foreign_shards
 from moetier.tiers.errors import ChecksumError
 from moetier.tiers.folder import read_manifest
 from moetier.tiers.keys import ExpertKey
-from moetier.tiers.shard import GROUP, ShardFile
+from moetier.tiers.shard import GROUP, METADATA, ShardFile
 from moetier.tiers.store import ExpertStore
 
 PLAN = make_plan()
@@ -86,3 +87,12 @@ def test_an_older_store_of_small_size_is_refused_when_it_is_opened(swapped: Path
     os.utime(shard(swapped, 1), (0, 0))
     with pytest.raises(ChecksumError, match="which of them, this manifest of an older moetier does not say"):
         ExpertStore.open(swapped)
+
+
+def test_a_mismatch_is_said_where_the_folder_was_exchanged_meanwhile(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    manifest = read_manifest(tmp_path / GROUP)
+    paths = [shard(tmp_path, block) for block in range(3)]
+    (tmp_path / GROUP / METADATA).unlink()
+    paths[0].unlink()
+    assert "not all of one conversion" in foreign_shards(manifest, "0" * 64, paths).cause
