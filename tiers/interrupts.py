@@ -63,6 +63,7 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
             return
         except RuntimeError:  # no thread is to be had; the tiers repair themselves
             pass
+    raise_interrupts()  # torch calls no hook behind a forward pass that KeyboardInterrupt ends
     signal.default_int_handler(number, frame)
 
 

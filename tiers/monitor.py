@@ -54,6 +54,7 @@ class Monitor:
         self._is_torn = False  # a step is under way, or was cut
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
+        self._tried: Callable[[], None] | None = None  # the first of these, once it has begun
 
     def run(self, step: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """What ``step`` returns, which may raise a MoetierError where the state agrees. No step runs another."""
@@ -104,7 +105,8 @@ class Monitor:
         return len(self._sleepers)
 
     def post(self, work: Callable[[], None]) -> None:
-        """Do ``work`` as a step: now, or when the present one has ended. Never waits. Work that was cut is repeated."""
+        """Do ``work`` as a step: now, or when the present one has ended. Never waits. Work that an exception has ended
+        is repeated, but only once: if it is at fault itself, other steps must go on."""
         self._posted.append(work)
         self._settle()
 
@@ -117,8 +119,15 @@ class Monitor:
                     self._mend()
                 self._is_torn = True
                 while self._posted:
-                    self._posted[0]()
-                    self._posted.popleft()
+                    work = self._posted[0]
+                    if work is self._tried:
+                        self._posted.popleft()
+                        work()
+                    else:
+                        self._tried = work
+                        work()
+                        self._posted.popleft()
+                    self._tried = None
                 self._is_torn = False
 
 

@@ -140,6 +140,15 @@ def test_the_handler_is_a_forward_pass_long_and_replaces_pythons_own_alone(tinym
         assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_pythons_own_handler_is_back_when_ctrl_c_has_ended_a_forward_pass(tinymix_4bit: Path) -> None:
+    model, _ = moetier.load(tinymix_4bit, ram="100%")
+    with model.tiers:
+        model.lm_head.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.tensor([[1, 2]]))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 class Broken:
     def __bool__(self) -> bool:
         raise ZeroDivisionError

@@ -116,6 +116,14 @@ def test_what_was_cut_is_mended_once_before_the_next_step() -> None:
     assert mended == 1
 
 
+def test_posted_work_that_always_fails_does_not_stop_other_steps() -> None:
+    monitor = Monitor()
+    for _ in range(2):  # it may have been cut from outside, so it is tried again
+        with pytest.raises(ZeroDivisionError):
+            monitor.post(lambda: 1 / 0) if not monitor._posted else monitor.run(lambda: None)
+    assert monitor.run(lambda: 5) == 5
+
+
 def test_wherever_an_exception_cuts_it_the_lock_is_free_and_posted_work_is_done() -> None:
     """And whoever sleeps is woken."""
     number = 0
