@@ -1,4 +1,4 @@
-"""Bounds on what clients take of a server: requests at a time, bytes and seconds of a body, seconds for an answer."""
+"""Bounds on what clients take of a server: requests at a time, bytes and seconds of a body."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .serve_refusal import Refusal, refusal_response
 
 MOST_BYTES = 16 << 20  # of a request's body
 BODY_SECONDS = 60.0  # for the whole of it
-ANSWER_SECONDS = 60.0  # that a client may take nothing of an answer
 RETRY_SECONDS = 5
 
 
@@ -21,13 +20,10 @@ class Bounds:
     refused with 429. The bytes of a body are counted as they arrive, whatever the headers say.
     """
 
-    def __init__(
-        self, app: App, most: int, *, body_seconds: float = BODY_SECONDS, answer_seconds: float = ANSWER_SECONDS
-    ) -> None:
+    def __init__(self, app: App, most: int, *, body_seconds: float = BODY_SECONDS) -> None:
         self._app = app
         self._most = most
         self._body_seconds = body_seconds
-        self._answer_seconds = answer_seconds
         self._under_way = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -75,7 +71,7 @@ class Bounds:
         return bytes(body)
 
     async def _serve(self, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
-        gone, given, stalled = asyncio.Event(), False, False
+        gone, given = asyncio.Event(), False
 
         async def hear() -> Message:
             nonlocal given
@@ -85,35 +81,21 @@ class Bounds:
             await gone.wait()
             return {"type": "http.disconnect"}
 
-        async def tell(message: Message) -> None:
-            nonlocal stalled
-            try:
-                async with asyncio.timeout(self._answer_seconds):
-                    await send(message)
-            except TimeoutError:
-                stalled = True
-                gone.set()
-                raise
-
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
 
-        work = asyncio.ensure_future(self._app(scope, hear, tell))
-        others = asyncio.ensure_future(watch()), asyncio.ensure_future(gone.wait())
+        work, watching = asyncio.ensure_future(self._app(scope, hear, send)), asyncio.ensure_future(watch())
         try:
-            await asyncio.wait({work, others[1]}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, watching}, return_when=asyncio.FIRST_COMPLETED)
             if gone.is_set():  # the cancellation ends the generation of its answer
                 work.cancel()
             await work
         except asyncio.CancelledError:
             pass  # the client is gone, or the server has waited for the request for long enough
-        except Exception:
-            if not stalled:
-                raise
         finally:
-            for task in (work, *others):
+            for task in (work, watching):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task

@@ -17,6 +17,7 @@ from moetier.tiers.errors import ConfigError
 
 GRACE = 5  # seconds for clients to take what is still sent to them
 HEADER_SECONDS = 20.0  # for all headers of a request, from the connection or from the answer before
+ANSWER_SECONDS = 60.0  # that a client may take nothing of what is sent to it
 BACKLOG = 128  # connections that are accepted in one go
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -51,17 +52,20 @@ def url_of(bound: socket.socket) -> str:
 
 
 class BoundedProtocol(H11Protocol):
-    """Bounds what no ASGI application sees: connections without a request.
+    """Bounds what no ASGI application sees: connections without a request, and answers that nobody takes.
 
     A connection is idle until all headers of a request have arrived, and again once that is answered. It is closed
     after ``header_seconds`` of that. Beyond ``most_connections`` the one that has been idle for longest makes room for
-    a new one; where none is idle, the new one is refused.
+    a new one; where none is idle, the new one is refused. A connection whose client has taken nothing of an answer for
+    ``answer_seconds`` is cut, whatever the answer is: a refusal too.
     """
 
     most_connections: int
     header_seconds: float
+    answer_seconds: float
     idle_since: float | None = None  # the event loop's time; None while a request is under way
     _timer: asyncio.TimerHandle | None = None
+    _untaken: asyncio.TimerHandle | None = None  # while there is no room for more of an answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -86,8 +90,20 @@ class BoundedProtocol(H11Protocol):
         if self.cycle.response_complete:  # else the next request had arrived already
             self._rest()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._untaken = self.loop.call_later(self.answer_seconds, self.drop)
+
+    def resume_writing(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._work()
+        if self._untaken is not None:
+            self._untaken.cancel()
         super().connection_lost(exc)
 
     def drop(self) -> None:
@@ -120,10 +136,14 @@ class Server(uvicorn.Server):
         ready: Callable[[], None],
         ending: Callable[[], None],
         header_seconds: float = HEADER_SECONDS,
+        answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
-        protocol = type(
-            "Protocol", (BoundedProtocol,), {"most_connections": connections, "header_seconds": header_seconds}
-        )
+        bounds = {
+            "most_connections": connections,
+            "header_seconds": header_seconds,
+            "answer_seconds": answer_seconds,
+        }
+        protocol = type("Protocol", (BoundedProtocol,), bounds)
         super().__init__(
             uvicorn.Config(
                 app,

@@ -30,7 +30,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 
 
 class Application:
-    """Answers with the length of the body, when it may; "long" has an endless answer."""
+    """Answers with the length of the body, when it may; "long" has an answer of 64 MB."""
 
     def __init__(self) -> None:
         self.may = threading.Event()
@@ -56,8 +56,9 @@ class Application:
         kind = dict(scope["headers"])[b"content-type"]
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-kind", kind)]})
         try:
-            while dict(scope["headers"]).get(b"x-answer") == b"long":
+            for _ in range(1000 if dict(scope["headers"]).get(b"x-answer") == b"long" else 0):
                 await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+                await asyncio.sleep(0)  # sending waits no more once the connection is lost
             await send({"type": "http.response.body", "body": str(length).encode()})
         finally:
             self.ended.set()
@@ -76,13 +77,14 @@ def address(application: Application) -> Iterator[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def serving(application: Application, header_seconds: float = PATIENCE, **seconds: float) -> Iterator[tuple[str, int]]:
+def serving(
+    application: Application, body_seconds: float = PATIENCE, key: str | None = None, **seconds: float
+) -> Iterator[tuple[str, int]]:
     ready = threading.Event()
-    app = Gate(Bounds(application, MOST, **seconds), None, lambda _: None)
+    app = Gate(Bounds(application, MOST, body_seconds=body_seconds), key, lambda _: None)
+    seconds = {"header_seconds": PATIENCE, "answer_seconds": PATIENCE} | seconds
     with bind("127.0.0.1", 0) as bound:
-        server = Server(
-            app, connections=CONNECTIONS, ready=ready.set, ending=lambda: None, header_seconds=header_seconds
-        )
+        server = Server(app, connections=CONNECTIONS, ready=ready.set, ending=lambda: None, **seconds)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:
@@ -209,10 +211,28 @@ def test_a_body_has_its_time(application: Application, head: bytes) -> None:
         assert not application.bodies
 
 
-def test_an_answer_that_is_not_taken_ends(application: Application) -> None:
-    request = POST + b"X-Answer: long\r\nContent-Length: 2\r\n\r\n{}"
-    with serving(application, answer_seconds=0.3) as address, connection(address, request):
-        assert application.ended.wait(PATIENCE)
+@pytest.mark.parametrize("head", [GET[:-2], POST], ids=["GET", "POST"])
+def test_an_answer_that_is_not_taken_ends(application: Application, head: bytes) -> None:
+    """And its connection makes room for another."""
+    request = head + b"X-Answer: long\r\nContent-Length: 2\r\n\r\n{}"
+    with serving(application, answer_seconds=0.3) as address, contextlib.ExitStack() as several:
+        for _ in range(CONNECTIONS):
+            several.enter_context(connection(address, request))
+            assert application.ended.wait(PATIENCE)
+            application.ended.clear()
+        with connection(address, GET) as found:
+            assert answer(found)[0] == 200
+
+
+def test_refusals_that_are_not_taken_keep_no_connection(application: Application) -> None:
+    """A client without the key asks again and again, and reads nothing."""
+    with serving(application, answer_seconds=0.3, key="s3cret") as address, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.settimeout(PATIENCE)
+        deaf.connect(address)
+        with pytest.raises(ConnectionError):
+            while True:
+                deaf.sendall(100 * GET)
 
 
 def test_more_requests_than_there_is_room_for_are_told_to_come_back(
