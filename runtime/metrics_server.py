@@ -1,16 +1,21 @@
-"""HTTP server of a daemon's metrics, by Prometheus's own library, and of its health."""
+"""HTTP server of a daemon's metrics, in Prometheus's own form, and of its health."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
+import threading
 from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
 from prometheus_client.registry import CollectorRegistry
 
 from moetier.tiers.errors import ConfigError
+
+CONNECTIONS = 64  # at once: each has a thread and a descriptor
 
 
 class MetricsServer:
@@ -21,13 +26,14 @@ class MetricsServer:
         ConfigError where it can't listen there."""
         host, _, port = address.rpartition(":")
         try:
-            self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
+            family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+            self._server = _Server(family, place)
         except (OSError, UnicodeError) as error:
             raise ConfigError(
                 f"Metrics can't be served on {address}: {getattr(error, 'strerror', None) or error}.",
                 "See who listens there, or name another: --metrics HOST:PORT.",
             ) from None
-        metrics: Any = self._server.get_app()
+        metrics: Any = make_wsgi_app(registry)
 
         def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             if environ["PATH_INFO"] != "/healthz":
@@ -37,14 +43,47 @@ class MetricsServer:
             return [text]
 
         self._server.set_app(answer)
-        self._server.RequestHandlerClass = _Handler
-        self._server.socket.listen(128)  # in place of 5: beyond that a connection is made a second late
+        self._thread = threading.Thread(target=self._server.serve_forever, name="moetier-metrics", daemon=True)
+        self._thread.start()
         self.address = f"{host}:{self._server.server_port}"
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection; beyond CONNECTIONS the oldest makes room for a new one."""
+
+    daemon_threads = True
+    request_queue_size = 128  # in place of 5: beyond that a connection is made a second late
+
+    def __init__(self, family: int, place: Any) -> None:
+        self.address_family = family
+        self._open: dict[socket.socket, None] = {}  # in the order of their coming
+        self._state = threading.Lock()  # guards it
+        super().__init__(place, _Handler)
+
+    def server_bind(self) -> None:
+        super(WSGIServer, self).server_bind()  # without HTTPServer's look at the name service
+        self.server_name, self.server_port = self.server_address[:2]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._state:
+            if len(self._open) >= CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and closes it
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._state:
+            self._open.pop(request, None)
+            super().shutdown_request(request)
 
 
 class _Handler(WSGIRequestHandler):

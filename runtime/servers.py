@@ -37,6 +37,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 # Strangers reach a TCP port. Each of their connections takes memory (50 KB with TLS) and a descriptor.
 _HANDSHAKE = 10_000  # milliseconds until a connection has to be one of HTTP/2, with TLS if that is on
 _CONNECTIONS = 4_096  # at once, and at most half of the descriptors: the rest is for shards and for this host's clients
+_CALLS = 100  # of a connection at once: a client that reads no answers could begin calls without end
 _SPARE = 8  # threads for calls that end at once
 _QUEUED = 64  # calls that wait for a thread; more are refused
 _PATIENCE = 5.0  # seconds for gRPC to stop, which it promises to do at once
@@ -59,6 +60,7 @@ def remote_server(service: RemoteService, health: Health, *, token: str | None, 
     bounds = (
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE),
         ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_concurrent_streams", _CALLS),
     )
     return _server(service, health, CallerCheck(is_token), CALLS * models + WATCHERS + _SPARE, bounds)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,6 +139,22 @@ def test_half_open_calls_that_are_repeated_without_end(served: Served) -> None:
     attacker.result()
 
 
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_a_client_that_reads_no_answers_takes_no_memory(served: Served) -> None:
+    """Each call is refused, and what is not sent yet is kept: so a connection may have a few calls at a time."""
+    before = resident(served.daemon.pid)
+    with half_open(1, served.target, tls=served.tls) as (connection,):
+        for _ in range(60):
+            connection.open(METHODS[0], 1000)
+        served.check_is_quick()
+        assert resident(served.daemon.pid) - before < 64 << 20
+
+
 def test_health_checks_over_tcp_need_the_token(served: Served) -> None:
     request = health_pb2.HealthCheckRequest()
     with served.remote() as channel:
@@ -237,3 +255,24 @@ def test_connections_leave_descriptors_for_this_hosts_clients(store: tuple[Path,
                 assert client.granted().expert == 5
         served.use()  # their places are free again
         assert daemon.stop() == 0
+
+
+def test_connections_to_the_metrics_leave_descriptors_too(store: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """Those that have been open for longest make room, whatever trickles in there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    extra = ["--metrics", f"127.0.0.1:{port}"]
+    prefix = ["prlimit", "--nofile=200:200"]
+    with running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d", extra=extra, prefix=prefix) as daemon:
+        with contextlib.ExitStack() as stack:
+            for _ in range(400):
+                stack.enter_context(connect(f"127.0.0.1:{port}")).sendall(b"GET /healthz HTTP/1.1\r\nX-A: ")
+            with connect(f"127.0.0.1:{port}") as probe:
+                probe.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                assert b"200 OK" in probe.recv(1 << 16)
+            assert len(list(Path(f"/proc/{daemon.pid}/fd").iterdir())) < 150
+            with RawClient(daemon.folder, store[1]) as client:
+                client.acquire(1, 2, [5])
+                assert client.granted().expert == 5
+        assert daemon.stop() == 0
+        assert "traceback" not in daemon.log.lower()
