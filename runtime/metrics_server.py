@@ -67,7 +67,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def server_bind(self) -> None:
         super(WSGIServer, self).server_bind()  # without HTTPServer's look at the name service
-        self.server_name, self.server_port = self.server_address[:2]
+        name, self.server_port, *_ = self.server_address
+        self.server_name = str(name)
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:

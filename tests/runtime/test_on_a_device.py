@@ -214,7 +214,7 @@ def test_a_device_that_stays_without_memory_fails_with_the_numbers() -> None:
         cause = f"ran out of memory, after its tier gave back {12 * size:,} bytes: .*Tried to allocate 1073741824 of "
         with pytest.raises(BudgetError, match=cause) as failed:
             experts_forward(twin, *given)
-        assert "--device-memory" in failed.value.fix
+        assert "`device_memory`" in failed.value.fix
         assert tier.stats().slots == 36
         while tier.shrink():
             pass

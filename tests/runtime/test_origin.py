@@ -111,10 +111,10 @@ def test_what_has_no_effect_where_a_daemon_is_found_is_said_once(
     result = scripts.run(code, directory)
     said = [line for line in result.stderr.splitlines() if "effect" in line]
     assert said == [
-        f"Without effect: --ram and --policy and --learn, as the experts are those of the daemon {daemon.folder}. "
-        "Give this to the daemon, or take none: --daemon none."
+        f"Without effect: `ram` and `policy` and `learn`, as the experts are those of the daemon {daemon.folder}. "
+        'Give this to the daemon, or set `daemon` to "none".'
     ]
-    for options, expected in (({"learn": True}, ["--learn"]), ({"policy": "lrfu"}, []), ({"device_memory": None}, [])):
+    for options, expected in (({"learn": True}, ["`learn`"]), ({"policy": "lrfu"}, []), ({"device_memory": None}, [])):
         caplog.clear()
         with caplog.at_level("WARNING"):
             moetier.load(directory, **options)[0].tiers.close()
@@ -292,7 +292,7 @@ def test_what_is_no_daemon(daemon: str, cause: str) -> None:
 
 @pytest.mark.parametrize("daemon", [False, 7070, Path("/run/moetier"), ["a", "b"]])
 def test_what_is_no_text(daemon: Any) -> None:
-    with pytest.raises(ConfigError, match="names no daemon"):
+    with pytest.raises(ConfigError, match="`daemon` is"):
         TierConfig.of(daemon=daemon)
 
 

@@ -105,9 +105,9 @@ def test_a_text_may_come_in_pieces(text: str, data: st.DataObject) -> None:
     assert readable(text[:cut]) + readable(text[cut:]) == readable(text)
 
 
-def test_what_libraries_say_of_a_models_files_is_readable(tinymix_4bit: Path) -> None:
+def test_what_libraries_say_of_a_models_files_is_readable(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
     said = io.StringIO()
-    with loaded(tinymix_4bit, {"ram": None, "daemon": None, "context": 64}):
+    with loaded(tinymix_4bit, {"ram": None, "daemon": None, "context": 64}), caplog.at_level("WARNING", "transformers"):
         found = logging.getLogger("transformers").handlers
         (handler,) = [each for each in found if type(each) is logging.StreamHandler]
         stream = handler.setStream(said)

@@ -230,9 +230,13 @@ def test_refusals_that_are_not_taken_keep_no_connection(application: Application
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.settimeout(PATIENCE)
         deaf.connect(address)
-        with pytest.raises(ConnectionError):
+
+        def ask() -> None:
             while True:
                 deaf.sendall(100 * GET)
+
+        with pytest.raises(ConnectionError):
+            ask()
 
 
 def test_more_requests_than_there_is_room_for_are_told_to_come_back(
