@@ -35,18 +35,20 @@ class Spare:
             if self._closed:
                 raise ClosedError("The tier was closed.", "Load the model again.")
             if self._host is None and self._error is None:
+                self._closing.close()  # of an attempt that an exception cut
                 with contextlib.ExitStack() as opening:
                     try:
                         store = opening.enter_context(ExpertStore.open(self._directory))
                         if store.manifest.digest != self._manifest.digest:
                             raise StoreError(f"{self._directory} holds another store by now.", "Load the model again.")
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
-                        self._host = opening.enter_context(HostTier(store, slots=slots))
-                        store.on_fault(self._host.condemn)
+                        host = opening.enter_context(HostTier(store, slots=slots))
+                        store.on_fault(host.condemn)
                     except (StoreError, BudgetError) as error:
                         self._error = error
                     else:
                         self._closing = opening.pop_all()
+                        self._host = host
             return self._host
 
     @property

@@ -31,7 +31,7 @@ import torch
 from .allocation import allocate, fewer
 from .copies import Arrange, Copies
 from .device_slots import DeviceSlots
-from .errors import ClosedError
+from .errors import ClosedError, MoetierError
 from .intake import Intake
 from .keys import ExpertKey
 from .manifest import Manifest
@@ -216,7 +216,7 @@ class DeviceTier:
                 self._promoter.evict(key)
         try:
             self._slots.use(allocate(self._device, self._manifest, less))
-        except BaseException:
+        except Exception:  # of what comes from outside, such as Ctrl-C, the next step mends the rest
             self._closed = True
             if self._promoter is not None:
                 self._promoter.stop()
@@ -241,7 +241,10 @@ class DeviceTier:
 
     def _mend(self) -> None:
         if self._slots.is_dropped and not self._closed:  # shrinking was cut
-            self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
+            try:
+                self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
+            except MoetierError:  # no memory is left; every caller gets ClosedError
+                self._closed = True
         self._slots.mend(self._visits, self._intake.promoting)
         if self._promoter is not None:
             missing = sum(visit.misses for visit in self._visits) + (self._shrinking is not None)

@@ -214,7 +214,10 @@ class Directory:
     def mend(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
         """After the owner was cut: say of each slot the key that it holds or is filled with, and whether it is being
         filled. Readers of what was right notice nothing."""
-        if self._closed or self._retired:
+        if self._closed:
+            return
+        if self._retired:
+            self.retire()
             return
         held = {self._plan.number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
         for number in range(self._plan.keys):
@@ -222,12 +225,15 @@ class Directory:
             if self._table[number] not in (slot, NONE) or (slot != NONE and self.content(slot) != states[slot][0]):
                 self._table[number] = NONE
         for slot, (key, filling) in enumerate(states):
-            if filling != bool(self._generations[slot] & 1):
-                self._step(slot)
-            content = None if filling else key
-            if not filling and self.content(slot) != content:
-                self._step(slot)
-                self._contents[slot] = NONE if content is None else self._plan.number(content)
+            is_odd = bool(self._generations[slot] & 1)
+            if filling:
+                if not is_odd:
+                    self._step(slot)
+            elif is_odd or self.content(slot) != key:
+                if not is_odd:
+                    self._step(slot)
+                # before the generation is even: if the owner dies in between, this is what is found
+                self._contents[slot] = NONE if key is None else self._plan.number(key)
                 self._step(slot)
         for number, slot in held.items():
             self._table[number] = slot

@@ -292,8 +292,8 @@ class HostTier:
         self._parties.serve()
 
     def _mend(self) -> None:
+        self._is_to_serve = False  # what was to serve may not have been posted
         self._ledger.mend(list(self._pools.values()))
-        self._is_to_serve = False
 
     def _lease(self, pool: Pool, slot: int, *, more: bool = False) -> Lease[memoryview]:
         number = pool.first + slot

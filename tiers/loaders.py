@@ -79,13 +79,12 @@ class Loaders:
         began = time.monotonic()
         try:
             self._fill(load, self._arena.slot(load.pool.first + load.slot), pause)
+            self._monitor.run(self._arrive, load, began)
         except _UnwantedError:
             pass
         except BaseException as error:  # whatever it is: those who wait must learn of it
             traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
             self._monitor.run(self._fail, load, error)
-        else:
-            self._monitor.run(self._arrive, load, began)
 
     def _fail(self, load: Load, error: BaseException) -> None:
         self._counters.failures += 1

@@ -202,8 +202,8 @@ class Loads:
         self._directory.publish(load.key, load.pool.first + load.slot)
         self._early.arrive(load, self._clock() - load.began)
         for demand in load.waiters:
+            demand.ready.append(load.slot)  # first: a record in both is found by mend, one in neither would be lost
             demand.loads.remove(load)
-            demand.ready.append(load.slot)
             if demand.party is not None:
                 self._waiting.stir(demand)
         self._waiting.wake()
@@ -228,6 +228,8 @@ class Loads:
 
     def fail(self, load: Load, error: BaseException) -> None:
         """Its record won't come. The slot is EMPTY again, and everyone who waits for it gets the error."""
+        if self._loads.get(load.key) is not load:
+            return  # its arrival was cut, and mend has let its demands look again
         self._void(load)
         for demand in load.waiters:
             demand.loads.remove(load)
@@ -265,7 +267,10 @@ class Loads:
         """After a step that was cut: a load is what a loader reads, or a demand waits for."""
         self._early.mend()
         for demand in demands:
-            demand.loads = [load for load in demand.loads if self._loads.get(load.key) is load]
+            for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
+                if load.slot not in demand.ready:  # its arrival was cut: the demand looks for the record again
+                    demand.pending[load.key] = None
+                demand.loads.remove(load)
         self._turns.clear()
         for load in list(self._loads.values()):
             load.waiters = [demand for demand in demands if load in demand.loads]

@@ -112,8 +112,9 @@ class Waiting:
             pool.hungry.clear()
             pool.hungry.extend(dict.fromkeys(waiting))
             self._pools[pool] = None
-        for demand in [demand for demand in self._deadlines if demand not in demands]:
-            self.forget(demand)
+        for demand in list(self._deadlines):
+            if demand not in demands or not (demand.pending and demand.is_idle):
+                del self._deadlines[demand]
         self._stirred.clear()
         for demand in demands:
             if demand.party is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
@@ -28,6 +29,7 @@ class Answer(DirectStreamer):
     """The text of one request, on its way from the generating thread to the event loop's queue."""
 
     kept_tokens = 0  # of the prompt: computed for the request before
+    ids: Sequence[int] = ()  # the prompt, until it is computed or cancelled
 
     def __init__(self, stop: list[str], tally: Tally, *args: Any, **kwargs: Any) -> None:
         self._stops = StopStrings(stop)
@@ -101,7 +103,8 @@ class OneByOne(BaseGenerateManager):
         answer = Answer(wanted.stop, self.tally, processor._tokenizer, loop, queue, response_parser=response_parser)
         self._answers[request_id] = answer
         self.tally.begin()
-        self._thread.submit(self._generate, ids, wanted, answer)
+        answer.ids = ids
+        self._thread.submit(self._generate, wanted, answer)
         return queue, answer
 
     async def generate_non_streaming(self, *_: Any, **__: Any) -> Any:
@@ -115,6 +118,7 @@ class OneByOne(BaseGenerateManager):
         """Nobody waits for its answer any more, if it has one."""
         if (answer := self._answers.get(request_id)) is not None:
             answer.cancel()
+            answer.ids = ()  # its turn may be far away
 
     def cut(self) -> None:
         """Ends what is under way."""
@@ -125,8 +129,9 @@ class OneByOne(BaseGenerateManager):
         """Waits for what is under way."""
         self._thread.shutdown()
 
-    def _generate(self, ids: list[int], wanted: Wanted, answer: Answer) -> None:
+    def _generate(self, wanted: Wanted, answer: Answer) -> None:
         """On the one thread."""
+        ids = list(answer.ids)  # before the look: these are gone only where it has ended
         if answer.ended:
             self.tally.end("cancelled")
             return

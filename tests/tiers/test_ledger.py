@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from cuts import cut
 from geometries import two_geometries
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -532,6 +533,28 @@ def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -
     assert slot is not None
     assert pool.slots.is_evictable(slot)
     assert list(other.ready) == [pool.slots.find(ExpertKey(1, 2))]
+
+
+def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
+    number = 0
+    while True:
+        ledger, pool = ledger_of(6)
+        caller = demand(ledger, pool, 1, 0)
+        load = take_load(ledger)
+        assert load is not None
+        is_cut = cut(lambda: ledger.loads.arrive(load), number) is not None  # noqa: B023
+        if not is_cut:
+            break
+        big = Pool(3, plan_groups(3, members(MANIFEST, "big")), 0, 1)
+        ledger.mend([big, pool])
+        ledger.check_integrity([big, pool])
+        number += 1
+        if load in list(ledger.loads):  # it counts as being read still
+            continue
+        ledger.advance(caller)
+        arrive_all(ledger)
+        assert [pool.slots.key(slot) for slot in caller.ready] == [ExpertKey(1, 0)], number
+    assert number > 5
 
 
 def test_when_the_first_of_the_hungry_goes_the_next_is_woken() -> None:
