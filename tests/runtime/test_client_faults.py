@@ -229,6 +229,7 @@ def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
         assert store.take(rich, 1, 0) == [0]
         assert store.take(poor, 0, 1, 0) == [1, 0]
         daemon.process.send_signal(signal.SIGCONT)
+        daemon.wait_for("sessions == 2 and clients == 2")  # else a second of patience may not be enough
         assert sorted(store.take(poor, 1, 0, 3)) == [0, 3]
         daemon.wait_for("leases == 0")
 
