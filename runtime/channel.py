@@ -22,6 +22,8 @@ from .address import SOCKET, Address, Credentials, check_folder
 
 _log = logging.getLogger(__name__)
 
+SERVICE = "moetier.v1.ExpertStore"
+
 OPTIONS: tuple[tuple[str, int], ...] = (
     # a peer that is gone or stands still without a word is noticed, by an idle client too
     ("grpc.keepalive_time_ms", 10_000),

@@ -24,9 +24,9 @@ from moetier.tiers.keys import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.session import Event, Failed, Granted
 
+from .channel import SERVICE
 from .piece import PIECE_BYTES, encode_piece
 
-SERVICE = "moetier.v1.ExpertStore"
 LONGEST = 3600.0  # seconds; what is further away is no deadline
 CALLS = 24  # under way at once, those that wait for a slot among them: each takes a thread of the server's
 

@@ -12,9 +12,8 @@ from moetier.tiers.errors import UnknownModelError
 from moetier.tiers.manifest import Manifest
 
 from .address import Address, Credentials
-from .channel import open_channel
+from .channel import SERVICE, open_channel
 from .failures import closed_channel, failure_of
-from .fetch import SERVICE
 from .running import SHORT
 from .side import SideConnection
 

@@ -15,9 +15,9 @@ from grpc_reflection.v1alpha import reflection
 from moetier.tiers.errors import ConfigError
 
 from .caller import CallerCheck
-from .channel import read_identity, read_pem
+from .channel import SERVICE, read_identity, read_pem
 from .clients import Clients
-from .fetch import CALLS, SERVICE, add_service
+from .fetch import CALLS, add_service
 from .health import HEALTH, WATCHERS, Health
 from .service import RemoteService, Service
 

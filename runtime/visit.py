@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+from moetier.tiers.errors import DaemonError
 
 from .address import Address, Credentials
 from .channel import open_channel
 from .failures import failure_of
+from .running import DaemonCard, daemons
 from .side import SideConnection
 from .side_packets import PATIENCE
+
+PS_PATIENCE = 2.0  # seconds for each daemon of a list to answer
 
 
 class Visit:
@@ -53,3 +59,35 @@ def visit(address: Address, credentials: Credentials | None = None, *, patience:
             bearer = side.session_id
         channel = closing.enter_context(open_channel(address, credentials or Credentials(), bearer=bearer))
         yield Visit(channel, address, patience)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """``stats`` is None for a daemon that does not answer."""
+
+    folder: Path
+    card: DaemonCard
+    stats: pb.StatsReply | None
+
+
+def running() -> list[Running]:
+    """Those beneath ``runtime_folder()``; what a killed one left is none."""
+    found = []
+    for address, card in daemons().items():
+        assert address.folder is not None
+        try:
+            with visit(address, patience=PS_PATIENCE) as visited:
+                found.append(Running(address.folder, card, visited.stats()))
+        except DaemonError:
+            if _lives(card, address.folder):
+                found.append(Running(address.folder, card, None))
+    return found
+
+
+def _lives(card: DaemonCard, folder: Path) -> bool:
+    """Whether the process has its folder's lock open: it is stopped, or busy."""
+    try:
+        links = list(Path(f"/proc/{card.pid}/fd").iterdir())
+        return any(link.exists() and link.samefile(folder / "lock") for link in links)
+    except OSError:
+        return False

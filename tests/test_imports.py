@@ -29,7 +29,7 @@ LEVELS = (
     {"arena", "early", "turns", "waiting", "hotset", "open_shard", "copies", "visit"},
     {"loads", "recovery", "trunk", "digest", "writer", "device_slots"},
     {"ledger", "store"},
-    {"parties"},
+    {"parties", "scrub"},
     {"session", "loaders", "timekeeper", "intake"},
     {"host", "device"},
     {"learner"},

@@ -38,7 +38,7 @@ packages = ["moetier", "moetier.proto", "moetier.tiers", "moetier.runtime", "moe
 LOOK = """
 import importlib.util, json, sys
 from importlib.resources import files
-import moetier, moetier.assets, moetier.proto, moetier.runtime.address, moetier.tiers.keys, moetier.tools.number
+import moetier, moetier.assets, moetier.proto, moetier.runtime.address, moetier.tiers.keys, moetier.runtime.number
 assert (files("moetier.assets") / "tinymix" / "config.json").is_file()
 others = ("proto", "tiers", "runtime", "tools", "tests", "docs", "helpers", "assets", "src", *(
     f"moetier.{name}" for name in ("moetier", "tests", "docs", "src")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.number import COUNT
 from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import CheckpointError, ConfigError, MoetierError
 from moetier.tiers.keys import BITS
@@ -26,7 +27,6 @@ from moetier.tiers.keys import BITS
 from .bench_report import add_bench_arguments, check_bench, report
 from .disk_rate import NO_FIO, RandomReads, fio_version
 from .machine import Machine
-from .number import COUNT
 from .page_cache import drop_page_cache
 from .resources import add_threads
 from .rounds import Spread, alternate

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from moetier.runtime.number import COUNT
+
 from .bench_model import Work, add_model_arguments, measure
 from .bench_report import check_bench
-from .number import COUNT
 
 HELP = "decoding of fixed tokens, beside the bound of a token"
 

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.number import SECONDS
 
 from .bench_report import add_bench_arguments, check_bench, report
 from .disk_rate import NO_FIO, RandomReads, fio_version, read_rate
 from .machine import Machine
-from .number import SECONDS
 from .options import DIRECTORY, directory
 from .rounds import Spread, alternate
 

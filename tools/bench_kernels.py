@@ -10,14 +10,14 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.number import COUNT, SECONDS
 from moetier.tiers.keys import BITS, Bits, Projection, RecordLayout
 
 from .bench_report import add_bench_arguments, check_bench, report
 from .command_line import UsageError
 from .machine import Machine
-from .number import COUNT, SECONDS
 from .options import directory
-from .ps import format_seconds
+from .report import format_seconds
 from .resources import add_threads
 from .rounds import Spread, alternate
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.number import COUNT
 from moetier.runtime.threads import usable_cpus
 
 from .bench_model import Work
@@ -16,7 +17,6 @@ from .bench_report import add_bench_arguments, check_bench, report
 from .command_line import UsageError
 from .fresh import fresh
 from .machine import Machine
-from .number import COUNT
 from .options import DIRECTORY, directory
 from .peers import Run, accelerate_decode, llama_run
 from .resources import add_threads, size

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moetier.runtime.number import COUNT
 from moetier.tiers.errors import TargetError
 
 from .machine import Machine
-from .number import COUNT
 from .report import table
 
 

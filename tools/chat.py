@@ -11,7 +11,7 @@ from .answering import Answering
 from .chat_input import ChatInput
 from .conversation import Conversation
 from .daemon_reads import DaemonWatch
-from .decoding import add_decoding_arguments, add_prefill_argument, decoding_of
+from .decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
 from .dialogue import Dialogue
 from .loading import loaded
 from .options import DIRECTORY, directory

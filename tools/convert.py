@@ -13,11 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from moetier.runtime.number import COUNT
 from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.keys import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
 
 from .command_line import checked
-from .number import COUNT
 from .resources import add_threads
 
 if TYPE_CHECKING:

@@ -199,8 +199,7 @@ def shared_memory() -> Iterator[Finding]:
 
 def daemons() -> Iterator[Finding]:
     from moetier.runtime.address import runtime_folder
-
-    from .ps import running
+    from moetier.runtime.visit import running
 
     found = running()
     if not found:

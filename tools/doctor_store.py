@@ -78,10 +78,10 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     """Manifest, sizes and indexes; all bytes with ``checksums``. Raises StoreError where there is no finished store."""
     from moetier.tiers.folder import command
+    from moetier.tiers.scrub import READS, scrub, scrub_trunk
     from moetier.tiers.store import ExpertStore
 
-    from .inspect import survey
-    from .verify import READS, scrub, scrub_trunk
+    from .survey import survey
 
     with ExpertStore.open(directory, readers=READS, damaged=True) as store:
         found = survey(store)

@@ -12,16 +12,8 @@ from moetier.runtime.context import first_ids, longest_context
 from moetier.tiers.errors import ConfigError
 
 from .daemon_reads import DaemonWatch
-from .decoding import (
-    add_decoding_arguments,
-    add_prefill_argument,
-    behind,
-    chunks_of,
-    decoding_of,
-    encode,
-    warn_if_cut,
-    within_context,
-)
+from .decoding import behind, chunks_of, encode, warn_if_cut, within_context
+from .decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
 from .loading import loaded
 from .options import DIRECTORY, directory
 from .plain import show

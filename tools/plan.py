@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.number import COUNT
 
 from .command_line import UsageError
 from .disk_space import nearest_folder
-from .number import COUNT
 from .options import source
 from .resources import add_device_arguments, add_threads, size
 

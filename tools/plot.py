@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetier.runtime.number import MOST, Number
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.order import DEFAULT_ORDER
 
 from .access import CREDENTIALS, add_credentials, credentials
 from .command_line import UsageError
-from .number import MOST, Number
 from .options import file_or_address
 from .resources import asked
 

@@ -14,7 +14,7 @@ from moetier.proto.expert_store_pb2 import Block, StatsReply
 
 from .figures import MOST_HEIGHT, MOST_WIDTH, ORANGE
 from .plain import plain
-from .ps import format_seconds
+from .report import format_seconds
 
 WIDEST, HIGHEST = 0.6, 0.36  # of a cell, in inches
 ROUND = 5.0  # points from which a mark is a dot with an edge

@@ -5,31 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
 
 from .plain import plain
-from .report import table
+from .report import format_seconds, table
 
 if TYPE_CHECKING:
-    from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
-    from moetier.runtime.running import DaemonCard
+    from moetier.proto.expert_store_pb2 import ModelStats
+    from moetier.runtime.visit import Running
 
 HELP = "list the daemons that run on this machine"
-
-PATIENCE = 2.0  # seconds for a daemon to answer
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """``stats`` is None for a daemon that does not answer."""
-
-    folder: Path
-    card: DaemonCard
-    stats: StatsReply | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.address import runtime_folder
+    from moetier.runtime.visit import running
 
     found = running()
     if arguments.json:
@@ -47,33 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"No daemon runs in {runtime_folder()}.")
     return 0
-
-
-def running() -> list[Running]:
-    """Those beneath ``runtime_folder()``; what a killed one left is none."""
-    from moetier.runtime.running import daemons
-    from moetier.runtime.visit import visit
-    from moetier.tiers.errors import DaemonError
-
-    found = []
-    for address, card in daemons().items():
-        assert address.folder is not None
-        try:
-            with visit(address, patience=PATIENCE) as visited:
-                found.append(Running(address.folder, card, visited.stats()))
-        except DaemonError:
-            if _lives(card, address.folder):
-                found.append(Running(address.folder, card, None))
-    return found
-
-
-def _lives(card: DaemonCard, folder: Path) -> bool:
-    """Whether the process has its folder's lock open: it is stopped, or busy."""
-    try:
-        links = list(Path(f"/proc/{card.pid}/fd").iterdir())
-        return any(link.exists() and link.samefile(folder / "lock") for link in links)
-    except OSError:
-        return False
 
 
 def _json(daemon: Running) -> dict[str, Any]:
@@ -133,14 +94,3 @@ def _ready(now: ModelStats | None) -> str:
     if now is None:
         return "no answer"
     return "bad shards" if now.fault else f"{now.host.ready}/{now.host.slots}"
-
-
-def format_seconds(seconds: float) -> str:
-    """3725 -> "1 h 2 min"."""
-    whole = max(int(seconds), 0)
-    days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

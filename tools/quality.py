@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.number import MOST, Number
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.keys import BITS, Bits, RecordLayout
 
 from .command_line import checked
-from .number import MOST, Number
 from .options import source
 from .report import table
 from .resources import add_resource_arguments, asked, resources_of

@@ -203,3 +203,14 @@ def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
 
 def _times(count: int) -> str:
     return "" if count == 1 else f" {count} times"
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> "1 h 2 min"."""
+    whole = max(int(seconds), 0)
+    days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

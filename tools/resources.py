@@ -6,12 +6,12 @@ import argparse
 from typing import Any
 
 from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, SPECULATE, Size, TierConfig
+from moetier.runtime.number import COUNT, Number
 from moetier.runtime.threads import machine_cpus
 from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
 from .access import add_credentials, credentials
 from .command_line import checked
-from .number import COUNT, Number
 from .options import group_of
 
 LAYERS = Number(int, 1, 8, "Give 1 to 8.")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from moetier.runtime import models
 from moetier.runtime.context import longest_context
+from moetier.runtime.number import COUNT, MOST, Number
 from moetier.tiers.errors import ConfigError
 
-from .decoding import add_prefill_argument
+from .decoding_options import add_prefill_argument
 from .loading import loaded
-from .number import COUNT, MOST, Number
 from .options import DIRECTORY, directory
 from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 

@@ -89,8 +89,7 @@ def _tier(host: Tier) -> dict[str, Any]:
 def address_of(text: str | None) -> Address:
     """As a command line has it; the only daemon that runs here where it has none, or the default's."""
     from moetier.runtime.address import DEFAULT_NAME, Address
-
-    from .ps import running
+    from moetier.runtime.visit import running
 
     if text is not None:
         with checked():
@@ -100,8 +99,7 @@ def address_of(text: str | None) -> Address:
 
 
 def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
-    from .ps import format_seconds
-    from .report import prefetch_text
+    from .report import format_seconds, prefetch_text
 
     lines = [
         f"{address}: process {described.pid}, moetier {plain(described.version)}, up {format_seconds(stats.uptime_s)}"

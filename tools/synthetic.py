@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
+from moetier.runtime.number import COUNT
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 
 from .decoding import SEED
 from .disk_space import free_bytes
 from .geometry import GEOMETRIES, config_of, deviation_of, shapes_of
-from .number import COUNT
 from .resources import add_threads
 from .routing import (
     ROUTINGS,

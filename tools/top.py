@@ -14,7 +14,7 @@ from .access import add_credentials, credentials
 from .stats import address_of, interval
 
 if TYPE_CHECKING:
-    from .ps import Running
+    from moetier.runtime.visit import Running
 
 HELP = "watch a daemon on a full screen"
 
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _choice() -> list[Running]:
     """Of the daemons that run here, where there are several."""
-    from .ps import running
+    from moetier.runtime.visit import running
 
     found = running()
     return found if len(found) > 1 else []

@@ -16,11 +16,12 @@ from textual.message import Message
 from textual.widgets import Footer, Static
 
 from moetier.runtime.address import Address, runtime_folder
+from moetier.runtime.visit import Running
 from moetier.tiers.errors import MoetierError
 
 from . import top_parts
 from .plain import plain
-from .ps import Running, format_seconds
+from .report import format_seconds
 from .top_heat import heatmap
 from .top_history import History, ModelHistory
 from .top_watch import Look, Watch

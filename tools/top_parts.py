@@ -13,7 +13,7 @@ from moetier.proto.expert_store_pb2 import Tier
 from moetier.runtime.config import format_bytes
 
 from .plain import plain
-from .ps import format_seconds
+from .report import format_seconds
 from .top_history import ModelHistory, reads_of
 
 BAR = 16  # characters

@@ -16,9 +16,9 @@ from textual.widgets import Footer, OptionList, Static
 from textual.widgets.option_list import Option
 
 from moetier.runtime.address import Address
+from moetier.runtime.visit import Running
 
 from .plain import plain
-from .ps import Running
 
 HELP = """\
 q        end

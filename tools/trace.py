@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.number import MOST, Number
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 
-from .decoding import add_decoding_arguments, behind, decoding_of, encode, warn_if_cut, within_context
+from .decoding import behind, encode, warn_if_cut, within_context
+from .decoding_options import add_decoding_arguments, decoding_of
 from .loading import loaded
-from .number import MOST, Number
 from .options import DIRECTORY, directory
 from .prompts import read_prompts
 from .report import table

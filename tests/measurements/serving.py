@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import moetier
-from moetier.tools.decoding import PREFILL_CHUNK
+from moetier.tools.decoding_options import PREFILL_CHUNK
 from moetier.tools.report import table
 from moetier.tools.serve_generation import OneByOne
 from moetier.tools.serve_together import Together

@@ -21,7 +21,7 @@ from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.manifest import Manifest
-from moetier.tools.ps import format_seconds
+from moetier.tools.report import format_seconds
 from moetier.tools.stats import changes
 
 SLOT = layout_of().slot_bytes

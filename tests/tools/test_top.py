@@ -26,10 +26,10 @@ from textual.widgets import OptionList, Static
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.address import Address, Credentials
+from moetier.runtime.visit import running
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.manifest import Manifest
 from moetier.tools import top_parts
-from moetier.tools.ps import running
 from moetier.tools.top_app import TERMINATED, Top
 from moetier.tools.top_heat import ABSENT, READY, Grid, colour, heatmap
 from moetier.tools.top_history import History

@@ -180,12 +180,13 @@ from argparse import Namespace
 from pathlib import Path
 import moetier.tiers.store, tqdm  # not what is measured
 from moetier.tiers.writer import StoreWriter
+from moetier.tiers import scrub
 from moetier.tools import verify
 
 def peak():  # KiB; getrusage would say the parent's if that is larger
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
-verify.BUFFER_BYTES = 13 << 20
+scrub.BUFFER_BYTES = 13 << 20
 before = peak()
 assert verify.run(Namespace(directory=Path(sys.argv[1]), json=True)) == 0
 print(peak() - before, file=sys.stderr)
