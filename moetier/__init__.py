@@ -13,10 +13,13 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from .moved import Moved
+from .tiers.exports import exports
+
 if TYPE_CHECKING:
     __version__: str
-    from .runtime.generate import load as load
-    from .runtime.registration import register as register
+    from .runtime.model.load import load as load
+    from .runtime.model.registration import register as register
     from .tiers.errors import MoetierError as MoetierError
 
 # OpenMP reads this when torch is loaded. Its threads wait for the next product by spinning; beside another busy process
@@ -25,11 +28,11 @@ _SPIN = "2000"
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = _SPIN
 
-_HOMES = {
-    "MoetierError": "moetier.tiers.errors",
-    "load": "moetier.runtime.generate",
-    "register": "moetier.runtime.registration",
-}
+_exported = exports(
+    __name__,
+    {"MoetierError": "tiers.errors", "load": "runtime.model.load", "register": "runtime.model.registration"},
+)
+sys.meta_path.append(Moved)
 
 __all__ = ["MoetierError", "__version__", "load", "register"]
 
@@ -37,9 +40,7 @@ __all__ = ["MoetierError", "__version__", "load", "register"]
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("moetier")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'moetier' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return _exported(name)
 
 
 def __dir__() -> list[str]:

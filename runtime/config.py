@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypedDict
 
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.order import DEFAULT_ORDER, ORDERS
 
-from .address import Address, Credentials
 from .threads import check_threads
 
 SPECULATE = ("auto", "off", "always")

@@ -98,7 +98,9 @@ def leaves_nothing_behind() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[Prepared]:
     """Runs scripts in processes that have imported what commands with a model need."""
-    with prepared("moetier.tools.generate", "moetier.tools.trace", "moetier.runtime.registration") as process:
+    with prepared(
+        "moetier.tools.commands.generate", "moetier.tools.commands.trace", "moetier.runtime.model.registration"
+    ) as process:
         yield process
 
 
@@ -111,7 +113,7 @@ def tinymix() -> Path:
 @pytest.fixture(scope="session")
 def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its model directory at 4 bits, made once. Tests must not change it."""
-    from moetier.tools.convert import convert
+    from moetier.tools.commands.convert import convert
 
     folder = tmp_path_factory.mktemp("tinymix") / "4bit"
     convert(tinymix, folder, bits=4)
@@ -124,7 +126,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     no store of its own. Tests must not change it."""
     from stores import make_store
 
-    from moetier.tiers.folder import read_manifest
+    from moetier.tiers.store.folder import read_manifest
 
     folder = tmp_path_factory.mktemp("store")
     make_store(folder, experts=8)

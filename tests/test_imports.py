@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -10,149 +11,103 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# the layers of docs/architecture.md: a module imports from layers before its own, and from its own where it says so
-LAYERS = {
-    "proto": ("proto",),
-    "tiers": ("tiers",),
-    "runtime": ("proto", "tiers", "runtime"),
-    "tools": ("proto", "tiers", "runtime", "tools", "assets"),
-    "moetier": ("tiers", "runtime", "tools"),
-}
-
-# within tiers: each level imports from those above it alone
-LEVELS = (
-    {"fields"},
-    {"keys", "errors", "stats", "stream", "interrupts"},
-    {"bands", "checksum", "hqq", "manifest", "monitor", "slots", "planes", "pairs", "order"},
-    {"source", "policy", "wishes", "heads", "usage", "quantize", "plan", "budget", "shard"},
-    {"directory", "demands", "views", "promoter", "allocation", "page_locks", "device_pool", "folder", "durable"},
-    {"arena", "early", "turns", "waiting", "hotset", "open_shard", "copies", "visit"},
-    {"loads", "recovery", "trunk", "digest", "writer", "device_slots"},
-    {"ledger", "store"},
-    {"parties", "scrub"},
-    {"session", "loaders", "timekeeper", "intake"},
-    {"host", "device"},
-    {"learner"},
+# a package imports from the lines above its own, and from itself; packages of one line don't know each other
+ORDER = (
+    {"proto", "tiers"},
+    {"tiers.cache", "tiers.quant", "tiers.store"},
+    {"tiers.arena", "tiers.device", "runtime.wire"},
+    {"tiers.host", "runtime"},
+    {"runtime.kernels"},
+    {"runtime.moe"},
+    {"runtime.checkpoint", "runtime.speculation"},
+    {"runtime.trace", "runtime.client", "runtime.daemon"},
+    {"runtime.model"},
+    {"runtime.generation"},
+    {"tools.cli"},
+    {"tools", "tools.bench", "tools.chat", "tools.convert", "tools.serve", "tools.top"},
+    {"tools.lab", "tools.plan"},
+    {"tools.doctor"},
+    {"tools.commands"},
 )
 
-# library -> the only modules that may import it
+# library -> the packages that may import it, or single modules
 HOMES = {
-    "torch": {
-        *(
-            "tiers/hqq",
-            "tiers/bands",
-            "tiers/planes",
-            "tiers/pairs",
-            "tiers/quantize",
-            "tiers/views",
-            "tiers/stream",
-            "tiers/device",
-        ),
-        *(
-            "tiers/device_pool",
-            "tiers/device_slots",
-            "tiers/promoter",
-            "tiers/allocation",
-            "tiers/page_locks",
-            "tiers/copies",
-        ),
-        *("runtime/", "tools/"),
-    },
-    "transformers": {
-        *("runtime/registration", "runtime/attention", "runtime/growing", "runtime/generate", "runtime/streamer"),
-        "tools/",
-    },
-    "zarr": {"tiers/writer"},
-    "crc32c": {"tiers/checksum"},
+    "torch": {"tiers.device", "tiers.quant", "runtime", "tools"},
+    "transformers": {"runtime", "tools"},
+    "zarr": {"tiers.store.writer"},
+    "crc32c": {"tiers.store.checksum"},
     "google_crc32c": set(),  # it holds the GIL
-    "matplotlib": {"tools/figures", "tools/plot", "tools/plot_resident"},
-    "textual": {"tools/top_app", "tools/top_widgets"},
-    "rich": {"tools/top_app", "tools/top_heat", "tools/top_parts", "tools/top_widgets"},
-    "psutil": {"runtime/memory"},
-    "fastapi": {"tools/serve_app", "tools/serve_handlers", "tools/serve_refusal"},
-    "starlette": {"tools/serve_app"},
-    "uvicorn": {"tools/serve_listen"},
-    "openai": {"tools/serve_handlers"},
-    "pydantic": {"tools/serve_request"},
-    "pydantic_core": {"tools/serve_request"},
-    "prometheus_client": {"runtime/metrics", "runtime/metrics_server", "tools/serve_metrics"},
-    "llvmlite": {
-        "runtime/attending",
-        "runtime/emit",
-        "runtime/gemv",
-        "runtime/native",
-        "runtime/normal",
-        "runtime/product",
-        "runtime/rounding",
-        "runtime/tile",
-    },
-    "grpc": {
-        "proto/expert_store_pb2_grpc",
-        *("runtime/channel", "runtime/status", "runtime/link", "runtime/lines", "runtime/visit"),
-        *("runtime/transfer", "runtime/failures"),
-        *("runtime/fetch", "runtime/caller", "runtime/service", "runtime/servers", "runtime/life"),
-        "runtime/health",
-    },
+    "matplotlib": {"tools.lab", "tools.commands.plot"},
+    "textual": {"tools.top"},
+    "rich": {"tools.top"},
+    "psutil": {"runtime.memory"},
+    "fastapi": {"tools.serve"},
+    "starlette": {"tools.serve"},
+    "uvicorn": {"tools.serve"},
+    "openai": {"tools.serve"},
+    "pydantic": {"tools.serve"},
+    "pydantic_core": {"tools.serve"},
+    "prometheus_client": {"runtime.daemon", "tools.serve"},
+    "llvmlite": {"runtime.kernels"},
+    "grpc": {"proto", "runtime.wire", "runtime.client", "runtime.daemon"},
 }
 
 
-def modules() -> list[Path]:
-    return [path for package in LAYERS for path in sorted((ROOT / package).glob("*.py"))]
+def modules() -> dict[str, Path]:
+    """Every module by its name within moetier; a package is named as its folder."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in ("proto", "tiers", "runtime", "tools")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
 
 
-def imports(path: Path) -> list[tuple[str, str]]:
-    """(top-level package, rest) of each import, those inside functions too; relative ones made absolute."""
-    package = path.parent.name
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+MODULES = modules()
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"} | {"proto"}
+
+
+def package_of(name: str) -> str:
+    return name if name in PACKAGES else name.rpartition(".")[0]
+
+
+def imports(name: str) -> Iterator[str]:
+    """The absolute names of what a module imports, also inside functions: of ours without ``moetier.``."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level == 1:
-                base = f"moetier.{base}" if package == "moetier" else f"moetier.{package}.{base}".rstrip(".")
-            assert node.level <= 1, f"{path}: import other packages by their full name"
-            names = [base] if node.module else [f"{base}.{alias.name}" for alias in node.names]
+            assert node.level <= 1, f"{name}: import other packages by their full name"
+            base = f"moetier.{package_of(name)}" if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            found = [f"{base}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
-            top, _, rest = name.partition(".")
-            found.append((top, rest))
-    return found
+        for each in found:
+            ours = each.removeprefix("moetier.")
+            yield next((known for known in (ours, ours.rpartition(".")[0]) if known in MODULES), each)
 
 
-def siblings(path: Path) -> set[str]:
-    """Modules of its own package that a module imports."""
-    names = (rest.split(".") for top, rest in imports(path) if top == "moetier")
-    return {name[1] for name in names if len(name) > 1 and name[0] == path.parent.name}
+def test_every_package_has_its_place() -> None:
+    assert set().union(*ORDER) == PACKAGES
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    package, place = path.parent.name, f"{path.parent.name}/{path.stem}"
-    for top, rest in imports(path):
-        if top == "moetier" and rest:
-            assert rest.split(".")[0] in LAYERS[package], f"{place} must not import moetier.{rest}"
-        elif top in HOMES:
-            assert any(place == home or (home.endswith("/") and place.startswith(home)) for home in HOMES[top]), (
-                f"{place} must not import {top}"
-            )
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name: str) -> None:
+    package = package_of(name)
+    at = next(line for line, packages in enumerate(ORDER) if package in packages)
+    allowed = {package}.union(*ORDER[:at])
+    for each in imports(name):
+        if each in MODULES:
+            assert package_of(each) in allowed, f"{name} must not import {each}"
+        library = each.partition(".")[0]
+        if each not in MODULES and library in HOMES:
+            homes = HOMES[library]
+            assert any(f"{name}.".startswith(f"{home}.") for home in homes), f"{name} must not import {library}"
 
 
-def test_tiers_are_built_in_levels() -> None:
-    below: set[str] = set()
-    for level in LEVELS:
-        for name in level:
-            assert siblings(ROOT / f"tiers/{name}.py") <= below, f"tiers/{name} imports what is not below it"
-        below |= level
-    assert below == {path.stem for path in (ROOT / "tiers").glob("*.py")} - {"__init__"}
-
-
-@pytest.mark.parametrize("package", ["runtime", "tools"])
-def test_no_imports_in_a_circle(package: str) -> None:
-    graph = {path.stem: siblings(path) for path in (ROOT / package).glob("*.py")}
-    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
-    assert set(order) >= graph.keys()
+def test_no_imports_in_a_circle() -> None:
+    graph = {name: {each for each in imports(name) if each in MODULES} - {name} for name in MODULES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # raises CycleError
 
 
 def test_importing_moetier_imports_nothing_heavy() -> None:
@@ -168,7 +123,8 @@ def test_a_daemon_blocks_signals_before_a_library_begins_threads() -> None:
     import subprocess
     import sys
 
-    code = "import moetier.tools.daemon, moetier.runtime.daemon, sys; print({'numpy', 'grpc'} & sys.modules.keys())"
+    names = "moetier.tools.commands.daemon, moetier.runtime.daemon.entry"
+    code = f"import {names}, sys; print({{'numpy', 'grpc'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

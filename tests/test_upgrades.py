@@ -101,7 +101,7 @@ def releases(
     former: Path, scripts: Prepared, tinymix: Path, tinymix_4bit: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Release]]:
     store = tmp_path_factory.mktemp("former-store") / "4bit"
-    modules = ("moetier.tools.generate", "moetier.runtime.registration")
+    modules = ("moetier.tools.commands.generate", "moetier.runtime.model.registration")
     with prepared(*modules, python=former, **AWAY) as former_scripts:
         release = Release(former, former_scripts, store)
         release("convert", tinymix, store, "--bits", 4)

@@ -38,7 +38,7 @@ packages = ["moetier", "moetier.proto", "moetier.tiers", "moetier.runtime", "moe
 LOOK = """
 import importlib.util, json, sys
 from importlib.resources import files
-import moetier, moetier.assets, moetier.proto, moetier.runtime.address, moetier.tiers.keys, moetier.runtime.number
+import moetier, moetier.assets, moetier.proto, moetier.runtime.wire.address, moetier.tiers.layout, moetier.tools
 assert (files("moetier.assets") / "tinymix" / "config.json").is_file()
 others = ("proto", "tiers", "runtime", "tools", "tests", "docs", "helpers", "assets", "src", *(
     f"moetier.{name}" for name in ("moetier", "tests", "docs", "src")
@@ -162,7 +162,7 @@ def test_the_wheel_carries_the_code_the_types_and_the_model(installed: Installed
     for package, folder in PACKAGES.items():
         expected = {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
         assert expected <= names
-    assert "moetier/tools/hit_curves.json" in names
+    assert "moetier/tools/plan/hit_curves.json" in names
     assert {"moetier/py.typed", "moetier/proto/expert_store.proto", "moetier/proto/expert_store_pb2.pyi"} <= names
     assets = ROOT / "tests/assets"
     carried = {*(assets / "tinymix").rglob("*"), *(assets / "texts").rglob("*"), assets / "__init__.py"}

@@ -19,13 +19,16 @@ from typing import Any, TypeVar
 
 # what changes the state that callers share
 WHOLE = frozenset(
-    f"moetier.{name}"
-    for name in (
-        *("tiers.monitor", "tiers.host", "tiers.views"),
-        *("tiers.device", "tiers.intake", "tiers.copies", "tiers.page_locks", "tiers.promoter"),
-        *("runtime.block", "runtime.speculation", "runtime.gates"),
-        *("runtime.client", "runtime.misses", "runtime.link", "runtime.outbox", "runtime.counts", "runtime.spare"),
+    f"moetier.{package}.{name}"
+    for package, names in (
+        ("tiers", ("locks",)),
+        ("tiers.host", ("tier",)),
+        ("tiers.device", ("tier", "views", "fill", "copies", "page_locks", "promoter")),
+        ("runtime.moe", ("block", "gates")),
+        ("runtime.speculation", ("speculation",)),
+        ("runtime.client", ("tier", "misses", "link", "outbox", "counts", "spare")),
     )
+    for name in names
 )
 LOOK_SECONDS = 0.05  # Python does not see a signal that comes just before a wait: none is longer
 _AGAIN = 0.001  # seconds until a postponed signal comes again

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import MissingExpertError, StoreFormatError
 from .fields import SHOWN, Fields, shown
-from .keys import GROUPS, PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayout
+from .layout import GROUPS, PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayout
 
 FORMAT = 1
 TRUNK_RECORDS = "trunk-records"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from .keys import PAGE, ExpertKey
+from .layout import PAGE, ExpertKey
 from .manifest import Manifest
 from .stats import TierStats
 

@@ -6,7 +6,7 @@ import threading
 from types import TracebackType
 
 from .errors import ClosedError
-from .monitor import Home
+from .locks import Home
 
 
 class Usage:

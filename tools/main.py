@@ -13,12 +13,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError, MoetierError
-
-from .command_line import EXIT_USAGE, CommandParser, UsageError
-from .options import arguments_by_name, by_name, commands_of, settable
+from moetier.tools.cli.options import arguments_by_name, by_name, commands_of, settable
+from moetier.tools.cli.parser import EXIT_USAGE, CommandParser, UsageError
 
 if TYPE_CHECKING:
-    from .settings import Setting
+    from moetier.tools.cli.settings import Setting
 
 COMMANDS = (
     *("plan", "pull", "list", "rm", "convert", "generate", "chat", "serve"),
@@ -43,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moetier {version('moetier')}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = import_module(f"moetier.tools.{name}")
+        module = import_module(f"moetier.tools.commands.{name}")
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run, configured={}, by_name=arguments_by_name(subparser))
@@ -96,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
     options = settable(command)
     if not options:
         return arguments, []
-    from .settings import Settings
+    from moetier.tools.cli.settings import Settings
 
     settings = Settings.read(commands_of(parser))
     for said in settings.unknown_variables:
@@ -112,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
 def _set_up_log() -> None:
     """Nothing but warnings unless MOETIER_LOG asks for more; all in what can be read, as a daemon of another host may
     have said it. Raises ConfigError."""
-    from .plain import PlainFormatter
+    from moetier.tools.cli.plain import PlainFormatter
 
     level = os.environ.get("MOETIER_LOG", "")
     if level and level not in LOG_LEVELS:
@@ -127,9 +126,9 @@ def _set_up_log() -> None:
 
 def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
     """Print two lines, and return the exit code."""
-    from .failure import EXIT_ERROR, failure_of
-    from .plain import as_options, plain
-    from .settings import mentioned
+    from moetier.tools.cli.failure import EXIT_ERROR, failure_of
+    from moetier.tools.cli.plain import as_options, plain
+    from moetier.tools.cli.settings import mentioned
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
     code = EXIT_USAGE if isinstance(error, UsageError) else code

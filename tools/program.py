@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from moetier.tiers.errors import MoetierError
+from moetier.tools.cli.parser import CommandParser, UsageError
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
-from .command_line import CommandParser, UsageError
 from .main import COMMANDS, say
 from .main import main as run_command
-from .resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
 EPILOG = "What follows -m MODULE is the program's. Example: python -m moetier --ram 6GiB -m lm_eval --model hf ..."
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         options = resources_of(arguments, **speculation_of(arguments))
         if options.pop("device") != "auto":
             raise UsageError("The program itself says on which device it computes.", "Leave out --device.")
-        from moetier.runtime.registration import register
+        from moetier.runtime.model.registration import register
 
         register(**options)
     except MoetierError as error:

@@ -15,10 +15,10 @@ from architectures import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.quantize import sections
-from moetier.tiers.store import ExpertStore
-from moetier.tools.checkpoint import WEIGHTS
+from moetier.runtime.checkpoint.files import WEIGHTS
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.quant.codec import sections
+from moetier.tiers.store.reader import ExpertStore
 
 transformers.utils.logging.disable_progress_bar()  # tqdm's monitor is a thread that stays
 

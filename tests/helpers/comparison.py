@@ -13,13 +13,13 @@ from architectures import tiny_model
 from torch import Tensor
 
 import moetier
-from moetier.runtime.experts import experts_modules
-from moetier.runtime.linear import WEIGHT, QuantizedLinear
-from moetier.tiers.budget import smallest_budget
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import Bits
-from moetier.tiers.quantize import decode
-from moetier.tools.convert import convert
+from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear
+from moetier.tiers.cache.budget import smallest_budget
+from moetier.tiers.layout import Bits
+from moetier.tiers.quant.codec import decode
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.commands.convert import convert
 
 stores.make_plan()  # its import starts zarr's thread, which stays, before a test looks for threads
 transformers.utils.logging.disable_progress_bar()  # tqdm's monitor is another one

@@ -9,9 +9,9 @@ import torch
 from fake_device import FakeDevice
 from stores import make_plan, make_records
 
-from moetier.tiers.budget import slots_for, smallest_budget
-from moetier.tiers.device import DeviceTier
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.cache.budget import slots_for, smallest_budget
+from moetier.tiers.device.tier import DeviceTier
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)

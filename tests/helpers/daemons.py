@@ -17,10 +17,10 @@ from readers import PATIENCE
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.channel import open_channel
-from moetier.runtime.running import DaemonCard
-from moetier.runtime.side import SideConnection
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.channel import open_channel
+from moetier.runtime.wire.running import DaemonCard
+from moetier.runtime.wire.side import SideConnection
 
 
 class DaemonProcess:

@@ -12,9 +12,9 @@ from error_bench import RUN, Bench, Said, case
 from faults import flip_bit, need_strace, only, strace
 from prepared import MAIN
 
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.shard import GROUP, METADATA, ShardFile
-from moetier.tools.checkpoint import INDEX
+from moetier.runtime.checkpoint.files import INDEX
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.shard import GROUP, METADATA, ShardFile
 
 # Records and shards
 
@@ -139,7 +139,7 @@ def manifest_missing(bench: Bench) -> Said:
     """As a conversion leaves it that is killed when all but the manifest is written."""
     source, target = bench.source(), bench.folder / "model"
     kill = (
-        "import os, signal, sys\nfrom moetier.tiers.writer import StoreWriter\n"
+        "import os, signal, sys\nfrom moetier.tiers.store.writer import StoreWriter\n"
         "StoreWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     result = bench.scripts.run(kill + RUN, "convert", source, target, "--bits", "3")

@@ -19,12 +19,16 @@ from checkpoints import save_checkpoint
 from error_bench import CASES, workplace
 from prepared import prepared
 
-from moetier.tools.convert import convert
+from moetier.tools.commands.convert import convert
 
 GOLDEN = Path(__file__).parents[1] / "tools" / "golden" / "errors"
 ASSETS = Path(__file__).parents[1] / "assets" / "tinymix"
 
-MODULES = ("moetier.tools.generate", "moetier.tools.trace", "moetier.runtime.registration")  # of conftest's scripts
+MODULES = (
+    "moetier.tools.commands.generate",
+    "moetier.tools.commands.trace",
+    "moetier.runtime.model.registration",
+)  # of conftest's scripts
 
 
 def file_of(name: str) -> Path:

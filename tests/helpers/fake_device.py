@@ -103,7 +103,7 @@ class FakeDevice:
         self._locks_pages = locks_pages
         self._here = threading.local()
 
-    # -- what moetier.tiers.stream.Device asks for --------------------------------------------------------------------
+    # -- what moetier.tiers.device.stream.Device asks for ------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with self.lock:

@@ -9,7 +9,7 @@ import torch
 from architectures import tiny_model
 from torch import Tensor
 
-from moetier.runtime.gates import Gates, Routing
+from moetier.runtime.moe.gates import Gates, Routing
 
 
 @dataclass(frozen=True, slots=True)

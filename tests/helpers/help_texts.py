@@ -8,8 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from moetier.tools.cli.options import walk
 from moetier.tools.main import build_parser, main
-from moetier.tools.options import walk
 
 GOLDEN = Path(__file__).parents[1] / "tools" / "golden"
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"

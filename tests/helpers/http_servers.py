@@ -26,9 +26,9 @@ def serving(
 ) -> Iterator[tuple[Any, Any]]:
     """(application, manager), without a key; with another chat ``template`` than the model's."""
     import moetier
-    from moetier.tools.serve_app import application
-    from moetier.tools.serve_generation import OneByOne
-    from moetier.tools.serve_together import Together
+    from moetier.tools.serve.app import application
+    from moetier.tools.serve.batched import Together
+    from moetier.tools.serve.sequential import OneByOne
 
     model, tokenizer = moetier.load(directory, daemon=None)
     assert tokenizer is not None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moetier.tiers.planes import from_kernel_order
+from moetier.tiers.quant.packing import from_kernel_order
 
 
 class CpuInt4:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from readers import PATIENCE
 
-from moetier.runtime.address import SOCKET, make_folder
-from moetier.runtime.clients import Clients
-from moetier.runtime.health import Health
-from moetier.runtime.hosted import Hosted
-from moetier.runtime.servers import local_server
-from moetier.runtime.service import Service, describe
-from moetier.runtime.side_server import SideServer
-from moetier.tiers.host import HostTier
+from moetier.runtime.daemon.clients import Clients
+from moetier.runtime.daemon.health import Health
+from moetier.runtime.daemon.listeners import local_server
+from moetier.runtime.daemon.model import Hosted
+from moetier.runtime.daemon.rpc import Service, describe
+from moetier.runtime.daemon.side_server import SideServer
+from moetier.runtime.wire.address import SOCKET, make_folder
+from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
 
 

@@ -11,8 +11,8 @@ from daemons import DaemonProcess, running_daemon
 from stores import make_plan, make_records, write_store
 from workers import Crew, crew
 
-from moetier.runtime.client import DaemonTier
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import ExpertSource
 

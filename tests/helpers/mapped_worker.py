@@ -21,12 +21,12 @@ from typing import Any
 
 import google_crc32c
 
-from moetier.runtime import mapped
-from moetier.runtime.client import DaemonTier
+from moetier.runtime.client import view as mapped
+from moetier.runtime.client.tier import DaemonTier
 from moetier.tiers.errors import MoetierError
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 
 class Worker:

@@ -11,11 +11,11 @@ import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.fetch import Fetches, add_service
-from moetier.runtime.status import abort
+from moetier.runtime.daemon.fetch import Fetches, add_service
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import MoetierError
-from moetier.tiers.host import HostTier
+from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
 
 PLAIN = Credentials(insecure=True)

@@ -14,7 +14,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # what converting a mixtral imports
-COMMANDS = ("moetier.tools.convert", "moetier.tools.conversion", "transformers.models.mixtral.modeling_mixtral")
+COMMANDS = (
+    "moetier.tools.commands.convert",
+    "moetier.tools.convert.conversion",
+    "transformers.models.mixtral.modeling_mixtral",
+)
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main())"  # the arguments are the command line
 
 # A child leaves the loop, and ends as any interpreter does, when the script has ended: soon, as what was imported is

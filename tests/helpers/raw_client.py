@@ -14,11 +14,11 @@ from threads import Task
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.channel import open_channel
-from moetier.runtime.side import SideConnection
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.channel import open_channel
+from moetier.runtime.wire.side import SideConnection
+from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.plan import ArenaPlan
 
 
 class RawClient:

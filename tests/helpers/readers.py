@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import google_crc32c
 
 from moetier.tiers.errors import StoreReadError
-from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Beginning, PartReader
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetier.runtime.address import SIDE_SOCKET, SOCKET
+from moetier.runtime.wire.address import SIDE_SOCKET, SOCKET
 
 
 class Relay:

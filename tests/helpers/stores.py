@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moetier.tiers.keys import ExpertKey, Projection, RecordLayout
+from moetier.tiers.layout import ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest
-from moetier.tiers.shard import GROUP, METADATA
-from moetier.tiers.writer import StoreWriter, array_metadata
+from moetier.tiers.store.shard import GROUP, METADATA
+from moetier.tiers.store.writer import StoreWriter, array_metadata
 
 # A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it: that of the
 # records. So each process of tests has records of its own, which its children share.

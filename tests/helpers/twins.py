@@ -11,11 +11,11 @@ import torch
 from architectures import tiny_model
 from torch import Tensor
 
-from moetier.runtime.block import TieredBlock
-from moetier.runtime.experts import EXPERT_PARAMETERS, experts_modules
-from moetier.runtime.kernels import Kernels
-from moetier.tiers.keys import Bits, ExpertKey, RecordLayout
-from moetier.tiers.quantize import encode, layout_for
+from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.moe.block import TieredBlock
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
+from moetier.tiers.layout import Bits, ExpertKey, RecordLayout
+from moetier.tiers.quant.codec import encode, layout_for
 from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters, TierStats
 

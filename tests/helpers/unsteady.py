@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease, Lender
 from moetier.tiers.stats import TierStats
 

@@ -16,7 +16,7 @@ from typing import Any
 import google_crc32c
 from readers import PATIENCE
 
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 
 PROGRAM = Path(__file__).with_name("mapped_worker.py")
 

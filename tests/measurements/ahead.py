@@ -16,14 +16,14 @@ from unittest.mock import patch
 
 import torch
 
-from moetier.runtime.kernels import PackedKernels
-from moetier.runtime.native import Processor
-from moetier.runtime.tile import Tile
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import RecordLayout
-from moetier.tools.compute_rate import KernelProbe, projection_bytes, random_records
-from moetier.tools.report import table
-from moetier.tools.rounds import Spread, alternate
+from moetier.runtime.kernels.api import PackedKernels
+from moetier.runtime.kernels.gemm_tile import Tile
+from moetier.runtime.kernels.jit import Processor
+from moetier.tiers.layout import RecordLayout
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.bench.rates import KernelProbe, projection_bytes, random_records
+from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.cli.report import table
 
 WAYS = {"both": (True, True), "codes": (True, False), "pairs": (False, True), "nothing": (False, False)}
 UNCACHED = 512 << 20  # bytes

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from moetier.runtime.attention import decode_attention
-from moetier.tools.report import table
-from moetier.tools.rounds import Spread, alternate
+from moetier.runtime.kernels.attention import decode_attention
+from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.cli.report import table
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 UNCACHED = 256 << 20  # bytes

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moetier.runtime.config import Size
-from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 DECODER = Path(__file__).with_name("decoder.py")
 SPINS = {"own": "300000", "bounded": "2000"}

@@ -16,10 +16,10 @@ from pathlib import Path
 import transformers
 
 import moetier
-from moetier.tools.answering import Answer, Answering
-from moetier.tools.conversation import Conversation
-from moetier.tools.interrupt import Interrupt
-from moetier.tools.rounds import Spread
+from moetier.runtime.generation.conversation import Conversation
+from moetier.tools.bench.rounds import Spread
+from moetier.tools.chat.answer import Answer, Answering
+from moetier.tools.chat.interrupt import Interrupt
 
 SECOND = "And what came of it in the end?"
 ANSWER = 8  # tokens

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from overhead import load_warm
 
-from moetier.runtime.compat import CACHE
 from moetier.runtime.config import format_bytes
-from moetier.tools.report import table
-from moetier.tools.routing import TOKENS_FILE, read_tokens
-from moetier.tools.synthetic import convert_synthetic, make_synthetic
+from moetier.runtime.generation.compat import CACHE
+from moetier.tools.cli.report import table
+from moetier.tools.commands.synthetic import convert_synthetic, make_synthetic
+from moetier.tools.lab.routing import TOKENS_FILE, read_tokens
 
 GEOMETRY = "qwen3-8L"
 SIZES: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Hit ratios by the share of experts that are cached, from traces of real models: what ``moetier plan`` estimates with.
 
-    python tests/measurements/hit_curves.py tests/assets/traces/*.npz -o tools/hit_curves.json
+    python tests/measurements/hit_curves.py tests/assets/traces/*.npz -o tools/plan/hit_curves.json
 
 Each trace is simulated with the tiers' default policy at several numbers of slots a block (``moetier replay`` shows the
 same ratios). These sequences are short and begin with an empty cache; an expert's first use in one, which no such cache
@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.trace import Trace
-from moetier.tiers.order import DEFAULT_ORDER
-from moetier.tools.simulation import demands_of, simulate
+from moetier.runtime.trace.trace import Trace
+from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tools.lab.simulation import demands_of, simulate
 
 POINTS = (1 / 128, 1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, *(part / 16 for part in range(2, 17)))
 

@@ -29,13 +29,13 @@ from daemons import running_daemon
 from relays import relay
 from stores import layout_of, make_plan, make_records, write_store
 
-from moetier.runtime.client import DaemonTier
-from moetier.tiers.budget import slots_for
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.cache.budget import slots_for
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import ExpertSource
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.store.reader import ExpertStore
 
 BLOCKS, EXPERTS, TOP_K = 32, 8, 2
 

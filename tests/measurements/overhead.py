@@ -27,14 +27,15 @@ import torch
 import transformers
 
 import moetier
-from moetier.runtime import grouped, native
-from moetier.runtime.compat import CACHE
 from moetier.runtime.config import Size
-from moetier.runtime.experts import experts_modules
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import ExpertKey
-from moetier.tools.routing import TOKENS_FILE, read_tokens
-from moetier.tools.synthetic import convert_synthetic, make_synthetic
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels import jit as native
+from moetier.runtime.moe import grouped
+from moetier.runtime.moe.experts import experts_modules
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.commands.synthetic import convert_synthetic, make_synthetic
+from moetier.tools.lab.routing import TOKENS_FILE, read_tokens
 
 GEOMETRY, LAYERS = "qwen3-8L", 4
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64}

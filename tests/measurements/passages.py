@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moetier.runtime.trace import Trace
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import ORDERS
-from moetier.tools.simulation import SimulatedTier, demands_of
+from moetier.runtime.trace.trace import Trace
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.layout import ExpertKey
+from moetier.tools.lab.simulation import SimulatedTier, demands_of
 
 BEFORE = 100  # tokens
 PREFILL = 512

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
-from moetier.tiers.budget import smallest_budget
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tools.forecast import PROMPT_TOKENS
-from moetier.tools.fresh import fresh
-from moetier.tools.report import table
-from moetier.tools.token_ids import fixed_ids
+from moetier.tiers.cache.budget import smallest_budget
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.bench.sandbox import fresh
+from moetier.tools.bench.token_ids import fixed_ids
+from moetier.tools.cli.report import table
+from moetier.tools.plan.forecast import PROMPT_TOKENS
 
 MEMORY, SPEED = 1.1, 1.5  # how far off a plan may be
 BEFORE_PROMPT = 8  # tokens

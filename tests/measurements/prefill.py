@@ -21,10 +21,10 @@ import torch
 from speculation import slow_down, tokens_of
 
 import moetier
-from moetier.runtime.compat import CACHE
 from moetier.runtime.config import Size
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.order import ORDERS
+from moetier.runtime.generation.compat import CACHE
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 
 def main() -> None:

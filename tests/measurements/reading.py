@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
 from stores import layout_of, make_store
 
-from moetier.tiers.arena import Arena
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.plan import ArenaPlan
-from moetier.tiers.store import ExpertStore
-from moetier.tools.bench_disk import store_rate
+from moetier.tiers.arena.arena import Arena
+from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tools.bench.disk import store_rate
 
 GEOMETRIES = {"2.6 MB": (layout_of(424, 1024), 2, 128), "88 MB": (layout_of(3584, 4096), 2, 8)}
 

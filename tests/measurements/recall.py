@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 import moetier
-from moetier.runtime.recall import GUESSES, compare
-from moetier.runtime.trace import Trace
-from moetier.runtime.tracing import Recorder
-from moetier.tools.perplexity import WINDOW, read_texts, tokenize
-from moetier.tools.report import table
+from moetier.runtime.trace.recall import GUESSES, compare
+from moetier.runtime.trace.recorder import Recorder
+from moetier.runtime.trace.trace import Trace
+from moetier.tools.cli.report import table
+from moetier.tools.lab.quality import WINDOW, read_texts, tokenize
 
 
 def main() -> None:

@@ -32,9 +32,9 @@ from daemons import running_daemon
 from networks import network
 from stores import layout_of, make_plan, make_records, write_store
 
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.remote import CHANNELS, RemoteReader
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.client.remote import CHANNELS, RemoteReader
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 
 WARM = 3  # reads that are not counted

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 
 from daemons import running_daemon
 
-from moetier.runtime.client import DaemonTier
+from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.config import Size, format_bytes
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from attention import microseconds
 
-from moetier.runtime.row import RowWeight
-from moetier.tools.report import table
-from moetier.tools.rounds import Spread, alternate
+from moetier.runtime.kernels.row import RowWeight
+from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.cli.report import table
 
 SHAPES = {"8 experts": (8, 4096), "128 experts": (128, 2048), "512 experts": (512, 2048), "attention": (4096, 4096)}
 UNCACHED = 256 << 20  # bytes

@@ -21,11 +21,11 @@ import torch
 import transformers
 
 import moetier
-from moetier.tools.decoding_options import PREFILL_CHUNK
-from moetier.tools.report import table
-from moetier.tools.serve_generation import OneByOne
-from moetier.tools.serve_together import Together
-from moetier.tools.serve_wanted import Wanted
+from moetier.tools.cli.decoding_options import PREFILL_CHUNK
+from moetier.tools.cli.report import table
+from moetier.tools.serve.batched import Together
+from moetier.tools.serve.params import Wanted
+from moetier.tools.serve.sequential import OneByOne
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from moetier.runtime.config import Size, format_bytes
-from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 DECODER = Path(__file__).with_name("decoder.py")
 

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 import moetier
-from moetier.runtime.compat import CACHE
 from moetier.runtime.config import LOOK_AHEAD, Size, format_bytes
-from moetier.runtime.gates import Gates
-from moetier.runtime.shortcut import Leads
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.open_shard import OpenShard
-from moetier.tiers.order import DEFAULT_ORDER, ORDERS
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.moe.gates import Gates
+from moetier.runtime.speculation.predictor import Leads
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.stats import TierStats
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.store.open_shard import OpenShard
 
 WAYS = {
     "off": "off",

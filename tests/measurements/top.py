@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from daemons import running_daemon
 
-from moetier.runtime.address import Address, Credentials
 from moetier.runtime.config import Size
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tools.top_app import Top
-from moetier.tools.top_watch import Watch
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.top.app import Top
+from moetier.tools.top.watch import Watch
 
 PROMPTS = ("Once upon a time", "The little dog", "In the garden", "One day a girl")
 

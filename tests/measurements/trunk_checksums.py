@@ -18,10 +18,10 @@ from pathlib import Path
 
 import moetier
 from moetier.runtime.config import format_bytes
-from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.trunk import CHECKED_BYTES, check_sum
-from moetier.tools.rounds import Spread, alternate
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.store.trunk import CHECKED_BYTES, check_sum
+from moetier.tools.bench.rounds import Spread, alternate
 
 SHARE = 0.05
 

@@ -11,7 +11,7 @@ from architectures import FURTHER, REQUIRED, TINY, model_types
 from comparison import apart, compare, convert_tiny, farthest
 
 import moetier
-from moetier.tiers.keys import Bits
+from moetier.tiers.layout import Bits
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4ForCausalLM
 
-from moetier.runtime.attention import NAME, _fits, decode_attention, use_decode_attention
-from moetier.runtime.generate import load
+from moetier.runtime.kernels.attention import NAME, _fits, decode_attention, use_decode_attention
+from moetier.runtime.model.load import load
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import moetier
-from moetier.runtime.compat import CACHE
-from moetier.tiers.store import ExpertStore
+from moetier.runtime.generation.compat import CACHE
+from moetier.tiers.store.reader import ExpertStore
 
 PROMPT_TOKENS = 600  # well beyond any shape at which a kernel for few rows would do
 NEW_TOKENS = 4

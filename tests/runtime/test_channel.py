@@ -29,14 +29,14 @@ from stores import make_plan, make_records, write_store
 from threads import Task, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.channel import open_channel, read_identity, read_pem, read_token
-from moetier.runtime.remote import RemoteReader
-from moetier.runtime.spread import SpreadReader
+from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.channel import open_channel, read_identity, read_pem, read_token
 from moetier.tiers.errors import ConfigError, MoetierError, RefusedError, UnavailableError
-from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.store.reader import ExpertStore
 
 PLAN = make_plan(blocks=1, experts=2)
 RECORDS = make_records(PLAN)

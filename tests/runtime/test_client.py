@@ -25,11 +25,11 @@ from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 from workers import WorkerError
 
-from moetier.runtime.client import DaemonTier
-from moetier.runtime.misses import Misses
-from moetier.runtime.side import SideConnection
+from moetier.runtime.client.misses import Misses
+from moetier.runtime.client.tier import DaemonTier
+from moetier.runtime.wire.side import SideConnection
 from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
-from moetier.tiers.host import HostTier
+from moetier.tiers.host.tier import HostTier
 from moetier.tiers.source import Lease
 
 
@@ -78,9 +78,9 @@ def test_a_hit_is_no_message(store: MappedStore, tmp_path: Path) -> None:
 HITS = """
 import os, sys
 from pathlib import Path
-from moetier.runtime.client import DaemonTier
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.layout import ExpertKey
 
 folder, directory = map(Path, sys.argv[1:])
 with DaemonTier.open(folder, directory, read_manifest(store_folder(directory))) as tier:
@@ -352,9 +352,9 @@ def test_what_is_granted_while_it_closes(store: MappedStore, tmp_path: Path) -> 
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from moetier.runtime.client import DaemonTier
+from moetier.runtime.client.tier import DaemonTier
 from moetier.tiers.errors import ArenaError
-from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 folder, directory = map(Path, sys.argv[1:])
 manifest = read_manifest(store_folder(directory))
@@ -397,9 +397,9 @@ def test_closing_wakes_who_waits(store: MappedStore, tmp_path: Path) -> None:
 UNCLOSED = """
 import sys
 from pathlib import Path
-from moetier.runtime.client import DaemonTier
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.layout import ExpertKey
 
 folder, directory = map(Path, sys.argv[1:])
 tier = DaemonTier.open(folder, directory, read_manifest(store_folder(directory)))

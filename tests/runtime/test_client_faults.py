@@ -21,13 +21,13 @@ from relays import relay
 from threads import Task, wait_until
 from workers import WorkerError
 
-from moetier.runtime.address import SIDE_SOCKET
-from moetier.runtime.client import DaemonTier
-from moetier.runtime.misses import GRACE
+from moetier.runtime.client.misses import GRACE
+from moetier.runtime.client.tier import DaemonTier
+from moetier.runtime.wire.address import SIDE_SOCKET
+from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import UnavailableError
-from moetier.tiers.folder import store_folder
-from moetier.tiers.shard import ShardFile
-from moetier.tiers.views import HostViews
+from moetier.tiers.store.folder import store_folder
+from moetier.tiers.store.shard import ShardFile
 
 SECOND = 1.0  # within which a dead client's leases are back
 
@@ -323,10 +323,10 @@ def orphan(pid: int) -> Iterator[None]:
 FORKS = """
 import multiprocessing, os, subprocess, sys
 from pathlib import Path
-from moetier.runtime.client import DaemonTier
+from moetier.runtime.client.tier import DaemonTier
 from moetier.tiers.errors import ClosedError
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.layout import ExpertKey
 
 folder, directory = map(Path, sys.argv[1:])
 tier = DaemonTier.open(folder, directory, read_manifest(store_folder(directory)))

@@ -16,12 +16,12 @@ from readers import PATIENCE, RamReader
 from threads import wait_until
 
 import moetier
-from moetier.runtime.client import DaemonTier
-from moetier.runtime.exchange import PACE_SECONDS
-from moetier.runtime.prefetch import LEAST
-from moetier.tiers.early import LEAST_RIGHT
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.client.tier import DaemonTier
+from moetier.runtime.daemon.exchange import PACE_SECONDS
+from moetier.runtime.speculation.admission import LEAST
+from moetier.tiers.host.prefetch import LEAST_RIGHT
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from moetier.runtime.confidence import PRIOR, Confidence
+from moetier.runtime.speculation.confidence import PRIOR, Confidence
 
 
 def test_before_anything_is_known() -> None:

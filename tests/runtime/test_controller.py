@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moetier.runtime.controller import CLEAR, FEWEST, HOLD, LONGEST, MOST, SPAN, WARM, Controller, Mode
+from moetier.runtime.speculation.controller import CLEAR, FEWEST, HOLD, LONGEST, MOST, SPAN, WARM, Controller, Mode
 
 TRIAL = 2 * MOST * SPAN  # steps of the longest
 

@@ -25,15 +25,15 @@ from threads import Task, wait_until
 from users import as_nobody
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.channel import open_channel
-from moetier.runtime.running import DaemonCard
-from moetier.runtime.side import SideConnection
-from moetier.runtime.status import error_from_message, error_of
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.channel import open_channel
+from moetier.runtime.wire.running import DaemonCard
+from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import UnavailableError
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest
 
 SLOT = layout_of().slot_bytes
 Store = tuple[Path, Manifest, dict[ExpertKey, bytes]]
@@ -442,7 +442,7 @@ CLIENT = """
 import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
-from moetier.tiers.folder import read_manifest
+from moetier.tiers.store.folder import read_manifest
 from raw_client import RawClient
 client = RawClient(Path(sys.argv[1]), read_manifest(Path(sys.argv[2])))
 client.acquire(1, 0, [0, 1])

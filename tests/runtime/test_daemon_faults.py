@@ -27,15 +27,15 @@ from threads import wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.channel import open_channel
-from moetier.runtime.fetch import CALLS
-from moetier.runtime.side import SideConnection
-from moetier.runtime.status import error_from_message, error_of
+from moetier.runtime.daemon.fetch import CALLS
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.channel import open_channel
+from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import ChecksumError, MoetierError, StoreReadError, UnavailableError
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest
 
 SLOT = layout_of().slot_bytes
 Store = tuple[Path, Manifest, dict[ExpertKey, bytes]]

@@ -20,12 +20,12 @@ from threads import wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.address import SIDE_SOCKET, SOCKET, Address, Credentials
-from moetier.runtime.channel import open_channel
-from moetier.runtime.side import SideConnection
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.wire.address import SIDE_SOCKET, SOCKET, Address, Credentials
+from moetier.runtime.wire.channel import open_channel
+from moetier.runtime.wire.side import SideConnection
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest
 
 SLOT = layout_of().slot_bytes
 METHODS = ("Describe", "Session", "Fetch", "Stats", "Nothing")

@@ -10,10 +10,10 @@ from raw_client import RawClient
 from stores import make_store
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.hotset import hot_set_path, load_hot_set
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.host.warmup import hot_set_path, load_hot_set
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest
 
 EXPERTS = dict.fromkeys(range(3), 8)
 

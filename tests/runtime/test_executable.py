@@ -16,8 +16,8 @@ from llvmlite import ir
 from prepared import Prepared
 from restricted import KINDS
 
-from moetier.runtime.executable import LinkError, can_become_executable, link
-from moetier.runtime.native import Processor
+from moetier.runtime.kernels.executable import LinkError, can_become_executable, link
+from moetier.runtime.kernels.jit import Processor
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 INT = ir.IntType(32)
@@ -29,7 +29,7 @@ import ctypes, json, sys, warnings
 sys.path.insert(0, {str(HELPERS)!r})
 import torch
 import moetier, restricted
-from moetier.tools.doctor_machine import kernel
+from moetier.tools.doctor.machine import kernel
 kind, directory = sys.argv[1:]
 warnings.simplefilter("always")
 with warnings.catch_warnings(record=True) as said:

@@ -15,10 +15,10 @@ from torch import Tensor
 from twins import BLOCK, inputs, pair
 from unsteady import UnsteadySource
 
-from moetier.runtime.experts import early_bytes, experts_forward
+from moetier.runtime.moe.experts import early_bytes, experts_forward
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.keys import BITS, Bits, ExpertKey
-from moetier.tiers.quantize import decode
+from moetier.tiers.layout import BITS, Bits, ExpertKey
+from moetier.tiers.quant.codec import decode
 
 ODD_ONES = ["gpt_oss", "nemotron_h", "muse_spark", "inkling2", "openai_privacy_filter", "aria", "deepseek_v4"]
 

@@ -24,17 +24,17 @@ from threads import wait_until
 
 import moetier
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.client import DaemonTier
-from moetier.runtime.remote import RemoteReader
-from moetier.tiers import digest
-from moetier.tiers.arena import Arena
-from moetier.tiers.budget import slots_for
+from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.arena.arena import Arena
+from moetier.tiers.cache.budget import slots_for
 from moetier.tiers.errors import ChecksumError, MoetierError
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.shard import GROUP, ShardFile
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store import digest
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import GROUP, ShardFile
 from moetier.tools.main import main
 
 PLAN = make_plan()

@@ -13,13 +13,13 @@ import torch
 from int4 import CpuInt4, cuda_operators
 from torch._subclasses import FakeTensorMode
 
-from moetier.runtime import fused
-from moetier.runtime.choice import kernels_for
-from moetier.runtime.fused import CudaInt4, FusedKernels, fused_or_plain
-from moetier.runtime.kernels import Kernels
-from moetier.tiers.keys import Bits, RecordLayout
-from moetier.tiers.planes import from_kernel_order, pair_columns
-from moetier.tiers.quantize import decode, encode, layout_for
+from moetier.runtime.kernels import cuda_int4 as fused
+from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels, fused_or_plain
+from moetier.tiers.layout import Bits, RecordLayout
+from moetier.tiers.quant.codec import decode, encode, layout_for
+from moetier.tiers.quant.packing import from_kernel_order, pair_columns
 
 KINDS = [
     "cpu",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.runtime.gain import break_even
+from moetier.runtime.speculation.gain import break_even
 from moetier.tiers.source import Pace
 
 shares = st.floats(0.01, 1)

@@ -8,7 +8,7 @@ from architectures import FURTHER, REQUIRED, model_class, tiny_config, tiny_mode
 from foretelling import foretell, run
 from torch import Tensor, nn
 
-from moetier.runtime.gates import Gates
+from moetier.runtime.moe.gates import Gates
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import TextStreamer
 
 import moetier
-from moetier.runtime.experts import EXPERT_PARAMETERS, experts_modules
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import ChecksumError
-from moetier.tiers.keys import BITS, Bits, ExpertKey
-from moetier.tiers.quantize import decode
-from moetier.tiers.shard import GROUP, ShardFile
+from moetier.tiers.layout import BITS, Bits, ExpertKey
+from moetier.tiers.quant.codec import decode
+from moetier.tiers.store.shard import GROUP, ShardFile
 
 DTYPES = [torch.float32, torch.bfloat16]
 NAMES = ["fp32", "bf16"]

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from twins import BLOCK, CPU, inputs, pair
 
-from moetier.runtime.block import TieredBlock
-from moetier.runtime.experts import experts_forward
-from moetier.runtime.grouped import ROWS
-from moetier.runtime.kernels import Kernels, PackedKernels
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.kernels.api import Kernels, PackedKernels
+from moetier.runtime.moe.block import TieredBlock
+from moetier.runtime.moe.experts import experts_forward
+from moetier.runtime.moe.grouped import ROWS
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
 KINDS = ["mixtral", "gpt_oss", "nemotron_h", "muse_spark", "aria"]  # plain; biased; no gate; normed; transposed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moetier
-from moetier.runtime.experts import experts_modules
+from moetier.runtime.moe.experts import experts_modules
 
 RAM = 4 << 20  # 18 of 64 experts: two or three of a block
 Told = list[tuple[set[int], Tensor | None]]

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from moetier.runtime.compat import CACHE
-from moetier.runtime.generate import load
-from moetier.runtime.growing import TOKENS, GrowingLayer
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.kernels.growing_cache import TOKENS, GrowingLayer
+from moetier.runtime.model.load import load
 
 Pair = tuple[Tensor, Tensor]
 

@@ -22,11 +22,11 @@ from stores import make_plan, make_records
 from threads import Task
 
 import moetier
-from moetier.tiers.budget import largest_budget, smallest_budget
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.host import HostTier
+from moetier.tiers.cache.budget import largest_budget, smallest_budget
+from moetier.tiers.host.tier import HostTier
 from moetier.tiers.interrupts import WHOLE, postpone_interrupts, raise_interrupts
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 SCRIPT = Path(__file__).parent.parent / "helpers" / "interrupted.py"
 PLAN = make_plan(blocks=1, experts=2, top_k=1)

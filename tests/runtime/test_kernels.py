@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moetier.runtime.choice import kernels_for
-from moetier.runtime.kernels import Kernels, PackedKernels
-from moetier.runtime.native import Processor
-from moetier.tiers.keys import BITS, Bits, RecordLayout
-from moetier.tiers.quantize import decode, encode, layout_for
+from moetier.runtime.kernels.api import Kernels, PackedKernels
+from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.kernels.jit import Processor
+from moetier.tiers.layout import BITS, Bits, RecordLayout
+from moetier.tiers.quant.codec import decode, encode, layout_for
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from architectures import tiny_model
 
-from moetier.runtime.compat import CACHE
-from moetier.runtime.kv_cache import kv_cache_bytes
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.model.kv_cache import kv_cache_bytes
 
 BATCH, TOKENS = 2, 17
 

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.runtime import budgets, tiers
-from moetier.runtime.choice import kernels_for
-from moetier.runtime.fused import CudaInt4, FusedKernels
-from moetier.runtime.kernels import Kernels
-from moetier.runtime.linear import WEIGHT, QuantizedLinear, matrix_layout, quantized_linears, replace_linears
+from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
 from moetier.runtime.memory import mapped_files
-from moetier.runtime.registration import _mapped_bytes
+from moetier.runtime.model import budgets, tiers
+from moetier.runtime.model.registration import _mapped_bytes
+from moetier.runtime.moe.linear import WEIGHT, QuantizedLinear, matrix_layout, quantized_linears, replace_linears
 from moetier.tiers.errors import ChecksumError, ConfigError, StoreFormatError
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.keys import Bits
+from moetier.tiers.layout import Bits
 from moetier.tiers.manifest import TrunkRecords
-from moetier.tiers.quantize import decode, encode
+from moetier.tiers.quant.codec import decode, encode
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
 FORM = TrunkRecords(4, 64, "bfloat16")

@@ -19,10 +19,10 @@ from stores import without_sums
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.runtime.model_config import NOT_CARRIED
+from moetier.runtime.checkpoint.config_json import NOT_CARRIED
 from moetier.tiers.errors import MoetierError, StoreFormatError, UnsafeCheckpointError
-from moetier.tiers.shard import GROUP
-from moetier.tiers.trunk import INDEX
+from moetier.tiers.store.shard import GROUP
+from moetier.tiers.store.trunk import INDEX
 from moetier.tools.main import main
 
 TRUNK = "trunk-00001-of-00001.safetensors"

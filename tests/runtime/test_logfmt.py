@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from threads import run_all
 
-from moetier.runtime import logfmt
-from moetier.runtime.logfmt import Logfmt, Sparing, say
+from moetier.runtime.daemon import log as logfmt
+from moetier.runtime.daemon.log import Logfmt, Sparing, say
 
 LOG = logging.getLogger("test")
 

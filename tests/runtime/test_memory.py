@@ -160,9 +160,9 @@ ALLOCATE = """
 import re, sys
 from moetier.runtime.config import Size
 from moetier.runtime.memory import available_memory, budget_for
-from moetier.tiers.arena import Arena
+from moetier.tiers.arena.arena import Arena
 from moetier.tiers.errors import BudgetError
-from moetier.tiers.plan import ArenaPlan, Region
+from moetier.tiers.arena.plan import ArenaPlan, Region
 PAGE, RESERVE = 4096, int(sys.argv[1])
 sizes = {"smallest": PAGE, "largest": 1 << 50, "reserve": RESERVE, "available": available_memory()}
 try:

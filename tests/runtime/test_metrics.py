@@ -27,8 +27,8 @@ from stores import layout_of, make_plan, make_records, write_store
 from threads import wait_until
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest
 from moetier.tools.main import main
 
 SLOT = layout_of().slot_bytes

@@ -17,11 +17,11 @@ from prepared import Prepared
 from readers import PATIENCE
 from threads import Task
 
-from moetier.runtime.form import Form, Number
-from moetier.runtime.kernels import _Code
-from moetier.runtime.native import Processor
+from moetier.runtime.kernels.api import _Code
+from moetier.runtime.kernels.form import Form, Number
+from moetier.runtime.kernels.jit import Processor
 from moetier.runtime.threads import machine_cpus
-from moetier.tools.convert import convert
+from moetier.tools.commands.convert import convert
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 
@@ -76,7 +76,7 @@ import torch
 assert Path(torch.__file__).parents[1] == folder
 ctypes.CDLL(str(folder / "after.libs/libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
 torch.set_num_threads(3)
-from moetier.runtime.native import openmp
+from moetier.runtime.kernels.jit import openmp
 address = ctypes.cast(openmp(), ctypes.c_void_p).value
 for line in open("/proc/self/maps"):
     start, end = (int(text, 16) for text in line.split()[0].split("-"))

@@ -22,18 +22,18 @@ from stores import make_plan
 from twins import inputs, pair
 
 import moetier
-from moetier.runtime.block import TieredBlock, rows_of_experts
-from moetier.runtime.experts import experts_forward, experts_modules
-from moetier.runtime.fused import CudaInt4, FusedKernels
-from moetier.runtime.kernels import Kernels
-from moetier.runtime.linear import QuantizedLinear
-from moetier.tiers.budget import slots_for
-from moetier.tiers.device import DeviceTier
+from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.kernels.cuda_int4 import CudaInt4, FusedKernels
+from moetier.runtime.moe.block import TieredBlock, rows_of_experts
+from moetier.runtime.moe.experts import experts_forward, experts_modules
+from moetier.runtime.moe.linear import QuantizedLinear
+from moetier.tiers.cache.budget import slots_for
+from moetier.tiers.device.stream import CudaDevice, Device
+from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.errors import BudgetError
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import Bits, ExpertKey
-from moetier.tiers.quantize import encode, layout_for
-from moetier.tiers.stream import CudaDevice, Device
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import Bits, ExpertKey
+from moetier.tiers.quant.codec import encode, layout_for
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

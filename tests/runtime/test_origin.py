@@ -20,23 +20,16 @@ from threads import Task, wait_until
 from transformers import AutoModelForCausalLM
 
 import moetier
-from moetier.runtime.address import DEFAULT_NAME, Credentials, make_folder
-from moetier.runtime.client import DaemonTier
+from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.config import TierConfig
-from moetier.runtime.running import DaemonCard, ServedModel
-from moetier.runtime.side_server import SideServer, Welcome
-from moetier.tiers.errors import (
-    ArenaError,
-    BudgetError,
-    ClosedError,
-    ConfigError,
-    UnavailableError,
-    UnknownModelError,
-)
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.shard import GROUP, METADATA
+from moetier.runtime.daemon.side_server import SideServer, Welcome
+from moetier.runtime.wire.address import DEFAULT_NAME, Credentials, make_folder
+from moetier.runtime.wire.running import DaemonCard, ServedModel
+from moetier.tiers.errors import ArenaError, BudgetError, ClosedError, ConfigError, UnavailableError, UnknownModelError
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.store.shard import GROUP, METADATA
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -236,7 +229,7 @@ def test_a_mapped_daemon_needs_no_budget_here(
     def refuse(*_: object, **__: object) -> None:
         raise BudgetError("Nothing is free.", "Free some.")
 
-    monkeypatch.setattr("moetier.runtime.budgets.budget_for", refuse)
+    monkeypatch.setattr("moetier.runtime.model.budgets.budget_for", refuse)
     model, _ = moetier.load(directory)
     model.tiers.close()
     with pytest.raises(BudgetError):

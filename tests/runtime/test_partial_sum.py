@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from moetier.runtime.partial_sum import TRIALS, PartialSum
+from moetier.runtime.speculation.partial_sum import TRIALS, PartialSum
 
 
 def test_what_names_more_is_taken() -> None:

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moetier.proto.expert_store_pb2 import Piece
-from moetier.runtime.piece import PIECE_BYTES, decode_piece, encode_piece
+from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece, encode_piece
 from moetier.tiers.errors import ProtocolError
 
 

@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.runtime.pieces import UNFINISHED, pieces_of
+from moetier.runtime.trace.pieces import UNFINISHED, pieces_of
 
 TINYMIX = Path(__file__).parent.parent / "assets" / "tinymix"
 

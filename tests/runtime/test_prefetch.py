@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from moetier.runtime.gain import break_even
-from moetier.runtime.prefetch import Prefetch
-from moetier.runtime.shadow import Shadow
-from moetier.runtime.shortcut import Leads
-from moetier.tiers.keys import ExpertKey
+from moetier.runtime.speculation.admission import Prefetch
+from moetier.runtime.speculation.gain import break_even
+from moetier.runtime.speculation.predictor import Leads
+from moetier.runtime.speculation.shadow import Shadow
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Pace
 
 EXPERTS = 8

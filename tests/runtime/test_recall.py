@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moetier.runtime.recall import (
+from moetier.runtime.trace.recall import (
     GUESSES,
     Comparison,
     Recall,
@@ -15,7 +15,7 @@ from moetier.runtime.recall import (
     of_predictions,
     of_previous_token,
 )
-from moetier.runtime.trace import NONE, Trace
+from moetier.runtime.trace.trace import NONE, Trace
 
 
 def hand_made() -> Trace:

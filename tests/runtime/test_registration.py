@@ -27,8 +27,8 @@ from threads import Task, wait_until
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 import moetier
-from moetier.runtime import budgets
-from moetier.runtime.experts import EXPERT_PARAMETERS
+from moetier.runtime.model import budgets
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS
 from moetier.tiers.errors import (
     BudgetError,
     ClosedError,
@@ -39,8 +39,8 @@ from moetier.tiers.errors import (
     UnsafeCheckpointError,
     UnsupportedModelError,
 )
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.shard import GROUP, METADATA
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.shard import GROUP, METADATA
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
 
@@ -388,7 +388,7 @@ def test_a_process_ends_only_when_its_lost_models_are_closed(scripts: Prepared, 
     code = """
 import sys, time
 import moetier
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.store.reader import ExpertStore
 
 close = ExpertStore.close
 

@@ -20,11 +20,10 @@ from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.fetch import Fetches
-from moetier.runtime.piece import PIECE_BYTES, encode_piece
-from moetier.runtime.remote import RemoteReader
-from moetier.tiers.checksum import checksum_bytes
+from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.daemon.fetch import Fetches
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import (
     ChecksumError,
     ClosedError,
@@ -35,10 +34,11 @@ from moetier.tiers.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.store.checksum import checksum_bytes
+from moetier.tiers.store.reader import ExpertStore
 
 PLAIN = Credentials(insecure=True)
 LARGE = layout_of(rows=1024, columns=2304)  # 14 MB: over all channels

@@ -23,16 +23,16 @@ from networks import network
 from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, wait_until
 
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.peers import Peer
-from moetier.runtime.remote import RemoteReader
-from moetier.runtime.rendezvous import rendezvous
-from moetier.runtime.spread import SpreadReader
+from moetier.runtime.client.peers import Peer
+from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.rendezvous import rendezvous
+from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import UnavailableError
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 PLAN = make_plan(blocks=4, experts=12)
 RECORDS = make_records(PLAN)

@@ -18,9 +18,9 @@ from threads import wait_until
 from transformers.generation.streamers import BaseStreamer
 
 import moetier
-from moetier.runtime.address import Credentials
-from moetier.runtime.spread import SpreadReader
-from moetier.tiers.folder import read_manifest, store_folder
+from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.wire.address import Credentials
+from moetier.tiers.store.folder import read_manifest, store_folder
 
 TOKENS = 40
 

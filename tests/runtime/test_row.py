@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from comparison import convert_tiny
 from torch import Tensor, nn
 
-from moetier.runtime.generate import load
-from moetier.runtime.row import RowWeight, Scores, linear_row, use_row_weights
+from moetier.runtime.kernels.row import RowWeight, Scores, linear_row, use_row_weights
+from moetier.runtime.model.load import load
 
 
 def numbers(*shape: int) -> Tensor:

@@ -21,10 +21,10 @@ from stores import layout_of, make_store
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.channel import open_channel
-from moetier.runtime.side import SideConnection
-from moetier.runtime.status import error_from_message, error_of
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.channel import open_channel
+from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import (
     ArenaError,
     ChecksumError,
@@ -35,12 +35,12 @@ from moetier.tiers.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.host.session import Session
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.session import Session
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.reader import ExpertStore
 
 SLOT = layout_of().slot_bytes
 Store = tuple[Path, Manifest, dict[ExpertKey, bytes]]

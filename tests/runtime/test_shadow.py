@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.runtime.shadow import Shadow
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import ORDERS
-from moetier.tools.simulation import SimulatedTier
+from moetier.runtime.speculation.shadow import Shadow
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.layout import ExpertKey
+from moetier.tools.lab.simulation import SimulatedTier
 
 TOP_K = 2
 demands = st.lists(

@@ -12,8 +12,8 @@ from foretelling import run
 from torch import Tensor
 
 import moetier
-from moetier.runtime.gates import Gates
-from moetier.runtime.shortcut import Shortcuts, ask, shortcut_of
+from moetier.runtime.moe.gates import Gates
+from moetier.runtime.speculation.predictor import Shortcuts, ask, shortcut_of
 
 BF16 = torch.bfloat16
 TEXT = Path(__file__).parents[1] / "assets" / "texts" / "it.txt"

@@ -22,11 +22,11 @@ from readers import PATIENCE
 from threads import Task, wait_until
 from users import NOBODY, as_nobody, become_nobody, need_root
 
-from moetier.runtime import side_server
-from moetier.runtime.address import SIDE_SOCKET
-from moetier.runtime.side import SideConnection
-from moetier.runtime.side_packets import error_from, error_json
-from moetier.runtime.side_server import SideServer, Welcome
+from moetier.runtime.daemon import side_server
+from moetier.runtime.daemon.side_server import SideServer, Welcome
+from moetier.runtime.wire.address import SIDE_SOCKET
+from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.side_packets import error_from, error_json
 from moetier.tiers.errors import (
     ChecksumError,
     DaemonError,
@@ -259,7 +259,7 @@ def test_without_a_descriptor_for_its_socket_a_client_is_told_so(host: Host) -> 
 
 def test_a_killed_clients_place_is_free_within_a_second(host: Host) -> None:
     script = (
-        "import sys; from pathlib import Path; from moetier.runtime.side import SideConnection\n"
+        "import sys; from pathlib import Path; from moetier.runtime.wire.side import SideConnection\n"
         "c = SideConnection.open(Path(sys.argv[1]), 'a' * 64); print(c.session_id, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(host.folder)]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 import moetier
-from moetier.runtime import controller
-from moetier.runtime.controller import Mode
-from moetier.runtime.experts import experts_modules
-from moetier.runtime.gates import Gates
-from moetier.runtime.shortcut import Leads, Shortcuts
-from moetier.runtime.speculation import JUDGED, MOST_ROWS, Speculation
+from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.moe.gates import Gates
+from moetier.runtime.speculation import controller
+from moetier.runtime.speculation.controller import Mode
+from moetier.runtime.speculation.predictor import Leads, Shortcuts
+from moetier.runtime.speculation.speculation import JUDGED, MOST_ROWS, Speculation
+from moetier.tiers.cache.orders import Recency
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import Recency
+from moetier.tiers.layout import ExpertKey
 
 BLOCKS = 8
 RAM = 4 << 20  # 18 of 64 experts

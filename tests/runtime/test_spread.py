@@ -24,14 +24,13 @@ from stores import make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.fetch import Fetches
-from moetier.runtime.peers import Peer
-from moetier.runtime.piece import encode_piece
-from moetier.runtime.remote import RemoteReader
-from moetier.runtime.rendezvous import rendezvous
-from moetier.runtime.spread import SpreadReader
-from moetier.tiers.checksum import checksum_bytes
+from moetier.runtime.client.peers import Peer
+from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.rendezvous import rendezvous
+from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.daemon.fetch import Fetches
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.piece import encode_piece
 from moetier.tiers.errors import (
     ArenaError,
     BudgetError,
@@ -44,11 +43,12 @@ from moetier.tiers.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from moetier.tiers.folder import read_manifest, store_folder
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.store.checksum import checksum_bytes
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.store.reader import ExpertStore
 
 PLAIN = Credentials(insecure=True)
 PLAN = make_plan(blocks=4, experts=8)

@@ -12,7 +12,7 @@ import pytest
 from readers import PATIENCE
 
 from moetier.proto.expert_store_pb2 import Error
-from moetier.runtime.status import CODES, ERRORS, METADATA, abort, code_of, error_of, message_of
+from moetier.runtime.wire.status_codes import CODES, ERRORS, METADATA, abort, code_of, error_of, message_of
 from moetier.tiers import errors
 from moetier.tiers.errors import DaemonError, MoetierError
 

@@ -24,11 +24,11 @@ from threads import Task
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.address import SOCKET, Address, Credentials
-from moetier.runtime.channel import open_channel
-from moetier.runtime.health import WATCHERS
-from moetier.tiers.folder import read_manifest
+from moetier.runtime.daemon.health import WATCHERS
+from moetier.runtime.wire.address import SOCKET, Address, Credentials
+from moetier.runtime.wire.channel import open_channel
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.folder import read_manifest
 
 SLOT = layout_of().slot_bytes
 SERVICE = "/moetier.v1.ExpertStore"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moetier.runtime.streamer import TimedStreamer
+from moetier.runtime.generation.streamer import TimedStreamer
 
 
 @pytest.mark.parametrize(

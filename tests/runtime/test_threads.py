@@ -16,8 +16,8 @@ from prepared import Prepared
 from moetier.runtime.config import TierConfig
 from moetier.runtime.threads import machine_cpus, usable_cpus
 from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.options import walk
 from moetier.tools.main import build_parser, main
-from moetier.tools.options import walk
 
 CPU, CPUSET = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup/cpuset")
 FREE = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
@@ -138,7 +138,7 @@ print(torch.get_num_threads())
 """
     with group_below(CPU, cpu__cfs_period_us="100000", cpu__cfs_quota_us="100000") as group:
         found = run_in(group, code, tinymix_4bit)
-        doctor = "from moetier.tools.doctor_machine import processor; print(*(each.found for each in processor()))"
+        doctor = "from moetier.tools.doctor.machine import processor; print(*(each.found for each in processor()))"
         assert " ".join(run_in(group, doctor)).endswith("cores, and a control group's quota leaves 1")
     assert found == [str(len(os.sched_getaffinity(0))), "2", "1", "2"]
 
@@ -233,7 +233,7 @@ def test_openmp_spins_for_a_bounded_time_unless_the_user_says_otherwise(
 
 
 def test_another_engine_spins_as_its_own_users_have_it() -> None:
-    code = "import os, moetier.tools.llama_peer as peer; print(os.environ['GOMP_SPINCOUNT'])\n"
+    code = "import os, moetier.tools.bench.llama_peer as peer; print(os.environ['GOMP_SPINCOUNT'])\n"
     code += "peer.spin_as_others_do(); print(os.environ.get('GOMP_SPINCOUNT'))"
     for variables, expected in (({}, ["2000", "None"]), ({"GOMP_SPINCOUNT": "5"}, ["5", "5"])):
         done = subprocess.run([sys.executable, "-c", code], env=FREE | variables, stdout=subprocess.PIPE, check=True)

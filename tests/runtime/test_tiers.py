@@ -12,10 +12,10 @@ from comparison import convert_tiny, smallest_ram
 import moetier
 from moetier.runtime.config import TierConfig
 from moetier.runtime.memory import available_memory
-from moetier.runtime.registration import _mapped_bytes
-from moetier.runtime.tiers import Tiers
+from moetier.runtime.model.registration import _mapped_bytes
+from moetier.runtime.model.tiers import Tiers
 from moetier.tiers.errors import BudgetError, ClosedError
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 
 CPU = torch.device("cpu")
 

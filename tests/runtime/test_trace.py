@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.runtime.trace import NONE, Trace
+from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError, TargetError
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"

@@ -15,15 +15,15 @@ from architectures import FURTHER, REQUIRED, model_class, tiny_config, tiny_mode
 from torch import Tensor
 
 import moetier
-from moetier.runtime.compat import CACHE
-from moetier.runtime.experts import experts_modules
-from moetier.runtime.recall import of_popularity, of_predictions, of_previous_token
-from moetier.runtime.trace import NONE, Trace
-from moetier.runtime.tracing import Recorder
+from moetier.runtime.generation.compat import CACHE
+from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.trace.recall import of_popularity, of_predictions, of_previous_token
+from moetier.runtime.trace.recorder import Recorder
+from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.errors import UnsupportedModelError
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.quantize import decode
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.quant.codec import decode
+from moetier.tiers.store.reader import ExpertStore
 
 BF16 = torch.bfloat16
 PROMPTS = ("def read_lines(path):\n", "La mattina seguente, don Rodrigo si")

@@ -22,15 +22,15 @@ from stores import layout_of, make_plan, make_records, make_store, write_store
 from threads import Task, wait_until
 
 from moetier.runtime.config import Size
-from moetier.runtime.division import plan_slots
-from moetier.runtime.leftover import Leftover, find_leftovers
+from moetier.runtime.daemon.division import plan_slots
+from moetier.runtime.daemon.reclaim import Leftover, find_leftovers
 from moetier.runtime.memory import Available
-from moetier.tiers.arena import Arena
+from moetier.tiers.arena.arena import Arena
+from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.errors import BudgetError
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.plan import ArenaPlan
+from moetier.tiers.store.folder import read_manifest
 
 SLOT = layout_of().slot_bytes
 Store = tuple[Path, Manifest, dict[ExpertKey, bytes]]

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from moetier.tiers.arena import SEALS, Arena
+from moetier.tiers.arena.arena import SEALS, Arena
+from moetier.tiers.arena.plan import ArenaPlan, Region
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
-from moetier.tiers.keys import PAGE
-from moetier.tiers.plan import ArenaPlan, Region
+from moetier.tiers.layout import PAGE
 
 
 def plan_of(slots: int, pages: int = 1) -> ArenaPlan:
@@ -88,8 +88,8 @@ def test_another_process_reads_and_can_do_nothing_else() -> None:
     child = in_child(
         f"""
         import errno, mmap, os, sys
-        from moetier.tiers.arena import Arena
-        from moetier.tiers.plan import ArenaPlan, Region
+        from moetier.tiers.arena.arena import Arena
+        from moetier.tiers.arena.plan import ArenaPlan, Region
         descriptor = int(sys.argv[1])
         arena = Arena.map(descriptor, ArenaPlan("ab" * 32, (2,), (Region("records", 2, {PAGE}, {PAGE - 4}),)))
         print(bytes(arena.view(1)[:6]).decode())
@@ -193,9 +193,9 @@ def test_no_memory_is_a_budget_error() -> None:
     child = in_child(
         f"""
         import os
-        from moetier.tiers.arena import Arena
+        from moetier.tiers.arena.arena import Arena
         from moetier.tiers.errors import BudgetError
-        from moetier.tiers.plan import ArenaPlan, Region
+        from moetier.tiers.arena.plan import ArenaPlan, Region
         before = os.listdir("/proc/self/fd")
         try:
             Arena.create(ArenaPlan("", (1024,), (Region("records", 1024, {PAGE}, {PAGE - 4}),)))
@@ -214,7 +214,7 @@ def test_no_memory_is_a_budget_error() -> None:
 @pytest.mark.parametrize("code", ["ENOSPC", "ENOMEM"])
 def test_a_full_memory_is_a_budget_error(code: str) -> None:
     program = (
-        "from moetier.tiers.arena import Arena; from moetier.tiers.plan import ArenaPlan, Region; "
+        "from moetier.tiers.arena.arena import Arena; from moetier.tiers.arena.plan import ArenaPlan, Region; "
         f"Arena.create(ArenaPlan('', (4,), (Region('records', 4, {PAGE}, {PAGE - 4}),)))"
     )
     injected = subprocess.run(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import make_plan
 
-from moetier.tiers.budget import largest_budget, members, slot_ranges, slots_for, smallest_budget
+from moetier.tiers.cache.budget import largest_budget, members, slot_ranges, slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.tiers.checksum import checksum_bytes, crc32c
+from moetier.tiers.store.checksum import checksum_bytes, crc32c
 
 MANY = 500  # attempts: a busy machine may give the other thread no processor during one checksum
 

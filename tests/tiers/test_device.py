@@ -17,17 +17,17 @@ from stores import make_plan, make_records, make_store
 from threads import Task, run_all, wait_until
 from unsteady import UnsteadySource
 
-from moetier.tiers.arena import Arena
-from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
-from moetier.tiers.device import DeviceTier
+from moetier.tiers.arena.arena import Arena
+from moetier.tiers.cache.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.device.page_locks import PageLocks
+from moetier.tiers.device.stream import CudaDevice
+from moetier.tiers.device.tier import DeviceTier
+from moetier.tiers.device.views import HostViews, SlotViews
 from moetier.tiers.errors import BudgetError, ClosedError, StoreReadError
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey, RecordLayout
-from moetier.tiers.page_locks import PageLocks
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.source import Lease
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.stream import CudaDevice
-from moetier.tiers.views import HostViews, SlotViews
+from moetier.tiers.store.reader import ExpertStore
 
 
 def arena_address(host: HostTier) -> int:

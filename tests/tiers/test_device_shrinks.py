@@ -13,9 +13,9 @@ from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys
 from readers import PATIENCE, RamReader
 from threads import Task, run_all, wait_until
 
-from moetier.tiers.device import DeviceTier
+from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.errors import BudgetError, ClosedError
-from moetier.tiers.host import HostTier
+from moetier.tiers.host.tier import HostTier
 
 SIZE = PLAN.layouts["records"].slot_bytes
 ALL = {"records": 12}

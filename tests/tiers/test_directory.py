@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from readers import RamReader
 from stores import layout_of, make_plan, make_records
 
-from moetier.tiers.arena import SEALS, Arena
-from moetier.tiers.directory import Directory
+from moetier.tiers.arena.arena import SEALS, Arena
+from moetier.tiers.arena.directory import Directory
+from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.errors import ArenaError
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import CHECKSUM_BYTES, ExpertKey
-from moetier.tiers.plan import ArenaPlan
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 
 MANIFEST = make_plan(blocks=1, experts=4, top_k=2, layout=layout_of(16, 16))
 RECORDS = make_records(MANIFEST)

@@ -14,13 +14,13 @@ from faults import flip_bit
 from format_reader import Reader
 from stores import make_plan, make_records, write_store
 
-from moetier.runtime.linear import matrix_layout
-from moetier.tiers.keys import BITS, Bits, ExpertKey, RecordLayout
+from moetier.runtime.moe.linear import matrix_layout
+from moetier.tiers.layout import BITS, Bits, ExpertKey, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
-from moetier.tiers.quantize import decode, encode, layout_for, sections
-from moetier.tiers.shard import ShardFile
-from moetier.tiers.store import ExpertStore
-from moetier.tools.convert import convert
+from moetier.tiers.quant.codec import decode, encode, layout_for, sections
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import ShardFile
+from moetier.tools.commands.convert import convert
 
 GENERATOR = torch.Generator().manual_seed(0)
 SHAPES = {  # as modules hold them: rows that are no multiple of 64, one of a group that nothing of it divides, a bias

@@ -18,15 +18,16 @@ from readers import GatedReader, RamReader
 from stores import make_plan, make_records, write_store
 from threads import Task, wait_until
 
-from moetier.tiers import early, heads
-from moetier.tiers.budget import slots_for, smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, ChecksumError, MissingExpertError, StoreReadError
-from moetier.tiers.heads import HEADS, LEAST_BYTES, PIECES, SHARE, Heads, head_bytes, piece_bytes
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import PAGE, ExpertKey
-from moetier.tiers.shard import GROUP, ShardFile
+from moetier.tiers.host import prefetch as early
+from moetier.tiers.host import staging as heads
+from moetier.tiers.host.staging import HEADS, LEAST_BYTES, PIECES, SHARE, Heads, head_bytes, piece_bytes
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.source import Beginning
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import GROUP, ShardFile
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)

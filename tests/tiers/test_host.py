@@ -23,14 +23,14 @@ from readers import PATIENCE, GatedReader, RamReader
 from stores import make_plan, make_records
 from threads import Task, run_all, wait_until
 
-from moetier.tiers import early
-from moetier.tiers.budget import largest_budget, slots_for, smallest_budget
-from moetier.tiers.early import LEAST_RIGHT
+from moetier.tiers.cache.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.cache.orders import ORDERS
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
-from moetier.tiers.host import HostTier
-from moetier.tiers.hotset import HotSet
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import ORDERS
+from moetier.tiers.host import prefetch as early
+from moetier.tiers.host.prefetch import LEAST_RIGHT
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.host.warmup import HotSet
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Beginning, Lease
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
@@ -123,7 +123,7 @@ def test_memory_that_can_not_be_had_leaves_nothing() -> None:
         from geometries import two_geometries
         from readers import RamReader
         from moetier.tiers.errors import BudgetError
-        from moetier.tiers.host import HostTier
+        from moetier.tiers.host.tier import HostTier
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         before = os.listdir("/proc/self/fd")
         try:
@@ -144,8 +144,8 @@ def test_a_tier_that_nobody_closes_does_not_keep_its_process() -> None:
         """
         from readers import GatedReader
         from stores import make_plan
-        from moetier.tiers.host import HostTier
-        from moetier.tiers.keys import ExpertKey
+        from moetier.tiers.host.tier import HostTier
+        from moetier.tiers.layout import ExpertKey
         reader = GatedReader(make_plan(), {})
         tier = HostTier(reader, slots={"records": 2})
         tier.prefetch(0, [ExpertKey(0, 0)])
@@ -165,8 +165,8 @@ def test_a_session_for_which_no_thread_is_to_be_had_leaves_the_tier_as_it_was() 
         from pathlib import Path
         from readers import RamReader
         from stores import make_plan, make_records
-        from moetier.tiers.host import HostTier
-        from moetier.tiers.keys import ExpertKey
+        from moetier.tiers.host.tier import HostTier
+        from moetier.tiers.layout import ExpertKey
         plan = make_plan()
         with HostTier(RamReader(plan, make_records(plan)), slots={"records": 2}) as tier:
             limits = resource.getrlimit(resource.RLIMIT_AS)

@@ -20,13 +20,13 @@ import pytest
 from stores import without_sums
 
 from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError
-from moetier.tiers.folder import MOST_JSON_BYTES, read_manifest, read_origin, resuming
-from moetier.tiers.keys import Projection, RecordLayout
+from moetier.tiers.layout import Projection, RecordLayout
 from moetier.tiers.manifest import FileSum
-from moetier.tiers.shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.trunk import INDEX, check_trunk, trunk_faults, trunk_records
-from moetier.tools.convert import convert
+from moetier.tiers.store.folder import MOST_JSON_BYTES, read_manifest, read_origin, resuming
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN
+from moetier.tiers.store.trunk import INDEX, check_trunk, trunk_faults, trunk_records
+from moetier.tools.commands.convert import convert
 
 TRUNK = "trunk-00001-of-00001.safetensors"
 HEADER = f"the header of {TRUNK}"
@@ -183,11 +183,11 @@ def test_hints_that_are_hostile_are_not_used(directory: Path, tmp_path: Path) ->
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from moetier.runtime.model_config import read_config
+from moetier.runtime.checkpoint.config_json import read_config
 from moetier.tiers.errors import StoreError
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.trunk import check_trunk, trunk_records
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.trunk import check_trunk, trunk_records
 for folder in sys.argv[1:]:
     directory, cause, began = Path(folder), "", time.process_time()
     try:

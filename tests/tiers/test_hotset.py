@@ -14,8 +14,8 @@ from faults import mounted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.tiers.hotset import HALF_LIFE, HotSet, hot_set_path, keep_hot_set, load_hot_set
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.host.warmup import HALF_LIFE, HotSet, hot_set_path, keep_hot_set, load_hot_set
+from moetier.tiers.layout import ExpertKey
 
 DIGEST = "0123abcd" * 8
 EXPERTS = {0: 4, 1: 8}
@@ -171,7 +171,8 @@ def test_a_full_disk_is_a_warning_and_what_was_kept_stays(
 
 def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None:
     code = (
-        "import sys; from moetier.tiers.hotset import HotSet, keep_hot_set; from moetier.tiers.keys import ExpertKey\n"
+        "import sys; from moetier.tiers.host.warmup import HotSet, keep_hot_set\n"
+        "from moetier.tiers.layout import ExpertKey\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "used = HotSet(); used.use([ExpertKey(0, int(sys.argv[1]))])\n"
         f"for _ in range(20): keep_hot_set({DIGEST!r}, {EXPERTS}, used)"
@@ -200,9 +201,9 @@ def test_a_writer_that_is_killed_leaves_what_was_there(cache: Path) -> None:
     """In the middle of the write, by the kernel; the lock goes with it."""
     keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
     code = (
-        "import os, signal; import moetier.tiers.durable as durable\n"
+        "import os, signal; import moetier.tiers.store.atomic as durable\n"
         "durable.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from moetier.tiers.hotset import HotSet, keep_hot_set; from moetier.tiers.keys import ExpertKey\n"
+        "from moetier.tiers.host.warmup import HotSet, keep_hot_set; from moetier.tiers.layout import ExpertKey\n"
         f"u = HotSet(); u.use([ExpertKey(1, 1)]); keep_hot_set({DIGEST!r}, {EXPERTS}, u)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from moetier.tiers import hqq
+from moetier.tiers.quant import hqq
 
 GROUP = 64
 WIDTHS = (8, 4, 3, 2)

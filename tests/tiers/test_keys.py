@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moetier.tiers.fields import Fields
-from moetier.tiers.keys import ALIGNMENT, BITS, PAGE, Bias, Bits, Projection, RecordLayout
+from moetier.tiers.layout import ALIGNMENT, BITS, PAGE, Bias, Bits, Projection, RecordLayout
 
 
 def layout_of(bits: Bits, pairs: str = "bfloat16") -> RecordLayout:

@@ -15,12 +15,12 @@ from forks import in_fork
 from stores import make_store
 from threads import wait_until
 
-from moetier.tiers.device import DeviceTier
-from moetier.tiers.host import HostTier
-from moetier.tiers.hotset import hot_set_path, load_hot_set
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.learner import Learner
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.device.tier import DeviceTier
+from moetier.tiers.host.learner import Learner
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.host.warmup import hot_set_path, load_hot_set
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.reader import ExpertStore
 
 EXPERTS = {0: 4, 1: 4, 2: 4}
 
@@ -115,10 +115,10 @@ def test_a_process_that_is_killed_leaves_what_it_kept_last(store: ExpertStore, c
     code = """
         import sys
         from pathlib import Path
-        from moetier.tiers.host import HostTier
-        from moetier.tiers.keys import ExpertKey
-        from moetier.tiers.learner import Learner
-        from moetier.tiers.store import ExpertStore
+        from moetier.tiers.host.tier import HostTier
+        from moetier.tiers.layout import ExpertKey
+        from moetier.tiers.host.learner import Learner
+        from moetier.tiers.store.reader import ExpertStore
         tier = HostTier(ExpertStore.open(Path(sys.argv[1])), slots={"records": 6})
         learner = Learner(tier, every=0.05)
         list(tier.acquire([ExpertKey(0, 2)]))

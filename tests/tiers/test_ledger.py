@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stores import layout_of, make_plan
 
-from moetier.tiers.budget import members, slot_ranges
-from moetier.tiers.demands import Demand, Load, Party, Pool
-from moetier.tiers.directory import Directory
+from moetier.tiers.arena.directory import Directory
+from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.cache.budget import members, slot_ranges
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.quotas import plan_groups
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.heads import Head, Heads
-from moetier.tiers.keys import PAGE, ExpertKey
-from moetier.tiers.ledger import Ledger
-from moetier.tiers.monitor import Monitor
-from moetier.tiers.order import ORDERS
-from moetier.tiers.parties import Parties
-from moetier.tiers.plan import ArenaPlan
-from moetier.tiers.policy import plan_groups
-from moetier.tiers.session import Desk, Event, Failed, Granted, Session
+from moetier.tiers.host.ledger import Ledger
+from moetier.tiers.host.parties import Parties
+from moetier.tiers.host.requests import Demand, Load, Party, Pool
+from moetier.tiers.host.session import Desk, Event, Failed, Granted, Session
+from moetier.tiers.host.staging import Head, Heads
+from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.locks import Monitor
 
 MANIFEST = two_geometries()
 EXPERTS = 4

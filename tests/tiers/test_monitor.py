@@ -8,7 +8,7 @@ from cuts import cut
 from threads import Task, wait_until
 
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.monitor import Monitor
+from moetier.tiers.locks import Monitor
 
 
 def test_steps_run_one_at_a_time() -> None:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.tiers import planes
-from moetier.tiers.planes import fold, from_kernel_order, unfold
+from moetier.tiers.quant import packing as planes
+from moetier.tiers.quant.packing import fold, from_kernel_order, unfold
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
+from moetier.tiers.cache.quotas import BlockPolicy, Group, plan_groups
+from moetier.tiers.cache.slots import Slots
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Block
-from moetier.tiers.order import DEFAULT_ORDER, ORDERS, Order
-from moetier.tiers.policy import BlockPolicy, Group, plan_groups
-from moetier.tiers.slots import Slots
 
 
 def blocks_of(*shapes: tuple[int, int]) -> dict[int, Block]:

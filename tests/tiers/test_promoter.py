@@ -18,9 +18,9 @@ from readers import PATIENCE, GatedReader, RamReader
 from threads import Task, run_all, wait_until
 from unsteady import UnsteadySource
 
-from moetier.tiers.device import DeviceTier
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.device.tier import DeviceTier
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 
 ALL = {"records": 12}
 SIZE = PLAN.layouts["records"].slot_bytes

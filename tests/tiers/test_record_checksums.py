@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from stores import make_plan, make_records, make_store, without_table, write_store
 
-from moetier.tiers.digest import foreign_shards
 from moetier.tiers.errors import ChecksumError
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.shard import GROUP, METADATA, ShardFile
-from moetier.tiers.store import ExpertStore
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.digest import foreign_shards
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import GROUP, METADATA, ShardFile
 
 PLAN = make_plan()
 

@@ -10,9 +10,9 @@ from readers import RamReader
 from stores import make_plan, make_records
 from threads import run_all
 
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import ORDERS
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 
 PLAN = make_plan(blocks=2, experts=64, top_k=2)
 RECORDS = make_records(PLAN)

@@ -12,11 +12,11 @@ from readers import PATIENCE, GatedReader, RamReader
 from stores import layout_of, make_plan, make_records
 from threads import Task, run_all, wait_until
 
-from moetier.tiers.budget import slots_for, smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, ExhaustedError, MissingExpertError, ProtocolError, StoreReadError
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.session import Event, Failed, Granted, Session
+from moetier.tiers.host.session import Event, Failed, Granted, Session
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)  # no two alike

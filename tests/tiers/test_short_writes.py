@@ -31,9 +31,9 @@ TRUNK = (
     + """
 import numpy as np
 from safetensors.numpy import save_file
-from moetier.tools.dequantize import Plain
-from moetier.tools.shards import CHUNK_BYTES, read_header
-from moetier.tools.trunk import plan_trunk
+from moetier.runtime.checkpoint.dequantize import Plain
+from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, read_header
+from moetier.tools.convert.trunk import plan_trunk
 
 save_file({"a": np.arange(3 * CHUNK_BYTES // 4, dtype=np.float32).reshape(3, -1)}, folder / "source.safetensors")
 (file,) = plan_trunk({name: Plain(tensor) for name, tensor in read_header(folder / "source.safetensors").items()})
@@ -60,9 +60,9 @@ RECORDS = (
     + """
 from stores import make_plan, make_records
 from moetier.tiers.errors import TargetError
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.writer import StoreWriter
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.writer import StoreWriter
 
 plan = make_plan(blocks=1)
 records = make_records(plan)
@@ -91,7 +91,7 @@ with ExpertStore.open(folder) as store:
 SMALL = (
     BEGIN
     + """
-from moetier.tiers.durable import write_durably
+from moetier.tiers.store.atomic import write_durably
 path = folder / "small"
 write_durably(path, b"before")
 files_end_at(100_000)
@@ -126,7 +126,7 @@ def test_other_files(tmp_path: Path, script: str) -> None:
 
 NOTHING = """
 import sys
-from moetier.tiers.durable import write_all
+from moetier.tiers.store.atomic import write_all
 with open(sys.argv[1], "wb") as stream:
     try:
         write_all(stream.fileno(), bytes(100), 0)
@@ -154,4 +154,4 @@ def test_only_one_function_calls_the_system_s_write() -> None:
                 unbuffered and node.func.attr == "write" and ast.unparse(node.func.value) == "stream"
             ):
                 found.add(f"{path.parent.name}/{path.stem}")
-    assert found == {"tiers/durable", "runtime/side_server", "runtime/life", "tools/page_cache"}
+    assert found == {"store/atomic", "daemon/side_server", "daemon/process", "bench/page_cache"}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.slots import Slots, State
+from moetier.tiers.cache.slots import Slots, State
+from moetier.tiers.layout import ExpertKey
 
 COUNT = 4
 KEYS = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 3))

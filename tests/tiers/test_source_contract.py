@@ -20,16 +20,16 @@ from outlets import PLAIN, served
 from stores import make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
-from moetier.runtime.client import DaemonTier
-from moetier.runtime.remote import RemoteReader
-from moetier.tiers.budget import slots_for, smallest_budget
-from moetier.tiers.device import DeviceTier
+from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.cache.budget import slots_for, smallest_budget
+from moetier.tiers.device.tier import DeviceTier
+from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
-from moetier.tiers.host import HostTier
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource, Lease
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.views import HostViews
+from moetier.tiers.store.reader import ExpertStore
 
 PLAN = make_plan(blocks=3, experts=6, top_k=2)
 RECORDS = make_records(PLAN)

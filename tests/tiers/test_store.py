@@ -34,11 +34,11 @@ from moetier.tiers.errors import (
     StoreFormatError,
     StoreReadError,
 )
-from moetier.tiers.keys import PAGE, ExpertKey, RecordLayout
-from moetier.tiers.shard import EMPTY, GROUP, METADATA, ShardFile
+from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
 from moetier.tiers.source import Beginning
-from moetier.tiers.store import PIECE_BYTES, ExpertStore
-from moetier.tiers.writer import StoreWriter
+from moetier.tiers.store.reader import PIECE_BYTES, ExpertStore
+from moetier.tiers.store.shard import EMPTY, GROUP, METADATA, ShardFile
+from moetier.tiers.store.writer import StoreWriter
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three pieces, the last one short
@@ -297,7 +297,8 @@ def test_a_key_that_the_model_does_not_have(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_zarr_and_no_torch() -> None:
-    code = "import moetier.tiers.store, sys; print([m for m in ('zarr', 'torch', 'transformers') if m in sys.modules])"
+    heavy = "print([m for m in ('zarr', 'torch', 'transformers') if m in sys.modules])"
+    code = f"import moetier.tiers.store.reader, sys; {heavy}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -599,8 +600,8 @@ import json, mmap, sys
 sys.path.insert(0, {str(HELPERS)!r})
 from pathlib import Path
 from moetier.tiers.errors import StoreError
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.keys import ExpertKey
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.layout import ExpertKey
 found = {{}}
 with ExpertStore.open(Path(sys.argv[1])) as store:
     for block, entry in enumerate(store.manifest.blocks):

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from stores import make_plan, make_records, write_store
 
-from moetier.tiers import trunk
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError, StoreReadError, TargetExistsError
-from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import FileSum, Manifest, TrunkRecords
-from moetier.tiers.shard import GROUP
-from moetier.tiers.trunk import INDEX, check_sum, check_trunk, trunk_faults, trunk_records
-from moetier.tiers.writer import StoreWriter
+from moetier.tiers.store import trunk
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.shard import GROUP
+from moetier.tiers.store.trunk import INDEX, check_sum, check_trunk, trunk_faults, trunk_records
+from moetier.tiers.store.writer import StoreWriter
 
 NAMES = ("trunk-00001-of-00002.safetensors", "trunk-00002-of-00002.safetensors")
 

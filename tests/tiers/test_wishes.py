@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.wishes import Wishes
+from moetier.tiers.host.wishes import Wishes
+from moetier.tiers.layout import ExpertKey
 
 
 def keys(block: int, *experts: int) -> list[ExpertKey]:

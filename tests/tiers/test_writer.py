@@ -21,11 +21,11 @@ from faults import mounted, only, strace
 from stores import layout_of, make_plan, make_records, make_store, write_store
 
 from moetier.tiers.errors import DiskSpaceError, IncompleteStoreError, TargetError, TargetExistsError
-from moetier.tiers.keys import ExpertKey, Projection, RecordLayout
+from moetier.tiers.layout import ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.shard import GROUP, METADATA, PARTIAL, PLAN, ShardFile
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.writer import StoreWriter
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import GROUP, METADATA, PARTIAL, PLAN, ShardFile
+from moetier.tiers.store.writer import StoreWriter
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 

@@ -15,10 +15,14 @@ from cgroups import memory_limit
 from stores import make_plan
 
 from moetier.tiers.errors import BudgetError, ConfigError
-from moetier.tiers.store import ExpertStore
-from moetier.tools import bench_child, bench_convert, bench_kernels, bench_model, compute_rate, page_cache
-from moetier.tools.bench_model import Floor, Setting
-from moetier.tools.geometry import shapes_of
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tools.bench import bench_model, page_cache
+from moetier.tools.bench import child as bench_child
+from moetier.tools.bench import convert as bench_convert
+from moetier.tools.bench import kernels as bench_kernels
+from moetier.tools.bench import rates as compute_rate
+from moetier.tools.bench.model import Floor, Setting
+from moetier.tools.lab.synthetic import shapes_of
 from moetier.tools.main import main
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"

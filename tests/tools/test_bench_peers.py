@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools import page_cache
-from moetier.tools.gguf_export import export_gguf
+from moetier.tools.bench import page_cache
+from moetier.tools.bench.gguf_export import export_gguf
 from moetier.tools.main import main
 
 HAS_LLAMA = importlib.util.find_spec("llama_cpp") is not None

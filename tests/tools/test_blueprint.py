@@ -14,14 +14,14 @@ from checkpoints import edit_json, edit_tensors, ordinary_model, save_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moetier.runtime.experts import experts_modules
+from moetier.runtime.checkpoint.blueprint import make_blueprint
+from moetier.runtime.checkpoint.dequantize import source_tensors
+from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.runtime.checkpoint.skeleton import build_on_meta, supported_types
+from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tools.blueprint import make_blueprint
-from moetier.tools.checkpoint import open_checkpoint
-from moetier.tools.conversion import Conversion, Options
-from moetier.tools.convert import convert
-from moetier.tools.dequantize import source_tensors
-from moetier.tools.skeleton import build_on_meta, supported_types
+from moetier.tools.commands.convert import convert
+from moetier.tools.convert.conversion import Conversion, Options
 
 # beside the required ones: fused, interleaved or transposed checkpoints, two Experts modules in a layer, several towers
 TELLING = {"phimoe", "ernie4_5_vl_moe", "inkling", "inkling2_loop", "aria", "openai_privacy_filter", "qwen3_omni_moe"}

@@ -7,11 +7,11 @@ import pytest
 from geometries import two_geometries
 from stores import layout_of, make_plan
 
-from moetier.runtime.trace import Trace
-from moetier.tiers.order import ORDERS
-from moetier.tiers.policy import Group
-from moetier.tools.bound import Bound, Need, Rates, misses_of, need_of, rows_of, slots_within
-from moetier.tools.simulation import simulate
+from moetier.runtime.trace.trace import Trace
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.quotas import Group
+from moetier.tools.bench.bound import Bound, Need, Rates, misses_of, need_of, rows_of, slots_within
+from moetier.tools.lab.simulation import simulate
 
 GB = 10**9
 

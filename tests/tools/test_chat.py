@@ -15,10 +15,10 @@ import pytest
 from terminals import CTRL_C, CTRL_D, UP, Terminal
 
 import moetier
-from moetier.runtime.experts import experts_modules
-from moetier.tools.answering import Answering
-from moetier.tools.conversation import PLAIN_TEMPLATE
-from moetier.tools.interrupt import Interrupt, Leave
+from moetier.runtime.generation.conversation import PLAIN_TEMPLATE
+from moetier.runtime.moe.experts import experts_modules
+from moetier.tools.chat.answer import Answering
+from moetier.tools.chat.interrupt import Interrupt, Leave
 from moetier.tools.main import main
 
 
@@ -217,7 +217,7 @@ gnu_readline = pytest.mark.skipif(
 )
 
 LOOP = (
-    "from moetier.tools.chat_input import ChatInput; from moetier.tools.dialogue import Dialogue\n"
+    "from moetier.tools.chat.chat_input import ChatInput; from moetier.tools.chat.dialogue import Dialogue\n"
     "Dialogue(None, None, None, None, most=1, as_json=False, status=False).talk(ChatInput()); print('left')"
 )
 

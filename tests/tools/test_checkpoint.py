@@ -16,9 +16,9 @@ from checkpoints import edit_json, save_checkpoint, tree
 from hubs import REVISION, Hub, serve_hub
 from prepared import MAIN, Prepared, prepared
 
+from moetier.runtime.checkpoint.files import INDEX, WEIGHTS, open_checkpoint
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tools.checkpoint import INDEX, WEIGHTS, open_checkpoint
-from moetier.tools.convert import convert
+from moetier.tools.commands.convert import convert
 
 TOUCH = "import pathlib; pathlib.Path({!r}).write_text('run')"
 
@@ -198,7 +198,7 @@ def test_a_folder_without_config_or_weights_is_refused(source: Path, tmp_path: P
 
 OPEN = """
 import sys
-from moetier.tools.checkpoint import open_checkpoint
+from moetier.runtime.checkpoint.files import open_checkpoint
 checkpoint = open_checkpoint(sys.argv[1])
 print(checkpoint.name, len(checkpoint.tensors), *checkpoint.copied)
 """

@@ -9,7 +9,7 @@ import torch
 from architectures import FURTHER, REQUIRED, tiny_model
 from comparison import GENERATES_OTHERWISE
 
-from moetier.tools.decoding import chunks_of
+from moetier.runtime.generation.decoding import chunks_of
 
 GENERATES = sorted((REQUIRED | FURTHER) - GENERATES_OTHERWISE)
 CHUNK = 5

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools import failure
+from moetier.tools.cli import failure
+from moetier.tools.cli.options import commands_of, settable
+from moetier.tools.cli.settings import GENERAL_KEYS
 from moetier.tools.main import COMMANDS, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, build_parser, main
-from moetier.tools.options import commands_of, settable
-from moetier.tools.settings import GENERAL_KEYS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
 

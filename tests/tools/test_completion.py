@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools.completion import script
+from moetier.tools.commands.completion import script
 from moetier.tools.main import COMMANDS, main
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools.doctor_machine import configuration
-from moetier.tools.finding import State, look
+from moetier.tools.doctor.finding import State, look
+from moetier.tools.doctor.machine import configuration
 from moetier.tools.main import main
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from moetier.runtime.generation.conversation import Conversation
 from moetier.tiers.errors import ConfigError
-from moetier.tools.conversation import Conversation
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"

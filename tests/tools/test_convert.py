@@ -19,6 +19,7 @@ from faults import flip_bit, mounted, only, strace
 from prepared import Prepared
 from torch import Tensor
 
+from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tiers.errors import (
     CheckpointError,
     ConfigError,
@@ -27,15 +28,14 @@ from moetier.tiers.errors import (
     TargetError,
     TargetExistsError,
 )
-from moetier.tiers.keys import BITS, GROUPS, PAIR_TYPES, Bits
+from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, Bits
 from moetier.tiers.manifest import FileSum
-from moetier.tiers.shard import GROUP, PARTIAL
-from moetier.tiers.store import ExpertStore
-from moetier.tools.checkpoint import open_checkpoint
-from moetier.tools.conversion import Conversion, Options
-from moetier.tools.convert import convert, options_of
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import GROUP, PARTIAL
+from moetier.tools.commands.convert import convert, options_of
+from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.target import State
 from moetier.tools.main import build_parser, main
-from moetier.tools.target import State
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 
@@ -357,12 +357,12 @@ def test_a_disk_that_is_too_small_is_said_before(source: Path, tmp_path: Path) -
 PRELUDE = """
 import os, signal, sys
 from pathlib import Path
-import moetier.tools.conversion, transformers.models.mixtral.modeling_mixtral
-from moetier.tools.checkpoint import open_checkpoint
-from moetier.tools.conversion import Conversion, Options
-from moetier.tools.convert import convert
+import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
+from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.commands.convert import convert
 from moetier.tools.main import main
-from moetier.tools.target import State
+from moetier.tools.convert.target import State
 source, target = sys.argv[1:3]
 
 def on_events(act):

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from cgroups import memory_limit
 
-from moetier.tools.checkpoint import open_checkpoint
-from moetier.tools.conversion import Conversion, Options
-from moetier.tools.geometry import COMMON, GEOMETRIES
-from moetier.tools.synthetic import make_synthetic
+from moetier.runtime.checkpoint.files import open_checkpoint
+from moetier.tools.commands.synthetic import make_synthetic
+from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.lab.synthetic import COMMON, GEOMETRIES
 
 GIB = 1 << 30
 ALLOCATOR_BYTES = 64 << 20  # glibc's arenas, one for each thread, and what they keep

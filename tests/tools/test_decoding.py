@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import moetier
-from moetier.tools.decoding import ONE_SEQUENCE, behind, sampling_of
+from moetier.runtime.generation.decoding import ONE_SEQUENCE, behind, sampling_of
 from moetier.tools.main import main
 
 PROMPT = "La mattina seguente, don Rodrigo"

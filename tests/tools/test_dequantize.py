@@ -12,12 +12,12 @@ from quantised_checkpoints import BLOCK, FP8, quantise_fp8, quantise_mxfp4, quan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moetier.runtime.experts import experts_modules
+from moetier.runtime.checkpoint import dequantize
+from moetier.runtime.checkpoint.dequantize import E2M1, Scaled, source_tensors
+from moetier.runtime.checkpoint.safetensors import read_header
+from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tools import dequantize
-from moetier.tools.convert import convert
-from moetier.tools.dequantize import E2M1, Scaled, source_tensors
-from moetier.tools.shards import read_header
+from moetier.tools.commands.convert import convert
 
 
 def from_fp8(weight: Tensor, scale: Tensor, rows: int = BLOCK, columns: int = BLOCK) -> Tensor:

@@ -12,12 +12,13 @@ from forks import in_fork
 from stores import NASTY, layout_of, make_store
 from users import as_nobody
 
-from moetier.runtime.running import FILE
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.shard import ShardFile
-from moetier.tools import doctor_machine, doctor_store
-from moetier.tools.doctor import findings
-from moetier.tools.finding import Finding, State, fail, lines_of, look, ok
+from moetier.runtime.wire.running import FILE
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.shard import ShardFile
+from moetier.tools.commands.doctor import findings
+from moetier.tools.doctor import machine as doctor_machine
+from moetier.tools.doctor import store as doctor_store
+from moetier.tools.doctor.finding import Finding, State, fail, lines_of, look, ok
 from moetier.tools.main import main
 
 NAMES = ["python", "libraries", "config", "cpu", "kernel", "gpu", "memory", "memfd", "memlock", "/dev/shm", "daemons"]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from users import as_nobody
 
-from moetier.tools.doctor import findings
-from moetier.tools.failure import EXIT_ERROR, EXIT_FAULT, failure_of
-from moetier.tools.finding import State
+from moetier.tools.cli.failure import EXIT_ERROR, EXIT_FAULT, failure_of
+from moetier.tools.cli.options import commands_of
+from moetier.tools.cli.plain import as_options
+from moetier.tools.commands.doctor import findings
+from moetier.tools.doctor.finding import State
 from moetier.tools.main import build_parser, main
-from moetier.tools.options import commands_of
-from moetier.tools.plain import as_options
 
 
 def raised(work: Callable[[], object]) -> Exception:
@@ -132,7 +132,7 @@ def test_what_an_error_calls_a_parameter_is_an_option_of_the_command_line() -> N
     texts = [
         node.value
         for folder in ("tiers", "runtime")
-        for path in sorted((root / folder).glob("*.py"))
+        for path in sorted((root / folder).rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "``" not in node.value
     ]
@@ -147,9 +147,9 @@ def test_what_an_error_calls_a_parameter_is_an_option_of_the_command_line() -> N
 @pytest.mark.parametrize("folder", ["tiers", "runtime"])
 def test_no_error_of_load_names_an_option(folder: str) -> None:
     """But where a command is named, or in what the daemon's own command says."""
-    of_the_daemon = {"daemon_config", "hold", "life", "side_server", "metrics_server", "address"}
+    of_the_daemon = {"options", "hold", "process", "side_server", "metrics_server", "address"}
     root = Path(__file__).parent.parent.parent
-    for path in sorted((root / folder).glob("*.py")):
+    for path in sorted((root / folder).rglob("*.py")):
         if path.stem in of_the_daemon:
             continue
         tree = ast.parse(path.read_text())

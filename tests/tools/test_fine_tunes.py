@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from stores import without_table
 
 import moetier
+from moetier.runtime.checkpoint import files as checkpoint
+from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tiers.errors import ChecksumError, TargetExistsError
-from moetier.tiers.shard import GROUP, METADATA
-from moetier.tools import checkpoint
-from moetier.tools.checkpoint import open_checkpoint
-from moetier.tools.conversion import Conversion, Options
-from moetier.tools.convert import convert
+from moetier.tiers.store.shard import GROUP, METADATA
+from moetier.tools.commands.convert import convert
+from moetier.tools.convert.conversion import Conversion, Options
 from moetier.tools.main import main
 
 BEGUN = 1  # blocks that a cut conversion has finished

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from geometries import two_geometries
 
-from moetier.tools.forecast import Caching, Cost, DiskRate, Rates, Trunk, prompt_cost, token_cost
+from moetier.tools.plan.forecast import Caching, Cost, DiskRate, Rates, Trunk, prompt_cost, token_cost
 
 MANIFEST = two_geometries()  # top-3 of 4 in two blocks, top-2 of 4 in three
 ALL = {"big": 8, "small": 12}

@@ -11,12 +11,12 @@ import pytest
 from cgroups import memory_limit
 
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
-from moetier.tools import cgroup, page_cache
-from moetier.tools.disk_rate import RandomReads, read_rate
-from moetier.tools.fresh import fresh
-from moetier.tools.machine import Machine
-from moetier.tools.page_cache import drop_page_cache
-from moetier.tools.token_ids import read_ids
+from moetier.tools.bench import cgroup, page_cache
+from moetier.tools.bench.disk_rate import RandomReads, read_rate
+from moetier.tools.bench.machine import Machine
+from moetier.tools.bench.page_cache import drop_page_cache
+from moetier.tools.bench.sandbox import fresh
+from moetier.tools.bench.token_ids import read_ids
 
 MIB = 1 << 20
 

@@ -16,10 +16,10 @@ from threads import wait_until
 
 import moetier
 from moetier.runtime.config import format_bytes
-from moetier.tiers.store import ExpertStore
-from moetier.tools.daemon_reads import DaemonWatch
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tools.cli.daemon_reads import DaemonWatch
+from moetier.tools.cli.report import Timing
 from moetier.tools.main import main
-from moetier.tools.report import Timing
 
 PROMPT = "def read_lines(path):"
 

@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from moetier.tiers.errors import TargetExistsError, UnsupportedModelError
-from moetier.tools.geometry import GEOMETRIES
-from moetier.tools.gguf_export import Kind, export_gguf
-from moetier.tools.peers import llama_logits
-from moetier.tools.routing import read_tokens
-from moetier.tools.synthetic import make_synthetic
+from moetier.tools.bench.engines import llama_logits
+from moetier.tools.bench.gguf_export import Kind, export_gguf
+from moetier.tools.commands.synthetic import make_synthetic
+from moetier.tools.lab.routing import read_tokens
+from moetier.tools.lab.synthetic import GEOMETRIES
 
 pytest.importorskip("gguf")
 

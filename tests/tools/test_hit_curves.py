@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools.hit_curves import HitCurve, hit_curves, nearest_curve
+from moetier.tools.plan.hit_curves import HitCurve, hit_curves, nearest_curve
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def test_they_are_what_the_command_makes() -> None:
     made = runpy.run_path(str(ROOT / "tests/measurements/hit_curves.py"))["curve_of"](
         ROOT / f"tests/assets/traces/{name}.npz"
     )
-    bundled = json.loads((ROOT / "tools/hit_curves.json").read_text())["curves"]
+    bundled = json.loads((ROOT / "tools/plan/hit_curves.json").read_text())["curves"]
     assert made in bundled
     assert {curve["trace"] for curve in bundled} == {path.stem for path in (ROOT / "tests/assets/traces").glob("*.npz")}
 

@@ -15,11 +15,11 @@ import pytest
 from stores import NASTY, layout_of, make_plan, make_records, make_store, write_store
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
-from moetier.tiers.keys import Bias, Projection, RecordLayout
-from moetier.tiers.shard import GROUP, ShardFile
-from moetier.tiers.store import ExpertStore
-from moetier.tiers.writer import StoreWriter
-from moetier.tools import inspect
+from moetier.tiers.layout import Bias, Projection, RecordLayout
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import GROUP, ShardFile
+from moetier.tiers.store.writer import StoreWriter
+from moetier.tools.commands import inspect
 
 
 def run(folder: Path, *options: str) -> int:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from architectures import tiny_model
 
-from moetier.runtime.experts import experts_modules
-from moetier.tools.decoding import goes_on
-from moetier.tools.kept_cache import KeptCache
+from moetier.runtime.generation.decoding import goes_on
+from moetier.runtime.generation.prompt_cache import KeptCache
+from moetier.runtime.moe.experts import experts_modules
 
 NEW = 3  # tokens of an answer: the last of them goes through no layer
 

@@ -40,7 +40,7 @@ def test_every_command_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) ->
         build_parser().parse_args(["--help"])
     words = " ".join(capsys.readouterr().out.split())
     for name in COMMANDS:
-        help_line: str = import_module(f"moetier.tools.{name}").HELP
+        help_line: str = import_module(f"moetier.tools.commands.{name}").HELP
         assert f"{name} {help_line}" in words
 
 

@@ -12,16 +12,16 @@ import torch
 from architectures import TINY, tiny_model
 from checkpoints import edit_tensors, save_checkpoint, trunk_tensors
 
-from moetier.runtime.linear import WEIGHT, matrix_layout
+from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.memory import Available
+from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
-from moetier.tiers.keys import Bits
-from moetier.tiers.quantize import encode
-from moetier.tools import conversion, matrix_record
-from moetier.tools.checkpoint import open_checkpoint
-from moetier.tools.conversion import Conversion, Options
-from moetier.tools.convert import convert
-from moetier.tools.matrices import FLOAT, GATE, MIXED, READ, SHARED, SMALL, TOWER, Matrices, trunk_form
+from moetier.tiers.layout import Bits
+from moetier.tiers.quant.codec import encode
+from moetier.tools.commands.convert import convert
+from moetier.tools.convert import conversion, matrix_record
+from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.matrices import FLOAT, GATE, MIXED, READ, SHARED, SMALL, TOWER, Matrices, trunk_form
 
 BF16 = torch.bfloat16
 

@@ -15,10 +15,10 @@ from hubs import serve_hub
 from quantised_checkpoints import quantise_fp8, quantise_mxfp4
 from safetensors import safe_open
 
+from moetier.runtime.checkpoint.files import INDEX, WEIGHTS
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tools.checkpoint import INDEX, WEIGHTS
-from moetier.tools.outline import open_outline
-from moetier.tools.prospect import open_prospect
+from moetier.tools.plan.choices import open_prospect
+from moetier.tools.plan.outline import open_outline
 
 # experts apart and renamed; fused; beside shared experts and dense layers; with biases; head tied to the embedding
 ARCHITECTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next")
@@ -88,7 +88,7 @@ def test_a_folder_of_nothing(tmp_path: Path) -> None:
 
 OPEN = """
 from moetier.tiers.errors import CheckpointError
-from moetier.tools.prospect import open_prospect
+from moetier.tools.plan.choices import open_prospect
 found = open_prospect("acme/tiny-moe")
 print(found.name, found.outline.on_hub, found.source_bytes, *(choice.disk_bytes for choice in found.choices))
 try:

@@ -15,17 +15,17 @@ from prepared import Prepared
 from removals import IN_CHILD
 
 from moetier.tiers.errors import DiskSpaceError, TargetError, TargetExistsError
-from moetier.tiers.keys import PAGE, Bits
-from moetier.tiers.shard import GROUP
-from moetier.tools.convert import convert
-from moetier.tools.target import SLACK_BYTES
+from moetier.tiers.layout import PAGE, Bits
+from moetier.tiers.store.shard import GROUP
+from moetier.tools.commands.convert import convert
+from moetier.tools.convert.target import SLACK_BYTES
 
 KILLED = """
 import json, shutil
 from pathlib import Path
-import moetier.tools.conversion, transformers.models.mixtral.modeling_mixtral
+import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tiers.errors import TargetExistsError
-from moetier.tools.convert import convert
+from moetier.tools.commands.convert import convert
 source, old, work = sys.argv[1:]
 
 def converted(target, kill_at=None, overwrite=True):

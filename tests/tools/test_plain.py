@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threads import Task
 
-from moetier.tools.loading import loaded
+from moetier.tools.cli.loading import loaded
+from moetier.tools.cli.plain import readable
 from moetier.tools.main import main
-from moetier.tools.plain import readable
 
 HOSTILE = {  # what stands for each letter of the model's text, and how a terminal gets it
     "e": ("\x1b]52;c;aGk=\x07", "?]52;c;aGk=?"),  # writes to the clipboard

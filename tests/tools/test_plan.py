@@ -21,18 +21,18 @@ from hubs import MODEL, serve_hub
 from stores import NASTY
 
 import moetier
-from moetier.runtime.choice import kernels_for
+from moetier.runtime.checkpoint.files import INDEX
 from moetier.runtime.config import TierConfig
+from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
-from moetier.tools import plan_report, probes
-from moetier.tools.checkpoint import INDEX
-from moetier.tools.estimate import Speeds, estimate
-from moetier.tools.fit import Room, fit_of
-from moetier.tools.forecast import DiskRate
+from moetier.tools.commands.plan import plan
 from moetier.tools.main import main
-from moetier.tools.plan import plan
-from moetier.tools.prospect import open_prospect
+from moetier.tools.plan import plan_report, probes
+from moetier.tools.plan.choices import open_prospect
+from moetier.tools.plan.estimate import Speeds, estimate
+from moetier.tools.plan.fit import Room, fit_of
+from moetier.tools.plan.forecast import DiskRate
 
 GB_PER_S = 1.0
 
@@ -157,7 +157,7 @@ OF_HUB = """
 import json, sys
 from pathlib import Path
 from moetier.tools import plan_report, probes
-from moetier.tools.plan import plan
+from moetier.tools.commands.plan import plan
 probes.KERNEL_SECONDS, probes.UNCACHED_BYTES, probes.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
 asked = {"bits": [4], "trunk_bits": [8], "disk": 1.0, "context": 256, "ram": "1MiB"}
 found = [plan(sys.argv[1], **asked), plan(sys.argv[1], into=Path(sys.argv[2]), **asked)]

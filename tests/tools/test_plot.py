@@ -17,12 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from stores import NASTY
 
-from moetier.runtime.trace import NONE, Trace
+from moetier.runtime.trace.trace import NONE, Trace
+from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import ConfigError, TargetError
-from moetier.tiers.order import DEFAULT_ORDER
-from moetier.tools import figures, plot
+from moetier.tools.commands import plot
+from moetier.tools.lab import figures
+from moetier.tools.lab.simulation import simulate
 from moetier.tools.main import main
-from moetier.tools.simulation import simulate
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"
 MIXTRAL = TRACES / "mixtral_8x7b_instruct_h39s.npz"

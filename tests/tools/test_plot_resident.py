@@ -21,12 +21,12 @@ from stores import NASTY, layout_of
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
-from moetier.runtime.visit import visit
+from moetier.runtime.wire.probe import visit
 from moetier.tiers.errors import ConfigError, DaemonError, NobodyError, RefusedError, TargetError
 from moetier.tiers.manifest import Manifest
-from moetier.tools import plot
-from moetier.tools.figures import ORANGE
-from moetier.tools.plot_resident import draw_resident
+from moetier.tools.commands import plot
+from moetier.tools.lab.figures import ORANGE
+from moetier.tools.lab.plot import draw_resident
 
 SLOT = layout_of().slot_bytes
 

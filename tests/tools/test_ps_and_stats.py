@@ -21,8 +21,8 @@ from stores import layout_of, make_plan, make_records, write_store
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.manifest import Manifest
-from moetier.tools.report import format_seconds
-from moetier.tools.stats import changes
+from moetier.tools.cli.report import format_seconds
+from moetier.tools.commands.stats import changes
 
 SLOT = layout_of().slot_bytes
 COMMAND = [sys.executable, "-m", "moetier.tools.main"]

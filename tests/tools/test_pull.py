@@ -21,9 +21,9 @@ from prepared import Prepared, prepared
 from safetensors.torch import load_file, save_file
 from threads import wait_until
 
-from moetier.tools.convert import convert
-from moetier.tools.stages import stages
-from moetier.tools.target import JOURNAL
+from moetier.tools.commands.convert import convert
+from moetier.tools.convert.stages import stages
+from moetier.tools.convert.target import JOURNAL
 
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"
 OFFLINE = "import huggingface_hub.constants as constants; constants.HF_HUB_OFFLINE = True\n"  # read when it is imported
@@ -186,9 +186,9 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
 SLOW = """
 import sys, time
 from pathlib import Path
-import moetier.tools.conversion, moetier.tools.remote, transformers.models.mixtral.modeling_mixtral
+import moetier.tools.convert.conversion, moetier.tools.convert.remote, transformers.models.mixtral.modeling_mixtral
 from moetier.tools.main import main
-from moetier.tools.records import Encoder
+from moetier.tools.convert.encoder import Encoder
 begun, encode, first = Path(sys.argv[1]), Encoder._encode, True
 
 def patient(self, key, free):
@@ -252,9 +252,9 @@ def test_the_next_file_is_downloaded_while_blocks_are_made(
 
 PATIENT = """
 import sys, threading
-import moetier.tools.conversion, moetier.tools.remote, transformers.models.mixtral.modeling_mixtral
+import moetier.tools.convert.conversion, moetier.tools.convert.remote, transformers.models.mixtral.modeling_mixtral
 from moetier.tools.main import main
-from moetier.tools.records import Encoder
+from moetier.tools.convert.encoder import Encoder
 encode = Encoder._encode
 
 def patient(self, key, free):
@@ -285,8 +285,8 @@ LATE = """
 import os, signal, sys, threading
 from pathlib import Path
 from moetier.tools import ahead
-from moetier.tools.convert import pull
-from moetier.tools.passage import Passage
+from moetier.tools.commands.convert import pull
+from moetier.tools.convert.streaming import Passage
 ahead.GRACE, check_sum = 0, Passage._check_sum
 
 def late(self, found, remote, name):
@@ -404,7 +404,7 @@ def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
 
 
 LESS = """
-from moetier.tools.passage import Passage
+from moetier.tools.convert.streaming import Passage
 last = Passage.last
 Passage.last = lambda self, tensors: last(self, [name for name in tensors if 'self_attn' not in name])
 """
@@ -435,8 +435,8 @@ def test_what_another_version_did_not_keep_is_fetched_anew(
 STEPS = """
 import json, os, signal, sys
 from pathlib import Path
-import moetier.tools.conversion, moetier.tools.remote, transformers.models.mixtral.modeling_mixtral
-from moetier.tools.convert import pull
+import moetier.tools.convert.conversion, moetier.tools.convert.remote, transformers.models.mixtral.modeling_mixtral
+from moetier.tools.commands.convert import pull
 name, work, every = sys.argv[1:]
 
 def in_child(target, kill_at=None):

@@ -19,13 +19,13 @@ from removals import IN_CHILD
 from terminals import Terminal
 
 import moetier
-from moetier.runtime.models import checkpoint_or_model, model_directory, models_folder, name_of, pulled
+from moetier.runtime.checkpoint.disk_space import disk_bytes
+from moetier.runtime.pulled import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
-from moetier.tiers.folder import read_manifest
-from moetier.tiers.shard import GROUP, METADATA, PLAN
-from moetier.tools.disk_space import disk_bytes
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.shard import GROUP, METADATA, PLAN
+from moetier.tools.cli.options import directory, walk
 from moetier.tools.main import build_parser, main
-from moetier.tools.options import directory, walk
 
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"
 NAME = "acme/tinymix:4bit"
@@ -336,7 +336,7 @@ def test_rm_refuses_what_a_conversion_has_locked(models: Path, capsys: pytest.Ca
 
 REMOVED = """
 import json, shutil
-from moetier.runtime.models import models_folder, pulled
+from moetier.runtime.pulled import models_folder, pulled
 from moetier.tools.main import main
 old, folder = sys.argv[1], models_folder() / 'acme--a' / '4bit'
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 import transformers
 
-from moetier.tools import perplexity
-from moetier.tools.convert import convert
+from moetier.tools.commands.convert import convert
+from moetier.tools.lab import quality as perplexity
+from moetier.tools.lab.quality import WINDOW, Change, Loss, loss, ranks
 from moetier.tools.main import main
-from moetier.tools.perplexity import WINDOW, Change, Loss, loss, ranks
 
 TEXTS = Path(__file__).parent.parent / "assets" / "texts"
 

@@ -10,12 +10,12 @@ import pytest
 from checkpoints import save_checkpoint, tree
 from faults import flip_bit
 
+from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tiers.errors import StoreFormatError, TargetExistsError
-from moetier.tiers.folder import read_manifest, store_folder
 from moetier.tiers.manifest import FEATURES, TrunkRecords
-from moetier.tools.checkpoint import open_checkpoint
-from moetier.tools.conversion import Conversion, Options
-from moetier.tools.convert import convert
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.commands.convert import convert
+from moetier.tools.convert.conversion import Conversion, Options
 from moetier.tools.main import main
 
 

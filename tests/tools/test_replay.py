@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from stores import NASTY
 
-from moetier.runtime.trace import Trace
+from moetier.runtime.trace.trace import Trace
 from moetier.tiers.errors import ConfigError
-from moetier.tools import replay
-from moetier.tools.simulation import POLICIES
+from moetier.tools.commands import replay
+from moetier.tools.lab.simulation import POLICIES
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"
 MIXTRAL = str(TRACES / "mixtral_8x7b_instruct_h39s.npz")

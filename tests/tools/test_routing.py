@@ -13,11 +13,11 @@ import stores  # noqa: F401  # starts zarr's thread outside the tests
 import torch
 import transformers
 
-from moetier.runtime.recall import compare
-from moetier.tools.geometry import GEOMETRIES
+from moetier.runtime.trace.recall import compare
+from moetier.tools.commands.synthetic import TRACED, convert_synthetic, make_synthetic, routing_of
+from moetier.tools.lab.routing import ROUTINGS, TOPICS, lru_curve, read_tokens, token_ids
+from moetier.tools.lab.synthetic import GEOMETRIES
 from moetier.tools.main import main
-from moetier.tools.routing import ROUTINGS, TOPICS, lru_curve, read_tokens, token_ids
-from moetier.tools.synthetic import TRACED, convert_synthetic, make_synthetic, routing_of
 
 NARROW: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
 INNER = {"mixtral-4L": {"intermediate_size": 1024}}

@@ -19,9 +19,9 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 from readers import PATIENCE
 from threads import wait_until
 
-from moetier.tools.serve_bounds import MOST_BYTES, Bounds
-from moetier.tools.serve_gate import Gate
-from moetier.tools.serve_listen import Server, bind
+from moetier.tools.serve.bounds import MOST_BYTES, Bounds
+from moetier.tools.serve.listen import Server, bind
+from moetier.tools.serve.middleware import Gate
 
 MOST, CONNECTIONS = 3, 8
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -13,8 +13,8 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
 
-from moetier.tools.serve_gate import Gate
-from moetier.tools.serve_listen import bind, is_loopback, url_of
+from moetier.tools.serve.listen import bind, is_loopback, url_of
+from moetier.tools.serve.middleware import Gate
 
 PATH = "/v1/models"
 

@@ -15,7 +15,7 @@ pytest.importorskip("openai", reason='pip install ".[serve]"')
 pytest.importorskip("fastapi", reason='pip install ".[serve]"')
 
 import moetier
-from moetier.tiers.folder import store_folder
+from moetier.tiers.store.folder import store_folder
 
 PROMPT = "parola-segreta"
 
@@ -23,8 +23,8 @@ PROMPT = "parola-segreta"
 def test_a_damaged_record_fails_an_answer_and_says_so_in_the_log(
     tinymix_4bit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from moetier.tools.serve_generation import OneByOne
-    from moetier.tools.serve_wanted import FAILED, Wanted
+    from moetier.tools.serve.params import FAILED, Wanted
+    from moetier.tools.serve.sequential import OneByOne
 
     damaged = tmp_path / "damaged"
     shutil.copytree(tinymix_4bit, damaged)

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("openai", reason='pip install ".[serve]"')
 pytest.importorskip("fastapi", reason='pip install ".[serve]"')
 
-from moetier.tools.serve_refusal import Refusal
-from moetier.tools.serve_request import ChatAsked, TextAsked, checked
+from moetier.tools.serve.request import ChatAsked, TextAsked, checked
+from moetier.tools.serve.serve_refusal import Refusal
 
 USER = {"role": "user", "content": "Chi era don Abbondio?"}
 ROLES = "'system', 'developer', 'user', 'assistant' or 'tool'"

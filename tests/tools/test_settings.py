@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.resources import resources_of
+from moetier.tools.cli.settings import config_file, without_settings
 from moetier.tools.main import main, parse
-from moetier.tools.resources import resources_of
-from moetier.tools.settings import config_file, without_settings
 
 GENERATE = ["generate", "./DIR", "hello"]
 

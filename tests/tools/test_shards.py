@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moetier.runtime.checkpoint import safetensors as shards
+from moetier.runtime.checkpoint.safetensors import read_header
 from moetier.tiers.errors import CheckpointError
-from moetier.tools import shards
-from moetier.tools.shards import read_header
 
 TENSORS = {
     "matrix": torch.randn(7, 5).bfloat16(),

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.runtime.trace import Trace
-from moetier.tiers.keys import ExpertKey
-from moetier.tiers.order import DEFAULT_ORDER, ORDERS, Recency
-from moetier.tools.simulation import POLICIES, Demand, demands_of, simulate
+from moetier.runtime.trace.trace import Trace
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Recency
+from moetier.tiers.layout import ExpertKey
+from moetier.tools.lab.simulation import POLICIES, Demand, demands_of, simulate
 
 TRACES = Path(__file__).parent.parent / "assets" / "traces"
 MIXTRAL = "mixtral_8x7b_instruct_h39s"

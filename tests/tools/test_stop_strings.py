@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.tools.stop_strings import StopStrings
+from moetier.runtime.generation.stop_strings import StopStrings
 
 TEXT = st.text("abc", max_size=12)
 

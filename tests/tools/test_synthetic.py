@@ -12,10 +12,10 @@ import transformers
 from checkpoints import tree
 
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
-from moetier.tools.convert import convert
-from moetier.tools.geometry import GEOMETRIES, config_of, shapes_of
+from moetier.tools.commands.convert import convert
+from moetier.tools.commands.synthetic import make_synthetic
+from moetier.tools.lab.synthetic import GEOMETRIES, config_of, shapes_of
 from moetier.tools.main import main
-from moetier.tools.synthetic import make_synthetic
 
 SMALL: dict[str, dict[str, Any]] = {
     "mixtral-4L": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -25,22 +25,22 @@ from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.address import Address, Credentials
-from moetier.runtime.visit import running
+from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.probe import running
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.manifest import Manifest
-from moetier.tools import top_parts
-from moetier.tools.top_app import TERMINATED, Top
-from moetier.tools.top_heat import ABSENT, READY, Grid, colour, heatmap
-from moetier.tools.top_history import History
-from moetier.tools.top_watch import Look, Watch
-from moetier.tools.top_widgets import Choice, Part
+from moetier.tools.top import top_parts
+from moetier.tools.top.app import TERMINATED, Top
+from moetier.tools.top.heat import ABSENT, READY, Grid, colour, heatmap
+from moetier.tools.top.history import History
+from moetier.tools.top.watch import Look, Watch
+from moetier.tools.top.widgets import Choice, Part
 
 SLOT = layout_of().slot_bytes
 COMMAND = ("-m", "moetier.tools.main", "top")
 SEVEN, EIGHT = (pb.DescribeReply(pid=pid, version="1") for pid in (7, 8))
 HOLD = (
-    "import sys; from pathlib import Path; from moetier.runtime.side import SideConnection; "
+    "import sys; from pathlib import Path; from moetier.runtime.wire.side import SideConnection; "
     "side = SideConnection.open(Path(sys.argv[1]), sys.argv[2]); print(flush=True); sys.stdin.read()"
 )  # with what else stands in the command line
 ALTERNATE, NORMAL = "\x1b[?1049h", "\x1b[?1049l"

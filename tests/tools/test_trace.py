@@ -14,11 +14,11 @@ from daemons import running_daemon
 from prepared import Prepared
 
 import moetier
-from moetier.runtime.trace import NONE, Trace
+from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.folder import read_manifest, store_folder
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.lab.prompts import read_prompts
 from moetier.tools.main import main
-from moetier.tools.prompts import read_prompts
 
 PROMPTS = "def read_lines(path):\n\n  La mattina seguente, don Rodrigo\n"
 
@@ -213,7 +213,7 @@ def test_it_does_not_speculate(
         speculations.append(model.tiers.speculation)
         return model, tokenizer
 
-    monkeypatch.setattr("moetier.runtime.generate.load", load)
+    monkeypatch.setattr("moetier.runtime.model.load.load", load)
     assert trace(tinymix_4bit, prompts, tmp_path / "T.npz", "--max-new-tokens", "1") == 0
     assert speculations == [None]
 

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moetier.runtime.checkpoint import safetensors as shards
+from moetier.runtime.checkpoint.dequantize import Plain, SourceTensor
+from moetier.runtime.checkpoint.safetensors import StoredTensor, read_header
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.manifest import FileSum
-from moetier.tools import shards
-from moetier.tools.dequantize import Plain, SourceTensor
-from moetier.tools.shards import StoredTensor, read_header
-from moetier.tools.trunk import TrunkFile, index_of, nbytes, plan_trunk
+from moetier.tools.convert.trunk import TrunkFile, index_of, nbytes, plan_trunk
 
 DTYPES = {"BF16": 2, "F32": 4, "U8": 1, "F64": 8}
 

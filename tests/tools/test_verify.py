@@ -20,13 +20,13 @@ from safetensors.numpy import save
 from stores import NASTY, layout_of, make_plan, make_records, make_store, without_table, write_store
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
-from moetier.tiers.folder import read_manifest
 from moetier.tiers.manifest import FileSum
-from moetier.tiers.shard import GROUP, METADATA, ShardFile
-from moetier.tiers.writer import StoreWriter
-from moetier.tools import verify
+from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.shard import GROUP, METADATA, ShardFile
+from moetier.tiers.store.writer import StoreWriter
+from moetier.tools.cli.progress import Progress
+from moetier.tools.commands import verify
 from moetier.tools.main import main
-from moetier.tools.progress import Progress
 
 
 def run(folder: Path, *options: str) -> int:
@@ -178,8 +178,8 @@ MEASURE = """
 import sys
 from argparse import Namespace
 from pathlib import Path
-import moetier.tiers.store, tqdm  # not what is measured
-from moetier.tiers.writer import StoreWriter
+import moetier.tiers.store.reader, tqdm  # not what is measured
+from moetier.tiers.store.writer import StoreWriter
 from moetier.tiers import scrub
 from moetier.tools import verify
 

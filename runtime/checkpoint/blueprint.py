@@ -1,0 +1,209 @@
+"""Which of a checkpoint's tensors make which expert, by transformers' own rules for loading it.
+
+transformers' conversion mapping renames the checkpoint's keys; what ends in an Experts module is a *block*, the rest of
+what the model has is its trunk.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.store.trunk import RECORD
+
+from .dequantize import SourceTensor
+from .recipe import BlockBlueprint, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """``trunk`` and ``unused`` name the checkpoint's other tensors: those that the model has, and those it ignores.
+
+    ``matrices``: by module path, how the weights are made that become records in place of trunk tensors.
+    """
+
+    dtype: str  # the model's, torch's name
+    blocks: tuple[BlockBlueprint, ...]
+    trunk: tuple[str, ...]
+    unused: tuple[str, ...]
+    matrices: Mapping[str, Recipe]
+
+
+def make_blueprint(
+    model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], wanted: Collection[str] = ()
+) -> Blueprint:
+    """Raises UnsupportedModelError or CheckpointError. ``model`` is on meta; its Experts modules are cut down.
+
+    ``wanted`` are paths of linear modules whose weights are to become records: those that can, will.
+    """
+    modules = experts_modules(model)
+    parameters = {
+        f"{path}.{name}": parameter for path, module in modules.items() for name, parameter in _own(path, module)
+    }
+    dtypes = {name: loaded_dtype(model, name, parameter.dtype, dtype) for name, parameter in parameters.items()}
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    weights = _loadable(wanted, mapping, state, model.base_model_prefix)
+    recipes: dict[str, Recipe] = {}
+    matrices: dict[str, Recipe] = {}
+    trunk: list[str] = []
+    unused: list[str] = []
+    names = sorted(tensors, key=loading.dot_natural_key)  # the order in which transformers merges
+    groups = _group(names, mapping, state, model.base_model_prefix)
+
+    def matrix(key: str, target: str) -> Recipe:
+        converter, sources = groups[key]
+        read = {pattern: [tensors[name] for name in found] for pattern, found in sources.items()}
+        return Recipe(model, key, target, dtype, 1, converter, read)
+
+    tied = {target: source for target, source in model.all_tied_weights_keys.items() if target in weights}
+    for target, source in tied.items():
+        if target not in groups and source in groups and _is_plain(groups[source]):
+            matrices[weights[target]] = matrix(source, source)  # in addition to the embedding, which stays
+    for key, (converter, sources) in groups.items():
+        targets = _targets(key, converter)
+        made = [target for target in targets if target in parameters]
+        members = [name for found in sources.values() for name in found]
+        alone = all(target in weights and tied.get(target, key) in groups for target in targets)
+        if alone and (converter is not None or _is_plain(groups[key])):
+            matrices |= {weights[target]: matrix(key, target) for target in targets}
+            continue
+        if not made:
+            (trunk if any(target in state for target in targets) else unused).extend(members)
+            continue
+        if len(made) != len(targets):
+            raise UnsupportedModelError(
+                f"{members[0]} holds weights of experts and others at once.", "moetier can't take these apart yet."
+            )
+        for target in made:
+            experts = parameters[target].shape[0]
+            read = {pattern: [tensors[name] for name in found] for pattern, found in sources.items()}
+            recipes[target] = Recipe(model, key, target, dtypes[target], experts, converter, read)
+    if missing := sorted(parameters.keys() - recipes.keys()):
+        raise CheckpointError(
+            f"The checkpoint has nothing for {missing[0]}" + (f" and {len(missing) - 1} more." if missing[1:] else "."),
+            "Download it again, or check that config.json belongs to these weights.",
+        )
+    blocks = tuple(
+        BlockBlueprint(
+            path=path,
+            experts=module.num_experts,
+            top_k=_top_k(model, path, module),
+            transposed=module.is_transposed,
+            parameters={
+                name: (tuple(parameter.shape[1:]), str(dtypes[f"{path}.{name}"]).removeprefix("torch."))
+                for name, parameter in _own(path, module)
+            },
+            recipes={name: recipes[f"{path}.{name}"] for name, _ in _own(path, module)},
+        )
+        for path, module in modules.items()
+    )
+    for path, module in modules.items():
+        for name, parameter in _own(path, module):
+            if recipes[f"{path}.{name}"].apart:
+                one = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
+                setattr(module, name, torch.nn.Parameter(one, requires_grad=False))
+    return Blueprint(str(dtype).removeprefix("torch."), blocks, tuple(trunk), tuple(unused), matrices)
+
+
+def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """Which of a checkpoint's tensors together make which keys of the model; some of these it may not have."""
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    groups = _group(sorted(names, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
+    for key, (converter, sources) in groups.items():
+        yield [name for found in sources.values() for name in found], _targets(key, converter)
+
+
+def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
+    """Weight -> path, of modules whose record transformers finds under the module's own path, whatever it renames."""
+    records = {f"{path}{RECORD}": path for path in wanted}
+    there = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
+    found = _group(list(records), mapping, there | dict.fromkeys(records, True), prefix)
+    return {
+        f"{records[key]}.weight": records[key]
+        for key, (converter, sources) in found.items()
+        if converter is None and list(sources) == [key]
+    }
+
+
+def _is_plain(group: tuple[loading.WeightConverter | None, dict[str, list[str]]]) -> bool:
+    """One tensor, taken as it is."""
+    converter, sources = group
+    return converter is None and sum(map(len, sources.values())) == 1
+
+
+def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters of an Experts module that hold one slice for each expert."""
+    found = []
+    for name, parameter in module.named_parameters(recurse=False):
+        if name in EXPERT_PARAMETERS:
+            found.append((name, parameter))
+        elif parameter.shape[:1] == (module.num_experts,):
+            raise UnsupportedModelError(
+                f"{path} keeps {name} for each expert, which moetier does not know.",
+                "This architecture is not supported yet.",
+            )
+    return found
+
+
+def _group(
+    names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str
+) -> dict[str, tuple[loading.WeightConverter | None, dict[str, list[str]]]]:
+    """What each key of the model is made from, as transformers.core_model_loading collects it: key -> (converter,
+    source pattern -> checkpoint names). Keys that the model does not have are there too."""
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    groups: dict[str, tuple[loading.WeightConverter | None, dict[str, list[str]]]] = {}
+    for name in names:
+        key, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:
+            key, pattern = loading.rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        converter = None if pattern is None else by_pattern[pattern]
+        _, sources = groups.setdefault(key, (converter, defaultdict(list)))
+        sources[name if pattern is None else pattern].append(name)
+    return groups
+
+
+def _targets(key: str, converter: loading.WeightConverter | None) -> list[str]:
+    if converter is None:
+        return [key]
+    first, *others = converter.target_patterns
+    return [key, *(key.replace(first, other) for other in others)]
+
+
+def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The type that from_pretrained gives a parameter: some models keep a few in fp32."""
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        pattern, by_group, _ = loading.build_glob_alternation(list(plan))
+        match = pattern.search(name)
+        if match is not None and match.lastgroup is not None:
+            kept: torch.dtype = plan[by_group[match.lastgroup]]
+            return kept
+    return own
+
+
+def _top_k(model: PreTrainedModel, path: str, module: Any) -> int:
+    """How many experts a token is sent to: from the modules beside the experts, else from the config."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    for owner in (parent, *(child for child in parent.children() if child is not module), module.config):
+        for name in TOP_K:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and 1 <= value <= module.num_experts:
+                return value
+    raise UnsupportedModelError(
+        f"{path}: its config does not say how many experts a token is sent to.", "This architecture is not supported."
+    )

@@ -1,0 +1,54 @@
+"""config.json of a model directory, vetted: it may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moetier.tiers.errors import StoreFormatError, UnsafeCheckpointError
+from moetier.tiers.store.folder import read_json
+
+NAME = "moetier"  # the quantisation method, and the experts implementation, in config.json
+
+# What makes transformers run code, fetch kernels, or read other files or another quantisation than moetier's own.
+NOT_CARRIED = (
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
+    "kernel_config", "transformers_weights", "quantization_config", "compression_config", "configuration_files",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Raises StoreFormatError if it is no moetier directory's, UnsafeCheckpointError at what no conversion writes."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise StoreFormatError(f"{folder} has no config.json.", "Convert the model again.")
+    config = read_json(path)
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != NAME:
+        raise StoreFormatError(f"{path} does not name moetier as its quantisation method.", "Convert the model again.")
+    others = {name: value for name, value in config.items() if name != "quantization_config"}
+    if others.get("experts_implementation") == NAME:
+        del others["experts_implementation"]
+    if name := next(_not_carried(others), None):
+        raise UnsafeCheckpointError(
+            f"{path} has {name}, which can make transformers run code or read files from elsewhere.",
+            "Don't use this directory; convert the model again: moetier writes no such key.",
+        )
+    if (folder / "adapter_config.json").exists():
+        raise UnsafeCheckpointError(
+            f"{folder} has an adapter_config.json, which can make transformers load another model in its place.",
+            "Don't use this directory, or move that file out of it.",
+        )
+    return config
+
+
+def _not_carried(value: object) -> Iterator[str]:
+    """The keys at any depth that the converter leaves out, unless they say nothing."""
+    if isinstance(value, dict):
+        yield from (name for name, entry in value.items() if name in NOT_CARRIED and entry is not None)
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from _not_carried(entry)

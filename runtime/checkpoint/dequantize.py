@@ -1,0 +1,231 @@
+"""Source tensors as the model means them: what a checkpoint keeps in FP8 or MXFP4 is dequantised while it is read.
+
+To the rest of the converter a quantised checkpoint looks like an ordinary one of 16 bits: a tensor has one name, a
+shape and a type, and rows of its leading dimension can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+
+from .safetensors import TORCH_NAMES, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+SCALE_OF = ("weight_scale_inv", "scale", "qscale_weight")  # beside a "weight": DeepSeek-V3, DeepSeek-V4, Mistral
+TILE_WEIGHTS = 1 << 24  # dequantised at a time: 64 MiB in fp32
+
+
+class SourceTensor(Protocol):
+    """What the converter reads. ``dtype`` is torch's name of what ``read`` gives."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """What it is read from."""
+        ...
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Rows of the leading dimension -> a new tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """As it is stored."""
+
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> str:
+        return TORCH_NAMES[self.stored.dtype]
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.stored,)
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        return self.stored.read(first, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """[..., N, K] in FP8, or two FP4 values a byte, times a scale for each block of rows and columns.
+
+    The scales are a grid [..., ceil(N / block), ceil(K / block)], or a single number.
+    """
+
+    weight: StoredTensor
+    scale: StoredTensor
+    block: tuple[int, int]  # rows, columns; where the grid has another number of cells, it divides the weight evenly
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        packed = 2 if self.weight.dtype == "I8" else 1
+        return (*self.weight.shape[:-1], self.weight.shape[-1] * packed)
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.weight, self.scale)
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        import torch
+
+        count = self.shape[0] - first if count is None else count
+        out = torch.empty((count, *self.shape[1:]), dtype=getattr(torch, self.dtype))
+        if len(self.shape) == 2:
+            self._read_rows(first, out)
+        else:
+            for i in range(count):
+                weight, scale = self.weight.read(first + i, 1)[0], self._scales(first + i)
+                dequantise_into(out[i], weight, scale, self._steps(scale))
+        return out
+
+    def _scales(self, index: int) -> torch.Tensor:
+        whole = len(self.scale.shape) < len(self.weight.shape)
+        return self.scale.read() if whole else self.scale.read(index, 1)[0]
+
+    def _steps(self, scale: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        if scale.numel() == 1:
+            return self.shape[-2], self.shape[-1]
+        steps = []
+        for size, cells, block in zip(self.shape[-2:], scale.shape[-2:], self.block, strict=True):
+            step = block if -(-size // block) == cells else max(size // cells, 1)
+            if -(-size // step) != cells:
+                raise CheckpointError(
+                    f"{self.scale.name} has shape {list(scale.shape)}, which does not fit {self.weight.name} "
+                    f"of shape {list(self.shape)}.",
+                    "Download the checkpoint again.",
+                )
+            steps.append(step)
+        return steps[0], steps[1]
+
+    def _read_rows(self, first: int, out: torch.Tensor) -> None:
+        """In tiles of whole blocks, so that a large matrix is never in fp32 as a whole."""
+        scale = self.scale.read()
+        rows, columns = self._steps(scale)
+        tile = max(1, TILE_WEIGHTS // (self.shape[1] * rows)) * rows
+        start = first
+        while start < first + len(out):
+            stop = min(start - start % rows + tile, first + len(out))
+            cells = scale if scale.numel() == 1 else scale[start // rows : -(-stop // rows)]
+            target = out[start - first : stop - first]
+            dequantise_into(target, self.weight.read(start, stop - start), cells, (rows, columns), start % rows)
+            start = stop
+
+
+def dequantise_into(
+    out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], skipped: int = 0
+) -> None:
+    """out [N, K] = weight [N, K], times its block's scale in fp32. The first ``skipped`` rows of the first block are
+    not there."""
+    import torch
+
+    if scale.dtype == torch.uint8:  # a power of two, by its exponent
+        scale = (scale.float() - 127).exp2()
+    scale = scale.float()
+    if weight.dtype == torch.int8:
+        codes = weight.view(torch.uint8)
+        table = torch.tensor(E2M1)
+        values = torch.stack([table[(codes & 0xF).int()], table[(codes >> 4).int()]], dim=-1).flatten(-2)
+    else:
+        values = weight.float()
+    if scale.numel() == 1:
+        values.mul_(scale.reshape(()))
+    else:
+        by_row = scale.repeat_interleave(block[0], dim=0)[skipped : skipped + len(values)]
+        for column, start in enumerate(range(0, values.shape[1], block[1])):
+            values[:, start : start + block[1]].mul_(by_row[:, column, None])
+    out.copy_(values)
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """gpt-oss: FP4 values [E, N, K / 32, 16], two a byte, and exponents [E, N, K / 32] -> [E, K, N]."""
+
+    blocks: StoredTensor
+    scales: StoredTensor
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, rows, groups, size = self.blocks.shape
+        return experts, groups * size * 2, rows
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.blocks, self.scales)
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        import torch
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        made: torch.Tensor = convert_moe_packed_tensors(
+            self.blocks.read(first, count), self.scales.read(first, count), dtype=getattr(torch, self.dtype)
+        )
+        return made.contiguous()
+
+
+def source_tensors(
+    tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, dtype: str
+) -> dict[str, SourceTensor]:
+    """What the checkpoint's tensors mean, by name; quantised ones come out in ``dtype``.
+
+    ``quantization`` is the checkpoint's own quantization_config. Raises UnsupportedModelError for other methods.
+    """
+    method = quantization.get("quant_method") if quantization else None
+    match method:
+        case None:
+            return {name: Plain(tensor) for name, tensor in tensors.items()}
+        case "fp8":
+            assert quantization
+            rows, columns = quantization.get("weight_block_size") or (128, 128)
+            return dict(_fp8(tensors, (int(rows), int(columns)), dtype))
+        case "mxfp4":
+            return dict(_mxfp4(tensors, dtype))
+        case _:
+            raise UnsupportedModelError(
+                f"The checkpoint is quantised with {method}.",
+                "Give one in 16 or 32 bits; FP8 (in blocks) and MXFP4 are dequantised on the way.",
+            )
+
+
+def _fp8(tensors: Mapping[str, StoredTensor], block: tuple[int, int], dtype: str) -> Iterator[tuple[str, SourceTensor]]:
+    scales = {}
+    for name in tensors:
+        stem, _, leaf = name.rpartition(".")
+        candidates = [f"{stem}.{scale}" for scale in SCALE_OF] if leaf == "weight" else [f"{name}_scale_inv"]
+        if found := next((c for c in candidates if c in tensors), None):
+            scales[name] = found
+    used = set(scales.values())
+    for name, tensor in tensors.items():
+        if name in scales:
+            yield name, Scaled(tensor, tensors[scales[name]], block, dtype)
+        elif tensor.dtype.startswith("F8_E") and name not in used:
+            raise CheckpointError(f"{name} is in FP8 but has no scale.", "Download the checkpoint again.")
+        elif name not in used and not name.endswith((".activation_scale", ".input_scale")):
+            yield name, Plain(tensor)
+
+
+def _mxfp4(tensors: Mapping[str, StoredTensor], dtype: str) -> Iterator[tuple[str, SourceTensor]]:
+    for name, tensor in tensors.items():
+        stem = name.removesuffix("_blocks")
+        if stem != name and f"{stem}_scales" in tensors:
+            yield stem, Mxfp4(tensor, tensors[f"{stem}_scales"], dtype)
+        elif not (name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in tensors):
+            yield name, Plain(tensor)

@@ -1,0 +1,293 @@
+"""A source checkpoint: found, vetted, its tensors listed. Nothing that it brings is executed, nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
+
+from . import hub
+from .config_json import NOT_CARRIED
+from .safetensors import FLOATS, StoredTensor, read_at, read_header
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SAMPLE_BYTES, SAMPLE_STRIDE = 64, 16 << 20
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# What a model directory takes over as it is: tokenizer, chat template, generation defaults, processors, licence.
+COPIED = re.compile(
+    r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|spiece\.model|sentencepiece(\.bpe)?\.model|\w+\.tiktoken|tekken\.json|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[\w.-]+\.jinja|generation_config\.json"
+    r"|(image_|video_|feature_extractor_)?(pre)?processor_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.\w+)?",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that passed every check. ``tensors`` by name, over all shards; ``copied`` relative names."""
+
+    name: str  # hub id, or the folder's name
+    folder: Path
+    source: str  # what opens it again from anywhere: hub id, or the folder's absolute path
+    ignored_code: bool
+    config: Mapping[str, Any]  # config.json
+    tensors: Mapping[str, StoredTensor]
+    copied: tuple[str, ...]
+    revision: str | None = None  # the commit, where it is known to be the hub's
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """Its quantization_config, wherever it is kept."""
+        places = (self.config, self.config.get("text_config") or {})
+        return next((found for place in places if (found := place.get("quantization_config"))), None)
+
+    @property
+    def first_dtype(self) -> str | None:
+        """torch's name for the type of its first floats."""
+        return next((FLOATS[t.dtype] for t in self.tensors.values() if t.dtype in FLOATS), None)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the config, and each tensor's name, type, shape, place, and some of its bytes, which tell one
+        fine-tune from another. Reads those. What it sees of a file tells its size too: the tensors fill it."""
+        state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
+            place = [tensor.name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset]
+            state.update(json.dumps(place).encode())
+            for offset, size in samples(tensor):
+                sample = np.empty(size, np.uint8)
+                read_at(tensor.file, offset, sample)
+                state.update(sample.data)
+        return state.hexdigest()
+
+
+def open_checkpoint(
+    source: str | Path, *, ignore_code: bool = False, check: Callable[[Mapping[str, Any]], None] | None = None
+) -> Checkpoint:
+    """Opens a folder or a hub id. Raises CheckpointError or UnsafeCheckpointError.
+
+    ``ignore_code`` accepts a checkpoint that names code of its own; that code is not executed either way. ``check`` may
+    raise on the config of a hub id: its weights are downloaded only after that.
+    """
+    name, folder = locate(source)
+    of_hub = not Path(source).is_dir()
+    config = read_json(folder, "config.json")
+    if not ignore_code:
+        refuse_code(folder, config)
+    if of_hub:
+        if check is not None:
+            check(config)
+        hub.fetch(name, weights_of(folder, config), revision=folder.name)
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        source=str(source if of_hub else folder),
+        ignored_code=ignore_code,
+        config=config,
+        tensors=_read_tensors(folder, config),
+        copied=copied_files(folder),
+        revision=folder.name if _is_snapshot(folder) else None,
+    )
+
+
+def copied_files(folder: Path) -> tuple[str, ...]:
+    """Names of those that a model directory takes over."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
+    names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
+    return tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name))
+
+
+def carried(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what names code, kernels or files to load, and without its quantisation; its parts likewise."""
+    return {
+        name: carried(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in NOT_CARRIED
+    }
+
+
+def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
+    """(name, folder). Of a hub id only the small ``files`` are there then."""
+    folder = check_source(source)
+    if folder is None:
+        return str(source), hub.fetch(str(source), files, or_folder=True)
+    if _is_snapshot(folder):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder
+    return folder.name, folder
+
+
+def check_source(source: str | Path) -> Path | None:
+    """The folder; None of a hub id. Raises CheckpointError for what is neither."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{source} is not a folder.", "Give the folder that holds config.json, or a hub id.")
+    if not hub.HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+        raise CheckpointError(f"There is no folder {source}.", "Give a folder that holds config.json, or a hub id.")
+    return None
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Of a hub cache: its name is a commit's."""
+    return folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+
+
+def contained(folder: Path, name: str) -> Path:
+    """The path of a checkpoint's file. Raises UnsafeCheckpointError when it leads out of the checkpoint.
+
+    The links of a hub cache's snapshot into its own blobs are within it.
+    """
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
+        raise UnsafeCheckpointError(f"{folder} names a file outside itself: {name!r}.", "Don't use this checkpoint.")
+    path = folder / relative
+    real, allowed = path.resolve(), [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parents[1].resolve() / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UnsafeCheckpointError(
+            f"{path} is a link that leads out of the checkpoint, to {real}.", "Don't use this checkpoint."
+        )
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = contained(folder, name)
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {name}.", "Give the folder of a Hugging Face checkpoint.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}).", "Download the checkpoint again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object.", "Download the checkpoint again.")
+    return found
+
+
+def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    found = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
+    for name, value in {"config.json": config, **found}.items():
+        if names_code(value):
+            raise UnsafeCheckpointError(
+                f"{folder / name} names code of the checkpoint's own (auto_map), which moetier never runs.",
+                "If transformers has this architecture itself, --ignore-code converts it with transformers' class.",
+            )
+
+
+def names_code(value: object) -> bool:
+    """Whether a config, or a part of it, names code of the checkpoint's own."""
+    if isinstance(value, dict):
+        return "auto_map" in value or any(map(names_code, value.values()))
+    return isinstance(value, list) and any(map(names_code, value))
+
+
+def weights_of(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The names of its shards, by the index that is there already."""
+    named = config.get("transformers_weights")
+    if isinstance(named, str):
+        return [named]
+    if not contained(folder, INDEX).is_file():
+        return [WEIGHTS]
+    return sorted(set(read_places(folder, INDEX).values()))
+
+
+def read_places(folder: Path, index: str) -> dict[str, str]:
+    """weight_map of an index: tensor -> file, each within the checkpoint and safetensors."""
+    places = read_json(folder, index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
+    for name in sorted(set(places.values())):
+        contained(folder, name)
+        if not name.endswith(".safetensors"):
+            raise UnsafeCheckpointError(
+                f"{folder / index} names weights that are not safetensors: {name}.", "Get it as safetensors."
+            )
+    return places
+
+
+def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    weights = _weights_file(folder, config)
+    if not weights.endswith(".index.json"):
+        return read_header(contained(folder, weights))
+    places = read_places(folder, weights)
+    paths = {name: contained(folder, name) for name in sorted(set(places.values()))}
+    if missing := [name for name, path in paths.items() if not path.is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks {some(missing)}, which {weights} names.", "Download the checkpoint again."
+        )
+    named = {tensor: paths[file] for tensor, file in places.items()}
+    return gathered({path: read_header(path) for path in paths.values()}, named, folder / weights)
+
+
+def gathered(
+    headers: Mapping[Path, Mapping[str, StoredTensor]], places: Mapping[str, Path], index: Path
+) -> dict[str, StoredTensor]:
+    """The tensors of all files. Raises CheckpointError unless each is in one alone, and those that ``index`` names are
+    in the ``places`` that it names."""
+    tensors: dict[str, StoredTensor] = {}
+    for path, found in headers.items():
+        if doubled := tensors.keys() & found.keys():
+            raise CheckpointError(f"{path} holds {some(doubled)} a second time.", "Download the checkpoint again.")
+        tensors |= found
+    if absent := [name for name, path in places.items() if name not in tensors or tensors[name].file != path]:
+        raise CheckpointError(
+            f"{index} names tensors that are not in their files: {some(absent)}.", "Download the checkpoint again."
+        )
+    return tensors
+
+
+def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
+    """In transformers' own order; ``transformers_weights`` is what a config may name instead."""
+    named = config.get("transformers_weights")
+    if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
+        if not contained(folder, named).is_file():
+            raise CheckpointError(f"{folder} lacks {named}, which config.json names.", "Download the checkpoint again.")
+        return named
+    for name in (WEIGHTS, INDEX):
+        if contained(folder, name).is_file():
+            return name
+    raise without_weights(folder, (path.name for path in folder.iterdir()))
+
+
+def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
+    """What to raise where there are files of these ``names`` and none that can be read."""
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return UnsafeCheckpointError(
+            f"{place} holds its weights as pickle ({some(pickles)}), which can run code when it is read.",
+            "Get the checkpoint as safetensors.",
+        )
+    return CheckpointError(
+        f"{place} has neither {WEIGHTS} nor {INDEX}.", "Give the folder of a checkpoint in safetensors."
+    )
+
+
+def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
+    """(offset in its file, bytes) of the first and the last SAMPLE_BYTES of a tensor, and of as many at each
+    SAMPLE_STRIDE between them."""
+    last = max(0, tensor.nbytes - SAMPLE_BYTES)
+    starts = sorted({*range(0, last, SAMPLE_STRIDE), last})
+    return [(tensor.offset + start, min(SAMPLE_BYTES, tensor.nbytes)) for start in starts]
+
+
+def some(names: Iterable[str]) -> str:
+    """At most three of them."""
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

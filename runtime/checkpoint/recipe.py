@@ -1,0 +1,184 @@
+"""How the parameters of an Experts module are made from a checkpoint's tensors: one expert's slice at a time, or whole.
+Matrices of the trunk that become records are made likewise: a few rows at a time, or whole.
+
+Where transformers' rules treat each expert alike (merging, stacking, transposing), they run on one expert's tensors,
+and the module on the meta device is cut down to one expert, so that rules that look up shapes see that of the slice.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import core_model_loading as loading
+
+from moetier.tiers.errors import CheckpointError
+
+from .dequantize import SourceTensor
+from .safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one parameter is made: the checkpoint's tensors by source pattern, and the operations.
+
+    ``apart``: it can be made for one expert at a time.
+    """
+
+    model: PreTrainedModel  # on meta; ops look up the shape and type of what they make
+    key: str  # what transformers calls the result (the first, when there are several)
+    target: str  # the parameter's full name
+    dtype: torch.dtype
+    experts: int
+    converter: loading.WeightConverter | None
+    sources: Mapping[str, list[SourceTensor]]
+
+    @property
+    def apart(self) -> bool:
+        operations = self.converter.operations if self.converter else []
+        return all(map(_keeps_experts_apart, operations)) and all(
+            len(tensors) == self.experts or (len(tensors) == 1 and tensors[0].shape[:1] == (self.experts,))
+            for tensors in self.sources.values()
+        )
+
+    @property
+    def direct(self) -> bool:
+        """Whether it is one tensor of the checkpoint, as it is there: its rows can be read a few at a time."""
+        return self.converter is None and sum(map(len, self.sources.values())) == 1
+
+    @property
+    def parts(self) -> Iterator[StoredTensor]:
+        """Everything that it is made from."""
+        return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Of a ``direct`` one."""
+        ((tensor,),) = self.sources.values()
+        self._check_shape(tensor.shape)
+        return tensor.read(first, count).to(self.dtype)
+
+    def make(self, expert: int | None) -> torch.Tensor:
+        """One expert's slice, or with None the whole parameter [experts, ...]."""
+        made = self._convert({pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()})
+        self._check_shape(made.shape)
+        return (made if expert is None else made[0]).detach()
+
+    def _check_shape(self, made: tuple[int, ...]) -> None:
+        wanted = self.model.get_parameter(self.target).shape
+        if made != wanted:
+            raise CheckpointError(
+                f"{self.target} comes out as {list(made)} from this checkpoint; the model has {list(wanted)}.",
+                "Check that config.json belongs to these weights.",
+            )
+
+    def _read(self, tensors: list[SourceTensor], expert: int | None) -> list[torch.Tensor]:
+        if expert is None or len(tensors) == self.experts == 1:
+            read = [tensor.read() for tensor in tensors]
+        elif len(tensors) == self.experts:
+            read = [tensors[expert].read()]
+        else:
+            read = [tensors[0].read(expert, 1)]
+        return [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in read]
+
+    def _convert(self, read: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        """Empties ``read`` on the way, so that no tensor lives longer than it must."""
+        if self.converter is None:
+            (tensors,) = read.values()
+            return tensors[0]
+        converter: Any = deepcopy(self.converter)
+        converter.collected_tensors.update(read)
+        read.clear()
+        try:
+            made = converter.convert(self.key, model=self.model, config=self.model.config)[self.target]
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.target} can't be made from this checkpoint ({error}).",
+                "Check that config.json belongs to these weights.",
+            ) from error
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+        return tensor.to(self.dtype)
+
+
+def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
+    """Whether it does to each expert's slice of [experts, ...] what it does to the whole."""
+    match operation:
+        case loading.MergeModulelist():
+            return operation.dim == 0
+        case loading.Concatenate() | loading.Interleave():
+            return operation.dim > 0
+        case loading.Transpose():
+            return operation.dim0 > 0 and operation.dim1 > 0
+        case _:
+            return False
+
+
+@dataclass
+class BlockBlueprint:
+    """One Experts module. ``parameters``: name -> (shape of one expert's slice, dtype name), in module order."""
+
+    path: str
+    experts: int
+    top_k: int
+    transposed: bool
+    parameters: Mapping[str, tuple[tuple[int, ...], str]]
+    recipes: Mapping[str, Recipe]
+    _whole: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def apart(self) -> bool:
+        """Whether its experts are read one at a time; else the block is read whole, once."""
+        return all(recipe.apart for recipe in self.recipes.values())
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """That its experts are made from."""
+        return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
+
+    def expert(self, index: int, turn: threading.Lock) -> Mapping[str, torch.Tensor]:
+        """The slices of one expert, each made when it is looked up, under ``turn``, and kept by nobody."""
+        return _Slices(self, index, turn)
+
+    def slice(self, name: str, index: int) -> torch.Tensor:
+        """Raises CheckpointError where a weight is not a finite number."""
+        if self.recipes[name].apart:
+            made = self.recipes[name].make(index)
+        else:
+            if name not in self._whole:
+                self._whole[name] = self.recipes[name].make(None)
+            made = self._whole[name][index]
+        if not all(map(math.isfinite, torch.stack(made.aminmax()).tolist())):
+            raise CheckpointError(
+                f"{self.path} expert {index}: {name} has weights that are not finite numbers.",
+                "Get an intact copy of the checkpoint.",
+            )
+        return made
+
+    def forget(self) -> None:
+        """Drops what was read whole."""
+        self._whole.clear()
+
+
+class _Slices(Mapping[str, torch.Tensor]):
+    def __init__(self, block: BlockBlueprint, index: int, turn: threading.Lock) -> None:
+        self._block = block
+        self._index = index
+        self._turn = turn
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with self._turn:
+            return self._block.slice(name, self._index)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._block.parameters)
+
+    def __len__(self) -> int:
+        return len(self._block.parameters)

@@ -1,0 +1,142 @@
+"""A safetensors file, read by byte ranges: nothing of it is ever mapped.
+
+A mapped checkpoint counts as resident memory, and one that is cut short under the map is a SIGBUS. Here every tensor's
+place is checked against the file's size before anything is read, and what was read is dropped from the page cache.
+The format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moetier.tiers.errors import CheckpointError
+from moetier.tiers.store.trunk import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+Bytes = npt.NDArray[np.uint8]
+
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+TORCH_NAMES = FLOATS | {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+CHUNK_BYTES = 8 << 20
+READ_AHEAD_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a safetensors file. ``dtype`` in the file's spelling ("BF16"), ``offset`` from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Rows ``first`` to ``first + count`` of the leading dimension (all of a scalar) -> a new tensor."""
+        import torch
+
+        shape, offset = self.shape, self.offset
+        if shape:
+            rows = shape[0] - first if count is None else count
+            assert 0 <= first <= first + rows <= shape[0]
+            shape = (rows, *shape[1:])
+            offset += first * (self.nbytes // self.shape[0] if self.shape[0] else 0)
+        tensor = torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
+        read_at(self.file, offset, tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
+
+    def chunks(self) -> Iterator[Bytes]:
+        """Its bytes in order, at most CHUNK_BYTES at a time, in one buffer that is used again."""
+        buffer = np.empty(min(CHUNK_BYTES, self.nbytes), np.uint8)
+        for start in range(0, self.nbytes, CHUNK_BYTES):
+            chunk = buffer[: min(CHUNK_BYTES, self.nbytes - start)]
+            read_at(self.file, self.offset + start, chunk)
+            yield chunk
+
+
+def read_at(path: Path, offset: int, out: Bytes) -> None:
+    """Fills ``out``; drops what was read from the page cache, which a memory limit is charged for.
+
+    Raises CheckpointError where the file ends before, or can't be read.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            _fill(file.fileno(), path, offset, out)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
+
+
+def _fill(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
+    ahead = out.nbytes >= READ_AHEAD_BYTES  # else far more would be read than is wanted
+    advice = os.POSIX_FADV_SEQUENTIAL if ahead else os.POSIX_FADV_RANDOM
+    os.posix_fadvise(descriptor, offset, out.nbytes, advice)
+    done = 0
+    while done < out.nbytes:
+        got = os.preadv(descriptor, [out[done : done + CHUNK_BYTES].data], offset + done)
+        if got == 0:
+            raise CheckpointError(
+                f"{path} ends at byte {offset + done}; a tensor needs {offset + out.nbytes}.",
+                "Download the checkpoint again.",
+            )
+        os.posix_fadvise(descriptor, offset + done, got, os.POSIX_FADV_DONTNEED)
+        done += got
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Its tensors, by name. Raises CheckpointError on what is no whole safetensors file."""
+    fix = "Download the checkpoint again."
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path} is truncated: {size} bytes, with a header of {length}.", fix)
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
+    try:
+        tensors = dict(listed(path, json.loads(raw), 8 + length))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a malformed header ({error}).", fix) from error
+    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
+    if end != size:
+        what = "is truncated" if size < end else "is longer than its header says"
+        raise CheckpointError(f"{path} {what}: {size} bytes where its header names {end}.", fix)
+    return tensors
+
+
+def listed(path: Path, header: Mapping[str, Any], start: int) -> Iterator[tuple[str, StoredTensor]]:
+    """What a ``header`` says of the file at ``path``, whose data begin at ``start``. Raises ValueError, KeyError,
+    TypeError or AttributeError where it is malformed."""
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape = str(entry["dtype"]), entry["shape"]
+        begin, end = entry["data_offsets"]
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"{name} has the unknown type {dtype}")
+        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise ValueError(f"{name} has the shape {shape}")
+        tensor = StoredTensor(name, dtype, tuple(shape), path, start + begin)
+        if begin < 0 or end - begin != tensor.nbytes:
+            raise ValueError(f"{name} takes {tensor.nbytes} bytes, its offsets say {begin} to {end}")
+        yield name, tensor

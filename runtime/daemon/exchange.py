@@ -1,0 +1,198 @@
+"""One Session call: what a client's stream says, and what the host tier answers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from google.protobuf.message import DecodeError
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.runtime.wire.status_codes import message_of
+from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
+from moetier.tiers.host.session import Failed, Granted
+from moetier.tiers.layout import ExpertKey
+
+from .model import Hosted
+
+OUTSTANDING = 256  # requests of one client at a time
+UNREAD = 65_536  # answers that a client has not taken
+PACE_SECONDS = 0.5  # between two words on the pace of the same records
+
+
+@dataclass(slots=True)
+class Asked:
+    """By one client, over all its streams."""
+
+    hits: int = 0  # that it reported
+    misses: int = 0  # experts that it asked for
+
+
+class Exchange:
+    """Two threads meet here: one that hears the client, and one that answers it. ``settled`` is called, by any thread,
+    when the last of its requests is over; ``asked`` counts."""
+
+    def __init__(
+        self, model: Hosted, asked: Asked, *, leases: int, patience: float, settled: Callable[[], None]
+    ) -> None:
+        self._model = model
+        self._asked = asked
+        self._settled = settled
+        self._events: SimpleQueue[Granted | Failed | pb.Pace | None] = SimpleQueue()  # None: the end
+        self._state = threading.Lock()  # guards the three below
+        self._requests: dict[int, set[ExpertKey]] = {}  # what is wanted or held
+        self._error: Exception | None = None
+        self._ended = False
+        self._refusal: UnavailableError | None = None
+        self._paced: dict[str, float] = {}  # by record geometry: when its pace was looked at
+        self._session = model.host.session(self._events.put, leases=leases, patience=patience)
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is asked for and nothing held."""
+        with self._state:
+            return self._ended or not self._requests
+
+    @property
+    def leases(self) -> int:
+        return self._session.held
+
+    def refuse(self, error: UnavailableError) -> None:
+        """What is asked for from now on; what has been is still answered."""
+        self._refusal = error
+
+    def answers(self) -> Iterator[pb.ServerMessage]:
+        """Until the end; raises the error of it."""
+        while (event := self._events.get()) is not None:
+            message = self._message(event)
+            self._model.count(bytes_out=message.ByteSize())
+            yield message
+        if self._error is not None:
+            raise self._error
+
+    def hear(self, messages: Iterable[bytes]) -> None:
+        """A thread's life: to the end of the stream of serialised ClientMessages."""
+        error: Exception | None = None
+        with contextlib.suppress(Exception):  # gRPC's: the client or the connection is gone
+            for message in messages:
+                error = self._hear(message)
+                if error is not None or self._ended:
+                    break
+        self.end(error)
+
+    def _hear(self, message: bytes) -> Exception | None:
+        """The error that ends the stream: the client's, or a fault of ours."""
+        try:
+            self._model.count(bytes_in=len(message))
+            self._do(pb.ClientMessage.FromString(message))
+        except DecodeError:
+            return ProtocolError("A message of the session can't be parsed.", "Use moetier in one version.")
+        except Exception as error:
+            return error
+        return None
+
+    def end(self, error: Exception | None = None) -> None:
+        """Gives back all leases; what has been answered is still sent. Idempotent; the first error counts."""
+        with self._state:
+            if self._ended:
+                return
+            self._ended = True
+            self._error = error
+            self._requests.clear()
+        self._session.close()
+        self._events.put(None)
+        self._settled()
+
+    # -- what a client says -------------------------------------------------------------------------------------------
+
+    def _do(self, message: pb.ClientMessage) -> None:
+        match message.WhichOneof("message"):
+            case "acquire":
+                self._acquire(message.acquire)
+            case "release":
+                self._release(message.release)
+            case "used":
+                keys = [key for entry in message.used.blocks for key in self._keys(entry.block, entry.experts)]
+                self._session.used(keys)
+                self._model.count(used=len(keys))
+                self._asked.hits += len(keys)
+            case "prefetch":
+                wishes = message.prefetch.wishes
+                self._session.prefetch(wishes.block, self._keys(wishes.block, wishes.experts))
+                self._tell_pace(wishes.block)
+            case _:  # of a later version
+                pass
+
+    def _acquire(self, message: pb.Acquire) -> None:
+        request = message.request
+        keys = [ExpertKey(message.block, expert) for expert in message.experts]
+        if not keys or len(set(keys)) != len(keys):
+            raise ProtocolError(f"Request {request} names no expert, or one twice.", "Use moetier in one version.")
+        if self._events.qsize() > UNREAD:
+            raise ProtocolError("The client does not read what it asks for.", "Read the stream.")
+        with self._state:
+            if request in self._requests or len(self._requests) >= OUTSTANDING:
+                raise ProtocolError(
+                    f"Request {request} is in use, or {OUTSTANDING} others are.", "Release what is not needed any more."
+                )
+            if self._ended:
+                return
+            self._requests[request] = set(keys)
+        self._model.count(requests=1)
+        self._asked.misses += len(keys)
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            self._model.manifest.check_keys(message.block, keys)
+            self._session.acquire(request, keys, message.deadline_ms / 1e3 if message.deadline_ms else None)
+        except MoetierError as error:
+            self._events.put(Failed(request, error))
+
+    def _release(self, message: pb.Release) -> None:
+        request, experts = message.request, set(message.experts)
+        with self._state:
+            left = self._requests.get(request)
+            if left is None:  # it has failed meanwhile
+                return
+            keys = {key for key in left if not experts or key.expert in experts}
+            left -= keys
+            over = not left
+            if over:
+                del self._requests[request]
+        self._session.release(request, () if over else tuple(keys))
+        if over:
+            self._settled()
+
+    def _tell_pace(self, block: int) -> None:
+        """To who wishes. Who does not take its answers finds no heap of them."""
+        array, now = self._model.manifest.blocks[block].array, time.monotonic()
+        if now - self._paced.get(array, -math.inf) < PACE_SECONDS or not self._events.empty():
+            return
+        self._paced[array] = now
+        if (pace := self._model.host.pace(block)) is not None:
+            self._events.put(pb.Pace(array=array, **pace._asdict()))
+
+    def _keys(self, block: int, experts: Iterable[int]) -> list[ExpertKey]:
+        keys = [ExpertKey(block, expert) for expert in experts]
+        self._model.manifest.check_keys(block, keys)
+        return keys
+
+    # -- what it is told ----------------------------------------------------------------------------------------------
+
+    def _message(self, event: Granted | Failed | pb.Pace) -> pb.ServerMessage:
+        if isinstance(event, pb.Pace):
+            return pb.ServerMessage(pace=event)
+        if isinstance(event, Granted):
+            granted = pb.Granted(
+                request=event.request, expert=event.key.expert, slot=event.slot, generation=event.generation
+            )
+            return pb.ServerMessage(granted=granted)
+        with self._state:
+            self._requests.pop(event.request, None)
+        self._settled()
+        return pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))

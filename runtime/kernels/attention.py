@@ -1,0 +1,144 @@
+"""Attention of one new token on a CPU, with keys and values where they lie.
+
+torch's own for CPUs, scaled_dot_product_attention, takes many times as long as reading keys and values does, and its
+matrix products are compiled anew for each length of a context (docs/benchmarks.md, Attention).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import re
+import struct
+import sys
+import threading
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from . import jit as native
+from .attention_ir import ATTEND, LANES, attending, scratch_numbers
+from .form import Number
+
+_ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
+NAME = "moetier_sdpa"  # among transformers' attention functions
+_NUMBERS = {torch.float32: Number.F32, torch.bfloat16: Number.BF16}
+_local = threading.local()
+
+
+def use_decode_attention(model: PreTrainedModel) -> None:
+    """In place of SDPA, where all of the model attends with that and none of its code asks whether it does."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if all(part.config._attn_implementation == "sdpa" for part in parts) and not any(map(_asks_for_sdpa, parts)):
+        AttentionInterface.register(NAME, decode_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def _asks_for_sdpa(model: PreTrainedModel) -> bool:
+    """Whether the code of its class, or of one beneath it, does something else where another function attends."""
+    classes = [
+        kind for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
+    ]
+    try:
+        return any(_ASKS.search(inspect.getsource(sys.modules[kind.__module__])) for kind in classes)
+    except (OSError, TypeError):  # it can't be read: perhaps
+        return True
+
+
+def decode_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [B, heads, T, D], key [B, key heads, L, D], value [B, key heads, L, V], attention_mask [B, 1, T, L] of bool
+    (True: attend) or to be added -> [B, T, heads, V]. What is no single token goes to transformers' function for SDPA.
+
+    All is computed in fp32. A sequence's result depends on nothing but that sequence and how it is padded.
+    """
+    is_plain = dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None
+    if not is_plain or torch.is_grad_enabled() or not _fits(query, key, value, attention_mask):
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            position_bias=position_bias,
+            **kwargs,
+        )
+    batch, heads, _, width = query.shape
+    key_heads, length, values = key.shape[1], key.shape[2], value.shape[3]
+    query = query.contiguous()
+    out = torch.empty((batch, 1, heads, values), dtype=query.dtype)
+    mask = None if attention_mask is None else _added(attention_mask, batch)
+    share = heads // key_heads
+    items = batch * key_heads
+    scratch = _scratch(items * scratch_numbers(share, length, width, values))
+    work, alone = _compiled(_NUMBERS[query.dtype])
+    scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
+    shape = (0, items, key_heads, share, length, width, values)
+    places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr())
+    context = array("q", (*shape, *places, out.data_ptr(), scratch, *key.stride()[:3], *value.stride()[:3], scale))
+    threads = min(items, native.threads_for(items * share * length * (width + values)))
+    native.run(work, alone, context.buffer_info()[0], threads)
+    return out, None
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    return (
+        query.shape[2] == 1
+        and query.shape[3] == key.shape[3]
+        and key.shape[1:3] == value.shape[1:3]
+        and query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in _NUMBERS
+        and query.shape[3] % LANES == value.shape[3] % LANES == 0
+        and query.shape[1] % key.shape[1] == 0
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.stride(3) == value.stride(3) == 1
+        and key.shape[2] > 0
+        and (mask is None or (mask.dim() == 4 and mask.shape[1:] == (1, 1, key.shape[2])))
+    )
+
+
+def _added(mask: Tensor, batch: int) -> Tensor:
+    """fp32 [batch, L rounded up to LANES], to be added to scores."""
+    found = mask[:, 0, 0]
+    if mask.dtype == torch.bool:
+        found = torch.zeros(found.shape).masked_fill_(~found, torch.finfo(torch.float32).min)
+    found = F.pad(found.float(), (0, -found.shape[1] % LANES))
+    return found.expand(batch, -1).contiguous()
+
+
+def _scratch(numbers: int) -> int:
+    """The address of so many fp32 of this thread."""
+    memory: Tensor | None = getattr(_local, "memory", None)
+    if memory is None or memory.numel() < numbers:
+        memory = _local.memory = None  # the old memory goes before the new one comes
+        memory = _local.memory = torch.empty(numbers * 5 // 4)  # the context grows token by token
+    return memory.data_ptr()
+
+
+@functools.cache
+def _compiled(number: Number) -> tuple[int, Callable[[int], None]]:
+    """The address of ATTEND, and the same as a function."""
+    with native.compiling:
+        work = native.here().compile(attending(number), ATTEND)
+    return work, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)

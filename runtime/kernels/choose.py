@@ -1,0 +1,47 @@
+"""Which kernels a device has: chosen once, when a model is loaded."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from .api import Kernels, PackedKernels
+from .cuda_int4 import CudaInt4, fused_or_plain
+from .executable import can_become_executable
+from .jit import refusal
+
+PROTECTED = "memory that was written can't be made executable here"
+WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where the trunk has 16 bits"
+
+
+def kernels_for(device: torch.device, *, exact: bool = False) -> Kernels:
+    """The quickest of a device; ``exact``: those whose results are bit for bit the eager model's, with the same
+    decoded weights. Warns once of what is missing."""
+    protected = without_onednn()
+    if not exact and device.type == "cpu" and (why := refusal()):
+        also = f"; {WITHOUT_ONEDNN}" if protected else ""
+        _warn(f"No kernels can be compiled here ({why}): experts are decoded for each product, which is slow{also}.")
+        return Kernels(device)
+    if protected:
+        _warn(f"As {PROTECTED}, {WITHOUT_ONEDNN}.")
+    if exact or device.type not in ("cpu", "cuda"):
+        return Kernels(device)
+    return fused_or_plain(device, CudaInt4()) if device.type == "cuda" else PackedKernels()
+
+
+def without_onednn() -> bool:
+    """Keep torch from oneDNN where memory that was written can't be made executable; return whether that is so.
+
+    oneDNN compiles code of its own, and raises "could not create a primitive" where it can't."""
+    if can_become_executable():
+        return False
+    torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
+    return True
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once in a process, whatever calls."""
+    warnings.warn(text, RuntimeWarning, stacklevel=3)

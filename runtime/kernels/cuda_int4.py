@@ -1,0 +1,175 @@
+"""Products with records on a device that has torch's product with codes of 4 bits: w = (q - 8) * s + b, in bf16.
+
+Codes of 4 and 8 bits are put into the order of that product in the device's slots, once, when they have come; those of
+3 and 2 bits for each product, in scratch memory, because expanded they would not fit their slot.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
+from moetier.tiers.quant.codec import decode, encode, expand, layout_for, sections
+from moetier.tiers.quant.packing import pair_columns
+from moetier.tiers.quant.pairs import load_pairs
+
+from .api import Kernels, projection_of
+
+GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel takes
+TILE_WEIGHTS = 2**24  # arranged at a time: some tens of MiB are taken on the way
+_PLANES = {8: ("high", "low"), 4: ("codes",)}  # that are arranged in place
+
+
+class Int4(Protocol):
+    """torch's product with codes of 4 bits, on one kind of device."""
+
+    def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
+        """uint8 [N * K / 2] in kernel order, N a multiple of 64 -> as many bytes, in the order of the product; those of
+        the first rows come first."""
+        ...
+
+    def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
+        """x bf16 [T, K], arranged uint8 [N * K / 2], pairs bf16 [K / group, N, 2] -> bf16 [T, N]."""
+        ...
+
+
+class CudaInt4:
+    """Of CUDA devices from compute capability 8.0 on ("tinygemm"; ATen/native/cuda/int4mm.cu)."""
+
+    def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
+        paired = pair_columns(nibbles, columns)
+        words: Tensor = torch.ops.aten._convert_weight_to_int4pack(paired, _inner_tiles(columns))
+        return words.view(torch.uint8).view(-1)
+
+    def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
+        tiles = _inner_tiles(x.shape[1])
+        matrix = arranged.view(torch.int32).view(-1, x.shape[1] // (16 * tiles), 32, tiles // 2)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm(x, matrix, group, pairs)
+        return y
+
+
+def _inner_tiles(columns: int) -> int:
+    """Of 16 columns, that lie side by side: as many as the product takes."""
+    return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
+
+
+class _Plan:
+    """Where a projection lies in its record."""
+
+    __slots__ = ("codes", "fused", "layout", "pairs", "projection")
+
+    def __init__(self, layout: RecordLayout, name: str) -> None:
+        self.layout = layout  # kept: it is known by its address
+        self.projection = p = projection_of(layout, name)
+        self.fused = _is_fused(p)
+        self.codes = [layout.section(f"{name}.{plane}") for plane in _PLANES.get(p.bits, ())]
+        # None: of 8 bits, which become bf16 for each product
+        self.pairs = layout.section(f"{name}.pairs") if self.fused and p.pairs == "bfloat16" else None
+
+    def pairs_of(self, record: Tensor) -> Tensor:
+        """bf16 [K / g, N, 2]."""
+        p, s = self.projection, self.pairs
+        if s is None:
+            return load_pairs(p, sections(record, self.layout, of=p.name), 0, p.padded_rows)
+        return record[s.offset : s.offset + s.nbytes].view(torch.bfloat16).view(s.shape)
+
+
+class FusedKernels(Kernels):
+    """Of a device with such a product: x is rounded to bf16. What has no groups of a size that it takes is decoded."""
+
+    def __init__(self, device: torch.device | str, int4: Int4) -> None:
+        super().__init__(device)
+        self.arrange = self._arrange
+        self._int4 = int4
+        self._plans: dict[tuple[int, str], _Plan] = {}
+        # a matrix of 8 bits is the sum of two of 4, whose pairs are multiples of its own: (16 s, b) and (s, 8 s)
+        self._of_pairs = torch.tensor([16.0, 1.0], dtype=torch.bfloat16, device=self.device)
+        self._of_steps = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=self.device)
+
+    def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
+        """As ``Kernels`` says, but for the bits; ``record`` has been arranged."""
+        plan = self._plans.get((id(layout), name))
+        if plan is None:
+            plan = self._plans[id(layout), name] = _Plan(layout, name)
+        p = plan.projection
+        if not plan.fused:
+            return super().project(x, record, layout, name, bias)
+        assert x.shape[1] == p.columns, f"{name} takes {p.columns} numbers, not {x.shape[1]}"
+        rounded = x.to(torch.bfloat16).contiguous()
+        codes, pairs = [record[s.offset : s.offset + s.nbytes] for s in plan.codes], plan.pairs_of(record)
+        if p.bits == 8:
+            y = self._int4.multiply(rounded, codes[0], p.group, pairs * self._of_pairs).to(x.dtype)
+            y += self._int4.multiply(rounded, codes[1], p.group, pairs[:, :, :1] * self._of_steps)
+        else:
+            codes = codes or [self._expanded(sections(record, layout, of=name), p)]
+            y = self._int4.multiply(rounded, codes[0], p.group, pairs).to(x.dtype)
+        if p.rows < p.padded_rows:
+            y = y[:, : p.rows].contiguous()
+        return y if bias is None else y.add_(bias)
+
+    def _arrange(self, record: Tensor, layout: RecordLayout) -> None:
+        """In place; each record once, on the stream that is current."""
+        for p in filter(_is_fused, layout.projections):
+            views = sections(record, layout, of=p.name)
+            for plane in _PLANES.get(p.bits, ()):
+                codes = views[f"{p.name}.{plane}"].view(p.padded_rows, -1)
+                for tile in _tiles(p):
+                    codes[tile] = self._int4.arrange(codes[tile].view(-1), p.columns).view(-1, p.columns // 2)
+
+    def _expanded(self, views: dict[str, Tensor], p: Projection) -> Tensor:
+        """uint8 [N * K / 2], arranged: codes of 3 and 2 bits."""
+        codes = self._scratch((p.padded_rows, p.columns // 2), torch.uint8)
+        for tile in _tiles(p):
+            nibbles = expand(views, p, tile.start, tile.stop)
+            codes[tile] = self._int4.arrange(nibbles, p.columns).view(-1, p.columns // 2)
+        return codes.view(-1)
+
+
+def _is_fused(p: Projection) -> bool:
+    return p.bits != 16 and p.group in GROUPS
+
+
+def _tiles(p: Projection) -> list[slice]:
+    """Of rows; whole multiples of ROW_TILE."""
+    rows = max(1, TILE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
+    return [slice(start, min(start + rows, p.padded_rows)) for start in range(0, p.padded_rows, rows)]
+
+
+def fused_or_plain(device: torch.device, int4: Int4) -> Kernels:
+    """FusedKernels, where they multiply as they should: that is tried here, with small matrices. Else Kernels, with a
+    warning."""
+    kernels = FusedKernels(device, int4)
+    try:
+        why = "" if all(_multiplies(kernels, group) for group in GROUPS) else "its results are wrong"
+    except (RuntimeError, AttributeError) as error:
+        why = str(error)
+    if not why:
+        return kernels
+    warnings.warn(
+        f"torch's product with 4-bit codes can't be used on {device} ({why}): experts are decoded for each product, "
+        "which is slow.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return Kernels(device)
+
+
+def _multiplies(kernels: FusedKernels, group: int) -> bool:
+    """Whether a small matrix is multiplied with as it is with its decoded weights."""
+    name, rows, columns = "weight", ROW_TILE, 2 * group
+    layout = layout_for({name: ((rows, columns), "bfloat16")}, bits=4, group=group, pairs="bfloat16")
+    generator = torch.Generator().manual_seed(group)
+    out = np.empty(layout.record_bytes, np.uint8)
+    encode({name: torch.randn(rows, columns, generator=generator)}, layout, out, fast=True)
+    record = torch.from_numpy(out).to(kernels.device)
+    weights = decode(record, layout, name, torch.empty(rows, columns, device=kernels.device))
+    kernels._arrange(record, layout)
+    x = torch.randn(17, columns, generator=generator).to(kernels.device, torch.bfloat16)  # more than one tile of rows
+    ideal = x.float() @ weights.T
+    found = (kernels.project(part, record, layout, name).float() for part in (x, x[:1]))
+    return all(float((y - ideal[: len(y)]).norm()) < 0.01 * float(ideal[: len(y)].norm()) for y in found)

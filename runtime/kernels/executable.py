@@ -1,0 +1,136 @@
+"""Machine code in memory that is never writable and executable at once.
+
+Services with systemd's MemoryDenyWriteExecute=, PR_SET_MDWE and SELinux forbid to make memory executable that was
+written. LLVM's engine does not notice, and its code ends the process. So an object file of the compiler is linked here,
+written to a memory file, and mapped from that to be read and run, which they permit. Objects of processors other than
+x86-64 go through LLVM's engine, where memory may become executable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import struct
+import weakref
+from typing import NamedTuple
+
+from moetier.tiers.store.atomic import write_all
+
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
+_LIBRARY.mmap.restype = ctypes.c_void_p
+_LIBRARY.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_LIBRARY.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_LIBRARY.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_FAILED = ctypes.c_void_p(-1).value
+_ANYWHERE = (None, mmap.PAGESIZE)
+_NAME = "moetier-code"
+
+# ELF-64 (System V ABI, and its supplement for AMD64)
+_ELF, _X86_64 = b"\x7fELF\x02\x01", 62
+_SYMBOLS, _ADDENDS, _NO_BITS = 2, 4, 8  # types of sections
+_WRITABLE, _ALLOCATED = 1, 2  # flags of sections
+_RELATIVE = (2, 4)  # relocations: S + A - P in 32 bits, of data and of functions
+
+
+class LinkError(RuntimeError):
+    """The object file has what is not linked here."""
+
+
+@functools.cache
+def can_become_executable() -> bool:
+    """Whether memory that was written may be made executable, as compilers in LLVM and oneDNN do. Nothing is run."""
+    page = _LIBRARY.mmap(*_ANYWHERE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if page == _FAILED:
+        return False
+    try:
+        ctypes.memset(page, 0, 1)
+        return bool(_LIBRARY.mprotect(page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC) == 0)
+    finally:
+        _LIBRARY.munmap(page, mmap.PAGESIZE)
+
+
+class Executable:
+    """A linked object file, mapped as long as this object lives."""
+
+    def __init__(self, linked: Linked) -> None:
+        """Raises OSError where such memory can't be had."""
+        self._symbols = linked.symbols
+        descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        try:
+            write_all(descriptor, linked.image, 0)
+            # not mmap.mmap, which keeps a descriptor of its own
+            protection = mmap.PROT_READ | mmap.PROT_EXEC
+            self._base = _LIBRARY.mmap(None, len(linked.image), protection, mmap.MAP_PRIVATE, descriptor, 0)
+            if self._base == _FAILED:
+                number = ctypes.get_errno()
+                raise OSError(number, f"a memory file can't be mapped to be run: {os.strerror(number)}")
+        finally:
+            os.close(descriptor)
+        # at the end of the process other threads may still run it
+        weakref.finalize(self, _LIBRARY.munmap, self._base, len(linked.image)).atexit = False
+
+    def address(self, name: str) -> int:
+        return int(self._base + self._symbols[name])
+
+
+class Linked(NamedTuple):
+    """``image`` does not depend on its address; ``symbols`` are where the names of functions are in it."""
+
+    image: bytes
+    symbols: dict[str, int]
+
+
+class _Section(NamedTuple):
+    name: int
+    type: int
+    flags: int
+    address: int
+    offset: int
+    size: int
+    link: int
+    info: int
+    alignment: int
+    entry: int
+
+
+def link(object_file: bytes) -> Linked:
+    """Lay out the sections of an ELF object for x86-64, and resolve its references. Raises LinkError for references to
+    what is not in it, and for those of other kinds than compilers of position-independent code make."""
+    if object_file[:6] != _ELF or struct.unpack_from("<H", object_file, 18)[0] != _X86_64:
+        raise LinkError("the object file is not of x86-64")
+    (headers,) = struct.unpack_from("<Q", object_file, 40)
+    size, count = struct.unpack_from("<HH", object_file, 58)
+    sections = [_Section(*struct.unpack_from("<IIQQQQIIQQ", object_file, headers + size * n)) for n in range(count)]
+    image, places = bytearray(), dict[int, int]()
+    for number, section in enumerate(sections):
+        if section.flags & _ALLOCATED and section.type != _ADDENDS:
+            if section.flags & _WRITABLE and section.size:
+                raise LinkError("the object file has data that is written")
+            image += bytes(-len(image) % max(section.alignment, 1))
+            places[number] = len(image)
+            data = object_file[section.offset : section.offset + section.size]
+            image += bytes(section.size) if section.type == _NO_BITS else data
+    image += bytes(-len(image) % mmap.PAGESIZE)
+
+    (table,) = (section for section in sections if section.type == _SYMBOLS)
+    names, symbols = sections[table.link], dict[str, int]()
+    values: list[int | None] = []  # by the symbol's number; None: not in this object
+    for start in range(table.offset, table.offset + table.size, 24):
+        name, _, _, home, value = struct.unpack_from("<IBBHQ", object_file, start)
+        values.append(places[home] + value if home in places else None)
+        text = object_file[names.offset + name :].split(b"\0", 1)[0].decode()
+        if text and home in places:
+            symbols[text] = places[home] + value
+
+    for section in sections:
+        if section.type != _ADDENDS or section.info not in places:
+            continue
+        for start in range(section.offset, section.offset + section.size, 24):
+            offset, what, addend = struct.unpack_from("<QQq", object_file, start)
+            place, symbol, kind = places[section.info] + offset, values[what >> 32], what & 0xFFFFFFFF
+            if kind not in _RELATIVE or symbol is None:
+                raise LinkError(f"the object file has a reference of type {kind} that can't be resolved")
+            struct.pack_into("<i", image, place, symbol + addend - place)
+    return Linked(bytes(image), symbols)

@@ -1,0 +1,198 @@
+"""The code of one tile of a product: some rows of a matrix, where they lie in its record, with one or a few rows of x.
+
+Four codes q of a row with four numbers n are one step, that of the instruction VPDPBUSD (AVX-512 VNNI); on others it
+takes several instructions. The codes are in the byte order of ``tiers/planes.py``: 32 bytes are one column of 64 rows.
+What has fewer than 4 bits is unfolded on the way.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE
+
+from .emit import F32, I8, I16, I32, I64, POINTER, Emitter, Value, vector
+from .form import Form, Number
+from .jit import Processor
+
+STEP = 4  # columns
+# how far ahead of the sums memory is asked for: most processors' own prefetchers end with a page
+BYTES_AHEAD = 2048  # of codes
+PAIRS_AHEAD = 2  # groups
+COLUMN = ROW_TILE // 2  # bytes
+LANES = 16  # rows of one vector
+VECTORS = ROW_TILE // LANES
+CENTRES = {8: 128, 4: 8, 3: 4, 2: 2}
+
+
+class Tile(Emitter):
+    """``tile_H``: ROW_TILE rows of W with ``height`` rows of x."""
+
+    def __init__(self, module: ir.Module, form: Form, processor: Processor, height: int) -> None:
+        super().__init__(module, f"tile_{height}", [POINTER] * 8 + [I64] * 4)
+        self.function.linkage = "internal"
+        self._form = form
+        self._processor = processor
+        self._codes, self._second, self._pairs, self._scales, xn, xt, xs, y = self.function.args[:8]
+        self._tile, self._columns, out_rows, self._padded = self.function.args[8:]
+        at, n = self.at, self.number
+        group = form.group
+        groups = at.udiv(self._columns, n(group))
+        integers = [[at.alloca(vector(I32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
+        sums = [[at.alloca(vector(F32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
+        zero = self.all(F32, 0.0, LANES)
+        for places in sums:
+            for place in places:
+                at.store(zero, place)
+        start = at.mul(at.mul(self._tile, self._columns), n(COLUMN))  # of the tile, in bytes of codes of 4 bits
+        with self.loop(n(0), groups) as g:
+            rows = [at.add(at.mul(n(row), groups), g) for row in range(height)]
+            for row in range(height):
+                total = self.load(xs, at.mul(rows[row], n(4)), I32)
+                begin = self.spread(at.mul(total, ir.Constant(I32, -CENTRES[form.bits])), LANES)
+                for place in integers[row]:
+                    at.store(begin, place)
+            first = at.mul(g, n(group))
+            self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
+            with self.loop(n(0), n(group), 2 * STEP) as step:
+                for half in range(2):
+                    column = at.add(first, at.add(step, n(half * STEP)))
+                    codes = self._unpack(at.add(start, at.mul(column, n(COLUMN))))
+                    for row in range(height):
+                        four = self.load(xn, at.add(at.mul(n(row), self._columns), column), I32)
+                        x = at.bitcast(self.spread(four, LANES), vector(I8, 4 * LANES))
+                        for place, q in zip(integers[row], codes, strict=True):
+                            at.store(self._dot(at.load(place), q, x), place)
+            pairs = self._load_pairs(g)
+            for row in range(height):
+                place = at.mul(rows[row], n(8))
+                t = self.spread(self.load(xt, place, F32), LANES)
+                t_sum = self.spread(self.load(xt, at.add(place, n(4)), F32), LANES)
+                for (s, b), whole, total in zip(pairs, integers[row], sums[row], strict=True):
+                    part = at.sitofp(at.load(whole), vector(F32, LANES))
+                    value = at.fadd(at.load(total), at.fmul(part, at.fmul(s, t)))
+                    at.store(at.fadd(value, at.fmul(b, t_sum)), total)
+        for row in range(height):
+            for number, place in enumerate(sums[row]):
+                self._write(at.load(place), y, row, number * LANES, out_rows)
+        at.ret_void()
+
+    def _unpack(self, place: Value) -> list[Value]:
+        """Codes of STEP columns, beginning at byte ``place`` of a plane of 4 bits: for each vector of rows [4 * LANES]
+        i8, four to a row."""
+        match self._form.bits:
+            case 8:
+                high, low = self._nibbles(self._columns_at(self._codes, place)), self._columns_at(self._second, place)
+                shift = self.all(I8, 4, 4 * LANES)
+                pairs = zip(high, self._nibbles(low), strict=True)
+                if self._processor.has_vnni:
+                    return [self.at.or_(self.at.shl(h, shift), q) for h, q in pairs]
+                return list(pairs)  # 8 bits would overflow _dot's pairs
+            case 4:
+                return self._nibbles(self._columns_at(self._codes, place))
+            case _:
+                codes = self._folded(self._codes, place, 2, 0x33)
+                if self._form.bits == 3:
+                    two = self.all(I8, 2, 4 * LANES)
+                    plane = self._folded(self._second, place, 4, 0x11)
+                    codes = [self.at.or_(c, self.at.shl(p, two)) for c, p in zip(codes, plane, strict=True)]
+                return self._nibbles(codes)
+
+    def _columns_at(self, plane: Value, place: Value) -> list[Value]:
+        """STEP columns as they lie: two vectors of 64 bytes."""
+        bytes_ = vector(I8, 2 * COLUMN)
+        if not self._processor.has_stream_prefetch:
+            self.prefetch(plane, self.at.add(place, self.number(BYTES_AHEAD)), STEP * COLUMN)
+        return [self.load(plane, self.at.add(place, self.number(2 * COLUMN * half)), bytes_) for half in range(2)]
+
+    def _folded(self, plane: Value, place: Value, parts: int, mask: int) -> list[Value]:
+        """As ``_columns_at``, of a plane that is folded in ``parts``."""
+        at = self.at
+        length = at.udiv(at.mul(self._padded, self._columns), self.number(2 * parts))
+        part = at.udiv(place, length)
+        shift = self.spread(at.trunc(at.mul(part, self.number(4 // parts)), I16), COLUMN)
+        found = []
+        for piece in self._columns_at(plane, at.sub(place, at.mul(part, length))):
+            moved = at.lshr(at.bitcast(piece, vector(I16, COLUMN)), shift)  # what crosses bytes is masked
+            found.append(at.and_(at.bitcast(moved, vector(I8, 2 * COLUMN)), self.all(I8, mask, 2 * COLUMN)))
+        return found
+
+    def _nibbles(self, columns: list[Value]) -> list[Value]:
+        """STEP columns of 64 rows -> by vector of rows, four codes to a row."""
+        at, length = self.at, 4 * LANES
+        order = [[COLUMN * k + row for row in range(first, first + LANES) for k in range(STEP)] for first in (0, LANES)]
+        united = [self.pick(columns[0], columns[1], indices) for indices in order]
+        low, four = self.all(I8, 15, length), self.all(I8, 4, length)
+        return [*(at.and_(v, low) for v in united), *(at.lshr(v, four) for v in united)]
+
+    def _dot(self, total: Value, q: Value, x: Value) -> Value:
+        """``total`` [LANES] i32 and the products of each four of ``q`` (unsigned) and ``x`` (signed)."""
+        at, integers = self.at, vector(I32, LANES)
+        if isinstance(q, tuple):
+            high, low = q
+            four = self.all(I32, 4, LANES)
+            return self._dot(at.add(total, at.shl(self._dot(self.all(I32, 0, LANES), high, x), four)), low, x)
+        if self._processor.has_vnni:
+            return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", integers, total, q, x)
+        if self._processor.has_avx2:
+            halves = []
+            for first in (0, 2 * LANES):
+                part = list(range(first, first + 2 * LANES))
+                pairs = self.intrinsic(
+                    "llvm.x86.avx2.pmadd.ub.sw", vector(I16, LANES), self.pick(q, q, part), self.pick(x, x, part)
+                )
+                ones = self.all(I16, 1, LANES)
+                halves.append(self.intrinsic("llvm.x86.avx2.pmadd.wd", vector(I32, LANES // 2), pairs, ones))
+            return at.add(total, self.pick(halves[0], halves[1], range(LANES)))
+        wide = vector(I16, 4 * LANES)
+        products = at.mul(at.zext(q, wide), at.sext(x, wide))
+        pairs = at.add(*(self.pick(products, products, range(i, 4 * LANES, 2)) for i in range(2)))
+        pairs = at.sext(pairs, vector(I32, 2 * LANES))
+        return at.add(total, at.add(*(self.pick(pairs, pairs, range(i, 2 * LANES, 2)) for i in range(2))))
+
+    def _prefetch_pairs(self, g: Value) -> None:
+        """Those of a group lie in a page of their own, which nothing but this brings in time."""
+        at, n = self.at, self.number
+        nbytes = 4 if self._form.pairs == "bfloat16" else 2
+        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
+        self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
+
+    def _load_pairs(self, g: Value) -> list[tuple[Value, Value]]:
+        """(s, b) of a group, by vector of rows; fp32."""
+        at, n = self.at, self.number
+        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # pair
+        even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+        found = []
+        if self._form.pairs == "bfloat16":
+            for number in range(VECTORS):
+                place = at.mul(at.add(first, n(number * LANES)), n(4))
+                both = self.widen(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
+                found.append((self.pick(both, both, even), self.pick(both, both, odd)))
+            return found
+        run = at.mul(at.udiv(first, n(PAIR_BLOCK)), n(8))
+        four = [self.widen(self.load(self._scales, at.add(run, n(2 * i)), vector(I16, 1)), 1) for i in range(4)]
+        scale_s, low_s, scale_b, low_b = (
+            self.spread(at.extract_element(value, ir.Constant(I32, 0)), LANES) for value in four
+        )
+        for number in range(VECTORS):
+            place = at.mul(at.add(first, n(number * LANES)), n(2))
+            codes = at.uitofp(self.load(self._pairs, place, vector(I8, 2 * LANES)), vector(F32, 2 * LANES))
+            pair = []
+            for indices, scale, low in ((even, scale_s, low_s), (odd, scale_b, low_b)):
+                value = at.fadd(at.fmul(self.pick(codes, codes, indices), scale), low)
+                pair.append(self.widen(self.narrow(value, LANES), LANES))
+            found.append((pair[0], pair[1]))
+        return found
+
+    def _write(self, value: Value, y: Value, row: int, first: int, out_rows: Value) -> None:
+        """LANES numbers of a row of y, but for those behind its end."""
+        at, n, form = self.at, self.number, self._form
+        column = at.add(at.mul(self._tile, n(ROW_TILE)), n(first))
+        left = self.spread(at.sub(out_rows, column), LANES)
+        mask = at.icmp_signed(">", left, ir.Constant(vector(I64, LANES), list(range(LANES))))
+        code = "f32"
+        if form.out is Number.BF16:
+            value, code = self.narrow(value, LANES), "i16"
+        place = at.mul(at.add(at.mul(n(row), out_rows), column), n(form.out.nbytes))
+        target = self.place(y, place, value.type)
+        self.intrinsic(f"llvm.masked.store.v{LANES}{code}.p0", ir.VoidType(), value, target, ir.Constant(I32, 1), mask)

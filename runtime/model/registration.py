@@ -1,0 +1,310 @@
+"""moetier as transformers sees it: a quantiser that takes the experts away, and an experts function.
+
+transformers builds a model on the meta device, asks the quantiser, and loads what parameters there are: the trunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from itertools import chain
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moetier.runtime.checkpoint.config_json import NAME, read_config
+from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, TierConfig, TierOptions
+from moetier.runtime.kernels.attention import use_decode_attention
+from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.kernels.growing_cache import use_growing_layers
+from moetier.runtime.kernels.norm import use_quick_norms
+from moetier.runtime.kernels.row import use_row_weights
+from moetier.runtime.memory import mapped_files
+from moetier.runtime.moe.block import TieredBlock
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
+from moetier.runtime.moe.gates import Gates
+from moetier.runtime.moe.linear import quantized_linears, replace_linears
+from moetier.runtime.speculation.controller import Mode
+from moetier.runtime.speculation.predictor import Shortcuts
+from moetier.runtime.speculation.speculation import Speculation
+from moetier.runtime.threads import use_threads
+from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
+from moetier.tiers.interrupts import postpone_interrupts, raise_interrupts
+from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
+from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
+
+from .budgets import context_bytes, largest_decoded
+from .closing import close_later
+from .tiers import Tiers
+
+_lock = threading.Lock()
+_options: TierOptions = {}  # by register(), of what is loaded without load()
+_asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
+
+
+@contextlib.contextmanager
+def asked_for(config: TierConfig) -> Iterator[None]:
+    """What is loaded inside gets these tiers, whatever its config.json prefers."""
+    token = _asked.set(config)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def register(**options: Unpack[TierOptions]) -> None:
+    """Let plain ``AutoModelForCausalLM.from_pretrained(DIR)``, and what is built on it, load a model directory.
+
+    ``options`` are the keyword arguments ram, device_memory, daemon, credentials, policy, speculate, look_ahead,
+    prefetch, learn, context, exact and threads of ``load``. They hold for all models that are loaded so from then on,
+    and go before what a config.json says; those of the last call count. The ``device_map`` of ``from_pretrained`` says
+    where a model is computed. Raises ConfigError.
+    """
+    global _options
+    TierConfig.of(**options)
+    install()
+    _options = options
+
+
+def install() -> None:
+    """Make moetier known to transformers. Idempotent."""
+    with _lock:
+        if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+            register_quantizer(NAME)(MoetierQuantizer)
+            register_quantization_config(NAME)(MoetierConfig)
+
+
+def _postpone(*_: Any) -> None:
+    postpone_interrupts()
+
+
+def _raise(*_: Any) -> None:
+    raise_interrupts()
+
+
+class MoetierConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a model directory. Budgets are in it when somebody put them there.
+
+    Raises ConfigError for a key that it does not know: a budget that is misspelt must not be the default's.
+    """
+
+    def __init__(
+        self,
+        quant_method: str = NAME,
+        format: int = FORMAT,
+        ram: str | int | None = None,
+        device_memory: str | int | None = None,
+        context: int = DEFAULT_CONTEXT,
+        exact: bool = False,
+        bits: int | None = None,  # noted by the converter for people
+        trunk_bits: int | None = None,  # likewise
+        **unknown: Any,
+    ) -> None:
+        if format != FORMAT:
+            raise StoreFormatError(
+                f"The model directory has format version {format}; this moetier reads version {FORMAT}.",
+                "Install a moetier that reads it, or convert the model again.",
+            )
+        if unknown:
+            raise ConfigError(
+                f"moetier's quantization_config has no {', '.join(map(repr, sorted(unknown)))}.",
+                "What can be added is ram, device_memory, context and exact; what the converter wrote must stay.",
+            )
+        self.quant_method: Any = quant_method
+        self.format = format
+        self.ram = ram
+        self.device_memory = device_memory
+        self.context = context
+        self.exact = exact
+        self.bits = bits
+        self.trunk_bits = trunk_bits
+
+    @property
+    def options(self) -> TierOptions:
+        return {
+            "ram": self.ram,
+            "device_memory": self.device_memory,
+            "daemon": AUTO,
+            "context": self.context,
+            "exact": self.exact,
+        }
+
+
+class MoetierQuantizer(HfQuantizer):
+    """Takes the experts' parameters away before the weights are loaded, and attaches the tiers afterwards."""
+
+    requires_calibration = True  # it loads what was converted, and converts nothing
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        assert checkpoint_files, "weights given as a state dict have no store"
+        self._folder = _folder_of(model, checkpoint_files)
+        read_config(self._folder)
+        modules = experts_modules(model)
+        manifest = read_manifest(store_folder(self._folder))
+        check_trunk(self._folder, manifest)
+        check_small(self._folder, manifest)
+        self._check(model, modules, manifest)
+        records = trunk_records(self._folder, manifest)
+        for path, module in modules.items():
+            for name in EXPERT_PARAMETERS:
+                module._parameters.pop(name, None)  # on meta: nothing was ever allocated
+            for touched in (module, model.get_submodule(path.rpartition(".")[0])):
+                touched._is_hf_initialized = True  # _init_weights would fill what is gone, in some through the parent
+            module.config._experts_implementation_internal = NAME
+        if manifest.trunk_records is not None:
+            replace_linears(model, records, manifest.trunk_records)
+        model.config._experts_implementation = NAME
+        for plan in ("_tp_plan", "_ep_plan"):
+            kept = {key: style for key, style in (getattr(model, plan) or {}).items() if ".experts" not in key}
+            setattr(model, plan, kept)
+
+    def _check(self, model: PreTrainedModel, modules: dict[str, Any], manifest: Manifest) -> None:
+        """Raises unless the model's Experts modules are the store's blocks, shape by shape."""
+        if not modules:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no module with transformers' experts interface.",
+                "Load the class that config.json names in architectures.",
+            )
+        blocks = {block.path: (number, block) for number, block in enumerate(manifest.blocks)}
+        if strangers := sorted(modules.keys() ^ blocks.keys()):
+            whose = "model" if strangers[0] in modules else "store"
+            raise StoreFormatError(
+                f"{self._folder} does not fit {type(model).__name__}: only the {whose} has {strangers[0]}.",
+                "Load the class that config.json names in architectures, or convert the model again.",
+            )
+        for path, module in modules.items():
+            number, block = blocks[path]
+            layout = manifest.layout(number)
+            stored = {p.name: p.shape for p in layout.projections} | {b.name: (b.size,) for b in layout.biases}
+            wanted = {name: tuple(p.shape[1:]) for name, p in module._parameters.items() if name in EXPERT_PARAMETERS}
+            if stored != wanted or block.experts != module.num_experts:
+                raise StoreFormatError(
+                    f"{self._folder}: {path} has {block.experts} experts of {stored} in the store, "
+                    f"and {module.num_experts} of {wanted} in {type(model).__name__}.",
+                    "Check that config.json belongs to this store, or convert the model again.",
+                )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        given: Any = self.quantization_config
+        device = _device_of(model)
+        asked = _asked.get() or TierConfig.of(**(given.options | _options))
+        use_threads(asked.threads)
+        kernels = kernels_for(device, exact=asked.exact)
+        linears = quantized_linears(model)
+        for linear in linears:
+            linear.compute_with(kernels)
+        shortcuts = _shortcuts(model, asked)  # first: what memory they take is not there for experts
+        tiers = Tiers.open(
+            self._folder,
+            asked,
+            device,
+            trunk=_mapped_bytes(model),
+            cache=context_bytes(model, read_manifest(store_folder(self._folder)), asked.context),
+            width=model.dtype.itemsize,
+            kernels=kernels,
+            largest=largest_decoded((linear.layout for linear in linears), kernels),
+        )
+        weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
+        model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
+                module.config.__dict__.pop("_is_quantized", None)
+        demanded = None
+        if shortcuts is not None:
+            slots = max(1, tiers.device.stats().slots // len(shortcuts.gates.blocks))
+            speculation = Speculation(
+                shortcuts,
+                tiers.device,
+                slots=slots,
+                mode=Mode(asked.speculate),
+                most=asked.prefetch,
+                policy=asked.policy,
+            )
+            speculation.attach()
+            tiers.speculation, demanded = speculation, speculation.demanded
+        layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
+        if any(kernels.packs(layout) for layout in layouts):  # else it computes bit for bit as the eager model
+            use_decode_attention(model)
+            use_growing_layers(model)
+            use_quick_norms(model)
+            use_row_weights(model)
+        tiers.hooks.add(model.register_forward_pre_hook(_postpone))
+        tiers.hooks.add(model.register_forward_hook(_raise, always_call=True))
+        modules = experts_modules(model)
+        for number, block in enumerate(tiers.manifest.blocks):
+            layout = tiers.manifest.layout(number)
+            modules[block.path].tiered = TieredBlock(number, layout, tiers.device, tiers.kernels, device, demanded)
+        return model
+
+    def is_serializable(self) -> bool:
+        """The model in memory has no experts to save; its directory can be copied."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Which experts are wanted is known only when the router has run."""
+        return False
+
+
+def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
+    """The directory that was asked for; of a hub id, its snapshot. Raises UnsafeCheckpointError where the trunk would
+    come from another place than its store, or from files that are no safetensors."""
+    asked = model.config.name_or_path
+    folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
+    for file in map(Path, files):
+        if file.parent.resolve() != folder.resolve() or not TRUNK_NAME.fullmatch(file.name):
+            raise UnsafeCheckpointError(
+                f"{folder} would load its trunk from {file}, which is no trunk file of its own folder.",
+                "Don't use this directory, or convert the model again.",
+            )
+    return folder
+
+
+def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
+    """None where nothing can be guessed, or is to be."""
+    if Mode(asked.speculate) is Mode.OFF:
+        return None
+    gates = Gates(model)
+    if (refusals := gates.refusals()) is not None:
+        warnings.warn(f"{type(model).__name__}: {refusals}", RuntimeWarning, stacklevel=2)
+    return Shortcuts(gates, asked.look_ahead) if gates.first is not None else None
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where the trunk is. Raises ConfigError when it is in several places."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise ConfigError(
+            f"The trunk is spread over {', '.join(sorted(map(str, devices)))}.",
+            'Load it on one device: device_map={"": "cuda:0"}, or none for the CPU.',
+        )
+    return devices.pop()
+
+
+def _mapped_bytes(model: PreTrainedModel) -> int:
+    """Of tensors that lie in mapped files: the trunk stays in memory, but nothing counts its pages as taken."""
+    maps = mapped_files()
+    tensors = chain(model.parameters(), model.buffers())
+    return sum(t.nbytes for t in tensors if any(t.data_ptr() in addresses for addresses in maps))

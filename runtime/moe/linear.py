@@ -1,0 +1,96 @@
+"""The matrices of the trunk that are stored as records, in place of the nn.Linear modules that they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetier.runtime.kernels.api import Kernels, moved_error
+from moetier.tiers.errors import StoreFormatError
+from moetier.tiers.layout import RecordLayout
+from moetier.tiers.manifest import TrunkRecords
+from moetier.tiers.quant.codec import layout_for
+
+from .gradient import without_gradient
+
+WEIGHT = "weight"  # the only projection of such a record
+
+
+def matrix_layout(rows: int, columns: int, form: TrunkRecords) -> RecordLayout:
+    """Of a matrix [rows, columns]; at 16 bits where no group divides its columns."""
+    shape = {WEIGHT: ((rows, columns), "bfloat16")}
+    return layout_for(shape, bits=form.bits, group=form.group, pairs=form.pairs)
+
+
+class QuantizedLinear(nn.Module):
+    """y = x @ W.T + bias with W in a record, which lies where the checkpoint is mapped.
+
+    Bit for bit what nn.Linear gives with the decoded weights, where the kernels are exact. It has no attribute
+    ``weight``: code that multiplies with one itself fails, and does not multiply with something else.
+    """
+
+    record: Tensor  # uint8 [layout.payload_bytes]
+    kernels: Kernels
+
+    def __init__(self, linear: nn.Linear, layout: RecordLayout) -> None:
+        """In place of ``linear``, whose bias it takes over; on meta."""
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.layout = layout
+        self.bias = linear.bias
+        self.register_buffer("record", torch.empty(layout.payload_bytes, dtype=torch.uint8, device="meta"))
+
+    def compute_with(self, kernels: Kernels) -> None:
+        """Once, when the record is where it is computed with."""
+        self.kernels = kernels
+        if kernels.arrange is not None:
+            kernels.arrange(self.record, self.layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in its type. Raises ConfigError where it was moved."""
+        if not x.device == self.record.device == self.kernels.device:
+            raise moved_error(self.record.device, self.kernels.device)
+        # as torch's own linear does: what does not lie like a matrix is multiplied first, then added to
+        fused = self.bias is not None and (x.dim() == 2 or x.is_contiguous())
+        with torch.no_grad():
+            rows = x.reshape(-1, self.in_features)
+            bias = self.bias if fused else None
+            y = self.kernels.with_room(partial(self.kernels.project, rows, self.record, self.layout, WEIGHT, bias))
+            y = y.view(*x.shape[:-1], self.out_features)
+            if self.bias is not None and not fused:
+                y += self.bias
+        return without_gradient(y, x)
+
+    def extra_repr(self) -> str:
+        (p,) = self.layout.projections
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={p.bits}, group={p.group}"
+
+
+def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+
+def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) -> None:
+    """Each module that ``records`` names (path -> bytes of its record) by one without weights, on meta.
+
+    A head that was tied to the embedding is tied no longer: it has a record, and the embedding stays as it was.
+    Raises StoreFormatError where the model has no such linear module, or one of another size.
+    """
+    linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    for path, nbytes in records.items():
+        linear = linears.get(path)
+        layout = None if linear is None else matrix_layout(linear.out_features, linear.in_features, form)
+        if linear is None or layout is None or layout.payload_bytes != nbytes:
+            what = f"{linear.out_features} x {linear.in_features} there" if linear else "not there"
+            raise StoreFormatError(
+                f"The trunk has a record of {nbytes:,} bytes for {path}, which in {type(model).__name__} is {what}.",
+                "Check that config.json belongs to this directory, or convert the model again.",
+            )
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, QuantizedLinear(linear, layout))
+        model.all_tied_weights_keys.pop(f"{path}.{WEIGHT}", None)

@@ -1,0 +1,158 @@
+"""Recording a trace: what the gates of a model that runs say, and what its Experts modules are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moetier.runtime.moe.gates import Gates
+from moetier.tiers.errors import UnsupportedModelError
+
+from .trace import NONE, Trace
+
+Array = npt.NDArray[Any]
+
+
+class Recorder:
+    """Watches a loaded model from its making to ``close()``; a context manager. What the model computes stays the same.
+
+    After the forward passes of a sequence, batches of one, ``end_sequence`` says which tokens went in. Every note is
+    brought to the host at once, which on a GPU waits for it: recording is not for measuring time.
+    """
+
+    def __init__(self, model: Any, *, look_ahead: int = 2) -> None:
+        """The gates of the 1, 2, ... ``look_ahead`` next layers are asked at each block's entry."""
+        self._gates = Gates(model)
+        blocks = range(len(self._gates.blocks))
+        self._lookaheads = tuple(
+            distance
+            for distance in range(1, look_ahead + 1)
+            if any(self._gates.ahead(block, distance) is not None for block in blocks)
+        )
+        self._columns: dict[tuple[str, int, int], _Column] = {}  # by name, look-ahead and block
+        self._offsets = [0]
+        self._n_prefill: list[int] = []
+        self._token_ids: list[int] = []
+        self._pieces: list[str] = []
+        self._observation = self._gates.observe(entry=self._at_entry, gate=self._at_gate, experts=self._at_experts)
+
+    @property
+    def refusals(self) -> str | None:
+        """See ``Gates.refusals``: those blocks have no probabilities, and nobody predicts them."""
+        return self._gates.refusals()
+
+    def _at_entry(self, block: int, hidden: Tensor) -> None:
+        for distance in self._lookaheads:
+            if (ahead := self._gates.ahead(block, distance)) is not None:
+                experts, probabilities = self._gates.predict(ahead, hidden)
+                order = probabilities.argsort(dim=-1, descending=True, stable=True)
+                self._note("predictions", distance, ahead, experts.gather(-1, order))
+                self._note("prediction_probabilities", distance, ahead, probabilities.gather(-1, order))
+
+    def _at_gate(self, block: int, probabilities: Tensor) -> None:
+        self._note("probabilities", 0, block, probabilities)
+
+    def _at_experts(self, block: int, experts: Tensor, weights: Tensor) -> None:
+        here = experts < self._gates.blocks[block].experts.num_experts  # others are computed elsewhere, or skipped
+        self._note("experts", 0, block, experts.where(here, NONE))
+        self._note("weights", 0, block, weights.where(here, 0))
+
+    def _note(self, name: str, distance: int, block: int, rows: Tensor) -> None:
+        dtype = torch.float16 if rows.is_floating_point() else torch.int16
+        column = self._columns.setdefault((name, distance, block), _Column(self._offsets[-1]))
+        column.add(rows.detach().to(dtype, copy=True).cpu().numpy())
+
+    def end_sequence(self, token_ids: Sequence[int], *, n_prefill: int, pieces: Sequence[str] = ()) -> None:
+        """The forward passes since the last sequence were of these tokens, in this order; ``n_prefill`` of them are the
+        prompt. ``pieces``: their texts, given for every sequence or for none. Raises UnsupportedModelError for a model
+        that does not pass each token once through each block that it uses.
+        """
+        before, tokens = self._offsets[-1], len(token_ids)
+        assert 0 <= n_prefill <= tokens > 0
+        assert len(pieces) in (0, tokens)
+        for (_, _, block), column in sorted(self._columns.items()):  # experts first: they are the cause
+            if column.rows == before:
+                column.skip(tokens)
+            elif column.rows != before + tokens:
+                raise UnsupportedModelError(
+                    f"{self._gates.blocks[block].path} was given {column.rows - before} rows for {tokens} tokens.",
+                    "Trace a model that sends each token once through a block, a sequence at a time, with a KV cache.",
+                )
+        self._offsets.append(before + tokens)
+        self._n_prefill.append(n_prefill)
+        self._token_ids += token_ids
+        self._pieces += pieces
+
+    def trace(self, *, model: str = "", digest: str = "") -> Trace:
+        """Of all sequences, one at least; each has ended."""
+        assert len(self._offsets) > 1, "a sequence"
+        counts = tuple(gate.experts.num_experts for gate in self._gates.blocks)
+        told = any(name == "probabilities" for name, _, _ in self._columns)
+        ahead = self._lookaheads
+        return Trace(
+            experts=self._gathered("experts", 0, NONE),
+            offsets=tuple(self._offsets),
+            num_experts=counts,
+            n_prefill=tuple(self._n_prefill),
+            weights=self._gathered("weights", 0, 0.0),
+            probabilities=self._gathered("probabilities", 0, 0.0, max(counts)) if told else None,
+            token_ids=np.asarray(self._token_ids, np.int32),
+            pieces=tuple(self._pieces),
+            lookaheads=ahead,
+            predictions=np.stack([self._gathered("predictions", d, NONE) for d in ahead]) if ahead else None,
+            prediction_probabilities=np.stack([self._gathered("prediction_probabilities", d, 0.0) for d in ahead])
+            if ahead
+            else None,
+            model=model,
+            digest=digest,
+            blocks=tuple(gate.path for gate in self._gates.blocks),
+        )
+
+    def _gathered(self, name: str, distance: int, nothing: float, width: int = 0) -> Array:
+        """[T, B, width or more]; ``nothing`` where a token has no number."""
+        tokens, blocks = self._offsets[-1], len(self._gates.blocks)
+        columns = {b: c for b in range(blocks) if (c := self._columns.get((name, distance, b))) is not None}
+        width = max(width, *(column.width for column in columns.values()))
+        out = np.full((tokens, blocks, width), nothing, np.float16 if isinstance(nothing, float) else np.int16)
+        for block, column in columns.items():
+            for start, part in column.parts.items():
+                out[start : start + len(part), block, : part.shape[1]] = part
+        return out
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._observation.remove()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass
+class _Column:
+    """What was noted of one block: rows of numbers, for one token after another."""
+
+    rows: int  # so many tokens are dealt with
+    width: int = 0
+    parts: dict[int, Array] = field(default_factory=dict)  # by the token with which they begin
+
+    def add(self, part: Array) -> None:
+        """part [tokens, numbers]."""
+        if len(part):
+            self.parts[self.rows] = part
+            self.width = max(self.width, part.shape[1])
+            self.rows += len(part)
+
+    def skip(self, tokens: int) -> None:
+        self.rows += tokens

@@ -1,0 +1,249 @@
+"""A trace: which experts a model used, token by token and block by block. ``docs/traces.md`` is the file's format."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moetier.tiers.errors import ConfigError, TargetError
+from moetier.tiers.store.atomic import write_durably
+
+NONE = -1  # in place of an expert: there is none here
+NONE_BYTE = 255  # the same in a file of bytes, where no block has an expert of that number
+MOST_EXPERTS = 2**15 - 1
+
+Ints = npt.NDArray[np.int16]
+Halves = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """T tokens of one or several sequences, B blocks, K experts a token and block. Arrays are read-only.
+
+    Raises ValueError when its parts contradict each other.
+    """
+
+    experts: Ints  # [T, B, K]; the order has no meaning where there are no weights; NONE where a token has fewer
+    offsets: tuple[int, ...]  # sequence i is the tokens offsets[i]:offsets[i + 1]
+    num_experts: tuple[int, ...]  # by block
+    n_prefill: tuple[int, ...] = ()  # by sequence: so many of its tokens are the prompt; () where that is unknown
+    weights: Halves | None = None  # [T, B, K], what each expert's output is multiplied with
+    probabilities: Halves | None = None  # [T, B, E] of all experts, by the gate; E the greatest of num_experts
+    token_ids: npt.NDArray[np.int32] | None = None  # [T]
+    pieces: tuple[str, ...] = ()  # by token: its text
+    lookaheads: tuple[int, ...] = ()  # A of them, in blocks
+    predictions: Ints | None = None  # [A, T, B, P]: the P experts that block b - lookahead guesses for b, best first
+    prediction_probabilities: Halves | None = None  # [A, T, B, P]
+    model: str = ""  # hub id or folder name
+    digest: str = ""  # of the store
+    blocks: tuple[str, ...] = ()  # by block: the path of the Experts module
+
+    def __post_init__(self) -> None:
+        for name, dtype in _ARRAYS.items():
+            value = getattr(self, name)
+            if value is not None:
+                value = np.asarray(value)
+                _require(value.dtype.kind in ("iu" if np.dtype(dtype).kind == "i" else "f"), f"{name} has another type")
+                if np.dtype(dtype).kind == "i" and value.size:
+                    limits = np.iinfo(dtype)
+                    _require(value.min() >= limits.min and value.max() <= limits.max, f"{name} is out of range")
+                value = value.astype(dtype)  # a copy: what the caller does with his own changes nothing
+                value.flags.writeable = False
+                object.__setattr__(self, name, value)
+        self._check()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.experts.shape[0])
+
+    @property
+    def block_count(self) -> int:
+        return int(self.experts.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.experts.shape[2])
+
+    @property
+    def sequences(self) -> tuple[range, ...]:
+        """The tokens of each."""
+        return tuple(itertools.starmap(range, itertools.pairwise(self.offsets)))
+
+    def _check(self) -> None:
+        experts, offsets, counts = self.experts, self.offsets, self.num_experts
+        _require(experts.ndim == 3 and min(experts.shape) > 0, "experts is not [tokens, blocks, top_k]")
+        tokens, blocks, _ = experts.shape
+        ascend = all(a < b for a, b in itertools.pairwise(offsets))
+        _require(ascend and offsets[:1] == (0,) and offsets[-1] == tokens, "offsets do not divide the tokens")
+        _require(len(counts) == blocks, "num_experts is not one for each block")
+        _require(min(counts) > 0 and max(counts) <= MOST_EXPERTS, "num_experts is out of range")
+        self._check_ids("experts", experts)
+        self._check_shape("weights", experts.shape)
+        self._check_shape("probabilities", (tokens, blocks, max(counts)))
+        self._check_shape("token_ids", (tokens,))
+        _require(len(self.pieces) in (0, tokens), "pieces is not one for each token")
+        _require(len(self.blocks) in (0, blocks), "blocks is not one path for each block")
+        _require(len(self.n_prefill) in (0, len(offsets) - 1), "n_prefill is not one for each sequence")
+        inside = all(0 <= n <= len(span) for n, span in zip(self.n_prefill, self.sequences, strict=False))
+        _require(inside, "n_prefill is more than a sequence has")
+        ahead = self.lookaheads
+        _require(len(set(ahead)) == len(ahead) and min(ahead, default=0) >= 0, "lookaheads are not different numbers")
+        _require((self.predictions is None) == (not ahead), "predictions and lookaheads belong together")
+        if self.predictions is not None:
+            shape = self.predictions.shape
+            _require(len(shape) == 4 and shape[3] > 0, "predictions is not [lookaheads, tokens, blocks, guesses]")
+            self._check_shape("predictions", (len(ahead), tokens, blocks, shape[3]))
+            self._check_ids("predictions", self.predictions)
+            self._check_shape("prediction_probabilities", shape)
+        _require(
+            ahead != () or self.prediction_probabilities is None, "probabilities of predictions that are not there"
+        )
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        value = getattr(self, name)
+        _require(value is None or value.shape == shape, f"{name} has not the shape {list(shape)}")
+        _require(value is None or bool(np.isfinite(value).all()), f"{name} has numbers that are not finite")
+
+    def _check_ids(self, name: str, ids: Ints) -> None:
+        most = np.asarray(self.num_experts)[:, None]
+        _require(bool(((ids >= NONE) & (ids < most)).all()), f"{name} names experts that the model has not")
+        ordered = np.sort(ids, axis=-1)
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != NONE)
+        _require(not twice.any(), f"{name} names an expert twice for one token")
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all. Raises TargetError."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **self._to_arrays())
+        try:
+            write_durably(path, buffer.getvalue())
+        except OSError as error:
+            raise TargetError(
+                f"{path}: can't be written ({error.strerror}).", "Name a file in a folder that exists and has room."
+            ) from error
+
+    def _to_arrays(self) -> dict[str, Any]:
+        counts: Any = self.num_experts if len(set(self.num_experts)) > 1 else self.num_experts[0]
+        found: dict[str, Any] = {
+            "experts": _narrow(self.experts, max(self.num_experts)),
+            "offsets": np.asarray(self.offsets, np.int64),
+            "num_experts": np.asarray(counts, np.int64),
+            "top_k": np.asarray(self.top_k, np.int64),
+        }
+        if self.n_prefill:
+            found["n_prefill"] = np.asarray(self.n_prefill, np.int64)
+        if self.lookaheads:
+            found["lookaheads"] = np.asarray(self.lookaheads, np.int64)
+        if self.predictions is not None:
+            found["predictions"] = _narrow(self.predictions, max(self.num_experts))
+        for name in ("weights", "probabilities", "token_ids", "prediction_probabilities"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        for name in ("pieces", "blocks", "model", "digest"):
+            if getattr(self, name):
+                found[name] = np.asarray(getattr(self, name), np.str_)
+        return found
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Raises ConfigError for what is no trace. Keys that it does not know are left aside."""
+        try:
+            with path.open("rb") as stream:
+                _require(zipfile.is_zipfile(stream), "it is not an npz archive")
+                stream.seek(0)
+                with np.load(stream, allow_pickle=False) as arrays:
+                    found = {name: arrays[name] for name in arrays.files if name in _KEYS}
+            strange = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+            _require(not strange, f"{', '.join(strange)}: no numpy array")
+            return cls._of(found)
+        except _NO_TRACE as error:
+            cause = " ".join(str(error).split()) or type(error).__name__
+            if "allow_pickle" in cause:  # numpy's advice would run what the file brings
+                cause = "it holds Python objects, which are not loaded"
+            raise ConfigError(f"{path}: not a trace ({cause}).", "Record one with moetier trace.") from error
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: can't be read ({error.strerror or error}).", "Name a trace: an npz file."
+            ) from error
+
+    @classmethod
+    def _of(cls, found: Mapping[str, npt.NDArray[Any]]) -> Trace:
+        missing = [name for name in ("experts", "offsets", "num_experts", "top_k") if name not in found]
+        _require(not missing, f"it lacks {', '.join(missing)}")
+        experts, offsets = found["experts"], _ints("offsets", found["offsets"])
+        _require(experts.ndim == 3, "experts is not [tokens, blocks, top_k]")
+        _require(_ints("top_k", found["top_k"]) == (experts.shape[2],), "top_k is not what experts says")
+        counts = _ints("num_experts", found["num_experts"])
+        prefill = _ints("n_prefill", found["n_prefill"]) if "n_prefill" in found else ()
+        if prefill and found["n_prefill"].ndim == 0:
+            prefill *= len(offsets) - 1
+        most = max(counts, default=0)
+        return cls(
+            experts=_widen(experts, most),
+            weights=found.get("weights"),
+            probabilities=found.get("probabilities"),
+            token_ids=found.get("token_ids"),
+            predictions=_widen(found["predictions"], most) if "predictions" in found else None,
+            prediction_probabilities=found.get("prediction_probabilities"),
+            offsets=offsets,
+            num_experts=counts * experts.shape[1] if found["num_experts"].ndim == 0 else counts,
+            n_prefill=prefill,
+            lookaheads=_ints("lookaheads", found["lookaheads"]) if "lookaheads" in found else (),
+            pieces=_texts("pieces", found["pieces"]) if "pieces" in found else (),
+            blocks=_texts("blocks", found["blocks"]) if "blocks" in found else (),
+            model="".join(_texts("model", found["model"])) if "model" in found else "",
+            digest="".join(_texts("digest", found["digest"])) if "digest" in found else "",
+        )
+
+
+_ARRAYS: Mapping[str, Any] = {
+    "experts": np.int16,
+    "weights": np.float16,
+    "probabilities": np.float16,
+    "token_ids": np.int32,
+    "predictions": np.int16,
+    "prediction_probabilities": np.float16,
+}
+_NO_TRACE = (  # what numpy and zipfile raise; RuntimeError: encrypted, or compressed in another way
+    *(ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+_KEYS = {
+    *_ARRAYS,
+    *("offsets", "num_experts", "top_k", "n_prefill", "lookaheads", "pieces", "blocks", "model", "digest"),
+}
+
+
+def _require(holds: bool, fault: str) -> None:
+    if not holds:
+        raise ValueError(fault)
+
+
+def _narrow(ids: Ints, experts: int) -> npt.NDArray[Any]:
+    """As a byte each, where that says everything."""
+    return np.where(ids == NONE, NONE_BYTE, ids).astype(np.uint8) if experts <= NONE_BYTE else ids
+
+
+def _widen(ids: npt.NDArray[Any], experts: int) -> npt.NDArray[Any]:
+    if ids.dtype != np.uint8 or experts > NONE_BYTE:
+        return ids
+    return np.where(ids == NONE_BYTE, NONE, ids.astype(np.int16))
+
+
+def _ints(name: str, value: npt.NDArray[Any]) -> tuple[int, ...]:
+    _require(value.dtype.kind in "iu" and value.ndim < 2, f"{name} is not made of whole numbers")
+    return tuple(int(number) for number in value.reshape(-1))
+
+
+def _texts(name: str, value: npt.NDArray[Any]) -> tuple[str, ...]:
+    _require(value.dtype.kind == "U" and value.ndim < 2, f"{name} is not text")
+    return tuple(str(text) for text in value.reshape(-1))

@@ -1,0 +1,268 @@
+"""The shared table of an arena: which record is in which slot, written by the owner alone, read by anybody.
+
+All numbers are 64-bit words, little endian:
+
+    header    magic, version, bytes of the arena, keys, slots, regions, identity (2), digest of the store (4), 4 unused,
+              and of each region how many slots of how many bytes
+    table     of each key the slot that holds it, or -1
+    slots     of each slot its generation, then of each slot its key's number, or -1
+
+A generation is odd while its slot is being filled. A reader looks up (slot, generation), computes with the slot, and
+looks at the generation again before it uses the result: if it is the same, the record was the key's all the while.
+Nothing is locked, so nobody waits, and a dead reader is in nobody's way.
+
+It relies on words that are read and written whole, and on stores and loads that others see in the order of the program:
+so it is on x86-64. The owner's orders are those of ``withdraw`` and ``publish``, the reader's that of ``find``.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moetier.tiers.cache.budget import slot_ranges
+from moetier.tiers.errors import ArenaError, ClosedError
+from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.manifest import Manifest
+
+from .plan import WORD, ArenaPlan
+
+MAGIC = int.from_bytes(b"moetier\0", "little")
+VERSION = 1
+NONE = -1  # no slot, no key
+_WORDS = 1 << 64  # how many numbers a word can hold
+_FIXED = struct.Struct("<6Q16s32s4Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an arena says of itself, to whoever has its descriptor."""
+
+    nbytes: int  # of the arena
+    keys: int
+    slots: int
+    identity: bytes  # 16 random ones, chosen when the arena was made
+    digest: str  # of the store, 64 hexadecimal digits; all 0 where it has none
+    regions: tuple[tuple[int, int], ...]  # slots, bytes of each
+
+    @classmethod
+    def of(cls, plan: ArenaPlan, identity: bytes) -> Header:
+        regions = tuple((region.slots, region.slot_bytes) for region in plan.regions)
+        return cls(plan.nbytes, plan.keys, plan.slots, identity, plan.digest.rjust(64, "0"), regions)
+
+    @classmethod
+    def read(cls, descriptor: int) -> Header:
+        """Raises ArenaError on what is no arena of this version."""
+        data = os.pread(descriptor, PAGE, 0)
+        if len(data) < PAGE:
+            raise _no_arena("it is too short")
+        magic, version, nbytes, keys, slots, regions, identity, digest, *_ = _FIXED.unpack_from(data)
+        if magic != MAGIC:
+            raise _no_arena("it does not begin as one")
+        if version != VERSION:
+            raise _no_arena(f"it is of version {version}, this moetier knows {VERSION}")
+        if _FIXED.size + regions * 2 * WORD > PAGE:
+            raise _no_arena(f"it has {regions:,} regions")
+        pairs = struct.unpack_from(f"<{2 * regions}Q", data, _FIXED.size)
+        return cls(nbytes, keys, slots, identity, digest.hex(), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
+
+    def plan(self, manifest: Manifest) -> ArenaPlan:
+        """The plan of the arena if it is one of this store's. Raises ArenaError."""
+        ranges = slot_ranges(manifest)
+        if self.digest != manifest.digest.rjust(64, "0"):
+            raise ArenaError("The arena holds records of another store.", "Use a new one.")
+        slots = {array: count for array, (count, _) in zip(sorted(ranges), self.regions, strict=False)}
+        if all(least <= slots.get(array, 0) <= most for array, (least, most) in ranges.items()):
+            plan = ArenaPlan.of(manifest, slots)
+            if self == Header.of(plan, self.identity):
+                return plan
+        raise ArenaError("The arena is divided as this store's never is.", "Use a new one.")
+
+    def to_bytes(self) -> bytes:
+        fixed = (MAGIC, VERSION, self.nbytes, self.keys, self.slots, len(self.regions))
+        words = [word for region in self.regions for word in region]
+        return _FIXED.pack(*fixed, self.identity, bytes.fromhex(self.digest), 0, 0, 0, 0) + struct.pack(
+            f"<{len(words)}Q", *words
+        )
+
+
+class Directory:
+    """On the first ``plan.directory_bytes`` of an arena. Its owner calls the writing methods one at a time."""
+
+    @classmethod
+    def create(cls, memory: memoryview, plan: ArenaPlan) -> Directory:
+        """Of an arena whose bytes are all 0: nothing is in it."""
+        header = Header.of(plan, os.urandom(16)).to_bytes()
+        assert len(header) == plan.header_words * WORD <= PAGE
+        directory = cls(memory, plan)
+        for number in range(plan.keys):
+            directory._table[number] = NONE
+        for slot in range(plan.slots):
+            directory._contents[slot] = NONE
+        memory[WORD : len(header)] = header[WORD:]
+        memory[:WORD] = header[:WORD]  # the magic last: what was begun and not finished is no arena
+        return directory
+
+    def __init__(self, memory: memoryview, plan: ArenaPlan) -> None:
+        """Of an arena that has one already."""
+        assert len(memory) == plan.directory_bytes
+        self._plan = plan
+        self._closed = False
+        self._retired = False
+        self._first_keys = plan.first_keys
+        words = memory.cast("Q")
+        table = plan.header_words
+        generations = table + plan.keys
+        contents = generations + plan.slots
+        self._words = words
+        self._table = memory.cast("q")[table:generations]
+        self._generations = words[generations:contents]
+        self._contents = memory.cast("q")[contents : contents + plan.slots]
+
+    @property
+    def identity(self) -> bytes:
+        """16 bytes that no other arena has."""
+        return struct.pack("<2Q", self._words[6], self._words[7])
+
+    # -- readers ------------------------------------------------------------------------------------------------------
+
+    def find(self, key: ExpertKey) -> tuple[int, int] | None:
+        """(slot, generation) of a key that the model has, if its record is there now."""
+        number = self._first_keys[key[0]] + key[1]
+        try:
+            slot = self._table[number]
+            if slot < 0:
+                return None
+            generation = self._generations[slot]
+            # Whether the slot is the key's *after* its generation was read: had it been refilled in between, this
+            # would be the generation of another record.
+            if generation & 1 or self._table[number] != slot:
+                return None
+        except ValueError:
+            raise _closed() from None
+        return slot, generation
+
+    def generation(self, slot: int) -> int:
+        try:
+            return self._generations[slot]
+        except ValueError:
+            raise _closed() from None
+
+    # -- the owner ----------------------------------------------------------------------------------------------------
+
+    def withdraw(self, key: ExpertKey | None, slot: int) -> None:
+        """Before the slot, which holds ``key``'s record or none, is filled anew."""
+        if key is not None:
+            self._table[self._plan.number(key)] = NONE
+        self._step(slot)
+        assert self._generations[slot] & 1, f"slot {slot} was being filled"
+
+    def publish(self, key: ExpertKey, slot: int) -> None:
+        """The slot, which was withdrawn, holds the record."""
+        if self._retired:
+            return
+        number = self._plan.number(key)
+        self._contents[slot] = number
+        self._step(slot)
+        self._table[number] = slot
+
+    def void(self, slot: int) -> None:
+        """The slot, which was withdrawn, holds nothing of use."""
+        self._contents[slot] = NONE
+        self._step(slot)
+
+    def retire(self) -> None:
+        """No slot holds anything of use, from now on and for ever: readers find nothing, and what they have found does
+        not hold."""
+        self._retired = True
+        for number in range(self._plan.keys):
+            self._table[number] = NONE
+        for slot in range(self._plan.slots):
+            self._contents[slot] = NONE
+            self._generations[slot] = (self._generations[slot] + 2) % _WORDS | 1
+
+    def _step(self, slot: int) -> None:
+        if self._retired:
+            return
+        # what a dead owner has left may be any number, the last one too
+        self._generations[slot] = (self._generations[slot] + 1) % _WORDS
+
+    # -- taking back --------------------------------------------------------------------------------------------------
+
+    def content(self, slot: int) -> ExpertKey | None:
+        """Whose record is in a slot; None when it is empty, and when a dead owner was filling it."""
+        number = self._contents[slot]
+        if self._generations[slot] & 1 or not 0 <= number < self._plan.keys:
+            return None
+        return self._plan.key(number)
+
+    def reclaim(self, kept: dict[int, ExpertKey]) -> None:
+        """What a dead owner left, apart from what is ``kept``, by slot, is empty from now on. Readers of what is kept
+        notice nothing."""
+        held = {self._plan.number(key): slot for slot, key in kept.items()}
+        for number in range(self._plan.keys):
+            slot = held.get(number, NONE)
+            if self._table[number] != slot:
+                self._table[number] = slot
+        for slot in range(self._plan.slots):
+            if slot not in kept:
+                if not self._generations[slot] & 1:
+                    self._step(slot)
+                self.void(slot)
+
+    def mend(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
+        """After the owner was cut: say of each slot the key that it holds or is filled with, and whether it is being
+        filled. Readers of what was right notice nothing."""
+        if self._closed:
+            return
+        if self._retired:
+            self.retire()
+            return
+        held = {self._plan.number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
+        for number in range(self._plan.keys):
+            slot = held.get(number, NONE)
+            if self._table[number] not in (slot, NONE) or (slot != NONE and self.content(slot) != states[slot][0]):
+                self._table[number] = NONE
+        for slot, (key, filling) in enumerate(states):
+            is_odd = bool(self._generations[slot] & 1)
+            if filling:
+                if not is_odd:
+                    self._step(slot)
+            elif is_odd or self.content(slot) != key:
+                if not is_odd:
+                    self._step(slot)
+                # before the generation is even: if the owner dies in between, this is what is found
+                self._contents[slot] = NONE if key is None else self._plan.number(key)
+                self._step(slot)
+        for number, slot in held.items():
+            self._table[number] = slot
+
+    def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
+        """Asserts that it says of each slot what its owner does: the key that it holds or that it is filled with, and
+        whether it is being filled. Once it is closed there is nothing to say."""
+        if self._closed:
+            return
+        table = [NONE] * self._plan.keys
+        for slot, (key, filling) in enumerate(states):
+            assert self._generations[slot] & 1 == filling, f"slot {slot}"
+            if not filling:
+                assert self.content(slot) == key, f"slot {slot}"
+                if key is not None:
+                    table[self._plan.number(key)] = slot
+        assert self._table.tolist() == table
+
+    def close(self) -> None:
+        """Lets go of the memory. Idempotent."""
+        self._closed = True
+        for view in (self._table, self._generations, self._contents, self._words):
+            view.release()
+
+
+def _no_arena(why: str) -> ArenaError:
+    return ArenaError(f"The memory file is no arena of moetier's: {why}.", "Connect to a moetier daemon.")
+
+
+def _closed() -> ClosedError:
+    return ClosedError("The arena was closed.", "Open the tier again.")

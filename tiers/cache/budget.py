@@ -1,0 +1,58 @@
+"""How many slots a budget pays for. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moetier.tiers.errors import BudgetError
+from moetier.tiers.manifest import Block, Manifest
+
+
+def smallest_budget(manifest: Manifest) -> int:
+    """Bytes for one token's experts of one block, in every record geometry."""
+    return sum(manifest.layouts[name].slot_bytes * least for name, (least, _) in slot_ranges(manifest).items())
+
+
+def largest_budget(manifest: Manifest) -> int:
+    """Bytes for all records."""
+    return manifest.stored_bytes
+
+
+def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
+    """How many slots of each record geometry (zarr array) a budget pays for; at most one for each record.
+
+    Raises BudgetError when not even one block's top-k records fit.
+    """
+    smallest, largest = smallest_budget(manifest), largest_budget(manifest)
+    if budget_bytes < smallest:
+        raise BudgetError(
+            f"{budget_bytes:,} bytes can't hold the experts that one token needs in one block.",
+            f"Give from {smallest:,} to {largest:,} bytes.",
+        )
+    ranges = slot_ranges(manifest)
+    slots = {name: least for name, (least, _) in ranges.items()}
+    if above := largest - smallest:  # what is left over, in proportion to what each can still use
+        extra = min(budget_bytes, largest) - smallest
+        for name, (least, most) in ranges.items():
+            slots[name] += (most - least) * extra // above
+    sizes = {name: layout.slot_bytes for name, layout in manifest.layouts.items()}
+    left = budget_bytes - sum(sizes[name] * count for name, count in slots.items())
+    for name, (_, most) in ranges.items():
+        more = min(left // sizes[name], most - slots[name])
+        slots[name] += more
+        left -= more * sizes[name]
+    return slots
+
+
+def members(manifest: Manifest, array: str) -> dict[int, Block]:
+    """The blocks of one record geometry, by their numbers."""
+    return {index: block for index, block in enumerate(manifest.blocks) if block.array == array}
+
+
+def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """The fewest and the most slots that make sense, by array."""
+    ranges = {}
+    for name in manifest.layouts:
+        blocks = members(manifest, name).values()
+        ranges[name] = (max(block.top_k for block in blocks), sum(block.experts for block in blocks))
+    return ranges

@@ -1,0 +1,149 @@
+"""Slots: which record is where, and who holds it. Bookkeeping only: no I/O and no lock, which are the owner's.
+
+    EMPTY -- begin(key) --> LOADING -- fill --> READY -- evict --> EMPTY
+                               `------ fail -----------------------^
+
+A *pin* holds a READY slot in place; a pin on a LOADING slot is a claim of somebody who waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+from moetier.tiers.layout import ExpertKey
+
+
+class State(Enum):
+    EMPTY = "empty"
+    LOADING = "loading"
+    READY = "ready"
+
+
+class Slots:
+    """``count`` slots, numbered from 0."""
+
+    def __init__(self, count: int) -> None:
+        assert count > 0
+        self.count = count
+        self._states = [State.EMPTY] * count
+        self._keys: list[ExpertKey | None] = [None] * count
+        self._pins = [0] * count
+        self._slot_of: dict[ExpertKey, int] = {}
+        self._free = dict.fromkeys(reversed(range(count)))  # an ordered set; the end is taken first
+
+    def find(self, key: ExpertKey) -> int | None:
+        """The slot that holds a key or is being filled with it."""
+        return self._slot_of.get(key)
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether a key's record is READY."""
+        slot = self._slot_of.get(key)
+        return slot is not None and self._states[slot] is State.READY
+
+    def held(self) -> list[ExpertKey]:
+        """The keys that have a slot."""
+        return list(self._slot_of)
+
+    def free(self) -> int | None:
+        """An EMPTY slot, if there is one."""
+        return next(reversed(self._free), None)
+
+    def key(self, slot: int) -> ExpertKey:
+        key = self._keys[slot]
+        assert key is not None, f"slot {slot} is empty"
+        return key
+
+    def state(self, slot: int) -> State:
+        return self._states[slot]
+
+    def is_ready(self, slot: int) -> bool:
+        return self._states[slot] is State.READY
+
+    def is_evictable(self, slot: int) -> bool:
+        """READY, and nobody holds it."""
+        return self._states[slot] is State.READY and not self._pins[slot]
+
+    def pins(self, slot: int) -> int:
+        return self._pins[slot]
+
+    @property
+    def ready(self) -> int:
+        """How many slots are READY."""
+        return self._states.count(State.READY)
+
+    @property
+    def leased(self) -> int:
+        """How many of these somebody holds."""
+        return sum(pins > 0 and state is State.READY for pins, state in zip(self._pins, self._states, strict=True))
+
+    def begin(self, slot: int, key: ExpertKey) -> None:
+        assert self._states[slot] is State.EMPTY, f"slot {slot} is {self._states[slot]}"
+        assert key not in self._slot_of, f"{key} has a slot"
+        del self._free[slot]
+        self._states[slot] = State.LOADING
+        self._keys[slot] = key
+        self._slot_of[key] = slot
+
+    def fill(self, slot: int) -> None:
+        """Its record has arrived; claims become pins."""
+        assert self._states[slot] is State.LOADING, f"slot {slot} is {self._states[slot]}"
+        self._states[slot] = State.READY
+
+    def fail(self, slot: int) -> None:
+        """Its record won't arrive; claims on it are void."""
+        assert self._states[slot] is State.LOADING, f"slot {slot} is {self._states[slot]}"
+        self._pins[slot] = 0
+        self._empty(slot)
+
+    def evict(self, slot: int) -> None:
+        assert self.is_evictable(slot), f"slot {slot} is {self._states[slot]} with {self._pins[slot]} pins"
+        self._empty(slot)
+
+    def pin(self, slot: int) -> None:
+        assert self._states[slot] is not State.EMPTY, f"slot {slot} is empty"
+        self._pins[slot] += 1
+
+    def unpin(self, slot: int) -> int:
+        """Returns how many pins are left."""
+        assert self._pins[slot] > 0, f"slot {slot} is not pinned"
+        self._pins[slot] -= 1
+        return self._pins[slot]
+
+    def contents(self) -> list[tuple[ExpertKey | None, bool]]:
+        """Of each slot the key that it holds or is filled with, None if it is EMPTY, and whether it is LOADING."""
+        return [(key, state is State.LOADING) for key, state in zip(self._keys, self._states, strict=True)]
+
+    def mend(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
+        """After a step that was cut: these are LOADING, READY is what was so, and all else is EMPTY."""
+        self._slot_of.clear()
+        self._free.clear()
+        for slot in reversed(range(self.count)):
+            key = loading.get(slot)
+            if key is not None:
+                self._states[slot] = State.LOADING
+            elif self._states[slot] is State.READY:
+                key = self._keys[slot]
+            self._keys[slot] = key
+            self._pins[slot] = 0 if key is None else pins[slot]
+            if key is None:
+                self._states[slot] = State.EMPTY
+                self._free[slot] = None
+            else:
+                self._slot_of[key] = slot
+
+    def check_integrity(self) -> None:
+        """Asserts that every slot is in exactly one state, and every key in at most one slot."""
+        empty = [slot for slot in range(self.count) if self._states[slot] is State.EMPTY]
+        assert sorted(self._free) == empty
+        assert all(self._keys[slot] is None and not self._pins[slot] for slot in empty)
+        held = {key: slot for slot, key in enumerate(self._keys) if key is not None}
+        assert held == self._slot_of
+        assert len(held) + len(empty) == self.count
+        assert all(pins >= 0 for pins in self._pins)
+
+    def _empty(self, slot: int) -> None:
+        del self._slot_of[self.key(slot)]
+        self._keys[slot] = None
+        self._states[slot] = State.EMPTY
+        self._free[slot] = None

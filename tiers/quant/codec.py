@@ -1,0 +1,290 @@
+"""Weights of one expert <-> the bytes of its record.
+
+A quantised weight is w = (c - 2^(bits-1)) * s + b with c its code of ``bits`` bits and (s, b) the bf16 pair of its
+group: computed in fp32 (the product is exact, the sum is rounded once) and then rounded to the type that is asked for.
+``decode`` is that function; whatever else is called "the dequantised weights" equals it.
+
+In the terms of torch's int4 kernel, w = (q - 8) * s + b with q in 0..15:
+
+    4 bits   q = c
+    3 bits   q = c + 4, which expansion adds: two low bits folded in half, the third bit a plane folded in four
+    2 bits   q = c + 6, likewise: folded in half
+    8 bits   the sum of two matrices: a high plane q = c >> 4 with pairs (16 s, b), a low one q = c & 15 with (s, 8 s)
+
+so that b is one number in all of these; it lies near the middle of its group, where rounding it to bf16 costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetier.tiers.errors import CheckpointError, ConfigError
+from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits, Projection, RecordLayout
+
+from . import hqq
+from . import packing as planes
+from .bands import Bands
+from .packing import HALF
+from .pairs import load_pairs, store_pairs
+
+# group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md);
+# pairs of 8 and 4 bits in bf16 all the same, because then torch's int4 kernel multiplies a record where it lies
+DEFAULTS: dict[Bits, tuple[int, str]] = {
+    8: (64, "bfloat16"),
+    4: (64, "bfloat16"),
+    3: (64, "uint8"),
+    2: (32, "uint8"),
+}
+STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
+TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # what expansion adds to both nibbles
+TILE_WEIGHTS = 2**19  # decoded at a time: 2 MiB in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """How far stored weights are from what they were: sums over weights, so that they can be added."""
+
+    squared: float = 0.0  # of (stored - original)^2
+    squared_norm: float = 0.0  # of original^2
+
+    def __add__(self, other: WeightError) -> WeightError:
+        return WeightError(self.squared + other.squared, self.squared_norm + other.squared_norm)
+
+    @property
+    def relative(self) -> float:
+        """Frobenius norm of the error over that of the weights; 0 for exact weights, all-zero ones included."""
+        return (self.squared / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
+
+
+def layout_for(
+    parameters: Mapping[str, tuple[tuple[int, ...], str]],
+    *,
+    bits: Bits,
+    group: int | None = None,
+    pairs: str | None = None,
+    transposed: bool = False,
+) -> RecordLayout:
+    """The record of an expert whose ``parameters`` are name -> (shape of its slice as the module holds it, dtype name).
+
+    Two dimensions are a projection, one is a bias. ``group`` and ``pairs`` None: the defaults of the width.
+    A projection's group is the largest of {group, 128, 64, 32} (16 too with 8-bit pairs) that divides its inputs and is
+    not above ``group``; a projection that none divides stays 16-bit. fp32 is stored as bf16 where it is not quantised.
+    Raises ConfigError for settings that don't exist, CheckpointError for parameters that can't be stored.
+    """
+    group, pairs = form_of(bits, group, pairs)
+    projections, biases = [], []
+    for name, (shape, dtype) in parameters.items():
+        if dtype not in STORED_AS:
+            raise CheckpointError(f"{name} has type {dtype}.", f"moetier stores {', '.join(STORED_AS)}.")
+        if len(shape) == 1:
+            biases.append(Bias(name, shape[0], STORED_AS[dtype]))
+        elif len(shape) == 2:
+            columns, rows = shape if transposed else shape[::-1]
+            chosen = _group_of(columns, group, pairs) if bits != 16 else 0
+            if chosen:
+                projections.append(Projection(name, rows, columns, bits, dtype, transposed, chosen, pairs))
+            else:
+                projections.append(Projection(name, rows, columns, 16, STORED_AS[dtype], transposed))
+        else:
+            raise CheckpointError(
+                f"{name} of one expert has shape {list(shape)}.", "One or two dimensions can be stored."
+            )
+    return RecordLayout(tuple(projections), tuple(biases))
+
+
+def form_of(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]:
+    """Group size and format of pairs, where None is the width's own. At 16 bits they say nothing. Raises
+    ConfigError."""
+    if bits not in BITS:
+        raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
+    default_group, default_pairs = DEFAULTS.get(bits, (0, ""))
+    group, pairs = default_group if group is None else group, default_pairs if pairs is None else pairs
+    if bits == 16:
+        return group, pairs
+    if pairs not in PAIR_TYPES:
+        raise ConfigError(f"Pairs of type {pairs} are not supported.", f"Choose {' or '.join(PAIR_TYPES)}.")
+    if group not in GROUPS[pairs]:
+        known = [f"{', '.join(map(str, groups))} with pairs of {name}" for name, groups in GROUPS.items()]
+        raise ConfigError(
+            f"Groups of {group} weights are not supported with {pairs} pairs.", f"Choose among {'; or '.join(known)}."
+        )
+    return group, pairs
+
+
+def _group_of(columns: int, asked: int, pairs: str) -> int:
+    return max((group for group in GROUPS[pairs] if group <= asked and columns % group == 0), default=0)
+
+
+def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:
+    """Typed views of the sections of ``record`` (uint8, at least payload_bytes, 64-byte aligned), or of those ``of``
+    one quantised projection: no copy."""
+    wanted = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
+    return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
+
+
+@torch.no_grad()
+def encode(
+    tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
+) -> dict[str, WeightError]:
+    """Writes one expert's record: ``tensors`` are its slices as the module holds them, ``out`` record_bytes long.
+
+    ``fast`` is plain rounding in place of HQQ. Returns the error of each projection and bias.
+    The bytes depend on the weights and the layout alone, not on the number of threads.
+    Raises CheckpointError for weights to be quantised that aren't finite numbers.
+    """
+    record = torch.frombuffer(out, dtype=torch.uint8)
+    assert len(record) == layout.record_bytes, f"a record has {layout.record_bytes} bytes, not {len(record)}"
+    record.zero_()
+    views = sections(record, layout)
+    errors = {}
+    for p in layout.projections:
+        weights = tensors[p.name]
+        assert tuple(weights.shape) == p.shape, f"{p.name} is {tuple(weights.shape)}, not {p.shape}"
+        if p.bits == 16:
+            errors[p.name] = _copy(weights, views[p.name])
+        else:
+            errors[p.name] = _encode(weights.T if p.transposed else weights, p, views, fast)
+    for b in layout.biases:
+        errors[b.name] = _copy(tensors[b.name], views[b.name])
+    return errors
+
+
+def _copy(values: Tensor, section: Tensor) -> WeightError:
+    section.copy_(values)
+    error = WeightError()
+    for start in range(0, len(values), ROW_TILE):
+        original = values[start : start + ROW_TILE].float()
+        error += _error(section[start : start + ROW_TILE].float().sub_(original), original)
+    return error
+
+
+def _error(difference: Tensor, original: Tensor) -> WeightError:
+    return WeightError(squared=_square(difference), squared_norm=_square(original))
+
+
+def _square(values: Tensor) -> float:
+    """The sum of squares: of fp32 where those squares fit it."""
+    norm = float(torch.linalg.vector_norm(values))
+    if not 1e-12 < norm < 1e12:
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return norm**2
+
+
+def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
+    """weights [N, K] -> the sections of one quantised projection, a band at a time."""
+    bands = Bands(weights, p)
+    # pairs of 8 bits are quantised in runs that cross bands: then each pass goes over all bands before the next begins
+    batches = [[band] for band in bands] if p.pairs == "bfloat16" else [list(bands)]
+    # codes in kernel order: the sections themselves, or what is folded into them at the end
+    high = low = torch.empty(0)
+    match p.bits:
+        case 8:
+            high, low = views[f"{p.name}.high"].view(-1), views[f"{p.name}.low"].view(-1)
+        case 4:
+            low = views[f"{p.name}.codes"].view(-1)
+        case _:
+            low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
+
+    def find_steps(band: range) -> Tensor:
+        return hqq.steps(bands.turn(band), p.bits)
+
+    error = WeightError()
+    for batch in batches:
+        steps = _store(0, find_steps, bands, batch, p, views)  # what is read back is what is computed with
+
+        def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
+            w, step = bands.turn(band), steps[band]
+            return hqq.plain_offsets(w, step) if fast else hqq.solve(w, step, p.bits, bands.scratch(band))
+
+        offsets = _store(1, find_offsets, bands, batch, p, views)
+        for band in batch:
+            w, step, offset = bands.turn(band), steps[band], offsets[band]
+            centred, difference, _ = bands.scratch(band)
+            hqq.centred_codes(w, step, offset, p.bits, out=centred)
+            error += _error(torch.addcmul(offset, centred, step, out=difference).sub_(w), w)
+            # by way of int16: torch's cast from fp32 to uint8 is six times slower than these two
+            codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
+            if band.stop * ROW_TILE > p.rows:
+                codes[-1, :, p.rows % ROW_TILE :] = 0
+            at = slice(band.start * p.columns * HALF, band.stop * p.columns * HALF)
+            planes.to_kernel_order(codes & 0xF, low[at])
+            if p.bits == 8:
+                planes.to_kernel_order(codes >> 4, high[at])
+    if p.bits in (3, 2):
+        planes.fold(low, 2, views[f"{p.name}.codes"])
+    if p.bits == 3:
+        planes.fold(low >> 2, 4, views[f"{p.name}.plane"])
+    return error
+
+
+def _store(
+    which: int,
+    find: Callable[[range], Tensor],
+    bands: Bands,
+    batch: list[range],
+    p: Projection,
+    views: Mapping[str, Tensor],
+) -> dict[range, Tensor]:
+    """Stores s (``which`` 0) or b (1) of these bands, and returns what is read back of each, fp32 [n, 1, ROW_TILE]."""
+    found = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
+    read = store_pairs(found, which, p, views, batch[0].start * ROW_TILE)
+    if not read.isfinite().all():
+        raise CheckpointError(
+            f"{p.name} has weights that are not finite numbers.",
+            "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
+        )
+    parts = torch.split(read, [len(band) * ROW_TILE for band in batch], 1)
+    return dict(zip(batch, map(bands.by_blocks, parts), strict=True))
+
+
+def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
+    """uint8 [(stop - start) * K / 2]: the codes q of rows ``start`` to ``stop`` (multiples of 64), in kernel order.
+
+    What torch's int4 kernel takes, from a projection of 4 bits or fewer. Elementwise; at 4 bits a view.
+    """
+    first, last = start * p.columns // 2, stop * p.columns // 2
+    codes = views[f"{p.name}.codes"].view(-1)
+    if p.bits == 4:
+        return codes[first:last]
+    nibbles = planes.unfold(codes, 2, first, last)
+    if p.bits == 3:
+        nibbles |= planes.unfold(views[f"{p.name}.plane"], 4, first, last) << 2
+    return nibbles.add_(CENTRING[p.bits])
+
+
+def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tensor:
+    """The projection ``name`` of ``record``, dequantised into ``out``, which it returns.
+
+    ``out`` is as the module holds it: [N, K], or [K, N] if transposed. In tiles of rows, in fp32, rounded to the type
+    of ``out`` at the end.
+    """
+    p = next(p for p in layout.projections if p.name == name)
+    assert out.shape == p.shape, f"{name} is {p.shape}, not {tuple(out.shape)}"
+    views = sections(record, layout)
+    if p.bits == 16:
+        return out.copy_(views[name])
+    by_rows = out.T if p.transposed else out
+    tile = max(1, TILE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
+    for start in range(0, p.rows, tile):
+        rows = min(tile, p.rows - start)
+        by_rows[start : start + rows] = _decode(views, p, start, min(start + tile, p.padded_rows))[:rows]
+    return out
+
+
+def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
+    """fp32 [stop - start, K], padding rows included."""
+    if p.bits == 8:
+        high, low = (views[f"{p.name}.{plane}"][start:stop].view(-1) for plane in ("high", "low"))
+        codes = (planes.from_kernel_order(high, p.columns) << 4) | planes.from_kernel_order(low, p.columns)
+        centre = 128
+    else:
+        codes, centre = planes.from_kernel_order(expand(views, p, start, stop), p.columns), 8
+    step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)  # [rows, K / g, 1]
+    w = codes.view(stop - start, -1, p.group).float()
+    return w.sub_(centre).mul_(step).add_(offset).view(stop - start, -1)

@@ -1,0 +1,16 @@
+"""A store on disk: a zarr v3 group with one shard of records per block, and the files of the trunk beside it.
+
+Others use ``reader.ExpertStore``, ``writer.StoreWriter``, ``trunk``, ``scrub`` and ``atomic.write_all``. The package
+imports only the nouns of ``tiers``. Only ``writer`` imports zarr; reading does without it.
+"""
+
+from typing import TYPE_CHECKING
+
+from moetier.tiers.exports import exports
+
+if TYPE_CHECKING:
+    from .reader import ExpertStore as ExpertStore
+    from .writer import ShardWriter as ShardWriter
+    from .writer import StoreWriter as StoreWriter
+
+__getattr__ = exports(__name__, {"ExpertStore": "reader", "ShardWriter": "writer", "StoreWriter": "writer"})

@@ -1,0 +1,107 @@
+"""DigestCheck: whether an older store, whose manifest has no table of checksums, holds the records of its digest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from moetier.tiers.errors import ChecksumError, StoreError
+from moetier.tiers.layout import CHECKSUM_BYTES
+from moetier.tiers.manifest import Manifest
+
+from .folder import read_errors
+from .open_shard import OpenShard
+from .shard import METADATA, StoreDigest
+
+AT_ONCE = 0.1  # seconds that opening a store waits for it: enough where the disk is quick or the store small
+SHARE = 0.1  # of the time that it reads for afterwards: records come first
+SUSPECTS = 3  # are named
+
+_log = logging.getLogger(__name__)
+
+
+class DigestCheck:
+    """Reads the stored checksum of each record once, by a thread of its own. ``found`` is told, by that thread, what is
+    wrong."""
+
+    def __init__(
+        self, manifest: Manifest, shards: Mapping[int, OpenShard], found: Callable[[ChecksumError], None]
+    ) -> None:
+        self._manifest = manifest
+        self._shards = shards
+        self._found = found
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="moetier-digest", daemon=True)
+        self._thread.start()
+        self._thread.join(AT_ONCE)
+
+    def close(self) -> None:
+        """Before the shards are closed. Idempotent."""
+        self._ending.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        digest = StoreDigest()
+        try:
+            for block in range(len(self._manifest.blocks)):
+                if (checksums := self._read(self._shards[block])) is None:
+                    return
+                digest.add(checksums)
+        except StoreError as error:  # a read of the records meets it again
+            _log.warning("The digest of %s is not checked: %s", self._manifest.model, error.cause)
+            return
+        if digest.hexdigest() != self._manifest.digest:
+            self._found(
+                foreign_shards(self._manifest, digest.hexdigest(), [shard.file.path for shard in self._shards.values()])
+            )
+
+    def _read(self, shard: OpenShard) -> list[int] | None:
+        """None once it is to end. Four bytes a record, from the very file that is open, without O_DIRECT."""
+        found = []
+        began, debt = time.monotonic(), 0.0
+        with read_errors(shard.file.path):
+            descriptor = os.open(f"/proc/self/fd/{shard.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+                for offset in shard.offsets:
+                    end = offset + shard.file.slot_bytes - CHECKSUM_BYTES
+                    found.append(int.from_bytes(os.pread(descriptor, CHECKSUM_BYTES, end), "little"))
+                    now = time.monotonic()
+                    began, debt = now, debt + (now - began) * (1 / SHARE - 1)
+                    if debt > AT_ONCE:
+                        if self._ending.wait(debt):
+                            return None
+                        began, debt = time.monotonic(), 0.0
+            finally:
+                os.close(descriptor)
+        return None if self._ending.is_set() else found
+
+
+def foreign_shards(manifest: Manifest, digest: str, paths: Sequence[Path]) -> ChecksumError:
+    """A digest does not say which shard is another's. One that was written after the manifest, which is written last,
+    is suspected."""
+    folder = paths[0].parents[4]
+    written = _written(folder / METADATA)
+    later = [path for path in paths if _written(path) > written]
+    which = "which of them, this manifest of an older moetier does not say"
+    if later and len(later) < len(paths):
+        names = ", ".join(map(str, later[:SUSPECTS])) + (f" and {len(later) - SUSPECTS} more" * (len(later) > SUSPECTS))
+        which = f"probably {names}, written after the manifest"
+    return ChecksumError(
+        f"{manifest.model}: the shards in {folder} are not all of one conversion: {which}. "
+        f"The digest of their records is {digest}, the manifest says {manifest.digest}.",
+        "Copy the shards again from where the model directory came from, or convert the model again with --overwrite.",
+    )
+
+
+def _written(path: Path) -> float:
+    """When; 0 where that can't be said: the folder may be exchanged meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,233 @@
+"""A store's folder as a reader finds it: its manifest, its arrays' metadata, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError, StoreReadError
+from moetier.tiers.fields import Fields, shown
+from moetier.tiers.manifest import Manifest
+
+from .shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, ShardFile
+
+MOST_JSON_BYTES = 2 << 20  # of one file: ten times the largest that is known
+MOST_LEVELS = 100
+SHOWN_LEVELS = 9  # in a message
+_CONTAINERS = (dict, list)
+_TOKENS = re.compile(rb'("(?:[^"\\]++|\\.)*+"(?=\s*+:))|"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+
+
+def command(name: str, *arguments: str | Path) -> str:
+    """What a person types, quoted for a shell."""
+    return shlex.join(["moetier", name, *map(str, arguments)])
+
+
+def store_folder(folder: Path) -> Path:
+    """``experts.zarr`` of a model directory; of itself, itself. Raises StoreFormatError for any other place."""
+    if (folder / GROUP).is_dir():
+        return folder / GROUP
+    if folder.name == GROUP and folder.is_dir():
+        return folder
+    if not folder.exists():
+        raise StoreFormatError(f"There is no folder {folder}.", f"Convert a model: {command('convert', 'SRC', folder)}")
+    if not folder.is_dir():
+        raise StoreFormatError(f"{folder} is not a folder.", "Name the model directory that it is in.")
+    if (folder / "config.json").exists():
+        raise StoreFormatError(
+            f"{folder} is not a model directory: it is a checkpoint, which is not converted.",
+            f"Convert it: {command('convert', folder, 'DST')}",
+        )
+    raise StoreFormatError(
+        f"{folder} is not a model directory: it has no experts.zarr.",
+        f"Convert a model into it: {command('convert', 'SRC', folder)}",
+    )
+
+
+def check_directory(folder: Path) -> None:
+    """Raises StoreFormatError for the store in a model directory, where the directory is meant."""
+    if folder.name == GROUP and folder.is_dir():
+        raise StoreFormatError(
+            f"{folder} holds the experts of a model directory, and not the model.", f"Give its folder: {folder.parent}"
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an ``experts.zarr``. Raises IncompleteStoreError when its conversion was cut."""
+    path = folder / METADATA
+    if not path.exists():
+        raise _incomplete(folder)
+    group = read_json(path)
+    attributes = group.get("attributes")
+    manifest = Manifest.from_json(
+        attributes.get("moetier") if isinstance(attributes, dict) else None, str(folder.parent)
+    )
+    _compare(path, group, {"zarr_format": 3, "node_type": "group"})
+    if not manifest.digest:
+        raise StoreFormatError(f"{path}: its manifest has no digest.", "Convert the model again.")
+    return manifest
+
+
+def read_origin(folder: Path) -> dict[str, str]:
+    """``id`` and ``revision`` (a commit) of a model directory that was made from the hub; {} of another."""
+    try:
+        found = Fields(read_json(folder / ORIGIN))
+        return {name: found[name].text() for name in ("id", "revision")}
+    except (StoreError, ValueError):
+        return {}
+
+
+def _incomplete(folder: Path) -> IncompleteStoreError:
+    target = folder.parent
+    if not (folder / PLAN).exists():
+        return IncompleteStoreError(
+            f"{target} is incomplete: {folder} has no manifest.",
+            f"Convert the model again: {command('convert', 'SRC', target)}",
+        )
+    plan = Manifest.from_json(read_json(folder / PLAN), str(target))
+    blocks = range(len(plan.blocks))
+    there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
+    return IncompleteStoreError(
+        f"{target} is incomplete: its conversion was cut; {there} of {len(blocks)} blocks are there.",
+        f"Resume it: {resuming(target, plan)}",
+    )
+
+
+def resuming(target: Path, plan: Manifest) -> str:
+    """The command, as the converter noted it, with every option that counts."""
+    try:
+        return shlex.join(word.text() for word in Fields(read_json(target / JOURNAL))["command"].items())
+    except (StoreError, ValueError):
+        return command("convert", plan.model, target)
+
+
+def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, Any]:
+    """A JSON object of a model directory, which may come from anywhere. Raises StoreFormatError or StoreReadError."""
+    try:
+        with read_errors(path), path.open("rb") as stream:
+            data = stream.read(MOST_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise StoreFormatError(f"{path} is missing.", fix) from None
+    if len(data) > MOST_JSON_BYTES:
+        raise StoreFormatError(
+            f"{path} has {path.stat().st_size:,} bytes; what moetier writes has at most {MOST_JSON_BYTES:,}.", fix
+        )
+    return parse_json(data, str(path), fix)
+
+
+def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
+    """Of at most ``MOST_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
+    try:
+        found = json.loads(data, parse_int=_whole)
+    except ValueError as error:
+        raise StoreFormatError(f"{where} is not JSON ({error}).", fix) from error
+    except RecursionError:
+        found = None
+    if found is None or _is_deep(found):
+        raise StoreFormatError(
+            f"{where}: {_deep_field(data)} is nested in more than {MOST_LEVELS} levels.", fix
+        ) from None
+    if not isinstance(found, dict):
+        raise StoreFormatError(f"{where} is not a JSON object.", fix)
+    return found
+
+
+def _is_deep(value: object) -> bool:
+    """Not recursive: Python's parser may take more levels than a caller's own recursion can."""
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        level = [
+            inner
+            for each in level
+            if type(each) in _CONTAINERS
+            for inner in (each.values() if isinstance(each, dict) else each)  # type: ignore[attr-defined]
+            if type(inner) in _CONTAINERS
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _whole(digits: str) -> float:
+    """More digits than Python turns into an int make a number that no field takes."""
+    return int(digits) if len(digits) < 100 else math.inf
+
+
+def _deep_field(data: bytes) -> str:
+    """The names of the outermost values around the first that is nested too deep."""
+    names: list[bytes] = []
+    name = b""
+    for token in _TOKENS.finditer(data):
+        if token[1] is not None:
+            name = token[1][1:-1]
+        elif token[0] in b"[{":
+            names.append(name)
+            name = b""
+            if len(names) > MOST_LEVELS:
+                break
+        elif token[0] in b"]}":
+            name = names.pop() if names else b""
+    return shown(b".".join(filter(None, names[: 1 + SHOWN_LEVELS])).decode(errors="replace"))
+
+
+def check_array(path: Path, manifest: Manifest, array: str) -> None:
+    """Raises StoreFormatError unless an array's zarr metadata says what the manifest says."""
+    found = read_json(path)
+    shape = manifest.shape(array)
+    inner, outer = [1, 1, shape[2]], [1, shape[1], shape[2]]
+    expected = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": "uint8",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": inner,
+                    "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+                    "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                    "index_location": "end",
+                },
+            }
+        ],
+    }
+    if "storage_transformers" in found:
+        expected["storage_transformers"] = []
+    _compare(path, found, expected)
+
+
+def _compare(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        try:
+            Fields(found)[name].equals(value, "which the manifest says")
+        except ValueError as error:
+            raise StoreFormatError(f"{path}: {error}.", "Convert the model again.") from error
+
+
+class read_errors:
+    """Turns what the disk answers into a StoreReadError with the path; FileNotFoundError passes."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise StoreReadError(
+                f"{self._path} can't be read: {error.strerror} (errno {error.errno}).",
+                "Check the disk and the file's permissions; if it is lost, convert the model again.",
+            ) from error

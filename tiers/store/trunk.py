@@ -1,0 +1,207 @@
+"""The trunk's files as a reader finds them: what the manifest and the index say of them, and what is wrong."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
+from moetier.tiers.fields import Fields, shown
+from moetier.tiers.manifest import MOST_BYTES, TRUNK_NAME, FileSum, Manifest
+
+from .checksum import crc32c
+from .folder import MOST_JSON_BYTES, parse_json, read_errors, read_json
+
+INDEX = "model.safetensors.index.json"
+RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record
+PIECE_BYTES = 8 << 20  # read and checksummed at a time, while it is in the processor's cache
+# of a trunk whose checksums take less than a twentieth of the time of a load (tests/measurements/trunk_checksums.py)
+CHECKED_BYTES = 64 << 20
+AHEAD_BYTES = 64 << 20  # that the kernel is asked to read meanwhile
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+MOST_DIMENSIONS = 16
+
+FIX = "Get that file again from where the directory came from, or remove it and run the same conversion again."
+
+
+def check_trunk(directory: Path, manifest: Manifest) -> None:
+    """Raises the first of ``trunk_faults``. Reads the index; of the trunk's files, their sizes and headers."""
+    for fault in trunk_faults(directory, manifest).values():
+        raise fault
+
+
+def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
+    """By file name: the index, if it is not one of this directory's own trunk files; and each that is not there whole.
+
+    A manifest of before ``trunk`` says no sizes: then the files that the index names must be there.
+    """
+    faults: dict[str, StoreError] = {}
+    places: dict[str, str] = {}
+    try:
+        places = _places(directory)
+    except StoreError as error:
+        faults[INDEX] = error
+    named: dict[str, set[str]] = {}  # by file: its tensors
+    for tensor, file in places.items():
+        named.setdefault(file, set()).add(tensor)
+    if manifest.trunk and (strangers := sorted(named.keys() - manifest.trunk.keys())):
+        faults[INDEX] = StoreFormatError(
+            f"{directory / INDEX} names {strangers[0]}, which the manifest does not know.", FIX
+        )
+    for name, entry in (manifest.trunk or dict.fromkeys(sorted(named))).items():
+        path = directory / name
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:
+            size = None
+        if size is None:
+            expected = f"; it has {entry.bytes:,} bytes" if entry else ""
+            faults[name] = StoreFormatError(f"{path}, a file of the trunk, is missing{expected}.", FIX)
+        elif entry and size != entry.bytes:
+            faults[name] = StoreFormatError(
+                f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written.", FIX
+            )
+        else:
+            try:
+                tensors = _header(path).keys()
+                names = tensors ^ named.get(name, set())
+                if names and INDEX not in faults:
+                    raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(names))}.", FIX)
+            except StoreError as error:
+                faults[name] = error
+    return faults
+
+
+def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Module path -> bytes, of each matrix that is stored as a record. Reads the index, and its files' headers.
+
+    Raises StoreFormatError for what is no record, and for records that the manifest says nothing of.
+    """
+    found: dict[str, int] = {}
+    headers: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    for tensor, name in _places(directory).items():
+        if not tensor.endswith(RECORD):
+            continue
+        if manifest.trunk_records is None:
+            raise StoreFormatError(f"{directory / INDEX} names {tensor}, which the manifest does not know.", FIX)
+        path = directory / name
+        if name not in headers:
+            headers[name] = _header(path)
+        dtype, shape = headers[name].get(tensor, ("", []))
+        if dtype != "U8" or len(shape) != 1:
+            what = f"is of {dtype} {shape}" if dtype else "is not there"
+            raise StoreFormatError(f"{path}, a file of the trunk: {tensor} {what}; it is to be a record.", FIX)
+        found[tensor.removesuffix(RECORD)] = shape[0]
+    return found
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """The index: tensor -> file. Raises StoreFormatError unless all are plain names of trunk files."""
+    path = directory / INDEX
+    index = Fields(read_json(path, FIX))
+    places: dict[str, str] = {}
+    try:
+        if metadata := index.get("metadata"):
+            for _, value in metadata.members():  # transformers adds to these
+                value.number(0, MOST_BYTES)
+        for tensor, file in index["weight_map"].members():
+            places[tensor] = file.text(TRUNK_NAME.pattern, "the name of a trunk file of its own folder")
+        if not places:
+            raise ValueError("its weight_map is empty")
+    except ValueError as error:
+        raise StoreFormatError(f"{path}: {error}.", "Don't use this directory, or convert the model again.") from error
+    return places
+
+
+def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor of a safetensors file, which fill it without holes. Raises StoreFormatError or
+    StoreReadError."""
+    try:
+        with read_errors(path), path.open("rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(os.pread(stream.fileno(), 8, 0), "little")
+            if not 2 <= length <= min(size - 8, MOST_JSON_BYTES):
+                raise ValueError(f"a header of {length:,} bytes, of {size:,}")
+            data = os.pread(stream.fileno(), length, 8)
+    except FileNotFoundError:
+        raise StoreFormatError(f"{path}, a file of the trunk, is missing.", FIX) from None
+    except ValueError as error:
+        raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
+    header = parse_json(data, f"The header of {path}", FIX)
+    try:
+        return _tensors(Fields(header), size - 8 - length)
+    except ValueError as error:
+        raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
+
+
+def _tensors(header: Fields, size: int) -> dict[str, tuple[str, list[int]]]:
+    found, ranges = {}, []
+    for name, entry in header.members():
+        if name == "__metadata__":
+            for _, value in entry.members():
+                value.text()
+            continue
+        dtype, shape = entry["dtype"].among(ITEM_BYTES), entry["shape"].items()
+        if len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"{entry.place}.shape has {len(shape)} dimensions")
+        found[name] = dtype, [n.number(0, MOST_BYTES) for n in shape]
+        offsets = entry["data_offsets"].items()
+        begin, end = (each.number(0, size) for each in offsets) if len(offsets) == 2 else (0, -1)
+        if end - begin != math.prod(found[name][1]) * ITEM_BYTES[dtype]:
+            raise ValueError(f"{entry.place}: shape and dtype are not those of data_offsets {begin:,} to {end:,}")
+        ranges.append((begin, end, entry.place))
+    at = 0
+    for begin, end, place in sorted(ranges):
+        if begin != at:
+            raise ValueError(f"{place}.data_offsets begin at {begin:,}, not at {at:,}")
+        at = end
+    if at != size:
+        raise ValueError(f"its data_offsets end at {at:,}, its data at {size:,}")
+    return found
+
+
+def check_small(directory: Path, manifest: Manifest) -> None:
+    """Checks the sums of a trunk of at most ``CHECKED_BYTES``, once ``check_trunk`` has passed it. A larger one is left
+    to ``moetier verify`` and to a daemon's ``TrunkCheck``. Raises ChecksumError, or StoreReadError."""
+    if sum(entry.bytes for entry in manifest.trunk.values()) <= CHECKED_BYTES:
+        for name, entry in manifest.trunk.items():
+            for _ in check_sum(directory / name, entry, cached=True):
+                pass
+
+
+def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[int]:
+    """Reads a file and yields how much, again and again: from the disk; or ``cached``, through the page cache, which
+    keeps it. Raises ChecksumError, or StoreReadError."""
+    crc = 0
+    with read_errors(path), path.open("rb", buffering=0) as stream:
+        for piece in read_pieces(stream.fileno(), cached=cached):
+            crc = crc32c(piece, crc)
+            yield len(piece)
+    if crc != entry.crc32c:
+        raise ChecksumError(
+            f"{path}, a file of the trunk: checksum mismatch: crc32c {crc:08x}, {entry.crc32c:08x} was written.", FIX
+        )
+
+
+def read_pieces(descriptor: int, *, cached: bool = False) -> Iterator[memoryview]:
+    """A file from its start, in one reused buffer; unless ``cached``, from the disk, as what the page cache holds of it
+    is dropped."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, max(os.fstat(descriptor).st_size, 1))))
+    if not cached:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    position = 0
+    while True:
+        os.posix_fadvise(descriptor, position, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        count = os.preadv(descriptor, [buffer], position)
+        if not count:
+            return
+        yield buffer[:count]
+        if not cached:
+            os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
+        position += count

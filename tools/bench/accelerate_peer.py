@@ -1,0 +1,47 @@
+"""transformers with accelerate's disk offload as a child process: a job as JSON in, what it found as JSON out.
+
+See ``peers.py``, which starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from moetier.runtime.threads import spin_as_others_do
+from moetier.tools.cli.resident import peak_bytes
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    spin_as_others_do()
+    import torch
+    import transformers
+
+    from moetier.runtime.generation.compat import CACHE
+
+    torch.set_num_threads(job["threads"])
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    room = {} if job["resident"] is None else {"max_memory": {"cpu": job["resident"]}}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["checkpoint"], dtype=torch.bfloat16, device_map="auto", offload_folder=job["offload"], **room
+    )
+    cache = transformers.DynamicCache()
+    start = 0.0
+    with torch.inference_mode():
+        for position, token in enumerate(job["tokens"]):
+            if position == job["warmup"]:
+                start = time.perf_counter()
+            model(input_ids=torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
+    found = {
+        "tokens": len(job["tokens"]) - job["warmup"],
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak_bytes(),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What no engine of this kind can beat: the bound of a step, from rates measured beside it. Pure.
+
+seconds = max(bytes that are missing / the disk's rate, bytes that are multiplied with / the kernels' own rate)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moetier.tiers.cache.budget import members, slots_for, smallest_budget
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
+from moetier.tiers.cache.quotas import Group, plan_groups
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.manifest import Manifest
+
+Routing = Sequence[Sequence[Collection[int]]]  # by step and block: the experts that are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of a step, on average over those that are measured."""
+
+    missing: float  # to be read from the disk
+    experts: float  # records that are multiplied with, each once
+    trunk: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes a second."""
+
+    disk: float
+    experts: float  # the kernels', on records, with as many rows as an expert gets
+    trunk: float  # the same with as many rows as the trunk gets
+    memory: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Seconds of a step."""
+
+    disk: float
+    kernels: float
+    memory: float  # what the kernels' part would be at the memory's rate
+
+    @classmethod
+    def of(cls, need: Need, rates: Rates) -> Bound:
+        return cls(
+            disk=need.missing / rates.disk,
+            kernels=need.experts / rates.experts + need.trunk / rates.trunk,
+            memory=(need.experts + need.trunk) / rates.memory,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return max(self.disk, self.kernels)
+
+    @property
+    def by(self) -> str:
+        return "disk" if self.disk > self.kernels else "kernels"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"seconds": self.seconds, "by": self.by}
+
+
+def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
+    """By step and block: how many of its experts a cache lacks that evicts by ``policy``, one of ``ORDERS``; it is cold
+    at the start. Each is looked up against the state before its step, in its block's group. A passage is a
+    demand like any other here."""
+    caches: dict[int, tuple[Order, set[ExpertKey], int]] = {}
+    for group in groups:
+        caches |= dict.fromkeys(group.blocks, (ORDERS[policy](group.quota), set(), group.quota))
+    found = []
+    for step in routing:
+        missed = []
+        for block, experts in enumerate(step):
+            order, held, quota = caches[block]
+            keys = [ExpertKey(block, expert) for expert in sorted(set(experts), reverse=True)]
+            missing = [key for key in keys if key not in held]
+            missed.append(len(missing))
+            for key in missing:
+                order.add(key, passing=False)
+            for key in keys:
+                order.touch(key, passing=False)
+            held.update(missing)
+            if (excess := len(held) - quota) > 0:
+                victims = list(order.victims(passing=False))
+                others = [key for key in victims if key not in keys]
+                for key in [*others, *(key for key in victims if key in keys)][:excess]:
+                    order.remove(key)
+                    held.remove(key)
+        found.append(missed)
+    return found
+
+
+def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
+    """The slots of each array, divided among its blocks as the host tier does it."""
+    return [group for array, count in slots.items() for group in plan_groups(count, members(manifest, array))]
+
+
+def slots_within(manifest: Manifest, budget: int) -> Mapping[str, int]:
+    """By array, what ``budget`` bytes pay for; where they don't pay for a token's experts of a block, those."""
+    return slots_for(manifest, max(budget, smallest_budget(manifest)))
+
+
+def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[str, int], trunk: float) -> Need:
+    """Of the last ``measured`` steps of ``routing``, with ``slots`` by array."""
+    sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
+    payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]
+    misses = misses_of(routing, groups_of(manifest, slots))[-measured:]
+    wanted = [[len(set(experts)) for experts in step] for step in routing[-measured:]]
+
+    def mean(counts: list[list[int]], each: list[int]) -> float:
+        return sum(count * size for step in counts for count, size in zip(step, each, strict=True)) / len(counts)
+
+    return Need(missing=mean(misses, sizes), experts=mean(wanted, payloads), trunk=trunk)
+
+
+def rows_of(manifest: Manifest, routing: Routing, measured: int, tokens: int) -> int:
+    """How many of a step's ``tokens`` rows an expert that is wanted gets, on average over the measured steps."""
+    rows = measured * tokens * sum(block.top_k for block in manifest.blocks)
+    wanted = sum(len(set(experts)) for step in routing[-measured:] for experts in step)
+    return max(1, round(rows / wanted))

@@ -1,0 +1,149 @@
+"""One piece of work, measured: reads what it is from standard input, and says what it found, both as JSON.
+
+``python -m moetier.tools.bench.child``; ``fresh.py`` starts it. Works: "idle", "model", "rates".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tools.cli.resident import peak_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def idle(work: dict[str, Any]) -> dict[str, Any]:
+    """What a process takes that has imported torch and transformers."""
+    import torch
+    import transformers.generation.utils  # noqa: F401 - transformers imports no more than it is asked for
+
+    return {"peak_bytes": peak_bytes(), "threads": torch.get_num_threads()}
+
+
+def model(work: dict[str, Any]) -> dict[str, Any]:
+    """Feeds ``ids`` [sequences][tokens] in ``pieces`` (their lengths), of which the last ``measured`` count.
+
+    With ``record`` the experts that each piece used are told, by block; that costs time.
+    """
+    import torch
+    import transformers
+
+    from moetier.runtime.context import longest_context
+    from moetier.runtime.generation.compat import CACHE
+    from moetier.runtime.model.kv_cache import kv_cache_bytes
+    from moetier.runtime.model.load import load
+    from moetier.runtime.moe.gates import Gates
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    began = time.perf_counter()
+    options = {"context": sum(map(len, work["ids"])), "threads": work.get("threads")} | work.get("options", {})
+    found, _ = load(work["directory"], daemon=None, ram=work.get("ram"), **options)
+    load_seconds = time.perf_counter() - began
+    ids = torch.tensor(work["ids"], device=found.device)  # [sequences, tokens]
+    used: list[list[list[int]]] = []
+
+    def note(block: int, experts: Any, weights: Any) -> None:
+        used[-1][block] = sorted({*used[-1][block], *experts.flatten().tolist()})
+
+    with found.tiers, torch.inference_mode():
+        most = longest_context(found.config)
+        if most is not None and ids.shape[1] > most:
+            raise ConfigError(
+                f"It would feed {ids.shape[1]:,} tokens, and the model's maximum context is {most:,}.",
+                "Feed fewer: --tokens, --prompt, --warm.",
+            )
+        watched = Gates(found).observe(experts=note) if work.get("record") else None
+        seconds, cache, start, before = [], None, 0, found.tiers.host.stats()
+        for number, length in enumerate(work["pieces"]):
+            used.append([[] for _ in found.tiers.manifest.blocks])
+            if number == len(work["pieces"]) - work["measured"]:
+                before = found.tiers.host.stats()
+            began = time.perf_counter()
+            output = found(ids[:, start : start + length], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            output.logits[:, -1].argmax(-1).tolist()  # waits for the device, as whoever generates does
+            seconds.append(time.perf_counter() - began)
+            cache, start = output.past_key_values, start + length
+        after = found.tiers.host.stats()
+        if watched is not None:
+            watched.remove()
+        return {
+            "threads": torch.get_num_threads(),
+            "load_s": load_seconds,
+            "seconds": seconds[-work["measured"] :],
+            "hits": after.hits - before.hits,
+            "misses": after.misses - before.misses,
+            "bytes_read": after.bytes_in - before.bytes_in,
+            "slots": found.tiers.host.plan.slots_by_array,
+            "trunk_bytes": _trunk_bytes(found),
+            "kv_bytes": kv_cache_bytes(found.config, ids.shape[1], len(ids), found.dtype),
+            "peak_bytes": peak_bytes(),
+        } | ({"used": used} if watched is not None else {})
+
+
+def rates(work: dict[str, Any]) -> dict[str, Any]:
+    """Bytes a second: memory's, and the kernels' on records of ``directory`` with each number of ``rows``.
+    Products take ``seconds``, and turns over ``bytes``."""
+    import torch
+
+    from moetier.runtime.kernels.choose import kernels_for
+    from moetier.runtime.threads import use_threads
+    from moetier.tiers.store.folder import read_manifest, store_folder
+
+    from .rates import KernelProbe, MemoryProbe, random_records, record_rate
+
+    use_threads(work.get("threads"))
+    probe = MemoryProbe(work["bytes"])
+    memory = [probe()]
+    manifest = read_manifest(store_folder(Path(work["directory"])))
+    kernels: dict[int, list[tuple[int, float]]] = {rows: [] for rows in work["rows"]}  # bytes, bytes a second
+    for array, layout in manifest.layouts.items():
+        size = sum(block.experts for block in manifest.blocks if block.array == array) * layout.slot_bytes
+        products = KernelProbe(kernels_for(torch.device("cpu")), layout, random_records(layout, work["bytes"]))
+        for rows, found in kernels.items():
+            found.append((size, record_rate(products, layout, rows, at_least=work["seconds"])))
+    memory.append(probe())
+    best = max(memory, key=lambda found: found.rate)
+    return {
+        "threads": torch.get_num_threads(),
+        "memory": best.rate,
+        "memory_by": best.by,
+        "kernels": {str(rows): _mean_rate(found) for rows, found in kernels.items()},
+    }
+
+
+def _mean_rate(found: Sequence[tuple[int, float]]) -> float:
+    """Of all bytes: they take the times that each takes at its own rate."""
+    return sum(size for size, _ in found) / sum(size / rate for size, rate in found)
+
+
+def _trunk_bytes(model: Any) -> int:
+    """What a token reads of the trunk: parameters and buffers as they lie in memory, but for rows of embeddings."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    known = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.nbytes}
+    for tensor in embeddings.parameters():
+        if head is None or all(tensor.data_ptr() != other.data_ptr() for other in head.parameters()):
+            known.pop(tensor.data_ptr(), None)
+    return sum(known.values())
+
+
+WORKS = {"idle": idle, "model": model, "rates": rates}
+
+
+def main() -> None:
+    work = json.loads(sys.stdin.read())
+    try:
+        found = WORKS[work["work"]](work)
+    except MoetierError as error:
+        found = {"error": [error.cause, error.fix]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

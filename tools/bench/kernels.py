@@ -1,0 +1,190 @@
+"""``moetier bench kernels``: products with records, beside the rate at which memory can be read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.number import COUNT, SECONDS
+from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
+from moetier.tools.cli.options import directory
+from moetier.tools.cli.parser import UsageError
+from moetier.tools.cli.report import format_seconds
+from moetier.tools.cli.resources import add_threads
+
+from .machine import Machine
+from .output import add_bench_arguments, check_bench, report
+from .rounds import Spread, alternate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .rates import KernelProbe, MemoryRate
+
+HELP = "products with records, beside the rate at which memory is read"
+
+ROWS = (1, 4, 16, 64, 512)
+GB = 1e9
+MEMORY = ("", 0)  # among the ways: its probe
+EXPERTS = {  # hidden and intermediate size
+    "Mixtral-8x7B": (4096, 14336),
+    "Qwen3-30B-A3B": (2048, 768),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory",
+        type=directory,
+        nargs="?",
+        metavar="DIR",
+        help=f"a model directory, whose records are measured (default: {' and '.join(EXPERTS)})",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, action="append", help="once or more; not with DIR (default: all)"
+    )
+    parser.add_argument("--rows", type=COUNT, action="append", metavar="N", help=f"once or more (default: {ROWS})")
+    parser.add_argument("--seconds", type=SECONDS, default=0.3, metavar="S", help="a product (default: %(default)s)")
+    add_threads(parser)
+    add_bench_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_bench(arguments)
+    rows = arguments.rows or list(ROWS)
+    layouts = dict(_layouts(arguments))
+    import torch
+
+    from moetier.runtime.kernels.choose import kernels_for
+    from moetier.runtime.threads import use_threads
+
+    from . import rates as compute_rate
+    from .rates import KernelProbe, MemoryProbe, activation_dtype, projection_bytes, random_records
+
+    use_threads(arguments.threads)
+    memory_probe = MemoryProbe(compute_rate.UNCACHED_BYTES)
+    table = [["projection", "bits", "rows", "GB/s", "memory, GB/s", "ratio", "GFLOP/s", "ms"]]
+    results: list[dict[str, Any]] = []
+
+    def probe_of(layout: RecordLayout) -> KernelProbe:
+        records = random_records(layout, compute_rate.UNCACHED_BYTES)
+        return KernelProbe(kernels_for(torch.device("cpu")), layout, records)
+
+    tried: KernelProbe | None
+    tried, trial = try_out(next(iter(layouts.values())), max(rows), probe_of, memory_probe)
+    left = trial.estimate(list(layouts.values()), rows, rounds=arguments.rounds, at_least=arguments.seconds)
+    print(f"bench kernels: this takes about {format_seconds(left)}", file=sys.stderr, flush=True)
+    for title, layout in layouts.items():
+        probe = tried or probe_of(layout)
+        tried = None  # its records go before the next layout's come
+        ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: memory_probe}
+        for p, count in product(layout.projections, rows):
+            ways[p.name, count] = partial(probe.seconds, p.name, count, at_least=arguments.seconds)
+        found = alternate(arguments.rounds, ways)
+        memory: list[MemoryRate] = found[MEMORY]
+        for p, count in product(layout.projections, rows):
+            nbytes = projection_bytes(layout, p.name)
+            result = result_of(title, p, count, nbytes, Spread.of(found[p.name, count]), memory)
+            results.append(result)
+            table.append(_row(result))
+    dtype = str(activation_dtype()).removeprefix("torch.")
+    by = " or ".join(sorted({result["bound_by"] for result in results}))
+    notes = [f"memory   read at the rate of torch's {by} over 512 MiB, whichever is quickest; activations in {dtype}"]
+    machine = Machine.here(threads=torch.get_num_threads())
+    return report(arguments, machine, table, results, notes=notes, activations=dtype)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Times of one layout, in seconds, from which those of all are estimated."""
+
+    setup: float  # to make its records, and to compile its kernels
+    memory: float  # to measure memory once
+    flops_per_s: float
+
+    def estimate(self, layouts: Sequence[RecordLayout], rows: Sequence[int], *, rounds: int, at_least: float) -> float:
+        """Seconds that the rest takes, when the first layout has been set up: a way runs one product to warm up, and
+        others for ``at_least`` so many seconds."""
+        total = self.setup * (len(layouts) - 1)
+        for layout in layouts:
+            total += rounds * self.memory
+            for p, count in product(layout.projections, rows):
+                one = 2 * count * p.rows * p.columns / self.flops_per_s
+                total += rounds * (one + max(at_least + one / 2, one))  # the last product ends behind the time
+        return total
+
+
+def try_out(
+    layout: RecordLayout, rows: int, probe_of: Callable[[RecordLayout], KernelProbe], memory: Callable[[], object]
+) -> tuple[KernelProbe, Trial]:
+    """The probe of a layout, and what it takes to make it and to run each product with so many ``rows`` twice."""
+    began = time.perf_counter()
+    probe = probe_of(layout)
+    products = [probe.seconds(p.name, rows, at_least=0) for p in layout.projections]
+    setup = time.perf_counter() - began - 2 * sum(products)
+    began = time.perf_counter()
+    memory()
+    flops = sum(2 * rows * p.rows * p.columns for p in layout.projections)
+    return probe, Trial(max(setup, 0.0), time.perf_counter() - began, flops / sum(products))
+
+
+def result_of(
+    title: str, p: Projection, rows: int, nbytes: int, seconds: Spread, memory: Sequence[MemoryRate]
+) -> dict[str, Any]:
+    """One row of the table, as JSON. ``nbytes`` of a record are read in ``seconds``."""
+    rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found.rate for found in memory)
+    return {
+        "records": title,
+        "projection": p.name,
+        "outputs": p.rows,
+        "inputs": p.columns,
+        "bits": p.bits,
+        "rows": rows,
+        "bytes": nbytes,
+        "seconds": seconds.to_json(),
+        "bytes_per_s": rate.to_json(),
+        "bound_bytes_per_s": bound.to_json(),
+        "bound_by": memory[-1].by,
+        "ratio": rate.median / bound.median,
+        "flops_per_s": 2 * rows * p.rows * p.columns / seconds.median,
+    }
+
+
+def _row(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{result['records']} {result['projection']} {result['outputs']}x{result['inputs']}",
+        str(result["bits"]),
+        str(result["rows"]),
+        Spread(tuple(result["bytes_per_s"]["runs"])).text(GB),
+        Spread(tuple(result["bound_bytes_per_s"]["runs"])).text(GB, 1),
+        f"{result['ratio']:.2f}",
+        f"{result['flops_per_s'] / 1e9:.1f}",
+        f"{1e3 * result['seconds']['median']:.3f}",
+    ]
+
+
+def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]]:
+    """By title."""
+    if arguments.directory is not None:
+        from moetier.tiers.store.folder import read_manifest, store_folder
+
+        if arguments.bits:
+            raise UsageError("The records of a directory have the bits that they have.", "Leave out --bits, or DIR.")
+        yield from read_manifest(store_folder(arguments.directory)).layouts.items()
+        return
+    for title, (hidden, inner) in EXPERTS.items():
+        for bits in arguments.bits or BITS:
+            yield f"{title}, {bits} bits", expert_layout(hidden, inner, bits)
+
+
+def expert_layout(hidden: int, inner: int, bits: Bits) -> RecordLayout:
+    """Of an expert with a gate, as ``moetier convert`` stores it by default."""
+    from moetier.tiers.quant.codec import layout_for
+
+    shapes = {"gate_up_proj": ((2 * inner, hidden), "bfloat16"), "down_proj": ((hidden, inner), "bfloat16")}
+    return layout_for(shapes, bits=bits)

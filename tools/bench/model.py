@@ -1,0 +1,259 @@
+"""What ``bench decode`` and ``bench prefill`` share: a model fed fixed tokens in fresh processes, beside its bound."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moetier.runtime.config import Size, format_bytes
+from moetier.tiers.cache.budget import smallest_budget
+from moetier.tiers.errors import BudgetError
+from moetier.tiers.manifest import Manifest
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.resources import add_threads, size
+
+from .bound import Bound, Rates, need_of, rows_of, slots_within
+from .disk_rate import NO_FIO, RandomReads, fio_version
+from .machine import Machine
+from .output import add_bench_arguments, check_bench, report
+from .rates import UNCACHED_BYTES
+from .rounds import Spread, alternate
+from .sandbox import fresh
+from .token_ids import add_token_arguments, fixed_ids
+
+GB = 1e9
+DISK_SECONDS = 2.0  # of random reads, a round
+KERNEL_SECONDS = 1.0  # of products, a round and number of rows
+TABLE = (
+    *("limit", "--ram", "slots", "tokens/s", "bound", "by", "ratio", "ms a step", "hits", "read a token"),
+    *("peak", "in its group"),
+)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument(
+        "--ram", type=size, action="append", metavar="SIZE", help="host budget; once or more (default: its own)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=size,
+        action="append",
+        metavar="SIZE",
+        help="everything in a control group of so much memory; once or more (default: none)",
+    )
+    add_token_arguments(parser)
+    add_threads(parser)
+    add_bench_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Ids [sequences][tokens], fed in ``pieces`` of so many tokens each; the last ``measured`` pieces count."""
+
+    ids: list[list[int]]
+    source: str  # of the ids
+    pieces: list[int]
+    measured: int
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, pieces: list[int], *, measured: int, sequences: int = 1) -> Work:
+        ids, source = fixed_ids(arguments, sequences=sequences, length=sum(pieces))
+        return cls(ids, source, pieces, measured)
+
+    @property
+    def step_tokens(self) -> int:
+        """Of a measured piece, all sequences together."""
+        return len(self.ids) * self.pieces[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ids": self.ids, "pieces": self.pieces, "measured": self.measured}
+
+
+@dataclass(frozen=True)
+class Setting:
+    limit: int | None
+    ram: str | None
+
+    @property
+    def name(self) -> str:
+        return f"limit {self.limit} ram {self.ram}"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What bounds are made of, beside the rates of each round."""
+
+    manifest: Manifest
+    routing: list[list[list[int]]]  # by piece and block
+    trunk_bytes: int
+    kv_bytes: int
+    idle_bytes: int  # a process that has imported torch and transformers
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is there beside records, whatever the limit."""
+        return self.idle_bytes + self.trunk_bytes + self.kv_bytes
+
+    def check(self, settings: Sequence[Setting]) -> None:
+        """Raises BudgetError for a limit below which pages would only come and go."""
+        least = self.resident_bytes + smallest_budget(self.manifest)
+        if any(setting.limit is not None and setting.limit < least for setting in settings):
+            raise BudgetError(
+                f"An idle process, the trunk, the context and a token's experts of a block take {format_bytes(least)}.",
+                f"Give a --limit of {least} bytes or more.",
+            )
+
+    def slots(self, setting: Setting, used: Mapping[str, int]) -> Mapping[str, int]:
+        """By array: those that the limit permits beside the trunk, the context and an idle process; without a limit
+        those that were ``used``."""
+        if setting.limit is None:
+            return used
+        return slots_within(self.manifest, setting.limit - self.resident_bytes)
+
+
+def measure(arguments: argparse.Namespace, work: Work) -> int:
+    """Runs, prints and writes it all."""
+    from moetier.tiers.store.folder import read_manifest, store_folder
+
+    check_bench(arguments)
+    settings = [
+        Setting(None if limit is None else Size.parse(limit).of(_memory()), ram)
+        for limit in arguments.limit or [None]
+        for ram in arguments.ram or [None]
+    ]
+    folder = arguments.directory
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest, fio = read_manifest(store_folder(folder)), fio_version()
+    child = {"directory": str(folder.resolve()), "threads": arguments.threads}
+    feed = child | {"work": "model"} | work.to_json()
+
+    idle = fresh(child | {"work": "idle"})
+    seen = fresh(feed | {"record": True}, files=files)
+    floor = Floor(manifest, seen["used"], seen["trunk_bytes"], seen["kv_bytes"], idle["peak_bytes"])
+    floor.check(settings)
+    rows = rows_of(manifest, floor.routing, work.measured, work.step_tokens)
+    reads, depth = _reads(folder)
+    products = child | {"work": "rates", "rows": sorted({rows, work.step_tokens})}
+    products |= {"seconds": KERNEL_SECONDS, "bytes": UNCACHED_BYTES}
+    ways: dict[Setting | str, Any] = {
+        "disk": partial(reads.rate, depth, DISK_SECONDS),
+        "rates": partial(fresh, products),
+    }
+    for setting in settings:
+        ways[setting] = partial(fresh, feed | {"ram": setting.ram}, limit=setting.limit, files=files)
+    found = alternate(arguments.rounds, ways)
+    page_cache = found[settings[0]][-1]["page_cache"]
+
+    disk = Spread.of(found["disk"])
+    experts = Spread.of(rate["kernels"][str(rows)] for rate in found["rates"])
+    trunk = Spread.of(rate["kernels"][str(work.step_tokens)] for rate in found["rates"])
+    memory = Spread.of(rate["memory"] for rate in found["rates"])
+    rates = Rates(disk.median, experts.median, trunk.median, memory.median)
+    results = [result_of(setting, found[setting], work, floor, rates) for setting in settings]
+    notes = [
+        f"disk     {disk.text(GB)} GB/s, random records of {format_bytes(reads.block_bytes)}, {depth} in flight, "
+        f"by {reads.by}",
+        f"kernels  {experts.text(GB)} GB/s of records with {rows} rows an expert; memory {memory.text(GB)} GB/s by "
+        f"{found['rates'][-1]['memory_by']}",
+        f"tokens   {work.source}; page cache {page_cache}",
+        *([] if fio else [NO_FIO]),
+    ]
+    return report(
+        arguments,
+        Machine.here(threads=seen["threads"], place=folder, fio=fio),
+        [list(TABLE), *map(_row, results)],
+        results,
+        notes=notes,
+        rates={
+            "disk_bytes_per_s": disk.to_json(),
+            "disk_by": reads.by,
+            "disk_depth": depth,
+            "experts_bytes_per_s": experts.to_json(),
+            "experts_rows": rows,
+            "trunk_bytes_per_s": trunk.to_json(),
+            "memory_bytes_per_s": memory.to_json(),
+        },
+        tokens={
+            "source": work.source,
+            "sequences": len(work.ids),
+            "before": sum(work.pieces[: -work.measured]),
+            "steps": work.measured,
+            "step_tokens": work.step_tokens,
+        },
+        trunk_bytes=floor.trunk_bytes,
+        kv_bytes=floor.kv_bytes,
+        idle_bytes=floor.idle_bytes,
+        page_cache=page_cache,
+    )
+
+
+def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: Rates) -> dict[str, Any]:
+    """One row of the table, as JSON. Bytes and seconds; a step is a measured piece."""
+    tokens = work.measured * work.step_tokens
+    speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)
+    steps = Spread.of(second for run in runs for second in run["seconds"])
+    used = runs[0]["slots"]
+    permitted = floor.slots(setting, used)
+    need = need_of(floor.manifest, floor.routing, work.measured, permitted, floor.trunk_bytes)
+    bound = Bound.of(need, rates)
+    attainable = work.step_tokens / bound.seconds
+    groups = [run["group_peak_bytes"] for run in runs if run["group_peak_bytes"] is not None]
+    return {
+        "limit_bytes": setting.limit,
+        "ram": setting.ram,
+        "slots": sum(used.values()),
+        "permitted_slots": sum(permitted.values()),
+        "records": floor.manifest.record_count,
+        "tokens_per_s": speed.to_json(),
+        "bound_tokens_per_s": attainable,
+        "bound_by": bound.by,
+        "bound_s": bound.to_json(),
+        "ratio": speed.median / attainable,
+        "step_s": {"median": steps.median, "min": steps.min, "max": steps.max},
+        "hit_ratio": statistics.median(run["hits"] / max(run["hits"] + run["misses"], 1) for run in runs),
+        "bytes_read_per_token": statistics.median(run["bytes_read"] / tokens for run in runs),
+        "need_bytes": {"missing": need.missing, "experts": need.experts, "trunk": need.trunk},
+        "load_s": Spread.of(run["load_s"] for run in runs).to_json(),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "group_peak_bytes": max(groups) if groups else None,
+    }
+
+
+def _row(result: dict[str, Any]) -> list[str]:
+    """Of the table, in the order of TABLE."""
+    step = result["step_s"]
+    return [
+        "-" if result["limit_bytes"] is None else format_bytes(result["limit_bytes"]),
+        result["ram"] or "-",
+        f"{result['slots']} of {result['records']} (bound: {result['permitted_slots']})",
+        Spread(tuple(result["tokens_per_s"]["runs"])).text(),
+        f"{result['bound_tokens_per_s']:.2f}",
+        result["bound_by"],
+        f"{result['ratio']:.2f}",
+        f"{1e3 * step['median']:.1f} ({1e3 * step['min']:.1f} to {1e3 * step['max']:.1f})",
+        f"{result['hit_ratio']:.1%}",
+        format_bytes(result["bytes_read_per_token"]),
+        format_bytes(result["peak_bytes"]),
+        "-" if result["group_peak_bytes"] is None else format_bytes(result["group_peak_bytes"]),
+    ]
+
+
+def _reads(folder: Path) -> tuple[RandomReads, int]:
+    """Such reads as the host tier makes, and how many of them it keeps in flight."""
+    from moetier.tiers.host.tier import LOADERS
+    from moetier.tiers.store.reader import ExpertStore
+
+    with ExpertStore.open(folder) as store:
+        return RandomReads.of_records(folder, direct=store.direct), LOADERS
+
+
+def _memory() -> int:
+    from moetier.runtime.memory import machine_memory
+
+    return machine_memory()

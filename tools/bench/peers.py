@@ -1,0 +1,104 @@
+"""``moetier bench peers DIR``: other engines on the same tokens, in control groups of the same size, by turns."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.number import COUNT
+from moetier.runtime.threads import usable_cpus
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.parser import UsageError
+from moetier.tools.cli.resources import add_threads, size
+
+from .engines import Run, accelerate_decode, llama_run
+from .machine import Machine
+from .model import Work
+from .output import add_bench_arguments, check_bench, report
+from .rounds import Spread, alternate
+from .sandbox import fresh
+from .token_ids import add_token_arguments
+
+HELP = "llama.cpp and accelerate's disk offload beside moetier, fed the same tokens"
+
+Engine = Callable[[], Run]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
+    parser.add_argument("--checkpoint", type=Path, metavar="SRC", help="the same model for accelerate")
+    parser.add_argument("--limit", type=size, metavar="SIZE", help="of memory, for each engine (default: none)")
+    parser.add_argument(
+        "--checkpoint-limit", type=size, metavar="SIZE", help="accelerate's, which reads bf16 (default: --limit)"
+    )
+    parser.add_argument("--ram", type=size, metavar="SIZE", help="moetier's host budget (default: its own)")
+    parser.add_argument("--tokens", type=COUNT, default=32, metavar="N", help="measured (default: %(default)s)")
+    parser.add_argument("--warm", type=COUNT, default=16, metavar="N", help="not counted (default: %(default)s)")
+    parser.add_argument("--prefill", action="store_true", help="the measured tokens as one prompt; not with accelerate")
+    add_token_arguments(parser)
+    add_threads(parser)
+    add_bench_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_bench(arguments)
+    if arguments.gguf is None and (arguments.checkpoint is None or arguments.prefill):
+        raise UsageError("There is no peer to measure.", "Give --gguf FILE; or --checkpoint SRC, without --prefill.")
+    threads = arguments.threads or usable_cpus()
+    pieces = [arguments.warm, arguments.tokens] if arguments.prefill else [1] * (arguments.warm + arguments.tokens)
+    work = Work.of(arguments, pieces, measured=1 if arguments.prefill else arguments.tokens)
+    found = alternate(arguments.rounds, engines_of(arguments, work, threads))
+    own = Spread.of(run.tokens_per_s for run in found["moetier"])
+    rows, results = [["engine", "tokens/s", "moetier is faster by", "peak in its group"]], list[dict[str, Any]]()
+    for name, runs in found.items():
+        speed, peak = Spread.of(run.tokens_per_s for run in runs), max(run.peak_bytes for run in runs)
+        rows.append([name, speed.text(), f"{own.median / speed.median:.2f}", format_bytes(peak)])
+        results.append(
+            {
+                "engine": name,
+                "tokens_per_s": speed.to_json(),
+                "ratio": own.median / speed.median,
+                "peak_bytes": peak,
+            }
+        )
+    limit = "none" if arguments.limit is None else arguments.limit
+    notes = [f"limit    {limit}; {'a prompt' if arguments.prefill else 'steps'} of {work.source}"]
+    machine = Machine.here(threads=threads, place=arguments.directory)
+    return report(arguments, machine, rows, results, notes=notes, limit=arguments.limit, prefill=arguments.prefill)
+
+
+def engines_of(arguments: argparse.Namespace, work: Work, threads: int) -> dict[str, Engine]:
+    """By name. llama.cpp with repacked weights only where it has all the memory that it wants."""
+    (ids,) = work.ids
+    limit = _bytes(arguments.limit)
+    common = {"threads": threads, "warmup": arguments.warm}
+    engines: dict[str, Engine] = {"moetier": partial(_moetier, arguments, work, threads, limit)}
+    if arguments.gguf is not None:
+        llama = partial(llama_run, arguments.gguf, ids, together=arguments.prefill, limit=limit, **common)
+        engines["llama.cpp, mapped"] = llama
+        if limit is None:
+            engines["llama.cpp, repacked"] = partial(llama, repack=True)
+    if arguments.checkpoint is not None and not arguments.prefill:
+        theirs = _bytes(arguments.checkpoint_limit) or limit
+        engines["accelerate, bf16"] = partial(accelerate_decode, arguments.checkpoint, ids, limit=theirs, **common)
+    return engines
+
+
+def _moetier(arguments: argparse.Namespace, work: Work, threads: int, limit: int | None) -> Run:
+    feed = {"work": "model", "directory": str(arguments.directory.resolve()), "threads": threads, "ram": arguments.ram}
+    files = [path for path in arguments.directory.rglob("*") if path.is_file()]
+    found = fresh(feed | work.to_json(), limit=limit, files=files)
+    return Run(
+        work.measured * work.step_tokens, sum(found["seconds"]), found["group_peak_bytes"] or found["peak_bytes"]
+    )
+
+
+def _bytes(limit: str | None) -> int | None:
+    from moetier.runtime.memory import machine_memory
+
+    return None if limit is None else Size.parse(limit).of(machine_memory())

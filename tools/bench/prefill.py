@@ -1,0 +1,24 @@
+"""``moetier bench prefill DIR``: tokens a second of a prompt, beside the bound of its pass."""
+
+from __future__ import annotations
+
+import argparse
+
+from moetier.runtime.number import COUNT
+
+from .model import Work, add_model_arguments, measure
+from .output import check_bench
+
+HELP = "a prompt's pass through the model, beside its bound"
+
+WARM = 8  # tokens before the prompt: what is done once in a process is done there
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--tokens", type=COUNT, default=512, metavar="N", help="of the prompt (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_bench(arguments)
+    return measure(arguments, Work.of(arguments, [WARM, arguments.tokens], measured=1))

@@ -1,0 +1,77 @@
+"""Fixed token ids, which every engine that is measured is fed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from moetier.tiers.errors import ConfigError
+
+TOKENS = "tokens.json"  # that a model directory may hold
+SEED = 0
+
+
+def add_token_arguments(parser: argparse.ArgumentParser) -> None:
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--tokens-file",
+        type=Path,
+        metavar="FILE",
+        help=f"ids to feed, a JSON list (default: DIR/{TOKENS}; without it random ones, always the same)",
+    )
+    given.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text to feed")
+
+
+def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> tuple[list[list[int]], str]:
+    """ids [sequences][length], and where they are from. Too few are repeated. Raises ConfigError."""
+    directory, own = arguments.directory, arguments.directory / TOKENS
+    if arguments.prompt_file is not None:
+        ids, source = _of_text(directory, arguments.prompt_file), str(arguments.prompt_file)
+    elif arguments.tokens_file is not None or own.is_file():
+        path = arguments.tokens_file or own
+        ids, source = read_ids(path), str(path)
+    else:
+        chance, vocabulary = random.Random(SEED), _vocabulary(directory)
+        ids, source = [chance.randrange(vocabulary) for _ in range(sequences * length)], f"random, seed {SEED}"
+    flat = list(islice(cycle(ids), sequences * length))
+    return [flat[start : start + length] for start in range(0, len(flat), length)], source
+
+
+def read_ids(path: Path) -> list[int]:
+    """A JSON list of ids, or an object that has one as its "token_ids". Raises ConfigError."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read as JSON ({error}).", "Give a list of token ids.") from error
+    if isinstance(found, dict):
+        found = found.get("token_ids")
+    if not isinstance(found, list) or not found or not all(type(number) is int and number >= 0 for number in found):
+        raise ConfigError(f"{path} is no list of token ids.", "Give one: [1, 415, 2936].")
+    return found
+
+
+def _of_text(directory: Path, path: Path) -> list[int]:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        ids: list[int] = tokenizer(path.read_text("utf-8")).input_ids
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be tokenised: {error}", "Give a text, and a DIR with a tokenizer.") from error
+    if not ids:
+        raise ConfigError(f"{path} has no tokens.", "Give a text.")
+    return ids
+
+
+def _vocabulary(directory: Path) -> int:
+    from moetier.runtime.checkpoint.config_json import read_config
+
+    config: dict[str, Any] = read_config(directory)
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise ConfigError(f"{directory} does not say how many tokens there are.", "Give --tokens-file.")
+    return size

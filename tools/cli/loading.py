@@ -1,0 +1,58 @@
+"""A model directory, loaded by a command that generates."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moetier.tiers.errors import ConfigError
+
+from .plain import ReadableFormatter
+from .startup import uncollected
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) -> Iterator[tuple[Any, Any, float]]:
+    """The model, its tokenizer, and the seconds that loading took; in the end closes the tiers. ``resources``: keyword
+    arguments of ``load``, whose context is that of so many ``sequences``. Warns where they are more than there is.
+    Raises MoetierError, for a directory without a tokenizer too."""
+    with uncollected():
+        import transformers
+
+        from moetier.runtime.model.load import load
+
+        transformers.utils.logging.disable_progress_bar()
+        for handler in logging.getLogger("transformers").handlers:
+            handler.setFormatter(ReadableFormatter())
+        start = time.perf_counter()
+        model, tokenizer = load(directory, **resources)
+        seconds = time.perf_counter() - start
+    with model.tiers:
+        if tokenizer is None:
+            raise ConfigError(f"{directory} has no tokenizer.", "Copy the source's tokenizer files into it.")
+        _warn(model, resources["ram"], resources["context"] // sequences)
+        yield model, tokenizer, seconds
+
+
+def _warn(model: Any, ram: str | None, context: int) -> None:
+    from moetier.runtime.config import DEFAULT_CONTEXT, Size, format_bytes
+    from moetier.runtime.context import longest_context
+    from moetier.runtime.memory import exceeded
+
+    there = exceeded(None if ram is None else Size.parse(ram))
+    if there is not None and model.tiers.host.stats().name == "host":
+        _log.warning(
+            "--ram %s is more than the %s of %s: all experts fit, which is less.",
+            ram,
+            format_bytes(there.bytes),
+            there.limiter,
+        )
+    trained = longest_context(model.config)
+    if trained and context > trained and context != DEFAULT_CONTEXT:
+        _log.warning("--context %d is more than the %d tokens that the model was made for.", context, trained)

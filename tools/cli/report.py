@@ -1,0 +1,216 @@
+"""The tier report: what a run cost, tier by tier."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.config import format_bytes
+from moetier.tiers.stats import TierStats
+
+from .plain import plain
+
+if TYPE_CHECKING:
+    from moetier.proto.expert_store_pb2 import Tier
+    from moetier.runtime.model.tiers import Tiers
+    from moetier.runtime.speculation.speculation import SpeculationStats
+
+    from .daemon_reads import DaemonReads
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one generation, or of several together: token counts, and seconds from the start."""
+
+    prompt_tokens: int  # that were computed
+    new_tokens: int
+    first_token: float  # seconds to the first new token
+    total: float  # seconds to the last
+    generations: int = 1
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(
+            self.prompt_tokens + other.prompt_tokens,
+            self.new_tokens + other.new_tokens,
+            self.first_token + other.first_token,
+            self.total + other.total,
+            self.generations + other.generations,
+        )
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second, up to the first new token."""
+        return self.prompt_tokens / self.first_token if self.first_token else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second behind the first; 0 where there is only one."""
+        more, seconds = self.new_tokens - self.generations, self.total - self.first_token
+        return more / seconds if more > 0 and seconds > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "time_to_first_token_s": self.first_token,
+            "total_s": self.total,
+            "prefill_tokens_per_s": self.prefill_rate,
+            "decode_tokens_per_s": self.decode_rate,
+        }
+
+
+def tier_json(stats: TierStats, timing: Timing) -> dict[str, Any]:
+    """A tier's counters with what follows from them for this run."""
+    tokens = timing.prompt_tokens + timing.new_tokens
+    return stats.to_json() | {
+        "bytes_per_token": stats.bytes_in / tokens if tokens else 0.0,
+        "wait_share": stats.wait_seconds / timing.total if timing.total else 0.0,
+    }
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as they must be: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: float, peak_bytes: int) -> str:
+    """The short report of one generation, for people: docs/reading-the-report.md explains its lines.
+
+    ``load``: seconds; ``peak_bytes``: the most memory that the process had.
+    """
+    stats = tiers.stats()
+    hits = ", ".join(f"{tier.name} {tier.hit_ratio:.1%} of {tier.hits + tier.misses:,}" for tier in reversed(stats))
+    waits = tier_json(stats[-1], timing)["wait_share"]
+    lines = [line("load", f"{load:.2f} s"), *_rates(timing)]
+    lines.append(line("hits", f"{hits}; waiting for misses took {waits:.1%} of the time"))
+    if tiers.daemon is None:
+        tokens = timing.prompt_tokens + timing.new_tokens
+        nbytes = stats[0].bytes_in
+        lines.append(line("read", f"{format_bytes(nbytes)}, {format_bytes(nbytes / max(tokens, 1))} a token"))
+    lines += [line("memory", f"{format_bytes(peak_bytes)} at its peak"), *_sources(tiers, reads)]
+    return "\n".join(lines)
+
+
+def run_report(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> str:
+    """What answers took and everything that the tiers counted; for people."""
+    return "\n".join([*_rates(timing), *_sources(tiers, reads), details(timing, tiers)])
+
+
+def details(timing: Timing, tiers: Tiers) -> str:
+    """What the tiers counted, beside ``summary``: docs/reading-the-report.md explains it."""
+    stats = tiers.stats()
+    lines = [line("experts", f"of {tiers.where}"), tier_table(timing, stats)]
+    if tiers.speculation is not None:
+        lines += _predictions(tiers.speculation.stats(), stats)
+    if tiers.learns:
+        host = stats[0]
+        lines.append(line("learned", f"{host.warmed} experts read beforehand, {host.recalled} of them used"))
+    return "\n".join(lines)
+
+
+def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> dict[str, Any]:
+    """The same, for programs."""
+    return {
+        "experts": tiers.where,
+        "daemon": None if reads is None else asdict(reads),
+        "shares": [asdict(share) for share in tiers.shares()],
+        **timing.to_json(),
+        "tiers": {stats.name: tier_json(stats, timing) for stats in tiers.stats()},
+        "speculation": tiers.speculation.stats().to_json() if tiers.speculation is not None else None,
+    }
+
+
+def line(label: str, text: str) -> str:
+    return f"{label:<9} {plain(text)}"
+
+
+def tier_table(timing: Timing, tiers: list[TierStats]) -> str:
+    head = [
+        *("tier", "slots", "hits", "misses", "hit ratio", "read", "a token", "evictions", "wait p50", "p99", "of time")
+    ]
+    rows = [head]
+    for stats in tiers:
+        more = tier_json(stats, timing)
+        rows.append(
+            [
+                stats.name,
+                f"{stats.ready}/{stats.slots}",
+                str(stats.hits),
+                str(stats.misses),
+                f"{stats.hit_ratio:.1%}",
+                format_bytes(stats.bytes_in),
+                format_bytes(more["bytes_per_token"]),
+                str(stats.evictions),
+                f"{stats.wait_median * 1e3:.2f} ms",
+                f"{stats.wait_p99 * 1e3:.2f} ms",
+                f"{more['wait_share']:.1%}",
+            ]
+        )
+    return table(rows)
+
+
+def prefetch_text(tier: TierStats | Tier) -> str:
+    """The outcomes of a tier's prefetch requests; for people."""
+    return (
+        f"{tier.prefetched:,} read, {tier.useful:,} useful, {tier.late:,} late, {tier.wasted:,} wasted; "
+        f"{tier.cancelled:,} cancelled; up to {tier.saved_seconds:.2f} s of waiting saved"
+    )
+
+
+def _rates(timing: Timing) -> list[str]:
+    more = f", {timing.decode_rate:.1f} tokens/s" if timing.decode_rate else ""
+    return [
+        line(
+            "prefill",
+            f"{timing.prompt_tokens} tokens, {timing.prefill_rate:.1f} tokens/s, "
+            f"first token after {timing.first_token:.2f} s",
+        ),
+        line("decode", f"{timing.new_tokens} tokens{more}"),
+    ]
+
+
+def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
+    """What the daemons gave of whom there are any, and whether they were away."""
+    lines = [] if reads is None else [line("daemon", reads.text())]
+    for share in tiers.shares():
+        text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
+        if share.away:
+            text += f", which is away: {share.away}"
+        elif share.lost:
+            text += f", which was lost and came back{_times(share.lost)}"
+        lines.append(line("fetched", text))
+    return lines
+
+
+def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
+    """How well routing was predicted, what that cost, and the outcomes of the prefetch requests."""
+    names = ["at the layer", *(f"{distance} ahead" for distance in range(1, len(stats.guesses)))]
+    rates = [
+        f"{right / count:.1%} right {name}"
+        for right, count, name in zip(stats.right, stats.guesses, names, strict=True)
+        if count
+    ]
+    steps = f"in {stats.steps_on} of {stats.steps_on + stats.steps_off} steps ({stats.mode}, "
+    return [
+        line("predicted", f"{steps}{'on' if stats.is_on else 'off'} at the end): {', '.join(rates) or 'nothing'}"),
+        line("", f"{1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step to predict"),
+        # a daemon counts those of all its clients together: ``moetier stats`` has them
+        *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
+    ]
+
+
+def _times(count: int) -> str:
+    return "" if count == 1 else f" {count} times"
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> "1 h 2 min"."""
+    whole = max(int(seconds), 0)
+    days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

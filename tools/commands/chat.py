@@ -1,0 +1,70 @@
+"""``moetier chat DIR``: talks, on a terminal or with a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moetier.runtime.context import longest_context
+from moetier.runtime.generation.conversation import Conversation
+from moetier.tools.chat.answer import Answering
+from moetier.tools.chat.chat_input import ChatInput
+from moetier.tools.chat.dialogue import Dialogue
+from moetier.tools.cli.daemon_reads import DaemonWatch
+from moetier.tools.cli.decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
+from moetier.tools.cli.loading import loaded
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.plain import plain
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+
+HELP = "talk with a model"
+NEW_TOKENS = 1024
+ROOM = 4  # a prompt leaves this part of the context to the answer, where that may be so long
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt: what the model is told before all else")
+    parser.add_argument(
+        "--status",
+        action=argparse.BooleanOptionalAction,
+        help="a line on standard error behind each answer: its tokens, speed and hits (default: on a terminal)",
+    )
+    parser.add_argument("--json", action="store_true", help="print each answer, and /stats, as one line of JSON")
+    add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
+    add_prefill_argument(parser)
+    add_speculation_arguments(parser)
+    add_resource_arguments(parser, context="a conversation is at most so long, and memory is kept for it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    resources = resources_of(arguments, **speculation_of(arguments))
+    decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
+    most: int = arguments.max_new_tokens
+    status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
+    if status and sys.stderr.isatty():
+        print(f"loading {plain(str(arguments.directory))} ...", file=sys.stderr, flush=True)
+    with loaded(arguments.directory, resources) as (model, tokenizer, _):
+        import torch
+
+        torch.manual_seed(arguments.seed)
+        context = min(arguments.context, longest_context(model.config) or arguments.context)
+        conversation = Conversation(
+            tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
+        )
+        answering = Answering(model, tokenizer, decoding, chunk=chunk, is_plain=conversation.is_plain)
+        dialogue = Dialogue(
+            conversation,
+            answering,
+            model.tiers,
+            DaemonWatch(model.tiers),
+            most=most,
+            as_json=arguments.json,
+            status=status,
+        )
+        dialogue.say(f"{arguments.directory}, experts of {model.tiers.where}; a context of {context:,} tokens")
+        if conversation.is_plain:
+            dialogue.say("it has no chat template, so it is given a plain one, and may not know what to do with it")
+        dialogue.say("/help says what there is")
+        dialogue.talk(ChatInput())
+    return 0

@@ -1,0 +1,42 @@
+"""``moetier completion SHELL``: a script that completes commands and options, for the shell to read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "print a script that completes commands in a shell"
+
+SHELLS = ("bash", "zsh")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"{' or '.join(SHELLS)}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    print(script(arguments.shell))
+    return 0
+
+
+def script(shell: str) -> str:
+    """Of the whole command; where an argument is a path, the shell completes files or folders."""
+    import shtab
+
+    from moetier.tools.cli.options import commands_of, directory, file_or_address, settable, walk
+    from moetier.tools.main import build_parser
+
+    parser = build_parser()
+    with_settings = [name for name, command in commands_of(parser).items() if settable(command)]
+    for _, each in walk(parser):
+        for action in each._actions:
+            if action.metavar == "COMMAND" and not action.choices:  # of moetier config show
+                action.choices = with_settings
+            if action.type in (Path, directory, file_or_address):
+                folder = isinstance(action.metavar, str) and action.metavar in FOLDERS
+                action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]  # shtab's
+    found: str = shtab.complete(parser, shell=shell)
+    return found
+
+
+FOLDERS = ("DIR", "DST", "FOLDER")

@@ -1,0 +1,150 @@
+"""``moetier daemon DIR``: holds the experts of models in memory, for every process of this machine and for others."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+from pathlib import Path
+
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.parser import UsageError, checked
+from moetier.tools.cli.resources import size
+
+HELP = "hold the experts of models in memory, for all processes of this machine"
+
+CLIENTS = 64
+LEASES = 8
+SECONDS = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", type=directory, nargs="+", metavar="DIR", help=f"each {DIRECTORY}")
+    parser.add_argument(
+        "--ram", type=size, metavar="SIZE", help='for all of them: "8GiB", "50%%"; default: 80%% of what is free'
+    )
+    parser.add_argument(
+        "--policy",
+        default=DEFAULT_ORDER,
+        choices=list(ORDERS),
+        help="who is evicted: lru, least recently used; scan, the same, but a long prompt leaves what is cached; "
+        "lrfu, as scan, but least often used of late (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--learn",
+        action=argparse.BooleanOptionalAction,
+        help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
+    )
+    parser.add_argument(
+        "--folder",
+        metavar="NAME|PATH",
+        default="default",
+        help="where its sockets are: a name beneath $XDG_RUNTIME_DIR/moetier, without that variable beneath "
+        "/tmp/moetier-UID (default: %(default)s), or a path; clients find by themselves only those beneath it",
+    )
+    parser.add_argument(
+        "--leases",
+        type=_count,
+        metavar="N",
+        default=LEASES,
+        help="slots that a client may hold at a time (%(default)s)",
+    )
+    parser.add_argument("--max-clients", type=_count, metavar="N", default=CLIENTS, help="at a time (%(default)s)")
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        metavar="SECONDS",
+        default=SECONDS,
+        help="that a request waits for a slot while all are held, before it fails (%(default)s)",
+    )
+    parser.add_argument(
+        "--drain",
+        type=_seconds,
+        metavar="SECONDS",
+        default=SECONDS,
+        help="that it finishes what is under way when it is told to end (%(default)s)",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="[HOST:]PORT",
+        default="",
+        help="answer Prometheus (/metrics) and probes (/healthz) there, without TLS or a token; on 127.0.0.1 unless "
+        "HOST is said (port 0: any)",
+    )
+    parser.add_argument("--reflection", action="store_true", help="answer gRPC server reflection")
+    parser.add_argument(
+        "--ready-fd", type=int, metavar="N", help='a descriptor to write "ready" to when it serves; it is closed then'
+    )
+    remote = parser.add_argument_group("other hosts")
+    remote.add_argument("--listen", metavar="HOST:PORT", default="", help="on TCP, in addition (port 0: any)")
+    remote.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate and its chain, PEM")
+    remote.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    remote.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="clients must have certificates of this CA")
+    remote.add_argument("--token-file", type=Path, metavar="FILE", help="one line, which clients must show")
+    remote.add_argument("--insecure", action="store_true", help="without a token or TLS, whichever is not given")
+    parser.set_defaults(learn=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Until SIGTERM or SIGINT. 1 when it can't start."""
+    from moetier.runtime.config import Size
+    from moetier.runtime.daemon.entry import serve
+    from moetier.runtime.daemon.log import log_to_stderr
+    from moetier.runtime.daemon.options import DaemonConfig
+    from moetier.runtime.wire.address import Address
+    from moetier.tiers.errors import ConfigError
+
+    with checked():
+        folder = Address.parse(arguments.folder).folder
+    if folder is None:
+        raise UsageError(f"{arguments.folder!r} is no folder.", "Give a name, or a path; for TCP there is --listen.")
+    if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
+        raise ConfigError(
+            "moetier daemon --metrics needs prometheus_client, which is not installed.",
+            'Install it: pip install ".[metrics]" in the repository.',
+        )
+    if arguments.ready_fd is not None:
+        try:
+            os.set_inheritable(arguments.ready_fd, False)
+        except (OSError, OverflowError):
+            raise ConfigError(f"Descriptor {arguments.ready_fd} is not open.", "Name one that is.") from None
+    config = DaemonConfig(
+        directories=tuple(arguments.directories),
+        folder=folder,
+        ram=None if arguments.ram is None else Size.parse(arguments.ram),
+        policy=arguments.policy,
+        learn=arguments.learn,
+        listen=arguments.listen,
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+        tls_client_ca=arguments.tls_client_ca,
+        token_file=arguments.token_file,
+        insecure=arguments.insecure,
+        wait=arguments.wait,
+        leases=arguments.leases,
+        max_clients=arguments.max_clients,
+        drain=arguments.drain,
+        reflection=arguments.reflection,
+        metrics=arguments.metrics,
+        ready_fd=arguments.ready_fd,
+    )
+    with checked():
+        config.check()
+    log_to_stderr()
+    return serve(config)
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if 1 <= (number := int(text)) <= 10_000:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 1 and 10,000")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) <= 86_400:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 86,400 (seconds)")

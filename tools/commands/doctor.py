@@ -1,0 +1,78 @@
+"""``moetier doctor [DIR]``: whether this machine, and a model directory, are fit, and what to do if not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetier.tools.cli.options import directory
+
+if TYPE_CHECKING:
+    from moetier.tools.doctor.finding import Finding
+
+HELP = "look at what moetier needs of this machine, and at a model directory"
+
+EXIT_BAD = 1
+PROBE_SECONDS = 2.0  # of reads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory",
+        type=directory,
+        nargs="?",
+        metavar="DIR",
+        help="a model directory, whose files and disk are looked at too (default: the disk of the current folder)",
+    )
+    parser.add_argument("--checksums", action="store_true", help="read all of DIR, as moetier verify does")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """1 when anything fails. Raises ConfigError for --checksums of nothing."""
+    from moetier.tiers.errors import ConfigError
+    from moetier.tools.doctor.finding import State, lines_of
+
+    if arguments.checksums and arguments.directory is None:
+        raise ConfigError("--checksums has nothing to read.", "Name a model directory: moetier doctor DIR --checksums")
+    found = []
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for finding in findings(arguments.directory, checksums=arguments.checksums):
+        found.append(finding)
+        if not arguments.json:
+            print("\n".join(lines_of([finding], width)), flush=True)
+    counts = {str(state): sum(finding.state is state for finding in found) for state in State}
+    if arguments.json:
+        print(json.dumps({"counts": counts, "findings": [finding.to_json() for finding in found]}, indent=2))
+    else:
+        print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return EXIT_BAD if counts[State.FAIL] else 0
+
+
+def findings(directory: Path | None, *, checksums: bool = False, seconds: float = PROBE_SECONDS) -> Iterator[Finding]:
+    """One after the other, as they are found; ``seconds`` are the disk's."""
+    from moetier.tools.doctor import machine, store
+    from moetier.tools.doctor.finding import State, look
+
+    yield from look("python", machine.python)
+    yield from look("libraries", machine.libraries)
+    yield from look("config", machine.configuration)
+    yield from look("cpu", machine.processor)
+    yield from look("kernel", machine.kernel)
+    yield from look("gpu", machine.gpus)
+    yield from look("memory", partial(store.memory, directory))
+    yield from look("memfd", machine.memory_files)
+    yield from look("memlock", machine.page_locks)
+    yield from look("/dev/shm", machine.shared_memory)
+    yield from look("daemons", machine.daemons)
+    if directory is not None:
+        found = list(look("store", partial(store.health, directory, checksums=checksums)))
+        yield from found
+        if any(finding.state is State.FAIL for finding in found):
+            return  # nothing is measured with what is broken
+    yield from look("disk", partial(store.disk, directory, seconds))

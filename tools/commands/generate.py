@@ -1,0 +1,87 @@
+"""``moetier generate DIR PROMPT``: streams text, then says what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from typing import Any
+
+from moetier.runtime.context import first_ids, longest_context
+from moetier.runtime.generation.decoding import behind, chunks_of, encode, warn_if_cut, within_context
+from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.daemon_reads import DaemonWatch
+from moetier.tools.cli.decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
+from moetier.tools.cli.loading import loaded
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.plain import show
+from moetier.tools.cli.report import Timing, details, run_json, summary
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+
+HELP = "generate text from a model directory"
+
+AT_FIRST = 1 << 20  # characters of standard input that are read before the model is loaded: nearly every prompt
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
+    parser.add_argument("--verbose", action="store_true", help="report all that is counted, not the main figures alone")
+    add_decoding_arguments(parser, new_tokens=256)
+    add_prefill_argument(parser)
+    add_speculation_arguments(parser)
+    add_resource_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    resources = resources_of(arguments, **speculation_of(arguments))
+    decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
+    prompt = sys.stdin.read(AT_FIRST) if arguments.prompt is None else arguments.prompt
+    if not prompt:
+        raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
+
+    with loaded(arguments.directory, resources) as (model, tokenizer, load_seconds):
+        import torch
+        import transformers
+
+        from moetier.runtime.generation.streamer import TimedStreamer
+
+        if arguments.prompt is None and len(prompt) == AT_FIRST:
+            prompt = read_on(prompt, model, tokenizer)
+        inputs = encode(model, tokenizer, prompt)
+        tokens = inputs["input_ids"].shape[1]
+        torch.manual_seed(arguments.seed)
+        watch = DaemonWatch(model.tiers)
+        streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
+        limited = within_context(model, tokens, decoding)
+        model.generate(**inputs, **behind(tokens, limited), **chunks_of(model, tokens, chunk), streamer=streamer)
+        timing = Timing(tokens, streamer.tokens, *streamer.seconds)
+        warn_if_cut(model, tokens, streamer.tokens, decoding)
+        reads = watch.end()
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        found = run_json(timing, model.tiers, reads)
+        short = summary(timing, model.tiers, reads, load=load_seconds, peak_bytes=peak_bytes)
+        rest = f"\n\n{details(timing, model.tiers)}" if arguments.verbose else ""
+
+    if arguments.json:
+        head = {"prompt": prompt, "text": streamer.text, "seed": arguments.seed}
+        cost = {"load_s": load_seconds, "peak_bytes": peak_bytes}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        print(json.dumps({**head, **cost, **found, "versions": versions}))
+    else:
+        sys.stdout.flush()
+        print(f"\n{short}{rest}", file=sys.stderr)
+    return 0
+
+
+def read_on(prompt: str, model: Any, tokenizer: Any) -> str:
+    """Read the rest of standard input behind ``prompt``, but no more than proves that it is too long for the model."""
+    most = longest_context(model.config)
+    while most is None or len(first_ids(tokenizer, prompt, most)) < most:
+        piece = sys.stdin.read(3 * len(prompt))
+        if not piece:
+            break
+        prompt += piece
+    return prompt

@@ -1,0 +1,81 @@
+"""``moetier inspect DIR``: what a model directory holds, from its manifest and the sizes of its files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+from moetier.runtime.config import format_bytes
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.plain import plain
+from moetier.tools.doctor.survey import MEND, NO_TOKENIZER, survey
+
+HELP = "say what is in a model directory"
+
+EXIT_BAD = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """1 when a shard or a trunk file is missing or malformed. Raises StoreError where there is no finished store."""
+    from moetier.tiers.store.reader import ExpertStore
+
+    with ExpertStore.open(arguments.directory, damaged=True) as store:
+        found = survey(store)
+    print(json.dumps(found, indent=2) if arguments.json else _text(found))
+    if found["faults"] and not arguments.json:
+        print(MEND, file=sys.stderr)
+    return EXIT_BAD if found["faults"] else 0
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = [
+        f"model            {found['model']}",
+        f"format           {found['format']}, written by moetier {found['version']}"
+        + (f", requires {', '.join(found['requires'])}" if found["requires"] else ""),
+        f"source digest    {found['source_digest']}",
+        f"store digest     {found['digest']}",
+        f"experts          {found['records']:,} in {len(found['blocks'])} blocks, {found['expert_weights']:,} weights, "
+        f"{format_bytes(found['expert_bytes'])}, {found['bits_per_weight']:.3f} bits a weight as stored",
+        f"trunk            {format_bytes(found['trunk_bytes'])}{_trunk(found)}",
+        f"tokenizer        {'there' if found['tokenizer'] else NO_TOKENIZER}",
+        f"reads            {'O_DIRECT' if found['direct'] else 'buffered (no O_DIRECT on this file system)'}",
+    ]
+    for name, layout in found["layouts"].items():
+        lines.append(f"array {name:<11}{format_bytes(layout['slot_bytes'])} a record, checksum and padding included")
+        lines += [f"  {_projection(p)}" for p in layout["projections"]]
+        lines += [f"  {b['name']:<16} [{b['size']}] {b['dtype']}" for b in layout["biases"]]
+    several = len(found["layouts"]) > 1
+    geometries = Counter((b["array"], b["experts"], b["top_k"]) for b in found["blocks"])
+    for (array, experts, top_k), count in geometries.items():
+        where = f", array {array}" if several else ""
+        lines.append(f"{count} block{'s' if count > 1 else ''} of {experts} experts, top-{top_k}{where}")
+    lines += [f"  {block:>3}  {b['path']}" for block, b in enumerate(found["blocks"])]
+    lines += [f"bad: {fault}" for fault in found["faults"]]
+    return "\n".join(map(plain, lines))
+
+
+def _trunk(found: dict[str, Any]) -> str:
+    form = found["trunk_records"]
+    if not form:
+        return ""
+    return (
+        f", {found['trunk_matrices']} matrices of {form['bits']} bits, groups of {form['group']}, {form['pairs']} pairs"
+    )
+
+
+def _projection(projection: dict[str, Any]) -> str:
+    name, (rows, columns) = projection["name"], projection["shape"]
+    stored = projection["dtype"]
+    if projection["bits"] != 16:
+        stored = (
+            f"{projection['bits']} bits, groups of {projection['group']}, {projection['pairs']} pairs, from {stored}"
+        )
+    return f"{name:<16} [{rows}, {columns}] {stored}"

@@ -1,0 +1,170 @@
+"""``moetier plan SRC|DIR``: whether a model will run here, and how fast, before it is downloaded or converted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.checkpoint.disk_space import nearest_folder
+from moetier.runtime.config import DEFAULT_CONTEXT
+from moetier.runtime.number import COUNT
+from moetier.tools.cli.options import source
+from moetier.tools.cli.parser import UsageError
+from moetier.tools.cli.resources import add_device_arguments, add_threads, size
+
+if TYPE_CHECKING:
+    from moetier.tools.plan.fit import Fit
+
+HELP = "say whether a model will run here, and how fast, before it is downloaded"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=source,
+        metavar="SRC",
+        help="a checkpoint's folder, of which config.json and the index are enough; its id on the Hugging Face hub, of "
+        "which no weights are downloaded; or a model directory or pulled model (ID:TAG)",
+    )
+    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="of an expert's weight (default: 16,8,4,3,2)")
+    parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="of the trunk's matrices (16,8,4)")
+    parser.add_argument(
+        "--ram", type=size, metavar="SIZE", help="host budget for experts, as of generate (default: its own)"
+    )
+    add_device_arguments(parser)
+    add_threads(parser)
+    parser.add_argument(
+        "--context",
+        type=COUNT,
+        metavar="TOKENS",
+        help=f"how long (default: {DEFAULT_CONTEXT}, or the model's max_position_embeddings where that is less)",
+    )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="FOLDER",
+        help="on whose disk the model is to be (default: here; of an id on the hub, where `pull` puts it)",
+    )
+    parser.add_argument("--disk", type=float, metavar="GB/S", help="its rate, in place of a probe of two seconds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _numbers(value: str) -> list[int]:
+    return [int(part) for part in value.split(",")]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises MoetierError where nothing that was asked for can work."""
+    found = plan(
+        arguments.source,
+        bits=arguments.bits,
+        trunk_bits=arguments.trunk_bits,
+        ram=arguments.ram,
+        device_memory=arguments.device_memory,
+        device=arguments.device,
+        threads=arguments.threads,
+        context=arguments.context,
+        into=arguments.into,
+        disk=arguments.disk,
+        say=_to_a_terminal,
+    )
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        from moetier.tools.plan.plan_report import text
+
+        print(text(found))
+    return 0
+
+
+def _to_a_terminal(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"plan: {line}", file=sys.stderr, flush=True)
+
+
+def plan(
+    source: str | Path,
+    *,
+    bits: list[int] | None = None,
+    trunk_bits: list[int] | None = None,
+    ram: str | int | None = None,
+    device_memory: str | int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    into: Path | None = None,
+    disk: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """What ``--json`` prints (docs/plan.md). ``bits`` and ``trunk_bits`` None: all; ``context`` None: what
+    ``Prospect.context`` says; ``into`` None: where `pull` puts a hub's model, or here. ``disk`` in GB/s, in place of a
+    probe. ``say`` is told what takes its time. Raises MoetierError."""
+    from moetier.runtime.config import TierConfig
+    from moetier.runtime.pulled import models_folder
+    from moetier.tiers.errors import ConfigError, TargetError
+    from moetier.tiers.layout import BITS, TRUNK_BITS
+
+    for name, given, known in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
+        if strange := [number for number in given or () if number not in known]:
+            raise UsageError(f"{name} of {strange[0]}.", f"Choose among {', '.join(map(str, known))}.")
+    if disk is not None and not 0 < disk < float("inf"):
+        raise UsageError(f"--disk is {disk}.", "Give GB a second, more than 0.")
+    pulls = into is None and not Path(source).is_dir()
+    place = Path() if into is None else into
+    if pulls:
+        place = nearest_folder(models_folder())
+    if not place.is_dir():
+        raise TargetError(f"{place} is no folder.", "Make it, or name another with --into.")
+    config = TierConfig.of(
+        ram=ram,
+        device_memory=device_memory,
+        device=device,
+        threads=threads,
+        context=DEFAULT_CONTEXT if context is None else context,
+    )
+
+    from moetier.tools.cli.startup import uncollected
+
+    say(f"reading what {source} says of itself")
+    with uncollected():
+        import torch
+        import transformers.generation.utils  # a process that runs a model has it too
+
+        from moetier.runtime.kernels.choose import kernels_for
+        from moetier.runtime.memory import available_memory
+        from moetier.runtime.model.load import place_of
+        from moetier.runtime.threads import usable_cpus, use_threads
+        from moetier.tools.cli.resident import resident_bytes
+        from moetier.tools.plan.choices import open_prospect
+        from moetier.tools.plan.estimate import Speeds, estimate
+        from moetier.tools.plan.fit import Room, by_preference, fit_of, impossible
+
+    transformers.utils.logging.set_verbosity_error()
+    use_threads(threads)
+    device_place = torch.device(place_of(config.device))
+    kernels = kernels_for(device_place)
+    if device_place.type == "cpu" and device_memory is not None:
+        raise ConfigError("On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone.")
+    room = Room.here(device_place, place, available_memory(), resident_bytes())
+    prospect = open_prospect(source)
+    chosen = prospect.chosen(bits, trunk_bits)
+    if context is None:
+        config = replace(config, context=prospect.context)
+
+    def evaluate(tried: TierConfig) -> list[Fit]:
+        return [fit_of(prospect, choice, tried, room, kernels) for choice in prospect.choices]
+
+    asked = [fit for fit in evaluate(config) if fit.choice in chosen]
+    working = by_preference(asked)
+    if not working:
+        raise impossible(asked, evaluate, config)
+    say("measuring this machine, for some seconds")
+    speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk, threads or usable_cpus())
+    options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
+    options |= {"--threads": threads}
+    return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls)

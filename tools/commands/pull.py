@@ -1,0 +1,27 @@
+"""``moetier pull ID``: a model of the Hugging Face hub, downloaded and converted file by file, and kept by its name."""
+
+from __future__ import annotations
+
+import argparse
+
+from .convert import add_options, options_of, report_of
+
+HELP = "download a model and convert it on the way, file by file; it is kept by its name"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="of a model on the Hugging Face hub; it will be called ID:4bit")
+    add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises CheckpointError, TargetError or ConfigError."""
+    options = options_of(arguments)
+    from moetier.runtime.checkpoint import hub
+    from moetier.runtime.pulled import place_of, tag_of
+
+    from .convert import pull
+
+    hub.check_id(arguments.id)
+    folder = place_of(arguments.id, tag_of(arguments.bits, arguments.trunk_bits))
+    return report_of(lambda: pull(arguments.id, folder, resuming=("pull", arguments.id), **options), arguments.json)

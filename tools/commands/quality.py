@@ -1,0 +1,293 @@
+"""``moetier quality SRC --text FILE...``: what each width costs, in bytes and in perplexity."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.config import format_bytes
+from moetier.runtime.number import MOST, Number
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.layout import BITS, Bits, RecordLayout
+from moetier.tools.cli.options import source
+from moetier.tools.cli.parser import checked
+from moetier.tools.cli.report import table
+from moetier.tools.cli.resources import add_resource_arguments, asked, resources_of
+
+if TYPE_CHECKING:
+    from moetier.tools.lab.quality import Loss
+
+HELP = "measure what quantised weights cost: bytes, error, perplexity by text"
+
+TOKENS = Number(int, 2, MOST, "Give 2, of which one foretells the other, to 2^31 - 1.")
+METHODS = ("hqq", "rounding")
+WAYS = ("bits", "group_size", "pairs", "trunk_bits", "method")  # the options
+Way = tuple[Bits, int | None, str | None, Bits, str]  # their values
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to store the experts, and the trunk. ``error`` is relative, over all weights of experts."""
+
+    bits: int | None  # None: the checkpoint as it is
+    group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
+    pairs: str
+    method: str  # "hqq" or "rounding", likewise
+    stored_bytes: int | None
+    bits_per_weight: float | None  # as stored: pairs, padding and checksums included
+    error: float | None
+    trunk_bits: int
+    losses: Mapping[str, Loss]  # by text
+
+    @property
+    def loss(self) -> Loss:
+        """Over all texts together."""
+        from moetier.tools.lab.quality import Loss
+
+        return sum(self.losses.values(), Loss())
+
+    @property
+    def perplexity(self) -> float:
+        return self.loss.perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        by_text = {name: loss.perplexity for name, loss in self.losses.items()}
+        return asdict(self) | {"perplexity": self.perplexity, "perplexity_by_text": by_text}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=source,
+        metavar="SRC",
+        help="a checkpoint, stored in memory in every way; or a model directory or pulled model (ID:TAG), as it is",
+    )
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="PATH", help="texts, or folders of .txt")
+    parser.add_argument(
+        "--tokens", type=TOKENS, default=3072, metavar="N", help="of the beginning of each text (default: %(default)s)"
+    )
+    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="(default: 16,8,4,3,2)")
+    parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="(default: 16)")
+    parser.add_argument("--group-size", type=_numbers, metavar="N,...", help="(default: by --bits)")
+    parser.add_argument("--pairs", type=_names, metavar="TYPE,...", help="(default: by --bits)")
+    parser.add_argument("--method", type=_methods, metavar="NAME,...", help="of hqq, rounding (default: hqq)")
+    parser.add_argument(
+        "--fast", action="store_true", help="plain rounding in place of HQQ, as convert has it: --method rounding"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_resource_arguments(parser)
+
+
+def _numbers(value: str) -> list[int]:
+    return [int(part) for part in value.split(",")]
+
+
+def _names(value: str) -> list[str]:
+    return value.split(",")
+
+
+def _methods(value: str) -> list[str]:
+    found = list(dict.fromkeys(_names(value)))
+    if not set(found) <= set(METHODS):
+        raise ConfigError(f"{value!r} names what is no method.", f"Give one or both of {', '.join(METHODS)}.")
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    converted = (Path(arguments.source) / "experts.zarr").is_dir()
+    if converted and any(asked(arguments, name) for name in (*WAYS, "fast")):
+        raise ConfigError(
+            f"{arguments.source} is converted already: it is measured as it is.",
+            "Leave out --bits, --trunk-bits, --group-size, --pairs, --method and --fast, or give its checkpoint.",
+        )
+    resources = resources_of(arguments)
+    if not converted and resources != resources_of(_defaults(arguments)) | {"threads": arguments.threads}:
+        raise ConfigError(
+            f"{arguments.source} is a checkpoint: it is measured in memory, and uses no tiers.",
+            "Leave out --ram, --device, --daemon and what belongs to them, or give a model directory.",
+        )
+    import transformers
+
+    from moetier.runtime.kernels.choose import without_onednn
+    from moetier.runtime.threads import use_threads
+    from moetier.tools.lab.quality import read_texts
+
+    transformers.utils.logging.disable_progress_bar()
+    texts = read_texts(arguments.text)
+    use_threads(arguments.threads)
+    without_onednn()
+    if converted:
+        rows = [measure_directory(Path(arguments.source), texts, arguments.tokens, resources)]
+    else:
+        methods = arguments.method or ["rounding" if arguments.fast else "hqq"]
+        ways = [
+            way
+            for way in itertools.product(
+                arguments.bits or BITS,
+                arguments.group_size or (None,),
+                arguments.pairs or (None,),
+                arguments.trunk_bits or (16,),
+                methods,
+            )
+            if not way[0] == way[3] == 16 or way[4] == methods[0]  # nothing is rounded there, in either way
+        ]
+        with checked():
+            _check_ways(ways)
+        rows = []
+        for row in measure_checkpoint(arguments.source, texts, arguments.tokens, ways):
+            rows.append(row)
+            print(f"quality: {len(rows)} of {len(ways) + 1} measured", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"model": arguments.source, "tokens": arguments.tokens, "rows": to_json(rows)}))
+    else:
+        print(report(rows))
+    return 0
+
+
+def _check_ways(ways: Iterable[Way]) -> None:
+    """Raises ConfigError, before anything is measured, for settings that don't exist."""
+    from moetier.tiers.quant.codec import form_of
+    from moetier.tools.convert.matrices import trunk_form
+
+    for bits, group, pairs, trunk_bits, _ in ways:
+        form_of(bits, group, pairs)
+        trunk_form(trunk_bits)
+
+
+def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Of the resources, where a command line says nothing."""
+    parser = argparse.ArgumentParser()
+    add_resource_arguments(parser)
+    return argparse.Namespace(**vars(parser.parse_args([])) | arguments.configured)
+
+
+def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resources: Mapping[str, Any]) -> Row:
+    """A model directory as it runs, in its own type; ``resources`` are the keyword arguments of ``load``."""
+    from moetier.runtime.model.load import load
+    from moetier.tiers.store.folder import read_manifest
+    from moetier.tools.lab.quality import loss, tokenize
+
+    manifest = read_manifest(folder / "experts.zarr")
+    _check_tokenizer(folder)
+    model, tokenizer = load(folder, **resources)
+    with model.tiers:
+        losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
+    blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
+    return _row(blocks, manifest.trunk_bits, manifest.method, None, losses)
+
+
+def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:
+    """A checkpoint as it is, then with its experts stored in each of the ``ways``."""
+    import transformers
+
+    from moetier.runtime.checkpoint.files import open_checkpoint
+    from moetier.tools.convert.matrices import trunk_form
+    from moetier.tools.lab.quality import loss, tokenize
+    from moetier.tools.lab.trial import Trial
+
+    checkpoint = open_checkpoint(source)
+    _check_tokenizer(checkpoint.folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    ids = tokenize(tokenizer, texts, tokens)
+    trial = Trial(checkpoint)
+    losses = {name: loss(trial.model, ids[name]) for name in ids}
+    yield Row(None, "", "", "", None, None, None, 16, losses)
+    for bits, group, pairs, trunk_bits, method in ways:
+        stored = trial.store(bits, group, pairs, fast=method == "rounding")
+        trial.store_trunk(trunk_form(trunk_bits), fast=method == "rounding")
+        losses = {name: loss(trial.model, ids[name]) for name in ids}
+        yield _row(stored.blocks, trunk_bits, method, stored.error.relative, losses)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    from moetier.runtime.model.load import TOKENIZER_FILES
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of its model into it.")
+
+
+def _row(
+    blocks: Sequence[tuple[RecordLayout, int]],
+    trunk_bits: int,
+    method: str,
+    error: float | None,
+    losses: Mapping[str, Loss],
+) -> Row:
+    """``blocks``: each block's layout and number of experts."""
+    projections = [p for layout, _ in blocks for p in layout.projections]
+    quantised = [p for p in projections if p.bits != 16]
+    stored_bytes = sum(layout.slot_bytes * experts for layout, experts in blocks)
+    return Row(
+        bits=min(p.bits for p in projections),
+        group=", ".join(map(str, sorted({p.group for p in quantised}))),
+        pairs=", ".join(sorted({p.pairs for p in quantised})),
+        method=method if quantised or trunk_bits != 16 else "",
+        stored_bytes=stored_bytes,
+        bits_per_weight=8 * stored_bytes / sum(layout.weights * experts for layout, experts in blocks),
+        error=error,
+        trunk_bits=trunk_bits,
+        losses=losses,
+    )
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    from moetier.tools.lab.quality import Change, ranks
+
+    places = ranks([row.loss for row in rows])
+    found = []
+    for number, row in enumerate(rows):
+        change = Change.of(row.loss, rows[0].loss)
+        errors = {"change": change.relative, "change_error": change.relative_error}
+        found.append(row.to_json() | errors | {"rank": places[number] if places else None})
+    return found
+
+
+def report(rows: Sequence[Row]) -> str:
+    """For people: perplexity over all texts, how far it is above the first row's, its place, and by text."""
+    from moetier.tools.lab.quality import LEAST_WINDOWS, Change, ranks
+
+    names = list(rows[0].losses)
+    places = ranks([row.loss for row in rows])
+    trunk = any(row.trunk_bits != 16 for row in rows)
+    head = ["bits", *(["trunk"] * trunk), "group", "pairs", "method", "experts", "bits/weight", "error"]
+    lines = [[*head, "perplexity", "change", *(["rank"] if places else []), *names]]
+    for number, row in enumerate(rows):
+        change = Change.of(row.loss, rows[0].loss)
+        error = "" if change.relative_error is None else f" ± {change.relative_error:.2%}".removesuffix("%")
+        lines.append(
+            [
+                "as it is" if row.bits is None else str(row.bits),
+                *([str(row.trunk_bits)] * trunk),
+                row.group,
+                row.pairs,
+                row.method,
+                "" if row.stored_bytes is None else format_bytes(row.stored_bytes),
+                "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
+                "" if row.error is None else f"{row.error:.4f}",
+                f"{row.perplexity:.3f}",
+                "" if row is rows[0] else f"{change.relative * 100:+.2f}{error} %",
+                *(["-".join(map(str, dict.fromkeys(places[number])))] if places else []),
+                *(f"{row.losses[name].perplexity:.2f}" for name in names),
+            ]
+        )
+    if len(rows) == 1:
+        return table(lines)
+    windows = len(rows[0].loss.windows)
+    notes = []
+    if windows > 1:
+        notes += [
+            f"±: standard error of the change, of {windows} windows, each compared with the same of the first row."
+        ]
+    if places:
+        notes += [
+            "rank: the places that a row may have. Two rows that differ by less than two standard errors share some."
+        ]
+    else:
+        notes += [f"No ranks: of fewer than {LEAST_WINDOWS} windows the standard error itself is uncertain."]
+    return "\n".join([table(lines), *notes])

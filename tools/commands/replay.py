@@ -1,0 +1,198 @@
+"""``moetier replay T.npz``: what tiers would do with the routing of a trace, by the tiers' own policies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.config import Size, format_bytes
+from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tools.cli.parser import UsageError
+from moetier.tools.cli.plain import plain
+from moetier.tools.cli.resources import size
+
+if TYPE_CHECKING:
+    from moetier.runtime.trace.trace import Trace
+    from moetier.tools.lab.simulation import Outcome
+
+HELP = "simulate tiers on traces: hit ratios by policy, recall of predictions, bytes and speed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("traces", type=Path, nargs="+", metavar="T.npz", help="as moetier trace records them")
+    parser.add_argument(
+        "--slots", type=_numbers, metavar="N,M-P", help="experts of each block that are cached (1 to 8, or eighths)"
+    )
+    parser.add_argument(
+        "--policy",
+        type=_policies,
+        metavar="NAMES",
+        help="lru, scan, lrfu: as tiers have them; learned: lru that begins with what was used most in the sequences "
+        "before; belady: the bound (all)",
+    )
+    parser.add_argument(
+        "--device-slots",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="experts of each block in a device tier above, whose policy is the same "
+        f"(with learned and belady: {DEFAULT_ORDER})",
+    )
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--record", type=size, metavar="SIZE", help="an expert's, as inspect says it")
+    speed.add_argument("--disk", type=_rate, metavar="GB/S", help="at which misses are read")
+    speed.add_argument("--link", type=_rate, metavar="GB/S", help="at which the device's misses are copied")
+    speed.add_argument("--compute", type=_milliseconds, default=0.0, metavar="MS", help="of a token, all resident (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises ConfigError for what is no trace, and for options that contradict each other."""
+    from moetier.runtime.trace.trace import Trace
+
+    record = Size.parse(arguments.record).bytes if arguments.record is not None else None
+    if arguments.record is not None and record is None:
+        raise UsageError(f"{arguments.record!r} is no size of an expert.", "Give it in bytes, MB or MiB.")
+    if (arguments.disk or arguments.link) and record is None:
+        raise UsageError("How long a read takes depends on an expert's size.", "Give --record too.")
+    if arguments.link and not arguments.device_slots:
+        raise UsageError("Over the link goes what a device tier misses.", "Give --device-slots too.")
+    reports = [{"trace": str(path)} | _report(path, Trace.load(path), arguments, record) for path in arguments.traces]
+    print(json.dumps({"traces": reports}, indent=2) if arguments.json else "\n\n".join(map(_text, reports)))
+    return 0
+
+
+def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
+    from moetier.runtime.trace.recall import compare
+    from moetier.tiers.errors import ConfigError
+    from moetier.tools.lab.simulation import POLICIES, simulate
+
+    most = max(trace.num_experts)
+    if arguments.slots and arguments.slots[-1] > most:
+        raise ConfigError(
+            f"--slots {arguments.slots[-1]}: the blocks of {path} have {most} experts.", f"Give at most {most}."
+        )
+    slots = arguments.slots or (range(1, most + 1) if most <= 8 else range(most // 8, most + 1, most // 8))
+    results = [
+        _result(simulate(trace, policy, number, device_slots=arguments.device_slots), arguments, record)
+        for number in slots
+        for policy in arguments.policy or POLICIES
+    ]
+    return {
+        "model": trace.model,
+        "tokens": trace.tokens,
+        "sequences": len(trace.sequences),
+        "prompt_tokens": sum(trace.n_prefill),
+        "blocks": trace.block_count,
+        "experts": most,
+        "top_k": trace.top_k,
+        "results": results,
+        "recall": [asdict(found) for found in compare(trace)],
+    }
+
+
+def _result(found: Outcome, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
+    loads = found.decoding.misses / found.tokens if found.tokens else 0.0
+    result: dict[str, Any] = {
+        "policy": found.policy,
+        "slots": found.slots,
+        "hit_ratio": found.decoding.hit_ratio,
+        "loads_per_token": loads,
+        "prompt_loads": found.prompts.misses,
+        "preloads": found.preloads,
+    }
+    copies = 0.0
+    if arguments.device_slots:
+        copies = found.device.misses / found.tokens if found.tokens else 0.0
+        result |= {"device_hit_ratio": found.device.hit_ratio, "copies_per_token": copies}
+    if record is not None:
+        result["bytes_per_token"] = loads * record
+        seconds = arguments.compute / 1e3
+        seconds += loads * record / (arguments.disk * 1e9) if arguments.disk else 0.0
+        seconds += copies * record / (arguments.link * 1e9) if arguments.link else 0.0
+        if seconds and (arguments.disk or arguments.link):
+            result["tokens_per_s"] = 1 / seconds
+    return result
+
+
+def _text(report: dict[str, Any]) -> str:
+    from moetier.runtime.trace.recall import GUESSES, Comparison
+    from moetier.tools.cli.report import table
+
+    results = report["results"]
+    policies = list(dict.fromkeys(result["policy"] for result in results))
+    by = {(result["slots"], result["policy"]): result for result in results}
+    slots = sorted({number for number, _ in by})
+    lines = [
+        f"{report['trace']}{': ' + plain(report['model']) if report['model'] else ''}",
+        f"{report['tokens']:,} tokens ({report['prompt_tokens']:,} of prompts) in {report['sequences']} sequences; "
+        f"{report['blocks']} blocks of {report['experts']} experts, top-{report['top_k']}",
+    ]
+
+    if report["tokens"] == report["prompt_tokens"]:
+        lines.append("Nothing was decoded: there are only prompts.")
+
+    def show(title: str, name: str, form: str) -> None:
+        if report["tokens"] == report["prompt_tokens"] or not all(name in result for result in results):
+            return
+        rows = [["slots", *policies]]
+        for number in slots:
+            values = [by[number, policy][name] for policy in policies]
+            rows.append([str(number), *(format_bytes(v) if form == "bytes" else format(v, form) for v in values)])
+        lines.append(f"\n{title}\n{table(rows)}")
+
+    show("hit ratio while decoding, by experts of each block that are cached", "hit_ratio", ".3f")
+    show("hit ratio of the device tier above", "device_hit_ratio", ".3f")
+    show("experts loaded for a token", "loads_per_token", ".1f")
+    show("bytes read for a token", "bytes_per_token", "bytes")
+    show("tokens a second, nothing overlapped", "tokens_per_s", ".2f")
+    if report["recall"]:
+        compared = [Comparison(**entry) for entry in report["recall"]]
+        rows = [["look-ahead", *GUESSES], *([str(found.lookahead), *found.cells()] for found in compared)]
+        lines.append(f"\nrecall of the experts that were used\n{table(rows)}")
+    return "\n".join(lines)
+
+
+def _numbers(text: str) -> list[int]:
+    """ "1-4,8" -> [1, 2, 3, 4, 8]."""
+    found = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        found |= set(range(_count(first), _count(last if dash else first) + 1))
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no number")
+    return sorted(found)
+
+
+def _policies(text: str) -> list[str]:
+    from moetier.tools.lab.simulation import POLICIES
+
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among {', '.join(POLICIES)}")
+    return names
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 32_767:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 32,767")
+    return number
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0 < rate <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no rate in GB/s")
+    return rate
+
+
+def _milliseconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no time in milliseconds")
+    return value

@@ -1,0 +1,78 @@
+"""``moetier rm NAME...``: removes pulled models, and what was downloaded of those that are incomplete.
+
+What is left of a removal that is cut has its name still: ``list`` shows it, and ``rm`` goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from moetier.tools.convert.users import check_unused
+
+HELP = "remove pulled models"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="+", metavar="NAME", help="as moetier list has it")
+    parser.add_argument("--yes", action="store_true", help="don't ask; nobody is asked but at a terminal")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Removes all of them or, where a name is wrong or a model in use, none; but what has come into use by the time of
+    an answer stays, and what is behind it. Raises StoreFormatError or TargetError."""
+    from moetier.runtime.checkpoint.disk_space import disk_bytes
+    from moetier.runtime.config import format_bytes
+    from moetier.runtime.pulled import pulled_model
+
+    found = dict(pulled_model(name) for name in arguments.names)
+    for name, folder in found.items():
+        check_removable(name, folder)
+    for name, folder in found.items():
+        size = format_bytes(disk_bytes(folder))
+        if not arguments.yes and sys.stdin.isatty() and not _agrees(f"Remove {name} ({size})? [y/N] "):
+            continue
+        remove(name, folder)
+        print(f"{name}: removed, {size}")
+    return 0
+
+
+def _agrees(question: str) -> bool:
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def check_removable(name: str, folder: Path) -> None:
+    """Raises TargetError for what lies elsewhere, or is in use."""
+    from moetier.runtime.pulled import models_folder
+    from moetier.tiers.errors import TargetError
+
+    root = models_folder().resolve()
+    if folder.resolve() != root / folder.parent.name / folder.name:
+        raise TargetError(
+            f"{folder} is a link, or in one, to {folder.resolve()}: moetier removes nothing outside of {root}.",
+            "Remove link and folder yourself.",
+        )
+    check_unused(name, folder)
+
+
+def remove(name: str, folder: Path) -> None:
+    """Links in it are not followed. Raises TargetError where it is in use."""
+    from moetier.tiers.store.shard import GROUP
+    from moetier.tools.convert.files import delete, empty, locked
+
+    store = folder / GROUP
+    linked = store.is_symlink()  # no conversion writes there
+    with contextlib.nullcontext() if linked else locked(name, folder):
+        check_unused(name, folder)  # by now, whatever was seen before a person was asked
+        beside = [path for path in folder.iterdir() if path != store]
+        if linked:
+            for path in beside:
+                delete(path)
+        else:
+            empty(folder, beside)
+        delete(folder)
+    with contextlib.suppress(OSError):  # other widths are there
+        folder.parent.rmdir()

@@ -1,0 +1,125 @@
+"""``moetier serve DIR``: a model behind an HTTP interface as OpenAI's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+from moetier.runtime import pulled as models
+from moetier.runtime.context import longest_context
+from moetier.runtime.number import COUNT, MOST, Number
+from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.decoding_options import add_prefill_argument
+from moetier.tools.cli.loading import loaded
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+
+HELP = "serve a model over HTTP, as OpenAI's API"
+
+KEY = "MOETIER_API_KEY"
+PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
+QUEUE = Number(int, 0, MOST, "Give 0, to refuse whatever can't be computed at once, or more.")
+SPARE_CONNECTIONS = 128  # beside those of requests: of health checks, of metrics, and kept alive for the next request
+NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=PORT, default=8000, help="0: any that is free (default: %(default)s)")
+    parser.add_argument(
+        "--name", help="what the model is called in requests (default: the folder's, or the pulled model's)"
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"the key that requests must show, in one line; without it ${KEY}. Without either only programs of this "
+        "machine are served",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="requests that are computed together, and share the experts that they load; each takes memory for a "
+        "context (default: one after the other)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=QUEUE,
+        default=64,
+        metavar="N",
+        help="requests that may wait for their turn; further ones are refused with 429 (default: %(default)s)",
+    )
+    add_prefill_argument(parser)
+    add_speculation_arguments(parser)
+    add_resource_arguments(parser, context="a prompt and its answer are at most so long, and memory is kept for them")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Until SIGTERM or SIGINT; 0 then."""
+    resources = resources_of(arguments, **speculation_of(arguments), context=arguments.context * arguments.parallel)
+    name = models.name_of(arguments.directory) if arguments.name is None else arguments.name
+    if not name or not name.isprintable():
+        raise ConfigError(f"{name!r} is no name for a model.", "Give one: --name NAME.")
+    key = _key(arguments.api_key_file)
+    if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+        raise ConfigError(
+            f"moetier serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
+            'Install it: pip install ".[serve]" in the repository.',
+        )
+    from moetier.tools.serve.listen import Server, bind, is_loopback, url_of
+
+    with bind(arguments.host, arguments.port) as bound:
+        if key is None and not is_loopback(bound):
+            raise ConfigError(
+                f"On {arguments.host} other machines reach it, and there is no API key.",
+                f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
+            )
+        with loaded(arguments.directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
+            import transformers
+
+            transformers.utils.logging.set_verbosity_error()  # its server tells of each request in a warning
+
+            from moetier.tools.serve.app import application
+            from moetier.tools.serve.batched import Together
+            from moetier.tools.serve.sequential import OneByOne
+
+            if not hasattr(tokenizer, "_tokenizer"):
+                raise ConfigError(
+                    f"{type(tokenizer).__name__} can't write text piece by piece.",
+                    "Add a tokenizer.json to the directory.",
+                )
+            context = min(arguments.context, longest_context(model.config) or arguments.context)
+            place = model, context, arguments.prefill_chunk
+            manager = OneByOne(*place) if arguments.parallel == 1 else Together(*place, arguments.parallel)
+            most = arguments.parallel + arguments.queue
+            try:
+                Server(
+                    application(name, model, tokenizer, manager, key, most),
+                    connections=most + SPARE_CONNECTIONS,
+                    ready=lambda: print(
+                        f"{name}, experts of {model.tiers.where}, a context of {context:,} tokens: {url_of(bound)}/v1",
+                        flush=True,
+                    ),
+                    ending=manager.cut,
+                ).serve_until_told(bound)
+            finally:
+                manager.cut()
+                manager.stop()
+    return 0
+
+
+def _key(file: Path | None) -> str | None:
+    """Raises ConfigError for what can't be one."""
+    from moetier.runtime.wire.channel import read_token
+
+    if file is not None:
+        return read_token(file, "API key")
+    key = os.environ.get(KEY)
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{KEY} is not one word of printable ASCII characters.", "Make one: openssl rand -hex 32")
+    return key or None

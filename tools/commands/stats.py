@@ -1,0 +1,163 @@
+"""``moetier stats``: what a daemon has counted."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.config import format_bytes
+from moetier.tools.cli.access import add_credentials, credentials
+from moetier.tools.cli.parser import checked
+from moetier.tools.cli.plain import plain
+
+if TYPE_CHECKING:
+    from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier
+    from moetier.runtime.wire.address import Address
+
+HELP = "show the counters of a daemon"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "address",
+        nargs="?",
+        metavar="ADDRESS",
+        help='a name, a folder or HOST:PORT; default: the only daemon that runs here, or "default"',
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON: one object, with --watch one a line")
+    parser.add_argument(
+        "--watch",
+        type=interval,
+        nargs="?",
+        const=1.0,
+        metavar="SECONDS",
+        help="print what changes, again and again (every second)",
+    )
+    add_credentials(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moetier.runtime.wire.probe import visit
+
+    address = address_of(arguments.address)
+    with visit(address, credentials(arguments)) as visited:
+        described, stats = visited.describe(), visited.stats()
+        if arguments.watch is None:
+            found = to_json(address, described, stats)
+            print(json.dumps(found, indent=2) if arguments.json else _text(address, described, stats))
+            return 0
+        try:
+            if not arguments.json:
+                print(_HEAD, flush=True)
+            while True:
+                time.sleep(arguments.watch)
+                before = described, stats
+                described, stats = visited.describe(), visited.stats()
+                if arguments.json:
+                    print(json.dumps(to_json(address, described, stats)), flush=True)
+                else:
+                    print(changes(before, (described, stats)), flush=True)
+        except KeyboardInterrupt:  # how one ends it
+            return 0
+
+
+def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> dict[str, Any]:
+    """Counters since the daemon's start; bytes and seconds."""
+    return {
+        "address": str(address),
+        "version": described.version,
+        "pid": described.pid,
+        "started_unix": described.started_unix_ms / 1e3,
+        "uptime_s": stats.uptime_s,
+        "models": [
+            {field.name: getattr(model, field.name) for field in model.DESCRIPTOR.fields if field.name != "host"}
+            | {"host": _tier(model.host)}
+            for model in stats.models
+        ],
+    }
+
+
+def _tier(host: Tier) -> dict[str, Any]:
+    several = {"load_bounds": list(host.load_bounds), "loads": list(host.loads)}
+    return {field.name: getattr(host, field.name) for field in host.DESCRIPTOR.fields} | several
+
+
+def address_of(text: str | None) -> Address:
+    """As a command line has it; the only daemon that runs here where it has none, or the default's."""
+    from moetier.runtime.wire.address import DEFAULT_NAME, Address
+    from moetier.runtime.wire.probe import running
+
+    if text is not None:
+        with checked():
+            return Address.parse(text)
+    found = running()
+    return Address.of(found[0].folder) if len(found) == 1 else Address.parse(DEFAULT_NAME)
+
+
+def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
+    from moetier.tools.cli.report import format_seconds, prefetch_text
+
+    lines = [
+        f"{address}: process {described.pid}, moetier {plain(described.version)}, up {format_seconds(stats.uptime_s)}"
+    ]
+    for model in stats.models:
+        host = model.host
+        demands = host.hits + host.misses
+        lines += [
+            f"{plain(model.name)} ({plain(model.digest[:12])})",
+            *([f"  fault     {plain(model.fault)}"] if model.fault else []),
+            f"  slots     {host.ready} of {host.slots} hold a record, {format_bytes(host.slot_bytes)}; "
+            f"{model.recovered} were taken back at the start",
+            f"  demands   {demands:,}: {host.hits:,} hits ({host.hits / demands if demands else 0:.1%}), "
+            f"{host.misses:,} misses, {host.joined:,} of them joined a load",
+            f"  reads     {format_bytes(host.bytes_in)}, {host.evictions:,} evictions, {host.failures:,} failures",
+            f"  prefetch  {prefetch_text(host)}",
+            *([f"  learned   {host.warmed:,} read beforehand, {host.recalled:,} of them used"] if host.warmed else []),
+            f"  clients   {model.clients}, {model.sessions} with a session, {model.leases} slots leased",
+            f"  sessions  {model.requests:,} requests, {model.used:,} hits reported, "
+            f"{format_bytes(model.session_bytes_in)} in, {format_bytes(model.session_bytes_out)} out",
+            f"  fetches   {model.fetches:,}, {format_bytes(model.fetched_bytes)} out",
+        ]
+    return "\n".join(lines)
+
+
+_COLUMNS = "{:<20} {:>11} {:>7} {:>6} {:>9} {:>9} {:>9} {:>12} {:>12}"
+_HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses/s", "failures", "read/s", "fetched/s")
+
+
+def changes(before: tuple[DescribeReply, StatsReply], now: tuple[DescribeReply, StatsReply]) -> str:
+    """What ``--watch`` prints of two looks: one line for each model."""
+    from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
+
+    (daemon, stats), (was_daemon, was) = now, before
+    started = (daemon.pid, daemon.started_unix_ms)
+    if started != (was_daemon.pid, was_daemon.started_unix_ms) or stats.uptime_s < was.uptime_s:
+        was = StatsReply()  # another daemon, at the same address; it may have begun between the answers
+    seconds = max(stats.uptime_s - was.uptime_s, 1e-9)
+    former = {model.digest: model for model in was.models}
+    return "\n".join(_line(former.get(model.digest, ModelStats()), model, seconds) for model in stats.models)
+
+
+def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:
+    return _COLUMNS.format(
+        plain(now.name[-20:]),
+        f"{now.host.ready}/{now.host.slots}",
+        now.clients,
+        now.leases,
+        f"{(now.host.hits - before.host.hits) / seconds:.0f}",
+        f"{(now.host.misses - before.host.misses) / seconds:.0f}",
+        now.host.failures - before.host.failures,
+        format_bytes((now.host.bytes_in - before.host.bytes_in) / seconds),
+        format_bytes((now.fetched_bytes - before.fetched_bytes) / seconds),
+    )
+
+
+def interval(text: str) -> float:
+    """Seconds between two looks, as an option has it."""
+    with contextlib.suppress(ValueError):
+        if 0.01 <= (seconds := float(text)) <= 86_400:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0.01 and 86,400 (seconds)")

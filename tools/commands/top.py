@@ -1,0 +1,81 @@
+"""``moetier top``: a daemon on a full screen, as it works."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.access import add_credentials, credentials
+
+from .stats import address_of, interval
+
+if TYPE_CHECKING:
+    from moetier.runtime.wire.probe import Running
+
+HELP = "watch a daemon on a full screen"
+
+EVERY = 1.0  # seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"{HELP}: its slots, hits and reads, its clients, what became of prefetches, and which experts are there and "
+        "used. The key ? says which keys there are. For programs, and where there is no terminal, moetier stats has "
+        "the same counters (--json, --watch)."
+    )
+    parser.add_argument(
+        "address",
+        nargs="?",
+        metavar="ADDRESS",
+        help="a name, a folder or HOST:PORT; default: the daemon that runs here, or a list to choose from",
+    )
+    parser.add_argument(
+        "--interval",
+        type=interval,
+        default=EVERY,
+        metavar="SECONDS",
+        help="how long from one look to the next (default: %(default)g)",
+    )
+    add_credentials(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Until it is ended; 0 then. Raises ConfigError where nothing can be drawn, DaemonError where nobody answers."""
+    if not all(os.isatty(number) for number in (0, 1, 2)) or os.environ.get("TERM", "dumb") == "dumb":
+        raise ConfigError(
+            "moetier top draws on a whole terminal, and here is none.",
+            "Use moetier stats: once, with --watch again and again, with --json for programs.",
+        )
+    if importlib.util.find_spec("textual") is None:
+        raise ConfigError(
+            "moetier top needs textual, which is not installed.", 'Install it: pip install ".[tui]" in the repository.'
+        )
+    from moetier.tools.top.watch import Watch, look
+
+    found = _choice() if arguments.address is None else []
+    shown = credentials(arguments)
+    address = None
+    if not found:
+        address = address_of(arguments.address)
+        look(address, shown)  # what can't be is said before anything is drawn
+    import logging
+
+    from moetier.tools.top.app import Top
+
+    logging.disable()  # what is logged would be written across the picture
+    app = Top(found, address, Watch(shown, arguments.interval))
+    app.run()
+    sys.stdout.flush()
+    return app.return_code or 0
+
+
+def _choice() -> list[Running]:
+    """Of the daemons that run here, where there are several."""
+    from moetier.runtime.wire.probe import running
+
+    found = running()
+    return found if len(found) > 1 else []

@@ -1,0 +1,127 @@
+"""``moetier trace DIR --prompts FILE -o T.npz``: generates, and writes down which experts were used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetier.runtime.generation.decoding import behind, encode, warn_if_cut, within_context
+from moetier.runtime.number import MOST, Number
+from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
+from moetier.tools.cli.decoding_options import add_decoding_arguments, decoding_of
+from moetier.tools.cli.loading import loaded
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.report import table
+from moetier.tools.cli.resources import add_resource_arguments, resources_of
+from moetier.tools.lab.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from moetier.runtime.trace.trace import Trace
+
+LAYERS = Number(int, 0, MOST, "Give 0, for no predictions, to 2^31 - 1.")
+HELP = "record which experts a model uses, and which its gates foretell"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='one a line; of a .jsonl file each line\'s "prompt", "text" or first of "turns"',
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="T.npz", help="the trace to be")
+    parser.add_argument("--force", action="store_true", help="replace the file, if it is there")
+    parser.add_argument(
+        "--look-ahead",
+        type=LAYERS,
+        default=2,
+        metavar="N",
+        help="ask the gates of so many next layers (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: what was recorded")
+    add_decoding_arguments(parser, new_tokens=128)
+    add_resource_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    resources = resources_of(arguments, speculate="off")  # each forward pass is watched, none is to be quick
+    decoding = decoding_of(arguments)
+    prompts = read_prompts(arguments.prompts)
+    _check_target(arguments.output, force=arguments.force)
+
+    with loaded(arguments.directory, resources) as (model, tokenizer, _):
+        import torch
+
+        torch.manual_seed(arguments.seed)
+        trace = record(model, tokenizer, prompts, decoding, look_ahead=arguments.look_ahead)
+    _check_target(arguments.output, force=arguments.force)
+    trace.save(arguments.output)
+    print(json.dumps(to_json(arguments.output, trace)) if arguments.json else f"{arguments.output}: {summary(trace)}")
+    return 0
+
+
+def _check_target(path: Path, *, force: bool) -> None:
+    """Raises TargetError, before hours of work and again behind them."""
+    if not path.parent.is_dir():
+        raise TargetError(f"{path.parent} is no folder.", "Make it, or name another with -o.")
+    if path.is_dir():
+        raise TargetExistsError(f"{path} is a folder.", "Name a file in it with -o.")
+    if path.exists() and not force:
+        raise TargetExistsError(f"{path} exists.", "Name another file with -o, or replace it with --force.")
+
+
+def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, Any], *, look_ahead: int) -> Trace:
+    """One sequence a prompt. The last new token of each is not among its tokens: it goes through no block.
+
+    ``decoding``: as ``decoding_of`` has it. ``model`` is one that ``load`` gave. Raises ConfigError for a
+    prompt without tokens, or with more than the model's context has room for, before anything is recorded.
+    """
+    from moetier.runtime.trace.pieces import pieces_of
+    from moetier.runtime.trace.recorder import Recorder
+
+    encoded = [encode(model, tokenizer, prompt, f"Prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    if nothing := [str(number) for number, inputs in enumerate(encoded, 1) if not inputs["input_ids"].numel()]:
+        raise ConfigError(f"There are no tokens in prompt {', '.join(nothing)}.", "Leave it out.")
+    with Recorder(model, look_ahead=look_ahead) as recorder:
+        if recorder.refusals is not None:
+            print(f"trace: {recorder.refusals}", file=sys.stderr)
+        for number, inputs in enumerate(encoded, 1):
+            length = inputs["input_ids"].shape[1]
+            limited = within_context(model, length, decoding)
+            token_ids = model.generate(**inputs, **behind(length, limited), use_cache=True)[0, :-1].tolist()
+            warn_if_cut(model, length, len(token_ids) + 1 - length, decoding)
+            recorder.end_sequence(token_ids, n_prefill=length, pieces=pieces_of(tokenizer, token_ids))
+            print(f"trace: {number} of {len(prompts)} prompts", file=sys.stderr)
+        manifest = model.tiers.manifest
+        return recorder.trace(model=manifest.model, digest=manifest.digest)
+
+
+def to_json(path: Path, trace: Trace) -> dict[str, Any]:
+    from moetier.runtime.trace.recall import compare
+
+    return {
+        "trace": str(path),
+        "model": trace.model,
+        "sequences": len(trace.sequences),
+        "tokens": trace.tokens,
+        "blocks": trace.block_count,
+        "top_k": trace.top_k,
+        "recall": [asdict(found) for found in compare(trace)] if trace.lookaheads else [],
+    }
+
+
+def summary(trace: Trace) -> str:
+    """For people: how much there is, and how well the gates foretold it."""
+    from moetier.runtime.trace.recall import GUESSES, compare
+
+    head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"
+    if not trace.lookaheads:
+        return head
+    rows = [["recall", *GUESSES], *([f"{found.lookahead} ahead", *found.cells()] for found in compare(trace))]
+    return f"{head}\n{table(rows)}"

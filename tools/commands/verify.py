@@ -1,0 +1,93 @@
+"""``moetier verify DIR``: reads records and trunk, and names each record and file that is not what was written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetier.runtime.config import format_bytes
+from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.plain import plain
+from moetier.tools.doctor.survey import MEND, NO_TOKENIZER
+
+if TYPE_CHECKING:
+    from moetier.tiers.store.scrub import Problem
+
+HELP = "check records and trunk of a model directory against their checksums"
+
+EXIT_BAD = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """1 when anything is bad. Raises StoreError where there is nothing that can be checked."""
+    from moetier.tiers.store.reader import ExpertStore
+    from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
+    from moetier.tiers.store.trunk import trunk_faults
+    from moetier.tools.cli.progress import Progress
+    from moetier.tools.convert.small_files import has_tokenizer
+
+    with ExpertStore.open(arguments.directory, readers=READS, damaged=True) as store:
+        manifest = store.manifest
+        readable = [entry for block, entry in enumerate(manifest.blocks) if block not in store.faults]
+        total = sum(entry.experts * manifest.layouts[entry.array].slot_bytes for entry in readable)
+        faults = trunk_faults(store.folder.parent, manifest) if manifest.trunk else {}
+        total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
+        problems = []
+        small = scrub_small(store.folder.parent) if manifest.trunk else ()
+        tokenizer = not manifest.trunk or has_tokenizer(store.folder.parent)
+        with Progress("verify", total) as progress:
+            for found in chain(scrub(store), scrub_trunk(store.folder.parent, manifest, faults), small):
+                if isinstance(found, int):
+                    progress.advance(found)
+                else:
+                    problems.append(found)
+                    if not arguments.json:
+                        progress.say(f"bad: {found.cause}")
+            seconds = progress.seconds
+    if arguments.json:
+        report = {
+            "model": manifest.model,
+            "digest": manifest.digest,
+            "blocks": len(manifest.blocks),
+            "records": manifest.record_count,
+            "trunk_files": len(manifest.trunk),
+            "bytes_read": total,
+            "seconds": seconds,
+            "tokenizer": tokenizer,
+            "direct": store.direct,
+            "bad": [asdict(problem) for problem in problems],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        files = len(manifest.trunk)
+        trunk = f"{files} file{'s' * (files > 1)} of the trunk" if files else "no checksums of the trunk"
+        print(
+            f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks, {trunk}, "
+            f"{format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
+            f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(problems)} bad' if problems else 'all good'}"
+        )
+        if not tokenizer:
+            print(f"tokenizer: {NO_TOKENIZER}")
+        if problems:
+            print(MEND, file=sys.stderr)
+    return EXIT_BAD if problems else 0
+
+
+def scrub_small(directory: Path) -> Iterator[Problem]:
+    """Yields what is wrong with the small files of a model directory, of which there are no sums."""
+    from moetier.tiers.store.scrub import Problem
+    from moetier.tools.convert.small_files import small_faults
+
+    for fault in small_faults(directory):
+        yield Problem(None, None, str(directory), fault.cause)

@@ -1,0 +1,248 @@
+"""The model directory that a conversion writes: what is there already, and the small files beside trunk and experts.
+
+The manifest inside ``experts.zarr`` is written last of all, so a directory without it is one whose conversion was cut.
+``conversion.json`` is there only until then: the command that resumes it, and the errors of the finished blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from moetier.runtime.checkpoint.disk_space import free_bytes
+from moetier.runtime.checkpoint.files import COPIED, INDEX, Checkpoint, carried, contained
+from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
+from moetier.tiers.manifest import FORMAT, Manifest
+from moetier.tiers.store.atomic import sync_folder, write_durably
+from moetier.tiers.store.folder import read_json, read_manifest, read_origin
+from moetier.tiers.store.shard import GROUP, JOURNAL, METADATA, ORIGIN, PARTIAL, PLAN, ShardFile
+from moetier.tiers.store.writer import is_complete
+
+from .difference import difference
+from .files import delete, empty, locked
+from .trunk import TrunkFile, index_of
+
+CONFIG = "config.json"
+DOWNLOAD = "download"  # what is on its way from there; gone when the conversion is finished
+WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}")
+SLACK_BYTES = 1 << 20  # folders and small files
+
+
+class State(Enum):
+    NEW = "new"
+    CUT = "cut"  # holds a part of this very conversion
+    COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class Target:
+    """``small`` holds the bytes of every file that is neither trunk nor experts, by relative name.
+
+    ``passing``: its source passes by, so that the source's digest is known in the end alone. Until then the plan has
+    the hub's commit in its place, which ``ORIGIN`` keeps.
+    """
+
+    folder: Path
+    plan: Manifest
+    trunk: tuple[TrunkFile, ...]
+    small: Mapping[str, bytes]
+    passing: bool = False
+
+    @property
+    def store(self) -> Path:
+        return self.folder / GROUP
+
+    @property
+    def total_bytes(self) -> int:
+        """Of everything, when it is complete."""
+        return self.plan.stored_bytes + sum(file.size for file in self.trunk) + sum(map(len, self.small.values()))
+
+    def state(self) -> State:
+        """Raises TargetExistsError when the folder holds anything but this conversion, whole or in part."""
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return State.NEW
+        if not self.folder.is_dir():
+            raise TargetExistsError(f"{self.folder} is not a folder.", "Choose another place.")
+        if not is_ours(self.folder):
+            raise TargetExistsError(
+                f"{self.folder} holds files that are no moetier model.",
+                "Choose another folder, or empty this one; moetier deletes nothing that it did not write.",
+            )
+        if (self.store / METADATA).exists():
+            try:
+                found = read_manifest(self.store).plan.to_json()
+            except StoreError as error:
+                raise self._differs(f"one that can't be read ({error.cause})") from error
+            if self.passing:
+                found["source_digest"] = read_origin(self.folder).get("revision", "")
+            self._compare(found)
+            whole = all(file.is_complete(self.folder) for file in self.trunk)
+            whole = whole and all((self.folder / name).is_file() for name in self.small)
+            whole = whole and len(self.finished_blocks) == len(self.plan.blocks)
+            if self.passing and not whole:  # nothing of its source is left
+                raise self._differs("the same, of which files are missing")
+            return State.COMPLETE if whole else State.CUT
+        if (self.store / PLAN).exists():
+            try:
+                found = read_json(self.store / PLAN)
+            except StoreError as error:
+                raise self._differs(f"one that can't be read ({error.cause})") from error
+            self._compare(found)
+        elif any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
+            raise self._differs("one without its plan, as when its removal was cut")
+        return State.CUT
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        if differing := difference(found, self.plan.to_json()):
+            raise self._differs(differing)
+
+    def _differs(self, what: str) -> TargetExistsError:
+        return TargetExistsError(
+            f"{self.folder} holds a different conversion: {what}.",
+            "Choose another folder, or replace it with --overwrite.",
+        )
+
+    @property
+    def finished_blocks(self) -> frozenset[int]:
+        blocks = range(len(self.plan.blocks))
+        return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.plan, block)))
+
+    def missing_bytes(self, *, replacing: bool = False) -> int:
+        """That are still to be written; all of them where what is there is removed before."""
+        shards = [ShardFile.of(self.store, self.plan, block) for block in range(len(self.plan.blocks))]
+        return (
+            sum(shard.file_bytes for shard in shards if replacing or not is_complete(shard))
+            + sum(file.size for file in self.trunk if replacing or not file.is_complete(self.folder))
+            + sum(map(len, self.small.values()))
+        )
+
+    def check_disk(self, beside: int = 0, *, replacing: bool = False) -> None:
+        """Whether what is missing fits, and ``beside`` bytes of its source; ``replacing``: in the room too that what is
+        there takes. Raises DiskSpaceError, naming what is needed and what is free."""
+        free = free_bytes(self.folder) + (_freed_bytes(self.folder) if replacing else 0)
+        needed = self.missing_bytes(replacing=replacing) + beside + SLACK_BYTES
+        if needed > free:
+            source = f", {beside:,} of them for files of the checkpoint" if beside else ""
+            then = " once what is there is removed" if replacing else ""
+            raise DiskSpaceError(
+                f"{self.folder} needs {needed:,} bytes more{source}; {free:,} are free{then}.",
+                "Free some space, choose fewer --bits and --trunk-bits, or another disk.",
+            )
+
+    def write_small(self) -> None:
+        for name, data in self.small.items():
+            path = self.folder / name
+            if not (path.parent.is_dir()):
+                path.parent.mkdir()
+                sync_folder(self.folder)
+            write_durably(path, data)
+
+    def read_journal(self) -> dict[int, float]:
+        """Relative error of each block that an earlier run finished."""
+        try:
+            found = read_json(self.folder / JOURNAL)
+            return {int(block): float(error) for block, error in found["errors"].items()}
+        except (StoreError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            return {}
+
+    def write_journal(self, command: list[str], errors: Mapping[int, float]) -> None:
+        journal = {"command": command, "errors": {str(block): error for block, error in sorted(errors.items())}}
+        write_durably(self.folder / JOURNAL, json.dumps(journal).encode())
+
+    def tidy(self) -> None:
+        """Removes what only a conversion under way has, where the manifest is written."""
+        for path in (self.store / PLAN, self.folder / JOURNAL):
+            if path.exists():
+                path.unlink()
+                sync_folder(path.parent)
+        for path in _downloaded(self.folder):
+            delete(path)
+            sync_folder(self.folder)
+
+
+def revision_under_way(folder: Path, name: str) -> str | None:
+    """The commit of the hub's ``name`` that a conversion into ``folder``, which was cut, is of."""
+    try:
+        plan = read_json(folder / GROUP / PLAN)
+        found = str(plan["source_digest"]) if plan["model"] == name else ""
+    except (StoreError, KeyError):
+        return None
+    return found if re.fullmatch(r"[0-9a-f]{40}", found) else None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a conversion wrote, or began to write, this folder."""
+    return (folder / GROUP).is_dir()
+
+
+def check_place(folder: Path, source: Path) -> None:
+    """Raises TargetError when a conversion would write into its own source, or around it."""
+    target, source = folder.resolve(), source.resolve()
+    if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+        raise TargetError(f"{folder} overlaps with the source, {source}.", "Choose a folder outside it.")
+
+
+def remove(folder: Path) -> None:
+    """Removes what moetier writes into a model directory, but for the store's own folder. Raises TargetError where
+    another conversion is under way."""
+    with locked(str(folder), folder):
+        empty(folder, [*_downloaded(folder), *_beside_store(folder)])
+
+
+def _beside_store(folder: Path) -> Iterator[Path]:
+    """The files of a model directory that moetier writes, but for the store and what is downloaded."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
+        if WRITTEN.fullmatch(name) or COPIED.fullmatch(name):
+            yield path
+
+
+def _freed_bytes(folder: Path) -> int:
+    """Of the disk, that ``remove`` frees. What is downloaded is not among them: of what its source takes, a conversion
+    counts only what is not here yet."""
+    found = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
+    return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else something is left of it
+
+
+def _downloaded(folder: Path) -> list[Path]:
+    path = folder / DOWNLOAD
+    return [path] if path.is_dir() and not path.is_symlink() else []
+
+
+def small_files(
+    checkpoint: Checkpoint, bits: int, trunk_bits: int, dtype: str, trunk: tuple[TrunkFile, ...]
+) -> dict[str, bytes]:
+    """config.json, the trunk's index, and what is copied: tokenizer, chat template, other configs."""
+    made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
+    if checkpoint.revision is not None:
+        origin = {"id": checkpoint.name, "revision": checkpoint.revision}
+        made[ORIGIN] = json.dumps(origin, indent=2).encode() + b"\n"
+    return {**made, INDEX: index_of(trunk), CONFIG: _config(checkpoint.config, bits, trunk_bits, dtype)}
+
+
+def _config(config: Mapping[str, Any], bits: int, trunk_bits: int, dtype: str) -> bytes:
+    made = carried(config)
+    if not made.keys() & {"dtype", "torch_dtype"}:
+        made["dtype"] = dtype
+    made["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
+    if trunk_bits != 16:
+        made["quantization_config"]["trunk_bits"] = trunk_bits
+    made["experts_implementation"] = "moetier"  # so that a process without moetier fails, and does not invent experts
+    return json.dumps(made, indent=2).encode() + b"\n"
+
+
+def _without_code(path: Path) -> bytes:
+    """A copied file's bytes; of a JSON file that names code (auto_map), all but that."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
+    if path.suffix == ".json" and b'"auto_map"' in data:
+        found = json.loads(data, object_hook=lambda d: {name: value for name, value in d.items() if name != "auto_map"})
+        return json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n"
+    return data

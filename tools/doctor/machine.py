@@ -1,0 +1,234 @@
+"""What moetier needs of a machine, looked at piece by piece."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import platform
+import resource
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetier.runtime.config import format_bytes
+from moetier.runtime.threads import usable_cpus, use_threads
+
+from .finding import Finding, fail, ok, warn
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+NVIDIA = Path("/proc/driver/nvidia/version")
+ENOUGH_LOCKED = 1 << 30
+
+
+def python() -> Iterator[Finding]:
+    from packaging.specifiers import SpecifierSet
+
+    wanted = SpecifierSet(metadata("moetier")["Requires-Python"] or "")
+    found = f"{platform.python_version()} ({sys.executable}), Linux {platform.release()}"
+    if sys.platform != "linux":
+        yield fail("python", f"{platform.python_version()} on {sys.platform}", "Use Linux: nothing else has memfd.")
+    elif platform.python_version() not in wanted:
+        yield fail("python", found, f"Install a Python that is {wanted}, and moetier in it.")
+    else:
+        yield ok("python", found)
+
+
+def libraries() -> Iterator[Finding]:
+    """One for all that are in range; one for each that is not. Those of extras may be missing."""
+    from packaging.requirements import Requirement
+
+    good, extras = [], dict[str, list[str]]()
+    for text in requires("moetier") or []:
+        wanted = Requirement(text)
+        needed = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+        if not needed and _extra(wanted) is None:
+            continue
+        install = f'Install it: pip install "{wanted.name}{wanted.specifier}"'
+        found = _version(wanted.name)
+        if found is None:
+            if needed:
+                yield fail("libraries", f"{wanted.name} is missing.", install)
+            else:
+                extras.setdefault(_extra(wanted) or "", []).append(wanted.name)
+        elif not wanted.specifier.contains(found, prereleases=True):
+            say = fail if needed else warn
+            yield say("libraries", f"{wanted.name} is {found}; moetier is made for {wanted.specifier}.", install)
+        elif needed:
+            good.append(f"{wanted.name} {found}")
+    missing = "; ".join(f"{', '.join(names)} (the extra {extra})" for extra, names in extras.items())
+    yield ok(
+        "libraries",
+        f"moetier {version('moetier')}, and in range {', '.join(good)}" + (f"; without {missing}" if missing else ""),
+    )
+
+
+def configuration() -> Iterator[Finding]:
+    """Raises ConfigError for what is wrong in it, in whichever section."""
+    from moetier.tools.cli.options import commands_of
+    from moetier.tools.cli.settings import GENERAL, Settings
+    from moetier.tools.main import build_parser
+
+    settings = Settings.read(commands_of(build_parser()))
+    yield from (warn("config", said, "Unset it, or correct its name.") for said in settings.unknown_variables)
+    found = [each for name in settings.sections if name != GENERAL for each in settings.of(name)]
+    places = sorted({each.where for each in [*settings.general(), *found] if not each.is_default})
+    there = "" if settings.file.exists() else " (there is none)"
+    yield ok("config", f"{settings.file}{there}; set: {'; '.join(places) or 'nothing'}")
+
+
+def processor() -> Iterator[Finding]:
+    from moetier.tools.bench.machine import Machine
+
+    here, usable = Machine.here(), usable_cpus()
+    quota = f", and a control group's quota leaves {usable}" if usable < here.cores else ""
+    yield ok("cpu", f"{here.cpu} ({', '.join(here.features) or platform.machine()}), {here.cores} cores{quota}")
+
+
+def kernel() -> Iterator[Finding]:
+    from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
+    from moetier.runtime.kernels.executable import can_become_executable
+    from moetier.runtime.kernels.jit import here, openmp, refusal
+
+    protected = not can_become_executable()
+    if why := refusal():
+        yield warn(
+            "kernel",
+            f"No kernels can be compiled here ({why}): experts are decoded for each product, which is slow.",
+            "Permit it: MemoryDenyWriteExecute=no in a systemd unit, or whatever else forbids it."
+            if protected
+            else "Install llvmlite anew, in the range of moetier's: pip install --force-reinstall llvmlite",
+        )
+        return
+    processor, threads = here(), use_threads()
+    form = "AVX-512 VNNI" if processor.has_vnni else "AVX2" if processor.has_avx2 else "no AVX2"
+    found = f"quantised experts are multiplied where they lie, by code compiled for {form}, in {threads} threads"
+    if threads > 1 and openmp() is None:
+        yield warn("kernel", f"{found}, but for OpenMP, which torch lacks: in one.", "Install torch's own wheels.")
+    elif form == "no AVX2":
+        yield warn("kernel", found, "Expect few tokens a second: it is made for processors with AVX2 or AVX-512 VNNI.")
+    elif protected:
+        yield warn(
+            "kernel",
+            f"{found}. As {PROTECTED}, {WITHOUT_ONEDNN}.",
+            "Permit it (MemoryDenyWriteExecute=no in a systemd unit), or convert with --trunk-bits 8.",
+        )
+    else:
+        yield ok("kernel", found)
+
+
+def gpus() -> Iterator[Finding]:
+    import torch
+
+    from moetier.runtime.kernels.api import Kernels
+    from moetier.runtime.kernels.choose import kernels_for
+
+    if not torch.cuda.is_available():
+        if NVIDIA.exists():
+            yield warn(
+                "gpu",
+                f"There is an NVIDIA driver, and torch {torch.__version__} can't use it.",
+                "Install a torch for CUDA, of a version that the driver knows (nvidia-smi says which).",
+            )
+        else:
+            yield ok("gpu", "none that torch can use: all is computed on the CPU")
+        return
+    for number in range(torch.cuda.device_count()):
+        device = torch.device("cuda", number)
+        free, total = torch.cuda.mem_get_info(device)
+        found = (
+            f"cuda:{number} {torch.cuda.get_device_name(device)}, {format_bytes(free)} free of {format_bytes(total)}"
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            chosen = kernels_for(device)
+        if type(chosen) is Kernels:
+            why = " ".join(str(each.message) for each in said)
+            yield warn("gpu", f"{found}. {why}", "Use a GPU of compute capability 8.0 or above, or --device cpu.")
+        else:
+            yield ok("gpu", f"{found}; 4-bit products by torch's own kernel")
+
+
+def memory_files() -> Iterator[Finding]:
+    """Makes an arena's memory file, of one page."""
+    from moetier.tiers.arena.arena import NAME, SEALS
+
+    descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(descriptor, 0, mmap.PAGESIZE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+        mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE).close()
+    except OSError as error:
+        yield fail("memfd", f"No sealed memory file can be made: {error.strerror}.", "Allow memfd_create(2) (seccomp).")
+    else:
+        yield ok("memfd", "sealed memory files can be made and shared")
+    finally:
+        os.close(descriptor)
+
+
+def page_locks() -> Iterator[Finding]:
+    import torch
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    has_gpu = torch.cuda.is_available()
+    found = f"{_limit(soft)} may be locked, at most {_limit(hard)}"
+    if has_gpu and soft != resource.RLIM_INFINITY and soft < ENOUGH_LOCKED:
+        yield warn(
+            "memlock",
+            f"{found}: copies to the GPU may have to be made from pageable memory, which is slower.",
+            "Raise it: ulimit -l unlimited; of a systemd unit LimitMEMLOCK=infinity.",
+        )
+    else:
+        yield ok("memlock", found + ("" if has_gpu else "; only a GPU has use for that"))
+
+
+def shared_memory() -> Iterator[Finding]:
+    place = Path("/dev/shm")
+    if place.is_dir():
+        free = shutil.disk_usage(place).free
+        yield ok("/dev/shm", f"{format_bytes(free)} free; experts are in memory files, and need none of it")
+    else:
+        yield ok("/dev/shm", "there is none, and experts need none")
+
+
+def daemons() -> Iterator[Finding]:
+    from moetier.runtime.wire.address import runtime_folder
+    from moetier.runtime.wire.probe import running
+
+    found = running()
+    if not found:
+        yield ok("daemons", f"none runs in {runtime_folder()}")
+    for each in found:
+        models = ", ".join(f"{model.name} ({format_bytes(model.budget_bytes)})" for model in each.card.models)
+        what = f"{each.folder}: process {each.card.pid}, {models}"
+        if each.stats is None:
+            yield warn("daemons", f"{what}, does not answer", f"If it stays so, end it: kill {each.card.pid}")
+        elif each.card.version != version("moetier"):
+            yield warn(
+                "daemons", f"{what}, is moetier {each.card.version}", "End it and start it again, with this version."
+            )
+        else:
+            yield ok("daemons", what)
+
+
+def _extra(wanted: Requirement) -> str | None:
+    """Whose a requirement is, of those that are for who uses moetier."""
+    names = metadata("moetier").get_all("Provides-Extra") or []
+    return next((e for e in names if e != "dev" and wanted.marker and wanted.marker.evaluate({"extra": e})), None)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _limit(count: int) -> str:
+    return "any amount" if count == resource.RLIM_INFINITY else format_bytes(count)

@@ -1,0 +1,166 @@
+"""A model directory, its disk, and whether memory is enough for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetier.runtime.config import format_bytes
+
+from .finding import Finding, fail, ok, warn
+
+if TYPE_CHECKING:
+    from moetier.runtime.memory import Available
+    from moetier.tools.bench.disk_rate import RandomReads
+
+SLOW = 0.3e9  # bytes a second: of a disk that turns, or a network
+LEAST_MEMORY = 2 << 30  # of a machine: Python and torch take .4 GiB of it
+SAMPLE_BYTES = 128 << 20  # written to a disk without a store, and read
+BLOCK_BYTES = 4 << 20
+
+
+def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
+    """What can be allocated, by the machine and its control groups (``root`` as of ``available_memory``); and whether
+    that is enough for a model."""
+    from moetier.runtime.memory import available_memory, machine_memory
+    from moetier.tiers.errors import MoetierError
+
+    left = available_memory(root)
+    found = f"{format_bytes(left.bytes)} that {left.limiter} leaves, of {format_bytes(machine_memory())}"
+    if directory is not None:
+        try:
+            yield _memory_for(directory, left, found)
+            return
+        except (MoetierError, OSError):  # is said of the store
+            pass
+    if left.bytes >= LEAST_MEMORY:
+        yield ok("memory", found)
+    else:
+        yield warn(
+            "memory", found, "Free some, or raise the control group's limit: Python and torch alone take .4 GiB."
+        )
+
+
+def _memory_for(directory: Path, left: Available, found: str) -> Finding:
+    """By the budgets that a model is loaded with, as of ``moetier plan``. Raises MoetierError."""
+    import torch
+
+    from moetier.runtime.config import TierConfig
+    from moetier.runtime.kernels.choose import kernels_for
+    from moetier.runtime.model.load import place_of
+    from moetier.tiers.cache.budget import largest_budget, smallest_budget
+    from moetier.tools.plan.choices import open_prospect
+    from moetier.tools.plan.fit import Room, fit_of
+
+    device = torch.device(place_of("auto"))
+    prospect = open_prospect(directory)
+    config = TierConfig.of(context=prospect.context)
+    (choice,) = prospect.choices
+    fit = fit_of(prospect, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
+    if fit.problem is not None:
+        return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert it to fewer bits.")
+    smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), largest_budget(choice.manifest)))
+    return ok(
+        "memory",
+        f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {config.context} tokens and "
+        f"computing {format_bytes(fit.needs.reserve)}, experts {smallest} to {largest}: by default "
+        f"{format_bytes(fit.arena_bytes)}, {fit.slot_count} of {choice.manifest.record_count}",
+    )
+
+
+def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
+    """Manifest, sizes and indexes; all bytes with ``checksums``. Raises StoreError where there is no finished store."""
+    from moetier.tiers.store.folder import command
+    from moetier.tiers.store.reader import ExpertStore
+    from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
+
+    from .survey import survey
+
+    with ExpertStore.open(directory, readers=READS, damaged=True) as store:
+        found = survey(store)
+        mend = f"Restore it, or convert again: {command('convert', store.manifest.model, directory)} --overwrite"
+        yield from (fail("store", fault, mend) for fault in found["faults"])
+        if found["faults"]:
+            return
+        what = (
+            f"{found['model']}: {found['records']:,} experts in {len(found['blocks'])} blocks, "
+            f"{format_bytes(found['expert_bytes'])}, trunk {format_bytes(found['trunk_bytes'])}"
+        )
+        if not checksums:
+            verify = command("verify", directory)
+            yield ok("store", f"{what}; every file is there in its size, bytes were not read ({verify} does)")
+            return
+        bad = [
+            problem
+            for scrubbed in (scrub(store), scrub_trunk(directory, store.manifest, {}))
+            for problem in scrubbed
+            if not isinstance(problem, int)
+        ]
+        yield from (fail("store", problem.cause, mend) for problem in bad)
+        if not bad:
+            yield ok("store", f"{what}; every byte is as it was written")
+
+
+def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
+    """Whether files are read past the page cache there, and how fast at random. Raises StoreError, OSError."""
+    from moetier.tiers.errors import ConfigError
+    from moetier.tiers.host.tier import LOADERS
+    from moetier.tools.bench.machine import place_of
+
+    place = directory if directory is not None else Path.cwd()
+    try:
+        with _of_store(directory) if directory is not None else _sample(place) as reads:
+            rate = reads.rate(LOADERS, seconds)
+    except ConfigError as error:
+        yield warn("disk", error.cause, error.fix)
+        return
+    name = place_of(place)
+    if reads.direct:
+        yield ok("O_DIRECT", f"{name}: files are read past the page cache")
+    else:
+        advice = "Put model directories on ext4, xfs or btrfs."
+        yield warn("O_DIRECT", f"{name}: files are read through the page cache, which they fill", advice)
+    size = format_bytes(reads.block_bytes)
+    found = f"{rate / 1e9:.2f} GB/s, random reads of {size}, {LOADERS} at a time, by {reads.by}"
+    if rate < SLOW:
+        yield warn("disk", found, "Put model directories on an SSD, or give experts more memory: --ram.")
+    else:
+        yield ok("disk", found)
+
+
+@contextmanager
+def _of_store(directory: Path) -> Iterator[RandomReads]:
+    from moetier.tools.bench.disk_rate import RandomReads, takes_direct
+
+    reads = RandomReads.of_records(directory, direct=True)
+    direct = all(map(takes_direct, reads.files))
+    yield reads if direct else RandomReads.of_records(directory, direct=False)
+
+
+@contextmanager
+def _sample(place: Path) -> Iterator[RandomReads]:
+    """Of a file that is written there and removed again. Raises ConfigError where that can't be."""
+    from moetier.tiers.errors import ConfigError
+    from moetier.tools.bench.disk_rate import RandomReads, takes_direct
+
+    other = "Name a model directory, moetier doctor DIR, or run it in another folder."
+    if (free := shutil.disk_usage(place).free) < 4 * SAMPLE_BYTES:
+        raise ConfigError(f"The disk of {place} has {format_bytes(free)} free: its rate is not measured.", other)
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(tempfile.NamedTemporaryFile(dir=place, prefix=".moetier-doctor-"))
+            piece = os.urandom(BLOCK_BYTES)
+            for _ in range(SAMPLE_BYTES // BLOCK_BYTES):
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError as error:
+            said = f"{place} can't be written to ({error.strerror}): its disk's rate is not measured."
+            raise ConfigError(said, other) from error
+        path = Path(stream.name)
+        yield RandomReads((path,), SAMPLE_BYTES, BLOCK_BYTES, direct=takes_direct(path))

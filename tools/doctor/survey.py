@@ -1,0 +1,85 @@
+"""What a model directory holds, from its manifest and the sizes of its files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moetier.tiers.layout import RecordLayout
+    from moetier.tiers.manifest import Manifest
+    from moetier.tiers.store.reader import ExpertStore
+
+MEND = "Convert the model again with --overwrite, or restore the files named."  # what verify says too
+NO_TOKENIZER = "none: generate, chat and serve want one; if its source has one, copy the files of it"
+
+
+def survey(store: ExpertStore) -> dict[str, Any]:
+    """What ``--json`` prints. Sizes in bytes; no record is read."""
+    from moetier.tiers.errors import StoreError
+    from moetier.tiers.manifest import FORMAT
+    from moetier.tiers.store.trunk import trunk_faults, trunk_records
+    from moetier.tools.convert.small_files import has_tokenizer, small_faults
+
+    manifest = store.manifest
+    directory = store.folder.parent
+    trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file())
+    faults = [fault for _, fault in sorted(store.faults.items())]
+    if manifest.trunk:  # else it is a store alone, or of before there were sums
+        faults += trunk_faults(directory, manifest).values()
+    matrices = 0
+    if manifest.trunk_records and not faults:
+        try:
+            matrices = len(trunk_records(directory, manifest))
+        except StoreError as error:
+            faults.append(error)
+    small = list(small_faults(directory)) if manifest.trunk else []
+    weights = sum(block.experts * manifest.layouts[block.array].weights for block in manifest.blocks)
+    return {
+        "directory": str(directory),
+        "model": manifest.model,
+        "format": FORMAT,
+        "version": manifest.version,
+        "requires": list(manifest.requires),
+        "source_digest": manifest.source_digest,
+        "digest": manifest.digest,
+        "blocks": [
+            {"path": block.path, "array": block.array, "experts": block.experts, "top_k": block.top_k}
+            for block in manifest.blocks
+        ],
+        "records": manifest.record_count,
+        "layouts": {name: _layout(layout, manifest, name) for name, layout in manifest.layouts.items()},
+        "expert_weights": weights,
+        "expert_bytes": manifest.stored_bytes,
+        "bits_per_weight": 8 * manifest.stored_bytes / weights,
+        "trunk_bytes": trunk,
+        "trunk_records": asdict(manifest.trunk_records) if manifest.trunk_records else None,
+        "trunk_matrices": matrices,
+        "direct": store.direct,
+        "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
+        "tokenizer": has_tokenizer(directory),
+        "faults": [fault.cause for fault in [*faults, *small]],
+    }
+
+
+def _layout(layout: RecordLayout, manifest: Manifest, array: str) -> dict[str, Any]:
+    return {
+        "blocks": manifest.shape(array)[0],
+        "record_bytes": layout.record_bytes,
+        "slot_bytes": layout.slot_bytes,
+        "projections": [
+            {
+                "name": p.name,
+                "shape": list(p.shape),
+                "bits": p.bits,
+                "group": p.group,
+                "pairs": p.pairs,
+                "dtype": p.dtype,
+            }
+            for p in layout.projections
+        ],
+        "biases": [{"name": b.name, "size": b.size, "dtype": b.dtype} for b in layout.biases],
+        "sections": [
+            {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "offset": s.offset} for s in layout.sections
+        ],
+    }

@@ -1,0 +1,214 @@
+"""Pictures of a trace. Figures 1 and 2 are those of Eliseev & Mazur 2023 (arXiv 2312.17238)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moetier.runtime.trace.recall import compare
+from moetier.runtime.trace.trace import NONE, Trace
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.layout import ExpertKey
+from moetier.tools.cli.plain import plain
+
+from .simulation import SimulatedTier, demands_of, simulate
+
+BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#d9822b", "#8a8f98", "#22262b"
+MOST_WIDTH, MOST_HEIGHT = 16.0, 9.0  # inches
+
+
+def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_ORDER) -> Figure:
+    """Figure 1: the experts that each token uses, darker by their weight; a small square marks those that a
+    cache of ``cached`` experts (0: none), evicted by ``policy``, holds before the token. The text is underneath, and
+    a line where a sequence begins."""
+    width = min(max(0.22 * len(tokens) + 1.2, 6.0), MOST_WIDTH)
+    heights = [min(0.15 * trace.num_experts[block], MOST_HEIGHT / len(blocks)) for block in blocks]  # inches
+    figure = Figure(figsize=(width, sum(heights) + 0.15 * len(blocks) + (1.2 if trace.pieces else 0.8)))
+    figure.set_layout_engine("constrained", h_pad=0.03)
+    grid = figure.subplots(len(blocks), 1, sharex=True, squeeze=False, height_ratios=heights)
+    rows: list[Axes] = list(grid[:, 0])
+    for axes, block, height in zip(rows, blocks, heights, strict=True):
+        cell = min(height / trace.num_experts[block], (width - 1.2) / len(tokens)) * 72  # points
+        shades = _shades(trace, tokens, block)
+        axes.imshow(
+            shades,
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+            interpolation="nearest",
+            origin="lower",
+            rasterized=True,
+        )
+        if cached:
+            x, y = np.nonzero(_resident(trace, tokens, block, cached, policy))
+            axes.scatter(x, y, s=max(cell * 0.36, 2) ** 2, marker="s", color=GREY, linewidths=0)
+        for first in trace.offsets:
+            if first > tokens.start and first in tokens:
+                axes.axvline(first - tokens.start - 0.5, color=ORANGE, linewidth=1.5)
+        axes.set_ylabel(f"block {block}\nexpert", fontsize=9)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xticks(np.arange(-0.5, len(tokens)), minor=True)
+        axes.set_yticks(np.arange(-0.5, trace.num_experts[block]), minor=True)
+        axes.grid(which="minor", color="#e4e7ea", linewidth=0.5)
+        axes.tick_params(which="minor", length=0)
+        axes.tick_params(labelsize=8)
+    _write_text(rows[-1], trace, tokens)
+    note = f"; grey: held before the token by a cache of {cached} experts a block, policy {policy}" if cached else ""
+    shade = "darker: more weight" if trace.weights is not None else "blue: used"
+    rows[0].set_title(f"Experts by token{_of(trace)} ({shade}{note})", fontsize=10, loc="left")
+    return figure
+
+
+def draw_hits(trace: Trace, *, policy: str = DEFAULT_ORDER) -> Figure:
+    """Figure 2, left: hit ratio against experts cached for each block; of ``policy``, the bound, and chance."""
+    most = max(trace.num_experts)
+    slots = sorted({max(round(number), 1) for number in np.linspace(1, most, min(most, 16))})
+    figure, axes = _line_figure()
+    for way, name, colour in (("belady", "Belady, the bound", ORANGE), (policy, f"policy {policy}", BLUE)):
+        found = [simulate(trace, way, number).decoding.hit_ratio for number in slots]
+        axes.plot(slots, found, "o-", color=colour, label=name, markersize=4)
+    chance = [number / most for number in slots]
+    axes.plot(slots, chance, ":", color=GREY, label="as many experts, uniform at random")
+    axes.set_xlabel(f"experts cached for each block, of {most}")
+    axes.set_ylabel("hit ratio while decoding")
+    axes.set_xlim(0, most * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_title(f"Hit ratio{_of(trace)}, top-{trace.top_k}", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def draw_recall(trace: Trace) -> Figure:
+    """Figure 2, right: recall of the experts that were used, against how far ahead the gates were asked."""
+    compared = compare(trace)
+    ahead = [found.lookahead for found in compared]
+    gates, previous, popular = (
+        np.asarray([getattr(found, name) for found in compared], float)  # nan where it is None
+        for name in ("gates", "previous_token", "popularity")
+    )
+    figure, axes = _line_figure()
+    axes.plot(ahead, gates, "o-", color=BLUE, label="gates asked ahead")
+    for place in zip(ahead, gates, strict=True):
+        if not np.isnan(place[1]):
+            axes.annotate(f"{place[1]:.0%}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    others = ((previous, "--", ORANGE, "the previous token's experts"), (popular, ":", GREY, "each block's most used"))
+    for ratios, style, colour, name in others:
+        axes.plot(ahead, ratios, style, marker="o", markersize=3, color=colour, label=name)
+    axes.set_xlabel("look-ahead in blocks")
+    axes.set_ylabel("recall")
+    axes.set_ylim(0, 1.08)
+    axes.set_xticks(ahead)
+    guesses = 0 if trace.predictions is None else trace.predictions.shape[3]
+    axes.set_title(f"Recall of {guesses} predictions{_of(trace)}, top-{trace.top_k}", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    return figure
+
+
+def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_ORDER) -> Figure:
+    """Block by expert: how much an expert is used, against an even use, and how often a cache of
+    ``cached``, evicted by ``policy``, has it."""
+    most = max(trace.num_experts)
+    even = np.asarray([trace.top_k / count for count in trace.num_experts])[:, None]
+    used, hits = _uses(trace, cached, policy)
+    counted = np.arange(most) < np.asarray(trace.num_experts)[:, None]
+    share = np.where(counted, used / trace.tokens / even, np.nan)
+    found = np.divide(hits, used, out=np.full_like(used, np.nan), where=used > 0)
+    top = max(float(np.nanpercentile(share, 98)), 2.0)  # a few experts must not make all others pale
+    panels = (
+        (share, "use, 1.0 = an even share", "Blues", top),
+        (found, f"hit ratio, {cached} a block, policy {policy}", "Greens", 1.0),
+    )
+    figure = Figure(figsize=(11, min(max(2.4, 0.13 * trace.block_count + 1.2), 9)), layout="constrained")
+    for axes, (values, title, colours, most_shown) in zip(figure.subplots(1, 2), panels, strict=True):
+        shown = axes.imshow(
+            values, cmap=colours, vmin=0, vmax=most_shown, aspect="auto", interpolation="nearest", rasterized=True
+        )
+        axes.set_facecolor("#f0f0f0")
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("expert")
+        axes.set_ylabel("block")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        figure.colorbar(shown, ax=axes, pad=0.02, extend="max" if np.nanmax(values) > most_shown else "neither")
+    figure.suptitle(f"{trace.tokens:,} tokens{_of(trace)}", fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
+    """[experts, tokens]: 0 not used, .25 to 1 by weight, .8 where weights are not known."""
+    shades = np.zeros((trace.num_experts[block], len(tokens)), np.float32)
+    for column, token in enumerate(tokens):
+        for place, expert in enumerate(trace.experts[token, block]):
+            if expert != NONE:
+                weight = None if trace.weights is None else float(trace.weights[token, block, place])
+                shades[expert, column] = 0.8 if weight is None else 0.25 + 0.75 * min(max(weight, 0.0), 1.0)
+    return shades
+
+
+def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str) -> npt.NDArray[np.bool_]:
+    """[tokens, experts]: in the cache before the token. Cold at the first token of its sequence."""
+    experts = trace.num_experts[block]
+    found = np.zeros((len(tokens), experts), np.bool_)
+    for span in trace.sequences:
+        tier = SimulatedTier(block, min(cached, experts), ORDERS[policy])
+        for token in range(span.start, min(span.stop, tokens.stop)):
+            if token in tokens:
+                found[token - tokens.start, [key.expert for key in tier.resident]] = True
+            wanted = np.unique(trace.experts[token, block])
+            tier.demand([ExpertKey(block, int(expert)) for expert in wanted if expert != NONE])
+    return found
+
+
+def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """[blocks, experts] each: tokens that use an expert, and those of them that find it. A prompt loads one once."""
+    used = np.zeros((trace.block_count, max(trace.num_experts)))
+    hits = np.zeros_like(used)
+    for block, experts in enumerate(trace.num_experts):
+        for sequence, span in enumerate(trace.sequences):
+            tier = SimulatedTier(block, min(cached, experts), ORDERS[policy])
+            rows = trace.experts[span.start : span.stop, block]
+            np.add.at(used[block], rows[rows != NONE], 1)
+            for demand in demands_of(trace, sequence, block):
+                missing = tier.demand(demand.keys, is_prompt=demand.is_prompt)
+                hits[block, [key.expert for key in missing]] -= 1
+    return used, used + hits
+
+
+def _write_text(axes: Axes, trace: Trace, tokens: range) -> None:
+    if trace.pieces:
+        axes.set_xticks(range(len(tokens)))
+        labels = axes.set_xticklabels([_visible(trace.pieces[token]) for token in tokens], rotation=90, fontsize=8)
+        for label in labels:
+            label.set_parse_math(False)
+            label.set_fontfamily("monospace")
+    else:
+        axes.set_xlabel("token")
+        step = max(len(tokens) // 16, 1)
+        axes.set_xticks(range(0, len(tokens), step), [str(token) for token in tokens[::step]])
+
+
+def _visible(piece: str) -> str:
+    """What can be read as a label: " a\n" -> "·a↵"."""
+    shown = piece.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+    return "".join(letter if letter.isprintable() else "▯" for letter in shown) or "▯"
+
+
+def _of(trace: Trace) -> str:
+    return f" of {plain(trace.model)}" if trace.model else ""
+
+
+def _line_figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(color="#e4e7ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

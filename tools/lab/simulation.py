@@ -1,0 +1,206 @@
+"""Tiers on a trace: the policies of ``moetier.tiers`` on real slots, with loads that are done at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moetier.runtime.trace.trace import NONE, Trace
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Clairvoyant, Order
+from moetier.tiers.cache.quotas import BlockPolicy, Group
+from moetier.tiers.cache.slots import Slots
+from moetier.tiers.host.warmup import HotSet
+from moetier.tiers.layout import ExpertKey
+
+POLICIES = (*ORDERS, "learned", "belady")  # those that tiers have, and two to measure by
+AHEAD = 8  # loads that a host tier of four loaders has in flight for one caller
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one forward pass wants of one block: a prompt's experts, or those of one token."""
+
+    keys: tuple[ExpertKey, ...]  # ascending, as the model's forward asks
+    is_prompt: bool
+
+
+@dataclass(slots=True)
+class Count:
+    """Of lookups, each against the state before its demand."""
+
+    hits: int = 0
+    lookups: int = 0
+
+    @property
+    def misses(self) -> int:
+        return self.lookups - self.hits
+
+    @property
+    def hit_ratio(self) -> float:
+        return self.hits / self.lookups if self.lookups else 0.0
+
+    def add(self, wanted: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
+        self.hits += len(wanted) - len(missing)
+        self.lookups += len(wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One policy with ``slots`` experts of each block cached, cold at the start of every sequence."""
+
+    policy: str
+    slots: int
+    tokens: int  # that were decoded
+    decoding: Count
+    prompts: Count
+    device: Count  # of the device tier above it, in decoding; no lookups where there is none
+    preloads: int  # loads before a sequence: of the experts that were used most until then
+
+
+class SimulatedTier:
+    """The slots of one block."""
+
+    def __init__(self, block: int, quota: int, make_order: Callable[[int], Order]) -> None:
+        self._block = block
+        self._slots = Slots(quota)
+        self._policy = BlockPolicy(self._slots, [Group((block,), quota)], make_order)
+
+    def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
+        """Returns the misses. What is given first is evicted last."""
+        missing = [key for key in keys if self._slots.find(key) is None]
+        if is_prompt and self._policy.is_passage(self._block, len(keys)):
+            self._stream(keys, missing)
+        else:
+            for key in reversed(keys):
+                if self._slots.find(key) is None:
+                    self._load(key, keys)
+                self._policy.touch(self._slot(key))
+        return missing
+
+    def preload(self, keys: Sequence[ExpertKey]) -> int:
+        """Into EMPTY slots, before anything is wanted; returns how many."""
+        for key in reversed(keys):
+            self._load(key, keys)
+        return len(keys)
+
+    @property
+    def resident(self) -> list[ExpertKey]:
+        return [self._slots.key(slot) for slot in range(self._slots.count) if self._slots.is_ready(slot)]
+
+    def check_integrity(self) -> None:
+        self._slots.check_integrity()
+        self._policy.check_integrity()
+
+    def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
+        slot = self._policy.choose(self._block, keep=keep.__contains__)
+        if slot is None:  # fewer slots than one token wants
+            slot = self._policy.choose(self._block)
+        assert slot is not None
+        self._fill(slot, key, passing=False)
+
+    def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
+        """As a host tier does it: what is resident is computed with first, what is not is loaded ahead of it."""
+        waiting = deque(self._slot(key) for key in keys if key not in set(missing))
+        for slot in reversed(waiting):
+            self._policy.touch(slot, passing=True)
+        for slot in waiting:
+            self._slots.pin(slot)
+        loaded: deque[int] = deque()
+        for key in missing:
+            if len(loaded) == AHEAD:
+                while waiting:
+                    self._slots.unpin(waiting.popleft())
+                self._slots.unpin(loaded.popleft())
+            while (found := self._policy.choose(self._block, passing=True)) is None:
+                self._slots.unpin((waiting or loaded).popleft())
+            self._fill(found, key, passing=True)
+            self._slots.pin(found)
+            loaded.append(found)
+        for slot in (*waiting, *loaded):
+            self._slots.unpin(slot)
+
+    def _fill(self, slot: int, key: ExpertKey, *, passing: bool) -> None:
+        if self._slots.is_ready(slot):
+            self._policy.forget(slot)
+            self._slots.evict(slot)
+        self._slots.begin(slot, key)
+        self._slots.fill(slot)
+        self._policy.admit(self._block, slot, passing=passing)
+
+    def _slot(self, key: ExpertKey) -> int:
+        slot = self._slots.find(key)
+        assert slot is not None
+        return slot
+
+
+def demands_of(trace: Trace, sequence: int, block: int) -> list[Demand]:
+    """In order; a prompt passes through the block at once."""
+    span = trace.sequences[sequence]
+    prompt = trace.n_prefill[sequence] if trace.n_prefill else 0
+    found = [Demand(_keys(block, trace.experts[span.start : span.start + prompt, block]), is_prompt=True)]
+    found += [Demand(_keys(block, trace.experts[token, block]), is_prompt=False) for token in span[prompt:]]
+    return [demand for demand in found if demand.keys]
+
+
+def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) -> Outcome:
+    """``device_slots``: experts of each block that a device tier above has, in the same order where ``policy`` is one
+    that tiers have, else in the default one; what it misses is what ``policy`` is asked for."""
+    decoding, prompts, device, preloads = Count(), Count(), Count(), 0
+    for block, experts in enumerate(trace.num_experts):
+        quota = min(slots, experts)
+        known = HotSet()
+        for sequence in range(len(trace.sequences)):
+            demands = demands_of(trace, sequence, block)
+            if device_slots:
+                above = SimulatedTier(
+                    block, min(device_slots, experts), ORDERS[policy if policy in ORDERS else DEFAULT_ORDER]
+                )
+                demands = _missed(above, demands, device)
+            if policy == "belady":
+                _foresee(block, quota, demands, decoding, prompts)
+                continue
+            tier = SimulatedTier(block, quota, ORDERS["lru" if policy == "learned" else policy])
+            if policy == "learned":
+                preloads += tier.preload(known.hottest(block, quota))
+                used = HotSet()
+                for demand in demands:
+                    used.use(demand.keys)
+                known = used.after(known, {block: experts})
+            for demand in demands:
+                missing = tier.demand(demand.keys, is_prompt=demand.is_prompt)
+                (prompts if demand.is_prompt else decoding).add(demand.keys, missing)
+    tokens = trace.tokens - sum(trace.n_prefill)
+    return Outcome(policy, slots, tokens, decoding, prompts, device, preloads)
+
+
+def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> list[Demand]:
+    """What the tier below is asked for; counts what is decoded."""
+    below = []
+    for demand in demands:
+        missing = tier.demand(demand.keys, is_prompt=demand.is_prompt)
+        if not demand.is_prompt:
+            count.add(demand.keys, missing)
+        if missing:
+            below.append(Demand(tuple(missing), demand.is_prompt))
+    return below
+
+
+def _foresee(block: int, quota: int, demands: Sequence[Demand], decoding: Count, prompts: Count) -> None:
+    uses: dict[ExpertKey, list[int]] = {}
+    for now, demand in enumerate(demands):
+        for key in demand.keys:
+            uses.setdefault(key, []).append(now)
+    order = Clairvoyant(uses)
+    tier = SimulatedTier(block, quota, lambda quota: order)
+    for order.now, demand in enumerate(demands):
+        # where they can't all stay, what is used next is to be loaded last
+        keys = sorted(demand.keys, key=order.next_use, reverse=demand.is_prompt)
+        missing = tier.demand(keys, is_prompt=demand.is_prompt)
+        (prompts if demand.is_prompt else decoding).add(keys, missing)
+
+
+def _keys(block: int, experts: object) -> tuple[ExpertKey, ...]:
+    return tuple(ExpertKey(block, int(expert)) for expert in np.unique(np.asarray(experts)) if expert != NONE)

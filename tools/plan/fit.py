@@ -1,0 +1,191 @@
+"""Whether a choice works on this machine, and what of it lies in which tier: by the budgets that it would load with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetier.runtime.checkpoint.disk_space import free_bytes
+from moetier.runtime.config import TierConfig, format_bytes
+from moetier.runtime.kernels.api import Kernels
+from moetier.runtime.memory import MARGIN_BYTES, MARGIN_SHARE, Available
+from moetier.runtime.model.budgets import Needs, context_bytes, largest_decoded, scratch_numbers
+from moetier.runtime.model.kv_cache import kv_cache_bytes
+from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.cache.budget import slots_for, smallest_budget
+from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
+from moetier.tools.convert.target import SLACK_BYTES
+
+from .choices import Choice, Prospect
+
+# What is recommended first. 8 bits come before, where all experts then stay in memory. A trunk of 8 bits costs nothing
+# that could be measured, one of 4 does (docs/quality.md).
+BITS_ORDER, TRUNK_ORDER = (4, 3, 2, 8, 16), (8, 4, 16)
+LEAST_CONTEXT = 256  # tokens that are tried in place of a longer context
+
+
+@dataclass(frozen=True)
+class Room:
+    """What this machine has, as a process finds it that has imported what a model needs."""
+
+    host: Available
+    device: torch.device
+    on_device: Available | None  # None on a CPU
+    disk_free: int  # where the model directory is to be
+    idle_bytes: int  # of such a process
+    into: Path
+
+    @classmethod
+    def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> Room:
+        there = None
+        if device.type == "cuda":
+            there = Available(torch.cuda.mem_get_info(device)[0], str(device))
+        return cls(host, device, there, free_bytes(into), idle_bytes, into)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A choice on this machine. ``problem`` is why it can't work; then there are no slots."""
+
+    choice: Choice
+    needs: Needs
+    kv_bytes: int
+    slots: Mapping[str, int]  # of the host tier, by array
+    device_slots: Mapping[str, int] | None
+    arena_bytes: int
+    problem: MoetierError | None
+
+    @property
+    def works(self) -> bool:
+        return self.problem is None
+
+    @property
+    def slot_count(self) -> int:
+        return sum(self.slots.values())
+
+    @property
+    def all_resident(self) -> bool:
+        return self.works and self.slot_count == self.choice.manifest.record_count
+
+    @property
+    def streams(self) -> bool:
+        """Whether the slots are too few for each block to keep what one token needs."""
+        return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
+
+
+def fit_of(prospect: Prospect, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
+    manifest, model = choice.manifest, prospect.model
+    scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
+    on_cpu = room.device.type == "cpu"
+    needs = Needs(
+        trunk=choice.trunk_bytes if on_cpu else 0,
+        cache=context_bytes(model, manifest, config.context),
+        scratch=scratch * model.dtype.itemsize,
+    )
+    kv = kv_cache_bytes(model.config, config.context, dtype=model.dtype)
+    slots: Mapping[str, int] = {}
+    device_slots, arena, problem, there = None, 0, _disk_problem(prospect, choice, room), room.host
+    try:
+        slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
+        if room.on_device is not None:
+            there = room.on_device
+            left = Available(max(there.bytes - choice.trunk_bytes, 0), there.limiter)
+            device_slots = slots_for(manifest, needs.device_budget(manifest, config.device_memory, left))
+        arena = ArenaPlan.of(manifest, slots).nbytes
+    except BudgetError as error:
+        problem, slots = problem or _memory_problem(error, choice, needs, config, there, room), {}
+    if problem:
+        slots, device_slots = {}, None
+    return Fit(choice, needs, kv, slots, device_slots, arena, problem)
+
+
+def _disk_problem(prospect: Prospect, choice: Choice, room: Room) -> MoetierError | None:
+    outline = prospect.outline
+    if outline is None:
+        return None
+    needed, what = choice.disk_bytes + SLACK_BYTES, f"A model directory with {choice.options} takes"
+    if outline.on_hub:
+        needed += prospect.passing_bytes
+        what = f"A model directory with {choice.options}, and files of the checkpoint on their way into it, take"
+    if needed <= room.disk_free:
+        return None
+    return DiskSpaceError(
+        f"{what} {format_bytes(needed)} in {room.into}; {format_bytes(room.disk_free)} are free.",
+        "Free some space, or name another disk with --into.",
+    )
+
+
+def _memory_problem(
+    error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: Room
+) -> BudgetError:
+    """In whole: budgets know only what the trunk leaves. ``there`` is where it is too little: with a GPU the trunk and
+    the context are on it, and the host has experts alone."""
+    if (config.ram or config.device_memory) and "Give `" in error.fix:
+        return error
+    least = smallest_budget(choice.manifest)
+    experts = f"a token's experts of a block ({format_bytes(least)})"
+    if room.on_device is not None and there is room.host:
+        needed = needed_bytes(least)
+        what = f"{experts} need {format_bytes(needed)} beside the GPU's memory"
+    else:
+        needed = needed_bytes(needs.reserve + least) + choice.trunk_bytes
+        what = (
+            f"trunk ({format_bytes(choice.trunk_bytes)}), a context of {config.context} tokens "
+            f"({format_bytes(needs.reserve)}) and {experts} need {format_bytes(needed)}"
+        )
+    on_gpu = there is room.on_device
+    return BudgetError(
+        f"With {choice.options}, {what}; {there.limiter} leaves {format_bytes(there.bytes)}.",
+        "Free some of its memory, or give --device cpu." if on_gpu else "Free some memory, or raise the limit.",
+    )
+
+
+def needed_bytes(used: int) -> int:
+    """That have to be there, where so many are to be ``used``: with the margin of ``budget_for``."""
+    return int((used + MARGIN_BYTES) / (1 - MARGIN_SHARE))
+
+
+def by_preference(fits: Iterable[Fit]) -> list[Fit]:
+    """Those that work, what is recommended first."""
+
+    def rank(fit: Fit) -> tuple[int, int]:
+        bits = -1 if fit.choice.bits == 8 and fit.all_resident else BITS_ORDER.index(fit.choice.bits)
+        return bits, TRUNK_ORDER.index(fit.choice.trunk_bits)
+
+    return sorted((fit for fit in fits if fit.works), key=rank)
+
+
+def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]], config: TierConfig) -> MoetierError:
+    """Why none of ``asked`` works, and the nearest that does: another width, else a shorter context."""
+    worst = min(asked, key=lambda fit: fit.choice.disk_bytes)
+    problem = worst.problem
+    assert problem is not None
+    if "Give `" in problem.fix:  # a budget that is out of bounds, which are said
+        return problem
+    tried = config
+    while True:
+        if found := by_preference(evaluate(tried)):
+            nearest = max(found, key=lambda fit: (fit.choice.bits, fit.choice.trunk_bits))
+            context = f" --context {tried.context}" if tried.context != config.context else ""
+            return type(problem)(problem.cause, f"{nearest.choice.options}{context} works. {problem.fix}")
+        if tried.context <= LEAST_CONTEXT:
+            return type(problem)(problem.cause, f"No width and no shorter context works either. {problem.fix}")
+        tried = replace(tried, context=max(tried.context // 2, LEAST_CONTEXT))
+
+
+def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
+    """Bytes of a process that runs it, when its context and its slots are full."""
+    on_cpu = room.device.type == "cpu"
+    parts = {
+        "idle_bytes": room.idle_bytes,
+        "trunk_bytes": fit.choice.trunk_bytes,
+        "kv_cache_bytes": fit.kv_bytes,
+        "computing_bytes": fit.needs.reserve - fit.kv_bytes,
+        "experts_bytes": fit.arena_bytes,
+    }
+    beside = () if on_cpu else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # are on the device
+    return parts | {"process_bytes": sum(size for name, size in parts.items() if name not in beside)}

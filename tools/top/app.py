@@ -1,0 +1,226 @@
+"""``moetier top`` on the screen. It alone, with its widgets, needs textual."""
+
+from __future__ import annotations
+
+import asyncio
+import pwd
+import signal
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.message import Message
+from textual.widgets import Footer, Static
+
+from moetier.runtime.wire.address import Address, runtime_folder
+from moetier.runtime.wire.probe import Running
+from moetier.tiers.errors import MoetierError
+from moetier.tools.cli.plain import plain
+from moetier.tools.cli.report import format_seconds
+
+from . import top_parts
+from .heat import heatmap
+from .history import History, ModelHistory
+from .watch import Look, Watch
+from .widgets import Choice, Help, Part
+
+INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds
+TERMINATED = 128 + signal.SIGTERM
+NARROW_HEAT = 20  # lines of the experts where the parts stand below each other
+
+
+class Told(Message):
+    """What the watch has seen, or why it has not."""
+
+    def __init__(self, seen: Look | MoetierError) -> None:
+        super().__init__()
+        self.seen = seen
+
+
+class Top(App[None]):
+    """Shows the daemon at ``address``, or lets one of those that were ``found`` be chosen. The watch is its own to
+    begin and to end."""
+
+    TITLE = "moetier top"
+    ENABLE_COMMAND_PALETTE = False
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012 - as App declares it
+        (0, "-narrow"),
+        (120, "-wide"),
+    ]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "end"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
+        Binding("p", "pause", "pause"),
+        Binding("plus,equals_sign", "interval(1)", "less often", key_display="+"),
+        Binding("minus", "interval(-1)", "more often", key_display="-"),
+        Binding("u", "uses", "uses"),
+        Binding("m", "model", "model"),
+        Binding("question_mark", "help", "help", key_display="?"),
+    ]
+    CSS = """
+    #head { height: 1; padding: 0 1; background: $panel; }
+    #away { height: auto; padding: 0 1; background: $error-darken-2; color: $text; display: none; }
+    #away.shown { display: block; }
+    #columns { height: 1fr; }
+    Part { border: round $surface-lighten-2; border-title-color: $text-muted; padding: 0 1; height: auto; }
+    Part:focus { border: round $accent; border-title-color: $accent; background-tint: $foreground 0%; }
+    .-narrow #columns { layout: vertical; overflow-y: auto; }
+    .-narrow #left, .-narrow #experts { height: auto; width: 100%; }
+    .-wide #left { width: 50%; min-width: 72; max-width: 88; overflow-y: auto; }
+    .-wide #experts { width: 1fr; height: 1fr; }
+    .-wide #clients { min-height: 5; }
+    Help { align: center middle; }
+    Help VerticalScroll { width: 76; max-width: 100%; height: auto; max-height: 100%; }
+    Help VerticalScroll { padding: 1 2; border: round $accent; background: $panel; }
+    """
+
+    def __init__(self, found: Sequence[Running], address: Address | None, watch: Watch) -> None:
+        super().__init__()
+        self._found = found
+        self._address = address
+        self._watch = watch
+        self._seen: Look | None = None
+        self._error: MoetierError | None = None
+        self._history = History()
+        self._model = 0
+        self._is_lately = False
+        # kept, and not looked for: a look may be told while the screen is taken down
+        self._heading = Static(id="head")
+        self._away = Static(id="away")
+        self._parts = {name: Part(name) for name in ("tiers", "history", "prefetches", "clients", "experts")}
+
+    def compose(self) -> ComposeResult:
+        yield self._heading
+        yield self._away
+        with Horizontal(id="columns"):
+            with Vertical(id="left"):
+                yield from (part for name, part in self._parts.items() if name != "experts")
+            yield self._parts["experts"]
+        yield Footer()
+
+    def on_mount(self) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
+        if self._address is None:
+            self.push_screen(Choice(self._found))
+        else:
+            self._begin(self._address)
+
+    def on_unmount(self) -> None:
+        self._watch.end()
+
+    def on_choice_made(self, made: Choice.Made) -> None:
+        self.pop_screen()
+        self._begin(made.address)
+
+    def on_told(self, told: Told) -> None:
+        if isinstance(told.seen, MoetierError):
+            self._error = told.seen
+        else:
+            self._seen, self._error = told.seen, None
+            self._history.add(told.seen.described, told.seen.stats)
+        self._show()
+
+    def on_part_sized(self) -> None:
+        self._show()
+
+    def action_pause(self) -> None:
+        self._watch.change(paused=not self._watch.paused)
+        self._show()
+
+    def action_interval(self, step: int) -> None:
+        now = self._watch.interval
+        others = [value for value in INTERVALS if (value - now) * step > 0]
+        if others:
+            self._watch.change(interval=min(others, key=lambda value: abs(value - now)))
+        self._show()
+
+    def action_uses(self) -> None:
+        self._is_lately = not self._is_lately
+        self._show()
+
+    def action_model(self) -> None:
+        self._model += 1
+        self._show()
+
+    def action_help(self) -> None:
+        if not isinstance(self.screen, Help):
+            self.push_screen(Help())
+
+    async def action_quit(self) -> None:
+        self.exit()
+
+    def _begin(self, address: Address) -> None:
+        self._address = address
+        self._parts["tiers"].focus()
+        self._watch.begin(address, lambda seen: self.post_message(Told(seen)))
+        self._show()
+
+    def _terminate(self) -> None:
+        self.exit(return_code=TERMINATED)
+
+    # -- what is shown -------------------------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        self._away.set_class(self._error is not None, "shown")
+        if self._error is not None:
+            self._away.update(Text(f"{plain(self._error.cause)} Trying again.", overflow="fold"))
+        self._heading.update(self._head())
+        models = list(self._history.models.values())
+        if models:
+            self._show_model(models[self._model % len(models)], len(models))
+
+    @property
+    def _is_wide(self) -> bool:
+        return bool(self.screen_stack) and self.screen_stack[0].has_class("-wide")
+
+    def _head(self) -> Text:
+        state = "paused" if self._watch.paused else f"every {self._watch.interval:g} s"
+        address = "" if self._address is None else plain(_name(self._address))
+        parts = ("moetier top  ", "bold"), address, (f"  {state}", "bold")
+        text = Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+        if self._seen is not None:
+            described, stats = self._seen.described, self._seen.stats
+            up = format_seconds(stats.uptime_s)
+            text.append(f"  process {described.pid}, moetier {plain(described.version)}, up {up}", "dim")
+        return text
+
+    def _show_model(self, model: ModelHistory, of: int) -> None:
+        assert self._address is not None
+        parts = self._parts
+        number = f" ({self._model % of + 1} of {of})" if of > 1 else ""
+        parts["tiers"].show(top_parts.tiers(model), f"{plain(model.stats.name)}{number}")
+        parts["history"].show(top_parts.history(model, _width(parts["history"])))
+        parts["prefetches"].show(top_parts.prefetches(model.stats.host))
+        folder = self._address.folder
+        parts["clients"].show(
+            top_parts.clients(model, local=folder is not None),
+            f"clients of {_user(folder.stat().st_uid)}" if folder is not None and folder.exists() else "clients",
+        )
+        experts = parts["experts"]
+        blocks = model.details.blocks
+        uses = model.lately if self._is_lately and model.lately else [list(block.uses) for block in blocks]
+        height = experts.scrollable_content_region.height if self._is_wide else NARROW_HEAT
+        experts.show(
+            heatmap(blocks, uses, _width(experts), height),
+            f"experts by block, uses {'lately' if self._is_lately else 'since the start'}",
+        )
+
+
+def _width(part: Part) -> int:
+    return part.scrollable_content_region.width
+
+
+def _name(address: Address) -> str:
+    """As short as it can be typed."""
+    folder = address.folder
+    return folder.name if folder is not None and folder.parent == runtime_folder() else str(address)
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
