@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from daemons import running_daemon
+from places import HELPERS
 from prepared import Prepared
 from readers import PATIENCE, GatedReader
 from stores import make_plan, make_records
@@ -28,7 +29,7 @@ from moetier.tiers.interrupts import WHOLE, postpone_interrupts, raise_interrupt
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import read_manifest, store_folder
 
-SCRIPT = Path(__file__).parent.parent / "helpers" / "interrupted.py"
+SCRIPT = HELPERS / "interrupted.py"
 PLAN = make_plan(blocks=1, experts=2, top_k=1)
 
 

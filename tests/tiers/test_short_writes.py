@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 from faults import only, strace
+from places import HELPERS, ROOT
 from safetensors.numpy import load_file
-
-ROOT = Path(__file__).parents[2]
-HELPERS = Path(__file__).parent.parent / "helpers"
 
 BEGIN = f"""
 import errno, mmap, resource, signal, sys

@@ -10,9 +10,9 @@ import pytest
 from checkpoints import save_checkpoint
 from error_bench import CASES, workplace
 from error_texts import GOLDEN, file_of
+from places import DOCS, ROOT
 from prepared import Prepared
 
-ROOT = Path(__file__).parents[2]
 LONGEST = 400  # characters of a line
 
 
@@ -47,7 +47,7 @@ def test_it_is_a_cause_and_what_to_do(file: Path) -> None:
 
 def test_every_fault_has_a_test() -> None:
     """Those that the table in docs/acceptance.md names are there, and each of those here is named."""
-    section = (ROOT / "docs" / "acceptance.md").read_text().split("## Faults\n")[1].split("\n## ")[0]
+    section = (DOCS / "acceptance.md").read_text().split("## Faults\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 25
     assert all("::" in row for row in rows)

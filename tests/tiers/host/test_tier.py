@@ -1,0 +1,866 @@
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from forks import in_fork
+from geometries import two_geometries
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from places import HELPERS
+from readers import PATIENCE, GatedReader, RamReader
+from stores import make_plan, make_records
+from threads import Task, run_all, wait_until
+
+from moetier.tiers.cache.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
+from moetier.tiers.host import prefetch as early
+from moetier.tiers.host.prefetch import LEAST_RIGHT
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.host.warmup import HotSet
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.source import Beginning, Lease
+
+PLAN = make_plan(blocks=3, experts=4, top_k=2)
+RECORDS = make_records(PLAN)  # no two alike
+SMALLEST = slots_for(PLAN, smallest_budget(PLAN))
+
+
+def keys(block: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(block, expert) for expert in experts]
+
+
+def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:
+    """Acquires and checks; the keys in order of arrival."""
+    arrived = []
+    for lease in tier.acquire(keys(block, *experts)):
+        assert bytes(lease.record) == RECORDS[lease.key]
+        tier.check_integrity()
+        arrived.append(lease.key)
+    return arrived
+
+
+@pytest.fixture
+def gate() -> Iterator[GatedReader]:
+    reader = GatedReader(PLAN, RECORDS)
+    yield reader
+    reader.open()
+
+
+# -- one caller --------------------------------------------------------------------------------------------------------
+
+
+def test_arrivals_come_in_the_order_in_which_they_are_read(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}) as tier:
+        leases = tier.acquire(keys(0, 0, 1, 2))
+        for expert in (2, 0, 1):
+            gate.release(ExpertKey(0, expert))
+            assert next(leases).key == ExpertKey(0, expert)
+        assert next(leases, None) is None
+
+
+def test_loads_begin_before_the_first_resident_is_yielded(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}) as tier:
+        gate.release(ExpertKey(0, 3))
+        take(tier, 0, 3)
+        leases = tier.acquire(keys(0, 0, 1, 2, 3))
+        assert next(leases).key == ExpertKey(0, 3)
+        gate.wait_begun(*keys(0, 0, 1, 2))
+        gate.open()
+        assert len(list(leases)) == 3
+
+
+def test_a_lease_is_readable_read_only_and_numbered() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
+        first = [(lease.slot, lease.record) for lease in tier.acquire(keys(0, 0, 1))]
+        again = [(lease.slot, lease.record) for lease in tier.acquire(keys(0, 0, 1))]
+        assert sorted(slot for slot, _ in first) == sorted({slot for slot, _ in first})
+        for slot, record in first:
+            assert record.readonly
+            assert len(record) == PLAN.layouts["records"].record_bytes
+            assert any(record is same for other, same in again if other == slot), "who wraps a record knows it again"
+
+
+def test_two_record_sizes() -> None:
+    plan = two_geometries()
+    records = make_records(plan)
+    reader = RamReader(plan, records)
+    for budget in (smallest_budget(plan), largest_budget(plan)):
+        slots = slots_for(plan, budget)
+        with HostTier(reader, slots=slots) as tier:
+            numbers: dict[str, set[int]] = {"big": set(), "small": set()}
+            for _ in range(2):
+                for block, entry in enumerate(plan.blocks):
+                    for lease in tier.acquire(keys(block, 0, 1, 2, 3)):
+                        assert bytes(lease.record) == records[lease.key]
+                        numbers[entry.array].add(lease.slot)
+            assert not numbers["big"] & numbers["small"]
+            stats = tier.stats()
+            assert stats.slots == stats.ready == sum(slots.values())
+            assert sum(stats.loads) == stats.misses >= 12
+            assert (stats.load_seconds > 0, stats.leased) == (True, 0)
+            assert stats.slot_bytes == sum(plan.layouts[name].slot_bytes * count for name, count in slots.items())
+            tier.check_integrity()
+
+
+def test_memory_that_can_not_be_had_leaves_nothing() -> None:
+    """The arena is larger than the process may make files."""
+    output = in_child(
+        """
+        import os, resource, threading
+        from geometries import two_geometries
+        from readers import RamReader
+        from moetier.tiers.errors import BudgetError
+        from moetier.tiers.host.tier import HostTier
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        before = os.listdir("/proc/self/fd")
+        try:
+            HostTier(RamReader(two_geometries(), {}), slots={"small": 2, "big": 3})
+        except BudgetError as error:
+            print(error.cause)
+        assert os.listdir("/proc/self/fd") == before
+        assert "memfd:moetier" not in open("/proc/self/maps").read()
+        assert not [thread for thread in threading.enumerate() if "moetier" in thread.name]
+        """
+    )
+    assert "122,880 bytes" in output, "a page, three big ones and two small ones"
+
+
+def test_a_tier_that_nobody_closes_does_not_keep_its_process() -> None:
+    """Not even with a read under way that never ends."""
+    output = in_child(
+        """
+        from readers import GatedReader
+        from stores import make_plan
+        from moetier.tiers.host.tier import HostTier
+        from moetier.tiers.layout import ExpertKey
+        reader = GatedReader(make_plan(), {})
+        tier = HostTier(reader, slots={"records": 2})
+        tier.prefetch(0, [ExpertKey(0, 0)])
+        reader.wait_begun(ExpertKey(0, 0))
+        print("end")
+        """,
+        timeout=PATIENCE / 2,  # the reader would give up after PATIENCE
+    )
+    assert output == "end\n"
+
+
+def test_a_session_for_which_no_thread_is_to_be_had_leaves_the_tier_as_it_was() -> None:
+    output = in_child(
+        """
+        import resource
+        from queue import SimpleQueue
+        from pathlib import Path
+        from readers import RamReader
+        from stores import make_plan, make_records
+        from moetier.tiers.host.tier import HostTier
+        from moetier.tiers.layout import ExpertKey
+        plan = make_plan()
+        with HostTier(RamReader(plan, make_records(plan)), slots={"records": 2}) as tier:
+            limits = resource.getrlimit(resource.RLIMIT_AS)
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), limits[1]))  # a stack takes 8 MiB
+            try:
+                tier.session(print)
+            except RuntimeError as error:
+                print(error)
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+            events = SimpleQueue()
+            first, second = tier.session(events.put), tier.session(events.put, patience=0.01)
+            first.acquire(1, [ExpertKey(0, 0), ExpertKey(0, 1)])
+            for _ in range(2):
+                events.get(timeout=30)
+            second.acquire(1, [ExpertKey(1, 0)])
+            print(type(events.get(timeout=30).error).__name__)
+        """
+    )
+    assert output == "can't start new thread\nExhaustedError\n"
+
+
+def in_child(code: str, timeout: float = PATIENCE) -> str:
+    helpers = str(HELPERS)
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+# -- several callers ---------------------------------------------------------------------------------------------------
+
+
+def test_eight_callers_of_one_expert_are_one_read(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 2}) as tier:
+        tasks = [Task(lambda: take(tier, 0, 1)) for _ in range(8)]
+        wait_until(lambda: tier.stats().misses == 8)
+        gate.open()
+        for task in tasks:
+            assert task.result() == keys(0, 1)
+        assert gate.reads == {ExpertKey(0, 1): 1}
+        stats = tier.stats()
+        assert (stats.hits, stats.misses, stats.joined) == (0, 8, 7)
+        assert stats.bytes_in == PLAN.layouts["records"].slot_bytes
+
+
+def test_an_error_reaches_all_who_wait_and_poisons_nothing(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 4}) as tier:
+        gate.broken.add(ExpertKey(0, 1))
+        gate.release(ExpertKey(0, 0))
+        take(tier, 0, 0)
+        tasks = [Task(lambda: take(tier, 0, 0, 1)) for _ in range(5)]
+        wait_until(lambda: tier.stats().misses == 6)
+        gate.open()
+        for task in tasks:
+            with pytest.raises(StoreReadError, match="expert 1 can't be read"):
+                task.result()
+        tier.check_integrity()
+        stats = tier.stats()
+        assert (stats.failures, stats.ready) == (1, 1)
+        assert gate.reads[ExpertKey(0, 1)] == 1
+        assert take(tier, 0, 0, 2, 3) == keys(0, 0, 2, 3), "others are served"
+        gate.broken.clear()
+        assert take(tier, 0, 1) == keys(0, 1), "and this one, as soon as it can be read"
+
+
+def test_an_error_of_any_kind_reaches_the_caller() -> None:
+    class Odd(RamReader):
+        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
+            raise SystemExit(f"what {key}?")
+
+    with HostTier(Odd(PLAN, RECORDS), slots=SMALLEST) as tier:
+        for _ in range(5):  # loaders live on
+            with pytest.raises(SystemExit, match="what block 0 expert 0"):
+                list(tier.acquire(keys(0, 0)))
+        tier.check_integrity()
+
+
+def test_a_failed_read_keeps_no_hold_on_the_memory() -> None:
+    """The traceback of an error names frames that held the slot's buffer."""
+    reader = RamReader(PLAN, RECORDS)
+    reader.broken.add(ExpertKey(0, 0))
+    with HostTier(reader, slots=SMALLEST) as tier, pytest.raises(StoreReadError) as caught:
+        list(tier.acquire(keys(0, 0)))
+    assert "memfd:moetier-arena" not in Path("/proc/self/maps").read_text()
+    assert caught.traceback
+
+
+def test_a_closed_iterator_gives_everything_back(gate: GatedReader) -> None:
+    with HostTier(gate, slots=SMALLEST) as tier:
+        gate.release(ExpertKey(0, 0))
+        leases = tier.acquire(keys(0, 0, 1, 2))
+        assert next(leases).key == ExpertKey(0, 0)
+        gate.wait_begun(ExpertKey(0, 1))
+        leases.close()  # one leased, one in flight, one not begun
+        tier.check_integrity()
+        gate.open()
+        assert set(take(tier, 1, 0, 1, 2)) == set(keys(1, 0, 1, 2))
+        wait_until(lambda: gate.reads[ExpertKey(0, 1)] == 1)  # its loader may be the last to notice
+        assert gate.reads[ExpertKey(0, 2)] == 0
+
+
+def test_an_exception_of_the_consumer_gives_everything_back() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
+
+        def consume() -> None:
+            for lease in tier.acquire(keys(0, 0, 1, 2)):
+                raise ZeroDivisionError(lease.key)
+
+        with pytest.raises(ZeroDivisionError):
+            consume()
+        assert len(take(tier, 1, 0, 1, 2)) == 3
+
+
+def test_a_lost_iterator_gives_back_wherever_the_collector_finds_it() -> None:
+    """It runs on nearly every allocation here, also while its thread holds the tier's lock."""
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 4}) as tier:
+
+        def lose(block: int) -> None:
+            leases = tier.acquire(keys(block, 0, 1, 2))
+            next(leases)
+            cycle: list[object] = [leases]
+            cycle.append(cycle)
+
+        def work() -> None:
+            for number in range(40):
+                lose(number % 3)
+                take(tier, (number + 1) % 3, 0, 1, 2)
+
+        threshold = gc.get_threshold()
+        gc.set_threshold(1)
+        try:
+            run_all([work] * 2)
+        finally:
+            gc.set_threshold(*threshold)
+        gc.collect()
+        tier.check_integrity()
+        assert not tier._ledger._demands
+
+
+def test_when_all_slots_are_held_a_caller_waits_until_they_are_given_back() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
+        held = tier.acquire(keys(0, 0, 1))
+        next(held)
+        wait_until(lambda: tier.stats().ready == 2)
+        waiting = Task(lambda: take(tier, 1, 0))
+        wait_until(lambda: tier.stats().misses == 3)
+        assert waiting.thread.is_alive()
+        tier.check_integrity()
+        assert len(list(held)) < 2  # gives them back
+        assert waiting.result() == keys(1, 0)
+        stats = tier.stats()
+        assert (stats.waits > 0, stats.wait_seconds > 0) == (True, True)
+
+
+def test_ten_callers_at_the_smallest_budget_come_to_an_end() -> None:
+    reader = RamReader(PLAN, RECORDS)
+    with HostTier(reader, slots=SMALLEST, loaders=2) as tier:
+
+        def caller(number: int) -> int:
+            return sum(len(take(tier, (number + step) % 3, 0, 1, 2, 3)) for step in range(15))
+
+        assert run_all([lambda n=n: caller(n) for n in range(10)]) == [60] * 10
+        stats = tier.stats()
+        assert stats.hits + stats.misses == 600
+        assert sum(reader.reads.values()) == stats.misses - stats.joined
+
+
+# -- prefetch ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wish_is_there_when_the_demand_comes() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
+        tier.prefetch(1, keys(1, 2, 3))
+        wait_until(lambda: tier.stats().ready == 2)
+        assert set(take(tier, 1, 2, 3)) == set(keys(1, 2, 3))
+        stats = tier.stats()
+        assert (stats.hits, stats.misses, stats.prefetched) == (2, 0, 2)
+
+
+def test_of_records_that_were_never_read_no_pace_is_known() -> None:
+    manifest = two_geometries()
+    with HostTier(RamReader(manifest, make_records(manifest)), slots={"big": 3, "small": 6}) as tier:
+        for _ in range(LEAST_RIGHT):
+            for expert in (0, 1, 2):
+                tier.prefetch(1, keys(1, expert))
+                wait_until(partial(_is_there, tier, 1, expert))
+                assert [lease.key for lease in tier.acquire(keys(1, expert))] == keys(1, expert)
+        assert tier.pace(3) is not None
+        assert tier.pace(0) is None
+
+
+def _is_there(tier: HostTier, block: int, expert: int) -> bool:
+    return tier.absent(keys(block, expert)) == []
+
+
+def test_how_long_a_read_takes_is_known_once_wishes_were_right() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
+        for right, expert in enumerate([0, 1, 2, 3] * 3):  # of two slots: none is there when its turn comes
+            assert (tier.pace(1) is not None) == (right >= LEAST_RIGHT)
+            tier.prefetch(1, keys(1, expert))
+            wait_until(partial(_is_there, tier, 1, expert))
+            take(tier, 1, expert)
+            assert tier.stats().useful == right + 1
+        pace = tier.pace(1)
+        assert pace is not None
+        assert pace.saved > 0
+        assert 0 < pace.read == pace.grain, "so small a record is read at once"
+
+
+def test_a_demand_joins_a_wish_that_is_being_read(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 6}) as tier:
+        tier.prefetch(0, keys(0, 2))
+        gate.wait_begun(ExpertKey(0, 2))
+        task = Task(lambda: take(tier, 0, 2))
+        wait_until(lambda: tier.stats().misses == 1)
+        gate.open()
+        assert task.result() == keys(0, 2)
+        assert gate.reads[ExpertKey(0, 2)] == 1
+        assert tier.stats().joined == 1
+
+
+def test_a_demand_comes_before_wishes_and_finds_a_loader(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0, 1, 2, 3))
+        gate.wait_begun(ExpertKey(0, 0))
+        task = Task(lambda: take(tier, 1, 0))
+        gate.wait_begun(ExpertKey(1, 0))
+        assert gate.begun == [*keys(0, 0), *keys(1, 0)], "one of two loaders is kept for demands"
+        gate.release(ExpertKey(1, 0))
+        task.result()
+        gate.open()
+        wait_until(lambda: tier.stats().prefetched == 4)
+
+
+def test_new_wishes_replace_those_not_begun_and_a_demand_clears_them(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=1) as tier:
+        tier.prefetch(0, keys(0, 0, 1))
+        gate.wait_begun(ExpertKey(0, 0))
+        tier.prefetch(0, keys(0, 2))
+        tier.prefetch(1, keys(1, 0, 1))
+        task = Task(lambda: take(tier, 1, 3))
+        wait_until(lambda: tier.stats().misses == 1)
+        gate.open()
+        task.result()
+        wait_until(lambda: tier.stats().prefetched == 2)
+        take(tier, 2, 0)  # one loader: whatever was left to read has been read by now
+        assert set(gate.reads) == {ExpertKey(0, 0), ExpertKey(0, 2), ExpertKey(1, 3), ExpertKey(2, 0)}
+
+
+def test_a_wish_evicts_neither_what_is_held_nor_what_is_wished_nor_other_blocks() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
+        for block in range(3):
+            take(tier, block, 0, 1)
+        held = tier.acquire(keys(0, 0))
+        next(held)
+        tier.prefetch(0, keys(0, 1, 2, 3))  # the block's two slots: one is held, the other is wished
+        take(tier, 1, 0, 1)
+        take(tier, 2, 0, 1)
+        assert tier.stats().prefetched == 0
+        tier.prefetch(0, keys(0, 3))
+        wait_until(lambda: tier.stats().prefetched == 1)
+        held.close()
+        hits = tier.stats().hits
+        for block, experts in ((0, (0, 3)), (1, (0, 1)), (2, (0, 1))):
+            wait_until(lambda: tier.stats().ready == 6)
+            take(tier, block, *experts)
+        assert tier.stats().hits == hits + 6
+
+
+@contextlib.contextmanager
+def standing_back(gate: GatedReader) -> Iterator[tuple[HostTier, Task[list[ExpertKey]]]]:
+    """A tier, and its demand for a record that is being read; a wish for another could go on, but for that."""
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        task = Task(lambda: take(tier, 1, 0))
+        gate.wait_begun(*keys(1, 0))
+        gate.release(ExpertKey(0, 0))
+        yield tier, task
+
+
+def test_a_wish_that_is_being_read_stands_back_while_demands_are(gate: GatedReader) -> None:
+    with standing_back(gate) as (_, task):
+        time.sleep(0.05)
+        assert not gate.reads, "it could go on, but for the demand"
+        gate.release(ExpertKey(1, 0))
+        task.result()
+        wait_until(lambda: gate.reads[ExpertKey(0, 0)] == 1)
+
+
+def test_a_wish_that_stands_back_goes_on_when_a_demand_joins_it(gate: GatedReader) -> None:
+    with standing_back(gate) as (tier, task):
+        time.sleep(0.05)
+        assert take(tier, 0, 0) == keys(0, 0)
+        gate.open()
+        task.result()
+
+
+def test_a_wish_that_stands_back_is_cancelled_when_its_block_wants_others(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        task = Task(lambda: take(tier, 0, 1))
+        gate.wait_begun(*keys(0, 1))
+        gate.open()
+        task.result()
+        wait_until(lambda: tier.stats().cancelled == 1)
+        assert set(gate.reads) == {ExpertKey(0, 1)}
+        tier.check_integrity()
+        assert tier.absent(keys(0, 0, 1)) == keys(0, 0)
+        assert take(tier, 0, 0, 1) == keys(0, 1, 0)
+
+
+def test_a_demand_joins_a_yielding_prefetch_that_another_demand_joined_and_left(gate: GatedReader) -> None:
+    """The other one leaves before the loader, which it has woken, looks whether there is a demand."""
+    with standing_back(gate) as (tier, task), contextlib.closing(tier.session(lambda event: None)) as session:
+        wait_until(lambda: tier._monitor.sleepers == 2)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1000.0)  # no other thread runs until this one waits
+        try:
+            session.acquire(1, keys(0, 0))
+            session.release(1)
+        finally:
+            sys.setswitchinterval(interval)
+        wait_until(lambda: tier._monitor.sleepers == 2)
+        second = Task(lambda: take(tier, 0, 0))
+        try:
+            assert second.result(PATIENCE / 6) == keys(0, 0)
+        finally:
+            gate.open()
+        task.result()
+
+
+def test_a_demand_for_a_prefetch_that_is_being_cancelled_is_read() -> None:
+    ending, join = threading.Event(), threading.Event()
+
+    class Reader(GatedReader):
+        def read_rest(
+            self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+        ) -> None:
+            try:
+                super().read_rest(key, buffer, beginning, pause)
+            except BaseException:  # the loader has found that it is unwanted
+                ending.set()
+                assert join.wait(PATIENCE)
+                raise
+
+    gate = Reader(PLAN, RECORDS)
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        tier.prefetch(0, [])
+        gate.open()
+        assert ending.wait(PATIENCE)
+        task = Task(lambda: take(tier, 0, 0))
+        wait_until(lambda: tier.stats().misses == 1)
+        join.set()
+        assert task.result(PATIENCE / 6) == keys(0, 0)
+
+
+def test_what_is_being_read_is_absent_and_not_lent(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
+        tier.prefetch(0, keys(0, 0))
+        gate.wait_begun(*keys(0, 0))
+        assert tier.absent(keys(0, 0, 1)) == keys(0, 0, 1)
+        with tier.borrow(ExpertKey(0, 0)) as lease:
+            assert lease is None
+        tier.prefetch(0, [])
+        gate.open()
+        wait_until(lambda: tier.stats().cancelled == 1)
+
+
+def test_a_loan_takes_no_wishes_away(gate: GatedReader) -> None:
+    gate.release(ExpertKey(0, 3))
+    with HostTier(gate, slots={"records": 12}, loaders=1) as tier:
+        take(tier, 0, 3)
+        task = Task(lambda: take(tier, 1, 0))
+        gate.wait_begun(*keys(1, 0))  # by the only loader
+        tier.prefetch(0, keys(0, 0, 1))
+        with tier.borrow(ExpertKey(0, 3)) as lease:
+            assert lease is not None
+        gate.open()
+        task.result()
+        wait_until(lambda: tier.stats().prefetched == 2)
+        assert tier.stats().cancelled == 0
+
+
+def test_nothing_is_lent_while_a_demand_finds_no_slot() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
+        first, second = (tier.acquire(keys(0, expert)) for expert in (0, 1))
+        held = [next(first), next(second)]
+        with tier.borrow(ExpertKey(0, 0)) as lease:
+            assert lease is not None
+            assert lease.record is held[0].record
+            assert lease.slot == held[0].slot
+        task = Task(lambda: take(tier, 1, 0))
+        wait_until(lambda: bool(tier._pools["records"].hungry))
+        with tier.borrow(ExpertKey(0, 0)) as lease:
+            assert lease is None
+        first.close()
+        task.result()
+        second.close()
+        tier.check_integrity()
+
+
+def test_closing_ends_what_stands_back(gate: GatedReader) -> None:
+    with standing_back(gate) as (tier, task):
+        closing = Task(tier.close)
+        with pytest.raises(ClosedError):
+            task.result()
+        gate.open()
+        closing.result()
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_a_warm_up_ends_with_the_tier(gate: GatedReader, loaders: int) -> None:
+    tier = HostTier(gate, slots={"records": 12}, loaders=loaders)
+    tier.warm(HotSet(dict.fromkeys(RECORDS, 1.0)))
+    gate.wait_begun(*keys(0, 0))
+    closing = Task(tier.close)
+    wait_until(lambda: tier._closed)
+    gate.open()
+    closing.result()
+    assert len(gate.reads) <= 1
+    with pytest.raises(ClosedError):
+        tier.warm(HotSet())
+
+
+def test_a_warm_up_reads_nothing_twice_and_evicts_nothing() -> None:
+    reader = RamReader(PLAN, RECORDS)
+    with HostTier(reader, slots={"records": 6}) as tier:
+        take(tier, 0, 3)
+        hot = HotSet({ExpertKey(b, e): e + 1.0 for b in range(3) for e in range(4)})
+        tier.warm(hot)
+        wait_until(lambda: tier.stats().ready == 6)
+        tier.warm(hot)
+        assert tier.absent(list(RECORDS)) == [ExpertKey(b, e) for b in range(3) for e in (0, 1)], "each block's hottest"
+        assert set(reader.reads.values()) == {1}
+        stats = tier.stats()
+        assert (stats.evictions, stats.warmed, stats.recalled, stats.prefetched) == (0, 5, 0, 0)
+        take(tier, 1, 3, 0)
+        assert tier.stats().recalled == 1
+
+
+def test_a_wish_that_can_not_be_read_troubles_nobody() -> None:
+    reader = RamReader(PLAN, RECORDS)
+    reader.broken.add(ExpertKey(0, 0))
+    with HostTier(reader, slots={"records": 6}) as tier:
+        tier.prefetch(0, keys(0, 0))
+        wait_until(lambda: tier.stats().failures == 1)
+        tier.check_integrity()
+        reader.broken.clear()
+        assert take(tier, 0, 0) == keys(0, 0)
+
+
+def test_what_is_not_there_is_not_asked_for() -> None:
+    with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
+        for block, expert in ((-1, 0), (3, 0), (0, -1), (0, 4), (0, 10**9)):
+            with pytest.raises(MissingExpertError):
+                list(tier.acquire(keys(block, expert)))
+            with pytest.raises(MissingExpertError):
+                tier.prefetch(block, keys(block, expert))
+        with pytest.raises(AssertionError):
+            list(tier.acquire([ExpertKey(0, 0), ExpertKey(1, 0)]))
+        assert tier.stats().misses == 0
+        tier.check_integrity()
+
+
+# -- close -------------------------------------------------------------------------------------------------------------
+
+
+def test_close_wakes_who_waits_and_waits_for_what_is_being_read(gate: GatedReader) -> None:
+    tier = HostTier(gate, slots=SMALLEST, loaders=1)
+    reading = Task(lambda: take(tier, 0, 0, 1))  # one is read, one is queued
+    gate.wait_begun(ExpertKey(0, 0))
+    hungry = Task(lambda: take(tier, 1, 0))
+    wait_until(lambda: tier.stats().misses == 3)
+    closer = Task(tier.close)
+    for task in (reading, hungry):
+        with pytest.raises(ClosedError):
+            task.result()
+    assert closer.thread.is_alive(), "a read into its memory is under way"
+    assert "memfd:moetier-arena" in Path("/proc/self/maps").read_text()
+    gate.open()
+    closer.result()
+    assert set(gate.reads) == {ExpertKey(0, 0)}, "what was not begun is not read"
+    assert "memfd:moetier-arena" not in Path("/proc/self/maps").read_text()
+    tier.check_integrity()
+    tier.close()
+    with pytest.raises(ClosedError):
+        list(tier.acquire(keys(0, 0)))
+    with pytest.raises(ClosedError):
+        tier.prefetch(0, keys(0, 0))
+    assert tier.stats().misses == 3, "the counters outlive it"
+
+
+def test_a_lease_is_readable_after_close_and_ends_with_an_error() -> None:
+    tier = HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST)
+    leases = tier.acquire(keys(0, 0, 1))
+    lease: Lease[memoryview] | None = next(leases)
+    tier.close()
+    assert lease is not None
+    assert bytes(lease.record) == RECORDS[lease.key]
+    with pytest.raises(ClosedError):
+        next(leases)
+    lease = None
+    tier.check_integrity()
+
+
+# -- another process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["free", "locked"])
+def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
+    """For hits, misses and wishes, and for the next lease; also where a thread held the lock at the fork."""
+    tier = HostTier(RamReader(PLAN, RECORDS), slots={"records": 12})
+    take(tier, 0, 0, 1)
+    leases = tier.acquire(keys(0, 0, 1))
+    next(leases)
+    uses: list[Callable[[], object]] = [
+        lambda: list(tier.acquire(keys(0, 0))),
+        lambda: list(tier.acquire(keys(1, 3))),
+        lambda: tier.prefetch(1, keys(1, 0)),
+        lambda: tier.warm(HotSet({ExpertKey(1, 0): 1.0})),
+        lambda: next(leases),
+    ]
+    with tier._monitor._lock if locked else contextlib.nullcontext():
+        for use in uses:
+            assert re.match(r"ClosedError\(.*another process's tier.*spawn", in_fork(use), re.DOTALL)
+    leases.close()
+    assert set(take(tier, 1, 0, 1)) == set(keys(1, 0, 1)), "the parent goes on"
+    tier.close()
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["free", "locked"])
+def test_closing_in_a_forked_child_closes_the_childs_alone(locked: bool) -> None:
+    def close() -> tuple[bool, bool]:
+        tier.close()
+        arena = "memfd:moetier-arena"
+        descriptors = (str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+        return arena in Path("/proc/self/maps").read_text(), any(arena in target for target in descriptors)
+
+    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
+        take(tier, 0, 0)
+        with tier._monitor._lock if locked else contextlib.nullcontext():
+            assert in_fork(close) == "returned (False, False)"
+        assert set(take(tier, 1, 0, 1)) == set(keys(1, 0, 1))
+
+
+def test_what_a_forked_child_gives_up_is_the_parents_still(gate: GatedReader) -> None:
+    with HostTier(gate, slots={"records": 12}, loaders=1) as tier:
+        gate.release(ExpertKey(0, 0))
+        leases = tier.acquire(keys(0, 0, 1, 2, 3))
+        next(leases)
+        gate.wait_begun(ExpertKey(0, 1))  # the others are not begun yet
+        assert in_fork(leases.close) == "returned None"
+        tier.check_integrity()
+        gate.open()
+        assert {lease.key for lease in leases} == set(keys(0, 1, 2, 3))
+
+
+# -- any order of things -----------------------------------------------------------------------------------------------
+
+
+class HostMachine(RuleBasedStateMachine):
+    """The real tier with its threads over a disk that answers when told. The oracle is a dict of bytes.
+
+    Suspended iterators hold at most as many slots as there are, less what the next caller needs: one thread can't give
+    itself a slot back while it waits. The interleavings of callers that do wait are test_ledger's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.oracle = make_records(PLAN, seed=1)
+        self.suspended: list[tuple[Generator[Lease[memoryview], None, None], set[ExpertKey]]] = []
+        self.leases: dict[int, Lease[memoryview]] = {}  # by the iterator's id
+        self.most: dict[int, int] = {}  # likewise: slots that it may hold, as those that come together end together
+        self.patch = pytest.MonkeyPatch()
+
+    @initialize(
+        count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(ORDERS)), parts=st.booleans()
+    )
+    def open(self, count: int, loaders: int, policy: str, parts: bool) -> None:
+        self.count = count
+        self.reader = GatedReader(PLAN, self.oracle, in_parts=parts)
+        self.patch.setattr(early, "QUICK_SECONDS", 0.0)  # else these reads would have no heads
+        self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders, policy=policy)
+
+    def spare(self) -> int:
+        return self.count - sum(self.most[id(leases)] for leases, _ in self.suspended)
+
+    def draw(self, data: st.DataObject, most: int) -> list[ExpertKey]:
+        block = data.draw(st.integers(0, 2))
+        return keys(block, *data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=most)))
+
+    def check(self, lease: Lease[memoryview], wanted: set[ExpertKey]) -> None:
+        assert lease.key in wanted, "each key once"
+        wanted.remove(lease.key)
+        assert bytes(lease.record) == self.oracle[lease.key]
+
+    @precondition(lambda self: self.spare() >= 2)
+    @rule(data=st.data())
+    def acquire(self, data: st.DataObject) -> None:
+        """Takes a first lease and stops there, with more in flight."""
+        wanted = set(asked := self.draw(data, min(4, self.spare() - 1)))
+        leases = self.tier.acquire(asked)
+        self.most[id(leases)] = len(wanted)
+        self.reader.open()
+        lease = next(leases)
+        self.reader.shut()
+        self.check(lease, wanted)
+        self.leases[id(leases)] = lease
+        self.suspended.append((leases, wanted))
+
+    @precondition(lambda self: self.suspended)
+    @rule(data=st.data())
+    def next(self, data: st.DataObject) -> None:
+        leases, wanted = entry = data.draw(st.sampled_from(self.suspended))
+        del self.leases[id(leases)]
+        self.reader.open()
+        lease = next(leases, None)
+        self.reader.shut()
+        if lease is None:
+            assert not wanted, "every key"
+            self.suspended.remove(entry)
+        else:
+            self.check(lease, wanted)
+            self.leases[id(leases)] = lease
+
+    @precondition(lambda self: self.suspended)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        leases, _ = entry = data.draw(st.sampled_from(self.suspended))
+        del self.leases[id(leases)]
+        leases.close()
+        self.suspended.remove(entry)
+
+    @precondition(lambda self: self.spare() >= 1)
+    @rule(data=st.data(), broken=st.booleans())
+    def acquire_all(self, data: st.DataObject, broken: bool) -> None:
+        wanted = set(asked := self.draw(data, min(4, self.spare())))
+        if broken := broken and not any(asked[0] in others for _, others in self.suspended):
+            self.reader.broken.add(asked[0])
+        self.reader.open()
+        try:
+            for lease in self.tier.acquire(asked):
+                self.check(lease, wanted)
+            assert not wanted, "every key"
+        except StoreReadError:
+            assert broken
+            assert asked[0] in wanted
+        finally:
+            self.reader.shut()
+            self.reader.broken.clear()
+
+    @rule(data=st.data())
+    def prefetch(self, data: st.DataObject) -> None:
+        wishes = self.draw(data, 4)
+        self.tier.prefetch(wishes[0].block, wishes)
+
+    @rule(hot=st.dictionaries(st.sampled_from(sorted(RECORDS)), st.integers(1, 9)))
+    def warm(self, hot: dict[ExpertKey, float]) -> None:
+        self.tier.warm(HotSet(hot))
+
+    @rule()
+    def stats(self) -> None:
+        stats = self.tier.stats()
+        assert stats.ready <= stats.slots == self.count
+
+    @invariant()
+    def agrees(self) -> None:
+        if hasattr(self, "tier"):
+            self.tier.check_integrity()
+            for lease in self.leases.values():
+                assert bytes(lease.record) == self.oracle[lease.key], "a lease is valid until the next is taken"
+
+    def teardown(self) -> None:
+        self.patch.undo()
+        if hasattr(self, "tier"):
+            self.reader.open()
+            self.leases.clear()
+            for leases, _ in self.suspended:
+                leases.close()
+            self.tier.check_integrity()
+            self.tier.close()
+
+
+TestHost = HostMachine.TestCase
+TestHost.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

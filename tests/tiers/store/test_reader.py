@@ -1,0 +1,666 @@
+"""A store is checked before it is used, reads every record exactly, and says what is wrong instead of giving zeros."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+from faults import flip_bit, mounted, only, strace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from places import HELPERS
+from stores import layout_of, make_plan, make_store
+
+from moetier.tiers.errors import (
+    ChecksumError,
+    ClosedError,
+    IncompleteStoreError,
+    MissingExpertError,
+    StoreError,
+    StoreFormatError,
+    StoreReadError,
+)
+from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
+from moetier.tiers.source import Beginning
+from moetier.tiers.store.reader import PIECE_BYTES, ExpertStore
+from moetier.tiers.store.shard import EMPTY, GROUP, METADATA, ShardFile
+from moetier.tiers.store.writer import StoreWriter
+
+LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three pieces, the last one short
+
+
+def shard(folder: Path, block: int = 0, layout: RecordLayout | None = None) -> ShardFile:
+    """Of a store as make_store writes it by default."""
+    return ShardFile.of(folder / GROUP, make_plan(layout=layout), block)
+
+
+def read(store: ExpertStore, key: ExpertKey) -> bytes:
+    """The record, without its checksum."""
+    slot = memoryview(mmap.mmap(-1, store.layout(key.block).slot_bytes))
+    store.read_into(key, slot)
+    return bytes(slot[:-4])
+
+
+def read_all(store: ExpertStore) -> dict[ExpertKey, bytes]:
+    return {
+        ExpertKey(block, expert): read(store, ExpertKey(block, expert))
+        for block, entry in enumerate(store.manifest.blocks)
+        for expert in range(entry.experts)
+    }
+
+
+def edit(path: Path, *keys: str | int, to: Any) -> None:
+    """Changes one value in a JSON file."""
+    value = json.loads(path.read_text())
+    inner = value
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = to
+    path.write_text(json.dumps(value))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_record_reads_back(tmp_path: Path) -> None:
+    records = make_store(tmp_path)
+    for folder in (tmp_path, tmp_path / GROUP):
+        with ExpertStore.open(folder) as store:
+            assert read_all(store) == records
+            assert store.manifest.model == "acme/tiny-moe"
+            assert store.layout(2) == layout_of()
+
+
+def test_large_records_are_read_in_pieces_by_a_pool_that_goes_with_the_store(tmp_path: Path) -> None:
+    assert 2 * PIECE_BYTES < LARGE.slot_bytes < 3 * PIECE_BYTES
+    records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    before = threading.active_count()
+    for readers in (1, 4):
+        with ExpertStore.open(tmp_path, readers=readers) as store:
+            assert threading.active_count() == before
+            assert read_all(store) == records
+            assert before < threading.active_count() <= before + readers
+        assert threading.active_count() == before
+
+
+def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_path: Path) -> None:
+    records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    with ExpertStore.open(tmp_path, readers=1) as store:
+        slot = np.frombuffer(mmap.mmap(-1, LARGE.slot_bytes), np.uint8)
+        read: list[int] = []
+
+        def pause() -> bool:
+            read.append(int(np.count_nonzero(slot[::4096])))
+            if len(read) == raises:
+                raise InterruptedError
+            return len(read) < enough
+
+        raises, enough = 0, 1000
+        store.read_into(ExpertKey(0, 0), slot.data, pause)
+        assert bytes(slot[:-4]) == records[ExpertKey(0, 0)]
+        assert len(read) == 7, "eighths"
+        assert not any("moetier-store" in thread.name for thread in threading.enumerate())
+        assert 0 < read[0] < read[1] < read[6] < np.count_nonzero(slot[::4096]), "nothing is read beyond a pause"
+
+        read, raises = [], 2
+        slot[:] = 0
+        with pytest.raises(InterruptedError):
+            store.read_into(ExpertKey(0, 0), slot.data, pause)
+        assert not slot[LARGE.slot_bytes // 3 :].any()
+
+        read, raises, enough = [], 0, 3
+        store.read_into(ExpertKey(0, 0), slot.data, pause)
+        assert bytes(slot[:-4]) == records[ExpertKey(0, 0)]
+        assert len(read) == 3, "it asks no more once the read is to be over"
+        assert any("moetier-store" in thread.name for thread in threading.enumerate()), "the rest is read side by side"
+        assert read_all(store) == records
+
+
+@pytest.mark.parametrize("layout", [layout_of(), LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("pauses", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_the_rest_of_a_record_is_read_behind_its_beginning(
+    tmp_path: Path, layout: RecordLayout, pauses: bool, share: float
+) -> None:
+    records = make_store(tmp_path, blocks=1, experts=2, layout=layout)
+    key, length = ExpertKey(0, 1), int(layout.slot_bytes * share) // PAGE * PAGE
+    slot, head = (np.frombuffer(mmap.mmap(-1, layout.slot_bytes), np.uint8) for _ in range(2))
+    before: list[bool] = []
+
+    def copy(view: memoryview) -> None:
+        before.append(bool(slot[length:].any()))
+        view[:length] = head.data[:length]
+
+    with ExpertStore.open(tmp_path) as store:
+        assert store.parts is store
+        for start in range(0, length, PAGE):
+            store.read_part(key, start, head.data[start : start + PAGE])
+        store.read_rest(key, slot.data, Beginning(length, copy), (lambda: True) if pauses else None)
+        assert bytes(slot[:-4]) == records[key]
+        assert len(before) == 1, "it is copied once"
+        if length == layout.slot_bytes or layout is not LARGE:
+            assert before == [length < layout.slot_bytes], "when the rest is there, or has been asked for"
+        head[length // 2] ^= 1
+        with pytest.raises(ChecksumError):
+            store.read_rest(key, slot.data, Beginning(length, copy))
+        with pytest.raises(MissingExpertError):
+            store.read_part(ExpertKey(0, 2), 0, head.data[:PAGE])
+    with pytest.raises(ClosedError):
+        store.read_part(key, 0, head.data[:PAGE])
+
+
+def test_what_is_opened_is_closed(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    descriptors = Path("/proc/self/fd")
+    before = {path.name for path in descriptors.iterdir()}
+    store = ExpertStore.open(tmp_path)
+    assert len(list(descriptors.iterdir())) == len(before) + 3
+    store.close()
+    store.close()
+    assert {path.name for path in descriptors.iterdir()} == before
+    shard(tmp_path, 2).path.unlink()
+    with pytest.raises(MissingExpertError):
+        ExpertStore.open(tmp_path)
+    assert {path.name for path in descriptors.iterdir()} == before
+
+
+def test_the_stored_checksums(tmp_path: Path) -> None:
+    records = make_store(tmp_path)
+    with ExpertStore.open(tmp_path) as store:
+        for block in range(3):
+            assert store.record_crcs(block) == tuple(
+                google_crc32c.value(records[ExpertKey(block, expert)]) for expert in range(4)
+            )
+
+
+def test_many_threads_read_at_once(tmp_path: Path) -> None:
+    records = make_store(tmp_path, blocks=2, experts=2, layout=LARGE)
+    failures: list[str] = []
+
+    def work(seed: int) -> None:
+        keys = sorted(records)
+        random.Random(seed).shuffle(keys)
+        failures.extend(f"{key}" for key in keys if read(store, key) != records[key])
+
+    with ExpertStore.open(tmp_path, readers=2) as store:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_close_waits_for_reads_and_later_ones_are_refused(tmp_path: Path) -> None:
+    """Descriptors that are given to another file while they are read from would yield that file's bytes."""
+    records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    key = ExpertKey(0, 0)
+    for _ in range(10):
+        store = ExpertStore.open(tmp_path, readers=1)  # most pieces are read by the threads that call
+        begun, ends = threading.Barrier(5, timeout=60), []
+
+        def work(store: ExpertStore = store, begun: threading.Barrier = begun, ends: list[Exception] = ends) -> None:
+            begun.wait()
+            try:
+                while True:
+                    assert read(store, key) == records[key]
+            except Exception as error:
+                ends.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        time.sleep(0.01)  # into the midst of their reads, wherever that is
+        store.close()
+        for thread in threads:
+            thread.join()
+        assert [type(end) for end in ends] == [ClosedError] * 4
+        with pytest.raises(ClosedError, match="was closed"):
+            read(store, key)
+        with pytest.raises(ClosedError):
+            store.record_crcs(0)
+
+
+def test_nobody_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> None:
+    """The first piece fails at once, because its first page can't be written; the others are being read then."""
+    make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    slot = np.frombuffer(mmap.mmap(-1, LARGE.slot_bytes), np.uint8)
+    slot[:] = 0xAA
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.c_void_p(slot.ctypes.data)
+    assert libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ) == 0
+    with ExpertStore.open(tmp_path) as store:
+        for expert in (0, 1, 0, 1):
+            with pytest.raises(StoreReadError, match="Bad address"):
+                store.read_into(ExpertKey(0, expert), slot.data)
+            places = slot[PIECE_BYTES - 1 :: PIECE_BYTES // 8]
+            before = places.copy()
+            time.sleep(0.05)
+            assert np.array_equal(places, before)
+
+
+@pytest.mark.parametrize("kind", ["ramfs", "tmpfs"])
+def test_other_file_systems(tmp_path: Path, kind: str) -> None:
+    """ramfs refuses O_DIRECT; tmpfs does or does not, by the kernel's version."""
+    with mounted(kind, tmp_path / "disk") as folder:
+        records = make_store(folder)
+        with ExpertStore.open(folder) as store:
+            assert read_all(store) == records
+            if kind == "ramfs":
+                assert not store.direct
+            flip_bit(shard(folder).path, 0)
+            with pytest.raises(ChecksumError):
+                read(store, ExpertKey(0, 0))
+
+
+def test_reads_bypass_the_page_cache(tmp_path: Path) -> None:
+    make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
+    path = shard(tmp_path, layout=LARGE).path
+    with path.open("rb") as stream:
+        try:
+            direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            pytest.skip("this file system refuses O_DIRECT")
+        os.close(direct)
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        with ExpertStore.open(tmp_path) as store:
+            assert store.direct
+            read_all(store)
+        with pytest.raises(BlockingIOError):  # not in the page cache
+            os.preadv(stream.fileno(), [bytearray(4096)], LARGE.slot_bytes // 2 // 4096 * 4096, os.RWF_NOWAIT)
+
+
+def test_a_key_that_the_model_does_not_have(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    with ExpertStore.open(tmp_path) as store:
+        for key in (ExpertKey(-1, 0), ExpertKey(3, 0), ExpertKey(0, -1), ExpertKey(0, 4), ExpertKey(0, 10**9)):
+            with pytest.raises(MissingExpertError, match="acme/tiny-moe") as caught:
+                store.read_into(key, memoryview(bytearray(16384)))
+            assert "are 0 to" in caught.value.fix
+
+
+def test_reading_needs_no_zarr_and_no_torch() -> None:
+    heavy = "print([m for m in ('zarr', 'torch', 'transformers') if m in sys.modules])"
+    code = f"import moetier.tiers.store.reader, sys; {heavy}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# --- bytes that are not what was written ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[ExpertKey, bytes]]:
+    """A store that a test damages and mends again."""
+    folder = tmp_path_factory.mktemp("lasting")
+    return folder, make_store(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_one_flipped_bit_anywhere_in_a_record(
+    lasting: tuple[Path, dict[ExpertKey, bytes]], data: st.DataObject
+) -> None:
+    folder, records = lasting
+    file = shard(folder)
+    layout = layout_of()
+    parts = {
+        "payload": (0, layout.payload_bytes),
+        "padding": (layout.payload_bytes, layout.record_bytes),
+        "checksum": (layout.record_bytes, layout.slot_bytes),
+    }
+    key = data.draw(st.sampled_from(sorted(records)))
+    first, end = parts[data.draw(st.sampled_from(sorted(parts)))]
+    position = key.expert * layout.slot_bytes + data.draw(st.integers(first, end - 1))
+    bit = data.draw(st.integers(0, 7))
+    path = ShardFile.of(folder / GROUP, make_plan(), key.block).path
+    flip_bit(path, position, bit)
+    try:
+        with ExpertStore.open(folder) as store:
+            with pytest.raises(ChecksumError) as caught:
+                read(store, key)
+            for name in ("acme/tiny-moe", f"block {key.block} ", f"expert {key.expert}:", str(path)):
+                assert name in caught.value.cause
+            assert f"moetier verify {folder}" in caught.value.fix
+            for other in set(records) - {key}:
+                assert read(store, other) == records[other]
+    finally:
+        flip_bit(path, position, bit)
+    assert file.experts == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(position=st.integers(1, 16 * 4 + 4), bit=st.integers(0, 7), block=st.integers(0, 2))
+def test_one_flipped_bit_anywhere_in_an_index(
+    lasting: tuple[Path, dict[ExpertKey, bytes]], position: int, bit: int, block: int
+) -> None:
+    folder, records = lasting
+    path = shard(folder, block).path
+    flip_bit(path, -position, bit)
+    try:
+        with pytest.raises(StoreFormatError, match="checksum of its index") as caught:
+            ExpertStore.open(folder)
+        assert str(path) in caught.value.cause
+        with ExpertStore.open(folder, damaged=True) as store:
+            assert set(store.faults) == {block}
+            with pytest.raises(StoreFormatError):
+                read(store, ExpertKey(block, 0))
+            other = ExpertKey((block + 1) % 3, 3)
+            assert read(store, other) == records[other]
+    finally:
+        flip_bit(path, -position, bit)
+
+
+def test_padding_is_part_of_the_record() -> None:
+    layout = layout_of(64, 31)
+    assert layout.payload_bytes < layout.record_bytes  # else the test above would have nothing to flip there
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 16384 * 4, 16384 * 4 + 67, 16384 * 4 + 69, 1 << 20])
+def test_a_shard_of_the_wrong_size(tmp_path: Path, size: int) -> None:
+    records = make_store(tmp_path)
+    file = shard(tmp_path, 1)
+    os.truncate(file.path, size)
+    with pytest.raises(StoreFormatError) as caught:
+        ExpertStore.open(tmp_path)
+    assert f"{file.path} has {size:,} bytes, 65,604 were expected" in caught.value.cause
+    with ExpertStore.open(tmp_path, damaged=True) as store:
+        with pytest.raises(StoreFormatError):
+            read(store, ExpertKey(1, 0))
+        assert read(store, ExpertKey(2, 0)) == records[ExpertKey(2, 0)]
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    records = make_store(tmp_path)
+    path = shard(tmp_path, 1).path
+    path.unlink()
+    with pytest.raises(MissingExpertError) as caught:
+        ExpertStore.open(tmp_path)
+    assert f"block 1 (model.layers.1.mlp.experts): its shard {path} is missing, 65,604 bytes" in caught.value.cause
+    with ExpertStore.open(tmp_path, damaged=True) as store:
+        with pytest.raises(MissingExpertError):
+            read(store, ExpertKey(1, 3))
+        with pytest.raises(MissingExpertError):
+            store.record_crcs(1)
+        assert read(store, ExpertKey(0, 3)) == records[ExpertKey(0, 3)]
+
+
+def test_a_folder_where_a_shard_has_to_be(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    path = shard(tmp_path, 1).path
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StoreError, match=str(path)):
+        ExpertStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("expert", "entry", "message"),
+    [
+        (1, (16384 + 1, 16384), "not a multiple of 4096"),
+        (1, (16384, 16384 - 4096), "has 12,288 bytes in its index, expected 16,384"),
+        (3, (16384 * 3 + 4096, 16384), "behind its 65,536 bytes of data"),
+        (3, (2**63, 16384), "behind its"),
+        (3, (16384 * 2 + 4096, 16384), "two experts overlap"),
+        (2, (0, 16384), "two experts overlap"),
+        (2, (EMPTY, EMPTY), "no record of expert 2"),
+    ],
+)
+def test_an_index_with_a_right_checksum_that_leads_astray(
+    tmp_path: Path, expert: int, entry: tuple[int, int], message: str
+) -> None:
+    make_store(tmp_path)
+    file = shard(tmp_path, 2)
+    index = np.frombuffer(file.make_index()[:-4], "<u8").reshape(-1, 2).copy()
+    index[expert] = entry
+    with file.path.open("r+b") as stream:
+        stream.seek(file.data_bytes)
+        stream.write(index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little"))
+    wanted = MissingExpertError if entry[0] == EMPTY else StoreFormatError
+    with pytest.raises(wanted, match=message) as caught:
+        ExpertStore.open(tmp_path)
+    assert str(file.path) in caught.value.cause
+
+
+def test_records_in_another_order_are_found_by_the_index(tmp_path: Path) -> None:
+    records = make_store(tmp_path)
+    file = shard(tmp_path, 2)
+    data = file.path.read_bytes()
+    slots = [data[e * 16384 : (e + 1) * 16384] for e in range(4)]
+    index = np.frombuffer(file.make_index()[:-4], "<u8").reshape(-1, 2)[[2, 0, 3, 1]].tobytes()
+    order = [1, 3, 0, 2]  # record of expert e lies at place [2, 0, 3, 1][e]
+    checksum = google_crc32c.value(index).to_bytes(4, "little")
+    file.path.write_bytes(b"".join(slots[e] for e in order) + index + checksum)
+    with ExpertStore.open(tmp_path) as store:
+        assert read_all(store) == records
+
+
+@pytest.mark.parametrize("layout", [layout_of(), LARGE], ids=["small", "large"])
+def test_a_shard_that_is_cut_while_it_is_in_use(tmp_path: Path, layout: RecordLayout) -> None:
+    records = make_store(tmp_path, blocks=2, experts=2, layout=layout)
+    path = shard(tmp_path, 0, layout).path
+    with ExpertStore.open(tmp_path) as store:
+        os.truncate(path, layout.slot_bytes + layout.slot_bytes // 2 + 100)
+        with pytest.raises(StoreReadError, match="it was cut while it was in use") as caught:
+            read(store, ExpertKey(0, 1))
+        assert str(path) in caught.value.cause
+        assert read(store, ExpertKey(0, 0)) == records[ExpertKey(0, 0)]
+        assert read(store, ExpertKey(1, 1)) == records[ExpertKey(1, 1)]
+
+
+# --- manifest and metadata --------------------------------------------------------------------------------------------
+
+
+def test_a_store_without_manifest_is_incomplete(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    (tmp_path / GROUP / METADATA).unlink()
+    with pytest.raises(IncompleteStoreError, match="has no manifest") as caught:
+        ExpertStore.open(tmp_path)
+    assert "moetier convert SRC" in caught.value.fix
+
+
+def test_a_conversion_that_was_cut_names_what_resumes_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a model"
+    with StoreWriter.open(folder / GROUP, make_plan(model="/models/my moe")):
+        pass
+    with pytest.raises(IncompleteStoreError, match="0 of 3 blocks") as caught:
+        ExpertStore.open(folder)
+    assert caught.value.fix == f"Resume it: moetier convert '/models/my moe' '{folder}'"
+
+
+MANIFEST = ("attributes", "moetier")
+FIRST = (*MANIFEST, "layouts", "records", "projections", 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        ((*MANIFEST, "format"), 2, "format version 2; this moetier reads version 1"),
+        ((*MANIFEST, "requires"), ["codebooks", "int5"], "requires codebooks, int5"),
+        ((*FIRST, "bits"), 5, "bits is 5, not 16 or 8"),
+        ((*FIRST, "rows"), 127, "another kernel layout"),
+        ((*FIRST, "tile"), 32, "tile"),
+        ((*MANIFEST, "layouts", "records", "sections", 1, "offset"), 64, "another kernel layout"),
+        ((*MANIFEST, "layouts", "records", "record_bytes"), 4092, "another kernel layout"),
+        ((*MANIFEST, "layouts"), {}, "no layout"),
+        ((*MANIFEST, "blocks"), [], "no blocks"),
+        ((*MANIFEST, "blocks", 1, "index"), 0, "not numbered"),
+        ((*MANIFEST, "blocks", 1, "experts"), 5, "differ in their number of experts"),
+        ((*MANIFEST, "blocks", 1, "top_k"), 5, r"blocks\[1\].top_k is 5, not a whole number from 1 to 4"),
+        ((*MANIFEST, "blocks", 1, "array"), "../elsewhere", "no layout"),
+        (MANIFEST, None, "no manifest"),
+        (("attributes",), [], "no manifest"),
+    ],
+)
+def test_a_manifest_that_is_not_of_this_format(
+    tmp_path: Path, keys: tuple[str | int, ...], value: Any, message: str
+) -> None:
+    make_store(tmp_path)
+    edit(tmp_path / GROUP / METADATA, *keys, to=value)
+    with pytest.raises(StoreFormatError, match=message):
+        ExpertStore.open(tmp_path)
+
+
+def test_an_array_that_would_lie_outside_the_store_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    path = tmp_path / GROUP / METADATA
+    path.write_text(path.read_text().replace('"records"', '"../records"'))
+    with pytest.raises(StoreFormatError, match="no name of an array"):
+        ExpertStore.open(tmp_path)
+
+
+def test_unknown_optional_keys_are_ignored(tmp_path: Path) -> None:
+    records = make_store(tmp_path)
+    edit(tmp_path / GROUP / METADATA, *MANIFEST, "colour", to="blue")
+    with ExpertStore.open(tmp_path) as store:
+        assert read_all(store) == records
+
+
+CODECS = ("codecs", 0, "configuration")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("shape",), [4, 4, 16380]),
+        (("data_type",), "uint16"),
+        (("node_type",), "group"),
+        (("chunk_grid", "configuration", "chunk_shape"), [1, 2, 16380]),
+        (("chunk_key_encoding", "configuration", "separator"), "."),
+        ((*CODECS, "chunk_shape"), [1, 2, 16380]),
+        ((*CODECS, "codecs"), [{"name": "bytes"}]),
+        ((*CODECS, "codecs"), [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]),
+        ((*CODECS, "index_codecs"), [{"name": "bytes", "configuration": {"endian": "little"}}]),
+        ((*CODECS, "index_location"), "start"),
+    ],
+)
+def test_array_metadata_that_contradicts_the_manifest(tmp_path: Path, keys: tuple[str | int, ...], value: Any) -> None:
+    make_store(tmp_path)
+    path = tmp_path / GROUP / "records" / METADATA
+    edit(path, *keys, to=value)
+    with pytest.raises(StoreFormatError, match="the manifest says") as caught:
+        ExpertStore.open(tmp_path)
+    assert f"{path}: {keys[0]}" in caught.value.cause
+
+
+@pytest.mark.parametrize("name", [METADATA, f"records/{METADATA}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "\x00\x01"])
+def test_metadata_that_is_no_json_object(tmp_path: Path, name: str, text: str) -> None:
+    make_store(tmp_path)
+    (tmp_path / GROUP / name).write_text(text)
+    with pytest.raises(StoreFormatError, match=r"is not (a )?JSON"):
+        ExpertStore.open(tmp_path)
+
+
+def test_array_metadata_that_is_missing(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    (tmp_path / GROUP / "records" / METADATA).unlink()
+    with pytest.raises(StoreFormatError, match="is missing"):
+        ExpertStore.open(tmp_path)
+
+
+def test_places_that_are_no_model_directory(tmp_path: Path) -> None:
+    with pytest.raises(StoreFormatError, match="There is no folder"):
+        ExpertStore.open(tmp_path / "nowhere")
+    with pytest.raises(StoreFormatError, match="it has no experts"):
+        ExpertStore.open(tmp_path)
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(StoreFormatError, match="is not a folder"):
+        ExpertStore.open(tmp_path / "file")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StoreFormatError, match="it is a checkpoint"):
+        ExpertStore.open(tmp_path)
+
+
+# --- disks that fail --------------------------------------------------------------------------------------------------
+
+READ = f"""
+# Prints, for each block, how many of its records were read right, and the error that ended it.
+import json, mmap, sys
+sys.path.insert(0, {str(HELPERS)!r})
+from pathlib import Path
+from moetier.tiers.errors import StoreError
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.layout import ExpertKey
+found = {{}}
+with ExpertStore.open(Path(sys.argv[1])) as store:
+    for block, entry in enumerate(store.manifest.blocks):
+        good, error = 0, None
+        for expert in range(entry.experts):
+            try:
+                store.read_into(ExpertKey(block, expert), memoryview(mmap.mmap(-1, store.layout(block).slot_bytes)))
+                good += 1
+            except StoreError as caught:
+                error = [type(caught).__name__, caught.cause]
+        found[block] = [good, error]
+print(json.dumps(found))
+"""
+
+
+def read_with_eio(folder: Path, path: Path, when: str) -> dict[str, Any]:
+    """``when`` counts each thread's reads of ``path`` with preadv; the main thread's first is the trial of O_DIRECT."""
+    trace = folder / "trace"
+    inject = f"inject=preadv,preadv2:error=EIO:when={when}"
+    result = strace([*only("preadv,preadv2"), "-o", str(trace), "-P", str(path), "-e", inject], READ, folder)
+    assert result.returncode == 0, result.stderr
+    assert "EIO" in trace.read_text()
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize("layout", [layout_of(), LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("when", ["1", "2", "3"])
+def test_an_io_error_that_goes_away(tmp_path: Path, layout: RecordLayout, when: str) -> None:
+    make_store(tmp_path, blocks=2, experts=2, layout=layout)
+    assert read_with_eio(tmp_path, shard(tmp_path, 1, layout).path, when) == {"0": [2, None], "1": [2, None]}
+
+
+# Threads of the pool, which read the pieces of large records, make no trial: their first read has to fail. The trial
+# then fails too, and the store is read without O_DIRECT.
+@pytest.mark.parametrize(("layout", "when"), [(layout_of(), "2+"), (LARGE, "1+")], ids=["small", "large"])
+def test_an_io_error_that_stays(tmp_path: Path, layout: RecordLayout, when: str) -> None:
+    make_store(tmp_path, blocks=3, experts=2, layout=layout)
+    path = shard(tmp_path, 1, layout).path
+    found = read_with_eio(tmp_path, path, when)
+    assert found["0"] == found["2"] == [2, None]  # the other shards are served
+    good, (kind, cause) = found["1"]
+    assert (good, kind) == (0, "StoreReadError")
+    assert str(path) in cause
+    assert os.strerror(errno.EIO) in cause
+
+
+def test_a_store_that_moved_is_the_same_store(tmp_path: Path) -> None:
+    records = make_store(tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    with ExpertStore.open(tmp_path / "b") as store:
+        assert read_all(store) == records
+
+
+@pytest.fixture(autouse=True)
+def mended(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The lasting store is as it was after every test that used it."""
+    yield
+    if "lasting" in request.fixturenames:
+        folder, records = request.getfixturevalue("lasting")
+        with ExpertStore.open(folder) as store:
+            assert read_all(store) == records

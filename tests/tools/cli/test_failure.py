@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from places import ROOT
+from users import as_nobody
+
+from moetier.tools.cli.failure import EXIT_ERROR, EXIT_FAULT, failure_of
+from moetier.tools.cli.options import commands_of
+from moetier.tools.cli.plain import as_options
+from moetier.tools.commands.doctor import findings
+from moetier.tools.doctor.finding import State
+from moetier.tools.main import build_parser, main
+
+
+def raised(work: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is
+        work()
+    return caught.value
+
+
+def test_what_the_system_says_is_a_cause_with_its_path(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "loop").symlink_to("loop")
+    works = {
+        errno.ENOENT: (tmp_path / "nothing").read_bytes,
+        errno.EISDIR: tmp_path.read_bytes,
+        errno.ENOTDIR: (file / "below").read_bytes,
+        errno.ENAMETOOLONG: (tmp_path / ("x" * 300)).read_bytes,
+        errno.ELOOP: (tmp_path / "loop").read_bytes,
+    }
+    for number, work in works.items():
+        said, code = failure_of(raised(work))
+        assert (code, str(tmp_path) in said.cause, os.strerror(number) in said.cause) == (EXIT_ERROR, True, True)
+        assert "DEBUG" not in said.fix
+
+
+def test_both_paths_are_named(tmp_path: Path) -> None:
+    said, _ = failure_of(raised(lambda: (tmp_path / "one").rename(tmp_path / "two")))
+    assert f"{tmp_path / 'one'} -> {tmp_path / 'two'}: " in said.cause
+
+
+def test_a_full_disk() -> None:
+    def fill() -> None:
+        with Path("/dev/full").open("wb", buffering=0) as stream:
+            stream.write(b"x")
+
+    said, code = failure_of(raised(fill))
+    assert (code, "No space left" in said.cause, "space" in said.fix) == (EXIT_ERROR, True, True)
+
+
+def test_others_that_a_user_can_mend() -> None:
+    for work, words in (
+        (lambda: __import__("no_such_library"), "no_such_library"),
+        (lambda: b"\xff".decode(), "UTF-8"),
+        (lambda: bytearray(1 << 62), "memory"),
+    ):
+        said, code = failure_of(raised(work))
+        assert (code, words in said.cause) == (EXIT_ERROR, True)
+
+
+def test_a_fault_says_where_it_was_raised() -> None:
+    said, code = failure_of(raised(lambda: {}["key"]))
+    assert code == EXIT_FAULT == 70
+    assert said.cause.startswith("KeyError: 'key' (test_failure.py:")
+    assert "MOETIER_DEBUG=1" in said.fix
+
+
+PLACES = ("nothing", "file/below", "loop", "x" * 300)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:10])
+def test_no_command_shows_a_traceback_for_a_wrong_path(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    path, out = str(tmp_path / place), str(tmp_path / "out")
+    for words in (
+        ["plan", path, "--disk", "1"],
+        ["convert", path, out],
+        ["generate", path, "hello"],
+        ["chat", path],
+        ["serve", path, "--port", "0"],
+        ["verify", path],
+        ["inspect", path],
+        ["quality", path, "--text", path],
+        ["trace", path, "--prompts", path, "-o", out],
+        ["replay", path],
+        ["plot", "hits", path, "-o", f"{out}.png"],
+        ["daemon", path, "--folder", out],
+        ["stats", path],
+        ["bench", "disk", path],
+        ["bench", "kernels", path],
+        ["bench", "decode", path],
+        ["bench", "prefill", path],
+        ["bench", "convert", path],
+        ["bench", "peers", path, "--gguf", path],
+    ):
+        code, said = main(words), capsys.readouterr().err.splitlines()
+        assert (code in (1, 2), len(said)) == (True, 2), (words, said)  # 2: a name that can be no address
+        assert said[0].startswith("moetier: ")
+        assert said[1].startswith("  ")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:10])
+def test_doctor_says_what_is_wrong_with_a_path(place: str, tmp_path: Path) -> None:
+    """In its line of the store, and looks no further; the machine is looked at all the same."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (found,) = [each for each in findings(tmp_path / place) if each.state is State.FAIL]
+    assert (found.name, str(tmp_path) in found.found, bool(found.advice)) == ("store", True, True)
+
+
+def test_no_permission_is_said(tmp_path: Path, tinymix_4bit: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "closed").mkdir(mode=0o700)
+    as_nobody(lambda: main(["inspect", str(tmp_path / "closed" / "model")]))
+    said = capfd.readouterr().err.splitlines()
+    assert [line[:9] for line in said] == ["moetier: ", said[1][:9]]
+    assert str(tmp_path / "closed") in said[0]
+
+
+def test_what_an_error_calls_a_parameter_is_an_option_of_the_command_line() -> None:
+    """Of every parameter that a text in tiers/ or runtime/ names."""
+    root = ROOT
+    texts = [
+        node.value
+        for folder in ("tiers", "runtime")
+        for path in sorted((root / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "``" not in node.value
+    ]
+    named = {name for text in texts for name in re.findall(r"`[a-z_.]+`", text)}
+    assert {"`ram`", "`device`", "`credentials.ca`", "`credentials.token_file`"} <= named
+    described = commands_of(build_parser())["generate"].format_help()
+    of_python = {"`dtype`", "`attn_implementation`"}
+    assert all(f"{as_options(name)} " in described for name in named - of_python)
+    assert as_options("`dtype` is 16; see `moetier list`.") == "`dtype` is 16; see `moetier list`."
+
+
+@pytest.mark.parametrize("folder", ["tiers", "runtime"])
+def test_no_error_of_load_names_an_option(folder: str) -> None:
+    """But where a command is named, or in what the daemon's own command says."""
+    of_the_daemon = {"options", "hold", "process", "side_server", "metrics_server", "address"}
+    root = ROOT
+    for path in sorted((root / folder).rglob("*.py")):
+        if path.stem in of_the_daemon:
+            continue
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        raised = [call for call in calls if ast.unparse(call.func).endswith("Error")]
+        for text in (ast.unparse(part) for node in raised for part in node.args):
+            options = re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)
+            assert not options or re.search(r"moetier|command\(|daemon|convert", text), f"{path.name}: {text}"

@@ -1,0 +1,249 @@
+"""What quantised experts cost on the bundled model: the promised bounds, and a measurement made another way."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from places import ASSETS
+
+from moetier.tools.commands.convert import convert
+from moetier.tools.lab import quality as perplexity
+from moetier.tools.lab.quality import WINDOW, Change, Loss, loss, ranks
+from moetier.tools.main import main
+
+TEXTS = ASSETS / "texts"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices: a second thread would wait more than it helps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quality(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    assert main(["quality", *arguments, "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["rows"]
+    return rows
+
+
+def change(rows: list[dict[str, Any]], bits: int, method: str) -> float:
+    """Of the perplexity over the unquantised model's."""
+    (row,) = (row for row in rows if row["bits"] == bits and row["method"] == method)
+    return float(row["perplexity"] / rows[0]["perplexity"] - 1)
+
+
+def test_every_width_keeps_its_promise(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quality(capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "1024")
+    assert [row["bits"] for row in rows] == [None, 16, 8, 4, 3, 2]
+    assert change(rows, 16, "") == 0  # its checkpoint is bf16
+    assert abs(change(rows, 8, "hqq")) < 0.001
+    assert change(rows, 4, "hqq") < 0.01
+    assert change(rows, 3, "hqq") < 0.025
+    assert change(rows, 3, "hqq") < change(rows, 2, "hqq") < 0.1
+    sizes = [row["stored_bytes"] for row in rows[1:]]
+    assert sizes == sorted(sizes, reverse=True)
+    errors = [row["error"] for row in rows[1:]]
+    assert errors == sorted(errors)
+
+
+def test_hqq_is_better_than_plain_rounding_at_two_bits(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quality(
+        capsys, str(tinymix), "--text", str(TEXTS), "--tokens", "1024", "--bits", "16,2", "--method", "hqq,rounding"
+    )
+    assert [row["method"] for row in rows] == ["", "", "hqq", "rounding"]
+    _, _, hqq, rounding = rows
+    assert hqq["error"] < rounding["error"]
+    assert hqq["perplexity"] < rounding["perplexity"]
+    assert hqq["stored_bytes"] == rounding["stored_bytes"]
+
+
+def test_fast_means_what_it_means_in_convert(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain rounding in place of HQQ, so that less is done, not more."""
+    settings = ("--text", str(TEXTS / "it.txt"), "--tokens", "64", "--bits", "2")
+    rows = quality(capsys, str(tinymix), *settings, "--fast")
+    assert [row["method"] for row in rows] == ["", "rounding"]
+    assert quality(capsys, str(tinymix), *settings, "--method", "rounding") == rows
+
+
+def test_there_is_no_other_method(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["quality", str(tinymix), "--text", str(TEXTS), "--method", "hqq,best"])
+    assert "'hqq,best' names what is no method" in capsys.readouterr().err
+
+
+def test_changes_have_standard_errors_and_places(
+    tinymix: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "WINDOW", 64)  # for speed
+    settings = ("--text", str(TEXTS), "--tokens", "512", "--bits", "16,2")
+    assert main(["quality", str(tinymix), *settings]) == 0
+    head, first, same, far, *notes = capsys.readouterr().out.splitlines()
+    assert "rank" in head
+    assert "of 16 windows" in notes[0]
+    assert " +0.00 ± 0.00 % " in same
+    assert all(" 1-2 " in line for line in (first, same)), "they can't be told apart"
+    assert " 3 " in far
+
+
+def losses_of(*nats: Iterable[float], tokens: int = 511) -> list[Loss]:
+    """By window."""
+    return [sum((Loss(tokens, each, ((tokens, each),)) for each in map(float, row)), Loss()) for row in nats]
+
+
+def test_the_standard_error_is_that_of_the_differences() -> None:
+    """However much windows differ among themselves."""
+    random = np.random.default_rng(0)
+    base, more = random.uniform(1000, 3000, 20), random.normal(5.0, 2.0, 20)
+    change = Change.of(*losses_of(base + more, base))
+    assert change.log == pytest.approx(more.mean() / 511)
+    assert change.log_error == pytest.approx(more.std(ddof=1) / math.sqrt(20) / 511)
+    assert change.relative == pytest.approx(math.exp(more.mean() / 511) - 1)
+    assert change.is_clear
+    assert Change.of(*losses_of(base[:1] + more[:1], base[:1])).relative_error is None
+    same = Change.of(*losses_of(base, base))
+    assert (same.log, same.log_error, same.is_clear) == (0.0, 0.0, False)
+
+
+def test_the_standard_error_covers_what_it_should() -> None:
+    """Of a thousand measurements of a change that is none, one in twenty is beyond two standard errors."""
+    random = np.random.default_rng(0)
+    base = random.uniform(1000, 3000, 12)
+    clear = [Change.of(*losses_of(base + random.normal(0.0, 3.0, 12), base)).is_clear for _ in range(1000)]
+    assert 0.03 < np.mean(clear) < 0.1
+
+
+def test_what_can_not_be_told_apart_is_not_ranked() -> None:
+    base = np.linspace(1000.0, 3000.0, 16)
+    noise = np.asarray([5.5, -4.5] * 8)  # its mean is a third of its standard error
+    rows = [base, base + noise, base + 50.0, base + 50.0 + noise, base - 10.0]
+    assert ranks(losses_of(*rows)) == [(2, 3), (2, 3), (4, 5), (4, 5), (1, 1)]
+    assert ranks(losses_of(*(row[:7] for row in rows))) is None, "too few windows"
+    assert ranks(losses_of(base)) is None
+
+
+def test_a_model_directory_is_measured_as_it_runs(
+    tinymix: Path, tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("--text", str(TEXTS / "python.txt"), "--tokens", "512")
+    (row,) = quality(capsys, str(tinymix_4bit), *settings)
+    _, expected = quality(capsys, str(tinymix), *settings, "--bits", "4")
+    assert (row["bits"], row["group"], row["pairs"], row["method"]) == (4, "64", "bfloat16", "hqq")
+    assert row["stored_bytes"] == expected["stored_bytes"]
+    assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=0.01)  # it runs in bf16
+
+
+def test_a_quantised_trunk(tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In memory, and as a model directory runs it; the trunk is what it was in the way behind."""
+    settings = ("--text", str(TEXTS / "python.txt"), "--tokens", "512")
+    rows = quality(capsys, str(tinymix), *settings, "--bits", "16", "--trunk-bits", "8,4,16")
+    plain, eight, four, again = (row["perplexity"] for row in rows)
+    assert [row["trunk_bits"] for row in rows] == [16, 8, 4, 16]
+    assert again == plain
+    assert 0 < abs(eight / plain - 1) < 0.002
+    assert 0.002 < four / plain - 1 < 0.05
+    convert(tinymix, tmp_path / "dst", bits=16, trunk_bits=4)
+    (row,) = quality(capsys, str(tmp_path / "dst"), *settings)
+    assert (row["bits"], row["trunk_bits"], row["method"]) == (16, 4, "hqq")
+    assert row["perplexity"] == pytest.approx(four, rel=0.01)  # it runs in bf16
+    assert main(["quality", str(tmp_path / "dst"), *settings]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["bits", "trunk", "group"]
+
+
+def test_loss_is_what_transformers_says(tinymix: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tinymix, dtype=torch.float32)
+    ids = torch.randint(5, 4000, (WINDOW + 100,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (model(part[None], labels=part[None]).loss for part in (ids[:WINDOW], ids[WINDOW:]))
+    found = loss(model, ids)
+    assert found.tokens == WINDOW - 1 + 99
+    assert found.nats == pytest.approx(float(first) * (WINDOW - 1) + float(second) * 99, rel=1e-5)
+    assert (Loss(10, 20.0) + Loss(10, 0.0)).perplexity == pytest.approx(math.e)
+    assert loss(model, ids[: WINDOW + 1]).tokens == WINDOW - 1  # one token by itself foretells nothing
+
+
+def test_windows_are_no_longer_than_the_context(tinymix: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tinymix, dtype=torch.float32)
+    model.config.max_position_embeddings = 64
+    ids = torch.randint(5, 4000, (128,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        parts = [float(model(part[None], labels=part[None]).loss) for part in (ids[:64], ids[64:])]
+    found = loss(model, ids)
+    assert found.tokens == 2 * 63
+    assert found.nats == pytest.approx(sum(parts) * 63, rel=1e-5)
+
+
+def test_the_table_for_people(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(TEXTS / "it.txt")
+    assert (
+        main(["quality", str(tinymix), "--text", text, "--tokens", "64", "--bits", "2", "--group-size", "64,32"]) == 0
+    )
+    head, first, *others = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "it"
+    assert first.startswith("as it is")
+    *others, note = others
+    assert [line.split()[:2] for line in others] == [["2", "64"], ["2", "32"]]
+    assert note.startswith("No ranks: of fewer than 8 windows")
+    assert "rank" not in head
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause", "code"),
+    [
+        (("--text", "nowhere.txt"), "nowhere.txt is no text", 1),
+        (("--text", str(Path(__file__).parent)), "no folder with .txt files", 1),
+        (("--text", str(TEXTS / "it.txt"), str(TEXTS / "it.txt")), "same name", 1),
+        (("--text", str(TEXTS), "--tokens", "4", "--bits", "5"), "5 bits are not supported", 2),
+        (("--text", str(TEXTS), "--tokens", "4", "--bits", "4", "--group-size", "48"), "Groups of 48", 2),
+    ],
+)
+def test_mistakes(
+    tinymix: Path, arguments: tuple[str, ...], cause: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quality", str(tinymix), *arguments]) == code
+    error = capsys.readouterr().err
+    assert cause in error
+    assert "Traceback" not in error
+
+
+def test_models_that_are_quantised_already_are_refused(
+    tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tinymix, tmp_path / "fp8", ignore=shutil.ignore_patterns("scripts"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert main(["quality", str(folder), "--text", str(TEXTS), "--tokens", "4"]) == 1
+    assert "fp8 is quantised already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--bits", "2"), ("--group-size", "32"), ("--pairs", "uint8"), ("--method", "hqq"), ("--fast",)]
+)
+def test_a_way_to_store_a_model_that_is_stored_already_is_refused(
+    tinymix_4bit: Path, option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quality", str(tinymix_4bit), "--text", str(TEXTS / "it.txt"), *option]) == 1
+    assert "is converted already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tinymix", "tinymix_4bit"])
+def test_a_model_without_tokenizer_is_refused(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ignored = shutil.ignore_patterns("scripts", "tokenizer*")
+    folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "mute", ignore=ignored)
+    assert main(["quality", str(folder), "--text", str(TEXTS / "it.txt"), "--tokens", "4"]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder} has no tokenizer" in error
+    assert "Traceback" not in error
