@@ -74,7 +74,7 @@ class ServerProcess:
         self.said = said.read_text()
 
     def _wait(self, found) -> str:  # type: ignore[no-untyped-def]
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + 3 * PATIENCE  # it imports torch and transformers: long on a busy machine
         while (match := found()) is None:
             assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log}"
             assert time.monotonic() < deadline, f"it says nothing:\n{self.log}"

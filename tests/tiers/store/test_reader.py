@@ -628,8 +628,10 @@ def read_with_eio(folder: Path, path: Path, when: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", [layout_of(), LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("when", ["1", "2", "3"])
+# A thread of the pool may read one piece of a large record and no more.
+@pytest.mark.parametrize(
+    ("layout", "when"), [*((layout_of(), when) for when in "123"), (LARGE, "1")], ids=["small-1", "-2", "-3", "large-1"]
+)
 def test_an_io_error_that_goes_away(tmp_path: Path, layout: RecordLayout, when: str) -> None:
     make_store(tmp_path, blocks=2, experts=2, layout=layout)
     assert read_with_eio(tmp_path, shard(tmp_path, 1, layout).path, when) == {"0": [2, None], "1": [2, None]}
