@@ -5,26 +5,23 @@ from __future__ import annotations
 import torch
 
 from moetier.tiers.cache.budget import members
-from moetier.tiers.cache.orders import ORDERS
-from moetier.tiers.cache.quotas import BlockPolicy, plan_groups
-from moetier.tiers.cache.slots import Slots
+from moetier.tiers.cache.pool import SlotPool
+from moetier.tiers.cache.quotas import plan_groups
 from moetier.tiers.manifest import Manifest
 
 from .stream import Event, Stream
 
 
-class DevicePool:
-    """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
+class DevicePool(SlotPool):
+    """The device's slots of one record geometry."""
 
     def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor, order: str) -> None:
         """``memory`` [slots * slot_bytes] uint8, on the device."""
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
-        self.first = first
+        groups = plan_groups(len(slots), members(manifest, array))
+        super().__init__(len(slots), groups, first, layout.slot_bytes, order)
         self.layout = layout
-        self.slot_bytes = layout.slot_bytes
-        self.slots = Slots(len(slots))
-        self.policy = BlockPolicy(self.slots, plan_groups(len(slots), members(manifest, array)), ORDERS[order])
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
         self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # the end of each stream's last use of a slot

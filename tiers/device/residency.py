@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.cache.slots import State
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -51,13 +52,9 @@ class DeviceSlots:
         self, pool: DevicePool, slot: int, key: ExpertKey, *, wished: bool = False, passing: bool = False
     ) -> ExpertKey | None:
         """A copy into a slot; returns whose record goes, if there is one."""
-        evicted = pool.slots.key(slot) if pool.slots.is_ready(slot) else None
+        evicted = pool.begin(slot, key, passing=passing, early=wished)
         if evicted is not None:
-            pool.policy.forget(slot)
-            pool.slots.evict(slot)
             self._counters.evictions += 1
-        pool.slots.begin(slot, key)
-        pool.policy.admit(key.block, slot, passing=passing, early=wished)
         self.copying += 1
         return evicted
 
@@ -71,8 +68,7 @@ class DeviceSlots:
 
     def give_up(self, pool: DevicePool, slot: int) -> None:
         """What was to come into a slot does not."""
-        pool.policy.forget(slot)
-        pool.slots.fail(slot)
+        pool.fail(slot)
         self.copying -= 1
 
     def mend(self, visits: Collection[Visit], promoting: tuple[DevicePool, int, ExpertKey] | None) -> None:
@@ -90,8 +86,7 @@ class DeviceSlots:
                         loading[visit.filling[0]] = visit.filling[1]
             if promoting is not None and promoting[0] is pool:
                 loading[promoting[1]] = promoting[2]
-            pool.slots.mend(pins, loading)
-            pool.policy.mend()
+            pool.mend(pins, loading)
             self.copying += len(loading)
 
     def wait_for_copies(self) -> None:
@@ -128,18 +123,11 @@ class DeviceSlots:
             pool.clear()
 
     def stats(self) -> TierStats:
-        pools = self._pools.values()
-        return self._counters.snapshot(
-            slots=sum(pool.slots.count for pool in pools),
-            ready=sum(pool.slots.ready for pool in pools),
-            leased=sum(pool.slots.leased for pool in pools),
-            slot_bytes=sum(pool.slots.count * pool.slot_bytes for pool in pools),
-        )
+        return snapshot(self._counters, self._pools.values())
 
     def check_integrity(self) -> None:
         """Asserts that slots, groups and copies agree."""
         for pool in self._pools.values():
-            pool.slots.check_integrity()
-            pool.policy.check_integrity()
+            pool.check_integrity()
         states = [pool.slots.state(slot) for pool in self._pools.values() for slot in range(pool.slots.count)]
         assert states.count(State.LOADING) == self.copying

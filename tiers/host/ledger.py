@@ -268,8 +268,7 @@ class Ledger:
                 if demand.pool is pool:
                     for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
                         pins[slot] += 1
-            pool.slots.mend(pins, {load.slot: load.key for load in self.loads if load.pool is pool})
-            pool.policy.mend()
+            pool.mend(pins, {load.slot: load.key for load in self.loads if load.pool is pool})
             states += pool.slots.contents()
         self._directory.mend(states)
         self.waiting.mend(self._demands, pools)
@@ -278,8 +277,7 @@ class Ledger:
         """Asserts that slots, groups, loads, callers and the directory agree; ``pools`` are all, in their order."""
         states: list[tuple[ExpertKey | None, bool]] = []
         for pool in pools:
-            pool.slots.check_integrity()
-            pool.policy.check_integrity()
+            pool.check_integrity()
             assert pool.first == len(states)
             pins = [0] * pool.slots.count
             for demand in self._demands:

@@ -59,17 +59,12 @@ class Loads:
         self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, passing: bool = False, warmed: bool = False
     ) -> Load:
         """Into a slot that is EMPTY, or evictable."""
-        old = None
-        if pool.slots.is_ready(slot):
-            old = pool.slots.key(slot)
-            pool.policy.forget(slot)
-            pool.slots.evict(slot)
+        evicted = pool.begin(slot, key, passing=passing, early=wished)
+        if evicted is not None:
             self._counters.evictions += 1
-            self._early.evict(old)
+            self._early.evict(evicted)
         self._early.begin(key)
-        self._directory.withdraw(old, pool.first + slot)
-        pool.slots.begin(slot, key)
-        pool.policy.admit(key.block, slot, passing=passing, early=wished)
+        self._directory.withdraw(evicted, pool.first + slot)
         load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock(), warmed=warmed)
         if self._heads is not None and (head := self._heads.claim(key)) is not None:
             load.head = head
@@ -260,8 +255,7 @@ class Loads:
 
     def _void(self, load: Load) -> None:
         self._forget(load)
-        load.pool.policy.forget(load.slot)
-        load.pool.slots.fail(load.slot)
+        load.pool.fail(load.slot)
         self._directory.void(load.pool.first + load.slot)
 
     def mend(self, demands: Collection[Demand]) -> None:

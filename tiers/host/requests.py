@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from statistics import median
 
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
-from moetier.tiers.cache.quotas import BlockPolicy, Group
-from moetier.tiers.cache.slots import Slots
+from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.pool import SlotPool
+from moetier.tiers.cache.quotas import Group
 from moetier.tiers.layout import ExpertKey
 
 from .staging import Head
@@ -17,16 +17,13 @@ from .staging import Head
 READS_KEPT = 15  # of a pool: how long a read takes is their median
 
 
-class Pool:
-    """The slots of one record geometry. ``first`` is the number of its first slot in the tier."""
+class Pool(SlotPool):
+    """The host's slots of one record geometry."""
 
     def __init__(
         self, count: int, groups: Sequence[Group], first: int, slot_bytes: int, order: str = DEFAULT_ORDER
     ) -> None:
-        self.slots = Slots(count)
-        self.policy = BlockPolicy(self.slots, groups, ORDERS[order])
-        self.first = first
-        self.slot_bytes = slot_bytes
+        super().__init__(count, groups, first, slot_bytes, order)
         self.hungry: deque[Demand] = deque()
         self._reads: deque[float] = deque(maxlen=READS_KEPT)  # seconds that the latest took
         self._read_seconds: float | None = None  # their median; None: to be found

@@ -18,6 +18,7 @@ from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.arena.recovery import intact_slots
 from moetier.tiers.cache.budget import members
 from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.cache.quotas import plan_groups
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
@@ -271,13 +272,7 @@ class HostTier:
         self._timekeeper.start(self._parties)
 
     def _stats(self) -> TierStats:
-        pools = self._pools.values()
-        return self._ledger.counters.snapshot(
-            slots=sum(pool.slots.count for pool in pools),
-            ready=sum(pool.slots.ready for pool in pools),
-            leased=sum(pool.slots.leased for pool in pools),
-            slot_bytes=sum(pool.slots.count * pool.slot_bytes for pool in pools),
-        )
+        return snapshot(self._ledger.counters, self._pools.values())
 
     def _drop(self) -> None:
         self._closed = True
