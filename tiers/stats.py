@@ -127,3 +127,12 @@ class TierCounters:
             wait_median=median(waits) if waits else 0.0,
             wait_p99=p99,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    place: str  # for people
+    records: int
+    bytes: int
+    away: str = ""  # of a daemon that is not there now: why
+    lost: int = 0  # times that it went away

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from moetier.tiers.errors import ClosedError, ConfigError, MoetierError, RefusedError, UnavailableError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.share import Share
 from moetier.tiers.source import RecordReader
+from moetier.tiers.stats import Share
 
 from .rendezvous import rendezvous
 

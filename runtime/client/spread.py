@@ -18,7 +18,7 @@ from moetier.tiers.errors import ClosedError, ConfigError, ExhaustedError, Moeti
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Home
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.share import Share
+from moetier.tiers.stats import Share
 from moetier.tiers.store.reader import ExpertStore
 
 from .peers import Peer, Peers

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from moetier.tiers.layout import ROW_TILE, Projection, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, expand, layout_for, sections
-from moetier.tiers.quant.packing import pair_columns
-from moetier.tiers.quant.pairs import load_pairs
+from moetier.tiers.quant.packing import load_pairs, pair_columns
 
 from .api import Kernels, projection_of
 

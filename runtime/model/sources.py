@@ -16,8 +16,8 @@ from moetier.tiers.errors import MoetierError, NobodyError, UnknownModelError
 from moetier.tiers.host.learner import Learner
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.share import Share
 from moetier.tiers.source import Lender, RecordReader
+from moetier.tiers.stats import Share
 from moetier.tiers.store.reader import ExpertStore
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from faults import flip_bit, need_strace, only, strace
 from prepared import MAIN
 
 from moetier.runtime.checkpoint.files import INDEX
-from moetier.tiers.store.folder import read_manifest
-from moetier.tiers.store.shard import GROUP, METADATA, ShardFile
+from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
+from moetier.tiers.store.shard import ShardFile
 
 # Records and shards
 

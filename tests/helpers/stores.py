@@ -12,7 +12,7 @@ import numpy as np
 
 from moetier.tiers.layout import ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest
-from moetier.tiers.store.shard import GROUP, METADATA
+from moetier.tiers.store.folder import GROUP, METADATA
 from moetier.tiers.store.writer import StoreWriter, array_metadata
 
 # A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it: that of the

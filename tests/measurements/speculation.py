@@ -37,7 +37,7 @@ from moetier.runtime.speculation.predictor import Leads
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tiers.store.open_shard import OpenShard
+from moetier.tiers.store.shard import OpenShard
 
 WAYS = {
     "off": "off",

@@ -1,5 +1,5 @@
 """The memory of the host cache: one file that other processes may map, and the directory of what lies in it.
 
-Clients map an arena without a host tier. ``recovery`` takes over what a former daemon left. The package imports
+Clients map an arena without a host tier. An owner takes back what a dead one left. The package imports
 ``tiers.store`` and the nouns.
 """

@@ -13,9 +13,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
-from moetier.tiers.arena.arena import Arena
+from moetier.tiers.arena.arena import Arena, intact_slots
 from moetier.tiers.arena.plan import ArenaPlan
-from moetier.tiers.arena.recovery import intact_slots
 from moetier.tiers.cache.budget import members
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.cache.pool import snapshot

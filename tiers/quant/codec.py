@@ -27,10 +27,7 @@ from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits, Projection, RecordLayout
 
 from . import hqq
-from . import packing as planes
-from .bands import Bands
-from .packing import HALF
-from .pairs import load_pairs, store_pairs
+from .packing import HALF, Bands, fold, from_kernel_order, load_pairs, store_pairs, to_kernel_order, unfold
 
 # group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md);
 # pairs of 8 and 4 bits in bf16 all the same, because then torch's int4 kernel multiplies a record where it lies
@@ -213,13 +210,13 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
             if band.stop * ROW_TILE > p.rows:
                 codes[-1, :, p.rows % ROW_TILE :] = 0
             at = slice(band.start * p.columns * HALF, band.stop * p.columns * HALF)
-            planes.to_kernel_order(codes & 0xF, low[at])
+            to_kernel_order(codes & 0xF, low[at])
             if p.bits == 8:
-                planes.to_kernel_order(codes >> 4, high[at])
+                to_kernel_order(codes >> 4, high[at])
     if p.bits in (3, 2):
-        planes.fold(low, 2, views[f"{p.name}.codes"])
+        fold(low, 2, views[f"{p.name}.codes"])
     if p.bits == 3:
-        planes.fold(low >> 2, 4, views[f"{p.name}.plane"])
+        fold(low >> 2, 4, views[f"{p.name}.plane"])
     return error
 
 
@@ -252,9 +249,9 @@ def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) ->
     codes = views[f"{p.name}.codes"].view(-1)
     if p.bits == 4:
         return codes[first:last]
-    nibbles = planes.unfold(codes, 2, first, last)
+    nibbles = unfold(codes, 2, first, last)
     if p.bits == 3:
-        nibbles |= planes.unfold(views[f"{p.name}.plane"], 4, first, last) << 2
+        nibbles |= unfold(views[f"{p.name}.plane"], 4, first, last) << 2
     return nibbles.add_(CENTRING[p.bits])
 
 
@@ -281,10 +278,10 @@ def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -
     """fp32 [stop - start, K], padding rows included."""
     if p.bits == 8:
         high, low = (views[f"{p.name}.{plane}"][start:stop].view(-1) for plane in ("high", "low"))
-        codes = (planes.from_kernel_order(high, p.columns) << 4) | planes.from_kernel_order(low, p.columns)
+        codes = (from_kernel_order(high, p.columns) << 4) | from_kernel_order(low, p.columns)
         centre = 128
     else:
-        codes, centre = planes.from_kernel_order(expand(views, p, start, stop), p.columns), 8
+        codes, centre = from_kernel_order(expand(views, p, start, stop), p.columns), 8
     step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)  # [rows, K / g, 1]
     w = codes.view(stop - start, -1, p.group).float()
     return w.sub_(centre).mul_(step).add_(offset).view(stop - start, -1)

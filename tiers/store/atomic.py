@@ -7,10 +7,11 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 
-from moetier.tiers.errors import DiskSpaceError, TargetError
+from moetier.tiers.errors import DiskSpaceError, StoreReadError, TargetError
 
-from .shard import PARTIAL
+PARTIAL = ".partial"  # ends the names of files that are being written; zarr never looks for these
 
 
 @contextlib.contextmanager
@@ -32,6 +33,27 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
             f"{error.filename or folder}: can't be written ({error.strerror}).",
             "Check the folder's permissions and its disk, then run the same command again.",
         ) from error
+
+
+class read_errors:
+    """Turns what the disk answers into a StoreReadError with the path; FileNotFoundError passes."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise StoreReadError(
+                f"{self._path} can't be read: {error.strerror} (errno {error.errno}).",
+                "Check the disk and the file's permissions; if it is lost, convert the model again.",
+            ) from error
 
 
 def allocate(descriptor: int, size: int) -> None:

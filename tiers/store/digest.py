@@ -13,9 +13,9 @@ from moetier.tiers.errors import ChecksumError, StoreError
 from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.manifest import Manifest
 
-from .folder import read_errors
-from .open_shard import OpenShard
-from .shard import METADATA, StoreDigest
+from .atomic import read_errors
+from .folder import METADATA
+from .shard import OpenShard, StoreDigest
 
 AT_ONCE = 0.1  # seconds that opening a store waits for it: enough where the disk is quick or the store small
 SHARE = 0.1  # of the time that it reads for afterwards: records come first

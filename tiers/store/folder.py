@@ -7,15 +7,20 @@ import math
 import re
 import shlex
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError, StoreReadError
+from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields, shown
 from moetier.tiers.manifest import Manifest
 
-from .shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, ShardFile
+from .atomic import read_errors
+from .shard import ShardFile
 
+GROUP = "experts.zarr"  # the store's folder in a model directory
+METADATA = "zarr.json"  # of the group (holds the manifest, written last) and of each array
+PLAN = "plan.json"  # the manifest of a conversion under way; gone when it is finished
+JOURNAL = "conversion.json"  # beside the store, likewise: the converter's own notes, with the command that resumes it
+ORIGIN = "origin.json"  # beside the store, of what is from the hub: the id and the commit
 MOST_JSON_BYTES = 2 << 20  # of one file: ten times the largest that is known
 MOST_LEVELS = 100
 SHOWN_LEVELS = 9  # in a message
@@ -210,24 +215,3 @@ def _compare(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> Non
             Fields(found)[name].equals(value, "which the manifest says")
         except ValueError as error:
             raise StoreFormatError(f"{path}: {error}.", "Convert the model again.") from error
-
-
-class read_errors:
-    """Turns what the disk answers into a StoreReadError with the path; FileNotFoundError passes."""
-
-    __slots__ = ("_path",)
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise StoreReadError(
-                f"{self._path} can't be read: {error.strerror} (errno {error.errno}).",
-                "Check the disk and the file's permissions; if it is lost, convert the model again.",
-            ) from error

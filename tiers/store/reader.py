@@ -18,16 +18,15 @@ import numpy as np
 
 from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import Home, Usage
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Beginning, interruptible_bytes
-from moetier.tiers.usage import Usage
 
+from .atomic import read_errors
 from .checksum import crc32c
 from .digest import DigestCheck
-from .folder import check_array, command, read_errors, read_manifest, store_folder
-from .open_shard import OpenShard, foreign_record
-from .shard import METADATA, ShardFile, read_checksums
+from .folder import METADATA, check_array, command, read_manifest, store_folder
+from .shard import OpenShard, ShardFile, foreign_record, read_checksums
 
 PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
 

@@ -7,30 +7,27 @@ https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.htm
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import mmap
+import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreFormatError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE
 from moetier.tiers.manifest import Manifest
 
+from .atomic import read_errors
 from .checksum import checksum_bytes, crc32c
 
-GROUP = "experts.zarr"  # the store's folder in a model directory
-METADATA = "zarr.json"  # of the group (holds the manifest, written last) and of each array
-PLAN = "plan.json"  # the manifest of a conversion under way; gone when it is finished
-JOURNAL = "conversion.json"  # beside the store, likewise: the converter's own notes, with the command that resumes it
-ORIGIN = "origin.json"  # beside the store, of what is from the hub: the id and the commit
-PARTIAL = ".partial"  # ends the names of files that are being written; zarr never looks for these
 EMPTY = 2**64 - 1  # offset and size of a record that was not written
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +93,113 @@ def read_checksums(descriptor: int, offsets: Iterable[int], slot_bytes: int) -> 
     """The crc32c stored behind each record of a shard, from a descriptor without O_DIRECT."""
     ends = (offset + slot_bytes - CHECKSUM_BYTES for offset in offsets)
     return tuple(int.from_bytes(os.pread(descriptor, CHECKSUM_BYTES, end), "little") for end in ends)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenShard:
+    """Where its records begin, and how they are read. Thread-safe, but for ``close``."""
+
+    file: ShardFile
+    descriptor: int
+    offsets: tuple[int, ...]
+    direct: bool  # O_DIRECT: buffers, offsets and lengths are of whole pages
+
+    @classmethod
+    def open(cls, file: ShardFile, name: str, checksums: Sequence[int] = ()) -> OpenShard:
+        """Checks it from its size to the last offset in its index, and tries O_DIRECT by a real read. ``name`` is what
+        errors call its block. Of the records' ``checksums``, where they are known, it compares the one that lies in
+        front of the index, and if that differs, the others. Raises MissingExpertError, StoreFormatError, ChecksumError,
+        StoreReadError."""
+        try:
+            with read_errors(file.path):
+                descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise MissingExpertError(
+                f"{name}: its shard {file.path} is missing, {file.file_bytes:,} bytes were expected.",
+                "Restore the file, or convert the model again.",
+            ) from None
+        try:
+            with read_errors(file.path):
+                size = os.fstat(descriptor).st_size
+                if size != file.file_bytes:
+                    raise StoreFormatError(
+                        f"{name}: its shard {file.path} has {size:,} bytes, {file.file_bytes:,} were expected.",
+                        "Restore the file, or convert the model again.",
+                    )
+                end = os.pread(descriptor, CHECKSUM_BYTES + file.index_bytes, file.data_bytes - CHECKSUM_BYTES)
+            try:
+                offsets = file.parse_index(end[CHECKSUM_BYTES:])
+            except ValueError as error:
+                raise StoreFormatError(
+                    f"{name}: its shard {file.path} can't be used: {error}.",
+                    "Restore the file, or convert the model again.",
+                ) from error
+            if -1 in offsets:
+                raise MissingExpertError(
+                    f"{name}: its shard {file.path} has no record of expert {offsets.index(-1)}.",
+                    "Convert the model again.",
+                )
+            last = offsets.index(file.data_bytes - file.slot_bytes)
+            if checksums and checksums[last] != int.from_bytes(end[:CHECKSUM_BYTES], "little"):
+                with read_errors(file.path):
+                    stored = read_checksums(descriptor, offsets, file.slot_bytes)
+                if sum(map(operator.ne, stored, checksums)) > 1:  # one alone may be a flipped bit
+                    raise foreign_record(f"{name}: its shard {file.path}", file.path)
+            return cls(file, descriptor, offsets, _try_direct(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fills ``view``: continues after short reads, tries once more after an I/O error. Raises StoreReadError."""
+        done, retried = 0, False
+        with read_errors(self.file.path):
+            while done < len(view):
+                try:
+                    count = os.preadv(self.descriptor, [view[done:]], offset + done)
+                except OSError as error:
+                    if error.errno != errno.EIO or retried:
+                        raise
+                    retried = True
+                    continue
+                if self.direct:
+                    count -= count % PAGE  # the next read has to begin on a page again
+                if not count:
+                    raise StoreReadError(
+                        f"{self.file.path} ends before byte {offset + len(view):,}: it was cut while it was in use.",
+                        "Restore the file, or convert the model again.",
+                    )
+                done += count
+
+    def uncache(self, offset: int, length: int) -> None:
+        """Where it is not ``direct``, the page cache keeps nothing of it: the host tier is the cache."""
+        if not self.direct:
+            os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def foreign_record(what: str, path: Path) -> ChecksumError:
+    """What is whole, and of another conversion: of another model of the same shape, or with other options."""
+    return ChecksumError(
+        f"{what} is not the one that the manifest knows: it is of another conversion.",
+        f"Copy {path} again from where the model directory came from, or convert the model again with --overwrite.",
+    )
+
+
+def _try_direct(descriptor: int) -> bool:
+    """Switches a descriptor to O_DIRECT if a read shows that its file system can; else leaves it buffered."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    with mmap.mmap(-1, PAGE) as page:
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+            if os.preadv(descriptor, [page], 0) == PAGE:
+                return True
+        except OSError:
+            pass
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return False
 
 
 class StoreDigest:

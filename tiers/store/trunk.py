@@ -11,8 +11,9 @@ from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields, shown
 from moetier.tiers.manifest import MOST_BYTES, TRUNK_NAME, FileSum, Manifest
 
+from .atomic import read_errors
 from .checksum import crc32c
-from .folder import MOST_JSON_BYTES, parse_json, read_errors, read_json
+from .folder import MOST_JSON_BYTES, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -30,11 +31,12 @@ from moetier.tiers.errors import StoreError, TargetExistsError
 from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.manifest import FileSum, Manifest
 
-from .atomic import allocate, disk_errors, make_folders, sync_folder, write_all, write_durably
+from .atomic import PARTIAL, allocate, disk_errors, make_folders, sync_folder, write_all, write_durably
 from .checksum import checksum_bytes, crc32c
-from .folder import read_json, read_manifest
-from .shard import METADATA, PARTIAL, PLAN, Bytes, ShardFile, read_checksums
+from .folder import METADATA, PLAN, read_json, read_manifest
+from .shard import ShardFile, read_checksums
 
+Bytes = npt.NDArray[np.uint8]
 PIECE_BYTES = 8 << 20  # checksummed and written at a time, while it is in the processor's cache
 FLUSH_BYTES = 64 << 20  # of dirty pages at most: a small cgroup must not be stalled by them
 

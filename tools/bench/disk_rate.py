@@ -96,7 +96,7 @@ class RandomReads:
         return float(job["read"]["io_bytes"]) * 1000 / float(job["read"]["runtime"])
 
     def _plain(self, depth: int, seconds: float) -> float:
-        from moetier.tiers.store.folder import read_errors
+        from moetier.tiers.store.atomic import read_errors
 
         with contextlib.ExitStack() as stack:
             descriptors = []

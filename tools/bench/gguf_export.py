@@ -19,7 +19,7 @@ import numpy.typing as npt
 from moetier.runtime.checkpoint.files import Checkpoint, open_checkpoint
 from moetier.runtime.checkpoint.safetensors import StoredTensor
 from moetier.tiers.errors import ConfigError, TargetExistsError, UnsupportedModelError
-from moetier.tiers.store.shard import PARTIAL
+from moetier.tiers.store.atomic import PARTIAL
 from moetier.tools.cli.progress import Progress
 
 Kind = Literal["Q4_0", "F16", "F32"]

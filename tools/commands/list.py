@@ -66,8 +66,16 @@ def _look(name: str, folder: Path) -> Listed:
     from moetier.runtime.pulled import pulling
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import Manifest
-    from moetier.tiers.store.folder import command, read_json, read_manifest, read_origin, resuming
-    from moetier.tiers.store.shard import GROUP, METADATA, PLAN
+    from moetier.tiers.store.folder import (
+        GROUP,
+        METADATA,
+        PLAN,
+        command,
+        read_json,
+        read_manifest,
+        read_origin,
+        resuming,
+    )
 
     store, resume = folder / GROUP, None
     last = next((path for path in (store / METADATA, store / PLAN) if path.exists()), store)

@@ -60,7 +60,7 @@ def check_removable(name: str, folder: Path) -> None:
 
 def remove(name: str, folder: Path) -> None:
     """Links in it are not followed. Raises TargetError where it is in use."""
-    from moetier.tiers.store.shard import GROUP
+    from moetier.tiers.store.folder import GROUP
     from moetier.tools.convert.files import delete, empty, locked
 
     store = folder / GROUP

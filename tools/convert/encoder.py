@@ -22,8 +22,8 @@ from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.safetensors import Bytes
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.quant.bands import band_bytes
 from moetier.tiers.quant.codec import WeightError, encode
+from moetier.tiers.quant.packing import band_bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
 SPARE_BYTES, MOST_SPARE = 16 << 20, 8  # of records that are finished while the disk is busy: one at least

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moetier.tiers.errors import TargetError
 from moetier.tiers.store.atomic import sync_folder
-from moetier.tiers.store.shard import GROUP, METADATA
+from moetier.tiers.store.folder import GROUP, METADATA
 
 
 @contextlib.contextmanager

@@ -29,8 +29,7 @@ from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, StoredTensor, re
 from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import PAGE
-from moetier.tiers.store.atomic import make_folders, sync_folder, write_all, write_durably
-from moetier.tiers.store.shard import PARTIAL
+from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
 from moetier.tools.cli.progress import Progress
 
 from .ahead import Ahead

@@ -18,9 +18,9 @@ from moetier.runtime.checkpoint.disk_space import free_bytes
 from moetier.runtime.checkpoint.files import COPIED, INDEX, Checkpoint, carried, contained
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.manifest import FORMAT, Manifest
-from moetier.tiers.store.atomic import sync_folder, write_durably
-from moetier.tiers.store.folder import read_json, read_manifest, read_origin
-from moetier.tiers.store.shard import GROUP, JOURNAL, METADATA, ORIGIN, PARTIAL, PLAN, ShardFile
+from moetier.tiers.store.atomic import PARTIAL, sync_folder, write_durably
+from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, read_json, read_manifest, read_origin
+from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import is_complete
 
 from .difference import difference

@@ -24,9 +24,8 @@ from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, TORCH_NAMES, Byt
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import ALIGNMENT
 from moetier.tiers.manifest import FileSum
-from moetier.tiers.store.atomic import allocate, sync_folder, write_all
+from moetier.tiers.store.atomic import PARTIAL, allocate, sync_folder, write_all
 from moetier.tiers.store.checksum import crc32c
-from moetier.tiers.store.shard import PARTIAL
 from moetier.tiers.store.trunk import read_pieces
 
 from .matrix_record import MatrixRecord

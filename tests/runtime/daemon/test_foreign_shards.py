@@ -32,9 +32,9 @@ from moetier.tiers.errors import ChecksumError, MoetierError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store import digest
-from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tiers.store.shard import GROUP, ShardFile
+from moetier.tiers.store.shard import ShardFile
 from moetier.tools.main import main
 
 PLAN = make_plan()

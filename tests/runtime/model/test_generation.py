@@ -20,7 +20,8 @@ from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import ChecksumError
 from moetier.tiers.layout import BITS, Bits, ExpertKey
 from moetier.tiers.quant.codec import decode
-from moetier.tiers.store.shard import GROUP, ShardFile
+from moetier.tiers.store.folder import GROUP
+from moetier.tiers.store.shard import ShardFile
 
 DTYPES = [torch.float32, torch.bfloat16]
 NAMES = ["fp32", "bf16"]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import moetier
 from moetier.runtime.checkpoint.config_json import NOT_CARRIED
 from moetier.tiers.errors import MoetierError, StoreFormatError, UnsafeCheckpointError
-from moetier.tiers.store.shard import GROUP
+from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.trunk import INDEX
 from moetier.tools.main import main
 

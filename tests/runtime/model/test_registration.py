@@ -40,7 +40,7 @@ from moetier.tiers.errors import (
     UnsupportedModelError,
 )
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.shard import GROUP, METADATA
+from moetier.tiers.store.folder import GROUP, METADATA
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
 

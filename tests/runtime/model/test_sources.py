@@ -28,8 +28,7 @@ from moetier.runtime.wire.running import DaemonCard, ServedModel
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError, ConfigError, UnavailableError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tiers.store.shard import GROUP, METADATA
+from moetier.tiers.store.folder import GROUP, METADATA, read_manifest, store_folder
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 

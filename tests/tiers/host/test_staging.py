@@ -26,8 +26,9 @@ from moetier.tiers.host.staging import HEADS, LEAST_BYTES, PIECES, SHARE, Heads,
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.source import Beginning
+from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tiers.store.shard import GROUP, ShardFile
+from moetier.tiers.store.shard import ShardFile
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)

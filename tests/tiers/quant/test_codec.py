@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.fields import Fields
 from moetier.tiers.layout import GROUPS, Bits, Projection, RecordLayout
-from moetier.tiers.quant import bands
 from moetier.tiers.quant import codec as quantize
+from moetier.tiers.quant import packing as bands
 from moetier.tiers.quant.codec import WeightError, decode, encode, expand, layout_for, sections
-from moetier.tiers.quant.pairs import load_pairs
+from moetier.tiers.quant.packing import load_pairs
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 QUANTISED: tuple[Bits, ...] = (8, 4, 3, 2)

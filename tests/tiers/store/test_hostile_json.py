@@ -22,9 +22,18 @@ from stores import without_sums
 from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError
 from moetier.tiers.layout import Projection, RecordLayout
 from moetier.tiers.manifest import FileSum
-from moetier.tiers.store.folder import MOST_JSON_BYTES, read_manifest, read_origin, resuming
+from moetier.tiers.store.folder import (
+    GROUP,
+    JOURNAL,
+    METADATA,
+    MOST_JSON_BYTES,
+    ORIGIN,
+    PLAN,
+    read_manifest,
+    read_origin,
+    resuming,
+)
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tiers.store.shard import GROUP, JOURNAL, METADATA, ORIGIN, PLAN
 from moetier.tiers.store.trunk import INDEX, check_trunk, trunk_faults, trunk_records
 from moetier.tools.commands.convert import convert
 

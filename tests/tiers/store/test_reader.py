@@ -37,8 +37,9 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
 from moetier.tiers.source import Beginning
+from moetier.tiers.store.folder import GROUP, METADATA
 from moetier.tiers.store.reader import PIECE_BYTES, ExpertStore
-from moetier.tiers.store.shard import EMPTY, GROUP, METADATA, ShardFile
+from moetier.tiers.store.shard import EMPTY, ShardFile
 from moetier.tiers.store.writer import StoreWriter
 
 LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three pieces, the last one short

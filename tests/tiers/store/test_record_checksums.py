@@ -13,9 +13,9 @@ from stores import make_plan, make_records, make_store, without_table, write_sto
 from moetier.tiers.errors import ChecksumError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.digest import foreign_shards
-from moetier.tiers.store.folder import read_manifest
+from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tiers.store.shard import GROUP, METADATA, ShardFile
+from moetier.tiers.store.shard import ShardFile
 
 PLAN = make_plan()
 

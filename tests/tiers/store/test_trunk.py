@@ -20,8 +20,7 @@ from stores import make_plan, make_records, write_store
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError, StoreReadError, TargetExistsError
 from moetier.tiers.manifest import FileSum, Manifest, TrunkRecords
 from moetier.tiers.store import trunk
-from moetier.tiers.store.folder import read_manifest
-from moetier.tiers.store.shard import GROUP
+from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.trunk import INDEX, check_sum, check_trunk, trunk_faults, trunk_records
 from moetier.tiers.store.writer import StoreWriter
 

@@ -24,8 +24,10 @@ from stores import layout_of, make_plan, make_records, make_store, write_store
 from moetier.tiers.errors import DiskSpaceError, IncompleteStoreError, TargetError, TargetExistsError
 from moetier.tiers.layout import ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.atomic import PARTIAL
+from moetier.tiers.store.folder import GROUP, METADATA, PLAN
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tiers.store.shard import GROUP, METADATA, PARTIAL, PLAN, ShardFile
+from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
 
 

@@ -30,8 +30,9 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, Bits
 from moetier.tiers.manifest import FileSum
+from moetier.tiers.store.atomic import PARTIAL
+from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tiers.store.shard import GROUP, PARTIAL
 from moetier.tools.commands.convert import convert, options_of
 from moetier.tools.convert.conversion import Conversion, Options
 from moetier.tools.convert.target import State

@@ -16,8 +16,9 @@ from stores import NASTY, layout_of, make_plan, make_records, make_store, write_
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.layout import Bias, Projection, RecordLayout
+from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tiers.store.shard import GROUP, ShardFile
+from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.commands import inspect
 

@@ -22,8 +22,7 @@ import moetier
 from moetier.runtime.checkpoint.disk_space import disk_bytes
 from moetier.runtime.pulled import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
-from moetier.tiers.store.folder import read_manifest
-from moetier.tiers.store.shard import GROUP, METADATA, PLAN
+from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest
 from moetier.tools.cli.options import directory, walk
 from moetier.tools.main import build_parser, main
 

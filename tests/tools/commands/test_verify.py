@@ -21,8 +21,8 @@ from stores import NASTY, layout_of, make_plan, make_records, make_store, withou
 
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.manifest import FileSum
-from moetier.tiers.store.folder import read_manifest
-from moetier.tiers.store.shard import GROUP, METADATA, ShardFile
+from moetier.tiers.store.folder import GROUP, METADATA, read_manifest
+from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import Progress
 from moetier.tools.commands import verify

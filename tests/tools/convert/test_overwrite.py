@@ -16,7 +16,7 @@ from removals import IN_CHILD
 
 from moetier.tiers.errors import DiskSpaceError, TargetError, TargetExistsError
 from moetier.tiers.layout import PAGE, Bits
-from moetier.tiers.store.shard import GROUP
+from moetier.tiers.store.folder import GROUP
 from moetier.tools.commands.convert import convert
 from moetier.tools.convert.target import SLACK_BYTES
 
