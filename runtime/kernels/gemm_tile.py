@@ -1,7 +1,7 @@
 """The code of one tile of a product: some rows of a matrix, where they lie in its record, with one or a few rows of x.
 
 Four codes q of a row with four numbers n are one step, that of the instruction VPDPBUSD (AVX-512 VNNI); on others it
-takes several instructions. The codes are in the byte order of ``tiers/quant/packing.py``: 32 bytes are one column of 64 rows.
+takes several instructions. Codes are ordered as in ``tiers/quant/packing.py``: 32 bytes are one column of 64 rows.
 What has fewer than 4 bits is unfolded on the way.
 """
 
