@@ -27,7 +27,7 @@ highlight_language = "text"  # of blocks that say no language
 html_copy_source = False
 
 myst_heading_anchors = 3  # page.md#a-heading, with the anchors that a git forge gives it
-myst_enable_extensions = ["strikethrough"]
+myst_enable_extensions = ["strikethrough", "deflist"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
