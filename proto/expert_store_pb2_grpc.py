@@ -68,7 +68,7 @@ class ExpertStoreServicer(object):
 
     def Session(self, request_iterator, context):
         """What a process of the same host needs beyond the arena: misses, and what it tells of hits. The model is the one that
-        the side socket's connection is for. Leases end with the stream and with the side socket, whichever is first.
+        the control socket's connection is for. Leases end with the stream and with the control socket, whichever is first.
         Has no deadline; its messages have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

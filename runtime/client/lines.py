@@ -8,11 +8,10 @@ from typing import Any
 import grpc
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.address import DIGEST_CHARS, Address, Credentials
 from moetier.runtime.wire.channel import SERVICE, open_channel
-from moetier.runtime.wire.failures import closed_channel, failure_of
-from moetier.runtime.wire.running import SHORT
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
+from moetier.runtime.wire.status_codes import closed_channel, error_of
 from moetier.tiers.errors import UnknownModelError
 from moetier.tiers.manifest import Manifest
 
@@ -24,7 +23,7 @@ class Lines:
 
     def __init__(self, address: Address, credentials: Credentials, channels: int) -> None:
         self._address = address
-        self._side = SideConnection.open(address.folder, None) if address.folder is not None else None
+        self._side = ControlConnection.open(address.folder, None) if address.folder is not None else None
         self._channels: list[grpc.Channel] = []
         self._turn = itertools.count()
         try:
@@ -51,15 +50,15 @@ class Lines:
         try:
             reply = describe(pb.DescribeRequest(), timeout=patience)
         except grpc.RpcError as error:
-            raise failure_of(error, self._address) from None
+            raise error_of(error, self._address.target) from None
         except ValueError:
             raise closed_channel() from None
         if manifest.digest not in {model.digest for model in reply.models}:
-            served = (" ".join(f"{model.name} ({model.digest[:SHORT]})".split()) for model in reply.models)
+            served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
             names = ", ".join(served)[:_NAMES] or "nothing"
             raise UnknownModelError(
-                f"The daemon does not serve the store of {manifest.model} that is here ({manifest.digest[:SHORT]}); "
-                f"it serves {names}.",
+                f"The daemon does not serve the store of {manifest.model} that is here "
+                f"({manifest.digest[:DIGEST_CHARS]}); it serves {names}.",
                 "Start it on a copy of this model directory; start it again if that was converted again meanwhile.",
             )
 

@@ -1,4 +1,4 @@
-"""The way to a daemon of this host: its side socket, the stream of messages beside it, and both again when it was away.
+"""The way to a daemon of this host: its control socket, the stream beside it, and both again when it was away.
 
 Two threads: one reads what the daemon says and, when the connection has ended, makes the next; the other, which is
 gRPC's, sends. Neither is waited for where a record is found in the directory.
@@ -20,7 +20,7 @@ from moetier.proto import expert_store_pb2 as wire
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.layout import ExpertKey
@@ -39,11 +39,11 @@ _STEADY = 1.0  # seconds after which a connection that has brought nothing count
 class Link(Generic[Place]):
     """Keeps a connection until it is closed. Requests that are in flight when one ends are repeated on the next.
 
-    ``arrive`` is called with each new side connection, by the link's thread, and says what its slots are of.
+    ``arrive`` is called with each new control connection, by the link's thread, and says what its slots are of.
     """
 
     def __init__(
-        self, folder: Path, digest: str, first: SideConnection, arrive: Callable[[SideConnection], Place]
+        self, folder: Path, digest: str, first: ControlConnection, arrive: Callable[[ControlConnection], Place]
     ) -> None:
         """``first`` is an open connection, which is the link's from now on."""
         self._folder = folder
@@ -132,13 +132,13 @@ class Link(Generic[Place]):
 
     # -- the link's thread --------------------------------------------------------------------------------------------
 
-    def _run(self, side: SideConnection | None) -> None:
+    def _run(self, side: ControlConnection | None) -> None:
         pause = FIRST_PAUSE
         while not self._closed.is_set():
             began, heard, connections = time.monotonic(), self._meter.messages_in, self._meter.connections
             try:
                 if side is None:
-                    side = SideConnection.open(self._folder, self._digest, patience=_ANSWER)
+                    side = ControlConnection.open(self._folder, self._digest, patience=_ANSWER)
                     began = time.monotonic()  # who does not answer is no connection, however long that takes
                 with side:
                     self._error = self._attend(side)
@@ -160,7 +160,7 @@ class Link(Generic[Place]):
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _attend(self, side: SideConnection) -> MoetierError | None:
+    def _attend(self, side: ControlConnection) -> MoetierError | None:
         """A connection's life, and why it ended; None when its daemon ended it. Raises what ``arrive`` does."""
         place = self._arrive(side)
         self._meter.connections += 1

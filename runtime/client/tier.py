@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from moetier.runtime.wire.address import Address
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Home
@@ -42,7 +42,7 @@ class DaemonTier:
 
         Raises UnavailableError, UnknownModelError, RefusedError, ArenaError, ProtocolError.
         """
-        side = SideConnection.open(folder, manifest.digest)
+        side = ControlConnection.open(folder, manifest.digest)
         try:
             arena = MappedArena.of(side, manifest)
             return cls(folder, manifest, side, arena, Spare(directory, manifest), patience)
@@ -54,7 +54,7 @@ class DaemonTier:
         self,
         folder: Path,
         manifest: Manifest,
-        side: SideConnection,
+        side: ControlConnection,
         arena: MappedArena,
         spare: Spare,
         patience: float,
@@ -215,7 +215,7 @@ class DaemonTier:
     ) -> None:
         self.close()
 
-    def _arrive(self, side: SideConnection) -> MappedArena:
+    def _arrive(self, side: ControlConnection) -> MappedArena:
         """By the link's thread, on every connection. The old arena goes with the last lease of it."""
         self._arena = MappedArena.of(side, self._manifest, self._arena)
         self._spare.forgive()

@@ -11,8 +11,8 @@ import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import Address
-from moetier.runtime.wire.failures import closed_channel, failure_of
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
+from moetier.runtime.wire.status_codes import closed_channel, error_of
 from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 from moetier.tiers.layout import ExpertKey
 
@@ -69,7 +69,7 @@ class Transfer:
         except MoetierError as error:
             self._end(error)
         except grpc.RpcError as error:
-            self._end(failure_of(error, self._address))
+            self._end(error_of(error, self._address.target))
         except ValueError:
             self._end(closed_channel())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.directory import Header
 from moetier.tiers.arena.plan import ArenaPlan
@@ -39,7 +39,7 @@ class MappedArena:
     """
 
     @classmethod
-    def of(cls, side: SideConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
+    def of(cls, side: ControlConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
         """What a connection came with: ``known``, if its daemon has taken that back. Raises ArenaError, and
         ProtocolError."""
         if side.descriptor is None or side.slots.keys() != manifest.layouts.keys() or min(side.slots.values()) < 1:

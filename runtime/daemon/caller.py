@@ -43,7 +43,8 @@ class CallerCheck(grpc.ServerInterceptor):
                 context,
                 RefusedError(
                     "The call shows no credential that this daemon has issued or knows.",
-                    "Give its token (`credentials.token_file`); over a Unix socket, connect to its side socket first.",
+                    "Give its token (`credentials.token_file`); over a Unix socket, connect to its control socket "
+                    "first.",
                 ),
             )
 

@@ -11,20 +11,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.wire.running import SHORT
+from moetier.runtime.wire.address import DIGEST_CHARS
 from moetier.tiers.errors import RefusedError, UnavailableError, UnknownModelError
 
+from .control_server import Welcome
 from .exchange import Asked, Exchange
 from .log import say
 from .model import Hosted
-from .side_server import Welcome
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """A side connection; ``model`` is None for who only looks."""
+    """A control connection; ``model`` is None for who only looks."""
 
     pid: int
     model: Hosted | None
@@ -45,7 +45,7 @@ class _Client:
 
 
 class Clients:
-    """Who is connected, by the ids that the side socket issued; and whether they are still served."""
+    """Who is connected, by the ids that the control socket issued; and whether they are still served."""
 
     def __init__(self, models: Mapping[str, Hosted], *, leases: int, patience: float) -> None:
         """``models`` by digest; a client has at most ``leases``; ``patience`` seconds for a slot."""
@@ -58,7 +58,7 @@ class Clients:
         self._fetching = 0
         self._stopping = False
 
-    # -- the side socket's --------------------------------------------------------------------------------------------
+    # -- the control socket's -----------------------------------------------------------------------------------------
 
     def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
         """Raises UnknownModelError; UnavailableError once the daemon is ending."""
@@ -96,7 +96,7 @@ class Clients:
             if client is None:
                 raise _left()
             if client.model is None:
-                raise UnknownModelError("The credential is for no model.", "Name its digest on the side socket.")
+                raise UnknownModelError("The credential is for no model.", "Name its digest on the control socket.")
             if self._stopping:
                 raise _stopping()
             former = client.exchange
@@ -176,9 +176,9 @@ class Clients:
             exchange.end(_stopping())
 
     def _unknown(self, digest: str) -> UnknownModelError:
-        names = ", ".join(f"{model.name} ({model.digest[:SHORT]})" for model in self.models.values())
+        names = ", ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})" for model in self.models.values())
         return UnknownModelError(
-            f"This daemon does not serve the store {digest[:SHORT]!r}; it serves {names}.",
+            f"This daemon does not serve the store {digest[:DIGEST_CHARS]!r}; it serves {names}.",
             "If the model was converted again meanwhile, start the daemon again; or name another (moetier ps).",
         )
 
@@ -195,4 +195,4 @@ def _stopping() -> UnavailableError:
 
 
 def _left() -> RefusedError:
-    return RefusedError("The side connection of this credential has ended.", "Connect to the side socket again.")
+    return RefusedError("The control connection of this credential has ended.", "Connect to the control socket again.")

@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetier.runtime.wire.address import SIDE_SOCKET, SOCKET
-from moetier.runtime.wire.running import FILE, DaemonCard
+from moetier.runtime.wire.address import CARD, CONTROL_SOCKET, SOCKET, DaemonCard
 from moetier.tiers.errors import AlreadyRunningError
 from moetier.tiers.store.atomic import write_all
 
@@ -38,7 +37,9 @@ def hold(folder: Path) -> Iterator[bool]:
     try:
         os.ftruncate(descriptor, 0)
         write_all(descriptor, f"{os.getpid()}\n".encode(), 0)
-        left = [path for path in folder.iterdir() if path.name in (SOCKET, SIDE_SOCKET) or path.name.startswith(FILE)]
+        left = [
+            path for path in folder.iterdir() if path.name in (SOCKET, CONTROL_SOCKET) or path.name.startswith(CARD)
+        ]
         for stale in left:
             stale.unlink()
         yield bool(left)

@@ -44,7 +44,7 @@ _PATIENCE = 5.0  # seconds for gRPC to stop, which it promises to do at once
 
 
 def local_server(service: Service, health: Health, *, clients: Clients, sessions: int, models: int) -> grpc.Server:
-    """On a Unix socket: every call shows the id of a side connection that is open. ``sessions`` have a thread each,
+    """On a Unix socket: every call shows the id of a control connection that is open. ``sessions`` have a thread each,
     whatever is fetched meanwhile."""
     check = CallerCheck(clients.knows, exempt=HEALTH)
     return _server(service, health, check, sessions + CALLS * models + WATCHERS + _SPARE)

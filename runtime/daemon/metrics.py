@@ -23,7 +23,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.wire.running import SHORT
+from moetier.runtime.wire.address import DIGEST_CHARS
 from moetier.tiers.stats import TierStats
 
 LABELS = ("model", "tier")
@@ -82,7 +82,7 @@ class DaemonCollector(Collector):
         models = self._stats()
         count = Counter(model.name for model in models)
         # two stores of one model have one name
-        named = [(m.name if count[m.name] == 1 else f"{m.name} ({m.digest[:SHORT]})", m) for m in models]
+        named = [(m.name if count[m.name] == 1 else f"{m.name} ({m.digest[:DIGEST_CHARS]})", m) for m in models]
         yield from tier_metrics([(name, model.host) for name, model in named])
         for metric, (field, meaning) in OF_CLIENTS_NOW.items():
             gauge = GaugeMetricFamily(f"moetier_daemon_{metric}", meaning, labels=LABELS[:1])

@@ -15,12 +15,12 @@ import grpc
 
 from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import exceeded
-from moetier.runtime.wire.address import SOCKET, Address, make_folder
+from moetier.runtime.wire.address import CARD, SOCKET, Address, DaemonCard, ServedModel, make_folder
 from moetier.runtime.wire.channel import read_token
-from moetier.runtime.wire.running import FILE, DaemonCard, ServedModel
 from moetier.tiers.errors import ConfigError
 
 from .clients import Clients
+from .control_server import ControlServer
 from .health import Health
 from .hold import hold
 from .listeners import listen_tcp, listen_unix, local_server, reflect, remote_server, server_credentials, stop
@@ -28,7 +28,6 @@ from .log import say
 from .model import Hosted
 from .options import DaemonConfig
 from .rpc import RemoteService, Service, describe
-from .side_server import SideServer
 from .signals import is_told_again, wait_for_the_end
 from .startup import open_models
 from .systemd import ServiceManager
@@ -112,7 +111,7 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     listen = listen_tcp(servers[1], config.listen, credentials) if config.listen else ""
     for server in servers:
         server.start()
-    side = SideServer(
+    side = ControlServer(
         config.folder,
         admit=clients.admit,
         leave=clients.leave,
@@ -125,7 +124,7 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     )
     metrics = _serve_metrics(config.metrics_address, clients, health, closing) if config.metrics else ""
     card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen, metrics)
-    closing.callback((config.folder / FILE).unlink, missing_ok=True)
+    closing.callback((config.folder / CARD).unlink, missing_ok=True)
     card.write(config.folder)
     return _Running(models, clients, health, servers, card)
 

@@ -47,10 +47,10 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
     if config.daemons:
         return _remote(config, folder, manifest, slots())
     if config.find_daemon:
-        from moetier.runtime.wire.running import serving
+        from moetier.runtime.wire.address import daemons_serving
 
         refusals: dict[Address, MoetierError] = {}
-        for daemon in serving(manifest.digest):
+        for daemon in daemons_serving(manifest.digest):
             try:
                 found = _mapped(daemon, folder, manifest)
             except (NobodyError, UnknownModelError) as error:  # it has ended; what it said of itself is still there

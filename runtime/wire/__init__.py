@@ -1,7 +1,7 @@
-"""What the daemon and its clients share: addresses, channels, the control socket, pieces of records, failures.
+"""Wire protocol that the daemon and its clients share: addresses, channels, the control socket, pieces and errors.
 
-Others use ``address``, ``channel`` and ``probe`` (a look at a running daemon). The package imports ``proto``, grpc and
-the nouns of ``tiers``.
+Others use ``address``, ``channel`` and ``probe``, which asks a running daemon what it is. The package imports
+``proto``, grpc and the nouns of ``tiers``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,37 +1,47 @@
-"""Where daemons are: folders of Unix sockets that their user alone may enter, or HOST:PORT; what clients show there."""
+"""Addresses of daemons, the credentials that clients show them, and the cards by which local daemons are found.
+
+A daemon on this host is a folder of Unix sockets that only its user may enter; one on another host is HOST:PORT. The
+folder also holds daemon.json, the daemon's card.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import stat
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moetier.tiers.errors import ConfigError, RefusedError
 
 DEFAULT_NAME = "default"
 SOCKET = "grpc.sock"  # the gRPC service
-SIDE_SOCKET = "side.sock"  # descriptors and credentials
+CONTROL_SOCKET = "side.sock"  # credentials, and the arena's descriptor
+CARD = "daemon.json"
+DIGEST_CHARS = 12  # of a digest, where people read it: enough to tell two stores of one model apart
 _NAME = re.compile(r"[\w-][\w.-]*")
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
-_LONGEST = 107  # bytes of the path of a Unix socket (unix(7))
+_MAX_PATH_BYTES = 107  # of a Unix socket (unix(7))
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One daemon: a ``folder`` of Unix sockets on this host, or ``target``, HOST:PORT."""
+    """Address of one daemon: a ``folder`` of Unix sockets on this host, or a ``target`` HOST:PORT."""
 
     folder: Path | None = None
     target: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """``"NAME"`` (a folder of that name beneath ``runtime_folder()``), ``"/a/folder"`` or ``"./a/folder"``,
-        ``"HOST:PORT"`` or ``"[IPV6]:PORT"``. Raises ConfigError."""
+        """Parse ``"NAME"`` (a folder of that name beneath ``runtime_folder()``), ``"/a/folder"`` or ``"./a/folder"``,
+        ``"HOST:PORT"`` or ``"[IPV6]:PORT"``.
+
+        Raises ConfigError.
+        """
         if "/" in text:
             return cls.of(Path(text))
         if _NAME.fullmatch(text):
@@ -40,24 +50,27 @@ class Address:
         if match and 0 < int(match.group(2)) < 65536:
             return cls(target=text)
         raise ConfigError(
-            f"{text!r} is no address of a daemon.",
+            f"{text!r} is not the address of a daemon.",
             'Give a name ("default"), the path of a daemon\'s folder, or "HOST:PORT".',
         )
 
     @classmethod
     def of(cls, folder: Path) -> Address:
-        """Raises ConfigError where the path is too long for a socket."""
+        """Return the address of a daemon's folder.
+
+        Raises ConfigError if the path is too long for a Unix socket.
+        """
         folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would hide a symbolic link
-        if len(os.fsencode(folder / SIDE_SOCKET)) > _LONGEST:
+        if len(os.fsencode(folder / CONTROL_SOCKET)) > _MAX_PATH_BYTES:
             raise ConfigError(
                 f"The path {folder} is too long for a Unix socket.",
-                f"Choose a folder of at most {_LONGEST - len(SIDE_SOCKET) - 1} bytes.",
+                f"Choose a folder of at most {_MAX_PATH_BYTES - len(CONTROL_SOCKET) - 1} bytes.",
             )
         return cls(folder=folder)
 
     @property
     def is_loopback(self) -> bool:
-        """Of a TCP address: whether packets stay on this host."""
+        """Whether packets to this TCP address stay on this host."""
         return _LOOPBACK.fullmatch(self.target.rpartition(":")[0]) is not None
 
     def __str__(self) -> str:
@@ -66,18 +79,20 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client shows a daemon on another host, and by what it knows it. All are paths of files."""
+    """Files with which a client and a daemon on another host identify themselves to each other."""
 
-    token_file: Path | None = None  # of the bearer token, in one line
-    ca: Path | None = None  # PEM; by default the system's roots
-    cert: Path | None = None  # PEM; of a client that the daemon wants to know, with its key
-    key: Path | None = None
+    token_file: Path | None = None  # the bearer token, in one line
+    ca: Path | None = None  # PEM; the system's roots by default
+    cert: Path | None = None  # PEM; the client's certificate, for a daemon that asks for one
+    key: Path | None = None  # PEM; of that certificate
     insecure: bool = False  # no TLS
 
 
 def runtime_folder() -> Path:
-    """Where the daemons of this user are found: ``$XDG_RUNTIME_DIR/moetier``, or a folder of the user's in /tmp
-    (XDG Base Directory Specification 0.8)."""
+    """Return the parent of this user's daemon folders: ``$XDG_RUNTIME_DIR/moetier``, or a folder in /tmp.
+
+    Source: XDG Base Directory Specification 0.8.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base and Path(base).is_absolute():
         return Path(base) / "moetier"
@@ -85,18 +100,20 @@ def runtime_folder() -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises RefusedError unless the folder is this user's, closed to all others, and reached through no symbolic link
-    that somebody else could have laid. FileNotFoundError where there is none."""
+    """Check that a daemon's folder belongs to this user and that no other user can enter or exchange it.
+
+    Raises RefusedError, and FileNotFoundError if there is no such folder.
+    """
     for part in (folder, *folder.parents):
         try:
             found = part.lstat()
         except FileNotFoundError:
             raise
-        except OSError as error:  # a file on the way, or another user's folder
+        except OSError as error:  # a parent is a file, or closed to this user
             raise RefusedError(f"{folder} can't be reached: {error.strerror}.", "Use a folder of your own.") from None
         if part == folder:
             if not stat.S_ISDIR(found.st_mode):
-                raise RefusedError(f"{folder} is no folder.", "Name the folder of a daemon.")
+                raise RefusedError(f"{folder} is not a folder.", "Name the folder of a daemon.")
             if found.st_uid != os.getuid():
                 raise RefusedError(f"{folder} belongs to another user.", "Use a folder of your own.")
             if found.st_mode & 0o077:
@@ -108,12 +125,76 @@ def check_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a daemon, mode 0700, where it is missing, and checks it. Raises ConfigError where it can't be
-    made, and as ``check_folder`` does."""
+    """Create a daemon's folder with mode 0700 if it is missing, and check it.
+
+    Raises ConfigError if it can't be created, and RefusedError as ``check_folder`` does.
+    """
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # whatever it is, it is checked
+        with contextlib.suppress(FileExistsError):  # checked below, whatever it is
             folder.mkdir(mode=0o700)
     except OSError as error:
         raise ConfigError(f"The folder {folder} can't be made: {error.strerror}.", "Name another: --folder.") from None
     check_folder(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model on a daemon's card."""
+
+    name: str
+    digest: str
+    directory: str
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonCard:
+    """A daemon's card, which it writes when it is ready and removes when it ends.
+
+    A card may be left by a daemon that was killed; only a connection shows whether it still runs.
+    """
+
+    pid: int
+    version: str  # of moetier
+    started_unix: float
+    models: tuple[ServedModel, ...]
+    listen: str = ""  # HOST:PORT; "" without TCP
+    metrics: str = ""  # HOST:PORT; "" without metrics
+
+    def write(self, folder: Path) -> None:
+        """Write the card atomically: a reader sees all of it or nothing."""
+        new = folder / f"{CARD}.{os.getpid()}"
+        new.write_text(json.dumps(asdict(self)))
+        new.chmod(0o600)
+        new.replace(folder / CARD)
+
+    @classmethod
+    def read(cls, folder: Path) -> DaemonCard | None:
+        """Read the card in a folder; None if there is none, or if another version wrote it.
+
+        Raises RefusedError if the folder is not safe.
+        """
+        try:
+            check_folder(folder)
+            card = json.loads((folder / CARD).read_bytes())
+            models = tuple(ServedModel(**model) for model in card.pop("models"))
+            return cls(models=models, **card)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+
+def known_daemons() -> dict[Address, DaemonCard]:
+    """Return the cards beneath ``runtime_folder()`` by the addresses of their daemons."""
+    found = {}
+    for folder in sorted(path for path in runtime_folder().glob("*") if path.is_dir()):
+        with contextlib.suppress(RefusedError):  # another user's folder
+            card = DaemonCard.read(folder)
+            if card is not None:
+                found[Address.of(folder)] = card
+    return found
+
+
+def daemons_serving(digest: str) -> list[Address]:
+    """Return the addresses of the daemons whose card lists the store with this digest. They may have been killed."""
+    return [a for a, card in known_daemons().items() if any(model.digest == digest for model in card.models)]

@@ -1,4 +1,4 @@
-"""A gRPC channel to the daemon of an address: over its Unix socket, or over TCP with TLS and a token."""
+"""gRPC channels to a daemon: over its Unix socket, or over TCP with TLS and a token. Also reads the files for both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -25,30 +25,32 @@ _log = logging.getLogger(__name__)
 SERVICE = "moetier.v1.ExpertStore"
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    # a peer that is gone or stands still without a word is noticed, by an idle client too
+    # notice a peer that vanished or stands still, on an idle connection too
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # of the pings that measure, too: there is one at a time
+    ("grpc.http2.ping_timeout_ms", 10_000),  # also of the pings that measure bandwidth: only one is sent at a time
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),  # what an attempt may take at least: the network may be slow
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # lower bound of an attempt's timeout: the network may be slow
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.enable_http_proxy", 0),  # bytes of a daemon pass nobody else
-    ("grpc.enable_retries", 0),  # who calls knows best what is repeated, and where
-    ("grpc.use_local_subchannel_pool", 1),  # a channel is a connection of its own
+    ("grpc.enable_http_proxy", 0),  # never send a daemon's bytes through a proxy
+    ("grpc.enable_retries", 0),  # the callers of this project repeat calls themselves
+    ("grpc.use_local_subchannel_pool", 1),  # one connection for each channel
     ("grpc.max_receive_message_length", 4 << 20),
 )
 
 
 def open_channel(address: Address, credentials: Credentials, *, bearer: str | None = None) -> grpc.Channel:
-    """Connects when it is first used. Every call shows ``bearer``, or over TCP the token of the credentials' file.
+    """Return a channel, which connects when it is first used.
 
-    Raises ConfigError for files that can't be used and for what contradicts itself; of a Unix folder RefusedError where
-    others could have their hands in it, UnavailableError where it is not there.
+    Every call on it carries ``bearer`` or, over TCP, the token in the credentials' file.
+
+    Raises ConfigError for credentials that can't be used, RefusedError for a folder that is not safe, and
+    UnavailableError for a folder that is missing.
     """
-    # A forked child does not use its parent's channels. gRPC's handlers of forks would do nothing, and say so.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # gRPC reads it when its first channel is made
+    # A forked child does not use its parent's channels. gRPC's own fork handlers would only print warnings.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when the first channel is made
     if address.folder is not None:
         try:
             check_folder(address.folder)
@@ -56,17 +58,17 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
             raise UnavailableError(
                 f"No daemon runs in {address.folder}.", "Start one: moetier daemon DIR; or name another."
             ) from None
-        # the target is a URI, and a path may hold what means something there
+        # the target is a URI: quote what has a meaning there
         target = "unix:" + quote(str(address.folder / SOCKET))
         channel = grpc.insecure_channel(target, options=OPTIONS)
     else:
         if bearer is None and credentials.token_file is not None:
             bearer = read_token(credentials.token_file)
-        target = f"dns:///{address.target}"  # the scheme said: a host may have the name of one
+        target = f"dns:///{address.target}"  # with its scheme, as a host may be named like a scheme
         if credentials.insecure:
             if given := [name for name in ("ca", "cert", "key") if getattr(credentials, name) is not None]:
                 raise ConfigError(
-                    f"`credentials.insecure` is without TLS: `credentials.{given[0]}` has no use.",
+                    f"`credentials.insecure` turns TLS off, and `credentials.{given[0]}` is for TLS.",
                     "Give one or the other.",
                 )
             channel = grpc.insecure_channel(target, options=OPTIONS)
@@ -76,7 +78,7 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
 
 
 def speaks_tls(target: str, patience: float) -> bool:
-    """Whether somebody at HOST:PORT answers a TLS handshake within ``patience`` seconds, whoever it is."""
+    """Return whether HOST:PORT answers a TLS handshake within ``patience`` seconds. Checks no certificate."""
     host, _, port = target.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -88,10 +90,12 @@ def speaks_tls(target: str, patience: float) -> bool:
 
 
 def read_token(path: Path, what: str = "token") -> str:
-    """The one line of the file of a token, or of what else is as secret; warns where every user can read it. Raises
-    ConfigError for what can't be one."""
+    """Read a file that holds one secret line, and warn if every user can read it. ``what`` names the secret.
+
+    Raises ConfigError if the file can't be read or does not hold one line of printable ASCII.
+    """
     text = _read(path, f"{what}'s file")
-    _warn_of_readers(path, what)
+    _warn_if_world_readable(path, what)
     try:
         token = text.decode("ascii").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
@@ -105,25 +109,27 @@ def read_token(path: Path, what: str = "token") -> str:
 
 
 def read_pem(path: Path, what: str) -> bytes:
-    """Certificates, vetted: gRPC itself would say nothing, and connect to nobody. Raises ConfigError."""
+    """Read a file of certificates and check that they are well-formed, as gRPC would fail without naming the file.
+
+    Raises ConfigError.
+    """
     pem = _read(path, what)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)  # text between them may be in any language
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)  # may hold text in any encoding
     except OSError as error:
         raise ConfigError(f"The {what} {path} holds no certificates in PEM form ({error}).", "Name another.") from None
     return pem
 
 
 def read_identity(cert: Path, key: Path) -> tuple[bytes, bytes]:
-    """A certificate (with what leads to its authority) and its private key, vetted. Raises ConfigError."""
+    """Read a certificate chain and its private key, and check that they belong together. Raises ConfigError."""
     pems = _read(cert, "certificate"), _read(key, "key")
     try:
-        # the password of an encrypted key: none, rather than a question to the terminal
+        # an empty password: OpenSSL would ask for that of an encrypted key on the terminal
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key, password="")
     except (ssl.SSLError, ValueError, OSError) as error:
         raise ConfigError(
-            f"{cert} and {key} are no certificate and private key of each other, in PEM form and not encrypted "
-            f"({error}).",
+            f"{cert} and {key} are not a certificate and its private key, in PEM form and not encrypted ({error}).",
             "Name another pair.",
         ) from None
     return pems
@@ -131,7 +137,7 @@ def read_identity(cert: Path, key: Path) -> tuple[bytes, bytes]:
 
 def _tls(credentials: Credentials) -> grpc.ChannelCredentials:
     if (credentials.cert is None) != (credentials.key is None):
-        raise ConfigError("A certificate of the client's needs its key, and a key its certificate.", "Give both.")
+        raise ConfigError("A client certificate needs its key, and a key its certificate.", "Give both.")
     key, cert = None, None
     if credentials.cert is not None and credentials.key is not None:
         cert, key = read_identity(credentials.cert, credentials.key)
@@ -143,13 +149,13 @@ def _tls(credentials: Credentials) -> grpc.ChannelCredentials:
 
 
 def _system_roots() -> bytes | None:
-    """What this system trusts (SSL_CERT_FILE, else OpenSSL's place); None: the roots that gRPC brings."""
+    """Return the system's root certificates (SSL_CERT_FILE, or OpenSSL's default); None for those built into gRPC."""
     place = ssl.get_default_verify_paths().cafile
     return read_pem(Path(place), "system's CA") if place else None
 
 
-@functools.cache  # a client reads it for each connection
-def _warn_of_readers(path: Path, what: str) -> None:
+@functools.cache  # once for each file: a client reads it for each connection
+def _warn_if_world_readable(path: Path, what: str) -> None:
     if path.stat().st_mode & stat.S_IROTH:
         _log.warning("Every user can read the %s in %s: chmod 600 %s", what, path, path)
 
@@ -162,7 +168,7 @@ def _read(path: Path, what: str) -> bytes:
 
 
 class _Details(NamedTuple):
-    """A call's details, with more metadata."""
+    """grpc.ClientCallDetails, whose metadata can't be changed in place."""
 
     method: str
     timeout: float | None
@@ -175,28 +181,15 @@ class _Details(NamedTuple):
 class _Bearer(
     grpc.UnaryUnaryClientInterceptor,
     grpc.UnaryStreamClientInterceptor,
-    grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Shows a token with every call. (Call credentials of gRPC's own would refuse a channel without TLS.)"""
+    """Add a bearer token to every call. (gRPC's own call credentials refuse a channel without TLS.)"""
 
     def __init__(self, token: str) -> None:
         self._entry = ("authorization", f"Bearer {token}")
 
-    def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        return continuation(self._with_token(details), request)
-
-    def intercept_unary_stream(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        return continuation(self._with_token(details), request)
-
-    def intercept_stream_unary(self, continuation: Callable[..., Any], details: Any, requests: Iterator[Any]) -> Any:
-        return continuation(self._with_token(details), requests)
-
-    def intercept_stream_stream(self, continuation: Callable[..., Any], details: Any, requests: Iterator[Any]) -> Any:
-        return continuation(self._with_token(details), requests)
-
-    def _with_token(self, details: Any) -> Any:
-        return _Details(
+    def _intercept(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
+        with_token = _Details(
             details.method,
             details.timeout,
             [*(details.metadata or ()), self._entry],
@@ -204,3 +197,6 @@ class _Bearer(
             details.wait_for_ready,
             details.compression,
         )
+        return continuation(with_token, request)
+
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_stream = _intercept  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""The message Piece on the wire (proto/expert_store.proto), written from a record and read into one.
+"""Serialisation of the message Piece (proto/expert_store.proto) with fewer copies than protobuf makes.
 
-Protocol buffers for Python copy a bytes field on its way in and out: of a large record that takes more time than its
-transport. What is written here is what they would write, and what they can write is read.
-https://protobuf.dev/programming-guides/encoding/
+Protobuf for Python copies a bytes field when it serialises and parses; for a large record that takes longer than its
+transport. The bytes here are those that protobuf writes, and everything that protobuf can write is read.
+Source: https://protobuf.dev/programming-guides/encoding/
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError
 from moetier.proto.expert_store_pb2 import Piece
 from moetier.tiers.errors import ProtocolError
 
-PIECE_BYTES = 1 << 20  # of the record, in one message
+PIECE_BYTES = 1 << 20  # of a record in one message
 _TAG = 0x0A  # field 1, length-delimited
 
 
 def encode_piece(data: memoryview) -> bytes:
-    """``Piece(data=data)``, serialised, with one copy."""
+    """Serialise ``Piece(data=data)`` with one copy."""
     header = bytearray([_TAG])
     length = len(data)
     while length > 0x7F:
@@ -28,7 +28,7 @@ def encode_piece(data: memoryview) -> bytes:
 
 
 def decode_piece(message: bytes) -> memoryview:
-    """The data of a serialised Piece, without a copy where it is what ``encode_piece`` writes. Raises ProtocolError."""
+    """Return the data of a serialised Piece, without a copy if ``encode_piece`` wrote it. Raises ProtocolError."""
     if len(message) > 1 and message[0] == _TAG:
         length, at = 0, 1
         while at < min(len(message), 6):
@@ -39,7 +39,9 @@ def decode_piece(message: bytes) -> memoryview:
                 if at + length == len(message):
                     return memoryview(message)[at:]
                 break
-    try:  # other fields too, of a later version; or none
+    try:  # written by a later version, with other fields; or empty
         return memoryview(Piece.FromString(message).data)
     except DecodeError:
-        raise ProtocolError("What a daemon sent is no piece of a record.", "Update moetier on both hosts.") from None
+        raise ProtocolError(
+            "A daemon sent a message that is not a piece of a record.", "Update moetier on both hosts."
+        ) from None

@@ -1,4 +1,4 @@
-"""A look at a daemon: what it is and what it has counted, without being one of its clients."""
+"""Short-lived connections to a daemon that read what it is and what it has counted."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.tiers.errors import DaemonError
 
-from .address import Address, Credentials
+from .address import Address, Credentials, DaemonCard, known_daemons
 from .channel import open_channel
-from .failures import failure_of
-from .running import DaemonCard, daemons
-from .side import SideConnection
-from .side_packets import PATIENCE
+from .control import PATIENCE, ControlConnection
+from .status_codes import error_of
 
 PS_PATIENCE = 2.0  # seconds for each daemon of a list to answer
 
 
-class Visit:
-    """Every method raises DaemonError when the daemon does not answer within ``patience`` seconds."""
+class DaemonProbe:
+    """A connection to a daemon, made by ``probe``.
+
+    Every method raises DaemonError if the daemon does not answer within ``patience`` seconds.
+    """
 
     def __init__(self, channel: grpc.Channel, address: Address, patience: float) -> None:
         self._stub = ExpertStoreStub(channel)
-        self._address = address
+        self._target = address.target
         self._patience = patience
 
     def describe(self) -> pb.DescribeReply:
+        """Ask what the daemon is and which models it serves."""
         with self._errors():
             reply: pb.DescribeReply = self._stub.Describe(pb.DescribeRequest(), timeout=self._patience)
         return reply
 
     def stats(self, *, details: bool = False) -> pb.StatsReply:
+        """Ask for the daemon's counters, with ``details`` also for its clients and blocks."""
         with self._errors():
             reply: pb.StatsReply = self._stub.Stats(pb.StatsRequest(details=details), timeout=self._patience)
         return reply
@@ -46,46 +49,48 @@ class Visit:
         try:
             yield
         except grpc.RpcError as error:
-            raise failure_of(error, self._address) from None
+            raise error_of(error, self._target) from None
 
 
 @contextlib.contextmanager
-def visit(address: Address, credentials: Credentials | None = None, *, patience: float = PATIENCE) -> Iterator[Visit]:
-    """Raises ConfigError for credentials that can't be used, UnavailableError, RefusedError."""
+def probe(
+    address: Address, credentials: Credentials | None = None, *, patience: float = PATIENCE
+) -> Iterator[DaemonProbe]:
+    """Connect to a daemon. Raises ConfigError for credentials that can't be used, UnavailableError, RefusedError."""
     with contextlib.ExitStack() as closing:
         bearer = None
         if address.folder is not None:
-            side = closing.enter_context(SideConnection.open(address.folder, None, patience=patience))
-            bearer = side.session_id
+            control = closing.enter_context(ControlConnection.open(address.folder, None, patience=patience))
+            bearer = control.session_id
         channel = closing.enter_context(open_channel(address, credentials or Credentials(), bearer=bearer))
-        yield Visit(channel, address, patience)
+        yield DaemonProbe(channel, address, patience)
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """``stats`` is None for a daemon that does not answer."""
+class RunningDaemon:
+    """A daemon of this user that runs. ``stats`` is None if it does not answer."""
 
     folder: Path
     card: DaemonCard
     stats: pb.StatsReply | None
 
 
-def running() -> list[Running]:
-    """Those beneath ``runtime_folder()``; what a killed one left is none."""
+def running_daemons() -> list[RunningDaemon]:
+    """Probe the daemons beneath ``runtime_folder()``, and leave out those that were killed."""
     found = []
-    for address, card in daemons().items():
+    for address, card in known_daemons().items():
         assert address.folder is not None
         try:
-            with visit(address, patience=PS_PATIENCE) as visited:
-                found.append(Running(address.folder, card, visited.stats()))
+            with probe(address, patience=PS_PATIENCE) as connected:
+                found.append(RunningDaemon(address.folder, card, connected.stats()))
         except DaemonError:
             if _lives(card, address.folder):
-                found.append(Running(address.folder, card, None))
+                found.append(RunningDaemon(address.folder, card, None))
     return found
 
 
 def _lives(card: DaemonCard, folder: Path) -> bool:
-    """Whether the process has its folder's lock open: it is stopped, or busy."""
+    """Return whether the card's process has the folder's lock open: it is stopped, or busy."""
     try:
         links = list(Path(f"/proc/{card.pid}/fd").iterdir())
         return any(link.exists() and link.samefile(folder / "lock") for link in links)

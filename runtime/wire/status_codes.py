@@ -1,7 +1,7 @@
-"""Errors on the wire: the one table between this project's tree and gRPC's status codes, and both ways across it.
+"""Errors on the wire: the table of this project's errors and gRPC's status codes, and the conversion both ways.
 
-An error travels whole, beside the code, as an ``Error`` in the trailing metadata. Where there is none (gRPC itself has
-answered, or something between) the code alone says which error it is.
+A call that fails carries an ``Error`` in its trailing metadata, beside the code. If gRPC itself or something between
+has ended the call, there is no ``Error``, and the code and its details have to say what happened.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from google.protobuf.message import DecodeError
 
 from moetier.proto.expert_store_pb2 import Error
 from moetier.tiers import errors
-from moetier.tiers.errors import DaemonError, MoetierError
+from moetier.tiers.errors import DaemonError, MoetierError, ProtocolError, RefusedError, UnavailableError
 
-from .side_packets import error_from
+from .channel import speaks_tls
+from .control import error_from
 
 METADATA = "moetier-error-bin"
-_LONGEST = 1_000  # bytes of a line: all metadata together may take 8 KiB
+_MAX_LINE = 1_000  # bytes: all metadata together may take 8 KiB
 
 Code = grpc.StatusCode
 
-# the most special class decides; of what is not named, its base
+# the most derived class that is listed decides
 CODES: dict[type[MoetierError], grpc.StatusCode] = {
     errors.ChecksumError: Code.DATA_LOSS,
     errors.MissingExpertError: Code.NOT_FOUND,
@@ -42,7 +43,7 @@ CODES: dict[type[MoetierError], grpc.StatusCode] = {
     errors.MoetierError: Code.INTERNAL,
 }
 
-# what a code means that comes without an Error; of what is not named, DaemonError
+# the meaning of a code without an Error; DaemonError for the others
 ERRORS: dict[grpc.StatusCode, type[MoetierError]] = {
     Code.DATA_LOSS: errors.ChecksumError,
     Code.NOT_FOUND: errors.UnknownModelError,
@@ -60,49 +61,90 @@ ERRORS: dict[grpc.StatusCode, type[MoetierError]] = {
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
+    """Return the status code of an error."""
     return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), Code.INTERNAL)
 
 
 def message_of(error: BaseException) -> Error:
-    """What travels. Of what is no MoetierError, and so a fault of ours, only its kind is told."""
+    """Return the message that carries an error. Only the kind is told of a fault of ours, which is no MoetierError."""
     if not isinstance(error, MoetierError):
         error = DaemonError(f"The daemon failed ({type(error).__name__}).", "See the daemon's log, and report it.")
     return Error(kind=type(error).__name__, cause=_cut(error.cause), fix=_cut(error.fix))
 
 
 def error_from_message(message: Error, code: grpc.StatusCode = Code.INTERNAL) -> MoetierError:
-    """The error that travelled; ``code`` says what one is that this version has no name for."""
+    """Return the error that a message carries. ``code`` gives the class if this version has none of its name."""
     value = {"kind": message.kind, "cause": message.cause, "fix": message.fix}
     return error_from(value, ERRORS.get(code, DaemonError))
 
 
 def _cut(line: str) -> str:
-    return line.encode("utf-8", "replace")[:_LONGEST].decode("utf-8", "ignore")
+    return line.encode("utf-8", "replace")[:_MAX_LINE].decode("utf-8", "ignore")
 
 
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends a call with an error."""
+    """End a call with an error. Always raises."""
     message = message_of(error)
     context.set_trailing_metadata(((METADATA, message.SerializeToString()),))
     context.abort(code_of(error), message.cause)
     raise AssertionError  # abort has raised
 
 
-def error_of(error: grpc.RpcError) -> MoetierError:
-    """What a failed call tells."""
+def error_of(error: grpc.RpcError, target: str = "") -> MoetierError:
+    """Return the error that a failed call stands for. ``target`` is its HOST:PORT over TCP."""
     call: Any = error  # every RpcError that a call raises is a grpc.Call too
     code: grpc.StatusCode = call.code()
+    details = " ".join((call.details() or code.name).split())
     for name, value in call.trailing_metadata() or ():
         if name == METADATA and isinstance(value, bytes):
             try:
                 return error_from_message(Error.FromString(value), code)
-            except DecodeError:  # the code has to do
+            except DecodeError:
                 break
-    details = " ".join((call.details() or code.name).split())
+    else:
+        if (transport := _transport_error(code, details, target)) is not None:
+            return transport
     kind = ERRORS.get(code, DaemonError)
     return kind(f"The daemon did not answer as asked: {details} ({code.name}).", _FIXES.get(kind, "See its log."))
 
 
+def _transport_error(code: grpc.StatusCode, details: str, target: str) -> MoetierError | None:
+    """Return the error that the details of gRPC's own failure name; None if they name none."""
+    said = details.lower()
+    if code is Code.RESOURCE_EXHAUSTED and _TOO_LARGE in said:
+        return ProtocolError(f"A daemon sent a message that is too large: {details}", "Use moetier in one version.")
+    if code is not Code.UNAVAILABLE:
+        return None
+    if _PLAIN in said:
+        return RefusedError(
+            "The daemon does not speak TLS, and this client speaks nothing else.",
+            "Give `credentials.insecure` if that daemon has no TLS.",
+        )
+    if any(sign in said for sign in _NO_TRUST):
+        return RefusedError(
+            f"The daemon and this client do not trust each other: {details}",
+            "Give the authority that signed its certificate (`credentials.ca`), and the host's name as it is in there.",
+        )
+    if target and all(sign in said for sign in _CUT_OFF) and speaks_tls(target, _HANDSHAKE):
+        return RefusedError(
+            "The daemon wants TLS, and a certificate of the client's if it was started with --tls-client-ca.",
+            "Give its authority (`credentials.ca`), and not `credentials.insecure`; with `credentials.cert` and "
+            "`credentials.key`, if it wants them.",
+        )
+    return None
+
+
+def closed_channel() -> UnavailableError:
+    """Return the error for the ValueError that gRPC raises on a channel that was closed."""
+    return UnavailableError("The connection to the daemon was closed.", "Connect again.")
+
+
+_TOO_LARGE = "larger than max"  # a message; otherwise the daemon takes no more calls
+# the last one is older gRPC's: "Peer name localhost is not in peer certificate"
+_NO_TRUST = ("handshake failed", "certificate_verify_failed", "hostname verification", "not in peer certificate")
+_PLAIN = "wrong_version_number"  # the peer answered a TLS handshake without TLS
+_CUT_OFF = ("failed to connect", "socket closed")  # both: the connection broke before it was made
+_HANDSHAKE = 2.0  # seconds
 _FIXES: dict[type[MoetierError], str] = {
     errors.UnavailableError: "See whether it runs (moetier ps); over TCP also whether it wants TLS "
     "(`credentials.ca`, `credentials.cert`), or none (`credentials.insecure`).",

@@ -17,10 +17,9 @@ from readers import PATIENCE
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.address import Address, Credentials, DaemonCard
 from moetier.runtime.wire.channel import open_channel
-from moetier.runtime.wire.running import DaemonCard
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 
 
 class DaemonProcess:
@@ -106,7 +105,7 @@ class DaemonProcess:
     def stub(self) -> Iterator[ExpertStoreStub]:
         """With a credential that only looks."""
         with (
-            SideConnection.open(self.folder, None) as side,
+            ControlConnection.open(self.folder, None) as side,
             open_channel(self.address, Credentials(), bearer=side.session_id) as channel,
         ):
             yield ExpertStoreStub(channel)

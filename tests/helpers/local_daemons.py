@@ -9,11 +9,11 @@ from pathlib import Path
 from readers import PATIENCE
 
 from moetier.runtime.daemon.clients import Clients
+from moetier.runtime.daemon.control_server import ControlServer
 from moetier.runtime.daemon.health import Health
 from moetier.runtime.daemon.listeners import local_server
 from moetier.runtime.daemon.model import Hosted
 from moetier.runtime.daemon.rpc import Service, describe
-from moetier.runtime.daemon.side_server import SideServer
 from moetier.runtime.wire.address import SOCKET, make_folder
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
@@ -28,7 +28,7 @@ def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Pa
     server = local_server(Service(clients, describe(models, "test")), Health(), clients=clients, sessions=8, models=1)
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()
-    side = SideServer(folder, admit=clients.admit, leave=clients.leave, max_clients=8, version="test")
+    side = ControlServer(folder, admit=clients.admit, leave=clients.leave, max_clients=8, version="test")
     try:
         yield folder
     finally:

@@ -1,4 +1,4 @@
-"""A client of a daemon that does as it is told: the side socket, the stream, and nothing of the product's client."""
+"""A client of a daemon that does as it is told: the control socket, the stream, and nothing of the product's client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.manifest import Manifest
 
@@ -25,7 +25,7 @@ class RawClient:
     """``answers`` are the messages of the stream; None is its end, with ``error`` if it ended with one."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.side = SideConnection.open(folder, manifest.digest)
+        self.side = ControlConnection.open(folder, manifest.digest)
         self.plan = ArenaPlan.of(manifest, self.side.slots)
         assert self.side.descriptor is not None
         self._map = mmap.mmap(self.side.descriptor, self.plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetier.runtime.wire.address import SIDE_SOCKET, SOCKET
+from moetier.runtime.wire.address import CONTROL_SOCKET, SOCKET
 
 
 class Relay:
@@ -20,7 +20,7 @@ class Relay:
         self.bytes = 0
         self._to = to / SOCKET
         folder.mkdir(mode=0o700)
-        (folder / SIDE_SOCKET).symlink_to(to / SIDE_SOCKET)
+        (folder / CONTROL_SOCKET).symlink_to(to / CONTROL_SOCKET)
         self._ends: list[socket.socket] = []
         self._cut: list[socket.socket] = []
         self._threads: list[threading.Thread] = []

@@ -89,11 +89,11 @@ def _look(tiers: Tiers) -> _Look | None:
     """None where there is no daemon, or none that answers."""
     if tiers.daemon is None:
         return None
-    from moetier.runtime.wire.probe import visit
+    from moetier.runtime.wire.probe import probe
 
     try:
-        with visit(tiers.daemon.address, patience=PATIENCE) as visited:
-            described, stats = visited.describe(), visited.stats()
+        with probe(tiers.daemon.address, patience=PATIENCE) as connected:
+            described, stats = connected.describe(), connected.stats()
     except MoetierError:
         return None
     model = next((model for model in stats.models if model.digest == tiers.manifest.digest), None)

@@ -13,7 +13,7 @@ from moetier.tools.cli.report import format_seconds, table
 
 if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import ModelStats
-    from moetier.runtime.wire.probe import Running
+    from moetier.runtime.wire.probe import RunningDaemon
 
 HELP = "list the daemons that run on this machine"
 
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.wire.address import runtime_folder
-    from moetier.runtime.wire.probe import running
+    from moetier.runtime.wire.probe import running_daemons
 
-    found = running()
+    found = running_daemons()
     if arguments.json:
         print(json.dumps([_json(daemon) for daemon in found], indent=2))
     elif found:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _json(daemon: Running) -> dict[str, Any]:
+def _json(daemon: RunningDaemon) -> dict[str, Any]:
     stats = {model.digest: model for model in daemon.stats.models} if daemon.stats is not None else {}
     return {
         "folder": str(daemon.folder),
@@ -64,8 +64,8 @@ def _json(daemon: Running) -> dict[str, Any]:
     }
 
 
-def _text(found: list[Running]) -> str:
-    from moetier.runtime.wire.running import SHORT
+def _text(found: list[RunningDaemon]) -> str:
+    from moetier.runtime.wire.address import DIGEST_CHARS
 
     rows = [["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]]
     for daemon in found:
@@ -78,7 +78,7 @@ def _text(found: list[Running]) -> str:
                     plain(str(daemon.folder)) if first else "",
                     str(daemon.card.pid) if first else "",
                     plain(model.name),
-                    plain(model.digest[:SHORT]),
+                    plain(model.digest[:DIGEST_CHARS]),
                     format_bytes(model.budget_bytes),
                     _ready(now),
                     str(now.clients) if now is not None else "?",

@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moetier.runtime.wire.probe import visit
+    from moetier.runtime.wire.probe import probe
 
     address = address_of(arguments.address)
-    with visit(address, credentials(arguments)) as visited:
-        described, stats = visited.describe(), visited.stats()
+    with probe(address, credentials(arguments)) as daemon:
+        described, stats = daemon.describe(), daemon.stats()
         if arguments.watch is None:
             found = to_json(address, described, stats)
             print(json.dumps(found, indent=2) if arguments.json else _text(address, described, stats))
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             while True:
                 time.sleep(arguments.watch)
                 before = described, stats
-                described, stats = visited.describe(), visited.stats()
+                described, stats = daemon.describe(), daemon.stats()
                 if arguments.json:
                     print(json.dumps(to_json(address, described, stats)), flush=True)
                 else:
@@ -88,12 +88,12 @@ def _tier(host: Tier) -> dict[str, Any]:
 def address_of(text: str | None) -> Address:
     """As a command line has it; the only daemon that runs here where it has none, or the default's."""
     from moetier.runtime.wire.address import DEFAULT_NAME, Address
-    from moetier.runtime.wire.probe import running
+    from moetier.runtime.wire.probe import running_daemons
 
     if text is not None:
         with checked():
             return Address.parse(text)
-    found = running()
+    found = running_daemons()
     return Address.of(found[0].folder) if len(found) == 1 else Address.parse(DEFAULT_NAME)
 
 

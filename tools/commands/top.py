@@ -14,7 +14,7 @@ from moetier.tools.cli.access import add_credentials, credentials
 from .stats import address_of, interval
 
 if TYPE_CHECKING:
-    from moetier.runtime.wire.probe import Running
+    from moetier.runtime.wire.probe import RunningDaemon
 
 HELP = "watch a daemon on a full screen"
 
@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     return app.return_code or 0
 
 
-def _choice() -> list[Running]:
+def _choice() -> list[RunningDaemon]:
     """Of the daemons that run here, where there are several."""
-    from moetier.runtime.wire.probe import running
+    from moetier.runtime.wire.probe import running_daemons
 
-    found = running()
+    found = running_daemons()
     return found if len(found) > 1 else []

@@ -199,9 +199,9 @@ def shared_memory() -> Iterator[Finding]:
 
 def daemons() -> Iterator[Finding]:
     from moetier.runtime.wire.address import runtime_folder
-    from moetier.runtime.wire.probe import running
+    from moetier.runtime.wire.probe import running_daemons
 
-    found = running()
+    found = running_daemons()
     if not found:
         yield ok("daemons", f"none runs in {runtime_folder()}")
     for each in found:

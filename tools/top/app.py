@@ -16,7 +16,7 @@ from textual.message import Message
 from textual.widgets import Footer, Static
 
 from moetier.runtime.wire.address import Address, runtime_folder
-from moetier.runtime.wire.probe import Running
+from moetier.runtime.wire.probe import RunningDaemon
 from moetier.tiers.errors import MoetierError
 from moetier.tools.cli.plain import plain
 from moetier.tools.cli.report import format_seconds
@@ -77,7 +77,7 @@ class Top(App[None]):
     Help VerticalScroll { padding: 1 2; border: round $accent; background: $panel; }
     """
 
-    def __init__(self, found: Sequence[Running], address: Address | None, watch: Watch) -> None:
+    def __init__(self, found: Sequence[RunningDaemon], address: Address | None, watch: Watch) -> None:
         super().__init__()
         self._found = found
         self._address = address

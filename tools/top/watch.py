@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moetier.proto.expert_store_pb2 import DescribeReply, StatsReply
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.runtime.wire.probe import Visit, visit
+from moetier.runtime.wire.probe import DaemonProbe, probe
 from moetier.tiers.errors import MoetierError
 
 PATIENCE = 2.0  # seconds for an answer: the longest that an end waits, too
@@ -25,13 +25,13 @@ class Look:
 
 def look(address: Address, credentials: Credentials) -> Look:
     """Once. Raises DaemonError, ConfigError."""
-    with visit(address, credentials, patience=PATIENCE) as visited:
-        return _look(visited)
+    with probe(address, credentials, patience=PATIENCE) as daemon:
+        return _look(daemon)
 
 
-def _look(visited: Visit) -> Look:
+def _look(daemon: DaemonProbe) -> Look:
     """Both are asked for: another daemon may answer on the same connection, which gRPC makes anew by itself."""
-    return Look(visited.describe(), visited.stats(details=True))
+    return Look(daemon.describe(), daemon.stats(details=True))
 
 
 class Watch:
@@ -69,9 +69,9 @@ class Watch:
     def _run(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
         while True:
             try:
-                with visit(address, self._credentials, patience=PATIENCE) as visited:
+                with probe(address, self._credentials, patience=PATIENCE) as daemon:
                     while True:
-                        tell(_look(visited))
+                        tell(_look(daemon))
                         if not self._wait(self.interval):
                             return
             except MoetierError as error:

@@ -16,7 +16,7 @@ from textual.widgets import Footer, OptionList, Static
 from textual.widgets.option_list import Option
 
 from moetier.runtime.wire.address import Address
-from moetier.runtime.wire.probe import Running
+from moetier.runtime.wire.probe import RunningDaemon
 from moetier.tools.cli.plain import plain
 
 HELP = """\
@@ -82,7 +82,7 @@ class Choice(Screen[None]):
             super().__init__()
             self.address = address
 
-    def __init__(self, found: Sequence[Running]) -> None:
+    def __init__(self, found: Sequence[RunningDaemon]) -> None:
         super().__init__()
         self._found = found
 
@@ -95,7 +95,7 @@ class Choice(Screen[None]):
         self.app.post_message(self.Made(Address.of(self._found[event.option_index].folder)))
 
 
-def _line(daemon: Running) -> Text:
+def _line(daemon: RunningDaemon) -> Text:
     names = ", ".join(plain(model.name) for model in daemon.card.models)
     answers = "" if daemon.stats is not None else ", does not answer"
     return Text.assemble(

@@ -23,7 +23,7 @@ from workers import WorkerError
 
 from moetier.runtime.client.misses import GRACE
 from moetier.runtime.client.tier import DaemonTier
-from moetier.runtime.wire.address import SIDE_SOCKET
+from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.store.folder import store_folder
@@ -260,9 +260,9 @@ def test_who_does_not_answer_stays_away(store: MappedStore, tmp_path: Path) -> N
     with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         store.take(tier, 0, 0, 1)
         daemon.kill()
-        (daemon.folder / SIDE_SOCKET).unlink()
+        (daemon.folder / CONTROL_SOCKET).unlink()
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:  # as a stopped daemon's
-            silent.bind(str(daemon.folder / SIDE_SOCKET))
+            silent.bind(str(daemon.folder / CONTROL_SOCKET))
             silent.listen()
             silent.settimeout(PATIENCE)
             with silent.accept()[0]:
@@ -283,7 +283,7 @@ def test_a_stream_that_breaks_is_attached_again(store: MappedStore, tmp_path: Pa
             assert sorted(store.take(tier, 1, expert, (expert + 1) % 6)) == sorted([expert, (expert + 1) % 6])
             between.cut()
         daemon.wait_for("leases == 0")
-        assert tier.traffic.connections == 1, "the side socket is the same"
+        assert tier.traffic.connections == 1, "the control socket is the same"
 
 
 # -- forks ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from workers import WorkerError
 
 from moetier.runtime.client.misses import Misses
 from moetier.runtime.client.tier import DaemonTier
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.source import Lease
@@ -292,7 +292,7 @@ def test_no_weights_cross_the_socket(store: MappedStore, tmp_path: Path) -> None
 def test_the_kernel_refuses_a_client_that_writes(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         store.take(tier, 0, 0)
-        with SideConnection.open(daemon.folder, store.manifest.digest) as side:
+        with ControlConnection.open(daemon.folder, store.manifest.digest) as side:
             arena = side.descriptor
             assert arena is not None
             size = os.fstat(arena).st_size
@@ -318,7 +318,7 @@ def test_another_user_can_not_open_the_arena(store: MappedStore, tmp_path: Path)
     )
     with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         store.take(tier, 0, 0)
-        with SideConnection.open(daemon.folder, store.manifest.digest) as side:
+        with ControlConnection.open(daemon.folder, store.manifest.digest) as side:
             assert side.descriptor is not None
             passed = side.descriptor
             for path in (f"/proc/self/fd/{passed}", f"/proc/{os.getpid()}/fd/{passed}"):

@@ -30,7 +30,7 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.daemon.fetch import CALLS
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import ChecksumError, MoetierError, StoreReadError, UnavailableError
 from moetier.tiers.layout import ExpertKey
@@ -219,7 +219,7 @@ def test_without_a_descriptor_for_a_client_it_is_refused_and_the_others_served(s
         )  # the one that is left: for the connection
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (last + 1, limits[1]))
         with pytest.raises(UnavailableError, match="Too many open files"):
-            SideConnection.open(daemon.folder, store[1].digest)
+            ControlConnection.open(daemon.folder, store[1].digest)
         serves(client, store, 1, 1, 1)
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
         with RawClient(daemon.folder, store[1]) as other:
@@ -237,7 +237,7 @@ def test_a_client_without_a_descriptor_is_told_so(store: Store, tmp_path: Path) 
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
         try:
             with pytest.raises(UnavailableError, match="no more files"):
-                SideConnection.open(daemon.folder, store[1].digest)
+                ControlConnection.open(daemon.folder, store[1].digest)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         daemon.wait_for("clients == 0")
@@ -251,7 +251,7 @@ def test_as_many_clients_as_are_said_whatever_the_soft_limit_of_descriptors(stor
         contextlib.ExitStack() as closing,
     ):
         for _ in range(99):
-            closing.enter_context(SideConnection.open(daemon.folder, store[1].digest))
+            closing.enter_context(ControlConnection.open(daemon.folder, store[1].digest))
         client = closing.enter_context(RawClient(daemon.folder, store[1]))
         serves(client, store, 1, 0, 1)
         assert daemon.stats().clients == 100
@@ -276,9 +276,9 @@ def starting(store: Store, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ("file", "is no folder"),
+        ("file", "is not a folder"),
         ("file/below", "can't be made"),
-        ("loop", "is no folder"),
+        ("loop", "is not a folder"),
         ("/proc/nothing/d", "can't be made"),
         ("symlinked lock", "lock"),
         ("lock that is a folder", "lock"),
@@ -418,7 +418,7 @@ def test_fetches_that_stand_still_take_no_client_its_thread(tmp_path: Path) -> N
     manifest = read_manifest(tmp_path / "store" / "experts.zarr")
     with (
         running_daemon(tmp_path / "store", folder=tmp_path / "d", extra=["--max-clients", "1"]) as daemon,
-        SideConnection.open(daemon.folder, None) as side,
+        ControlConnection.open(daemon.folder, None) as side,
         open_channel(daemon.address, Credentials(), bearer=side.session_id) as channel,
     ):
         fetch = pb.FetchRequest(digest=manifest.digest, block=0, expert=0)

@@ -20,9 +20,9 @@ from threads import wait_until
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.wire.address import SIDE_SOCKET, SOCKET, Address, Credentials
+from moetier.runtime.wire.address import CONTROL_SOCKET, SOCKET, Address, Credentials
 from moetier.runtime.wire.channel import open_channel
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest
@@ -139,7 +139,7 @@ def test_ten_thousand_messages_of_sessions(
 ) -> None:
     nonsense = Nonsense(1)
     with (
-        SideConnection.open(attacked.folder, store[1].digest) as side,
+        ControlConnection.open(attacked.folder, store[1].digest) as side,
         open_channel(attacked.address, Credentials(), bearer=side.session_id) as channel,
     ):
         stub = ExpertStoreStub(channel)
@@ -155,7 +155,7 @@ def test_random_bytes_as_messages(
 ) -> None:
     nonsense = Nonsense(2)
     targets = [attacked.address, Address(target=attacked.card.listen)]
-    with SideConnection.open(attacked.folder, store[1].digest) as side:
+    with ControlConnection.open(attacked.folder, store[1].digest) as side:
         for address in targets:
             with open_channel(address, Credentials(insecure=True), bearer=side.session_id) as channel:
                 for number in range(1000):
@@ -191,7 +191,7 @@ def test_random_bytes_on_a_socket(attacked: DaemonProcess, place: str) -> None:
             return socket.create_connection((host, int(port)), PATIENCE)
         kind = socket.SOCK_SEQPACKET if place == "side" else socket.SOCK_STREAM
         end = socket.socket(socket.AF_UNIX, kind)
-        end.connect(str(attacked.folder / (SIDE_SOCKET if place == "side" else SOCKET)))
+        end.connect(str(attacked.folder / (CONTROL_SOCKET if place == "side" else SOCKET)))
         return end
 
     for number in range(400):
@@ -214,7 +214,7 @@ def test_streams_that_are_opened_and_left(
 ) -> None:
     """More at once than there are threads: one client has one stream, whatever it opens."""
     with (
-        SideConnection.open(attacked.folder, store[1].digest) as side,
+        ControlConnection.open(attacked.folder, store[1].digest) as side,
         open_channel(attacked.address, Credentials(), bearer=side.session_id) as channel,
     ):
         stub = ExpertStoreStub(channel)

@@ -26,10 +26,9 @@ from threads import Task, wait_until
 from users import as_nobody
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.wire.address import Address, Credentials
+from moetier.runtime.wire.address import Address, Credentials, DaemonCard
 from moetier.runtime.wire.channel import open_channel
-from moetier.runtime.wire.running import DaemonCard
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.layout import ExpertKey
@@ -102,7 +101,7 @@ def test_where_it_is_by_default(store: Store, tmp_path: Path, words: list[str], 
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as process:
         try:
             wait_until(lambda: (folder / "daemon.json").exists())
-            with SideConnection.open(folder, store[1].digest) as side:
+            with ControlConnection.open(folder, store[1].digest) as side:
                 assert side.pid == process.pid
             assert [path.stat().st_mode & 0o777 for path in (parent, folder)] == [0o700, 0o700]
             process.terminate()
@@ -170,7 +169,7 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
             daemon.kill()
             assert (tmp_path / "d" / "side.sock").exists()
             with pytest.raises(UnavailableError):
-                SideConnection.open(tmp_path / "d", None)
+                ControlConnection.open(tmp_path / "d", None)
             daemon.start()
             is_served(daemon, store)
         assert daemon.stop() == 0
@@ -359,7 +358,7 @@ def test_sigterm_under_load_finishes_what_is_in_hand(watch: tuple[DaemonProcess,
             status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status
             assert status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(UnavailableError, match="ending"):
-            SideConnection.open(daemon.folder, store[1].digest)
+            ControlConnection.open(daemon.folder, store[1].digest)
         fetch = pb.FetchRequest(digest=store[1].digest, block=0, expert=0)
         with pytest.raises(grpc.RpcError) as unavailable:
             list(client.stub.Fetch(fetch, timeout=PATIENCE))

@@ -23,7 +23,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
-from moetier.runtime.wire.side import SideConnection
+from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import (
     ArenaError,
@@ -349,7 +349,7 @@ def test_nothing_is_served_without_a_credential(
     lasting: DaemonProcess, store: Store, metadata: tuple[tuple[str, str | bytes], ...]
 ) -> None:
     with (
-        SideConnection.open(lasting.folder, store[1].digest) as side,
+        ControlConnection.open(lasting.folder, store[1].digest) as side,
         open_channel(Address.of(lasting.folder), Credentials()) as channel,
     ):
         shown = [
@@ -385,7 +385,7 @@ def test_who_only_looks_has_no_session(daemon: DaemonProcess) -> None:
 def test_another_models_digest_is_unknown(daemon: DaemonProcess, store: Store) -> None:
     for digest in ("0" * 64, "", "\n", "x" * 3000):
         with pytest.raises(UnknownModelError, match="does not serve") as caught:
-            SideConnection.open(daemon.folder, digest)
+            ControlConnection.open(daemon.folder, digest)
         assert f"it serves {store[1].model} ({store[1].digest[:12]})" in caught.value.cause
         assert "start the daemon again" in caught.value.fix
     with daemon.stub() as stub, pytest.raises(grpc.RpcError) as unknown:
@@ -398,7 +398,7 @@ def test_clients_are_bounded(store: Store, tmp_path: Path) -> None:
     with running_daemon(store[0], folder=tmp_path / "d", extra=["--max-clients", "2"]) as daemon:
         with RawClient(daemon.folder, store[1]), RawClient(daemon.folder, store[1]):
             with pytest.raises(UnavailableError, match="2 clients"):
-                SideConnection.open(daemon.folder, store[1].digest)
+                ControlConnection.open(daemon.folder, store[1].digest)
             assert daemon.stats().clients == 2  # who only looks is not one
             refused = f'event=client-refused pid={os.getpid()} cause="The daemon has 2 clients, as many as it takes."'
             assert refused in daemon.log
@@ -432,7 +432,7 @@ def test_over_tcp_there_is_a_token_and_no_session(store: Store, tmp_path: Path) 
         address = Address(target=daemon.card.listen)
         wrong = tmp_path / "wrong"
         wrong.write_text("s3cres\n")
-        with SideConnection.open(daemon.folder, store[1].digest) as side:
+        with ControlConnection.open(daemon.folder, store[1].digest) as side:
             for bearer in (None, "s3cre", "s3crett", side.session_id):
                 with (
                     open_channel(address, Credentials(insecure=True), bearer=bearer) as channel,
@@ -461,14 +461,14 @@ def test_reflection_is_behind_a_flag_and_a_credential(store: Store, tmp_path: Pa
             return {service.name for service in reply.list_services_response.service}
 
     with running_daemon(store[0], folder=tmp_path / "d", extra=["--reflection"]) as daemon:
-        with SideConnection.open(daemon.folder, None) as side:
+        with ControlConnection.open(daemon.folder, None) as side:
             assert "moetier.v1.ExpertStore" in services(daemon, side.session_id)
         with pytest.raises(grpc.RpcError) as refused:
             services(daemon, None)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     with (
         running_daemon(store[0], folder=tmp_path / "d") as daemon,
-        SideConnection.open(daemon.folder, None) as side,
+        ControlConnection.open(daemon.folder, None) as side,
         pytest.raises(grpc.RpcError) as refused,
     ):
         services(daemon, side.session_id)

@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM
 import moetier
 from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.config import TierConfig
-from moetier.runtime.daemon.side_server import SideServer, Welcome
-from moetier.runtime.wire.address import DEFAULT_NAME, Credentials, make_folder
-from moetier.runtime.wire.running import DaemonCard, ServedModel
+from moetier.runtime.daemon.control_server import ControlServer, Welcome
+from moetier.runtime.wire.address import DEFAULT_NAME, Credentials, DaemonCard, ServedModel, make_folder
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError, ConfigError, UnavailableError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -182,7 +181,7 @@ def test_one_whose_arena_this_version_does_not_know_is_not_used(directory: Path,
     def admit(session: str, digest: str | None, pid: int) -> Welcome:
         return Welcome(manifest.model, dict.fromkeys(manifest.layouts, 3), os.memfd_create("other"))
 
-    server = SideServer(folder, admit=admit, leave=lambda session: None, max_clients=2, version="99")
+    server = ControlServer(folder, admit=admit, leave=lambda session: None, max_clients=2, version="99")
     try:
         found, _ = moetier.load(directory)
         with found.tiers:
@@ -270,11 +269,11 @@ def test_a_config_can_name_no_daemon(directory: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("daemon", "cause"),
     [
-        ("a:b:c", "no address"),
-        ("", "no address"),
+        ("a:b:c", "not the address"),
+        ("", "not the address"),
         ("a,a", "twice"),
         ("a,", "comma too many"),
-        ("h:99999", "no address"),
+        ("h:99999", "not the address"),
     ],
 )
 def test_what_is_no_daemon(daemon: str, cause: str) -> None:

@@ -278,7 +278,7 @@ def test_a_client_without_the_right_certificate(
 
 
 def test_over_its_unix_socket_too(with_tls: DaemonProcess, manifest: Manifest) -> None:
-    """By a credential of the side socket; a new one after a restart."""
+    """By a credential of the control socket; a new one after a restart."""
     key = ExpertKey(0, 0)
     slot = memoryview(np.zeros(manifest.layout(0).slot_bytes, np.uint8)).cast("B")
     with RemoteReader(with_tls.address, Credentials(), manifest) as reader:

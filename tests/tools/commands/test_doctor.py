@@ -12,7 +12,7 @@ from forks import in_fork
 from stores import NASTY, layout_of, make_store
 from users import as_nobody
 
-from moetier.runtime.wire.running import FILE
+from moetier.runtime.wire.address import CARD
 from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.commands.doctor import findings
@@ -185,8 +185,8 @@ def test_daemons(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with running_daemon(store, ram=4 * layout_of().slot_bytes, folder=folder) as daemon:
         (found,) = doctor_machine.daemons()
         assert (found.state, str(daemon.pid) in found.found) == (State.OK, True)
-        card = json.loads((folder / FILE).read_text())
-        (folder / FILE).write_text(json.dumps(card | {"version": "0.0.1"}))  # as one that runs since before an upgrade
+        card = json.loads((folder / CARD).read_text())
+        (folder / CARD).write_text(json.dumps(card | {"version": "0.0.1"}))  # as one that runs since before an upgrade
         (found,) = doctor_machine.daemons()
         assert (found.state, "0.0.1" in found.found) == (State.WARN, True)
 

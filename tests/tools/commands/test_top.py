@@ -26,7 +26,7 @@ from textual.widgets import OptionList, Static
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.runtime.wire.probe import running
+from moetier.runtime.wire.probe import running_daemons
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.manifest import Manifest
 from moetier.tools.top import top_parts
@@ -40,8 +40,8 @@ SLOT = layout_of().slot_bytes
 COMMAND = ("-m", "moetier.tools.main", "top")
 SEVEN, EIGHT = (pb.DescribeReply(pid=pid, version="1") for pid in (7, 8))
 HOLD = (
-    "import sys; from pathlib import Path; from moetier.runtime.wire.side import SideConnection; "
-    "side = SideConnection.open(Path(sys.argv[1]), sys.argv[2]); print(flush=True); sys.stdin.read()"
+    "import sys; from pathlib import Path; from moetier.runtime.wire.control import ControlConnection; "
+    "side = ControlConnection.open(Path(sys.argv[1]), sys.argv[2]); print(flush=True); sys.stdin.read()"
 )  # with what else stands in the command line
 ALTERNATE, NORMAL = "\x1b[?1049h", "\x1b[?1049l"
 
@@ -274,7 +274,7 @@ def test_one_of_several_daemons_and_of_several_models(
     plan = make_plan(model="acme/other")
     write_store(tmp_path / "other", plan, make_records(plan, 1))
     with running_daemon([tmp_path / "other", store[0]], ram=16 * SLOT, folder=runtime / "moetier/second") as second:
-        app = Top(running(), None, Watch(Credentials(), 0.05))
+        app = Top(running_daemons(), None, Watch(Credentials(), 0.05))
 
         async def person(pilot: Pilot[None]) -> None:
             listed = app.screen.query_one(OptionList)
@@ -305,7 +305,7 @@ def test_names_are_neither_markup_nor_escape_sequences(runtime: Path, tmp_path: 
     ):
         assert client.stdout is not None
         client.stdout.readline()  # it is connected
-        listed, app = Choice(running()), Top([], daemon.address, Watch(Credentials(), 0.05))
+        listed, app = Choice(running_daemons()), Top([], daemon.address, Watch(Credentials(), 0.05))
 
         async def person(pilot: Pilot[None]) -> None:
             await until(pilot, lambda: "-c import sys" in shown(app, "#clients"))

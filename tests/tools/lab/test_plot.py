@@ -21,7 +21,7 @@ from stores import NASTY, layout_of
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
-from moetier.runtime.wire.probe import visit
+from moetier.runtime.wire.probe import probe
 from moetier.tiers.errors import ConfigError, DaemonError, NobodyError, RefusedError, TargetError
 from moetier.tiers.manifest import Manifest
 from moetier.tools.commands import plot
@@ -60,8 +60,8 @@ def daemon(store: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def looked(daemon: DaemonProcess) -> pb.StatsReply:
-    with visit(daemon.address) as visited:
-        return visited.stats(details=True)
+    with probe(daemon.address) as connected:
+        return connected.stats(details=True)
 
 
 def marked(figure: Figure) -> list[set[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""The side socket: both ends for real, and ends that don't keep to it."""
+"""The control socket: both ends for real, and ends that don't keep to it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from readers import PATIENCE
 from threads import Task, wait_until
 from users import NOBODY, as_nobody, become_nobody, need_root
 
-from moetier.runtime.daemon import side_server
-from moetier.runtime.daemon.side_server import SideServer, Welcome
-from moetier.runtime.wire.address import SIDE_SOCKET
-from moetier.runtime.wire.side import SideConnection
-from moetier.runtime.wire.side_packets import error_from, error_json
+from moetier.runtime.daemon import control_server
+from moetier.runtime.daemon.control_server import ControlServer, Welcome
+from moetier.runtime.wire.address import CONTROL_SOCKET
+from moetier.runtime.wire.control import ControlConnection, error_from, error_json
 from moetier.tiers.errors import (
     ChecksumError,
     DaemonError,
@@ -46,7 +45,7 @@ class Host:
         self.folder = folder
         self.admitted: list[tuple[str, str | None, int]] = []
         self.left: list[str] = []
-        self.server = SideServer(
+        self.server = ControlServer(
             folder, admit=self.admit, leave=self.left.append, version="1.2", **{"max_clients": 4, **options}
         )
 
@@ -60,7 +59,7 @@ class Host:
 
     def raw(self) -> socket.socket:
         end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        end.connect(str(self.folder / SIDE_SOCKET))  # waits where many wait
+        end.connect(str(self.folder / CONTROL_SOCKET))  # waits where many wait
         end.settimeout(PATIENCE)
         return end
 
@@ -77,12 +76,12 @@ def host(folder: Path) -> Iterator[Host]:
     host = Host(folder)
     yield host
     host.server.close()
-    assert not (folder / SIDE_SOCKET).exists()
+    assert not (folder / CONTROL_SOCKET).exists()
 
 
 def test_a_client_gets_its_place_and_the_descriptor(host: Host) -> None:
-    assert stat.S_IMODE((host.folder / SIDE_SOCKET).stat().st_mode) == 0o600
-    with SideConnection.open(host.folder, DIGEST) as client:
+    assert stat.S_IMODE((host.folder / CONTROL_SOCKET).stat().st_mode) == 0o600
+    with ControlConnection.open(host.folder, DIGEST) as client:
         assert (client.model, client.slots, client.pid, client.version) == (
             "acme",
             {"records": 3},
@@ -96,7 +95,7 @@ def test_a_client_gets_its_place_and_the_descriptor(host: Host) -> None:
         assert not os.get_inheritable(client.descriptor)
         assert not os.get_inheritable(client.fileno())
         assert client.is_alive()
-        with SideConnection.open(host.folder, None) as other:
+        with ControlConnection.open(host.folder, None) as other:
             assert other.descriptor is None
             assert other.session_id != client.session_id
             session = other.session_id
@@ -109,7 +108,7 @@ def test_a_client_gets_its_place_and_the_descriptor(host: Host) -> None:
 
 def test_errors_come_as_they_are_raised(host: Host) -> None:
     with pytest.raises(UnknownModelError) as unknown:
-        SideConnection.open(host.folder, "0" * 64)
+        ControlConnection.open(host.folder, "0" * 64)
     assert (unknown.value.cause, unknown.value.fix) == ("Not that.", "Another.")
     for error in (ChecksumError("a", "b"), DaemonError("c", "d")):
         copy = error_from(error_json(error))
@@ -121,27 +120,27 @@ def test_errors_come_as_they_are_raised(host: Host) -> None:
 
 def test_nobody_there_is_unavailable(host: Host, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="No daemon runs"):
-        SideConnection.open(tmp_path / "nothing", None)
+        ControlConnection.open(tmp_path / "nothing", None)
     host.server.close()
     with pytest.raises(UnavailableError, match="No daemon runs"):
-        SideConnection.open(folder, None)
+        ControlConnection.open(folder, None)
     stale = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    stale.bind(str(folder / SIDE_SOCKET))
+    stale.bind(str(folder / CONTROL_SOCKET))
     stale.close()
     with pytest.raises(UnavailableError, match="refused"):
-        SideConnection.open(folder, None)
+        ControlConnection.open(folder, None)
     again = Host(folder)  # what a killed daemon left is in nobody's way
-    with SideConnection.open(folder, None):
+    with ControlConnection.open(folder, None):
         pass
     again.server.close()
 
 
 def test_a_daemon_that_says_nothing_is_unavailable(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.bind(str(folder / SIDE_SOCKET))
+        silent.bind(str(folder / CONTROL_SOCKET))
         silent.listen(1)
         with pytest.raises(UnavailableError, match="does not answer"):
-            SideConnection.open(folder, None, patience=0.1)
+            ControlConnection.open(folder, None, patience=0.1)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_a_daemon_that_says_nonsense_is_refused_and_its_descriptor_closed(
     folder: Path, reply: bytes, digest: str | None
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as odd:
-        odd.bind(str(folder / SIDE_SOCKET))
+        odd.bind(str(folder / CONTROL_SOCKET))
         odd.listen(1)
 
         def serve() -> None:
@@ -172,25 +171,25 @@ def test_a_daemon_that_says_nonsense_is_refused_and_its_descriptor_closed(
 
         task = Task(serve)
         with pytest.raises(ProtocolError):
-            SideConnection.open(folder, digest)
+            ControlConnection.open(folder, digest)
         task.result()
 
 
 def test_an_open_folder_is_refused(host: Host) -> None:
     host.folder.chmod(0o755)
     with pytest.raises(RefusedError, match="open to other users"):
-        SideConnection.open(host.folder, None)
+        ControlConnection.open(host.folder, None)
 
 
 def test_the_end_of_the_daemon_is_seen(host: Host) -> None:
-    with SideConnection.open(host.folder, DIGEST) as client:
+    with ControlConnection.open(host.folder, DIGEST) as client:
         host.server.close()
         assert not client.is_alive()
     assert host.left == [client.session_id]
 
 
 def test_a_forked_child_does_not_keep_the_place(host: Host) -> None:
-    with SideConnection.open(host.folder, DIGEST) as client:
+    with ControlConnection.open(host.folder, DIGEST) as client:
         descriptor = client.descriptor
 
         def look() -> str:
@@ -220,9 +219,9 @@ def test_a_forked_child_does_not_keep_the_place(host: Host) -> None:
 
 def test_a_child_that_is_forked_while_a_place_is_asked_for_does_not_keep_it(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
-        daemon.bind(str(folder / SIDE_SOCKET))
+        daemon.bind(str(folder / CONTROL_SOCKET))
         daemon.listen(1)
-        asking = Task(lambda: SideConnection.open(folder, None))
+        asking = Task(lambda: ControlConnection.open(folder, None))
         end, _ = daemon.accept()
         with end:
             assert end.recv(65536)  # it waits for the answer now
@@ -251,7 +250,7 @@ def test_without_a_descriptor_for_its_socket_a_client_is_told_so(host: Host) -> 
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
     try:
         with pytest.raises(UnavailableError, match="Too many open files"):
-            SideConnection.open(host.folder, None)
+            ControlConnection.open(host.folder, None)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert not host.admitted
@@ -259,8 +258,8 @@ def test_without_a_descriptor_for_its_socket_a_client_is_told_so(host: Host) -> 
 
 def test_a_killed_clients_place_is_free_within_a_second(host: Host) -> None:
     script = (
-        "import sys; from pathlib import Path; from moetier.runtime.wire.side import SideConnection\n"
-        "c = SideConnection.open(Path(sys.argv[1]), 'a' * 64); print(c.session_id, flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from moetier.runtime.wire.control import ControlConnection\n"
+        "c = ControlConnection.open(Path(sys.argv[1]), 'a' * 64); print(c.session_id, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(host.folder)]
     sessions: list[str] = []
@@ -317,7 +316,7 @@ def test_saying_more_ends_the_place(host: Host) -> None:
 
 
 def test_saying_nothing_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_server, "PATIENCE", 0.05)
+    monkeypatch.setattr(control_server, "PATIENCE", 0.05)
     host = Host(folder)
     with host.raw() as end:
         assert end.recv(1) == b""
@@ -333,15 +332,15 @@ def test_descriptors_that_come_along_are_not_kept(host: Host) -> None:
 
 
 def test_clients_are_bounded_and_so_are_all_connections(host: Host) -> None:
-    clients = [SideConnection.open(host.folder, DIGEST) for _ in range(4)]
+    clients = [ControlConnection.open(host.folder, DIGEST) for _ in range(4)]
     with pytest.raises(UnavailableError, match="4 clients"):
-        SideConnection.open(host.folder, DIGEST)
-    lookers = [SideConnection.open(host.folder, None) for _ in range(16)]
+        ControlConnection.open(host.folder, DIGEST)
+    lookers = [ControlConnection.open(host.folder, None) for _ in range(16)]
     with pytest.raises(UnavailableError):
-        SideConnection.open(host.folder, None)
+        ControlConnection.open(host.folder, None)
     clients.pop().close()
     wait_until(lambda: len(host.left) == 1)
-    clients.append(SideConnection.open(host.folder, DIGEST))
+    clients.append(ControlConnection.open(host.folder, DIGEST))
     for connection in [*clients, *lookers]:
         connection.close()
     wait_until(lambda: len(host.left) == 21)
@@ -371,7 +370,7 @@ def test_random_packets_do_no_harm(host: Host) -> None:
                 except (BrokenPipeError, ConnectionResetError):
                     break
     wait_until(lambda: len(host.left) == len(host.admitted))
-    with SideConnection.open(host.folder, DIGEST) as client:
+    with ControlConnection.open(host.folder, DIGEST) as client:
         assert client.slots == {"records": 3}
     assert len(list(Path("/proc/self/task").iterdir())) < 20
 
@@ -389,7 +388,7 @@ def test_without_descriptors_it_waits_until_there_are_some(host: Host) -> None:
                 filler.append(os.dup(0))
         except OSError:
             pass
-        end.connect(str(host.folder / SIDE_SOCKET))
+        end.connect(str(host.folder / CONTROL_SOCKET))
         end.send(json.dumps({"protocol": 1, "digest": None}).encode())
         time.sleep(0.05)
     finally:
@@ -472,13 +471,13 @@ def reachable() -> Iterator[Path]:
 def test_another_user_gets_nothing(
     reachable: Path, digest: str | None, delay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_peer = side_server.check_peer
+    check_peer = control_server.check_peer
 
     def slow(end: socket.socket, who: str) -> int:
         time.sleep(delay)
         return check_peer(end, who)
 
-    monkeypatch.setattr(side_server, "check_peer", slow)
+    monkeypatch.setattr(control_server, "check_peer", slow)
     host = Host(reachable)
 
     def ask() -> object:
@@ -491,13 +490,13 @@ def test_another_user_gets_nothing(
     try:
         assert "PermissionError" in as_nobody(ask)  # by the folder
         reachable.chmod(0o777)
-        (reachable / SIDE_SOCKET).chmod(0o666)
+        (reachable / CONTROL_SOCKET).chmod(0o666)
         refused = as_nobody(ask)  # and by who it is
         assert "RefusedError" in refused
         assert f"User {NOBODY} runs the client" in refused
         assert refused.endswith("[])")
         assert not host.admitted
-        assert "belongs to another user" in as_nobody(lambda: SideConnection.open(reachable, digest))
+        assert "belongs to another user" in as_nobody(lambda: ControlConnection.open(reachable, digest))
     finally:
         host.server.close()
 
@@ -512,7 +511,7 @@ def test_another_users_daemon_gets_nothing(reachable: Path) -> None:
         try:
             become_nobody()
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            listener.bind(str(reachable / SIDE_SOCKET))
+            listener.bind(str(reachable / CONTROL_SOCKET))
             listener.listen(1)
             os.write(writing, b"ready\n")
             end, _ = listener.accept()
@@ -524,7 +523,7 @@ def test_another_users_daemon_gets_nothing(reachable: Path) -> None:
         assert os.read(reading, 100) == b"ready\n"
         reachable.chmod(0o700)
         with pytest.raises(RefusedError, match=str(NOBODY)):
-            SideConnection.open(reachable, DIGEST)
+            ControlConnection.open(reachable, DIGEST)
         assert os.read(reading, 100) == b"heard b''"
     finally:
         os.waitpid(child, 0)

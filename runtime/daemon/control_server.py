@@ -1,4 +1,4 @@
-"""The daemon's end of its side socket: who is admitted gets a credential, and the descriptor of an arena. No gRPC."""
+"""The daemon's end of its control socket, which gives clients a credential and the descriptor of an arena. No gRPC."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetier.runtime.wire.address import SIDE_SOCKET
-from moetier.runtime.wire.side_packets import PATIENCE, PROTOCOL, answer, check_peer, error_json, parse
+from moetier.runtime.wire.address import CONTROL_SOCKET
+from moetier.runtime.wire.control import PATIENCE, PROTOCOL, answer, check_peer, error_json, parse
 from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 
 from .log import Sparing, say
@@ -48,7 +48,7 @@ class _Place:
     maps: bool = False  # a client of a store
 
 
-class SideServer:
+class ControlServer:
     """Listens in a daemon's folder. One thread serves all connections.
 
     ``admit(session, digest, pid)`` says what a client gets, or raises a MoetierError, which it gets instead, or OSError
@@ -70,7 +70,7 @@ class SideServer:
         self._leave = leave
         self._max_clients = max_clients
         self._version = version
-        self._path = folder / SIDE_SOCKET
+        self._path = folder / CONTROL_SOCKET
         self._places: set[_Place] = set()
         self._refusals = Sparing(_log, "client-refused")
         self._paused_until = 0.0
@@ -90,7 +90,7 @@ class SideServer:
             self._path.chmod(0o600)
             self._listener.listen(_BACKLOG)
             self._selector.register(self._listener, selectors.EVENT_READ)
-            self._thread = threading.Thread(target=self._serve, name="moetier-side", daemon=True)
+            self._thread = threading.Thread(target=self._serve, name="moetier-control", daemon=True)
             self._thread.start()
             self._release = undo.pop_all().close
 
@@ -174,7 +174,7 @@ class SideServer:
             digest = greeting.get("digest")
             if greeting.get("protocol") != PROTOCOL or not (digest is None or isinstance(digest, str)):
                 raise ProtocolError(
-                    f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its side socket, and the client not.",
+                    f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its control socket, the client not.",
                     "Use moetier in one version.",
                 )
             if digest is not None and sum(other.maps for other in self._places) >= self._max_clients:

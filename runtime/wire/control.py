@@ -1,0 +1,235 @@
+"""Control socket of a daemon: the client's connection, and the packets that both ends exchange. No gRPC.
+
+A client sends one packet, ``{"protocol": 1, "digest": ...}``, and gets one packet back. If it named a store by its
+digest, the arena's read-only descriptor comes along as SCM_RIGHTS. The connection then stays open and silent for as
+long as the client lives. The kernel closes it when the process ends, which releases the client's leases and its
+credential.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import struct
+import time
+import weakref
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moetier.tiers import errors
+from moetier.tiers.errors import MoetierError, NobodyError, ProtocolError, RefusedError, UnavailableError
+from moetier.tiers.locks import Home
+
+from .address import CONTROL_SOCKET, check_folder
+
+PROTOCOL = 1
+PATIENCE = 5.0  # seconds that either end waits for the other's one packet
+_MAX_PACKET = 65_536  # bytes
+_POLL = 0.01  # seconds between attempts to connect while the kernel's queue is full
+
+
+class ControlConnection:
+    """A client's connection to a daemon on this host, open until ``close`` or the end of the process.
+
+    A forked child does not inherit it.
+    """
+
+    @classmethod
+    def open(cls, folder: Path, digest: str | None, *, patience: float = PATIENCE) -> ControlConnection:
+        """Connect to the daemon in ``folder``: as a client of the store ``digest``, or with None for a credential only.
+
+        Raises NobodyError if no daemon listens, UnavailableError if it does not answer within ``patience`` seconds,
+        RefusedError if it is another user's, UnknownModelError if it does not serve the store, and ProtocolError.
+        """
+        try:
+            check_folder(folder)
+        except FileNotFoundError:
+            raise _nobody(folder) from None
+        try:
+            end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # Python sets close-on-exec
+        except OSError as error:
+            raise UnavailableError(
+                f"This process can't connect to the daemon in {folder}: {error.strerror}.",
+                "Raise its limit of open files (ulimit -n), or free what is short.",
+            ) from None
+        _opened_here.add(end)  # another thread may fork while this one waits
+        descriptors: list[int] = []
+        try:
+            end.settimeout(patience)
+            try:
+                _connect(end, folder / CONTROL_SOCKET, patience)
+                check_peer(end, f"the daemon in {folder}")
+                with contextlib.suppress(BrokenPipeError):  # refused already: the answer says why
+                    end.send(json.dumps({"protocol": PROTOCOL, "digest": digest}).encode())
+                packet, descriptors = _receive(end)
+            except TimeoutError:
+                raise UnavailableError(
+                    f"The daemon in {folder} does not answer.", "See whether it is stopped; or start it again."
+                ) from None
+            except OSError as error:
+                raise _nobody(folder, error.strerror or "") from None
+            if not packet:
+                raise _nobody(folder, "it ended")
+            reply = parse(packet, f"the daemon in {folder}")
+            if "error" in reply:
+                raise error_from(reply["error"])
+            if len(descriptors) != (digest is not None):
+                raise ProtocolError(f"The daemon in {folder} passed no arena.", "Use a daemon of this version.")
+            return cls(end, reply, descriptors[0] if descriptors else None)
+        except BaseException:
+            end.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+
+    def __init__(self, end: socket.socket, reply: Mapping[str, Any], descriptor: int | None) -> None:
+        try:
+            self.session_id = str(reply["session"])
+            self.model = str(reply["model"])
+            self.slots = {str(array): int(count) for array, count in reply["slots"].items()}
+            self.pid = int(reply["pid"])
+            self.version = str(reply["version"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(
+                f"The daemon's greeting is malformed ({type(error).__name__}: {error}).", "Use one of this version."
+            ) from None
+        self.descriptor = descriptor  # of the arena, read-only; closed together with the connection
+        self._end = end
+        self._home = Home()
+        _opened_here.add(self)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor. It becomes readable only when the daemon is gone."""
+        self._home.check()
+        return self._end.fileno()
+
+    def is_alive(self) -> bool:
+        """Return whether the daemon still holds the other end. Raises ClosedError in a forked child."""
+        self._home.check()
+        if self._end.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._end, select.POLLIN | select.POLLRDHUP)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """Release all leases and the credential. Idempotent."""
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+        self._end.close()
+        _opened_here.discard(self)
+
+    def __enter__(self) -> ControlConnection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_opened_here: weakref.WeakSet[ControlConnection | socket.socket] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """Close what a forked child has inherited: it would keep its parent's connections alive."""
+    for opened in list(_opened_here):
+        opened.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _connect(end: socket.socket, path: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            end.connect(str(path))
+            return
+        except BlockingIOError:  # the kernel's queue of connections is full
+            if time.monotonic() >= deadline:
+                raise TimeoutError from None
+            time.sleep(_POLL)
+
+
+def _nobody(folder: Path, why: str = "") -> NobodyError:
+    return NobodyError(
+        f"No daemon runs in {folder}" + (f" ({why})." if why else "."),
+        "Start one: moetier daemon DIR; or name another (moetier ps lists them).",
+    )
+
+
+def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive a packet and its descriptors, which are closed on exec.
+
+    ``socket.recv_fds`` of Python 3.11 ignores its flags.
+    """
+    arguments = (_MAX_PACKET, socket.CMSG_LEN(array("i", [0]).itemsize), socket.MSG_CMSG_CLOEXEC)
+    try:
+        packet, ancillary, flags, _ = end.recvmsg(*arguments)
+    except ConnectionResetError:  # refused before the greeting was read; the answer is still there
+        packet, ancillary, flags, _ = end.recvmsg(*arguments)
+    descriptors = array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    if flags & socket.MSG_CTRUNC and not descriptors:
+        raise UnavailableError(
+            "This process can open no more files: it can't get the daemon's arena.", "Raise its limit (ulimit -n)."
+        )
+    return packet, list(descriptors)
+
+
+def parse(packet: bytes, sender: str) -> dict[str, Any]:
+    """Parse a packet. Raises ProtocolError, which names the ``sender``."""
+    try:
+        value = json.loads(packet)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ProtocolError(
+            f"What {sender} sent on the control socket is not what this version speaks.", "Use moetier in one version."
+        )
+    return value
+
+
+def answer(end: socket.socket, reply: Mapping[str, Any], descriptor: int | None = None) -> bool:
+    """Send a packet, with a descriptor if there is one. Return False if the peer is gone."""
+    try:
+        socket.send_fds(end, [json.dumps(reply).encode()], [] if descriptor is None else [descriptor])
+    except OSError:
+        return False
+    return True
+
+
+def check_peer(end: socket.socket, who: str) -> int:
+    """Return the process at the other end. Raises RefusedError if it is another user's."""
+    pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if uid != os.getuid():
+        raise RefusedError(f"User {uid} runs {who}, and user {os.getuid()} this process.", "Use a daemon of your own.")
+    return int(pid)
+
+
+def error_json(error: MoetierError) -> dict[str, str]:
+    """Describe an error in JSON."""
+    return {"kind": type(error).__name__, "cause": error.cause, "fix": error.fix}
+
+
+def error_from(value: object, otherwise: type[MoetierError] = errors.DaemonError) -> MoetierError:
+    """Return the error that ``error_json`` described; ``otherwise`` is its class if this version has none of its name.
+
+    The description comes from another process and may be anything.
+    """
+    if not isinstance(value, dict):
+        return ProtocolError("The daemon sent an error that can't be read.", "Use moetier in one version.")
+    kind, cause, fix = (" ".join(str(value.get(name, "")).split()) for name in ("kind", "cause", "fix"))
+    named = getattr(errors, kind, None)
+    known = named if isinstance(named, type) and issubclass(named, MoetierError) else otherwise
+    return known(cause or "The daemon gave no cause.", fix or "See the daemon's log.")
