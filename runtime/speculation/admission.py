@@ -1,4 +1,4 @@
-"""Admission: which guesses become wishes. Those that are expected to gain time."""
+"""Admission: which guesses become wishes. Those that are likely right."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource
 
 from .confidence import Confidence
-from .gain import break_even
 from .predictor import Leads
-from .shadow import Shadow
 
-LEAST = 0.65  # how likely a guess has to be where nobody knows what it saves
-SURE = 0.9  # so likely is enough: what guesses save is learned from those that are made
-EVERY = 128  # wishes, until it is looked again what they save
+LEAST = 0.5  # how likely a guess has to be
 
 
 class Named(NamedTuple):
@@ -34,28 +30,22 @@ class Prefetch:
         self,
         source: ExpertSource[Any],
         experts: Sequence[int],
-        shadow: Shadow,
         *,
         look_ahead: int,
         most: int | None = None,
     ) -> None:
         """``experts`` of each block, of which ``most`` are promoted; guesses are of 0 to ``look_ahead`` layers."""
         self._source = source
-        self._shadow = shadow
         self._most = most
         self._keys = [[ExpertKey(block, expert) for expert in range(count)] for block, count in enumerate(experts)]
         self._confidence = Confidence(look_ahead)
-        self._least: dict[int, float] = {}  # by block: how likely a guess has to be
-        self._wishes = 0
         self._wished: set[int] = set()  # blocks, until their demand
-        self._spared: dict[int, frozenset[int]] = {}  # by block: experts, until its demand
 
     def wish(self, block: int, distance: int, leads: Leads) -> list[Named]:
         """For what a guess names and is worth it. What it names, by which it can be judged."""
         keys = self._keys[block]
         named = [(expert, lead) for expert, lead in leads.named if expert < len(keys)]  # more are no records
         near = [expert for expert in leads.near if expert < len(keys)]
-        self._spared[block] = frozenset(near).union(expert for expert, _ in named)
         absent = self._absent(block, (expert for expert, _ in named))
         doubt: dict[int, float] = {}  # of what is absent: that no token wants it
         for expert, lead in named:
@@ -64,7 +54,7 @@ class Prefetch:
         wanted = self._worthy(block, doubt) if doubt else []
         if wanted or block in self._wished:
             gone = absent | self._absent(block, near)
-            resident = [keys[expert] for expert in self._spared[block] if expert not in gone]
+            resident = [keys[expert] for expert in {*near, *(expert for expert, _ in named)} - gone]
             self._source.prefetch(block, [*resident, *wanted])
             self._wished.add(block)
         return [Named(expert, lead, expert in absent) for expert, lead in named]
@@ -75,34 +65,19 @@ class Prefetch:
 
     def _worthy(self, block: int, doubt: dict[int, float]) -> list[ExpertKey]:
         """The likeliest first."""
-        if self._wishes % EVERY == 0:
-            self._least.clear()
-        self._wishes += 1
-        if (least := self._least.get(block)) is None:
-            pace, shadow = self._source.pace(block), self._shadow
-            least = LEAST if pace is None else break_even(pace, lacks=shadow.lacks, regrets=shadow.regrets)
-            least = min(least, SURE)
-            self._least[block] = least
         likeliest = sorted(doubt, key=doubt.__getitem__)[: self._most]
-        return [self._keys[block][expert] for expert in likeliest if 1.0 - doubt[expert] > least]
+        return [self._keys[block][expert] for expert in likeliest if 1.0 - doubt[expert] > LEAST]
 
     def is_wished(self, block: int) -> bool:
         """Since its last demand."""
         return block in self._wished
 
-    def spared(self, block: int) -> frozenset[int] | None:
-        """What no wish evicts, if it is there: what the latest guess names, and what comes next, as a guess that is
-        wrong is wrong by little. None without a guess."""
-        return self._spared.get(block)
-
     def demanded(self, block: int) -> None:
         self._wished.discard(block)
-        self._spared.pop(block, None)
 
     def forget(self) -> None:
         """All that is wished: its blocks' demands may not come."""
         self._wished.clear()
-        self._spared.clear()
 
     def judge(self, distance: int, named: Sequence[Named], experts: Collection[int]) -> None:
         """How clear the gate was says most of what is resident, which is used again and again; what matters is how

@@ -94,7 +94,7 @@ class Speculation:
         self._shadow = Shadow([slots] * len(gates.blocks), policy)
         self._missed = 0  # by it, before the present step
         experts = [gate.experts.num_experts for gate in gates.blocks]
-        self._prefetch = Prefetch(source, experts, self._shadow, look_ahead=look_ahead, most=most)
+        self._prefetch = Prefetch(source, experts, look_ahead=look_ahead, most=most)
         self._distances = range(1, look_ahead + 1)
         self._targets = {
             gate.block: [(d, target) for d in self._distances if (target := gates.ahead(gate.block, d)) is not None]
@@ -147,7 +147,7 @@ class Speculation:
             return
         began = time.perf_counter()
         missed = self._shadow.misses
-        self._shadow.demand(block, experts, self._prefetch.spared(block))
+        self._shadow.demand(block, experts)
         self._prefetch.demanded(block)
         self._ask(block, so_far)
         for target, distance, hidden, guess in self._pending:

@@ -1,4 +1,4 @@
-"""What a daemon's reads take, as its clients hear of it, who weigh guesses by it."""
+"""What a daemon's reads take, as its clients hear of it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from pathlib import Path
 
 import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
 import pytest
-from daemons import running_daemon
 from local_daemons import local_daemon
 from mapped_store import MappedStore, keys
 from readers import PATIENCE, RamReader
 from threads import wait_until
 
-import moetier
 from moetier.runtime.client.tier import DaemonTier
 from moetier.runtime.daemon.exchange import PACE_SECONDS
-from moetier.runtime.speculation.admission import LEAST
 from moetier.tiers.host.prefetch import LEAST_RIGHT
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
@@ -94,20 +91,3 @@ def test_it_is_what_the_daemon_measured(store: MappedStore, slow: HostTier, tmp_
         assert pace is not None
         assert 0.02 <= pace.read < 2
         assert 0.02 <= pace.saved < 2
-
-
-def test_guesses_are_admitted_by_it(tinymix_4bit: Path, tmp_path: Path) -> None:
-    """Of a model whose experts are a daemon's: as of one that has its own."""
-    with running_daemon(tinymix_4bit, ram=4 << 20, folder=tmp_path / "daemon") as daemon:
-        model, tokenizer = moetier.load(tinymix_4bit, daemon=str(daemon.folder), speculate="always")
-        with model.tiers as tiers:
-            encoded = tokenizer("La mattina seguente, don Rodrigo", return_tensors="pt")
-            least: dict[int, float] = {}
-            deadline = time.monotonic() + PATIENCE
-            while set(least.values()) <= {LEAST} and time.monotonic() < deadline:
-                model.generate(**encoded, max_new_tokens=24, min_new_tokens=24, do_sample=False)
-                assert tiers.speculation is not None
-                least = tiers.speculation._prefetch._least
-            assert isinstance(tiers.host, DaemonTier)
-            assert tiers.host.pace(0) is not None
-            assert not set(least.values()) <= {LEAST}, "nothing was known of what guesses save"

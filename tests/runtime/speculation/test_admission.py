@@ -1,4 +1,4 @@
-"""Which guesses become wishes, of a source that says what is absent and how long reads take."""
+"""Which guesses become wishes, of a source that says what is absent."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from moetier.runtime.speculation.admission import Prefetch
-from moetier.runtime.speculation.gain import break_even
 from moetier.runtime.speculation.predictor import Leads
-from moetier.runtime.speculation.shadow import Shadow
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Pace
 
 EXPERTS = 8
 
@@ -19,15 +16,11 @@ EXPERTS = 8
 class Source:
     """In place of a tier: has experts 6 and 7, and notes wishes."""
 
-    def __init__(self, pace: Pace | None = None) -> None:
-        self.known = pace
+    def __init__(self) -> None:
         self.made: list[list[int]] = []
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return [key for key in keys if key.expert < 6]
-
-    def pace(self, block: int) -> Pace | None:
-        return self.known
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         self.made.append([key.expert for key in wishes])
@@ -35,7 +28,7 @@ class Source:
 
 def prefetch_of(source: Source, most: int | None = None) -> Prefetch:
     """Guesses with a lead of .1 were right in seven of ten cases, with one of 1 always."""
-    found = Prefetch(source, [EXPERTS], Shadow([4]), look_ahead=1, most=most)  # type: ignore[arg-type]
+    found = Prefetch(source, [EXPERTS], look_ahead=1, most=most)  # type: ignore[arg-type]
     for lead, right in ((0.1, 7), (1.0, 10)):
         for number in range(200):
             found._confidence.learn(1, lead, right=number % 10 < right)
@@ -56,24 +49,11 @@ def test_what_is_there_needs_no_wish() -> None:
     assert [name.was_absent for name in named] == [False, False]
 
 
-def test_what_comes_next_is_spared_if_it_is_there() -> None:
+def test_what_comes_next_is_wished_for_if_it_is_there() -> None:
     source = Source()
     found = prefetch_of(source)
-    assert found.spared(0) is None
     assert [name.expert for name in found.wish(0, 1, Leads([(2, 1.0)], [3, 7]))] == [2]
     assert source.made == [[7, 2]], "3 is not there, and not to be read"
-    assert found.spared(0) == {2, 3, 7}
-    found.demanded(0)
-    assert found.spared(0) is None
-
-
-def test_what_a_wrong_one_costs_says_how_likely_it_has_to_be() -> None:
-    cheap, dear = Pace(0.001, 0.001, 0.001), Pace(0.010, 0.010, 0.002)
-    assert break_even(cheap, lacks=1.0, regrets=0.0) < 0.7 < break_even(dear, lacks=1.0, regrets=0.0)
-    for pace, wished in ((cheap, [[4]]), (dear, [])):
-        source = Source(pace)
-        prefetch_of(source).wish(0, 1, Leads([(4, 0.1)], []))
-        assert source.made == wished
 
 
 def test_what_is_no_record_is_not_wished() -> None:
