@@ -24,7 +24,6 @@ from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Pace
 
 from .outbox import Outbox
 from .requests import Changed, Failed, Granted, Place, Request
@@ -52,7 +51,6 @@ class Link(Generic[Place]):
         self._requests: dict[int, Request] = {}
         self._lock = threading.Lock()  # held where a request is sent, for the first time or again
         self._outbox: Outbox | None = None  # None: away
-        self._paces: dict[str, Pace] = {}  # by record geometry, as a daemon told last
         self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
         self._closed = threading.Event()
         self._tried = threading.Event()  # to connect
@@ -104,10 +102,6 @@ class Link(Generic[Place]):
     def prefetch(self, block: int, experts: Sequence[int]) -> None:
         """Tells wishes; while the daemon is away they are forgotten."""
         self._say(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
-
-    def pace(self, array: str) -> Pace | None:
-        """Of a record geometry; None until a daemon has told."""
-        return self._paces.get(array)
 
     def report(self, keys: Iterable[ExpertKey]) -> None:
         """Keys that were found in the directory, least recently used first. They are told before the next request, or
@@ -206,7 +200,6 @@ class Link(Generic[Place]):
                 if request.awaited:
                     outbox.put(request.message())
             self._outbox = outbox
-            self._paces.clear()  # of another disk, perhaps
             self._away_since = None
         self._tried.set()
         for request in requests:  # who withdrew one meanwhile may have seen no outbox
@@ -227,6 +220,3 @@ class Link(Generic[Place]):
             if request is not None:
                 request.is_over = True
                 request.deliver(Failed(request, error_from_message(message.failed.error)))
-        elif message.HasField("pace"):
-            told = message.pace
-            self._paces[told.array] = Pace(told.read, told.grain, told.saved, told.beside)

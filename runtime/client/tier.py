@@ -143,8 +143,8 @@ class DaemonTier:
         return [key for key in keys if find(key) is None]
 
     def pace(self, block: int) -> Pace | None:
-        """As ``ExpertSource`` says: the daemon's, which it tells to who wishes."""
-        return self._link.pace(self._manifest.blocks[block].array)
+        """None: a daemon does not tell its clients how long its reads take."""
+        return None
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -22,7 +20,6 @@ from .model import Hosted
 
 OUTSTANDING = 256  # requests of one client at a time
 UNREAD = 65_536  # answers that a client has not taken
-PACE_SECONDS = 0.5  # between two words on the pace of the same records
 
 
 @dataclass(slots=True)
@@ -43,13 +40,12 @@ class Exchange:
         self._model = model
         self._asked = asked
         self._settled = settled
-        self._events: SimpleQueue[Granted | Failed | pb.Pace | None] = SimpleQueue()  # None: the end
+        self._events: SimpleQueue[Granted | Failed | None] = SimpleQueue()  # None: the end
         self._state = threading.Lock()  # guards the three below
         self._requests: dict[int, set[ExpertKey]] = {}  # what is wanted or held
         self._error: Exception | None = None
         self._ended = False
         self._refusal: UnavailableError | None = None
-        self._paced: dict[str, float] = {}  # by record geometry: when its pace was looked at
         self._session = model.host.session(self._events.put, leases=leases, patience=patience)
 
     @property
@@ -124,7 +120,6 @@ class Exchange:
             case "prefetch":
                 wishes = message.prefetch.wishes
                 self._session.prefetch(wishes.block, self._keys(wishes.block, wishes.experts))
-                self._tell_pace(wishes.block)
             case _:  # of a later version
                 pass
 
@@ -168,15 +163,6 @@ class Exchange:
         if over:
             self._settled()
 
-    def _tell_pace(self, block: int) -> None:
-        """To who wishes. Who does not take its answers finds no heap of them."""
-        array, now = self._model.manifest.blocks[block].array, time.monotonic()
-        if now - self._paced.get(array, -math.inf) < PACE_SECONDS or not self._events.empty():
-            return
-        self._paced[array] = now
-        if (pace := self._model.host.pace(block)) is not None:
-            self._events.put(pb.Pace(array=array, **pace._asdict()))
-
     def _keys(self, block: int, experts: Iterable[int]) -> list[ExpertKey]:
         keys = [ExpertKey(block, expert) for expert in experts]
         self._model.manifest.check_keys(block, keys)
@@ -184,9 +170,7 @@ class Exchange:
 
     # -- what it is told ----------------------------------------------------------------------------------------------
 
-    def _message(self, event: Granted | Failed | pb.Pace) -> pb.ServerMessage:
-        if isinstance(event, pb.Pace):
-            return pb.ServerMessage(pace=event)
+    def _message(self, event: Granted | Failed) -> pb.ServerMessage:
         if isinstance(event, Granted):
             granted = pb.Granted(
                 request=event.request, expert=event.key.expert, slot=event.slot, generation=event.generation

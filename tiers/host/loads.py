@@ -120,9 +120,10 @@ class Loads:
 
     def pace(self, pool: Pool) -> Pace | None:
         """Of the pool's records; None where too little is known."""
-        read, saved, whole = pool.read_seconds, self._early.saved(), pool.slot_bytes
-        if read is None or saved is None:
+        read, whole, counted = pool.read_seconds, pool.slot_bytes, self._counters
+        if read is None or not (right := counted.useful + counted.late):
             return None
+        saved = counted.saved_seconds / right
         if self._early.heads_for(pool) is None:
             return Pace(read, read * interruptible_bytes(whole) / whole, saved)
         return Pace(read, read * piece_bytes(whole, read) / whole, saved, read * head_bytes(whole) / whole)

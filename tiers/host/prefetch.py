@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import fmean
 from typing import NamedTuple
 
 from moetier.tiers.layout import ExpertKey
@@ -13,9 +12,6 @@ from moetier.tiers.stats import TierCounters
 from .requests import Load, Party, Pool
 from .staging import QUICK_SECONDS, Head, Heads
 from .wishes import Wishes
-
-LEAST_RIGHT = 8  # wishes, until it is known what they save
-SAVINGS_KEPT = 64  # of the latest right ones
 
 
 class Place(NamedTuple):
@@ -39,7 +35,6 @@ class Early:
         self._warmed: set[ExpertKey] = set()  # brought by the warm-up, READY, not wanted yet
         self._unused: dict[ExpertKey, float] = {}  # brought by wishes, READY: seconds that each read took
         self._above: dict[ExpertKey, float] = {}  # likewise, but evicted here: the tier above may have them
-        self._savings: deque[float] = deque(maxlen=SAVINGS_KEPT)  # seconds
         self._lent: set[ExpertKey] = set()  # of these two, what the tier above has borrowed: it may be evicted here
 
     @property
@@ -124,22 +119,18 @@ class Early:
 
     # -- what became of it --------------------------------------------------------------------------------------------
 
-    def saved(self) -> float | None:
-        """Seconds that the latest right wishes saved, on average; None until there are some."""
-        return fmean(self._savings) if len(self._savings) >= LEAST_RIGHT else None
-
     def join(self, load: Load, seconds: float) -> None:
         """The first demand for what is being read for so many seconds."""
         load.was_late = True
         if not load.warmed:
             self._counters.late += 1
-            self._save(seconds)
+            self._counters.saved_seconds += seconds
 
     def claim(self, seconds: float) -> None:
         """A demand wants what was read beside the slots for so many seconds."""
         self._counters.joined += 1
         self._counters.late += 1
-        self._save(seconds)
+        self._counters.saved_seconds += seconds
 
     def heads_for(self, pool: Pool) -> Heads[Pool] | None:
         """None where reads are over before pieces would pay."""
@@ -184,7 +175,7 @@ class Early:
             self._counters.recalled += 1
         if (seconds := self._forget(key)) is not None:
             self._counters.useful += 1
-            self._save(seconds)
+            self._counters.saved_seconds += seconds
 
     def evict(self, key: ExpertKey) -> None:
         if key not in self._lent:
@@ -203,10 +194,6 @@ class Early:
         self._warmed.discard(key)
         if self._forget(key) is not None:
             self._counters.wasted += 1
-
-    def _save(self, seconds: float) -> None:
-        self._counters.saved_seconds += seconds
-        self._savings.append(seconds)
 
     def _forget(self, key: ExpertKey) -> float | None:
         return self._unused.pop(key, None) if key in self._unused else self._above.pop(key, None)
