@@ -13,7 +13,7 @@ perceptron's do (Rosenblatt 1958). The gate itself is never touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,47 +23,33 @@ from moetier.runtime.kernels.row import Scores
 from moetier.runtime.moe.gates import Gate, Gates
 
 TRIED_ROWS = 64
-EVERY = 16  # guesses of single tokens, until their unit is looked at again
 TINY = 1e-12
 STEP = 0.01  # of a row's length
 AGREE = 0.95  # of the rows: where two experts are as good as equal, rounding decides
 
 
-class Leads(NamedTuple):
-    """What is guessed of one block, token by token."""
+class Prediction(NamedTuple):
+    """Experts of one block, best first; of several tokens the best of each before the second best."""
 
-    named: list[tuple[int, float]]  # experts, and by how much each beats the best that is not named
-    near: list[int]  # those that come next
-
-    @classmethod
-    def of(cls, ranked: Sequence[int], values: Sequence[float], unit: float, top_k: int) -> Leads:
-        """Of one token: experts, the best first, with their values, of which ``top_k`` are named."""
-        best = values[top_k] if len(values) > top_k else -math.inf
-        named = [(ranked[place], (values[place] - best) / unit if unit else 0.0) for place in range(top_k)]
-        return cls(named, list(ranked[top_k:]))
+    likely: list[int]  # as many for each token as its gate chooses
+    near: list[int]  # the runners-up
 
 
-class Guess(NamedTuple):
-    """Where tokens might be sent. Values are logits, or logarithms of what the gate makes of them."""
+class Ranking(NamedTuple):
+    """Experts of one block in the order of their scores, perhaps still being computed on a device."""
 
-    experts: Tensor  # [T, n], int64, the best first: what the gate chooses, and as many that come next, or all
-    values: Tensor  # [T, n], of any floating type
-    unit: Tensor  # [T], likewise
+    experts: Tensor  # [T, n], int64, best first: those that the gate chooses, and as many runners-up, or all
     top_k: int
 
-    def on_cpu(self) -> Guess:
-        """The same, to be read once the device has been waited for."""
-        experts, values, unit = (tensor.to("cpu", non_blocking=True) for tensor in self[:3])
-        return Guess(experts, values, unit, self.top_k)
+    def on_cpu(self) -> Ranking:
+        """Return a copy that can be read once the device has been waited for."""
+        return Ranking(self.experts.to("cpu", non_blocking=True), self.top_k)
 
-    def leads(self) -> Leads:
-        """In units. Waits for the device, if the tensors are on one."""
-        found = Leads([], [])
-        for experts, values, unit in zip(*(tensor.tolist() for tensor in self[:3]), strict=True):
-            named, near = Leads.of(experts, values, unit, self.top_k)
-            found.named.extend(named)
-            found.near.extend(near)
-        return found
+    def prediction(self) -> Prediction:
+        """Return it as lists. Waits for the device if the tensor is on one."""
+        flat = self.experts.T.flatten().tolist()
+        chosen = self.top_k * len(self.experts)
+        return Prediction(flat[:chosen], flat[chosen:])
 
 
 class Shortcuts:
@@ -79,17 +65,17 @@ class Shortcuts:
             for distance in range(0 if look_ahead > 1 else 1, look_ahead + 1)
         }
 
-    def guess(self, block: int, distance: int, hidden: Tensor) -> Guess:
-        """Of the residual stream [..., H] at ``distance`` layers before the block."""
+    def rank(self, block: int, distance: int, hidden: Tensor) -> Ranking:
+        """Rank the block's experts for the residual stream ``hidden`` [..., H] of ``distance`` layers before it."""
         shortcut = self._of[distance][block]
-        return shortcut.guess(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
+        return shortcut.rank(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
 
-    def leads(self, block: int, distance: int, hidden: Tensor) -> Leads:
-        """``guess(...).leads()``, on a CPU; of a single token sooner."""
+    def predict(self, block: int, distance: int, hidden: Tensor) -> Prediction:
+        """Return ``rank(...).prediction()``, on a CPU; faster for a single token."""
         shortcut = self._of[distance][block]
         if shortcut is not None and hidden.numel() == hidden.shape[-1]:
-            return shortcut.leads(hidden)
-        return self.guess(block, distance, hidden).leads()
+            return shortcut.predict(hidden)
+        return self.rank(block, distance, hidden).prediction()
 
     def learn(self, block: int, distance: int, hidden: Tensor, *, missed: set[int], in_vain: set[int]) -> None:
         """What came of a guess for the single token of ``hidden`` [..., H]: experts that it did not name, and that it
@@ -110,45 +96,40 @@ class Shortcut:
         self._biases = None if bias is None else bias.tolist()
         self._top_k = top_k
         self._ranked = _ranked(top_k, len(weight))
-        self._unit = 0.0  # of a token that it was asked about lately
-        self._asked = 0
         self._root = math.sqrt(weight.shape[1])
         self._step = STEP * float(weight.norm(dim=1).mean())
 
     @torch.no_grad()
-    def guess(self, hidden: Tensor) -> Guess:
+    def rank(self, hidden: Tensor) -> Ranking:
+        """Rank the experts for ``hidden`` [..., H]."""
         states = hidden.reshape(-1, hidden.shape[-1]).float()
-        unit = torch.linalg.vector_norm(states, dim=-1) / self._root
         if self._bias is not None:
-            states, unit = states / unit.unsqueeze(-1), torch.ones_like(unit)
-        values, experts = nn.functional.linear(states, self._weight, self._bias).topk(self._ranked, -1)
-        return Guess(experts, values, unit, self._top_k)
+            states = states / (torch.linalg.vector_norm(states, dim=-1, keepdim=True) / self._root)
+        scores = nn.functional.linear(states, self._weight, self._bias)
+        return Ranking(scores.topk(self._ranked, -1).indices, self._top_k)
 
-    def leads(self, hidden: Tensor) -> Leads:
-        """As ``guess(hidden).leads()``, on a CPU of a single token, in one operation. The unit varies
-        little from token to token, and is looked at now and then."""
-        values = None if self._scores is None else self._scores.of(hidden)
-        if values is None:
-            return self.guess(hidden).leads()
-        if self._biases is not None or self._asked % EVERY == 0:
-            self._unit = float(torch.linalg.vector_norm(hidden.float())) / self._root
-        self._asked += 1
-        unit = self._unit
+    def predict(self, hidden: Tensor) -> Prediction:
+        """Return ``rank(hidden).prediction()`` for a single token on a CPU, in one operation."""
+        scores = None if self._scores is None else self._scores.of(hidden)
+        if scores is None:
+            return self.rank(hidden).prediction()
         if self._biases is not None:
-            values = [value / unit + bias if unit else bias for value, bias in zip(values, self._biases, strict=True)]
-            unit = 1.0
-        ranked = sorted(range(len(values)), key=values.__getitem__, reverse=True)[: self._ranked]
-        return Leads.of(ranked, [values[expert] for expert in ranked], unit, self._top_k)
+            unit = float(torch.linalg.vector_norm(hidden.float())) / self._root
+            scores = [score / unit + bias if unit else bias for score, bias in zip(scores, self._biases, strict=True)]
+        ranked = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        return Prediction(ranked[: self._top_k], ranked[self._top_k : self._ranked])
 
     @torch.no_grad()
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
-        """Of a single token. Waits for no device."""
+        """Learn from a single token, if its state is finite. Waits for no device."""
         state = hidden.reshape(-1).float()
         length, step = torch.linalg.vector_norm(state).clamp_min(TINY), self._step
-        if state.is_cpu:
+        if not state.is_cpu:
+            state = (state / length).nan_to_num(0.0)
+        elif math.isfinite(length):
             step /= float(length)
         else:
-            state = state / length
+            return
         for expert in missed:
             self._rows[expert].add_(state, alpha=step)
         for expert in in_vain:
@@ -156,14 +137,13 @@ class Shortcut:
 
 
 @torch.no_grad()
-def ask(gate: Gate, hidden: Tensor) -> Guess:
-    """What the gate itself says."""
+def ask(gate: Gate, hidden: Tensor) -> Ranking:
+    """Rank the experts by calling the gate itself."""
     output = gate.ask(hidden)
     probabilities, experts = gate.probabilities(output), output[2]
     top_k = experts.shape[-1]
     others = probabilities.scatter(-1, experts, -1.0).topk(_ranked(top_k, probabilities.shape[-1]) - top_k, -1)
-    values = torch.cat([probabilities.gather(-1, experts), others.values], -1).log()
-    return Guess(torch.cat([experts, others.indices], -1), values, values.new_ones(len(values)), top_k)
+    return Ranking(torch.cat([experts, others.indices], -1), top_k)
 
 
 def _ranked(top_k: int, experts: int) -> int:
@@ -186,7 +166,7 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
     bias = bias.detach().float() if isinstance(bias, Tensor) else None
     for scale in _scales(gate.norm):
         found = Shortcut(weight.float() * scale, bias, said.shape[-1])
-        ours = found.guess(hidden).experts[:, : said.shape[-1]]
+        ours = found.rank(hidden).experts[:, : said.shape[-1]]
         same = (ours.sort(-1).values == said.sort(-1).values).all(-1)
         if float(same.float().mean()) >= AGREE:
             return found

@@ -9,7 +9,6 @@ wish comes before it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Collection
@@ -23,10 +22,10 @@ from moetier.runtime.moe.gates import Observation
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.source import ExpertSource
 
-from .admission import Named, Prefetch
+from .admission import Admission
 from .controller import Controller, Mode
 from .partial_sum import PartialSum
-from .predictor import Guess, Leads, Shortcuts
+from .predictor import Prediction, Ranking, Shortcuts
 from .shadow import Shadow
 
 MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
@@ -57,7 +56,7 @@ class _Asked(NamedTuple):
     block: int
     distance: int
     hidden: Tensor  # that it was asked about
-    guess: Guess
+    ranking: Ranking
 
 
 class _Guessed(NamedTuple):
@@ -65,7 +64,7 @@ class _Guessed(NamedTuple):
 
     distance: int
     hidden: Tensor
-    named: list[Named]
+    named: list[int]
     other: frozenset[int] | None  # what is named with what the experts have given so far, while that is tried
 
 
@@ -94,7 +93,7 @@ class Speculation:
         self._shadow = Shadow([slots] * len(gates.blocks), policy)
         self._missed = 0  # by it, before the present step
         experts = [gate.experts.num_experts for gate in gates.blocks]
-        self._prefetch = Prefetch(source, experts, look_ahead=look_ahead, most=most)
+        self._admission = Admission(source, experts, most=most)
         self._distances = range(1, look_ahead + 1)
         self._targets = {
             gate.block: [(d, target) for d in self._distances if (target := gates.ahead(gate.block, d)) is not None]
@@ -148,10 +147,10 @@ class Speculation:
         began = time.perf_counter()
         missed = self._shadow.misses
         self._shadow.demand(block, experts)
-        self._prefetch.demanded(block)
+        self._admission.demanded(block)
         self._ask(block, so_far)
-        for target, distance, hidden, guess in self._pending:
-            self._wish(target, distance, hidden, guess.leads())
+        for target, distance, hidden, ranking in self._pending:
+            self._wish(target, distance, hidden, ranking.prediction())
         self._pending.clear()
         for guessed in self._guessed.pop(block, ()):
             self._due.append((block, guessed, frozenset(experts)))
@@ -217,7 +216,7 @@ class Speculation:
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
         """Only where nothing has to be waited for."""
-        if self._guessing and hidden.device.type == "cpu" and self._prefetch.is_wished(block):
+        if self._guessing and hidden.device.type == "cpu" and self._admission.is_requested(block):
             began = time.perf_counter()
             self._guess(block, 0, hidden)
             self._seconds += time.perf_counter() - began
@@ -239,7 +238,7 @@ class Speculation:
         self._pending.clear()
         self._guessed.clear()
         if not self._guessing:
-            self._prefetch.forget()
+            self._admission.reset()
 
     # -- guesses ------------------------------------------------------------------------------------------------------
 
@@ -248,17 +247,17 @@ class Speculation:
         if (shortcuts := self._shortcuts) is None:
             return
         if hidden.device.type == "cpu":
-            tried = None if other is None else shortcuts.leads(target, distance, other).named
-            self._wish(target, distance, hidden, shortcuts.leads(target, distance, hidden), tried)
+            tried = None if other is None else shortcuts.predict(target, distance, other).likely
+            self._wish(target, distance, hidden, shortcuts.predict(target, distance, hidden), tried)
         else:  # does not wait for the device: read when the demand path has
-            guess = shortcuts.guess(target, distance, hidden)
-            self._pending.append(_Asked(target, distance, hidden, guess.on_cpu()))
+            ranking = shortcuts.rank(target, distance, hidden)
+            self._pending.append(_Asked(target, distance, hidden, ranking.on_cpu()))
 
     def _wish(
-        self, block: int, distance: int, hidden: Tensor, leads: Leads, tried: list[tuple[int, float]] | None = None
+        self, block: int, distance: int, hidden: Tensor, prediction: Prediction, tried: list[int] | None = None
     ) -> None:
-        if named := self._prefetch.wish(block, distance, leads):
-            other = None if tried is None else frozenset(expert for expert, _ in tried)
+        if named := self._admission.admit(block, prediction):
+            other = None if tried is None else frozenset(tried)
             self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named, other))
 
     def _settle(self) -> None:
@@ -268,16 +267,14 @@ class Speculation:
 
     def _judge(self, block: int, guessed: _Guessed, experts: frozenset[int]) -> None:
         distance, hidden, named, other = guessed
-        names = {expert for expert, _, _ in named}
-        right = sum(expert in experts for expert, _, _ in named)
+        names = {*named}
+        right = sum(expert in experts for expert in named)
         self._guesses[distance] += len(named)
         self._right[distance] += right
         self._judged.append(right / len(named))
         if other is not None:
             self._partial.judge(len(other & experts), right)
-        self._prefetch.judge(distance, named, experts)
-        is_finite = math.isfinite(sum(lead for _, lead, _ in named))
-        if is_finite and hidden.numel() == hidden.shape[-1] and (shortcuts := self._shortcuts) is not None:
+        if hidden.numel() == hidden.shape[-1] and (shortcuts := self._shortcuts) is not None:
             shortcuts.learn(block, distance, hidden, missed={*experts - names}, in_vain=names - experts)
         if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:
             self._judged.clear()

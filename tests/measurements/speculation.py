@@ -33,7 +33,7 @@ import moetier
 from moetier.runtime.config import LOOK_AHEAD, Size, format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe.gates import Gates
-from moetier.runtime.speculation.predictor import Leads
+from moetier.runtime.speculation.predictor import Prediction
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -91,7 +91,7 @@ def main() -> None:
         for name in told:
             tell(models[name], routing, is_right=name == "perfect")
     if "asking" in models:
-        models["asking"].tiers.speculation._prefetch._worthy = lambda block, doubt: []
+        models["asking"].tiers.speculation._admission.admit = lambda block, prediction: prediction.likely
     before = {name: model.tiers.stats()[0] for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number, part in enumerate(parts):
@@ -201,19 +201,19 @@ def tell(model: Any, routing: dict[tuple[int, int, int], Tensor], *, is_right: b
     """As if its gates had guessed it; or, asked just the same, what is not used, once they are trusted."""
     model.present = (0, 0)
     shortcuts = model.tiers.speculation._shortcuts
-    ask = shortcuts.leads
+    ask = shortcuts.predict
 
-    def leads(block: int, distance: int, hidden: Tensor) -> Leads:
+    def predict(block: int, distance: int, hidden: Tensor) -> Prediction:
         used = routing[*model.present, block].flatten().tolist()
         if is_right:
-            return Leads([(expert, 9.0) for expert in used], [])
-        said = ask(block, distance, hidden).named
+            return Prediction(used, [])
+        said = ask(block, distance, hidden).likely
         if model.present < (0, TRUSTED):
-            return Leads([(expert, lead) for expert, (_, lead) in zip(used, said, strict=True)], [])
+            return Prediction(used, [])
         others = [expert for expert in range(model.tiers.manifest.blocks[block].experts) if expert not in used]
-        return Leads([(expert, lead) for expert, (_, lead) in zip(others, said, strict=False)], [])
+        return Prediction(others[: len(said)], [])
 
-    shortcuts.leads = leads
+    shortcuts.predict = predict
 
 
 def slow_down(bytes_a_second: float) -> None:

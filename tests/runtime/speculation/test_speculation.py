@@ -15,7 +15,7 @@ from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation import controller
 from moetier.runtime.speculation.controller import Mode
-from moetier.runtime.speculation.predictor import Leads, Shortcuts
+from moetier.runtime.speculation.predictor import Prediction, Shortcuts
 from moetier.runtime.speculation.speculation import JUDGED, MOST_ROWS, Speculation
 from moetier.tiers.cache.orders import Recency
 from moetier.tiers.errors import ConfigError
@@ -38,9 +38,6 @@ class Wishes:
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return [key for key in keys if key.expert in self.lacking]
 
-    def pace(self, block: int) -> None:
-        return None
-
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
         assert all(key.block == block for key in wishes)
         self.made.append((block, [key.expert for key in wishes]))
@@ -54,10 +51,10 @@ class Wrong(Shortcuts):
         self.real = real
         self.step = -1
 
-    def leads(self, block: int, distance: int, hidden: Tensor) -> Leads:
+    def predict(self, block: int, distance: int, hidden: Tensor) -> Prediction:
         used = self.real[self.step][block]
         others = [expert for expert in range(8) if expert not in used]
-        return Leads([(expert, 1.0) for expert in (used if self.step < TRUSTED else others[:2])], [])
+        return Prediction([*used] if self.step < TRUSTED else others[:2], [])
 
 
 def text(folder: Path, prompt: str = "La mattina seguente, don Rodrigo", **options: Any) -> tuple[list[int], Any]:
@@ -134,9 +131,7 @@ def attached(model: Any, gates: Any, mode: Mode, look_ahead: int = 2) -> tuple[S
 def test_what_is_wished_is_what_the_gates_say(model: Any) -> None:
     """Of the next two blocks as soon as a block has made its demand; of a block once more before its attention."""
     gates = Gates(model)
-    speculation, wishes = attached(model, gates, Mode.ALWAYS)
-    sure: Any = lambda distance, lead: 1.0  # noqa: E731 (else only what has turned out likely is wished for)
-    speculation._prefetch._confidence.of = sure  # type: ignore[method-assign]
+    _, wishes = attached(model, gates, Mode.ALWAYS)
     said: list[tuple[int, list[int]]] = []
 
     def entry(block: int, hidden: Tensor) -> None:
@@ -218,7 +213,7 @@ def test_a_token_that_is_no_number_teaches_nothing(model: Any) -> None:
         speculation.demanded(2, {0, 1})
         speculation.demanded(3, set(range(8)))
     speculation.stats()
-    assert bool(speculation._shortcuts.guess(3, 1, hidden).values.isfinite().all())
+    assert bool(speculation._shortcuts._of[1][3]._weight.isfinite().all())
 
 
 def test_another_tower_beside_it_is_left_alone(model: Any) -> None:
