@@ -17,8 +17,7 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.source import ExpertSource, Lease
 
-SoFar = Callable[[], Tensor | None]  # what a block's experts have given a single token [1, H], if any have
-Demanded = Callable[[int, Collection[int], SoFar], None]
+Demanded = Callable[[int, Collection[int]], None]
 
 _open = threading.local()  # ``source``: where this thread's leases were acquired from that have not ended in order
 
@@ -35,9 +34,7 @@ class TieredBlock:
     demanded: Demanded | None = None  # told of a demand, once it is made
 
 
-def groups(
-    here: TieredBlock, experts: Collection[int], so_far: SoFar = lambda: None
-) -> Generator[list[Lease[Tensor]], None, None]:
+def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
     """The leases of a block's experts, those together that are valid together. Tells of the demand at once where all
     are there, else as soon as those are computed that are: while the others are read, it delays nothing."""
     if (cut := getattr(_open, "source", None)) is not None:
@@ -45,7 +42,7 @@ def groups(
             cut.reclaim()
     _open.source = here.source
     left = len(experts)
-    tell = None if here.demanded is None else partial(here.demanded, here.block, experts, so_far)
+    tell = None if here.demanded is None else partial(here.demanded, here.block, experts)
     with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in experts])) as leases:
         group = []
         for lease in leases:

@@ -24,11 +24,7 @@ def eager_forward(
     waiting, early = deque(rows), dict[int, Tensor]()
     out = torch.zeros_like(hidden_states, dtype=accumulate)
 
-    def so_far() -> Tensor | None:
-        is_nothing = not early and len(waiting) == len(rows)
-        return None if is_nothing or len(out) > 1 else sum(early.values(), out)
-
-    with closing(groups(here, rows, so_far)) as arriving:
+    with closing(groups(here, rows)) as arriving:
         for leases in arriving:
             for lease in leases:
                 tokens, positions = rows[lease.key.expert]

@@ -41,10 +41,7 @@ def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, t
     row, everywhere = x.to(compute), list(range(len(experts)))
     inner = outer = None
 
-    def so_far() -> Tensor | None:
-        return None if outer is None else (outer * top_k_weights.T).sum(0, keepdim=True)
-
-    with closing(groups(here, places, so_far)) as arriving:
+    with closing(groups(here, places)) as arriving:
         for leases in arriving:
             at, ones = [places[lease.key.expert] for lease in leases], [1] * len(leases)
             records = [lease.record for lease in leases]

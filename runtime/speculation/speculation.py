@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moetier.runtime.moe.block import SoFar
 from moetier.runtime.moe.gates import Observation
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.source import ExpertSource
 
 from .admission import Admission
 from .controller import Controller, Mode
-from .partial_sum import PartialSum
 from .predictor import Prediction, Ranking, Shortcuts
 from .shadow import Shadow
 
@@ -65,7 +63,6 @@ class _Guessed(NamedTuple):
     distance: int
     hidden: Tensor
     named: list[int]
-    other: frozenset[int] | None  # what is named with what the experts have given so far, while that is tried
 
 
 class Speculation:
@@ -104,7 +101,6 @@ class Speculation:
         self._pending: list[_Asked] = []  # of a device, not read yet
         self._guessed: dict[int, list[_Guessed]] = {}  # by block: not judged yet
         self._due: list[tuple[int, _Guessed, frozenset[int]]] = []  # to be judged: a block's, which has used these
-        self._partial = PartialSum()
         self._judged: deque[float] = deque(maxlen=JUDGED)
         self._is_poor = False  # too few of them were right
         self._began = 0.0  # the present step; 0: none that counts
@@ -137,9 +133,9 @@ class Speculation:
         self._guessed.clear()
         self._settle()
 
-    def demanded(self, block: int, experts: Collection[int], so_far: SoFar = lambda: None) -> None:
-        """The demand of a block is made: of these experts, and ``so_far`` says what they have given already. Judges
-        what was guessed of it, and wishes for what was guessed of later blocks."""
+    def demanded(self, block: int, experts: Collection[int]) -> None:
+        """The demand of a block is made, of these experts. Judges what was guessed of it, and wishes for what is
+        guessed of later blocks."""
         if not self._guessing:
             if self._controller.is_watching:
                 self._shadow.demand(block, experts)
@@ -148,7 +144,7 @@ class Speculation:
         missed = self._shadow.misses
         self._shadow.demand(block, experts)
         self._admission.demanded(block)
-        self._ask(block, so_far)
+        self._ask(block)
         for target, distance, hidden, ranking in self._pending:
             self._wish(target, distance, hidden, ranking.prediction())
         self._pending.clear()
@@ -199,20 +195,13 @@ class Speculation:
             self._ask(block)
             self._seconds += time.perf_counter() - began
 
-    def _ask(self, block: int, so_far: SoFar = lambda: None) -> None:
-        """About the blocks ahead of this one, with what it was entered with, and what its experts have added since."""
+    def _ask(self, block: int) -> None:
+        """About the blocks ahead of this one, with what it was entered with."""
         if (hidden := self._entered) is None:
             return
         self._entered = None
-        part = so_far() if self._partial.is_tried or self._partial.is_better else None
-        if part is None or part.numel() != hidden.numel():  # else there are several residual streams
-            other = None
-        else:
-            other = hidden + part.view_as(hidden).to(hidden.dtype)
-            if self._partial.is_better:
-                hidden, other = other, None
         for distance, target in self._targets[block]:
-            self._guess(target, distance, hidden, other)
+            self._guess(target, distance, hidden)
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
         """Only where nothing has to be waited for."""
@@ -242,23 +231,18 @@ class Speculation:
 
     # -- guesses ------------------------------------------------------------------------------------------------------
 
-    def _guess(self, target: int, distance: int, hidden: Tensor, other: Tensor | None = None) -> None:
-        """``other`` is tried besides."""
+    def _guess(self, target: int, distance: int, hidden: Tensor) -> None:
         if (shortcuts := self._shortcuts) is None:
             return
         if hidden.device.type == "cpu":
-            tried = None if other is None else shortcuts.predict(target, distance, other).likely
-            self._wish(target, distance, hidden, shortcuts.predict(target, distance, hidden), tried)
+            self._wish(target, distance, hidden, shortcuts.predict(target, distance, hidden))
         else:  # does not wait for the device: read when the demand path has
             ranking = shortcuts.rank(target, distance, hidden)
             self._pending.append(_Asked(target, distance, hidden, ranking.on_cpu()))
 
-    def _wish(
-        self, block: int, distance: int, hidden: Tensor, prediction: Prediction, tried: list[int] | None = None
-    ) -> None:
+    def _wish(self, block: int, distance: int, hidden: Tensor, prediction: Prediction) -> None:
         if named := self._admission.admit(block, prediction):
-            other = None if tried is None else frozenset(tried)
-            self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named, other))
+            self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named))
 
     def _settle(self) -> None:
         due, self._due = self._due, []
@@ -266,14 +250,12 @@ class Speculation:
             self._judge(block, guessed, experts)
 
     def _judge(self, block: int, guessed: _Guessed, experts: frozenset[int]) -> None:
-        distance, hidden, named, other = guessed
+        distance, hidden, named = guessed
         names = {*named}
         right = sum(expert in experts for expert in named)
         self._guesses[distance] += len(named)
         self._right[distance] += right
         self._judged.append(right / len(named))
-        if other is not None:
-            self._partial.judge(len(other & experts), right)
         if hidden.numel() == hidden.shape[-1] and (shortcuts := self._shortcuts) is not None:
             shortcuts.learn(block, distance, hidden, missed={*experts - names}, in_vain=names - experts)
         if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:

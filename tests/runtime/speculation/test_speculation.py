@@ -86,7 +86,6 @@ def test_the_text_is_the_same_and_experts_are_there_before_they_are_needed(tinym
     assert stats.steps_on > 0
     assert with_.host.stats().prefetched > 0
     assert with_.host.stats().hit_ratio > without.host.stats().hit_ratio
-    assert with_.speculation._partial._tried > 0, "guesses with what a block's experts have given"
 
 
 def test_what_a_step_lacks_by_itself_is_by_the_tier_s_order(tinymix_4bit: Path) -> None:
