@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Collection, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.source import ExpertSource, Lease
 
-Demanded = Callable[[int, Collection[int]], None]
+Demanded = Callable[[int, Collection[int], bool], None]  # block, experts, whether some of them are still to come
 
 _open = threading.local()  # ``source``: where this thread's leases were acquired from that have not ended in order
 
@@ -42,7 +41,7 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
             cut.reclaim()
     _open.source = here.source
     left = len(experts)
-    tell = None if here.demanded is None else partial(here.demanded, here.block, experts)
+    tell = here.demanded
     with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in experts])) as leases:
         group = []
         for lease in leases:
@@ -51,11 +50,11 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
             if lease.more:
                 continue
             if tell is not None and left <= 0:
-                tell = tell()
+                tell = tell(here.block, experts, False)
             yield group
             group = []
             if tell is not None:
-                tell = tell()
+                tell = tell(here.block, experts, True)
     _open.source = None
 
 

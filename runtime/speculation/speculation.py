@@ -133,16 +133,14 @@ class Speculation:
         self._guessed.clear()
         self._settle()
 
-    def demanded(self, block: int, experts: Collection[int]) -> None:
-        """The demand of a block is made, of these experts. Judges what was guessed of it, and wishes for what is
-        guessed of later blocks."""
+    def demanded(self, block: int, experts: Collection[int], waiting: bool) -> None:
+        """The demand of a block is made, of these experts; the caller is ``waiting`` for some of them. Judges what was
+        guessed of it, and wishes for what is guessed of later blocks."""
+        if self._controller.is_watching:
+            self._shadow.demand(block, experts)
         if not self._guessing:
-            if self._controller.is_watching:
-                self._shadow.demand(block, experts)
             return
         began = time.perf_counter()
-        missed = self._shadow.misses
-        self._shadow.demand(block, experts)
         self._admission.demanded(block)
         self._ask(block)
         for target, distance, hidden, ranking in self._pending:
@@ -150,7 +148,7 @@ class Speculation:
         self._pending.clear()
         for guessed in self._guessed.pop(block, ()):
             self._due.append((block, guessed, frozenset(experts)))
-        if self._shadow.misses > missed or len(self._due) > DUE:  # where the caller is likely to wait for reads anyhow
+        if waiting or len(self._due) > DUE:  # while the caller waits for reads anyhow
             self._settle()
         self._seconds += time.perf_counter() - began
 

@@ -209,8 +209,8 @@ def test_a_token_that_is_no_number_teaches_nothing(model: Any) -> None:
     with torch.no_grad():
         model(torch.tensor([[5]]))
         speculation._at_entry(2, hidden * float("nan"))
-        speculation.demanded(2, {0, 1})
-        speculation.demanded(3, set(range(8)))
+        speculation.demanded(2, {0, 1}, waiting=False)
+        speculation.demanded(3, set(range(8)), waiting=False)
     speculation.stats()
     assert bool(speculation._shortcuts._of[1][3]._weight.isfinite().all())
 
@@ -224,8 +224,8 @@ def test_another_tower_beside_it_is_left_alone(model: Any) -> None:
         guessed = speculation.stats().guesses
         for rows in (3, PROMPT):
             speculation._at_entry(2, torch.ones(1, rows, model.config.hidden_size, dtype=model.dtype))
-            speculation.demanded(2, {0, 1})
-            speculation.demanded(3, {0, 1})
+            speculation.demanded(2, {0, 1}, waiting=False)
+            speculation.demanded(3, {0, 1}, waiting=False)
     assert wishes.made == []
     assert speculation.stats().guesses == guessed
 
