@@ -1,37 +1,46 @@
-"""Whether speculation pays on the running workload: measured both ways, in turns. Pure; steps are decoded tokens.
+"""Decide whether speculation pays for the running workload, by decoding with and without it in turns.
 
-How long a step takes depends most of all on how many experts it lacks. That is chance, and would hide what speculation
-gains or costs for hundreds of steps. So a trial fits a line through its pairs: the difference of their times against
-the difference of what they lacked. Where nothing differs, the line says what speculation gains: analysis of covariance
-(Fisher 1932).
+How long a step takes depends mostly on how many experts it misses. That varies by chance, and would hide what
+speculation gains or costs for hundreds of steps. A ghost cache counts these misses as if there were no speculation. A
+trial then fits a line through its pairs of windows: the difference of their times against the difference of their
+misses. Where the misses are equal, the line gives what speculation gains: analysis of covariance (Fisher 1932).
+
+This module does no I/O. A step is one decoded token.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 from statistics import fmean, median
 from typing import NamedTuple
 
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.layout import ExpertKey
+
 SPAN = 4  # steps of a window
-FEWEST, MOST = 8, 24  # pairs of windows, one with and one without, in a trial
-CLEAR = 4  # pairs, if guessing loses by as many standard errors as it takes to be for it
-HOLD = {True: 1024, False: 256}  # steps that a verdict holds at first: what guesses gain grows as they learn
-LONGEST = 4096  # when it is the same again and again
-WARM = 64  # steps before a trial, from which on it is to be known what steps lack
-SURE, UNSURE = 2.5, 1.0  # standard errors: to be for it, and against it; a trial of what loses had better be short
-ODD = 4.0  # times a window's median: no step
+FEWEST, MOST = 8, 24  # pairs of windows (one with speculation, one without) in a trial
+CLEAR = 4  # pairs after which a trial may end early, when speculation clearly loses
+HOLD = {True: 1024, False: 256}  # steps for which a first verdict holds; predictions improve while they learn
+LONGEST = 4096  # steps for which a verdict holds that was confirmed again and again
+WARM = 64  # steps before a trial in which the ghost cache fills
+SURE, UNSURE = 2.5, 1.0  # standard errors for a verdict for, and against; a losing trial had better be short
+ODD = 4.0  # multiple of a window's median beyond which a step is left out
 
 
 class Window(NamedTuple):
-    """Means over a few steps."""
+    """Means over a few steps, or one step."""
 
     seconds: float
-    misses: float  # that the steps have without speculation
+    misses: float  # in the ghost cache
 
 
 class Mode(Enum):
+    """Whether to speculate: ``auto`` where it pays."""
+
     OFF = "off"
     AUTO = "auto"
     ALWAYS = "always"
@@ -39,11 +48,11 @@ class Mode(Enum):
 
 @dataclass(slots=True)
 class Controller:
-    """``is_on`` says how the next step is to be done; ``step`` tells how long it took.
+    """Turn speculation on and off: ``is_on`` applies to the next step, and ``step`` reports how long it took.
 
-    A *trial* alternates windows with and without, in the order on, off, off, on, so that what drifts weighs on both. It
-    ends as soon as it is clear who is faster, or goes to whoever is ahead at its end. The verdict holds for a
-    while, and twice as long as the last when it is the same.
+    A *trial* alternates windows with and without speculation, in the order on, off, off, on, so that a drift affects
+    both alike. It ends as soon as the faster way is clear, or after MOST pairs. Its verdict holds for a number of
+    steps, which doubles each time that the verdict is the same.
     """
 
     mode: Mode
@@ -52,17 +61,17 @@ class Controller:
     trials: int = field(init=False, default=0)
     steps_on: int = field(init=False, default=0)
     steps_off: int = field(init=False, default=0)
-    _window: list[Window] = field(init=False, default_factory=list)  # of single steps
+    _window: list[Window] = field(init=False, default_factory=list)  # single steps of the present window
     _windows: dict[bool, list[Window]] = field(init=False, default_factory=lambda: {True: [], False: []})
-    _left: int = field(init=False, default=0)  # steps that the verdict still holds; 0: a trial is under way
-    _held: int = field(init=False, default=0)  # how long the last verdict was to hold
+    _left: int = field(init=False, default=0)  # steps for which the verdict still holds; 0 during a trial
+    _held: int = field(init=False, default=0)  # steps for which the last verdict was to hold
     _verdict: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.is_on = self.mode is not Mode.OFF
 
     def step(self, seconds: float, misses: float = 0.0) -> None:
-        """One step has been done as ``is_on`` says, which by itself lacks so many experts."""
+        """Report a step, done as ``is_on`` said, with its ``misses`` in the ghost cache."""
         if self.is_on:
             self.steps_on += 1
         else:
@@ -82,15 +91,15 @@ class Controller:
 
     @property
     def is_watching(self) -> bool:
-        """Whether it is to be known what steps lack: in a trial, and for some steps before."""
+        """Whether the ghost cache has to be fed: during a trial, and WARM steps before."""
         return self.mode is Mode.AUTO and self._left <= WARM
 
     def interrupt(self) -> None:
-        """Something else came between the steps: the window that has begun is measured anew."""
+        """Restart the present window: the last step is not comparable."""
         self._window.clear()
 
-    def give_up(self) -> None:
-        """The guesses are wrong: no need to measure what they gain."""
+    def reject(self) -> None:
+        """Turn speculation off without a trial: its predictions are wrong."""
         if self.mode is Mode.AUTO and self.is_on:
             self._conclude(pays=False)
 
@@ -114,13 +123,13 @@ class Controller:
 
 
 def _typical(steps: list[Window]) -> Window:
-    """The mean, as it is the rare long waits that guesses avoid; but not of steps between which something else came."""
+    """Return the mean, because speculation avoids rare long waits; without outliers, in which another task ran."""
     limit = ODD * median(step.seconds for step in steps)
     return Window(*map(fmean, zip(*(step for step in steps if step.seconds <= limit), strict=True)))
 
 
 def _verdict(with_: list[Window], without: list[Window]) -> bool | None:
-    """Whether it pays; None: not clear yet."""
+    """Return whether speculation pays; None while that is not clear."""
     pairs = len(with_)
     if pairs < CLEAR:
         return None
@@ -136,7 +145,7 @@ def _verdict(with_: list[Window], without: list[Window]) -> bool | None:
 
 
 def _intercept(xs: list[float], ys: list[float]) -> tuple[float, float]:
-    """Of the line of least squares, and its standard error; where all x are 0, the mean of y."""
+    """Return the intercept of the least-squares line and its standard error; the mean of y where all x are equal."""
     count, x_mean, y_mean = len(xs), fmean(xs), fmean(ys)
     spread = math.fsum((x - x_mean) ** 2 for x in xs)
     slope = math.fsum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread if spread else 0.0
@@ -144,3 +153,36 @@ def _intercept(xs: list[float], ys: list[float]) -> tuple[float, float]:
     rest = math.fsum((y - found - slope * x) ** 2 for x, y in zip(xs, ys, strict=True))
     share = 1 / count + (x_mean**2 / spread if spread else 0.0)
     return found, math.sqrt(rest / (count - 1 - bool(spread)) * share)
+
+
+class GhostCache:
+    """Count the misses that a tier of as many slots would have without speculation. It holds keys and no records."""
+
+    def __init__(self, blocks: int, slots: int, policy: str = DEFAULT_ORDER) -> None:
+        """``slots``: number of slots of each block. ``policy``: the tier's, one of ``ORDERS``."""
+        self.misses = 0
+        self._slots = slots
+        self._policy = ORDERS[policy]
+        self._orders = [self._policy(slots) for _ in range(blocks)]
+        self._resident: list[dict[int, ExpertKey]] = [{} for _ in range(blocks)]
+
+    def demand(self, block: int, experts: Collection[int]) -> None:
+        """Demand a block's experts, of which the first are evicted last. Ignore a scan, which exceeds the slots."""
+        resident, order = self._resident[block], self._orders[block]
+        if len(resident) != len(order):  # an asynchronous exception interrupted the last demand
+            resident = self._resident[block] = {}
+            order = self._orders[block] = self._policy(self._slots)
+        if len(experts) > self._slots:
+            return
+        missing = [expert for expert in experts if expert not in resident]
+        self.misses += len(missing)
+        excess = len(resident) + len(missing) - self._slots
+        if excess > 0:
+            victims = (key.expert for key in order.victims(passing=False) if key.expert not in experts)
+            for expert in list(islice(victims, excess)):
+                order.remove(resident.pop(expert))
+        for expert in missing:
+            resident[expert] = ExpertKey(block, expert)
+            order.add(resident[expert], passing=False)
+        for expert in reversed([*experts]):
+            order.touch(resident[expert], passing=False)

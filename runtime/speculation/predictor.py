@@ -1,13 +1,13 @@
-"""A gate asked in the fewest operations, for a guess; and taught by what came of it.
+"""Shortcuts: gates asked in few operations, which learn from their predictions.
 
-Most gates rank experts by a projection of what an RMSNorm makes of the residual stream. The norm's factor is the same
-for all experts of a token, so the projection alone ranks them: two operations, where the modules take about twenty.
-Beside small experts these are what speculation costs. A shortcut is used only where it names the experts that the gate
-names, which is tried out when it is made.
+Most gates rank experts by a projection of the normalised residual stream. The norm's factor is the same for all experts
+of a token, so the projection alone ranks them: two operations where the modules take about twenty. Beside small
+experts, these operations are most of what speculation costs. A shortcut is used only where it chooses the experts that
+the gate chooses, which is tested when it is made.
 
-From then on it learns what the layers in between do to the residual stream: after a wrong guess the row of each expert
-that was missed moves towards the state it was asked with, and that of each that was named in vain away from it, as a
-perceptron's do (Rosenblatt 1958). The gate itself is never touched.
+A shortcut then learns what the layers in between do to the residual stream. After a wrong prediction, the row of each
+expert that was missed moves towards the state, and the row of each expert that was predicted in vain moves away from
+it, as in a perceptron (Rosenblatt 1958). The gate itself is never changed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from moetier.runtime.kernels.row import Scores
 from moetier.runtime.moe.gates import Gate, Gates
 
-TRIED_ROWS = 64
+TRIED_ROWS = 64  # random states by which a shortcut is compared with its gate
+AGREE = 0.95  # share of them that has to agree: rounding decides between experts of about equal scores
+STEP = 0.01  # of learning, in lengths of a row
 TINY = 1e-12
-STEP = 0.01  # of a row's length
-AGREE = 0.95  # of the rows: where two experts are as good as equal, rounding decides
 
 
 class Prediction(NamedTuple):
@@ -53,10 +53,10 @@ class Ranking(NamedTuple):
 
 
 class Shortcuts:
-    """Of a model's gates, for each distance that they are asked from. A gate that has none is asked itself."""
+    """Shortcuts of a model's gates, one for each distance. A gate without a shortcut is asked itself."""
 
     def __init__(self, gates: Gates, look_ahead: int) -> None:
-        """From 1 to ``look_ahead`` layers before theirs; if that is more than 1, from the entry of their own, too."""
+        """Ask gates 1 to ``look_ahead`` layers before theirs; if that is more than 1, at the entry of theirs, too."""
         assert look_ahead >= 1
         self.gates = gates
         self.look_ahead = look_ahead
@@ -78,17 +78,17 @@ class Shortcuts:
         return self.rank(block, distance, hidden).prediction()
 
     def learn(self, block: int, distance: int, hidden: Tensor, *, missed: set[int], in_vain: set[int]) -> None:
-        """What came of a guess for the single token of ``hidden`` [..., H]: experts that it did not name, and that it
-        named in vain."""
+        """Learn from the prediction for the single token of ``hidden`` [..., H]: experts that it ``missed``, and those
+        that it predicted ``in_vain``."""
         if (shortcut := self._of[distance][block]) is not None and (missed or in_vain):
             shortcut.learn(hidden, missed, in_vain)
 
 
 class Shortcut:
-    """Of one gate, of whose weights it keeps a copy in fp32 with the norm's factored in."""
+    """A gate as one projection: a copy of its weights in fp32, multiplied by the norm's."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, top_k: int) -> None:
-        """``weight`` [E, H] and ``bias`` [E], both fp32."""
+        """``weight`` [E, H] and ``bias`` [E] are fp32."""
         self._weight = weight
         self._rows = weight.unbind(0)
         self._scores = Scores(weight) if Scores.fits(weight) else None
@@ -147,33 +147,35 @@ def ask(gate: Gate, hidden: Tensor) -> Ranking:
 
 
 def _ranked(top_k: int, experts: int) -> int:
-    """How many a guess puts in order."""
+    """Return how many experts of a block are ranked."""
     return min(2 * top_k, experts)
 
 
 @torch.no_grad()
 def shortcut_of(gate: Gate) -> Shortcut | None:
-    """None where the gate names other experts, and must be asked itself."""
+    """Return a gate's shortcut; None where it chooses other experts than the gate."""
     weight = getattr(gate.gate, "weight", None)
     if gate.mixer is not None or not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(TRIED_ROWS, weight.shape[-1], generator=random).to(weight.device, gate.dtype)
-    said = gate.predict(hidden).experts
-    if said.shape[-1] >= weight.shape[0]:
+    chosen = gate.predict(hidden).experts
+    top_k = chosen.shape[-1]
+    if top_k >= weight.shape[0]:
         return None
     bias = getattr(gate.gate, "bias", None)
     bias = bias.detach().float() if isinstance(bias, Tensor) else None
     for scale in _scales(gate.norm):
-        found = Shortcut(weight.float() * scale, bias, said.shape[-1])
-        ours = found.rank(hidden).experts[:, : said.shape[-1]]
-        same = (ours.sort(-1).values == said.sort(-1).values).all(-1)
+        found = Shortcut(weight.float() * scale, bias, top_k)
+        ours = found.rank(hidden).experts[:, :top_k]
+        same = (ours.sort(-1).values == chosen.sort(-1).values).all(-1)
         if float(same.float().mean()) >= AGREE:
             return found
     return None
 
 
 def _scales(norm: nn.Module | None) -> Iterator[Tensor | float]:
+    """Yield the factors by which the norm may multiply."""
     weight = getattr(norm, "weight", None)
     if norm is None:
         yield 1.0

@@ -1,10 +1,9 @@
-"""Speculative gating: the next blocks' gates, asked with the present hidden state, say what to promote beforehand.
+"""Speculative gating: ask the gates of the next layers with the present hidden state, and prefetch what they choose.
 
-Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. At the entry of the MoE part of a block the blocks of the next
-layers are predicted; on a CPU, where asking takes the caller's time, a little later: once the block's own reads are
-under way. With more than one layer ahead a block is predicted once more at the entry of its own layer, with what the
-layers before it have added. What is predicted of other layers becomes a wish once the block's own demand is made: no
-wish comes before it.
+Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. At the entry of a block's MoE part the blocks of the next layers
+are predicted. On a CPU, where asking takes the caller's time, that happens a little later: while the block's own reads
+are under way. With more than one layer ahead, a block is predicted once more at the entry of its own layer. Prefetches
+are requested only after the block's own demand, so that no prefetch is read before it.
 """
 
 from __future__ import annotations
@@ -22,53 +21,55 @@ from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.source import ExpertSource
 
 from .admission import Admission
-from .controller import Controller, Mode
+from .controller import Controller, GhostCache, Mode
 from .predictor import Prediction, Ranking, Shortcuts
-from .shadow import Shadow
 
-MOST_ROWS = 8  # tokens of a step; what many tokens want is nearly everything, and a prefill is bound by computing
-DUE = 32  # guesses that are judged later, at most
-JUDGED = 128  # the latest guesses, by which it gives up ...
-POOR = 0.1  # ... when no more of what they name is right
+MOST_ROWS = 8  # tokens of a step; a prefill wants nearly all experts, and is bound by computing
+MOST_UNJUDGED = 32  # predictions whose judgement waits for a moment that costs nothing
+JUDGED = 128  # latest predictions by which speculation is rejected ...
+POOR = 0.1  # ... where a smaller share than this is right
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
-    """Of one model. ``right`` and ``guesses`` by layers ahead; 0 is the look at the entry of a block's own layer."""
+    """Counters of one model's speculation.
+
+    ``guesses`` and ``right`` are by layers ahead; 0 is the prediction at the entry of a block's own layer.
+    """
 
     mode: str
     is_on: bool
-    steps_on: int  # decoded tokens (of all sequences of a batch together one)
+    steps_on: int  # decoded tokens; those of all sequences of a batch count as one
     steps_off: int
-    guesses: tuple[int, ...]
-    right: tuple[int, ...]
-    seconds: float  # that the caller spent on asking, wishing and judging
+    guesses: tuple[int, ...]  # predicted experts
+    right: tuple[int, ...]  # of these, those that were demanded
+    seconds: float  # of the caller's time, for predicting, requesting and judging
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class _Asked(NamedTuple):
-    """What a gate was asked. The answer is on the CPU once the demand path has waited for the device."""
+    """A ranking that a device may still be computing. It is on the CPU once the demand path has waited."""
 
     block: int
-    distance: int
-    hidden: Tensor  # that it was asked about
+    distance: int  # layers ahead
+    hidden: Tensor  # residual stream that it was asked with
     ranking: Ranking
 
 
-class _Guessed(NamedTuple):
-    """A guess, until it is judged."""
+class _Predicted(NamedTuple):
+    """A prediction that is not judged yet."""
 
     distance: int
     hidden: Tensor
-    named: list[int]
+    experts: list[int]
 
 
 class Speculation:
-    """Of one model, from ``attach`` to ``detach``. ``source`` is what its blocks acquire from.
+    """Predict and prefetch experts during a model's forward passes, between ``attach`` and ``detach``.
 
-    Nothing depends on it but the time that a token takes: a wish changes no result.
+    Only the time that a token takes depends on it: a prefetch changes no result.
     """
 
     def __init__(
@@ -81,80 +82,86 @@ class Speculation:
         most: int | None = None,
         policy: str = DEFAULT_ORDER,
     ) -> None:
-        """Guesses as many layers ahead as there are ``shortcuts``. ``slots`` are of a block, in the source, more or
-        less, and ``policy`` says who is evicted; ``most`` experts of a block are promoted on a guess."""
-        self._shortcuts: Shortcuts | None = shortcuts  # None: detached
+        """Predict for the blocks that acquire from ``source``, as many layers ahead as ``shortcuts`` were made for.
+
+        ``slots``: about how many slots of ``source`` a block has. ``policy``: its order of eviction.
+        ``most``: number of experts of a block that one request reads, at most.
+        """
+        self._shortcuts: Shortcuts | None = shortcuts  # None after detach
         gates = shortcuts.gates
         look_ahead = shortcuts.look_ahead
         self._controller = Controller(mode)
-        self._shadow = Shadow([slots] * len(gates.blocks), policy)
-        self._missed = 0  # by it, before the present step
-        experts = [gate.experts.num_experts for gate in gates.blocks]
-        self._admission = Admission(source, experts, most=most)
+        self._ghost_cache = GhostCache(len(gates.blocks), slots, policy)
+        self._misses_before = 0  # of the ghost cache, at the beginning of the step
+        self._admission = Admission(source, [gate.experts.num_experts for gate in gates.blocks], most=most)
         self._distances = range(1, look_ahead + 1)
         self._targets = {
             gate.block: [(d, target) for d in self._distances if (target := gates.ahead(gate.block, d)) is not None]
             for gate in gates.blocks
         }
         self._first = gates.first
-        self._entered: Tensor | None = None  # what the present block was entered with, until the gates are asked
-        self._pending: list[_Asked] = []  # of a device, not read yet
-        self._guessed: dict[int, list[_Guessed]] = {}  # by block: not judged yet
-        self._due: list[tuple[int, _Guessed, frozenset[int]]] = []  # to be judged: a block's, which has used these
-        self._judged: deque[float] = deque(maxlen=JUDGED)
-        self._is_poor = False  # too few of them were right
-        self._began = 0.0  # the present step; 0: none that counts
+        self._entered: Tensor | None = None  # hidden state at the present block's entry, until the gates are asked
+        self._pending: list[_Asked] = []
+        self._predicted: dict[int, list[_Predicted]] = {}  # by block, until its demand
+        self._unjudged: list[tuple[int, _Predicted, frozenset[int]]] = []  # block, prediction, demanded experts
+        self._judged: deque[float] = deque(maxlen=JUDGED)  # shares that were right
+        self._is_poor = False
+        self._began = 0.0  # of the present step; 0 where it is not timed
         self._rows = 0  # tokens of the present step
-        self._guessing = False  # in it
+        self._is_predicting = False  # in the present step
         self._guesses = [0] * (look_ahead + 1)
         self._right = [0] * (look_ahead + 1)
         self._seconds = 0.0
-        self._clock: Observation | None = None  # of the first block: a step begins
-        self._observation: Observation | None = None  # of the others, only while it guesses
+        self._first_observation: Observation | None = None  # of the first block, at which a step begins
+        self._observation: Observation | None = None  # of the other blocks, only while predicting
 
     def attach(self) -> None:
-        """To the model's forward passes."""
+        """Register hooks on the model."""
         shortcuts = self._shortcuts
         assert shortcuts is not None, "it was detached"
-        if self._clock is None and self._first is not None and self._controller.mode is not Mode.OFF:
-            self._clock = shortcuts.gates.observe(entry=self._at_first, blocks=[self._first])
+        if self._first_observation is None and self._first is not None and self._controller.mode is not Mode.OFF:
+            self._first_observation = shortcuts.gates.observe(entry=self._at_first, blocks=[self._first])
 
     def detach(self) -> None:
-        """For good: lets go of the model, its modules, and what was computed in it. Idempotent; waits for nobody, and
-        may be called by any thread, also while another computes."""
+        """Remove the hooks, and drop all references to the model and its tensors, for good. Idempotent.
+
+        Waits for nothing. Any thread may call it, also while another one computes.
+        """
         self._shortcuts = None
-        clock, self._clock = self._clock, None
-        if clock is not None:
-            clock.remove()
-        self._listen(False)
-        self._guessing = False
+        observation, self._first_observation = self._first_observation, None
+        if observation is not None:
+            observation.remove()
+        self._observe_others(False)
+        self._is_predicting = False
         self._entered = None
         self._pending.clear()
-        self._guessed.clear()
-        self._settle()
+        self._predicted.clear()
+        self._judge_all()
 
     def demanded(self, block: int, experts: Collection[int], waiting: bool) -> None:
-        """The demand of a block is made, of these experts; the caller is ``waiting`` for some of them. Judges what was
-        guessed of it, and wishes for what is guessed of later blocks."""
+        """Predict and prefetch for later blocks, after a block has demanded ``experts``.
+
+        ``waiting``: whether some of these are still being read, so that the caller's time costs nothing.
+        """
         if self._controller.is_watching:
-            self._shadow.demand(block, experts)
-        if not self._guessing:
+            self._ghost_cache.demand(block, experts)
+        if not self._is_predicting:
             return
         began = time.perf_counter()
         self._admission.demanded(block)
         self._ask(block)
         for target, distance, hidden, ranking in self._pending:
-            self._wish(target, distance, hidden, ranking.prediction())
+            self._admit(target, distance, hidden, ranking.prediction())
         self._pending.clear()
-        for guessed in self._guessed.pop(block, ()):
-            self._due.append((block, guessed, frozenset(experts)))
-        if waiting or len(self._due) > DUE:  # while the caller waits for reads anyhow
-            self._settle()
+        for predicted in self._predicted.pop(block, ()):
+            self._unjudged.append((block, predicted, frozenset(experts)))
+        if waiting or len(self._unjudged) > MOST_UNJUDGED:
+            self._judge_all()
         self._seconds += time.perf_counter() - began
 
     def stats(self) -> SpeculationStats:
-        """To be asked by the thread that decodes, between two steps."""
-        self._settle()
+        """Return the counters. Call it from the thread that decodes, between two steps."""
+        self._judge_all()
         control = self._controller
         return SpeculationStats(
             mode=control.mode.value,
@@ -170,96 +177,96 @@ class Speculation:
 
     def _at_first(self, block: int, hidden: Tensor) -> None:
         self._begin_step(_tokens(hidden))
-        self._listen(self._guessing)
+        self._observe_others(self._is_predicting)
         self._at_entry(block, hidden)
 
-    def _listen(self, on: bool) -> None:
-        """To all blocks but the first, which is always listened to while it is attached."""
+    def _observe_others(self, on: bool) -> None:
+        """Register or remove the hooks on all blocks but the first."""
         shortcuts = self._shortcuts
         if on and self._observation is None and shortcuts is not None:
             layer = self._at_layer if len(self._distances) > 1 else None
             others = [gate.block for gate in shortcuts.gates.blocks if gate.block != self._first]
             self._observation = shortcuts.gates.observe(entry=self._at_entry, layer=layer, blocks=others)
-        is_over = not on or self._shortcuts is None  # detached meanwhile, perhaps
+        is_over = not on or self._shortcuts is None  # another thread may have detached it meanwhile
         if is_over and (observation := self._observation) is not None:
             observation.remove()
             self._observation = None
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
-        is_of_step = self._guessing and _tokens(hidden) == self._rows  # and not of another tower, or another thread
+        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # not of another tower or thread
         self._entered = hidden if is_of_step else None
         if hidden.device.type != "cpu":
             began = time.perf_counter()
             self._ask(block)
             self._seconds += time.perf_counter() - began
 
-    def _ask(self, block: int) -> None:
-        """About the blocks ahead of this one, with what it was entered with."""
-        if (hidden := self._entered) is None:
-            return
-        self._entered = None
-        for distance, target in self._targets[block]:
-            self._guess(target, distance, hidden)
-
     def _at_layer(self, block: int, hidden: Tensor) -> None:
-        """Only where nothing has to be waited for."""
-        if self._guessing and hidden.device.type == "cpu" and self._admission.is_requested(block):
+        """Predict the block of this very layer, where that waits for no device."""
+        if self._is_predicting and hidden.device.type == "cpu" and self._admission.is_requested(block):
             began = time.perf_counter()
-            self._guess(block, 0, hidden)
+            self._predict(block, 0, hidden)
             self._seconds += time.perf_counter() - began
 
     def _begin_step(self, rows: int) -> None:
         now = time.perf_counter()
         if self._began and rows == self._rows:
-            self._controller.step(now - self._began, self._shadow.misses - self._missed)
+            self._controller.step(now - self._began, self._ghost_cache.misses - self._misses_before)
         else:
             self._controller.interrupt()
         if self._is_poor:
             self._is_poor = False
-            self._controller.give_up()
+            self._controller.reject()
         counts = 0 < rows <= MOST_ROWS
         self._began = now if counts else 0.0
-        self._missed = self._shadow.misses
+        self._misses_before = self._ghost_cache.misses
         self._rows = rows
-        self._guessing = counts and self._controller.is_on
+        self._is_predicting = counts and self._controller.is_on
         self._pending.clear()
-        self._guessed.clear()
-        if not self._guessing:
+        self._predicted.clear()
+        if not self._is_predicting:
             self._admission.reset()
 
-    # -- guesses ------------------------------------------------------------------------------------------------------
+    # -- predictions --------------------------------------------------------------------------------------------------
 
-    def _guess(self, target: int, distance: int, hidden: Tensor) -> None:
+    def _ask(self, block: int) -> None:
+        """Predict the blocks ahead of this one, with the hidden state at its entry."""
+        hidden, self._entered = self._entered, None
+        if hidden is not None:
+            for distance, target in self._targets[block]:
+                self._predict(target, distance, hidden)
+
+    def _predict(self, target: int, distance: int, hidden: Tensor) -> None:
         if (shortcuts := self._shortcuts) is None:
             return
         if hidden.device.type == "cpu":
-            self._wish(target, distance, hidden, shortcuts.predict(target, distance, hidden))
-        else:  # does not wait for the device: read when the demand path has
+            self._admit(target, distance, hidden, shortcuts.predict(target, distance, hidden))
+        else:  # do not wait for the device: the result is read after the demand path has waited
             ranking = shortcuts.rank(target, distance, hidden)
             self._pending.append(_Asked(target, distance, hidden, ranking.on_cpu()))
 
-    def _wish(self, block: int, distance: int, hidden: Tensor, prediction: Prediction) -> None:
-        if named := self._admission.admit(block, prediction):
-            self._guessed.setdefault(block, []).append(_Guessed(distance, hidden, named))
+    def _admit(self, block: int, distance: int, hidden: Tensor, prediction: Prediction) -> None:
+        if experts := self._admission.admit(block, prediction):
+            self._predicted.setdefault(block, []).append(_Predicted(distance, hidden, experts))
 
-    def _settle(self) -> None:
-        due, self._due = self._due, []
-        for block, guessed, experts in due:
-            self._judge(block, guessed, experts)
+    def _judge_all(self) -> None:
+        unjudged, self._unjudged = self._unjudged, []
+        for block, predicted, demanded in unjudged:
+            self._judge(block, predicted, demanded)
 
-    def _judge(self, block: int, guessed: _Guessed, experts: frozenset[int]) -> None:
-        distance, hidden, named = guessed
-        names = {*named}
-        right = sum(expert in experts for expert in named)
-        self._guesses[distance] += len(named)
+    def _judge(self, block: int, predicted: _Predicted, demanded: frozenset[int]) -> None:
+        distance, hidden, experts = predicted
+        right = sum(expert in demanded for expert in experts)
+        self._guesses[distance] += len(experts)
         self._right[distance] += right
-        self._judged.append(right / len(named))
+        self._judged.append(right / len(experts))
         if hidden.numel() == hidden.shape[-1] and (shortcuts := self._shortcuts) is not None:
-            shortcuts.learn(block, distance, hidden, missed={*experts - names}, in_vain=names - experts)
+            named = {*experts}
+            shortcuts.learn(block, distance, hidden, missed={*demanded - named}, in_vain=named - demanded)
         if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:
             self._judged.clear()
             self._is_poor = True
 
 
 def _tokens(hidden: Tensor) -> int:
-    return hidden.shape[: min(hidden.ndim - 1, 2)].numel()  # [T, H], [B, T, H] or [B, T, S, H]
+    """Return the number of tokens of [T, H], [B, T, H], or [B, T, S, H] with S residual streams."""
+    return hidden.shape[: min(hidden.ndim - 1, 2)].numel()

@@ -24,7 +24,7 @@ def test_the_modes_that_are_no_question() -> None:
     off, always = Controller(Mode.OFF), Controller(Mode.ALWAYS)
     run(off, 500, on=0.1)
     run(always, 500, on=10.0)
-    always.give_up()
+    always.reject()
     assert (off.is_on, off.steps_on, off.steps_off) == (False, 0, 500)
     assert (always.is_on, always.steps_on, always.steps_off) == (True, 500, 0)
 
@@ -141,7 +141,7 @@ def test_no_after_no_is_tried_ever_less_often() -> None:
 def test_wrong_guesses_end_it_at_once() -> None:
     controller = Controller(Mode.AUTO)
     run(controller, 3, on=1.0)
-    controller.give_up()
+    controller.reject()
     assert not controller.is_on
     run(controller, HOLD[False], on=1.0)
     assert controller.is_on, "until they are tried again"

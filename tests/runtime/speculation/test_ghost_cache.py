@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.runtime.speculation.shadow import Shadow
+from moetier.runtime.speculation.controller import GhostCache
 from moetier.tiers.cache.orders import ORDERS
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.lab.simulation import SimulatedTier
@@ -17,32 +17,32 @@ demands = st.lists(
 
 @pytest.mark.parametrize("policy", ["lru", "scan"])
 @given(demands=demands, slots=st.integers(TOP_K, 8))
-def test_what_an_lru_misses(policy: str, demands: list[tuple[int, list[int]]], slots: int) -> None:
-    shadow, uses, missed = Shadow([slots, slots], policy), list[tuple[int, int]](), 0
+def test_it_misses_what_an_lru_misses(policy: str, demands: list[tuple[int, list[int]]], slots: int) -> None:
+    ghost, uses, missed = GhostCache(2, slots, policy), list[tuple[int, int]](), 0
     for block, experts in demands:
         missed += sum(not _is_resident(uses, (block, expert), slots) for expert in experts)
         uses += [(block, expert) for expert in reversed(experts)]
-        shadow.demand(block, experts)
-    assert shadow.misses == missed
+        ghost.demand(block, experts)
+    assert ghost.misses == missed
 
 
 @pytest.mark.parametrize("policy", ORDERS)
 @given(demands=demands, slots=st.integers(TOP_K, 8))
-def test_what_a_tier_misses(policy: str, demands: list[tuple[int, list[int]]], slots: int) -> None:
-    shadow, tiers = Shadow([slots, slots], policy), [SimulatedTier(block, slots, ORDERS[policy]) for block in range(2)]
+def test_it_misses_what_a_tier_misses(policy: str, demands: list[tuple[int, list[int]]], slots: int) -> None:
+    ghost, tiers = GhostCache(2, slots, policy), [SimulatedTier(block, slots, ORDERS[policy]) for block in range(2)]
     for block, experts in demands:
-        before = shadow.misses
-        shadow.demand(block, experts)
+        before = ghost.misses
+        ghost.demand(block, experts)
         missed = tiers[block].demand([ExpertKey(block, expert) for expert in experts])
-        assert shadow.misses - before == len(missed)
+        assert ghost.misses - before == len(missed)
 
 
 @pytest.mark.parametrize("policy", ORDERS)
-def test_a_passage_leaves_what_is_there(policy: str) -> None:
-    shadow = Shadow([2], policy)
+def test_a_scan_evicts_nothing(policy: str) -> None:
+    ghost = GhostCache(1, 2, policy)
     for experts in ({0, 1}, {2, 3, 4}, {0, 1}):
-        shadow.demand(0, experts)
-    assert shadow.misses == 2
+        ghost.demand(0, experts)
+    assert ghost.misses == 2
 
 
 def _is_resident(uses: list[tuple[int, int]], wanted: tuple[int, int], slots: int) -> bool:
