@@ -46,8 +46,7 @@ build/protoc/.ready: Makefile
 proto: build/protoc/.ready  ## generate proto/*_pb2*.py from the wire contract
 	$(PROTOC) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. moetier/proto/expert_store.proto
 
-golden: .venv/.ready  ## write what commands say with --help, and of faults, to tests/tools/golden, which tests compare
-	$(RUN) tests/helpers/help_texts.py
+golden: .venv/.ready  ## write what commands say of faults to tests/tools/golden, which tests compare
 	$(RUN) tests/helpers/error_texts.py
 
 check: .venv/.ready  ## lint, format, types

@@ -8,44 +8,73 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError, MoetierError
-from moetier.tools.cli.options import arguments_by_name, by_name, commands_of, settable
-from moetier.tools.cli.parser import EXIT_USAGE, CommandParser, UsageError
+from moetier.tools.cli.options import by_name, commands_of, parsers_of, settable
+from moetier.tools.cli.parser import EXIT_USAGE, CommandParser, UsageError, add_commands
+from moetier.tools.cli.settings import Setting, Settings, is_anything_set, mentioned
 
-if TYPE_CHECKING:
-    from moetier.tools.cli.settings import Setting
-
-COMMANDS = (
-    *("plan", "pull", "list", "rm", "convert", "generate", "chat", "serve"),
-    *("verify", "inspect", "quality", "synthetic"),
-    *("trace", "replay", "plot", "daemon", "ps", "stats", "top", "bench"),
-    *("doctor", "config", "completion"),
-)
+COMMANDS = {  # name -> its line in --help
+    "plan": "say whether a model will run here, and how fast, before it is downloaded",
+    "pull": "download a model and convert it on the way, file by file",
+    "list": "list the models that were pulled",
+    "rm": "remove pulled models",
+    "convert": "turn a Hugging Face checkpoint into a model directory with quantised experts",
+    "generate": "generate text from a prompt",
+    "chat": "talk with a model",
+    "serve": "serve a model over HTTP, with the OpenAI API",
+    "verify": "check all weights against their checksums",
+    "inspect": "show what a model directory holds",
+    "quality": "measure what quantised weights cost: bytes, error, perplexity",
+    "synthetic": "make a checkpoint of a large model's geometry with random weights",
+    "trace": "record which experts the routers choose and predict",
+    "replay": "simulate tiers on traces: hit ratios by policy, recall of predictions, bytes and speed",
+    "plot": "draw a trace, or which experts a daemon holds",
+    "daemon": "hold the experts of models in memory for all processes of this machine",
+    "ps": "list the daemons that run on this machine",
+    "stats": "show the counters of a daemon",
+    "top": "watch a daemon on a full screen",
+    "bench": "measure the disk, the kernels, decoding, prefill and conversion, each beside its bound",
+    "doctor": "check this machine and, if one is named, a model directory",
+    "config": "show what is set for commands, by a file or in the environment",
+    "completion": "print a script that completes commands in a shell",
+}
 
 _log = logging.getLogger(__name__)
 
-# docs/commands.md has the table; 2 is command_line.py's, 1 and 70 are failure.py's
+# docs/commands.md has the table; 2 is parser.py's, 1 and 70 are failure.py's
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 LOG_LEVELS = ("debug", "info", "warning", "error")
+FIRST = """\
+first steps:
+  moetier doctor           # check this machine
+  moetier plan ORG/NAME    # will this model of the Hugging Face hub run here, and how fast?
+  moetier pull ORG/NAME    # download and convert it
+  moetier generate ORG/NAME "To be, or not to be"
+
+moetier COMMAND --help shows the options of a command."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Every command's module is light: torch, transformers and zarr are imported when it runs."""
+class _Version(argparse.Action):
+    """argparse's own wants the text beforehand, and importlib.metadata takes a while."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"moetier {version('moetier')}")
+        parser.exit()
+
+
+def build_parser() -> CommandParser:
+    """A command's module is imported when the command is named, and torch, transformers and zarr when it runs."""
     parser = CommandParser(
-        prog="moetier", description="Run Mixture-of-Experts language models on machines that are too small for them."
+        prog="moetier",
+        description="Run Mixture-of-Experts language models on machines that are too small for them.",
+        epilog=FIRST,
     )
-    parser.add_argument("--version", action="version", version=f"moetier {version('moetier')}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = import_module(f"moetier.tools.commands.{name}")
-        subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run, configured={}, by_name=arguments_by_name(subparser))
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    add_commands(parser, COMMANDS, "moetier.tools.commands", "COMMAND")
     return parser
 
 
@@ -74,6 +103,9 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments, settings = parse(argv)
         status: int = arguments.run(by_name(arguments))
         sys.stdout.flush()
+    except SystemExit:  # of --help
+        sys.stdout.flush()
+        raise
     except KeyboardInterrupt:
         print("moetier: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -91,12 +123,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
     name of the attribute. Raises ConfigError; SystemExit as argparse does."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    command = commands_of(parser)[arguments.command]
+    command = parsers_of(parser)[arguments.command]
     options = settable(command)
-    if not options:
+    if not options or not is_anything_set():  # else every command's module is imported, to know what can be set
         return arguments, []
-    from moetier.tools.cli.settings import Settings
-
     settings = Settings.read(commands_of(parser))
     for said in settings.unknown_variables:
         _log.warning("%s", said)
@@ -128,7 +158,6 @@ def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
     """Print two lines, and return the exit code."""
     from moetier.tools.cli.failure import EXIT_ERROR, failure_of
     from moetier.tools.cli.plain import as_options, plain
-    from moetier.tools.cli.settings import mentioned
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
     code = EXIT_USAGE if isinstance(error, UsageError) else code

@@ -32,7 +32,7 @@ from .output import add_bench_arguments, check_bench, report
 from .page_cache import drop_page_cache
 from .rounds import Spread, alternate
 
-HELP = "conversion with HQQ and with --fast, beside llama.cpp's and the rate at which the source can be read"
+EXAMPLES = ("moetier bench convert ./Mixtral-8x7B-v0.1 --no-llama",)
 
 MILLION = 1e6
 WAYS: dict[str, list[str]] = {"hqq": [], "fast": ["--fast"]}
@@ -43,14 +43,16 @@ DISK_SECONDS = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint")
-    parser.add_argument("--bits", type=int, choices=BITS[1:], default=4, help="(default: %(default)s)")
     parser.add_argument(
-        "--into", type=Path, metavar="FOLDER", help="where a temporary folder is made (default: TMPDIR)"
+        "--bits", type=int, choices=BITS[1:], default=4, help="bits per expert weight (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=COUNT, metavar="N", help="as of moetier convert")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="folder for temporary files (default: $TMPDIR)")
+    parser.add_argument(
+        "--workers", type=COUNT, metavar="N", help="experts that are quantised at a time, as in moetier convert"
+    )
     add_threads(parser)
     parser.add_argument(
-        "--no-llama", action="store_true", help="without llama.cpp, whose source takes as much disk as SRC again"
+        "--no-llama", action="store_true", help="leave out llama.cpp, whose source takes as much disk as SRC again"
     )
     add_bench_arguments(parser)
 

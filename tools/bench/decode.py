@@ -9,18 +9,20 @@ from moetier.runtime.number import COUNT
 from .model import Work, add_model_arguments, measure
 from .output import check_bench
 
-HELP = "decoding of fixed tokens, beside the bound of a token"
+EXAMPLES = ("moetier bench decode ./mixtral-4bit --ram 2GiB --ram 4GiB",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--tokens", type=COUNT, default=32, metavar="N", help="measured steps (default: %(default)s)")
-    parser.add_argument("--prompt", type=COUNT, default=16, metavar="N", help="tokens before (default: %(default)s)")
+    parser.add_argument("--tokens", type=COUNT, default=32, metavar="N", help="steps to measure (default: %(default)s)")
     parser.add_argument(
-        "--warm", type=COUNT, default=16, metavar="N", help="steps that are not counted (default: %(default)s)"
+        "--prompt", type=COUNT, default=16, metavar="N", help="tokens of the prompt before them (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch", type=COUNT, default=1, metavar="B", help="sequences, stepped together (default: %(default)s)"
+        "--warm", type=COUNT, default=16, metavar="N", help="steps before measuring (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=COUNT, default=1, metavar="B", help="sequences that are decoded together (default: %(default)s)"
     )
 
 

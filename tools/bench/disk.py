@@ -19,14 +19,16 @@ from .rounds import Spread, alternate
 if TYPE_CHECKING:
     from moetier.tiers.store.reader import ExpertStore
 
-HELP = "random reads of a store's records, beside fio's of the same size and depth"
+EXAMPLES = ("moetier bench disk ./mixtral-4bit",)
 
 GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("--seconds", type=SECONDS, default=3.0, metavar="S", help="of each run (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=SECONDS, default=3.0, metavar="S", help="seconds per run (default: %(default)s)"
+    )
     add_bench_arguments(parser)
 
 

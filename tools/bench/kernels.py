@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .rates import KernelProbe, MemoryRate
 
-HELP = "products with records, beside the rate at which memory is read"
+EXAMPLES = ("moetier bench kernels --bits 4 --rows 1",)
 
 ROWS = (1, 4, 16, 64, 512)
 GB = 1e9
@@ -46,10 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a model directory, whose records are measured (default: {' and '.join(EXPERTS)})",
     )
     parser.add_argument(
-        "--bits", type=int, choices=BITS, action="append", help="once or more; not with DIR (default: all)"
+        "--bits",
+        type=int,
+        choices=BITS,
+        action="append",
+        help="bits per weight; may be repeated; not with DIR (default: all)",
     )
-    parser.add_argument("--rows", type=COUNT, action="append", metavar="N", help=f"once or more (default: {ROWS})")
-    parser.add_argument("--seconds", type=SECONDS, default=0.3, metavar="S", help="a product (default: %(default)s)")
+    parser.add_argument(
+        "--rows",
+        type=COUNT,
+        action="append",
+        metavar="N",
+        help=f"rows of inputs; may be repeated (default: {', '.join(map(str, ROWS))})",
+    )
+    parser.add_argument(
+        "--seconds", type=SECONDS, default=0.3, metavar="S", help="seconds per multiplication (default: %(default)s)"
+    )
     add_threads(parser)
     add_bench_arguments(parser)
 

@@ -38,14 +38,18 @@ TABLE = (
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument(
-        "--ram", type=size, action="append", metavar="SIZE", help="host budget; once or more (default: its own)"
+        "--ram",
+        type=size,
+        action="append",
+        metavar="SIZE",
+        help="memory for experts; may be repeated (default: as much as generate takes)",
     )
     parser.add_argument(
         "--limit",
         type=size,
         action="append",
         metavar="SIZE",
-        help="everything in a control group of so much memory; once or more (default: none)",
+        help="memory limit of the control group that each run is in; may be repeated (default: none)",
     )
     add_token_arguments(parser)
     add_threads(parser)

@@ -16,9 +16,13 @@ from .machine import Machine
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rounds", type=COUNT, default=3, metavar="N", help="alternating runs of everything (default: %(default)s)"
+        "--rounds",
+        type=COUNT,
+        default=3,
+        metavar="N",
+        help="times that everything is run, by turns (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is found there, as one JSON object")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, as one JSON object")
 
 
 def check_bench(arguments: argparse.Namespace) -> None:

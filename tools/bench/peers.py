@@ -23,7 +23,7 @@ from .rounds import Spread, alternate
 from .sandbox import fresh
 from .token_ids import add_token_arguments
 
-HELP = "llama.cpp and accelerate's disk offload beside moetier, fed the same tokens"
+EXAMPLES = ("moetier bench peers ./mixtral-4bit --gguf mixtral-q4_0.gguf --limit 16GiB",)
 
 Engine = Callable[[], Run]
 
@@ -32,14 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     parser.add_argument("--checkpoint", type=Path, metavar="SRC", help="the same model for accelerate")
-    parser.add_argument("--limit", type=size, metavar="SIZE", help="of memory, for each engine (default: none)")
+    parser.add_argument("--limit", type=size, metavar="SIZE", help="memory limit of each engine (default: none)")
     parser.add_argument(
-        "--checkpoint-limit", type=size, metavar="SIZE", help="accelerate's, which reads bf16 (default: --limit)"
+        "--checkpoint-limit",
+        type=size,
+        metavar="SIZE",
+        help="memory limit of accelerate, which reads bf16 (default: --limit)",
     )
-    parser.add_argument("--ram", type=size, metavar="SIZE", help="moetier's host budget (default: its own)")
-    parser.add_argument("--tokens", type=COUNT, default=32, metavar="N", help="measured (default: %(default)s)")
-    parser.add_argument("--warm", type=COUNT, default=16, metavar="N", help="not counted (default: %(default)s)")
-    parser.add_argument("--prefill", action="store_true", help="the measured tokens as one prompt; not with accelerate")
+    parser.add_argument(
+        "--ram", type=size, metavar="SIZE", help="memory for moetier's experts (default: as much as generate takes)"
+    )
+    parser.add_argument(
+        "--tokens", type=COUNT, default=32, metavar="N", help="tokens to measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warm", type=COUNT, default=16, metavar="N", help="steps before measuring (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prefill", action="store_true", help="feed the measured tokens as one prompt; not with accelerate"
+    )
     add_token_arguments(parser)
     add_threads(parser)
     add_bench_arguments(parser)

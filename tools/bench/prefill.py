@@ -9,14 +9,16 @@ from moetier.runtime.number import COUNT
 from .model import Work, add_model_arguments, measure
 from .output import check_bench
 
-HELP = "a prompt's pass through the model, beside its bound"
+EXAMPLES = ("moetier bench prefill ./mixtral-4bit --tokens 2048",)
 
 WARM = 8  # tokens before the prompt: what is done once in a process is done there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--tokens", type=COUNT, default=512, metavar="N", help="of the prompt (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=COUNT, default=512, metavar="N", help="tokens of the prompt (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -21,9 +21,9 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens-file",
         type=Path,
         metavar="FILE",
-        help=f"ids to feed, a JSON list (default: DIR/{TOKENS}; without it random ones, always the same)",
+        help=f"file of token ids to feed, a JSON list (default: DIR/{TOKENS}, else random ids, always the same)",
     )
-    given.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text to feed")
+    given.add_argument("--prompt-file", type=Path, metavar="FILE", help="file of a text to feed")
 
 
 def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> tuple[list[list[int]], str]:

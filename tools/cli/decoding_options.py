@@ -26,54 +26,55 @@ PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is compute
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
-    """Who gives no temperature samples as the model's generation_config.json says."""
+    """Add the options of sampling. Without a temperature the model's generation_config.json decides."""
     group = group_of(parser, "generation")
     group.add_argument(
         "--max-new-tokens",
         type=COUNT,
         default=new_tokens,
         metavar="N",
-        help="of an answer, at most (default: %(default)s)",
+        help="maximum length of the answer, in tokens (default: %(default)s)",
     )
     group.add_argument(
         "--temperature",
         type=TEMPERATURE,
         metavar="T",
-        help="0 decodes greedily (default: as the model's generation_config.json says, else greedily)",
+        help="sampling temperature; 0 always takes the most likely token (default: from the model's "
+        "generation_config.json, else 0)",
     )
     group.add_argument(
         "--top-k",
         type=TOP_K,
         metavar="K",
-        help="sample among the K most likely tokens; 0: among all (default of this and the next three: as "
-        "generation_config.json says)",
+        help="sample from the K most likely tokens; 0: from all (default of this and the next three: from "
+        "generation_config.json)",
     )
     group.add_argument(
         "--top-p",
         type=TOP_P,
         metavar="P",
-        help="sample among the most likely tokens that together have this probability",
+        help="sample from the most likely tokens whose probabilities add up to P",
     )
     group.add_argument(
         "--min-p",
         type=MIN_P,
         metavar="P",
-        help="leave out tokens with less than this part of the most likely one's probability",
+        help="leave out tokens that are less than P times as likely as the most likely one",
     )
     group.add_argument(
         "--repetition-penalty",
         type=REPETITION_PENALTY,
         metavar="X",
-        help="divide the scores of tokens of the prompt and the answer; 1 changes nothing",
+        help="divide the scores of tokens that the prompt or the answer already has; 1 changes nothing",
     )
-    for name, times in ("presence", ""), ("frequency", " for each time that it has them"):
+    for name, times in ("presence", ""), ("frequency", " for each occurrence"):
         group.add_argument(
             f"--{name}-penalty",
             type=OCCURRENCE_PENALTY,
             metavar="X",
-            help=f"lower the scores of tokens that the answer has by X{times}; 0 changes nothing",
+            help=f"lower the scores of tokens that the answer already has by X{times}; 0 changes nothing",
         )
-    group.add_argument("--seed", type=SEED, default=0, help="of the sampling (default: %(default)s)")
+    group.add_argument("--seed", type=SEED, default=0, metavar="N", help="seed of the sampling (default: %(default)s)")
 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +83,8 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
         type=COUNT,
         default=PREFILL_CHUNK,
         metavar="N",
-        help="tokens of a prompt that are computed together, where the model can go on in the middle of one: each "
-        "expert is read once for all of them (default: %(default)s)",
+        help="tokens of a prompt that are computed together, if the model supports it; each expert is read once for "
+        "all of them (default: %(default)s)",
     )
 
 

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from moetier.runtime.pulled import may_be_name
-
 DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled model"
 
 
 def directory(text: str) -> str | Path:
     """The type of an argument that is a model directory: a path, or what may be a name, for ``by_name``."""
+    from moetier.runtime.pulled import may_be_name
+
     return text if may_be_name(text) else Path(text)
 
 
@@ -26,13 +26,18 @@ def source(text: str) -> str:
     return text
 
 
+def parsers_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """The parsers of its commands by name, which may lack their arguments yet; {} where there are none."""
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return next((action.choices for action in actions), {})
+
+
 def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """By name; {} where there are none."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found: dict[str, argparse.ArgumentParser] = action.choices
-            return found
-    return {}
+    """The parsers of its commands by name, with all their arguments: imports the module of each."""
+    commands = parsers_of(parser)
+    for command in commands.values():
+        command.fill()  # type: ignore[attr-defined]  # a CommandParser
+    return commands
 
 
 def walk(parser: argparse.ArgumentParser, *path: str) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
@@ -54,7 +59,7 @@ def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     They have a default, and the command line can say otherwise: so a value, or a form with --no-. None of a command
     that has commands itself.
     """
-    if commands_of(parser):
+    if parsers_of(parser):
         return {}
     return {
         longest.removeprefix("--"): action
@@ -67,9 +72,8 @@ def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
-    """The arguments of a command, and of its commands, that may be names of pulled models: their types."""
-    actions = (action for _, each in walk(parser) for action in each._actions)
-    return {action.dest: action.type for action in actions if action.type in (directory, source)}
+    """The arguments of a command that may be names of pulled models: their types."""
+    return {action.dest: action.type for action in parser._actions if action.type in (directory, source)}
 
 
 def by_name(arguments: argparse.Namespace) -> argparse.Namespace:

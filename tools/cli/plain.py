@@ -6,15 +6,10 @@ import logging
 import re
 import sys
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
-from moetier.runtime.config import TierConfig
-from moetier.runtime.wire.address import Credentials
-
 _TLS = {name: f"tls_{name}" for name in ("ca", "cert", "key")}  # their options, where those have another name
-_NAMES = "|".join([*(each.name for each in fields(TierConfig)), "daemon"])
-_CREDENTIALS = "|".join(each.name for each in fields(Credentials))
-_PARAMETER = re.compile(rf"`(?:({_NAMES})|credentials\.({_CREDENTIALS}))`")
 # all controls of ASCII and of C1, DEL, and what turns the direction of letters: embeddings, overrides and isolates
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _READABLE = dict.fromkeys(_CONTROLS, "?") | {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
@@ -43,7 +38,17 @@ def as_options(text: str) -> str:
         name = found[1] or _TLS.get(found[2], found[2])
         return f"--{name.replace('_', '-')}"
 
-    return _PARAMETER.sub(option, text)
+    return _parameters().sub(option, text)
+
+
+@cache
+def _parameters() -> re.Pattern[str]:
+    """A parameter of ``load`` as an error names it."""
+    from moetier.runtime.config import TierConfig
+    from moetier.runtime.wire.address import Credentials
+
+    names = "|".join([*(each.name for each in fields(TierConfig)), "daemon"])
+    return re.compile(rf"`(?:({names})|credentials\.({'|'.join(each.name for each in fields(Credentials))}))`")
 
 
 class PlainFormatter(logging.Formatter):

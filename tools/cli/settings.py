@@ -178,6 +178,12 @@ class Settings:
         return said
 
 
+def is_anything_set(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether there is a file, or any variable that may be meant for a setting."""
+    named = any(name.startswith(PREFIX) and (name == CONFIG or not OTHERS.fullmatch(name)) for name in environment)
+    return named or os.path.lexists(config_file(environment))
+
+
 def config_file(environment: Mapping[str, str] = os.environ) -> Path:
     """$MOETIER_CONFIG, or moetier/config.toml beneath $XDG_CONFIG_HOME (XDG Base Directory Specification 0.8)."""
     if named := environment.get(CONFIG):

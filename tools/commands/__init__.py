@@ -1,5 +1,5 @@
 """One module per command: its arguments, and the printing of its results.
 
-Each has ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``. The work is done in other packages. ``main``
-imports a module when its command is named, and nothing else imports this package.
+Each has ``add_arguments(parser)``, ``EXAMPLES`` and ``run(arguments)``. The work is done in other packages. ``main``
+has the list of commands, and imports a module when its command is named, and nothing else imports this package.
 """

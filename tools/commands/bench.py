@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 
-HELP = "measure the disk, the kernels, decoding, prefill and conversion, each beside its bound"
+from moetier.tools.cli.parser import add_commands
 
-NOUNS = ("disk", "kernels", "decode", "prefill", "convert", "peers")
+NOUNS = {
+    "disk": "read a store's records at random, beside fio",
+    "kernels": "multiply with records, beside the rate at which memory is read",
+    "decode": "decode fixed tokens, beside the bound of a token",
+    "prefill": "compute a prompt, beside its bound",
+    "convert": "convert with HQQ and with --fast, beside llama.cpp and the rate at which the source can be read",
+    "peers": "compare with llama.cpp and accelerate's disk offload, fed the same tokens",
+}
+EXAMPLES = ("moetier bench disk ./mixtral-4bit", "moetier bench decode --help")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subparsers = parser.add_subparsers(dest="noun", required=True, metavar="WHAT")
-    for noun in NOUNS:
-        module = import_module(f"moetier.tools.bench.{noun}")
-        subparser = subparsers.add_parser(noun, help=module.HELP, description=module.HELP)
-        module.add_arguments(subparser)
-        subparser.set_defaults(measure=module.run)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    status: int = arguments.measure(arguments)
-    return status
+    add_commands(parser, NOUNS, "moetier.tools.bench", "WHAT")

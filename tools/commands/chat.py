@@ -14,27 +14,32 @@ from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.parser import show_first
 from moetier.tools.cli.plain import plain
 from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
-HELP = "talk with a model"
+EXAMPLES = (
+    "moetier chat ./mixtral-4bit --ram 6GiB",
+    'moetier chat Qwen/Qwen3-30B-A3B:4bit --system "Answer in one sentence." --context 8192',
+)
 NEW_TOKENS = 1024
 ROOM = 4  # a prompt leaves this part of the context to the answer, where that may be so long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt: what the model is told before all else")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt: instructions that precede the conversation")
     parser.add_argument(
         "--status",
         action=argparse.BooleanOptionalAction,
-        help="a line on standard error behind each answer: its tokens, speed and hits (default: on a terminal)",
+        help="report each answer's tokens, speed and hits on standard error (default: on a terminal)",
     )
     parser.add_argument("--json", action="store_true", help="print each answer, and /stats, as one line of JSON")
     add_decoding_arguments(parser, new_tokens=NEW_TOKENS)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser, context="a conversation is at most so long, and memory is kept for it")
+    add_resource_arguments(parser, context="longest conversation, in tokens; memory is reserved for it")
+    show_first(parser, "--ram", "--context", "--system", "--max-new-tokens", "--temperature")
 
 
 def run(arguments: argparse.Namespace) -> int:

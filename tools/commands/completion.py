@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "print a script that completes commands in a shell"
+EXAMPLES = ("moetier completion bash > ~/.local/share/bash-completion/completions/moetier",)
 
 SHELLS = ("bash", "zsh")
 

@@ -9,22 +9,24 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moetier.tools.cli.parser import examples
+
 if TYPE_CHECKING:
     from moetier.tools.cli.settings import Setting, Settings
 
-HELP = "show what is set for commands, by a file or in the environment"
+EXAMPLES = ("moetier config show", "moetier config show generate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="WHAT")
-    line = "each value that may be set, and where it is from"
-    show = subparsers.add_parser("show", help=line, description=line)
+    subparsers = parser.add_subparsers(dest="what", metavar="WHAT", prog=parser.prog)
+    line = "show each value that can be set, and where it comes from"
+    show = subparsers.add_parser("show", help=line, description=f"{line.capitalize()}.", epilog=examples(EXAMPLES))
     show.add_argument(
         "of",
         nargs="?",
         type=_command,
         metavar="COMMAND",
-        help="all of its options (default: what all share, and each one's own)",
+        help="show all options of this command (default: what all share, and what each has of its own)",
     )
     show.add_argument("--json", action="store_true", help="print one JSON object")
 

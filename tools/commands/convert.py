@@ -24,26 +24,29 @@ if TYPE_CHECKING:
     from moetier.tools.convert.report import ConversionReport
     from moetier.tools.convert.streaming import Passage
 
-HELP = "turn a Hugging Face checkpoint into a model directory with quantised experts"
+EXAMPLES = (
+    "moetier convert ./Mixtral-8x7B-v0.1 ./mixtral-4bit",
+    "moetier convert mistralai/Mixtral-8x7B-v0.1 ./mixtral-3bit --bits 3",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder of a checkpoint, or its id on the Hugging Face hub")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder of the model directory to be")
+    parser.add_argument("source", metavar="SRC", help="folder of the checkpoint, or its id on the Hugging Face hub")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder of the new model directory")
     add_options(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `moetier pull` takes too."""
     parser.add_argument(
-        "--bits", type=int, choices=BITS, default=4, help="of an expert's weight (default: %(default)s)"
+        "--bits", type=int, choices=BITS, default=4, help="bits per expert weight (default: %(default)s)"
     )
     parser.add_argument(
         "--trunk-bits",
         type=int,
         choices=TRUNK_BITS,
         default=16,
-        help="of a weight of the matrices beside the experts; embeddings, norms and gates stay as they are "
+        help="bits per weight of everything else; embeddings, norms and routers stay as they are "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -51,31 +54,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=sorted(set().union(*GROUPS.values())),
         metavar="N",
-        help="weights that share a scale (default: by --bits)",
+        help="weights that share a scale (default: depends on --bits)",
     )
-    parser.add_argument("--pairs", choices=PAIR_TYPES, help="format of the scales (default: by --bits)")
+    parser.add_argument("--pairs", choices=PAIR_TYPES, help="format of the scales (default: depends on --bits)")
     parser.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="plain rounding in place of HQQ: quicker, less exact",
+        help="round plainly instead of optimising with HQQ: faster, less accurate",
     )
     parser.set_defaults(fast=False)
     parser.add_argument(
         "--workers",
         type=COUNT,
         metavar="N",
-        help="experts at a time, each on a thread (default: --threads, fewer where memory is short)",
+        help="experts that are quantised at a time, each on a thread (default: --threads, fewer where memory is short)",
     )
     add_threads(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a different, or damaged, model directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace a different model directory")
     parser.add_argument(
-        "--ignore-code", action="store_true", help="accept a checkpoint that names code of its own; it is never run"
+        "--ignore-code", action="store_true", help="accept a checkpoint that names code of its own, which is never run"
     )
-    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit on the hub (default: its main)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
     parser.add_argument(
         "--keep-source",
         action="store_true",
-        help="keep what is downloaded in huggingface_hub's cache; else each file goes when nothing needs it any more",
+        help="keep downloaded files in huggingface_hub's cache (default: delete each one when it is converted)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 

@@ -9,11 +9,14 @@ import os
 from pathlib import Path
 
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
-from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.options import directory
 from moetier.tools.cli.parser import UsageError, checked
 from moetier.tools.cli.resources import size
 
-HELP = "hold the experts of models in memory, for all processes of this machine"
+EXAMPLES = (
+    "moetier daemon ./mixtral-4bit --ram 12GiB",
+    "moetier daemon ./mixtral-4bit ./qwen3-4bit --folder work --metrics 9090",
+)
 
 CLIENTS = 64
 LEASES = 8
@@ -21,16 +24,25 @@ SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", type=directory, nargs="+", metavar="DIR", help=f"each {DIRECTORY}")
     parser.add_argument(
-        "--ram", type=size, metavar="SIZE", help='for all of them: "8GiB", "50%%"; default: 80%% of what is free'
+        "directories",
+        type=directory,
+        nargs="+",
+        metavar="DIR",
+        help="model directories, made by moetier convert, or names of pulled models",
+    )
+    parser.add_argument(
+        "--ram",
+        type=size,
+        metavar="SIZE",
+        help='memory for the experts of all of them: "8GiB", or "50%%" of what is free (default: 80%%)',
     )
     parser.add_argument(
         "--policy",
         default=DEFAULT_ORDER,
         choices=list(ORDERS),
-        help="who is evicted: lru, least recently used; scan, the same, but a long prompt leaves what is cached; "
-        "lrfu, as scan, but least often used of late (default: %(default)s)",
+        help="which experts are evicted: lru, the least recently used; scan, the same, but a long prompt leaves what "
+        "is cached in place; lrfu, as scan, but the least often used of late (default: %(default)s)",
     )
     parser.add_argument(
         "--learn",
@@ -41,49 +53,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder",
         metavar="NAME|PATH",
         default="default",
-        help="where its sockets are: a name beneath $XDG_RUNTIME_DIR/moetier, without that variable beneath "
-        "/tmp/moetier-UID (default: %(default)s), or a path; clients find by themselves only those beneath it",
+        help="folder of its sockets: a path, or a name within $XDG_RUNTIME_DIR/moetier (without that variable "
+        "/tmp/moetier-UID), where clients find it by themselves (default: %(default)s)",
     )
     parser.add_argument(
         "--leases",
         type=_count,
         metavar="N",
         default=LEASES,
-        help="slots that a client may hold at a time (%(default)s)",
+        help="most slots that a client may hold at once (default: %(default)s)",
     )
-    parser.add_argument("--max-clients", type=_count, metavar="N", default=CLIENTS, help="at a time (%(default)s)")
+    parser.add_argument(
+        "--max-clients", type=_count, metavar="N", default=CLIENTS, help="most clients at once (default: %(default)s)"
+    )
     parser.add_argument(
         "--wait",
         type=_seconds,
         metavar="SECONDS",
         default=SECONDS,
-        help="that a request waits for a slot while all are held, before it fails (%(default)s)",
+        help="longest wait for a free slot, before a request fails (default: %(default)g)",
     )
     parser.add_argument(
         "--drain",
         type=_seconds,
         metavar="SECONDS",
         default=SECONDS,
-        help="that it finishes what is under way when it is told to end (%(default)s)",
+        help="time to finish running requests at shutdown (default: %(default)g)",
     )
     parser.add_argument(
         "--metrics",
         metavar="[HOST:]PORT",
         default="",
-        help="answer Prometheus (/metrics) and probes (/healthz) there, without TLS or a token; on 127.0.0.1 unless "
-        "HOST is said (port 0: any)",
+        help="answer Prometheus (/metrics) and probes (/healthz) on this port, without TLS or a token; on 127.0.0.1 "
+        "unless HOST is given (port 0: any)",
     )
     parser.add_argument("--reflection", action="store_true", help="answer gRPC server reflection")
     parser.add_argument(
-        "--ready-fd", type=int, metavar="N", help='a descriptor to write "ready" to when it serves; it is closed then'
+        "--ready-fd",
+        type=int,
+        metavar="N",
+        help='descriptor to write "ready" to once it serves; it is closed afterwards',
     )
     remote = parser.add_argument_group("other hosts")
-    remote.add_argument("--listen", metavar="HOST:PORT", default="", help="on TCP, in addition (port 0: any)")
+    remote.add_argument("--listen", metavar="HOST:PORT", default="", help="serve on TCP too (port 0: any)")
     remote.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate and its chain, PEM")
     remote.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
-    remote.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="clients must have certificates of this CA")
-    remote.add_argument("--token-file", type=Path, metavar="FILE", help="one line, which clients must show")
-    remote.add_argument("--insecure", action="store_true", help="without a token or TLS, whichever is not given")
+    remote.add_argument(
+        "--tls-client-ca", type=Path, metavar="FILE", help="the CA that must have signed clients' certificates, PEM"
+    )
+    remote.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file with the token that clients must show, in one line"
+    )
+    remote.add_argument(
+        "--insecure", action="store_true", help="serve on TCP without a token or TLS, whichever is not given"
+    )
     parser.set_defaults(learn=False)
 
 

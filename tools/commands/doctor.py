@@ -15,7 +15,7 @@ from moetier.tools.cli.options import directory
 if TYPE_CHECKING:
     from moetier.tools.doctor.finding import Finding
 
-HELP = "look at what moetier needs of this machine, and at a model directory"
+EXAMPLES = ("moetier doctor", "moetier doctor ./mixtral-4bit --checksums")
 
 EXIT_BAD = 1
 PROBE_SECONDS = 2.0  # of reads
@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=directory,
         nargs="?",
         metavar="DIR",
-        help="a model directory, whose files and disk are looked at too (default: the disk of the current folder)",
+        help="a model directory or pulled model, whose files and disk are checked too (default: the current "
+        "folder's disk)",
     )
-    parser.add_argument("--checksums", action="store_true", help="read all of DIR, as moetier verify does")
+    parser.add_argument("--checksums", action="store_true", help="read every byte of DIR, as moetier verify does")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

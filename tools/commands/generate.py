@@ -15,24 +15,29 @@ from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.parser import show_first
 from moetier.tools.cli.plain import show
 from moetier.tools.cli.report import Timing, details, run_json, summary
 from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
-HELP = "generate text from a model directory"
+EXAMPLES = (
+    'moetier generate ./mixtral-4bit "To be, or not to be" --ram 6GiB',
+    "moetier generate Qwen/Qwen3-30B-A3B:4bit --max-new-tokens 100 < prompt.txt",
+)
 
 AT_FIRST = 1 << 20  # characters of standard input that are read before the model is loaded: nearly every prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("prompt", nargs="?", help="the text to go on from; read from standard input without it")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue (default: standard input)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
-    parser.add_argument("--verbose", action="store_true", help="report all that is counted, not the main figures alone")
+    parser.add_argument("--verbose", action="store_true", help="report all counters, not only the main figures")
     add_decoding_arguments(parser, new_tokens=256)
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
     add_resource_arguments(parser)
+    show_first(parser, "--ram", "--max-new-tokens", "--temperature")
 
 
 def run(arguments: argparse.Namespace) -> int:

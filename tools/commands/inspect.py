@@ -13,7 +13,7 @@ from moetier.tools.cli.options import DIRECTORY, directory
 from moetier.tools.cli.plain import plain
 from moetier.tools.doctor.survey import MEND, NO_TOKENIZER, survey
 
-HELP = "say what is in a model directory"
+EXAMPLES = ("moetier inspect ./mixtral-4bit", "moetier inspect Qwen/Qwen3-30B-A3B:4bit --json")
 
 EXIT_BAD = 1
 

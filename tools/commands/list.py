@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moetier.tools.cli.plain import plain
 
-HELP = "list the models that were pulled"
+EXAMPLES = ("moetier list", "moetier list --json")
 LOOKS = 3
 
 

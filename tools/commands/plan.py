@@ -20,7 +20,11 @@ from moetier.tools.cli.resources import add_device_arguments, add_threads, size
 if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
 
-HELP = "say whether a model will run here, and how fast, before it is downloaded"
+EXAMPLES = (
+    "moetier plan Qwen/Qwen3-30B-A3B",
+    "moetier plan mistralai/Mixtral-8x7B-v0.1 --bits 4,3 --ram 12GiB",
+    "moetier plan ./mixtral-4bit --disk 3.5",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=source,
         metavar="SRC",
-        help="a checkpoint's folder, of which config.json and the index are enough; its id on the Hugging Face hub, of "
-        "which no weights are downloaded; or a model directory or pulled model (ID:TAG)",
+        help="a checkpoint's folder, where config.json and the index suffice; its id on the Hugging Face hub, whose "
+        "weights are not downloaded; or a model directory or pulled model (ID:TAG)",
     )
-    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="of an expert's weight (default: 16,8,4,3,2)")
-    parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="of the trunk's matrices (16,8,4)")
+    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
     parser.add_argument(
-        "--ram", type=size, metavar="SIZE", help="host budget for experts, as of generate (default: its own)"
+        "--trunk-bits", type=_numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
+    )
+    parser.add_argument(
+        "--ram", type=size, metavar="SIZE", help="memory for experts (default: as much as generate takes)"
     )
     add_device_arguments(parser)
     add_threads(parser)
@@ -42,15 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=COUNT,
         metavar="TOKENS",
-        help=f"how long (default: {DEFAULT_CONTEXT}, or the model's max_position_embeddings where that is less)",
+        help=f"length of the context (default: {DEFAULT_CONTEXT}, or the model's maximum where that is less)",
     )
     parser.add_argument(
         "--into",
         type=Path,
         metavar="FOLDER",
-        help="on whose disk the model is to be (default: here; of an id on the hub, where `pull` puts it)",
+        help="folder whose disk is measured (default: this one; for an id on the hub, where `pull` puts the model)",
     )
-    parser.add_argument("--disk", type=float, metavar="GB/S", help="its rate, in place of a probe of two seconds")
+    parser.add_argument("--disk", type=float, metavar="GB/S", help="disk speed to assume instead of measuring")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

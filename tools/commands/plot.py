@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from moetier.runtime.trace.trace import Trace
 
-HELP = "draw a trace: which experts tokens use, hit ratios, recall; or a daemon: which experts it holds"
+EXAMPLES = ("moetier plot figure1 trace.npz -o figure1.svg", "moetier plot resident default -o resident.png")
 
 OF_TRACES = ("figure1", "hits", "recall", "heatmap")
 KINDS = (*OF_TRACES, "resident")
@@ -39,24 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kind",
         choices=KINDS,
         metavar="WHAT",
-        help="figure1: the experts of each token, with its text; hits: hit ratio against cache size; recall: of the "
-        "gates' predictions against look-ahead; heatmap: use and hits by block and expert; resident: which experts a "
-        "daemon holds, and how often each was used",
+        help="figure1: the experts of each token, with its text; hits: hit ratio against cache size; recall: recall of "
+        "the routers' predictions against look-ahead; heatmap: use and hits by block and expert; resident: which "
+        "experts a daemon holds, and how often each was used",
     )
     parser.add_argument(
         "source",
         type=file_or_address,
         metavar="T.npz|ADDRESS",
-        help="a trace, as moetier trace records it; resident: a daemon, by a name, a folder or HOST:PORT",
+        help="a trace, as moetier trace records it; for resident a daemon: a name, a folder or HOST:PORT",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .png or .svg")
-    parser.add_argument("--tokens", type=_span, metavar="A-B", help=f"figure1: tokens (the first {FEW_TOKENS})")
-    parser.add_argument("--blocks", type=_list, metavar="N,M", help="figure1: blocks (four from the first to the last)")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the picture, a .png or .svg file"
+    )
+    parser.add_argument(
+        "--tokens", type=_span, metavar="A-B", help=f"figure1: which tokens (default: the first {FEW_TOKENS})"
+    )
+    parser.add_argument(
+        "--blocks", type=_list, metavar="N,M", help="figure1: which blocks (default: four, from the first to the last)"
+    )
     parser.add_argument(
         "--cached",
         type=CACHED,
         metavar="N",
-        help=f"figure1, heatmap: experts of each block in a cache with the default policy, {DEFAULT_ORDER} (top-k)",
+        help=f"figure1, heatmap: experts of each block in a cache with the policy {DEFAULT_ORDER} (default: top-k)",
     )
     add_credentials(parser)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import ModelStats
     from moetier.runtime.wire.probe import RunningDaemon
 
-HELP = "list the daemons that run on this machine"
+EXAMPLES = ("moetier ps",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,11 @@ import argparse
 
 from .convert import add_options, options_of, report_of
 
-HELP = "download a model and convert it on the way, file by file; it is kept by its name"
+EXAMPLES = ("moetier pull Qwen/Qwen3-30B-A3B", "moetier pull mistralai/Mixtral-8x7B-v0.1 --bits 3 --trunk-bits 8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", metavar="ID", help="of a model on the Hugging Face hub; it will be called ID:4bit")
+    parser.add_argument("id", metavar="ID", help="id of a model on the Hugging Face hub; the result is called ID:4bit")
     add_options(parser)
 
 

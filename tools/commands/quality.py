@@ -23,7 +23,10 @@ from moetier.tools.cli.resources import add_resource_arguments, asked, resources
 if TYPE_CHECKING:
     from moetier.tools.lab.quality import Loss
 
-HELP = "measure what quantised weights cost: bytes, error, perplexity by text"
+EXAMPLES = (
+    "moetier quality ./Mixtral-8x7B-v0.1 --text book.txt --bits 4,3,2",
+    "moetier quality ./mixtral-4bit --text texts/ --json",
+)
 
 TOKENS = Number(int, 2, MOST, "Give 2, of which one foretells the other, to 2^31 - 1.")
 METHODS = ("hqq", "rounding")
@@ -66,20 +69,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=source,
         metavar="SRC",
-        help="a checkpoint, stored in memory in every way; or a model directory or pulled model (ID:TAG), as it is",
+        help="a checkpoint, which is quantised in memory in each way; or a model directory or pulled model (ID:TAG), "
+        "as it is",
     )
-    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="PATH", help="texts, or folders of .txt")
     parser.add_argument(
-        "--tokens", type=TOKENS, default=3072, metavar="N", help="of the beginning of each text (default: %(default)s)"
+        "--text", nargs="+", type=Path, required=True, metavar="PATH", help="texts, or folders of .txt files"
     )
-    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="(default: 16,8,4,3,2)")
-    parser.add_argument("--trunk-bits", type=_numbers, metavar="N,...", help="(default: 16)")
-    parser.add_argument("--group-size", type=_numbers, metavar="N,...", help="(default: by --bits)")
-    parser.add_argument("--pairs", type=_names, metavar="TYPE,...", help="(default: by --bits)")
-    parser.add_argument("--method", type=_methods, metavar="NAME,...", help="of hqq, rounding (default: hqq)")
     parser.add_argument(
-        "--fast", action="store_true", help="plain rounding in place of HQQ, as convert has it: --method rounding"
+        "--tokens",
+        type=TOKENS,
+        default=3072,
+        metavar="N",
+        help="tokens from the beginning of each text (default: %(default)s)",
     )
+    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
+    parser.add_argument(
+        "--trunk-bits", type=_numbers, metavar="N,...", help="bits per weight of everything else (default: 16)"
+    )
+    parser.add_argument(
+        "--group-size", type=_numbers, metavar="N,...", help="weights that share a scale (default: depends on --bits)"
+    )
+    parser.add_argument(
+        "--pairs", type=_names, metavar="TYPE,...", help="formats of the scales (default: depends on --bits)"
+    )
+    parser.add_argument("--method", type=_methods, metavar="NAME,...", help="hqq, rounding, or both (default: hqq)")
+    parser.add_argument("--fast", action="store_true", help="the same as --method rounding; called so in convert")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_resource_arguments(parser)
 

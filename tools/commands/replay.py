@@ -18,34 +18,46 @@ if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
     from moetier.tools.lab.simulation import Outcome
 
-HELP = "simulate tiers on traces: hit ratios by policy, recall of predictions, bytes and speed"
+EXAMPLES = (
+    "moetier replay trace.npz",
+    "moetier replay trace.npz --slots 2,4 --policy lru,lrfu --record 84MiB --disk 3.5",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("traces", type=Path, nargs="+", metavar="T.npz", help="as moetier trace records them")
+    parser.add_argument("traces", type=Path, nargs="+", metavar="T.npz", help="traces, as moetier trace records them")
     parser.add_argument(
-        "--slots", type=_numbers, metavar="N,M-P", help="experts of each block that are cached (1 to 8, or eighths)"
+        "--slots",
+        type=_numbers,
+        metavar="N,M-P",
+        help="experts of each block that are cached (default: each number up to 8; eighths of larger blocks)",
     )
     parser.add_argument(
         "--policy",
         type=_policies,
         metavar="NAMES",
-        help="lru, scan, lrfu: as tiers have them; learned: lru that begins with what was used most in the sequences "
-        "before; belady: the bound (all)",
+        help="lru, scan and lrfu: as in tiers; learned: lru that begins with what was used most in earlier sequences; "
+        "belady: the bound (default: all)",
     )
     parser.add_argument(
         "--device-slots",
         type=_count,
         default=0,
         metavar="N",
-        help="experts of each block in a device tier above, whose policy is the same "
-        f"(with learned and belady: {DEFAULT_ORDER})",
+        help="experts of each block in a device tier above, with the same policy "
+        f"({DEFAULT_ORDER} with learned and belady)",
     )
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--record", type=size, metavar="SIZE", help="an expert's, as inspect says it")
-    speed.add_argument("--disk", type=_rate, metavar="GB/S", help="at which misses are read")
-    speed.add_argument("--link", type=_rate, metavar="GB/S", help="at which the device's misses are copied")
-    speed.add_argument("--compute", type=_milliseconds, default=0.0, metavar="MS", help="of a token, all resident (0)")
+    speed.add_argument("--record", type=size, metavar="SIZE", help="size of an expert, as inspect shows it")
+    speed.add_argument("--disk", type=_rate, metavar="GB/S", help="rate at which misses are read")
+    speed.add_argument("--link", type=_rate, metavar="GB/S", help="rate at which the device tier's misses are copied")
+    speed.add_argument(
+        "--compute",
+        type=_milliseconds,
+        default=0.0,
+        metavar="MS",
+        help="time to compute a token with all experts resident (default: 0)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

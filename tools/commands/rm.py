@@ -12,12 +12,12 @@ from pathlib import Path
 
 from moetier.tools.convert.users import check_unused
 
-HELP = "remove pulled models"
+EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="+", metavar="NAME", help="as moetier list has it")
-    parser.add_argument("--yes", action="store_true", help="don't ask; nobody is asked but at a terminal")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a name that moetier list shows")
+    parser.add_argument("--yes", action="store_true", help="remove without asking; only a terminal is asked")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,9 +14,13 @@ from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.decoding_options import add_prefill_argument
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.parser import show_first
 from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
 
-HELP = "serve a model over HTTP, as OpenAI's API"
+EXAMPLES = (
+    "moetier serve ./mixtral-4bit --ram 6GiB --port 8080",
+    "moetier serve Qwen/Qwen3-30B-A3B:4bit --host 0.0.0.0 --api-key-file key --parallel 4",
+)
 
 KEY = "MOETIER_API_KEY"
 PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
@@ -27,36 +31,45 @@ NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=PORT, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument(
-        "--name", help="what the model is called in requests (default: the folder's, or the pulled model's)"
+        "--host", default="127.0.0.1", metavar="HOST", help="the address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port",
+        type=PORT,
+        default=8000,
+        metavar="PORT",
+        help="the port to listen on; 0: any that is free (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="name of the model in requests (default: the folder's, or the pulled model's)"
     )
     parser.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help=f"the key that requests must show, in one line; without it ${KEY}. Without either only programs of this "
-        "machine are served",
+        help=f"file with the key that requests must show, in one line (default: ${KEY}). Without a key only programs "
+        "of this machine are served",
     )
     parser.add_argument(
         "--parallel",
         type=COUNT,
         default=1,
         metavar="N",
-        help="requests that are computed together, and share the experts that they load; each takes memory for a "
-        "context (default: one after the other)",
+        help="requests that are computed together and share the experts that they load; each takes memory for a "
+        "context (default: %(default)s)",
     )
     parser.add_argument(
         "--queue",
         type=QUEUE,
         default=64,
         metavar="N",
-        help="requests that may wait for their turn; further ones are refused with 429 (default: %(default)s)",
+        help="requests that may wait; further ones are refused with status 429 (default: %(default)s)",
     )
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
-    add_resource_arguments(parser, context="a prompt and its answer are at most so long, and memory is kept for them")
+    add_resource_arguments(parser, context="longest prompt with its answer, in tokens; memory is reserved for it")
+    show_first(parser, "--ram", "--context", "--host", "--port", "--api-key-file", "--parallel")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier
     from moetier.runtime.wire.address import Address
 
-HELP = "show the counters of a daemon"
+EXAMPLES = ("moetier stats", "moetier stats work --watch 5", "moetier stats host:7070 --token-file token --json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "address",
         nargs="?",
         metavar="ADDRESS",
-        help='a name, a folder or HOST:PORT; default: the only daemon that runs here, or "default"',
+        help='a name, a folder or HOST:PORT (default: the only daemon that runs here, or "default")',
     )
     parser.add_argument("--json", action="store_true", help="print JSON: one object, with --watch one a line")
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=1.0,
         metavar="SECONDS",
-        help="print what changes, again and again (every second)",
+        help="print what changes, again and again (default: every second)",
     )
     add_credentials(parser)
 

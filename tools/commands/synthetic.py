@@ -37,22 +37,24 @@ if TYPE_CHECKING:
     from moetier.runtime.checkpoint.safetensors import StoredTensor
     from moetier.runtime.trace.trace import Trace
 
-HELP = "make a checkpoint of a large model's geometry with random weights"
+EXAMPLES = ("moetier synthetic build/mixtral-4L --store build/mixtral-4L-4bit",)
 
 POOL_WEIGHTS = (1 << 24) - 3  # prime: rows of a power of two begin everywhere in it
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="DST", type=Path, help="folder of the checkpoint to be")
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="mixtral-4L", help="(default: %(default)s)")
-    parser.add_argument("--blocks", type=COUNT, metavar="N", help="in place of the geometry's own number")
-    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("target", metavar="DST", type=Path, help="folder of the new checkpoint")
+    parser.add_argument(
+        "--geometry", choices=GEOMETRIES, default="mixtral-4L", help="which model's geometry (default: %(default)s)"
+    )
+    parser.add_argument("--blocks", type=COUNT, metavar="N", help="number of blocks (default: the geometry's own)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="seed of the weights (default: %(default)s)")
     parser.add_argument(
         "--store",
         type=Path,
         metavar="DIR",
-        help="convert it too, to 4 bits without the optimiser, and say how its routing looks beside a trained model's",
+        help="also convert it, to 4 bits by plain rounding, and compare its routing with a trained model's",
     )
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

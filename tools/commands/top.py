@@ -16,29 +16,29 @@ from .stats import address_of, interval
 if TYPE_CHECKING:
     from moetier.runtime.wire.probe import RunningDaemon
 
-HELP = "watch a daemon on a full screen"
+EXAMPLES = ("moetier top", "moetier top work --interval 0.5")
 
 EVERY = 1.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        f"{HELP}: its slots, hits and reads, its clients, what became of prefetches, and which experts are there and "
-        "used. The key ? says which keys there are. For programs, and where there is no terminal, moetier stats has "
+        "Watch a daemon on a full screen: slots, hits and reads, clients, outcomes of prefetches, and which experts "
+        "are there and used. The key ? lists the keys. For programs, and where there is no terminal, moetier stats has "
         "the same counters (--json, --watch)."
     )
     parser.add_argument(
         "address",
         nargs="?",
         metavar="ADDRESS",
-        help="a name, a folder or HOST:PORT; default: the daemon that runs here, or a list to choose from",
+        help="a name, a folder or HOST:PORT (default: the daemon that runs here, or a list to choose from)",
     )
     parser.add_argument(
         "--interval",
         type=interval,
         default=EVERY,
         metavar="SECONDS",
-        help="how long from one look to the next (default: %(default)g)",
+        help="time between two looks (default: %(default)g)",
     )
     add_credentials(parser)
 

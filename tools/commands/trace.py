@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
 
 LAYERS = Number(int, 0, MOST, "Give 0, for no predictions, to 2^31 - 1.")
-HELP = "record which experts a model uses, and which its gates foretell"
+EXAMPLES = ("moetier trace ./mixtral-4bit --prompts prompts.txt -o trace.npz",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,16 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help='one a line; of a .jsonl file each line\'s "prompt", "text" or first of "turns"',
+        help='one prompt a line; from a .jsonl file each line\'s "prompt", "text" or first of "turns"',
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="T.npz", help="the trace to be")
-    parser.add_argument("--force", action="store_true", help="replace the file, if it is there")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="T.npz", help="file of the new trace")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument(
         "--look-ahead",
         type=LAYERS,
         default=2,
         metavar="N",
-        help="ask the gates of so many next layers (default: %(default)s)",
+        help="how many layers ahead routers are asked for predictions (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: what was recorded")
     add_decoding_arguments(parser, new_tokens=128)

@@ -19,7 +19,7 @@ from moetier.tools.doctor.survey import MEND, NO_TOKENIZER
 if TYPE_CHECKING:
     from moetier.tiers.store.scrub import Problem
 
-HELP = "check records and trunk of a model directory against their checksums"
+EXAMPLES = ("moetier verify ./mixtral-4bit",)
 
 EXIT_BAD = 1
 
