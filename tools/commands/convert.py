@@ -22,7 +22,7 @@ from moetier.tools.cli.resources import add_threads
 if TYPE_CHECKING:
     from moetier.runtime.checkpoint.files import Checkpoint
     from moetier.tools.convert.report import ConversionReport
-    from moetier.tools.convert.streaming import Passage
+    from moetier.tools.convert.streaming import Download
 
 EXAMPLES = (
     "moetier convert ./Mixtral-8x7B-v0.1 ./mixtral-4bit",
@@ -180,10 +180,10 @@ def pull(
     """The same for a hub id, whatever folders there are; ``or_folder``: one of that name was looked for before. A run
     that was cut goes on with the commit that it was of."""
     from moetier.runtime.checkpoint.skeleton import check_supported
-    from moetier.tools.convert.remote import open_on_hub
+    from moetier.tools.convert.streaming import open_on_hub
     from moetier.tools.convert.target import DOWNLOAD, revision_under_way
 
-    checkpoint, passage = open_on_hub(
+    checkpoint, download = open_on_hub(
         name,
         dst / DOWNLOAD,
         revision=revision or revision_under_way(dst, name),
@@ -192,7 +192,7 @@ def pull(
         ignore_code=ignore_code,
         check=check_supported,
     )
-    return write(checkpoint, dst, passage=passage, resuming=resuming, **how)
+    return write(checkpoint, dst, download=download, resuming=resuming, **how)
 
 
 def write(
@@ -208,7 +208,7 @@ def write(
     workers: int | None = None,
     threads: int | None = None,
     quiet: bool = True,
-    passage: Passage | None = None,
+    download: Download | None = None,
     resuming: Sequence[str] | None = None,
 ) -> ConversionReport:
     """Of a checkpoint that is open. Unless ``quiet``, says what it does on standard error. ``resuming`` is the command
@@ -233,7 +233,7 @@ def write(
     options = Options(bits, trunk_bits, group_size, pairs, fast, workers, threads)
     use_threads(threads)
     check_place(dst, checkpoint.folder)
-    conversion = Conversion.plan(checkpoint, dst, options, passage=passage, resuming=resuming)
+    conversion = Conversion.plan(checkpoint, dst, options, download=download, resuming=resuming)
     try:
         state = conversion.target.state()
     except TargetExistsError:

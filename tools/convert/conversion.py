@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 from moetier.runtime.checkpoint import hub
@@ -34,7 +33,7 @@ from .matrices import Matrices
 from .matrix_record import MatrixRecord
 from .report import BlockReport, ConversionReport
 from .stages import Stage, stages
-from .streaming import Passage
+from .streaming import Download
 from .target import Target, small_files
 
 
@@ -48,7 +47,7 @@ class Conversion:
     matrices: Matrices  # of the trunk that are quantised
     records: Mapping[str, MatrixRecord]  # what becomes of them, by module path
     resuming: tuple[str, ...] = ()  # the words of the command that resumes it, but for the options
-    passage: Passage | None = None  # of a checkpoint whose files are here one after the other
+    download: Download | None = None  # of a hub checkpoint, whose files are here one after the other
 
     @classmethod
     def plan(
@@ -57,31 +56,33 @@ class Conversion:
         folder: Path,
         options: Options,
         *,
-        passage: Passage | None = None,
+        download: Download | None = None,
         resuming: Sequence[str] | None = None,
     ) -> Conversion:
-        """Reads nothing but the config, the shards' headers and, without a ``passage``, samples of them. Raises
+        """Reads nothing but the config, the shards' headers and, without a ``download``, samples of them. Raises
         CheckpointError or ConfigError."""
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
         draft = Draft.of(model, dtype, tensors, options.trunk_bits)
-        digest = checkpoint.digest if passage is None else passage.revision
+        digest = checkpoint.digest if download is None else download.revision
         plan = draft.manifest(options, model=checkpoint.name, digest=digest)
         encoder = _encoder(draft.blueprint, plan, options)
         records = draft.records(workers=encoder.workers, fast=options.fast)
         trunk = draft.trunk(records)
-        if passage is not None:
-            passage.last([part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts])
+        if download is not None:
+            download.keep_tensors(
+                [part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts]
+            )
         target = Target(
             folder=folder,
             plan=plan,
             trunk=trunk,
             small=small_files(checkpoint, options.bits, options.trunk_bits, draft.blueprint.dtype, trunk),
-            passing=passage is not None,
+            passing=download is not None,
         )
         words = resuming or ("convert", checkpoint.source, str(folder.resolve()))
         return cls(
-            checkpoint, draft.blueprint, target, encoder, options, draft.matrices, records, tuple(words), passage
+            checkpoint, draft.blueprint, target, encoder, options, draft.matrices, records, tuple(words), download
         )
 
     def announce(self) -> list[str]:
@@ -97,8 +98,8 @@ class Conversion:
             f"experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
             f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
-        if self.passage is not None:
-            lines.append(self.passage.announce(self._route()))
+        if self.download is not None:
+            lines.append(self.download.announce(self._route()))
         if self.options.trunk_bits != 16:
             weights = sum(record.layout.weights for record in self.records.values())
             size = sum(record.layout.payload_bytes for record in self.records.values())
@@ -131,12 +132,11 @@ class Conversion:
                 say(f"resumed: {len(finished)} of {len(self.target.plan.blocks)} blocks are there")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
-                if self.passage is None:
+                if self.download is None:
                     trunk, digest = self._write_trunk(quiet), None
                     self._write_blocks(writer, errors, say, quiet)
                 else:
                     self._write_blocks(writer, errors, say, quiet)
-                    self.passage.rest(quiet)
                     trunk, digest = self._write_trunk(quiet), self.checkpoint.digest
                 self.target.write_small()
             writer.finish(trunk, digest)
@@ -145,11 +145,10 @@ class Conversion:
 
     def check_disks(self, *, replacing: bool = False) -> None:
         """Whether what is missing fits; ``replacing``: once what is there is removed. Raises DiskSpaceError."""
-        if self.passage is None:
+        if self.download is None:
             self.target.check_disk(replacing=replacing)
             return
-        route = self._route(() if replacing else None)
-        here, cached = self.passage.here(route), self.passage.in_cache(route)
+        here, cached = self.download.disk_bytes(self._route(() if replacing else None))
         place = hub.cache_place()
         if cached and hub.downloads_to(nearest_folder(self.target.folder)):
             here, cached = here + cached, 0
@@ -164,8 +163,8 @@ class Conversion:
         """The missing blocks, in the order in which they are written."""
         done = self.target.finished_blocks if finished is None else finished
         missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
-        if self.passage is None:
-            return [Stage(tuple(missing), frozenset(), frozenset(), None)]
+        if self.download is None:
+            return [Stage(tuple(missing))]
         return stages({block: self.blueprint.blocks[block].files for block in missing})
 
     def _write_trunk(self, quiet: bool) -> dict[str, FileSum]:
@@ -178,17 +177,10 @@ class Conversion:
         plan, route = self.target.plan, self._route(writer.finished_blocks)
         blocks = [block for stage in route for block in stage.blocks]
         total = sum(plan.blocks[block].experts * plan.layout(block).slot_bytes for block in blocks)
-        with Progress("experts", total, quiet=quiet) as progress, ExitStack() as stack:
-            if self.passage is not None:
-                stack.callback(self.passage.halt)
-            for stage, after in zip_longest(route, route[1:]):
-                if self.passage is not None:
-                    self.passage.let_in(stage.files, quiet)
-                    if stage.ahead is not None:
-                        self.passage.look_ahead(stage.ahead, quiet)
+        here = (stage for stage in route) if self.download is None else self.download.stream(route, quiet)
+        with Progress("experts", total, quiet=quiet) as progress, closing(here):
+            for stage in here:
                 self._write_stage(stage.blocks, writer, errors, say, progress)
-                if self.passage is not None:
-                    self.passage.let_go(stage.present - (after.present if after else frozenset()))
 
     def _write_stage(
         self,
@@ -225,7 +217,7 @@ class Conversion:
         if options.pairs is not None:
             words += ["--pairs", options.pairs]
         words += ["--fast"] * options.fast + ["--ignore-code"] * self.checkpoint.ignored_code
-        return words + ["--keep-source"] * (self.passage is not None and self.passage.keep)
+        return words + ["--keep-source"] * (self.download is not None and self.download.keep)
 
     @property
     def _trunk_error(self) -> WeightError:

@@ -1,4 +1,4 @@
-"""Stages: in which order blocks are made of a checkpoint's files that pass by, and which are here meanwhile; pure."""
+"""Order in which blocks are made of a hub checkpoint's files, and which files are on the disk meanwhile; pure."""
 
 from __future__ import annotations
 
@@ -16,18 +16,12 @@ AT_ONCE = 2  # files, where one of them is downloaded while blocks are made of t
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks that are made of the same ``files``, one after the other; ``present`` are all that are there meanwhile:
-    others have been before, and will be needed behind them. ``following`` is the first that the next stage lacks."""
+    """Blocks that are made of the same files, one after the other."""
 
     blocks: tuple[int, ...]
-    files: frozenset[Path]
-    present: frozenset[Path]
-    following: Path | None
-
-    @property
-    def ahead(self) -> Path | None:
-        """What is downloaded while the blocks are made: no more than AT_ONCE files are there for that."""
-        return self.following if len(self.present) < AT_ONCE else None
+    files: frozenset[Path] = frozenset()
+    present: frozenset[Path] = frozenset()  # also those of earlier stages that a later one needs
+    ahead: Path | None = None  # downloaded meanwhile: the next stage's first, if no more than AT_ONCE are there then
 
     @property
     def at_once(self) -> frozenset[Path]:
@@ -35,8 +29,10 @@ class Stage:
 
 
 def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
-    """Of the files that each block is made from. The order is that of files, so that few are there at a time: blocks
-    may lie in them by number, or by name ("10" before "2")."""
+    """Group and order blocks by the files that each is made from, so that few files are there at a time.
+
+    Blocks may lie in files by number, or by name ("10" before "2").
+    """
     groups: list[tuple[list[int], frozenset[Path]]] = []
     for block in sorted(files, key=lambda block: (max(files[block]), min(files[block]), block)):
         if groups and files[block] == groups[-1][1]:
@@ -49,12 +45,13 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
     for place, (blocks, needed) in enumerate(groups):
         present = none.union(*made[: place + 1]) & none.union(*made[place:])
         lacking = none.union(*made[place + 1 : place + 2]) - present
-        route.append(Stage(tuple(blocks), needed, present, min(lacking, default=None)))
+        ahead = min(lacking, default=None) if len(present) < AT_ONCE else None
+        route.append(Stage(tuple(blocks), needed, present, ahead))
     return route
 
 
 def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
-    """About what is on the disk at a time of a checkpoint that passes by: files, and the trunk's tensors."""
+    """Return about how many bytes of a hub checkpoint are on the disk at a time: files, and the trunk's tensors."""
     sizes = Counter[Path]()
     for tensor in tensors:
         sizes[tensor.file] += tensor.nbytes

@@ -1,14 +1,13 @@
-"""The files of a hub's checkpoint on their way through: each is here for as long as the experts of a block need it.
+"""Streaming conversion of a hub checkpoint: download a file, convert its blocks, delete it, with one file ahead.
 
-What is needed longer than that, the trunk's tensors and the samples of the digest, stays where it was in its file: in
-a sparse file, which has holes in the place of all else, and takes the whole one's place. So who reads tensors need not
-know of any of this. Below ``folder``:
+The trunk and the samples of the digest are read after all blocks. What they need of a file stays in a sparse copy,
+which takes the file's place and has holes elsewhere, so that readers of tensors see no difference. Below ``folder``:
 
-    whole/NAME      as it was downloaded
-    shards/NAME     what is read: a link to that, or into huggingface_hub's cache; once it has passed, the sparse file
-    shards/NAME.kept    what that has: a hole looks like zeros, and another version may want more than this one kept
+    whole/NAME          the file as huggingface_hub downloads it
+    shards/NAME         what is read: a link to that or into huggingface_hub's cache, later the sparse copy
+    shards/NAME.kept    the byte ranges in the sparse copy, as a hole reads as zeros
 
-Links and files are renamed into place, so a process that is killed leaves what the next one goes on with.
+Links and sparse copies are renamed into place, so a run that was killed can be resumed.
 """
 
 from __future__ import annotations
@@ -16,29 +15,55 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moetier.runtime.checkpoint import hub
-from moetier.runtime.checkpoint.files import samples
+from moetier.runtime.checkpoint.files import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    contained,
+    copied_files,
+    gathered,
+    read_json,
+    read_places,
+    refuse_code,
+    samples,
+    some,
+    weights_of,
+    without_weights,
+)
 from moetier.runtime.checkpoint.hub import RemoteFile
-from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, StoredTensor, read_at, read_header
+from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_header
 from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import PAGE
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
 from moetier.tools.cli.progress import Progress
 
-from .ahead import Ahead
 from .stages import Stage
 
+GRACE = 15.0  # seconds that a download under way has to end: huggingface_hub gives up a silent hub after ten
+MIN_START = 8 + len("{}")  # bytes before a file's tensors: the header's length and an empty header
 
-class Passage:
-    """Used by one thread of the process that holds the lock of the model directory ``folder`` is in; another of its own
-    looks ahead."""
+
+class Halted(BaseException):
+    """The download under way was told to end."""
+
+
+class Download:
+    """Files of a hub checkpoint, each on the disk while blocks are made from it.
+
+    One thread of the process that locks the model directory uses it. A thread of its own downloads the next file.
+    """
 
     def __init__(
         self,
@@ -50,113 +75,108 @@ class Passage:
         *,
         keep: bool,
     ) -> None:
-        """``files`` and ``tensors`` are those of the hub's ``name`` at a commit; the tensors lie in ``shard_path``.
-        With ``keep`` files stay in huggingface_hub's cache."""
+        """``files`` and ``tensors`` belong to ``name`` at a commit; the tensors lie at ``shard_path``. With ``keep``
+        files stay in huggingface_hub's cache."""
         self.revision = revision
         self.keep = keep
         self._name = name
         self._folder = folder
+        self._whole = folder.resolve() / "whole"  # without links, to be compared with what a link leads to
         self._names = {shard_path(folder, file): file for file in files}
         self._files = {path: files[file] for path, file in self._names.items()}
         self._tensors: dict[Path, dict[str, StoredTensor]] = {path: {} for path in self._names}
         for tensor in tensors.values():
             self._tensors[tensor.file][tensor.name] = tensor
-        self._lasting: frozenset[str] = frozenset()
-        self._ahead = Ahead()
+        self._kept: frozenset[str] = frozenset()
+        self._next: Future[None] | None = None
+        self._halted = threading.Event()
 
-    def last(self, tensors: Collection[str]) -> None:
-        """Says, before anything passes, which tensors are read behind the blocks."""
-        self._lasting = frozenset(tensors)
+    def keep_tensors(self, names: Collection[str]) -> None:
+        """Name the tensors that are read after all blocks; call it before anything else."""
+        self._kept = frozenset(names)
 
-    # what it takes
+    def announce(self, route: Sequence[Stage]) -> str:
+        coming = sum(self._coming(route).values())
+        if self.keep:
+            return f"{format_bytes(coming)} are downloaded, and kept in {hub.cache_place()}"
+        largest = _most(route, {path: file.size for path, file in self._files.items()})
+        return f"{format_bytes(coming)} are downloaded; at most {format_bytes(largest)} are here at a time"
 
-    def largest(self, route: Iterable[Stage]) -> int:
-        """Bytes of the files that are here at a time, at most."""
-        together = [stage.at_once for stage in route] + [frozenset([path]) for path in self._tensors]
-        return max(sum(self._files[path].size for path in files) for files in together)
+    def disk_bytes(self, route: Sequence[Stage]) -> tuple[int, int]:
+        """Return the most bytes that a run adds at a time to ``folder``, and to huggingface_hub's cache."""
+        coming = self._coming(route)
+        if self.keep:
+            return 0, sum(coming.values())
+        copies = [path for path in self._tensors if not self._cached(path) and not self._has_copy(path)]
+        pages = sum(-(-size // PAGE) * PAGE + PAGE for path in copies for _, size in self._ranges(path))
+        return _most(route, coming) + pages, 0
 
-    def here(self, route: Iterable[Stage]) -> int:
-        """Bytes that it takes at most beside what it has, on the disk of the model directory."""
-        coming = {path: self._files[path].size for path in self._coming(self._needed(route)) if not self._stays(path)}
-        together = [stage.at_once for stage in route] + [frozenset([path]) for path in coming]
-        most = max((sum(coming.get(path, 0) for path in files) for files in together), default=0)
-        staying = sum(
-            self._rest_bytes(path) for path in self._tensors if not self._stays(path) and not self._rests(path)
-        )
-        return most + staying
+    def stream(self, route: Sequence[Stage], quiet: bool) -> Generator[Stage, None, None]:
+        """Yield each stage once its files are here, and remove those that no later stage needs.
 
-    def in_cache(self, route: Iterable[Stage]) -> int:
-        """Bytes that will be kept in huggingface_hub's cache."""
-        return sum(self._files[path].size for path in self._coming(self._needed(route)) if self.keep)
+        The files that no stage needs come last. To close the generator halts the download that is under way. Raises
+        CheckpointError.
+        """
+        try:
+            for stage, after in zip_longest(route, route[1:]):
+                if self._next is not None:
+                    self._next.result()
+                for path in sorted(stage.files):
+                    self._fetch(path, quiet)
+                if stage.ahead is not None:
+                    self._fetch_ahead(stage.ahead, quiet)
+                yield stage
+                self._release(stage.present - (after.present if after else frozenset()))
+            for path in self._tensors:
+                if not self._has_copy(path):
+                    self._fetch(path, quiet)
+                self._release([path])
+        finally:
+            self._halted.set()
+            wait([self._next] if self._next else [], GRACE)
 
-    # what passes
+    # before
 
-    def let_in(self, paths: Iterable[Path], quiet: bool) -> None:
-        """Has them here, whole. Raises CheckpointError, for what was downloaded ahead too."""
-        self._ahead.wait()  # for one of these
-        for path in sorted(paths):
-            if not _is_whole(path):
-                self._fetch(path, quiet)
-
-    def look_ahead(self, path: Path, quiet: bool) -> None:
-        """Lets it in meanwhile."""
-        if not _is_whole(path):
-            self._ahead.begin(lambda: self._fetch(path, quiet))
-
-    def halt(self) -> None:
-        """Ends what is under way: who resumes it goes on from there."""
-        self._ahead.halt()
-
-    def let_go(self, paths: Iterable[Path]) -> None:
-        """Of each only what lasts stays, unless it is the cache's."""
-        for path in sorted(paths):
-            if path.is_symlink() and (whole := path.resolve()).is_relative_to(self._whole):
-                self._write_rest(path)
-                whole.unlink()
-                sync_folder(whole.parent)
-
-    def rest(self, quiet: bool) -> None:
-        """Lets those pass that no block has needed."""
-        for path in self._tensors:
-            if not self._serves(path):
-                self.let_in([path], quiet)
-            self.let_go([path])
-
-    @property
-    def _whole(self) -> Path:
-        return self._folder.resolve() / "whole"  # what is compared has no link in it, wherever the folder is
-
-    def _needed(self, route: Iterable[Stage]) -> set[Path]:
-        """Those that have to be whole once more."""
-        lost = {path for path in self._tensors if not self._serves(path)}
-        return lost.union(*(stage.files for stage in route))
-
-    def _coming(self, needed: Iterable[Path]) -> Iterator[Path]:
-        """Of those the ones to be downloaded."""
-        for path in needed:
-            if not _is_whole(path) and not (self._whole / self._names[path]).exists() and not self._cached(path):
-                yield path
+    def _coming(self, route: Iterable[Stage]) -> dict[Path, int]:
+        """Bytes of each file that is to be downloaded."""
+        lost = {path for path in self._tensors if not self._has_copy(path)}
+        needed = lost.union(*(stage.files for stage in route))
+        return {path: self._files[path].size for path in needed if not _is_whole(path) and not self._cached(path)}
 
     def _cached(self, path: Path) -> Path | None:
         return hub.cached(self._name, self._names[path], self.revision)
 
-    def _stays(self, path: Path) -> bool:
-        return self.keep or self._cached(path) is not None
+    # coming
+
+    def _fetch_ahead(self, path: Path, quiet: bool) -> None:
+        self._next = future = Future[None]()
+
+        def fetch() -> None:
+            try:
+                self._fetch(path, quiet)
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        # a daemon thread: the process ends without it, as if it had been killed
+        threading.Thread(target=fetch, name="ahead", daemon=True).start()
 
     def _fetch(self, path: Path, quiet: bool) -> None:
+        """Have a file here, whole and checked."""
+        if _is_whole(path):
+            return
         name, remote = self._names[path], self._files[path]
-        if not self.keep:
-            make_folders((self._whole / name).parent)
         with Progress(name, remote.size, quiet=quiet) as progress:
             found = self._cached(path)
             if found is None:
-                into = None if self.keep else self._whole
 
-                def told(count: int) -> None:
-                    self._ahead.check()
+                def advance(count: int) -> None:
+                    self._check_halted()
                     progress.advance(count)
 
-                found = hub.download(self._name, name, self.revision, into, told)
+                if not self.keep:
+                    make_folders((self._whole / name).parent)
+                found = hub.download(self._name, name, self.revision, None if self.keep else self._whole, advance)
                 self._check_sum(found, remote, name)
         if moved(read_header(found), path) != self._tensors[path]:
             raise CheckpointError(
@@ -167,13 +187,17 @@ class Passage:
         link = path.with_name(path.name + PARTIAL)
         link.unlink(missing_ok=True)
         link.symlink_to(found.absolute())
-        self._ahead.check()  # who was told to end may have gone on for longer than anybody waited
+        self._check_halted()  # after GRACE the folder may be another conversion's
         link.rename(path)
         sync_folder(path.parent)
 
+    def _check_halted(self) -> None:
+        if self._halted.is_set():
+            raise Halted
+
     def _check_sum(self, found: Path, remote: RemoteFile, name: str) -> None:
-        """Has it on the disk before a link says that it is whole. Raises CheckpointError, and removes a file whose
-        bytes are not the hub's."""
+        """Write a file to the disk before a link says that it is whole. Raises CheckpointError, and removes the file,
+        where its bytes are not the hub's."""
         problem = None
         with found.open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) != remote.size:
@@ -192,53 +216,133 @@ class Passage:
         for folder in {found.parent, found.resolve().parent}:  # of the cache's link, and of what it leads to
             sync_folder(folder)
 
-    # what stays
+    # going
 
-    def _ranges(self, path: Path) -> Iterator[tuple[int, int]]:
-        """(offset, bytes) of what stays of a file: its header, what lasts, and samples of all else."""
+    def _release(self, paths: Iterable[Path]) -> None:
+        """Put a sparse copy in the place of each file that is not in huggingface_hub's cache."""
+        for path in sorted(paths):
+            if path.is_symlink() and (whole := path.resolve()).is_relative_to(self._whole):
+                self._write_copy(path)
+                whole.unlink()
+                sync_folder(whole.parent)
+
+    def _ranges(self, path: Path) -> list[list[int]]:
+        """Return [offset, bytes] of what stays of a file: its header, kept tensors, and samples of the others."""
         tensors = sorted(self._tensors[path].values(), key=lambda tensor: tensor.offset)
-        yield 0, tensors[0].offset if tensors else self._files[path].size
+        ranges = [[0, tensors[0].offset if tensors else self._files[path].size]]
         for tensor in tensors:
-            yield from [(tensor.offset, tensor.nbytes)] if tensor.name in self._lasting else samples(tensor)
+            kept = [(tensor.offset, tensor.nbytes)] if tensor.name in self._kept else samples(tensor)
+            ranges += [[offset, size] for offset, size in kept]
+        return ranges
 
-    def _rests(self, path: Path) -> bool:
-        """Whether all that is to stay of it is in the sparse file."""
-        if not path.is_file() or path.is_symlink():
+    def _has_copy(self, path: Path) -> bool:
+        """Whether a sparse copy is at ``path``, with what this version keeps."""
+        if path.is_symlink() or not path.exists():
             return False
         try:
-            kept = {(offset, size) for offset, size in json.loads(_kept(path).read_bytes())}
-        except (FileNotFoundError, ValueError, TypeError):
+            return bool(json.loads(_kept_path(path).read_bytes()) == self._ranges(path))
+        except (FileNotFoundError, ValueError):
             return False
-        return kept.issuperset(self._ranges(path))
 
-    def _serves(self, path: Path) -> bool:
-        """Whether the trunk, and the samples, can be read from it."""
-        return _is_whole(path) or self._rests(path)
-
-    def _rest_bytes(self, path: Path) -> int:
-        """About what those take on a disk: whole pages."""
-        return sum(-(-size // PAGE) * PAGE + PAGE for _, size in self._ranges(path))
-
-    def _write_rest(self, path: Path) -> None:
-        partial = path.with_name(path.name + PARTIAL)
+    def _write_copy(self, path: Path) -> None:
+        partial, ranges = path.with_name(path.name + PARTIAL), self._ranges(path)
         partial.unlink(missing_ok=True)
         with partial.open("wb", buffering=0) as stream:
             os.ftruncate(stream.fileno(), self._files[path].size)
-            for offset, size in self._ranges(path):
+            for offset, size in ranges:
                 for start in range(offset, offset + size, CHUNK_BYTES):
                     piece = np.empty(min(CHUNK_BYTES, offset + size - start), np.uint8)
                     read_at(path, start, piece)
                     write_all(stream.fileno(), piece.data, start)
             os.fsync(stream.fileno())
-        write_durably(_kept(path), json.dumps(list(self._ranges(path))).encode())
+        write_durably(_kept_path(path), json.dumps(ranges).encode())
         partial.rename(path)
         sync_folder(path.parent)
 
-    def announce(self, route: Iterable[Stage]) -> str:
-        coming = sum(self._files[path].size for path in self._coming(self._needed(route)))
-        if self.keep:
-            return f"{format_bytes(coming)} are downloaded, and kept in {hub.cache_place()}"
-        return f"{format_bytes(coming)} are downloaded; at most {format_bytes(self.largest(route))} are here at a time"
+
+def open_on_hub(
+    name: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    keep: bool = False,
+    or_folder: bool = False,
+    ignore_code: bool = False,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> tuple[Checkpoint, Download]:
+    """Open a checkpoint by its headers, which are fetched without weights, and its download into ``folder``.
+
+    ``revision`` is a branch, a tag or a commit. With ``keep`` files stay in huggingface_hub's cache; what that has
+    already is read there. ``or_folder``: a folder of this name was looked for before. ``check`` may raise on the
+    config. Needs no network where all files are here. Raises CheckpointError or UnsafeCheckpointError.
+    """
+    snapshot = hub.fetch(name, revision=revision, or_folder=or_folder)
+    config = read_json(snapshot, "config.json")
+    if not ignore_code:
+        refuse_code(snapshot, config)
+    if check is not None:
+        check(config)
+    commit, wanted = snapshot.name, weights_of(snapshot, config)
+    for file in wanted:
+        contained(snapshot, file)
+    place = folder / commit
+    here = {file: path for file in wanted if (path := _here(name, file, commit, place)) is not None}
+    files = _files(name, commit, wanted, here)
+    headers = _headers(name, commit, files, here, place)
+    places: dict[str, Path] = {}
+    if (snapshot / INDEX).is_file() and not config.get("transformers_weights"):
+        places = {tensor: shard_path(place, file) for tensor, file in read_places(snapshot, INDEX).items()}
+    tensors = gathered(headers, places, snapshot / INDEX)
+    checkpoint = Checkpoint(
+        name=name,
+        folder=snapshot,
+        source=name,
+        ignored_code=ignore_code,
+        config=config,
+        tensors=tensors,
+        copied=copied_files(snapshot),
+        revision=commit,
+    )
+    return checkpoint, Download(name, commit, place, files, tensors, keep=keep)
+
+
+def _here(name: str, file: str, commit: str, place: Path) -> Path | None:
+    """Return where a file is, or its sparse copy: either has its header and its size."""
+    path = shard_path(place, file)
+    return path if path.exists() else hub.cached(name, file, commit)
+
+
+def _files(name: str, commit: str, wanted: Sequence[str], here: Mapping[str, Path]) -> dict[str, RemoteFile]:
+    if len(here) == len(wanted):
+        return {file: RemoteFile(path.stat().st_size, None) for file, path in here.items()}
+    listing = hub.listing(name, commit)
+    missing = [file for file in wanted if file not in listing]
+    if missing == [WEIGHTS]:
+        raise without_weights(name, listing)
+    if missing:
+        raise CheckpointError(f"{name} lacks {some(missing)}, which its index names.", "Choose another revision.")
+    return {file: listing[file] for file in wanted}
+
+
+def _headers(
+    name: str, commit: str, files: Mapping[str, RemoteFile], here: Mapping[str, Path], place: Path
+) -> dict[Path, dict[str, StoredTensor]]:
+    """Return the tensors of each file, by the path at which it will be read."""
+    fetched = hub.headers(name, [file for file in files if file not in here], commit) if len(here) < len(files) else {}
+    found = {}
+    for file, remote in files.items():
+        path = shard_path(place, file)
+        if file in here:
+            found[path] = moved(read_header(here[file]), path)
+            continue
+        try:
+            end = max((entry["data_offsets"][1] for entry in fetched[file].values()), default=0)
+            if remote.size - end < MIN_START:
+                raise ValueError(f"its tensors take {end} bytes, and the file {remote.size}")
+            found[path] = dict(listed(path, fetched[file], remote.size - end))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} of {name} has a malformed header ({error}).", "Choose another.") from error
+    return found
 
 
 def shard_path(folder: Path, file: str) -> Path:
@@ -249,10 +353,16 @@ def _is_whole(path: Path) -> bool:
     return path.is_symlink() and path.exists()
 
 
-def _kept(path: Path) -> Path:
+def _kept_path(path: Path) -> Path:
     return path.with_name(path.name + ".kept")
 
 
+def _most(route: Iterable[Stage], sizes: Mapping[Path, int]) -> int:
+    """Return the most bytes of files that are here at a time."""
+    together = [stage.at_once for stage in route] + [frozenset([path]) for path in sizes]
+    return max((sum(sizes.get(path, 0) for path in files) for files in together), default=0)
+
+
 def moved(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
-    """The same, in another file."""
+    """Return the same tensors in another file."""
     return {name: replace(tensor, file=file) for name, tensor in tensors.items()}

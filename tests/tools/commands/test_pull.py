@@ -186,7 +186,7 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
 SLOW = """
 import sys, time
 from pathlib import Path
-import moetier.tools.convert.conversion, moetier.tools.convert.remote, transformers.models.mixtral.modeling_mixtral
+import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tools.main import main
 from moetier.tools.convert.encoder import Encoder
 begun, encode, first = Path(sys.argv[1]), Encoder._encode, True
@@ -252,7 +252,7 @@ def test_the_next_file_is_downloaded_while_blocks_are_made(
 
 PATIENT = """
 import sys, threading
-import moetier.tools.convert.conversion, moetier.tools.convert.remote, transformers.models.mixtral.modeling_mixtral
+import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tools.main import main
 from moetier.tools.convert.encoder import Encoder
 encode = Encoder._encode
@@ -284,18 +284,18 @@ def test_a_file_that_no_block_needs_comes_behind_those_that_came_ahead(
 LATE = """
 import os, signal, sys, threading
 from pathlib import Path
-from moetier.tools import ahead
 from moetier.tools.commands.convert import pull
-from moetier.tools.convert.streaming import Passage
-ahead.GRACE, check_sum = 0, Passage._check_sum
+from moetier.tools.convert import streaming
+from moetier.tools.convert.streaming import Download
+streaming.GRACE, check_sum = 0, Download._check_sum
 
 def late(self, found, remote, name):
     check_sum(self, found, remote, name)
     if threading.current_thread().name == "ahead":
         os.kill(os.getpid(), signal.SIGINT)
-        self._ahead._halted.wait()
+        self._halted.wait()
 
-Passage._check_sum = late
+Download._check_sum = late
 try:
     pull("acme/late", Path(sys.argv[1]), fast=True)
 except KeyboardInterrupt:
@@ -404,9 +404,9 @@ def test_killed_in_a_download_it_goes_on_and_fetches_nothing_twice(
 
 
 LESS = """
-from moetier.tools.convert.streaming import Passage
-last = Passage.last
-Passage.last = lambda self, tensors: last(self, [name for name in tensors if 'self_attn' not in name])
+from moetier.tools.convert.streaming import Download
+keep = Download.keep_tensors
+Download.keep_tensors = lambda self, names: keep(self, [name for name in names if 'self_attn' not in name])
 """
 
 
@@ -435,7 +435,7 @@ def test_what_another_version_did_not_keep_is_fetched_anew(
 STEPS = """
 import json, os, signal, sys
 from pathlib import Path
-import moetier.tools.convert.conversion, moetier.tools.convert.remote, transformers.models.mixtral.modeling_mixtral
+import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tools.commands.convert import pull
 name, work, every = sys.argv[1:]
 
