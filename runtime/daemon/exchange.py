@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.status_codes import message_of
 from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
-from moetier.tiers.host.session import Failed, Granted
+from moetier.tiers.host.demands import Failed, Granted
 from moetier.tiers.layout import ExpertKey
 
 from .model import Hosted

@@ -21,7 +21,7 @@ from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
 from moetier.runtime.wire.channel import SERVICE
 from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
-from moetier.tiers.host.session import Event, Failed, Granted
+from moetier.tiers.host.demands import Event, Failed, Granted
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moetier.runtime.memory import Available, available_memory
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.host.staging import heads_bytes
+from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.store.reader import ExpertStore
 
@@ -45,7 +45,7 @@ def open_models(
             for leftover in leftovers:
                 unused.callback(leftover.arena.close)
         there = available_memory()
-        left = max(there.bytes - sum(map(heads_bytes, manifests.values())), 0)
+        left = max(there.bytes - sum(map(staging_bytes, manifests.values())), 0)
         slots, kept = plan_slots(manifests, config.ram, Available(left, there.limiter), found)
         for digest, leftover in kept.items():
             say(

@@ -14,7 +14,7 @@ from moetier.runtime.memory import Available, budget_for
 from moetier.runtime.moe.experts import early_bytes, experts_modules
 from moetier.runtime.moe.grouped import ROWS
 from moetier.tiers.cache.budget import largest_budget, smallest_budget
-from moetier.tiers.host.staging import heads_bytes
+from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
@@ -35,7 +35,7 @@ class Needs:
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
         """Bytes for the host tier's slots of what is ``available`` on the host. Raises BudgetError when none works."""
-        taken = self.trunk + heads_bytes(manifest)
+        taken = self.trunk + staging_bytes(manifest)
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),

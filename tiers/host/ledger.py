@@ -1,19 +1,18 @@
-"""The host tier's bookkeeping: who wants what, what is under way, and which slot it goes into.
+"""The host tier's books: who wants what, what is being loaded, and which slot it goes into.
 
-No I/O, no thread, no lock: its owner calls every method with its lock held. Nobody waits for ever, by this invariant:
+No I/O, no thread, no lock: its owner calls every method with its lock held. No caller waits for ever, since:
 
     A caller of acquire sleeps only while it holds no READY slot at all: residents and arrivals are yielded first.
     What it may hold meanwhile are claims on LOADING slots, and loaders never wait for a slot.
 
 So every LOADING slot becomes READY or EMPTY, and every READY slot that is pinned belongs to a caller that is awake and
-computes; it gives the slot back when it takes its next lease. A caller that has nothing in flight and finds no slot is
-*hungry*. It waits for the first slot that anybody gives back, first come, first served; while somebody is hungry nobody
-else begins a load.
+computes; it gives the slot back when it takes its next lease. A demand that has nothing in flight and finds no slot is
+*starved*. It waits for the first slot that is given back, first come, first served; while a demand is starved no other
+begins a load.
 
-A caller may be a thread that sleeps until it is woken, or a *party*: one that is told, such as a session of another
-process. Somebody else takes a party's steps (``parties.py``). It may hold several leases at a time, never more than it
-is granted, and a demand of it that has nothing for too long fails: what another process does not give back must not
-stop others.
+A caller may be a thread that sleeps until it is woken, or *asynchronous*, such as a session of another process: then
+``serve`` takes its steps and delivers events. It may hold several leases at a time, never more than it is granted, and
+a demand of it that has nothing for too long fails: what another process does not give back must not stop others.
 """
 
 from __future__ import annotations
@@ -23,71 +22,99 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 
 from moetier.tiers.arena.directory import Directory
+from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.cache.budget import members
+from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.pool import snapshot
+from moetier.tiers.cache.quotas import plan_groups
 from moetier.tiers.cache.slots import State
+from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.stats import TierCounters
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.stats import TierCounters, TierStats
 
+from .demands import Demand, Failed, Granted, Pool
 from .loads import Loads
-from .prefetch import Early
-from .requests import Demand, Pool
-from .staging import Heads
+from .prefetch import PrefetchQueue
+from .staging import StagingBuffers
 from .waiting import Waiting
 
 
 class Ledger:
-    """Callers and their slots. ``waiting`` are those who have none yet, ``loads`` what is under way for them.
+    """Demands and their slots. ``waiting`` has the demands without one, ``loads`` what is being read for them.
 
-    ``wake`` wakes the callers that sleep, and has the parties served soon; ``ring`` wakes a loader, ``watch`` whoever
-    sees to it that parties ``expire`` in time. ``ahead`` loads of one caller are in flight at most, and twice as many
-    of its arrivals wait for it; ``prefetches`` reads for wishes, which begin in ``heads``, where there are any."""
+    ``wake`` wakes the callers that sleep, and has ``serve`` called soon; ``ring`` wakes a loader; ``watch`` tells the
+    thread that calls ``expire`` that there is a new deadline. At most ``ahead`` loads of one demand are in flight, and
+    twice as many of its arrivals wait for it; and at most ``most_prefetches`` reads for prefetches.
+    """
 
     def __init__(
         self,
+        manifest: Manifest,
+        plan: ArenaPlan,
         directory: Directory,
         *,
+        order: str = DEFAULT_ORDER,
+        buffers: StagingBuffers | None = None,
         wake: Callable[[], None],
         ring: Callable[[], None],
         watch: Callable[[], None],
         ahead: int,
-        prefetches: int,
-        heads: Heads[Pool] | None = None,
+        most_prefetches: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.manifest = manifest
+        self.directory = directory
         self.counters = TierCounters("host")
-        self.uses: dict[ExpertKey, int] | None = None  # how often each was wanted; None: not counted
-        self._directory = directory
-        self._early = Early(self.counters, heads)
+        self.pools: dict[str, Pool] = {}  # by array, in the order of their slots
+        for region, first in zip(plan.regions, plan.first_slots, strict=True):
+            groups = plan_groups(region.slots, members(manifest, region.array))
+            self.pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes, order)
+        self.prefetches = PrefetchQueue(self.counters, clock, buffers)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
         self.loads = Loads(
             directory,
             self.counters,
-            self._early,
+            self.prefetches,
             self.waiting,
             ring=ring,
-            prefetches=prefetches,
+            most_prefetches=most_prefetches,
             clock=clock,
         )
         self._ring = ring
         self._ahead = ahead
         self._demands: set[Demand] = set()
+        self._uses: dict[ExpertKey, int] | None = None  # how often each record was wanted; None: not counted
+
+    def pool(self, block: int) -> Pool:
+        """Return the pool that the block's records go into."""
+        return self.pools[self.manifest.blocks[block].array]
+
+    def check_open(self) -> None:
+        """Raise the error with which the ledger was closed, if it was."""
+        if (error := self.loads.closed_by) is not None:
+            raise type(error)(error.cause, error.fix)  # a new one: what was raised holds frames, and these hold slots
+
+    # -- demands ------------------------------------------------------------------------------------------------------
 
     def look(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
-        """Pins the residents, joins what is under way, begins what can be begun."""
+        """Pin what is READY, join what is being loaded, and begin what can be begun. Raises ClosedError, StoreError."""
+        self.check_open()
         self._demands.add(demand)
-        if demand.party is not None:
-            demand.party.demands[demand] = None
-        self.loads.wish(demand.pool, demand.block, (), wisher=demand.party)
+        if demand.async_caller is not None:
+            demand.async_caller.demands[demand.number] = demand
+        self.prefetches.request(demand.pool, demand.block, (), demand.async_caller)
         slots = demand.pool.slots
         distinct = dict.fromkeys(keys)
-        self.count(distinct)
-        demand.passing = demand.pool.policy.is_passage(demand.block, len(distinct))
+        self._count(distinct)
+        demand.is_scan = demand.pool.policy.is_passage(demand.block, len(distinct))
         for key in distinct:
             slot = slots.find(key)
-            is_full = demand.party is not None and demand.party.is_full
+            is_full = demand.async_caller is not None and demand.async_caller.is_full
             if slot is not None and slots.is_ready(slot) and not is_full:
                 self._attach(demand, slot)
                 demand.ready.append(slot)
-                self._early.use(key)
+                self.prefetches.use(key)
             else:
                 demand.pending[key] = None
         demand.residents = len(demand.ready)
@@ -96,33 +123,36 @@ class Ledger:
         self._advance(demand)
         for key in reversed(distinct):  # what is given first is evicted last
             slot = slots.find(key)
-            if slot is not None and key not in demand.pending:  # else it is used when the party may have it
-                demand.pool.policy.touch(slot, passing=demand.passing)
-        if demand.party is not None:
-            self.waiting.stir(demand)
+            if slot is not None and key not in demand.pending:  # else it is used when the caller may have it
+                demand.pool.policy.touch(slot, passing=demand.is_scan)
+        if demand.async_caller is not None:
+            self.waiting.recheck(demand)
 
     def advance(self, demand: Demand) -> None:
-        """Joins the loads of pending keys, and begins more of them as far as slots can be had."""
+        """Join the loads of pending keys, and begin more of them as far as slots can be had."""
         for slot in reversed(self._advance(demand)):
-            demand.pool.policy.touch(slot, passing=demand.passing)
+            demand.pool.policy.touch(slot, passing=demand.is_scan)
 
     def take(self, demand: Demand) -> int:
-        """Leases the next slot of those that are ready."""
+        """Lease the next slot of those that are ready."""
         slot = demand.ready.popleft()
         demand.residents = max(demand.residents - 1, 0)
         demand.held[slot] = None
         return slot
 
     def release(self, demand: Demand, slots: Sequence[int] | None = None) -> None:
-        """Ends leases: those of ``slots`` that the demand holds, or all."""
+        """End the demand's leases of ``slots``, or all. Slots that it does not hold are ignored."""
         for slot in list(demand.held) if slots is None else slots:
             if slot in demand.held:
                 del demand.held[slot]
                 self._detach(demand, slot)
 
     def leave(self, demand: Demand) -> None:
-        """Gives back all that a caller holds and waits for. What a loader has begun goes on, and is kept; what nobody
-        else wants is not begun any more: who asks and goes would else fill all slots with what is of no use."""
+        """Give back all that a demand holds and waits for.
+
+        What a loader has begun goes on, and is kept. What no other demand wants is not begun any more: callers that ask
+        and go would else fill all slots with what is of no use.
+        """
         self.waiting.feed(demand)
         demand.pending.clear()
         self.release(demand)
@@ -132,90 +162,152 @@ class Ledger:
             load = demand.loads.pop()
             self._detach(demand, load.slot)
             self.loads.leave(demand, load)
+        self.waiting.remove(demand)
+        if demand.async_caller is not None:
+            demand.async_caller.demands.pop(demand.number, None)
         self._demands.discard(demand)
-        self.waiting.forget(demand)
-        if demand.party is not None:
-            demand.party.demands.pop(demand, None)
+
+    def reclaim(self, caller: Hashable) -> None:
+        """Leave all demands of a caller."""
+        for demand in [demand for demand in self._demands if demand.caller == caller]:
+            self.leave(demand)
 
     def lend(self, loan: Demand, key: ExpertKey) -> int | None:
-        """Leases a slot to who wants nothing that is not READY, while nobody is hungry. Nothing is counted."""
+        """Lease the key's slot if it is READY and no demand is starved. Nothing is counted. Raises as ``look``."""
+        self.check_open()
         pool = loan.pool
         slot = pool.slots.find(key)
-        if slot is None or not pool.slots.is_ready(slot) or pool.hungry:
+        if slot is None or not pool.slots.is_ready(slot) or pool.starved:
             return None
         self._demands.add(loan)
         self._attach(loan, slot)
         loan.held[slot] = None
-        self._early.lend(key)
+        self.prefetches.lend(key)
         return slot
 
-    def used_above(self, keys: Iterable[ExpertKey]) -> None:
-        """By demands that the tier above met."""
-        for key in keys:
-            self._early.use(key)
-        self.count(keys)
-
-    def use(self, pool: Pool, key: ExpertKey) -> None:
-        """A record was used by somebody who found it in the directory."""
-        self.counters.hits += 1
-        self.count((key,))
-        slot = pool.slots.find(key)
-        if slot is not None:
-            pool.policy.touch(slot)
-            self._early.use(key)
-
-    def counted_uses(self) -> dict[ExpertKey, int]:
-        """How often each key was wanted since the first call, which begins the counting."""
-        if self.uses is None:
-            self.uses = {}
-        return dict(self.uses)
-
-    def count(self, keys: Iterable[ExpertKey]) -> None:
-        """Uses, where they are counted."""
-        if self.uses is not None:
-            for key in keys:
-                self.uses[key] = self.uses.get(key, 0) + 1
-
-    def demands_of(self, caller: Hashable) -> list[Demand]:
-        """What a thread has not left."""
-        return [demand for demand in self._demands if demand.party is None and demand.caller == caller]
-
-    def drop(self, error: BaseException) -> None:
-        """No loader will begin anything any more, and nobody is to ask."""
-        self.loads.drop(error)
-        for demand in self._demands:
-            if demand.party is not None:
-                demand.error = demand.error or error
-                self.waiting.stir(demand)
-        self.waiting.wake()
-
-    def adopt(self, pool: Pool, key: ExpertKey, slot: int) -> None:
-        """A record that is in a slot of the tier from the beginning, as the directory says already."""
+    def adopt(self, key: ExpertKey, slot: int) -> None:
+        """Take over a record that is in a slot of the tier from the beginning, as the directory says already."""
+        pool = self.pool(key.block)
         pool.slots.begin(slot - pool.first, key)
         pool.slots.fill(slot - pool.first)
         pool.policy.admit(key.block, slot - pool.first)
 
+    def close(self, error: MoetierError) -> None:
+        """Fail all demands, and let no loader begin anything any more."""
+        self.loads.close(error)
+        for demand in self._demands:
+            if demand.async_caller is not None:
+                demand.error = demand.error or error
+                self.waiting.recheck(demand)
+        self.waiting.wake()
+        self.serve()
+
+    # -- uses ---------------------------------------------------------------------------------------------------------
+
+    def used_above(self, keys: Iterable[ExpertKey]) -> None:
+        """Count uses of records that demands found in the tier above."""
+        for key in keys:
+            self.prefetches.use(key)
+        self._count(keys)
+
+    def use(self, key: ExpertKey) -> None:
+        """Count the use of a record that another process found in the directory: a hit."""
+        pool = self.pool(key.block)
+        self.counters.hits += 1
+        self._count((key,))
+        slot = pool.slots.find(key)
+        if slot is not None:
+            pool.policy.touch(slot)
+            self.prefetches.use(key)
+
+    def counted_uses(self) -> dict[ExpertKey, int]:
+        """Return how often each key was wanted since the first call, which begins the counting."""
+        if self._uses is None:
+            self._uses = {}
+        return dict(self._uses)
+
+    def _count(self, keys: Iterable[ExpertKey]) -> None:
+        if self._uses is not None:
+            for key in keys:
+                self._uses[key] = self._uses.get(key, 0) + 1
+
+    def stats(self) -> TierStats:
+        """Return a snapshot of the counters."""
+        return snapshot(self.counters, self.pools.values())
+
+    # -- asynchronous callers -----------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Take the steps of asynchronous demands that can go on, as a thread that acquires takes its own.
+
+        To be called after every ``wake``.
+        """
+        while True:
+            while (demand := self.waiting.take_recheck()) is not None:
+                self._serve(demand)
+            # a thread whose demand is the first is awake, and comes by itself
+            if not any(self._feed(pool.starved[0]) for pool in self.pools.values() if pool.starved):
+                return
+
+    def expire(self) -> float | None:
+        """Fail asynchronous demands that have waited for too long. Return the next deadline, None if there is none."""
+        until = self.waiting.expire()
+        self.serve()
+        return until
+
+    def _serve(self, demand: Demand) -> None:
+        """Grant what is ready of a demand, or fail it."""
+        caller = demand.async_caller
+        assert caller is not None
+        if demand.error is None and demand.pending:
+            self.advance(demand)
+        if demand.error is not None:
+            self.leave(demand)
+            caller.deliver(Failed(demand.number, demand.error))
+            return
+        if demand.ready and demand.stands_since is not None:
+            self.counters.waited(time.monotonic() - demand.stands_since)
+            demand.stands_since = None
+        while demand.ready:
+            slot = self.take(demand)
+            number = demand.pool.first + slot
+            key = demand.pool.slots.key(slot)
+            caller.deliver(Granted(demand.number, key, number, self.directory.generation(number)))
+        if demand.is_over:
+            self.leave(demand)
+        elif not demand.held and demand.stands_since is None:
+            demand.stands_since = time.monotonic()
+
+    def _feed(self, demand: Demand) -> bool:
+        """Serve a starved demand, if it is asynchronous. Return whether it has a slot now."""
+        if demand.async_caller is None:
+            return False
+        self._serve(demand)
+        return not demand.is_idle
+
+    # -- slots --------------------------------------------------------------------------------------------------------
+
     def _advance(self, demand: Demand) -> list[int]:
-        """The slots of what is pending no more, which are not touched yet."""
+        """Return the slots of keys that are not pending any more, which are not touched yet."""
         pool, found = demand.pool, list[int]()
-        party = demand.party
+        caller = demand.async_caller
         full = False  # no slot is to be had
         for key in list(demand.pending):
-            if party is not None and party.is_full:
+            if caller is not None and caller.is_full:
                 break
             slot = pool.slots.find(key)
-            if slot is not None:  # a wish, or somebody else since this caller looked
+            if slot is not None:  # begun by a prefetch, or by another demand since this one looked
                 self.counters.joined += 1
                 self._attach(demand, slot)
                 if pool.slots.is_ready(slot):
                     demand.ready.append(slot)
-                    self._early.use(key)
+                    self.prefetches.use(key)
                 else:
                     self.loads.join(demand, key)
             elif full or not self._may_begin(demand):
                 continue
             elif (slot := self._choose(demand)) is not None:
-                self.loads.begin(pool, key, slot, wished=False, passing=demand.passing)
+                self.loads.begin(pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
                 self._attach(demand, slot)
                 self.loads.join(demand, key)
                 self._ring()
@@ -230,15 +322,16 @@ class Ledger:
         return found
 
     def _may_begin(self, demand: Demand) -> bool:
-        hungry = demand.pool.hungry
-        if len(demand.loads) >= self._ahead or (hungry and hungry[0] is not demand):
+        starved = demand.pool.starved
+        if len(demand.loads) >= self._ahead or (starved and starved[0] is not demand):
             return False
         arrivals = len(demand.ready) - demand.residents
-        return demand.party is not None or len(demand.loads) + arrivals < 2 * self._ahead
+        return demand.async_caller is not None or len(demand.loads) + arrivals < 2 * self._ahead
 
     def _choose(self, demand: Demand) -> int | None:
-        choose = partial(demand.pool.policy.choose, demand.block, borrow=demand.is_idle, passing=demand.passing)
-        slot = choose(keep=self._early.is_wished)
+        """Return a slot for a load of the demand; that of a requested record only if there is no other."""
+        choose = partial(demand.pool.policy.choose, demand.block, borrow=demand.is_idle, passing=demand.is_scan)
+        slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 
     def _attach(self, demand: Demand, slot: int) -> None:
@@ -248,48 +341,49 @@ class Ledger:
     def _detach(self, demand: Demand, slot: int) -> None:
         pool = demand.pool
         if not pool.slots.unpin(slot):
-            if pool.hungry:
+            if pool.starved:
                 self.waiting.wake()
             elif self.loads.lacks_slots:
                 self._ring()
         self.waiting.count(demand, -1)
 
-    def mend(self, pools: Sequence[Pool]) -> None:
-        """Make all agree after a step that an exception has cut anywhere; ``pools`` are all, in their order.
+    # -- repair and checks --------------------------------------------------------------------------------------------
+
+    def mend(self) -> None:
+        """Make all agree after a step that an exception has cut anywhere.
 
         What callers hold and what loaders read stays. What is cached stays, as far as it is known. Prefetch requests
-        are forgotten.
+        are dropped.
         """
         self.loads.mend(self._demands)
-        states: list[tuple[ExpertKey | None, bool]] = []
-        for pool in pools:
-            pins = [0] * pool.slots.count
-            for demand in self._demands:
-                if demand.pool is pool:
-                    for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
-                        pins[slot] += 1
-            pool.mend(pins, {load.slot: load.key for load in self.loads if load.pool is pool})
-            states += pool.slots.contents()
-        self._directory.mend(states)
-        self.waiting.mend(self._demands, pools)
+        for pool in self.pools.values():
+            pool.mend(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
+        self.directory.mend(self._contents())
+        self.waiting.mend(self._demands, self.pools.values())
 
-    def check_integrity(self, pools: Sequence[Pool]) -> None:
-        """Asserts that slots, groups, loads, callers and the directory agree; ``pools`` are all, in their order."""
-        states: list[tuple[ExpertKey | None, bool]] = []
-        for pool in pools:
+    def check_integrity(self) -> None:
+        """Assert that slots, groups, loads, demands and the directory agree."""
+        for pool in self.pools.values():
             pool.check_integrity()
-            assert pool.first == len(states)
-            pins = [0] * pool.slots.count
-            for demand in self._demands:
-                if demand.pool is pool:
-                    for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
-                        pins[slot] += 1
+            pins = self._pins(pool)
             assert pins == [pool.slots.pins(slot) for slot in range(pool.slots.count)]
             loading = {pool.slots.key(slot) for slot in range(len(pins)) if pool.slots.state(slot) is State.LOADING}
             assert loading == {load.key for load in self.loads if load.pool is pool}
-            assert all(demand in self._demands and demand.is_idle and demand.pending for demand in pool.hungry)
-            states += pool.slots.contents()
-        self._directory.check_integrity(states)
+            assert all(demand in self._demands and demand.is_idle and demand.pending for demand in pool.starved)
+        self.directory.check_integrity(self._contents())
         assert {load for demand in self._demands for load in demand.loads} <= set(self.loads)
         self.loads.check_integrity()
         self.waiting.check_integrity(self._demands)
+
+    def _pins(self, pool: Pool) -> list[int]:
+        """Return how many demands hold or claim each slot of a pool."""
+        pins = [0] * pool.slots.count
+        for demand in self._demands:
+            if demand.pool is pool:
+                for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
+                    pins[slot] += 1
+        return pins
+
+    def _contents(self) -> list[tuple[ExpertKey | None, bool]]:
+        """Return the key of every slot of the tier, and whether it is being loaded."""
+        return [content for pool in self.pools.values() for content in pool.slots.contents()]

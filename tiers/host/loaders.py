@@ -17,16 +17,18 @@ from moetier.tiers.locks import Monitor
 from moetier.tiers.source import Beginning, RecordReader, interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
+from .demands import Load, StagingBuffer
 from .ledger import Ledger
 from .loads import Loads
-from .requests import Load, Pool
-from .staging import Head
 
 
-def prefetches(loaders: int, plan: ArenaPlan) -> int:
-    """Reads for wishes at a time. A demand waits for no more than one that can't stand back, and finds a loader."""
-    is_patient = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in plan.regions)
-    return max(1, loaders - 1) if is_patient else 1
+def most_prefetches(loaders: int, plan: ArenaPlan) -> int:
+    """Return how many reads for prefetches may be in flight, so that a demand finds a loader.
+
+    It waits for no more than one read that can't be interrupted.
+    """
+    is_interruptible = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in plan.regions)
+    return max(1, loaders - 1) if is_interruptible else 1
 
 
 class Loaders:
@@ -43,27 +45,27 @@ class Loaders:
         self._counters: TierCounters
 
     def start(self, ledger: Ledger, count: int) -> None:
+        """Start ``count`` threads, which read what the ledger decides."""
         self._loads, self._counters = ledger.loads, ledger.counters
         for number in range(count):
-            # daemon: a tier that nobody closes must not keep the interpreter from ending
-            loader = threading.Thread(target=self._serve, name=f"moetier-loader-{number}", daemon=True)
+            # daemon: a tier that is never closed must not keep the interpreter from ending
+            loader = threading.Thread(target=self._run, name=f"moetier-loader-{number}", daemon=True)
             loader.start()
             self._threads.append(loader)
 
     def ring(self) -> None:
-        """There is something to read."""
+        """Wake a loader, since there is something to read."""
         self._bell.put(None)  # reentrant, as it promises: a finalizer may come by here
 
     def close(self) -> None:
-        """When the ledger has been dropped; waits for reads under way."""
+        """Wait for reads that have begun; the ledger has been closed."""
         for _ in self._threads:
             self.ring()
         for thread in self._threads:
             thread.join()
 
-    def _serve(self) -> None:
-        """A loader's life."""
-        while not self._loads.is_dropped:
+    def _run(self) -> None:
+        while self._loads.closed_by is None:
             self._bell.get()
             while (task := self._next_task()) is not None:
                 if isinstance(task, Load):
@@ -71,19 +73,19 @@ class Loaders:
                 else:
                     self._read_piece(task)
 
-    def _next_task(self) -> Load | Head[Pool] | None:
+    def _next_task(self) -> Load | StagingBuffer | None:
         return self._monitor.run(self._loads.take)
 
     def _read(self, load: Load) -> None:
-        # while it stands back, another loader must be there for the demands
-        pause = partial(self._stand_back, load) if load.wished and len(self._threads) > 1 else None
+        # while it is paused, another loader must be there for the demands
+        pause = partial(self._pause, load) if load.is_prefetch and len(self._threads) > 1 else None
         began = time.monotonic()
         try:
             self._fill(load, self._arena.slot(load.pool.first + load.slot), pause)
             self._monitor.run(self._arrive, load, began)
-        except _UnwantedError:
+        except _CancelledError:
             pass
-        except BaseException as error:  # whatever it is: those who wait must learn of it
+        except BaseException as error:  # whatever it is, those that wait must learn of it
             traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
             self._monitor.run(self._fail, load, error)
 
@@ -92,51 +94,48 @@ class Loaders:
         self._loads.fail(load, error)
 
     def _arrive(self, load: Load, began: float) -> None:
-        if not load.has_stood_back and load.head is None:
+        if not load.has_yielded and load.staged is None:
             seconds = time.monotonic() - began
             load.pool.note_read(seconds)
             self._counters.loaded(seconds)
         self._loads.arrive(load)
 
     def _fill(self, load: Load, slot: memoryview, pause: Callable[[], bool] | None) -> None:
-        if load.head is None:
+        if load.staged is None:
             self._store.read_into(load.key, slot, pause)
         else:
             assert self._parts is not None
-            beginning = Beginning(load.head.end, partial(self._copy, load.head))
+            beginning = Beginning(load.staged.end, partial(self._copy, load.staged))
             self._parts.read_rest(load.key, slot, beginning, pause)
 
-    def _read_piece(self, head: Head[Pool]) -> None:
+    def _read_piece(self, staged: StagingBuffer) -> None:
         assert self._parts is not None
         try:
-            self._parts.read_part(head.key, head.filled, head.buffer[head.filled : head.end])
-        except BaseException as error:  # whatever it is: its demand meets it again
+            self._parts.read_part(staged.key, staged.filled, staged.buffer[staged.filled : staged.end])
+        except BaseException as error:  # whatever it is, its demand meets it again
             traceback.clear_frames(error.__traceback__)
-            self._monitor.run(self._loads.grown, head, error)
+            self._monitor.run(self._loads.end_piece, staged, error)
         else:
-            self._monitor.run(self._loads.grown, head, None)
+            self._monitor.run(self._loads.end_piece, staged)
 
-    def _copy(self, head: Head[Pool], slot: memoryview) -> None:
-        """What was read before its load began, or is being read still."""
-        over = threading.Lock()
-        over.acquire()
-        self._monitor.run(head.tell, over.release)
-        over.acquire()
-        if head.error is not None:
-            raise head.error
-        # numpy lets go of Python's lock meanwhile
-        np.frombuffer(slot, np.uint8)[: head.filled] = np.frombuffer(head.buffer, np.uint8)[: head.filled]
+    def _copy(self, staged: StagingBuffer, slot: memoryview) -> None:
+        """Copy the beginning of a record into its slot, as soon as the piece that is being read is there."""
+        staged.piece_read.wait()
+        if staged.error is not None:
+            raise staged.error
+        # numpy releases the GIL meanwhile
+        np.frombuffer(slot, np.uint8)[: staged.filled] = np.frombuffer(staged.buffer, np.uint8)[: staged.filled]
 
-    def _stand_back(self, load: Load) -> bool:
-        """Of a load that a wish began; whether no demand has joined it yet."""
+    def _pause(self, load: Load) -> bool:
+        """Sleep while a prefetch is to yield to demands. Return whether no demand has joined it yet."""
         if not self._monitor.wait_for(self._is_wanted, load):
-            raise _UnwantedError
+            raise _CancelledError
         return not load.waiters
 
     def _is_wanted(self, load: Load) -> bool | None:
-        """None while it is to wait. Else it is wanted, or it is cancelled."""
-        if not self._loads.is_dropped and self._loads.stands_back(load):
-            load.has_stood_back = True
+        """Return None while the load is to yield, and False once it has been cancelled."""
+        if self._loads.closed_by is None and self._loads.yields(load):
+            load.has_yielded = True
             return None
         if self._loads.is_unwanted(load):
             self._loads.cancel(load)
@@ -144,5 +143,5 @@ class Loaders:
         return True
 
 
-class _UnwantedError(Exception):
+class _CancelledError(Exception):
     """Ends the read of a load that was cancelled."""

@@ -1,50 +1,86 @@
-"""Records on their way into slots: what is read next, for whom, and what came of it.
+"""Loads: records on their way into slots, and which of them a loader reads next.
 
-Part of the ledger: no I/O, and its owner's lock is held. What demands begin goes first; wishes and the warm-up have
-what demands leave of the disk. Every load ends by ``arrive``, ``fail`` or ``cancel``, or before a loader takes it.
+Part of the ledger: no I/O, and its owner's lock is held. Demands go first; prefetch requests and the warm-up have what
+demands leave of the disk. Every load ends by ``arrive``, ``fail`` or ``cancel``, or before a loader takes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
 from moetier.tiers.arena.directory import Directory
+from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Pace, interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
-from .prefetch import Early
-from .requests import Demand, Load, Party, Pool
-from .staging import Head, head_bytes, piece_bytes
-from .turns import Turns
+from .demands import AsyncCaller, Demand, Load, Pool, StagingBuffer
+from .prefetch import PrefetchQueue
 from .waiting import Waiting
 
 
+class FairQueue:
+    """Loads that demands have begun and no loader has taken, by caller: many of one are not before a few of another."""
+
+    def __init__(self) -> None:
+        self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # the caller that was served last is last
+
+    def __iter__(self) -> Iterator[Load]:
+        """Yield the loads that are not taken; one that several callers want as often as that."""
+        return (load for queue in self._queues.values() for load in queue if not load.is_taken)
+
+    def add(self, caller: Hashable, load: Load) -> None:
+        """Queue a load for a caller; several may add the same."""
+        queue = self._queues.get(caller)
+        if queue is None:
+            # A caller whose queue is empty may be dropped if it was served before all that wait: it would come back to
+            # the same place. Any other would overtake those that wait, again and again.
+            while self._queues and not next(iter(self._queues.values())):
+                self._queues.popitem(last=False)
+            queue = self._queues[caller] = deque()
+            self._queues.move_to_end(caller, last=False)
+        queue.append(load)
+
+    def take(self) -> Load | None:
+        """Take the first load of the caller that was served the longest ago; None if no caller waits."""
+        for caller, queue in self._queues.items():
+            while queue:
+                load = queue.popleft()
+                if not load.is_taken:  # else in the turn of another caller, which wants it too
+                    load.is_taken = True
+                    self._queues.move_to_end(caller)
+                    return load
+        return None
+
+    def clear(self) -> None:
+        self._queues.clear()
+
+
 class Loads:
-    """``ring`` wakes a loader; ``prefetches`` reads that wishes began are in flight at most, pieces among them."""
+    """``ring`` wakes a loader. At most ``most_prefetches`` reads for prefetches are in flight, pieces among them."""
 
     def __init__(
         self,
         directory: Directory,
         counters: TierCounters,
-        early: Early,
+        prefetches: PrefetchQueue,
         waiting: Waiting,
         *,
         ring: Callable[[], None],
-        prefetches: int,
+        most_prefetches: int,
         clock: Callable[[], float],
     ) -> None:
-        self.drop_error: BaseException | None = None
-        self.lacks_slots = False  # what is full beside the slots, and wished for, found none
-        self._heads = early.heads
+        self.closed_by: MoetierError | None = None  # the error of all that is asked for from now on
+        self.lacks_slots = False  # a staging buffer is full and requested, and found no slot
         self._directory = directory
         self._counters = counters
-        self._early = early
+        self._prefetches = prefetches
+        self._buffers = prefetches.buffers
         self._waiting = waiting
         self._ring = ring
-        self._prefetches = prefetches
+        self._most_prefetches = most_prefetches
         self._clock = clock
-        self._turns = Turns()
+        self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
 
     def __len__(self) -> int:
@@ -53,239 +89,242 @@ class Loads:
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
 
-    # -- for demands --------------------------------------------------------------------------------------------------
+    # -- demands ------------------------------------------------------------------------------------------------------
 
     def begin(
-        self, pool: Pool, key: ExpertKey, slot: int, *, wished: bool, passing: bool = False, warmed: bool = False
+        self,
+        pool: Pool,
+        key: ExpertKey,
+        slot: int,
+        *,
+        is_prefetch: bool,
+        is_scan: bool = False,
+        is_warmup: bool = False,
     ) -> Load:
-        """Into a slot that is EMPTY, or evictable."""
-        evicted = pool.begin(slot, key, passing=passing, early=wished)
+        """Begin a load into a slot that is EMPTY or evictable."""
+        evicted = pool.begin(slot, key, passing=is_scan, early=is_prefetch)
         if evicted is not None:
             self._counters.evictions += 1
-            self._early.evict(evicted)
-        self._early.begin(key)
+            self._prefetches.evict(evicted)
+        self._prefetches.lose(key)  # the tier above has lost what it had borrowed
         self._directory.withdraw(evicted, pool.first + slot)
-        load = self._loads[key] = Load(pool, key, slot, wished=wished, began=self._clock(), warmed=warmed)
-        if self._heads is not None and (head := self._heads.claim(key)) is not None:
-            load.head = head
-            seconds = head.seconds + (self._clock() - head.began if head.is_reading else 0.0)
-            if wished:
+        load = Load(pool, key, slot, is_prefetch, is_warmup, began=self._clock(), is_taken=is_prefetch)
+        self._loads[key] = load
+        if self._buffers is not None and (staged := self._buffers.claim(key)) is not None:
+            load.staged = staged
+            seconds = staged.seconds + (load.began - staged.began if staged.is_reading else 0.0)
+            if is_prefetch:
                 load.began -= seconds
             else:
-                self._early.claim(seconds)
+                self._counters.joined += 1
+                self._prefetches.outcomes.late(seconds)
+        if is_prefetch:
+            self._prefetches.begin(key, load.began, is_warmup=is_warmup)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
-        """A demand, which claims the slot, waits for what has begun."""
+        """Let a demand, which claims the slot, wait for a load that has begun."""
         load = self._loads[key]
-        if load.wished:
-            if not load.was_late:
-                self._early.join(load, self._clock() - load.began)
+        if load.is_prefetch:
+            self._prefetches.use(key)
             # Its loader may sleep, and must look at every first waiter: an earlier one may have left before it looked.
             self._waiting.wake()
         load.waiters.append(demand)
         demand.loads.append(load)
         if not load.is_taken:
-            self._turns.add(demand.caller, load)
+            self._queue.add(demand.caller, load)
 
     def leave(self, demand: Demand, load: Load) -> None:
-        """A demand, which claims the slot no longer, does not wait. What no loader has begun and nobody else wants is
-        not begun any more."""
+        """End the wait of a demand, which no longer claims the slot.
+
+        A load that no loader has begun and no other demand wants is cancelled.
+        """
         load.waiters.remove(demand)
         if load.waiters:
             return
         if not load.is_taken:
-            self._void(load)
+            self._invalidate(load)
             load.is_taken = True
         if not self._is_for_demands:  # prefetches that yielded to it may go on
             self._waiting.wake()
-            self._ring_for_wishes()
+            self._ring_for_prefetches()
 
-    # -- for wishes ---------------------------------------------------------------------------------------------------
+    # -- prefetches ---------------------------------------------------------------------------------------------------
 
-    def wish(self, pool: Pool, block: int, wishes: Sequence[ExpertKey], *, wisher: Party | None = None) -> None:
-        """Replaces a wisher's wishes for a block; the tier's own are nobody's. What is there already stays the longer
-        for being wished, and wakes nobody."""
-        if self._early.wish(pool, block, wishes, wisher):
-            self._ring_for_wishes()
+    def prefetch(self, pool: Pool, block: int, keys: Sequence[ExpertKey], *, caller: AsyncCaller | None = None) -> None:
+        """Replace a caller's prefetch requests for a block; None is the tier's own process.
 
-    def withdraw_wishes(self, wisher: Party) -> None:
-        """All of a wisher's."""
-        self._early.withdraw(wisher)
+        A requested record that is there already is evicted later for that, and no loader is woken for it.
+        """
+        if self._prefetches.request(pool, block, keys, caller):
+            self._ring_for_prefetches()
 
     def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
-        """Reads these beforehand, behind all wishes, each into an EMPTY slot of its group or not at all."""
-        self._early.warm(pool, keys)
-        self._ring_for_wishes()
+        """Read these behind all requests, each into an EMPTY slot of its group or not at all."""
+        self._prefetches.warm(pool, keys)
+        self._ring_for_prefetches()
 
-    def pace(self, pool: Pool) -> Pace | None:
-        """Of the pool's records; None where too little is known."""
-        read, whole, counted = pool.read_seconds, pool.slot_bytes, self._counters
-        if read is None or not (right := counted.useful + counted.late):
-            return None
-        saved = counted.saved_seconds / right
-        if self._early.heads_for(pool) is None:
-            return Pace(read, read * interruptible_bytes(whole) / whole, saved)
-        return Pace(read, read * piece_bytes(whole, read) / whole, saved, read * head_bytes(whole) / whole)
+    def yields(self, load: Load) -> bool:
+        """Whether a prefetch that no demand waits for is to pause, since records are read for demands."""
+        return not load.waiters and self._is_for_demands
 
-    def _begin_wish(self) -> Load | Head[Pool] | None:
-        """None while anything is read for a demand: wishes have what demands leave of the disk. What has begun beside
-        the slots goes on first, and what is full there goes on in a slot when nothing else is to begin."""
-        if self._is_for_demands or self._prefetching >= self._prefetches:
-            return None
-        for head in self._heads or ():
-            if head.may_grow and self._early.is_wished(head.key):
-                return self._grow(head)
-        while True:
-            if self._early.unbegun and self._early.make_room():
-                place = self._early.take()
-                if place is not None and place.slot is not None:
-                    return self.begin(place.pool, place.key, place.slot, wished=True, warmed=place.warmed)
-                if place is not None and self._heads is not None:
-                    pool = place.pool
-                    return self._grow(self._heads.begin(pool, place.key, pool.slot_bytes, pool.read_seconds))
-            full = [head for head in self._heads or () if head.is_full and head.is_idle]
-            full = [head for head in full if self._early.is_wished(head.key) and not head.place.hungry]
-            for head in full:
-                if (slot := self._early.place(head.place, head.key)) is not None:
-                    return self.begin(head.place, head.key, slot, wished=True)
-            self.lacks_slots = bool(full)
-            if not full or not self._early.unbegun:
-                return None
-            self._early.give_up(full[0])
+    def is_unwanted(self, load: Load) -> bool:
+        """Whether a prefetch is not requested any more, or a warm-up is in the way of a starved demand."""
+        if load.is_warmup and not load.waiters:
+            return self.closed_by is not None or bool(load.pool.starved)
+        return not load.waiters and not self._prefetches.is_requested(load.key)
 
-    def _grow(self, head: Head[Pool]) -> Head[Pool]:
-        head.grow(self._clock())
-        return head
+    def cancel(self, load: Load) -> None:
+        """End a load that its loader has just found unwanted: in the same step, or a demand could join it between."""
+        self._counters.cancelled += not load.is_warmup
+        self._invalidate(load)
+        self._waiting.wake()
 
-    def grown(self, head: Head[Pool], error: BaseException | None = None) -> None:
-        """The piece that was being read is there, or won't come: the demand will meet the error again, if any comes."""
-        assert self._heads is not None
-        filled = head.filled
-        self._heads.read(head, self._clock() - head.began, error)
-        self._counters.bytes_in += head.filled - filled
-        if error is not None and not head.is_claimed:
+    def end_piece(self, staged: StagingBuffer, error: BaseException | None = None) -> None:
+        """Note that the read of a piece has ended. If it failed, a demand for the record meets the error again."""
+        assert self._buffers is not None
+        filled = staged.filled
+        self._buffers.end_piece(staged, self._clock() - staged.began, error)
+        self._counters.bytes_in += staged.filled - filled
+        if error is not None and not staged.is_claimed:
             self._counters.failures += 1
-            self._heads.end(head)
+            self._buffers.end(staged)
 
-    def _ring_for_wishes(self) -> None:
-        waiting = self._early.waiting
-        if waiting and not self._is_for_demands:
-            for _ in range(min(waiting, self._prefetches - self._prefetching)):
+    def _begin_prefetch(self) -> Load | StagingBuffer | None:
+        """Return what is to be read for a prefetch; None while anything is read for a demand.
+
+        Records that are staged in part go on first. Those that are staged in full go on in a slot when there is nothing
+        else to begin.
+        """
+        if self._is_for_demands or self._prefetching >= self._most_prefetches:
+            return None
+        for staged in self._buffers or ():
+            if staged.is_idle and not staged.is_full and self._prefetches.is_requested(staged.key):
+                return self._begin_piece(staged)
+        while True:
+            if self._prefetches.unbegun and self._prefetches.make_room():
+                place = self._prefetches.take()
+                if place is not None and place.slot is not None:
+                    return self.begin(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
+                if place is not None and self._buffers is not None:
+                    return self._begin_piece(self._buffers.begin(place.pool, place.key))
+            full = [staged for staged in self._buffers or () if staged.is_full and staged.is_idle]
+            full = [staged for staged in full if self._prefetches.is_requested(staged.key) and not staged.pool.starved]
+            for staged in full:
+                if (slot := self._prefetches.slot_for(staged.pool, staged.key)) is not None:
+                    return self.begin(staged.pool, staged.key, slot, is_prefetch=True)
+            self.lacks_slots = bool(full)
+            if not full or not self._prefetches.unbegun:
+                return None
+            self._prefetches.give_up(full[0])
+
+    def _begin_piece(self, staged: StagingBuffer) -> StagingBuffer:
+        staged.begin_piece(self._clock())
+        return staged
+
+    def _ring_for_prefetches(self) -> None:
+        readable = self._prefetches.readable
+        if readable and not self._is_for_demands:
+            for _ in range(min(readable, self._most_prefetches - self._prefetching)):
                 self._ring()
 
     @property
     def _is_for_demands(self) -> bool:
         """Whether anything is read for a demand."""
-        return any(load.waiters or not load.wished for load in self._loads.values())
+        return any(load.waiters or not load.is_prefetch for load in self._loads.values())
 
     @property
     def _prefetching(self) -> int:
-        reading = 0 if self._heads is None else self._heads.reading
-        return reading + sum([load.wished for load in self._loads.values()])
+        """How many reads for prefetches are in flight."""
+        reading = 0 if self._buffers is None else self._buffers.reading
+        return reading + sum([load.is_prefetch for load in self._loads.values()])
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
-    def take(self) -> Load | Head[Pool] | None:
-        """What a loader reads next: a record, or a piece of a head; None if there is nothing to do. Demands first, and
-        of those one of the caller who was served the longest ago: somebody's hundred are not before another's one."""
-        return self._turns.take() or self._begin_wish()
+    def take(self) -> Load | StagingBuffer | None:
+        """Return what a loader reads next: a record, or a piece of one; None if there is nothing to do."""
+        return self._queue.take() or self._begin_prefetch()
 
     def arrive(self, load: Load) -> None:
-        """Its record is in the slot."""
-        self._counters.bytes_in += load.pool.slot_bytes - (load.head.filled if load.head is not None else 0)
-        self._forget(load)
+        """Note that the record is in the slot."""
+        self._counters.bytes_in += load.pool.slot_bytes - (load.staged.filled if load.staged is not None else 0)
+        self._counters.warmed += load.is_warmup
+        self._remove(load)
         load.pool.slots.fill(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
-        self._early.arrive(load, self._clock() - load.began)
+        self._prefetches.outcomes.arrive(load.key)
         for demand in load.waiters:
             demand.ready.append(load.slot)  # first: a record in both is found by mend, one in neither would be lost
             demand.loads.remove(load)
-            if demand.party is not None:
-                self._waiting.stir(demand)
+            if demand.async_caller is not None:
+                self._waiting.recheck(demand)
         self._waiting.wake()
-        if load.waiters or not load.wished:
-            self._ring_for_wishes()  # perhaps it was the last for a demand
-
-    def stands_back(self, load: Load) -> bool:
-        """Whether a load that nobody but wishes wants is to wait, as others are read for demands."""
-        return not load.waiters and self._is_for_demands
-
-    def is_unwanted(self, load: Load) -> bool:
-        """Whether a load that a wish began is for nobody any more; of the warm-up, whether it is in anybody's way."""
-        if load.warmed and not load.waiters:
-            return self.is_dropped or bool(load.pool.hungry)
-        return not load.waiters and not self._early.is_wished(load.key)
-
-    def cancel(self, load: Load) -> None:
-        """End a load that its loader has just found unwanted: in the same step, or a demand could join it between."""
-        self._counters.cancelled += not load.warmed
-        self._void(load)
-        self._waiting.wake()
+        if load.waiters or not load.is_prefetch:
+            self._ring_for_prefetches()  # perhaps it was the last for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
-        """Its record won't come. The slot is EMPTY again, and everyone who waits for it gets the error."""
+        """Note that the record does not come. Its slot is EMPTY again, and all that wait for it get the error."""
         if self._loads.get(load.key) is not load:
             return  # its arrival was cut, and mend has let its demands look again
-        self._void(load)
+        self._invalidate(load)
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.error = demand.error or error
             self._waiting.count(demand, -1)
-            if demand.party is not None:
-                self._waiting.stir(demand)
+            if demand.async_caller is not None:
+                self._waiting.recheck(demand)
         self._waiting.wake()
 
-    @property
-    def is_dropped(self) -> bool:
-        return self.drop_error is not None
-
-    def drop(self, error: BaseException) -> None:
-        """No loader will begin anything any more."""
-        self.drop_error = error
-        self._early.drop()
-        for load in self._turns.take_all():
+    def close(self, error: MoetierError) -> None:
+        """Let no loader begin anything any more."""
+        self.closed_by = error
+        self._prefetches.clear()
+        while (load := self._queue.take()) is not None:
             self.fail(load, error)
 
-    def _forget(self, load: Load) -> None:
+    def _remove(self, load: Load) -> None:
         del self._loads[load.key]
-        if (head := load.head) is not None:
-            assert self._heads is not None
-            load.head = None
-            self._heads.end(head)
+        if (staged := load.staged) is not None:
+            assert self._buffers is not None
+            load.staged = None
+            self._buffers.end(staged)
 
-    def _void(self, load: Load) -> None:
-        self._forget(load)
+    def _invalidate(self, load: Load) -> None:
+        """Remove a load whose record does not come."""
+        self._remove(load)
+        self._prefetches.lose(load.key)
         load.pool.fail(load.slot)
         self._directory.void(load.pool.first + load.slot)
 
+    # -- repair and checks --------------------------------------------------------------------------------------------
+
     def mend(self, demands: Collection[Demand]) -> None:
-        """After a step that was cut: a load is what a loader reads, or a demand waits for."""
-        self._early.mend()
+        """Agree with ``demands`` after a step that was cut: a load is one that a loader reads or a demand waits for."""
+        self._prefetches.mend()
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
                 if load.slot not in demand.ready:  # its arrival was cut: the demand looks for the record again
                     demand.pending[load.key] = None
                 demand.loads.remove(load)
-        self._turns.clear()
+        self._queue.clear()
         for load in list(self._loads.values()):
             load.waiters = [demand for demand in demands if load in demand.loads]
             if not load.is_taken and not load.waiters:
                 del self._loads[load.key]
             elif not load.is_taken:
                 for demand in load.waiters:
-                    self._turns.add(demand.caller, load)
+                    self._queue.add(demand.caller, load)
                 self._ring()
-        if self._heads is not None:
-            self._heads.mend([load.head for load in self._loads.values() if load.head is not None])
+        if self._buffers is not None:
+            self._buffers.mend([load.staged for load in self._loads.values() if load.staged is not None])
 
     def check_integrity(self) -> None:
-        """Asserts that loads, those who wait for them and turns agree."""
+        """Assert that loads, the demands that wait for them, the queue and the staging buffers agree."""
         for key, load in self._loads.items():
             assert load.key == key
             assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
-        queued = list(self._turns)
+        queued = list(self._queue)
         assert all(self._loads[load.key] is load for load in queued)
-        for head in self._heads or ():
-            assert head.is_claimed == (head.key in self._loads and self._loads[head.key].head is head)
+        for staged in self._buffers or ():
+            assert staged.is_claimed == (staged.key in self._loads and self._loads[staged.key].staged is staged)
         assert {load.key for load in queued} == {key for key, load in self._loads.items() if not load.is_taken}

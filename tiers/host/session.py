@@ -1,83 +1,35 @@
-"""Session: a caller of the host tier that is told instead of woken: what another process asks for.
+"""Session: what another process acquires from the host tier, and the thread that fails its demands in time.
 
-It has no thread. Whoever changes the ledger's state goes on with the demands that can, and delivers what came of it.
+A session has no thread. Whatever thread changes the ledger's state takes the steps of the demands that can go on, and
+delivers their events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 
-from moetier.tiers.arena.directory import Directory
 from moetier.tiers.errors import ClosedError, ProtocolError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
-from moetier.tiers.manifest import Manifest
 
+from .demands import AsyncCaller, Demand, Event
 from .ledger import Ledger
-from .parties import Parties
-from .requests import Demand, Party, Pool
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """A lease: the record is in this slot of the tier, of this generation, and stays there until it is released."""
+class Session(AsyncCaller):
+    """``HostTier.session`` makes it. Thread-safe; every method returns at once. Events come in their order."""
 
-    request: int
-    key: ExpertKey
-    slot: int
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request is over, and its leases have ended."""
-
-    request: int
-    error: BaseException
-
-
-Event = Granted | Failed
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What the callers of one tier share."""
-
-    manifest: Manifest
-    monitor: Monitor
-    ledger: Ledger
-    parties: Parties
-    directory: Directory
-    pools: Mapping[str, Pool]  # by array
-
-    def pool(self, block: int) -> Pool:
-        return self.pools[self.manifest.blocks[block].array]
-
-
-class Request(Demand):
-    """What a session calls by a number."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int, pool: Pool, block: int, session: Session, patience: float) -> None:
-        super().__init__(pool, block, caller=session, party=session, patience=patience)
-        self.number = number
-
-
-class Session(Party):
-    """``HostTier.session`` makes it. Thread-safe; every method returns at once.
-
-    ``deliver`` gets the events in their order, from any thread and with the tier's lock held: it must neither wait nor
-    call the tier.
-    """
-
-    def __init__(self, deliver: Callable[[Event], None], desk: Desk, *, leases: int, patience: float) -> None:
-        super().__init__(leases)
-        self._deliver = deliver
-        self._desk = desk
+    def __init__(
+        self, deliver: Callable[[Event], None], monitor: Monitor, ledger: Ledger, *, leases: int, patience: float
+    ) -> None:
+        super().__init__(deliver, leases)
+        self._monitor = monitor
+        self._ledger = ledger
         self._patience = patience
-        self._requests: dict[int, Request] = {}
         self._closed = False
 
     @property
@@ -86,7 +38,7 @@ class Session(Party):
         return self.outstanding
 
     def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
-        """Asks for distinct keys of one block: each is answered by a Granted, or all together by a Failed, with
+        """Ask for distinct keys of one block. Each is answered by a Granted, or all together by a Failed: with
         ExhaustedError when nothing of it was granted or on its way for ``patience`` seconds.
 
         Raises MissingExpertError for a key that the model does not have, ProtocolError for a request that is not over.
@@ -94,98 +46,115 @@ class Session(Party):
         if not keys:
             return
         block = keys[0].block
-        self._desk.manifest.check_keys(block, keys)
+        self._ledger.manifest.check_keys(block, keys)
         patience = self._patience if patience is None else patience
-        demand = Request(request, self._desk.pool(block), block, self, patience)
-        self._desk.monitor.run(self._ask, demand, keys)
+        demand = Demand(self._ledger.pool(block), block, self, self, request, patience)
+        self._monitor.run(self._acquire, demand, keys)
 
-    def _ask(self, demand: Request, keys: Sequence[ExpertKey]) -> None:
+    def _acquire(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
         self._check_open()
-        if demand.number in self._requests:
+        if demand.number in self.demands:
             raise ProtocolError(f"Request {demand.number} is not over yet.", "Number requests one by one.")
-        self._requests[demand.number] = demand
-        self._desk.ledger.look(demand, keys)
-        self._desk.parties.serve()
+        self._ledger.look(demand, keys)
+        self._ledger.serve()
 
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
-        """Ends leases. Without ``keys`` the request is over: what it waits for is given back too. What is not held
-        (its request may have failed meanwhile) is ignored."""
-        self._desk.monitor.run(self._release, request, keys)
+        """End leases. Without ``keys`` the request is over, and what it waits for is cancelled. What is not held (its
+        request may have failed meanwhile) is ignored."""
+        self._monitor.run(self._release, request, keys)
 
     def _release(self, request: int, keys: Sequence[ExpertKey]) -> None:
-        demand = self._requests.get(request)
+        demand = self.demands.get(request)
         if demand is None:
             return
         if keys:
             slots = [demand.pool.slots.find(key) for key in keys]
-            self._desk.ledger.release(demand, [slot for slot in slots if slot is not None])
-            self._desk.ledger.waiting.stir(demand)
+            self._ledger.release(demand, [slot for slot in slots if slot is not None])
+            self._ledger.waiting.recheck(demand)
         else:
-            self._desk.ledger.leave(demand)
-        self._desk.parties.serve()
-        if demand not in self.demands:
-            self._requests.pop(request, None)
+            self._ledger.leave(demand)
+        self._ledger.serve()
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Keys that were found in the directory and computed with, least recently used first: hits.
+        """Count hits: keys that were found in the directory and computed with, least recently used first.
 
         Raises MissingExpertError for one that the model does not have.
         """
         for key in keys:
-            self._desk.manifest.check_keys(key.block, (key,))
-        self._desk.monitor.run(self._use, keys)
+            self._ledger.manifest.check_keys(key.block, (key,))
+        self._monitor.run(self._use, keys)
 
     def _use(self, keys: Sequence[ExpertKey]) -> None:
-        if self._is_condemned:
-            return  # what the session asks for next is told why
-        self._check_open()
-        for key in keys:
-            self._desk.ledger.use(self._desk.pool(key.block), key)
+        if self._takes_hints():
+            for key in keys:
+                self._ledger.use(key)
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        """As ``ExpertSource`` says; replaces this session's wishes alone."""
-        self._desk.manifest.check_keys(block, wishes)
-        self._desk.monitor.run(self._wish, block, wishes)
+        """Do as ``ExpertSource`` says; replaces this session's requests alone."""
+        self._ledger.manifest.check_keys(block, wishes)
+        self._monitor.run(self._prefetch, block, wishes)
 
-    def _wish(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        if self._is_condemned:
-            return
-        self._check_open()
-        self._desk.ledger.loads.wish(self._desk.pool(block), block, wishes, wisher=self)
+    def _prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
+        if self._takes_hints():
+            self._ledger.loads.prefetch(self._ledger.pool(block), block, keys, caller=self)
 
     def close(self) -> None:
-        """All leases, claims and wishes are given back; loads that have begun go on. Nothing is delivered any more.
-        Idempotent."""
-        self._desk.monitor.run(self._close)
+        """Give back all leases and claims, and cancel all requests; loads that have begun go on. Nothing is delivered
+        any more. Idempotent."""
+        self._monitor.run(self._close)
 
     def _close(self) -> None:
         self._closed = True
-        for demand in list(self.demands):
-            self._desk.ledger.leave(demand)
-        self._requests.clear()
-        self._desk.ledger.loads.withdraw_wishes(self)
-        self._desk.parties.serve()
-
-    # -- what the ledger calls, with the lock held --------------------------------------------------------------------
-
-    def grant(self, demand: Demand, slot: int) -> None:
-        assert isinstance(demand, Request)
-        number = demand.pool.first + slot
-        generation = self._desk.directory.generation(number)
-        self._deliver(Granted(demand.number, demand.pool.slots.key(slot), number, generation))
-
-    def refuse(self, demand: Demand, error: BaseException) -> None:
-        assert isinstance(demand, Request)
-        del self._requests[demand.number]
-        self._deliver(Failed(demand.number, error))
-
-    @property
-    def _is_condemned(self) -> bool:
-        return isinstance(self._desk.ledger.loads.drop_error, StoreError)
+        for demand in list(self.demands.values()):
+            self._ledger.leave(demand)
+        self._ledger.prefetches.cancel(self)
+        self._ledger.serve()
 
     def _check_open(self) -> None:
-        error = self._desk.ledger.loads.drop_error
-        if isinstance(error, StoreError) and not self._closed:
-            raise error.with_traceback(None)
-        if self._closed or self._desk.ledger.loads.is_dropped:
+        if self._closed:
             raise ClosedError("The session was closed.", "Open a new one.")
+        self._ledger.check_open()
+
+    def _takes_hints(self) -> bool:
+        """Return False for a tier that was condemned: the next acquire says why. Raises ClosedError."""
+        if isinstance(self._ledger.loads.closed_by, StoreError):
+            return False
+        self._check_open()
+        return True
+
+
+class Timekeeper:
+    """A thread that fails asynchronous demands at their deadlines. ``runs`` once there may be any."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.runs = False
+        self._monitor = monitor
+        self._alarm: SimpleQueue[None] = SimpleQueue()  # there is a new deadline, or the thread is to end
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, ledger: Ledger) -> None:
+        """Start the thread, with the lock held. Idempotent. Raises ClosedError, StoreError."""
+        ledger.check_open()
+        if not self.runs:
+            thread = threading.Thread(target=self._run, args=(ledger,), name="moetier-timekeeper", daemon=True)
+            thread.start()
+            self._thread, self.runs = thread, True
+
+    def watch(self) -> None:
+        """Look at the deadlines again."""
+        self._alarm.put(None)
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._closed = True
+        self._alarm.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, ledger: Ledger) -> None:
+        until: float | None = None
+        while not self._closed:
+            with contextlib.suppress(Empty):
+                self._alarm.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
+            until = self._monitor.run(ledger.expire)

@@ -1,18 +1,21 @@
-"""Who waits for a slot of the host tier, and who is to be told of one. Part of the ledger: its owner's lock is held."""
+"""Waiting: demands without a slot, their deadlines, and asynchronous demands that may go on.
+
+Part of the ledger: its owner's lock is held.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 
 from moetier.tiers.errors import ExhaustedError
 
-from .requests import Demand, Pool
+from .demands import Demand, Pool
 
 
 class Waiting:
-    """``wake`` wakes the callers that sleep, and has the parties served soon; ``ring`` wakes a loader, ``watch``
-    whoever calls ``expire`` in time."""
+    """``wake`` wakes the callers that sleep and has asynchronous demands served soon, ``ring`` wakes a loader, and
+    ``watch`` tells the thread that calls ``expire`` that there is a new deadline."""
 
     def __init__(
         self,
@@ -26,124 +29,115 @@ class Waiting:
         self._ring = ring
         self._watch = watch
         self._clock = clock
-        self._stirred: dict[Demand, None] = {}  # of parties: those that may go on
-        self._deadlines: dict[Demand, float] = {}  # of parties: those that have nothing
-        self._pools: dict[Pool, None] = {}  # where some of the hungry may be a party's
+        self._rechecks: dict[Demand, None] = {}  # asynchronous demands that may be able to go on
+        self._deadlines: dict[Demand, float] = {}  # of asynchronous demands that have nothing
 
-    # -- the hungry ---------------------------------------------------------------------------------------------------
+    # -- starved demands ----------------------------------------------------------------------------------------------
 
     def starve(self, demand: Demand) -> None:
-        """It is idle, and lacks a slot: behind the others who do."""
-        party, hungry = demand.party, demand.pool.hungry
-        if party is not None:
-            self._pools[demand.pool] = None
-            if demand not in self._deadlines:
-                self._deadlines[demand] = self._clock() + demand.patience
-                self._watch()
-        if demand not in hungry and not (party is not None and party.is_full):
-            hungry.append(demand)
+        """Queue a demand that holds nothing and needs a slot (FIFO per pool)."""
+        caller, starved = demand.async_caller, demand.pool.starved
+        if caller is not None and demand not in self._deadlines:
+            self._deadlines[demand] = self._clock() + demand.patience
+            self._watch()
+        if demand not in starved and not (caller is not None and caller.is_full):
+            starved.append(demand)
 
     def feed(self, demand: Demand) -> None:
-        """It is hungry no longer, if it was."""
-        hungry = demand.pool.hungry
-        if demand in hungry:
-            hungry.remove(demand)
-            self.wake()  # the next in the row may find a slot too
-            self._ring()  # wishes stand back while somebody is hungry
+        """Remove a demand from the queue, if it is there."""
+        starved = demand.pool.starved
+        if demand in starved:
+            starved.remove(demand)
+            self.wake()  # the next in the queue may find a slot too
+            self._ring()  # prefetches yield while a demand is starved
 
-    def firsts(self) -> Iterator[Demand]:
-        """The first of each pool's hungry, where that is a party's: anybody else, woken, comes by himself."""
-        for pool in list(self._pools):
-            if not any(demand.party for demand in pool.hungry):
-                del self._pools[pool]
-            elif pool.hungry[0].party is not None:
-                yield pool.hungry[0]
+    # -- asynchronous demands -----------------------------------------------------------------------------------------
 
-    # -- parties ------------------------------------------------------------------------------------------------------
+    def recheck(self, demand: Demand) -> None:
+        """Have an asynchronous demand looked at again, since it may be able to go on."""
+        self._rechecks[demand] = None
 
-    def stir(self, demand: Demand) -> None:
-        """A party's demand: perhaps it can go on."""
-        self._stirred[demand] = None
-
-    def take_stirred(self) -> Demand | None:
-        """The first of those that may go on."""
-        demand = next(iter(self._stirred), None)
+    def take_recheck(self) -> Demand | None:
+        """Remove and return the first demand that is to be looked at again."""
+        demand = next(iter(self._rechecks), None)
         if demand is not None:
-            del self._stirred[demand]
+            del self._rechecks[demand]
         return demand
 
     def count(self, demand: Demand, change: int) -> None:
-        """One slot more or less that a party's demand holds or claims."""
-        party = demand.party
-        if party is None:
+        """Add ``change`` to the slots that an asynchronous demand's caller holds or claims."""
+        caller = demand.async_caller
+        if caller is None:
             return
-        was_full = party.is_full
-        party.outstanding += change
+        was_full = caller.is_full
+        caller.outstanding += change
         if change > 0:
             self._deadlines.pop(demand, None)
-        if party.is_full and not was_full:  # nobody is to wait behind who may not take
-            for other in party.demands:
+        if caller.is_full and not was_full:  # other demands must not wait behind one that may not take a slot
+            for other in caller.demands.values():
                 self.feed(other)
-        elif was_full and not party.is_full:
-            # whoever has nothing first, and of those who has waited the longest: a request for many keys holds up none
-            for other in sorted(party.demands, key=lambda other: self._deadlines.get(other, math.inf)):
+        elif was_full and not caller.is_full:
+            # Demands that have nothing go first, in the order of their deadlines: one for many keys holds up no other.
+            for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
                 if other.pending:
-                    self.stir(other)
+                    self.recheck(other)
             self.wake()
 
     def expire(self) -> float | None:
-        """Fails the demands of parties that have waited for too long, and stirs them. Returns the time of the next,
-        None if nobody waits."""
+        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, None if there is none."""
         now = self._clock()
         for demand in [demand for demand, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[demand]
             demand.error = _exhausted(demand)
-            self.stir(demand)
+            self.recheck(demand)
         return min(self._deadlines.values(), default=None)
 
-    def forget(self, demand: Demand) -> None:
-        """It is over."""
-        self._stirred.pop(demand, None)
+    def remove(self, demand: Demand) -> None:
+        """Drop what is kept of a demand that is over."""
+        self._rechecks.pop(demand, None)
         self._deadlines.pop(demand, None)
 
+    # -- repair and checks --------------------------------------------------------------------------------------------
+
     def mend(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
-        """After a step that was cut: all callers look again."""
+        """Agree with ``demands`` after a step that was cut, and have all callers look again."""
         for pool in pools:
-            waiting = [demand for demand in pool.hungry if demand in demands and demand.pending and demand.is_idle]
-            pool.hungry.clear()
-            pool.hungry.extend(dict.fromkeys(waiting))
-            self._pools[pool] = None
+            waiting = [demand for demand in pool.starved if demand in demands and demand.pending and demand.is_idle]
+            pool.starved.clear()
+            pool.starved.extend(dict.fromkeys(waiting))
         for demand in list(self._deadlines):
             if demand not in demands or not (demand.pending and demand.is_idle):
                 del self._deadlines[demand]
-        self._stirred.clear()
+        self._rechecks.clear()
         for demand in demands:
-            if demand.party is not None:
-                demand.party.outstanding = sum(other.outstanding for other in demand.party.demands)
-                self.stir(demand)
+            if (caller := demand.async_caller) is not None:
+                caller.demands[demand.number] = demand
+                caller.outstanding = sum(other.outstanding for other in caller.demands.values())
+                self.recheck(demand)
         self.wake()
 
     def check_integrity(self, demands: Collection[Demand]) -> None:
-        """Asserts that of all demands no party's is forgotten, and that none waits that could go on."""
-        for party in {demand.party for demand in demands if demand.party is not None}:
-            assert party.demands.keys() == {demand for demand in demands if demand.party is party}
-            assert party.outstanding == sum(demand.outstanding for demand in party.demands) <= party.leases
-            for demand in party.demands:
-                stirred = demand in self._stirred
-                assert stirred or not demand.ready, "who is told does not have to ask"
-                assert stirred or not demand.is_over
+        """Assert that no asynchronous demand is lost, and that none waits that could go on."""
+        for caller in {demand.async_caller for demand in demands if demand.async_caller is not None}:
+            assert set(caller.demands.values()) == {demand for demand in demands if demand.async_caller is caller}
+            assert caller.outstanding == sum(demand.outstanding for demand in caller.demands.values())
+            assert caller.outstanding <= caller.leases
+            for demand in caller.demands.values():
+                rechecked = demand in self._rechecks
+                assert rechecked or not demand.ready, "what is ready is granted at once"
+                assert rechecked or not demand.is_over
                 waits = bool(demand.pending) and demand.is_idle
-                assert stirred or waits == (demand in self._deadlines)
-                assert not party.is_full or demand not in demand.pool.hungry
-                assert stirred or party.is_full or not waits or demand in demand.pool.hungry
-        assert all(demand in demands for demand in (*self._stirred, *self._deadlines))
+                assert rechecked or waits == (demand in self._deadlines)
+                assert not caller.is_full or demand not in demand.pool.starved
+                assert rechecked or caller.is_full or not waits or demand in demand.pool.starved
+        assert all(demand in demands for demand in (*self._rechecks, *self._deadlines))
 
 
 def _exhausted(demand: Demand) -> ExhaustedError:
-    party = demand.party
-    if party is not None and party.is_full:
+    caller = demand.async_caller
+    if caller is not None and caller.is_full:
         return ExhaustedError(
-            f"The client holds all {party.leases} leases that it may: none was given back in {demand.patience:g} s.",
+            f"The client holds all {caller.leases} leases that it may: none was given back in {demand.patience:g} s.",
             "Release some, or give it more (moetier daemon --leases).",
         )
     return ExhaustedError(

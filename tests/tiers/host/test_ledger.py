@@ -17,15 +17,13 @@ from stores import layout_of, make_plan
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.plan import ArenaPlan
-from moetier.tiers.cache.budget import members, slot_ranges
+from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.orders import ORDERS
-from moetier.tiers.cache.quotas import plan_groups
 from moetier.tiers.errors import ExhaustedError
+from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool, StagingBuffer
 from moetier.tiers.host.ledger import Ledger
-from moetier.tiers.host.parties import Parties
-from moetier.tiers.host.requests import Demand, Load, Party, Pool
-from moetier.tiers.host.session import Desk, Event, Failed, Granted, Session
-from moetier.tiers.host.staging import Head, Heads
+from moetier.tiers.host.session import Session
+from moetier.tiers.host.staging import StagingBuffers
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.locks import Monitor
 
@@ -57,7 +55,7 @@ class Client:
 
     def __init__(self, machine: LedgerMachine, leases: int) -> None:
         self.machine = machine
-        self.session = Session(self.hear, machine.desk, leases=leases, patience=PATIENCE)
+        self.session = Session(self.hear, machine.monitor, machine.ledger, leases=leases, patience=PATIENCE)
         self.leases = leases
         self.wanted: dict[int, set[ExpertKey]] = {}
         self.held: dict[int, dict[ExpertKey, tuple[int, int]]] = {}  # by request: slot and generation of each
@@ -106,7 +104,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.memory: dict[tuple[Pool, int], ExpertKey | None] = {}
         self.callers: list[Caller] = []
         self.clients: list[Client] = []
-        self.reading: list[Load | Head[Pool]] = []
+        self.reading: list[Load | StagingBuffer] = []
         self.yielding: list[Load] = []  # of these: a loader sleeps until demands have been read
         self.seen: list[tuple[ExpertKey, int, int]] = []  # what somebody found in the directory, and computes on
         self.now = 0.0
@@ -121,31 +119,27 @@ class LedgerMachine(RuleBasedStateMachine):
         self.monitor = Monitor()
         self.directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
         self.ledger = Ledger(
+            MANIFEST,
+            plan,
             self.directory,
+            order=data.draw(st.sampled_from(sorted(ORDERS)), "order"),
+            buffers=StagingBuffers(SLOT_BYTES) if data.draw(st.booleans(), "buffers") else None,
             wake=self.wake,
             ring=lambda: None,
             watch=lambda: None,
             ahead=data.draw(st.integers(1, 4), "ahead"),
-            prefetches=data.draw(st.integers(1, 2), "prefetches"),
-            heads=Heads(SLOT_BYTES) if data.draw(st.booleans(), "heads") else None,
+            most_prefetches=data.draw(st.integers(1, 2), "prefetches"),
             clock=lambda: self.now,
         )
-        self.parties = Parties(self.ledger)
+        for pool in self.ledger.pools.values():
+            pool.slot_bytes = SLOT_BYTES
         self.loaders = data.draw(st.integers(1, 3), "loaders")
-        self.pools = {}
-        order = data.draw(st.sampled_from(sorted(ORDERS)), "order")
-        for (name, count), first in zip(counts.items(), plan.first_slots, strict=True):
-            self.pools[name] = Pool(count, plan_groups(count, members(MANIFEST, name)), first, SLOT_BYTES, order)
-        self.desk = Desk(MANIFEST, self.monitor, self.ledger, self.parties, self.directory, self.pools)
 
     def wake(self) -> None:
         self.yielding.clear()
         for caller in self.callers:
             caller.asleep = False
-        self.monitor.post(self.parties.serve)
-
-    def pool(self, block: int) -> Pool:
-        return self.pools[MANIFEST.blocks[block].array]
+        self.monitor.post(self.ledger.serve)
 
     # -- threads of this process --------------------------------------------------------------------------------------
 
@@ -153,11 +147,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6))
     def acquire(self, block: int, experts: list[int]) -> None:
         keys = [ExpertKey(block, expert) for expert in experts]
-        pool = self.pool(block)
+        pool = self.ledger.pool(block)
         with step_of(self.monitor):
             ready = {key for key in keys if (s := pool.slots.find(key)) is not None and pool.slots.is_ready(s)}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
-            caller = Caller(Demand(pool, block, caller=len(self.callers)), keys)
+            caller = Caller(Demand(pool, block, len(self.callers)), keys)
             self.callers.append(caller)
             self.ledger.look(caller.demand, keys)
             assert self.ledger.counters.hits - hits == len(ready)
@@ -208,12 +202,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)), used=st.booleans())
     def lend(self, key: ExpertKey, used: bool) -> None:
         """For as long as any other lease."""
-        pool = self.pool(key.block)
-        caller = Caller(Demand(pool, key.block, caller=len(self.callers)), [])
+        pool = self.ledger.pool(key.block)
+        caller = Caller(Demand(pool, key.block, len(self.callers)), [])
         before = replace(self.ledger.counters)
         with step_of(self.monitor):
             slot = self.ledger.lend(caller.demand, key)
-            assert (slot is not None) == (pool.slots.holds(key) and not pool.hungry)
+            assert (slot is not None) == (pool.slots.holds(key) and not pool.starved)
             if slot is not None:
                 caller.held = (key, slot)
                 self.callers.append(caller)
@@ -224,12 +218,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
         with step_of(self.monitor):
-            self.ledger.loads.wish(self.pool(block), block, [ExpertKey(block, expert) for expert in experts])
+            self.ledger.loads.prefetch(self.ledger.pool(block), block, [ExpertKey(block, expert) for expert in experts])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
     def warm(self, block: int, experts: list[int]) -> None:
         with step_of(self.monitor):
-            self.ledger.loads.warm(self.pool(block), [ExpertKey(block, expert) for expert in experts])
+            self.ledger.loads.warm(self.ledger.pool(block), [ExpertKey(block, expert) for expert in experts])
 
     # -- clients in other processes -----------------------------------------------------------------------------------
 
@@ -278,13 +272,13 @@ class LedgerMachine(RuleBasedStateMachine):
         waiting = [
             (client, request)
             for client in self.clients
-            for request, demand in client.session._requests.items()
+            for request, demand in client.session.demands.items()
             if demand.pending and demand.is_idle
         ]
         failed = {id(client): len(client.failed) for client in self.clients}
         self.now += seconds
         with step_of(self.monitor):
-            until = self.parties.expire()
+            until = self.ledger.expire()
         assert until is None or self.now < until <= self.now + PATIENCE
         if seconds == PATIENCE:
             for client, request in waiting:
@@ -311,17 +305,17 @@ class LedgerMachine(RuleBasedStateMachine):
         with step_of(self.monitor):
             evictions = self.ledger.counters.evictions
             load = self.ledger.loads.take()
-        if isinstance(load, Head):
+        if isinstance(load, StagingBuffer):
             assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
             assert self.ledger.counters.evictions == evictions, "and evicts nothing"
-            assert self.ledger.loads._early.is_wished(load.key)
+            assert self.ledger.prefetches.is_requested(load.key)
         if load is not None:
-            if isinstance(load, Load) and load.warmed:
+            if isinstance(load, Load) and load.is_warmup:
                 assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
                 assert self.ledger.counters.evictions == evictions, "and of the slots"
             self.reading.append(load)
 
-    def awake(self) -> list[Load | Head[Pool]]:
+    def awake(self) -> list[Load | StagingBuffer]:
         return [load for load in self.reading if load not in self.yielding]
 
     @precondition(lambda self: self.awake())
@@ -330,29 +324,31 @@ class LedgerMachine(RuleBasedStateMachine):
         load = data.draw(st.sampled_from(self.awake()))
         self.end(load, OSError("broken") if fails else None)
 
-    @precondition(lambda self: any(isinstance(load, Load) and load.wished for load in self.awake()))
+    @precondition(lambda self: any(isinstance(load, Load) and load.is_prefetch for load in self.awake()))
     @rule(data=st.data())
     def pause(self, data: st.DataObject) -> None:
         """A loader yields between two pieces, or finds that what it reads is unwanted."""
-        load = data.draw(st.sampled_from([load for load in self.awake() if isinstance(load, Load) and load.wished]))
+        load = data.draw(
+            st.sampled_from([load for load in self.awake() if isinstance(load, Load) and load.is_prefetch])
+        )
         with step_of(self.monitor):
-            if self.ledger.loads.stands_back(load):
+            if self.ledger.loads.yields(load):
                 if len(self.yielding) < self.loaders - 1:  # one is always there for the demands
                     self.yielding.append(load)
             elif self.ledger.loads.is_unwanted(load):
                 self.ledger.loads.cancel(load)
                 self.reading.remove(load)
 
-    def end(self, load: Load | Head[Pool], error: OSError | None) -> None:
-        if isinstance(load, Load) and load.head is not None and load.head in self.reading:
-            self.end(load.head, None)  # a loader waits for that
+    def end(self, load: Load | StagingBuffer, error: OSError | None) -> None:
+        if isinstance(load, Load) and load.staged is not None and load.staged in self.reading:
+            self.end(load.staged, None)  # a loader waits for that
         self.reading.remove(load)
-        if isinstance(load, Head):
+        if isinstance(load, StagingBuffer):
             with step_of(self.monitor):
-                self.ledger.loads.grown(load, error)
+                self.ledger.loads.end_piece(load, error)
             return
-        if load.head is not None:
-            error = error or load.head.error
+        if load.staged is not None:
+            error = error or load.staged.error
         with step_of(self.monitor):
             waiters = list(load.waiters)
             if error is not None:
@@ -362,19 +358,19 @@ class LedgerMachine(RuleBasedStateMachine):
             else:
                 self.memory[load.pool, load.slot] = load.key
                 self.ledger.loads.arrive(load)
-        assert all(demand.party is None or demand.error is None or demand.is_over for demand in waiters)
+        assert all(demand.async_caller is None or demand.error is None or demand.is_over for demand in waiters)
 
     @invariant()
     def agrees(self) -> None:
         if not hasattr(self, "ledger"):
             return
-        self.ledger.check_integrity(list(self.pools.values()))
+        self.ledger.check_integrity()
         counters = self.ledger.counters
         assert counters.useful + counters.late + counters.wasted <= counters.prefetched
         for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None
         for load in self.yielding:
-            assert self.ledger.loads.stands_back(load), "no loader sleeps that could go on"
+            assert self.ledger.loads.yields(load), "no loader sleeps that could go on"
         content = {pool.first + slot: key for (pool, slot), key in self.memory.items()}
         for caller in self.callers:
             if caller.held is not None:
@@ -391,7 +387,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for key, slot, generation in self.seen:
             if self.directory.generation(slot) == generation:
                 assert content[slot] == key, "a proof that proves nothing"
-        for pool in self.pools.values():
+        for pool in self.ledger.pools.values():
             assert (
                 max(
                     Counter(
@@ -426,9 +422,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for client in self.clients:
             assert client.session.held == 0
             client.session.close()
-        for pool in self.pools.values():
+        for pool in self.ledger.pools.values():
             assert not any(pool.slots.pins(slot) for slot in range(pool.slots.count))
-            assert not pool.hungry
+            assert not pool.starved
         assert not self.ledger._demands
         assert not self.ledger.waiting._deadlines
 
@@ -445,12 +441,22 @@ def ledger_of(
 ) -> tuple[Ledger, Pool]:
     plan = ArenaPlan.of(MANIFEST, {"big": 3, "small": count})
     directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
-    ledger = Ledger(directory, wake=wake, ring=lambda: None, watch=lambda: None, ahead=ahead, prefetches=1, clock=clock)
-    return ledger, Pool(count, plan_groups(count, members(MANIFEST, "small")), 3, 1)
+    ledger = Ledger(
+        MANIFEST,
+        plan,
+        directory,
+        wake=wake,
+        ring=lambda: None,
+        watch=lambda: None,
+        ahead=ahead,
+        most_prefetches=1,
+        clock=clock,
+    )
+    return ledger, ledger.pools["small"]
 
 
 def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
-    made = Demand(pool, block, caller=block)
+    made = Demand(pool, block, block)
     ledger.look(made, [ExpertKey(block, expert) for expert in experts])
     return made
 
@@ -472,7 +478,7 @@ def test_the_hungry_are_served_in_order_and_nobody_reads_ahead_of_them() -> None
     greedy = demand(ledger, pool, 1, 0, 1, 2, 3)
     first = demand(ledger, pool, 3, 0, 1)
     second = demand(ledger, pool, 4, 0)
-    assert list(pool.hungry) == [first, second]
+    assert list(pool.starved) == [first, second]
     arrive_all(ledger)
     ledger.take(greedy)
     ledger.release(greedy)
@@ -482,14 +488,14 @@ def test_the_hungry_are_served_in_order_and_nobody_reads_ahead_of_them() -> None
     assert not greedy.loads
     ledger.advance(first)
     assert [load.key for load in first.loads] == [ExpertKey(3, 0)], "one, for somebody else is hungry"
-    assert list(pool.hungry) == [second]
+    assert list(pool.starved) == [second]
     ledger.take(greedy)
     ledger.release(greedy)
     ledger.advance(first)
     ledger.advance(second)
     assert len(first.loads) == 1
     assert [load.key for load in second.loads] == [ExpertKey(4, 0)]
-    assert not pool.hungry
+    assert not pool.starved
 
 
 def test_no_more_than_ahead_is_in_flight() -> None:
@@ -521,7 +527,7 @@ def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -
     assert begun is not None
     assert begun.key == ExpertKey(1, 0)
     ledger.leave(caller)
-    ledger.check_integrity([Pool(3, plan_groups(3, members(MANIFEST, "big")), 0, 1), pool])
+    ledger.check_integrity()
     assert pool.slots.find(ExpertKey(1, 1)) is None
     wanted = take_load(ledger)
     assert wanted is not None
@@ -545,9 +551,8 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
         is_cut = cut(lambda: ledger.loads.arrive(load), number) is not None  # noqa: B023
         if not is_cut:
             break
-        big = Pool(3, plan_groups(3, members(MANIFEST, "big")), 0, 1)
-        ledger.mend([big, pool])
-        ledger.check_integrity([big, pool])
+        ledger.mend()
+        ledger.check_integrity()
         number += 1
         if load in list(ledger.loads):  # it counts as being read still
             continue
@@ -586,14 +591,14 @@ def test_a_prefetch_that_yields_is_woken_when_the_load_goes_that_it_yields_to() 
         woken += 1
 
     ledger, pool = ledger_of(6, wake=wake)
-    ledger.loads.wish(pool, 1, [ExpertKey(1, 0)])
+    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0)])
     prefetch = take_load(ledger)
     assert prefetch is not None
     other = demand(ledger, pool, 3, 0)
-    assert ledger.loads.stands_back(prefetch)
+    assert ledger.loads.yields(prefetch)
     before = woken
     ledger.leave(other)  # no loader had begun its load
-    assert not ledger.loads.stands_back(prefetch)
+    assert not ledger.loads.yields(prefetch)
     assert woken > before
 
 
@@ -630,7 +635,7 @@ def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
     arrive_all(ledger)
     assert len(holder.ready) == 3
     hungry = demand(ledger, pool, 3, 0)
-    ledger.loads.wish(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
+    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
     ledger.leave(holder)
     assert take_load(ledger) is None, "three slots could be had, but somebody is hungry"
     ledger.advance(hungry)
@@ -667,7 +672,7 @@ def test_what_becomes_of_wishes_is_counted() -> None:
         assert found.useful + found.late + found.wasted <= found.prefetched
         return found.prefetched, found.useful, found.late, found.wasted, found.cancelled
 
-    ledger.loads.wish(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
+    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     read(0.5)
     late = take_load(ledger)
     assert late is not None
@@ -681,10 +686,10 @@ def test_what_becomes_of_wishes_is_counted() -> None:
     ledger.leave(demand(ledger, pool, 1, 0, 1))
     assert counts() == (2, 1, 1, 0, 1), "each once"
 
-    ledger.loads.wish(pool, 4, [ExpertKey(4, 0)])
+    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 0)])
     read(1.0)
-    ledger.loads.wish(pool, 4, [ExpertKey(4, 1)])
-    ledger.loads.wish(pool, 4, [ExpertKey(4, 1)])
+    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 1)])
+    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 1)])
     assert counts() == (3, 1, 1, 0, 1), "what is wished again is not given up"
     others = demand(ledger, pool, 3, 0, 1, 2)
     arrive_all(ledger)
@@ -699,13 +704,13 @@ def test_a_wish_takes_the_place_of_one_that_was_wrong() -> None:
     def there(*keys: tuple[int, int]) -> list[bool]:
         return [pool.slots.find(ExpertKey(*key)) is not None for key in keys]
 
-    ledger.loads.wish(pool, 4, [ExpertKey(4, 0)])
+    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 0)])
     arrive_all(ledger)
     for block, experts in ((1, (0, 1)), (3, (0, 1)), (4, (1,))):
         asked = demand(ledger, pool, block, *experts)
         arrive_all(ledger)
         ledger.leave(asked)
-    ledger.loads.wish(pool, 1, [ExpertKey(1, 2)])
+    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 2)])
     arrive_all(ledger)
     assert there((4, 0), (1, 2), (1, 0), (1, 1)) == [False, True, True, True], "and of no record of its own block"
     ledger.leave(demand(ledger, pool, 1, 0))  # and not what was wished
@@ -719,8 +724,8 @@ def test_a_wish_takes_the_place_of_one_that_was_wrong() -> None:
 def test_a_wish_takes_what_is_empty_before_what_was_wrong() -> None:
     ledger, pool = ledger_of(6)
     for key in (ExpertKey(4, 0), ExpertKey(1, 0)):
-        ledger.loads.wish(pool, 4, [])
-        ledger.loads.wish(pool, key.block, [key])
+        ledger.loads.prefetch(pool, 4, [])
+        ledger.loads.prefetch(pool, key.block, [key])
         arrive_all(ledger)
     assert None not in (pool.slots.find(ExpertKey(4, 0)), pool.slots.find(ExpertKey(1, 0)))
     assert ledger.counters.wasted == 0
@@ -728,30 +733,22 @@ def test_a_wish_takes_what_is_empty_before_what_was_wrong() -> None:
 
 def test_a_wish_that_finds_no_slot_or_whose_wisher_goes_is_given_up() -> None:
     ledger, pool = ledger_of(2)
-    ledger.loads.wish(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
+    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     assert [read_next(ledger) for _ in range(3)] == [ExpertKey(1, 0), ExpertKey(1, 1), None]
     assert (ledger.counters.prefetched, ledger.counters.cancelled) == (2, 1), "the two that are there are wished still"
-
-    class Silent(Party):
-        def grant(self, demand: Demand, slot: int) -> None:
-            raise AssertionError
-
-        def refuse(self, demand: Demand, error: BaseException) -> None:
-            raise AssertionError
-
-    wisher = Silent(1)
-    ledger.loads.wish(pool, 3, [ExpertKey(3, 0), ExpertKey(3, 1)], wisher=wisher)
-    ledger.loads.withdraw_wishes(wisher)
+    wisher = AsyncCaller(lambda event: None, 1)
+    ledger.loads.prefetch(pool, 3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller=wisher)
+    ledger.prefetches.cancel(wisher)
     assert (read_next(ledger), ledger.counters.cancelled) == (None, 3)
 
 
 def test_a_record_that_a_client_finds_in_the_directory_was_wished_rightly() -> None:
     ledger, pool = ledger_of(3)
-    ledger.loads.wish(pool, 1, [ExpertKey(1, 0)])
+    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0)])
     load = take_load(ledger)
     assert load is not None
     ledger.loads.arrive(load)
-    ledger.use(pool, ExpertKey(1, 0))
+    ledger.use(ExpertKey(1, 0))
     assert (ledger.counters.useful, ledger.counters.late) == (1, 0)
 
 
@@ -777,7 +774,7 @@ def test_a_warm_up_fills_what_is_empty_behind_demands_and_wishes() -> None:
     assert take_load(ledger) is None, "not while anything is read for a demand"
     ledger.loads.arrive(begun)
     ledger.leave(wanted)
-    ledger.loads.wish(pool, 3, [ExpertKey(3, 3)])
+    ledger.loads.prefetch(pool, 3, [ExpertKey(3, 3)])
     assert [read_next(ledger) for _ in range(5)] == [(3, 3), (1, 2), (3, 0), (4, 1), None], "never beyond the quota"
     assert (ledger.counters.evictions, ledger.counters.warmed, ledger.counters.prefetched) == (0, 4, 1)
 
@@ -815,12 +812,12 @@ def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
     load = take_load(ledger)
     assert load is not None
-    assert not ledger.loads.stands_back(load)
+    assert not ledger.loads.yields(load)
     demand(ledger, pool, 3, 0)
-    assert ledger.loads.stands_back(load)
+    assert ledger.loads.yields(load)
     assert not ledger.loads.is_unwanted(load)
     hungry = demand(ledger, pool, 4, 0)
-    assert list(pool.hungry) == [hungry]
+    assert list(pool.starved) == [hungry]
     assert ledger.loads.is_unwanted(load)
     arrive_all(ledger)
     ledger.loads.cancel(load)
@@ -833,12 +830,11 @@ def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
 def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
     ledger, pool = ledger_of(6)
     ledger.leave(demand(ledger, pool, 1, 3))
-    assert ledger.uses is None
-    ledger.uses = {}
+    assert not ledger.counted_uses()
     demand(ledger, pool, 1, 0, 1, 0)
-    ledger.use(pool, ExpertKey(1, 0))
-    ledger.count([ExpertKey(0, 2)])
-    assert ledger.uses == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
+    ledger.use(ExpertKey(1, 0))
+    ledger.used_above([ExpertKey(0, 2)])
+    assert ledger.counted_uses() == {(1, 0): 2, (1, 1): 1, (0, 2): 1}
 
 
 def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
@@ -846,12 +842,21 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
     manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
     plan = ArenaPlan.of(manifest, {"records": 1000})
     directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
-    ledger = Ledger(directory, wake=lambda: None, ring=lambda: None, watch=lambda: None, ahead=4, prefetches=1)
-    pool = Pool(1000, plan_groups(1000, members(manifest, "records")), 0, 1)
+    ledger = Ledger(
+        manifest,
+        plan,
+        directory,
+        wake=lambda: None,
+        ring=lambda: None,
+        watch=lambda: None,
+        ahead=4,
+        most_prefetches=1,
+    )
+    pool = ledger.pools["records"]
     experts = iter(range(1000))
 
     def ask(caller: int) -> None:
-        ledger.look(Demand(pool, 0, caller=caller), [ExpertKey(0, next(experts))])
+        ledger.look(Demand(pool, 0, caller), [ExpertKey(0, next(experts))])
 
     waiting = set(range(2, 202))
     for caller in waiting:
@@ -865,8 +870,8 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
         ledger.leave(demand)
         waiting.discard(demand.caller)
     assert not waiting
-    assert len(ledger.loads._turns._queues) <= 202
+    assert len(ledger.loads._queue._queues) <= 202
     for caller in range(300, 400):  # who come once are not kept
         ask(caller)
         arrive_all(ledger)
-    assert len(ledger.loads._turns._queues) <= 2
+    assert len(ledger.loads._queue._queues) <= 2

@@ -14,7 +14,8 @@ from threads import Task, run_all, wait_until
 
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, ExhaustedError, MissingExpertError, ProtocolError, StoreReadError
-from moetier.tiers.host.session import Event, Failed, Granted, Session
+from moetier.tiers.host.demands import Event, Failed, Granted
+from moetier.tiers.host.session import Session
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 

@@ -20,9 +20,8 @@ from threads import Task, wait_until
 
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, ChecksumError, MissingExpertError, StoreReadError
-from moetier.tiers.host import prefetch as early
-from moetier.tiers.host import staging as heads
-from moetier.tiers.host.staging import HEADS, LEAST_BYTES, PIECES, SHARE, Heads, head_bytes, piece_bytes
+from moetier.tiers.host import prefetch, staging
+from moetier.tiers.host.staging import BUFFERS, LEAST_BYTES, PIECES, SHARE, StagingBuffers, buffer_bytes, piece_bytes
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.source import Beginning
@@ -53,8 +52,8 @@ def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """These records are read in no time, and would have no heads, nor pieces."""
-    monkeypatch.setattr(early, "QUICK_SECONDS", 0.0)
-    monkeypatch.setattr(heads, "PIECE_SECONDS", 0.0)
+    monkeypatch.setattr(prefetch, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(staging, "PIECE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def everything(tier: HostTier) -> bool:
 @given(st.integers(1, 1 << 20), st.none() | st.floats(1e-6, 10))
 def test_heads_and_pieces_are_of_whole_pages(pages: int, seconds: float | None) -> None:
     slot = pages * PAGE
-    head, piece = head_bytes(slot), piece_bytes(slot, seconds)
+    head, piece = buffer_bytes(slot), piece_bytes(slot, seconds)
     assert head % PAGE == piece % PAGE == 0
     assert head == slot if slot <= LEAST_BYTES else LEAST_BYTES <= head <= max(LEAST_BYTES, slot // SHARE + PAGE)
     assert piece_bytes(slot, None) <= piece <= head <= PIECES * piece
@@ -107,7 +106,7 @@ def test_what_is_read_quickly_goes_into_a_slot_at_once(monkeypatch: pytest.Monke
     with HostTier(reader, slots={"records": 6}) as tier:
         for block in range(3):
             take(tier, block, 0, 1)
-        monkeypatch.setattr(early, "QUICK_SECONDS", inf)
+        monkeypatch.setattr(prefetch, "QUICK_SECONDS", inf)
         tier.prefetch(0, [WISHED])
         wait_until(lambda: not tier.absent([WISHED]))
         assert not reader.parts_read
@@ -128,7 +127,7 @@ def test_a_demand_reads_the_rest_while_the_piece_before_it_is_read(gate: GatedRe
     assert (stats.prefetched, stats.late, stats.useful, stats.cancelled) == (1, 1, 0, 0)
     assert (stats.misses, stats.joined) == (7, 1), "seven records were read"
     assert stats.saved_seconds > 0
-    assert len(tier._ledger.loads._heads or ()) == 0
+    assert len(tier._ledger.prefetches.buffers or ()) == 0
 
 
 def test_a_wrong_guess_costs_no_record(gate: GatedReader, tier: HostTier) -> None:
@@ -183,7 +182,7 @@ def test_more_wishes_than_heads_all_come(gate: GatedReader) -> None:
         gate.open()
         for block in range(3):
             take(tier, block, *range(4 if block < 1 else 3))
-        assert HEADS < 3
+        assert BUFFERS < 3
         tier.prefetch(1, keys(1, 3))
         tier.prefetch(2, keys(2, 3))
         tier.prefetch(0, keys(0, 3))
@@ -233,7 +232,7 @@ def test_a_demand_that_waits_for_a_piece_gets_its_error(gate: GatedReader, tier:
     gate.broken.clear()
     tier.check_integrity()
     assert take(tier, 0, 2) == [WISHED]
-    assert len(tier._ledger.loads._heads or ()) == 0
+    assert len(tier._ledger.prefetches.buffers or ()) == 0
 
 
 def test_closing_waits_for_a_piece(gate: GatedReader) -> None:
@@ -242,7 +241,7 @@ def test_closing_waits_for_a_piece(gate: GatedReader) -> None:
     tier.prefetch(0, [WISHED])
     gate.wait_begun(WISHED)
     closing = Task(tier.close)
-    wait_until(lambda: tier._closed)
+    wait_until(lambda: tier._ledger.loads.closed_by is not None)
     time.sleep(0.02)
     assert closing.thread.is_alive()
     gate.open()
@@ -300,7 +299,7 @@ def test_bytes_are_counted_once_and_wrong_ones_too(gate: GatedReader, tier: Host
 
 def test_a_head_that_can_not_be_had_is_an_error_of_the_budget() -> None:
     with pytest.raises(BudgetError, match="beside the slots"):
-        Heads[None](1 << 60)
+        StagingBuffers(1 << 60)
 
 
 # -- the real store ----------------------------------------------------------------------------------------------------
@@ -337,9 +336,9 @@ def test_a_bit_that_flipped_in_a_head_is_noticed_and_named_once(tmp_path: Path) 
         for block in range(3):
             take(tier, block, 0, 1)
         tier.prefetch(0, [WISHED])
-        heads_of = tier._ledger.loads._heads
-        assert heads_of is not None
-        wait_until(lambda: WISHED in heads_of or tier.stats().failures > 0)
+        buffers = tier._ledger.prefetches.buffers
+        assert buffers is not None
+        wait_until(lambda: WISHED in buffers or tier.stats().failures > 0)
         with pytest.raises(ChecksumError) as caught:
             take(tier, 0, 2)
         assert str(caught.value).count("expert 2") == 1

@@ -566,7 +566,7 @@ def test_nothing_is_lent_while_a_demand_finds_no_slot() -> None:
             assert lease.record is held[0].record
             assert lease.slot == held[0].slot
         task = Task(lambda: take(tier, 1, 0))
-        wait_until(lambda: bool(tier._pools["records"].hungry))
+        wait_until(lambda: bool(tier._ledger.pools["records"].starved))
         with tier.borrow(ExpertKey(0, 0)) as lease:
             assert lease is None
         first.close()
@@ -590,7 +590,7 @@ def test_a_warm_up_ends_with_the_tier(gate: GatedReader, loaders: int) -> None:
     tier.warm(HotSet(dict.fromkeys(RECORDS, 1.0)))
     gate.wait_begun(*keys(0, 0))
     closing = Task(tier.close)
-    wait_until(lambda: tier._closed)
+    wait_until(lambda: tier._ledger.loads.closed_by is not None)
     gate.open()
     closing.result()
     assert len(gate.reads) <= 1

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetier.tiers.cache.quotas import Group
+from moetier.tiers.host.demands import AsyncCaller, Demand, Pool
+from moetier.tiers.host.prefetch import PrefetchQueue
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.stats import TierCounters
+
+CALLERS = tuple(AsyncCaller(lambda event: None, 1) for _ in range(3))
+FIRST, SECOND, THIRD = CALLERS
+
+
+def keys(block: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(block, expert) for expert in experts]
+
+
+def make_pool() -> Pool:
+    """More slots for each block than it has experts."""
+    return Pool(200, [Group((block,), 20) for block in range(10)], 0, 1, "lru")
+
+
+class Queue:
+    """A prefetch queue whose records are begun and never arrive in a slot, so that each has a place."""
+
+    def __init__(self) -> None:
+        self.counters = TierCounters("host")
+        self.queue = PrefetchQueue(self.counters, time.monotonic)
+        self.pool = make_pool()
+
+    def request(self, caller: AsyncCaller, block: int, wanted: list[ExpertKey], pool: Pool | None = None) -> int:
+        """Returns how many requests were cancelled."""
+        before = self.counters.cancelled
+        self.queue.request(pool or self.pool, block, wanted, caller)
+        return self.counters.cancelled - before
+
+    def cancel(self, caller: AsyncCaller) -> int:
+        before = self.counters.cancelled
+        self.queue.cancel(caller)
+        return self.counters.cancelled - before
+
+    def take(self, count: int = 100) -> list[ExpertKey]:
+        found: list[ExpertKey] = []
+        while len(found) < count and (place := self.queue.take()) is not None:
+            found.append(place.key)
+        return found
+
+
+def test_a_callers_blocks_come_in_their_order_and_callers_by_turns() -> None:
+    queue = Queue()
+    queue.request(FIRST, 1, keys(1, 5, 6))
+    queue.request(FIRST, 2, keys(2, 7))
+    queue.request(SECOND, 3, keys(3, 8, 9))
+    assert queue.take() == [*keys(1, 5), *keys(3, 8), *keys(1, 6), *keys(3, 9), *keys(2, 7)]
+    assert not queue.queue.unbegun
+
+
+def test_a_caller_is_known_by_its_latest_requests() -> None:
+    queue = Queue()
+    assert queue.request(FIRST, 1, keys(1, 5, 6, 7)) == 0
+    assert queue.take(1) == keys(1, 5)
+    assert queue.request(FIRST, 1, keys(1, 7, 8)) == 1, "only the 6 was waiting and is not requested any more"
+    assert queue.take() == keys(1, 7, 8)
+    assert all(map(queue.queue.is_requested, keys(1, 7, 8))), "until they are replaced"
+    assert not any(map(queue.queue.is_requested, keys(1, 5, 6)))
+    assert queue.request(FIRST, 1, []) == 0
+    assert not any(map(queue.queue.is_requested, keys(1, 7, 8)))
+
+
+def test_requests_wait_while_a_demand_of_their_pool_is_starved() -> None:
+    queue, other = Queue(), make_pool()
+    queue.request(FIRST, 1, keys(1, 5))
+    queue.request(FIRST, 2, keys(2, 6), other)
+    queue.pool.starved.append(Demand(queue.pool, 0, 0))
+    assert queue.take() == keys(2, 6)
+    assert queue.queue.unbegun == 1
+    queue.pool.starved.clear()
+    assert queue.take() == keys(1, 5)
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("request"), st.integers(0, 2), st.integers(0, 2), st.lists(st.integers(0, 4))),
+        st.tuples(st.just("cancel"), st.integers(0, 2), st.just(0), st.just([])),
+        st.tuples(st.just("take"), st.just(0), st.just(0), st.just([])),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTIONS)
+def test_nothing_is_lost_and_nothing_comes_twice(actions: list[tuple[str, int, int, list[int]]]) -> None:
+    queue = Queue()
+    for block in range(3):  # expert 0 has a slot
+        queue.pool.slots.begin(block, ExpertKey(block, 0))
+    waiting: dict[tuple[int, int], list[ExpertKey]] = {}
+    latest: dict[tuple[int, int], list[ExpertKey]] = {}
+    for action, caller, block, experts in actions:
+        if action == "request":
+            wanted = list(dict.fromkeys(keys(block, *experts)))
+            before = waiting.get((caller, block), [])
+            assert queue.request(CALLERS[caller], block, wanted) == len(set(before) - set(wanted))
+            latest[caller, block] = wanted
+            waiting[caller, block] = [key for key in wanted if key.expert]
+        elif action == "cancel":
+            assert queue.cancel(CALLERS[caller]) == sum(len(found) for of, found in waiting.items() if of[0] == caller)
+            waiting = {of: found for of, found in waiting.items() if of[0] != caller}
+            latest = {of: found for of, found in latest.items() if of[0] != caller}
+        elif taken := queue.take(1):
+            firsts = [found for found in waiting.values() if found[:1] == taken]
+            assert firsts
+            firsts[0].pop(0)
+            if len(firsts) > 1:  # the same of several callers: it was taken for any of them
+                return
+        assert queue.queue.unbegun == sum(map(len, waiting.values()))
+        every = {key for found in latest.values() for key in found}
+        assert all(
+            queue.queue.is_requested(ExpertKey(b, e)) == (ExpertKey(b, e) in every) for b in range(3) for e in range(5)
+        )
+    assert sorted(queue.take()) == sorted(key for found in waiting.values() for key in found)
