@@ -17,7 +17,7 @@ author = "The moetier developers"
 project_copyright = f"2026, {author}"
 release = importlib.metadata.version("moetier")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 
 html_theme = "furo"

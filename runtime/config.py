@@ -1,20 +1,23 @@
-"""How much of the machine a process may use: one frozen value, checked once."""
+"""Options of the tiers of one process, declared once and checked once."""
+
+# ruff: noqa: RUF009 - _option gives each field its own
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.errors import ConfigError
 
-from .threads import check_threads
+from .number import COUNT, Number
+from .threads import machine_cpus
 
 SPECULATE = ("auto", "off", "always")
-LOOK_AHEAD = 1  # layers: from further away more is guessed in vain (tests/measurements/speculation.py)
 DEFAULT_CONTEXT = 4096  # tokens
 NONE = "none"  # as a daemon: None, for whoever has only text
 AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
@@ -56,8 +59,227 @@ class Size:
         return self.bytes if self.bytes is not None else int((self.share or 0) * total)
 
 
+@dataclass(frozen=True, slots=True)
+class DaemonChoice:
+    """Whose experts a process uses: its own (the default), or those of daemons."""
+
+    find: bool = False  # a daemon of this machine that serves the store, if there is one
+    addresses: tuple[Address, ...] = ()  # these daemons and no others
+
+    @classmethod
+    def parse(cls, text: str | None) -> DaemonChoice:
+        """Read "auto", "none" (or None), or addresses separated by commas. Raises ConfigError."""
+        if text in (None, NONE, AUTO):
+            return cls(find=text == AUTO)
+        assert text is not None
+        names = text.split(",")
+        if len(names) > 1 and not all(names):
+            raise ConfigError(f"{text!r} has a comma too many.", "Name daemons with one comma between two.")
+        addresses = tuple(map(Address.parse, names))
+        if len(set(addresses)) != len(addresses):
+            raise ConfigError(f"{text!r} names a daemon twice.", "Name each once.")
+        return cls(addresses=addresses)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of the tiers: what a command line and a check need to know beside its default.
+
+    Attributes:
+        help: the text of ``--help``, without the default.
+        kind: the types that Python code may give.
+        wanted: the fix where the type is wrong, as the object of "Give".
+        group: the title under which ``--help`` lists the option.
+        metavar: the word for the value in ``--help``.
+        choices: the values of an option that has only these.
+        numbers: the range of a number.
+        parse: converts a value and raises ConfigError where it cannot.
+        default: as a person would write it.
+    """
+
+    default: Any
+    help: str
+    kind: Any
+    wanted: str
+    group: str = "memory and device"
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    numbers: Number | None = None
+    parse: Callable[[Any], Any] | None = None
+
+    def read(self, name: str, value: Any) -> Any:
+        """Return the checked and converted value of the option called ``name``. Raises ConfigError."""
+        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
+            raise ConfigError(f"`{name}` is {value!r}.", f"Give {self.wanted}.")
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"`{name}` is {value!r}.", f"Give one of {', '.join(self.choices)}.")
+        if self.numbers is not None and value is not None and not self.numbers.least <= value <= self.numbers.most:
+            raise ConfigError(f"`{name}` is {value}.", self.numbers.fix)
+        return value if self.parse is None else self.parse(value)
+
+
+def _option(default: Any, help: str, kind: Any, wanted: str, **more: Any) -> Any:
+    option = Option(default, help, kind, wanted, **more)
+    return field(default=default if option.parse is None else option.parse(default), metadata={"option": option})
+
+
+def _size(text: str | int | None) -> Size | None:
+    return None if text is None else Size.parse(text)
+
+
+def _credentials(given: Credentials | None) -> Credentials:
+    return given or Credentials()
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"{name!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
+    return name
+
+
+_CPUS = machine_cpus()
+
+
+@dataclass(frozen=True, slots=True)
+class TierConfig:
+    """The options of the tiers of one process. This is their only declaration.
+
+    The command line, settings files, ``load``, ``register`` and the ``quantization_config`` of a model directory take
+    names, defaults, ranges and help from here; the daemon takes those of its own host tier. ``of`` makes a checked
+    value from what a person writes.
+    """
+
+    ram: Size | None = _option(
+        None,
+        'host memory for experts: "6GiB", or "50%%" of what is left after trunk and context (default: 80%%). Ignored '
+        "when a local daemon holds the experts (set it on the daemon); so are --policy and --learn",
+        int | str | None,
+        'a size such as "6GiB", a share: "50%", or a number of bytes',
+        metavar="SIZE",
+        parse=_size,
+    )
+    device_memory: Size | None = _option(
+        None,
+        "GPU memory for experts, where there is a GPU",
+        int | str | None,
+        "a size, a share or a number of bytes",
+        metavar="SIZE",
+        parse=_size,
+    )
+    device: str = _option("auto", '"auto", "cpu", "cuda" or "cuda:N"', str, "a text", parse=_device)
+    policy: str = _option(
+        DEFAULT_ORDER,
+        "which experts are evicted first: lru, the least recently used; scan, the same, but a long prompt leaves what "
+        "is cached in place; lrfu, as scan, but the least often used of late",
+        str,
+        "a text",
+        choices=tuple(ORDERS),
+    )
+    learn: bool = _option(
+        False,
+        "keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
+        bool,
+        "True or False",
+    )
+    context: int = _option(
+        DEFAULT_CONTEXT,
+        "tokens of context that budgets leave room for; a longer one takes more. No effect with a daemon of this "
+        "machine on a CPU",
+        int,
+        "a whole number",
+        metavar="TOKENS",
+        numbers=COUNT,
+    )
+    threads: int | None = _option(
+        None,
+        "threads to compute with (default: OMP_NUM_THREADS; else as many as there are CPUs for this process, a "
+        "control group's quota counted)",
+        int | None,
+        f"a whole number from 1 to {_CPUS}, the CPUs of this machine",
+        metavar="N",
+        numbers=Number(int, 1, _CPUS, f"Give 1 to {_CPUS}, the CPUs of this machine."),
+    )
+    exact: bool = _option(
+        False,
+        'give exactly the results of transformers (experts_implementation="eager"); slower',
+        bool,
+        "True or False",
+    )
+    daemon: DaemonChoice = _option(
+        AUTO,
+        "whose experts: auto, those of a local daemon if it serves this model, else this process's own; none, its own; "
+        "NAME, FOLDER or HOST:PORT, those of that daemon; A,B,C, each has a share",
+        str | None,
+        '"auto", None, or addresses separated by commas',
+        group="daemon",
+        metavar="WHOSE",
+        parse=DaemonChoice.parse,
+    )
+    credentials: Credentials = _option(None, "", Credentials | None, "moetier's Credentials", parse=_credentials)
+    speculate: str = _option(
+        "auto",
+        "load experts ahead that the next layers' routers will probably choose: auto, while it is measured to pay",
+        str,
+        "a text",
+        group="speculation",
+        choices=SPECULATE,
+    )
+    look_ahead: int = _option(  # from further away more is predicted in vain (tests/measurements/speculation.py)
+        1,
+        "layers to predict",
+        int,
+        "a whole number",
+        group="speculation",
+        metavar="N",
+        numbers=Number(int, 1, 8, "Give 1 to 8."),
+    )
+    prefetch: int | None = _option(
+        None,
+        "most experts of a block to load on a prediction (default: as many as are worth it)",
+        int | None,
+        "a whole number",
+        group="speculation",
+        metavar="N",
+        numbers=COUNT,
+    )
+
+    @classmethod
+    def of(cls, **options: Unpack[LoadOptions]) -> TierConfig:
+        """Check options as a person writes them. Raises ConfigError; TypeError for a name that is none."""
+        given: dict[str, Any] = {**options}
+        if unknown := given.keys() - OPTIONS.keys():
+            raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+        found = cls(**{name: OPTIONS[name].read(name, value) for name, value in given.items()})
+        asked = {"`ram`": found.ram is not None, "`policy`": found.policy != DEFAULT_ORDER, "`learn`": found.learn}
+        if found.mapped is not None and any(asked.values()):
+            raise ConfigError(
+                f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
+                f"Give {' and '.join(name for name in asked if asked[name])} to the daemon, and not here.",
+            )
+        if found.credentials != Credentials() and not found.remote:
+            raise ConfigError(
+                "A token, certificates or their absence are for daemons of other hosts, and none is named.",
+                "Name one with `daemon` (HOST:PORT), or leave them out.",
+            )
+        return found
+
+    @property
+    def mapped(self) -> Address | None:
+        """The one daemon of this host that was named: its memory is mapped, and no budget is needed here."""
+        addresses = self.daemon.addresses
+        return addresses[0] if len(addresses) == 1 and addresses[0].folder else None
+
+    @property
+    def remote(self) -> bool:
+        """Whether a daemon is named by HOST:PORT."""
+        return any(address.target for address in self.daemon.addresses)
+
+
+OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in fields(TierConfig)}
+
+
 class TierOptions(TypedDict, total=False):
-    """Keyword arguments of ``register``: those of ``load`` that ``from_pretrained`` is not told."""
+    """The types of the keyword arguments of ``register``, for type checkers; a test compares them with TierConfig."""
 
     ram: str | int | None
     device_memory: str | int | None
@@ -73,117 +295,10 @@ class TierOptions(TypedDict, total=False):
     threads: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class TierConfig:
-    """Budgets of the tiers of one process. None means the default: 80 % of what the trunk and the KV cache leave."""
+class LoadOptions(TierOptions, total=False):
+    """Those of ``load``: ``from_pretrained`` has a device map instead."""
 
-    ram: Size | None = None  # of host records; a share is of what the trunk and the KV cache leave
-    device_memory: Size | None = None  # of device records; a share is of what they leave on the device
-    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1", ...
-    find_daemon: bool = False  # use one of this host's that serves the store, if there is one
-    daemons: tuple[Address, ...] = ()  # these, and none else; () and not find_daemon: experts are this process's own
-    credentials: Credentials = field(default_factory=Credentials)
-    policy: str = DEFAULT_ORDER  # of ORDERS: who is evicted from the host tier, and from the device's
-    speculate: str = "auto"  # of SPECULATE
-    look_ahead: int = LOOK_AHEAD  # layers
-    prefetch: int | None = None  # experts of a block, promoted on a guess; None: as many as are worth it
-    learn: bool = False  # keep which experts are used most, and begin with those of earlier runs
-    context: int = DEFAULT_CONTEXT  # tokens for whose keys, values and early outputs budgets leave room
-    exact: bool = False  # compute bit for bit as transformers' eager experts do with the decoded weights
-    threads: int | None = None  # to compute with; None: as many as this process may use CPUs
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        ram: str | int | None = None,
-        device_memory: str | int | None = None,
-        device: str = "auto",
-        daemon: str | None = None,
-        credentials: Credentials | None = None,
-        policy: str = DEFAULT_ORDER,
-        speculate: str = "auto",
-        look_ahead: int = LOOK_AHEAD,
-        prefetch: int | None = None,
-        learn: bool = False,
-        context: int = DEFAULT_CONTEXT,
-        exact: bool = False,
-        threads: int | None = None,
-    ) -> TierConfig:
-        """From what a person writes; raises ConfigError. ``daemon`` is "auto", "none" (or None), or addresses separated
-        by commas."""
-        _check_type(int | str | None, 'a size such as "6GiB", a share: "50%", or a number of bytes', ram=ram)
-        _check_type(int | str | None, "a size, a share or a number of bytes", device_memory=device_memory)
-        _check_type(str, "a text", device=device, policy=policy, speculate=speculate)
-        _check_type(str | None, '"auto", None, or addresses separated by commas', daemon=daemon)
-        _check_type(Credentials | None, "moetier's Credentials", credentials=credentials)
-        _check_type(int, "a whole number", look_ahead=look_ahead, context=context)
-        _check_type(int | None, "a whole number", prefetch=prefetch)
-        _check_type(bool, "True or False", learn=learn, exact=exact)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ConfigError(f"{device!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
-        check_policy(policy)
-        if speculate not in SPECULATE:
-            raise ConfigError(f"{speculate!r} is no way to speculate.", f"Give one of {', '.join(SPECULATE)}.")
-        if not 1 <= look_ahead <= 8:
-            raise ConfigError(f"A look-ahead of {look_ahead} layers.", "Give 1 to 8.")
-        if prefetch is not None and prefetch < 1:
-            raise ConfigError(f"A prefetch of {prefetch} experts.", 'Give 1 or more, or speculate="off".')
-        if context < 1:
-            raise ConfigError(f"A context of {context} tokens.", "Give 1 or more.")
-        check_threads(threads)
-        addresses = [] if daemon in (None, NONE, AUTO) else daemon.split(",")
-        if len(addresses) > 1 and not all(addresses):
-            raise ConfigError(f"{daemon!r} has a comma too many.", "Name daemons with one comma between two.")
-        daemons = tuple(map(Address.parse, addresses))
-        if len(set(daemons)) != len(daemons):
-            raise ConfigError(f"{daemon!r} names a daemon twice.", "Name each once.")
-        found = cls(
-            ram=None if ram is None else Size.parse(ram),
-            device_memory=None if device_memory is None else Size.parse(device_memory),
-            device=device,
-            find_daemon=daemon == AUTO,
-            daemons=daemons,
-            credentials=credentials or Credentials(),
-            policy=policy,
-            speculate=speculate,
-            look_ahead=look_ahead,
-            prefetch=prefetch,
-            learn=learn,
-            context=context,
-            exact=exact,
-            threads=threads,
-        )
-        asked = {"`ram`": ram is not None, "`policy`": policy != DEFAULT_ORDER, "`learn`": learn}
-        if found.mapped is not None and any(asked.values()):
-            raise ConfigError(
-                f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
-                f"Give {' and '.join(name for name in asked if asked[name])} to the daemon, and not here.",
-            )
-        if found.credentials != Credentials() and not any(address.target for address in daemons):
-            raise ConfigError(
-                "A token, certificates or their absence are for daemons of other hosts, and none is named.",
-                "Name one with `daemon` (HOST:PORT), or leave them out.",
-            )
-        return found
-
-    @property
-    def mapped(self) -> Address | None:
-        """The one daemon of this host that was asked for: its memory is mapped, and no budget is needed here."""
-        return self.daemons[0] if len(self.daemons) == 1 and self.daemons[0].folder else None
-
-
-def _check_type(kind: Any, wanted: str, **values: object) -> None:
-    """Raises ConfigError for a value of another type. True and False are no numbers, though Python takes them so."""
-    for name, value in values.items():
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"`{name}` is {value!r}.", f"Give {wanted}.")
-
-
-def check_policy(name: str) -> None:
-    """Raises ConfigError for what is no policy."""
-    if name not in ORDERS:
-        raise ConfigError(f"{name!r} is no policy of eviction.", f"Give one of {', '.join(ORDERS)}.")
+    device: str
 
 
 def format_bytes(count: float) -> str:

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import moetier
-from moetier.tiers.errors import ConfigError
 
 from .control_groups import control_groups
 
@@ -45,14 +44,6 @@ def _quota(folder: Path, version: int) -> float | None:
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
         return None
-
-
-def check_threads(threads: int | None) -> None:
-    """Raises ConfigError for what is no number of threads of this machine."""
-    most = machine_cpus()
-    is_number = isinstance(threads, int) and not isinstance(threads, bool)
-    if threads is not None and not (is_number and 1 <= threads <= most):
-        raise ConfigError(f"{threads!r} is no number of threads for this machine.", f"Give 1 to {most}, its CPUs.")
 
 
 def use_threads(threads: int | None = None) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from moetier.tiers.errors import MoetierError
 from moetier.tools.cli.parser import CommandParser, UsageError
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
 
 from .main import COMMANDS, say
 from .main import main as run_command
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("-m needs the name of a module")
     arguments = parser.parse_args(words[:at])
     try:
-        options = resources_of(arguments, **speculation_of(arguments))
+        options = resources_of(arguments)
         if options.pop("device") != "auto":
             raise UsageError("The program itself says on which device it computes.", "Leave out --device.")
         from moetier.runtime.model.registration import register

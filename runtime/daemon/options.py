@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetier.runtime.config import Size, check_policy
+from moetier.runtime.config import OPTIONS, Size
 from moetier.runtime.wire.address import Address
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import ConfigError
@@ -48,7 +48,7 @@ class DaemonConfig:
 
     def check(self) -> None:
         """Raises ConfigError for what contradicts itself, and for a TCP address that is not protected."""
-        check_policy(self.policy)
+        OPTIONS["policy"].read("policy", self.policy)
         if self.metrics:
             _tcp(self.metrics_address, self.metrics)
         tls = self.tls_cert is not None

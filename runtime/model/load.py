@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -17,11 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetier.runtime.checkpoint.config_json import read_config
-from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, LOOK_AHEAD, TierConfig
+from moetier.runtime.config import OPTIONS, LoadOptions, TierConfig
 from moetier.runtime.context import longest_context
 from moetier.runtime.pulled import model_directory
-from moetier.runtime.wire.address import Credentials
-from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsupportedModelError
 from moetier.tiers.store.folder import check_directory, command, read_manifest, store_folder
 from moetier.tiers.store.trunk import check_trunk
@@ -42,79 +41,55 @@ TOKENIZER_FILES = (
 def load(
     directory: str | os.PathLike[str],
     *,
-    ram: str | int | None = None,
-    device_memory: str | int | None = None,
-    device: str = "auto",
-    daemon: str | None = AUTO,
-    credentials: Credentials | None = None,
-    policy: str = DEFAULT_ORDER,
-    speculate: str = "auto",
-    look_ahead: int = LOOK_AHEAD,
-    prefetch: int | None = None,
-    learn: bool = False,
-    context: int = DEFAULT_CONTEXT,
-    exact: bool = False,
-    threads: int | None = None,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
+    **options: Unpack[LoadOptions],
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """The model of a model directory, of the class that its config.json names, and its tokenizer (None if it has none).
+    """Load a model directory: the model, of the class that its config.json names, and its tokenizer.
 
-    ``directory`` is its folder, or what a pulled model is called.
+    The trunk is read at once, experts when they are first needed. Code that a directory brings is never run, and
+    nothing outside the directory is read.
 
-    Reads the trunk; experts are read when they are wanted. ``ram`` and ``device_memory`` are what experts may take:
-    "6GiB", "50%", or a number of bytes; without them 80 % of what the trunk and the KV cache leave. ``device`` is
-    "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+    Args:
+        directory: the folder of the model, or the name of a pulled model.
+        ram: host memory for experts: "6GiB", "50%" of what trunk and context leave, or a number of bytes. Default:
+            "80%".
+        device_memory: likewise, GPU memory for experts.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        daemon: whose experts: "auto", those of a storage daemon of this user that serves this very store, else this
+            process's own; None or "none", its own; a daemon's name, folder or HOST:PORT, that daemon's; several,
+            separated by commas: each daemon has a share of the experts.
+        credentials: what daemons at HOST:PORT are shown.
+        policy: which experts are evicted first: "lru", the least recently used of a block; "scan", the same, but a long
+            prompt leaves what is cached in place; "lrfu", as "scan", but the least often used of late.
+        speculate: whether experts are loaded before they are needed, as the routers of the next layers predict from the
+            present hidden state: "auto" (while it is measured to pay), "off" or "always". No text depends on it.
+        look_ahead: layers to predict.
+        prefetch: most experts of a block to load on a prediction. Default: as many as are worth it.
+        learn: keep which experts are used most, in $XDG_CACHE_HOME/moetier, and read those of earlier runs at the
+            start, in the background.
+        context: tokens of context that budgets leave room for. A longer context works where there is more memory.
+        exact: compute bit for bit as the ordinary model does with the decoded weights and
+            ``experts_implementation="eager"``, which is slower. Otherwise quantised experts are multiplied as they are
+            stored, on a CPU with activations rounded to 8 bits. (transformers' default, "grouped_mm", rounds
+            differently.)
+        threads: threads to compute with, as of torch.set_num_threads: one number for the process. Default:
+            OMP_NUM_THREADS, else torch's number, but no more than the CPUs that this process may use, a quota of its
+            control group counted.
+        dtype: what the trunk is computed in: torch.bfloat16, float16 or float32, or the name of one; "auto": what
+            config.json says.
+        attn_implementation: as of from_pretrained. Without it a CPU attends to new tokens with moetier's own function
+            where the model would use "sdpa".
 
-    ``daemon`` says whose the experts are: "auto", those of a storage daemon of this user that runs and serves this very
-    store, and otherwise this process's own; None or "none", its own; a daemon's name, folder or HOST:PORT, that one's;
-    several, separated by commas: each has a share of the experts. ``credentials`` are for HOST:PORT.
+    Returns:
+        The model and its tokenizer (None if it has none). ``model.tiers`` has the statistics, ``where`` the experts
+        come from, and ``close()``, which happens by itself when the model is gone.
 
-    ``policy`` is who is evicted from memory first: "lru", the least recently used of a block; "scan", the same, but
-    a long prompt leaves what is cached in place; or "lrfu", as "scan", but the least often used of late.
-
-    ``speculate`` is whether experts of the next ``look_ahead`` layers are promoted before they are needed, as their
-    gates guess from the present hidden state: "auto" (where it is measured to pay), "off" or "always". At most
-    ``prefetch`` experts of a block are promoted on a guess; without it as many as are worth it. No text depends on it.
-
-    ``learn`` keeps which experts are used most, in $XDG_CACHE_HOME/moetier, and begins with those of earlier runs: they
-    are read in the background, into memory that is still empty.
-
-    Of the memory that experts may take, what ``context`` tokens need is left out. A longer context works as well, where
-    there is more memory than that.
-
-    ``exact`` computes bit for bit as the ordinary model does with the decoded weights and
-    ``experts_implementation="eager"``, and takes the time that it does; transformers' default, "grouped_mm", rounds
-    otherwise. Else quantised experts are multiplied where they lie, on a CPU with what goes in rounded to 8 bits
-    (``product.py``).
-
-    ``threads`` is how many threads this process computes with, whichever model it is, as of torch.set_num_threads.
-    Without it torch's own number stays, but no more than the CPUs that the process may use: a quota of its control
-    group, as of a container with ``--cpus=2``, counts. A number that OMP_NUM_THREADS gives stays as it is.
-
-    ``dtype`` is what the trunk is computed in, torch.bfloat16, float16 or float32, by itself or by name; "auto" is what
-    config.json says. ``attn_implementation`` is as of from_pretrained; without it a CPU attends to new tokens with
-    moetier's own function where the model would use "sdpa".
-
-    ``model.tiers`` has the statistics, ``where`` the experts come from, and ``close()``, which happens by itself when
-    the model is gone. Never runs code that a directory brings, and reads nothing from outside it. Raises MoetierError.
+    Raises:
+        MoetierError: for options, directories and machines that cannot be used.
     """
     folder = model_directory(directory)
-    asked = TierConfig.of(
-        ram=ram,
-        device_memory=device_memory,
-        device=device,
-        daemon=daemon,
-        credentials=credentials,
-        policy=policy,
-        speculate=speculate,
-        look_ahead=look_ahead,
-        prefetch=prefetch,
-        learn=learn,
-        context=context,
-        exact=exact,
-        threads=threads,
-    )
+    asked = TierConfig.of(**options)
     as_loaded = {"dtype": _dtype(dtype), "attn_implementation": _attention(attn_implementation)}
     check_directory(folder)
     manifest = read_manifest(store_folder(folder))
@@ -134,6 +109,14 @@ def load(
             folder, config=config, device_map=device_map, use_safetensors=True, **as_loaded
         )
     return model, tokenizer
+
+
+# what an editor and the documentation show: the options with their defaults
+_keywords = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()
+]
+_parameters = list(inspect.signature(load).parameters.values())
+load.__signature__ = inspect.Signature([_parameters[0], *_keywords, *_parameters[1:-1]])  # type: ignore[attr-defined]
 
 
 def _dtype(dtype: object) -> str | torch.dtype:

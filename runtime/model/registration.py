@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.runtime.checkpoint.config_json import NAME, read_config
-from moetier.runtime.config import AUTO, DEFAULT_CONTEXT, TierConfig, TierOptions
+from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
 from moetier.runtime.kernels.attention import use_decode_attention
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.growing_cache import use_growing_layers
@@ -53,6 +53,8 @@ from .closing import close_later
 from .tiers import Tiers
 
 _lock = threading.Lock()
+IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
+
 _options: TierOptions = {}  # by register(), of what is loaded without load()
 _asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
 
@@ -70,10 +72,13 @@ def asked_for(config: TierConfig) -> Iterator[None]:
 def register(**options: Unpack[TierOptions]) -> None:
     """Let plain ``AutoModelForCausalLM.from_pretrained(DIR)``, and what is built on it, load a model directory.
 
-    ``options`` are the keyword arguments ram, device_memory, daemon, credentials, policy, speculate, look_ahead,
-    prefetch, learn, context, exact and threads of ``load``. They hold for all models that are loaded so from then on,
-    and go before what a config.json says; those of the last call count. The ``device_map`` of ``from_pretrained`` says
-    where a model is computed. Raises ConfigError.
+    Args:
+        options: those of ``load`` but for ``device``, ``dtype`` and ``attn_implementation``. They hold for all models
+            that are loaded in this way from then on, and go before what a config.json says; those of the last call
+            count. The ``device_map`` of ``from_pretrained`` says where a model is computed.
+
+    Raises:
+        ConfigError: for options that cannot be used.
     """
     global _options
     TierConfig.of(**options)
@@ -108,42 +113,31 @@ class MoetierConfig(QuantizationConfigMixin):
         self,
         quant_method: str = NAME,
         format: int = FORMAT,
-        ram: str | int | None = None,
-        device_memory: str | int | None = None,
-        context: int = DEFAULT_CONTEXT,
-        exact: bool = False,
         bits: int | None = None,  # noted by the converter for people
         trunk_bits: int | None = None,  # likewise
-        **unknown: Any,
+        **options: Any,
     ) -> None:
         if format != FORMAT:
             raise StoreFormatError(
                 f"The model directory has format version {format}; this moetier reads version {FORMAT}.",
                 "Install a moetier that reads it, or convert the model again.",
             )
-        if unknown:
+        if unknown := options.keys() - set(IN_CONFIG):
             raise ConfigError(
                 f"moetier's quantization_config has no {', '.join(map(repr, sorted(unknown)))}.",
-                "What can be added is ram, device_memory, context and exact; what the converter wrote must stay.",
+                f"What can be added is {', '.join(IN_CONFIG)}; what the converter wrote must stay.",
             )
         self.quant_method: Any = quant_method
         self.format = format
-        self.ram = ram
-        self.device_memory = device_memory
-        self.context = context
-        self.exact = exact
+        for name in IN_CONFIG:
+            setattr(self, name, options.get(name, OPTIONS[name].default))
         self.bits = bits
         self.trunk_bits = trunk_bits
 
     @property
-    def options(self) -> TierOptions:
-        return {
-            "ram": self.ram,
-            "device_memory": self.device_memory,
-            "daemon": AUTO,
-            "context": self.context,
-            "exact": self.exact,
-        }
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``TierConfig.of``."""
+        return {name: getattr(self, name) for name in IN_CONFIG}
 
 
 class MoetierQuantizer(HfQuantizer):

@@ -44,9 +44,9 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
     """
     if config.mapped is not None:
         return _mapped(config.mapped, folder, manifest)
-    if config.daemons:
+    if config.daemon.addresses:
         return _remote(config, folder, manifest, slots())
-    if config.find_daemon:
+    if config.daemon.find:
         from moetier.runtime.wire.address import daemons_serving
 
         refusals: dict[Address, MoetierError] = {}
@@ -98,12 +98,12 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
     from moetier.runtime.client.spread import SpreadReader
 
     with contextlib.ExitStack() as closing:
-        reader = closing.enter_context(SpreadReader.open(config.daemons, config.credentials, manifest, folder))
+        reader = closing.enter_context(SpreadReader.open(config.daemon.addresses, config.credentials, manifest, folder))
         host, learner = _host(reader, slots, config, closing)
         if reader.local is not None:
             reader.local.on_fault(host.condemn)
         closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
-        where = f"the daemons {', '.join(map(str, config.daemons))}"
+        where = f"the daemons {', '.join(map(str, config.daemon.addresses))}"
         return Origin(host, where, closing.pop_all().close, learner, reader.shares)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from fractions import Fraction
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.runtime.config import Size, TierConfig, format_bytes
+import moetier
+from moetier.runtime.config import OPTIONS, DaemonChoice, LoadOptions, Size, TierConfig, format_bytes
 from moetier.tiers.errors import ConfigError
 
 
@@ -49,7 +51,8 @@ def test_a_share_of_more_than_all_is_said() -> None:
 
 
 def test_none_is_no_daemon_s_name() -> None:
-    assert TierConfig.of(daemon="none") == TierConfig.of(daemon=None) == TierConfig()
+    assert TierConfig.of(daemon="none") == TierConfig.of(daemon=None) == TierConfig(daemon=DaemonChoice())
+    assert TierConfig.of() == TierConfig(daemon=DaemonChoice(find=True))
 
 
 @given(st.integers(1, 1 << 50))
@@ -65,7 +68,7 @@ def test_devices_are_checked() -> None:
 
 def test_policies_are_checked() -> None:
     assert TierConfig.of(policy="lru").policy == "lru"
-    with pytest.raises(ConfigError, match="'fifo' is no policy of eviction"):
+    with pytest.raises(ConfigError, match="`policy` is 'fifo'"):
         TierConfig.of(policy="fifo")
     assert TierConfig.of(policy="lrfu", daemon="night").mapped is not None
     with pytest.raises(ConfigError, match="its memory is what holds them") as caught:
@@ -98,6 +101,20 @@ def test_values_of_another_type_are_refused(name: str, values: list[Any]) -> Non
         assert repr(value) in caught.value.cause
         assert name in caught.value.cause
         assert caught.value.fix
+
+
+def test_an_unknown_option_is_refused_as_python_does() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rma'"):
+        TierConfig.of(rma="1GiB")  # type: ignore[call-arg]
+
+
+def test_options_are_declared_once() -> None:
+    """The types for type checkers, the signature of ``load`` and its documentation name the same options."""
+    assert LoadOptions.__annotations__.keys() == OPTIONS.keys()
+    parameters = inspect.signature(moetier.load).parameters
+    assert {name: parameters[name].default for name in OPTIONS} == {name: OPTIONS[name].default for name in OPTIONS}
+    assert list(parameters)[-2:] == ["dtype", "attn_implementation"]
+    assert all(f"\n        {name}: " in (moetier.load.__doc__ or "") for name in parameters)
 
 
 def test_a_daemon_learns_by_itself() -> None:

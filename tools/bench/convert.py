@@ -23,7 +23,7 @@ from moetier.runtime.number import COUNT
 from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import CheckpointError, ConfigError, MoetierError
 from moetier.tiers.layout import BITS
-from moetier.tools.cli.resources import add_threads
+from moetier.tools.cli.resources import add_option
 from moetier.tools.cli.settings import without_settings
 
 from .disk_rate import NO_FIO, RandomReads, fio_version
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=COUNT, metavar="N", help="experts that are quantised at a time, as in moetier convert"
     )
-    add_threads(parser)
+    add_option(parser, "threads")
     parser.add_argument(
         "--no-llama", action="store_true", help="leave out llama.cpp, whose source takes as much disk as SRC again"
     )

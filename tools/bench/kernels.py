@@ -15,7 +15,7 @@ from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
 from moetier.tools.cli.options import directory
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.cli.report import format_seconds
-from moetier.tools.cli.resources import add_threads
+from moetier.tools.cli.resources import add_option
 
 from .machine import Machine
 from .output import add_bench_arguments, check_bench, report
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=SECONDS, default=0.3, metavar="S", help="seconds per multiplication (default: %(default)s)"
     )
-    add_threads(parser)
+    add_option(parser, "threads")
     add_bench_arguments(parser)
 
 

@@ -15,7 +15,7 @@ from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
 from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.resources import add_threads, size
+from moetier.tools.cli.resources import add_option, size
 
 from .bound import Bound, Rates, need_of, rows_of, slots_within
 from .disk_rate import NO_FIO, RandomReads, fio_version
@@ -52,7 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory limit of the control group that each run is in; may be repeated (default: none)",
     )
     add_token_arguments(parser)
-    add_threads(parser)
+    add_option(parser, "threads")
     add_bench_arguments(parser)
 
 

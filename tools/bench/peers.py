@@ -13,7 +13,7 @@ from moetier.runtime.number import COUNT
 from moetier.runtime.threads import usable_cpus
 from moetier.tools.cli.options import DIRECTORY, directory
 from moetier.tools.cli.parser import UsageError
-from moetier.tools.cli.resources import add_threads, size
+from moetier.tools.cli.resources import add_option, size
 
 from .engines import Run, accelerate_decode, llama_run
 from .machine import Machine
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill", action="store_true", help="feed the measured tokens as one prompt; not with accelerate"
     )
     add_token_arguments(parser)
-    add_threads(parser)
+    add_option(parser, "threads")
     add_bench_arguments(parser)
 
 

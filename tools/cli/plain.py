@@ -44,11 +44,12 @@ def as_options(text: str) -> str:
 @cache
 def _parameters() -> re.Pattern[str]:
     """A parameter of ``load`` as an error names it."""
-    from moetier.runtime.config import TierConfig
+    from moetier.runtime.config import OPTIONS
     from moetier.runtime.wire.address import Credentials
 
-    names = "|".join([*(each.name for each in fields(TierConfig)), "daemon"])
-    return re.compile(rf"`(?:({names})|credentials\.({'|'.join(each.name for each in fields(Credentials))}))`")
+    return re.compile(
+        rf"`(?:({'|'.join(OPTIONS)})|credentials\.({'|'.join(each.name for each in fields(Credentials))}))`"
+    )
 
 
 class PlainFormatter(logging.Formatter):

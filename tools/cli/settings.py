@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moetier.runtime.config import OPTIONS
 from moetier.tiers.errors import ConfigError, MoetierError
 
 from .options import settable
@@ -22,10 +23,7 @@ from .options import settable
 PREFIX = "MOETIER_"
 GENERAL = "general"  # the section of what is for all commands
 REFERENCE = "generate"  # whose options the general ones are: another's of that name with other values is another's
-GENERAL_KEYS = (
-    *("ram", "device-memory", "device", "threads", "daemon", "policy", "learn", "context", "exact"),
-    *("speculate", "prefetch", "prefill-chunk"),
-)
+GENERAL_KEYS = (*(name.replace("_", "-") for name in OPTIONS if name != "credentials"), "prefill-chunk")
 CONFIG = "MOETIER_CONFIG"
 OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # that are no options
 # nor are these: its tests', and those that Kubernetes sets for a service of this name

@@ -16,7 +16,7 @@ from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.options import DIRECTORY, directory
 from moetier.tools.cli.parser import show_first
 from moetier.tools.cli.plain import plain
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
 
 EXAMPLES = (
     "moetier chat ./mixtral-4bit --ram 6GiB",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    resources = resources_of(arguments, **speculation_of(arguments))
+    resources = resources_of(arguments)
     decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
     most: int = arguments.max_new_tokens
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status

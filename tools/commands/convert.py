@@ -17,7 +17,7 @@ from moetier.runtime.number import COUNT
 from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
 from moetier.tools.cli.parser import checked
-from moetier.tools.cli.resources import add_threads
+from moetier.tools.cli.resources import add_option
 
 if TYPE_CHECKING:
     from moetier.runtime.checkpoint.files import Checkpoint
@@ -69,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="experts that are quantised at a time, each on a thread (default: --threads, fewer where memory is short)",
     )
-    add_threads(parser)
+    add_option(parser, "threads")
     parser.add_argument("--overwrite", action="store_true", help="replace a different model directory")
     parser.add_argument(
         "--ignore-code", action="store_true", help="accept a checkpoint that names code of its own, which is never run"

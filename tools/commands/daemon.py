@@ -8,10 +8,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tools.cli.options import directory
 from moetier.tools.cli.parser import UsageError, checked
-from moetier.tools.cli.resources import size
+from moetier.tools.cli.resources import add_option
 
 EXAMPLES = (
     "moetier daemon ./mixtral-4bit --ram 12GiB",
@@ -31,24 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="model directories, made by moetier convert, or names of pulled models",
     )
-    parser.add_argument(
-        "--ram",
-        type=size,
-        metavar="SIZE",
-        help='memory for the experts of all of them: "8GiB", or "50%%" of what is free (default: 80%%)',
-    )
-    parser.add_argument(
-        "--policy",
-        default=DEFAULT_ORDER,
-        choices=list(ORDERS),
-        help="which experts are evicted: lru, the least recently used; scan, the same, but a long prompt leaves what "
-        "is cached in place; lrfu, as scan, but the least often used of late (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--learn",
-        action=argparse.BooleanOptionalAction,
-        help="keep which experts are used most ($XDG_CACHE_HOME/moetier), and begin with those of earlier runs",
-    )
+    add_option(parser, "ram", help='host memory for all of them: "8GiB", "50%%" (default: 80%% of what is free)')
+    add_option(parser, "policy")
+    add_option(parser, "learn")
     parser.add_argument(
         "--folder",
         metavar="NAME|PATH",
@@ -107,7 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remote.add_argument(
         "--insecure", action="store_true", help="serve on TCP without a token or TLS, whichever is not given"
     )
-    parser.set_defaults(learn=False)
 
 
 def run(arguments: argparse.Namespace) -> int:

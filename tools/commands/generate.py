@@ -18,7 +18,7 @@ from moetier.tools.cli.options import DIRECTORY, directory
 from moetier.tools.cli.parser import show_first
 from moetier.tools.cli.plain import show
 from moetier.tools.cli.report import Timing, details, run_json, summary
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
 
 EXAMPLES = (
     'moetier generate ./mixtral-4bit "To be, or not to be" --ram 6GiB',
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    resources = resources_of(arguments, **speculation_of(arguments))
+    resources = resources_of(arguments)
     decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
     prompt = sys.stdin.read(AT_FIRST) if arguments.prompt is None else arguments.prompt
     if not prompt:

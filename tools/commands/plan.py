@@ -15,7 +15,7 @@ from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.number import COUNT
 from moetier.tools.cli.options import source
 from moetier.tools.cli.parser import UsageError
-from moetier.tools.cli.resources import add_device_arguments, add_threads, size
+from moetier.tools.cli.resources import add_option, size
 
 if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram", type=size, metavar="SIZE", help="memory for experts (default: as much as generate takes)"
     )
-    add_device_arguments(parser)
-    add_threads(parser)
+    for name in ("device_memory", "device", "threads"):
+        add_option(parser, name)
     parser.add_argument(
         "--context",
         type=COUNT,

@@ -15,7 +15,7 @@ from moetier.tools.cli.decoding_options import add_prefill_argument
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.options import DIRECTORY, directory
 from moetier.tools.cli.parser import show_first
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of, speculation_of
+from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
 
 EXAMPLES = (
     "moetier serve ./mixtral-4bit --ram 6GiB --port 8080",
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Until SIGTERM or SIGINT; 0 then."""
-    resources = resources_of(arguments, **speculation_of(arguments), context=arguments.context * arguments.parallel)
+    resources = resources_of(arguments, context=arguments.context * arguments.parallel)
     name = models.name_of(arguments.directory) if arguments.name is None else arguments.name
     if not name or not name.isprintable():
         raise ConfigError(f"{name!r} is no name for a model.", "Give one: --name NAME.")

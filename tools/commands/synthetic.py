@@ -16,7 +16,7 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.decoding import SEED
 from moetier.runtime.number import COUNT
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
-from moetier.tools.cli.resources import add_threads
+from moetier.tools.cli.resources import add_option
 from moetier.tools.lab.routing import (
     ROUTINGS,
     TOKENS_FILE,
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="also convert it, to 4 bits by plain rounding, and compare its routing with a trained model's",
     )
-    add_threads(parser)
+    add_option(parser, "threads")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

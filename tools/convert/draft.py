@@ -11,7 +11,7 @@ import torch
 
 from moetier.runtime.checkpoint.blueprint import Blueprint, make_blueprint
 from moetier.runtime.checkpoint.dequantize import SourceTensor
-from moetier.runtime.threads import check_threads
+from moetier.runtime.config import OPTIONS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
@@ -40,7 +40,7 @@ class Options:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        check_threads(self.threads)
+        OPTIONS["threads"].read("threads", self.threads)
         trunk_form(self.trunk_bits)
         fast = self.fast and self.trunk_bits == 16
         if self.bits == 16 and (self.group_size is not None or self.pairs is not None or fast):

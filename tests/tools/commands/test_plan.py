@@ -156,7 +156,7 @@ def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> 
 OF_HUB = """
 import json, sys
 from pathlib import Path
-from moetier.tools import plan_report, probes
+from moetier.tools.plan import plan_report, probes
 from moetier.tools.commands.plan import plan
 probes.KERNEL_SECONDS, probes.UNCACHED_BYTES, probes.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
 asked = {"bits": [4], "trunk_bits": [8], "disk": 1.0, "context": 256, "ram": "1MiB"}

@@ -180,8 +180,8 @@ from argparse import Namespace
 from pathlib import Path
 import moetier.tiers.store.reader, tqdm  # not what is measured
 from moetier.tiers.store.writer import StoreWriter
-from moetier.tiers import scrub
-from moetier.tools import verify
+from moetier.tiers.store import scrub
+from moetier.tools.commands import verify
 
 def peak():  # KiB; getrusage would say the parent's if that is larger
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
