@@ -32,7 +32,9 @@ MOVED |= {"moetier.tiers.views", "moetier.tiers.writer"}
 
 
 def test_the_page_names_something() -> None:
-    assert {"moetier.tiers.errors", "moetier.tiers.store.ExpertStore", "moetier.runtime.client.DaemonTier"} <= set(NAMED)
+    assert {"moetier.tiers.errors", "moetier.tiers.store.ExpertStore", "moetier.runtime.client.DaemonTier"} <= set(
+        NAMED
+    )
 
 
 @pytest.mark.parametrize("name", NAMED)
