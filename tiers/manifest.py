@@ -99,15 +99,15 @@ class Manifest:
 
     def shape(self, array: str) -> tuple[int, int, int]:
         """[blocks, experts, record bytes] of a zarr array."""
-        members = self._members[array]
-        return len(members), members[0].experts, self.layouts[array].record_bytes
+        members = self.members[array]
+        return len(members), next(iter(members.values())).experts, self.layouts[array].record_bytes
 
     @cached_property
-    def _members(self) -> dict[str, list[Block]]:
-        """The blocks of each array."""
-        found: dict[str, list[Block]] = {name: [] for name in self.layouts}
-        for block in self.blocks:
-            found[block.array].append(block)
+    def members(self) -> Mapping[str, Mapping[int, Block]]:
+        """The blocks of each array, by block number."""
+        found: dict[str, dict[int, Block]] = {name: {} for name in self.layouts}
+        for number, block in enumerate(self.blocks):
+            found[block.array][number] = block
         return found
 
     def check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
@@ -203,10 +203,10 @@ class Manifest:
             raise ValueError(f"trunk_records is {form}, and requires is {shown(list(self.requires))}")
         if strangers := {b.array for b in self.blocks} - set(self.layouts):
             raise ValueError(f"there are blocks with array {shown(min(strangers))}, which has no layout in layouts")
-        for name, members in self._members.items():
-            if sorted(b.index for b in members) != list(range(len(members))) or not members:
+        for name, members in self.members.items():
+            if sorted(b.index for b in members.values()) != list(range(len(members))) or not members:
                 raise ValueError(f"the blocks of array {name} are not numbered from 0 by their index")
-            if len({b.experts for b in members}) != 1:
+            if len({b.experts for b in members.values()}) != 1:
                 raise ValueError(f"the blocks of array {name} differ in their number of experts")
         if len({b.path for b in self.blocks}) != len(self.blocks):
             raise ValueError("two blocks have one path")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median, quantiles
 from typing import Any
 
@@ -98,32 +98,14 @@ class TierCounters:
         """Call it under the owner's lock; the sort of the latest waits is the only work."""
         waits = sorted(self.latest_waits)
         p99 = quantiles(waits, n=100)[98] if len(waits) > 1 else sum(waits)
+        counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "latest_waits"}
         return TierStats(
-            name=self.name,
+            **counts | {"loads": tuple(self.loads)},
             slots=slots,
             ready=ready,
             leased=leased,
             slot_bytes=slot_bytes,
-            hits=self.hits,
-            misses=self.misses,
-            joined=self.joined,
-            prefetched=self.prefetched,
-            useful=self.useful,
-            late=self.late,
-            wasted=self.wasted,
-            cancelled=self.cancelled,
-            saved_seconds=self.saved_seconds,
-            warmed=self.warmed,
-            recalled=self.recalled,
-            evictions=self.evictions,
-            failures=self.failures,
-            discarded=self.discarded,
-            bytes_in=self.bytes_in,
             load_bounds=LOAD_BOUNDS,
-            loads=tuple(self.loads),
-            load_seconds=self.load_seconds,
-            waits=self.waits,
-            wait_seconds=self.wait_seconds,
             wait_median=median(waits) if waits else 0.0,
             wait_p99=p99,
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moetier.runtime.config import Size
 from moetier.runtime.memory import Available, budget_for
-from moetier.tiers.cache.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.manifest import Manifest
 
 from .reclaim import Leftover
@@ -54,7 +54,7 @@ def _slot_bytes(manifest: Manifest, slots: Mapping[str, int]) -> int:
 def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Available) -> dict[str, Mapping[str, int]]:
     """The smallest budget to each model; of the rest to each in proportion to what it can still use."""
     smallest = {digest: smallest_budget(manifest) for digest, manifest in manifests.items()}
-    largest = {digest: largest_budget(manifest) for digest, manifest in manifests.items()}
+    largest = {digest: manifest.stored_bytes for digest, manifest in manifests.items()}
     least, most = sum(smallest.values()), sum(largest.values())
     budget = budget_for(ram, smallest=least, largest=most, reserve=0, available=available)
     slots = {}

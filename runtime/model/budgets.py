@@ -13,7 +13,7 @@ from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import Available, budget_for
 from moetier.runtime.moe.experts import early_bytes, experts_modules
 from moetier.runtime.moe.grouped import ROWS
-from moetier.tiers.cache.budget import largest_budget, smallest_budget
+from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
@@ -39,7 +39,7 @@ class Needs:
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),
-            largest=largest_budget(manifest),
+            largest=manifest.stored_bytes,
             reserve=self.reserve if device.type == "cpu" else 0,
             available=Available(max(available.bytes - taken, 0), available.limiter),
         )
@@ -49,7 +49,7 @@ class Needs:
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),
-            largest=largest_budget(manifest),
+            largest=manifest.stored_bytes,
             reserve=self.reserve,
             available=available,
             name="device_memory",

@@ -23,7 +23,7 @@ from stores import make_plan, make_records
 from threads import Task
 
 import moetier
-from moetier.tiers.cache.budget import largest_budget, smallest_budget
+from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.interrupts import WHOLE, postpone_interrupts, raise_interrupts
 from moetier.tiers.layout import ExpertKey
@@ -49,7 +49,7 @@ def test_at_random_moments(
     """Python's own handler of SIGINT, and a user's of SIGALRM that raises. Then the same model gives the right tokens,
     and its tier's integrity holds."""
     manifest = read_manifest(store_folder(tinymix_4bit))
-    ram = smallest_budget(manifest) if budget == "smallest" else largest_budget(manifest) // 2
+    ram = smallest_budget(manifest) if budget == "smallest" else manifest.stored_bytes // 2
     with contextlib.ExitStack() as closing:
         place = ["--ram", ram]
         if where == "daemon":

@@ -44,16 +44,14 @@ class Arena:
             os.posix_fallocate(descriptor, 0, plan.nbytes)  # else a full memory is a SIGBUS later
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
             mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        except OSError as error:
+        except BaseException as error:
             os.close(descriptor)
-            if error.errno not in _TOO_MUCH:
-                raise
-            raise BudgetError(
-                f"The system does not give {plan.nbytes:,} bytes of shared memory ({errno.errorcode[error.errno]}).",
-                "Give the host tier less memory, or free some.",
-            ) from error
-        except BaseException:
-            os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in _TOO_MUCH:
+                code = errno.errorcode[error.errno]
+                raise BudgetError(
+                    f"The system does not give {plan.nbytes:,} bytes of shared memory ({code}).",
+                    "Give the host tier less memory, or free some.",
+                ) from error
             raise
         directory = Directory.create(memoryview(mapping)[: plan.directory_bytes], plan)
         return cls(mapping, plan, directory, descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moetier.tiers.errors import BudgetError
-from moetier.tiers.manifest import Block, Manifest
+from moetier.tiers.manifest import Manifest
 
 
 def smallest_budget(manifest: Manifest) -> int:
@@ -13,17 +13,12 @@ def smallest_budget(manifest: Manifest) -> int:
     return sum(manifest.layouts[name].slot_bytes * least for name, (least, _) in slot_ranges(manifest).items())
 
 
-def largest_budget(manifest: Manifest) -> int:
-    """Bytes for all records."""
-    return manifest.stored_bytes
-
-
 def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
     """How many slots of each record geometry (zarr array) a budget pays for; at most one for each record.
 
     Raises BudgetError when not even one block's top-k records fit.
     """
-    smallest, largest = smallest_budget(manifest), largest_budget(manifest)
+    smallest, largest = smallest_budget(manifest), manifest.stored_bytes
     if budget_bytes < smallest:
         raise BudgetError(
             f"{budget_bytes:,} bytes can't hold the experts that one token needs in one block.",
@@ -44,15 +39,10 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
     return slots
 
 
-def members(manifest: Manifest, array: str) -> dict[int, Block]:
-    """The blocks of one record geometry, by their numbers."""
-    return {index: block for index, block in enumerate(manifest.blocks) if block.array == array}
-
-
 def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
     """The fewest and the most slots that make sense, by array."""
     ranges = {}
-    for name in manifest.layouts:
-        blocks = members(manifest, name).values()
+    for name, members in manifest.members.items():
+        blocks = members.values()
         ranges[name] = (max(block.top_k for block in blocks), sum(block.experts for block in blocks))
     return ranges

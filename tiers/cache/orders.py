@@ -6,9 +6,8 @@ where few experts of a block are cached.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from math import inf, log2
 from typing import Protocol
@@ -143,43 +142,6 @@ class Frequency(ScanResistant):
     def put_first(self, key: ExpertKey) -> None:
         super().put_first(key)
         self._settled[key] = -inf
-
-
-class Clairvoyant:
-    """Next used last first: no order hits more often (Belady 1966). For measuring: it must be told what is to come."""
-
-    def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
-        """``uses``: the times of each key's uses, ascending."""
-        self.now = 0  # whoever uses the order sets it before each demand
-        self._uses = uses
-        self._next: dict[ExpertKey, float] = {}
-
-    def __len__(self) -> int:
-        return len(self._next)
-
-    def __iter__(self) -> Iterator[ExpertKey]:
-        return iter(self._next)
-
-    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
-        return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
-
-    def add(self, key: ExpertKey, *, passing: bool) -> None:
-        self._next[key] = self.next_use(key)
-
-    def touch(self, key: ExpertKey, *, passing: bool) -> None:
-        self._next[key] = self.next_use(key)
-
-    def put_first(self, key: ExpertKey) -> None:
-        """No: what is to come decides."""
-
-    def remove(self, key: ExpertKey) -> None:
-        del self._next[key]
-
-    def next_use(self, key: ExpertKey) -> float:
-        """Behind ``now``; infinite if there is none."""
-        times = self._uses.get(key, ())
-        later = bisect_right(times, self.now)
-        return times[later] if later < len(times) else inf
 
 
 # name -> of a quota

@@ -103,7 +103,8 @@ class BlockPolicy:
             # no free slot below the quota means that another group has borrowed
             slot = self._slots.free()
             if slot is None:
-                slot = self._first(self._borrowers(), keep)
+                borrowers = (number for number in self._by_surplus() if self._surplus(number) > 0)
+                slot = self._first(borrowers, keep)
         if slot is None:
             slot = self._first([number], keep, passing=passing)
         if slot is None and borrow:
@@ -168,9 +169,6 @@ class BlockPolicy:
 
     def _surplus(self, number: int) -> int:
         return len(self._orders[number]) - self._quotas[number]
-
-    def _borrowers(self) -> list[int]:
-        return [number for number in self._by_surplus() if self._surplus(number) > 0]
 
     def _by_surplus(self) -> list[int]:
         """Groups, those first that have most beyond their quota."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from moetier.tiers.cache.budget import members
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.cache.quotas import plan_groups
 from moetier.tiers.manifest import Manifest
@@ -19,7 +18,7 @@ class DevicePool(SlotPool):
         """``memory`` [slots * slot_bytes] uint8, on the device."""
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
-        groups = plan_groups(len(slots), members(manifest, array))
+        groups = plan_groups(len(slots), manifest.members[array])
         super().__init__(len(slots), groups, first, layout.slot_bytes, order)
         self.layout = layout
         self.records = [slot[: layout.record_bytes] for slot in slots]

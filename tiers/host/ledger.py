@@ -23,7 +23,6 @@ from functools import partial
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.plan import ArenaPlan
-from moetier.tiers.cache.budget import members
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.cache.quotas import plan_groups
@@ -68,7 +67,7 @@ class Ledger:
         self.counters = TierCounters("host")
         self.pools: dict[str, Pool] = {}  # by array, in the order of their slots
         for region, first in zip(plan.regions, plan.first_slots, strict=True):
-            groups = plan_groups(region.slots, members(manifest, region.array))
+            groups = plan_groups(region.slots, manifest.members[region.array])
             self.pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes, order)
         self.prefetches = PrefetchQueue(self.counters, clock, buffers)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moetier.tiers.errors import ChecksumError, StoreError
-from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.manifest import Manifest
 
 from .atomic import read_errors
 from .folder import METADATA
-from .shard import OpenShard, StoreDigest
+from .shard import OpenShard, store_digest, stored_checksums
 
 AT_ONCE = 0.1  # seconds that opening a store waits for it: enough where the disk is quick or the store small
 SHARE = 0.1  # of the time that it reads for afterwards: records come first
@@ -46,40 +44,29 @@ class DigestCheck:
             self._thread.join()
 
     def _run(self) -> None:
-        digest = StoreDigest()
         try:
-            for block in range(len(self._manifest.blocks)):
-                if (checksums := self._read(self._shards[block])) is None:
-                    return
-                digest.add(checksums)
+            checksums = [crc for _, shard in sorted(self._shards.items()) for crc in self._read(shard)]
         except StoreError as error:  # a read of the records meets it again
             _log.warning("The digest of %s is not checked: %s", self._manifest.model, error.cause)
             return
-        if digest.hexdigest() != self._manifest.digest:
-            self._found(
-                foreign_shards(self._manifest, digest.hexdigest(), [shard.file.path for shard in self._shards.values()])
-            )
+        digest = store_digest(checksums)
+        if not self._ending.is_set() and digest != self._manifest.digest:
+            paths = [shard.file.path for shard in self._shards.values()]
+            self._found(foreign_shards(self._manifest, digest, paths))
 
-    def _read(self, shard: OpenShard) -> list[int] | None:
-        """None once it is to end. Four bytes a record, from the very file that is open, without O_DIRECT."""
-        found = []
+    def _read(self, shard: OpenShard) -> Iterator[int]:
+        """Stops once it is to end. Reads the very file that is open."""
         began, debt = time.monotonic(), 0.0
         with read_errors(shard.file.path):
-            descriptor = os.open(f"/proc/self/fd/{shard.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
-                for offset in shard.offsets:
-                    end = offset + shard.file.slot_bytes - CHECKSUM_BYTES
-                    found.append(int.from_bytes(os.pread(descriptor, CHECKSUM_BYTES, end), "little"))
-                    now = time.monotonic()
-                    began, debt = now, debt + (now - began) * (1 / SHARE - 1)
-                    if debt > AT_ONCE:
-                        if self._ending.wait(debt):
-                            return None
-                        began, debt = time.monotonic(), 0.0
-            finally:
-                os.close(descriptor)
-        return None if self._ending.is_set() else found
+            for crc in stored_checksums(f"/proc/self/fd/{shard.descriptor}", shard.offsets, shard.file.slot_bytes):
+                yield crc
+                now = time.monotonic()
+                began, debt = now, debt + (now - began) * (1 / SHARE - 1)
+                if debt > AT_ONCE:
+                    self._ending.wait(debt)
+                    began, debt = time.monotonic(), 0.0
+                if self._ending.is_set():
+                    return
 
 
 def foreign_shards(manifest: Manifest, digest: str, paths: Sequence[Path]) -> ChecksumError:

@@ -6,7 +6,6 @@ anything is allocated. A read is ``preadv``, with O_DIRECT where the file system
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
-from moetier.tiers.errors import ChecksumError, MissingExpertError, StoreError, StoreReadError
+from moetier.tiers.errors import ChecksumError, StoreError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from moetier.tiers.locks import Home, Usage
 from moetier.tiers.manifest import Manifest
@@ -26,7 +25,7 @@ from .atomic import read_errors
 from .checksum import crc32c
 from .digest import DigestCheck
 from .folder import METADATA, check_array, command, read_manifest, store_folder
-from .shard import OpenShard, ShardFile, foreign_record, read_checksums
+from .shard import OpenShard, ShardFile, foreign_record, stored_checksums
 
 PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
 
@@ -56,7 +55,6 @@ class ExpertStore:
                     if not damaged:
                         raise
                     store._faults[block] = error
-            store._direct = all(shard.direct for shard in store._shards.values())
             if not damaged:
                 store.check_digest()
         except BaseException:
@@ -68,17 +66,15 @@ class ExpertStore:
         assert readers >= 1
         self.folder = folder  # experts.zarr
         self.manifest = manifest
-        self._readers = readers
         self._home = Home()
         self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
-        self._direct = False
         self._digest_check: DigestCheck | None = None
         self._fault: ChecksumError | None = None  # of all shards together
         self._watchers: list[Callable[[ChecksumError], None]] = []
         self._use = Usage(f"The store {folder}")  # no descriptor is closed, and its number another file's, meanwhile
-        self._lock = threading.Lock()  # guards the pool
-        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()  # guards the fault and the watchers
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # begins threads when it is used
 
     def check_digest(self) -> None:
         """Of an older store, whose manifest has no table of checksums, compares all that are stored with the digest: in
@@ -112,7 +108,7 @@ class ExpertStore:
     @property
     def direct(self) -> bool:
         """Whether O_DIRECT is in use for every shard."""
-        return self._direct
+        return all(shard.direct for shard in self._shards.values())
 
     def layout(self, block: int) -> RecordLayout:
         return self.manifest.layout(block)
@@ -167,9 +163,8 @@ class ExpertStore:
         """The crc32c stored behind each of a block's records, in the order of its experts."""
         with self._use:
             shard, _ = self._locate(ExpertKey(block, 0))
-            with read_errors(shard.file.path), shard.file.path.open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
-                return read_checksums(stream.fileno(), shard.offsets, shard.file.slot_bytes)
+            with read_errors(shard.file.path):
+                return tuple(stored_checksums(shard.file.path, shard.offsets, shard.file.slot_bytes))
 
     def close(self) -> None:
         """Waits for reads under way; no descriptor and no thread is left. Idempotent.
@@ -181,9 +176,7 @@ class ExpertStore:
         self._use.close()
         shards, self._shards = self._shards, {}
         if self._home.is_here:
-            pool, self._pool = self._pool, None
-            if pool is not None:
-                pool.shutdown()
+            self._pool.shutdown()
         for shard in shards.values():
             shard.close()
 
@@ -200,16 +193,7 @@ class ExpertStore:
 
     def _locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
         block, expert = key
-        if not 0 <= block < len(self.manifest.blocks):
-            raise MissingExpertError(
-                f"{self.manifest.model} has no block {block}.", f"Its blocks are 0 to {len(self.manifest.blocks) - 1}."
-            )
-        experts = self.manifest.blocks[block].experts
-        if not 0 <= expert < experts:
-            raise MissingExpertError(
-                f"{self.manifest.model}, {_name(self.manifest, block)} has no expert {expert}.",
-                f"Its experts are 0 to {experts - 1}.",
-            )
+        self.manifest.check_keys(block, (key,))
         if self._fault is not None:
             raise self._fault.with_traceback(None)
         if block in self._faults:
@@ -252,10 +236,9 @@ class ExpertStore:
     ) -> int:
         """From ``start`` on; ``before`` gives the crc32c of what is before, once that is there."""
         payload = view[:-CHECKSUM_BYTES]
-        pool = self._readers_pool()
         starts = range(start, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
-            pool.submit(shard.read, offset + start, view[start : start + PIECE_BYTES]) for start in starts
+            self._pool.submit(shard.read, offset + start, view[start : start + PIECE_BYTES]) for start in starts
         ]
         try:
             crc = before()
@@ -271,12 +254,6 @@ class ExpertStore:
                 if not piece.cancel():
                     piece.exception()
         return crc
-
-    def _readers_pool(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="moetier-store")
-            return self._pool
 
 
 def _name(manifest: Manifest, block: int) -> str:

@@ -15,7 +15,7 @@ from moetier.tiers.manifest import Manifest
 
 from .digest import foreign_shards
 from .reader import ExpertStore
-from .shard import StoreDigest
+from .shard import store_digest
 from .trunk import check_sum
 
 READS = 8  # in flight: what it takes to be as fast as the disk
@@ -73,7 +73,7 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
     for block, fault in store.faults.items():
         yield Problem(block, None, str(store.path(block)), fault.cause)
     good = not store.faults
-    digest = StoreDigest()
+    crcs = []
     keys = [
         ExpertKey(block, expert)
         for block, entry in enumerate(manifest.blocks)
@@ -83,13 +83,13 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
     with ThreadPoolExecutor(reads, thread_name_prefix="moetier-verify") as pool:
         try:
             for key, (crc, problem) in zip(keys, pool.map(check, keys), strict=True):
-                digest.add([crc])
+                crcs.append(crc)
                 if problem is not None:
                     good = False
                     yield problem
                 yield store.layout(key.block).slot_bytes
         finally:
             pool.shutdown(cancel_futures=True)
-    if good and digest.hexdigest() != manifest.digest:
+    if good and (digest := store_digest(crcs)) != manifest.digest:
         paths = [store.path(block) for block in range(len(manifest.blocks))]
-        yield Problem(None, None, str(store.folder), foreign_shards(manifest, digest.hexdigest(), paths).cause)
+        yield Problem(None, None, str(store.folder), foreign_shards(manifest, digest, paths).cause)

@@ -13,7 +13,7 @@ import hashlib
 import mmap
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,10 +56,15 @@ class ShardFile:
     def file_bytes(self) -> int:
         return self.data_bytes + self.index_bytes
 
+    @property
+    def offsets(self) -> range:
+        """Where records begin that lie in the order of their experts."""
+        return range(0, self.data_bytes, self.slot_bytes)
+
     def make_index(self) -> bytes:
         """Of records that lie in the order of their experts."""
         pairs = np.empty((self.experts, 2), "<u8")
-        pairs[:, 0] = np.arange(self.experts, dtype=np.uint64) * self.slot_bytes
+        pairs[:, 0] = self.offsets
         pairs[:, 1] = self.slot_bytes
         payload = pairs.tobytes()
         return payload + checksum_bytes(crc32c(payload))
@@ -89,10 +94,21 @@ class ShardFile:
         return tuple(offsets)
 
 
-def read_checksums(descriptor: int, offsets: Iterable[int], slot_bytes: int) -> tuple[int, ...]:
-    """The crc32c stored behind each record of a shard, from a descriptor without O_DIRECT."""
-    ends = (offset + slot_bytes - CHECKSUM_BYTES for offset in offsets)
-    return tuple(int.from_bytes(os.pread(descriptor, CHECKSUM_BYTES, end), "little") for end in ends)
+def stored_checksums(place: str | Path, offsets: Iterable[int], slot_bytes: int) -> Iterator[int]:
+    """Yield the checksum stored behind each record of the shard at ``place``.
+
+    To read from the very file that a descriptor refers to, give ``/proc/self/fd/N``.
+    """
+    with open(place, "rb", buffering=0) as stream:  # noqa: PTH123 - a new open file description, without O_DIRECT
+        descriptor = stream.fileno()
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
+        for offset in offsets:
+            yield int.from_bytes(os.pread(descriptor, CHECKSUM_BYTES, offset + slot_bytes - CHECKSUM_BYTES), "little")
+
+
+def store_digest(checksums: Iterable[int]) -> str:
+    """Compute the digest that identifies a store: sha256 over the CRC-32C (LE u32) of every record, block by block."""
+    return hashlib.sha256(b"".join(map(checksum_bytes, checksums))).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +158,9 @@ class OpenShard:
             last = offsets.index(file.data_bytes - file.slot_bytes)
             if checksums and checksums[last] != int.from_bytes(end[:CHECKSUM_BYTES], "little"):
                 with read_errors(file.path):
-                    stored = read_checksums(descriptor, offsets, file.slot_bytes)
-                if sum(map(operator.ne, stored, checksums)) > 1:  # one alone may be a flipped bit
+                    stored = stored_checksums(f"/proc/self/fd/{descriptor}", offsets, file.slot_bytes)
+                    differing = sum(map(operator.ne, stored, checksums))
+                if differing > 1:  # one alone may be a flipped bit
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
             return cls(file, descriptor, offsets, _try_direct(descriptor))
         except BaseException:
@@ -200,16 +217,3 @@ def _try_direct(descriptor: int) -> bool:
             pass
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     return False
-
-
-class StoreDigest:
-    """sha256 over the crc32c of every record, LE u32, block by block: identifies a store."""
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-
-    def add(self, crcs: Iterable[int]) -> None:
-        self._sha.update(b"".join(map(checksum_bytes, crcs)))
-
-    def hexdigest(self) -> str:
-        return self._sha.hexdigest()

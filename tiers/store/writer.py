@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import threading
@@ -34,7 +33,7 @@ from moetier.tiers.manifest import FileSum, Manifest
 from .atomic import PARTIAL, allocate, disk_errors, make_folders, sync_folder, write_all, write_durably
 from .checksum import checksum_bytes, crc32c
 from .folder import METADATA, PLAN, read_json, read_manifest
-from .shard import ShardFile, read_checksums
+from .shard import ShardFile, store_digest, stored_checksums
 
 Bytes = npt.NDArray[np.uint8]
 PIECE_BYTES = 8 << 20  # checksummed and written at a time, while it is in the processor's cache
@@ -60,7 +59,7 @@ class StoreWriter:
             make_folders(folder)
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            _take(lock, folder)
+            _lock(lock, folder)
             _check_target(folder, plan)
             with disk_errors(folder):
                 write_durably(folder / PLAN, _to_json(plan.to_json()))
@@ -139,13 +138,13 @@ class StoreWriter:
         assert not self._open
         assert len(self._finished) == len(self._files), "blocks are missing"
         with self._disk_errors():
-            checksums = b"".join(checksum_bytes(crc) for file in self._files for crc in _stored_checksums(file))
+            crcs = [crc for file in self._files for crc in stored_checksums(file.path, file.offsets, file.slot_bytes)]
             manifest = replace(
                 self.plan,
                 source_digest=self.plan.source_digest if source_digest is None else source_digest,
-                digest=hashlib.sha256(checksums).hexdigest(),
+                digest=store_digest(crcs),
                 trunk=trunk or {},
-                record_checksums=checksums,
+                record_checksums=b"".join(map(checksum_bytes, crcs)),
             )
             # Shards that an earlier process renamed may not be in their folders durably yet.
             for name in sorted({parent for file in self._files for parent in list(file.path.parents)[:4]}):
@@ -250,13 +249,7 @@ def is_complete(file: ShardFile) -> bool:
         return False
 
 
-def _stored_checksums(file: ShardFile) -> tuple[int, ...]:
-    with file.path.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
-        return read_checksums(stream.fileno(), range(0, file.data_bytes, file.slot_bytes), file.slot_bytes)
-
-
-def _take(lock: int, folder: Path) -> None:
+def _lock(lock: int, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moetier.tiers.cache.budget import members, slots_for, smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
 from moetier.tiers.cache.quotas import Group, plan_groups
 from moetier.tiers.layout import ExpertKey
@@ -97,7 +97,7 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_O
 
 def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
     """The slots of each array, divided among its blocks as the host tier does it."""
-    return [group for array, count in slots.items() for group in plan_groups(count, members(manifest, array))]
+    return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
 
 
 def slots_within(manifest: Manifest, budget: int) -> Mapping[str, int]:

@@ -53,7 +53,7 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
     from moetier.runtime.config import TierConfig
     from moetier.runtime.kernels.choose import kernels_for
     from moetier.runtime.model.load import place_of
-    from moetier.tiers.cache.budget import largest_budget, smallest_budget
+    from moetier.tiers.cache.budget import smallest_budget
     from moetier.tools.plan.choices import open_prospect
     from moetier.tools.plan.fit import Room, fit_of
 
@@ -64,7 +64,7 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
     fit = fit_of(prospect, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
     if fit.problem is not None:
         return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert it to fewer bits.")
-    smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), largest_budget(choice.manifest)))
+    smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), choice.manifest.stored_bytes))
     return ok(
         "memory",
         f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {config.context} tokens and "

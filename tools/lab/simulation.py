@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
 from moetier.runtime.trace.trace import NONE, Trace
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Clairvoyant, Order
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
 from moetier.tiers.cache.quotas import BlockPolicy, Group
 from moetier.tiers.cache.slots import Slots
 from moetier.tiers.host.warmup import HotSet
@@ -58,6 +60,43 @@ class Outcome:
     prompts: Count
     device: Count  # of the device tier above it, in decoding; no lookups where there is none
     preloads: int  # loads before a sequence: of the experts that were used most until then
+
+
+class Clairvoyant:
+    """Next used last first: no order hits more often (Belady 1966). For measuring: it must be told what is to come."""
+
+    def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
+        """``uses``: the times of each key's uses, ascending."""
+        self.now = 0  # whoever uses the order sets it before each demand
+        self._uses = uses
+        self._next: dict[ExpertKey, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._next)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self._next)
+
+    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+        return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
+
+    def add(self, key: ExpertKey, *, passing: bool) -> None:
+        self._next[key] = self.next_use(key)
+
+    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+        self._next[key] = self.next_use(key)
+
+    def put_first(self, key: ExpertKey) -> None:
+        """No: what is to come decides."""
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._next[key]
+
+    def next_use(self, key: ExpertKey) -> float:
+        """Behind ``now``; infinite if there is none."""
+        times = self._uses.get(key, ())
+        later = bisect_right(times, self.now)
+        return times[later] if later < len(times) else inf
 
 
 class SimulatedTier:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier.tiers.cache.orders import ORDERS, Clairvoyant, Frequency, Order, Recency, ScanResistant
+from moetier.tiers.cache.orders import ORDERS, Frequency, Order, Recency, ScanResistant
 from moetier.tiers.layout import ExpertKey
+from moetier.tools.lab.simulation import Clairvoyant
 
 KEYS = [ExpertKey(block, expert) for block in range(2) for expert in range(6)]
 MAKERS: dict[str, Callable[[int], Order]] = {

@@ -18,7 +18,7 @@ from threads import Task, run_all, wait_until
 from unsteady import UnsteadySource
 
 from moetier.tiers.arena.arena import Arena
-from moetier.tiers.cache.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.page_locks import PageLocks
 from moetier.tiers.device.stream import CudaDevice
 from moetier.tiers.device.tier import DeviceTier
@@ -356,7 +356,7 @@ def test_two_record_sizes() -> None:
     plan = two_geometries()
     records = make_records(plan)
     device = device_of()
-    for budget in (smallest_budget(plan), largest_budget(plan)):
+    for budget in (smallest_budget(plan), plan.stored_bytes):
         slots = slots_for(plan, budget)
         with HostTier(RamReader(plan, records), slots=slots) as host:
             tier = DeviceTier(host, plan, slots=slots, device=device)

@@ -24,7 +24,7 @@ from readers import PATIENCE, GatedReader, RamReader
 from stores import make_plan, make_records
 from threads import Task, run_all, wait_until
 
-from moetier.tiers.cache.budget import largest_budget, slots_for, smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.cache.orders import ORDERS
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
 from moetier.tiers.host import prefetch as early
@@ -97,7 +97,7 @@ def test_two_record_sizes() -> None:
     plan = two_geometries()
     records = make_records(plan)
     reader = RamReader(plan, records)
-    for budget in (smallest_budget(plan), largest_budget(plan)):
+    for budget in (smallest_budget(plan), plan.stored_bytes):
         slots = slots_for(plan, budget)
         with HostTier(reader, slots=slots) as tier:
             numbers: dict[str, set[int]] = {"big": set(), "small": set()}
