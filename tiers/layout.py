@@ -26,7 +26,7 @@ TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # of matrices beside the experts: wha
 PAIR_BLOCK = 128  # groups that share one second-level pair when pairs are stored in 8 bits
 WEIGHT_TYPES = ("bfloat16", "float16")  # of 16-bit weights and of biases
 SOURCE_TYPES = (*WEIGHT_TYPES, "float32")  # that weights of fewer bits had before
-MOST = 1 << 24  # rows, columns, or items of a bias
+MAX_SIZE = 1 << 24  # rows, columns, or items of a bias
 GROUPS = {"bfloat16": (32, 64, 128, 256), "uint8": (16, 32, 64, 128, 256)}  # weights that share a pair, by its type
 PAIR_TYPES = tuple(GROUPS)
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
@@ -189,7 +189,8 @@ class RecordLayout:
         """Raises ValueError, naming the field, on anything that is not a layout of this format."""
         projections = tuple(map(_projection, value["projections"].items()))
         biases = tuple(
-            Bias(_name(b), b["size"].number(1, MOST), b["dtype"].among(WEIGHT_TYPES)) for b in value["biases"].items()
+            Bias(_name(b), b["size"].number(1, MAX_SIZE), b["dtype"].among(WEIGHT_TYPES))
+            for b in value["biases"].items()
         )
         names = [p.name for p in projections] + [b.name for b in biases]
         if not projections or len(set(names)) != len(names):
@@ -202,7 +203,7 @@ class RecordLayout:
 def _projection(value: Fields) -> Projection:
     """Exactly what the kernels multiply with."""
     bits: Bits = value["bits"].among(BITS)
-    rows, columns = (value[name].number(1, MOST) for name in ("rows", "columns"))
+    rows, columns = (value[name].number(1, MAX_SIZE) for name in ("rows", "columns"))
     name, transposed = _name(value), value["transposed"].flag()
     if bits == 16:
         dtype = value["dtype"].among(WEIGHT_TYPES)

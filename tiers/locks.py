@@ -19,25 +19,25 @@ from types import TracebackType
 from typing import TypeVar, TypeVarTuple
 
 from .errors import ClosedError, MoetierError
-from .interrupts import LOOK_SECONDS, may_end
+from .interrupts import POLL_SECONDS, interruptible
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
 
-class Home:
+class ForkGuard:
     """The process in which something was made. Threads don't survive a fork, and a lock may stay held for ever."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
 
     @property
-    def is_here(self) -> bool:
+    def is_owner(self) -> bool:
         return self._process == os.getpid()
 
     def check(self) -> None:
         """Raises ClosedError in a forked child."""
-        if not self.is_here:
+        if not self.is_owner:
             raise ClosedError(
                 f"This is another process's tier: it was opened in process {self._process}, and this is a fork of it.",
                 "Load the model in the process that uses it, or start children by spawn.",
@@ -47,23 +47,23 @@ class Home:
 class Monitor:
     """Runs steps one at a time. Raises ClosedError in a forked child, instead of waiting for ever."""
 
-    def __init__(self, mend: Callable[[], None] = lambda: None) -> None:
-        """``mend`` makes the state agree with itself after a step that an exception has cut anywhere."""
-        self.home = Home()
-        self._mend = mend
+    def __init__(self, repair: Callable[[], None] = lambda: None) -> None:
+        """``repair`` makes the state agree with itself after a step that an exception has cut anywhere."""
+        self.fork_guard = ForkGuard()
+        self._repair = repair
         self._lock = threading.Lock()
         self._is_torn = False  # a step is under way, or was cut
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
-        self._tried: Callable[[], None] | None = None  # the first of these, once it has begun
+        self._attempted: Callable[[], None] | None = None  # the first of these, once it has begun
 
     def run(self, step: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """What ``step`` returns, which may raise a MoetierError where the state agrees. No step runs another."""
-        self.home.check()
+        self.fork_guard.check()
         try:
             with self._lock:
                 if self._is_torn:
-                    self._mend()
+                    self._repair()
                 self._is_torn = True
                 try:
                     result = step(*arguments)
@@ -84,20 +84,20 @@ class Monitor:
         def attempt() -> Result | None:
             result = step(*arguments)
             if result is None:
-                bed.acquire(blocking=False)
-                self._sleepers.append(bed)
+                sleeper.acquire(blocking=False)
+                self._sleepers.append(sleeper)
             return result
 
-        bed = threading.Lock()
+        sleeper = threading.Lock()
         while (result := self.run(attempt)) is None:
-            _wait(bed)
+            _wait(sleeper)
         return result
 
     def wake(self) -> None:
         """Wake all that sleep. Part of a step."""
-        for bed in self._sleepers:
-            if bed.locked():
-                bed.release()
+        for sleeper in self._sleepers:
+            if sleeper.locked():
+                sleeper.release()
         self._sleepers.clear()
 
     @property
@@ -117,41 +117,41 @@ class Monitor:
         while self._posted and not self._lock.locked():
             with self._lock:
                 if self._is_torn:
-                    self._mend()
+                    self._repair()
                 self._is_torn = True
                 while self._posted:
                     work = self._posted[0]
-                    if work is self._tried:
+                    if work is self._attempted:
                         self._posted.popleft()
                         work()
                     else:
-                        self._tried = work
+                        self._attempted = work
                         work()
                         self._posted.popleft()
-                    self._tried = None
+                    self._attempted = None
                 self._is_torn = False
 
 
-@may_end
-def _wait(bed: threading.Lock) -> None:
-    while not bed.acquire(timeout=LOOK_SECONDS):
+@interruptible
+def _wait(sleeper: threading.Lock) -> None:
+    while not sleeper.acquire(timeout=POLL_SECONDS):
         pass
 
 
-class Usage:
+class UseCount:
     """Of something that threads use for a while each: ``with usage:``, which raises ClosedError once it is closed."""
 
     def __init__(self, name: str) -> None:
         """``name`` is what errors call it."""
         self._name = name
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._users = 0
         self._closed = False
 
     def __enter__(self) -> None:
-        self._home.check()
+        self._fork_guard.check()
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self._name} was closed.", "Open it again.")
@@ -167,7 +167,7 @@ class Usage:
 
     def close(self) -> None:
         """Nobody may use it any more; waits for those who do. Idempotent. In a forked child there is nobody."""
-        if self._home.is_here:
+        if self._fork_guard.is_owner:
             with self._lock:
                 self._closed = True
                 self._idle.wait_for(lambda: not self._users)

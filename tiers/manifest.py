@@ -20,9 +20,9 @@ from .layout import GROUPS, PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayou
 FORMAT = 1
 TRUNK_RECORDS = "trunk-records"
 FEATURES = frozenset({TRUNK_RECORDS})  # what a store may require and this version has
-MOST_EXPERTS = 1 << 16  # of a block
-MOST_BYTES = 1 << 50  # of a file
-MOST_NAME_BYTES = 255  # of a file or folder (NAME_MAX of Linux)
+MAX_EXPERTS = 1 << 16  # of a block
+MAX_BYTES = 1 << 50  # of a file
+MAX_NAME_BYTES = 255  # of a file or folder (NAME_MAX of Linux)
 SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit while its files pass by
 TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # beside experts.zarr, and nowhere else
 
@@ -219,7 +219,7 @@ class Manifest:
 def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
     found = []
     for value in values:
-        experts = value["experts"].number(1, MOST_EXPERTS)
+        experts = value["experts"].number(1, MAX_EXPERTS)
         top_k = value["top_k"].number(1, experts)
         index = value["index"].number(0, len(values) - 1)
         found.append(Block(value["path"].text(), value["array"].text(), index, experts, top_k))
@@ -228,7 +228,7 @@ def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
 
 def _array(name: str, layout: Fields) -> str:
     """The name of an array becomes that of a folder."""
-    if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > MOST_NAME_BYTES:
+    if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"{layout.place}: {shown(name)} is no name of an array")
     return name
 
@@ -237,7 +237,7 @@ def _file(member: tuple[str, Fields]) -> tuple[str, FileSum]:
     name, value = member
     if not TRUNK_NAME.fullmatch(name):
         raise ValueError(f"{value.place}: {shown(name)} is no name of a trunk file")
-    return name, FileSum(value["bytes"].number(1, MOST_BYTES), value["crc32c"].number(0, 2**32 - 1))
+    return name, FileSum(value["bytes"].number(1, MAX_BYTES), value["crc32c"].number(0, 2**32 - 1))
 
 
 def _table(value: Fields) -> bytes:

@@ -55,7 +55,7 @@ class Pace(NamedTuple):
     beside: float = 0.0  # for which it is read beside the slots, and has evicted nothing
 
 
-class Beginning(NamedTuple):
+class StagedPrefix(NamedTuple):
     """What is there of a record already."""
 
     length: int  # bytes, of whole pages
@@ -88,10 +88,10 @@ class PartReader(Protocol):
         is checked. Raises StoreError, which does not name the record."""
 
     def read_rest(
-        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
         """As ``read_into``, but for what is there: that is waited for only when the rest has been asked for. Raises
-        StoreError, and what ``beginning.copy`` raises."""
+        StoreError, and what ``prefix.copy`` raises."""
 
 
 class ExpertSource(Protocol[Record]):

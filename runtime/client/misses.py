@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.interrupts import LOOK_SECONDS, may_end
+from moetier.tiers.interrupts import POLL_SECONDS, interruptible
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
@@ -146,12 +146,12 @@ class Misses:
         return UnavailableError(f"{what} {ways.spare.why}".rstrip(), "Start it again: moetier daemon DIR")
 
 
-@may_end
+@interruptible
 def _take(events: SimpleQueue[Event[MappedArena]], seconds: float) -> Event[MappedArena]:
     """Raises Empty."""
-    return events.get(timeout=min(seconds, LOOK_SECONDS))
+    return events.get(timeout=min(seconds, POLL_SECONDS))
 
 
-@may_end
+@interruptible
 def _sleep(seconds: float) -> None:
     time.sleep(seconds)

@@ -12,7 +12,7 @@ from types import TracebackType
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import ChecksumError, ClosedError, ProtocolError, UnavailableError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import crc32c
 
@@ -46,7 +46,7 @@ class RemoteReader:
         self.address = address
         self._credentials = credentials
         self._patience = patience
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._channels = channels
         self._state = threading.Lock()  # guards what is exchanged and closed
         self._lines: Lines | None = None
@@ -57,7 +57,7 @@ class RemoteReader:
     def check(self, patience: float = _ANSWER) -> None:
         """Connects anew, and asks whether the daemon serves this store. Raises UnavailableError, RefusedError,
         UnknownModelError, ProtocolError."""
-        self._home.check()
+        self._fork_guard.check()
         lines = Lines(self.address, self._credentials, self._channels)
         try:
             with self._state:
@@ -82,7 +82,7 @@ class RemoteReader:
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """As ``RecordReader`` says, without pauses. Raises MissingExpertError, ChecksumError, a DaemonError, and what
         the daemon's own tier has raised: StoreError, ExhaustedError. What the buffer holds then is undefined."""
-        self._home.check()
+        self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
         view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
         assert len(view) == self.manifest.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
@@ -102,7 +102,7 @@ class RemoteReader:
 
     def close(self) -> None:
         """What is being read ends with an error. Idempotent. A forked child has nothing to close."""
-        if not self._home.is_here:
+        if not self._fork_guard.is_owner:
             return
         with self._state:
             self._closed = True

@@ -9,7 +9,7 @@ from pathlib import Path
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, ClosedError, StoreError
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.reader import ExpertStore
@@ -21,7 +21,7 @@ class Spare:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory = directory
         self._manifest = manifest
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._lock = threading.Lock()
         self._closing = contextlib.ExitStack()
         self._host: HostTier | None = None
@@ -30,7 +30,7 @@ class Spare:
 
     def open(self) -> HostTier | None:
         """None where it can't be had: then there is no such store, or no memory. ``why`` says it."""
-        self._home.check()
+        self._fork_guard.check()
         with self._lock:
             if self._closed:
                 raise ClosedError("The tier was closed.", "Load the model again.")
@@ -72,7 +72,7 @@ class Spare:
 
     def close(self) -> None:
         """Idempotent."""
-        if self._home.is_here:  # in a fork the lock may be held for ever
+        if self._fork_guard.is_owner:  # in a fork the lock may be held for ever
             with self._lock:
                 self._closed = True
         self._closing.close()

@@ -16,7 +16,7 @@ from types import TracebackType
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import ClosedError, ConfigError, ExhaustedError, MoetierError, StoreError, UnavailableError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 from moetier.tiers.store.reader import ExpertStore
@@ -73,7 +73,7 @@ class SpreadReader:
         self._peers = Peers(peers)
         self.local = local
         self._patience = patience
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._state = threading.Lock()  # guards the counters
 
     @property
@@ -84,7 +84,7 @@ class SpreadReader:
         """As ``RecordReader`` says; pauses where it reads from the store. Raises MissingExpertError; with nothing else
         to read from StoreError or ExhaustedError as the daemons tell them, and UnavailableError when none answers for
         ``patience`` seconds."""
-        self._home.check()
+        self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
         deadline = time.monotonic() + self._patience
         while True:
@@ -115,7 +115,7 @@ class SpreadReader:
 
     def close(self) -> None:
         """Idempotent. Reads under way end with an error. In a forked child only the store's descriptors go."""
-        if self._home.is_here:
+        if self._fork_guard.is_owner:
             self._peers.close()
         if self.local is not None:
             self.local.close()

@@ -19,7 +19,7 @@ from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Pace
 from moetier.tiers.stats import TierStats
@@ -63,7 +63,7 @@ class DaemonTier:
         self._manifest = manifest
         self._arena = arena
         self._spare = spare
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._closed_error: ClosedError | None = None
         self._wished: set[int] = set()  # blocks whose wishes the daemon may still have to fulfil
         self._borrowed: set[ExpertKey] = set()  # of which no demand has been told
@@ -118,7 +118,7 @@ class DaemonTier:
 
     def reclaim(self) -> None:
         """As ``ExpertSource`` says."""
-        self._home.check()
+        self._fork_guard.check()
         if (misses := self._misses.get(threading.get_ident())) is not None:
             misses.close()
         self._spare.reclaim()
@@ -200,7 +200,7 @@ class DaemonTier:
 
         In a forked child only its own maps and descriptors go.
         """
-        if self._home.is_here:
+        if self._fork_guard.is_owner:
             self._closed_error = self._closed_error or ClosedError("The tier was closed.", "Load the model again.")
             self._link.close()
         self._spare.close()

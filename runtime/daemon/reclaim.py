@@ -56,7 +56,7 @@ def find_leftovers(
                     continue
                 if digest in manifests:
                     try:
-                        arena = Arena.take(descriptor, manifests[digest])
+                        arena = Arena.reclaim(descriptor, manifests[digest])
                     except ArenaError:  # its owner lives, or it is divided otherwise
                         locked = True
                         seen.discard(file)

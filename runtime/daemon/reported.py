@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from moetier.tiers.errors import StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Beginning, RecordReader
+from moetier.tiers.source import RecordReader, StagedPrefix
 
 from .log import Sparing
 
@@ -42,12 +42,12 @@ class ReportedReader:
         self._reader.parts.read_part(key, start, part)
 
     def read_rest(
-        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
         """As the other reader does."""
         assert self._reader.parts is not None
         with self._saying(key):
-            self._reader.parts.read_rest(key, buffer, beginning, pause)
+            self._reader.parts.read_rest(key, buffer, prefix, pause)
 
     @contextlib.contextmanager
     def _saying(self, key: ExpertKey) -> Iterator[None]:

@@ -178,11 +178,11 @@ class GhostCache:
         self.misses += len(missing)
         excess = len(resident) + len(missing) - self._slots
         if excess > 0:
-            victims = (key.expert for key in order.victims(passing=False) if key.expert not in experts)
+            victims = (key.expert for key in order.victims(scan=False) if key.expert not in experts)
             for expert in list(islice(victims, excess)):
                 order.remove(resident.pop(expert))
         for expert in missing:
             resident[expert] = ExpertKey(block, expert)
-            order.add(resident[expert], passing=False)
+            order.add(resident[expert], scan=False)
         for expert in reversed([*experts]):
-            order.touch(resident[expert], passing=False)
+            order.touch(resident[expert], scan=False)

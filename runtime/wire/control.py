@@ -24,7 +24,7 @@ from typing import Any
 
 from moetier.tiers import errors
 from moetier.tiers.errors import MoetierError, NobodyError, ProtocolError, RefusedError, UnavailableError
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import ForkGuard
 
 from .address import CONTROL_SOCKET, check_folder
 
@@ -101,17 +101,17 @@ class ControlConnection:
             ) from None
         self.descriptor = descriptor  # of the arena, read-only; closed together with the connection
         self._end = end
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         _opened_here.add(self)
 
     def fileno(self) -> int:
         """Return the socket's descriptor. It becomes readable only when the daemon is gone."""
-        self._home.check()
+        self._fork_guard.check()
         return self._end.fileno()
 
     def is_alive(self) -> bool:
         """Return whether the daemon still holds the other end. Raises ClosedError in a forked child."""
-        self._home.check()
+        self._fork_guard.check()
         if self._end.fileno() < 0:
             return False
         poll = select.poll()

@@ -12,7 +12,7 @@ import google_crc32c
 from moetier.tiers.errors import StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Beginning, PartReader
+from moetier.tiers.source import PartReader, StagedPrefix
 
 PATIENCE = 60.0  # seconds until a test that hangs fails
 
@@ -34,7 +34,7 @@ class RamReader:
         return self if self._in_parts else None
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        self.read_rest(key, buffer, Beginning(0, lambda view: None), pause)
+        self.read_rest(key, buffer, StagedPrefix(0, lambda view: None), pause)
 
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
         with self._lock:
@@ -42,14 +42,14 @@ class RamReader:
         part[:] = self._whole(key)[start : start + len(part)]
 
     def read_rest(
-        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
         with self._lock:
             self.reads[key] += 1
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
-        whole, start = self._whole(key), beginning.length
+        whole, start = self._whole(key), prefix.length
         buffer[start:] = whole[start:]
-        beginning.copy(buffer)
+        prefix.copy(buffer)
         assert buffer[:start] == whole[:start]
 
     def _whole(self, key: ExpertKey) -> bytes:
@@ -74,12 +74,12 @@ class GatedReader(RamReader):
             super().read_part(key, start, part)
 
     def read_rest(
-        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
         with self._gate(key):
             if pause is not None:
                 pause()
-            super().read_rest(key, buffer, beginning)
+            super().read_rest(key, buffer, prefix)
 
     @contextlib.contextmanager
     def _gate(self, key: ExpertKey) -> Iterator[None]:

@@ -80,7 +80,7 @@ def restarts(store: ExpertStore, rounds: int) -> None:
                 assert all(lease.holds() for lease in tier.acquire([ExpertKey(block, e) for e in range(entry.experts)]))
         times = []
         for _ in range(rounds):
-            arena = Arena.take(descriptor, manifest)
+            arena = Arena.reclaim(descriptor, manifest)
             began = time.perf_counter()
             with HostTier(store, slots=slots, arena=arena) as tier:
                 times.append(time.perf_counter() - began)

@@ -25,7 +25,7 @@ from threads import Task
 import moetier
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.interrupts import WHOLE, postpone_interrupts, raise_interrupts
+from moetier.tiers.interrupts import UNINTERRUPTIBLE, postpone_interrupts, raise_interrupts
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import read_manifest, store_folder
 
@@ -156,5 +156,5 @@ class Broken:
 
 
 def test_the_modules_that_are_not_cut_are_there() -> None:
-    for name in WHOLE:
+    for name in UNINTERRUPTIBLE:
         importlib.import_module(name)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import crc32c
 
@@ -68,7 +68,7 @@ class Arena:
         return cls(mapping, plan, Directory(memoryview(mapping)[: plan.directory_bytes], plan), None)
 
     @classmethod
-    def take(cls, descriptor: int, manifest: Manifest) -> Arena:
+    def reclaim(cls, descriptor: int, manifest: Manifest) -> Arena:
         """Takes back the arena of an owner who is dead, by any descriptor of it, which stays the caller's. What it
         holds is to be proved: HostTier does.
 
@@ -97,7 +97,7 @@ class Arena:
     def __init__(self, mapping: mmap.mmap, plan: ArenaPlan, directory: Directory, descriptor: int | None) -> None:
         self.plan = plan
         self.directory = directory
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._mapping: mmap.mmap | None = mapping
         self._descriptor = descriptor  # None for a reader
 
@@ -127,7 +127,7 @@ class Arena:
         descriptor, self._descriptor = self._descriptor, None
         self.directory.close()
         if descriptor is not None:
-            if self._home.is_here:  # a fork shares the lock, and must not let go of it
+            if self._fork_guard.is_owner:  # a fork shares the lock, and must not let go of it
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # the map has a duplicate, which may live on with a view
             os.close(descriptor)
         if mapping is not None:

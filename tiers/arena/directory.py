@@ -12,7 +12,7 @@ looks at the generation again before it uses the result: if it is the same, the 
 Nothing is locked, so nobody waits, and a dead reader is in nobody's way.
 
 It relies on words that are read and written whole, and on stores and loads that others see in the order of the program:
-so it is on x86-64. The owner's orders are those of ``withdraw`` and ``publish``, the reader's that of ``find``.
+so it is on x86-64. The owner's orders are those of ``begin_fill`` and ``publish``, the reader's that of ``find``.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Directory:
 
     # -- the owner ----------------------------------------------------------------------------------------------------
 
-    def withdraw(self, key: ExpertKey | None, slot: int) -> None:
+    def begin_fill(self, key: ExpertKey | None, slot: int) -> None:
         """Before the slot, which holds ``key``'s record or none, is filled anew."""
         if key is not None:
             self._table[self._plan.number(key)] = NONE
@@ -168,7 +168,7 @@ class Directory:
         self._step(slot)
         self._table[number] = slot
 
-    def void(self, slot: int) -> None:
+    def invalidate(self, slot: int) -> None:
         """The slot, which was withdrawn, holds nothing of use."""
         self._contents[slot] = NONE
         self._step(slot)
@@ -198,7 +198,7 @@ class Directory:
             return None
         return self._plan.key(number)
 
-    def reclaim(self, kept: dict[int, ExpertKey]) -> None:
+    def keep_only(self, kept: dict[int, ExpertKey]) -> None:
         """What a dead owner left, apart from what is ``kept``, by slot, is empty from now on. Readers of what is kept
         notice nothing."""
         held = {self._plan.number(key): slot for slot, key in kept.items()}
@@ -210,9 +210,9 @@ class Directory:
             if slot not in kept:
                 if not self._generations[slot] & 1:
                     self._step(slot)
-                self.void(slot)
+                self.invalidate(slot)
 
-    def mend(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
+    def repair(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
         """After the owner was cut: say of each slot the key that it holds or is filled with, and whether it is being
         filled. Readers of what was right notice nothing."""
         if self._closed:

@@ -1,4 +1,4 @@
-"""How many slots a budget pays for. Pure."""
+"""Budgets: how many slots a number of bytes pays for. All of this is pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from moetier.tiers.manifest import Manifest
 
 
 def smallest_budget(manifest: Manifest) -> int:
-    """Bytes for one token's experts of one block, in every record geometry."""
+    """The smallest budget that works, in bytes: in every record geometry, one token's experts of one block."""
     return sum(manifest.layouts[name].slot_bytes * least for name, (least, _) in slot_ranges(manifest).items())
 
 
 def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
-    """How many slots of each record geometry (zarr array) a budget pays for; at most one for each record.
+    """Compute how many slots of each record geometry (zarr array) a budget pays for, at most one per record.
 
-    Raises BudgetError when not even one block's top-k records fit.
+    Raises:
+        BudgetError: not even one block's top-k records fit.
     """
     smallest, largest = smallest_budget(manifest), manifest.stored_bytes
     if budget_bytes < smallest:
@@ -26,7 +27,7 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
         )
     ranges = slot_ranges(manifest)
     slots = {name: least for name, (least, _) in ranges.items()}
-    if above := largest - smallest:  # what is left over, in proportion to what each can still use
+    if above := largest - smallest:  # divide the rest in proportion to what each geometry can still use
         extra = min(budget_bytes, largest) - smallest
         for name, (least, most) in ranges.items():
             slots[name] += (most - least) * extra // above
@@ -40,7 +41,7 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
 
 
 def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """The fewest and the most slots that make sense, by array."""
+    """The smallest and the largest useful number of slots, by array."""
     ranges = {}
     for name, members in manifest.members.items():
         blocks = members.values()

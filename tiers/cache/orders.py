@@ -1,6 +1,6 @@
-"""In which order the records of one group are evicted. Pure.
+"""Eviction orders of the records of one group. All of this is pure.
 
-A demand for more records than a group has slots is a *passage*: the group can't keep what it brings. A prefill is one
+A demand for more records than its group has slots is a *scan*: the group can't keep what it loads. A prefill is a scan
 where few experts of a block are cached.
 """
 
@@ -14,33 +14,36 @@ from typing import Protocol
 
 from moetier.tiers.layout import ExpertKey
 
-HALF_LIFE = 30  # uses
+HALF_LIFE = 30  # uses of the group after which a use counts half as much
 
 
 class Order(Protocol):
-    """What ``policy.py`` asks. A key is in it from ``add`` to ``remove``; ``passing``: it is used in a passage."""
+    """Eviction order of the keys of one group. A key is in it from ``add`` to ``remove``.
+
+    ``scan`` says that the key is used by a scan.
+    """
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[ExpertKey]: ...
 
-    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
-        """From the one that is evicted first. A passage may be given fewer than all, so that it leaves the others."""
+    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+        """Keys, the first victim first. For a scan they may be fewer than all: it must leave the others alone."""
 
-    def add(self, key: ExpertKey, *, passing: bool) -> None:
-        """Its record is being loaded. If that is for a demand, ``touch`` follows."""
+    def add(self, key: ExpertKey, *, scan: bool) -> None:
+        """Add a key whose record is being loaded. If the load is for a demand, ``touch`` follows."""
 
-    def touch(self, key: ExpertKey, *, passing: bool) -> None:
-        """It is used, or about to be."""
+    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+        """Note that the key is used or about to be."""
 
-    def put_first(self, key: ExpertKey) -> None:
-        """It is evicted before whatever was used, as nobody has used it yet."""
+    def demote(self, key: ExpertKey) -> None:
+        """Make the key the first victim: a prefetch has loaded it and it is not used yet."""
 
     def remove(self, key: ExpertKey) -> None: ...
 
 
 class Recency:
-    """Least recently used first, in a passage too."""
+    """Evict the least recently used key first, for scans too."""
 
     def __init__(self, quota: int) -> None:
         self._keys: OrderedDict[ExpertKey, None] = OrderedDict()
@@ -51,16 +54,16 @@ class Recency:
     def __iter__(self) -> Iterator[ExpertKey]:
         return iter(self._keys)
 
-    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
         return iter(self._keys)
 
-    def add(self, key: ExpertKey, *, passing: bool) -> None:
+    def add(self, key: ExpertKey, *, scan: bool) -> None:
         self._keys[key] = None
 
-    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+    def touch(self, key: ExpertKey, *, scan: bool) -> None:
         self._keys.move_to_end(key)
 
-    def put_first(self, key: ExpertKey) -> None:
+    def demote(self, key: ExpertKey) -> None:
         self._keys.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
@@ -68,82 +71,85 @@ class Recency:
 
 
 class ScanResistant:
-    """Recency that a passage does not disturb.
+    """Evict the least recently used key first, undisturbed by scans.
 
-    What a passage brings is evicted before all else, what it finds stays where it is, and once ``room`` records are in
-    passing it evicts those alone. A record in passing stays when anybody else uses it.
+    Records that a scan loads are evicted before all others; those that it finds keep their place. Once a scan has
+    loaded ``room`` records, it evicts only such records. A record of a scan becomes an ordinary one when another demand
+    uses it.
     """
 
     def __init__(self, quota: int) -> None:
-        self.room = max(2, quota // 8)  # enough reads in flight for a passage to be quick, few enough to lose little
-        self._passing: OrderedDict[ExpertKey, None] = OrderedDict()
+        self.room = max(2, quota // 8)  # enough reads in flight for a quick scan, few enough slots to lose little
+        self._scanned: OrderedDict[ExpertKey, None] = OrderedDict()
         self._settled: OrderedDict[ExpertKey, float] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._passing) + len(self._settled)
+        return len(self._scanned) + len(self._settled)
 
     def __iter__(self) -> Iterator[ExpertKey]:
-        return chain(self._passing, self._settled)
+        return chain(self._scanned, self._settled)
 
-    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
-        return iter(self._passing) if passing and len(self._passing) >= self.room else iter(self)
+    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+        return iter(self._scanned) if scan and len(self._scanned) >= self.room else iter(self)
 
-    def add(self, key: ExpertKey, *, passing: bool) -> None:
-        if passing:
-            self._passing[key] = None
+    def add(self, key: ExpertKey, *, scan: bool) -> None:
+        if scan:
+            self._scanned[key] = None
         else:
             self._settled[key] = 0.0
 
-    def touch(self, key: ExpertKey, *, passing: bool) -> None:
-        if not passing:
-            self._passing.pop(key, None)
+    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+        if not scan:
+            self._scanned.pop(key, None)
             self._settled[key] = 0.0
             self._settled.move_to_end(key)
 
-    def put_first(self, key: ExpertKey) -> None:
+    def demote(self, key: ExpertKey) -> None:
         self._settled.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
-        if key in self._passing:
-            del self._passing[key]
+        if key in self._scanned:
+            del self._scanned[key]
         else:
             del self._settled[key]
 
 
 class Frequency(ScanResistant):
-    """Least often used first, where a use counts half as much after ``HALF_LIFE`` others of its group; a passage
-    disturbs it as little as it does recency, and what was evicted comes back with the uses it had.
+    """Evict the least often used key first, undisturbed by scans.
 
-    LRFU (Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used
-    policies", IEEE Transactions on Computers 50(12)). Two records that are not used keep their order, so what is kept
-    is the logarithm of each one's count as of the group's first use.
+    A use counts half as much after ``HALF_LIFE`` further uses of the group. An evicted key keeps its count and has it
+    again when it comes back.
+
+    This is LRFU (Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
+    frequently used policies", IEEE Transactions on Computers 50(12)). All counts decay at the same rate, so unused keys
+    keep their order. Stored is therefore the logarithm of each count, scaled to the time of the group's first use.
     """
 
     def __init__(self, quota: int) -> None:
         super().__init__(quota)
         self._uses = 0
-        self._counts: dict[ExpertKey, float] = {}  # log2, of all that were ever used
+        self._counts: dict[ExpertKey, float] = {}  # log2, for every key that was ever used
 
     def __iter__(self) -> Iterator[ExpertKey]:
-        return chain(self._passing, sorted(self._settled, key=self._settled.__getitem__))
+        return chain(self._scanned, sorted(self._settled, key=self._settled.__getitem__))
 
-    def add(self, key: ExpertKey, *, passing: bool) -> None:
-        super().add(key, passing=passing)
-        if not passing:
+    def add(self, key: ExpertKey, *, scan: bool) -> None:
+        super().add(key, scan=scan)
+        if not scan:
             self._settled[key] = self._counts.get(key, -inf)
 
-    def touch(self, key: ExpertKey, *, passing: bool) -> None:
-        super().touch(key, passing=passing)
-        if not passing:
+    def touch(self, key: ExpertKey, *, scan: bool) -> None:
+        super().touch(key, scan=scan)
+        if not scan:
             self._uses += 1
             now, before = self._uses / HALF_LIFE, self._counts.get(key, -inf)
             self._counts[key] = self._settled[key] = now + log2(1.0 + 2.0 ** (before - now))
 
-    def put_first(self, key: ExpertKey) -> None:
-        super().put_first(key)
+    def demote(self, key: ExpertKey) -> None:
+        super().demote(key)
         self._settled[key] = -inf
 
 
-# name -> of a quota
+# by name: makes an order from a group's quota
 ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
 DEFAULT_ORDER = "lrfu"

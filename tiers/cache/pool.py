@@ -26,27 +26,27 @@ class SlotPool:
         self.first = first
         self.slot_bytes = slot_bytes
 
-    def begin(self, slot: int, key: ExpertKey, *, passing: bool = False, early: bool = False) -> ExpertKey | None:
+    def begin(self, slot: int, key: ExpertKey, *, scan: bool = False, prefetched: bool = False) -> ExpertKey | None:
         """Begin to fill a slot that is EMPTY or evictable; return the key of the record that was evicted, if any."""
         evicted = None
         if self.slots.is_ready(slot):
             evicted = self.slots.key(slot)
-            self.policy.forget(slot)
+            self.policy.remove(slot)
             self.slots.evict(slot)
         self.slots.begin(slot, key)
-        self.policy.admit(key.block, slot, passing=passing, early=early)
+        self.policy.admit(key.block, slot, scan=scan, prefetched=prefetched)
         return evicted
 
     def fail(self, slot: int) -> None:
         """Empty a LOADING slot whose record will not arrive."""
-        self.policy.forget(slot)
+        self.policy.remove(slot)
         self.slots.fail(slot)
 
-    def mend(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
+    def repair(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
         """Make slots and policy agree after a step that an exception has cut; the arguments are those of
-        ``Slots.mend``."""
-        self.slots.mend(pins, loading)
-        self.policy.mend()
+        ``Slots.repair``."""
+        self.slots.repair(pins, loading)
+        self.policy.repair()
 
     def check_integrity(self) -> None:
         """Assert that slots and policy agree."""

@@ -1,9 +1,9 @@
-"""Slots: which record is where, and who holds it. Bookkeeping only: no I/O and no lock, which are the owner's.
+"""Slots: which record is in which slot, and how often it is pinned. Bookkeeping only: the owner does I/O and locks.
 
     EMPTY -- begin(key) --> LOADING -- fill --> READY -- evict --> EMPTY
                                `------ fail -----------------------^
 
-A *pin* holds a READY slot in place; a pin on a LOADING slot is a claim of somebody who waits for it.
+A *pin* holds a READY slot in place. A pin on a LOADING slot is a claim: a demand waits for its record.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Slots:
         self._free = dict.fromkeys(reversed(range(count)))  # an ordered set; the end is taken first
 
     def find(self, key: ExpertKey) -> int | None:
-        """The slot that holds a key or is being filled with it."""
+        """The slot that holds ``key`` or is being filled with it, or None."""
         return self._slot_of.get(key)
 
     def holds(self, key: ExpertKey) -> bool:
-        """Whether a key's record is READY."""
+        """Whether the record of ``key`` is READY."""
         slot = self._slot_of.get(key)
         return slot is not None and self._states[slot] is State.READY
 
     def held(self) -> list[ExpertKey]:
-        """The keys that have a slot."""
+        """All keys that have a slot, READY or LOADING."""
         return list(self._slot_of)
 
     def free(self) -> int | None:
-        """An EMPTY slot, if there is one."""
+        """An EMPTY slot, or None."""
         return next(reversed(self._free), None)
 
     def key(self, slot: int) -> ExpertKey:
@@ -61,7 +61,7 @@ class Slots:
         return self._states[slot] is State.READY
 
     def is_evictable(self, slot: int) -> bool:
-        """READY, and nobody holds it."""
+        """Whether the slot is READY and not pinned."""
         return self._states[slot] is State.READY and not self._pins[slot]
 
     def pins(self, slot: int) -> int:
@@ -69,12 +69,12 @@ class Slots:
 
     @property
     def ready(self) -> int:
-        """How many slots are READY."""
+        """The number of READY slots."""
         return self._states.count(State.READY)
 
     @property
     def leased(self) -> int:
-        """How many of these somebody holds."""
+        """The number of READY slots that are pinned."""
         return sum(pins > 0 and state is State.READY for pins, state in zip(self._pins, self._states, strict=True))
 
     def begin(self, slot: int, key: ExpertKey) -> None:
@@ -86,12 +86,12 @@ class Slots:
         self._slot_of[key] = slot
 
     def fill(self, slot: int) -> None:
-        """Its record has arrived; claims become pins."""
+        """Make a LOADING slot READY: its record has arrived. Claims become pins."""
         assert self._states[slot] is State.LOADING, f"slot {slot} is {self._states[slot]}"
         self._states[slot] = State.READY
 
     def fail(self, slot: int) -> None:
-        """Its record won't arrive; claims on it are void."""
+        """Empty a LOADING slot whose record will not arrive. Claims on it end."""
         assert self._states[slot] is State.LOADING, f"slot {slot} is {self._states[slot]}"
         self._pins[slot] = 0
         self._empty(slot)
@@ -105,17 +105,21 @@ class Slots:
         self._pins[slot] += 1
 
     def unpin(self, slot: int) -> int:
-        """Returns how many pins are left."""
+        """Remove one pin. Return how many are left."""
         assert self._pins[slot] > 0, f"slot {slot} is not pinned"
         self._pins[slot] -= 1
         return self._pins[slot]
 
     def contents(self) -> list[tuple[ExpertKey | None, bool]]:
-        """Of each slot the key that it holds or is filled with, None if it is EMPTY, and whether it is LOADING."""
+        """For each slot: the key that it holds or is being filled with (None if EMPTY), and whether it is LOADING."""
         return [(key, state is State.LOADING) for key, state in zip(self._keys, self._states, strict=True)]
 
-    def mend(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
-        """After a step that was cut: these are LOADING, READY is what was so, and all else is EMPTY."""
+    def repair(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
+        """Repair the state after a step that an exception has cut.
+
+        The slots of ``loading`` become LOADING, READY ones stay, all others become EMPTY. ``pins`` is the true number
+        of pins of each slot.
+        """
         self._slot_of.clear()
         self._free.clear()
         for slot in reversed(range(self.count)):
@@ -133,7 +137,7 @@ class Slots:
                 self._slot_of[key] = slot
 
     def check_integrity(self) -> None:
-        """Asserts that every slot is in exactly one state, and every key in at most one slot."""
+        """Assert that every slot is in exactly one state and every key in at most one slot."""
         empty = [slot for slot in range(self.count) if self._states[slot] is State.EMPTY]
         assert sorted(self._free) == empty
         assert all(self._keys[slot] is None and not self._pins[slot] for slot in empty)

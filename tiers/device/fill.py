@@ -59,14 +59,14 @@ class Intake:
         slot = pool.slots.find(key)
         if slot is not None and pool.slots.is_ready(slot):  # since this caller looked
             self._counters.joined += 1
-            pool.policy.touch(slot, passing=visit.passing)
+            pool.policy.touch(slot, scan=visit.passing)
             self._admit(visit, slot, began)
             return _THERE
         if slot is not None or (slot := self._choose(visit, key.block)) is None:
             return None if wait else _NONE
         visit.filling = (slot, key)
         self._begin(pool, slot, key, passing=visit.passing)
-        pool.policy.touch(slot, passing=visit.passing)
+        pool.policy.touch(slot, scan=visit.passing)
         return slot
 
     def wish(self, lease: Lease[memoryview]) -> None:
@@ -101,9 +101,9 @@ class Intake:
     def _choose(self, visit: Visit, block: int) -> int | None:
         """The slot for a demand: only if there is no other, one of what is wished for, or, in a passage, the one that
         was leased last: the copy would wait until that is computed on."""
-        choose = partial(visit.pool.policy.choose, block, passing=visit.passing)
+        choose = partial(visit.pool.policy.choose, block, scan=visit.passing)
         slot = choose(keep=partial(self._is_kept, visit))
-        return choose(borrow=True) if slot is None else slot
+        return choose(may_borrow=True) if slot is None else slot
 
     def _is_kept(self, visit: Visit, key: ExpertKey) -> bool:
         return (visit.passing and key == visit.latest) or (self.promoter is not None and key in self.promoter)

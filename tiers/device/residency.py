@@ -52,7 +52,7 @@ class DeviceSlots:
         self, pool: DevicePool, slot: int, key: ExpertKey, *, wished: bool = False, passing: bool = False
     ) -> ExpertKey | None:
         """A copy into a slot; returns whose record goes, if there is one."""
-        evicted = pool.begin(slot, key, passing=passing, early=wished)
+        evicted = pool.begin(slot, key, scan=passing, prefetched=wished)
         if evicted is not None:
             self._counters.evictions += 1
         self.copying += 1
@@ -86,7 +86,7 @@ class DeviceSlots:
                         loading[visit.filling[0]] = visit.filling[1]
             if promoting is not None and promoting[0] is pool:
                 loading[promoting[1]] = promoting[2]
-            pool.mend(pins, loading)
+            pool.repair(pins, loading)
             self.copying += len(loading)
 
     def wait_for_copies(self) -> None:

@@ -167,7 +167,7 @@ class DeviceTier:
 
         Does nothing in a forked child, where the device can't be used.
         """
-        if not self._monitor.home.is_here:
+        if not self._monitor.fork_guard.is_owner:
             return
         self._monitor.run(self._stop, threading.get_ident())
         self._monitor.wait_for(lambda: None if self._slots.copying else True)
@@ -257,7 +257,7 @@ class DeviceTier:
         if self._shrinking is not None:
             return None
         visit.pool = self._slots.pool(block)
-        visit.passing = visit.pool.policy.is_passage(block, records)
+        visit.passing = visit.pool.policy.is_scan(block, records)
         self._visits[visit] = None
         return True
 
@@ -287,7 +287,7 @@ class DeviceTier:
             else:
                 missing.append(key)
         for slot in reversed(visit.ready):  # what is given first is evicted last
-            visit.pool.policy.touch(slot, passing=visit.passing)
+            visit.pool.policy.touch(slot, scan=visit.passing)
         if missing and promoter is not None:
             promoter.stand_back()
             visit.misses = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from moetier.tiers.errors import ClosedError, StoreError
-from moetier.tiers.locks import Home
+from moetier.tiers.locks import ForkGuard
 
 from .tier import HostTier
 from .warmup import HotSet, keep_hot_set, load_hot_set
@@ -18,7 +18,7 @@ class Learner:
 
     def __init__(self, host: HostTier, *, every: float = EVERY) -> None:
         self._host = host
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._digest = host.manifest.digest
         self._experts = {number: block.experts for number, block in enumerate(host.manifest.blocks)}
         self._every = every
@@ -30,7 +30,7 @@ class Learner:
     def close(self) -> None:
         """Keeps what was counted. Before the tier is closed, or behind that. Idempotent; does nothing in a forked
         child."""
-        if self._home.is_here:
+        if self._fork_guard.is_owner:
             self._ending.set()
             self._thread.join()
             self._keep()

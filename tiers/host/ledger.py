@@ -106,7 +106,7 @@ class Ledger:
         slots = demand.pool.slots
         distinct = dict.fromkeys(keys)
         self._count(distinct)
-        demand.is_scan = demand.pool.policy.is_passage(demand.block, len(distinct))
+        demand.is_scan = demand.pool.policy.is_scan(demand.block, len(distinct))
         for key in distinct:
             slot = slots.find(key)
             is_full = demand.async_caller is not None and demand.async_caller.is_full
@@ -123,14 +123,14 @@ class Ledger:
         for key in reversed(distinct):  # what is given first is evicted last
             slot = slots.find(key)
             if slot is not None and key not in demand.pending:  # else it is used when the caller may have it
-                demand.pool.policy.touch(slot, passing=demand.is_scan)
+                demand.pool.policy.touch(slot, scan=demand.is_scan)
         if demand.async_caller is not None:
             self.waiting.recheck(demand)
 
     def advance(self, demand: Demand) -> None:
         """Join the loads of pending keys, and begin more of them as far as slots can be had."""
         for slot in reversed(self._advance(demand)):
-            demand.pool.policy.touch(slot, passing=demand.is_scan)
+            demand.pool.policy.touch(slot, scan=demand.is_scan)
 
     def take(self, demand: Demand) -> int:
         """Lease the next slot of those that are ready."""
@@ -329,7 +329,7 @@ class Ledger:
 
     def _choose(self, demand: Demand) -> int | None:
         """Return a slot for a load of the demand; that of a requested record only if there is no other."""
-        choose = partial(demand.pool.policy.choose, demand.block, borrow=demand.is_idle, passing=demand.is_scan)
+        choose = partial(demand.pool.policy.choose, demand.block, may_borrow=demand.is_idle, scan=demand.is_scan)
         slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 
@@ -356,8 +356,8 @@ class Ledger:
         """
         self.loads.mend(self._demands)
         for pool in self.pools.values():
-            pool.mend(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
-        self.directory.mend(self._contents())
+            pool.repair(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
+        self.directory.repair(self._contents())
         self.waiting.mend(self._demands, self.pools.values())
 
     def check_integrity(self) -> None:

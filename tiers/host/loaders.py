@@ -14,7 +14,7 @@ import numpy as np
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.locks import Monitor
-from moetier.tiers.source import Beginning, RecordReader, interruptible_bytes
+from moetier.tiers.source import RecordReader, StagedPrefix, interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
 from .demands import Load, StagingBuffer
@@ -105,8 +105,8 @@ class Loaders:
             self._store.read_into(load.key, slot, pause)
         else:
             assert self._parts is not None
-            beginning = Beginning(load.staged.end, partial(self._copy, load.staged))
-            self._parts.read_rest(load.key, slot, beginning, pause)
+            prefix = StagedPrefix(load.staged.end, partial(self._copy, load.staged))
+            self._parts.read_rest(load.key, slot, prefix, pause)
 
     def _read_piece(self, staged: StagingBuffer) -> None:
         assert self._parts is not None

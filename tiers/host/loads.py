@@ -102,12 +102,12 @@ class Loads:
         is_warmup: bool = False,
     ) -> Load:
         """Begin a load into a slot that is EMPTY or evictable."""
-        evicted = pool.begin(slot, key, passing=is_scan, early=is_prefetch)
+        evicted = pool.begin(slot, key, scan=is_scan, prefetched=is_prefetch)
         if evicted is not None:
             self._counters.evictions += 1
             self._prefetches.evict(evicted)
         self._prefetches.lose(key)  # the tier above has lost what it had borrowed
-        self._directory.withdraw(evicted, pool.first + slot)
+        self._directory.begin_fill(evicted, pool.first + slot)
         load = Load(pool, key, slot, is_prefetch, is_warmup, began=self._clock(), is_taken=is_prefetch)
         self._loads[key] = load
         if self._buffers is not None and (staged := self._buffers.claim(key)) is not None:
@@ -294,7 +294,7 @@ class Loads:
         self._remove(load)
         self._prefetches.lose(load.key)
         load.pool.fail(load.slot)
-        self._directory.void(load.pool.first + load.slot)
+        self._directory.invalidate(load.pool.first + load.slot)
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 

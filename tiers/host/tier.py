@@ -114,7 +114,9 @@ class HostTier:
             if demand.error is not None:
                 raise demand.error
         finally:
-            if self._monitor.home.is_here:  # the directory is shared with a forked child, and not the child's to write
+            if (
+                self._monitor.fork_guard.is_owner
+            ):  # the directory is shared with a forked child, and not the child's to write
                 self._monitor.post(partial(self._ledger.leave, demand))
 
     def reclaim(self) -> None:
@@ -140,7 +142,7 @@ class HostTier:
         try:
             yield self._monitor.run(self._lend, loan, key)
         finally:
-            if self._monitor.home.is_here:
+            if self._monitor.fork_guard.is_owner:
                 self._monitor.post(partial(self._ledger.leave, loan))
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
@@ -158,7 +160,7 @@ class HostTier:
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """As ``ExpertSource`` says. Takes no lock: the answer may be outdated when it comes."""
-        self._monitor.home.check()
+        self._monitor.fork_guard.check()
         return [key for key in keys if not self._ledger.pool(key.block).slots.holds(key)]
 
     def pace(self, block: int) -> Pace | None:
@@ -199,7 +201,7 @@ class HostTier:
     def close(self) -> None:
         """As ``ExpertSource`` says. Callers that sleep in acquire wake with ClosedError; a lease stays readable while
         held. In a forked child only its own maps and descriptors go."""
-        if self._monitor.home.is_here:
+        if self._monitor.fork_guard.is_owner:
             self._monitor.run(self._ledger.close, ClosedError("The host tier was closed.", "Load the model again."))
             self._loaders.close()
             if self._buffers is not None:
@@ -263,7 +265,7 @@ class HostTier:
 
     def _recover(self, arena: Arena, threads: int) -> None:
         kept = intact_slots(arena, self.manifest, threads)
-        arena.directory.reclaim(kept)
+        arena.directory.keep_only(kept)
         for slot, key in kept.items():
             self._ledger.adopt(key, slot)
         self.recovered = len(kept)
@@ -279,6 +281,6 @@ class HostTier:
         self._ledger.serve()
 
     def _check_open(self) -> None:
-        self._monitor.home.check()
+        self._monitor.fork_guard.check()
         if self._ledger.loads.closed_by is not None:
             self._ledger.check_open()

@@ -74,7 +74,7 @@ def layout_for(
     not above ``group``; a projection that none divides stays 16-bit. fp32 is stored as bf16 where it is not quantised.
     Raises ConfigError for settings that don't exist, CheckpointError for parameters that can't be stored.
     """
-    group, pairs = form_of(bits, group, pairs)
+    group, pairs = group_and_pairs(bits, group, pairs)
     projections, biases = [], []
     for name, (shape, dtype) in parameters.items():
         if dtype not in STORED_AS:
@@ -95,7 +95,7 @@ def layout_for(
     return RecordLayout(tuple(projections), tuple(biases))
 
 
-def form_of(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]:
+def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]:
     """Group size and format of pairs, where None is the width's own. At 16 bits they say nothing. Raises
     ConfigError."""
     if bits not in BITS:
@@ -189,19 +189,19 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
             low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
 
     def find_steps(band: range) -> Tensor:
-        return hqq.steps(bands.turn(band), p.bits)
+        return hqq.steps(bands.transpose(band), p.bits)
 
     error = WeightError()
     for batch in batches:
         steps = _store(0, find_steps, bands, batch, p, views)  # what is read back is what is computed with
 
         def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
-            w, step = bands.turn(band), steps[band]
+            w, step = bands.transpose(band), steps[band]
             return hqq.plain_offsets(w, step) if fast else hqq.solve(w, step, p.bits, bands.scratch(band))
 
         offsets = _store(1, find_offsets, bands, batch, p, views)
         for band in batch:
-            w, step, offset = bands.turn(band), steps[band], offsets[band]
+            w, step, offset = bands.transpose(band), steps[band], offsets[band]
             centred, difference, _ = bands.scratch(band)
             hqq.centred_codes(w, step, offset, p.bits, out=centred)
             error += _error(torch.addcmul(offset, centred, step, out=difference).sub_(w), w)

@@ -129,23 +129,23 @@ class Bands:
         self._size = _blocks_of(projection)
         self._stored = torch.empty(self._size, projection.columns, ROW_TILE, dtype=weights.dtype)
         self._buffers = torch.empty(4, self._size * self._groups, self._group, ROW_TILE)
-        self._turned: range | None = None  # whose weights the first buffer holds
+        self._transposed: range | None = None  # whose weights the first buffer holds
 
     def __iter__(self) -> Iterator[range]:
         for first in range(0, self._blocks, self._size):
             yield range(first, min(first + self._size, self._blocks))
 
-    def turn(self, band: range) -> Tensor:
+    def transpose(self, band: range) -> Tensor:
         """fp32 [n, g, ROW_TILE], valid until another band is turned; not to be written to."""
         turned = self._buffers[0, : len(band) * self._groups]
-        if band != self._turned:
+        if band != self._transposed:
             stored = self._stored[: len(band)]
             for place, block in zip(stored, band, strict=True):
                 rows = self._weights[block * ROW_TILE : (block + 1) * ROW_TILE]
                 place[:, : len(rows)] = rows.T  # of one type, and whole rows: torch is five times faster so
                 place[:, len(rows) :] = 0
             turned.copy_(stored.view(turned.shape))
-            self._turned = band
+            self._transposed = band
         return turned
 
     def scratch(self, band: range) -> Tensor:

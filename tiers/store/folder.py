@@ -21,8 +21,8 @@ METADATA = "zarr.json"  # of the group (holds the manifest, written last) and of
 PLAN = "plan.json"  # the manifest of a conversion under way; gone when it is finished
 JOURNAL = "conversion.json"  # beside the store, likewise: the converter's own notes, with the command that resumes it
 ORIGIN = "origin.json"  # beside the store, of what is from the hub: the id and the commit
-MOST_JSON_BYTES = 2 << 20  # of one file: ten times the largest that is known
-MOST_LEVELS = 100
+MAX_JSON_BYTES = 2 << 20  # of one file: ten times the largest that is known
+MAX_LEVELS = 100
 SHOWN_LEVELS = 9  # in a message
 _CONTAINERS = (dict, list)
 _TOKENS = re.compile(rb'("(?:[^"\\]++|\\.)*+"(?=\s*+:))|"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
@@ -115,18 +115,18 @@ def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, An
     """A JSON object of a model directory, which may come from anywhere. Raises StoreFormatError or StoreReadError."""
     try:
         with read_errors(path), path.open("rb") as stream:
-            data = stream.read(MOST_JSON_BYTES + 1)
+            data = stream.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise StoreFormatError(f"{path} is missing.", fix) from None
-    if len(data) > MOST_JSON_BYTES:
+    if len(data) > MAX_JSON_BYTES:
         raise StoreFormatError(
-            f"{path} has {path.stat().st_size:,} bytes; what moetier writes has at most {MOST_JSON_BYTES:,}.", fix
+            f"{path} has {path.stat().st_size:,} bytes; what moetier writes has at most {MAX_JSON_BYTES:,}.", fix
         )
     return parse_json(data, str(path), fix)
 
 
 def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
-    """Of at most ``MOST_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
+    """Of at most ``MAX_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
     try:
         found = json.loads(data, parse_int=_whole)
     except ValueError as error:
@@ -135,7 +135,7 @@ def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
         found = None
     if found is None or _is_deep(found):
         raise StoreFormatError(
-            f"{where}: {_deep_field(data)} is nested in more than {MOST_LEVELS} levels.", fix
+            f"{where}: {_deep_field(data)} is nested in more than {MAX_LEVELS} levels.", fix
         ) from None
     if not isinstance(found, dict):
         raise StoreFormatError(f"{where} is not a JSON object.", fix)
@@ -145,7 +145,7 @@ def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
 def _is_deep(value: object) -> bool:
     """Not recursive: Python's parser may take more levels than a caller's own recursion can."""
     level = [value]
-    for _ in range(MOST_LEVELS + 1):
+    for _ in range(MAX_LEVELS + 1):
         level = [
             inner
             for each in level
@@ -173,7 +173,7 @@ def _deep_field(data: bytes) -> str:
         elif token[0] in b"[{":
             names.append(name)
             name = b""
-            if len(names) > MOST_LEVELS:
+            if len(names) > MAX_LEVELS:
                 break
         elif token[0] in b"]}":
             name = names.pop() if names else b""

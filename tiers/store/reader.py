@@ -17,9 +17,9 @@ import numpy as np
 
 from moetier.tiers.errors import ChecksumError, StoreError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
-from moetier.tiers.locks import Home, Usage
+from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Beginning, interruptible_bytes
+from moetier.tiers.source import StagedPrefix, interruptible_bytes
 
 from .atomic import read_errors
 from .checksum import crc32c
@@ -66,13 +66,13 @@ class ExpertStore:
         assert readers >= 1
         self.folder = folder  # experts.zarr
         self.manifest = manifest
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
         self._digest_check: DigestCheck | None = None
         self._fault: ChecksumError | None = None  # of all shards together
         self._watchers: list[Callable[[ChecksumError], None]] = []
-        self._use = Usage(f"The store {folder}")  # no descriptor is closed, and its number another file's, meanwhile
+        self._use = UseCount(f"The store {folder}")  # no descriptor is closed, and its number another file's, meanwhile
         self._lock = threading.Lock()  # guards the fault and the watchers
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # begins threads when it is used
 
@@ -138,7 +138,7 @@ class ExpertStore:
             shard.uncache(offset + start, len(part))
 
     def read_rest(
-        self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
         """As ``PartReader`` says; raises what ``read_into`` does."""
         with self._use:
@@ -147,7 +147,7 @@ class ExpertStore:
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or _address(view) % PAGE == 0, "not on a page"
             try:
-                crc = self._read(shard, offset, view, beginning, pause)
+                crc = self._read(shard, offset, view, prefix, pause)
             except StoreReadError as error:
                 raise self._named(key, error) from error
             shard.uncache(offset, len(view))
@@ -171,11 +171,11 @@ class ExpertStore:
 
         In a forked child there is nothing to wait for: only its own descriptors go.
         """
-        if self._home.is_here and self._digest_check is not None:
+        if self._fork_guard.is_owner and self._digest_check is not None:
             self._digest_check.close()
         self._use.close()
         shards, self._shards = self._shards, {}
-        if self._home.is_here:
+        if self._fork_guard.is_owner:
             self._pool.shutdown()
         for shard in shards.values():
             shard.close()
@@ -206,17 +206,17 @@ class ExpertStore:
         shard: OpenShard,
         offset: int,
         view: memoryview,
-        beginning: Beginning,
+        prefix: StagedPrefix,
         pause: Callable[[], bool] | None,
     ) -> int:
         """Reads a record, but for its beginning, and returns the crc32c of its payload, as it is in ``view`` in the
         end."""
         payload = view[:-CHECKSUM_BYTES]
-        start, step = beginning.length, interruptible_bytes(len(view))
+        start, step = prefix.length, interruptible_bytes(len(view))
 
         def before() -> int:
-            beginning.copy(view)
-            return crc32c(payload[: beginning.length])
+            prefix.copy(view)
+            return crc32c(payload[: prefix.length])
 
         crc = before
         while pause is not None and start < len(view):
@@ -272,4 +272,4 @@ def _nothing(view: memoryview) -> None:
     """Is there already."""
 
 
-_NOTHING = Beginning(0, _nothing)
+_NOTHING = StagedPrefix(0, _nothing)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from moetier.tiers.errors import ChecksumError, StoreError, StoreFormatError
 from moetier.tiers.fields import Fields, shown
-from moetier.tiers.manifest import MOST_BYTES, TRUNK_NAME, FileSum, Manifest
+from moetier.tiers.manifest import MAX_BYTES, TRUNK_NAME, FileSum, Manifest
 
 from .atomic import read_errors
 from .checksum import crc32c
-from .folder import MOST_JSON_BYTES, parse_json, read_json
+from .folder import MAX_JSON_BYTES, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record
@@ -26,7 +26,7 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-MOST_DIMENSIONS = 16
+MAX_DIMENSIONS = 16
 
 FIX = "Get that file again from where the directory came from, or remove it and run the same conversion again."
 
@@ -110,7 +110,7 @@ def _places(directory: Path) -> dict[str, str]:
     try:
         if metadata := index.get("metadata"):
             for _, value in metadata.members():  # transformers adds to these
-                value.number(0, MOST_BYTES)
+                value.number(0, MAX_BYTES)
         for tensor, file in index["weight_map"].members():
             places[tensor] = file.text(TRUNK_NAME.pattern, "the name of a trunk file of its own folder")
         if not places:
@@ -127,7 +127,7 @@ def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
         with read_errors(path), path.open("rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(os.pread(stream.fileno(), 8, 0), "little")
-            if not 2 <= length <= min(size - 8, MOST_JSON_BYTES):
+            if not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
                 raise ValueError(f"a header of {length:,} bytes, of {size:,}")
             data = os.pread(stream.fileno(), length, 8)
     except FileNotFoundError:
@@ -149,9 +149,9 @@ def _tensors(header: Fields, size: int) -> dict[str, tuple[str, list[int]]]:
                 value.text()
             continue
         dtype, shape = entry["dtype"].among(ITEM_BYTES), entry["shape"].items()
-        if len(shape) > MOST_DIMENSIONS:
+        if len(shape) > MAX_DIMENSIONS:
             raise ValueError(f"{entry.place}.shape has {len(shape)} dimensions")
-        found[name] = dtype, [n.number(0, MOST_BYTES) for n in shape]
+        found[name] = dtype, [n.number(0, MAX_BYTES) for n in shape]
         offsets = entry["data_offsets"].items()
         begin, end = (each.number(0, size) for each in offsets) if len(offsets) == 2 else (0, -1)
         if end - begin != math.prod(found[name][1]) * ITEM_BYTES[dtype]:

@@ -67,7 +67,7 @@ class Bound:
 
 def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
     """By step and block: how many of its experts a cache lacks that evicts by ``policy``, one of ``ORDERS``; it is cold
-    at the start. Each is looked up against the state before its step, in its block's group. A passage is a
+    at the start. Each is looked up against the state before its step, in its block's group. A scan is a
     demand like any other here."""
     caches: dict[int, tuple[Order, set[ExpertKey], int]] = {}
     for group in groups:
@@ -81,12 +81,12 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_O
             missing = [key for key in keys if key not in held]
             missed.append(len(missing))
             for key in missing:
-                order.add(key, passing=False)
+                order.add(key, scan=False)
             for key in keys:
-                order.touch(key, passing=False)
+                order.touch(key, scan=False)
             held.update(missing)
             if (excess := len(held) - quota) > 0:
-                victims = list(order.victims(passing=False))
+                victims = list(order.victims(scan=False))
                 others = [key for key in victims if key not in keys]
                 for key in [*others, *(key for key in victims if key in keys)][:excess]:
                     order.remove(key)

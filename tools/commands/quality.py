@@ -166,11 +166,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_ways(ways: Iterable[Way]) -> None:
     """Raises ConfigError, before anything is measured, for settings that don't exist."""
-    from moetier.tiers.quant.codec import form_of
+    from moetier.tiers.quant.codec import group_and_pairs
     from moetier.tools.convert.matrices import trunk_form
 
     for bits, group, pairs, trunk_bits, _ in ways:
-        form_of(bits, group, pairs)
+        group_and_pairs(bits, group, pairs)
         trunk_form(trunk_bits)
 
 

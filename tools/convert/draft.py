@@ -15,7 +15,7 @@ from moetier.runtime.config import OPTIONS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
-from moetier.tiers.quant.codec import form_of, layout_for
+from moetier.tiers.quant.codec import group_and_pairs, layout_for
 from moetier.tiers.store.trunk import RECORD
 
 from .matrices import Matrices, trunk_form
@@ -48,7 +48,7 @@ class Options:
                 "With 16 bits nothing is rounded: groups, pairs and plain rounding say nothing.",
                 "Leave out --group-size, --pairs and --fast, or choose fewer --bits.",
             )
-        form_of(self.bits, self.group_size, self.pairs)
+        group_and_pairs(self.bits, self.group_size, self.pairs)
 
 
 @dataclass(frozen=True)

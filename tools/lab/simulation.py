@@ -63,11 +63,11 @@ class Outcome:
 
 
 class Clairvoyant:
-    """Next used last first: no order hits more often (Belady 1966). For measuring: it must be told what is to come."""
+    """Evict the key whose next use is furthest away. It knows the future; no order hits more often (Belady 1966)."""
 
     def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
-        """``uses``: the times of each key's uses, ascending."""
-        self.now = 0  # whoever uses the order sets it before each demand
+        """``uses``: the times at which each key is used, ascending."""
+        self.now = 0  # the simulation sets it before each demand
         self._uses = uses
         self._next: dict[ExpertKey, float] = {}
 
@@ -77,23 +77,23 @@ class Clairvoyant:
     def __iter__(self) -> Iterator[ExpertKey]:
         return iter(self._next)
 
-    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
         return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
 
-    def add(self, key: ExpertKey, *, passing: bool) -> None:
+    def add(self, key: ExpertKey, *, scan: bool) -> None:
         self._next[key] = self.next_use(key)
 
-    def touch(self, key: ExpertKey, *, passing: bool) -> None:
+    def touch(self, key: ExpertKey, *, scan: bool) -> None:
         self._next[key] = self.next_use(key)
 
-    def put_first(self, key: ExpertKey) -> None:
-        """No: what is to come decides."""
+    def demote(self, key: ExpertKey) -> None:
+        """Do nothing: only future uses decide."""
 
     def remove(self, key: ExpertKey) -> None:
         del self._next[key]
 
     def next_use(self, key: ExpertKey) -> float:
-        """Behind ``now``; infinite if there is none."""
+        """The time of the key's next use after ``now``; infinite if there is none."""
         times = self._uses.get(key, ())
         later = bisect_right(times, self.now)
         return times[later] if later < len(times) else inf
@@ -110,7 +110,7 @@ class SimulatedTier:
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
         """Returns the misses. What is given first is evicted last."""
         missing = [key for key in keys if self._slots.find(key) is None]
-        if is_prompt and self._policy.is_passage(self._block, len(keys)):
+        if is_prompt and self._policy.is_scan(self._block, len(keys)):
             self._stream(keys, missing)
         else:
             for key in reversed(keys):
@@ -138,13 +138,13 @@ class SimulatedTier:
         if slot is None:  # fewer slots than one token wants
             slot = self._policy.choose(self._block)
         assert slot is not None
-        self._fill(slot, key, passing=False)
+        self._fill(slot, key, scan=False)
 
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
         """As a host tier does it: what is resident is computed with first, what is not is loaded ahead of it."""
         waiting = deque(self._slot(key) for key in keys if key not in set(missing))
         for slot in reversed(waiting):
-            self._policy.touch(slot, passing=True)
+            self._policy.touch(slot, scan=True)
         for slot in waiting:
             self._slots.pin(slot)
         loaded: deque[int] = deque()
@@ -153,21 +153,21 @@ class SimulatedTier:
                 while waiting:
                     self._slots.unpin(waiting.popleft())
                 self._slots.unpin(loaded.popleft())
-            while (found := self._policy.choose(self._block, passing=True)) is None:
+            while (found := self._policy.choose(self._block, scan=True)) is None:
                 self._slots.unpin((waiting or loaded).popleft())
-            self._fill(found, key, passing=True)
+            self._fill(found, key, scan=True)
             self._slots.pin(found)
             loaded.append(found)
         for slot in (*waiting, *loaded):
             self._slots.unpin(slot)
 
-    def _fill(self, slot: int, key: ExpertKey, *, passing: bool) -> None:
+    def _fill(self, slot: int, key: ExpertKey, *, scan: bool) -> None:
         if self._slots.is_ready(slot):
-            self._policy.forget(slot)
+            self._policy.remove(slot)
             self._slots.evict(slot)
         self._slots.begin(slot, key)
         self._slots.fill(slot)
-        self._policy.admit(self._block, slot, passing=passing)
+        self._policy.admit(self._block, slot, scan=scan)
 
     def _slot(self, key: ExpertKey) -> int:
         slot = self._slots.find(key)

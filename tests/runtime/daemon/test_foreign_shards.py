@@ -75,7 +75,7 @@ def test_records_that_an_older_daemon_left_in_memory_are_compared(tmp_path: Path
             list(old.acquire([key]))
         descriptor = old.export()
     try:
-        arena = Arena.take(descriptor, manifest)
+        arena = Arena.reclaim(descriptor, manifest)
     finally:
         os.close(descriptor)
     with HostTier(RamReader(manifest, records), slots={"records": 12}, arena=arena) as new:

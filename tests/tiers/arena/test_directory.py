@@ -80,7 +80,7 @@ def life(steps: list[Step]) -> list[bytes]:
         states.append(os.pread(descriptor, PLAN.nbytes, 0))
 
     def do(old: ExpertKey | None, slot: int, key: ExpertKey, succeeds: bool) -> None:
-        arena.directory.withdraw(old, slot)
+        arena.directory.begin_fill(old, slot)
         data, half = stored(key), SLOT_BYTES // 2
         arena.slot(slot)[:half] = data[:half]
         snapshot()
@@ -89,7 +89,7 @@ def life(steps: list[Step]) -> list[bytes]:
             snapshot()
             arena.directory.publish(key, slot)
         else:
-            arena.directory.void(slot)
+            arena.directory.invalidate(slot)
 
     do(None, 0, A, True)
     do(None, 1, B, True)
@@ -165,7 +165,7 @@ def take(content: bytes) -> HostTier:
     descriptor = left(content)
     try:
         return HostTier(
-            RamReader(MANIFEST, RECORDS), slots={"records": 2}, loaders=1, arena=Arena.take(descriptor, MANIFEST)
+            RamReader(MANIFEST, RECORDS), slots={"records": 2}, loaders=1, arena=Arena.reclaim(descriptor, MANIFEST)
         )
     finally:
         os.close(descriptor)
@@ -225,11 +225,11 @@ def test_an_arena_that_no_daemon_makes_is_not_taken() -> None:
         descriptor = arena.export()
         arena.close()
         with pytest.raises(ArenaError, match="divided as this store's never is"):
-            Arena.take(descriptor, MANIFEST)
+            Arena.reclaim(descriptor, MANIFEST)
         os.close(descriptor)
     descriptor = left(life([])[0][: PLAN.directory_bytes], 0)
     os.ftruncate(descriptor, PLAN.nbytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
     with pytest.raises(ArenaError, match="holes"):
-        Arena.take(descriptor, MANIFEST)
+        Arena.reclaim(descriptor, MANIFEST)
     os.close(descriptor)

@@ -26,33 +26,33 @@ STEPS = st.lists(st.tuples(st.sampled_from(KEYS), st.booleans(), st.booleans()),
 def test_what_every_order_keeps_to(name: str, quota: int, steps: list[tuple[ExpertKey, bool, bool]]) -> None:
     """``rare``: what is there leaves, what is not comes for a wish."""
     order, held = MAKERS[name](quota), set[ExpertKey]()
-    for key, passing, rare in steps:
+    for key, scan, rare in steps:
         if key not in held:
             held.add(key)
             if rare:
-                order.add(key, passing=False)
-                order.put_first(key)
+                order.add(key, scan=False)
+                order.demote(key)
             else:
-                order.add(key, passing=passing)
-                order.touch(key, passing=passing)
+                order.add(key, scan=scan)
+                order.touch(key, scan=scan)
         elif rare:
             held.discard(key)
             order.remove(key)
         else:
-            order.touch(key, passing=passing)
+            order.touch(key, scan=scan)
         assert len(order) == len(held)
         assert sorted(order) == sorted(held)
-        assert sorted(order.victims(passing=False)) == sorted(held), "nothing is safe from a demand of one token"
-        offered = list(order.victims(passing=True))
+        assert sorted(order.victims(scan=False)) == sorted(held), "nothing is safe from a demand of one token"
+        offered = list(order.victims(scan=True))
         assert len(set(offered)) == len(offered)
         assert set(offered) <= held
-        assert offered or not held, "a passage goes on"
+        assert offered or not held, "a scan goes on"
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_is_not_there_is_not_removed(name: str) -> None:
     order = MAKERS[name](4)
-    order.add(KEYS[0], passing=False)
+    order.add(KEYS[0], scan=False)
     with pytest.raises(KeyError):
         order.remove(KEYS[1])
     order.remove(KEYS[0])
@@ -61,13 +61,13 @@ def test_what_is_not_there_is_not_removed(name: str) -> None:
 
 
 @given(st.lists(st.sampled_from(KEYS), max_size=40))
-def test_recency_and_scan_without_a_passage(uses: list[ExpertKey]) -> None:
+def test_recency_and_scan_without_a_scan(uses: list[ExpertKey]) -> None:
     """Both are the keys by their last use."""
     expected = sorted(set(uses), key=lambda key: max(i for i, use in enumerate(uses) if use == key))
     for order in (Recency(3), ScanResistant(3)):
         for key in uses:
             use(order, key)
-        assert list(order.victims(passing=False)) == expected
+        assert list(order.victims(scan=False)) == expected
 
 
 USES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(["use", "use", "use", "leave", "learn"])), max_size=80)
@@ -77,7 +77,7 @@ def check_counts(order: Order, uses: Sequence[ExpertKey]) -> None:
     """By the definition: a use counts half as much when it is 30 uses old."""
     counts = [sum(2 ** (-age / 30) for age, use in enumerate(reversed(uses)) if use == key) for key in order]
     assert counts == pytest.approx(sorted(counts), rel=1e-9, abs=0)
-    assert list(order.victims(passing=False)) == list(order.victims(passing=True)) == list(order)
+    assert list(order.victims(scan=False)) == list(order.victims(scan=True)) == list(order)
 
 
 @given(USES)
@@ -91,7 +91,7 @@ def test_frequency_by_its_definition(steps: list[tuple[ExpertKey, str]]) -> None
         elif what == "leave" and key in set(order):
             order.remove(key)
         elif what == "learn" and key not in set(order):
-            order.add(key, passing=False)
+            order.add(key, scan=False)
         check_counts(order, uses)
 
 
@@ -115,10 +115,10 @@ def test_what_was_evicted_comes_back_with_the_uses_it_had() -> None:
     order.remove(often)
     for key in (often, seldom):
         use(order, key)
-    assert list(order.victims(passing=False)) == [seldom, often], "as if it had never been away"
+    assert list(order.victims(scan=False)) == [seldom, often], "as if it had never been away"
     order.remove(often)
-    order.add(often, passing=False)
-    assert list(order.victims(passing=False)) == [seldom, often], "before it is used, too"
+    order.add(often, scan=False)
+    assert list(order.victims(scan=False)) == [seldom, often], "before it is used, too"
 
 
 @pytest.mark.parametrize("make", ORDERS.values(), ids=ORDERS)
@@ -129,45 +129,45 @@ def test_what_a_wish_brings_goes_first_until_it_is_used(make: Callable[[int], Or
         use(order, key)
     order.remove(KEYS[0])
     for key in (KEYS[0], KEYS[3]):
-        order.add(key, passing=False)
-        order.put_first(key)
-        assert next(order.victims(passing=False)) == key
+        order.add(key, scan=False)
+        order.demote(key)
+        assert next(order.victims(scan=False)) == key
     for key in (KEYS[0], KEYS[3]):
         use(order, key)
-    found = list(order.victims(passing=False))
+    found = list(order.victims(scan=False))
     assert found == ([*KEYS[1:4], KEYS[0]] if make is Frequency else [KEYS[1], KEYS[2], KEYS[0], KEYS[3]])
 
 
-def test_recency_takes_a_passage_as_any_use() -> None:
+def test_recency_takes_a_scan_as_any_use() -> None:
     order = Recency(2)
     for key in (*KEYS[:3], KEYS[0]):
-        use(order, key, passing=True)
-    assert list(order.victims(passing=True)) == [KEYS[1], KEYS[2], KEYS[0]]
+        use(order, key, scan=True)
+    assert list(order.victims(scan=True)) == [KEYS[1], KEYS[2], KEYS[0]]
 
 
 @pytest.mark.parametrize("make", [ScanResistant, Frequency])
-def test_a_passage_leaves_what_it_finds(make: Callable[[int], Order]) -> None:
-    order = make(8)  # room for two in passing
+def test_a_scan_leaves_what_it_finds(make: Callable[[int], Order]) -> None:
+    order = make(8)  # room for two in scan
     settled, brought = KEYS[:4], KEYS[4:8]
     for key in settled:
         use(order, key)
     for _ in range(3):
-        use(order, settled[0], passing=True)  # which changes nothing
-    use(order, brought[0], passing=True)
-    assert list(order.victims(passing=True)) == [brought[0], *settled]
-    use(order, brought[1], passing=True)
-    assert list(order.victims(passing=True)) == brought[:2], "it has its room, and evicts its own"
-    assert list(order.victims(passing=False)) == [*brought[:2], *settled]
-    order.touch(brought[1], passing=False)
-    assert list(order.victims(passing=False)) == [brought[0], *settled, brought[1]]
-    assert list(order.victims(passing=True)) == [brought[0], *settled, brought[1]]
+        use(order, settled[0], scan=True)  # which changes nothing
+    use(order, brought[0], scan=True)
+    assert list(order.victims(scan=True)) == [brought[0], *settled]
+    use(order, brought[1], scan=True)
+    assert list(order.victims(scan=True)) == brought[:2], "it has its room, and evicts its own"
+    assert list(order.victims(scan=False)) == [*brought[:2], *settled]
+    order.touch(brought[1], scan=False)
+    assert list(order.victims(scan=False)) == [brought[0], *settled, brought[1]]
+    assert list(order.victims(scan=True)) == [brought[0], *settled, brought[1]]
 
 
-def use(order: Order, key: ExpertKey, *, passing: bool = False) -> None:
+def use(order: Order, key: ExpertKey, *, scan: bool = False) -> None:
     """As a demand does."""
     if key not in set(order):
-        order.add(key, passing=passing)
-    order.touch(key, passing=passing)
+        order.add(key, scan=scan)
+    order.touch(key, scan=scan)
 
 
 def hits_of(order: Order, demands: Sequence[frozenset[int]], quota: int) -> int:
@@ -182,7 +182,7 @@ def hits_of(order: Order, demands: Sequence[frozenset[int]], quota: int) -> int:
                 use(order, key)
         for key in sorted(wanted - held):
             if len(held) == quota:
-                victim = next(victim for victim in order.victims(passing=False) if victim not in wanted)
+                victim = next(victim for victim in order.victims(scan=False) if victim not in wanted)
                 order.remove(victim)
                 held.discard(victim)
             use(order, key)

@@ -117,16 +117,16 @@ class Cache:
     def wish(self, block: int, expert: int) -> None:
         key = ExpertKey(block, expert)
         if self.slots.find(key) is None and (slot := self.policy.choose(block)) is not None:
-            self._fill(slot, key, early=True)
+            self._fill(slot, key, prefetched=True)
         self.slots.check_integrity()
         self.policy.check_integrity()
 
-    def _fill(self, slot: int, key: ExpertKey, *, early: bool = False) -> None:
+    def _fill(self, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
         if self.slots.is_ready(slot):
-            self.policy.forget(slot)
+            self.policy.remove(slot)
             self.slots.evict(slot)
         self.slots.begin(slot, key)
-        self.policy.admit(key.block, slot, early=early)
+        self.policy.admit(key.block, slot, prefetched=prefetched)
         self.slots.fill(slot)
 
     def slot_of(self, key: ExpertKey) -> int:
@@ -248,11 +248,11 @@ def test_with_fewer_slots_than_one_token_needs_the_kept_blocks_still_hit() -> No
     assert hits == 2 * 2 * 9, "two blocks of four keep their two, from the second token on"
 
 
-def fill(slots: Slots, policy: BlockPolicy, key: ExpertKey, *, borrow: bool = False) -> int:
-    slot = policy.choose(key.block, borrow=borrow)
+def fill(slots: Slots, policy: BlockPolicy, key: ExpertKey, *, may_borrow: bool = False) -> int:
+    slot = policy.choose(key.block, may_borrow=may_borrow)
     assert slot is not None
     if slots.is_ready(slot):
-        policy.forget(slot)
+        policy.remove(slot)
         slots.evict(slot)
     slots.begin(slot, key)
     policy.admit(key.block, slot)
@@ -268,7 +268,7 @@ def test_held_slots_are_passed_over_and_borrowed_ones_taken_back() -> None:
     for slot in held:
         slots.pin(slot)
     assert policy.choose(0) is None, "its own are held, and what is free is another's"
-    borrowed = fill(slots, policy, ExpertKey(0, 2), borrow=True)
+    borrowed = fill(slots, policy, ExpertKey(0, 2), may_borrow=True)
     assert borrowed not in held
     fill(slots, policy, ExpertKey(1, 0))
     slots.pin(borrowed)
@@ -277,11 +277,11 @@ def test_held_slots_are_passed_over_and_borrowed_ones_taken_back() -> None:
     assert policy.choose(1) == borrowed, "below its quota: it takes back what was borrowed"
     slots.pin(borrowed)
     other = slots.find(ExpertKey(1, 0))
-    assert policy.choose(0, borrow=True) == other
+    assert policy.choose(0, may_borrow=True) == other
     assert other is not None
     slots.pin(other)
-    assert policy.choose(0, borrow=True) is None
-    assert policy.choose(1, borrow=True) is None
+    assert policy.choose(0, may_borrow=True) is None
+    assert policy.choose(1, may_borrow=True) is None
 
 
 def test_what_is_to_be_kept_is_not_chosen() -> None:
@@ -297,7 +297,7 @@ def test_check_integrity_sees_what_is_wrong() -> None:
     slots = Slots(2)
     policy = BlockPolicy(slots, [Group((0,), 1), Group((1,), 1)])
     fill(slots, policy, ExpertKey(0, 0))
-    policy._orders[1].add(ExpertKey(0, 0), passing=False)
+    policy._orders[1].add(ExpertKey(0, 0), scan=False)
     with pytest.raises(AssertionError):
         policy.check_integrity()
     policy._orders[1].remove(ExpertKey(0, 0))

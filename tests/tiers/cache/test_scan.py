@@ -1,4 +1,4 @@
-"""A host tier that a passage does not disturb, on real slots with real loaders."""
+"""A host tier that a scan does not disturb, on real slots with real loaders."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_all_that_a_demand_brings_is_used(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["scan", "lrfu"])
-def test_passages_and_decoding_at_once_all_end(policy: str) -> None:
+def test_scans_and_decoding_at_once_all_end(policy: str) -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}, policy=policy) as tier:
 
         def caller(seed: int) -> None:

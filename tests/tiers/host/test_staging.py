@@ -24,7 +24,7 @@ from moetier.tiers.host import prefetch, staging
 from moetier.tiers.host.staging import BUFFERS, LEAST_BYTES, PIECES, SHARE, StagingBuffers, buffer_bytes, piece_bytes
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import PAGE, ExpertKey
-from moetier.tiers.source import Beginning
+from moetier.tiers.source import StagedPrefix
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
@@ -353,7 +353,7 @@ def test_a_read_that_fails_in_a_head_is_named_once(tmp_path: Path) -> None:
 
         slot = memoryview(mmap.mmap(-1, SLOT))
         with pytest.raises(StoreReadError) as caught:
-            store.read_rest(WISHED, slot, Beginning(PIECE, copy))
+            store.read_rest(WISHED, slot, StagedPrefix(PIECE, copy))
         assert str(caught.value).count("expert 2") == 1
         with pytest.raises(MissingExpertError) as missing:
             store.read_part(ExpertKey(0, 4), 0, slot[:PIECE])

@@ -31,7 +31,7 @@ from moetier.tiers.host import prefetch as early
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Beginning, Lease
+from moetier.tiers.source import Lease, StagedPrefix
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)  # no two alike
@@ -508,10 +508,10 @@ def test_a_demand_for_a_prefetch_that_is_being_cancelled_is_read() -> None:
 
     class Reader(GatedReader):
         def read_rest(
-            self, key: ExpertKey, buffer: memoryview, beginning: Beginning, pause: Callable[[], bool] | None = None
+            self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
         ) -> None:
             try:
-                super().read_rest(key, buffer, beginning, pause)
+                super().read_rest(key, buffer, prefix, pause)
             except BaseException:  # the loader has found that it is unwanted
                 ending.set()
                 assert join.wait(PATIENCE)

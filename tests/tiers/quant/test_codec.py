@@ -426,5 +426,5 @@ def test_parameters_that_cannot_be_stored(shape: tuple[int, ...], dtype: str) ->
 def test_what_bands_take_is_known_before(rows: int, columns: int, dtype: torch.dtype) -> None:
     p = Projection("up_proj", rows, columns, 4, str(dtype).removeprefix("torch."), False, 64, "bfloat16")
     cut = bands.Bands(torch.empty(rows, columns, dtype=dtype), p)
-    codes = 3 * cut.turn(next(iter(cut))).numel()  # as int16, and as bytes
+    codes = 3 * cut.transpose(next(iter(cut))).numel()  # as int16, and as bytes
     assert bands.band_bytes(p, dtype.itemsize) == cut._stored.nbytes + cut._buffers.nbytes + codes

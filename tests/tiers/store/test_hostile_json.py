@@ -25,8 +25,8 @@ from moetier.tiers.manifest import FileSum
 from moetier.tiers.store.folder import (
     GROUP,
     JOURNAL,
+    MAX_JSON_BYTES,
     METADATA,
-    MOST_JSON_BYTES,
     ORIGIN,
     PLAN,
     read_manifest,
@@ -228,7 +228,7 @@ def test_documents_of_many_bytes(directory: Path, tmp_path: Path) -> None:
                 expected[copy] = "a header of" if name == HEADER else f"{path} has 200,000,008 bytes"
                 continue
             place = next(places(document))
-            rest = MOST_JSON_BYTES - len(with_value(document, place, ""))
+            rest = MAX_JSON_BYTES - len(with_value(document, place, ""))
             write(with_value(document, place, "[" + "{}," * (rest // 3 - 1) + "0]"))
             expected[copy] = "" if name == "config.json" else str(place[0])
     command = [sys.executable, "-c", CHILD, *map(str, expected)]

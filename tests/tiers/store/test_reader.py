@@ -36,7 +36,7 @@ from moetier.tiers.errors import (
     StoreReadError,
 )
 from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
-from moetier.tiers.source import Beginning
+from moetier.tiers.source import StagedPrefix
 from moetier.tiers.store.folder import GROUP, METADATA
 from moetier.tiers.store.reader import PIECE_BYTES, ExpertStore
 from moetier.tiers.store.shard import EMPTY, ShardFile
@@ -151,14 +151,14 @@ def test_the_rest_of_a_record_is_read_behind_its_beginning(
         assert store.parts is store
         for start in range(0, length, PAGE):
             store.read_part(key, start, head.data[start : start + PAGE])
-        store.read_rest(key, slot.data, Beginning(length, copy), (lambda: True) if pauses else None)
+        store.read_rest(key, slot.data, StagedPrefix(length, copy), (lambda: True) if pauses else None)
         assert bytes(slot[:-4]) == records[key]
         assert len(before) == 1, "it is copied once"
         if length == layout.slot_bytes or layout is not LARGE:
             assert before == [length < layout.slot_bytes], "when the rest is there, or has been asked for"
         head[length // 2] ^= 1
         with pytest.raises(ChecksumError):
-            store.read_rest(key, slot.data, Beginning(length, copy))
+            store.read_rest(key, slot.data, StagedPrefix(length, copy))
         with pytest.raises(MissingExpertError):
             store.read_part(ExpertKey(0, 2), 0, head.data[:PAGE])
     with pytest.raises(ClosedError):

@@ -273,7 +273,7 @@ def test_a_device_tier_above() -> None:
 class NewestFirst(Recency):
     """An order that no policy has."""
 
-    def victims(self, *, passing: bool) -> Iterator[ExpertKey]:
+    def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
         return reversed(self._keys)
 
 
