@@ -1,28 +1,28 @@
-"""What can go wrong through no fault of this project's code. A fault of ours is an ``assert``.
+"""Errors that are not faults of this project's code. Its own faults are found by ``assert``.
 
 MoetierError
 ├── StoreError                 the SSD tier
 │   ├── StoreFormatError       not a store that this version reads
-│   ├── IncompleteStoreError   its conversion was cut
-│   ├── MissingExpertError     a record that is not there
-│   ├── ChecksumError          a record whose bytes are not what was written
+│   ├── IncompleteStoreError   its conversion was interrupted
+│   ├── MissingExpertError     a record that does not exist
+│   ├── ChecksumError          a record whose bytes are not those that were written
 │   └── StoreReadError         the disk answered with an error
 ├── CheckpointError            a source checkpoint that can't be read
-│   ├── UnsafeCheckpointError  pickle, code of its own, paths that lead out of it
+│   ├── UnsafeCheckpointError  pickle, custom code, paths that lead out of it
 │   └── UnsupportedModelError  dense, or without transformers' experts interface
-├── TargetError                the place that a conversion would write to
+├── TargetError                the place that a conversion writes to
 │   ├── TargetExistsError      it holds something else
 │   └── DiskSpaceError         it is too small
 ├── BudgetError                memory budgets that can't work
 ├── ArenaError                 shared memory that is not safe to map
-├── ExhaustedError             every slot of the host tier is leased, for longer than a caller waits
-├── DaemonError                the daemon, or the way to it
-│   ├── UnavailableError       nobody answers, or not any more
-│   ├── RefusedError           credentials that are missing or wrong, another user, no TLS
+├── ExhaustedError             every slot of the host tier stayed leased while a caller waited
+├── DaemonError                the daemon, or the connection to it
+│   ├── UnavailableError       nothing answers, or not any more
+│   ├── RefusedError           missing or wrong credentials, another user, no TLS
 │   ├── UnknownModelError      a daemon that does not serve this store
-│   ├── ProtocolError          what came over the wire is not what this version speaks
-│   └── AlreadyRunningError    the place of a daemon is taken by a running one
-├── ConfigError                an option that is unknown or malformed
+│   ├── ProtocolError          a message that this version does not understand
+│   └── AlreadyRunningError    another daemon is running in this place
+├── ConfigError                an unknown or malformed option
 └── ClosedError                a tier was used after close()
 """
 
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 
 class MoetierError(Exception):
-    """One line of cause and one line of what to do."""
+    """An error with one line of cause and one line that says what to do."""
 
     def __init__(self, cause: str, fix: str) -> None:
         super().__init__(f"{cause}\n{fix}")
@@ -42,71 +42,71 @@ class MoetierError(Exception):
 
 
 class StoreError(MoetierError):
-    """The SSD tier."""
+    """An error of the SSD tier."""
 
 
 class StoreFormatError(StoreError):
-    """Not a store that this version reads."""
+    """The directory is not a store that this version reads."""
 
 
 class IncompleteStoreError(StoreError):
-    """Its conversion was cut; the fix names the command that resumes it."""
+    """The store's conversion was interrupted; the fix names the command that resumes it."""
 
 
 class MissingExpertError(StoreError):
-    """A record that is not there."""
+    """A record does not exist."""
 
 
 class ChecksumError(StoreError):
-    """A record whose bytes are not what was written."""
+    """The bytes of a record are not those that were written."""
 
 
 class StoreReadError(StoreError):
-    """The disk answered with an error, twice."""
+    """The disk has answered with an error twice."""
 
 
 class CheckpointError(MoetierError):
-    """A source checkpoint that can't be read."""
+    """A source checkpoint can't be read."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Pickle, code of its own, or paths that lead out of the checkpoint."""
+    """The checkpoint has pickled files, custom code, or paths that lead out of it."""
 
 
 class UnsupportedModelError(CheckpointError):
-    """A dense model, or an architecture without transformers' experts interface."""
+    """The model is dense, or its architecture lacks the experts interface of transformers."""
 
 
 class TargetError(MoetierError):
-    """The place that a conversion would write to."""
+    """A conversion can't write to its target."""
 
 
 class TargetExistsError(TargetError):
-    """It holds a different model, or something that is no model."""
+    """The target holds a different model, or something that is not a model."""
 
 
 class DiskSpaceError(TargetError):
-    """It is too small."""
+    """The disk of the target is too small."""
 
 
 class BudgetError(MoetierError):
-    """A memory budget that can't work; the fix names the smallest and the largest that do."""
+    """A memory budget can't work; the fix names the smallest and the largest that do."""
 
 
 class ArenaError(MoetierError):
-    """Shared memory of another process that is not safe to map."""
+    """Shared memory of another process is not safe to map."""
 
 
 class ExhaustedError(MoetierError):
-    """Every slot of the host tier is leased, and none came free for as long as the caller waits."""
+    """Every slot of the host tier stayed leased for as long as the caller waits."""
 
 
 class DaemonError(MoetierError):
-    """The daemon, or the way to it."""
+    """An error of the daemon, or of the connection to it."""
 
 
 class UnavailableError(DaemonError):
-    """Nobody answers, or not any more: another daemon, or the store itself, may do instead."""
+    """The daemon does not answer (any more). Another daemon, or the local store, may serve instead."""
 
 
 class NobodyError(UnavailableError):
@@ -114,23 +114,23 @@ class NobodyError(UnavailableError):
 
 
 class RefusedError(DaemonError):
-    """Credentials that are missing or wrong, another user, no TLS."""
+    """The daemon refuses the caller: missing or wrong credentials, another user, no TLS."""
 
 
 class UnknownModelError(DaemonError):
-    """A daemon that does not serve this store."""
+    """The daemon does not serve this store."""
 
 
 class ProtocolError(DaemonError):
-    """What came over the wire is not what this version speaks."""
+    """A message over the wire is not one that this version understands."""
 
 
 class AlreadyRunningError(DaemonError):
-    """The place of a daemon is taken by a running one, which is named."""
+    """Another daemon, which the error names, is running in this place."""
 
 
 class ConfigError(MoetierError):
-    """An option that is unknown or malformed."""
+    """An option is unknown or malformed."""
 
 
 class ClosedError(MoetierError):

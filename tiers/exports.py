@@ -1,4 +1,4 @@
-"""Names that a package exports from its modules, which are imported when a name is first used."""
+"""Lazy exports: names of a package whose modules are imported when a name is first used."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib import import_module
 
 
 def exports(package: str, homes: dict[str, str]) -> Callable[[str], object]:
-    """Return a ``__getattr__`` for a package.
+    """Make the ``__getattr__`` of a package.
 
     Args:
         package: the package's ``__name__``.
-        homes: exported name -> the module beneath the package that defines it.
+        homes: for each exported name, the module of the package that defines it.
     """
 
     def getattribute(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Fields: values of a JSON document, each with its place, so that an error names the field that is wrong."""
+"""Fields of a JSON document: each value carries its place, so that an error names the field that is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-SHOWN = 80  # characters of a value in a message
+SHOWN = 80  # most characters of a value in an error message
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 2
@@ -15,13 +15,15 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = SHOWN
 
 
 def shown(value: object) -> str:
-    """A value for a message: short, however long or deep it is."""
+    """Format a value for an error message: short, however long or deep the value is."""
     return _repr.repr(value)
 
 
 class Fields:
-    """A value and its place ("blocks[3].experts"). All methods raise ValueError, naming the place, for a value that is
-    not as they say."""
+    """A value and its place, for example "blocks[3].experts".
+
+    All methods raise ValueError, naming the place, if the value is not of the kind that they return.
+    """
 
     __slots__ = ("place", "value")
 
@@ -30,37 +32,41 @@ class Fields:
         self.place = place
 
     def __getitem__(self, name: str) -> Fields:
-        """A member that an object must have."""
+        """Return a member of an object. It must exist."""
         found = self.get(name)
         if found is None:
             raise ValueError(f"{self._member(name)} is missing")
         return found
 
     def get(self, name: str) -> Fields | None:
-        """A member that an object may have."""
+        """Return a member of an object, or None if it does not exist."""
         members = self._of(dict, "an object")
         return Fields(members[name], self._member(name)) if name in members else None
 
     def members(self) -> Iterator[tuple[str, Fields]]:
+        """Iterate over the names and members of an object."""
         return ((name, Fields(value, self._member(name))) for name, value in self._of(dict, "an object").items())
 
     def items(self) -> list[Fields]:
+        """Return the items of a list."""
         return [Fields(value, f"{self.place}[{i}]") for i, value in enumerate(self._of(list, "a list"))]
 
     def text(self, pattern: str = r"[^\ud800-\udfff]*", what: str = "a text") -> str:
+        """Return a string that matches ``pattern``; an error calls it ``what``."""
         found: str = self._of(str, what)
         return found if re.fullmatch(pattern, found, re.DOTALL) else self._fail(what)
 
     def number(self, least: int, most: int) -> int:
-        """A whole number."""
+        """Return a whole number from ``least`` to ``most``."""
         fits = type(self.value) is int and least <= self.value <= most
         return int(self.value) if fits else self._fail(f"a whole number from {least:,} to {most:,}")
 
     def flag(self) -> bool:
+        """Return a boolean."""
         return bool(self._of(bool, "true or false"))
 
     def among(self, known: Collection[Any]) -> Any:
-        """One of these values, and of their type."""
+        """Return one of the ``known`` values. The type counts too: 1 is not True."""
         for value in known:
             if type(value) is type(self.value) and value == self.value:
                 return value
@@ -68,7 +74,7 @@ class Fields:
         raise ValueError(f"{self.place} is {shown(self.value)}, not {names}")
 
     def equals(self, expected: Any, why: str) -> None:
-        """Compares it with what it must be, part by part; ``why`` ends the message."""
+        """Check that the value equals ``expected``, part by part. ``why`` ends the error message."""
         if isinstance(expected, dict):
             for name, value in expected.items():
                 self[name].equals(value, why)

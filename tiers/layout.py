@@ -1,8 +1,8 @@
-"""The nouns that every module shares: which expert, and how its bytes are laid out.
+"""The layout of a record: which expert it belongs to and where its sections lie.
 
-A *record* is one expert's bytes: its *sections* in a fixed order, each 64-byte aligned. A record and its 4-byte
-checksum fill whole 4,096-byte pages, so that every record of a store starts on a page and one O_DIRECT read fetches it.
-The layout is format version 1 of ``docs/format.md``.
+A *record* is one expert's bytes: its *sections* in a fixed order, each aligned to 64 bytes. A record and its 4-byte
+checksum fill whole 4,096-byte pages. So every record of a store starts on a page, and one O_DIRECT read fetches it. The
+layout is format version 1 of ``docs/format.md``.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from typing import Any, Literal, NamedTuple
 from .fields import Fields, shown
 
 PAGE = 4096  # bytes; records start on a page
-CHECKSUM_BYTES = 4  # crc32c, little endian, behind every record
+CHECKSUM_BYTES = 4  # CRC-32C, little endian, after every record
 ALIGNMENT = 64  # bytes; sections start on a multiple
 ROW_TILE = 64  # rows; quantised projections are padded to a multiple (one block of torch's AVX-512 int4 kernel)
 
 Bits = Literal[16, 8, 4, 3, 2]
 BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
-TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # of matrices beside the experts: what a kernel multiplies where it lies
+TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # for matrices of the trunk: widths that a kernel multiplies in place
 PAIR_BLOCK = 128  # groups that share one second-level pair when pairs are stored in 8 bits
-WEIGHT_TYPES = ("bfloat16", "float16")  # of 16-bit weights and of biases
-SOURCE_TYPES = (*WEIGHT_TYPES, "float32")  # that weights of fewer bits had before
-MAX_SIZE = 1 << 24  # rows, columns, or items of a bias
-GROUPS = {"bfloat16": (32, 64, 128, 256), "uint8": (16, 32, 64, 128, 256)}  # weights that share a pair, by its type
+WEIGHT_TYPES = ("bfloat16", "float16")  # types of 16-bit weights and of biases
+SOURCE_TYPES = (*WEIGHT_TYPES, "float32")  # original types of weights that are stored in fewer bits
+MAX_SIZE = 1 << 24  # most rows or columns of a projection, and items of a bias
+GROUPS = {
+    "bfloat16": (32, 64, 128, 256),
+    "uint8": (16, 32, 64, 128, 256),
+}  # group sizes by type of pairs
 PAIR_TYPES = tuple(GROUPS)
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
 
 
 class ExpertKey(NamedTuple):
-    """Names one expert: ``block`` is the Experts module, counted in module order; ``expert`` its index in the block."""
+    """Identifies an expert: ``block`` numbers the Experts modules in module order, ``expert`` is the index there."""
 
     block: int
     expert: int
@@ -44,7 +47,7 @@ class ExpertKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A typed piece of a record: ``offset`` in bytes from the record's start, ``shape`` in items of ``dtype``."""
+    """A typed array within a record: ``offset`` in bytes from the record's start, ``shape`` in items of ``dtype``."""
 
     name: str
     dtype: str
@@ -58,21 +61,21 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One weight matrix of an expert, y = x @ W.T with W of ``rows`` (N, outputs) x ``columns`` (K, inputs).
+    """One weight matrix W [N, K] of an expert, y = x @ W.T: N = ``rows`` outputs, K = ``columns`` inputs.
 
-    At 16 bits the section holds the matrix as the module does: [N, K], or [K, N] if ``transposed``.
-    Quantised, it is always [N, K] with N padded to ``padded_rows``; ``group`` weights along K share a pair (s, b),
-    w = (q - 8) * s + b with q the code after expansion to 4 bits.
+    At 16 bits its section holds the matrix as the module does: [N, K], or [K, N] if ``transposed``. A quantised matrix
+    is always stored as [N, K] with N padded to ``padded_rows``. ``group`` weights along K share a pair (s, b): a weight
+    is (q - 8) * s + b, with q its code after expansion to 4 bits.
     """
 
     name: str
     rows: int
     columns: int
     bits: Bits
-    dtype: str = "bfloat16"  # of the section at 16 bits; the type that the weights had before at fewer
-    transposed: bool = False  # how the module holds it
+    dtype: str = "bfloat16"  # type of the section at 16 bits; original type of the weights at fewer
+    transposed: bool = False  # whether the module holds [K, N]
     group: int = 0  # 0 at 16 bits
-    pairs: str = ""  # "" at 16 bits; "bfloat16", or "uint8": 8-bit pairs, quantised over PAIR_BLOCK groups
+    pairs: str = ""  # "" at 16 bits; "bfloat16"; "uint8": 8-bit pairs, quantised over PAIR_BLOCK groups
 
     @property
     def padded_rows(self) -> int:
@@ -80,13 +83,13 @@ class Projection:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As the module holds it."""
+        """The shape in which the module holds the matrix."""
         return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Bias:
-    """A vector of an expert, kept in 16 bits."""
+    """A vector of an expert, stored in 16 bits."""
 
     name: str
     size: int
@@ -97,15 +100,15 @@ def _pair_pieces(p: Projection) -> list[tuple[str, str, tuple[int, ...]]]:
     groups, rows = p.columns // p.group, p.padded_rows
     if p.pairs == "bfloat16":
         return [(f"{p.name}.pairs", "bfloat16", (groups, rows, 2))]
-    # 8-bit pairs: codes for (s, b) of every group, and for each run of PAIR_BLOCK groups (in [group, row] order)
-    # a second-level (scale, minimum) for s and one for b
+    # 8-bit pairs: codes of (s, b) for every group. Each run of PAIR_BLOCK groups, in [group, row] order, has a
+    # second-level (scale, minimum) for s and another for b.
     blocks = -(-groups * rows // PAIR_BLOCK)
     return [(f"{p.name}.pairs", "uint8", (groups, rows, 2)), (f"{p.name}.pair_scales", "bfloat16", (blocks, 2, 2))]
 
 
 def _pieces(projections: Iterable[Projection], biases: Iterable[Bias]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of each section, in the order in which they are stored."""
-    last: list[tuple[str, str, tuple[int, ...]]] = []  # low planes of 8-bit codes: behind everything else
+    """Yield (name, dtype, shape) of each section, in the order in which sections are stored."""
+    last: list[tuple[str, str, tuple[int, ...]]] = []  # low planes of 8-bit codes come after everything else
     middle: list[tuple[str, str, tuple[int, ...]]] = []
     for p in projections:
         rows, half = p.padded_rows, p.columns // 2
@@ -134,13 +137,14 @@ def _pieces(projections: Iterable[Projection], biases: Iterable[Bias]) -> Iterab
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where each section of a record lies: a pure function of its projections and biases."""
+    """The sections of a record, which follow from its projections and biases alone."""
 
     projections: tuple[Projection, ...]
     biases: tuple[Bias, ...] = ()
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:
+        """All sections, in the order in which they are stored."""
         sections, offset = [], 0
         for name, dtype, shape in _pieces(self.projections, self.biases):
             section = Section(name, dtype, shape, offset)
@@ -156,15 +160,16 @@ class RecordLayout:
 
     @cached_property
     def record_bytes(self) -> int:
-        """NB: the payload padded with zeros to 4096 n - 4 bytes, so that record and checksum fill whole pages."""
+        """Bytes of the record: the payload, padded with zeros so that record and checksum fill whole pages."""
         return self.slot_bytes - CHECKSUM_BYTES
 
     @cached_property
     def slot_bytes(self) -> int:
-        """Record and checksum: a multiple of 4,096."""
+        """Bytes of record and checksum: a multiple of 4,096."""
         return -(-(self.payload_bytes + CHECKSUM_BYTES) // PAGE) * PAGE
 
     def section(self, name: str) -> Section:
+        """Return the section of that name. Raises KeyError."""
         for section in self.sections:
             if section.name == name:
                 return section
@@ -172,11 +177,11 @@ class RecordLayout:
 
     @property
     def weights(self) -> int:
-        """Parameters of one expert, padding not counted."""
+        """The number of parameters of one expert, without padding."""
         return sum(p.rows * p.columns for p in self.projections) + sum(b.size for b in self.biases)
 
     def to_json(self) -> dict[str, Any]:
-        """What the manifest holds: the derived sections too, so that another reader needs no rule."""
+        """Return the layout as the manifest holds it, with the sections, so that other readers need no rules."""
         return {
             "record_bytes": self.record_bytes,
             "projections": [asdict(p) for p in self.projections],
@@ -186,7 +191,7 @@ class RecordLayout:
 
     @classmethod
     def from_json(cls, value: Fields) -> RecordLayout:
-        """Raises ValueError, naming the field, on anything that is not a layout of this format."""
+        """Parse a layout. Raises ValueError, naming the field, on anything that is not a layout of this format."""
         projections = tuple(map(_projection, value["projections"].items()))
         biases = tuple(
             Bias(_name(b), b["size"].number(1, MAX_SIZE), b["dtype"].among(WEIGHT_TYPES))
@@ -201,7 +206,7 @@ class RecordLayout:
 
 
 def _projection(value: Fields) -> Projection:
-    """Exactly what the kernels multiply with."""
+    """Parse a projection, exactly as the kernels support it."""
     bits: Bits = value["bits"].among(BITS)
     rows, columns = (value[name].number(1, MAX_SIZE) for name in ("rows", "columns"))
     name, transposed = _name(value), value["transposed"].flag()

@@ -1,12 +1,11 @@
-"""Monitor: steps on shared state, one at a time; callers that sleep between them; and work that a finalizer posts.
+"""Locks of a tier: a monitor that survives interrupts, a guard against use after fork, and a count of users.
 
-An iterator that is lost in a cycle is closed by the garbage collector, and that runs anywhere: even in a thread that is
-in the midst of a step, whose state the iterator needs to give back what it holds. So nothing that a finalizer calls may
-wait.
+Finalizers must not wait. The garbage collector closes an iterator that is lost in a cycle, and it runs in any thread,
+even in one that is inside a step on the very state that the iterator must change. So a finalizer posts its work.
 
-An exception may come from outside between any two instructions: KeyboardInterrupt, what a signal's handler raises,
-PyThreadState_SetAsyncExc. The lock is held by ``with`` alone, which no exception can cut for a lock of C: it is always
-released. What the exception has left of the state is mended before the next step.
+Exceptions from outside can arrive between any two instructions: KeyboardInterrupt, what a signal handler raises,
+PyThreadState_SetAsyncExc. The lock is only held by ``with``, which is atomic for a lock written in C, so it is always
+released. The monitor repairs the state that such an exception has left before it runs the next step.
 """
 
 from __future__ import annotations
@@ -26,17 +25,18 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class ForkGuard:
-    """The process in which something was made. Threads don't survive a fork, and a lock may stay held for ever."""
+    """Detect use in a forked child, where threads are gone and a lock may stay held for ever."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
 
     @property
     def is_owner(self) -> bool:
+        """Whether this is the process that made the guard."""
         return self._process == os.getpid()
 
     def check(self) -> None:
-        """Raises ClosedError in a forked child."""
+        """Raise ClosedError in a forked child."""
         if not self.is_owner:
             raise ClosedError(
                 f"This is another process's tier: it was opened in process {self._process}, and this is a fork of it.",
@@ -45,20 +45,23 @@ class ForkGuard:
 
 
 class Monitor:
-    """Runs steps one at a time. Raises ClosedError in a forked child, instead of waiting for ever."""
+    """Run steps on shared state one at a time. In a forked child, raise ClosedError instead of waiting for ever."""
 
     def __init__(self, repair: Callable[[], None] = lambda: None) -> None:
-        """``repair`` makes the state agree with itself after a step that an exception has cut anywhere."""
+        """``repair`` makes the state consistent after an exception has cut a step at any instruction."""
         self.fork_guard = ForkGuard()
         self._repair = repair
         self._lock = threading.Lock()
-        self._is_torn = False  # a step is under way, or was cut
+        self._is_torn = False  # a step is running, or an exception has cut one
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
-        self._attempted: Callable[[], None] | None = None  # the first of these, once it has begun
+        self._attempted: Callable[[], None] | None = None  # the first posted work, once it has begun
 
     def run(self, step: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """What ``step`` returns, which may raise a MoetierError where the state agrees. No step runs another."""
+        """Run ``step`` and return its result. Steps don't nest.
+
+        A step may raise a MoetierError only where the state is consistent.
+        """
         self.fork_guard.check()
         try:
             with self._lock:
@@ -77,7 +80,7 @@ class Monitor:
         return result
 
     def wait_for(self, step: Callable[[*Arguments], Result | None], *arguments: *Arguments) -> Result:
-        """Run a step, and again after each ``wake``, until it returns something else than None."""
+        """Run a step, and again after each ``wake``, until it returns something other than None."""
         if (found := self.run(step, *arguments)) is not None:
             return found
 
@@ -94,7 +97,7 @@ class Monitor:
         return result
 
     def wake(self) -> None:
-        """Wake all that sleep. Part of a step."""
+        """Wake all threads that sleep in ``wait_for``. Call it within a step."""
         for sleeper in self._sleepers:
             if sleeper.locked():
                 sleeper.release()
@@ -102,18 +105,21 @@ class Monitor:
 
     @property
     def sleepers(self) -> int:
-        """How many threads sleep."""
+        """The number of threads that sleep in ``wait_for``."""
         return len(self._sleepers)
 
     def post(self, work: Callable[[], None]) -> None:
-        """Do ``work`` as a step: now, or when the present one has ended. Never waits. Work that an exception has ended
-        is repeated, but only once: if it is at fault itself, other steps must go on."""
+        """Run ``work`` as a step, now or when the running step has ended. Never waits.
+
+        Work that an exception has cut is repeated once. No more, as the work itself may be at fault, and other steps
+        must go on.
+        """
         self._posted.append(work)
         self._settle()
 
     def _settle(self) -> None:
-        # What is posted during a step is seen here by the thread that ran it. Between the look at the lock and taking
-        # it another thread may come first. Its step is short, and what it posts in turn does not wait: this one is.
+        # Work posted during a step is found here by the thread that ran the step. Another thread may take the lock
+        # between the check and ``with``: its step is short, so this wait is too.
         while self._posted and not self._lock.locked():
             with self._lock:
                 if self._is_torn:
@@ -139,10 +145,13 @@ def _wait(sleeper: threading.Lock) -> None:
 
 
 class UseCount:
-    """Of something that threads use for a while each: ``with usage:``, which raises ClosedError once it is closed."""
+    """Count the users of a resource, so that ``close`` waits until none is left.
+
+    ``with use_count:`` marks a use. It raises ClosedError after ``close`` and in a forked child.
+    """
 
     def __init__(self, name: str) -> None:
-        """``name`` is what errors call it."""
+        """``name`` stands for the resource in error messages."""
         self._name = name
         self._fork_guard = ForkGuard()
         self._lock = threading.Lock()
@@ -166,7 +175,7 @@ class UseCount:
                 self._idle.notify_all()
 
     def close(self) -> None:
-        """Nobody may use it any more; waits for those who do. Idempotent. In a forked child there is nobody."""
+        """Refuse further uses and wait for the present ones to end. Idempotent; does nothing in a forked child."""
         if self._fork_guard.is_owner:
             with self._lock:
                 self._closed = True

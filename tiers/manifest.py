@@ -1,4 +1,4 @@
-"""What a store says of itself: the attributes of its zarr group, written last."""
+"""The manifest of a store: the attributes of its zarr group, which are written last."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from .layout import GROUPS, PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayou
 
 FORMAT = 1
 TRUNK_RECORDS = "trunk-records"
-FEATURES = frozenset({TRUNK_RECORDS})  # what a store may require and this version has
-MAX_EXPERTS = 1 << 16  # of a block
-MAX_BYTES = 1 << 50  # of a file
-MAX_NAME_BYTES = 255  # of a file or folder (NAME_MAX of Linux)
-SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit while its files pass by
-TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # beside experts.zarr, and nowhere else
+FEATURES = frozenset({TRUNK_RECORDS})  # features that this version has and a store may require
+MAX_EXPERTS = 1 << 16  # most experts of a block
+MAX_BYTES = 1 << 50  # most bytes of a file
+MAX_NAME_BYTES = 255  # most bytes in the name of a file or folder (NAME_MAX of Linux)
+SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit during a conversion that streams the source
+TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # a trunk file, which lies beside experts.zarr
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One Experts module: its path in the model, where its records lie, and its routing."""
+    """One Experts module: its path in the model, the place of its records, and its routing."""
 
     path: str  # "model.layers.0.mlp.experts"
     array: str  # the zarr array of its record geometry
-    index: int  # in that array
+    index: int  # index in that array
     experts: int
     top_k: int
 
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """What a file was when it was written."""
+    """Size and checksum of a file as it was written."""
 
     bytes: int
     crc32c: int
@@ -48,10 +48,10 @@ class FileSum:
 
 @dataclass(frozen=True, slots=True)
 class TrunkRecords:
-    """How the matrices of the trunk are stored that are quantised: each as a record of one projection, "weight"."""
+    """Form of the quantised matrices of the trunk. Each is stored as a record of one projection, "weight"."""
 
     bits: Bits
-    group: int  # the most: a matrix that it does not divide has a smaller one
+    group: int  # largest group; a matrix that it does not divide has a smaller one
     pairs: str
 
 
@@ -60,24 +60,25 @@ class Manifest:
     """The manifest of format version 1. ``blocks[b]`` is what ``ExpertKey.block == b`` names."""
 
     model: str  # hub id or folder name of the source
-    source_digest: str  # sha256 over the source's config, its tensors' names, shapes, types, places, some bytes of each
+    source_digest: str  # sha256 over the source's config and its tensors: names, shapes, types, places, some bytes
     blocks: tuple[Block, ...]
     layouts: Mapping[str, RecordLayout]  # by array name
-    version: str  # of moetier, that wrote it
-    digest: str = ""  # sha256 over the crc32c (LE u32) of every record, block by block; identifies the store
+    version: str  # version of the moetier that wrote it
+    digest: str = ""  # sha256 over the CRC-32C (LE u32) of every record, block by block; identifies the store
     requires: tuple[str, ...] = ()
-    method: str = "hqq"  # how the codes were found: "hqq", or "rounding"
-    trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by name; like the digest, empty until it is written
-    trunk_records: TrunkRecords | None = None  # None: all of the trunk is as it was
-    record_checksums: bytes = field(default=b"", repr=False)  # what ``digest`` is the sha256 of; of older stores b""
+    method: str = "hqq"  # of quantisation: "hqq" or "rounding"
+    trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by file name; empty until it is written
+    trunk_records: TrunkRecords | None = None  # None: nothing of the trunk is quantised
+    record_checksums: bytes = field(default=b"", repr=False)  # ``digest`` is their sha256; b"" in older stores
 
     @property
     def trunk_bits(self) -> int:
+        """Bits per weight of the trunk's quantised matrices, or 16."""
         return self.trunk_records.bits if self.trunk_records else 16
 
     @property
     def bits(self) -> Bits:
-        """Of an expert's weight; projections that no group divides may have more."""
+        """Bits per expert weight. Projections that no group size divides may have more."""
         return min(projection.bits for layout in self.layouts.values() for projection in layout.projections)
 
     @cached_property
@@ -86,15 +87,16 @@ class Manifest:
         return tuple(tuple(next(table)[0] for _ in range(block.experts)) for block in self.blocks)
 
     def checksums(self, block: int) -> tuple[int, ...]:
-        """The crc32c of each of a block's records; () of an older store, whose manifest has only the digest of all."""
+        """The CRC-32C of each record of a block; () for an older store, whose manifest has only the digest."""
         return self._checksums[block] if self.record_checksums else ()
 
     @property
     def plan(self) -> Manifest:
-        """What is known of it before anything is written."""
+        """The manifest without what is only known once the store is written."""
         return replace(self, digest="", trunk={}, record_checksums=b"")
 
     def layout(self, block: int) -> RecordLayout:
+        """The layout of a block's records."""
         return self.layouts[self.blocks[block].array]
 
     def shape(self, array: str) -> tuple[int, int, int]:
@@ -111,7 +113,7 @@ class Manifest:
         return found
 
     def check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Raises MissingExpertError for what the model does not have. All keys are of ``block``."""
+        """Raise MissingExpertError for a block or expert that the model does not have. All keys are of ``block``."""
         if not 0 <= block < len(self.blocks):
             raise MissingExpertError(
                 f"{self.model} has no block {block}.", f"Its blocks are 0 to {len(self.blocks) - 1}."
@@ -124,14 +126,16 @@ class Manifest:
 
     @property
     def record_count(self) -> int:
+        """The number of records of the store."""
         return sum(block.experts for block in self.blocks)
 
     @property
     def stored_bytes(self) -> int:
-        """Of all records with their checksums."""
+        """Bytes of all records with their checksums: the largest budget that makes sense."""
         return sum(block.experts * self.layouts[block.array].slot_bytes for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the manifest as the store holds it."""
         return {
             "format": FORMAT,
             "requires": list(self.requires),
@@ -152,7 +156,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
-        """Ignores unknown optional keys; raises StoreFormatError, naming ``where``, on what is not format 1."""
+        """Parse a manifest. Unknown optional keys are ignored.
+
+        Raises:
+            StoreFormatError: ``value`` is not a manifest of format 1. The error names ``where``.
+        """
         if not isinstance(value, dict) or "format" not in value:
             raise StoreFormatError(
                 f"{where} is not a moetier store: it has no manifest (attributes.moetier of zarr.json).",
@@ -196,7 +204,7 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        """Raises ValueError unless the blocks fill their arrays exactly."""
+        """Raise ValueError unless the blocks fill their arrays exactly and the tables fit the blocks."""
         if not self.blocks:
             raise ValueError("blocks: it has no blocks")
         if ((form := self.trunk_records) is not None) != (TRUNK_RECORDS in self.requires):
@@ -227,7 +235,7 @@ def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
 
 
 def _array(name: str, layout: Fields) -> str:
-    """The name of an array becomes that of a folder."""
+    """Check the name of an array, which is also the name of a folder."""
     if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"{layout.place}: {shown(name)} is no name of an array")
     return name

@@ -1,8 +1,8 @@
-"""The one interface of every tier, and of the daemon's client: something that experts are acquired from.
+"""The interface of every tier and of the daemon's client: a source that experts are acquired from.
 
-*Acquire* is demand: the caller computes next with what it asks for. *Prefetch* is a wish: it may be refused.
-*Borrow* is neither: the tier above copies what is here already, for a wish of its own.
-A *lease* is a pin with an owner, for as long as it is computed on.
+To *acquire* is a demand: the caller computes next with the experts that it asks for. A *prefetch* is a request that may
+be refused. To *borrow* is neither: the tier above copies a record that is here already, for a prefetch of its own. A
+*lease* pins a record for as long as its owner computes on it.
 """
 
 from __future__ import annotations
@@ -17,135 +17,161 @@ from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
 
-INTERRUPTIBLE_BYTES = 2 << 20  # at least
+INTERRUPTIBLE_BYTES = 2 << 20  # smallest piece of an interruptible read
 
 
 def interruptible_bytes(length: int) -> int:
-    """Of one read at a time, where a record of ``length`` bytes may be interrupted: an eighth, in whole pages, so that
-    others wait for no more; and enough to be worth a call."""
+    """Bytes per read of a record of ``length`` bytes that may be interrupted between reads.
+
+    They are an eighth of the record in whole pages, as others wait for one such read, but enough to be worth a call.
+    """
     return min(length, max(INTERRUPTIBLE_BYTES, -(-length // (8 * PAGE)) * PAGE))
 
 
 class Lease(NamedTuple, Generic[Record]):
-    """One expert's record, ``record_bytes`` long, read-only, valid until the next lease is taken from the iterator.
-    Where there are ``more``, the next one is there already, and this one stays valid as long as that.
+    """A read-only view of one expert's record, ``record_bytes`` long.
 
-    A record that another process owns may be replaced while it is computed on. So ask ``holds`` behind the last use of
-    the record, and before anything that came of it is used: if it does not hold, throw that away; the iterator will
-    yield the key once more.
+    It is valid until the next lease is taken from the iterator. If there are ``more``, the next lease is available
+    already, and this one stays valid as long as that one.
+
+    Another process may own the record and replace it during the computation. So ask ``holds`` after the last use of the
+    record and before any use of the result. If it returns False, discard the result; the iterator yields the key again.
     """
 
     key: ExpertKey
     record: Record
-    slot: int  # of the tier that gave it
-    proof: Callable[[], bool] | None = None  # None: the record is held in place
-    more: bool = False  # of this group: what is there together can be computed together
+    slot: int  # number of the slot in the tier that gave the lease
+    proof: Callable[[], bool] | None = None  # None: the record is pinned
+    more: bool = False  # further leases are available now: they can be computed together with this one
 
     def holds(self) -> bool:
-        """Whether the record still is what it was when the lease was given. To be asked once."""
+        """Whether the record is still the one that was leased. Call it once."""
         return self.proof is None or self.proof()
 
 
 class Pace(NamedTuple):
-    """Of one record, in seconds."""
+    """Timing of the reads of one block's records, in seconds."""
 
-    read: float  # that its read takes
-    grain: float  # for which its read can't stand back
-    saved: float  # that a right wish has saved, on average: what was read of it when its demand came
-    beside: float = 0.0  # for which it is read beside the slots, and has evicted nothing
+    read: float  # duration of a whole read
+    grain: float  # longest part of a read that can't be interrupted
+    saved: float  # mean time that a right prefetch has saved: what was read of the record when its demand came
+    beside: float = 0.0  # time for which a prefetch reads into a staging buffer and has evicted nothing yet
 
 
 class StagedPrefix(NamedTuple):
-    """What is there of a record already."""
+    """The first bytes of a record, which a staging buffer has or is receiving."""
 
     length: int  # bytes, of whole pages
-    copy: Callable[[memoryview], None]  # puts it into a slot, as soon as it is there
+    copy: Callable[[memoryview], None]  # waits for these bytes and copies them into a slot
 
 
 class RecordReader(Protocol):
-    """What a host tier stands on: a store, or anything else that can read one record into a slot. Thread-safe."""
+    """Reads records for a host tier: a store, or anything else that can read one record into a slot. Thread-safe."""
 
     @property
-    def manifest(self) -> Manifest: ...
+    def manifest(self) -> Manifest:
+        """The manifest of the records."""
 
     @property
     def parts(self) -> PartReader | None:
-        """Itself, if it can read parts of records."""
+        """The reader itself if it can read parts of records, else None."""
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Fills a writable slot of ``slot_bytes``, which begins on a page, with a record and its checksum.
+        """Read a record and its checksum into ``buffer``: a writable slot of ``slot_bytes`` that begins on a page.
 
-        Who can reads piece by piece where there is a ``pause``, and calls it between two of them. It returns when the
-        read may go on: whether it may be interrupted again, or is to be over soon. What it raises ends the read. Raises
-        StoreError.
+        Args:
+            key: the expert.
+            buffer: the slot.
+            pause: if given and the reader is able to, it reads in pieces and calls ``pause`` between two of them.
+                ``pause`` blocks until the read may go on, and returns whether the rest may be interrupted too. An
+                exception from it ends the read.
+
+        Raises:
+            StoreError: the record can't be read.
         """
         ...
 
 
 class PartReader(Protocol):
+    """Reads parts of records, for prefetches that begin in a staging buffer."""
+
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Fills ``part`` with what a slot of the record has from byte ``start`` on: whole pages, or to its end. Nothing
-        is checked. Raises StoreError, which does not name the record."""
+        """Read the bytes of a record's slot from byte ``start`` on into ``part``: whole pages, or up to the slot's end.
+
+        No checksum is compared. Raises a StoreError that does not name the record.
+        """
 
     def read_rest(
         self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
-        """As ``read_into``, but for what is there: that is waited for only when the rest has been asked for. Raises
-        StoreError, and what ``prefix.copy`` raises."""
+        """Read a record as ``read_into`` does, except for its ``prefix``, which is copied.
+
+        The read of the rest is begun before the copy waits for the prefix. Raises StoreError, and any exception of
+        ``prefix.copy``.
+        """
 
 
 class ExpertSource(Protocol[Record]):
-    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Record], None, None]:
-        """Yields one lease for each distinct key of one block: resident ones first, then as they arrive. A key whose
-        lease did not hold is yielded again.
+    """A source of experts: a tier, or a daemon's client. Thread-safe."""
 
-        A lease ends when the next is taken (behind the last of those that come together), when the iterator is
-        exhausted or closed. So a block with more wanted experts than slots streams through, and nobody waits for a
-        lease while one that it holds is unprocessed: two callers at the smallest budget can't deadlock. Keys given
-        first are evicted last. Raises StoreError when a load fails: nothing is cached then, and everyone who waits for
-        that key gets the error.
+    def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Record], None, None]:
+        """Yield one lease for each distinct key of one block, resident ones first, the others as they arrive.
+
+        A key whose lease did not hold is yielded again. A lease ends when the next is taken (of leases that are
+        available together, after the last of them) and when the iterator is exhausted or closed. So a block that wants
+        more experts than there are slots streams through them, and no caller waits while it holds an unprocessed lease:
+        two callers can't deadlock, even at the smallest budget. Keys given first are evicted last.
+
+        Raises:
+            StoreError: a load has failed. Nothing is cached then, and all callers that wait for the key get the error.
         """
         ...
 
     def reclaim(self) -> None:
-        """End all that the calling thread has acquired here: an exception from outside may have cut its end. Iterators
-        of it must not go on."""
+        """End all leases of the calling thread, whose regular end an exception may have cut.
+
+        Their iterators must not be used any more.
+        """
         ...
 
     def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        """Returns at once. Replaces the block's wishes that have not begun; a demand for the block clears them."""
+        """Request prefetches of one block and return at once.
+
+        They replace the block's requests that have not begun. A demand for the block cancels those.
+        """
         ...
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Those whose records are not READY here, be they on their way or not: a demand now would wait for them. Never
-        waits for a read."""
+        """Return the keys whose records are not READY here, so that a demand would wait. Never waits for a read."""
         ...
 
     def pace(self, block: int) -> Pace | None:
-        """How long reading one of the block's records takes, as the latest did; None where too little is known."""
+        """Return the timing of the latest reads of the block's records, or None if too little is known."""
         ...
 
     def stats(self) -> TierStats:
-        """Counters of this tier since it was opened."""
+        """Return the counters of this tier since it was opened."""
         ...
 
     def close(self) -> None:
-        """Releases memory, descriptors and threads; waits for loads that have begun. Idempotent."""
+        """Release memory, descriptors and threads. Waits for loads that have begun. Idempotent."""
         ...
 
 
 class Lender(ExpertSource[Record], Protocol[Record]):
-    """A source under a tier that copies records out of it, for demands and before any comes."""
+    """A source below another tier, which copies records out of it for demands and for prefetches."""
 
     def borrow(self, key: ExpertKey) -> AbstractContextManager[Lease[Record] | None]:
-        """A lease of what is READY here, for as long as the context lasts; else None. Never waits.
+        """Lease a record that is READY here for as long as the context lasts, else give None. Never waits.
 
-        It is no demand: no hit or miss is counted, no use, and nothing of a guess yet; no order of eviction changes,
-        and all wishes stand. Who copies the record asks whether the lease held: only then is it a loan.
+        It is not a demand: it counts as no hit, miss or use, changes no order of eviction and cancels no prefetch
+        request. The copy is good only if the lease holds at its end.
         """
         ...
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Demands found these in the tier above. What a wish of this one brought, and was borrowed, was a right guess;
-        no order of eviction changes. Returns at once."""
+        """Note that demands found ``keys`` in the tier above, and return at once.
+
+        So a prefetch of this tier whose record was borrowed counts as useful. No order of eviction changes.
+        """
         ...

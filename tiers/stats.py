@@ -1,4 +1,4 @@
-"""Counters of one tier: written under the tier's lock, read as a frozen value."""
+"""Statistics of one tier: counters that its owner writes under its lock, and a frozen snapshot for readers."""
 
 from __future__ import annotations
 
@@ -8,49 +8,50 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import median, quantiles
 from typing import Any
 
-WAITS_KEPT = 65_536  # the latest; median and p99 are over these
-# seconds: from a record in a page cache to one that waits behind a busy disk
+WAITS_KEPT = 65_536  # the latest waits, over which median and p99 are computed
+# seconds: from a record in the page cache to one behind a busy disk
 LOAD_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """A snapshot. ``bytes_in`` is what moved into this tier; waits are seconds that callers of acquire stood still, and
-    in which requests of other processes had nothing granted."""
+    """Snapshot of a tier's counters.
+
+    A wait is the time for which a caller of ``acquire`` stood still, or for which a request of another process was
+    granted nothing.
+    """
 
     name: str
-    slots: int  # that the budget pays for
+    slots: int  # number of slots that the budget pays for
     ready: int  # slots that hold a record now
-    leased: int | None  # of these: that somebody holds; None of a daemon's client, as the daemon knows
-    slot_bytes: int  # of all slots together
+    leased: int | None  # of the ready ones, those that are leased; None for a daemon's client: only the daemon knows
+    slot_bytes: int  # bytes of all slots together
     hits: int
-    misses: int  # loads that a demand began, and demands that joined what was under way
-    joined: int  # of the misses: those that joined
-    prefetched: (
-        int  # records whose reads a wish began; of these, but for those that failed or were cancelled meanwhile:
-    )
-    useful: int  # READY when a demand came, to this tier or to the one above, which had borrowed it
-    late: int  # begun, and not READY, when a demand came
-    wasted: int  # evicted before any demand; of what the tier above has borrowed that is known once it is read again
-    cancelled: int  # wishes that were given up: before they had begun, for want of a slot too; or while being read
-    saved_seconds: float  # that the useful and late ones were read before a demand came: what it did not have to wait
-    warmed: int  # records that a warm-up has brought; of these:
-    recalled: int  # that were wanted since, or while they were under way
+    misses: int  # demands that began a load, and demands that joined a running load
+    joined: int  # of the misses, those that joined a running load
+    prefetched: int  # prefetches whose read began; those that neither failed nor were cancelled count once below:
+    useful: int  # READY when a demand came, here or in the tier above, which had borrowed the record
+    late: int  # still being read when a demand came
+    wasted: int  # evicted before any demand; of a borrowed record this is known when it is read again
+    cancelled: int  # prefetch requests cancelled before their read began, for want of a slot too, or during it
+    saved_seconds: float  # read time that useful and late prefetches spared their demands
+    warmed: int  # records that a warm-up has loaded
+    recalled: int  # of the warmed records, those that a demand has asked for since
     evictions: int
     failures: int  # loads that ended in an error
-    discarded: int  # results that were thrown away: their record had been replaced meanwhile
-    bytes_in: int
-    load_bounds: tuple[float, ...]  # seconds; of the loads that were timed as a whole, with no head:
-    loads: tuple[int, ...]  # how many took no longer than each bound, but longer than the one before; and than them all
-    load_seconds: float  # that they took, all of them
-    waits: int  # how many there were
+    discarded: int  # results that were thrown away because their record had been replaced meanwhile
+    bytes_in: int  # bytes moved into this tier
+    load_bounds: tuple[float, ...]  # seconds; upper bounds of the histogram ``loads``
+    loads: tuple[int, ...]  # loads by duration, one more than bounds; without those that began in a staging buffer
+    load_seconds: float  # duration of all loads of the histogram
+    waits: int  # number of waits
     wait_seconds: float
-    wait_median: float  # of the latest
+    wait_median: float  # seconds, over the latest waits
     wait_p99: float
 
     @property
     def hit_ratio(self) -> float:
-        """Hits among all demands; 0 before the first."""
+        """The share of hits among all demands; 0 before the first demand."""
         demands = self.hits + self.misses
         return self.hits / demands if demands else 0.0
 
@@ -60,7 +61,7 @@ class TierStats:
 
 @dataclass(slots=True)
 class TierCounters:
-    """The mutable side; its owner holds a lock."""
+    """The counters behind ``TierStats``. Their owner holds a lock when it changes them."""
 
     name: str
     hits: int = 0
@@ -85,17 +86,18 @@ class TierCounters:
     latest_waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
 
     def loaded(self, seconds: float) -> None:
-        """One load took so long."""
+        """Count a load that took ``seconds``."""
         self.loads[bisect_left(LOAD_BOUNDS, seconds)] += 1
         self.load_seconds += seconds
 
     def waited(self, seconds: float) -> None:
+        """Count a wait of ``seconds``."""
         self.waits += 1
         self.wait_seconds += seconds
         self.latest_waits.append(seconds)
 
     def snapshot(self, *, slots: int, ready: int, leased: int | None, slot_bytes: int) -> TierStats:
-        """Call it under the owner's lock; the sort of the latest waits is the only work."""
+        """Return the counters as a frozen value. Call it under the owner's lock: its only cost is to sort the waits."""
         waits = sorted(self.latest_waits)
         p99 = quantiles(waits, n=100)[98] if len(waits) > 1 else sum(waits)
         counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "latest_waits"}
@@ -113,8 +115,10 @@ class TierCounters:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    place: str  # for people
+    """The part of a process's records that came from one place."""
+
+    place: str  # as shown to people
     records: int
     bytes: int
-    away: str = ""  # of a daemon that is not there now: why
-    lost: int = 0  # times that it went away
+    away: str = ""  # why a daemon is not available now
+    lost: int = 0  # how often the daemon became unavailable

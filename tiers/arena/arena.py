@@ -1,11 +1,12 @@
-"""Arena: the slots of one store in one memory file, with the directory of what is in them.
+"""Arena: the slots of one store in one memory file, with a directory of the records in them.
 
-The file is private to its user and sealed against shrinking and growing: whoever maps it can't be made to fault. It is
-not sealed against future writes: a restarted owner of the same user must be able to fill slots that it takes back.
-Nothing lies under /dev/shm, whose size is another's to set.
+The file is private to its user and sealed against shrinking and growing, so a process that maps it can't be made to
+fault. It is not sealed against future writes: a restarted owner of the same user must be able to fill slots that it
+reclaims. Nothing lies under /dev/shm, whose size is not ours to set.
 
-The owner holds an exclusive flock(2) on the open file description that it writes through. The kernel lets go of it when
-the owner is dead and all that it had begun to read has ended: whoever gets the lock then is the only one who writes.
+The owner holds an exclusive flock(2) on the open file description that it writes through. The kernel releases the lock
+once the owner is dead and all reads that it had begun have ended. So whichever process gets the lock then is the only
+one that writes.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ from moetier.tiers.store.checksum import crc32c
 from .directory import Directory, Header
 from .plan import ArenaPlan
 
-NAME = "moetier-arena"  # as /proc/*/fd show it: "/memfd:moetier-arena (deleted)"
+NAME = "moetier-arena"  # /proc/*/fd show "/memfd:moetier-arena (deleted)"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _TOO_MUCH = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
 
 class Arena:
-    """``plan.slots`` slots, both ends of each on a page, and a directory before them."""
+    """A directory and ``plan.slots`` slots, each of whole pages."""
 
     @classmethod
     def create(cls, plan: ArenaPlan) -> Arena:
-        """Allocates every page now: a write later can't fail. Raises BudgetError when they can't be had."""
+        """Create an arena and allocate all of its pages, so that no later write can fail.
+
+        Raises:
+            BudgetError: the system does not have that much memory.
+        """
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -58,21 +63,26 @@ class Arena:
 
     @classmethod
     def map(cls, descriptor: int, plan: ArenaPlan) -> Arena:
-        """Maps another process's arena for reading; ``descriptor`` stays the caller's. Raises ArenaError on anything
-        that could shrink under the reader, and on any other arena than the planned."""
+        """Map another process's arena for reading. ``descriptor`` stays the caller's.
+
+        Raises:
+            ArenaError: the file could shrink while it is mapped, or it is not the planned arena.
+        """
         header = _check_sealed(descriptor)
         if header != Header.of(plan, header.identity):
             raise ArenaError("The arena is not the one that was announced.", "Connect to it anew.")
-        # never MAP_PRIVATE: after one stray write the page would stay stale for ever
+        # Never MAP_PRIVATE: after a stray write the page would stay stale for ever.
         mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         return cls(mapping, plan, Directory(memoryview(mapping)[: plan.directory_bytes], plan), None)
 
     @classmethod
     def reclaim(cls, descriptor: int, manifest: Manifest) -> Arena:
-        """Takes back the arena of an owner who is dead, by any descriptor of it, which stays the caller's. What it
-        holds is to be proved: HostTier does.
+        """Take over the arena of a dead owner. ``descriptor`` may be any descriptor of it and stays the caller's.
 
-        Raises ArenaError while its owner lives, and on what is no sealed arena of this very store.
+        Its records must be checked before they are used: see ``intact_slots``.
+
+        Raises:
+            ArenaError: the owner is alive, or the file is not a sealed arena of this store.
         """
         try:
             own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
@@ -99,39 +109,41 @@ class Arena:
         self.directory = directory
         self._fork_guard = ForkGuard()
         self._mapping: mmap.mmap | None = mapping
-        self._descriptor = descriptor  # None for a reader
+        self._descriptor = descriptor  # None in a reader
 
     def slot(self, slot: int) -> memoryview:
-        """The whole slot, writable: for who fills it. The owner's only."""
+        """A writable view of a whole slot, to fill it. Only for the owner."""
         piece = self._piece(slot, self.plan.slot_bytes(slot))
         assert not piece.readonly, "only the owner fills slots"
         return piece
 
     def view(self, slot: int) -> memoryview:
-        """The record in a slot, read-only: for leases."""
+        """A read-only view of the record in a slot, for leases."""
         return self._piece(slot, self.plan.record_bytes(slot)).toreadonly()
 
     def whole(self, slot: int) -> memoryview:
-        """The record in a slot and its checksum, read-only."""
+        """A read-only view of the record in a slot and its checksum."""
         return self._piece(slot, self.plan.slot_bytes(slot)).toreadonly()
 
     def export(self) -> int:
-        """A new read-only descriptor of the memory file, to be passed on; the caller closes it. It is an open file
-        description of its own: who holds it does not hold the owner's lock."""
+        """Open a new read-only descriptor of the memory file, to pass to another process. The caller closes it.
+
+        It has an open file description of its own, so it does not carry the owner's lock.
+        """
         assert self._descriptor is not None, "closed, or not the owner"
         return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Idempotent. The memory goes now, or with the last view of it: a view never dangles."""
+        """Release the memory, now or with the last view of it: views never dangle. Idempotent."""
         mapping, self._mapping = self._mapping, None
         descriptor, self._descriptor = self._descriptor, None
         self.directory.close()
         if descriptor is not None:
-            if self._fork_guard.is_owner:  # a fork shares the lock, and must not let go of it
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # the map has a duplicate, which may live on with a view
+            if self._fork_guard.is_owner:  # a forked child shares the lock and must not release it
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping has a duplicate, which views may keep
             os.close(descriptor)
         if mapping is not None:
-            # a BufferError: somebody still looks at it. The last view holds the mapping, and both go together.
+            # BufferError: there are still views. The last one holds the mapping, and both end together.
             with contextlib.suppress(BufferError):
                 mapping.close()
 
@@ -143,7 +155,7 @@ class Arena:
 
 
 def _check_sealed(descriptor: int) -> Header:
-    """Raises ArenaError on what is no arena, and on what could shrink."""
+    """Read the header of an arena. Raises ArenaError if it is not an arena, or could shrink."""
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError as error:
@@ -158,7 +170,11 @@ def _check_sealed(descriptor: int) -> Header:
 
 
 def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertKey]:
-    """The slots whose records are whole, and whose they are: each of a key that belongs there, each key once."""
+    """Check the records of a reclaimed arena, as its owner may have died at any moment.
+
+    Return the slots whose records match their checksums, with their keys: each of a key that belongs there, each key
+    once.
+    """
     plan = arena.plan
     claimed: dict[ExpertKey, int] = {}
     for region, first in zip(plan.regions, plan.first_slots, strict=True):
@@ -166,7 +182,7 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
             key = arena.directory.content(slot)
             if key is not None and manifest.blocks[key.block].array == region.array:
                 claimed.setdefault(key, slot)
-    pending = iter(list(claimed.items()))  # which the threads share: whichever is free takes the next
+    pending = iter(list(claimed.items()))  # shared by the threads: each takes the next when it is free
 
     def check() -> list[int]:
         return [slot for key, slot in pending if _is_whole(arena.whole(slot), key, manifest)]
@@ -180,5 +196,5 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
 def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:
     stored = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
     if (known := manifest.checksums(key.block)) and known[key.expert] != stored:
-        return False  # a moetier that did not know these has read it from a shard of another conversion
+        return False  # an older moetier has read it from a shard of another conversion
     return crc32c(data[:-CHECKSUM_BYTES]) == stored

@@ -1,18 +1,18 @@
-"""The shared table of an arena: which record is in which slot, written by the owner alone, read by anybody.
+"""Directory of an arena: which record is in which slot. Only the owner writes it, any process may read it.
 
 All numbers are 64-bit words, little endian:
 
     header    magic, version, bytes of the arena, keys, slots, regions, identity (2), digest of the store (4), 4 unused,
-              and of each region how many slots of how many bytes
-    table     of each key the slot that holds it, or -1
-    slots     of each slot its generation, then of each slot its key's number, or -1
+              and for each region its number of slots and their size in bytes
+    table     for each key the slot that holds it, or -1
+    slots     for each slot its generation, then for each slot the number of its key, or -1
 
-A generation is odd while its slot is being filled. A reader looks up (slot, generation), computes with the slot, and
-looks at the generation again before it uses the result: if it is the same, the record was the key's all the while.
-Nothing is locked, so nobody waits, and a dead reader is in nobody's way.
+A generation is odd while its slot is being filled. A reader looks up (slot, generation), computes with the slot and
+compares the generation again before it uses the result: if it is unchanged, the slot held the key's record all the
+while. This is a seqlock: nothing is locked, no process waits, and a dead reader blocks nothing.
 
-It relies on words that are read and written whole, and on stores and loads that others see in the order of the program:
-so it is on x86-64. The owner's orders are those of ``begin_fill`` and ``publish``, the reader's that of ``find``.
+It requires that words are read and written whole, and that other processes see loads and stores in program order. That
+holds on x86-64. The owner's order is that of ``begin_fill`` and ``publish``, the reader's is that of ``find``.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ from .plan import WORD, ArenaPlan
 MAGIC = int.from_bytes(b"moetier\0", "little")
 VERSION = 1
 NONE = -1  # no slot, no key
-_WORDS = 1 << 64  # how many numbers a word can hold
+_WORDS = 1 << 64  # number of values of a word
 _FIXED = struct.Struct("<6Q16s32s4Q")
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an arena says of itself, to whoever has its descriptor."""
+    """Header of an arena, which any process with its descriptor can read."""
 
-    nbytes: int  # of the arena
+    nbytes: int  # size of the arena
     keys: int
     slots: int
-    identity: bytes  # 16 random ones, chosen when the arena was made
-    digest: str  # of the store, 64 hexadecimal digits; all 0 where it has none
-    regions: tuple[tuple[int, int], ...]  # slots, bytes of each
+    identity: bytes  # 16 random bytes, chosen when the arena was made
+    digest: str  # digest of the store, 64 hexadecimal digits; all 0 if it has none
+    regions: tuple[tuple[int, int], ...]  # number of slots, bytes per slot
 
     @classmethod
     def of(cls, plan: ArenaPlan, identity: bytes) -> Header:
+        """Make the header of a planned arena."""
         regions = tuple((region.slots, region.slot_bytes) for region in plan.regions)
         return cls(plan.nbytes, plan.keys, plan.slots, identity, plan.digest.rjust(64, "0"), regions)
 
     @classmethod
     def read(cls, descriptor: int) -> Header:
-        """Raises ArenaError on what is no arena of this version."""
+        """Read a header. Raises ArenaError if the file is not an arena of this version."""
         data = os.pread(descriptor, PAGE, 0)
         if len(data) < PAGE:
             raise _no_arena("it is too short")
@@ -69,7 +70,7 @@ class Header:
         return cls(nbytes, keys, slots, identity, digest.hex(), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
 
     def plan(self, manifest: Manifest) -> ArenaPlan:
-        """The plan of the arena if it is one of this store's. Raises ArenaError."""
+        """Derive the plan of the arena. Raises ArenaError if it is not an arena of this store."""
         ranges = slot_ranges(manifest)
         if self.digest != manifest.digest.rjust(64, "0"):
             raise ArenaError("The arena holds records of another store.", "Use a new one.")
@@ -81,6 +82,7 @@ class Header:
         raise ArenaError("The arena is divided as this store's never is.", "Use a new one.")
 
     def to_bytes(self) -> bytes:
+        """Encode the header."""
         fixed = (MAGIC, VERSION, self.nbytes, self.keys, self.slots, len(self.regions))
         words = [word for region in self.regions for word in region]
         return _FIXED.pack(*fixed, self.identity, bytes.fromhex(self.digest), 0, 0, 0, 0) + struct.pack(
@@ -89,11 +91,11 @@ class Header:
 
 
 class Directory:
-    """On the first ``plan.directory_bytes`` of an arena. Its owner calls the writing methods one at a time."""
+    """The directory on the first ``plan.directory_bytes`` of an arena. Its owner makes one change at a time."""
 
     @classmethod
     def create(cls, memory: memoryview, plan: ArenaPlan) -> Directory:
-        """Of an arena whose bytes are all 0: nothing is in it."""
+        """Write an empty directory into a new arena, whose bytes are all 0."""
         header = Header.of(plan, os.urandom(16)).to_bytes()
         assert len(header) == plan.header_words * WORD <= PAGE
         directory = cls(memory, plan)
@@ -102,11 +104,11 @@ class Directory:
         for slot in range(plan.slots):
             directory._contents[slot] = NONE
         memory[WORD : len(header)] = header[WORD:]
-        memory[:WORD] = header[:WORD]  # the magic last: what was begun and not finished is no arena
+        memory[:WORD] = header[:WORD]  # the magic last: an unfinished header is not an arena
         return directory
 
     def __init__(self, memory: memoryview, plan: ArenaPlan) -> None:
-        """Of an arena that has one already."""
+        """Use the directory that is in ``memory``."""
         assert len(memory) == plan.directory_bytes
         self._plan = plan
         self._closed = False
@@ -129,15 +131,15 @@ class Directory:
     # -- readers ------------------------------------------------------------------------------------------------------
 
     def find(self, key: ExpertKey) -> tuple[int, int] | None:
-        """(slot, generation) of a key that the model has, if its record is there now."""
+        """Return (slot, generation) of a key if its record is in the arena now. The model must have the key."""
         number = self._first_keys[key[0]] + key[1]
         try:
             slot = self._table[number]
             if slot < 0:
                 return None
             generation = self._generations[slot]
-            # Whether the slot is the key's *after* its generation was read: had it been refilled in between, this
-            # would be the generation of another record.
+            # Compare the slot again *after* reading its generation: if the slot was refilled in between, this is the
+            # generation of another record.
             if generation & 1 or self._table[number] != slot:
                 return None
         except ValueError:
@@ -145,6 +147,7 @@ class Directory:
         return slot, generation
 
     def generation(self, slot: int) -> int:
+        """Return the generation of a slot."""
         try:
             return self._generations[slot]
         except ValueError:
@@ -153,14 +156,14 @@ class Directory:
     # -- the owner ----------------------------------------------------------------------------------------------------
 
     def begin_fill(self, key: ExpertKey | None, slot: int) -> None:
-        """Before the slot, which holds ``key``'s record or none, is filled anew."""
+        """Announce that a slot is about to be filled. It holds the record of ``key``, or none."""
         if key is not None:
             self._table[self._plan.number(key)] = NONE
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
     def publish(self, key: ExpertKey, slot: int) -> None:
-        """The slot, which was withdrawn, holds the record."""
+        """Announce that the slot, whose fill has ended, holds the record of ``key``."""
         if self._retired:
             return
         number = self._plan.number(key)
@@ -169,13 +172,12 @@ class Directory:
         self._table[number] = slot
 
     def invalidate(self, slot: int) -> None:
-        """The slot, which was withdrawn, holds nothing of use."""
+        """Announce that the slot, whose fill has failed, holds no record."""
         self._contents[slot] = NONE
         self._step(slot)
 
     def retire(self) -> None:
-        """No slot holds anything of use, from now on and for ever: readers find nothing, and what they have found does
-        not hold."""
+        """Invalidate all slots for ever: readers find nothing, and no lease that they have holds."""
         self._retired = True
         for number in range(self._plan.keys):
             self._table[number] = NONE
@@ -186,21 +188,20 @@ class Directory:
     def _step(self, slot: int) -> None:
         if self._retired:
             return
-        # what a dead owner has left may be any number, the last one too
+        # a dead owner may have left any number, even the last one
         self._generations[slot] = (self._generations[slot] + 1) % _WORDS
 
-    # -- taking back --------------------------------------------------------------------------------------------------
+    # -- reclaiming ---------------------------------------------------------------------------------------------------
 
     def content(self, slot: int) -> ExpertKey | None:
-        """Whose record is in a slot; None when it is empty, and when a dead owner was filling it."""
+        """Return the key of the record in a slot, or None if it is empty or a dead owner was filling it."""
         number = self._contents[slot]
         if self._generations[slot] & 1 or not 0 <= number < self._plan.keys:
             return None
         return self._plan.key(number)
 
     def keep_only(self, kept: dict[int, ExpertKey]) -> None:
-        """What a dead owner left, apart from what is ``kept``, by slot, is empty from now on. Readers of what is kept
-        notice nothing."""
+        """Empty all slots but those of ``kept``, after a dead owner. Readers of these see no change."""
         held = {self._plan.number(key): slot for slot, key in kept.items()}
         for number in range(self._plan.keys):
             slot = held.get(number, NONE)
@@ -213,8 +214,10 @@ class Directory:
                 self.invalidate(slot)
 
     def repair(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
-        """After the owner was cut: say of each slot the key that it holds or is filled with, and whether it is being
-        filled. Readers of what was right notice nothing."""
+        """Repair the directory after an exception has cut a change. Readers of right entries see no change.
+
+        ``states`` has for each slot the key that it holds or is being filled with, and whether it is being filled.
+        """
         if self._closed:
             return
         if self._retired:
@@ -233,15 +236,14 @@ class Directory:
             elif is_odd or self.content(slot) != key:
                 if not is_odd:
                     self._step(slot)
-                # before the generation is even: if the owner dies in between, this is what is found
+                # Before the generation becomes even: if the owner dies in between, a new one finds this key.
                 self._contents[slot] = NONE if key is None else self._plan.number(key)
                 self._step(slot)
         for number, slot in held.items():
             self._table[number] = slot
 
     def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
-        """Asserts that it says of each slot what its owner does: the key that it holds or that it is filled with, and
-        whether it is being filled. Once it is closed there is nothing to say."""
+        """Assert that the directory agrees with ``states``, which are as in ``repair``. A closed one is not checked."""
         if self._closed:
             return
         table = [NONE] * self._plan.keys
@@ -254,7 +256,7 @@ class Directory:
         assert self._table.tolist() == table
 
     def close(self) -> None:
-        """Lets go of the memory. Idempotent."""
+        """Release the memory. Idempotent."""
         self._closed = True
         for view in (self._table, self._generations, self._contents, self._words):
             view.release()

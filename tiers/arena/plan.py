@@ -1,9 +1,9 @@
-"""Where everything lies in an arena: the directory's pages, then the slots, one record geometry after the other. Pure.
+"""The layout of an arena: first the pages of the directory, then the slots, one record geometry after the other. Pure.
 
     [directory][slots of geometry 1][slots of geometry 2]...
 
-Geometries are in the order of their arrays' names, blocks in the model's. So owner and readers come to the same numbers
-from the manifest and the counts of slots alone.
+Geometries are in the order of their arrays' names, blocks in the order of the model. So owner and readers derive the
+same offsets from the manifest and the numbers of slots alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from itertools import accumulate
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.manifest import Manifest
 
-WORD = 8  # bytes of each number of a directory
-_HEADER_WORDS = 16  # of which the first twelve are in use, and two for each region behind
+WORD = 8  # bytes of each number in the directory
+_HEADER_WORDS = 16  # the first twelve are in use; two more per region follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,15 @@ class Region:
 
 @dataclass(frozen=True)
 class ArenaPlan:
-    """Slots are numbered through all regions, keys through all blocks."""
+    """Sizes and offsets of an arena. Slots are numbered through all regions, keys through all blocks."""
 
-    digest: str  # of the store, hexadecimal
-    experts: tuple[int, ...]  # by block
+    digest: str  # digest of the store, hexadecimal
+    experts: tuple[int, ...]  # number of experts of each block
     regions: tuple[Region, ...]
 
     @classmethod
     def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> ArenaPlan:
-        """``slots`` by array, at least one of each."""
+        """Plan an arena for a store. ``slots`` is the number of slots of each array, at least one."""
         assert slots.keys() == manifest.layouts.keys(), f"{sorted(slots)} are not {sorted(manifest.layouts)}"
         assert all(count > 0 for count in slots.values()), f"{slots}"
         layouts = sorted(manifest.layouts.items())
@@ -59,10 +59,12 @@ class ArenaPlan:
 
     @property
     def slots_by_array(self) -> dict[str, int]:
+        """The number of slots of each array."""
         return {region.array: region.slots for region in self.regions}
 
     @cached_property
     def slots(self) -> int:
+        """The number of all slots."""
         return sum(region.slots for region in self.regions)
 
     @cached_property
@@ -71,19 +73,21 @@ class ArenaPlan:
         return tuple(accumulate((region.slots for region in self.regions), initial=0))[:-1]
 
     def offset(self, slot: int) -> int:
-        """Bytes from the arena's start; a multiple of PAGE."""
+        """Offset of a slot in bytes from the arena's start; a multiple of PAGE."""
         number = self._region_number(slot)
         return self._starts[number] + (slot - self.first_slots[number]) * self.regions[number].slot_bytes
 
     def slot_bytes(self, slot: int) -> int:
+        """Size of a slot, in bytes."""
         return self.regions[self._region_number(slot)].slot_bytes
 
     def record_bytes(self, slot: int) -> int:
+        """Size of the record in a slot, in bytes."""
         return self.regions[self._region_number(slot)].record_bytes
 
     @property
     def nbytes(self) -> int:
-        """Of the whole arena."""
+        """Size of the whole arena, in bytes."""
         return self.directory_bytes + sum(region.nbytes for region in self.regions)
 
     def _region_number(self, slot: int) -> int:
@@ -98,6 +102,7 @@ class ArenaPlan:
 
     @cached_property
     def keys(self) -> int:
+        """The number of all keys."""
         return sum(self.experts)
 
     @cached_property
@@ -106,9 +111,11 @@ class ArenaPlan:
         return tuple(accumulate(self.experts, initial=0))[:-1]
 
     def number(self, key: ExpertKey) -> int:
+        """The number of a key."""
         return self.first_keys[key.block] + key.expert
 
     def key(self, number: int) -> ExpertKey:
+        """The key of a number."""
         assert 0 <= number < self.keys, f"key {number} of {self.keys}"
         block = bisect_right(self.first_keys, number) - 1
         return ExpertKey(block, number - self.first_keys[block])
@@ -117,9 +124,10 @@ class ArenaPlan:
 
     @property
     def header_words(self) -> int:
+        """Size of the directory's header, in words."""
         return _HEADER_WORDS + 2 * len(self.regions)
 
     @cached_property
     def directory_bytes(self) -> int:
-        """Header, a word for each key, two for each slot; a multiple of PAGE."""
+        """Size of the directory: a header, one word per key, two per slot; a multiple of PAGE."""
         return -(-(self.header_words + self.keys + 2 * self.slots) * WORD // PAGE) * PAGE

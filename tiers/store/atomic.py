@@ -1,4 +1,4 @@
-"""Files that survive a crash: written whole, synced, renamed into place; and what a disk answers, as errors."""
+"""Durable files: written whole, synced, renamed into place. Errors of a disk become errors that say what to do."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from types import TracebackType
 
 from moetier.tiers.errors import DiskSpaceError, StoreReadError, TargetError
 
-PARTIAL = ".partial"  # ends the names of files that are being written; zarr never looks for these
+PARTIAL = ".partial"  # suffix of files that are being written; zarr never looks for such names
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turns what the disk answers into errors that say what to do; ``needed`` bytes are still to be written."""
+    """Turn errors of writing below ``folder`` into DiskSpaceError or TargetError.
+
+    ``needed`` returns the number of bytes that are still to be written.
+    """
     try:
         yield
-    except BrokenPipeError:  # no disk's: of who reads what is said meanwhile
+    except BrokenPipeError:  # not from a disk: from the reader of the program's output
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -36,7 +39,7 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
 
 
 class read_errors:
-    """Turns what the disk answers into a StoreReadError with the path; FileNotFoundError passes."""
+    """Turn errors of reading ``path`` into StoreReadError. FileNotFoundError passes."""
 
     __slots__ = ("_path",)
 
@@ -57,16 +60,16 @@ class read_errors:
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Takes the blocks now, so that a full disk shows before the work is done and not after."""
+    """Allocate ``size`` bytes of a file on the disk, so that a full disk is found before the work and not after it."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError:
-        os.ftruncate(descriptor, 0)  # it may have got some of them
+        os.ftruncate(descriptor, 0)  # it may have allocated a part
         raise
 
 
 def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
-    """Writes all of ``data`` at ``position``: one call may write less, and an error then comes with the next."""
+    """Write all of ``data`` at ``position``: a single call may write less and leave the error to the next."""
     view = memoryview(data)
     while view:
         count = os.pwrite(descriptor, view, position)
@@ -77,7 +80,7 @@ def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Like mkdir -p, and each new name is durable in its parent."""
+    """Create a folder and its parents as ``mkdir -p`` does, each durably."""
     if not folder.is_dir():
         make_folders(folder.parent)
         with contextlib.suppress(FileExistsError):
@@ -86,6 +89,7 @@ def make_folders(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -94,7 +98,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """The file has these bytes, whole, after a crash at any moment; or it is as it was."""
+    """Write a whole file atomically: after a crash at any moment it has either ``data`` or its former content."""
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb") as stream:
         stream.write(data)

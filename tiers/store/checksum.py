@@ -1,6 +1,6 @@
 """The checksum of records, shard indexes and trunk files: CRC-32C (Castagnoli), zarr's codec ``crc32c``.
 
-This is the only module that knows which library computes it.
+This is the only module that knows which library computes it: the reason why so small a module stands alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DigestCheck: whether an older store, whose manifest has no table of checksums, holds the records of its digest."""
+"""Digest check: does an older store, whose manifest has no table of checksums, hold the records of its digest?"""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from .atomic import read_errors
 from .folder import METADATA
 from .shard import OpenShard, store_digest, stored_checksums
 
-AT_ONCE = 0.1  # seconds that opening a store waits for it: enough where the disk is quick or the store small
-SHARE = 0.1  # of the time that it reads for afterwards: records come first
-SUSPECTS = 3  # are named
+AT_ONCE = 0.1  # seconds for which opening a store waits: enough for a quick disk or a small store
+SHARE = 0.1  # share of the time for which it reads afterwards: reads of records come first
+SUSPECTS = 3  # most shards that an error names
 
 _log = logging.getLogger(__name__)
 
 
 class DigestCheck:
-    """Reads the stored checksum of each record once, by a thread of its own. ``found`` is told, by that thread, what is
-    wrong."""
+    """Read the stored checksum of each record in a background thread, and compare their digest with the manifest's.
+
+    The thread calls ``found`` with an error if they differ.
+    """
 
     def __init__(
         self, manifest: Manifest, shards: Mapping[int, OpenShard], found: Callable[[ChecksumError], None]
@@ -38,7 +40,7 @@ class DigestCheck:
         self._thread.join(AT_ONCE)
 
     def close(self) -> None:
-        """Before the shards are closed. Idempotent."""
+        """End the thread. Call it before the shards are closed. Idempotent."""
         self._ending.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -46,7 +48,7 @@ class DigestCheck:
     def _run(self) -> None:
         try:
             checksums = [crc for _, shard in sorted(self._shards.items()) for crc in self._read(shard)]
-        except StoreError as error:  # a read of the records meets it again
+        except StoreError as error:  # a later read of the records will raise it
             _log.warning("The digest of %s is not checked: %s", self._manifest.model, error.cause)
             return
         digest = store_digest(checksums)
@@ -55,7 +57,7 @@ class DigestCheck:
             self._found(foreign_shards(self._manifest, digest, paths))
 
     def _read(self, shard: OpenShard) -> Iterator[int]:
-        """Stops once it is to end. Reads the very file that is open."""
+        """Yield the stored checksums of the open file at a limited rate. Stops early after ``close``."""
         began, debt = time.monotonic(), 0.0
         with read_errors(shard.file.path):
             for crc in stored_checksums(f"/proc/self/fd/{shard.descriptor}", shard.offsets, shard.file.slot_bytes):
@@ -70,8 +72,11 @@ class DigestCheck:
 
 
 def foreign_shards(manifest: Manifest, digest: str, paths: Sequence[Path]) -> ChecksumError:
-    """A digest does not say which shard is another's. One that was written after the manifest, which is written last,
-    is suspected."""
+    """Make the error for a store whose digest is not the manifest's.
+
+    A digest does not tell which shard is wrong. Shards that are newer than the manifest, which is written last, are
+    suspected.
+    """
     folder = paths[0].parents[4]
     written = _written(folder / METADATA)
     later = [path for path in paths if _written(path) > written]
@@ -87,7 +92,7 @@ def foreign_shards(manifest: Manifest, digest: str, paths: Sequence[Path]) -> Ch
 
 
 def _written(path: Path) -> float:
-    """When; 0 where that can't be said: the folder may be exchanged meanwhile."""
+    """The time of the last change of a file; 0 if it is unknown, as the folder may be replaced meanwhile."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""A store's folder as a reader finds it: its manifest, its arrays' metadata, and what is wrong with them."""
+"""The folder of a store: its manifest, the metadata of its arrays, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .atomic import read_errors
 from .shard import ShardFile
 
 GROUP = "experts.zarr"  # the store's folder in a model directory
-METADATA = "zarr.json"  # of the group (holds the manifest, written last) and of each array
-PLAN = "plan.json"  # the manifest of a conversion under way; gone when it is finished
-JOURNAL = "conversion.json"  # beside the store, likewise: the converter's own notes, with the command that resumes it
-ORIGIN = "origin.json"  # beside the store, of what is from the hub: the id and the commit
-MAX_JSON_BYTES = 2 << 20  # of one file: ten times the largest that is known
+METADATA = "zarr.json"  # metadata of the group (holds the manifest, written last) and of each array
+PLAN = "plan.json"  # the manifest of an unfinished conversion
+JOURNAL = "conversion.json"  # beside the store during a conversion: its notes, with the command that resumes it
+ORIGIN = "origin.json"  # beside a store that was made from the hub: id and commit of the source
+MAX_JSON_BYTES = 2 << 20  # most bytes of one file: ten times the largest known one
 MAX_LEVELS = 100
-SHOWN_LEVELS = 9  # in a message
+SHOWN_LEVELS = 9  # outermost levels in an error message
 _CONTAINERS = (dict, list)
 _TOKENS = re.compile(rb'("(?:[^"\\]++|\\.)*+"(?=\s*+:))|"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
 def command(name: str, *arguments: str | Path) -> str:
-    """What a person types, quoted for a shell."""
+    """Format a moetier command, quoted for a shell."""
     return shlex.join(["moetier", name, *map(str, arguments)])
 
 
 def store_folder(folder: Path) -> Path:
-    """``experts.zarr`` of a model directory; of itself, itself. Raises StoreFormatError for any other place."""
+    """Find ``experts.zarr``, given the model directory or the folder itself. Raises StoreFormatError elsewhere."""
     if (folder / GROUP).is_dir():
         return folder / GROUP
     if folder.name == GROUP and folder.is_dir():
@@ -55,7 +55,7 @@ def store_folder(folder: Path) -> Path:
 
 
 def check_directory(folder: Path) -> None:
-    """Raises StoreFormatError for the store in a model directory, where the directory is meant."""
+    """Raise StoreFormatError if ``folder`` is a store where its model directory is expected."""
     if folder.name == GROUP and folder.is_dir():
         raise StoreFormatError(
             f"{folder} holds the experts of a model directory, and not the model.", f"Give its folder: {folder.parent}"
@@ -63,7 +63,7 @@ def check_directory(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an ``experts.zarr``. Raises IncompleteStoreError when its conversion was cut."""
+    """Read the manifest of an ``experts.zarr``. Raises IncompleteStoreError if its conversion was interrupted."""
     path = folder / METADATA
     if not path.exists():
         raise _incomplete(folder)
@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_origin(folder: Path) -> dict[str, str]:
-    """``id`` and ``revision`` (a commit) of a model directory that was made from the hub; {} of another."""
+    """Read the hub ``id`` and ``revision`` (a commit) that a model directory was made from; {} if it was not."""
     try:
         found = Fields(read_json(folder / ORIGIN))
         return {name: found[name].text() for name in ("id", "revision")}
@@ -104,7 +104,7 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
 
 
 def resuming(target: Path, plan: Manifest) -> str:
-    """The command, as the converter noted it, with every option that counts."""
+    """Format the command that resumes a conversion, as the converter has noted it."""
     try:
         return shlex.join(word.text() for word in Fields(read_json(target / JOURNAL))["command"].items())
     except (StoreError, ValueError):
@@ -112,7 +112,7 @@ def resuming(target: Path, plan: Manifest) -> str:
 
 
 def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, Any]:
-    """A JSON object of a model directory, which may come from anywhere. Raises StoreFormatError or StoreReadError."""
+    """Read a JSON object of an untrusted model directory. Raises StoreFormatError or StoreReadError."""
     try:
         with read_errors(path), path.open("rb") as stream:
             data = stream.read(MAX_JSON_BYTES + 1)
@@ -126,7 +126,7 @@ def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, An
 
 
 def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
-    """Of at most ``MAX_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
+    """Parse a JSON object of at most ``MAX_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
     try:
         found = json.loads(data, parse_int=_whole)
     except ValueError as error:
@@ -143,7 +143,7 @@ def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
 
 
 def _is_deep(value: object) -> bool:
-    """Not recursive: Python's parser may take more levels than a caller's own recursion can."""
+    """Whether a value is nested too deep. Not recursive: Python's parser may accept more levels than recursion can."""
     level = [value]
     for _ in range(MAX_LEVELS + 1):
         level = [
@@ -159,12 +159,12 @@ def _is_deep(value: object) -> bool:
 
 
 def _whole(digits: str) -> float:
-    """More digits than Python turns into an int make a number that no field takes."""
+    """Parse an integer. With more digits than Python converts, return a number that no field accepts."""
     return int(digits) if len(digits) < 100 else math.inf
 
 
 def _deep_field(data: bytes) -> str:
-    """The names of the outermost values around the first that is nested too deep."""
+    """Name the outermost fields around the first value that is nested too deep."""
     names: list[bytes] = []
     name = b""
     for token in _TOKENS.finditer(data):
@@ -181,7 +181,7 @@ def _deep_field(data: bytes) -> str:
 
 
 def check_array(path: Path, manifest: Manifest, array: str) -> None:
-    """Raises StoreFormatError unless an array's zarr metadata says what the manifest says."""
+    """Raise StoreFormatError unless the zarr metadata of an array agrees with the manifest."""
     found = read_json(path)
     shape = manifest.shape(array)
     inner, outer = [1, 1, shape[2]], [1, shape[1], shape[2]]

@@ -1,7 +1,7 @@
-"""ExpertStore: the SSD tier. Opens and checks a store, and reads one record at a time into a slot.
+"""ExpertStore, the SSD tier: opens and checks a store, and reads one record at a time into a slot.
 
-Where every record lies is resolved once, from the shard indexes, and checked against the sizes of the files before
-anything is allocated. A read is ``preadv``, with O_DIRECT where the file system allows it, straight into the slot.
+The offsets of all records are read once, from the indexes of the shards, and checked against the sizes of the files
+before anything is allocated. A read is ``preadv`` straight into the slot, with O_DIRECT where the file system has it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,28 @@ from .digest import DigestCheck
 from .folder import METADATA, check_array, command, read_manifest, store_folder
 from .shard import OpenShard, ShardFile, foreign_record, stored_checksums
 
-PIECE_BYTES = 8 << 20  # of one read; a larger record is read in several, side by side
+PIECE_BYTES = 8 << 20  # bytes per read; a larger record is read in several pieces at the same time
 
 
 class ExpertStore:
-    """The records of one model directory. Thread-safe; keeps one descriptor for each block."""
+    """The records of one model directory. Thread-safe. Keeps one descriptor for each block."""
 
     @classmethod
     def open(cls, folder: Path, *, readers: int = 4, damaged: bool = False) -> ExpertStore:
-        """Opens a model directory or its ``experts.zarr``. ``readers`` threads share the pieces of large records.
+        """Open a model directory or its ``experts.zarr``, and check everything except the bytes of the records.
 
-        Raises IncompleteStoreError, StoreFormatError, MissingExpertError or StoreReadError when anything but the
-        records' own bytes is not as it has to be. With ``damaged`` (for scrubbing) a bad shard is kept in ``faults``
-        and the reads of its records raise its error; the digest of an older store is not checked then.
+        Args:
+            folder: the directory.
+            readers: number of threads that read pieces of large records.
+            damaged: open a store with bad shards, to scrub it. Their errors are in ``faults``, and reads of their
+                records raise them. The digest of an older store is not checked.
+
+        Raises:
+            IncompleteStoreError: the conversion was interrupted.
+            StoreFormatError: the directory is not a store, or not one of this version.
+            MissingExpertError: a shard or a record is missing.
+            ChecksumError: a shard belongs to another conversion.
+            StoreReadError: the disk has answered with an error.
         """
         folder = store_folder(folder)
         manifest = read_manifest(folder)
@@ -70,23 +79,25 @@ class ExpertStore:
         self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
         self._digest_check: DigestCheck | None = None
-        self._fault: ChecksumError | None = None  # of all shards together
+        self._fault: ChecksumError | None = None  # the digest is not that of the records
         self._watchers: list[Callable[[ChecksumError], None]] = []
-        self._use = UseCount(f"The store {folder}")  # no descriptor is closed, and its number another file's, meanwhile
+        self._use = UseCount(f"The store {folder}")  # no descriptor is closed, and reused, during a read
         self._lock = threading.Lock()  # guards the fault and the watchers
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # begins threads when it is used
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
 
     def check_digest(self) -> None:
-        """Of an older store, whose manifest has no table of checksums, compares all that are stored with the digest: in
-        the background, where that takes long. From a mismatch on, all reads raise it. Raises ChecksumError if it is
-        found at once."""
+        """Compare the stored checksums of an older store, whose manifest has no table of them, with its digest.
+
+        This goes on in the background if it takes long. After a mismatch all reads raise the error. Raises
+        ChecksumError if it is found at once.
+        """
         if not self.manifest.record_checksums:
             self._digest_check = DigestCheck(self.manifest, self._shards, self._condemn)
             if self._fault is not None:
                 raise self._fault
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
-        """Calls ``watcher``, by any thread, when the digest turns out not to be that of the records."""
+        """Call ``watcher``, from any thread, if the digest turns out not to be that of the records."""
         with self._lock:
             self._watchers.append(watcher)
             fault = self._fault
@@ -102,36 +113,45 @@ class ExpertStore:
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
-        """What is wrong with whole shards, by block; empty unless opened with ``damaged``."""
+        """Errors of whole shards, by block; empty unless the store was opened with ``damaged``."""
         return self._faults
 
     @property
     def direct(self) -> bool:
-        """Whether O_DIRECT is in use for every shard."""
+        """Whether all shards are read with O_DIRECT."""
         return all(shard.direct for shard in self._shards.values())
 
     def layout(self, block: int) -> RecordLayout:
+        """The layout of a block's records."""
         return self.manifest.layout(block)
 
     def path(self, block: int) -> Path:
-        """The file that holds a block's records."""
+        """The file of a block's records."""
         return ShardFile.of(self.folder, self.manifest, block).path
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Fills ``buffer`` (writable, ``slot_bytes`` long, begins on a page) with a record and its checksum.
+        """Read a record and its checksum into ``buffer``: writable, ``slot_bytes`` long, beginning on a page.
 
-        With a ``pause`` it is read piece by piece, and the pause is called between two, until it is False. Raises
-        MissingExpertError for a key that the model does not have, StoreReadError when the disk fails twice,
-        ChecksumError when the bytes are not what was written. What the buffer holds then is undefined.
+        Args:
+            key: the expert.
+            buffer: the slot. After an error its content is undefined.
+            pause: if given, the record is read in pieces and ``pause`` is called between two of them, until it returns
+                False.
+
+        Raises:
+            MissingExpertError: the model does not have the expert.
+            StoreReadError: the disk has answered with an error twice.
+            ChecksumError: the bytes are not those that were written.
         """
         self.read_rest(key, buffer, _NOTHING, pause)
 
     @property
     def parts(self) -> ExpertStore:
+        """The store itself: it can read parts of records."""
         return self
 
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        """As ``PartReader`` says."""
+        """Read a part of a record: see ``PartReader``."""
         with self._use:
             shard, offset = self._locate(key)
             shard.read(offset + start, part)
@@ -140,7 +160,7 @@ class ExpertStore:
     def read_rest(
         self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
-        """As ``PartReader`` says; raises what ``read_into`` does."""
+        """Read the rest of a record: see ``PartReader``. Raises the same errors as ``read_into``."""
         with self._use:
             shard, offset = self._locate(key)
             view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
@@ -160,16 +180,16 @@ class ExpertStore:
                 raise foreign_record(f"{_expert(self.manifest, key)}: its record in {shard.file.path}", shard.file.path)
 
     def record_crcs(self, block: int) -> tuple[int, ...]:
-        """The crc32c stored behind each of a block's records, in the order of its experts."""
+        """Read the CRC-32C stored after each record of a block, in the order of its experts."""
         with self._use:
             shard, _ = self._locate(ExpertKey(block, 0))
             with read_errors(shard.file.path):
                 return tuple(stored_checksums(shard.file.path, shard.offsets, shard.file.slot_bytes))
 
     def close(self) -> None:
-        """Waits for reads under way; no descriptor and no thread is left. Idempotent.
+        """Wait for running reads, then release all threads and descriptors. Idempotent.
 
-        In a forked child there is nothing to wait for: only its own descriptors go.
+        A forked child only closes its descriptors.
         """
         if self._fork_guard.is_owner and self._digest_check is not None:
             self._digest_check.close()
@@ -209,8 +229,7 @@ class ExpertStore:
         prefix: StagedPrefix,
         pause: Callable[[], bool] | None,
     ) -> int:
-        """Reads a record, but for its beginning, and returns the crc32c of its payload, as it is in ``view`` in the
-        end."""
+        """Read a record except for its ``prefix``. Return the CRC-32C of the payload that is in ``view`` at the end."""
         payload = view[:-CHECKSUM_BYTES]
         start, step = prefix.length, interruptible_bytes(len(view))
 
@@ -224,7 +243,7 @@ class ExpertStore:
             crc = partial(int, crc32c(payload[start : start + step], crc()))
             start += step
             if start < len(view) and not pause():
-                pause = None  # the rest as one that nobody may interrupt
+                pause = None  # read the rest without interruption
         if len(view) - start > PIECE_BYTES:
             return self._read_side_by_side(shard, offset, view, start, crc)
         if start < len(view):
@@ -234,7 +253,7 @@ class ExpertStore:
     def _read_side_by_side(
         self, shard: OpenShard, offset: int, view: memoryview, start: int, before: Callable[[], int]
     ) -> int:
-        """From ``start`` on; ``before`` gives the crc32c of what is before, once that is there."""
+        """Read from byte ``start`` on in several pieces at once. ``before`` returns the CRC-32C up to there."""
         payload = view[:-CHECKSUM_BYTES]
         starts = range(start, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
@@ -242,7 +261,7 @@ class ExpertStore:
         ]
         try:
             crc = before()
-            # In order: each piece is checksummed while later ones are read. This thread takes one that none has begun.
+            # In order: each piece is checksummed while later ones are read. This thread reads those not yet begun.
             for start, piece in zip(starts, pieces, strict=True):
                 if piece.cancel():
                     shard.read(offset + start, view[start : start + PIECE_BYTES])
@@ -250,7 +269,7 @@ class ExpertStore:
                     piece.result()
                 crc = crc32c(payload[start : start + PIECE_BYTES], crc)
         finally:
-            for piece in pieces:  # nobody may write to the slot once this has returned
+            for piece in pieces:  # nothing may write to the slot after this has returned
                 if not piece.cancel():
                     piece.exception()
         return crc
@@ -269,7 +288,7 @@ def _address(view: memoryview) -> int:
 
 
 def _nothing(view: memoryview) -> None:
-    """Is there already."""
+    """Copy no prefix."""
 
 
 _NOTHING = StagedPrefix(0, _nothing)

@@ -1,4 +1,4 @@
-"""Check every record of a store, and every file of its trunk, against their checksums."""
+"""Scrub: compare every record of a store and every file of its trunk with their checksums."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from .reader import ExpertStore
 from .shard import store_digest
 from .trunk import check_sum
 
-READS = 8  # in flight: what it takes to be as fast as the disk
-BUFFER_BYTES = 256 << 20  # of all reads in flight, unless one record is larger
+READS = 8  # reads in flight, enough to keep a disk busy
+BUFFER_BYTES = 256 << 20  # most memory of all reads in flight, unless one record is larger
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """``block`` is None where it is the store as a whole, or the trunk; ``expert`` where it is a block's whole file."""
+    """A fault that was found.
+
+    ``block`` is None for a fault of the whole store or the trunk, ``expert`` for one of a block's whole file.
+    """
 
     block: int | None
     expert: int | None
@@ -33,7 +36,7 @@ class Problem:
 
 
 def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreError]) -> Iterator[int | Problem]:
-    """Yields what is wrong with the trunk, ``faults`` first, and the bytes of it that have been read."""
+    """Check the trunk: yield its problems, ``faults`` first, and the number of bytes of each read."""
     for name, fault in faults.items():
         yield Problem(None, None, str(directory / name), fault.cause)
     for name, entry in sorted(manifest.trunk.items()):
@@ -47,9 +50,9 @@ def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreE
 
 
 def scrub(store: ExpertStore) -> Iterator[int | Problem]:
-    """Yields problems as they are found, and the bytes of each record that has been read.
+    """Check all records: yield problems as they are found, and the number of bytes of each record that was read.
 
-    Several records are read at a time, in the order of the disk, into buffers that are used again.
+    Several records are read at a time, in their order on the disk, into buffers that are reused.
     """
     manifest = store.manifest
     largest = max(layout.slot_bytes for layout in manifest.layouts.values())
@@ -59,7 +62,7 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
         buffers.put(memoryview(mmap.mmap(-1, largest)))
 
     def check(key: ExpertKey) -> tuple[int, Problem | None]:
-        """The record's crc32c as stored, and what is wrong with it."""
+        """Return the stored checksum of a record, and its problem if it has one."""
         buffer = buffers.get()
         try:
             slot = buffer[: store.layout(key.block).slot_bytes]

@@ -1,7 +1,7 @@
-"""Where the bytes of a store lie: names of its files, and the index at the end of each shard.
+"""Shard: the file of one block, its geometry, its index, and reading from it.
 
-A shard file holds one block: ``experts`` records of ``slot_bytes`` (payload, crc32c), then the index of zarr's
-``sharding_indexed`` codec: an (offset, size) pair of LE u64 for each record, then the crc32c of those pairs as LE u32.
+A shard holds ``experts`` records of ``slot_bytes`` (payload, CRC-32C), then the index of zarr's ``sharding_indexed``
+codec: an (offset, size) pair of LE u64 for each record, then the CRC-32C of these pairs as LE u32.
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
@@ -32,7 +32,7 @@ EMPTY = 2**64 - 1  # offset and size of a record that was not written
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """Name and geometry of one block's file."""
+    """Path and geometry of one block's shard."""
 
     path: Path
     experts: int
@@ -40,29 +40,33 @@ class ShardFile:
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest, block: int) -> ShardFile:
+        """Describe the shard of a block in the store at ``folder``."""
         entry = manifest.blocks[block]
         path = folder / entry.array / "c" / str(entry.index) / "0" / "0"
         return cls(path, entry.experts, manifest.layout(block).slot_bytes)
 
     @property
     def data_bytes(self) -> int:
+        """Bytes of all records with their checksums."""
         return self.experts * self.slot_bytes
 
     @property
     def index_bytes(self) -> int:
+        """Bytes of the index with its checksum."""
         return 16 * self.experts + CHECKSUM_BYTES
 
     @property
     def file_bytes(self) -> int:
+        """Bytes of the whole file."""
         return self.data_bytes + self.index_bytes
 
     @property
     def offsets(self) -> range:
-        """Where records begin that lie in the order of their experts."""
+        """Offsets of records that lie in the order of their experts, as the writer writes them."""
         return range(0, self.data_bytes, self.slot_bytes)
 
     def make_index(self) -> bytes:
-        """Of records that lie in the order of their experts."""
+        """Encode the index of records that lie in the order of their experts."""
         pairs = np.empty((self.experts, 2), "<u8")
         pairs[:, 0] = self.offsets
         pairs[:, 1] = self.slot_bytes
@@ -70,7 +74,7 @@ class ShardFile:
         return payload + checksum_bytes(crc32c(payload))
 
     def parse_index(self, index: bytes) -> tuple[int, ...]:
-        """The records' offsets; -1 where there is none. Raises ValueError, saying why, on anything else."""
+        """Parse an index into the records' offsets, -1 for a missing record. Raises ValueError for a wrong index."""
         payload, stored = index[:-CHECKSUM_BYTES], index[-CHECKSUM_BYTES:]
         if checksum_bytes(crc32c(payload)) != stored:
             raise ValueError("the checksum of its index does not match")
@@ -113,19 +117,29 @@ def store_digest(checksums: Iterable[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OpenShard:
-    """Where its records begin, and how they are read. Thread-safe, but for ``close``."""
+    """An open shard whose index has been checked. Thread-safe, except for ``close``."""
 
     file: ShardFile
     descriptor: int
     offsets: tuple[int, ...]
-    direct: bool  # O_DIRECT: buffers, offsets and lengths are of whole pages
+    direct: bool  # O_DIRECT: buffers, offsets and lengths must be of whole pages
 
     @classmethod
     def open(cls, file: ShardFile, name: str, checksums: Sequence[int] = ()) -> OpenShard:
-        """Checks it from its size to the last offset in its index, and tries O_DIRECT by a real read. ``name`` is what
-        errors call its block. Of the records' ``checksums``, where they are known, it compares the one that lies in
-        front of the index, and if that differs, the others. Raises MissingExpertError, StoreFormatError, ChecksumError,
-        StoreReadError."""
+        """Open a shard, check its size and its index, and try O_DIRECT by a real read.
+
+        Args:
+            file: path and expected geometry.
+            name: the block's name in errors.
+            checksums: those of the records, if they are known. The last record's, which lies before the index, is
+                compared; if it differs, all are, as the shard may belong to another conversion.
+
+        Raises:
+            MissingExpertError: the file or a record is missing.
+            StoreFormatError: the file has another size, or a wrong index.
+            ChecksumError: the records are those of another conversion.
+            StoreReadError: the disk has answered with an error.
+        """
         try:
             with read_errors(file.path):
                 descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -160,7 +174,7 @@ class OpenShard:
                 with read_errors(file.path):
                     stored = stored_checksums(f"/proc/self/fd/{descriptor}", offsets, file.slot_bytes)
                     differing = sum(map(operator.ne, stored, checksums))
-                if differing > 1:  # one alone may be a flipped bit
+                if differing > 1:  # a single one may be a flipped bit
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
             return cls(file, descriptor, offsets, _try_direct(descriptor))
         except BaseException:
@@ -168,7 +182,7 @@ class OpenShard:
             raise
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fills ``view``: continues after short reads, tries once more after an I/O error. Raises StoreReadError."""
+        """Fill ``view``. Continues after short reads and retries once after EIO. Raises StoreReadError."""
         done, retried = 0, False
         with read_errors(self.file.path):
             while done < len(view):
@@ -180,7 +194,7 @@ class OpenShard:
                     retried = True
                     continue
                 if self.direct:
-                    count -= count % PAGE  # the next read has to begin on a page again
+                    count -= count % PAGE  # the next read must begin on a page again
                 if not count:
                     raise StoreReadError(
                         f"{self.file.path} ends before byte {offset + len(view):,}: it was cut while it was in use.",
@@ -189,16 +203,17 @@ class OpenShard:
                 done += count
 
     def uncache(self, offset: int, length: int) -> None:
-        """Where it is not ``direct``, the page cache keeps nothing of it: the host tier is the cache."""
+        """Without O_DIRECT, drop a range from the page cache: the host tier is the cache."""
         if not self.direct:
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
+        """Close the descriptor."""
         os.close(self.descriptor)
 
 
 def foreign_record(what: str, path: Path) -> ChecksumError:
-    """What is whole, and of another conversion: of another model of the same shape, or with other options."""
+    """Make the error for intact records of another conversion: another model of the same shape, or other options."""
     return ChecksumError(
         f"{what} is not the one that the manifest knows: it is of another conversion.",
         f"Copy {path} again from where the model directory came from, or convert the model again with --overwrite.",
@@ -206,7 +221,7 @@ def foreign_record(what: str, path: Path) -> ChecksumError:
 
 
 def _try_direct(descriptor: int) -> bool:
-    """Switches a descriptor to O_DIRECT if a read shows that its file system can; else leaves it buffered."""
+    """Switch a descriptor to O_DIRECT if a read shows that the file system supports it. Return whether it does."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     with mmap.mmap(-1, PAGE) as page:
         try:

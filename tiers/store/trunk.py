@@ -1,4 +1,4 @@
-"""The trunk's files as a reader finds them: what the manifest and the index say of them, and what is wrong."""
+"""The files of the trunk: their index, their headers, their checksums, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .checksum import crc32c
 from .folder import MAX_JSON_BYTES, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
-RECORD = ".record"  # in place of ".weight": a matrix that is stored as a record
-PIECE_BYTES = 8 << 20  # read and checksummed at a time, while it is in the processor's cache
-# of a trunk whose checksums take less than a twentieth of the time of a load (tests/measurements/trunk_checksums.py)
+RECORD = ".record"  # suffix, in place of ".weight", of a matrix that is stored as a record
+PIECE_BYTES = 8 << 20  # read and checksummed at a time, small enough for the processor's cache
+# largest trunk whose checksums take less than a twentieth of a load (tests/measurements/trunk_checksums.py)
 CHECKED_BYTES = 64 << 20
-AHEAD_BYTES = 64 << 20  # that the kernel is asked to read meanwhile
+AHEAD_BYTES = 64 << 20  # read-ahead that the kernel is asked for
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -32,15 +32,15 @@ FIX = "Get that file again from where the directory came from, or remove it and 
 
 
 def check_trunk(directory: Path, manifest: Manifest) -> None:
-    """Raises the first of ``trunk_faults``. Reads the index; of the trunk's files, their sizes and headers."""
+    """Check the trunk's index and the sizes and headers of its files. Raises the first of ``trunk_faults``."""
     for fault in trunk_faults(directory, manifest).values():
         raise fault
 
 
 def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
-    """By file name: the index, if it is not one of this directory's own trunk files; and each that is not there whole.
+    """Find the faults of the trunk, by file name: a wrong index, and missing, cut or unreadable files.
 
-    A manifest of before ``trunk`` says no sizes: then the files that the index names must be there.
+    An older manifest does not list the trunk's files. Then all files that the index names must exist.
     """
     faults: dict[str, StoreError] = {}
     places: dict[str, str] = {}
@@ -80,9 +80,10 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
 
 
 def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Module path -> bytes, of each matrix that is stored as a record. Reads the index, and its files' headers.
+    """Find the matrices that are stored as records: the bytes of each, by module path.
 
-    Raises StoreFormatError for what is no record, and for records that the manifest says nothing of.
+    Reads the index and the headers of its files. Raises StoreFormatError if a record has a wrong type or shape, or if
+    the manifest does not mention records.
     """
     found: dict[str, int] = {}
     headers: dict[str, dict[str, tuple[str, list[int]]]] = {}
@@ -103,13 +104,13 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
 
 
 def _places(directory: Path) -> dict[str, str]:
-    """The index: tensor -> file. Raises StoreFormatError unless all are plain names of trunk files."""
+    """Read the index: the file of each tensor. Raises StoreFormatError unless all are plain names of trunk files."""
     path = directory / INDEX
     index = Fields(read_json(path, FIX))
     places: dict[str, str] = {}
     try:
         if metadata := index.get("metadata"):
-            for _, value in metadata.members():  # transformers adds to these
+            for _, value in metadata.members():  # transformers adds them up
                 value.number(0, MAX_BYTES)
         for tensor, file in index["weight_map"].members():
             places[tensor] = file.text(TRUNK_NAME.pattern, "the name of a trunk file of its own folder")
@@ -121,8 +122,10 @@ def _places(directory: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of each tensor of a safetensors file, which fill it without holes. Raises StoreFormatError or
-    StoreReadError."""
+    """Read the type and shape of each tensor of a safetensors file, which must fill it without holes.
+
+    Raises StoreFormatError or StoreReadError.
+    """
     try:
         with read_errors(path), path.open("rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -168,8 +171,11 @@ def _tensors(header: Fields, size: int) -> dict[str, tuple[str, list[int]]]:
 
 
 def check_small(directory: Path, manifest: Manifest) -> None:
-    """Checks the sums of a trunk of at most ``CHECKED_BYTES``, once ``check_trunk`` has passed it. A larger one is left
-    to ``moetier verify`` and to a daemon's ``TrunkCheck``. Raises ChecksumError, or StoreReadError."""
+    """Compare the checksums of a trunk of at most ``CHECKED_BYTES`` that ``check_trunk`` has accepted.
+
+    Larger trunks are left to ``moetier verify`` and to a daemon's ``TrunkCheck``. Raises ChecksumError or
+    StoreReadError.
+    """
     if sum(entry.bytes for entry in manifest.trunk.values()) <= CHECKED_BYTES:
         for name, entry in manifest.trunk.items():
             for _ in check_sum(directory / name, entry, cached=True):
@@ -177,8 +183,10 @@ def check_small(directory: Path, manifest: Manifest) -> None:
 
 
 def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[int]:
-    """Reads a file and yields how much, again and again: from the disk; or ``cached``, through the page cache, which
-    keeps it. Raises ChecksumError, or StoreReadError."""
+    """Read a file and compare its checksum, yielding the number of bytes of each read.
+
+    It is read from the disk, or through the page cache if ``cached``. Raises ChecksumError or StoreReadError.
+    """
     crc = 0
     with read_errors(path), path.open("rb", buffering=0) as stream:
         for piece in read_pieces(stream.fileno(), cached=cached):
@@ -191,8 +199,10 @@ def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[i
 
 
 def read_pieces(descriptor: int, *, cached: bool = False) -> Iterator[memoryview]:
-    """A file from its start, in one reused buffer; unless ``cached``, from the disk, as what the page cache holds of it
-    is dropped."""
+    """Yield a file in pieces, in one reused buffer.
+
+    Unless ``cached``, the page cache is dropped first, so that the pieces are read from the disk.
+    """
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(os.fstat(descriptor).st_size, 1))))
     if not cached:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

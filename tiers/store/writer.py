@@ -1,9 +1,9 @@
-"""StoreWriter: writes a store record by record, so that it can be cut at any moment and resumed.
+"""StoreWriter: writes a store record by record, so that it can be interrupted at any moment and resumed.
 
-The order on disk is what makes it safe: a shard is written under a name that no reader looks for, synced, renamed;
-when all are there, the manifest is synced and renamed into place, last of all. A finished shard is never touched again;
-the block that was being written when the process died is written anew. Nothing that is written depends on time or on
-how often the conversion was cut, so a resumed store is byte-identical to an uncut one.
+The order on disk makes this safe. A shard is written under a name that no reader looks for, synced, renamed. Once all
+shards exist, the manifest is synced and renamed into place. A finished shard is never changed; the block that was being
+written when the process died is written again. The bytes depend neither on time nor on interruptions, so a resumed
+store equals one that was written at once.
 """
 
 from __future__ import annotations
@@ -36,22 +36,28 @@ from .folder import METADATA, PLAN, read_json, read_manifest
 from .shard import ShardFile, store_digest, stored_checksums
 
 Bytes = npt.NDArray[np.uint8]
-PIECE_BYTES = 8 << 20  # checksummed and written at a time, while it is in the processor's cache
-FLUSH_BYTES = 64 << 20  # of dirty pages at most: a small cgroup must not be stalled by them
+PIECE_BYTES = 8 << 20  # checksummed and written at a time, small enough for the processor's cache
+FLUSH_BYTES = 64 << 20  # most dirty pages: more would stall a small cgroup
 
 
 class StoreWriter:
     """Writes the blocks of one plan, each once, in any order, several at a time. Thread-safe.
 
-    Holds a lock on the folder until ``finish`` or ``close``: a second conversion into it is refused.
+    The writer holds a lock on the folder until ``finish`` or ``close``, so a second conversion into it is refused.
     """
 
     @classmethod
     def open(cls, folder: Path, plan: Manifest) -> StoreWriter:
-        """Creates ``folder`` (a model directory's ``experts.zarr``), or resumes the conversion of the very same plan.
+        """Create a store, or resume the conversion of the same plan.
 
-        ``plan`` is the manifest with neither digest nor trunk. Raises TargetExistsError when the folder holds anything
-        else or another process is writing to it, DiskSpaceError when it is full, TargetError when it can't be written.
+        Args:
+            folder: ``experts.zarr`` of a model directory.
+            plan: the manifest, without digest and trunk.
+
+        Raises:
+            TargetExistsError: the folder holds something else, or another process is writing to it.
+            DiskSpaceError: the disk is full.
+            TargetError: the folder can't be written.
         """
         assert plan == plan.plan
         assert Manifest.from_json(plan.to_json(), str(folder)) == plan
@@ -59,7 +65,7 @@ class StoreWriter:
             make_folders(folder)
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            _lock(lock, folder)
+            _lock_folder(lock, folder)
             _check_target(folder, plan)
             with disk_errors(folder):
                 write_durably(folder / PLAN, _to_json(plan.to_json()))
@@ -85,20 +91,23 @@ class StoreWriter:
 
     @property
     def finished_blocks(self) -> frozenset[int]:
-        """Blocks whose shards are complete; the others are to be written."""
+        """Blocks whose shards are complete. The others must be written."""
         with self._lock:
             return frozenset(self._finished)
 
     @property
     def missing_bytes(self) -> int:
-        """What the blocks that are not finished will take on the disk."""
+        """Bytes that the unfinished blocks will take on the disk."""
         finished = self.finished_blocks
         return sum(file.file_bytes for block, file in enumerate(self._files) if block not in finished)
 
     @contextlib.contextmanager
     def block(self, block: int) -> Iterator[ShardWriter]:
-        """Opens a block's shard; all its experts are to be written in order. Renamed into place on a clean exit,
-        removed on an exception. Raises DiskSpaceError, at once, when the disk can't take the whole shard."""
+        """Open the shard of a block. All of its experts must be written, in order.
+
+        The shard is renamed into place on a clean exit and removed on an exception. Raises DiskSpaceError at once if
+        the disk can't take the whole shard.
+        """
         with self._lock:
             assert not self._closed
             assert block not in self._finished | self._open, f"block {block} is written twice"
@@ -108,7 +117,7 @@ class StoreWriter:
         try:
             with self._disk_errors():
                 make_folders(file.path.parent)
-                file.path.unlink(missing_ok=True)  # there, but not complete
+                file.path.unlink(missing_ok=True)  # it may exist without being complete
                 stream = partial.open("wb", buffering=0)
             with stream:
                 with self._disk_errors():
@@ -133,8 +142,12 @@ class StoreWriter:
         return disk_errors(self.folder, lambda: self.missing_bytes)
 
     def finish(self, trunk: Mapping[str, FileSum] | None = None, source_digest: str | None = None) -> Manifest:
-        """Writes the manifest, with the digest of all records and what the trunk's files are; from now on the store is
-        complete. ``source_digest`` takes the place of the plan's, where it was not known before. Closes the writer."""
+        """Write the manifest, which makes the store complete, and close the writer.
+
+        Args:
+            trunk: size and checksum of each trunk file, by name.
+            source_digest: replaces that of the plan, if it was not known before.
+        """
         assert not self._open
         assert len(self._finished) == len(self._files), "blocks are missing"
         with self._disk_errors():
@@ -146,7 +159,7 @@ class StoreWriter:
                 trunk=trunk or {},
                 record_checksums=b"".join(map(checksum_bytes, crcs)),
             )
-            # Shards that an earlier process renamed may not be in their folders durably yet.
+            # An earlier process may have renamed shards without making their names durable.
             for name in sorted({parent for file in self._files for parent in list(file.path.parents)[:4]}):
                 sync_folder(name)
             group = {"zarr_format": 3, "node_type": "group", "attributes": {"moetier": manifest.to_json()}}
@@ -157,7 +170,7 @@ class StoreWriter:
         return manifest
 
     def close(self) -> None:
-        """Gives the folder's lock back; what is finished stays. Idempotent."""
+        """Release the lock of the folder. Finished blocks stay. Idempotent."""
         if not self._closed:
             self._closed = True
             os.close(self._folder_lock)
@@ -172,7 +185,7 @@ class StoreWriter:
 
 
 class ShardWriter:
-    """One block's file under its temporary name. Used by one thread at a time."""
+    """Writes the shard of one block under its temporary name. Only for one thread at a time."""
 
     def __init__(
         self, descriptor: int, file: ShardFile, disk_errors: Callable[[], contextlib.AbstractContextManager[None]]
@@ -181,15 +194,15 @@ class ShardWriter:
         self._file = file
         self._disk_errors = disk_errors
         self._position = 0  # bytes written
-        self._flushed = 0  # bytes that are on the disk, and no longer in the page cache
+        self._flushed = 0  # bytes on the disk and dropped from the page cache
 
     @property
     def written(self) -> int:
-        """Records so far: the next one is this expert's."""
+        """The number of records so far, which is the next expert to write."""
         return self._position // self._file.slot_bytes
 
     def write(self, payload: memoryview | Bytes | bytes) -> None:
-        """Appends the next expert's record, ``record_bytes`` long."""
+        """Append the next expert's record, ``record_bytes`` long."""
         data = np.frombuffer(payload, np.uint8).data
         assert self.written < self._file.experts
         assert len(data) == self._file.slot_bytes - CHECKSUM_BYTES, f"{len(data)} bytes are no record"
@@ -201,6 +214,7 @@ class ShardWriter:
         self._append(memoryview(checksum_bytes(crc)))
 
     def finish(self) -> None:
+        """Write the index and sync the file."""
         assert self.written == self._file.experts, f"{self.written} of {self._file.experts} experts were written"
         self._append(memoryview(self._file.make_index()))
         with self._disk_errors():
@@ -221,7 +235,7 @@ class ShardWriter:
 
 
 def array_metadata(plan: Manifest, array: str) -> bytes:
-    """``zarr.json`` of an array, as zarr itself writes it."""
+    """Make the ``zarr.json`` of an array with zarr itself."""
     shape = plan.shape(array)
     made = zarr.create_array(
         MemoryStore(),
@@ -239,7 +253,7 @@ def array_metadata(plan: Manifest, array: str) -> bytes:
 
 
 def is_complete(file: ShardFile) -> bool:
-    """Whether a shard was written to its end: its size, its index, and a place for every record."""
+    """Whether a shard is complete: it has its full size and an index with every record."""
     try:
         with file.path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size != file.file_bytes:
@@ -249,7 +263,7 @@ def is_complete(file: ShardFile) -> bool:
         return False
 
 
-def _lock(lock: int, folder: Path) -> None:
+def _lock_folder(lock: int, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -259,7 +273,7 @@ def _lock(lock: int, folder: Path) -> None:
 
 
 def _check_target(folder: Path, plan: Manifest) -> None:
-    """Passes an empty folder, and one that holds this very plan, finished or not."""
+    """Raise TargetExistsError unless the folder is empty or holds this plan, finished or not."""
     for name in (METADATA, PLAN):
         if (folder / name).exists():
             found = _plan_in(folder / name)
@@ -281,7 +295,7 @@ def _check_target(folder: Path, plan: Manifest) -> None:
 
 
 def _plan_in(path: Path) -> dict[str, Any] | None:
-    """The plan of a finished store or an unfinished one; None if it is neither."""
+    """Read the plan of a finished or unfinished store; None if the folder is neither."""
     try:
         return read_json(path) if path.name == PLAN else read_manifest(path.parent).plan.to_json()
     except StoreError:
