@@ -44,8 +44,17 @@ class PrefetchOutcomes:
         self._counters.late += 1
         self._counters.saved_seconds += seconds
 
-    def lose(self, key: ExpertKey) -> None:
-        """Note that the record is gone, or does not come. A prefetch that brought it for no demand was wasted."""
+    def fail(self, key: ExpertKey) -> None:
+        """Note that the record does not come."""
         self._began.pop(key, None)
-        if self._unused.pop(key, None) is not None:
+
+    def evict(self, key: ExpertKey) -> None:
+        """Note that the record is gone. A prefetch that brought it for no demand was wasted."""
+        if self._unused.pop(key, self._began.pop(key, None)) is not None:
             self._counters.wasted += 1
+
+    def mend(self, find: Callable[[ExpertKey], int | None]) -> None:
+        """Drop records without a slot, after a step that was cut."""
+        for known in (self._began, self._unused):
+            for key in [key for key in known if find(key) is None]:
+                del known[key]

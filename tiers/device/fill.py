@@ -13,7 +13,7 @@ from moetier.tiers.stats import TierCounters
 
 from .copies import Copies, Copy
 from .pool import DevicePool
-from .promoter import Promoter, Promotion
+from .promoter import Promoter
 from .residency import DeviceSlots
 from .visit import Visit
 
@@ -74,15 +74,14 @@ class Intake:
         begun = self._monitor.run(self._place_wish, lease.key)
         if begun is None:
             return
-        pool, slot, promotion = begun
+        pool, slot, began = begun
         copy = self._transfer(pool, slot, lease)
         if copy is not None:
             self._monitor.run(self._arrive, pool, slot, copy)
             copy.ended.synchronize()
-            promotion.seconds = time.perf_counter() - promotion.began
-            self._monitor.run(self._counters.loaded, promotion.seconds)
+            self._monitor.run(self._end_wish, lease.key, began)
 
-    def _place_wish(self, key: ExpertKey) -> tuple[DevicePool, int, Promotion] | None:
+    def _place_wish(self, key: ExpertKey) -> tuple[DevicePool, int, float] | None:
         promoter, pool = self.promoter, self._slots.pool(key.block)
         assert promoter is not None
         if not promoter.may_begin(key):
@@ -97,6 +96,11 @@ class Intake:
         self.promoting = (pool, slot, key)
         self._begin(pool, slot, key, wished=True)
         return pool, slot, promoter.begin(key)
+
+    def _end_wish(self, key: ExpertKey, began: float) -> None:
+        assert self.promoter is not None
+        self.promoter.outcomes.arrive(key)
+        self._counters.loaded(time.perf_counter() - began)
 
     def _choose(self, visit: Visit, block: int) -> int | None:
         """The slot for a demand: only if there is no other, one of what is wished for, or, in a passage, the one that
@@ -113,7 +117,7 @@ class Intake:
     ) -> None:
         evicted = self._slots.begin(pool, slot, key, wished=wished, passing=passing)
         if evicted is not None and self.promoter is not None:
-            self.promoter.evict(evicted)
+            self.promoter.outcomes.evict(evicted)
 
     def _transfer(
         self, pool: DevicePool, slot: int, lease: Lease[memoryview], visit: Visit | None = None
@@ -152,7 +156,7 @@ class Intake:
     def _give_up(self, pool: DevicePool, slot: int, visit: Visit | None) -> None:
         """What was to be copied into a slot is not there."""
         if self.promoter is not None:
-            self.promoter.fail(pool.slots.key(slot))
+            self.promoter.outcomes.fail(pool.slots.key(slot))
         self._slots.give_up(pool, slot)
         self._end_filling(visit)
 

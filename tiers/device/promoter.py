@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 
 import torch
 
+from moetier.tiers.cache.outcomes import PrefetchOutcomes
 from moetier.tiers.errors import BudgetError, ClosedError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
@@ -28,16 +29,6 @@ PAUSE = 0.002  # seconds until it looks again for what is not in the source yet;
 LONGEST_PAUSE = 0.1  # ... up to these
 
 _log = logging.getLogger(__name__)
-
-
-class Promotion:
-    """Of a record that a demand has not wanted yet."""
-
-    __slots__ = ("began", "seconds")
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.seconds: float | None = None  # that it took; None: it is under way
 
 
 class Promoter:
@@ -60,7 +51,7 @@ class Promoter:
         self._make_room = make_room
         self._waiting: dict[int, list[ExpertKey]] = {}  # not begun; by block, in the order of their coming
         self._latest: dict[int, dict[ExpertKey, None]] = {}  # begun or not, here or not; never the same object twice
-        self._unused: dict[ExpertKey, Promotion] = {}
+        self.outcomes = PrefetchOutcomes(counters, time.perf_counter)
         self._missing = 0  # demands that wait for records
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -97,27 +88,19 @@ class Promoter:
         if self._waiting and not self._missing:
             self._bell.put(None)
 
-    def used(self, key: ExpertKey) -> None:
-        """By a demand: if a wish brought it, that was right."""
-        if (promotion := self._unused.pop(key, None)) is not None:
-            if promotion.seconds is None:
-                self._counters.late += 1
-                self._counters.saved_seconds += time.perf_counter() - promotion.began
-            else:
-                self._counters.useful += 1
-                self._counters.saved_seconds += promotion.seconds
-
     # -- promotions ---------------------------------------------------------------------------------------------------
 
     def may_begin(self, key: ExpertKey) -> bool:
         """Whether the wish stands, and no demand is to go first."""
         return not self._missing and key in self._waiting.get(key.block, ())
 
-    def begin(self, key: ExpertKey) -> Promotion:
+    def begin(self, key: ExpertKey) -> float:
+        """Note that a promotion begins. Return the time, by ``time.perf_counter``."""
         self.drop(key)
         self._counters.prefetched += 1
-        promotion = self._unused[key] = Promotion()
-        return promotion
+        began = time.perf_counter()
+        self.outcomes.begin(key, began)
+        return began
 
     def give_up(self, key: ExpertKey) -> None:
         """There is no slot for it, or it can't be had."""
@@ -133,21 +116,12 @@ class Promoter:
             del self._waiting[key.block]
         return True
 
-    def fail(self, key: ExpertKey) -> None:
-        """It did not come after all."""
-        self._unused.pop(key, None)
-
-    def evict(self, key: ExpertKey) -> None:
-        if self._unused.pop(key, None) is not None:
-            self._counters.wasted += 1
-
     def mend(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
         """After a step that was cut: so many demands miss records, and no wish is known."""
         self._missing = missing
         self._waiting.clear()
         self._latest.clear()
-        for key in [key for key in self._unused if find(key) is None]:
-            del self._unused[key]
+        self.outcomes.mend(find)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -166,7 +140,7 @@ class Promoter:
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
         """Asserts that what was promoted and not used is in a slot, and that what waits is wished for."""
         assert self._missing >= 0
-        assert all(find(key) is not None for key in self._unused)
+        assert all(find(key) is not None for key in self.outcomes.unused)
         for block, waiting in self._waiting.items():
             assert waiting
             assert len(set(waiting)) == len(waiting)

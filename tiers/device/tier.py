@@ -214,7 +214,7 @@ class DeviceTier:
         nbytes = self._slots.stats().slot_bytes
         for key in self._slots.drop():
             if self._promoter is not None:
-                self._promoter.evict(key)
+                self._promoter.outcomes.evict(key)
         try:
             self._slots.use(allocate(self._device, self._manifest, less))
         except Exception:  # of what comes from outside, such as Ctrl-C, the next step mends the rest
@@ -280,7 +280,7 @@ class DeviceTier:
         for key in keys:
             slot = slots.find(key)
             if slot is not None and promoter is not None:
-                promoter.used(key)
+                promoter.outcomes.use(key)
             if slot is not None and slots.is_ready(slot):
                 slots.pin(slot)
                 visit.ready.append(slot)

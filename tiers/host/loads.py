@@ -292,7 +292,7 @@ class Loads:
     def _invalidate(self, load: Load) -> None:
         """Remove a load whose record does not come."""
         self._remove(load)
-        self._prefetches.lose(load.key)
+        self._prefetches.fail(load.key)
         load.pool.fail(load.slot)
         self._directory.invalidate(load.pool.first + load.slot)
 

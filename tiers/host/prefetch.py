@@ -191,6 +191,11 @@ class PrefetchQueue:
         else:
             self.outcomes.begin(key, began)
 
+    def fail(self, key: ExpertKey) -> None:
+        """Note that the record does not come."""
+        self._warmed.discard(key)
+        self.outcomes.fail(key)
+
     def lend(self, key: ExpertKey) -> None:
         """Note that the tier above has borrowed the record."""
         self._lent.add(key)
@@ -209,7 +214,7 @@ class PrefetchQueue:
             self.lose(key)
 
     def lose(self, key: ExpertKey) -> None:
-        """Note that the record is in no tier any more, or does not come."""
+        """Note that the record is in no tier any more."""
         self._lent.discard(key)
         self._warmed.discard(key)
-        self.outcomes.lose(key)
+        self.outcomes.evict(key)

@@ -60,7 +60,7 @@ def tier(host: HostTier, device: FakeDevice) -> Iterator[DeviceTier]:
 
 def promoted(tier: DeviceTier, count: int) -> None:
     """Waits until so many wishes have come true since it was opened."""
-    wait_until(lambda: tier.stats().prefetched == count and all(p.seconds for p in tier._promoter._unused.values()))
+    wait_until(lambda: tier.stats().prefetched == count and not tier._promoter.outcomes._began)
 
 
 def idle(tier: DeviceTier) -> None:
@@ -106,7 +106,7 @@ def test_every_computation_sees_its_record(
         assert len(consumer.seen) == sum(len(experts) for _, experts, *_ in program)
         tier.close()
         tier.check_integrity()
-        stats, unused = tier.stats(), len(tier._promoter._unused)
+        stats, unused = tier.stats(), len(list(tier._promoter.outcomes.unused))
         discarded = 0 if steady else stats.prefetched  # at most
         assert 0 <= stats.prefetched - (stats.useful + stats.late + stats.wasted + unused) <= discarded
         host.check_integrity()
