@@ -56,7 +56,7 @@ class Exchange:
 
     @property
     def leases(self) -> int:
-        return self._session.held
+        return self._session.outstanding
 
     def refuse(self, error: UnavailableError) -> None:
         """What is asked for from now on; what has been is still answered."""

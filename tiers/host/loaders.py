@@ -15,10 +15,8 @@ from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.locks import Monitor
 from moetier.tiers.source import RecordReader, StagedPrefix, interruptible_bytes
-from moetier.tiers.stats import TierCounters
 
 from .demands import Load, StagingBuffer
-from .ledger import Ledger
 from .loads import Loads
 
 
@@ -34,33 +32,30 @@ def most_prefetches(loaders: int, plan: ArenaPlan) -> int:
 class Loaders:
     """What they read is decided under the monitor's lock, and read outside it."""
 
-    def __init__(self, store: RecordReader, arena: Arena, monitor: Monitor) -> None:
+    def __init__(
+        self, store: RecordReader, arena: Arena, monitor: Monitor, loads: Loads, bell: SimpleQueue[None]
+    ) -> None:
+        """An item in ``bell`` wakes a loader, which works until nothing is left."""
         self._store = store
         self._parts = store.parts
         self._arena = arena
         self._monitor = monitor
-        self._bell: SimpleQueue[None] = SimpleQueue()  # wakes one loader a ring, which works until nothing is left
+        self._loads = loads
+        self._bell = bell
         self._threads: list[threading.Thread] = []
-        self._loads: Loads
-        self._counters: TierCounters
 
-    def start(self, ledger: Ledger, count: int) -> None:
-        """Start ``count`` threads, which read what the ledger decides."""
-        self._loads, self._counters = ledger.loads, ledger.counters
+    def start(self, count: int) -> None:
+        """Start ``count`` threads."""
         for number in range(count):
             # daemon: a tier that is never closed must not keep the interpreter from ending
             loader = threading.Thread(target=self._run, name=f"moetier-loader-{number}", daemon=True)
             loader.start()
             self._threads.append(loader)
 
-    def ring(self) -> None:
-        """Wake a loader, since there is something to read."""
-        self._bell.put(None)  # reentrant, as it promises: a finalizer may come by here
-
     def close(self) -> None:
         """Wait for reads that have begun; the ledger has been closed."""
         for _ in self._threads:
-            self.ring()
+            self._bell.put(None)
         for thread in self._threads:
             thread.join()
 
@@ -82,23 +77,12 @@ class Loaders:
         began = time.monotonic()
         try:
             self._fill(load, self._arena.slot(load.pool.first + load.slot), pause)
-            self._monitor.run(self._arrive, load, began)
+            self._monitor.run(self._loads.arrive, load, time.monotonic() - began)
         except _CancelledError:
             pass
         except BaseException as error:  # whatever it is, those that wait must learn of it
             traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
-            self._monitor.run(self._fail, load, error)
-
-    def _fail(self, load: Load, error: BaseException) -> None:
-        self._counters.failures += 1
-        self._loads.fail(load, error)
-
-    def _arrive(self, load: Load, began: float) -> None:
-        if not load.has_yielded and load.staged is None:
-            seconds = time.monotonic() - began
-            load.pool.note_read(seconds)
-            self._counters.loaded(seconds)
-        self._loads.arrive(load)
+            self._monitor.run(self._loads.fail, load, error)
 
     def _fill(self, load: Load, slot: memoryview, pause: Callable[[], bool] | None) -> None:
         if load.staged is None:

@@ -83,9 +83,6 @@ class Loads:
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
 
-    def __len__(self) -> int:
-        return len(self._loads)
-
     def __iter__(self) -> Iterator[Load]:
         return iter(self._loads.values())
 
@@ -245,8 +242,11 @@ class Loads:
         """Return what a loader reads next: a record, or a piece of one; None if there is nothing to do."""
         return self._queue.take() or self._begin_prefetch()
 
-    def arrive(self, load: Load) -> None:
-        """Note that the record is in the slot."""
+    def arrive(self, load: Load, seconds: float | None = None) -> None:
+        """Note that the record is in the slot. ``seconds``: that its read took, where it was measured."""
+        if seconds is not None and not load.has_yielded and load.staged is None:
+            load.pool.note_read(seconds)
+            self._counters.loaded(seconds)
         self._counters.bytes_in += load.pool.slot_bytes - (load.staged.filled if load.staged is not None else 0)
         self._counters.warmed += load.is_warmup
         self._remove(load)
@@ -266,6 +266,7 @@ class Loads:
         """Note that the record does not come. Its slot is EMPTY again, and all that wait for it get the error."""
         if self._loads.get(load.key) is not load:
             return  # its arrival was cut, and mend has let its demands look again
+        self._counters.failures += self.closed_by is None
         self._invalidate(load)
         for demand in load.waiters:
             demand.loads.remove(load)

@@ -32,11 +32,6 @@ class Session(AsyncCaller):
         self._patience = patience
         self._closed = False
 
-    @property
-    def held(self) -> int:
-        """How many slots are leased to it, or on their way to it; ``leases`` at most."""
-        return self.outstanding
-
     def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
         """Ask for distinct keys of one block. Each is answered by a Granted, or all together by a Failed: with
         ExhaustedError when nothing of it was granted or on its way for ``patience`` seconds.

@@ -68,9 +68,6 @@ class StagingBuffers:
         self._staged: dict[ExpertKey, StagingBuffer] = {}
         self._ended: list[StagingBuffer] = []  # still being read into
 
-    def __len__(self) -> int:
-        return len(self._staged)
-
     def __iter__(self) -> Iterator[StagingBuffer]:
         return iter(self._staged.values())
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
+from queue import SimpleQueue
 from types import TracebackType
 
 from moetier.tiers.arena.arena import Arena, intact_slots
@@ -59,11 +60,10 @@ class HostTier:
         assert arena is None or arena.plan == self.plan
         self.recovered = 0  # slots that were full when it began
         self._monitor = Monitor(self._mend)
-        self._is_serve_posted = False
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.plan)
             undo.callback(self._arena.close)
-            self._loaders = Loaders(store, self._arena, self._monitor)
+            bell: SimpleQueue[None] = SimpleQueue()
             self._timekeeper = Timekeeper(self._monitor)
             self._buffers: StagingBuffers | None = None
             if store.parts is not None:
@@ -77,15 +77,16 @@ class HostTier:
                 order=policy,
                 buffers=self._buffers,
                 wake=self._wake,
-                ring=self._loaders.ring,
+                ring=partial(bell.put, None),  # reentrant, as it promises: a finalizer may come by here
                 watch=self._timekeeper.watch,
                 ahead=2 * loaders,  # enough to keep every loader busy
                 most_prefetches=most_prefetches(loaders, self.plan),
             )
+            self._loaders = Loaders(store, self._arena, self._monitor, self._ledger.loads, bell)
             undo.callback(self.close)
             if arena is not None:
                 self._recover(arena, loaders)
-            self._loaders.start(self._ledger, loaders)
+            self._loaders.start(loaders)
             undo.pop_all()
 
     def __enter__(self) -> HostTier:
@@ -256,7 +257,6 @@ class HostTier:
             self._arena.directory.retire()
 
     def _mend(self) -> None:
-        self._is_serve_posted = False  # the work may not have been posted
         self._ledger.mend()
 
     def _lease(self, pool: Pool, slot: int, *, more: bool = False) -> Lease[memoryview]:
@@ -272,13 +272,8 @@ class HostTier:
 
     def _wake(self) -> None:
         self._monitor.wake()
-        if self._timekeeper.runs and not self._is_serve_posted:
-            self._is_serve_posted = True
-            self._monitor.post(self._serve)  # is done by the thread that holds the lock now
-
-    def _serve(self) -> None:
-        self._is_serve_posted = False
-        self._ledger.serve()
+        if self._timekeeper.runs:
+            self._monitor.post(self._ledger.serve)  # is done by the thread that holds the lock now
 
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()

@@ -420,7 +420,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.end(self.awake()[0], None)
             self.agrees()
         for client in self.clients:
-            assert client.session.held == 0
+            assert client.session.outstanding == 0
             client.session.close()
         for pool in self.ledger.pools.values():
             assert not any(pool.slots.pins(slot) for slot in range(pool.slots.count))

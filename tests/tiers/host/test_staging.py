@@ -127,7 +127,7 @@ def test_a_demand_reads_the_rest_while_the_piece_before_it_is_read(gate: GatedRe
     assert (stats.prefetched, stats.late, stats.useful, stats.cancelled) == (1, 1, 0, 0)
     assert (stats.misses, stats.joined) == (7, 1), "seven records were read"
     assert stats.saved_seconds > 0
-    assert len(tier._ledger.prefetches.buffers or ()) == 0
+    assert not list(tier._ledger.prefetches.buffers or ())
 
 
 def test_a_wrong_guess_costs_no_record(gate: GatedReader, tier: HostTier) -> None:
@@ -232,7 +232,7 @@ def test_a_demand_that_waits_for_a_piece_gets_its_error(gate: GatedReader, tier:
     gate.broken.clear()
     tier.check_integrity()
     assert take(tier, 0, 2) == [WISHED]
-    assert len(tier._ledger.prefetches.buffers or ()) == 0
+    assert not list(tier._ledger.prefetches.buffers or ())
 
 
 def test_closing_waits_for_a_piece(gate: GatedReader) -> None:
