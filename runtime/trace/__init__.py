@@ -1,4 +1,4 @@
-"""Traces of routing decisions: their file format, how they are recorded, and how well a prediction recalls them.
+"""Traces of routing decisions: their file format, how they are recorded, and how well predictions recall them.
 
-The package imports ``runtime.moe`` and ``runtime.speculation``.
+Others use ``trace``, ``recorder`` and ``recall``. The package imports ``runtime.moe`` and ``tiers``.
 """

@@ -1,4 +1,4 @@
-"""How many of the experts that tokens are sent to were named before: by gates asked ahead, or by simpler guesses."""
+"""Recall of predictions: the share of used experts that gates asked ahead, or simpler rules, had predicted."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Recall:
-    """By block. A block for whose tokens there was no guess at all wanted nothing here."""
+    """Counts by block [B]. Tokens without a prediction do not count."""
 
-    named: Counts  # [B]
-    wanted: Counts  # [B], experts of those tokens for which there was a guess
+    named: Counts  # experts used that were predicted
+    wanted: Counts  # experts used
 
     @property
     def ratio(self) -> float:
-        """Over all blocks; nan where nothing was guessed."""
+        """Recall over all blocks; nan where nothing was predicted."""
         return float(self.named.sum() / self.wanted.sum()) if self.wanted.any() else float("nan")
 
     @property
     def by_block(self) -> npt.NDArray[np.float64]:
-        """[B]; nan likewise."""
+        """Recall of each block [B]; nan where nothing was predicted."""
         found = np.full(len(self.wanted), np.nan)
         np.divide(self.named, self.wanted, out=found, where=self.wanted > 0)
         return found
 
     def only(self, blocks: npt.NDArray[np.bool_]) -> Recall:
-        """Of those blocks: to compare a guess with one that is not made for every block."""
+        """Return the counts of some ``blocks`` [B], to compare with a rule that does not predict every block."""
         return Recall(np.where(blocks, self.named, 0), np.where(blocks, self.wanted, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Recall of each way to guess, over the blocks that gates asked that far ahead foretell; None where it guessed
-    nothing."""
+    """Recall of each rule, over the blocks that gates predict ``lookahead`` layers before. None: no predictions."""
 
     lookahead: int
     gates: float | None
@@ -48,7 +47,7 @@ class Comparison:
     previous_token: float | None
 
     def cells(self) -> list[str]:
-        """For people, under ``GUESSES``."""
+        """Return the table cells under the headings ``GUESSES``."""
         return [
             "-" if ratio is None else f"{ratio:.3f}" for ratio in (self.gates, self.popularity, self.previous_token)
         ]
@@ -58,7 +57,7 @@ GUESSES = ("gates", "popularity", "previous token")
 
 
 def compare(trace: Trace) -> list[Comparison]:
-    """By look-ahead, the nearest first; none where the trace has no predictions."""
+    """Compare the rules for each look-ahead of the trace, the nearest first."""
     if not trace.lookaheads:
         return []
     popularity, previous = of_popularity(trace), of_previous_token(trace)
@@ -71,13 +70,13 @@ def compare(trace: Trace) -> list[Comparison]:
 
 
 def of_predictions(trace: Trace, lookahead: int) -> Recall:
-    """Of the gates, asked that far ahead: ``lookahead`` is one of ``trace.lookaheads``."""
+    """Return the recall of gates asked ``lookahead`` layers before, one of ``trace.lookaheads``."""
     assert trace.predictions is not None, "a trace with predictions"
     return _recall(trace.experts, trace.predictions[trace.lookaheads.index(lookahead)])
 
 
 def of_popularity(trace: Trace) -> Recall:
-    """Of each block's most used experts, as many as top-k: in hindsight, the best guess that is one for all tokens."""
+    """Return the recall of each block's K most used experts, known in hindsight: the best fixed prediction."""
     guesses = np.full_like(trace.experts[:1], NONE)  # [1, B, K]
     for block, count in enumerate(trace.num_experts):
         used = trace.experts[:, block]
@@ -88,7 +87,7 @@ def of_popularity(trace: Trace) -> Recall:
 
 
 def of_previous_token(trace: Trace) -> Recall:
-    """Of the experts that the token before in the same sequence was sent to."""
+    """Return the recall of the experts that the previous token of the sequence used."""
     guesses = np.full_like(trace.experts, NONE)
     for tokens in trace.sequences:
         guesses[tokens.start + 1 : tokens.stop] = trace.experts[tokens.start : tokens.stop - 1]
@@ -96,7 +95,7 @@ def of_previous_token(trace: Trace) -> Recall:
 
 
 def _recall(experts: Ints, guesses: npt.NDArray[Any]) -> Recall:
-    """experts [T, B, K]; guesses [T, B, P]."""
+    """Return the recall of ``guesses`` [T, B, P] for ``experts`` [T, B, K]."""
     counted = (experts != NONE) & (guesses != NONE).any(-1, keepdims=True)
     named = np.zeros_like(counted)
     for guess in np.moveaxis(guesses, -1, 0):  # [T, B]

@@ -1,4 +1,4 @@
-"""Recording a trace: what the gates of a model that runs say, and what its Experts modules are given."""
+"""Record a trace of a running model: what its gates score, and which experts its Experts modules are given."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from .trace import NONE, Trace
 
 Array = npt.NDArray[Any]
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+MOST_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
+
 
 class Recorder:
-    """Watches a loaded model from its making to ``close()``; a context manager. What the model computes stays the same.
+    """Observe a loaded model until ``close()``, without changing what it computes. A context manager.
 
-    After the forward passes of a sequence, batches of one, ``end_sequence`` says which tokens went in. Every note is
-    brought to the host at once, which on a GPU waits for it: recording is not for measuring time.
+    Run one sequence at a time, and call ``end_sequence`` after its forward passes. On a GPU every observation is waited
+    for, so do not measure time while recording.
     """
 
     def __init__(self, model: Any, *, look_ahead: int = 2) -> None:
-        """The gates of the 1, 2, ... ``look_ahead`` next layers are asked at each block's entry."""
+        """Ask the gates of the next 1, 2, ... ``look_ahead`` layers at each block's entry."""
         self._gates = Gates(model)
         blocks = range(len(self._gates.blocks))
         self._lookaheads = tuple(
@@ -45,7 +48,7 @@ class Recorder:
 
     @property
     def refusals(self) -> str | None:
-        """See ``Gates.refusals``: those blocks have no probabilities, and nobody predicts them."""
+        """One line on the blocks that have no probabilities and no predictions, and why; None where all have."""
         return self._gates.refusals()
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
@@ -70,9 +73,10 @@ class Recorder:
         column.add(rows.detach().to(dtype, copy=True).cpu().numpy())
 
     def end_sequence(self, token_ids: Sequence[int], *, n_prefill: int, pieces: Sequence[str] = ()) -> None:
-        """The forward passes since the last sequence were of these tokens, in this order; ``n_prefill`` of them are the
-        prompt. ``pieces``: their texts, given for every sequence or for none. Raises UnsupportedModelError for a model
-        that does not pass each token once through each block that it uses.
+        """End a sequence, whose forward passes were of ``token_ids`` in this order.
+
+        ``n_prefill``: number of the prompt's tokens. ``pieces``: the tokens' texts, given for all sequences or none.
+        Raises UnsupportedModelError for a model that does not pass each token once through each block that it uses.
         """
         before, tokens = self._offsets[-1], len(token_ids)
         assert 0 <= n_prefill <= tokens > 0
@@ -91,7 +95,7 @@ class Recorder:
         self._pieces += pieces
 
     def trace(self, *, model: str = "", digest: str = "") -> Trace:
-        """Of all sequences, one at least; each has ended."""
+        """Return the trace of the sequences that have ended, of which there must be one."""
         assert len(self._offsets) > 1, "a sequence"
         counts = tuple(gate.experts.num_experts for gate in self._gates.blocks)
         told = any(name == "probabilities" for name, _, _ in self._columns)
@@ -116,7 +120,7 @@ class Recorder:
         )
 
     def _gathered(self, name: str, distance: int, nothing: float, width: int = 0) -> Array:
-        """[T, B, width or more]; ``nothing`` where a token has no number."""
+        """Return an array [T, B, width or more], with ``nothing`` where a token has no number."""
         tokens, blocks = self._offsets[-1], len(self._gates.blocks)
         columns = {b: c for b in range(blocks) if (c := self._columns.get((name, distance, b))) is not None}
         width = max(width, *(column.width for column in columns.values()))
@@ -127,7 +131,7 @@ class Recorder:
         return out
 
     def close(self) -> None:
-        """Idempotent."""
+        """Remove the hooks. Idempotent."""
         self._observation.remove()
 
     def __enter__(self) -> Recorder:
@@ -141,14 +145,14 @@ class Recorder:
 
 @dataclass
 class _Column:
-    """What was noted of one block: rows of numbers, for one token after another."""
+    """Rows of numbers of one block, one for each token."""
 
-    rows: int  # so many tokens are dealt with
+    rows: int  # tokens, those without numbers included
     width: int = 0
-    parts: dict[int, Array] = field(default_factory=dict)  # by the token with which they begin
+    parts: dict[int, Array] = field(default_factory=dict)  # by the first token of each
 
     def add(self, part: Array) -> None:
-        """part [tokens, numbers]."""
+        """Append ``part`` [tokens, numbers]."""
         if len(part):
             self.parts[self.rows] = part
             self.width = max(self.width, part.shape[1])
@@ -156,3 +160,22 @@ class _Column:
 
     def skip(self, tokens: int) -> None:
         self.rows += tokens
+
+
+def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, ...]:
+    """Return each token's text: what it adds to the text before it. The last token of a character has all of it."""
+    pieces = []
+    before = begun = 0  # token_ids[before:begun] is context, whose text is in the pieces already
+    for end in range(1, len(token_ids) + 1):
+        context, text = (_decode(tokenizer, token_ids[before:stop]) for stop in (begun, end))
+        if text.endswith(UNFINISHED) and end - begun < MOST_TOKENS and end < len(token_ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(context) :])
+        before, begun = begun, end
+    return tuple(pieces)
+
+
+def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

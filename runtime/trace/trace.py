@@ -1,4 +1,4 @@
-"""A trace: which experts a model used, token by token and block by block. ``docs/traces.md`` is the file's format."""
+"""Trace of routing: which experts a model used for each token and block. ``docs/traces.md`` specifies the file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.store.atomic import write_durably
 
-NONE = -1  # in place of an expert: there is none here
-NONE_BYTE = 255  # the same in a file of bytes, where no block has an expert of that number
+NONE = -1  # in place of an expert, where a token has none
+NONE_BYTE = 255  # the same in an array of bytes, which no block with an expert of that number uses
 MOST_EXPERTS = 2**15 - 1
 
 Ints = npt.NDArray[np.int16]
@@ -27,21 +27,21 @@ Halves = npt.NDArray[np.float16]
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """T tokens of one or several sequences, B blocks, K experts a token and block. Arrays are read-only.
+    """Routing of T tokens of one or several sequences, B blocks, and K experts a token and block. Arrays are read-only.
 
-    Raises ValueError when its parts contradict each other.
+    Raises ValueError where parts contradict each other.
     """
 
-    experts: Ints  # [T, B, K]; the order has no meaning where there are no weights; NONE where a token has fewer
+    experts: Ints  # [T, B, K], NONE where a token has fewer; ordered only where there are weights
     offsets: tuple[int, ...]  # sequence i is the tokens offsets[i]:offsets[i + 1]
     num_experts: tuple[int, ...]  # by block
-    n_prefill: tuple[int, ...] = ()  # by sequence: so many of its tokens are the prompt; () where that is unknown
-    weights: Halves | None = None  # [T, B, K], what each expert's output is multiplied with
-    probabilities: Halves | None = None  # [T, B, E] of all experts, by the gate; E the greatest of num_experts
+    n_prefill: tuple[int, ...] = ()  # by sequence: number of the prompt's tokens; () where unknown
+    weights: Halves | None = None  # [T, B, K], factors of the experts' outputs
+    probabilities: Halves | None = None  # [T, B, E], the gates' scores of all experts; E is the largest of num_experts
     token_ids: npt.NDArray[np.int32] | None = None  # [T]
     pieces: tuple[str, ...] = ()  # by token: its text
-    lookaheads: tuple[int, ...] = ()  # A of them, in blocks
-    predictions: Ints | None = None  # [A, T, B, P]: the P experts that block b - lookahead guesses for b, best first
+    lookaheads: tuple[int, ...] = ()  # [A], in blocks
+    predictions: Ints | None = None  # [A, T, B, P], predicted for block b at block b - lookahead, best first
     prediction_probabilities: Halves | None = None  # [A, T, B, P]
     model: str = ""  # hub id or folder name
     digest: str = ""  # of the store
@@ -56,7 +56,7 @@ class Trace:
                 if np.dtype(dtype).kind == "i" and value.size:
                     limits = np.iinfo(dtype)
                     _require(value.min() >= limits.min and value.max() <= limits.max, f"{name} is out of range")
-                value = value.astype(dtype)  # a copy: what the caller does with his own changes nothing
+                value = value.astype(dtype)  # a copy, because the caller may change the original
                 value.flags.writeable = False
                 object.__setattr__(self, name, value)
         self._check()
@@ -75,7 +75,7 @@ class Trace:
 
     @property
     def sequences(self) -> tuple[range, ...]:
-        """The tokens of each."""
+        """Token indices of each sequence."""
         return tuple(itertools.starmap(range, itertools.pairwise(self.offsets)))
 
     def _check(self) -> None:
@@ -121,7 +121,7 @@ class Trace:
         _require(not twice.any(), f"{name} names an expert twice for one token")
 
     def save(self, path: Path) -> None:
-        """Whole or not at all. Raises TargetError."""
+        """Write the file, whole or not at all. Raises TargetError."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **self._to_arrays())
         try:
@@ -155,7 +155,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Raises ConfigError for what is no trace. Keys that it does not know are left aside."""
+        """Read a file, and ignore keys that are not known. Raises ConfigError for a file that is no trace."""
         try:
             with path.open("rb") as stream:
                 _require(zipfile.is_zipfile(stream), "it is not an npz archive")
@@ -213,7 +213,7 @@ _ARRAYS: Mapping[str, Any] = {
     "predictions": np.int16,
     "prediction_probabilities": np.float16,
 }
-_NO_TRACE = (  # what numpy and zipfile raise; RuntimeError: encrypted, or compressed in another way
+_NO_TRACE = (  # raised by numpy and zipfile; RuntimeError for encryption or an unknown compression
     *(ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error),
 )
@@ -229,7 +229,7 @@ def _require(holds: bool, fault: str) -> None:
 
 
 def _narrow(ids: Ints, experts: int) -> npt.NDArray[Any]:
-    """As a byte each, where that says everything."""
+    """Return the ids as bytes where they fit."""
     return np.where(ids == NONE, NONE_BYTE, ids).astype(np.uint8) if experts <= NONE_BYTE else ids
 
 

@@ -82,8 +82,7 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
     ``decoding``: as ``decoding_of`` has it. ``model`` is one that ``load`` gave. Raises ConfigError for a
     prompt without tokens, or with more than the model's context has room for, before anything is recorded.
     """
-    from moetier.runtime.trace.pieces import pieces_of
-    from moetier.runtime.trace.recorder import Recorder
+    from moetier.runtime.trace.recorder import Recorder, pieces_of
 
     encoded = [encode(model, tokenizer, prompt, f"Prompt {number}") for number, prompt in enumerate(prompts, 1)]
     if nothing := [str(number) for number, inputs in enumerate(encoded, 1) if not inputs["input_ids"].numel()]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ASSETS
 
-from moetier.runtime.trace.pieces import UNFINISHED, pieces_of
+from moetier.runtime.trace.recorder import UNFINISHED, pieces_of
 
 TINYMIX = ASSETS / "tinymix"
 
