@@ -1,4 +1,4 @@
-"""What a model takes beside its experts, and what is left for them: by these functions it is loaded, and planned."""
+"""Memory that a model takes besides its experts, and what is left for them. Loading and planning both use it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
-from .kv_cache import kv_cache_bytes
+NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")  # kinds of layers whose state does not grow
+WINDOWED = ("sliding", "chunked")
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes beside the experts'. What is computed with on a GPU is there, and not on the host."""
+    """Bytes needed besides the experts. With a GPU, cache and scratch are on the GPU, and not on the host."""
 
     trunk: int  # of the memory that seems free now
-    cache: int  # keys, values and outputs of a context
-    scratch: int  # in which is computed
+    cache: int  # keys, values and early outputs of a context
+    scratch: int  # to compute in
 
     @property
     def reserve(self) -> int:
         return self.cache + self.scratch
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
-        """Bytes for the host tier's slots of what is ``available`` on the host. Raises BudgetError when none works."""
+        """Return bytes for the host tier's slots, of what is ``available`` on the host. Raises BudgetError."""
         taken = self.trunk + staging_bytes(manifest)
         return budget_for(
             asked,
@@ -45,7 +46,7 @@ class Needs:
         )
 
     def device_budget(self, manifest: Manifest, asked: Size | None, available: Available) -> int:
-        """Bytes for the device tier of what is ``available`` on the device beside the trunk. Raises BudgetError."""
+        """Return bytes for the device tier, of what is ``available`` there besides the trunk. Raises BudgetError."""
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),
@@ -57,8 +58,10 @@ class Needs:
 
 
 def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
-    """What a context of so many ``tokens`` takes: keys and values, and outputs that come early in a prefill of as many,
-    but DEFAULT_CONTEXT at most; one block computes at a time."""
+    """Return bytes for a context of ``tokens``: its keys and values, and the outputs of experts that arrive early.
+
+    Room for early outputs is left for a prefill of DEFAULT_CONTEXT tokens at most. One block computes at a time.
+    """
     modules = experts_modules(model)
     early = max(
         early_bytes(
@@ -70,14 +73,50 @@ def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
 
 
 def largest_decoded(matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
-    """Weights of the largest of the trunk's matrices that is decoded for each product."""
+    """Return the number of weights of the trunk's largest matrix that is decoded for each product."""
     return max((layout.weights for layout in matrices if not kernels.packs(layout)), default=0)
 
 
 def scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
-    """What computing with experts takes beside them: the largest projection, decoded; or what goes in and comes out of
-    the widest, of as many tokens as go together."""
+    """Return how many numbers computing with experts takes besides them.
+
+    That is the largest projection, decoded; or the inputs and outputs of the widest, for ROWS tokens.
+    """
     layouts = manifest.layouts.values()
     decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]
     wide = [2 * ROWS * (p.rows + p.columns) for layout in layouts for p in layout.projections if kernels.packs(layout)]
     return max(decoded + wide)
+
+
+def kv_cache_bytes(config: Any, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Estimate the bytes that ``batch`` contexts of ``tokens`` take with a transformers config.
+
+    States of a constant size (convolutions, recurrent layers) are not counted, nor are indexers' keys.
+    """
+    text = config.get_text_config(decoder=True)
+    layers = text.per_layer_config  # some models differ from layer to layer
+    numbers = 0
+    for layer, kind in zip(layers, getattr(text, "layer_types", None) or [""] * len(layers), strict=True):
+        if any(name in kind for name in NOTHING_PER_TOKEN):
+            continue
+        windowed = any(name in kind for name in WINDOWED)
+        window = _first(layer, "sliding_window", "attention_chunk_size", default=tokens) if windowed else tokens
+        numbers += min(tokens, window) * _numbers_per_token(layer)
+    return batch * numbers * dtype.itemsize
+
+
+def _numbers_per_token(layer: Any) -> int:
+    if latent := _first(layer, "kv_lora_rank"):
+        return latent + _first(layer, "qk_rope_head_dim")
+    heads = _first(layer, "num_key_value_heads", "num_attention_heads", default=1)
+    keys = _first(layer, "head_dim", default=layer.hidden_size // layer.num_attention_heads)
+    return heads * (keys + _first(layer, "v_head_dim", default=keys))
+
+
+def _first(config: Any, *names: str, default: int = 0) -> int:
+    """Return the first of a config's attributes that is a positive number."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return default

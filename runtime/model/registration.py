@@ -1,6 +1,6 @@
-"""moetier as transformers sees it: a quantiser that takes the experts away, and an experts function.
+"""Registration with transformers: a quantiser that removes the experts' parameters, and an experts function.
 
-transformers builds a model on the meta device, asks the quantiser, and loads what parameters there are: the trunk.
+transformers builds a model on the meta device, calls the quantiser, and loads the remaining parameters: the trunk.
 """
 
 from __future__ import annotations
@@ -49,19 +49,18 @@ from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records
 
 from .budgets import context_bytes, largest_decoded
-from .closing import close_later
-from .tiers import Tiers
+from .tiers import Tiers, close_later
 
 _lock = threading.Lock()
 IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
 
-_options: TierOptions = {}  # by register(), of what is loaded without load()
-_asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # by load(), of the model that it loads
+_options: TierOptions = {}  # of register(), for models that are loaded without load()
+_asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # of load(), for the model that it loads
 
 
 @contextlib.contextmanager
 def asked_for(config: TierConfig) -> Iterator[None]:
-    """What is loaded inside gets these tiers, whatever its config.json prefers."""
+    """Give models that are loaded inside these tiers, whatever their config.json says."""
     token = _asked.set(config)
     try:
         yield
@@ -104,16 +103,16 @@ def _raise(*_: Any) -> None:
 
 
 class MoetierConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model directory. Budgets are in it when somebody put them there.
+    """``quantization_config`` of a model directory. A person may have added budgets to it.
 
-    Raises ConfigError for a key that it does not know: a budget that is misspelt must not be the default's.
+    Raises ConfigError for an unknown key, because a misspelt budget must not become the default.
     """
 
     def __init__(
         self,
         quant_method: str = NAME,
         format: int = FORMAT,
-        bits: int | None = None,  # noted by the converter for people
+        bits: int | None = None,  # written by the converter, for people
         trunk_bits: int | None = None,  # likewise
         **options: Any,
     ) -> None:
@@ -141,9 +140,9 @@ class MoetierConfig(QuantizationConfigMixin):
 
 
 class MoetierQuantizer(HfQuantizer):
-    """Takes the experts' parameters away before the weights are loaded, and attaches the tiers afterwards."""
+    """Remove the experts' parameters before the weights are loaded, and attach the tiers afterwards."""
 
-    requires_calibration = True  # it loads what was converted, and converts nothing
+    requires_calibration = True  # it loads converted models, and converts none
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -159,9 +158,11 @@ class MoetierQuantizer(HfQuantizer):
         records = trunk_records(self._folder, manifest)
         for path, module in modules.items():
             for name in EXPERT_PARAMETERS:
-                module._parameters.pop(name, None)  # on meta: nothing was ever allocated
+                module._parameters.pop(name, None)  # on the meta device, so nothing was allocated
             for touched in (module, model.get_submodule(path.rpartition(".")[0])):
-                touched._is_hf_initialized = True  # _init_weights would fill what is gone, in some through the parent
+                touched._is_hf_initialized = (
+                    True  # else _init_weights would fill what is removed, in some models through the parent
+                )
             module.config._experts_implementation_internal = NAME
         if manifest.trunk_records is not None:
             replace_linears(model, records, manifest.trunk_records)
@@ -171,7 +172,7 @@ class MoetierQuantizer(HfQuantizer):
             setattr(model, plan, kept)
 
     def _check(self, model: PreTrainedModel, modules: dict[str, Any], manifest: Manifest) -> None:
-        """Raises unless the model's Experts modules are the store's blocks, shape by shape."""
+        """Raise unless the model's Experts modules are the store's blocks, shape by shape."""
         if not modules:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no module with transformers' experts interface.",
@@ -205,7 +206,7 @@ class MoetierQuantizer(HfQuantizer):
         linears = quantized_linears(model)
         for linear in linears:
             linear.compute_with(kernels)
-        shortcuts = _shortcuts(model, asked)  # first: what memory they take is not there for experts
+        shortcuts = _shortcuts(model, asked)  # first, because the memory that they take is not there for experts
         tiers = Tiers.open(
             self._folder,
             asked,
@@ -217,9 +218,9 @@ class MoetierQuantizer(HfQuantizer):
             largest=largest_decoded((linear.layout for linear in linears), kernels),
         )
         weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
-        model.__dict__["tiers"] = tiers  # an attribute that is no submodule and no parameter
+        model.__dict__["tiers"] = tiers  # past nn.Module.__setattr__: no submodule and no parameter
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):  # the trunk is not: some layers compute in another order if it is
+            if isinstance(module, PreTrainedModel):  # the trunk is not; some layers compute in another order if it is
                 module.config.__dict__.pop("_is_quantized", None)
         demanded = None
         if shortcuts is not None:
@@ -235,7 +236,7 @@ class MoetierQuantizer(HfQuantizer):
             speculation.attach()
             tiers.speculation, demanded = speculation, speculation.demanded
         layouts = [*tiers.manifest.layouts.values(), *(linear.layout for linear in linears)]
-        if any(kernels.packs(layout) for layout in layouts):  # else it computes bit for bit as the eager model
+        if any(kernels.packs(layout) for layout in layouts):  # else the model computes bit for bit as the eager one
             use_decode_attention(model)
             use_growing_layers(model)
             use_quick_norms(model)
@@ -249,7 +250,7 @@ class MoetierQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """The model in memory has no experts to save; its directory can be copied."""
+        """False: the model in memory has no experts to save. Its directory can be copied."""
         return False
 
     @property
@@ -258,13 +259,15 @@ class MoetierQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Which experts are wanted is known only when the router has run."""
+        """False: which experts are used is known only after the router has run."""
         return False
 
 
 def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
-    """The directory that was asked for; of a hub id, its snapshot. Raises UnsafeCheckpointError where the trunk would
-    come from another place than its store, or from files that are no safetensors."""
+    """Return the model directory, or the snapshot of a hub id.
+
+    Raises UnsafeCheckpointError for a trunk that is not in the directory, or not in safetensors.
+    """
     asked = model.config.name_or_path
     folder = Path(asked) if asked and Path(asked).is_dir() else Path(files[0]).parent
     for file in map(Path, files):
@@ -277,7 +280,7 @@ def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
 
 
 def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
-    """None where nothing can be guessed, or is to be."""
+    """Return the shortcuts; None with speculation off, or where no gate can be asked ahead."""
     if Mode(asked.speculate) is Mode.OFF:
         return None
     gates = Gates(model)
@@ -287,7 +290,7 @@ def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:
-    """Where the trunk is. Raises ConfigError when it is in several places."""
+    """Return the trunk's device. Raises ConfigError if it is on several."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         raise ConfigError(
@@ -298,7 +301,7 @@ def _device_of(model: PreTrainedModel) -> torch.device:
 
 
 def _mapped_bytes(model: PreTrainedModel) -> int:
-    """Of tensors that lie in mapped files: the trunk stays in memory, but nothing counts its pages as taken."""
+    """Return the size of the tensors in mapped files. They stay in memory, but free memory does not count them."""
     maps = mapped_files()
     tensors = chain(model.parameters(), model.buffers())
     return sum(t.nbytes for t in tensors if any(t.data_ptr() in addresses for addresses in maps))

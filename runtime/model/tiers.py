@@ -1,9 +1,12 @@
-"""The tiers of one model in this process, opened and closed together."""
+"""Tiers of one model in this process, opened and closed together."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +32,11 @@ from moetier.tiers.store.folder import read_manifest, store_folder
 from .budgets import Needs, scratch_numbers
 from .sources import Origin, open_origin
 
+_closers: set[threading.Thread] = set()
+
 
 class Tiers:
-    """``model.tiers``. A context manager; closing is idempotent, and waits for the loads that have begun."""
+    """Tiers of a model, as ``model.tiers``. A context manager."""
 
     @classmethod
     def open(
@@ -46,12 +51,14 @@ class Tiers:
         kernels: Kernels | None = None,
         largest: int = 0,
     ) -> Tiers:
-        """Of a model directory, to be computed with on ``device``.
+        """Open the tiers of a model directory, to compute on ``device``.
 
-        Of the memory that seems free now, ``trunk`` bytes are taken, and ``cache`` bytes are left for what a context
-        takes: keys, values and outputs. ``width`` bytes take the numbers that are computed with. ``kernels`` may be
-        the trunk's, whose largest quantised matrix has ``largest`` weights. Raises StoreError, BudgetError when the
-        budgets can't work, or DaemonError when a daemon that was asked for can't be used.
+        ``trunk``: bytes that it takes of the memory that seems free now.
+        ``cache``: bytes to leave for keys, values and outputs of a context.
+        ``width``: bytes of a number that is computed with.
+        ``kernels``: those of the trunk, whose largest quantised matrix has ``largest`` weights.
+
+        Raises StoreError, BudgetError where no budget works, and DaemonError where the daemon asked for can't be used.
         """
         if config.device_memory is not None and device.type == "cpu":
             raise ConfigError(
@@ -88,26 +95,26 @@ class Tiers:
     def __init__(self, manifest: Manifest, origin: Origin, device: HostViews | DeviceTier, kernels: Kernels) -> None:
         self.manifest = manifest
         self.host = origin.host
-        self.where = origin.where  # the experts come from
-        self.daemon = origin.daemon  # the host tier, where it is a daemon's of this host; else None
+        self.where = origin.where  # where the experts come from, for people
+        self.daemon = origin.daemon  # the host tier, if it is a daemon's of this host
         self.learns = origin.learner is not None
-        self.shares = origin.shares  # a function: what came from each daemon of another host, and from the store
+        self.shares = origin.shares  # returns what came from each daemon of another host, and from the store
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None
-        self.hooks = Observation()  # on the model, besides those of the speculation
-        self.close_sources = partial(_close_sources, device, origin)  # refers to nothing of a model
+        self.hooks = Observation()  # on the model, besides the speculation's
+        self.close_sources = partial(_close_sources, device, origin)  # must not refer to the model
 
     def stats(self) -> list[TierStats]:
-        """Of each tier that holds records, from the lowest up."""
+        """Return the counters of each tier that holds records, from the lowest up."""
         return [self.host.stats(), *([self.device.stats()] if isinstance(self.device, DeviceTier) else [])]
 
     def snapshot(self) -> dict[str, Any]:
-        """Counters by tier's name, as JSON takes them: "host", or "daemon" where the experts are a daemon's; "device"
-        with a GPU."""
+        """Return the counters as JSON by tier: "host", or "daemon" for a daemon's; and "device" with a GPU."""
         return {stats.name: stats.to_json() for stats in self.stats()}
 
     def close(self) -> None:
+        """Detach from the model, and close the tiers. Idempotent; waits for loads that have begun."""
         if self.speculation is not None:
             self.speculation.detach()
         self.hooks.remove()
@@ -125,3 +132,35 @@ class Tiers:
 def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:
     device.close()
     origin.close()
+
+
+def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) -> None:
+    """Close the tiers of a model that was collected. ``tiers`` must be weak: a speculation refers to the model.
+
+    The garbage collector may call this in any thread, also one that holds a tier's lock, or a loader. Closing waits for
+    both, so another thread does it. That is a daemon thread, whose start waits for nothing that such a thread may hold.
+    At the interpreter's end no thread would run to its end, and none is interrupted: it closes them at once.
+    """
+    here = tiers()
+    if here is not None and here.speculation is not None:
+        here.speculation.detach()
+    if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
+        close_sources()
+        return
+
+    def close() -> None:
+        try:
+            close_sources()
+        finally:
+            _closers.discard(threading.current_thread())
+
+    closer = threading.Thread(target=close, name="moetier-closer", daemon=True)
+    _closers.add(closer)
+    closer.start()
+
+
+@atexit.register
+def _wait_for_closers() -> None:
+    """Wait, because a thread inside torch's C++ code can't be unwound and may crash the ending process."""
+    for closer in list(_closers):
+        closer.join()

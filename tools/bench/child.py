@@ -36,7 +36,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
 
     from moetier.runtime.context import longest_context
     from moetier.runtime.generation.compat import CACHE
-    from moetier.runtime.model.kv_cache import kv_cache_bytes
+    from moetier.runtime.model.budgets import kv_cache_bytes
     from moetier.runtime.model.load import load
     from moetier.runtime.moe.gates import Gates
 

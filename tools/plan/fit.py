@@ -13,8 +13,7 @@ from moetier.runtime.checkpoint.disk_space import free_bytes
 from moetier.runtime.config import TierConfig, format_bytes
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import MARGIN_BYTES, MARGIN_SHARE, Available
-from moetier.runtime.model.budgets import Needs, context_bytes, largest_decoded, scratch_numbers
-from moetier.runtime.model.kv_cache import kv_cache_bytes
+from moetier.runtime.model.budgets import Needs, context_bytes, kv_cache_bytes, largest_decoded, scratch_numbers
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError

@@ -7,7 +7,7 @@ import torch
 from architectures import tiny_model
 
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.model.kv_cache import kv_cache_bytes
+from moetier.runtime.model.budgets import kv_cache_bytes
 
 BATCH, TOKENS = 2, 17
 
