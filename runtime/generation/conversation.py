@@ -1,4 +1,4 @@
-"""What was said, and what of it a model is given."""
+"""Conversation: its messages, and prompts made of them that fit the context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moetier.tiers.errors import ConfigError
 
 Message = dict[str, str]
 
-# of models that have none: as in the text of a play
+# for models without a chat template: like the text of a play
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role not in ('system', 'developer') %}{{ message.role | capitalize }}:\n{% endif %}"
@@ -18,15 +18,15 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-PLAIN_STOP = "\n\nUser:"  # where such a model goes on with what the person says
+PLAIN_STOP = "\n\nUser:"  # where such a model begins to write the user's part
 
 
 class Conversation:
-    """Messages with a role and content, as transformers' chat templates take them.
+    """Messages of a system, a user and an assistant, as transformers' chat templates take them.
 
-    A prompt has at most ``context`` tokens. Where the next one would not leave ``room`` for an answer, the oldest
-    turns are left out of it until half of the context is free, so that not every turn from then on begins anew;
-    the system prompt stays, and so do all messages in ``messages``.
+    A prompt has at most ``context`` tokens. Where the next prompt would not leave ``room`` tokens for an answer, its
+    oldest turns are left out until half of the context is free, so that the prompt cache serves the turns after it. The
+    system prompt stays, and ``messages`` keeps all turns.
     """
 
     def __init__(self, tokenizer: Any, *, system: str | None, context: int, room: int) -> None:
@@ -34,10 +34,10 @@ class Conversation:
         self.context = context
         self._room = room
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._turns: list[Message] = []  # of the person and the model by turns, those left out among them
-        self._out = 0  # the first so many of them
+        self._turns: list[Message] = []  # of the user and the assistant alternately
+        self._out = 0  # number of the first turns that prompts leave out
         self.is_plain = not tokenizer.chat_template
-        self._encode([{"role": "user", "content": "."}])  # what a template refuses, it refuses now
+        self._encode([{"role": "user", "content": "."}])  # a template that refuses the system prompt does so now
 
     @property
     def messages(self) -> list[Message]:
@@ -45,12 +45,14 @@ class Conversation:
 
     @property
     def left_out(self) -> int:
-        """Turns that the next prompt is without."""
+        """Number of exchanges that the next prompt leaves out."""
         return self._out // 2
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids with which the model goes on when the person has said ``text``, which ``add`` makes part of what
-        was said. Raises ConfigError for what does not fit, or what the template refuses."""
+        """Return token ids for an answer to ``text``, which becomes part of the conversation only by ``add``.
+
+        Raises ConfigError for a text that does not fit, or that the template refuses.
+        """
         said: Message = {"role": "user", "content": text}
         out, ids = self._out, self._encode([*self._turns[self._out :], said])
         if len(ids) + self._room > self.context:
@@ -66,11 +68,11 @@ class Conversation:
         return ids
 
     def add(self, text: str, answer: str) -> None:
-        """A turn."""
+        """Append an exchange."""
         self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def reset(self) -> None:
-        """To the system prompt alone."""
+        """Remove all messages but the system prompt."""
         self._turns, self._out = [], 0
 
     def _encode(self, turns: Sequence[Message]) -> list[int]:

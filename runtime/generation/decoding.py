@@ -1,4 +1,4 @@
-"""How text is generated: ranges of the samplers, and keyword arguments of ``generate()``."""
+"""Options of decoding: ranges of the samplers, and keyword arguments for ``generate()``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetier.tiers.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-ONE_SEQUENCE = {  # whatever generation_config.json prefers: text that streams is one sequence, token by token
+ONE_SEQUENCE = {  # overrides generation_config.json, because streamed text is one sequence, token by token
     "num_beams": 1,
     "num_return_sequences": 1,
     "penalty_alpha": None,
@@ -27,18 +27,18 @@ TOP_P = Number(float, TINY, 1, "Give more than 0, and 1 at most.")
 MIN_P = Number(float, 0, 1, "Give 0 to 1.")
 REPETITION_PENALTY = Number(float, 0.01, 100, "Give 0.01 to 100; 1 changes nothing.")
 OCCURRENCE_PENALTY = Number(float, -2, 2, "Give -2 to 2; 0 changes nothing.")
-NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # samplers, and the values with which they leave every token
-PENALTIES = ("presence_penalty", "frequency_penalty")  # that transformers lacks
+NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # samplers, and their values that exclude no token
+PENALTIES = ("presence_penalty", "frequency_penalty")  # not in transformers
 SAMPLING = ("temperature", *NEUTRAL, "repetition_penalty", *PENALTIES)
-LEAST_TEMPERATURE = 1e-5  # below it counts as 0: scores that are divided by it may be no numbers any more
+LEAST_TEMPERATURE = 1e-5  # below it counts as 0, because scores divided by it may not be finite
 SEED = Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1.")
 
 
 def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
-    """Return what ``generate()`` is given of SAMPLING, but for PENALTIES.
+    """Return the arguments of ``generate()`` for SAMPLING, without PENALTIES.
 
-    A temperature samples, and so does a sampler that leaves out tokens; a temperature of 0 decodes greedily. Where
-    neither is ``asked`` for, the model's generation_config.json decides.
+    A temperature turns sampling on, and so does a sampler that excludes tokens; a temperature of 0 decodes greedily.
+    Without both in ``asked``, the model's generation_config.json decides.
     """
     temperature = asked.get("temperature")
     given: dict[str, Any] = {name: asked[name] for name in ("repetition_penalty",) if name in asked}
@@ -56,7 +56,7 @@ def penalties_of(asked: Mapping[str, float]) -> dict[str, float]:
 
 
 def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``decoding`` for a prompt of so many tokens: PENALTIES count the tokens behind it."""
+    """Return ``decoding`` for a prompt of ``prompt`` tokens. PENALTIES count the tokens after it."""
     presence, frequency = (decoding.get(name, 0.0) for name in PENALTIES)
     given = {name: value for name, value in decoding.items() if name not in PENALTIES}
     if presence or frequency:
@@ -67,13 +67,15 @@ def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
-    """What ``generate()`` is told beside, where a prompt of so many ``tokens`` is to be computed in chunks."""
-    return {"prefill_chunk_size": chunk} if tokens > chunk and goes_on(model) else {}
+    """Return arguments of ``generate()`` that compute a prompt of ``tokens`` in chunks, where the model can."""
+    return {"prefill_chunk_size": chunk} if tokens > chunk and can_resume(model) else {}
 
 
-def goes_on(model: Any) -> bool:
-    """Whether it goes on in the middle of a prompt. Only models all of whose layers keep keys and values do: not all
-    others take up their state."""
+def can_resume(model: Any) -> bool:
+    """Return whether a model can resume in the middle of a prompt.
+
+    Only models in which every layer keeps keys and values can: not all others resume from their state.
+    """
     if not model._supports_default_dynamic_cache() or model.generation_config.use_cache is False:
         return False
     from transformers import DynamicCache
@@ -82,13 +84,13 @@ def goes_on(model: Any) -> bool:
     config = model.config.get_text_config()
     layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    return bool(layers) and not layers - plain and rope != "longrope"  # its angles depend on the chunk's length
+    return bool(layers) and not layers - plain and rope != "longrope"  # whose angles depend on the chunk's length
 
 
 def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") -> dict[str, Any]:
-    """What ``generate()`` is given of one prompt: input_ids and attention_mask [1, T], no token types.
+    """Return input_ids and attention_mask [1, T] of one prompt, without token types.
 
-    Raises ConfigError, which calls it by its ``name``, where it leaves no token of the model's context to an answer.
+    ``name``: of the prompt, in errors. Raises ConfigError where it leaves no room in the model's context for an answer.
     """
     import torch
 
@@ -105,7 +107,7 @@ def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") ->
 
 
 def within_context(model: Any, tokens: int, decoding: dict[str, Any]) -> dict[str, Any]:
-    """``decoding`` for a prompt of so many ``tokens``, with fewer new tokens where the model's context ends before."""
+    """Return ``decoding`` for a prompt of ``tokens``, with no more new tokens than fit the model's context."""
     most = longest_context(model.config)
     if most is None or tokens + decoding["max_new_tokens"] <= most:
         return decoding
@@ -113,7 +115,7 @@ def within_context(model: Any, tokens: int, decoding: dict[str, Any]) -> dict[st
 
 
 def warn_if_cut(model: Any, tokens: int, new_tokens: int, decoding: dict[str, Any]) -> None:
-    """Say that ``within_context`` ended a text of ``tokens`` and ``new_tokens`` before ``decoding`` would have."""
+    """Warn where ``within_context`` ended a text of ``tokens`` and ``new_tokens`` before ``decoding`` would have."""
     most = longest_context(model.config)
     if tokens + new_tokens == most and new_tokens < decoding["max_new_tokens"]:
         _log.warning(

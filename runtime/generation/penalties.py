@@ -1,4 +1,7 @@
-"""Presence and frequency penalties, which transformers' generation does not have."""
+"""Presence and frequency penalties, which transformers lacks.
+
+A module of its own, because it imports transformers and ``decoding`` must not.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from transformers import LogitsProcessor
 class OccurrencePenalties(LogitsProcessor):
     """Lower the scores of tokens that were generated before, as OpenAI's API defines it.
 
-    A token behind the ``prompt`` (its length in tokens) loses ``presence`` once, and ``frequency`` for each time that
+    A token after the ``prompt`` (its length in tokens) loses ``presence`` once, and ``frequency`` for each time that
     it occurs there. Negative penalties raise the scores.
     """
 
-    supports_continuous_batching = False  # there a processor sees the last token of each request alone
+    supports_continuous_batching = False  # there a processor sees only the last token of each request
 
     def __init__(self, prompt: int, presence: float, frequency: float) -> None:
         self._prompt = prompt

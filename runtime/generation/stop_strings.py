@@ -1,4 +1,4 @@
-"""Text that is cut where one of some strings begins."""
+"""Cut streamed text where one of several stop strings begins."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StopStrings:
-    """Of one text that comes in pieces. What may be the beginning of such a string is held back until it is known."""
+    """Cut one text that comes in pieces. Text that may begin a stop string is held back until that is known."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
@@ -15,11 +15,13 @@ class StopStrings:
         self.ended = False
 
     def take(self, item: Any) -> list[Any]:
-        """What may be passed on, where ``item`` came: a piece of text; None, for the end; or anything else, which goes
-        through in its turn. After the end nothing is passed on any more."""
+        """Return what to pass on when ``item`` came: a piece of text, None at the end, or anything else unchanged.
+
+        The result ends with None where a stop string was found. After the end, nothing is passed on.
+        """
         if self.ended:
             return []
-        if type(item) is not str:  # transformers has kinds of text that are none of the answer's: subclasses
+        if type(item) is not str:  # transformers marks text outside the answer by subclasses of str
             self.ended = item is None
             held, self._held = self._held, ""
             return [held, item] if held else [item]
@@ -36,6 +38,6 @@ class StopStrings:
 
 
 def _overlap(text: str, string: str) -> int:
-    """How long the longest end of ``text`` is with which ``string`` begins."""
+    """Return the length of the longest suffix of ``text`` with which ``string`` begins."""
     most = min(len(text), len(string) - 1)
     return next((length for length in range(most, 0, -1) if text.endswith(string[:length])), 0)

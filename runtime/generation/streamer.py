@@ -1,4 +1,4 @@
-"""Text as it is generated, with the moments at which its tokens came."""
+"""Stream generated text, and time its tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from .stop_strings import StopStrings
+
 
 class TimedStreamer(TextStreamer):
-    """Gives new text to ``echo`` as it comes, keeps it in ``text``, counts tokens, times the first and the last.
+    """Pass new text to ``echo``, collect it in ``text``, count tokens, and time the first and the last.
 
-    The last piece ends with a newline that is not part of the text. Nor are ``stop`` and what is behind it; what may be
-    its beginning waits for what follows.
+    ``echo`` gets one newline at the end that is not part of the text. The text ends where ``stop`` begins.
     """
 
     def __init__(
@@ -26,27 +27,25 @@ class TimedStreamer(TextStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=skip_special_tokens)
         self.text = ""
-        self.stopped = False  # by ``stop``
+        self.stopped = False  # whether ``stop`` was found
         self._echo = echo
-        self._stop = stop
-        self._held = ""
+        self._stops = StopStrings([stop] if stop else [])
         self._moments: list[float] = []
         self._start = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """generate() hands over the prompt first, then token after token."""
+        """Take the prompt first, and then token after token, from ``generate()``."""
         if not (self.skip_prompt and self.next_tokens_are_prompt):
             self._moments.append(time.perf_counter())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text, self._held = self._held + text, ""
-        if self._stop:
-            text, found, _ = ("", "", "") if self.stopped else text.partition(self._stop)
-            self.stopped = self.stopped or bool(found)
-            if not (self.stopped or stream_end):
-                held = next((n for n in range(len(self._stop), 0, -1) if text.endswith(self._stop[:n])), 0)
-                text, self._held = text[: len(text) - held], text[len(text) - held :]
+        """Take text from ``put``."""
+        pieces = self._stops.take(text)
+        self.stopped = self._stops.ended
+        if stream_end:
+            pieces += self._stops.take(None)
+        text = "".join(piece for piece in pieces if piece is not None)
         self.text += text
         if self._echo is not None:
             self._echo(text + "\n" if stream_end else text)
@@ -57,6 +56,6 @@ class TimedStreamer(TextStreamer):
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """From this streamer's making to the first new token, and to the last; to now, where there is none."""
+        """Seconds from construction to the first new token, and to the last; to now while there is none."""
         moments = self._moments or [time.perf_counter()]
         return moments[0] - self._start, moments[-1] - self._start

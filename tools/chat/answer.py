@@ -7,7 +7,7 @@ from typing import Any
 
 from moetier.runtime.generation.conversation import PLAIN_STOP
 from moetier.runtime.generation.decoding import behind, chunks_of
-from moetier.runtime.generation.prompt_cache import KeptCache
+from moetier.runtime.generation.prompt_cache import PromptCache
 from moetier.tiers.errors import MoetierError
 from moetier.tools.cli.plain import show
 from moetier.tools.cli.report import Timing
@@ -70,7 +70,7 @@ class Answering:
         self._decoding = decoding | ({"stop_strings": [PLAIN_STOP]} if is_plain else {})
         self._stop = PLAIN_STOP if is_plain else ""
         self._chunk = chunk
-        self.kept = KeptCache(model)
+        self.kept = PromptCache(model)
 
     def answer(self, ids: list[int], *, most: int, interrupt: Interrupt, echo: bool) -> Answer:
         """Of at most so many tokens, printed as it comes if ``echo``; if interrupted, what there was of it by then."""

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 from transformers import ContinuousBatchingConfig
 from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, CBWorkerDeadError, _StreamError
 
-from moetier.runtime.generation.decoding import ONE_SEQUENCE, goes_on
+from moetier.runtime.generation.decoding import ONE_SEQUENCE, can_resume
 from moetier.runtime.generation.stop_strings import StopStrings
 from moetier.tiers.errors import ConfigError
 
@@ -100,7 +100,7 @@ class Together(BaseGenerateManager):
         self.context = context  # tokens of a prompt and its answer
         self.tally = Tally()
         self._answers: WeakValueDictionary[str, SharedAnswer] = WeakValueDictionary()
-        if not goes_on(model):
+        if not can_resume(model):
             raise ConfigError(
                 f"{type(model).__name__} can't compute several requests together: not all of its layers keep keys and "
                 "values.",

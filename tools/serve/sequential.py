@@ -17,7 +17,7 @@ from transformers.cli.serving.utils import (
 )
 
 from moetier.runtime.generation.decoding import behind, chunks_of, penalties_of
-from moetier.runtime.generation.prompt_cache import KeptCache
+from moetier.runtime.generation.prompt_cache import PromptCache
 from moetier.runtime.generation.stop_strings import StopStrings
 from moetier.runtime.moe.experts import experts_modules
 
@@ -84,7 +84,7 @@ class OneByOne(BaseGenerateManager):
         self._chunk = chunk
         self.context = context  # tokens of a prompt and its answer
         self.tally = Tally()
-        self._kept = KeptCache(model)
+        self._kept = PromptCache(model)
         self._thread = ThreadPoolExecutor(1, "moetier-answers")
         self._answers: WeakValueDictionary[str, Answer] = WeakValueDictionary()  # by request
 

@@ -42,10 +42,10 @@ def test_chunks_give_what_the_whole_gives(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "goes_on"),
+    ("model_type", "resumes"),
     [("mixtral", True), ("qwen3_moe", True), ("gpt_oss", True), ("jamba", False), ("minimax", False)],
 )
-def test_who_goes_on_in_the_middle(model_type: str, goes_on: bool) -> None:
+def test_which_models_can_resume(model_type: str, resumes: bool) -> None:
     model = tiny_model(model_type, torch.float32)
-    assert bool(chunks_of(model, 17, CHUNK)) == goes_on
+    assert bool(chunks_of(model, 17, CHUNK)) == resumes
     assert chunks_of(model, CHUNK, CHUNK) == {}

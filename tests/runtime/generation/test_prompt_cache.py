@@ -8,8 +8,8 @@ import pytest
 import torch
 from architectures import tiny_model
 
-from moetier.runtime.generation.decoding import goes_on
-from moetier.runtime.generation.prompt_cache import KeptCache
+from moetier.runtime.generation.decoding import can_resume
+from moetier.runtime.generation.prompt_cache import PromptCache
 from moetier.runtime.moe.experts import experts_modules
 
 NEW = 3  # tokens of an answer: the last of them goes through no layer
@@ -20,7 +20,7 @@ class Talk:
 
     def __init__(self, model_type: str, **changes: Any) -> None:
         self.model: Any = tiny_model(model_type, torch.float32, **changes)
-        self.kept = KeptCache(self.model)
+        self.kept = PromptCache(self.model)
         self.computed: list[int] = []
         self.model.get_input_embeddings().register_forward_pre_hook(
             lambda _, given: self.computed.append(given[0].numel())
@@ -85,7 +85,7 @@ def test_what_is_new_goes_in_chunks() -> None:
 
 def test_a_full_window_goes_on_and_takes_nothing_back() -> None:
     talk = Talk("gpt_oss")  # every other layer sees 16 tokens
-    assert goes_on(talk.model)
+    assert can_resume(talk.model)
     first = talk.turn(some(8))
     talk.turn([*first[:6], *some(3, 2)])
     assert talk.computed == [3]  # not full yet
