@@ -6,15 +6,12 @@ matrix products are compiled anew for each length of a context (docs/benchmarks.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import inspect
 import re
 import struct
 import sys
-import threading
 from array import array
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,14 +21,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from . import jit as native
-from .attention_ir import ATTEND, LANES, attending, scratch_numbers
-from .form import Number
+from . import jit
+from .attention_ir import ATTEND, LANES, attention_module, scratch_numbers
 
 _ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
 NAME = "moetier_sdpa"  # among transformers' attention functions
-_NUMBERS = {torch.float32: Number.F32, torch.bfloat16: Number.BF16}
-_local = threading.local()
+_scratch = jit.Scratch()
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
@@ -90,14 +85,14 @@ def decode_attention(
     mask = None if attention_mask is None else _added(attention_mask, batch)
     share = heads // key_heads
     items = batch * key_heads
-    scratch = _scratch(items * scratch_numbers(share, length, width, values))
-    work, alone = _compiled(_NUMBERS[query.dtype])
+    nbytes = 4 * items * scratch_numbers(share, length, width, values)
+    scratch = _scratch.take(nbytes, spare=nbytes // 4)  # the context grows token by token
     scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
     shape = (0, items, key_heads, share, length, width, values)
     places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr())
     context = array("q", (*shape, *places, out.data_ptr(), scratch, *key.stride()[:3], *value.stride()[:3], scale))
-    threads = min(items, native.threads_for(items * share * length * (width + values)))
-    native.run(work, alone, context.buffer_info()[0], threads)
+    threads = min(items, jit.threads_for(items * share * length * (width + values)))
+    _kernel(query.dtype).run(context.buffer_info()[0], threads)
     return out, None
 
 
@@ -108,7 +103,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         and key.shape[1:3] == value.shape[1:3]
         and query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
-        and query.dtype in _NUMBERS
+        and query.dtype in jit.FLOATS
         and query.shape[3] % LANES == value.shape[3] % LANES == 0
         and query.shape[1] % key.shape[1] == 0
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -127,18 +122,7 @@ def _added(mask: Tensor, batch: int) -> Tensor:
     return found.expand(batch, -1).contiguous()
 
 
-def _scratch(numbers: int) -> int:
-    """The address of so many fp32 of this thread."""
-    memory: Tensor | None = getattr(_local, "memory", None)
-    if memory is None or memory.numel() < numbers:
-        memory = _local.memory = None  # the old memory goes before the new one comes
-        memory = _local.memory = torch.empty(numbers * 5 // 4)  # the context grows token by token
-    return memory.data_ptr()
-
-
 @functools.cache
-def _compiled(number: Number) -> tuple[int, Callable[[int], None]]:
-    """The address of ATTEND, and the same as a function."""
-    with native.compiling:
-        work = native.here().compile(attending(number), ATTEND)
-    return work, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+def _kernel(dtype: torch.dtype) -> jit.Kernel:
+    with jit.compile_lock:
+        return jit.this_processor().kernel(attention_module(dtype), ATTEND)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from llvmlite import ir
 
-from .emit import F32, I16, I32, I64, POINTER, Emitter, Value, new_module, vector
-from .form import Number
+from .jit import F32, I32, I64, POINTER, Emitter, Value, new_module, vector
 
 ATTEND = "moetier_attend"  # the function's name
 LANES = 16
@@ -29,16 +29,19 @@ def scratch_numbers(heads: int, positions: int, width: int, values: int) -> int:
     return heads * (width + padded + values) + POSITIONS * max(width, values)
 
 
-def attending(number: Number) -> ir.Module:
-    """``ATTEND(context)``: takes items until none is left. q [items, heads, D], mask fp32 [B, L rounded up to LANES],
-    out [items, heads, V]; D and V are multiples of LANES."""
-    return _Attending(new_module(), number).module
+def attention_module(dtype: torch.dtype) -> ir.Module:
+    """Emit ``ATTEND(context)``: take items until none is left.
+
+    q [items, heads, D], keys, values and out [items, heads, V] are of ``dtype``, the mask is fp32
+    [B, L rounded up to LANES]; D and V are multiples of LANES.
+    """
+    return _Attention(new_module(), dtype).module
 
 
-class _Attending(Emitter):
-    def __init__(self, module: ir.Module, number: Number) -> None:
+class _Attention(Emitter):
+    def __init__(self, module: ir.Module, dtype: torch.dtype) -> None:
         super().__init__(module, ATTEND, [POINTER])
-        self._number = number
+        self._dtype = dtype
         at, n = self.at, self.number
         (context,) = self.function.args
         field = [self.place(context, n(8 * i), I64) for i in range(CONTEXT)]
@@ -67,7 +70,7 @@ class _Attending(Emitter):
         at.ret_void()
 
     def _address(self, base: Value, elements: Value) -> Value:
-        return self.at.inttoptr(self.at.add(base, self.at.mul(elements, self.number(self._number.nbytes))), POINTER)
+        return self.at.inttoptr(self.at.add(base, self.at.mul(elements, self.number(self._dtype.itemsize))), POINTER)
 
     def _begin(self, base: Value, strides: list[Value], sequence: Value, head: Value) -> Value:
         at = self.at
@@ -83,11 +86,7 @@ class _Attending(Emitter):
         """``count`` numbers, as fp32."""
         at, n = self.at, self.number
         with self.loop(n(0), count, LANES) as i:
-            place = at.mul(i, n(self._number.nbytes))
-            if self._number is Number.BF16:
-                value = self.widen(self.load(source, place, vector(I16, LANES)), LANES)
-            else:
-                value = self.load(source, place, vector(F32, LANES))
+            value = self.load_floats(source, at.mul(i, n(self._dtype.itemsize)), self._dtype, LANES)
             if scale is not None:
                 value = at.fmul(value, self.spread(scale, LANES))
             self._keep(value, target, i)
@@ -108,7 +107,7 @@ class _Attending(Emitter):
         with self.loop(n(0), self._heads) as head:
             self._keep(nothing, self._scores, at.sub(at.mul(at.add(head, n(1)), self._padded), n(LANES)))
         with self.loop(n(0), self._length) as position:
-            key = at.gep(keys, [at.mul(at.mul(position, stride), n(self._number.nbytes))])
+            key = at.gep(keys, [at.mul(at.mul(position, stride), n(self._dtype.itemsize))])
             self._take(key, self._rows, self._width)
 
             def dots(count: int, head: Value, position: Value = position) -> None:
@@ -165,7 +164,7 @@ class _Attending(Emitter):
             positions = [at.add(position, n(i)) for i in range(count)]
             rows = [at.gep(self._rows, [at.mul(self._values, n(4 * i))]) for i in range(count)]
             for p, row in zip(positions, rows, strict=True):
-                self._take(at.gep(values, [at.mul(at.mul(p, stride), n(self._number.nbytes))]), row, self._values)
+                self._take(at.gep(values, [at.mul(at.mul(p, stride), n(self._dtype.itemsize))]), row, self._values)
             with self.loop(n(0), self._heads) as head:
                 begin = at.mul(head, self._padded)
                 shares = [
@@ -183,10 +182,7 @@ class _Attending(Emitter):
     def _give(self, out: Value) -> None:
         at, n = self.at, self.number
         with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
-            value = self._floats(self._sums, i)
-            if self._number is Number.BF16:
-                value = self.narrow(value, LANES)
-            self.store(value, out, at.mul(i, n(self._number.nbytes)))
+            self.store_floats(self._floats(self._sums, i), out, at.mul(i, n(self._dtype.itemsize)), self._dtype)
 
     def _larger(self, a: Value, b: Value) -> Value:
         return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)

@@ -7,9 +7,10 @@ import warnings
 
 import torch
 
-from .api import Kernels, PackedKernels
+from .api import Kernels
 from .cuda_int4 import CudaInt4, fused_or_plain
 from .executable import can_become_executable
+from .gemm import PackedKernels
 from .jit import refusal
 
 PROTECTED = "memory that was written can't be made executable here"

@@ -54,32 +54,25 @@ def can_become_executable() -> bool:
 class Executable:
     """A linked object file, mapped as long as this object lives."""
 
-    def __init__(self, linked: Linked) -> None:
-        """Raises OSError where such memory can't be had."""
-        self._symbols = linked.symbols
+    def __init__(self, object_file: bytes) -> None:
+        """Raises LinkError as ``link`` does, and OSError where such memory can't be had."""
+        image, self._symbols = link(object_file)
         descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         try:
-            write_all(descriptor, linked.image, 0)
+            write_all(descriptor, image, 0)
             # not mmap.mmap, which keeps a descriptor of its own
             protection = mmap.PROT_READ | mmap.PROT_EXEC
-            self._base = _LIBRARY.mmap(None, len(linked.image), protection, mmap.MAP_PRIVATE, descriptor, 0)
+            self._base = _LIBRARY.mmap(None, len(image), protection, mmap.MAP_PRIVATE, descriptor, 0)
             if self._base == _FAILED:
                 number = ctypes.get_errno()
                 raise OSError(number, f"a memory file can't be mapped to be run: {os.strerror(number)}")
         finally:
             os.close(descriptor)
         # at the end of the process other threads may still run it
-        weakref.finalize(self, _LIBRARY.munmap, self._base, len(linked.image)).atexit = False
+        weakref.finalize(self, _LIBRARY.munmap, self._base, len(image)).atexit = False
 
     def address(self, name: str) -> int:
         return int(self._base + self._symbols[name])
-
-
-class Linked(NamedTuple):
-    """``image`` does not depend on its address; ``symbols`` are where the names of functions are in it."""
-
-    image: bytes
-    symbols: dict[str, int]
 
 
 class _Section(NamedTuple):
@@ -95,9 +88,13 @@ class _Section(NamedTuple):
     entry: int
 
 
-def link(object_file: bytes) -> Linked:
-    """Lay out the sections of an ELF object for x86-64, and resolve its references. Raises LinkError for references to
-    what is not in it, and for those of other kinds than compilers of position-independent code make."""
+def link(object_file: bytes) -> tuple[bytes, dict[str, int]]:
+    """Lay out the sections of an ELF object for x86-64, and resolve its references.
+
+    Returns an image that does not depend on its address, and the offset in it of each function by name. Raises
+    LinkError for references to what is not in the object, and for those of other kinds than compilers of
+    position-independent code make.
+    """
     if object_file[:6] != _ELF or struct.unpack_from("<H", object_file, 18)[0] != _X86_64:
         raise LinkError("the object file is not of x86-64")
     (headers,) = struct.unpack_from("<Q", object_file, 40)
@@ -133,4 +130,4 @@ def link(object_file: bytes) -> Linked:
             if kind not in _RELATIVE or symbol is None:
                 raise LinkError(f"the object file has a reference of type {kind} that can't be resolved")
             struct.pack_into("<i", image, place, symbol + addend - place)
-    return Linked(bytes(image), symbols)
+    return bytes(image), symbols

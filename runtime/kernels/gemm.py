@@ -1,33 +1,142 @@
-"""The code of a product with quantised matrices where they lie in their records: y = x @ W.T.
+"""Products of a CPU with quantised matrices where they lie in their records: y = x @ W.T.
 
-x is rounded to 8 bits first, each row's groups along K by a scale of their own: x = n * t with n in -127 .. 127. With
-w = (q - centre) * s + b of ``tiers/quantize.py``, a group of K adds up in integers, exactly:
+First x is rounded to 8 bits, each group of a row along K by a scale t of its own: x = n * t with n in -127 .. 127. With
+w = (q - centre) * s + b of ``tiers/quant/codec.py``, the products of a group add up in integers, exactly:
 
     sum of w * x = s * t * (sum of q * n - centre * sum of n) + b * t * sum of n
 
-So what is rounded of a row of y is x alone, by half of a 127th of its group's largest number: about .7 % of a group of
-normal numbers, of which next to the rounding of 4-bit weights (9 %) nothing is seen. And a row of y depends on the row
-of x and on W, not on how many rows or matrices go together, how many threads there are, or the kind of processor.
+So x alone is rounded, by at most half of a 127th of its group's largest number. That is about .7 % of a group of normal
+numbers, which is not visible beside the rounding of 4-bit weights (9 %). A row of y depends on the row of x and on W.
+It does not depend on how many rows or matrices are multiplied together, on the number of threads or on the processor.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
 from llvmlite import ir
+from torch import Tensor
 
-from .emit import I64, POINTER, Emitter, Value, new_module
-from .form import Form
-from .gemm_tile import Tile
-from .jit import Processor
+from moetier.tiers.layout import ROW_TILE, RecordLayout
 
-JOB = 3  # i64 of each: its record, first row of x and y, rows
+from . import jit
+from .api import Kernels, projection_of
+from .gemm_tile import Form, Tile
+from .jit import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Kernel, Processor, Value, new_module, vector
+
+JOB = 3  # i64 of each job: its record, its first row of x and y, its number of rows
 # i64: items begun, items, row tiles of a matrix, jobs; n, t and t * sum of n, sum of n, y; K, N, N padded, whether jobs
 # have rows of x of their own (1) or all the same (0); where in a record codes, second plane, pairs, their scales begin
 CONTEXT = 16
-WORK = "moetier_work"  # the function's name; not that of the C library's
+WORK, ROUND = "moetier_work", "moetier_round"  # names of functions; the C library has none of these names
 
 
-def product(form: Form, processor: Processor) -> ir.Module:
-    """``WORK(context)``: takes items, of ROW_TILE rows of one job's matrix each, until none is left."""
+class PackedKernels(Kernels):
+    """Kernels of a CPU that multiply with quantised weights where they lie."""
+
+    def __init__(self, processor: Processor | None = None) -> None:
+        super().__init__()
+        self._processor = processor or jit.this_processor()
+        self._plans: dict[tuple[int, str, torch.dtype], _GemmPlan] = {}
+        self._rounded = jit.Scratch()
+
+    def packs(self, layout: RecordLayout) -> bool:
+        return all(p.bits != 16 for p in layout.projections)
+
+    def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
+        """As ``Kernels.project``, but not bit for bit; a row of the result depends on that row of x alone."""
+        if projection_of(layout, name).bits == 16:
+            return super().project(x, record, layout, name, bias)
+        y = self.multiply(x, (record,), (len(x),), layout, name)
+        return y if bias is None else y.add_(bias)
+
+    def multiply(
+        self, x: Tensor, records: Sequence[Tensor], rows: Sequence[int], layout: RecordLayout, name: str
+    ) -> Tensor:
+        """Multiply rows of x with the quantised projection ``name`` of several records.
+
+        Args:
+            x: [R, K]: the first ``rows[0]`` rows go through the first record, the next ``rows[1]`` through the second,
+                and so on; or [1, K]: the one row goes through every record, and each of ``rows`` is 1.
+            records: uint8 [record bytes] each, all of one ``layout``.
+
+        Returns:
+            [R, N] in the type of x.
+        """
+        plan = self._plans.get((id(layout), name, x.dtype))
+        if plan is None:
+            if x.dtype not in FLOATS:
+                return self.multiply(x.float(), records, rows, layout, name).to(x.dtype)
+            plan = self._plans[id(layout), name, x.dtype] = _GemmPlan(layout, name, x.dtype, self._processor)
+        own, columns = x.shape
+        total = len(rows) if own == 1 else sum(rows)
+        assert columns == plan.columns, f"{name} takes {plan.columns} numbers, not {columns}"
+        assert own in (total, 1), f"{own} rows of x for {total} rows"
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((total, plan.rows), dtype=x.dtype)
+        jobs: list[int] = []
+        first = 0
+        for record, count in zip(records, rows, strict=True):
+            jobs += (record.data_ptr(), first, count)
+            first += count
+        numbers = self._rounded.take(own * plan.row_bytes)
+        scales = numbers + own * columns
+        sums = scales + own * plan.groups * 8
+        plan.round(x.data_ptr(), numbers, scales, sums, own, columns)
+        table = array("q", jobs)
+        items = (0, len(records) * plan.tiles, plan.tiles, table.buffer_info()[0])
+        places = (numbers, scales, sums, y.data_ptr())
+        context = array("q", (*items, *places, *plan.shape, int(own == total), *plan.offsets))
+        plan.kernel.run(context.buffer_info()[0], jit.threads_for(plan.rows * columns * total))
+        return y
+
+
+class _GemmPlan:
+    """What is known of a product with a projection before its numbers come."""
+
+    __slots__ = ("columns", "groups", "kernel", "layout", "offsets", "round", "row_bytes", "rows", "shape", "tiles")
+
+    def __init__(self, layout: RecordLayout, name: str, dtype: torch.dtype, processor: Processor) -> None:
+        p = projection_of(layout, name)
+        self.layout = layout  # kept alive: plans are found by its address
+        self.kernel = product_kernel(processor, Form(p.bits, p.group, p.pairs, dtype))
+        self.round = _round_function(processor, p.group, dtype)
+        self.rows, self.columns, self.groups = p.rows, p.columns, p.columns // p.group
+        self.tiles = p.padded_rows // ROW_TILE
+        self.row_bytes = p.columns + 12 * self.groups  # of a row of x, rounded
+        self.shape = (p.columns, p.rows, p.padded_rows)
+        self.offsets = _offsets(layout, name)
+
+
+def _offsets(layout: RecordLayout, name: str) -> tuple[int, ...]:
+    """Where in a record, in bytes, a projection's codes, second plane, pairs and their scales begin; 0 for what it does
+    not have."""
+    places = {section.name: section.offset for section in layout.sections}
+    kinds = (("codes", "high"), ("plane", "low"), ("pairs",), ("pair_scales",))
+    return tuple(next((places[f"{name}.{kind}"] for kind in group if f"{name}.{kind}" in places), 0) for group in kinds)
+
+
+@functools.cache
+def product_kernel(processor: Processor, form: Form) -> Kernel:
+    """The compiled ``product_module``."""
+    with jit.compile_lock:
+        return processor.kernel(product_module(form, processor), WORK)
+
+
+@functools.cache
+def _round_function(processor: Processor, group: int, dtype: torch.dtype) -> Callable[..., None]:
+    with jit.compile_lock:
+        address = processor.compile(rounding_module(group, dtype), ROUND)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)(address)
+
+
+def product_module(form: Form, processor: Processor) -> ir.Module:
+    """Emit ``WORK(context)``: take items, of ROW_TILE rows of one job's matrix each, until none is left."""
     module = new_module()
     tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
     emit = Emitter(module, WORK, [POINTER])
@@ -54,7 +163,7 @@ def product(form: Form, processor: Processor) -> ir.Module:
                     at.gep(xn, [at.mul(source, columns)]),
                     at.gep(xt, [at.mul(at.mul(source, groups), n(8))]),
                     at.gep(xs, [at.mul(at.mul(source, groups), n(4))]),
-                    at.gep(y, [at.mul(at.mul(target, out_rows), n(form.out.nbytes))]),
+                    at.gep(y, [at.mul(at.mul(target, out_rows), n(form.out.itemsize))]),
                     tile,
                     columns,
                     out_rows,
@@ -70,5 +179,40 @@ def product(form: Form, processor: Processor) -> ir.Module:
             call(2, row)
         with emit.loop(at.add(whole, twos), rows) as row:
             call(1, row)
+    at.ret_void()
+    return module
+
+
+def rounding_module(group: int, dtype: torch.dtype) -> ir.Module:
+    """Emit ``ROUND(x, n, t, sums, rows, K)``: round rows of x to 8 bits.
+
+    x [rows, K] of ``dtype`` -> n [rows, K] int8; t and t * sum of n [rows, K / group, 2] fp32; sum of n
+    [rows, K / group] int32. Numbers that are not finite give a t that is not finite.
+    """
+    module = new_module()
+    emit = Emitter(module, ROUND, [POINTER] * 4 + [I64] * 2)
+    at, n = emit.at, emit.number
+    x, out, scales, sums, rows, columns = emit.function.args
+    groups = at.udiv(columns, n(group))
+    with emit.loop(n(0), at.mul(rows, groups)) as g:
+        first = at.mul(g, n(group))
+        values = emit.load_floats(x, at.mul(first, n(dtype.itemsize)), dtype, group)
+        # without their signs, numbers are ordered as their bits are, and NaN is above infinity
+        sizes = at.and_(at.bitcast(values, vector(I32, group)), emit.all(I32, 0x7FFFFFFF, group))
+        largest = at.bitcast(emit.intrinsic(f"llvm.vector.reduce.smax.v{group}i32", I32, sizes), F32)
+        step = at.fmul(largest, ir.Constant(F32, 1 / 127))
+        some = at.fcmp_ordered(">", step, ir.Constant(F32, 0.0))
+        inverse = at.select(some, at.fdiv(ir.Constant(F32, 1.0), step), ir.Constant(F32, 0.0))
+        scaled = at.fmul(values, emit.spread(inverse, group))
+        shift, zero = emit.all(F32, 1.5 * 2**23, group), emit.all(F32, 0.0, group)
+        rounded = at.fsub(at.fadd(scaled, shift), shift)  # to the nearest, ties to even
+        top, bottom = emit.all(F32, 127.0, group), emit.all(F32, -127.0, group)
+        fits = at.and_(at.fcmp_ordered("<=", rounded, top), at.fcmp_ordered(">=", rounded, bottom))
+        whole = at.fptosi(at.select(fits, rounded, zero), vector(I32, group))
+        emit.store(at.trunc(whole, vector(I8, group)), out, first)
+        total = emit.intrinsic(f"llvm.vector.reduce.add.v{group}i32", I32, whole)
+        emit.store(total, sums, at.mul(g, n(4)))
+        emit.store(step, scales, at.mul(g, n(8)))
+        emit.store(at.fmul(step, at.sitofp(total, F32)), scales, at.add(at.mul(g, n(8)), n(4)))
     at.ret_void()
     return module

@@ -1,19 +1,20 @@
-"""The code of one tile of a product: some rows of a matrix, where they lie in its record, with one or a few rows of x.
+"""The code of one tile of a product: ROW_TILE rows of a matrix, where they lie in its record, with a few rows of x.
 
-Four codes q of a row with four numbers n are one step, that of the instruction VPDPBUSD (AVX-512 VNNI); on others it
-takes several instructions. Codes are ordered as in ``tiers/quant/packing.py``: 32 bytes are one column of 64 rows.
-What has fewer than 4 bits is unfolded on the way.
+One step multiplies four codes q of a row with four numbers n and adds them up, as the instruction VPDPBUSD (AVX-512
+VNNI) does; other processors need several instructions. The codes are in the byte order of ``tiers/quant/packing.py``:
+32 bytes are one column of 64 rows. Codes of fewer than 4 bits are unfolded on the way.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from llvmlite import ir
 
-from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE
+from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits
 
-from .emit import F32, I8, I16, I32, I64, POINTER, Emitter, Value, vector
-from .form import Form, Number
-from .jit import Processor
+from .jit import F32, I8, I16, I32, I64, POINTER, Emitter, Processor, Value, vector
 
 STEP = 4  # columns
 # how far ahead of the sums memory is asked for: most processors' own prefetchers end with a page
@@ -23,6 +24,16 @@ COLUMN = ROW_TILE // 2  # bytes
 LANES = 16  # rows of one vector
 VECTORS = ROW_TILE // LANES
 CENTRES = {8: 128, 4: 8, 3: 4, 2: 2}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a product is compiled for: how the matrices are stored, and the type of x and y."""
+
+    bits: Bits
+    group: int
+    pairs: str
+    out: torch.dtype
 
 
 class Tile(Emitter):
@@ -191,8 +202,8 @@ class Tile(Emitter):
         left = self.spread(at.sub(out_rows, column), LANES)
         mask = at.icmp_signed(">", left, ir.Constant(vector(I64, LANES), list(range(LANES))))
         code = "f32"
-        if form.out is Number.BF16:
+        if form.out == torch.bfloat16:
             value, code = self.narrow(value, LANES), "i16"
-        place = at.mul(at.add(at.mul(n(row), out_rows), column), n(form.out.nbytes))
+        place = at.mul(at.add(at.mul(n(row), out_rows), column), n(form.out.itemsize))
         target = self.place(y, place, value.type)
         self.intrinsic(f"llvm.masked.store.v{LANES}{code}.p0", ir.VoidType(), value, target, ir.Constant(I32, 1), mask)

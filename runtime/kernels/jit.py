@@ -1,8 +1,8 @@
-"""Machine code for this processor, made while the program runs, and the threads that run it.
+"""Just-in-time compiled kernels: an emitter of LLVM IR, the compiler for this processor, and the threads that run it.
 
-LLVM (llvmlite) compiles what ``emit.py`` describes, in some hundredths of a second. It is loaded by ``executable.py``,
-else by LLVM's own engine, and runs on the OpenMP threads that
-torch uses itself: a second set of threads would fight with the first for the same cores.
+LLVM (llvmlite) compiles a kernel in some hundredths of a second. ``executable.py`` loads it where it can, else LLVM's
+own engine does. Kernels run on the OpenMP threads that torch uses itself: a second set of threads would compete with
+them for the same cores.
 """
 
 from __future__ import annotations
@@ -13,49 +13,219 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-from .executable import Executable, LinkError, can_become_executable, link
+from .executable import Executable, LinkError, can_become_executable
 
-_ANSWER = 42  # of the function that is tried
-# ends the threads of the one that calls it, with HARD (OpenMP 5.0); LLVM's and Intel's ends those of all
+FLOATS = frozenset({torch.float32, torch.bfloat16})  # types that kernels read and write; they compute in fp32
+
+_TRIAL_RESULT = 42
+# OpenMP 5.0: with HARD it ends the calling thread's team in GNU's; in LLVM's and Intel's it ends all teams
 _PAUSE, _HARD, _NOT_GNU = "omp_pause_resource_all", 2, "__kmpc_fork_call"
 _TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
-# a fork waits for it: a child would find LLVM, and llvmlite's own lock, in the midst of something for ever
-compiling = threading.RLock()
-os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)
+
+# A fork waits for this lock: a child must not inherit LLVM's state, or llvmlite's own lock, in the middle of a step.
+compile_lock = threading.RLock()
+os.register_at_fork(
+    before=compile_lock.acquire, after_in_parent=compile_lock.release, after_in_child=compile_lock.release
+)
+
+# -- code --------------------------------------------------------------------------------------------------------------
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+POINTER = I8.as_pointer()
+
+Value = Any  # llvmlite has no types
+
+
+def vector(kind: Any, count: int) -> Any:
+    return ir.VectorType(kind, count)
+
+
+def new_module() -> ir.Module:
+    """An empty one, for this kind of machine."""
+    module = ir.Module("moetier")
+    module.triple = llvm.get_process_triple()
+    return module
+
+
+class Emitter:
+    """Emits one function, ``void name(pointer, ..., i64, ...)``."""
+
+    def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
+        self.module = module
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+        self.at = ir.IRBuilder(self.function.append_basic_block("entry"))
+
+    def number(self, value: int) -> Value:
+        return ir.Constant(I64, value)
+
+    def all(self, kind: Any, value: float, count: int) -> Value:
+        """The vector whose elements are all ``value``."""
+        return ir.Constant(vector(kind, count), [value] * count)
+
+    @contextlib.contextmanager
+    def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
+        """Its body is emitted inside; yields the index, i64."""
+        at, before = self.at, self.at.block
+        head, body, end = (self.function.append_basic_block(name) for name in ("head", "body", "end"))
+        at.branch(head)
+        at.position_at_end(head)
+        index = at.phi(I64)
+        index.add_incoming(start, before)
+        at.cbranch(at.icmp_signed("<", index, stop), body, end)
+        at.position_at_end(body)
+        yield index
+        index.add_incoming(at.add(index, self.number(step)), at.block)
+        at.branch(head)
+        at.position_at_end(end)
+
+    @contextlib.contextmanager
+    def items(self, begun: Value, count: Value) -> Iterator[Value]:
+        """Its body is emitted inside; yields an item that no other thread has, until ``count`` are taken. ``begun``
+        points to how many are."""
+        at = self.at
+        next_, work, done = (self.function.append_basic_block(name) for name in ("next", "work", "done"))
+        at.branch(next_)
+        at.position_at_end(next_)
+        item = at.atomic_rmw("add", begun, self.number(1), "monotonic")
+        at.cbranch(at.icmp_signed("<", item, count), work, done)
+        at.position_at_end(work)
+        yield item
+        at.branch(next_)
+        at.position_at_end(done)
+
+    def place(self, pointer: Value, offset: Value, kind: Any) -> Value:
+        """A pointer to ``kind``, ``offset`` bytes behind."""
+        return self.at.bitcast(self.at.gep(pointer, [offset]), kind.as_pointer())
+
+    def load(self, pointer: Value, offset: Value, kind: Any) -> Value:
+        """What lies ``offset`` bytes behind ``pointer``, aligned to a byte."""
+        return self.at.load(self.place(pointer, offset, kind), align=1)
+
+    def store(self, value: Value, pointer: Value, offset: Value) -> None:
+        self.at.store(value, self.place(pointer, offset, value.type), align=1)
+
+    def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:
+        """Asks for memory that will be read soon; it need not be there."""
+        read, everywhere, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+        for line in range(0, nbytes, 64):
+            place = self.at.gep(pointer, [self.at.add(offset, self.number(line))])
+            self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, read, everywhere, data)
+
+    def spread(self, value: Value, count: int) -> Value:
+        """The vector whose elements are all a scalar."""
+        nothing = ir.Constant(vector(value.type, count), ir.Undefined)
+        return self.pick(self.at.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, [0] * count)
+
+    def pick(self, first: Value, second: Value, indices: Sequence[int]) -> Value:
+        """The elements of two vectors, one behind the other, at ``indices``."""
+        return self.at.shuffle_vector(first, second, ir.Constant(vector(I32, len(indices)), list(indices)))
+
+    def widen(self, bf16: Value, count: int) -> Value:
+        """bf16 numbers as i16 -> fp32."""
+        at = self.at
+        bits = at.shl(at.zext(bf16, vector(I32, count)), self.all(I32, 16, count))
+        return at.bitcast(bits, vector(F32, count))
+
+    def narrow(self, value: Value, count: int) -> Value:
+        """fp32 -> bf16 numbers as i16, rounded to the nearest, ties to even."""
+        at, wide = self.at, vector(I32, count)
+        bits = at.bitcast(value, wide)
+        odd = at.and_(at.lshr(bits, self.all(I32, 16, count)), self.all(I32, 1, count))
+        rounded = at.add(at.add(bits, self.all(I32, 0x7FFF, count)), odd)
+        rounded = at.select(at.fcmp_unordered("uno", value, value), self.all(I32, 0x7FC00000, count), rounded)
+        return at.trunc(at.lshr(rounded, self.all(I32, 16, count)), vector(I16, count))
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c of fp32 vectors."""
+        return self.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+
+    def reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
+        """All elements of a vector, a power of two, by halves: so always in the same order."""
+        count = value.type.count
+        while count > 1:
+            count //= 2
+            value = unite(self.pick(value, value, range(count)), self.pick(value, value, range(count, 2 * count)))
+        return self.at.extract_element(value, ir.Constant(I32, 0))
+
+    def intrinsic(self, name: str, result: Any, *arguments: Value) -> Value:
+        """A call of LLVM's ``name``."""
+        known = self.module.globals.get(name)
+        if known is None:
+            known = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
+        return self.at.call(known, arguments)
+
+    def load_floats(self, pointer: Value, offset: Value, dtype: torch.dtype, count: int) -> Value:
+        """The vector of ``count`` numbers of ``dtype`` that lie ``offset`` bytes behind ``pointer``, in fp32."""
+        if dtype == torch.float32:
+            return self.load(pointer, offset, vector(F32, count))
+        return self.widen(self.load(pointer, offset, vector(I16, count)), count)
+
+    def store_floats(self, value: Value, pointer: Value, offset: Value, dtype: torch.dtype) -> None:
+        """Store an fp32 vector as numbers of ``dtype``."""
+        self.store(value if dtype == torch.float32 else self.narrow(value, value.type.count), pointer, offset)
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    """A compiled function ``void f(context)``; threads that run it at once share the work that a context describes."""
+
+    address: int
+    call: Callable[[int], None]  # releases the GIL
+    call_locked: Callable[[int], None]  # keeps the GIL: taking it back can take longer than a small product
+
+    def run(self, context: int, threads: int, *, locked: bool = False) -> None:
+        """Run the kernel in ``threads`` threads at once, and return when all are done. ``context`` is an address. With
+        ``locked`` a single thread keeps the GIL."""
+        if threads > 1 and (team := openmp()) is not None:
+            team(self.address, context, threads, 0)
+        elif locked:
+            self.call_locked(context)
+        else:
+            self.call(context)
 
 
 class Processor:
-    """What code is made for: this machine's processor, or one of LLVM's names (as ``haswell``)."""
+    """A target of the compiler: this machine's processor, or one by LLVM's name for it (such as ``haswell``)."""
 
     def __init__(self, name: str | None = None) -> None:
-        with compiling:
+        with compile_lock:
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
             features = llvm.get_host_cpu_features().flatten() if name is None else ""
             self._cpu = {"cpu": name or llvm.get_host_cpu_name(), "features": features}
         self.has_vnni = name is None and _has(features, "avx512vnni", "avx512bw")
-        # whether its own prefetchers bring a long run of memory in time: to ask for it too costs 15 % on AMD's Zen 4
+        # Zen 4's own prefetchers bring a long run of memory in time: software prefetches besides cost 15 % there
         self.has_stream_prefetch = self._cpu["cpu"].startswith("znver")
         self.has_avx2 = _has(features, "avx2") if name is None else name == "haswell"
         self._owners: list[Any] = []  # of the code
 
+    def kernel(self, module: ir.Module, name: str) -> Kernel:
+        """Compile the function ``name`` of ``module``, which takes a context. Raises OSError as ``compile`` does."""
+        address = self.compile(module, name)
+        call, call_locked = (kind(None, ctypes.c_void_p)(address) for kind in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
+        return Kernel(address, call, call_locked)
+
     def compile(self, module: ir.Module, name: str) -> int:
-        """The address of the function ``name`` of ``module``, which stays as long as this object. Raises OSError where
-        no memory can be made executable."""
-        with compiling:
+        """Compile a module; return the address of its function ``name``, which stays valid as long as this object.
+
+        Raises OSError where no memory can be made executable.
+        """
+        with compile_lock:
             why = "the code is linked by LLVM"
             if llvm.Target.from_default_triple().name == "x86-64":
                 try:
-                    code, machine = self._made(module, reloc="pic", codemodel="small")
-                    executable = Executable(link(machine.emit_object(code)))
+                    code, machine = self._optimised(module, reloc="pic", codemodel="small")
+                    executable = Executable(machine.emit_object(code))
                 except (LinkError, OSError) as error:
                     why = str(error)
                 else:
@@ -63,47 +233,76 @@ class Processor:
                     return executable.address(name)
             if not can_become_executable():  # LLVM would not notice, and its code would end the process
                 raise OSError(f"memory that was written can't be made executable, and {why}")
-            engine = llvm.create_mcjit_compiler(*self._made(module))
+            engine = llvm.create_mcjit_compiler(*self._optimised(module))
             engine.finalize_object()
             self._owners.append(engine)
             return int(engine.get_function_address(name))
 
-    def _made(self, module: ir.Module, **how: str) -> tuple[Any, Any]:
-        """LLVM's own module, optimised, and the target machine that it is for."""
+    def _optimised(self, module: ir.Module, **options: str) -> tuple[Any, Any]:
+        """LLVM's own module, optimised, and its target machine."""
         code = llvm.parse_assembly(str(module))
         code.verify()
-        machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3, **how)
+        machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3, **options)
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
         passes.getModulePassManager().run(code, passes)
         return code, machine
 
 
 @functools.cache
-def here() -> Processor:
-    """This machine's."""
+def this_processor() -> Processor:
+    """The processor of this machine."""
     return Processor()
 
 
 @functools.cache
 def refusal() -> str:
-    """Why no code can be compiled and run here, in some words; "" where it can: a small function is, really."""
+    """Compile and call a small function; return why no code can be compiled and run here, or ""."""
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.IntType(32), []), "moetier_trial")
-    ir.IRBuilder(function.append_basic_block()).ret(ir.Constant(ir.IntType(32), _ANSWER))
+    ir.IRBuilder(function.append_basic_block()).ret(ir.Constant(ir.IntType(32), _TRIAL_RESULT))
     try:
-        found = ctypes.CFUNCTYPE(ctypes.c_int32)(here().compile(module, function.name))()
+        found = ctypes.CFUNCTYPE(ctypes.c_int32)(this_processor().compile(module, function.name))()
     except (RuntimeError, OSError) as error:
         return " ".join(str(error).split())
-    return "" if found == _ANSWER else f"compiled code gives {found} in place of {_ANSWER}"
+    return "" if found == _TRIAL_RESULT else f"compiled code gives {found} in place of {_TRIAL_RESULT}"
 
 
 def _has(features: str, *names: str) -> bool:
     return all(f"+{name}" in features.split(",") for name in names)
 
 
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def threads_for(weights: int) -> int:
+    """How many threads a product of so many weights is worth."""
+    return 1 if is_small(weights) else torch.get_num_threads()
+
+
+def is_small(weights: int) -> bool:
+    """Whether a product of so many weights takes only some microseconds."""
+    return weights < 1 << 17
+
+
+class Scratch(threading.local):
+    """Scratch memory of a kernel, one for each thread."""
+
+    _nbytes = _address = 0
+    _memory: torch.Tensor | None = None
+
+    def take(self, nbytes: int, *, spare: int = 0) -> int:
+        """The address of ``nbytes`` bytes, valid until the thread calls this again. Where they have to be allocated, so
+        are ``spare`` more."""
+        if self._nbytes < nbytes:
+            self._nbytes, self._memory = 0, None  # free the old memory before allocating the new
+            self._memory = torch.empty(nbytes + spare, dtype=torch.uint8)
+            self._nbytes, self._address = nbytes + spare, self._memory.data_ptr()
+        return self._address
+
+
 @functools.cache
 def openmp() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel`` of the OpenMP that torch calls (LLVM's and Intel's have it too); None if there is none."""
+    """``GOMP_parallel`` of the OpenMP that torch calls (LLVM's and Intel's have it too), or None if there is none."""
     if (library := _openmp()) is None:
         return None
     parallel = library.GOMP_parallel
@@ -115,8 +314,10 @@ def openmp() -> Callable[[int, int, int, int], None] | None:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """Several may be loaded, as other packages bring their own. Looked up as the dynamic linker does for torch: among
-    what is there for all libraries, then among those that torch needs."""
+    """Find the OpenMP that torch calls; other packages may have loaded their own.
+
+    The search is that of the dynamic linker for torch: first what is loaded for all libraries, then what torch needs.
+    """
     for name in (None, *sorted(_mapped(_TORCH))):
         with contextlib.suppress(OSError):
             library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
@@ -126,10 +327,10 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def _end_team() -> None:
-    """End the threads that GNU's OpenMP keeps for this one; the next product begins new ones.
+    """End the threads that GNU's OpenMP keeps for the calling thread; its next product begins new ones.
 
-    A forked child would have a record of them, but not the threads, and would wait for them for ever. Other OpenMPs
-    look after their children themselves.
+    A forked child would inherit a record of these threads without the threads, and wait for them for ever. Other
+    OpenMPs handle forks themselves.
     """
     library = _openmp()
     if library is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):
@@ -140,26 +341,7 @@ os.register_at_fork(before=_end_team)
 
 
 def _mapped(name: re.Pattern[str]) -> set[str]:
-    """Paths of the files that this process has mapped whose end is ``name``."""
+    """Paths of the mapped files of this process whose end matches ``name``."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     return {line[line.index("/") :] for line in lines if name.search(line)}
-
-
-def run(work: int, alone: Callable[[int], None], context: int, threads: int) -> None:
-    """Calls ``work(context)`` in each of ``threads`` threads at once, and returns when all are done; ``alone`` is the
-    same function, to be called by this thread, which says what becomes of Python's lock; threads have no use for it."""
-    if threads > 1 and (team := openmp()) is not None:
-        team(work, context, threads, 0)
-    else:
-        alone(context)
-
-
-def threads_for(weights: int) -> int:
-    """How many threads a product of so many weights is worth."""
-    return 1 if is_small(weights) else torch.get_num_threads()
-
-
-def is_small(weights: int) -> bool:
-    """Whether a product of so many takes some microseconds."""
-    return weights < 1 << 17

@@ -1,4 +1,8 @@
-"""RMS norms on a CPU in one pass: torch takes seven operations, of which each costs more than its numbers do."""
+"""RMS norms on a CPU in one pass. torch takes seven operations, each of which costs more than its numbers do.
+
+y = x / sqrt(mean of x * x + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467). Each number of y depends only on
+its row and on the weight; sums are fp32.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,37 @@ import ctypes
 import functools
 import inspect
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
+from llvmlite import ir
 from torch import Tensor, nn
 
-from . import jit as native
-from .form import Number
-from .normal import LANES, NORM, Scale, norm
+from . import jit
+from .jit import F32, FLOATS, I64, POINTER, Emitter, new_module, vector
 
-_NUMBERS = {torch.float32: Number.F32, torch.bfloat16: Number.BF16}
+NORM = "moetier_norm"  # the function's name
+LANES = 16
 _EPS = ("variance_epsilon", "eps")  # what modules call it
-# sums in another order may round a number in some hundreds another way
+# least share of numbers that are equal, and tolerance of the others: sums are in another order, which rounds one number
+# in some hundreds differently
 _EQUAL = {torch.float32: (0.0, 1e-5), torch.bfloat16: (0.98, 1e-2)}
 
 
+class Scale(Enum):
+    """How architectures multiply with the weight."""
+
+    ROUNDED = "the normed number is rounded to the type of x, then multiplied"
+    PLAIN = "all is multiplied in fp32, then rounded"
+    BEYOND_ONE = "as PLAIN, with the weight + 1"
+
+
 class QuickNorm:
-    """What the class of an RMS norm gets before itself. With gradients, and with what it is not made for, the module
-    computes as it did."""
+    """Base class that is put before the class of an RMS norm.
+
+    With gradients, or for inputs that ``rms_norm`` refuses, the module computes as before.
+    """
 
     quick_scale: Scale
     quick_eps: str
@@ -38,31 +55,31 @@ class QuickNorm:
 
 
 def use_quick_norms(model: nn.Module) -> None:
-    """For each norm of which a trial shows that it is one of those in ``Scale``."""
+    """Put QuickNorm before the class of each RMS norm that a trial shows to be one of ``Scale``."""
     for module in model.modules():
         if "RMSNorm" in type(module).__name__ and (found := _trial(module)) is not None:
             module.__class__ = _quick(type(module), *found)  # type: ignore[arg-type] # classes have a hash
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | None:
-    """x [..., K], weight [K], both of fp32 or both of bf16 -> [..., K]; None where torch is to do it."""
+    """Normalise x [..., K] with weight [K], both of fp32 or both of bf16 -> [..., K]; None for other inputs."""
     columns = x.shape[-1]
     if (
         x.dtype != weight.dtype
-        or x.dtype not in _NUMBERS
+        or x.dtype not in FLOATS
         or weight.shape != (columns,)
         or columns % LANES
         or not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous())
     ):
         return None
     y = torch.empty_like(x)
-    code = _compiled(_NUMBERS[x.dtype], scale)
+    code = _compiled(x.dtype, scale)
     code(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // columns if columns else 0, columns, eps)
     return y
 
 
 def _trial(module: Any) -> tuple[Scale, str] | None:
-    """How it multiplies, and what it calls its eps, if some numbers show that it does what is computed here."""
+    """Compare a module with ``rms_norm`` on a few numbers; return its scale and its name for eps if they agree."""
     if len(inspect.signature(type(module).forward).parameters) != 2:  # with a gate it is another function than without
         return None
     eps = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
@@ -74,7 +91,7 @@ def _trial(module: Any) -> tuple[Scale, str] | None:
     with torch.no_grad():
         try:
             wanted = module(x)
-        except Exception:  # whatever it wants besides: it stays as it is
+        except Exception:  # it needs other arguments: it stays as it is
             return None
         for scale in Scale:
             found = rms_norm(x, weight, getattr(module, eps), scale)
@@ -95,8 +112,39 @@ def _quick(kind: type, scale: Scale, eps: str) -> type:
 
 
 @functools.cache
-def _compiled(number: Number, scale: Scale) -> Callable[..., None]:
-    with native.compiling:
-        address = native.here().compile(norm(number, scale), NORM)
-    shape = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
-    return shape(address)
+def _compiled(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
+    with jit.compile_lock:
+        address = jit.this_processor().compile(norm_module(dtype, scale), NORM)
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)(address)
+
+
+def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:
+    """Emit ``NORM(x, weight, y, rows, K, eps)``: x [rows, K], weight [K] -> y [rows, K], all of ``dtype``; K is a
+    multiple of LANES."""
+    module = new_module()
+    emit = Emitter(module, NORM, [POINTER] * 3 + [I64] * 2 + [F32])
+    at, n = emit.at, emit.number
+    x, weight, y, rows, columns, eps = emit.function.args
+    step, row_bytes = LANES * dtype.itemsize, at.mul(columns, n(dtype.itemsize))
+    squares = at.alloca(vector(F32, LANES))
+    one = emit.all(F32, 1.0, LANES)
+    with emit.loop(n(0), rows) as row:
+        first = at.mul(row, row_bytes)
+        source, target = at.gep(x, [first]), at.gep(y, [first])
+        at.store(emit.all(F32, 0.0, LANES), squares)
+        with emit.loop(n(0), row_bytes, step) as offset:
+            given = emit.load_floats(source, offset, dtype, LANES)
+            at.store(emit.multiply_add(given, given, at.load(squares)), squares)
+        mean = at.fdiv(emit.reduce(at.load(squares), at.fadd), at.uitofp(columns, F32))
+        root = emit.intrinsic("llvm.sqrt.f32", F32, at.fadd(mean, eps))
+        inverse = emit.spread(at.fdiv(ir.Constant(F32, 1.0), root), LANES)
+        with emit.loop(n(0), row_bytes, step) as offset:
+            normed = at.fmul(emit.load_floats(source, offset, dtype, LANES), inverse)
+            factor = emit.load_floats(weight, offset, dtype, LANES)
+            if scale is Scale.ROUNDED and dtype == torch.bfloat16:
+                normed = emit.widen(emit.narrow(normed, LANES), LANES)
+            if scale is Scale.BEYOND_ONE:
+                factor = at.fadd(factor, one)
+            emit.store_floats(at.fmul(normed, factor), target, offset, dtype)
+    at.ret_void()
+    return module

@@ -1,26 +1,28 @@
-"""Products of one row with the matrices of a trunk that are not quantised: a router's, and all of one of 16 bits.
+"""Products of one row, y = W @ x, with matrices of a trunk that are not quantised: routers, and 16-bit trunks.
 
 torch gives such a product of bf16 to oneDNN, which takes up to 2.7 times as long (docs/benchmarks.md, "One row"); with
-fp32 there is nothing to gain.
+fp32 there is nothing to gain. Sums are fp32, and each number of y depends only on its row of W and on x.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from array import array
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from llvmlite import ir
 from torch import Tensor, nn
 
-from . import jit as native
-from .emit import F32, I16
-from .gemv import GEMV, LANES, ROWS, gemv
+from . import jit
+from .jit import F32, FLOATS, I32, I64, POINTER, Emitter, new_module, vector
 
-_KINDS = {torch.bfloat16: I16, torch.float32: F32}
+GEMV = "moetier_gemv"  # the function's name
+LANES = 16
+ROWS = 4  # of W, that are read together
+CONTEXT = 7  # i64: items begun, items; N, K; x, W, y
 
 
 class RowWeight(nn.Parameter):
@@ -53,7 +55,7 @@ def use_row_weights(model: nn.Module) -> None:
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """x [..., K] of one row, weight [N, K], bias [N] -> [..., N], all bf16; None where torch is to do it. Sums are
     fp32; the bias is added to what they are rounded to."""
-    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or native.refusal():
+    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or jit.refusal():
         return None
     rows, columns = weight.shape
     if x.numel() != columns or x.shape[-1] != columns:
@@ -76,12 +78,12 @@ class Scores:
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
-        return weight.dtype == torch.float32 and _lies_in_rows(weight) and not native.refusal()
+        return weight.dtype == torch.float32 and _lies_in_rows(weight) and not jit.refusal()
 
     def of(self, x: Tensor) -> list[float] | None:
         """``weight @ x`` of x [..., K], one row of bf16 or fp32; None where torch is to do it. Threads that ask at once
         may be given one another's numbers."""
-        if x.dtype not in _KINDS or not x.is_cpu or not x.is_contiguous() or x.numel() != self._weight.shape[1]:
+        if x.dtype not in FLOATS or not x.is_cpu or not x.is_contiguous() or x.numel() != self._weight.shape[1]:
             return None
         _multiply(x, self._weight, self._address)
         return self._found.tolist()
@@ -90,11 +92,10 @@ class Scores:
 def _multiply(x: Tensor, weight: Tensor, y: int) -> None:
     """``y`` is the address of N numbers of the weight's type."""
     rows, columns = weight.shape
-    items = -(-rows // ROWS)
+    items, weights = -(-rows // ROWS), rows * columns
     context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y))
-    code, threads = _compiled(x.dtype, weight.dtype), native.threads_for(rows * columns)
-    alone = code.locked if native.is_small(rows * columns) else code.alone
-    native.run(code.work, alone, context.buffer_info()[0], min(items, threads))
+    threads = min(items, jit.threads_for(weights))
+    _kernel(x.dtype, weight.dtype).run(context.buffer_info()[0], threads, locked=jit.is_small(weights))
 
 
 def _lies_in_rows(weight: Tensor) -> bool:
@@ -105,16 +106,42 @@ def _fits(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and _lies_in_rows(weight)
 
 
-class _Code(NamedTuple):
-    """The address of GEMV, and the same as functions for one thread."""
-
-    work: int
-    alone: Callable[[int], None]
-    locked: Callable[[int], None]  # keeps Python's lock: to get that back from another thread may take longer
-
-
 @functools.cache
-def _compiled(given: torch.dtype, kept: torch.dtype) -> _Code:
-    with native.compiling:
-        work = native.here().compile(gemv(_KINDS[given], _KINDS[kept]), GEMV)
-    return _Code(work, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work), ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(work))
+def _kernel(given: torch.dtype, kept: torch.dtype) -> jit.Kernel:
+    with jit.compile_lock:
+        return jit.this_processor().kernel(gemv_module(given, kept), GEMV)
+
+
+def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
+    """Emit ``GEMV(context)``: take items, of ROWS rows of W each, until none is left.
+
+    x [K] is of type ``given``, W [N, K] and y [N] are of type ``kept``; K is a multiple of LANES.
+    """
+    module = new_module()
+    emit = Emitter(module, GEMV, [POINTER])
+    at, n = emit.at, emit.number
+    (context,) = emit.function.args
+    field = [emit.place(context, n(8 * i), I64) for i in range(CONTEXT)]
+    items, rows, columns, *addresses = (at.load(place) for place in field[1:])
+    x, matrix, y = (at.inttoptr(address, POINTER) for address in addresses)
+    sums = [at.alloca(vector(F32, LANES)) for _ in range(ROWS)]
+    row_bytes, last = at.mul(columns, n(kept.itemsize)), at.sub(rows, n(1))
+    with emit.items(field[0], items) as item:
+        wanted = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
+        # where the last item has fewer rows it computes the last one again
+        chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]
+        sources = [at.gep(matrix, [at.mul(row, row_bytes)]) for row in chosen]
+        for place in sums:
+            at.store(emit.all(F32, 0.0, LANES), place)
+        with emit.loop(n(0), columns, LANES) as column:
+            taken = emit.load_floats(x, at.mul(column, n(given.itemsize)), given, LANES)
+            for source, place in zip(sources, sums, strict=True):
+                weights = emit.load_floats(source, at.mul(column, n(kept.itemsize)), kept, LANES)
+                at.store(emit.multiply_add(weights, taken, at.load(place)), place)
+        for row, place in zip(chosen, sums, strict=True):
+            total = emit.reduce(at.load(place), at.fadd)
+            if kept == torch.bfloat16:
+                total = at.extract_element(emit.narrow(emit.spread(total, LANES), LANES), ir.Constant(I32, 0))
+            emit.store(total, y, at.mul(row, n(kept.itemsize)))
+    at.ret_void()
+    return module

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetier.runtime.kernels.api import PackedKernels
+from moetier.runtime.kernels.gemm import PackedKernels
 from moetier.tiers.quant.codec import sections
 from moetier.tiers.source import Lease
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from moetier.runtime.kernels.api import PackedKernels
+from moetier.runtime.kernels.gemm import PackedKernels
 from moetier.runtime.kernels.gemm_tile import Tile
 from moetier.runtime.kernels.jit import Processor
 from moetier.tiers.layout import RecordLayout

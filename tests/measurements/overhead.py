@@ -29,7 +29,7 @@ import transformers
 import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels import jit as native
+from moetier.runtime.kernels.jit import Kernel
 from moetier.runtime.moe import grouped
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.layout import ExpertKey
@@ -49,7 +49,7 @@ class Clocks:
         self.seconds: dict[str, float] = {}
         self.calls = 0  # of an expert by a token
         self._inside = False
-        self._watch(native, "run", "products")
+        self._watch(Kernel, "run", "products")
         self._watch(grouped, "_activate", "activation")
         forward = experts.forward
 

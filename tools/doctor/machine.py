@@ -94,7 +94,7 @@ def processor() -> Iterator[Finding]:
 def kernel() -> Iterator[Finding]:
     from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
     from moetier.runtime.kernels.executable import can_become_executable
-    from moetier.runtime.kernels.jit import here, openmp, refusal
+    from moetier.runtime.kernels.jit import openmp, refusal, this_processor
 
     protected = not can_become_executable()
     if why := refusal():
@@ -106,7 +106,7 @@ def kernel() -> Iterator[Finding]:
             else "Install llvmlite anew, in the range of moetier's: pip install --force-reinstall llvmlite",
         )
         return
-    processor, threads = here(), use_threads()
+    processor, threads = this_processor(), use_threads()
     form = "AVX-512 VNNI" if processor.has_vnni else "AVX2" if processor.has_avx2 else "no AVX2"
     found = f"quantised experts are multiplied where they lie, by code compiled for {form}, in {threads} threads"
     if threads > 1 and openmp() is None:

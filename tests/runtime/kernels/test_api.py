@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moetier.runtime.kernels.api import Kernels, PackedKernels
+from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
+from moetier.runtime.kernels.gemm import PackedKernels
 from moetier.runtime.kernels.jit import Processor
 from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tiers.quant.codec import decode, encode, layout_for

@@ -18,13 +18,13 @@ from prepared import Prepared
 from readers import PATIENCE
 from threads import Task
 
-from moetier.runtime.kernels.api import _Code
-from moetier.runtime.kernels.form import Form, Number
+from moetier.runtime.kernels.gemm import product_kernel
+from moetier.runtime.kernels.gemm_tile import Form
 from moetier.runtime.kernels.jit import Processor
 from moetier.runtime.threads import machine_cpus
 from moetier.tools.commands.convert import convert
 
-FORM, OTHER = Form(4, 64, "bfloat16", Number.BF16), Form(8, 64, "bfloat16", Number.BF16)
+FORM, OTHER = Form(4, 64, "bfloat16", torch.bfloat16), Form(8, 64, "bfloat16", torch.bfloat16)
 
 
 class Slow(Processor):
@@ -43,13 +43,12 @@ class Slow(Processor):
 def test_a_child_that_is_forked_while_another_thread_compiles_can_compile() -> None:
     """The fork waits: LLVM's own state could not be repaired in the child."""
     slow = Slow()
-    code = _Code(slow)
-    task = Task(lambda: code.of(FORM))
+    task = Task(lambda: product_kernel(slow, FORM))
     assert slow.begun.wait(PATIENCE)
     threading.Timer(0.2, slow.go.set).start()
-    found = in_fork(lambda: len({code.of(form)[0] for form in (FORM, OTHER)}))
+    found = in_fork(lambda: len({product_kernel(slow, form).address for form in (FORM, OTHER)}))
     assert found == "returned 2"
-    assert len(task.result()) == 3
+    assert task.result().address
 
 
 def test_who_compiles_may_fork() -> None:
@@ -61,8 +60,8 @@ def test_who_compiles_may_fork() -> None:
             return super().compile(module, name)
 
     found: list[str] = []
-    assert len(_Code(Forking()).of(FORM)) == 3
-    assert found == ["returned here"] * 2
+    assert product_kernel(Forking(), FORM).address
+    assert found == ["returned here"]
 
 
 LOOK = """

@@ -17,8 +17,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNo
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from moetier.runtime.kernels.norm import QuickNorm, rms_norm, use_quick_norms
-from moetier.runtime.kernels.normal import Scale
+from moetier.runtime.kernels.norm import QuickNorm, Scale, rms_norm, use_quick_norms
 from moetier.runtime.model.load import load
 
 KINDS = {Scale.ROUNDED: Qwen3MoeRMSNorm, Scale.PLAIN: GptOssRMSNorm, Scale.BEYOND_ONE: Gemma3RMSNorm}
