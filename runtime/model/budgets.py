@@ -11,7 +11,7 @@ import torch
 from moetier.runtime.config import DEFAULT_CONTEXT, Size
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import Available, budget_for
-from moetier.runtime.moe.experts import early_bytes, experts_modules
+from moetier.runtime.moe.experts import experts_modules, output_bytes
 from moetier.runtime.moe.grouped import ROWS
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.staging import staging_bytes
@@ -64,7 +64,7 @@ def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
     """
     modules = experts_modules(model)
     early = max(
-        early_bytes(
+        output_bytes(
             modules[block.path], manifest.layout(number), min(tokens, DEFAULT_CONTEXT), block.top_k, model.dtype
         )
         for number, block in enumerate(manifest.blocks)

@@ -15,7 +15,7 @@ from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import layout_for
 
-from .gradient import without_gradient
+from .experts import without_gradient
 
 WEIGHT = "weight"  # the only projection of such a record
 

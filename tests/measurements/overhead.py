@@ -68,11 +68,11 @@ class Clocks:
     def _watch(self, module: Any, function: str, name: str) -> None:
         call: Callable[..., Any] = getattr(module, function)
 
-        def watched(*arguments: Any) -> Any:
+        def watched(*arguments: Any, **named: Any) -> Any:
             if not self._inside:  # the trunk's
-                return call(*arguments)
+                return call(*arguments, **named)
             began = time.perf_counter()
-            found = call(*arguments)
+            found = call(*arguments, **named)
             self.seconds[name] += time.perf_counter() - began
             return found
 

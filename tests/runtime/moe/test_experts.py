@@ -15,7 +15,7 @@ from torch import Tensor
 from twins import BLOCK, inputs, pair
 from unsteady import UnsteadySource
 
-from moetier.runtime.moe.experts import early_bytes, experts_forward
+from moetier.runtime.moe.experts import experts_forward, output_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, Bits, ExpertKey
 from moetier.tiers.quant.codec import decode
@@ -80,7 +80,7 @@ def test_what_comes_early_takes_what_was_said(model_type: str, dtype: torch.dtyp
     ordinary, twin, _ = pair(model_type, dtype, order=order)
     states, index, weights = inputs(ordinary, dtype, tokens=400)
     experts_forward(twin, states, index, weights)
-    said = early_bytes(twin, twin.tiered.layout, 400, 3, dtype)
+    said = output_bytes(twin, twin.tiered.layout, 400, 3, dtype)
     share = (index != index.min()).float().mean().item()  # all but those of the first expert
     assert sum(tensor.nbytes for tensor in kept) == pytest.approx(said * share, rel=0.35)
 
