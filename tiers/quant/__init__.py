@@ -1,4 +1,4 @@
-"""Quantisation of expert weights: HQQ, the packing of 2, 3, 4 and 8 bits, and the encoding of a whole record.
+"""Quantisation of weights: HQQ, the packing of codes and pairs, and the encoding and decoding of whole records.
 
-Others use ``codec``. The package imports torch and the nouns of ``tiers``.
+Others use ``codec``, and what kernels need of ``packing``. The package imports torch and the nouns of ``tiers``.
 """

@@ -1,17 +1,17 @@
-"""Weights of one expert <-> the bytes of its record.
+"""Codec: encodes the weights of one expert as the bytes of its record, and decodes them.
 
-A quantised weight is w = (c - 2^(bits-1)) * s + b with c its code of ``bits`` bits and (s, b) the bf16 pair of its
-group: computed in fp32 (the product is exact, the sum is rounded once) and then rounded to the type that is asked for.
-``decode`` is that function; whatever else is called "the dequantised weights" equals it.
+A quantised weight is w = (c - 2^(bits-1)) * s + b, with c its code of ``bits`` bits and (s, b) the bf16 pair of its
+group. It is computed in fp32, where the product is exact and the sum is rounded once, and then rounded to the requested
+type. ``decode`` computes it, and all other dequantised weights are equal to its result.
 
-In the terms of torch's int4 kernel, w = (q - 8) * s + b with q in 0..15:
+In the terms of torch's int4 kernel, w = (q - 8) * s + b with q from 0 to 15:
 
     4 bits   q = c
-    3 bits   q = c + 4, which expansion adds: two low bits folded in half, the third bit a plane folded in four
+    3 bits   q = c + 4, added by the expansion: two low bits folded in half, the third bit a plane folded in four
     2 bits   q = c + 6, likewise: folded in half
     8 bits   the sum of two matrices: a high plane q = c >> 4 with pairs (16 s, b), a low one q = c & 15 with (s, 8 s)
 
-so that b is one number in all of these; it lies near the middle of its group, where rounding it to bf16 costs little.
+So b is the same number in all of these. It lies near the middle of its group, where rounding it to bf16 costs little.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits,
 from . import hqq
 from .packing import HALF, Bands, fold, from_kernel_order, load_pairs, store_pairs, to_kernel_order, unfold
 
-# group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md);
-# pairs of 8 and 4 bits in bf16 all the same, because then torch's int4 kernel multiplies a record where it lies
+# Group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md).
+# 8 and 4 bits have bf16 pairs all the same, as torch's int4 kernel can then multiply a record in place.
 DEFAULTS: dict[Bits, tuple[int, str]] = {
     8: (64, "bfloat16"),
     4: (64, "bfloat16"),
@@ -39,23 +39,23 @@ DEFAULTS: dict[Bits, tuple[int, str]] = {
 }
 STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
 TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # what expansion adds to both nibbles
-TILE_WEIGHTS = 2**19  # decoded at a time: 2 MiB in fp32
+CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # added to both nibbles by the expansion
+TILE_WEIGHTS = 2**19  # weights decoded at a time, 2 MiB in fp32
 
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
-    """How far stored weights are from what they were: sums over weights, so that they can be added."""
+    """Error of stored weights: sums over all weights, so that errors can be added."""
 
-    squared: float = 0.0  # of (stored - original)^2
-    squared_norm: float = 0.0  # of original^2
+    squared: float = 0.0  # sum of (stored - original)^2
+    squared_norm: float = 0.0  # sum of original^2
 
     def __add__(self, other: WeightError) -> WeightError:
         return WeightError(self.squared + other.squared, self.squared_norm + other.squared_norm)
 
     @property
     def relative(self) -> float:
-        """Frobenius norm of the error over that of the weights; 0 for exact weights, all-zero ones included."""
+        """Frobenius norm of the error divided by that of the weights; 0 if all weights are 0."""
         return (self.squared / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
 
@@ -67,12 +67,22 @@ def layout_for(
     pairs: str | None = None,
     transposed: bool = False,
 ) -> RecordLayout:
-    """The record of an expert whose ``parameters`` are name -> (shape of its slice as the module holds it, dtype name).
+    """Lay out the record of an expert.
 
-    Two dimensions are a projection, one is a bias. ``group`` and ``pairs`` None: the defaults of the width.
-    A projection's group is the largest of {group, 128, 64, 32} (16 too with 8-bit pairs) that divides its inputs and is
-    not above ``group``; a projection that none divides stays 16-bit. fp32 is stored as bf16 where it is not quantised.
-    Raises ConfigError for settings that don't exist, CheckpointError for parameters that can't be stored.
+    A projection's group is the largest supported size up to ``group`` that divides its inputs. A projection that none
+    divides stays at 16 bits. What is not quantised is stored in its own type, fp32 as bf16.
+
+    Args:
+        parameters: by name, the shape of one expert's slice as the module holds it, and the name of its dtype. Two
+            dimensions make a projection, one makes a bias.
+        bits: bits per weight.
+        group: weights that share a pair; None for the default of the width.
+        pairs: type of the pairs; None for the default of the width.
+        transposed: whether the module holds projections as [K, N].
+
+    Raises:
+        ConfigError: the settings are not supported.
+        CheckpointError: a parameter can't be stored.
     """
     group, pairs = group_and_pairs(bits, group, pairs)
     projections, biases = [], []
@@ -96,8 +106,10 @@ def layout_for(
 
 
 def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]:
-    """Group size and format of pairs, where None is the width's own. At 16 bits they say nothing. Raises
-    ConfigError."""
+    """Complete group size and type of pairs with the defaults of the width. At 16 bits they have no meaning.
+
+    Raises ConfigError for settings that are not supported.
+    """
     if bits not in BITS:
         raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
     default_group, default_pairs = DEFAULTS.get(bits, (0, ""))
@@ -119,8 +131,10 @@ def _group_of(columns: int, asked: int, pairs: str) -> int:
 
 
 def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:
-    """Typed views of the sections of ``record`` (uint8, at least payload_bytes, 64-byte aligned), or of those ``of``
-    one quantised projection: no copy."""
+    """Return typed views of the sections of ``record``, or of those ``of`` one quantised projection, without a copy.
+
+    ``record`` is uint8, at least payload_bytes long and aligned to 64 bytes.
+    """
     wanted = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
     return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
 
@@ -129,11 +143,19 @@ def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Te
 def encode(
     tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
 ) -> dict[str, WeightError]:
-    """Writes one expert's record: ``tensors`` are its slices as the module holds them, ``out`` record_bytes long.
+    """Encode one expert. The bytes depend on the weights and the layout alone, not on the number of threads.
 
-    ``fast`` is plain rounding in place of HQQ. Returns the error of each projection and bias.
-    The bytes depend on the weights and the layout alone, not on the number of threads.
-    Raises CheckpointError for weights to be quantised that aren't finite numbers.
+    Args:
+        tensors: the expert's slices, by name, as the module holds them.
+        layout: the layout of the record.
+        out: record_bytes long; the record is written to it.
+        fast: plain rounding in place of HQQ.
+
+    Returns:
+        The error of each projection and bias, by name.
+
+    Raises:
+        CheckpointError: weights to be quantised are not finite numbers.
     """
     record = torch.frombuffer(out, dtype=torch.uint8)
     assert len(record) == layout.record_bytes, f"a record has {layout.record_bytes} bytes, not {len(record)}"
@@ -166,7 +188,7 @@ def _error(difference: Tensor, original: Tensor) -> WeightError:
 
 
 def _square(values: Tensor) -> float:
-    """The sum of squares: of fp32 where those squares fit it."""
+    """Sum of squares, computed in fp32 where the squares fit it."""
     norm = float(torch.linalg.vector_norm(values))
     if not 1e-12 < norm < 1e12:
         norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
@@ -174,11 +196,11 @@ def _square(values: Tensor) -> float:
 
 
 def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
-    """weights [N, K] -> the sections of one quantised projection, a band at a time."""
+    """Quantise ``weights`` [N, K] into the sections of one projection, a band at a time."""
     bands = Bands(weights, p)
-    # pairs of 8 bits are quantised in runs that cross bands: then each pass goes over all bands before the next begins
+    # 8-bit pairs are quantised in runs that cross bands, so each pass covers all bands before the next one begins.
     batches = [[band] for band in bands] if p.pairs == "bfloat16" else [list(bands)]
-    # codes in kernel order: the sections themselves, or what is folded into them at the end
+    # Codes in kernel order: the sections themselves, or a buffer that is folded into them at the end.
     high = low = torch.empty(0)
     match p.bits:
         case 8:
@@ -193,7 +215,7 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
 
     error = WeightError()
     for batch in batches:
-        steps = _store(0, find_steps, bands, batch, p, views)  # what is read back is what is computed with
+        steps = _store(0, find_steps, bands, batch, p, views)  # compute with the values as they will be read
 
         def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
             w, step = bands.transpose(band), steps[band]
@@ -205,7 +227,7 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
             centred, difference, _ = bands.scratch(band)
             hqq.centred_codes(w, step, offset, p.bits, out=centred)
             error += _error(torch.addcmul(offset, centred, step, out=difference).sub_(w), w)
-            # by way of int16: torch's cast from fp32 to uint8 is six times slower than these two
+            # By way of int16: torch's cast from fp32 to uint8 is six times slower than these two.
             codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
             if band.stop * ROW_TILE > p.rows:
                 codes[-1, :, p.rows % ROW_TILE :] = 0
@@ -228,7 +250,7 @@ def _store(
     p: Projection,
     views: Mapping[str, Tensor],
 ) -> dict[range, Tensor]:
-    """Stores s (``which`` 0) or b (1) of these bands, and returns what is read back of each, fp32 [n, 1, ROW_TILE]."""
+    """Store s (``which`` 0) or b (1) of a batch of bands. Return the stored values of each, fp32 [n, 1, ROW_TILE]."""
     found = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
     read = store_pairs(found, which, p, views, batch[0].start * ROW_TILE)
     if not read.isfinite().all():
@@ -241,9 +263,9 @@ def _store(
 
 
 def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
-    """uint8 [(stop - start) * K / 2]: the codes q of rows ``start`` to ``stop`` (multiples of 64), in kernel order.
+    """Expand the codes of rows ``start`` to ``stop`` (multiples of 64) to the 4-bit codes q of torch's int4 kernel.
 
-    What torch's int4 kernel takes, from a projection of 4 bits or fewer. Elementwise; at 4 bits a view.
+    Returns uint8 [(stop - start) * K / 2] in kernel order, from a projection of at most 4 bits. At 4 bits it is a view.
     """
     first, last = start * p.columns // 2, stop * p.columns // 2
     codes = views[f"{p.name}.codes"].view(-1)
@@ -256,10 +278,10 @@ def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) ->
 
 
 def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tensor:
-    """The projection ``name`` of ``record``, dequantised into ``out``, which it returns.
+    """Dequantise the projection ``name`` of ``record`` into ``out``, and return ``out``.
 
-    ``out`` is as the module holds it: [N, K], or [K, N] if transposed. In tiles of rows, in fp32, rounded to the type
-    of ``out`` at the end.
+    ``out`` is as the module holds it: [N, K], or [K, N] if transposed. Weights are computed in fp32, tile by tile, and
+    rounded to the type of ``out``.
     """
     p = next(p for p in layout.projections if p.name == name)
     assert out.shape == p.shape, f"{name} is {p.shape}, not {tuple(out.shape)}"
@@ -275,7 +297,7 @@ def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tens
 
 
 def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
-    """fp32 [stop - start, K], padding rows included."""
+    """Dequantise rows ``start`` to ``stop``, padding rows included: fp32 [stop - start, K]."""
     if p.bits == 8:
         high, low = (views[f"{p.name}.{plane}"][start:stop].view(-1) for plane in ("high", "low"))
         codes = (from_kernel_order(high, p.columns) << 4) | from_kernel_order(low, p.columns)
