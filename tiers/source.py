@@ -134,7 +134,7 @@ class ExpertSource(Protocol[Record]):
         """
         ...
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches of one block and return at once.
 
         They replace the block's requests that have not begun. A demand for the block cancels those.

@@ -9,7 +9,7 @@ from statistics import median, quantiles
 from typing import Any
 
 WAITS_KEPT = 65_536  # the latest waits, over which median and p99 are computed
-# seconds: from a record in the page cache to one behind a busy disk
+# seconds: from a record in the page cache to one that waits for a busy disk
 LOAD_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 

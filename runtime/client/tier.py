@@ -123,19 +123,19 @@ class DaemonTier:
             misses.close()
         self._spare.reclaim()
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says; while the daemon is away, no wish comes true. No message tells of wishes that are
         there already."""
-        self._manifest.check_keys(block, wishes)
+        self._manifest.check_keys(block, keys)
         self._check_open()
         find = self._arena.find
-        if not all(find(key) for key in wishes):
+        if not all(find(key) for key in keys):
             self._wished.add(block)
         elif block in self._wished:
             self._wished.discard(block)
         else:
             return
-        self._link.prefetch(block, [key.expert for key in wishes])
+        self._link.prefetch(block, [key.expert for key in keys])
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """As ``ExpertSource`` says: those that the directory does not show."""

@@ -50,7 +50,7 @@ class OneSlot:
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         raise NotImplementedError
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         raise AssertionError("nobody wishes here")
 
     def stats(self) -> TierStats:

@@ -57,8 +57,8 @@ class UnsteadySource:
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return self.source.absent(keys)
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
-        self.source.prefetch(block, wishes)
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
+        self.source.prefetch(block, keys)
 
     def stats(self) -> TierStats:
         return self.source.stats()

@@ -95,25 +95,25 @@ def test_an_error_leaves_the_lock_free_and_does_posted_work() -> None:
 
 
 def test_what_was_cut_is_mended_once_before_the_next_step() -> None:
-    mended = 0
+    repaired = 0
 
-    def mend() -> None:
-        nonlocal mended
-        mended += 1
+    def repair() -> None:
+        nonlocal repaired
+        repaired += 1
 
     def refuse() -> None:
         raise ConfigError("no", "none")
 
-    monitor = Monitor(mend)
+    monitor = Monitor(repair)
     with pytest.raises(ConfigError):
         monitor.run(refuse)  # of its own accord, where all agrees
     monitor.run(lambda: None)
-    assert mended == 0
+    assert repaired == 0
     with pytest.raises(ZeroDivisionError):
         monitor.run(lambda: 1 / 0)
     monitor.post(lambda: None)
     monitor.run(lambda: None)
-    assert mended == 1
+    assert repaired == 1
 
 
 def test_posted_work_that_always_fails_does_not_stop_other_steps() -> None:

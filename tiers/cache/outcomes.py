@@ -53,7 +53,7 @@ class PrefetchOutcomes:
         if self._unused.pop(key, self._began.pop(key, None)) is not None:
             self._counters.wasted += 1
 
-    def mend(self, find: Callable[[ExpertKey], int | None]) -> None:
+    def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
         """Drop records without a slot, after a step that was cut."""
         for known in (self._began, self._unused):
             for key in [key for key in known if find(key) is None]:

@@ -116,12 +116,12 @@ class Promoter:
             del self._waiting[key.block]
         return True
 
-    def mend(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
+    def repair(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
         """After a step that was cut: so many demands miss records, and no wish is known."""
         self._missing = missing
         self._waiting.clear()
         self._latest.clear()
-        self.outcomes.mend(find)
+        self.outcomes.repair(find)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class DeviceSlots:
         pool.fail(slot)
         self.copying -= 1
 
-    def mend(self, visits: Collection[Visit], promoting: tuple[DevicePool, int, ExpertKey] | None) -> None:
+    def repair(self, visits: Collection[Visit], promoting: tuple[DevicePool, int, ExpertKey] | None) -> None:
         """Make all agree after a step that an exception has cut anywhere. What callers hold stays, and what is being
         copied for them, or for the promoter."""
         self.copying = 0

@@ -71,7 +71,7 @@ class DeviceTier:
         self._source = source  # stays its owner's to close
         self._device = device
         self._manifest = manifest
-        self._monitor = Monitor(self._mend)
+        self._monitor = Monitor(self._repair)
         self._counters = TierCounters("device")
         self._copies = Copies(device, arrange)
         self._slots = DeviceSlots(manifest, allocate(device, manifest, slots), policy, self._counters)
@@ -115,17 +115,17 @@ class DeviceTier:
             self._leave(visit)
             visit.end_copies()
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says: what the device lacks is wished for in the host, and promoted from there."""
-        self._manifest.check_keys(block, wishes)
-        self._source.prefetch(block, self._monitor.run(self._wish, block, wishes))
+        self._manifest.check_keys(block, keys)
+        self._source.prefetch(block, self._monitor.run(self._wish, block, keys))
 
-    def _wish(self, block: int, wishes: Sequence[ExpertKey]) -> list[ExpertKey]:
+    def _wish(self, block: int, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         self._check_open()
-        lacking = [key for key in wishes if self._slots.find(key) is None]
+        lacking = [key for key in keys if self._slots.find(key) is None]
         self._wished.add(block)
         if self._promoter is not None:
-            self._promoter.wish(block, wishes, lacking)
+            self._promoter.wish(block, keys, lacking)
         return lacking
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
@@ -217,7 +217,7 @@ class DeviceTier:
                 self._promoter.outcomes.evict(key)
         try:
             self._slots.use(allocate(self._device, self._manifest, less))
-        except Exception:  # of what comes from outside, such as Ctrl-C, the next step mends the rest
+        except Exception:  # of what comes from outside, such as Ctrl-C, the next step repairs the rest
             self._closed = True
             if self._promoter is not None:
                 self._promoter.stop()
@@ -240,16 +240,16 @@ class DeviceTier:
         if self._promoter is not None:
             self._promoter.check_integrity(self._slots.find)
 
-    def _mend(self) -> None:
+    def _repair(self) -> None:
         if self._slots.is_dropped and not self._closed:  # shrinking was cut
             try:
                 self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
             except MoetierError:  # no memory is left; every caller gets ClosedError
                 self._closed = True
-        self._slots.mend(self._visits, self._intake.promoting)
+        self._slots.repair(self._visits, self._intake.promoting)
         if self._promoter is not None:
             missing = sum(visit.misses for visit in self._visits) + (self._shrinking is not None)
-            self._promoter.mend(missing, self._slots.find)
+            self._promoter.repair(missing, self._slots.find)
         self._monitor.wake()
 
     def _enter(self, visit: Visit, block: int, records: int) -> bool | None:

@@ -81,9 +81,9 @@ class HostViews:
     def reclaim(self) -> None:
         self._source.reclaim()
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         self._check_open()
-        self._source.prefetch(block, wishes)
+        self._source.prefetch(block, keys)
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return self._source.absent(keys)

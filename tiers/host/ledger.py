@@ -348,17 +348,17 @@ class Ledger:
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Make all agree after a step that an exception has cut anywhere.
 
         What callers hold and what loaders read stays. What is cached stays, as far as it is known. Prefetch requests
         are dropped.
         """
-        self.loads.mend(self._demands)
+        self.loads.repair(self._demands)
         for pool in self.pools.values():
             pool.repair(self._pins(pool), {load.slot: load.key for load in self.loads if load.pool is pool})
         self.directory.repair(self._contents())
-        self.waiting.mend(self._demands, self.pools.values())
+        self.waiting.repair(self._demands, self.pools.values())
 
     def check_integrity(self) -> None:
         """Assert that slots, groups, loads, demands and the directory agree."""

@@ -254,7 +254,7 @@ class Loads:
         self._directory.publish(load.key, load.pool.first + load.slot)
         self._prefetches.outcomes.arrive(load.key)
         for demand in load.waiters:
-            demand.ready.append(load.slot)  # first: a record in both is found by mend, one in neither would be lost
+            demand.ready.append(load.slot)  # first: a record in both is found by repair, one in neither would be lost
             demand.loads.remove(load)
             if demand.async_caller is not None:
                 self._waiting.recheck(demand)
@@ -265,7 +265,7 @@ class Loads:
     def fail(self, load: Load, error: BaseException) -> None:
         """Note that the record does not come. Its slot is EMPTY again, and all that wait for it get the error."""
         if self._loads.get(load.key) is not load:
-            return  # its arrival was cut, and mend has let its demands look again
+            return  # its arrival was cut, and repair has let its demands look again
         self._counters.failures += self.closed_by is None
         self._invalidate(load)
         for demand in load.waiters:
@@ -299,9 +299,9 @@ class Loads:
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
-    def mend(self, demands: Collection[Demand]) -> None:
+    def repair(self, demands: Collection[Demand]) -> None:
         """Agree with ``demands`` after a step that was cut: a load is one that a loader reads or a demand waits for."""
-        self._prefetches.mend()
+        self._prefetches.repair()
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
                 if load.slot not in demand.ready:  # its arrival was cut: the demand looks for the record again
@@ -317,7 +317,7 @@ class Loads:
                     self._queue.add(demand.caller, load)
                 self._ring()
         if self._buffers is not None:
-            self._buffers.mend([load.staged for load in self._loads.values() if load.staged is not None])
+            self._buffers.repair([load.staged for load in self._loads.values() if load.staged is not None])
 
     def check_integrity(self) -> None:
         """Assert that loads, the demands that wait for them, the queue and the staging buffers agree."""

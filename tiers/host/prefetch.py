@@ -94,9 +94,9 @@ class PrefetchQueue:
     def clear(self) -> None:
         """Drop all requests that have not begun, and the warm-up."""
         self._warmup.clear()
-        self.mend()
+        self.repair()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Drop all requests after a step that was cut."""
         self._waiting.clear()
         self._latest.clear()

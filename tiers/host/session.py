@@ -84,10 +84,10 @@ class Session(AsyncCaller):
             for key in keys:
                 self._ledger.use(key)
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Do as ``ExpertSource`` says; replaces this session's requests alone."""
-        self._ledger.manifest.check_keys(block, wishes)
-        self._monitor.run(self._prefetch, block, wishes)
+        self._ledger.manifest.check_keys(block, keys)
+        self._monitor.run(self._prefetch, block, keys)
 
     def _prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():

@@ -126,7 +126,7 @@ class StagingBuffers:
             self._ended.remove(staged)
             self._release(staged)
 
-    def mend(self, claimed: Collection[StagingBuffer]) -> None:
+    def repair(self, claimed: Collection[StagingBuffer]) -> None:
         """Repair after a step that was cut: loads have claimed just these, and a buffer that nothing uses is free."""
         for staged in list(self._staged.values()):
             if staged in self._ended:

@@ -59,7 +59,7 @@ class HostTier:
         self.plan = ArenaPlan.of(self.manifest, slots)
         assert arena is None or arena.plan == self.plan
         self.recovered = 0  # slots that were full when it began
-        self._monitor = Monitor(self._mend)
+        self._monitor = Monitor(self._repair)
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.plan)
             undo.callback(self._arena.close)
@@ -124,11 +124,11 @@ class HostTier:
         """As ``ExpertSource`` says."""
         self._monitor.run(self._ledger.reclaim, threading.get_ident())
 
-    def prefetch(self, block: int, wishes: Sequence[ExpertKey]) -> None:
+    def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says. A record is read beside the slots first, unless reads are quick. Then it evicts
         what an earlier prefetch brought in vain, or what is neither held nor requested, of its own group."""
-        self.manifest.check_keys(block, wishes)
-        self._monitor.run(self._prefetch, block, wishes)
+        self.manifest.check_keys(block, keys)
+        self._monitor.run(self._prefetch, block, keys)
 
     def warm(self, hot: HotSet) -> None:
         """Reads each block's hottest into EMPTY slots, in the background, while nothing is read for demands or
@@ -256,8 +256,8 @@ class HostTier:
             self._ledger.close(error)
             self._arena.directory.retire()
 
-    def _mend(self) -> None:
-        self._ledger.mend()
+    def _repair(self) -> None:
+        self._ledger.repair()
 
     def _lease(self, pool: Pool, slot: int, *, more: bool = False) -> Lease[memoryview]:
         number = pool.first + slot

@@ -99,7 +99,7 @@ class Waiting:
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
-    def mend(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
+    def repair(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
         """Agree with ``demands`` after a step that was cut, and have all callers look again."""
         for pool in pools:
             waiting = [demand for demand in pool.starved if demand in demands and demand.pending and demand.is_idle]

@@ -156,16 +156,16 @@ class Bands:
 
     def transpose(self, band: range) -> Tensor:
         """Return the weights of a band, fp32 [n, g, ROW_TILE]: read-only, valid until another band is transposed."""
-        turned = self._buffers[0, : len(band) * self._groups]
+        transposed = self._buffers[0, : len(band) * self._groups]
         if band != self._transposed:
             stored = self._stored[: len(band)]
             for place, block in zip(stored, band, strict=True):
                 rows = self._weights[block * ROW_TILE : (block + 1) * ROW_TILE]
                 place[:, : len(rows)] = rows.T  # same type and whole rows: five times faster in torch
                 place[:, len(rows) :] = 0
-            turned.copy_(stored.view(turned.shape))
+            transposed.copy_(stored.view(transposed.shape))
             self._transposed = band
-        return turned
+        return transposed
 
     def scratch(self, band: range) -> Tensor:
         """Return scratch memory for a band, fp32 [3, n, g, ROW_TILE]. It is allocated once, as new pages are slow."""

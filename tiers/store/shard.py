@@ -99,7 +99,7 @@ class ShardFile:
 
 
 def stored_checksums(place: str | Path, offsets: Iterable[int], slot_bytes: int) -> Iterator[int]:
-    """Yield the checksum stored behind each record of the shard at ``place``.
+    """Yield the checksum stored after each record of the shard at ``place``.
 
     To read from the very file that a descriptor refers to, give ``/proc/self/fd/N``.
     """

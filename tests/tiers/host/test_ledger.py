@@ -551,7 +551,7 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
         is_cut = cut(lambda: ledger.loads.arrive(load), number) is not None  # noqa: B023
         if not is_cut:
             break
-        ledger.mend()
+        ledger.repair()
         ledger.check_integrity()
         number += 1
         if load in list(ledger.loads):  # it counts as being read still

@@ -309,7 +309,7 @@ def test_reading_needs_no_zarr_and_no_torch() -> None:
 
 @pytest.fixture(scope="module")
 def lasting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[ExpertKey, bytes]]:
-    """A store that a test damages and mends again."""
+    """A store that a test damages and repairs again."""
     folder = tmp_path_factory.mktemp("lasting")
     return folder, make_store(folder)
 
@@ -660,7 +660,7 @@ def test_a_store_that_moved_is_the_same_store(tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def mended(request: pytest.FixtureRequest) -> Iterator[None]:
+def repaired(request: pytest.FixtureRequest) -> Iterator[None]:
     """The lasting store is as it was after every test that used it."""
     yield
     if "lasting" in request.fixturenames:
