@@ -23,7 +23,7 @@ UNINTERRUPTIBLE = frozenset(
     for package, names in (
         ("tiers", ("locks",)),
         ("tiers.host", ("tier",)),
-        ("tiers.device", ("tier", "views", "fill", "copies", "page_locks", "promoter")),
+        ("tiers.device", ("tier", "views", "fill", "copies", "promoter")),
         ("runtime.moe", ("block", "gates")),
         ("runtime.speculation", ("speculation",)),
         ("runtime.client", ("tier", "misses", "link", "outbox", "counts", "spare")),

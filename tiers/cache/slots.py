@@ -73,6 +73,11 @@ class Slots:
         return self._states.count(State.READY)
 
     @property
+    def loading(self) -> int:
+        """How many slots are LOADING."""
+        return self._states.count(State.LOADING)
+
+    @property
     def leased(self) -> int:
         """The number of READY slots that are pinned."""
         return sum(pins > 0 and state is State.READY for pins, state in zip(self._pins, self._states, strict=True))

@@ -1,17 +1,17 @@
-"""Copies of the host's records into the device's slots: queued, and waited for where one has to be proved."""
+"""Copies of the host's records into the device's slots, and page locks of the memory that they come from."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
-from .page_locks import PageLocks
 from .pool import DevicePool
 from .stream import Device, Event, Stream
 from .views import SlotViews
@@ -19,27 +19,84 @@ from .views import SlotViews
 Arrange = Callable[[torch.Tensor, RecordLayout], None]
 
 
-class Copy(NamedTuple):
-    """One that has been queued."""
+class PageLocks:
+    """Page locks of host memory. All of a memory is registered at once, when it is first copied from.
 
-    ended: Event  # the host's record may go
+    The owner unlocks nothing while a copy out of it is under way.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._locked: dict[int, torch.Tensor] = {}  # by the memory's id: all of it, which keeps the memory alive
+        self._retired: dict[int, torch.Tensor] = {}  # replaced by other memory of the host; to be unlocked
+        self._pageable = False  # once locking has failed
+
+    @property
+    def has_retired(self) -> bool:
+        return bool(self._retired)
+
+    def lock(self, memory: Any) -> None:
+        """Lock the pages of ``memory``. Warn once where the system refuses."""
+        if self._pageable or id(memory) in self._locked:
+            return
+        if id(memory) in self._retired:  # a late reader of what was replaced
+            self._locked[id(memory)] = self._retired.pop(id(memory))
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            whole = torch.frombuffer(memory, dtype=torch.uint8)
+        if self._device.lock_pages(whole, read_only=memoryview(memory).readonly):
+            self._locked[id(memory)] = whole
+            return
+        self._pageable = True
+        warnings.warn(
+            "The system does not page-lock the host tier: copies to the device will be slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def retire(self, memory: Any) -> None:
+        """Mark replaced memory, to be unlocked once its copies finish."""
+        if (whole := self._locked.pop(id(memory), None)) is not None:
+            self._retired[id(memory)] = whole
+
+    def unlock_retired(self) -> None:
+        """Unlock the replaced memory."""
+        self._unlock(self._retired)
+
+    def unlock(self) -> None:
+        """Unlock all that was not replaced. Idempotent."""
+        self._unlock(self._locked)
+
+    def _unlock(self, locked: dict[int, torch.Tensor]) -> None:
+        while locked:
+            self._device.unlock_pages(locked.popitem()[1])
+
+
+class Copy(NamedTuple):
+    """A copy that has been queued."""
+
+    ended: Event  # the host's record may be released
     ready: Event  # the slot may be computed on
-    uses: Mapping[Stream, Event]  # of the slot, behind the copy itself: who refills it waits for them
+    uses: Mapping[Stream, Event]  # of the slot, after the copy itself: a refill waits for them
 
 
 class Copies:
-    """Into one device. Thread-safe, but for what ``locks`` says."""
+    """Copies into one device. Thread-safe, except for ``locks`` (see there)."""
 
     def __init__(self, device: Device, arrange: Arrange | None = None) -> None:
-        """``arrange`` queues, on the current stream, what turns a record into what is computed with, in place."""
+        """``arrange`` queues on the current stream, in place, what makes a record ready to compute with."""
         self._device = device
         self._arrange = arrange
         self.locks = PageLocks(device)
         self._views = SlotViews(self.locks.lock, self.locks.retire)
 
     def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: int) -> Copy | None:
-        """Behind all uses of the slot, which is LOADING: nobody else touches it. None if the lease did not hold so
-        long. One that has to be proved costs a wait for its copy: nobody may compute on what is not proved."""
+        """Queue a copy behind all uses of the slot, which is LOADING, so that no other thread touches it.
+
+        Returns None if the lease did not hold until the copy was done. A lease that has a proof costs a wait for its
+        copy: nothing may compute on a record that is not proved.
+        """
         copies, record = self._device.copy_stream(), pool.records[slot]
         for use in pool.used[slot].values():
             copies.wait_event(use)
@@ -56,19 +113,18 @@ class Copies:
         try:
             self._device.run(arranging, partial(self._arrange, record, pool.layout))
         except BaseException:
-            arranging.record_event().synchronize()  # nobody else would wait for what was queued
+            arranging.record_event().synchronize()  # no later event covers what was queued
             raise
         ready = arranging.record_event()
         return Copy(ended, ready, {arranging: ready})
 
     def abandon(self, pool: DevicePool, slot: int) -> Event:
-        """For a slot whose copy may have been queued, or not. Refilling it waits for what was; returns the end of the
-        copy."""
+        """Have refills of a slot wait for its copy, which may or may not have been queued; return the copy's end."""
         for stream in (self._device.copy_stream(), *([self._device.arranging_stream()] if self._arrange else ())):
             pool.used[slot][stream] = stream.record_event()
         ended = pool.copied[slot] = pool.used[slot][self._device.copy_stream()]
         return ended
 
     def clear(self) -> None:
-        """The host's memory is let go of."""
+        """Drop the views, which keep the host's memory alive."""
         self._views.clear()

@@ -1,9 +1,11 @@
-"""What comes into the device's slots: records that the host has leased, for demands and for wishes."""
+"""Fill of the device's slots with records that the host has leased, for demands and for promotions."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from functools import partial
 
 from moetier.tiers.layout import ExpertKey
@@ -12,19 +14,42 @@ from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters
 
 from .copies import Copies, Copy
-from .pool import DevicePool
+from .pool import DevicePool, DeviceSlots
 from .promoter import Promoter
-from .residency import DeviceSlots
-from .visit import Visit
+from .stream import Event, Stream
 
-_THERE, _NONE = -1, -2  # in place of a slot
+_PRESENT, _NONE = -1, -2  # in place of a slot
 
 
-class Intake:
-    """Of one tier, whose lock it takes itself."""
+@dataclass(eq=False, slots=True)
+class DeviceDemand:
+    """One call of acquire: the slots that it holds, and the copies that it waits for.
 
-    promoter: Promoter | None = None  # of the tier, if it has one
-    promoting: tuple[DevicePool, int, ExpertKey] | None = None  # what it copies now
+    It shares little with a ``Demand`` of the host tier: it copies one record at a time in the caller's own thread,
+    never waits for a read, and ends its leases by events of the device.
+    """
+
+    pool: DevicePool
+    caller: int  # a thread
+    is_scan: bool = False  # wants more records than its block can keep
+    latest: ExpertKey | None = None  # record of the latest lease
+    misses: bool = False  # lacks records: promotions wait until it ends
+    ready: deque[int] = field(default_factory=deque)  # slots: pinned, not leased yet
+    leased: tuple[int, Stream] | None = None  # slot: pinned; and the stream that computes on it
+    filling: tuple[int, ExpertKey] | None = None  # slot: LOADING, until its copy is queued
+    copied: Event | None = None  # the end of the latest copy, and with it of those before
+
+    def end_copies(self) -> None:
+        """Wait until the records that were copied may be released."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+
+
+class DeviceFill:
+    """Fill of one tier's slots. It takes the tier's lock itself, except in methods that are part of a step."""
+
+    promoting: tuple[DevicePool, int, ExpertKey] | None = None  # the slot that is LOADING for a promotion
 
     def __init__(
         self,
@@ -32,46 +57,51 @@ class Intake:
         slots: DeviceSlots,
         copies: Copies,
         counters: TierCounters,
+        promoter: Promoter,
         check_open: Callable[[], None],
     ) -> None:
         self._monitor = monitor
         self._slots = slots
         self._copies = copies
         self._counters = counters
+        self._promoter = promoter
         self._check_open = check_open
 
-    def demand(self, visit: Visit, lease: Lease[memoryview], began: float, *, wait: bool) -> bool:
-        """Puts a record that the host has leased into a slot, unless the lease does not hold so long: then it comes
-        again. False if there is no slot now, and the caller does not ``wait`` for one. Raises ClosedError."""
-        slot = self._monitor.wait_for(self._place, visit, lease.key, began, wait)
-        if slot in (_THERE, _NONE):
-            return slot == _THERE  # then the lease was not used, so there is nothing to prove
-        copy = self._transfer(visit.pool, slot, lease, visit)
+    def demand(self, demand: DeviceDemand, lease: Lease[memoryview], began: float, *, wait: bool) -> bool:
+        """Put a record that the host has leased into a slot, unless the lease does not hold: then it comes again.
+
+        Returns False if no slot can be had now and the caller does not ``wait`` for one. Raises ClosedError.
+        """
+        slot = self._monitor.wait_for(self._place, demand, lease.key, began, wait)
+        if slot in (_PRESENT, _NONE):
+            return slot == _PRESENT  # then the lease was not used, so there is nothing to prove
+        copy = self._transfer(demand.pool, slot, lease, demand)
         if copy is not None:
-            visit.copied = copy.ended
-            self._monitor.run(self._arrive, visit.pool, slot, copy, visit, began)
+            demand.copied = copy.ended
+            self._monitor.run(self._arrive, demand.pool, slot, copy, demand, began)
         return True
 
-    def _place(self, visit: Visit, key: ExpertKey, began: float, wait: bool) -> int | None:
-        """The slot for a demand, which is begun; None while it is to wait for one."""
+    def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> int | None:
+        """Begin to fill a slot for a demand, and return it; None while the demand has to wait for one."""
         self._check_open()
-        pool = visit.pool
+        pool = demand.pool
         slot = pool.slots.find(key)
         if slot is not None and pool.slots.is_ready(slot):  # since this caller looked
             self._counters.joined += 1
-            pool.policy.touch(slot, scan=visit.passing)
-            self._admit(visit, slot, began)
-            return _THERE
-        if slot is not None or (slot := self._choose(visit, key.block)) is None:
+            pool.policy.touch(slot, scan=demand.is_scan)
+            self._admit(demand, slot, began)
+            return _PRESENT
+        if slot is not None or (slot := self._choose(demand, key.block)) is None:
             return None if wait else _NONE
-        visit.filling = (slot, key)
-        self._begin(pool, slot, key, passing=visit.passing)
-        pool.policy.touch(slot, scan=visit.passing)
+        demand.filling = (slot, key)
+        self._begin(pool, slot, key, scan=demand.is_scan)
+        pool.policy.touch(slot, scan=demand.is_scan)
         return slot
 
-    def wish(self, lease: Lease[memoryview]) -> None:
-        """Promotes what the host has leased for a wish, if that still stands and has a slot. The lease may end then."""
-        begun = self._monitor.run(self._place_wish, lease.key)
+    def promote(self, lease: Lease[memoryview]) -> None:
+        """Promote a record that the host has leased, if it is still requested and a slot can be had; wait for the copy.
+        The lease may end then."""
+        begun = self._monitor.run(self._place_promotion, lease.key)
         if begun is None:
             return
         pool, slot, began = begun
@@ -79,102 +109,124 @@ class Intake:
         if copy is not None:
             self._monitor.run(self._arrive, pool, slot, copy)
             copy.ended.synchronize()
-            self._monitor.run(self._end_wish, lease.key, began)
+            self._monitor.run(self._end_promotion, lease.key, began)
 
-    def _place_wish(self, key: ExpertKey) -> tuple[DevicePool, int, float] | None:
-        promoter, pool = self.promoter, self._slots.pool(key.block)
-        assert promoter is not None
+    def _place_promotion(self, key: ExpertKey) -> tuple[DevicePool, int, float] | None:
+        promoter, pool = self._promoter, self._slots.pool(key.block)
         if not promoter.may_begin(key):
             return None
         if pool.slots.find(key) is not None:
-            promoter.drop(key)
+            promoter.remove(key)
             return None
         slot = pool.policy.choose(key.block, keep=promoter.__contains__)
         if slot is None:
-            promoter.give_up(key)
+            promoter.cancel(key)
             return None
         self.promoting = (pool, slot, key)
-        self._begin(pool, slot, key, wished=True)
+        self._begin(pool, slot, key, prefetched=True)
         return pool, slot, promoter.begin(key)
 
-    def _end_wish(self, key: ExpertKey, began: float) -> None:
-        assert self.promoter is not None
-        self.promoter.outcomes.arrive(key)
+    def _end_promotion(self, key: ExpertKey, began: float) -> None:
+        self._promoter.outcomes.arrive(key)
         self._counters.loaded(time.perf_counter() - began)
 
-    def _choose(self, visit: Visit, block: int) -> int | None:
-        """The slot for a demand: only if there is no other, one of what is wished for, or, in a passage, the one that
-        was leased last: the copy would wait until that is computed on."""
-        choose = partial(visit.pool.policy.choose, block, scan=visit.passing)
-        slot = choose(keep=partial(self._is_kept, visit))
+    def _choose(self, demand: DeviceDemand, block: int) -> int | None:
+        """Choose a slot for a demand.
+
+        A requested record is evicted only if there is no other; so is, in a scan, the record that was leased last: the
+        copy would wait until that one is computed on.
+        """
+
+        def keep(key: ExpertKey) -> bool:
+            return (demand.is_scan and key == demand.latest) or key in self._promoter
+
+        choose = partial(demand.pool.policy.choose, block, scan=demand.is_scan)
+        slot = choose(keep=keep)
         return choose(may_borrow=True) if slot is None else slot
 
-    def _is_kept(self, visit: Visit, key: ExpertKey) -> bool:
-        return (visit.passing and key == visit.latest) or (self.promoter is not None and key in self.promoter)
-
     def _begin(
-        self, pool: DevicePool, slot: int, key: ExpertKey, *, wished: bool = False, passing: bool = False
+        self, pool: DevicePool, slot: int, key: ExpertKey, *, prefetched: bool = False, scan: bool = False
     ) -> None:
-        evicted = self._slots.begin(pool, slot, key, wished=wished, passing=passing)
-        if evicted is not None and self.promoter is not None:
-            self.promoter.outcomes.evict(evicted)
+        evicted = pool.begin(slot, key, scan=scan, prefetched=prefetched)
+        if evicted is not None:
+            self._counters.evictions += 1
+            self._promoter.outcomes.evict(evicted)
 
     def _transfer(
-        self, pool: DevicePool, slot: int, lease: Lease[memoryview], visit: Visit | None = None
+        self, pool: DevicePool, slot: int, lease: Lease[memoryview], demand: DeviceDemand | None = None
     ) -> Copy | None:
-        """Queues the copy into a slot that was begun; None if the lease did not hold so long."""
+        """Queue the copy into a slot that was begun; None if the lease did not hold."""
         try:
             copy = self._copies.queue(lease, pool, slot)
         except BaseException:
-            self._monitor.run(self._fail, pool, slot, visit)
+            self._monitor.run(self._fail, pool, slot, demand)
             raise
         if copy is None:
-            self._monitor.run(self._discard, pool, slot, visit)
+            self._monitor.run(self._discard, pool, slot, demand)
         return copy
 
-    def _arrive(self, pool: DevicePool, slot: int, copy: Copy, visit: Visit | None = None, began: float = 0.0) -> None:
-        self._slots.arrive(pool, slot, copy)
-        self._end_filling(visit)
-        if visit is not None:
-            self._admit(visit, slot, began)
+    def _arrive(
+        self, pool: DevicePool, slot: int, copy: Copy, demand: DeviceDemand | None = None, began: float = 0.0
+    ) -> None:
+        """Make a slot READY: what computes on it from now on waits for the copy."""
+        self._counters.bytes_in += pool.slot_bytes
+        pool.copied[slot] = copy.ready
+        pool.used[slot] = dict(copy.uses)
+        pool.slots.fill(slot)
+        self._end_filling(demand)
+        if demand is not None:
+            self._admit(demand, slot, began)
 
-    def _fail(self, pool: DevicePool, slot: int, visit: Visit | None) -> None:
+    def _fail(self, pool: DevicePool, slot: int, demand: DeviceDemand | None) -> None:
         self._counters.failures += 1
-        self._give_up(pool, slot, visit)
+        self._cancel(pool, slot, demand)
 
-    def _discard(self, pool: DevicePool, slot: int, visit: Visit | None) -> None:
+    def _discard(self, pool: DevicePool, slot: int, demand: DeviceDemand | None) -> None:
         self._counters.discarded += 1
-        self._give_up(pool, slot, visit)
+        self._cancel(pool, slot, demand)
 
-    def leave(self, visit: Visit) -> None:
-        """Part of a step: a caller goes, and what it was about to copy does not come."""
-        if visit.filling is not None:
-            slot, _ = visit.filling
-            visit.copied = self._copies.abandon(visit.pool, slot)
-            self._give_up(visit.pool, slot, visit)
+    def leave(self, demand: DeviceDemand) -> None:
+        """Cancel the copy that a demand was about to queue, as its caller goes. Part of a step."""
+        if demand.filling is not None:
+            slot, _ = demand.filling
+            demand.copied = self._copies.abandon(demand.pool, slot)
+            self._cancel(demand.pool, slot, demand)
 
-    def _give_up(self, pool: DevicePool, slot: int, visit: Visit | None) -> None:
-        """What was to be copied into a slot is not there."""
-        if self.promoter is not None:
-            self.promoter.outcomes.fail(pool.slots.key(slot))
-        self._slots.give_up(pool, slot)
-        self._end_filling(visit)
+    def _cancel(self, pool: DevicePool, slot: int, demand: DeviceDemand | None) -> None:
+        self._promoter.outcomes.fail(pool.slots.key(slot))
+        pool.fail(slot)
+        self._end_filling(demand)
 
-    def _end_filling(self, visit: Visit | None) -> None:
-        if visit is None:
+    def _end_filling(self, demand: DeviceDemand | None) -> None:
+        if demand is None:
             self.promoting = None
         else:
-            visit.filling = None
-        self._end_copying()
-
-    def _end_copying(self) -> None:
+            demand.filling = None
         locks = self._copies.locks
-        if not self._slots.copying and locks.has_retired:  # nobody begins a copy while the lock is held
+        if locks.has_retired and not self._slots.copying:  # no copy begins while the lock is held
             self._slots.wait_for_copies()
             locks.unlock_retired()
         self._monitor.wake()
 
-    def _admit(self, visit: Visit, slot: int, began: float) -> None:
-        visit.pool.slots.pin(slot)
-        visit.ready.append(slot)
+    def _admit(self, demand: DeviceDemand, slot: int, began: float) -> None:
+        demand.pool.slots.pin(slot)
+        demand.ready.append(slot)
         self._counters.waited(time.perf_counter() - began)
+
+    def repair(self, demands: Collection[DeviceDemand]) -> None:
+        """Make the slots agree with what is held, after a step that an exception has cut anywhere. Part of a step.
+
+        What callers hold stays, and so does what is being copied for them or for a promotion.
+        """
+        for pool in self._slots.pools.values():
+            pins = [0] * pool.slots.count
+            loading: dict[int, ExpertKey] = {}
+            for demand in demands:
+                if demand.pool is pool:
+                    for slot in [*demand.ready, *([demand.leased[0]] if demand.leased is not None else [])]:
+                        pins[slot] += 1
+                    if demand.filling is not None:
+                        loading[demand.filling[0]] = demand.filling[1]
+            if self.promoting is not None and self.promoting[0] is pool:
+                loading[self.promoting[1]] = self.promoting[2]
+            pool.repair(pins, loading)

@@ -1,14 +1,21 @@
-"""The device's slots of one record geometry: their memory, and the events that order what is done with it."""
+"""Slots of the device: pools by record geometry, and their memory."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 
-from moetier.tiers.cache.pool import SlotPool
+from moetier.tiers.cache.budget import slot_ranges
+from moetier.tiers.cache.pool import SlotPool, snapshot
 from moetier.tiers.cache.quotas import plan_groups
+from moetier.tiers.errors import BudgetError
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.stats import TierCounters, TierStats
 
-from .stream import Event, Stream
+from .stream import Device, Event, Stream
 
 
 class DevicePool(SlotPool):
@@ -25,6 +32,110 @@ class DevicePool(SlotPool):
         self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
         self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # the end of each stream's last use of a slot
 
+
+class DeviceSlots:
+    """The pools of one tier, whose lock is held by the caller of each method."""
+
+    def __init__(
+        self, manifest: Manifest, memory: Mapping[str, torch.Tensor], policy: str, counters: TierCounters
+    ) -> None:
+        self._manifest = manifest
+        self._policy = policy
+        self._counters = counters
+        self.pools: dict[str, DevicePool] = {}  # by array
+        self.use(memory)
+
+    def use(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Make slots, all EMPTY, of ``memory`` by array, as ``allocate`` gives it."""
+        first = 0
+        for array, slots in memory.items():
+            self.pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
+            first += self.pools[array].slots.count
+
+    def pool(self, block: int) -> DevicePool:
+        """The pool of a block's records."""
+        return self.pools[self._manifest.blocks[block].array]
+
+    def find(self, key: ExpertKey) -> int | None:
+        """The slot of its pool that holds a record or is being filled with it."""
+        return self.pool(key.block).slots.find(key)
+
+    @property
+    def copying(self) -> int:
+        """How many slots are being filled."""
+        return sum(pool.slots.loading for pool in self.pools.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many slots there are, by array."""
+        return {array: pool.slots.count for array, pool in self.pools.items()}
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether some slots have no memory."""
+        return not all(pool.records for pool in self.pools.values())
+
+    def wait_for_copies(self) -> None:
+        """Wait until all queued copies are done."""
+        for pool in self.pools.values():
+            for event in pool.copied:
+                if event is not None:
+                    event.synchronize()
+
+    def drop(self) -> list[ExpertKey]:
+        """Evict every record, and free the memory once the device no longer uses it. Return the keys of the evicted.
+
+        No slot is held or being filled.
+        """
+        self.wait_for_copies()
+        for pool in self.pools.values():
+            for event in [event for uses in pool.used for event in uses.values()]:
+                event.synchronize()
+        held = [key for pool in self.pools.values() for key in pool.slots.held()]
+        self._counters.evictions += len(held)
+        self.clear()
+        return held
+
     def clear(self) -> None:
-        """The memory goes, or stays as long as a record of it is held."""
-        self.records.clear()
+        """Free the memory; that of a record that is still leased stays as long as the record is held."""
+        for pool in self.pools.values():
+            pool.records.clear()
+
+    def stats(self) -> TierStats:
+        return snapshot(self._counters, self.pools.values())
+
+
+def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Allocate memory for ``slots`` by array, or for fewer, with one warning, where the device has no room for them.
+
+    Raises BudgetError when it has no room for one token's experts.
+    """
+    sizes = {array: layout.slot_bytes for array, layout in manifest.layouts.items()}
+    counts = dict(slots)
+    while True:
+        try:
+            memory = {array: device.allocate(count * sizes[array]) for array, count in counts.items()}
+        except torch.OutOfMemoryError:
+            less = fewer(manifest, counts)
+            if less == counts:
+                least = sum(count * sizes[array] for array, count in counts.items())
+                raise BudgetError(
+                    f"The device has no room for the {least:,} bytes of the experts that one token needs in one block.",
+                    "Free some of its memory, or run on the CPU.",
+                ) from None
+            counts = less
+        else:
+            break
+    if counts != slots:
+        warnings.warn(
+            f"The device has room for {sum(counts.values())} experts, not for {sum(slots.values())}; it caches fewer.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return memory
+
+
+def fewer(manifest: Manifest, slots: Mapping[str, int]) -> dict[str, int]:
+    """Three quarters of ``slots`` by array, but at least one token's experts of one block."""
+    fewest = {array: least for array, (least, _) in slot_ranges(manifest).items()}
+    return {array: max(fewest[array], count * 3 // 4) for array, count in slots.items()}

@@ -1,10 +1,11 @@
-"""Promoter: wishes of the device tier, brought about by a thread of its own, one record at a time.
+"""Promoter: a background thread that copies requested records from the host to the device, one at a time.
 
-The source's own prefetch reads from the disk, and what is READY there is borrowed: of that the source counts no demand.
-What is not there yet is looked for again, while the wish stands, after a pause that grows. A demand goes first: while
-one misses records no copy is begun, and one that has begun is one record.
+The source's own prefetch reads a requested record from the disk. Once it is READY there the promoter borrows it, which
+the source does not count as a demand. A record that is not READY yet is looked for again after a pause that grows, as
+long as the request stands. Demands go first: while one misses records no copy is begun, and a copy that has begun is
+one record.
 
-Nobody waits for ever: the thread waits for its own copy alone.
+No deadlock: the thread waits only for its own copy.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from moetier.tiers.locks import Monitor
 from moetier.tiers.source import Lease, Lender
 from moetier.tiers.stats import TierCounters
 
-PAUSE = 0.002  # seconds until it looks again for what is not in the source yet; twice as many each time ...
-LONGEST_PAUSE = 0.1  # ... up to these
+PAUSE = 0.002  # seconds until the first new look for records that are not in the source yet; doubled each time
+LONGEST_PAUSE = 0.1  # seconds
 
 _log = logging.getLogger(__name__)
 
 
 class Promoter:
-    """Of one tier, whose lock is held by who calls anything but ``join``."""
+    """Promotions of one tier. Every method but ``join`` is part of a step."""
 
     def __init__(
         self,
@@ -42,34 +43,37 @@ class Promoter:
         promote: Callable[[Lease[memoryview]], None],
         make_room: Callable[[], object],
     ) -> None:
-        """``promote`` is called without the lock: it begins what ``may_begin``, and returns when the lease may end.
-        ``make_room`` is called without it too, where the device had no memory left to promote a record."""
+        """
+        Args:
+            promote: called without the lock to copy a record that ``may_begin``; returns when the lease may end.
+            make_room: called without the lock when the device had no memory left to promote a record.
+        """
         self._source = source
         self._monitor = monitor
         self._counters = counters
         self._promote = promote
         self._make_room = make_room
-        self._waiting: dict[int, list[ExpertKey]] = {}  # not begun; by block, in the order of their coming
-        self._latest: dict[int, dict[ExpertKey, None]] = {}  # begun or not, here or not; never the same object twice
+        self._waiting: dict[int, list[ExpertKey]] = {}  # requested and not begun; by block, in the order of arrival
+        self._latest: dict[int, dict[ExpertKey, None]] = {}  # the latest requests of each block, begun or not
         self.outcomes = PrefetchOutcomes(counters, time.perf_counter)
         self._missing = 0  # demands that wait for records
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_over = False
-        self._has_failed = False  # once is told
+        self._has_failed = False  # only the first failure is logged
 
     def __contains__(self, key: ExpertKey) -> bool:
-        """Whether the latest wishes name it."""
+        """Whether the latest requests name a record."""
         return key in self._latest.get(key.block, ())
 
-    # -- wishes and demands -------------------------------------------------------------------------------------------
+    # -- requests and demands -----------------------------------------------------------------------------------------
 
-    def wish(self, block: int, wishes: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
-        """The block's wishes are these from now on, and those that are ``lacking`` here are to come."""
-        self._counters.cancelled += sum(key not in wishes for key in self._waiting.pop(block, ()))
+    def request(self, block: int, keys: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
+        """Replace a block's requests by ``keys``, and promote those that are ``lacking`` on the device."""
+        self._counters.cancelled += sum(key not in keys for key in self._waiting.pop(block, ()))
         self._latest.pop(block, None)
-        if wishes:
-            self._latest[block] = dict.fromkeys(wishes)
+        if keys:
+            self._latest[block] = dict.fromkeys(keys)
         if lacking:
             self._waiting[block] = list(dict.fromkeys(lacking))
             if self._thread is None or self._thread.ident is None:  # None: its start was cut
@@ -78,12 +82,12 @@ class Promoter:
             if not self._missing:
                 self._bell.put(None)
 
-    def stand_back(self) -> None:
-        """A demand misses records."""
+    def pause(self) -> None:
+        """Begin no promotion until ``resume`` has been called as often: a demand misses records."""
         self._missing += 1
 
-    def go_on(self) -> None:
-        """It is over."""
+    def resume(self) -> None:
+        """End one ``pause``."""
         self._missing -= 1
         if self._waiting and not self._missing:
             self._bell.put(None)
@@ -91,23 +95,23 @@ class Promoter:
     # -- promotions ---------------------------------------------------------------------------------------------------
 
     def may_begin(self, key: ExpertKey) -> bool:
-        """Whether the wish stands, and no demand is to go first."""
+        """Whether a record is still requested, and no demand goes first."""
         return not self._missing and key in self._waiting.get(key.block, ())
 
     def begin(self, key: ExpertKey) -> float:
         """Note that a promotion begins. Return the time, by ``time.perf_counter``."""
-        self.drop(key)
+        self.remove(key)
         self._counters.prefetched += 1
         began = time.perf_counter()
         self.outcomes.begin(key, began)
         return began
 
-    def give_up(self, key: ExpertKey) -> None:
-        """There is no slot for it, or it can't be had."""
-        self._counters.cancelled += self.drop(key)
+    def cancel(self, key: ExpertKey) -> None:
+        """Cancel a request for which there is no slot, or whose record can't be had."""
+        self._counters.cancelled += self.remove(key)
 
-    def drop(self, key: ExpertKey) -> bool:
-        """It is not to come any more; whether it was."""
+    def remove(self, key: ExpertKey) -> bool:
+        """Remove a request from those that wait; return whether it was there."""
         waiting = self._waiting.get(key.block, [])
         if key not in waiting:
             return False
@@ -117,7 +121,7 @@ class Promoter:
         return True
 
     def repair(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
-        """After a step that was cut: so many demands miss records, and no wish is known."""
+        """Drop all requests after a step that was cut; ``missing`` demands miss records."""
         self._missing = missing
         self._waiting.clear()
         self._latest.clear()
@@ -126,19 +130,19 @@ class Promoter:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Nothing is begun any more."""
+        """Begin no promotion any more."""
         self._is_over = True
         self._waiting.clear()
         self._latest.clear()
         self._bell.put(None)
 
     def join(self) -> None:
-        """Waits for the thread, without the lock."""
+        """Wait for the thread, without the lock."""
         if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
 
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Asserts that what was promoted and not used is in a slot, and that what waits is wished for."""
+        """Assert that promoted records that are unused are in slots, and that those that wait are requested."""
         assert self._missing >= 0
         assert all(find(key) is not None for key in self.outcomes.unused)
         for block, waiting in self._waiting.items():
@@ -150,12 +154,12 @@ class Promoter:
 
     def _run(self) -> None:
         pause = PAUSE
-        while (waiting := self._look()) is not None:
+        while (waiting := self._monitor.run(self._due)) is not None:
             try:
-                if any(self._bring(key) for key in waiting):  # then what waits is another, or nothing
+                if any(self._bring(key) for key in waiting):  # the list of those that wait has changed
                     pause = PAUSE
                     continue
-            except ClosedError:  # of the source, or of the tier: no wish comes true any more
+            except ClosedError:  # of the source, or of the tier
                 return
             try:
                 self._bell.get(timeout=pause if waiting else None)
@@ -163,17 +167,14 @@ class Promoter:
             except Empty:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _look(self) -> list[ExpertKey] | None:
-        """What waits and may begin now; None at the end."""
-        return self._monitor.run(self._due)
-
     def _due(self) -> list[ExpertKey] | None:
+        """Return the records that may be promoted now; None at the end."""
         if self._is_over:
             return None
         return [key for keys in self._waiting.values() for key in keys] if not self._missing else []
 
     def _bring(self, key: ExpertKey) -> bool:
-        """Whether the source has it, or it is given up."""
+        """Promote a record if the source has it; return whether it has, or the request was cancelled."""
         try:
             with self._source.borrow(key) as lease:
                 if lease is not None:
@@ -181,13 +182,13 @@ class Promoter:
                 return lease is not None
         except ClosedError:
             raise
-        except Exception as error:  # whatever it is: the thread is for other wishes too, and a demand meets it again
-            if not self._has_failed:  # as text: its frames hold the lease
+        except Exception as error:  # the thread serves other requests too, and a demand will meet the error again
+            if not self._has_failed:  # logged as text: the error's frames hold the lease
                 self._has_failed = True
                 _log.warning("not promoted to the device: %s: %s: %s", key, type(error).__name__, str(error))
-            self._monitor.run(self.give_up, key)
+            self._monitor.run(self.cancel, key)
             is_full = isinstance(error, torch.OutOfMemoryError)
-        if is_full:  # not before: the error's frames hold slots
-            with contextlib.suppress(BudgetError):  # the next demand says that the tier is closed
+        if is_full:  # not in the handler: the error's frames hold slots
+            with contextlib.suppress(BudgetError):  # the tier is closed then, and the next demand raises that
                 self._make_room()
         return True

@@ -127,7 +127,7 @@ class AsyncCaller:
 class Demand:
     """One call of acquire. Each key is in one of pending, loads, ready or held, or its lease has ended.
 
-    It shares little with a ``Visit`` of the device tier: a visit copies one record at a time in the caller's own
+    It shares little with a ``DeviceDemand`` of the device tier: that copies one record at a time in the caller's own
     thread, and never waits for a read.
     """
 

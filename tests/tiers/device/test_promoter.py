@@ -59,8 +59,13 @@ def tier(host: HostTier, device: FakeDevice) -> Iterator[DeviceTier]:
 
 
 def promoted(tier: DeviceTier, count: int) -> None:
-    """Waits until so many wishes have come true since it was opened."""
-    wait_until(lambda: tier.stats().prefetched == count and not tier._promoter.outcomes._began)
+    """Wait until so many promotions have ended since the tier was opened. No demand has failed."""
+
+    def have_ended() -> bool:
+        stats = tier.stats()
+        return stats.prefetched == sum(stats.loads) + stats.failures + stats.discarded == count
+
+    wait_until(have_ended)
 
 
 def idle(tier: DeviceTier) -> None:
@@ -512,7 +517,7 @@ def test_a_right_guess_that_the_host_has_evicted_was_useful(device: FakeDevice, 
 def test_what_the_device_has_no_slot_for_is_useful_in_the_host(
     tier: DeviceTier, host: HostTier, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tier._promoter, "_promote", lambda lease: tier._promoter.drop(lease.key))
+    monkeypatch.setattr(tier._promoter, "_promote", lambda lease: tier._promoter.remove(lease.key))
     tier.prefetch(1, keys(1, 0, 1))
     wait_until(lambda: not tier._promoter._waiting)
     consumer = Consumer(tier, device)

@@ -19,7 +19,7 @@ from unsteady import UnsteadySource
 
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.cache.budget import slots_for, smallest_budget
-from moetier.tiers.device.page_locks import PageLocks
+from moetier.tiers.device.copies import PageLocks
 from moetier.tiers.device.stream import CudaDevice
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews, SlotViews
