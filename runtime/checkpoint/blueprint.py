@@ -1,7 +1,7 @@
-"""Which of a checkpoint's tensors make which expert, by transformers' own rules for loading it.
+"""Blueprint of a conversion: which of a checkpoint's tensors make which expert, by transformers' own rules.
 
-transformers' conversion mapping renames the checkpoint's keys; what ends in an Experts module is a *block*, the rest of
-what the model has is its trunk.
+transformers' conversion mapping renames the checkpoint's keys. Parameters of an Experts module form a *block*; the
+model's other parameters are its trunk.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "
 
 @dataclass(frozen=True)
 class Blueprint:
-    """``trunk`` and ``unused`` name the checkpoint's other tensors: those that the model has, and those it ignores.
+    """Blocks and trunk of a checkpoint.
 
-    ``matrices``: by module path, how the weights are made that become records in place of trunk tensors.
+    ``trunk`` and ``unused`` name the tensors outside blocks: those that the model has, and those that it ignores.
+    ``matrices``: by module path, the recipes of weights that become records in place of trunk tensors.
     """
 
-    dtype: str  # the model's, torch's name
+    dtype: str  # of the model, by torch's name
     blocks: tuple[BlockBlueprint, ...]
     trunk: tuple[str, ...]
     unused: tuple[str, ...]
@@ -45,9 +46,10 @@ class Blueprint:
 def make_blueprint(
     model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], wanted: Collection[str] = ()
 ) -> Blueprint:
-    """Raises UnsupportedModelError or CheckpointError. ``model`` is on meta; its Experts modules are cut down.
+    """Make the blueprint of ``model``, on the meta device, whose Experts modules are cut down to one expert.
 
-    ``wanted`` are paths of linear modules whose weights are to become records: those that can, will.
+    ``wanted``: paths of linear modules whose weights become records, where they can. Raises UnsupportedModelError or
+    CheckpointError.
     """
     modules = experts_modules(model)
     parameters = {
@@ -119,7 +121,7 @@ def make_blueprint(
 
 
 def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Which of a checkpoint's tensors together make which keys of the model; some of these it may not have."""
+    """Yield groups of tensors, and the keys that each group makes; the model may not have some of these."""
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     groups = _group(sorted(names, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
     for key, (converter, sources) in groups.items():
@@ -127,7 +129,7 @@ def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple
 
 
 def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
-    """Weight -> path, of modules whose record transformers finds under the module's own path, whatever it renames."""
+    """Return weight -> path for modules whose record transformers finds under the path, in spite of renamings."""
     records = {f"{path}{RECORD}": path for path in wanted}
     there = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
     found = _group(list(records), mapping, there | dict.fromkeys(records, True), prefix)
@@ -139,13 +141,13 @@ def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any]
 
 
 def _is_plain(group: tuple[loading.WeightConverter | None, dict[str, list[str]]]) -> bool:
-    """One tensor, taken as it is."""
+    """Return whether a group is one unchanged tensor."""
     converter, sources = group
     return converter is None and sum(map(len, sources.values())) == 1
 
 
 def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters of an Experts module that hold one slice for each expert."""
+    """Return the parameters of an Experts module that hold one slice for each expert."""
     found = []
     for name, parameter in module.named_parameters(recurse=False):
         if name in EXPERT_PARAMETERS:
@@ -161,8 +163,10 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
 def _group(
     names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str
 ) -> dict[str, tuple[loading.WeightConverter | None, dict[str, list[str]]]]:
-    """What each key of the model is made from, as transformers.core_model_loading collects it: key -> (converter,
-    source pattern -> checkpoint names). Keys that the model does not have are there too."""
+    """Return what each key is made from, as transformers.core_model_loading collects it.
+
+    The result is key -> (converter, source pattern -> checkpoint names), also for keys that the model does not have.
+    """
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -185,7 +189,7 @@ def _targets(key: str, converter: loading.WeightConverter | None) -> list[str]:
 
 
 def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """The type that from_pretrained gives a parameter: some models keep a few in fp32."""
+    """Return the type in which from_pretrained loads a parameter; some models keep a few in fp32."""
     plan = model._get_dtype_plan(dtype)
     if plan:
         pattern, by_group, _ = loading.build_glob_alternation(list(plan))
@@ -197,7 +201,7 @@ def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: tor
 
 
 def _top_k(model: PreTrainedModel, path: str, module: Any) -> int:
-    """How many experts a token is sent to: from the modules beside the experts, else from the config."""
+    """Return how many experts a token is sent to, by the modules beside the experts or by the config."""
     parent = model.get_submodule(path.rpartition(".")[0])
     for owner in (parent, *(child for child in parent.children() if child is not module), module.config):
         for name in TOP_K:

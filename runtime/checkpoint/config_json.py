@@ -1,4 +1,4 @@
-"""config.json of a model directory, vetted: it may come from anywhere."""
+"""Read config.json of a model directory, and refuse what an untrusted one could do."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from moetier.tiers.errors import StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.store.folder import read_json
 
-NAME = "moetier"  # the quantisation method, and the experts implementation, in config.json
+NAME = "moetier"  # of the quantisation method and the experts implementation in config.json
 
-# What makes transformers run code, fetch kernels, or read other files or another quantisation than moetier's own.
+# Keys that make transformers run code, fetch kernels, or read other files or another quantisation.
 NOT_CARRIED = (
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
@@ -20,7 +20,10 @@ NOT_CARRIED = (
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Raises StoreFormatError if it is no moetier directory's, UnsafeCheckpointError at what no conversion writes."""
+    """Return the config.
+
+    Raises StoreFormatError for another folder than moetier's, UnsafeCheckpointError for keys that moetier never writes.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise StoreFormatError(f"{folder} has no config.json.", "Convert the model again.")
@@ -45,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _not_carried(value: object) -> Iterator[str]:
-    """The keys at any depth that the converter leaves out, unless they say nothing."""
+    """Yield the keys of NOT_CARRIED at any depth, unless their value is null."""
     if isinstance(value, dict):
         yield from (name for name, entry in value.items() if name in NOT_CARRIED and entry is not None)
         value = list(value.values())

@@ -1,7 +1,7 @@
-"""Source tensors as the model means them: what a checkpoint keeps in FP8 or MXFP4 is dequantised while it is read.
+"""Source tensors: what a checkpoint stores in FP8 or MXFP4 is dequantised while it is read.
 
-To the rest of the converter a quantised checkpoint looks like an ordinary one of 16 bits: a tensor has one name, a
-shape and a type, and rows of its leading dimension can be read.
+So a quantised checkpoint looks like one of 16 bits to the rest of the converter: a tensor has one name, a shape and a
+type, and rows of its leading dimension can be read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TILE_WEIGHTS = 1 << 24  # dequantised at a time: 64 MiB in fp32
 
 
 class SourceTensor(Protocol):
-    """What the converter reads. ``dtype`` is torch's name of what ``read`` gives."""
+    """Tensor that the converter reads. ``dtype`` is torch's name of the type that ``read`` returns."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,17 +31,17 @@ class SourceTensor(Protocol):
     def dtype(self) -> str: ...
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """What it is read from."""
+        """Stored tensors that it is read from."""
         ...
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Rows of the leading dimension -> a new tensor."""
+        """Read rows of the leading dimension into a new tensor."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """As it is stored."""
+    """Tensor that is not quantised."""
 
     stored: StoredTensor
 
@@ -70,7 +70,7 @@ class Scaled:
 
     weight: StoredTensor
     scale: StoredTensor
-    block: tuple[int, int]  # rows, columns; where the grid has another number of cells, it divides the weight evenly
+    block: tuple[int, int]  # rows, columns; a grid with another number of cells divides the weight evenly
     dtype: str
 
     @property
@@ -100,7 +100,7 @@ class Scaled:
         return self.scale.read() if whole else self.scale.read(index, 1)[0]
 
     def _steps(self, scale: torch.Tensor) -> tuple[int, int]:
-        """Rows and columns of a block."""
+        """Return the rows and columns of a block."""
         if scale.numel() == 1:
             return self.shape[-2], self.shape[-1]
         steps = []
@@ -116,7 +116,7 @@ class Scaled:
         return steps[0], steps[1]
 
     def _read_rows(self, first: int, out: torch.Tensor) -> None:
-        """In tiles of whole blocks, so that a large matrix is never in fp32 as a whole."""
+        """Read in tiles of whole blocks, so that a large matrix is never in fp32 as a whole."""
         scale = self.scale.read()
         rows, columns = self._steps(scale)
         tile = max(1, TILE_WEIGHTS // (self.shape[1] * rows)) * rows
@@ -132,11 +132,13 @@ class Scaled:
 def dequantise_into(
     out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], skipped: int = 0
 ) -> None:
-    """out [N, K] = weight [N, K], times its block's scale in fp32. The first ``skipped`` rows of the first block are
-    not there."""
+    """Set out [N, K] to weight [N, K] times the scale of its block, in fp32.
+
+    The first ``skipped`` rows of the first block are missing in ``weight``.
+    """
     import torch
 
-    if scale.dtype == torch.uint8:  # a power of two, by its exponent
+    if scale.dtype == torch.uint8:  # exponents of powers of two
         scale = (scale.float() - 127).exp2()
     scale = scale.float()
     if weight.dtype == torch.int8:
@@ -184,7 +186,7 @@ class Mxfp4:
 def source_tensors(
     tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, dtype: str
 ) -> dict[str, SourceTensor]:
-    """What the checkpoint's tensors mean, by name; quantised ones come out in ``dtype``.
+    """Return the source tensors by name; quantised ones are read as ``dtype``.
 
     ``quantization`` is the checkpoint's own quantization_config. Raises UnsupportedModelError for other methods.
     """

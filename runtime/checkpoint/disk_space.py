@@ -1,25 +1,28 @@
-"""What there is on a disk, and what files take of it."""
+"""Space on disks: what is free, and what a folder takes.
+
+A module of its own, because the commands for pulled models use it as well as the converter.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 
 def nearest_folder(path: Path) -> Path:
-    """What there is of the way to it: on the same disk, until it is made."""
+    """Return the deepest existing folder of ``path``: the disk on which it would be made."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder, which need not be there, is on."""
-    disk = os.statvfs(nearest_folder(folder))
-    return disk.f_bavail * disk.f_frsize
+    """Return the bytes free on the disk of ``folder``, which need not exist."""
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def disk_bytes(folder: Path) -> int:
-    """That its files take; holes and what links lead to don't count."""
+    """Return the bytes that the files of ``folder`` take, without holes and targets of links."""
     taken = 0
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):

@@ -1,4 +1,4 @@
-"""A source checkpoint: found, vetted, its tensors listed. Nothing that it brings is executed, nothing is written."""
+"""Open a source checkpoint: find it, check it, and list its tensors. Nothing of it is executed, and nothing written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES, SAMPLE_STRIDE = 64, 16 << 20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# What a model directory takes over as it is: tokenizer, chat template, generation defaults, processors, licence.
+# Files that a model directory copies: tokenizer, chat template, generation defaults, processors, licence.
 COPIED = re.compile(
     r"tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
     r"|merges\.txt|spiece\.model|sentencepiece(\.bpe)?\.model|\w+\.tiktoken|tekken\.json|chat_template\.(jinja|json)"
@@ -34,16 +34,16 @@ COPIED = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that passed every check. ``tensors`` by name, over all shards; ``copied`` relative names."""
+    """Folder that passed all checks. ``tensors``: by name, of all shards. ``copied``: relative names."""
 
-    name: str  # hub id, or the folder's name
+    name: str  # hub id, or the name of the folder
     folder: Path
-    source: str  # what opens it again from anywhere: hub id, or the folder's absolute path
+    source: str  # opens it again from anywhere: hub id, or absolute path of the folder
     ignored_code: bool
     config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, StoredTensor]
     copied: tuple[str, ...]
-    revision: str | None = None  # the commit, where it is known to be the hub's
+    revision: str | None = None  # commit on the hub, if known
 
     @property
     def nbytes(self) -> int:
@@ -51,19 +51,21 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """Its quantization_config, wherever it is kept."""
+        """quantization_config, of the config or of its text_config."""
         places = (self.config, self.config.get("text_config") or {})
         return next((found for place in places if (found := place.get("quantization_config"))), None)
 
     @property
     def first_dtype(self) -> str | None:
-        """torch's name for the type of its first floats."""
+        """torch's name for the type of the first tensor of floats."""
         return next((FLOATS[t.dtype] for t in self.tensors.values() if t.dtype in FLOATS), None)
 
     @property
     def digest(self) -> str:
-        """sha256 over the config, and each tensor's name, type, shape, place, and some of its bytes, which tell one
-        fine-tune from another. Reads those. What it sees of a file tells its size too: the tensors fill it."""
+        """sha256 over the config, and each tensor's name, type, shape, place, and samples of its bytes.
+
+        The samples, which are read now, tell fine-tunes apart. The tensors fill their file, so its size counts too.
+        """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
             place = [tensor.name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset]
@@ -78,10 +80,10 @@ class Checkpoint:
 def open_checkpoint(
     source: str | Path, *, ignore_code: bool = False, check: Callable[[Mapping[str, Any]], None] | None = None
 ) -> Checkpoint:
-    """Opens a folder or a hub id. Raises CheckpointError or UnsafeCheckpointError.
+    """Open a folder or a hub id. Raises CheckpointError or UnsafeCheckpointError.
 
-    ``ignore_code`` accepts a checkpoint that names code of its own; that code is not executed either way. ``check`` may
-    raise on the config of a hub id: its weights are downloaded only after that.
+    ``ignore_code``: accept a checkpoint that names code of its own; it is not executed either way.
+    ``check``: may raise for the config of a hub id, before its weights are downloaded.
     """
     name, folder = locate(source)
     of_hub = not Path(source).is_dir()
@@ -105,14 +107,14 @@ def open_checkpoint(
 
 
 def copied_files(folder: Path) -> tuple[str, ...]:
-    """Names of those that a model directory takes over."""
+    """Return the names of the files that a model directory copies."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
     names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
     return tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name))
 
 
 def carried(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what names code, kernels or files to load, and without its quantisation; its parts likewise."""
+    """Return a config without keys that name code, kernels, files to load or a quantisation, at any depth."""
     return {
         name: carried(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
@@ -121,7 +123,7 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
-    """(name, folder). Of a hub id only the small ``files`` are there then."""
+    """Return the name and the folder. Of a hub id only the small ``files`` are downloaded."""
     folder = check_source(source)
     if folder is None:
         return str(source), hub.fetch(str(source), files, or_folder=True)
@@ -131,7 +133,7 @@ def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[
 
 
 def check_source(source: str | Path) -> Path | None:
-    """The folder; None of a hub id. Raises CheckpointError for what is neither."""
+    """Return the folder; None for a hub id. Raises CheckpointError for what is neither."""
     folder = Path(source)
     if folder.is_dir():
         return folder.resolve()
@@ -143,14 +145,14 @@ def check_source(source: str | Path) -> Path | None:
 
 
 def _is_snapshot(folder: Path) -> bool:
-    """Of a hub cache: its name is a commit's."""
+    """Return whether a folder is a snapshot in a hub cache, which is named by its commit."""
     return folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
 
 
 def contained(folder: Path, name: str) -> Path:
-    """The path of a checkpoint's file. Raises UnsafeCheckpointError when it leads out of the checkpoint.
+    """Return the path of a checkpoint's file. Raises UnsafeCheckpointError where it leads out of the checkpoint.
 
-    The links of a hub cache's snapshot into its own blobs are within it.
+    Links of a snapshot in a hub cache may lead to the cache's blobs.
     """
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
@@ -167,6 +169,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises CheckpointError or UnsafeCheckpointError."""
     path = contained(folder, name)
     try:
         found = json.loads(path.read_bytes())
@@ -182,6 +185,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise UnsafeCheckpointError where a config names code of the checkpoint's own."""
     others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     found = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
     for name, value in {"config.json": config, **found}.items():
@@ -193,14 +197,14 @@ def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def names_code(value: object) -> bool:
-    """Whether a config, or a part of it, names code of the checkpoint's own."""
+    """Return whether a config, or a part of it, names code of the checkpoint's own."""
     if isinstance(value, dict):
         return "auto_map" in value or any(map(names_code, value.values()))
     return isinstance(value, list) and any(map(names_code, value))
 
 
 def weights_of(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """The names of its shards, by the index that is there already."""
+    """Return the names of the shards, by the index, which must have been downloaded."""
     named = config.get("transformers_weights")
     if isinstance(named, str):
         return [named]
@@ -210,7 +214,7 @@ def weights_of(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def read_places(folder: Path, index: str) -> dict[str, str]:
-    """weight_map of an index: tensor -> file, each within the checkpoint and safetensors."""
+    """Return the weight_map of an index: tensor -> file. Raises CheckpointError or UnsafeCheckpointError."""
     places = read_json(folder, index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{folder / index} has no weight_map.", "Download the checkpoint again.")
@@ -240,8 +244,10 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTe
 def gathered(
     headers: Mapping[Path, Mapping[str, StoredTensor]], places: Mapping[str, Path], index: Path
 ) -> dict[str, StoredTensor]:
-    """The tensors of all files. Raises CheckpointError unless each is in one alone, and those that ``index`` names are
-    in the ``places`` that it names."""
+    """Return the tensors of all files.
+
+    Raises CheckpointError for a tensor in two files, or one that is not in the file where ``index`` ``places`` it.
+    """
     tensors: dict[str, StoredTensor] = {}
     for path, found in headers.items():
         if doubled := tensors.keys() & found.keys():
@@ -255,7 +261,7 @@ def gathered(
 
 
 def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
-    """In transformers' own order; ``transformers_weights`` is what a config may name instead."""
+    """Return the weights' file in transformers' own order. A config may name another: ``transformers_weights``."""
     named = config.get("transformers_weights")
     if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
         if not contained(folder, named).is_file():
@@ -268,7 +274,7 @@ def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
-    """What to raise where there are files of these ``names`` and none that can be read."""
+    """Return the error for a checkpoint whose files ``names`` have no weights that can be read."""
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return UnsafeCheckpointError(
             f"{place} holds its weights as pickle ({some(pickles)}), which can run code when it is read.",
@@ -280,7 +286,7 @@ def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
 
 
 def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
-    """(offset in its file, bytes) of the first and the last SAMPLE_BYTES of a tensor, and of as many at each
+    """Return (offset in the file, bytes) of a tensor's samples: its first and last SAMPLE_BYTES, and as many at each
     SAMPLE_STRIDE between them."""
     last = max(0, tensor.nbytes - SAMPLE_BYTES)
     starts = sorted({*range(0, last, SAMPLE_STRIDE), last})
@@ -288,6 +294,6 @@ def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
 
 
 def some(names: Iterable[str]) -> str:
-    """At most three of them."""
+    """Return a list of at most three names, for people."""
     listed = sorted(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,7 +1,7 @@
-"""A checkpoint on the Hugging Face hub: first what is small, and only when that is in order its weights.
+"""Download a checkpoint from the Hugging Face hub: small files first, and weights only after these were checked.
 
-Never code, never pickle. All of HTTP is huggingface_hub's: tokens, mirrors (HF_ENDPOINT), retries, being offline.
-What is small lands in its cache, or is found there without a network.
+Code and pickles are never downloaded. huggingface_hub does all of HTTP: tokens, mirrors (HF_ENDPOINT), retries, offline
+mode. Small files are in its cache, and found there without a network.
 """
 
 from __future__ import annotations
@@ -27,22 +27,20 @@ SMALL_FILES = (
     "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-NOBODYS = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # a partial download that huggingface_hub 2 never resumes
-
-
+UNRESUMABLE = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # partial downloads that huggingface_hub 2 never resumes
 HEADERS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """What the hub says of a file; ``sha256`` of those that are large."""
+    """Size of a file on the hub, and the ``sha256`` of a large one."""
 
     size: int
     sha256: str | None
 
 
 def check_id(name: str) -> None:
-    """Raises CheckpointError for what can be no id."""
+    """Raise CheckpointError for a name that can't be an id."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it has no __all__
 
@@ -57,8 +55,10 @@ def check_id(name: str) -> None:
 def fetch(
     name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = None, *, or_folder: bool = False
 ) -> Path:
-    """The snapshot's folder, with those of ``files`` (names or patterns) that there are. ``or_folder``: ``name`` might
-    have been a folder's. Raises CheckpointError."""
+    """Download those of ``files`` (names or patterns) that exist, and return the folder of the snapshot.
+
+    ``or_folder``: whether errors should say that ``name`` may have been meant as a folder. Raises CheckpointError.
+    """
     from huggingface_hub import snapshot_download
 
     with _errors(name, or_folder=or_folder):
@@ -66,7 +66,7 @@ def fetch(
 
 
 def listing(name: str, revision: str) -> dict[str, RemoteFile]:
-    """Every file of a revision. Raises CheckpointError."""
+    """Return all files of a revision. Raises CheckpointError."""
     from huggingface_hub import HfApi
 
     with _errors(name, "the list of files"):
@@ -79,7 +79,7 @@ def listing(name: str, revision: str) -> dict[str, RemoteFile]:
 
 
 def cached(name: str, file: str, revision: str) -> Path | None:
-    """Where huggingface_hub's cache has it, for somebody else's sake."""
+    """Return the file's path in huggingface_hub's cache, if another program has downloaded it."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, file, revision=revision)
@@ -87,13 +87,15 @@ def cached(name: str, file: str, revision: str) -> Path | None:
 
 
 def download(name: str, file: str, revision: str, into: Path | None, advance: Callable[[int], None]) -> Path:
-    """One file, whole: in the folder ``into``, or with None in the cache. ``advance`` is told bytes as they come.
-    Raises CheckpointError."""
+    """Download one file into the folder ``into``, or with None into the cache, and return its path.
+
+    ``advance`` is called with the number of bytes that came. Raises CheckpointError.
+    """
     from huggingface_hub import hf_hub_download
     from tqdm import tqdm
 
     class Told(tqdm):  # type: ignore[type-arg]
-        """A bar that is somebody else's."""
+        """Progress bar that shows nothing, and reports to ``advance``."""
 
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(disable=True)
@@ -103,16 +105,18 @@ def download(name: str, file: str, revision: str, into: Path | None, advance: Ca
             return None
 
     if into is not None:
-        for partial in into.rglob("*.incomplete"):  # of a process that was killed
-            if NOBODYS.search(partial.name):
+        for partial in into.rglob("*.incomplete"):  # left by a process that was killed
+            if UNRESUMABLE.search(partial.name):
                 partial.unlink()
     with _errors(name, file):
         return Path(hf_hub_download(name, file, revision=revision, local_dir=into, tqdm_class=Told))
 
 
 def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[str, Any]]:
-    """Of each safetensors file its tensors, as its header has them. No weights are downloaded: a header is the first
-    bytes of its file. Raises CheckpointError."""
+    """Return the tensors of each safetensors file, as in its header. Raises CheckpointError.
+
+    No weights are downloaded: a header is the beginning of its file.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
 
@@ -136,12 +140,12 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
 
 
 def downloads_to(folder: Path) -> bool:
-    """Whether what stays in huggingface_hub's cache lands on the disk of ``folder``."""
+    """Return whether huggingface_hub's cache is on the disk of ``folder``."""
     return cache_place().stat().st_dev == folder.stat().st_dev
 
 
 def cache_place() -> Path:
-    """The cache's folder, or what there is of the way to it."""
+    """Return the folder of huggingface_hub's cache, or its deepest existing parent."""
     from huggingface_hub import constants
 
     return nearest_folder(Path(constants.HF_HUB_CACHE).absolute())
@@ -149,8 +153,10 @@ def cache_place() -> Path:
 
 @contextmanager
 def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> Iterator[None]:
-    """Turns what goes wrong between here and the hub into a CheckpointError: it did not give ``what``, as a file, of a
-    model that it has; or the model."""
+    """Turn errors of the network and the hub into a CheckpointError that says that the hub did not give ``what``.
+
+    Without ``what`` it did not give the model ``name``.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -166,12 +172,12 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
         yield
     except known as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise  # the disk's
+            raise  # the disk's error, not the hub's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = reason.removeprefix("Got: ")  # huggingface_hub's word for what its HTTP library said
+        reason = reason.removeprefix("Got: ")  # how huggingface_hub begins messages of its HTTP library
         causes = (error, error.__cause__)
         fix = "Check the name and the network; for a model behind a licence, log in with `hf auth login`."
-        if "/" not in name:  # as few ids are written, and many folders
+        if "/" not in name:  # more likely a folder than an id
             fix = "Check the folder's name; of a model on the hub its name (ORG/NAME) and the network."
         if any(isinstance(each, GatedRepoError) for each in causes):
             reason = "it is behind a licence, or asks who you are."

@@ -1,8 +1,9 @@
-"""How the parameters of an Experts module are made from a checkpoint's tensors: one expert's slice at a time, or whole.
-Matrices of the trunk that become records are made likewise: a few rows at a time, or whole.
+"""Recipes: how parameters of an Experts module are made from a checkpoint's tensors, one expert at a time or whole.
 
-Where transformers' rules treat each expert alike (merging, stacking, transposing), they run on one expert's tensors,
-and the module on the meta device is cut down to one expert, so that rules that look up shapes see that of the slice.
+Matrices of the trunk that become records are made likewise, a few rows at a time or whole.
+
+Where transformers' operations treat each expert alike (merging, stacking, transposing), they run on the tensors of one
+expert. The module on the meta device is cut down to one expert, so that operations find the slice's shape there.
 """
 
 from __future__ import annotations
@@ -29,13 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one parameter is made: the checkpoint's tensors by source pattern, and the operations.
+    """How one parameter is made: the checkpoint's tensors by source pattern, and the operations on them."""
 
-    ``apart``: it can be made for one expert at a time.
-    """
-
-    model: PreTrainedModel  # on meta; ops look up the shape and type of what they make
-    key: str  # what transformers calls the result (the first, when there are several)
+    model: PreTrainedModel  # on meta; operations look up the shape and type of their result
+    key: str  # transformers' name of the result, or of the first of several
     target: str  # the parameter's full name
     dtype: torch.dtype
     experts: int
@@ -44,6 +42,7 @@ class Recipe:
 
     @property
     def apart(self) -> bool:
+        """Whether it can be made for one expert at a time."""
         operations = self.converter.operations if self.converter else []
         return all(map(_keeps_experts_apart, operations)) and all(
             len(tensors) == self.experts or (len(tensors) == 1 and tensors[0].shape[:1] == (self.experts,))
@@ -52,22 +51,22 @@ class Recipe:
 
     @property
     def direct(self) -> bool:
-        """Whether it is one tensor of the checkpoint, as it is there: its rows can be read a few at a time."""
+        """Whether it is one unchanged tensor of the checkpoint, so that a few rows can be read at a time."""
         return self.converter is None and sum(map(len, self.sources.values())) == 1
 
     @property
     def parts(self) -> Iterator[StoredTensor]:
-        """Everything that it is made from."""
+        """Stored tensors that it is made from."""
         return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Of a ``direct`` one."""
+        """Read rows of a ``direct`` one."""
         ((tensor,),) = self.sources.values()
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)
 
     def make(self, expert: int | None) -> torch.Tensor:
-        """One expert's slice, or with None the whole parameter [experts, ...]."""
+        """Return one expert's slice, or with None the whole parameter [experts, ...]."""
         made = self._convert({pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()})
         self._check_shape(made.shape)
         return (made if expert is None else made[0]).detach()
@@ -90,7 +89,7 @@ class Recipe:
         return [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in read]
 
     def _convert(self, read: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-        """Empties ``read`` on the way, so that no tensor lives longer than it must."""
+        """Apply the operations. Empties ``read`` meanwhile, so that no tensor lives longer than needed."""
         if self.converter is None:
             (tensors,) = read.values()
             return tensors[0]
@@ -109,7 +108,7 @@ class Recipe:
 
 
 def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
-    """Whether it does to each expert's slice of [experts, ...] what it does to the whole."""
+    """Return whether an operation treats each expert's slice of [experts, ...] alike."""
     match operation:
         case loading.MergeModulelist():
             return operation.dim == 0
@@ -123,7 +122,10 @@ def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
 
 @dataclass
 class BlockBlueprint:
-    """One Experts module. ``parameters``: name -> (shape of one expert's slice, dtype name), in module order."""
+    """How the experts of one Experts module are made.
+
+    ``parameters``: name -> (shape of one expert's slice, name of the type), in module order.
+    """
 
     path: str
     experts: int
@@ -135,20 +137,20 @@ class BlockBlueprint:
 
     @property
     def apart(self) -> bool:
-        """Whether its experts are read one at a time; else the block is read whole, once."""
+        """Whether its experts are read one at a time; otherwise the block is read whole, once."""
         return all(recipe.apart for recipe in self.recipes.values())
 
     @property
     def files(self) -> frozenset[Path]:
-        """That its experts are made from."""
+        """Files that its experts are made from."""
         return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
     def expert(self, index: int, turn: threading.Lock) -> Mapping[str, torch.Tensor]:
-        """The slices of one expert, each made when it is looked up, under ``turn``, and kept by nobody."""
+        """Return the slices of one expert. Each is made under ``turn`` when it is looked up, and not kept."""
         return _Slices(self, index, turn)
 
     def slice(self, name: str, index: int) -> torch.Tensor:
-        """Raises CheckpointError where a weight is not a finite number."""
+        """Make one expert's slice of a parameter. Raises CheckpointError for weights that are not finite."""
         if self.recipes[name].apart:
             made = self.recipes[name].make(index)
         else:
@@ -162,12 +164,14 @@ class BlockBlueprint:
             )
         return made
 
-    def forget(self) -> None:
-        """Drops what was read whole."""
+    def release(self) -> None:
+        """Release the parameters that were read whole."""
         self._whole.clear()
 
 
 class _Slices(Mapping[str, torch.Tensor]):
+    """Slices of one expert, by parameter."""
+
     def __init__(self, block: BlockBlueprint, index: int, turn: threading.Lock) -> None:
         self._block = block
         self._index = index

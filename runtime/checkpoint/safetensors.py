@@ -1,7 +1,7 @@
-"""A safetensors file, read by byte ranges: nothing of it is ever mapped.
+"""Read a safetensors file by byte ranges, without mapping it.
 
-A mapped checkpoint counts as resident memory, and one that is cut short under the map is a SIGBUS. Here every tensor's
-place is checked against the file's size before anything is read, and what was read is dropped from the page cache.
+A mapped checkpoint counts as resident memory, and a file that is truncated while it is mapped causes a SIGBUS. Here
+each tensor's place is checked against the file's size first, and what was read is dropped from the page cache.
 The format: https://github.com/huggingface/safetensors#format
 """
 
@@ -38,7 +38,7 @@ READ_AHEAD_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a safetensors file. ``dtype`` in the file's spelling ("BF16"), ``offset`` from the file's start."""
+    """Tensor in a safetensors file. ``dtype`` has the file's spelling ("BF16"); ``offset`` is from the file's start."""
 
     name: str
     dtype: str
@@ -51,7 +51,7 @@ class StoredTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Rows ``first`` to ``first + count`` of the leading dimension (all of a scalar) -> a new tensor."""
+        """Read rows ``first`` to ``first + count`` of the leading dimension (a scalar whole) into a new tensor."""
         import torch
 
         shape, offset = self.shape, self.offset
@@ -65,7 +65,7 @@ class StoredTensor:
         return tensor
 
     def chunks(self) -> Iterator[Bytes]:
-        """Its bytes in order, at most CHUNK_BYTES at a time, in one buffer that is used again."""
+        """Yield the bytes in order, at most CHUNK_BYTES at a time, in one buffer that is reused."""
         buffer = np.empty(min(CHUNK_BYTES, self.nbytes), np.uint8)
         for start in range(0, self.nbytes, CHUNK_BYTES):
             chunk = buffer[: min(CHUNK_BYTES, self.nbytes - start)]
@@ -74,9 +74,9 @@ class StoredTensor:
 
 
 def read_at(path: Path, offset: int, out: Bytes) -> None:
-    """Fills ``out``; drops what was read from the page cache, which a memory limit is charged for.
+    """Fill ``out``, and drop what was read from the page cache, which counts towards a memory limit.
 
-    Raises CheckpointError where the file ends before, or can't be read.
+    Raises CheckpointError where the file is too short or can't be read.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -86,7 +86,7 @@ def read_at(path: Path, offset: int, out: Bytes) -> None:
 
 
 def _fill(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
-    ahead = out.nbytes >= READ_AHEAD_BYTES  # else far more would be read than is wanted
+    ahead = out.nbytes >= READ_AHEAD_BYTES  # for small reads, read-ahead would read far more than is needed
     advice = os.POSIX_FADV_SEQUENTIAL if ahead else os.POSIX_FADV_RANDOM
     os.posix_fadvise(descriptor, offset, out.nbytes, advice)
     done = 0
@@ -102,7 +102,7 @@ def _fill(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Its tensors, by name. Raises CheckpointError on what is no whole safetensors file."""
+    """Return the tensors by name. Raises CheckpointError for a file that is not a whole safetensors file."""
     fix = "Download the checkpoint again."
     try:
         with path.open("rb") as file:
@@ -125,8 +125,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def listed(path: Path, header: Mapping[str, Any], start: int) -> Iterator[tuple[str, StoredTensor]]:
-    """What a ``header`` says of the file at ``path``, whose data begin at ``start``. Raises ValueError, KeyError,
-    TypeError or AttributeError where it is malformed."""
+    """Yield the tensors that a ``header`` lists for the file at ``path``, whose data begin at ``start``.
+
+    Raises ValueError, KeyError, TypeError or AttributeError for a malformed header.
+    """
     for name, entry in header.items():
         if name == "__metadata__":
             continue

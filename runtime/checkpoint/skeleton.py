@@ -1,4 +1,4 @@
-"""A model without weights: the class that a config names, on the meta device."""
+"""Build the model that a config names, without weights, on the meta device."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
-    """The class that ``architectures`` names, without weights, and the type that from_pretrained would load it in:
-    the config's, else ``first_dtype`` (of the checkpoint's first tensor of floats). Code of the checkpoint's own is
-    never run."""
+    """Return the model of the class that ``architectures`` names, and the type in which from_pretrained loads it.
+
+    That is the config's type, or else ``first_dtype``, of the checkpoint's first tensor of floats. Code that the
+    checkpoint brings is never run. Raises UnsupportedModelError or CheckpointError.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -47,7 +49,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             for context in made_by.get_init_context(dtype, False, False, False):
                 stack.enter_context(context)
             model = made_by(made)
-    except Exception as error:  # whatever a config that does not fit makes transformers raise
+    except Exception as error:  # transformers raises anything for a config that does not fit
         raise CheckpointError(
             f"transformers can't build {architecture} from this config.json "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]}).",
@@ -63,12 +65,12 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedModelError or CheckpointError where there is nothing that could be converted."""
+    """Raise UnsupportedModelError or CheckpointError for a config whose model can't be converted."""
     build_on_meta(config, None)
 
 
 def _with_floats(config: Mapping[str, Any]) -> Any:
-    """With infinities and NaNs, which JSON lacks and transformers writes as {"__float__": "Infinity"}."""
+    """Return the config with infinities and NaNs, which transformers writes as {"__float__": "Infinity"}."""
     tag = {"__float__"}
     return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
 
@@ -81,7 +83,7 @@ def _supported() -> str:
 
 
 def supported_types() -> list[str]:
-    """Model types whose modelling file uses the experts interface."""
+    """Return the model types whose modelling file uses the experts interface."""
     import transformers
 
     folder = Path(transformers.__file__).parent / "models"

@@ -84,7 +84,7 @@ class Encoder:
                     key, future = ahead.popleft()
                     record, error = future.result()
                     if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
-                        self._blueprint.blocks[key.block].forget()  # nobody slices it any more
+                        self._blueprint.blocks[key.block].release()  # all of its experts are encoded
                     yield key, record[: self._plan.layout(key.block).record_bytes], error
                     free.put(record)
             finally:
