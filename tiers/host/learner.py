@@ -1,4 +1,4 @@
-"""Learner: a host tier's uses are counted and kept for the next run, and what earlier runs used most is there again."""
+"""Learner: keeps a host tier's uses for the next run, and warms the tier with what earlier runs used most."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moetier.tiers.locks import ForkGuard
 from .tier import HostTier
 from .warmup import HotSet, keep_hot_set, load_hot_set
 
-EVERY = 300.0  # seconds between writes: what a process that is killed loses
+EVERY = 300.0  # seconds between writes; a process that is killed loses the uses since the latest
 
 
 class Learner:
-    """Of an open tier, from now until ``close``. A hint: nothing waits for it, and no error of it ends anything."""
+    """Warms an open tier and counts its uses until ``close``. Nothing waits for it, and its errors end nothing."""
 
     def __init__(self, host: HostTier, *, every: float = EVERY) -> None:
         self._host = host
@@ -28,8 +28,7 @@ class Learner:
         self._thread.start()
 
     def close(self) -> None:
-        """Keeps what was counted. Before the tier is closed, or behind that. Idempotent; does nothing in a forked
-        child."""
+        """Keep what was counted, before or after the tier is closed. Idempotent. Does nothing in a forked child."""
         if self._fork_guard.is_owner:
             self._ending.set()
             self._thread.join()

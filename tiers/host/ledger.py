@@ -1,4 +1,4 @@
-"""The host tier's books: who wants what, what is being loaded, and which slot it goes into.
+"""The host tier's books: what each caller wants, what is being loaded, and which slot it goes into.
 
 No I/O, no thread, no lock: its owner calls every method with its lock held. No caller waits for ever, since:
 

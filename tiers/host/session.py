@@ -33,8 +33,9 @@ class Session(AsyncCaller):
         self._closed = False
 
     def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
-        """Ask for distinct keys of one block. Each is answered by a Granted, or all together by a Failed: with
-        ExhaustedError when nothing of it was granted or on its way for ``patience`` seconds.
+        """Ask for distinct keys of one block. Each is answered by a Granted, or all together by a Failed.
+
+        It fails with ExhaustedError when no lease of it was granted or on its way for ``patience`` seconds.
 
         Raises MissingExpertError for a key that the model does not have, ProtocolError for a request that is not over.
         """
@@ -54,8 +55,10 @@ class Session(AsyncCaller):
         self._ledger.serve()
 
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
-        """End leases. Without ``keys`` the request is over, and what it waits for is cancelled. What is not held (its
-        request may have failed meanwhile) is ignored."""
+        """End leases. Without ``keys`` the request is over, and what it waits for is cancelled.
+
+        Keys that are not held are ignored, since their request may have failed meanwhile.
+        """
         self._monitor.run(self._release, request, keys)
 
     def _release(self, request: int, keys: Sequence[ExpertKey]) -> None:
@@ -85,7 +88,7 @@ class Session(AsyncCaller):
                 self._ledger.use(key)
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Do as ``ExpertSource`` says; replaces this session's requests alone."""
+        """Prefetch as ``ExpertSource`` says; replaces this session's requests alone."""
         self._ledger.manifest.check_keys(block, keys)
         self._monitor.run(self._prefetch, block, keys)
 
@@ -94,8 +97,10 @@ class Session(AsyncCaller):
             self._ledger.loads.prefetch(self._ledger.pool(block), block, keys, caller=self)
 
     def close(self) -> None:
-        """Give back all leases and claims, and cancel all requests; loads that have begun go on. Nothing is delivered
-        any more. Idempotent."""
+        """Give back all leases and claims, and cancel all requests; loads that have begun go on. Idempotent.
+
+        Nothing is delivered any more.
+        """
         self._monitor.run(self._close)
 
     def _close(self) -> None:

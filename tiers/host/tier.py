@@ -49,10 +49,10 @@ class HostTier:
         arena: Arena | None = None,
         policy: str = DEFAULT_ORDER,
     ) -> None:
-        """Allocates ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had.
+        """Allocate ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had.
 
-        ``arena`` is one that was taken back, of as many slots: it is the tier's from now on. What is whole in it is
-        READY without a read; processes that map it go on. ``policy`` is one of ``ORDERS``.
+        ``arena`` is one with as many slots that a former owner left: it is the tier's from now on. Its records that are
+        whole are READY without a read, and processes that map it go on. ``policy`` is one of ``ORDERS``.
         """
         assert loaders > 0
         self.manifest = store.manifest
@@ -98,7 +98,7 @@ class HostTier:
         self.close()
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
-        """As ``ExpertSource`` says. Raises MissingExpertError for a key that the model does not have."""
+        """Acquire as ``ExpertSource`` says. Raises MissingExpertError for a key that the model does not have."""
         if not keys:
             return
         block = keys[0].block
@@ -121,23 +121,29 @@ class HostTier:
                 self._monitor.post(partial(self._ledger.leave, demand))
 
     def reclaim(self) -> None:
-        """As ``ExpertSource`` says."""
+        """Reclaim as ``ExpertSource`` says."""
         self._monitor.run(self._ledger.reclaim, threading.get_ident())
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """As ``ExpertSource`` says. A record is read beside the slots first, unless reads are quick. Then it evicts
-        what an earlier prefetch brought in vain, or what is neither held nor requested, of its own group."""
+        """Prefetch as ``ExpertSource`` says.
+
+        A record is read beside the slots first, unless reads are quick. Then it evicts what an earlier prefetch brought
+        in vain, or what is neither held nor requested, of its own group.
+        """
         self.manifest.check_keys(block, keys)
         self._monitor.run(self._prefetch, block, keys)
 
     def warm(self, hot: HotSet) -> None:
-        """Reads each block's hottest into EMPTY slots, in the background, while nothing is read for demands or
-        prefetch requests. It evicts nothing, and what is there already is not read. Returns at once."""
+        """Read each block's most used records into EMPTY slots, in the background. Returns at once.
+
+        Nothing is read while there is anything to read for demands or prefetch requests, nothing is evicted, and what
+        is there already is not read.
+        """
         self._monitor.run(self._warm, hot)
 
     @contextlib.contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """As ``Lender`` says; nothing is lent while a demand finds no slot. Raises MissingExpertError."""
+        """Lend as ``Lender`` says; nothing is lent while a demand finds no slot. Raises MissingExpertError."""
         self.manifest.check_keys(key.block, [key])
         loan = Demand(self._ledger.pool(key.block), key.block, threading.get_ident())
         try:
@@ -147,45 +153,51 @@ class HostTier:
                 self._monitor.post(partial(self._ledger.leave, loan))
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """As ``Lender`` says; counted as uses, where uses are counted."""
+        """Note uses as ``Lender`` says; they are counted where uses are."""
         self._monitor.run(self._ledger.used_above, keys)
 
     def uses(self) -> dict[ExpertKey, int]:
-        """How often each record was wanted since the first call, which begins the counting."""
+        """Return how often each record was wanted since the first call, which begins the counting."""
         return self._monitor.run(self._ledger.counted_uses)
 
     def ready(self, block: int) -> list[int]:
-        """The experts of a block whose records are in slots now."""
+        """Return the experts of a block whose records are in slots now."""
         find, experts = self._arena.directory.find, self.manifest.blocks[block].experts
         return [expert for expert in range(experts) if find(ExpertKey(block, expert)) is not None]
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """As ``ExpertSource`` says. Takes no lock: the answer may be outdated when it comes."""
+        """Return absent keys as ``ExpertSource`` says. Takes no lock: the answer may be outdated at once."""
         self._monitor.fork_guard.check()
         return [key for key in keys if not self._ledger.pool(key.block).slots.holds(key)]
 
     def pace(self, block: int) -> Pace | None:
-        """As ``ExpertSource`` says: the median of the latest reads."""
+        """Return the pace as ``ExpertSource`` says, by the median of the latest reads."""
         return self._monitor.run(self._ledger.prefetches.pace, self._ledger.pool(block))
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
-        """Opens a session for another process: at most ``leases`` slots are held for it at a time, and a request that
-        has none fails after ``patience`` seconds. Closing it is the caller's."""
+        """Open a session for another process. Closing it is the caller's.
+
+        ``deliver`` gets its events, as ``AsyncCaller`` says. At most ``leases`` slots are held for it at a time, and a
+        request that has none fails after ``patience`` seconds. Raises ClosedError, StoreError.
+        """
         # now: where no thread is to be had, nothing has been asked for yet
         self._monitor.run(self._timekeeper.start, self._ledger)
         return Session(deliver, self._monitor, self._ledger, leases=leases, patience=patience)
 
     def export(self) -> int:
-        """A new read-only descriptor of the arena, the caller's to close; ``plan`` says what is where. Raises
-        ClosedError, or the error that condemned the tier."""
+        """Return a new read-only descriptor of the arena, the caller's to close; ``plan`` says what is where.
+
+        Raises ClosedError, or the error that condemned the tier.
+        """
         self._check_open()
         return self._arena.export()
 
     def whole(self, slot: int) -> memoryview:
-        """A leased slot with its checksum, read-only: for another host, which proves it there."""
+        """Return a leased slot with its checksum, read-only, for another host that checks it there."""
         return self._arena.whole(slot)
 
     def stats(self) -> TierStats:
+        """Return a snapshot of the counters."""
         return self._monitor.run(self._ledger.stats)
 
     @property
@@ -195,13 +207,18 @@ class HostTier:
         return error if isinstance(error, StoreError) else None
 
     def condemn(self, error: StoreError) -> None:
-        """Serves nothing any more, as the slots do not hold what the manifest promises: every caller and every session
-        gets ``error``, and processes that map the arena find nothing in it."""
+        """Serve nothing any more, since slots do not hold what the manifest promises.
+
+        Every caller and every session gets ``error``, and processes that map the arena find nothing in it.
+        """
         self._monitor.run(self._condemn, error)
 
     def close(self) -> None:
-        """As ``ExpertSource`` says. Callers that sleep in acquire wake with ClosedError; a lease stays readable while
-        held. In a forked child only its own maps and descriptors go."""
+        """Close as ``ExpertSource`` says.
+
+        Callers that sleep in acquire wake with ClosedError; a lease stays readable while it is held. In a forked child
+        only its own maps and descriptors go.
+        """
         if self._monitor.fork_guard.is_owner:
             self._monitor.run(self._ledger.close, ClosedError("The host tier was closed.", "Load the model again."))
             self._loaders.close()
@@ -212,14 +229,13 @@ class HostTier:
         self._arena.close()
 
     def check_integrity(self) -> None:
-        """Asserts that slots, groups, loads, callers and the directory agree."""
+        """Assert that slots, groups, loads, callers and the directory agree."""
         self._monitor.run(self._ledger.check_integrity)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def _next(self, demand: Demand) -> deque[Lease[memoryview]] | None:
-        """End the present leases, and return those that are ready as soon as there are any; none behind the last, or
-        where an error ended the demand. None: wait."""
+        """End the present leases, and return those that are ready. None: wait. Empty: all is over, or an error came."""
         self._ledger.release(demand)
         self._ledger.check_open()
         if demand.error is not None:

@@ -1,5 +1,8 @@
-"""Which experts of a store are used most: counts that are kept between runs, in ``$XDG_CACHE_HOME/moetier``
-(XDG Base Directory Specification 0.8). A hint: whatever is wrong with the file, the tiers begin without it."""
+"""Warm-up: which experts of a store are used most, by counts that are kept between runs.
+
+They are in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8). They are a hint: whatever is wrong with
+the file, the tiers begin without it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class HotSet:
-    """Counts of uses by key. Those that are kept together count alike, those of earlier less."""
+    """Counts of uses by key. Uses of one run count alike, those of earlier runs less."""
 
     def __init__(self, counts: Mapping[ExpertKey, float] | None = None) -> None:
         self._counts: dict[int, Counter[int]] = {}
@@ -36,20 +39,24 @@ class HotSet:
 
     @property
     def counts(self) -> dict[ExpertKey, float]:
+        """Uses of each key that was used."""
         return {ExpertKey(block, expert): n for block, of in self._counts.items() for expert, n in of.items()}
 
     def use(self, keys: Iterable[ExpertKey]) -> None:
+        """Count one use of each key."""
         for key in keys:
             self._counts.setdefault(key.block, Counter())[key.expert] += 1
 
     def hottest(self, block: int, most: int) -> list[ExpertKey]:
-        """At most so many, from the one that is used most; equals in ascending order."""
+        """Return at most so many experts of a block, the most used first; equals in ascending order."""
         ordered = sorted(self._counts.get(block, {}).items(), key=lambda item: (-item[1], item[0]))
         return [ExpertKey(block, expert) for expert, _ in ordered[:most]]
 
     def after(self, earlier: HotSet, experts: Mapping[int, int]) -> HotSet:
-        """With the counts of earlier runs, which fade the more the block has been used since. ``experts``: how many
-        each block has."""
+        """Return the sum with the counts of earlier runs, which fade the more a block has been used since.
+
+        ``experts``: how many each block has.
+        """
         counts = dict(self.counts)
         for (block, expert), count in earlier.counts.items():
             uses = sum(self._counts.get(block, {}).values())
@@ -59,9 +66,9 @@ class HotSet:
 
 
 def hot_set_path(digest: str) -> Path:
-    """Of the store of that digest. Raises FileNotFoundError for a user without a home."""
+    """Return the file for the store of that digest. Raises FileNotFoundError for a user without a home directory."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # which is to be ignored
+    if not folder.is_absolute():  # the specification says to ignore it
         try:
             folder = Path.home() / ".cache"
         except RuntimeError:
@@ -71,8 +78,11 @@ def hot_set_path(digest: str) -> Path:
 
 
 def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
-    """Empty where there is none, and with a warning where there is something else: a file that is damaged, of another
-    version, store or user."""
+    """Return what is kept for a store, by earlier runs.
+
+    It is empty where there is no file, and with a warning where the file is damaged or of another version, store or
+    user.
+    """
     try:
         path = hot_set_path(digest)
         with _open(path) as stream:
@@ -81,14 +91,14 @@ def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
         return HotSet()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         cause = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-        _log.warning("not used: the counts of experts in %s (%s); they begin anew", path, cause)
+        _log.warning("The counts of experts in %s are not used (%s). They begin anew.", path, cause)
         return HotSet()
 
 
 def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
-    """Adds the uses of one run to what is kept: whole or not at all, and also what others add at the same time.
+    """Add the uses of one run to what is kept, whole or not at all.
 
-    Where it can't be written, it is said in a warning.
+    What other processes add at the same time is kept as well. A file that can't be written is a warning.
     """
     where: Path | str = "$XDG_CACHE_HOME"
     try:
@@ -102,16 +112,16 @@ def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
         finally:
             os.close(lock)
     except OSError as error:
-        _log.warning("not kept: the counts of experts in %s (%s)", where, error.strerror)
+        _log.warning("The counts of experts in %s are not kept (%s).", where, error.strerror)
 
 
 def _open(path: Path) -> Any:
-    """Of a file that is this user's own; no symbolic link, and nothing that would make us wait."""
+    """Open a regular file of this user's own for reading: no symbolic link, and nothing that blocks."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
         os.close(descriptor)
-        raise ValueError("it is no file of this user's")
+        raise ValueError("it is not a regular file of this user")
     return os.fdopen(descriptor, encoding="utf-8")
 
 
@@ -123,11 +133,11 @@ def _text(found: HotSet, digest: str) -> str:
 
 
 def _parse(value: Any, digest: str, experts: Mapping[int, int]) -> HotSet:
-    """Raises what reading nonsense raises."""
+    """Check the JSON value of a file. A value of another form raises what reading it raises."""
     if value["format"] != FORMAT:
         raise ValueError(f"format {value['format']!r}, not {FORMAT}")
     if value["digest"] != digest:
-        raise ValueError("of another store")
+        raise ValueError("it is of another store")
     counts = {}
     for block, of in value["counts"].items():
         for expert, count in of.items():
@@ -135,6 +145,6 @@ def _parse(value: Any, digest: str, experts: Mapping[int, int]) -> HotSet:
             if not 0 <= key.expert < experts.get(key.block, 0):
                 raise ValueError(f"{key} is not in the store")
             if not (type(count) in (int, float) and math.isfinite(count) and count >= 0):
-                raise ValueError(f"{count!r} is no count")
+                raise ValueError(f"{count!r} is not a count")
             counts[key] = float(count)
     return HotSet(counts)

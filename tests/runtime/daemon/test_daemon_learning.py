@@ -60,7 +60,7 @@ def test_a_damaged_file_is_a_warning_and_nothing_else(manifest: Manifest, tmp_pa
         assert daemon.stop() == 0
         lines = [line for line in daemon.log.splitlines() if "level=info" not in line]
         assert len(lines) == 2, "when it begins, and before the file is made anew"
-        assert all("level=warning" in line and "not used: the counts of experts" in line for line in lines)
+        assert all("level=warning" in line and "The counts of experts in " in line for line in lines)
         assert load_hot_set(manifest.digest, EXPERTS).counts == {ExpertKey(0, 1): 1, ExpertKey(0, 2): 3}
 
 

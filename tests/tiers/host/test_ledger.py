@@ -106,7 +106,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.reading: list[Load | StagingBuffer] = []
         self.yielding: list[Load] = []  # of these: a loader sleeps until demands have been read
-        self.seen: list[tuple[ExpertKey, int, int]] = []  # what somebody found in the directory, and computes on
+        self.seen: list[tuple[ExpertKey, int, int]] = []  # what a client found in the directory, and computes on
         self.now = 0.0
 
     @initialize(data=st.data())
@@ -250,11 +250,16 @@ class LedgerMachine(RuleBasedStateMachine):
         client.release(request, keys)
 
     @precondition(lambda self: self.clients)
-    @rule(data=st.data(), block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5), wish=st.booleans())
-    def tell(self, data: st.DataObject, block: int, experts: list[int], wish: bool) -> None:
+    @rule(
+        data=st.data(),
+        block=BLOCKS,
+        experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5),
+        prefetches=st.booleans(),
+    )
+    def tell(self, data: st.DataObject, block: int, experts: list[int], prefetch: bool) -> None:
         session = data.draw(st.sampled_from(self.clients)).session
         keys = [ExpertKey(block, expert) for expert in experts]
-        if wish:
+        if prefetch:
             session.prefetch(block, keys)
         else:
             session.used(keys)
@@ -378,7 +383,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert self.memory[caller.demand.pool, slot] == key, "a lease whose bytes are another's"
             if caller.asleep:
                 assert caller.held is None
-                assert not caller.demand.ready, "nobody sleeps on a slot that is ready"
+                assert not caller.demand.ready, "no caller sleeps on a slot that is ready"
         for client in self.clients:
             for held in client.held.values():
                 for key, (slot, generation) in held.items():
@@ -462,7 +467,7 @@ def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
 
 
 def take_load(ledger: Ledger) -> Load | None:
-    """Without heads there is nothing else to take."""
+    """Without staging buffers there is nothing else to take."""
     load = ledger.loads.take()
     assert load is None or isinstance(load, Load)
     return load
@@ -473,7 +478,7 @@ def arrive_all(ledger: Ledger) -> None:
         ledger.loads.arrive(load)
 
 
-def test_the_hungry_are_served_in_order_and_nobody_reads_ahead_of_them() -> None:
+def test_the_starved_are_served_in_order_and_nobody_reads_ahead_of_them() -> None:
     ledger, pool = ledger_of(2)
     greedy = demand(ledger, pool, 1, 0, 1, 2, 3)
     first = demand(ledger, pool, 3, 0, 1)
@@ -487,7 +492,7 @@ def test_the_hungry_are_served_in_order_and_nobody_reads_ahead_of_them() -> None
     assert not second.loads
     assert not greedy.loads
     ledger.advance(first)
-    assert [load.key for load in first.loads] == [ExpertKey(3, 0)], "one, for somebody else is hungry"
+    assert [load.key for load in first.loads] == [ExpertKey(3, 0)], "one, for another demand is starved"
     assert list(pool.starved) == [second]
     ledger.take(greedy)
     ledger.release(greedy)
@@ -562,7 +567,7 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
     assert number > 5
 
 
-def test_when_the_first_of_the_hungry_goes_the_next_is_woken() -> None:
+def test_when_the_first_of_the_starved_goes_the_next_is_woken() -> None:
     woken = 0
 
     def wake() -> None:
@@ -629,35 +634,35 @@ def test_evictions_are_counted() -> None:
     assert (ledger.counters.hits, ledger.counters.misses) == (1, 4)
 
 
-def test_wishes_stand_back_for_the_hungry_and_are_bounded() -> None:
+def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     ledger, pool = ledger_of(3)
     holder = demand(ledger, pool, 1, 0, 1, 2)
     arrive_all(ledger)
     assert len(holder.ready) == 3
-    hungry = demand(ledger, pool, 3, 0)
+    starved = demand(ledger, pool, 3, 0)
     ledger.loads.prefetch(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
     ledger.leave(holder)
-    assert take_load(ledger) is None, "three slots could be had, but somebody is hungry"
-    ledger.advance(hungry)
+    assert take_load(ledger) is None, "three slots could be had, but a demand is starved"
+    ledger.advance(starved)
     load = take_load(ledger)
     assert load is not None
     assert load.key == ExpertKey(3, 0), "demands first"
-    assert take_load(ledger) is None, "and alone: they don't share the disk with wishes"
+    assert take_load(ledger) is None, "and alone: they don't share the disk with prefetches"
     ledger.loads.arrive(load)
-    wished = take_load(ledger)
-    assert wished is not None
-    assert wished.key == ExpertKey(4, 0)
+    requested = take_load(ledger)
+    assert requested is not None
+    assert requested.key == ExpertKey(4, 0)
     assert take_load(ledger) is None, "one prefetch at a time, so that a demand finds a loader"
-    ledger.loads.arrive(wished)
+    ledger.loads.arrive(requested)
     other = take_load(ledger)
     assert other is not None
     assert other.key == ExpertKey(4, 1)
-    assert pool.slots.find(ExpertKey(4, 0)) is not None, "a wish does not evict what is wished"
+    assert pool.slots.find(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
     ledger.loads.arrive(other)
     assert ledger.counters.prefetched == 2
 
 
-def test_what_becomes_of_wishes_is_counted() -> None:
+def test_what_becomes_of_prefetches_is_counted() -> None:
     now = [0.0]
     ledger, pool = ledger_of(3, clock=lambda: now[0])
 
@@ -678,7 +683,7 @@ def test_what_becomes_of_wishes_is_counted() -> None:
     assert late is not None
     now[0] += 0.25
     first = demand(ledger, pool, 1, 0, 1)
-    assert counts() == (2, 1, 1, 0, 1), "one is there, one under way, and the third is no longer wished"
+    assert counts() == (2, 1, 1, 0, 1), "one is there, one under way, and the third is no longer requested"
     now[0] += 0.25
     ledger.loads.arrive(late)
     ledger.leave(first)
@@ -690,15 +695,15 @@ def test_what_becomes_of_wishes_is_counted() -> None:
     read(1.0)
     ledger.loads.prefetch(pool, 4, [ExpertKey(4, 1)])
     ledger.loads.prefetch(pool, 4, [ExpertKey(4, 1)])
-    assert counts() == (3, 1, 1, 0, 1), "what is wished again is not given up"
+    assert counts() == (3, 1, 1, 0, 1), "what is requested again is not given up"
     others = demand(ledger, pool, 3, 0, 1, 2)
     arrive_all(ledger)
     ledger.leave(others)
-    assert counts() == (3, 1, 1, 1, 2), "evicted, and nobody had wanted it; and the next wish found no slot"
+    assert counts() == (3, 1, 1, 1, 2), "evicted, and nobody had wanted it; and the next request found no slot"
     assert ledger.counters.saved_seconds == 0.75
 
 
-def test_a_wish_takes_the_place_of_one_that_was_wrong() -> None:
+def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
     ledger, pool = ledger_of(6)
 
     def there(*keys: tuple[int, int]) -> list[bool]:
@@ -713,7 +718,7 @@ def test_a_wish_takes_the_place_of_one_that_was_wrong() -> None:
     ledger.loads.prefetch(pool, 1, [ExpertKey(1, 2)])
     arrive_all(ledger)
     assert there((4, 0), (1, 2), (1, 0), (1, 1)) == [False, True, True, True], "and of no record of its own block"
-    ledger.leave(demand(ledger, pool, 1, 0))  # and not what was wished
+    ledger.leave(demand(ledger, pool, 1, 0))  # and not what was requested
     asked = demand(ledger, pool, 4, 2)
     arrive_all(ledger)
     ledger.leave(asked)
@@ -721,7 +726,7 @@ def test_a_wish_takes_the_place_of_one_that_was_wrong() -> None:
     assert ledger.counters.wasted == 2
 
 
-def test_a_wish_takes_what_is_empty_before_what_was_wrong() -> None:
+def test_a_prefetch_takes_what_is_empty_before_what_was_wrong() -> None:
     ledger, pool = ledger_of(6)
     for key in (ExpertKey(4, 0), ExpertKey(1, 0)):
         ledger.loads.prefetch(pool, 4, [])
@@ -731,18 +736,18 @@ def test_a_wish_takes_what_is_empty_before_what_was_wrong() -> None:
     assert ledger.counters.wasted == 0
 
 
-def test_a_wish_that_finds_no_slot_or_whose_wisher_goes_is_given_up() -> None:
+def test_a_prefetch_that_finds_no_slot_or_whose_caller_goes_is_given_up() -> None:
     ledger, pool = ledger_of(2)
     ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     assert [read_next(ledger) for _ in range(3)] == [ExpertKey(1, 0), ExpertKey(1, 1), None]
-    assert (ledger.counters.prefetched, ledger.counters.cancelled) == (2, 1), "the two that are there are wished still"
-    wisher = AsyncCaller(lambda event: None, 1)
-    ledger.loads.prefetch(pool, 3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller=wisher)
-    ledger.prefetches.cancel(wisher)
+    assert (ledger.counters.prefetched, ledger.counters.cancelled) == (2, 1), "two are requested still"
+    caller = AsyncCaller(lambda event: None, 1)
+    ledger.loads.prefetch(pool, 3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller=caller)
+    ledger.prefetches.cancel(caller)
     assert (read_next(ledger), ledger.counters.cancelled) == (None, 3)
 
 
-def test_a_record_that_a_client_finds_in_the_directory_was_wished_rightly() -> None:
+def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -> None:
     ledger, pool = ledger_of(3)
     ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0)])
     load = take_load(ledger)
@@ -760,7 +765,7 @@ def read_next(ledger: Ledger) -> ExpertKey | None:
     return load.key
 
 
-def test_a_warm_up_fills_what_is_empty_behind_demands_and_wishes() -> None:
+def test_a_warm_up_fills_what_is_empty_behind_demands_and_requests() -> None:
     ledger, pool = ledger_of(6)  # two for each of three blocks
     ledger.leave(demand(ledger, pool, 4, 0))  # begun, and nobody's any more
     ledger.loads.warm(pool, [ExpertKey(1, 3), ExpertKey(1, 2), ExpertKey(1, 1)])
@@ -804,10 +809,10 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
         ledger.leave(made)
     found = ledger.counters
     assert (found.warmed, found.recalled) == (2, 2)
-    assert (found.prefetched, found.useful, found.late) == (0, 0, 0), "it was no guess"
+    assert (found.prefetched, found.useful, found.late) == (0, 0, 0), "it was no prediction"
 
 
-def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
+def test_a_warm_up_that_yields_goes_when_somebody_finds_no_slot() -> None:
     ledger, pool = ledger_of(2)  # shared by three blocks
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
     load = take_load(ledger)
@@ -816,15 +821,15 @@ def test_a_warm_up_that_stands_back_goes_when_somebody_finds_no_slot() -> None:
     demand(ledger, pool, 3, 0)
     assert ledger.loads.yields(load)
     assert not ledger.loads.is_unwanted(load)
-    hungry = demand(ledger, pool, 4, 0)
-    assert list(pool.starved) == [hungry]
+    starved = demand(ledger, pool, 4, 0)
+    assert list(pool.starved) == [starved]
     assert ledger.loads.is_unwanted(load)
     arrive_all(ledger)
     ledger.loads.cancel(load)
     ledger.loads.warm(pool, [ExpertKey(1, 1)])
-    assert take_load(ledger) is None, "the slot is for who is hungry"
-    ledger.advance(hungry)
-    assert hungry.loads
+    assert take_load(ledger) is None, "the slot is for the demand that is starved"
+    ledger.advance(starved)
+    assert starved.loads
 
 
 def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
@@ -838,7 +843,7 @@ def test_uses_are_counted_of_demands_and_of_what_clients_found() -> None:
 
 
 def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
-    """However many wait: whoever was served has his place behind them, also when he wanted nothing in between."""
+    """However many wait: a caller that was served is behind them, also when it wanted nothing in between."""
     manifest = make_plan(blocks=1, experts=1000, layout=layout_of(32, 16))
     plan = ArenaPlan.of(manifest, {"records": 1000})
     directory = Directory.create(memoryview(bytearray(plan.directory_bytes)), plan)
@@ -871,7 +876,7 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
         waiting.discard(demand.caller)
     assert not waiting
     assert len(ledger.loads._queue._queues) <= 202
-    for caller in range(300, 400):  # who come once are not kept
+    for caller in range(300, 400):  # callers that come once are not kept
         ask(caller)
         arrive_all(ledger)
     assert len(ledger.loads._queue._queues) <= 2

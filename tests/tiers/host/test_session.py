@@ -116,7 +116,7 @@ def test_a_request_waits_while_it_has_nothing(gate: GatedReader) -> None:
         assert (tier.stats().waits, tier.stats().leased) == (1, 2), "it had one all the time"
         client.session.release(1)
         client.take(2, keys(0, 0, 1))
-        assert (tier.stats().waits, tier.stats().leased) == (1, 0), "nobody waits for a hit"
+        assert (tier.stats().waits, tier.stats().leased) == (1, 0), "a hit is no wait"
         client.session.acquire(3, keys(1, 0, 1))
         gate.release(ExpertKey(1, 0))
         client.session.release(3, [client.granted(3).key])
@@ -314,7 +314,7 @@ def test_close_gives_back_and_lets_loads_go_on(gate: GatedReader) -> None:
         client.session.acquire(1, keys(0, 0, 1, 2))
         client.granted(1)
         gate.wait_begun(ExpertKey(0, 1))
-        other.session.acquire(1, keys(1, 0))  # hungry
+        other.session.acquire(1, keys(1, 0))  # starved
         client.session.close()
         client.session.close()
         assert client.session.outstanding == 0
@@ -468,7 +468,7 @@ def test_sessions_take_turns() -> None:
         gate.open()
 
 
-def test_wishes_are_each_sessions_own_and_take_turns() -> None:
+def test_prefetch_requests_are_each_sessions_own_and_take_turns() -> None:
     gate = GatedReader(WIDE, WIDE_RECORDS)
     with HostTier(gate, slots={"records": 400}, loaders=1) as tier:
         first, second = Client(tier), Client(tier)
@@ -489,7 +489,7 @@ def test_wishes_are_each_sessions_own_and_take_turns() -> None:
         assert order == keys(0, 0) + keys(1, 0) + keys(0, 100, 1, 101, 2) or order == keys(0, 0) + keys(1, 0) + keys(
             0, 1, 100, 2, 101
         ), "demands first, then each in turn"
-        second.session.acquire(2, keys(0, 150))  # clears its own wishes for the block
+        second.session.acquire(2, keys(0, 150))  # clears its own requests for the block
         first.session.close()  # and the end those of the first
         wait_until(lambda: len(gate.begun) == 1)
         begun = sum(gate.reads.values()) + 1
@@ -498,7 +498,7 @@ def test_wishes_are_each_sessions_own_and_take_turns() -> None:
         second.session.acquire(3, keys(1, 1))
         events = [second.event() for _ in range(3)]
         assert {event.key for event in events if isinstance(event, Granted)} == set(keys(1, 0, 1) + keys(0, 150))
-        assert sum(gate.reads.values()) <= begun + 2, "the rest was nobody's wish any more"
+        assert sum(gate.reads.values()) <= begun + 2, "the rest was not requested any more"
         tier.check_integrity()
 
 
@@ -549,7 +549,7 @@ def test_a_storm_of_sessions_and_threads(slots: int) -> None:
         done = threading.Event()
 
         def check() -> None:
-            while not done.wait(0.001):  # who looks all the time takes lock and interpreter from the others
+            while not done.wait(0.001):  # checking all the time would take lock and GIL from the others
                 tier.check_integrity()
 
         checker = Task(check)
@@ -583,7 +583,7 @@ def test_a_session_needs_no_thread_of_its_own() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST) as tier:
         threads = threading.active_count()
         sessions: list[Session] = [Client(tier).session for _ in range(50)]
-        assert threading.active_count() == threads + 1, "one for all who wait"
+        assert threading.active_count() == threads + 1, "one for all that wait"
         client, holder = Client(tier, patience=0.01), Client(tier)
         holder.session.acquire(1, keys(0, 0, 1))
         for number in range(3):

@@ -33,7 +33,7 @@ PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)
 SLOT = PLAN.layouts["records"].slot_bytes
 PIECE = piece_bytes(SLOT, None)
-WISHED = ExpertKey(0, 2)
+REQUESTED = ExpertKey(0, 2)
 
 
 def keys(block: int, *experts: int) -> list[ExpertKey]:
@@ -51,7 +51,7 @@ def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:
 
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These records are read in no time, and would have no heads, nor pieces."""
+    """These records are read in no time, and would have no staging buffers, nor pieces."""
     monkeypatch.setattr(prefetch, "QUICK_SECONDS", 0.0)
     monkeypatch.setattr(staging, "PIECE_SECONDS", 0.0)
 
@@ -85,7 +85,7 @@ def everything(tier: HostTier) -> bool:
 
 
 @given(st.integers(1, 1 << 20), st.none() | st.floats(1e-6, 10))
-def test_heads_and_pieces_are_of_whole_pages(pages: int, seconds: float | None) -> None:
+def test_staging_buffers_and_pieces_are_of_whole_pages(pages: int, seconds: float | None) -> None:
     slot = pages * PAGE
     head, piece = buffer_bytes(slot), piece_bytes(slot, seconds)
     assert head % PAGE == piece % PAGE == 0
@@ -107,22 +107,22 @@ def test_what_is_read_quickly_goes_into_a_slot_at_once(monkeypatch: pytest.Monke
         for block in range(3):
             take(tier, block, 0, 1)
         monkeypatch.setattr(prefetch, "QUICK_SECONDS", inf)
-        tier.prefetch(0, [WISHED])
-        wait_until(lambda: not tier.absent([WISHED]))
+        tier.prefetch(0, [REQUESTED])
+        wait_until(lambda: not tier.absent([REQUESTED]))
         assert not reader.parts_read
 
 
 def test_a_demand_reads_the_rest_while_the_piece_before_it_is_read(gate: GatedReader, tier: HostTier) -> None:
-    tier.prefetch(0, [WISHED])
-    gate.release(WISHED)
-    wait_until(lambda: gate.parts_read == [(WISHED, 0, PIECE)])
-    gate.wait_begun(WISHED)
-    assert everything(tier), "a wish evicts nothing yet"
+    tier.prefetch(0, [REQUESTED])
+    gate.release(REQUESTED)
+    wait_until(lambda: gate.parts_read == [(REQUESTED, 0, PIECE)])
+    gate.wait_begun(REQUESTED)
+    assert everything(tier), "a prefetch evicts nothing yet"
     demand = Task(lambda: take(tier, 0, 2))
-    wait_until(lambda: gate.begun == [WISHED, WISHED])
+    wait_until(lambda: gate.begun == [REQUESTED, REQUESTED])
     gate.open()
-    assert demand.result() == [WISHED]
-    assert gate.parts_read == [(WISHED, 0, PIECE), (WISHED, PIECE, 2 * PIECE)], "the rest is of one piece"
+    assert demand.result() == [REQUESTED]
+    assert gate.parts_read == [(REQUESTED, 0, PIECE), (REQUESTED, PIECE, 2 * PIECE)], "the rest is of one piece"
     stats = tier.stats()
     assert (stats.prefetched, stats.late, stats.useful, stats.cancelled) == (1, 1, 0, 0)
     assert (stats.misses, stats.joined) == (7, 1), "seven records were read"
@@ -130,9 +130,9 @@ def test_a_demand_reads_the_rest_while_the_piece_before_it_is_read(gate: GatedRe
     assert not list(tier._ledger.prefetches.buffers or ())
 
 
-def test_a_wrong_guess_costs_no_record(gate: GatedReader, tier: HostTier) -> None:
-    tier.prefetch(0, [WISHED])
-    gate.wait_begun(WISHED)
+def test_a_wrong_prediction_costs_no_record(gate: GatedReader, tier: HostTier) -> None:
+    tier.prefetch(0, [REQUESTED])
+    gate.wait_begun(REQUESTED)
     hits = tier.stats().hits
     take(tier, 0, 0, 1)
     gate.open()
@@ -140,22 +140,22 @@ def test_a_wrong_guess_costs_no_record(gate: GatedReader, tier: HostTier) -> Non
     for block in range(3):
         take(tier, block, 0, 1)
     assert tier.stats().hits == hits + 8
-    assert gate.parts_read == [(WISHED, 0, PIECE)], "nobody wishes for it any more"
-    assert not gate.reads[WISHED]
+    assert gate.parts_read == [(REQUESTED, 0, PIECE)], "it is not requested any more"
+    assert not gate.reads[REQUESTED]
 
 
-def test_what_was_read_for_a_wrong_guess_is_there_for_a_later_one_or_makes_room(
+def test_what_was_read_for_a_wrong_prediction_is_there_for_a_later_one_or_makes_room(
     gate: GatedReader, tier: HostTier
 ) -> None:
-    tier.prefetch(0, [WISHED])
-    gate.wait_begun(WISHED)
+    tier.prefetch(0, [REQUESTED])
+    gate.wait_begun(REQUESTED)
     take(tier, 0, 0, 1)
-    gate.release(WISHED)
+    gate.release(REQUESTED)
     wait_until(lambda: len(gate.parts_read) == 1)
-    tier.prefetch(0, [WISHED])
-    gate.release(WISHED)
-    wait_until(lambda: gate.parts_read[1:] == [(WISHED, PIECE, 2 * PIECE)])
-    gate.wait_begun(WISHED)
+    tier.prefetch(0, [REQUESTED])
+    gate.release(REQUESTED)
+    wait_until(lambda: gate.parts_read[1:] == [(REQUESTED, PIECE, 2 * PIECE)])
+    gate.wait_begun(REQUESTED)
     take(tier, 0, 0, 1)
     gate.open()
     wait_until(lambda: not gate.begun)
@@ -167,17 +167,17 @@ def test_what_was_read_for_a_wrong_guess_is_there_for_a_later_one_or_makes_room(
 
 def test_what_is_read_to_its_end_goes_into_a_slot(gate: GatedReader, tier: HostTier) -> None:
     gate.open()
-    tier.prefetch(0, [WISHED])
-    wait_until(lambda: not tier.absent([WISHED]))
+    tier.prefetch(0, [REQUESTED])
+    wait_until(lambda: not tier.absent([REQUESTED]))
     tier.check_integrity()
     assert [part[1] for part in gate.parts_read] == [*range(0, SLOT, PIECE)]
     assert len(tier.absent(keys(0, 0, 1))) == 1, "which was its block's"
-    assert take(tier, 0, 2) == [WISHED]
+    assert take(tier, 0, 2) == [REQUESTED]
     stats = tier.stats()
     assert (stats.prefetched, stats.useful, stats.late, stats.joined) == (1, 1, 0, 0)
 
 
-def test_more_wishes_than_heads_all_come(gate: GatedReader) -> None:
+def test_more_prefetches_than_staging_buffers_all_come(gate: GatedReader) -> None:
     with HostTier(gate, slots={"records": 12 - 2}, loaders=4) as tier:
         gate.open()
         for block in range(3):
@@ -192,74 +192,74 @@ def test_more_wishes_than_heads_all_come(gate: GatedReader) -> None:
 def test_no_piece_is_read_while_a_demand_is(gate: GatedReader, tier: HostTier) -> None:
     demand = Task(lambda: take(tier, 1, 2))
     gate.wait_begun(*keys(1, 2))
-    tier.prefetch(0, [WISHED])
+    tier.prefetch(0, [REQUESTED])
     take(tier, 2, 0, 1)  # the loaders have come by
     assert gate.begun == keys(1, 2)
     gate.release(ExpertKey(1, 2))
     demand.result()
-    gate.wait_begun(WISHED)
+    gate.wait_begun(REQUESTED)
     demand = Task(lambda: take(tier, 1, 3))
     gate.wait_begun(*keys(1, 3))
-    gate.release(WISHED)
+    gate.release(REQUESTED)
     wait_until(lambda: gate.begun == keys(1, 3))
-    assert gate.parts_read == [(WISHED, 0, PIECE)]
+    assert gate.parts_read == [(REQUESTED, 0, PIECE)]
     gate.release(ExpertKey(1, 3))
     demand.result()
-    gate.wait_begun(WISHED)
+    gate.wait_begun(REQUESTED)
 
 
 def test_a_piece_that_fails_is_nobodys_but_its_demand_s(gate: GatedReader, tier: HostTier) -> None:
     gate.open()
-    gate.broken.add(WISHED)
-    tier.prefetch(0, [WISHED])
+    gate.broken.add(REQUESTED)
+    tier.prefetch(0, [REQUESTED])
     wait_until(lambda: tier.stats().failures == 1)
     assert everything(tier)
     with pytest.raises(StoreReadError):
         take(tier, 0, 2)
     gate.broken.clear()
-    assert take(tier, 0, 2) == [WISHED]
+    assert take(tier, 0, 2) == [REQUESTED]
 
 
 def test_a_demand_that_waits_for_a_piece_gets_its_error(gate: GatedReader, tier: HostTier) -> None:
-    tier.prefetch(0, [WISHED])
-    gate.wait_begun(WISHED)
+    tier.prefetch(0, [REQUESTED])
+    gate.wait_begun(REQUESTED)
     demand = Task(lambda: take(tier, 0, 2))
-    wait_until(lambda: gate.begun == [WISHED, WISHED])
-    gate.broken.add(WISHED)
+    wait_until(lambda: gate.begun == [REQUESTED, REQUESTED])
+    gate.broken.add(REQUESTED)
     gate.open()
     with pytest.raises(StoreReadError):
         demand.result()
     gate.broken.clear()
     tier.check_integrity()
-    assert take(tier, 0, 2) == [WISHED]
+    assert take(tier, 0, 2) == [REQUESTED]
     assert not list(tier._ledger.prefetches.buffers or ())
 
 
 def test_closing_waits_for_a_piece(gate: GatedReader) -> None:
     tier = HostTier(gate, slots={"records": 6}, loaders=2)
     fill(gate, tier)
-    tier.prefetch(0, [WISHED])
-    gate.wait_begun(WISHED)
+    tier.prefetch(0, [REQUESTED])
+    gate.wait_begun(REQUESTED)
     closing = Task(tier.close)
     wait_until(lambda: tier._ledger.loads.closed_by is not None)
     time.sleep(0.02)
     assert closing.thread.is_alive()
     gate.open()
     closing.result()
-    assert gate.parts_read == [(WISHED, 0, PIECE)]
+    assert gate.parts_read == [(REQUESTED, 0, PIECE)]
 
 
 def test_of_a_reader_that_reads_whole_records_they_go_into_slots_at_once() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
         for block in range(3):
             take(tier, block, 0, 1)
-        tier.prefetch(0, [WISHED])
-        wait_until(lambda: not tier.absent([WISHED]))
+        tier.prefetch(0, [REQUESTED])
+        wait_until(lambda: not tier.absent([REQUESTED]))
         assert len(tier.absent(keys(0, 0, 1))) == 1
 
 
 def test_what_is_full_and_finds_no_slot_is_in_nobodys_way(gate: GatedReader, tier: HostTier) -> None:
-    """Somebody wishes for all of a block, so that none of it may go; others wish for less."""
+    """All of a block is requested, so that none of it may go; less of others is."""
     gate.open()
     tier.prefetch(0, keys(0, 0, 1, 2, 3))
     wait_until(lambda: tier._ledger.loads.lacks_slots)
@@ -275,11 +275,11 @@ def test_what_is_full_goes_into_a_slot_when_one_is_given_back(gate: GatedReader,
     held = [tier.acquire(keys(0, expert)) for expert in (0, 1)]
     for leases in held:
         next(leases)
-    tier.prefetch(0, [WISHED])
+    tier.prefetch(0, [REQUESTED])
     wait_until(lambda: tier._ledger.loads.lacks_slots)
-    assert tier.absent([WISHED])
+    assert tier.absent([REQUESTED])
     held.pop().close()
-    wait_until(lambda: not tier.absent([WISHED]))
+    wait_until(lambda: not tier.absent([REQUESTED]))
     held.pop().close()
 
 
@@ -287,10 +287,10 @@ def test_bytes_are_counted_once_and_wrong_ones_too(gate: GatedReader, tier: Host
     gate.open()
     before = tier.stats().bytes_in
     gate.shut()
-    tier.prefetch(0, [WISHED])
-    gate.wait_begun(WISHED)
+    tier.prefetch(0, [REQUESTED])
+    gate.wait_begun(REQUESTED)
     take(tier, 0, 0, 1)  # it was wrong
-    gate.release(WISHED)
+    gate.release(REQUESTED)
     wait_until(lambda: tier.stats().bytes_in == before + PIECE)
     gate.open()
     take(tier, 0, 2)
@@ -305,7 +305,7 @@ def test_a_head_that_can_not_be_had_is_an_error_of_the_budget() -> None:
 # -- the real store ----------------------------------------------------------------------------------------------------
 
 
-def test_heads_over_a_store_of_two_geometries(tmp_path: Path) -> None:
+def test_staging_buffers_over_a_store_of_two_geometries(tmp_path: Path) -> None:
     plan = two_geometries()
     records = make_records(plan)
     write_store(tmp_path, plan, records)
@@ -316,11 +316,11 @@ def test_heads_over_a_store_of_two_geometries(tmp_path: Path) -> None:
         chance = random.Random(1)
         for _ in range(300):
             block = chance.randrange(len(plan.blocks))
-            wished, wanted = (chance.sample(range(4), 2) for _ in range(2))
-            tier.prefetch(block, keys(block, *wished))
+            requested, wanted = (chance.sample(range(4), 2) for _ in range(2))
+            tier.prefetch(block, keys(block, *requested))
             time.sleep(chance.choice((0, 0, 1e-4, 1e-3)))
             if chance.random() < 0.7:
-                wanted = wished
+                wanted = requested
             for lease in tier.acquire(keys(block, *wanted)):
                 assert bytes(lease.record) == records[lease.key]
         tier.check_integrity()
@@ -335,10 +335,10 @@ def test_a_bit_that_flipped_in_a_head_is_noticed_and_named_once(tmp_path: Path) 
     with ExpertStore.open(tmp_path) as store, HostTier(store, slots={"records": 6}, loaders=2) as tier:
         for block in range(3):
             take(tier, block, 0, 1)
-        tier.prefetch(0, [WISHED])
+        tier.prefetch(0, [REQUESTED])
         buffers = tier._ledger.prefetches.buffers
         assert buffers is not None
-        wait_until(lambda: WISHED in buffers or tier.stats().failures > 0)
+        wait_until(lambda: REQUESTED in buffers or tier.stats().failures > 0)
         with pytest.raises(ChecksumError) as caught:
             take(tier, 0, 2)
         assert str(caught.value).count("expert 2") == 1
@@ -353,7 +353,7 @@ def test_a_read_that_fails_in_a_head_is_named_once(tmp_path: Path) -> None:
 
         slot = memoryview(mmap.mmap(-1, SLOT))
         with pytest.raises(StoreReadError) as caught:
-            store.read_rest(WISHED, slot, StagedPrefix(PIECE, copy))
+            store.read_rest(REQUESTED, slot, StagedPrefix(PIECE, copy))
         assert str(caught.value).count("expert 2") == 1
         with pytest.raises(MissingExpertError) as missing:
             store.read_part(ExpertKey(0, 4), 0, slot[:PIECE])

@@ -27,7 +27,7 @@ from threads import Task, run_all, wait_until
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.cache.orders import ORDERS
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
-from moetier.tiers.host import prefetch as early
+from moetier.tiers.host import prefetch
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
@@ -344,7 +344,7 @@ def test_ten_callers_at_the_smallest_budget_come_to_an_end() -> None:
 # -- prefetch ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_wish_is_there_when_the_demand_comes() -> None:
+def test_a_prefetch_is_there_when_the_demand_comes() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
         tier.prefetch(1, keys(1, 2, 3))
         wait_until(lambda: tier.stats().ready == 2)
@@ -367,7 +367,7 @@ def _is_there(tier: HostTier, block: int, expert: int) -> bool:
     return tier.absent(keys(block, expert)) == []
 
 
-def test_how_long_a_read_takes_is_known_once_a_wish_was_right() -> None:
+def test_how_long_a_read_takes_is_known_once_a_prefetch_was_right() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
         tier.prefetch(1, keys(1, 0))
         wait_until(partial(_is_there, tier, 1, 0))
@@ -379,7 +379,7 @@ def test_how_long_a_read_takes_is_known_once_a_wish_was_right() -> None:
         assert pace.saved == pytest.approx(tier.stats().saved_seconds)
 
 
-def test_a_demand_joins_a_wish_that_is_being_read(gate: GatedReader) -> None:
+def test_a_demand_joins_a_prefetch_that_is_being_read(gate: GatedReader) -> None:
     with HostTier(gate, slots={"records": 6}) as tier:
         tier.prefetch(0, keys(0, 2))
         gate.wait_begun(ExpertKey(0, 2))
@@ -391,7 +391,7 @@ def test_a_demand_joins_a_wish_that_is_being_read(gate: GatedReader) -> None:
         assert tier.stats().joined == 1
 
 
-def test_a_demand_comes_before_wishes_and_finds_a_loader(gate: GatedReader) -> None:
+def test_a_demand_comes_before_prefetches_and_finds_a_loader(gate: GatedReader) -> None:
     with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
         tier.prefetch(0, keys(0, 0, 1, 2, 3))
         gate.wait_begun(ExpertKey(0, 0))
@@ -404,7 +404,7 @@ def test_a_demand_comes_before_wishes_and_finds_a_loader(gate: GatedReader) -> N
         wait_until(lambda: tier.stats().prefetched == 4)
 
 
-def test_new_wishes_replace_those_not_begun_and_a_demand_clears_them(gate: GatedReader) -> None:
+def test_new_prefetches_replace_those_not_begun_and_a_demand_clears_them(gate: GatedReader) -> None:
     with HostTier(gate, slots={"records": 12}, loaders=1) as tier:
         tier.prefetch(0, keys(0, 0, 1))
         gate.wait_begun(ExpertKey(0, 0))
@@ -419,13 +419,13 @@ def test_new_wishes_replace_those_not_begun_and_a_demand_clears_them(gate: Gated
         assert set(gate.reads) == {ExpertKey(0, 0), ExpertKey(0, 2), ExpertKey(1, 3), ExpertKey(2, 0)}
 
 
-def test_a_wish_evicts_neither_what_is_held_nor_what_is_wished_nor_other_blocks() -> None:
+def test_a_prefetch_evicts_neither_what_is_held_nor_what_is_requested_nor_other_blocks() -> None:
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
         for block in range(3):
             take(tier, block, 0, 1)
         held = tier.acquire(keys(0, 0))
         next(held)
-        tier.prefetch(0, keys(0, 1, 2, 3))  # the block's two slots: one is held, the other is wished
+        tier.prefetch(0, keys(0, 1, 2, 3))  # the block's two slots: one is held, the other is requested
         take(tier, 1, 0, 1)
         take(tier, 2, 0, 1)
         assert tier.stats().prefetched == 0
@@ -441,7 +441,7 @@ def test_a_wish_evicts_neither_what_is_held_nor_what_is_wished_nor_other_blocks(
 
 @contextlib.contextmanager
 def standing_back(gate: GatedReader) -> Iterator[tuple[HostTier, Task[list[ExpertKey]]]]:
-    """A tier, and its demand for a record that is being read; a wish for another could go on, but for that."""
+    """A tier, and its demand for a record that is being read; a prefetch of another could go on, but for that."""
     with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
         tier.prefetch(0, keys(0, 0))
         gate.wait_begun(*keys(0, 0))
@@ -451,7 +451,7 @@ def standing_back(gate: GatedReader) -> Iterator[tuple[HostTier, Task[list[Exper
         yield tier, task
 
 
-def test_a_wish_that_is_being_read_stands_back_while_demands_are(gate: GatedReader) -> None:
+def test_a_prefetch_that_is_being_read_yields_while_demands_are(gate: GatedReader) -> None:
     with standing_back(gate) as (_, task):
         time.sleep(0.05)
         assert not gate.reads, "it could go on, but for the demand"
@@ -460,7 +460,7 @@ def test_a_wish_that_is_being_read_stands_back_while_demands_are(gate: GatedRead
         wait_until(lambda: gate.reads[ExpertKey(0, 0)] == 1)
 
 
-def test_a_wish_that_stands_back_goes_on_when_a_demand_joins_it(gate: GatedReader) -> None:
+def test_a_prefetch_that_yields_goes_on_when_a_demand_joins_it(gate: GatedReader) -> None:
     with standing_back(gate) as (tier, task):
         time.sleep(0.05)
         assert take(tier, 0, 0) == keys(0, 0)
@@ -468,7 +468,7 @@ def test_a_wish_that_stands_back_goes_on_when_a_demand_joins_it(gate: GatedReade
         task.result()
 
 
-def test_a_wish_that_stands_back_is_cancelled_when_its_block_wants_others(gate: GatedReader) -> None:
+def test_a_prefetch_that_yields_is_cancelled_when_its_block_wants_others(gate: GatedReader) -> None:
     with HostTier(gate, slots={"records": 12}, loaders=2) as tier:
         tier.prefetch(0, keys(0, 0))
         gate.wait_begun(*keys(0, 0))
@@ -542,7 +542,7 @@ def test_what_is_being_read_is_absent_and_not_lent(gate: GatedReader) -> None:
         wait_until(lambda: tier.stats().cancelled == 1)
 
 
-def test_a_loan_takes_no_wishes_away(gate: GatedReader) -> None:
+def test_a_loan_takes_no_prefetches_away(gate: GatedReader) -> None:
     gate.release(ExpertKey(0, 3))
     with HostTier(gate, slots={"records": 12}, loaders=1) as tier:
         take(tier, 0, 3)
@@ -614,7 +614,7 @@ def test_a_warm_up_reads_nothing_twice_and_evicts_nothing() -> None:
         assert tier.stats().recalled == 1
 
 
-def test_a_wish_that_can_not_be_read_troubles_nobody() -> None:
+def test_a_prefetch_that_can_not_be_read_troubles_nobody() -> None:
     reader = RamReader(PLAN, RECORDS)
     reader.broken.add(ExpertKey(0, 0))
     with HostTier(reader, slots={"records": 6}) as tier:
@@ -645,10 +645,10 @@ def test_close_wakes_who_waits_and_waits_for_what_is_being_read(gate: GatedReade
     tier = HostTier(gate, slots=SMALLEST, loaders=1)
     reading = Task(lambda: take(tier, 0, 0, 1))  # one is read, one is queued
     gate.wait_begun(ExpertKey(0, 0))
-    hungry = Task(lambda: take(tier, 1, 0))
+    starved = Task(lambda: take(tier, 1, 0))
     wait_until(lambda: tier.stats().misses == 3)
     closer = Task(tier.close)
-    for task in (reading, hungry):
+    for task in (reading, starved):
         with pytest.raises(ClosedError):
             task.result()
     assert closer.thread.is_alive(), "a read into its memory is under way"
@@ -684,7 +684,7 @@ def test_a_lease_is_readable_after_close_and_ends_with_an_error() -> None:
 
 @pytest.mark.parametrize("locked", [False, True], ids=["free", "locked"])
 def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
-    """For hits, misses and wishes, and for the next lease; also where a thread held the lock at the fork."""
+    """For hits, misses and prefetches, and for the next lease; also where a thread held the lock at the fork."""
     tier = HostTier(RamReader(PLAN, RECORDS), slots={"records": 12})
     take(tier, 0, 0, 1)
     leases = tier.acquire(keys(0, 0, 1))
@@ -755,7 +755,7 @@ class HostMachine(RuleBasedStateMachine):
     def open(self, count: int, loaders: int, policy: str, parts: bool) -> None:
         self.count = count
         self.reader = GatedReader(PLAN, self.oracle, in_parts=parts)
-        self.patch.setattr(early, "QUICK_SECONDS", 0.0)  # else these reads would have no heads
+        self.patch.setattr(prefetch, "QUICK_SECONDS", 0.0)  # else these reads would have no staging buffers
         self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders, policy=policy)
 
     def spare(self) -> int:
@@ -827,8 +827,8 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def prefetch(self, data: st.DataObject) -> None:
-        wishes = self.draw(data, 4)
-        self.tier.prefetch(wishes[0].block, wishes)
+        requests = self.draw(data, 4)
+        self.tier.prefetch(requests[0].block, requests)
 
     @rule(hot=st.dictionaries(st.sampled_from(sorted(RECORDS)), st.integers(1, 9)))
     def warm(self, hot: dict[ExpertKey, float]) -> None:

@@ -79,7 +79,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert load_hot_set(DIGEST, EXPERTS).counts == {}
     assert not caplog.records
     keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
-    assert "not kept: the counts of experts in $XDG_CACHE_HOME (the user has no home)" in caplog.text
+    assert "The counts of experts in $XDG_CACHE_HOME are not kept (the user has no home)." in caplog.text
 
 
 def spoilt(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
@@ -143,7 +143,7 @@ def test_another_users_file_is_not_read(caplog: pytest.LogCaptureFixture) -> Non
     keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
     os.chown(hot_set_path(DIGEST), 65534, 65534)
     assert load_hot_set(DIGEST, EXPERTS).counts == {}
-    assert "no file of this user's" in caplog.text
+    assert "not a regular file of this user" in caplog.text
 
 
 def test_where_nothing_can_be_kept(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
