@@ -50,7 +50,7 @@ def report(
         print(note)
     if arguments.json is not None:
         document = {
-            "command": arguments.noun,
+            "command": arguments.what,
             "rounds": arguments.rounds,
             "machine": machine.to_json(),
             "notes": notes or [],
