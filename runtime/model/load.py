@@ -120,7 +120,7 @@ load.__signature__ = inspect.Signature([_parameters[0], *_keywords, *_parameters
 
 
 def _dtype(dtype: object) -> str | torch.dtype:
-    """Raises ConfigError for what no model computes in."""
+    """Return the type. Raises ConfigError for one in which no model computes."""
     if dtype == "auto":
         return "auto"
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -132,7 +132,7 @@ def _dtype(dtype: object) -> str | torch.dtype:
 
 
 def _attention(name: object) -> str | None:
-    """Raises ConfigError for what transformers does not have."""
+    """Return the name. Raises ConfigError for an implementation that transformers does not have."""
     known = ["eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in each)]
     if name is None or (isinstance(name, str) and name in known):
         return name
@@ -141,7 +141,7 @@ def _attention(name: object) -> str | None:
 
 @contextlib.contextmanager
 def _bar_on_a_terminal_alone() -> Iterator[None]:
-    """Without transformers' progress bar where standard error is a file or a pipe, in which it only leaves noise."""
+    """Disable transformers' progress bar where standard error is a file or a pipe."""
     log = transformers.utils.logging
     if not log.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
         yield
@@ -155,8 +155,8 @@ def _bar_on_a_terminal_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _load_errors(folder: Path) -> Iterator[None]:
-    """Turns what transformers says of files that it can't read, or that don't fit, into a StoreFormatError; of a
-    library that it lacks, into a ConfigError."""
+    """Turn transformers' errors for files that it can't read, or that don't fit, into StoreFormatError; and those for a
+    missing library into ConfigError."""
     try:
         yield
     except ImportError as error:
@@ -171,7 +171,7 @@ def _load_errors(folder: Path) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """In one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
@@ -187,7 +187,7 @@ def _model_class(config: dict[str, Any]) -> Any:
 
 
 def place_of(device: str) -> str:
-    """Where a model is put: "cpu", "cuda" or "cuda:N". Raises ConfigError."""
+    """Return the device: "cpu", "cuda" or "cuda:N". Raises ConfigError."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Where a process's experts come from: a tier of its own, on a store or on daemons of other hosts; or a daemon's."""
+"""Choose where a process's experts come from: a tier of its own, on a store or on other hosts' daemons, or a daemon."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """The host tier that a process computes from. ``close`` closes it and what it stands on; idempotent."""
+    """Host tier that a process computes from. ``close`` closes it and what it reads from; idempotent."""
 
     host: Lender[memoryview]
     where: str  # for people
     close: Callable[[], None]
-    learner: Learner | None = None  # of a tier of this process that learns
-    shares: Callable[[], list[Share]] = list  # of daemons of other hosts, and of the store beside them
-    daemon: DaemonTier | None = None  # of this host, whose memory is mapped
+    learner: Learner | None = None  # if the tier is this process's and learns
+    shares: Callable[[], list[Share]] = list  # what came from daemons of other hosts, and from the store beside them
+    daemon: DaemonTier | None = None  # the host tier, if it is a daemon's of this host, whose memory is mapped
 
 
 def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
-    """Of the model directory ``folder``. ``slots`` says what a tier of this process may take; it is asked for only
-    where there will be one, and may raise BudgetError. Raises StoreError, or DaemonError where a daemon was asked for.
+    """Open the host tier for the model directory ``folder``.
+
+    ``slots``: returns the slots for a tier of this process. Called only if there will be one; may raise BudgetError.
+    Raises StoreError, and DaemonError where a daemon was asked for.
     """
     if config.mapped is not None:
         return _mapped(config.mapped, folder, manifest)
@@ -53,21 +55,21 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
         for daemon in daemons_serving(manifest.digest):
             try:
                 found = _mapped(daemon, folder, manifest)
-            except (NobodyError, UnknownModelError) as error:  # it has ended; what it said of itself is still there
+            except (NobodyError, UnknownModelError) as error:  # it has ended, and left its address behind
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
             except MoetierError as error:  # it is full, or of another version
                 refusals[daemon] = error
             else:
-                _say_what_is_without_effect(config, daemon)
+                _warn_of_ignored_options(config, daemon)
                 return found
         for daemon, refusal in refusals.items():
             _log.warning("The daemon %s serves this store, and is not used: %s %s", daemon, refusal.cause, refusal.fix)
     return _own(folder, slots(), config)
 
 
-def _say_what_is_without_effect(config: TierConfig, daemon: Address) -> None:
-    """Of what a tier of this process would do: a named daemon refuses it (``TierConfig.of``), one that was found may
-    not have been thought of."""
+def _warn_of_ignored_options(config: TierConfig, daemon: Address) -> None:
+    """Warn of options for a tier of this process. With a named daemon these are errors (``TierConfig.of``); a daemon
+    that was found may be unexpected."""
     asked = {"`ram`": config.ram is not None, "`policy`": config.policy != DEFAULT_ORDER, "`learn`": config.learn}
     if names := " and ".join(name for name in asked if asked[name]):
         _log.warning(
@@ -102,7 +104,7 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
         host, learner = _host(reader, slots, config, closing)
         if reader.local is not None:
             reader.local.on_fault(host.condemn)
-        closing.callback(reader.close)  # first: the tier waits for its reads, and they may wait for daemons
+        closing.callback(reader.close)  # closed first: the tier waits for its reads, and these may wait for daemons
         where = f"the daemons {', '.join(map(str, config.daemon.addresses))}"
         return Origin(host, where, closing.pop_all().close, learner, reader.shares)
 
@@ -110,7 +112,7 @@ def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping
 def _host(
     reader: RecordReader, slots: Mapping[str, int], config: TierConfig, closing: contextlib.ExitStack
 ) -> tuple[HostTier, Learner | None]:
-    """Both are closed by ``closing``."""
+    """Open the tier and its learner, which ``closing`` closes."""
     host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
     if not config.learn:
         return host, None

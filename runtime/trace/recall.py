@@ -25,13 +25,6 @@ class Recall:
         """Recall over all blocks; nan where nothing was predicted."""
         return float(self.named.sum() / self.wanted.sum()) if self.wanted.any() else float("nan")
 
-    @property
-    def by_block(self) -> npt.NDArray[np.float64]:
-        """Recall of each block [B]; nan where nothing was predicted."""
-        found = np.full(len(self.wanted), np.nan)
-        np.divide(self.named, self.wanted, out=found, where=self.wanted > 0)
-        return found
-
     def only(self, blocks: npt.NDArray[np.bool_]) -> Recall:
         """Return the counts of some ``blocks`` [B], to compare with a rule that does not predict every block."""
         return Recall(np.where(blocks, self.named, 0), np.where(blocks, self.wanted, 0))
@@ -47,13 +40,13 @@ class Comparison:
     previous_token: float | None
 
     def cells(self) -> list[str]:
-        """Return the table cells under the headings ``GUESSES``."""
+        """Return the table cells under the headings ``RULES``."""
         return [
             "-" if ratio is None else f"{ratio:.3f}" for ratio in (self.gates, self.popularity, self.previous_token)
         ]
 
 
-GUESSES = ("gates", "popularity", "previous token")
+RULES = ("gates", "popularity", "previous token")
 
 
 def compare(trace: Trace) -> list[Comparison]:
@@ -64,8 +57,8 @@ def compare(trace: Trace) -> list[Comparison]:
     found = []
     for lookahead in sorted(trace.lookaheads):
         gates = of_predictions(trace, lookahead)
-        guesses = (gates, *(other.only(gates.wanted > 0) for other in (popularity, previous)))
-        found.append(Comparison(lookahead, *(guess.ratio if guess.wanted.any() else None for guess in guesses)))
+        rules = (gates, *(other.only(gates.wanted > 0) for other in (popularity, previous)))
+        found.append(Comparison(lookahead, *(rule.ratio if rule.wanted.any() else None for rule in rules)))
     return found
 
 
@@ -77,27 +70,27 @@ def of_predictions(trace: Trace, lookahead: int) -> Recall:
 
 def of_popularity(trace: Trace) -> Recall:
     """Return the recall of each block's K most used experts, known in hindsight: the best fixed prediction."""
-    guesses = np.full_like(trace.experts[:1], NONE)  # [1, B, K]
+    predicted = np.full_like(trace.experts[:1], NONE)  # [1, B, K]
     for block, count in enumerate(trace.num_experts):
         used = trace.experts[:, block]
         uses = np.bincount(used[used != NONE], minlength=count)
         best = np.argsort(-uses, kind="stable")[: trace.top_k]
-        guesses[0, block, : len(best)] = best
-    return _recall(trace.experts, np.broadcast_to(guesses, trace.experts.shape))
+        predicted[0, block, : len(best)] = best
+    return _recall(trace.experts, np.broadcast_to(predicted, trace.experts.shape))
 
 
 def of_previous_token(trace: Trace) -> Recall:
     """Return the recall of the experts that the previous token of the sequence used."""
-    guesses = np.full_like(trace.experts, NONE)
+    predicted = np.full_like(trace.experts, NONE)
     for tokens in trace.sequences:
-        guesses[tokens.start + 1 : tokens.stop] = trace.experts[tokens.start : tokens.stop - 1]
-    return _recall(trace.experts, guesses)
+        predicted[tokens.start + 1 : tokens.stop] = trace.experts[tokens.start : tokens.stop - 1]
+    return _recall(trace.experts, predicted)
 
 
-def _recall(experts: Ints, guesses: npt.NDArray[Any]) -> Recall:
-    """Return the recall of ``guesses`` [T, B, P] for ``experts`` [T, B, K]."""
-    counted = (experts != NONE) & (guesses != NONE).any(-1, keepdims=True)
+def _recall(experts: Ints, predicted: npt.NDArray[Any]) -> Recall:
+    """Return the recall of ``predicted`` [T, B, P] for ``experts`` [T, B, K]."""
+    counted = (experts != NONE) & (predicted != NONE).any(-1, keepdims=True)
     named = np.zeros_like(counted)
-    for guess in np.moveaxis(guesses, -1, 0):  # [T, B]
-        named |= experts == guess[..., None]
+    for choice in np.moveaxis(predicted, -1, 0):  # [T, B]
+        named |= experts == choice[..., None]
     return Recall((named & counted).sum((0, 2)), counted.sum((0, 2)))

@@ -131,7 +131,7 @@ def _result(found: Outcome, arguments: argparse.Namespace, record: int | None) -
 
 
 def _text(report: dict[str, Any]) -> str:
-    from moetier.runtime.trace.recall import GUESSES, Comparison
+    from moetier.runtime.trace.recall import RULES, Comparison
     from moetier.tools.cli.report import table
 
     results = report["results"]
@@ -163,7 +163,7 @@ def _text(report: dict[str, Any]) -> str:
     show("tokens a second, nothing overlapped", "tokens_per_s", ".2f")
     if report["recall"]:
         compared = [Comparison(**entry) for entry in report["recall"]]
-        rows = [["look-ahead", *GUESSES], *([str(found.lookahead), *found.cells()] for found in compared)]
+        rows = [["look-ahead", *RULES], *([str(found.lookahead), *found.cells()] for found in compared)]
         lines.append(f"\nrecall of the experts that were used\n{table(rows)}")
     return "\n".join(lines)
 

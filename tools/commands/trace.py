@@ -117,10 +117,10 @@ def to_json(path: Path, trace: Trace) -> dict[str, Any]:
 
 def summary(trace: Trace) -> str:
     """For people: how much there is, and how well the gates foretold it."""
-    from moetier.runtime.trace.recall import GUESSES, compare
+    from moetier.runtime.trace.recall import RULES, compare
 
     head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"
     if not trace.lookaheads:
         return head
-    rows = [["recall", *GUESSES], *([f"{found.lookahead} ahead", *found.cells()] for found in compare(trace))]
+    rows = [["recall", *RULES], *([f"{found.lookahead} ahead", *found.cells()] for found in compare(trace))]
     return f"{head}\n{table(rows)}"

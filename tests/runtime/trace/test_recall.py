@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moetier.runtime.trace.recall import (
-    GUESSES,
+    RULES,
     Comparison,
     Recall,
     compare,
@@ -33,7 +33,6 @@ def test_predictions() -> None:
     assert found.wanted.tolist() == [0, 8]  # block 0 is predicted by nobody; two experts of block 1 are none
     assert found.named.tolist() == [0, 1 + 2 + 0 + 1 + 1]
     assert found.ratio == 5 / 8
-    assert np.array_equal(found.by_block, [np.nan, 5 / 8], equal_nan=True)
 
 
 def test_popularity() -> None:
@@ -84,7 +83,7 @@ def test_who_guesses_nothing_has_no_recall() -> None:
         experts=np.array([[[0], [1]]]), offsets=(0, 1), num_experts=(2, 2), lookaheads=(1, 2), predictions=predictions
     )
     assert compare(one) == [Comparison(1, 1.0, 1.0, None), Comparison(2, None, None, None)]
-    assert [found.cells() for found in compare(one)] == [["1.000", "1.000", "-"], ["-"] * len(GUESSES)]
+    assert [found.cells() for found in compare(one)] == [["1.000", "1.000", "-"], ["-"] * len(RULES)]
 
 
 def random_trace(seed: int) -> Trace:
