@@ -131,7 +131,7 @@ class VirtualLoaders(Loaders):
             while not self._rings:
                 yield self._idle
             self._rings -= 1
-            while (task := self._next_task()) is not None:
+            while (task := self._monitor.run(self._loads.take)) is not None:
                 if isinstance(task, StagingBuffer):
                     yield self._read_bytes(task.end - task.filled)
                     self._loads.end_piece(task)

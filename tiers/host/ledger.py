@@ -32,7 +32,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters, TierStats
 
-from .demands import Demand, Failed, Granted, Pool
+from .demands import AsyncCaller, Demand, Failed, Granted, Pool
 from .loads import Loads
 from .prefetch import PrefetchQueue
 from .staging import StagingBuffers
@@ -201,7 +201,16 @@ class Ledger:
         self.waiting.wake()
         self.serve()
 
-    # -- uses ---------------------------------------------------------------------------------------------------------
+    # -- prefetches and uses -------------------------------------------------------------------------------------------
+
+    def prefetch(self, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None = None) -> None:
+        """Replace a caller's prefetch requests for a block; None is the tier's own process. Raises as ``look``.
+
+        A requested record that is there already is evicted later for that, and no loader is woken for it.
+        """
+        self.check_open()
+        if self.prefetches.request(self.pool(block), block, keys, caller):
+            self.loads.ring_for_prefetches()
 
     def used_above(self, keys: Iterable[ExpertKey]) -> None:
         """Count uses of records that demands found in the tier above."""

@@ -62,14 +62,11 @@ class Loaders:
     def _run(self) -> None:
         while self._loads.closed_by is None:
             self._bell.get()
-            while (task := self._next_task()) is not None:
+            while (task := self._monitor.run(self._loads.take)) is not None:
                 if isinstance(task, Load):
                     self._read(task)
                 else:
                     self._read_piece(task)
-
-    def _next_task(self) -> Load | StagingBuffer | None:
-        return self._monitor.run(self._loads.take)
 
     def _read(self, load: Load) -> None:
         # while it is paused, another loader must be there for the demands

@@ -14,7 +14,7 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Load, Pool, StagingBuffer
+from .demands import Demand, Load, Pool, StagingBuffer
 from .prefetch import PrefetchQueue
 from .waiting import Waiting
 
@@ -144,22 +144,14 @@ class Loads:
             load.is_taken = True
         if not self._is_for_demands:  # prefetches that yielded to it may go on
             self._waiting.wake()
-            self._ring_for_prefetches()
+            self.ring_for_prefetches()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
-
-    def prefetch(self, pool: Pool, block: int, keys: Sequence[ExpertKey], *, caller: AsyncCaller | None = None) -> None:
-        """Replace a caller's prefetch requests for a block; None is the tier's own process.
-
-        A requested record that is there already is evicted later for that, and no loader is woken for it.
-        """
-        if self._prefetches.request(pool, block, keys, caller):
-            self._ring_for_prefetches()
 
     def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
         """Read these behind all requests, each into an EMPTY slot of its group or not at all."""
         self._prefetches.warm(pool, keys)
-        self._ring_for_prefetches()
+        self.ring_for_prefetches()
 
     def yields(self, load: Load) -> bool:
         """Whether a prefetch that no demand waits for is to pause, since records are read for demands."""
@@ -219,7 +211,8 @@ class Loads:
         staged.begin_piece(self._clock())
         return staged
 
-    def _ring_for_prefetches(self) -> None:
+    def ring_for_prefetches(self) -> None:
+        """Wake as many loaders as may read something for prefetches now."""
         readable = self._prefetches.readable
         if readable and not self._is_for_demands:
             for _ in range(min(readable, self._most_prefetches - self._prefetching)):
@@ -260,7 +253,7 @@ class Loads:
                 self._waiting.recheck(demand)
         self._waiting.wake()
         if load.waiters or not load.is_prefetch:
-            self._ring_for_prefetches()  # perhaps it was the last for a demand
+            self.ring_for_prefetches()  # perhaps it was the last for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
         """Note that the record does not come. Its slot is EMPTY again, and all that wait for it get the error."""

@@ -94,7 +94,7 @@ class Session(AsyncCaller):
 
     def _prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
-            self._ledger.loads.prefetch(self._ledger.pool(block), block, keys, caller=self)
+            self._ledger.prefetch(block, keys, self)
 
     def close(self) -> None:
         """Give back all leases and claims, and cancel all requests; loads that have begun go on. Idempotent.

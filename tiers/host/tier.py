@@ -131,7 +131,7 @@ class HostTier:
         in vain, or what is neither held nor requested, of its own group.
         """
         self.manifest.check_keys(block, keys)
-        self._monitor.run(self._prefetch, block, keys)
+        self._monitor.run(self._ledger.prefetch, block, keys)
 
     def warm(self, hot: HotSet) -> None:
         """Read each block's most used records into EMPTY slots, in the background. Returns at once.
@@ -252,10 +252,6 @@ class HostTier:
         count = min(len(demand.ready), 1 if demand.is_scan else len(demand.ready))
         slots = [self._ledger.take(demand) for _ in range(count)]
         return deque([self._lease(demand.pool, slot, more=slot != slots[-1]) for slot in slots])
-
-    def _prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        self._ledger.check_open()
-        self._ledger.loads.prefetch(self._ledger.pool(block), block, keys)
 
     def _warm(self, hot: HotSet) -> None:
         self._ledger.check_open()

@@ -218,7 +218,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5))
     def prefetch(self, block: int, experts: list[int]) -> None:
         with step_of(self.monitor):
-            self.ledger.loads.prefetch(self.ledger.pool(block), block, [ExpertKey(block, expert) for expert in experts])
+            self.ledger.prefetch(block, [ExpertKey(block, expert) for expert in experts])
 
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
     def warm(self, block: int, experts: list[int]) -> None:
@@ -254,7 +254,7 @@ class LedgerMachine(RuleBasedStateMachine):
         data=st.data(),
         block=BLOCKS,
         experts=st.lists(st.integers(0, EXPERTS - 1), max_size=5),
-        prefetches=st.booleans(),
+        prefetch=st.booleans(),
     )
     def tell(self, data: st.DataObject, block: int, experts: list[int], prefetch: bool) -> None:
         session = data.draw(st.sampled_from(self.clients)).session
@@ -596,7 +596,7 @@ def test_a_prefetch_that_yields_is_woken_when_the_load_goes_that_it_yields_to() 
         woken += 1
 
     ledger, pool = ledger_of(6, wake=wake)
-    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0)])
+    ledger.prefetch(1, [ExpertKey(1, 0)])
     prefetch = take_load(ledger)
     assert prefetch is not None
     other = demand(ledger, pool, 3, 0)
@@ -640,7 +640,7 @@ def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     arrive_all(ledger)
     assert len(holder.ready) == 3
     starved = demand(ledger, pool, 3, 0)
-    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 0), ExpertKey(4, 1)])
+    ledger.prefetch(4, [ExpertKey(4, 0), ExpertKey(4, 1)])
     ledger.leave(holder)
     assert take_load(ledger) is None, "three slots could be had, but a demand is starved"
     ledger.advance(starved)
@@ -677,7 +677,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
         assert found.useful + found.late + found.wasted <= found.prefetched
         return found.prefetched, found.useful, found.late, found.wasted, found.cancelled
 
-    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
+    ledger.prefetch(1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     read(0.5)
     late = take_load(ledger)
     assert late is not None
@@ -691,10 +691,10 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
     ledger.leave(demand(ledger, pool, 1, 0, 1))
     assert counts() == (2, 1, 1, 0, 1), "each once"
 
-    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 0)])
+    ledger.prefetch(4, [ExpertKey(4, 0)])
     read(1.0)
-    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 1)])
-    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 1)])
+    ledger.prefetch(4, [ExpertKey(4, 1)])
+    ledger.prefetch(4, [ExpertKey(4, 1)])
     assert counts() == (3, 1, 1, 0, 1), "what is requested again is not given up"
     others = demand(ledger, pool, 3, 0, 1, 2)
     arrive_all(ledger)
@@ -709,13 +709,13 @@ def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
     def there(*keys: tuple[int, int]) -> list[bool]:
         return [pool.slots.find(ExpertKey(*key)) is not None for key in keys]
 
-    ledger.loads.prefetch(pool, 4, [ExpertKey(4, 0)])
+    ledger.prefetch(4, [ExpertKey(4, 0)])
     arrive_all(ledger)
     for block, experts in ((1, (0, 1)), (3, (0, 1)), (4, (1,))):
         asked = demand(ledger, pool, block, *experts)
         arrive_all(ledger)
         ledger.leave(asked)
-    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 2)])
+    ledger.prefetch(1, [ExpertKey(1, 2)])
     arrive_all(ledger)
     assert there((4, 0), (1, 2), (1, 0), (1, 1)) == [False, True, True, True], "and of no record of its own block"
     ledger.leave(demand(ledger, pool, 1, 0))  # and not what was requested
@@ -729,27 +729,27 @@ def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
 def test_a_prefetch_takes_what_is_empty_before_what_was_wrong() -> None:
     ledger, pool = ledger_of(6)
     for key in (ExpertKey(4, 0), ExpertKey(1, 0)):
-        ledger.loads.prefetch(pool, 4, [])
-        ledger.loads.prefetch(pool, key.block, [key])
+        ledger.prefetch(4, [])
+        ledger.prefetch(key.block, [key])
         arrive_all(ledger)
     assert None not in (pool.slots.find(ExpertKey(4, 0)), pool.slots.find(ExpertKey(1, 0)))
     assert ledger.counters.wasted == 0
 
 
 def test_a_prefetch_that_finds_no_slot_or_whose_caller_goes_is_given_up() -> None:
-    ledger, pool = ledger_of(2)
-    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
+    ledger, _ = ledger_of(2)
+    ledger.prefetch(1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     assert [read_next(ledger) for _ in range(3)] == [ExpertKey(1, 0), ExpertKey(1, 1), None]
     assert (ledger.counters.prefetched, ledger.counters.cancelled) == (2, 1), "two are requested still"
     caller = AsyncCaller(lambda event: None, 1)
-    ledger.loads.prefetch(pool, 3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller=caller)
+    ledger.prefetch(3, [ExpertKey(3, 0), ExpertKey(3, 1)], caller)
     ledger.prefetches.cancel(caller)
     assert (read_next(ledger), ledger.counters.cancelled) == (None, 3)
 
 
 def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -> None:
-    ledger, pool = ledger_of(3)
-    ledger.loads.prefetch(pool, 1, [ExpertKey(1, 0)])
+    ledger, _ = ledger_of(3)
+    ledger.prefetch(1, [ExpertKey(1, 0)])
     load = take_load(ledger)
     assert load is not None
     ledger.loads.arrive(load)
@@ -779,7 +779,7 @@ def test_a_warm_up_fills_what_is_empty_behind_demands_and_requests() -> None:
     assert take_load(ledger) is None, "not while anything is read for a demand"
     ledger.loads.arrive(begun)
     ledger.leave(wanted)
-    ledger.loads.prefetch(pool, 3, [ExpertKey(3, 3)])
+    ledger.prefetch(3, [ExpertKey(3, 3)])
     assert [read_next(ledger) for _ in range(5)] == [(3, 3), (1, 2), (3, 0), (4, 1), None], "never beyond the quota"
     assert (ledger.counters.evictions, ledger.counters.warmed, ledger.counters.prefetched) == (0, 4, 1)
 
