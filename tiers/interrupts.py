@@ -26,7 +26,7 @@ UNINTERRUPTIBLE = frozenset(
         ("tiers.device", ("tier", "views", "fill", "copies", "promoter")),
         ("runtime.moe", ("block", "gates")),
         ("runtime.speculation", ("speculation",)),
-        ("runtime.client", ("tier", "misses", "link", "outbox", "counts", "spare")),
+        ("runtime.client", ("tier", "misses", "link")),
     )
     for name in names
 )

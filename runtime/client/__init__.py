@@ -1,7 +1,7 @@
-"""A client of the storage daemon: a host tier whose memory belongs to the daemon on this or another machine.
+"""Clients of the storage daemon: a host tier in the memory of a daemon on this host, and readers of remote daemons.
 
-Others use ``tier.DaemonTier``. When the daemon is lost, ``misses`` reads from the local store. The package imports
-``runtime.wire`` and ``tiers``.
+Others use ``tier.DaemonTier`` and ``spread.SpreadReader``. While the daemon is away, ``misses`` reads from the local
+store. The package imports ``runtime.wire`` and ``tiers``.
 """
 
 from typing import TYPE_CHECKING

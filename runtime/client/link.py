@@ -1,18 +1,22 @@
-"""The way to a daemon of this host: its control socket, the stream beside it, and both again when it was away.
+"""Link to a daemon on this host: the control socket and the message stream, reconnected whenever they break.
 
-Two threads: one reads what the daemon says and, when the connection has ended, makes the next; the other, which is
-gRPC's, sends. Neither is waited for where a record is found in the directory.
+The link has two threads. Its own thread reads the daemon's messages and reconnects; a thread of gRPC sends. Callers
+wait for neither when a record is found in the directory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import grpc
 
@@ -25,91 +29,138 @@ from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
 from moetier.tiers.layout import ExpertKey
 
-from .outbox import Outbox
-from .requests import Changed, Failed, Granted, Place, Request
-from .traffic import Meter, Traffic
+from .view import MappedArena
 
-REPORT_KEPT = 65_536  # hits, the latest; more are forgotten while there is nobody to tell
+REPORT_KEPT = 65_536  # latest hits; older ones are dropped while no daemon can be told
+REPORT_SECONDS = 0.5  # longest time until the daemon is told of hits
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each is twice the one before
-_ANSWER = 2.0  # seconds for what a daemon that works says at once
-_STEADY = 1.0  # seconds after which a connection that has brought nothing counts as one
+_ANSWER = 2.0  # seconds for answers that a working daemon gives at once
+_STEADY = 1.0  # seconds after which a connection without a message counts as made
 
 
-class Link(Generic[Place]):
-    """Keeps a connection until it is closed. Requests that are in flight when one ends are repeated on the next.
+@dataclass(frozen=True, slots=True)
+class SlotGranted:
+    """The daemon leases the slot of ``arena`` in which it holds the expert's record."""
 
-    ``arrive`` is called with each new control connection, by the link's thread, and says what its slots are of.
+    request: SlotRequest
+    expert: int
+    slot: int
+    generation: int
+    arena: MappedArena
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The daemon has ended the request with an error."""
+
+    request: SlotRequest
+    error: MoetierError
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChanged:
+    """The daemon has gone away or come back, or the link was closed."""
+
+
+LinkEvent = SlotGranted | RequestFailed | LinkChanged
+
+
+@dataclass(eq=False, slots=True)
+class SlotRequest:
+    """Request to the daemon for experts of one block; its ``events`` are delivered by the link's thread."""
+
+    block: int
+    awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
+    events: SimpleQueue[LinkEvent]
+    is_over: bool = False  # the daemon holds nothing for it, or was told to release everything
+    number: int = field(default_factory=itertools.count(1).__next__)
+
+    def message(self) -> wire.ClientMessage:
+        """Return the message that asks for the experts still awaited."""
+        acquire = wire.Acquire(request=self.number, block=self.block, experts=list(self.awaited))
+        return wire.ClientMessage(acquire=acquire)
+
+
+class Link:
+    """Keeps a connection until it is closed. Requests in flight when a connection ends are repeated on the next.
+
+    ``arrive`` is called by the link's thread with each new control connection, and returns the arena it leads to.
     """
 
     def __init__(
-        self, folder: Path, digest: str, first: ControlConnection, arrive: Callable[[ControlConnection], Place]
+        self,
+        folder: Path,
+        digest: str,
+        first: ControlConnection,
+        arrive: Callable[[ControlConnection], MappedArena],
     ) -> None:
-        """``first`` is an open connection, which is the link's from now on."""
+        """Take over the open connection ``first`` to the daemon in ``folder``."""
         self._folder = folder
         self._digest = digest
         self._arrive = arrive
-        self._requests: dict[int, Request] = {}
-        self._lock = threading.Lock()  # held where a request is sent, for the first time or again
-        self._outbox: Outbox | None = None  # None: away
+        self._requests: dict[int, SlotRequest] = {}
+        self._lock = threading.Lock()  # held while a request is sent, for the first time or again
+        self._outbox: _Outbox | None = None  # None while the daemon is away
         self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
         self._closed = threading.Event()
-        self._tried = threading.Event()  # to connect
+        self._tried = threading.Event()  # the first stream was opened, or failed to open
         self._call: Any = None
         self._away_since: float | None = None
         self._error: MoetierError | None = None
-        self._meter = Meter()
+        self._messages = 0  # received
+        self.connections = 0  # made, the first among them
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
-        self._tried.wait()  # a wish that comes now is not forgotten
+        self._tried.wait()  # prefetch requests that come now are not lost
 
     @property
     def away_since(self) -> float | None:
-        """When the daemon went (by time.monotonic); None while it is here."""
+        """When the daemon went away (time.monotonic()); None while it is connected."""
         return self._away_since
 
     @property
     def error(self) -> MoetierError:
-        """Why it is away."""
+        """Why the daemon is away."""
         return self._error or UnavailableError(f"No daemon runs in {self._folder}.", "Start one: moetier daemon DIR")
-
-    @property
-    def traffic(self) -> Traffic:
-        return self._meter.traffic
 
     # -- callers ------------------------------------------------------------------------------------------------------
 
-    def ask(self, request: Request) -> None:
-        """Sends a request, now or when the daemon is back. Raises ClosedError."""
+    def request(self, request: SlotRequest) -> None:
+        """Send a request, now or when the daemon is back. Raises ClosedError."""
         with self._lock:
             if self._closed.is_set():
-                raise ClosedError("The way to the daemon was closed.", "Load the model again.")
+                raise ClosedError("The connection to the daemon was closed.", "Load the model again.")
             self._requests[request.number] = request
             if self._outbox is not None:
                 self._outbox.put(request.message())
 
-    def withdraw(self, request: Request) -> None:
-        """Ends a request: what it holds and waits for is given back. Never waits: a finalizer may call it. What an
-        exception has cut can be repeated."""
+    def cancel(self, request: SlotRequest) -> None:
+        """End a request: release its leases and stop waiting for the rest.
+
+        Never waits, as a finalizer may call it. If an exception cuts it, it can be repeated.
+        """
         self._requests.pop(request.number, None)
         if not request.is_over:
-            self._say(wire.ClientMessage(release=wire.Release(request=request.number)))
+            self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
             request.is_over = True
 
-    def release(self, request: Request, expert: int) -> None:
-        """Ends one lease."""
-        self._say(wire.ClientMessage(release=wire.Release(request=request.number, experts=[expert])))
+    def release(self, request: SlotRequest, expert: int) -> None:
+        """Release one lease of a request."""
+        self._send(wire.ClientMessage(release=wire.Release(request=request.number, experts=[expert])))
 
     def prefetch(self, block: int, experts: Sequence[int]) -> None:
-        """Tells wishes; while the daemon is away they are forgotten."""
-        self._say(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
+        """Send a prefetch request; it is lost while the daemon is away."""
+        self._send(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
 
     def report(self, keys: Iterable[ExpertKey]) -> None:
-        """Keys that were found in the directory, least recently used first. They are told before the next request, or
-        half a second later."""
+        """Report hits in the directory, least recently used first.
+
+        The daemon is told before the next request, and after half a second at the latest.
+        """
         self._used.extend(keys)
 
     def close(self) -> None:
-        """Ends the connection and both threads; whoever waits for an event gets a Changed. Idempotent."""
+        """End the connection and both threads; every request gets a LinkChanged. Idempotent."""
         with self._lock:
             self._closed.set()
         call = self._call
@@ -117,73 +168,73 @@ class Link(Generic[Place]):
             call.cancel()
         self._thread.join()
         for request in list(self._requests.values()):
-            request.deliver(Changed())
+            request.events.put(LinkChanged())
 
-    def _say(self, message: wire.ClientMessage) -> None:
+    def _send(self, message: wire.ClientMessage) -> None:
         outbox = self._outbox
         if outbox is not None:
             outbox.put(message)
 
     # -- the link's thread --------------------------------------------------------------------------------------------
 
-    def _run(self, side: ControlConnection | None) -> None:
+    def _run(self, control: ControlConnection | None) -> None:
         pause = FIRST_PAUSE
         while not self._closed.is_set():
-            began, heard, connections = time.monotonic(), self._meter.messages_in, self._meter.connections
+            began, messages, connections = time.monotonic(), self._messages, self.connections
             try:
-                if side is None:
-                    side = ControlConnection.open(self._folder, self._digest, patience=_ANSWER)
-                    began = time.monotonic()  # who does not answer is no connection, however long that takes
-                with side:
-                    self._error = self._attend(side)
+                if control is None:
+                    control = ControlConnection.open(self._folder, self._digest, patience=_ANSWER)
+                    began = time.monotonic()  # an attempt without an answer is no connection, however long it took
+                with control:
+                    self._error = self._run_connection(control)
             except MoetierError as error:
                 self._error = type(error)(error.cause, error.fix)  # without the frames, which refer to the arena
-            except (OSError, RuntimeError) as error:  # no descriptor to be had, no memory, no thread
+            except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
                 self._error = UnavailableError(f"The daemon can't be reached: {error}.", "Free what is short.")
-            side = None
+            control = None
             self._tried.set()
             lasted = time.monotonic() - began
-            if self._meter.messages_in > heard or (self._meter.connections > connections and lasted > _STEADY):
+            if self._messages > messages or (self.connections > connections and lasted > _STEADY):
                 pause = FIRST_PAUSE
                 self._away_since = time.monotonic()
             elif self._away_since is None:
                 self._away_since = began
             for request in list(self._requests.values()):
-                request.deliver(Changed())
-            # not all at once: every client of a daemon that was restarted comes now
+                request.events.put(LinkChanged())
+            # jitter: all clients of a daemon that was restarted reconnect now
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _attend(self, side: ControlConnection) -> MoetierError | None:
-        """A connection's life, and why it ended; None when its daemon ended it. Raises what ``arrive`` does."""
-        place = self._arrive(side)
-        self._meter.connections += 1
-        with open_channel(Address(folder=self._folder), Credentials(), bearer=side.session_id) as channel:
+    def _run_connection(self, control: ControlConnection) -> MoetierError | None:
+        """Serve a control connection to its end. Return why it ended; None if the daemon ended it."""
+        arena = self._arrive(control)
+        self.connections += 1
+        with open_channel(Address(folder=self._folder), Credentials(), bearer=control.session_id) as channel:
             stub = ExpertStoreStub(channel)
             while True:
-                heard = self._meter.messages_in
-                error = self._talk(stub, place)
-                # one stream may break; who gives the same answer twice means it
-                if error is None or self._closed.is_set() or self._meter.messages_in == heard or not side.is_alive():
+                messages = self._messages
+                error = self._run_stream(stub, arena)
+                # a stream may break once; a daemon that ends the next one without a message means it
+                if error is None or self._closed.is_set() or self._messages == messages or not control.is_alive():
                     return error
-                # one that is stopped keeps its sockets
+                # a daemon that was stopped (SIGSTOP) keeps its sockets
                 if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
                     return error
-                self._closed.wait(FIRST_PAUSE)  # one that breaks again and again is not repeated in a hurry
+                self._closed.wait(FIRST_PAUSE)  # streams may break again and again
 
-    def _talk(self, stub: ExpertStoreStub, place: Place) -> MoetierError | None:
-        """A stream's life, and why it ended; None when its daemon ended it."""
-        outbox = Outbox(self._used, self._meter)
+    def _run_stream(self, stub: ExpertStoreStub, arena: MappedArena) -> MoetierError | None:
+        """Serve a stream to its end. Return why it ended; None if the daemon ended it."""
+        outbox = _Outbox(self._used)
         call = stub.Session(outbox.messages())
         self._call = call
         try:
-            self._connect(outbox)
+            self._attach(outbox)
             if self._closed.is_set():  # close() may have come before there was a call
                 call.cancel()
             for message in call:
-                self._hear(message, place)
+                self._handle(message, arena)
         except grpc.RpcError as error:
-            error.__traceback__ = None  # it is the call itself: a circle through this frame would keep the arena
+            error.__traceback__ = None  # the error is the call itself: a cycle through this frame would keep the arena
             return error_of(error)
         finally:
             with self._lock:
@@ -193,7 +244,8 @@ class Link(Generic[Place]):
             outbox.end(_ANSWER)
         return None
 
-    def _connect(self, outbox: Outbox) -> None:
+    def _attach(self, outbox: _Outbox) -> None:
+        """Repeat all requests on a new stream."""
         with self._lock:
             requests = list(self._requests.values())
             for request in requests:
@@ -202,21 +254,65 @@ class Link(Generic[Place]):
             self._outbox = outbox
             self._away_since = None
         self._tried.set()
-        for request in requests:  # who withdrew one meanwhile may have seen no outbox
+        for request in requests:  # cancel() may have found no outbox meanwhile
             if request.number not in self._requests:
-                self._say(wire.ClientMessage(release=wire.Release(request=request.number)))
-            request.deliver(Changed())
+                self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
+            request.events.put(LinkChanged())
 
-    def _hear(self, message: wire.ServerMessage, place: Place) -> None:
-        self._meter.heard(message)
+    def _handle(self, message: wire.ServerMessage, arena: MappedArena) -> None:
+        self._messages += 1
         if message.HasField("granted"):
             granted = message.granted
             request = self._requests.get(granted.request)
             if request is not None and granted.expert in request.awaited:
                 del request.awaited[granted.expert]
-                request.deliver(Granted(request, granted.expert, granted.slot, granted.generation, place))
+                request.events.put(SlotGranted(request, granted.expert, granted.slot, granted.generation, arena))
         elif message.HasField("failed"):
             request = self._requests.pop(message.failed.request, None)
             if request is not None:
                 request.is_over = True
-                request.deliver(Failed(request, error_from_message(message.failed.error)))
+                request.events.put(RequestFailed(request, error_from_message(message.failed.error)))
+
+
+class _Outbox:
+    """Messages to be sent on one stream. gRPC's thread iterates over ``messages``; ``used`` outlives the stream."""
+
+    def __init__(self, used: deque[ExpertKey]) -> None:
+        self._used = used
+        self._queue: SimpleQueue[wire.ClientMessage | None] = SimpleQueue()
+        self._ended = threading.Event()
+
+    def put(self, message: wire.ClientMessage) -> None:
+        """Queue a message. Never waits, as a finalizer may call it."""
+        self._queue.put(message)
+
+    def end(self, patience: float) -> None:
+        """End the stream, and wait ``patience`` seconds at most for gRPC's thread."""
+        self._queue.put(None)
+        self._ended.wait(patience)
+
+    def messages(self) -> Iterator[wire.ClientMessage]:
+        """Yield the queued messages until ``end``, and reports of hits between them."""
+        try:
+            while True:
+                message: wire.ClientMessage | None = wire.ClientMessage()
+                with contextlib.suppress(Empty):
+                    message = self._queue.get(timeout=REPORT_SECONDS)
+                if message is None:
+                    return
+                # before a request, which might otherwise evict what was used last
+                if self._used and not message.HasField("release"):
+                    yield self._report()
+                if message.WhichOneof("message"):
+                    yield message
+        finally:
+            self._ended.set()
+
+    def _report(self) -> wire.ClientMessage:
+        blocks: list[wire.Experts] = []
+        for _ in range(len(self._used)):
+            block, expert = self._used.popleft()
+            if not blocks or blocks[-1].block != block:
+                blocks.append(wire.Experts(block=block))
+            blocks[-1].experts.append(expert)
+        return wire.ClientMessage(used=wire.Used(blocks=blocks))

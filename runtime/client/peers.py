@@ -1,54 +1,55 @@
-"""Peers: several daemons, and which of them are away."""
+"""Peers: several daemons that hold the same store, the order in which each key asks them, and which are away.
+
+The order is that of rendezvous hashing (Thaler and Ravishankar 1998, "Using name-based mappings to increase hit
+rates"). All clients agree on it, and a daemon that comes or goes moves only its own keys.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from hashlib import blake2b
 
 from moetier.tiers.errors import ClosedError, ConfigError, MoetierError, RefusedError, UnavailableError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import RecordReader
 from moetier.tiers.stats import Share
 
-from .rendezvous import rendezvous
+from .remote import RemoteReader
 
-SHORTEST, LONGEST = 0.5, 30.0  # seconds between two looks at a daemon that is away
-_PAUSE = 0.2  # seconds before daemons are asked again that had no slot to spare
+SHORTEST, LONGEST = 0.5, 30.0  # seconds between checks of a daemon that is away
+_PAUSE = 0.2  # seconds before daemons that had no free slot are asked again
 
 _log = logging.getLogger(__name__)
 
 
-class CheckedReader(RecordReader, Protocol):
-    """A RecordReader that may go and return."""
-
-    def check(self) -> None:
-        """Raises a MoetierError while it is away."""
-        ...
-
-    def close(self) -> None: ...
+def rendezvous(names: Iterable[str], key: ExpertKey) -> list[str]:
+    """Sort names into a key's own order."""
+    prefix = b"%d/%d/" % key
+    return sorted(names, key=lambda name: blake2b(prefix + name.encode(), digest_size=8).digest())
 
 
 class Peer:
-    """One daemon among several, and whether it is away."""
+    """One of several daemons, and whether it is away."""
 
-    def __init__(self, name: str, reader: CheckedReader) -> None:
+    def __init__(self, name: str, reader: RemoteReader) -> None:
         self.name = name
         self.reader = reader
-        self.records = 0  # that it gave
+        self.records = 0  # read from it
         self.bytes = 0  # of them
-        self.failures = 0  # times that it went away
-        self.away: MoetierError | None = None  # why
-        self.backoff = 0.0  # seconds from the last look to the next; 0 once it has given a record
-        self.next_look = 0.0  # on the monotonic clock
+        self.failures = 0  # number of times it went away
+        self.away: MoetierError | None = None  # the reason while it is away
+        self.backoff = 0.0  # seconds between checks while it is away; 0 once it has given a record
+        self.next_check = 0.0  # on the monotonic clock
 
 
 class Peers:
-    """Thread-safe; closes their readers. One that is lost is away until a look at it, in a thread of its own and after
-    a growing pause, finds it again."""
+    """Several daemons. Thread-safe; owns their readers.
+
+    A background thread checks the daemons that are away, at growing intervals.
+    """
 
     def __init__(self, peers: Sequence[Peer]) -> None:
         assert peers
@@ -58,29 +59,29 @@ class Peers:
         self._closed = False
 
     def __iter__(self) -> Iterator[Peer]:
-        """In the order in which they were named."""
+        """Iterate in the order in which they were named."""
         return iter(self._peers.values())
 
     def order(self, key: ExpertKey) -> list[Peer]:
-        """In which they are asked for a key."""
+        """Return the peers in the order in which they are asked for a key."""
         return [self._peers[name] for name in rendezvous(self._peers, key)]
 
     def failures(self, peer: Peer) -> int | None:
-        """How often it has gone away; None while it is. Raises ClosedError."""
+        """Return how often a peer has gone away; None while it is away. Raises ClosedError."""
         with self._state:
             if self._closed:
                 raise _closed_error()
             return peer.failures if peer.away is None else None
 
-    def gave(self, peer: Peer, nbytes: int) -> None:
-        """A record of so many bytes."""
+    def count_read(self, peer: Peer, nbytes: int) -> None:
+        """Count a record of ``nbytes`` that a peer gave."""
         with self._state:
             peer.records += 1
             peer.bytes += nbytes
             peer.backoff = 0.0
 
     def lose(self, peer: Peer, error: MoetierError, seen: int) -> None:
-        """``seen`` is how often it had gone away when it was asked: it may be back since."""
+        """Note that a peer failed. ``seen`` is its ``failures`` when it was asked: it may have come back since."""
         with self._state:
             if peer.away is not None or peer.failures != seen or self._closed:
                 return
@@ -88,16 +89,20 @@ class Peers:
             peer.failures += 1
             peer.away = error
             peer.backoff = min(max(SHORTEST, 2 * peer.backoff), LONGEST)
-            peer.next_look = time.monotonic() + peer.backoff
+            peer.next_check = time.monotonic() + peer.backoff
             if self._watcher is None:
-                watcher = threading.Thread(target=self._watch, name="moetier-spread", daemon=True)
+                watcher = threading.Thread(target=self._watch, name="moetier-peers", daemon=True)
                 watcher.start()
                 self._watcher = watcher
             self._state.notify_all()
 
-    def look_at_all(self, *, needed: bool) -> None:
-        """Raises what one refuses, and the first one's error where not one can be used and one is ``needed``."""
-        with ThreadPoolExecutor(len(self._peers), thread_name_prefix="moetier-look") as pool:
+    def check_all(self, *, needed: bool) -> None:
+        """Check all peers at once.
+
+        Raises RefusedError if one refuses this client, and the first peer's error if all are away and one is
+        ``needed``.
+        """
+        with ThreadPoolExecutor(len(self._peers), thread_name_prefix="moetier-check") as pool:
             errors = list(pool.map(_check, self))
         for peer, error in zip(self, errors, strict=True):
             if isinstance(error, RefusedError):
@@ -109,7 +114,7 @@ class Peers:
                 self.lose(peer, error, peer.failures)
 
     def wait(self, deadline: float, error: MoetierError) -> None:
-        """For one to come back, or to have a slot to spare. Raises ``error`` behind the deadline, ClosedError."""
+        """Wait until a peer comes back or may have a free slot. Raises ``error`` at the deadline, ClosedError."""
         with self._state:
             pause = deadline - time.monotonic()
             if self._closed:
@@ -124,7 +129,7 @@ class Peers:
                 self._state.wait(min(_PAUSE, pause))
 
     def shares(self) -> list[Share]:
-        """What came from each."""
+        """Return what was read from each peer."""
         with self._state:
             return [
                 Share(
@@ -142,7 +147,7 @@ class Peers:
         return self._closed
 
     def close(self) -> None:
-        """Who waits gets a ClosedError. Idempotent."""
+        """Close all readers; callers that wait get a ClosedError. Idempotent."""
         with self._state:
             self._closed = True
             self._state.notify_all()
@@ -153,7 +158,7 @@ class Peers:
             watcher.join()
 
     def _watch(self) -> None:
-        """Looks at those that are away until none is, or the reader is closed."""
+        """Check peers that are away until none is, or the reader is closed."""
         while True:
             with self._state:
                 while True:
@@ -163,20 +168,20 @@ class Peers:
                     if not away:
                         self._watcher = None
                         return
-                    peer = min(away, key=lambda peer: peer.next_look)
-                    pause = peer.next_look - time.monotonic()
+                    peer = min(away, key=lambda peer: peer.next_check)
+                    pause = peer.next_check - time.monotonic()
                     if pause <= 0:
                         break
                     self._state.wait(pause)
-            self._look(peer)
+            self._check_again(peer)
 
-    def _look(self, peer: Peer) -> None:
+    def _check_again(self, peer: Peer) -> None:
         error: MoetierError | None = None
         try:
             peer.reader.check()
         except MoetierError as failure:
             error = failure.with_traceback(None)
-        except (OSError, RuntimeError) as failure:  # no descriptor to be had, no memory, no thread
+        except (OSError, RuntimeError) as failure:  # out of descriptors, memory or threads
             error = UnavailableError(f"{peer.name} can't be reached: {failure}.", "Free what is short.")
         with self._state:
             if error is None:
@@ -186,7 +191,7 @@ class Peers:
             else:
                 peer.away = error
                 peer.backoff = min(2 * peer.backoff, LONGEST)
-                peer.next_look = time.monotonic() + peer.backoff
+                peer.next_check = time.monotonic() + peer.backoff
             self._state.notify_all()
 
 

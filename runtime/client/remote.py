@@ -1,34 +1,50 @@
-"""RemoteReader: the records of a daemon on another host, read over the network into the slots of this one's tier."""
+"""RemoteReader: reads records from a daemon on another host over the network into this host's slots."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
-from moetier.runtime.wire.address import Address, Credentials
-from moetier.tiers.errors import ChecksumError, ClosedError, ProtocolError, UnavailableError
+import grpc
+
+from moetier.proto import expert_store_pb2 as pb
+from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
+from moetier.runtime.wire.address import DIGEST_CHARS, Address, Credentials
+from moetier.runtime.wire.channel import SERVICE, open_channel
+from moetier.runtime.wire.control import ControlConnection
+from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
+from moetier.runtime.wire.status_codes import closed_channel, error_of
+from moetier.tiers.errors import (
+    ChecksumError,
+    ClosedError,
+    MoetierError,
+    ProtocolError,
+    UnavailableError,
+    UnknownModelError,
+)
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import crc32c
 
-from .lines import Lines
-from .transfer import Transfer
-
 CHANNELS = 3  # connections; TLS of one keeps one core busy
-ATTEMPTS = 2  # at a record, of which a broken stream brought a part
+SPLIT_BYTES = 8 << 20  # larger records come over all channels at once
+SLOWEST = 4_000_000  # bytes per second of one call; slower calls are cut off
+ATTEMPTS = 2  # to read a record of which a broken stream brought a part
 _ANSWER = 5.0  # seconds that a daemon has to say what it serves
+_MAX_NAMES = 200  # characters of the models that a daemon says it serves, in an error
 _AGAIN = (UnavailableError, ChecksumError, ProtocolError)
 
 
 class RemoteReader:
-    """A RecordReader over one daemon. Thread-safe. A record is in the slot when its checksum is right, or not at all.
+    """RecordReader over one daemon. Thread-safe. A record whose checksum is wrong is never returned.
 
-    Every call has a deadline: ``patience`` seconds, and what its bytes take when they come slowly.
+    Every call has a deadline: ``patience`` seconds, and the time that its bytes take at ``SLOWEST``.
     """
 
     def __init__(
@@ -41,34 +57,35 @@ class RemoteReader:
         patience: float = 10.0,
     ) -> None:
         """Connects when it is first used or checked, which raise ConfigError for credentials that can't be used."""
-        assert channels >= 1
         self.manifest = manifest
         self.address = address
         self._credentials = credentials
         self._patience = patience
         self._fork_guard = ForkGuard()
-        self._channels = channels
-        self._state = threading.Lock()  # guards what is exchanged and closed
-        self._lines: Lines | None = None
-        self._checked: Lines | None = None  # while they are not in use yet
-        self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
+        self._count = channels
+        self._state = threading.Lock()  # guards the three below
+        self._channels: _Channels | None = None
+        self._checked: _Channels | None = None  # those of a check under way, which close() must end too
         self._closed = False
+        self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
     def check(self, patience: float = _ANSWER) -> None:
-        """Connects anew, and asks whether the daemon serves this store. Raises UnavailableError, RefusedError,
-        UnknownModelError, ProtocolError."""
+        """Reconnect, and check that the daemon serves this store.
+
+        Raises UnavailableError, RefusedError, UnknownModelError, ProtocolError.
+        """
         self._fork_guard.check()
-        lines = Lines(self.address, self._credentials, self._channels)
+        channels = _Channels(self.address, self._credentials, self._count)
         try:
             with self._state:
                 self._check_open()
-                self._checked = lines
-            lines.check(self.manifest, patience)
+                self._checked = channels
+            channels.check(self.manifest, patience)
             with self._state:
                 self._check_open()
-                former, self._lines = self._lines, lines
+                former, self._channels = self._channels, channels
         except BaseException:
-            lines.close()
+            channels.close()
             raise
         finally:
             self._checked = None
@@ -80,36 +97,35 @@ class RemoteReader:
         return None
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """As ``RecordReader`` says, without pauses. Raises MissingExpertError, ChecksumError, a DaemonError, and what
-        the daemon's own tier has raised: StoreError, ExhaustedError. What the buffer holds then is undefined."""
+        """As ``RecordReader`` says, without pauses.
+
+        Raises MissingExpertError, ChecksumError, a DaemonError, and errors of the daemon's own tier: StoreError,
+        ExhaustedError. The content of the buffer is undefined then.
+        """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
         view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
         assert len(view) == self.manifest.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
-        with self._state:
-            self._check_open()
-            if self._lines is None:
-                self._lines = Lines(self.address, self._credentials, self._channels)
         began = time.monotonic()
         for attempt in itertools.count(1):
             try:
                 return self._read(key, view)
             except _AGAIN:
-                # a record that came in time, but not whole; not one that never came: others shall be asked then
+                # repeat a record that came in time, but not whole; if nothing came, another daemon should be asked
                 if attempt == ATTEMPTS or time.monotonic() - began > self._patience / 2 or self._closed:
                     raise
         raise AssertionError
 
     def close(self) -> None:
-        """What is being read ends with an error. Idempotent. A forked child has nothing to close."""
+        """Close the connections; reads under way end with an error. Idempotent. Does nothing in a forked child."""
         if not self._fork_guard.is_owner:
             return
         with self._state:
             self._closed = True
-            open_lines, self._lines = [self._lines, self._checked], None
-        for lines in open_lines:
-            if lines is not None:
-                lines.close()
+            opened, self._channels = [self._channels, self._checked], None
+        for channels in opened:
+            if channels is not None:
+                channels.close()
         self._pool.shutdown()
 
     def __enter__(self) -> RemoteReader:
@@ -127,9 +143,10 @@ class RemoteReader:
     def _read(self, key: ExpertKey, view: memoryview) -> None:
         with self._state:
             self._check_open()
-            lines = self._lines
-        assert lines is not None
-        Transfer(key, view, self.manifest.digest, self.address, self._patience).run(lines, self._pool)
+            if self._channels is None:
+                self._channels = _Channels(self.address, self._credentials, self._count)
+            channels = self._channels
+        _Transfer(key, view, self.manifest.digest, self.address, self._patience).run(channels, self._pool)
         crc = crc32c(view[:-CHECKSUM_BYTES])
         if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             raise ChecksumError(
@@ -141,3 +158,149 @@ class RemoteReader:
                 f"{self.manifest.model}, {key}: the daemon {self.address} sent a record of another conversion.",
                 "On its host, check the store (moetier verify) and copy the shards again; then start it again.",
             )
+
+
+class _Channels:
+    """Channels to one daemon, used in rotation.
+
+    Over a Unix socket they come with the control connection that their credential belongs to.
+    """
+
+    def __init__(self, address: Address, credentials: Credentials, count: int) -> None:
+        self._address = address
+        self._control = ControlConnection.open(address.folder, None) if address.folder is not None else None
+        self._channels: list[grpc.Channel] = []
+        self._rotation = itertools.count()
+        try:
+            bearer = self._control.session_id if self._control is not None else None
+            for _ in range(count):
+                self._channels.append(open_channel(address, credentials, bearer=bearer))
+        except BaseException:
+            self.close()
+            raise
+        # no deserialiser: decode_piece does without a copy
+        self.fetches: list[Any] = [
+            channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString) for channel in self._channels
+        ]
+
+    def next(self) -> Any:
+        """Return the next channel's multi-callable of Fetch."""
+        return self.fetches[next(self._rotation) % len(self.fetches)]
+
+    def check(self, manifest: Manifest, patience: float) -> None:
+        """Check that the daemon serves a store. Raises UnknownModelError, and the errors of a failed call."""
+        try:
+            reply = ExpertStoreStub(self._channels[0]).Describe(pb.DescribeRequest(), timeout=patience)
+        except grpc.RpcError as error:
+            raise error_of(error, self._address.target) from None
+        except ValueError:
+            raise closed_channel() from None
+        if manifest.digest not in {model.digest for model in reply.models}:
+            served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
+            names = ", ".join(served)[:_MAX_NAMES] or "nothing"
+            raise UnknownModelError(
+                f"The daemon does not serve the store of {manifest.model} that is here "
+                f"({manifest.digest[:DIGEST_CHARS]}); it serves {names}.",
+                "Start it on a copy of this model directory; start it again if that was converted again meanwhile.",
+            )
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        if self._control is not None:
+            self._control.close()
+
+
+class _Transfer:
+    """Transfer of one record. The calls that bring its parts all end together."""
+
+    def __init__(self, key: ExpertKey, view: memoryview, digest: str, address: Address, patience: float) -> None:
+        self._key = key
+        self._view = view  # [slot_bytes]
+        self._digest = digest
+        self._address = address
+        self._patience = patience
+        self._state = threading.Lock()  # guards the two below
+        self._calls: list[Any] = []
+        self._error: MoetierError | None = None
+
+    def run(self, channels: _Channels, pool: ThreadPoolExecutor) -> None:
+        """Read the record in parts over all ``channels``, with the threads of ``pool`` and this one.
+
+        Raises the first error of a part. In either case no thread writes to the view any more.
+        """
+        parts = list(_parts(len(self._view), len(channels.fetches)))
+        others: list[Future[None]] = []
+        try:
+            for part in parts[1:]:  # appended one by one: those that have begun are waited for, whatever happens
+                others += [pool.submit(self._bring, channels.next(), *part)]
+            self._bring(channels.next(), *parts[0])
+            for other, part in zip(others, parts[1:], strict=True):
+                if other.cancel():  # all threads of the pool were busy
+                    self._bring(channels.next(), *part)
+                else:
+                    other.result()
+        except RuntimeError as error:  # the pool was closed, or can start no thread
+            self._end(UnavailableError(f"The record can't be read: {error}.", "Free what is short."))
+        except BaseException:
+            self._end(UnavailableError("The read was cancelled.", "Ask again."))
+            raise
+        finally:
+            for other in others:
+                if not other.cancel():
+                    other.exception()
+        if self._error is not None:
+            raise self._error
+
+    def _bring(self, fetch: Any, start: int, end: int) -> None:
+        """Fetch the bytes ``start`` to ``end``; an error of the network or the daemon ends the transfer."""
+        try:
+            self._fetch(fetch, start, end)
+        except MoetierError as error:
+            self._end(error)
+        except grpc.RpcError as error:
+            self._end(error_of(error, self._address.target))
+        except ValueError:
+            self._end(closed_channel())
+
+    def _fetch(self, fetch: Any, start: int, end: int) -> None:
+        request = pb.FetchRequest(
+            digest=self._digest, block=self._key.block, expert=self._key.expert, offset=start, length=end - start
+        )
+        call = fetch(request, timeout=self._patience + (end - start) / SLOWEST)
+        with self._state:
+            if self._error is not None:
+                call.cancel()
+            self._calls.append(call)
+        at = start
+        for message in call:
+            piece = decode_piece(message)
+            if len(piece) > min(PIECE_BYTES, end - at):
+                raise ProtocolError(
+                    f"A daemon sent more of {self._key} than it was asked for.", "Use moetier in one version."
+                )
+            self._view[at : at + len(piece)] = piece
+            at += len(piece)
+        if at != end:
+            raise ProtocolError(
+                f"A daemon sent {at - start:,} of {end - start:,} bytes of {self._key}.", "See the daemon's log."
+            )
+
+    def _end(self, error: MoetierError) -> None:
+        """Keep the first error, and cancel all calls."""
+        with self._state:
+            if self._error is None:
+                self._error = error
+            for call in self._calls:
+                call.cancel()
+
+
+def _parts(size: int, channels: int) -> Iterator[tuple[int, int]]:
+    """Divide a record of ``size`` bytes into (start, end) for each call, in whole pieces but for the last."""
+    if size <= SPLIT_BYTES:
+        yield 0, size
+        return
+    pieces = -(-size // PIECE_BYTES)
+    step = -(-pieces // channels) * PIECE_BYTES
+    for start in range(0, size, step):
+        yield start, min(start + step, size)

@@ -1,7 +1,4 @@
-"""SpreadReader: the records of a store that several daemons hold a share of, each in its own memory.
-
-Every key has its own order of the daemons (``rendezvous.py``), on which all clients agree.
-"""
+"""SpreadReader: reads a store from several daemons, each of which holds a share of the records in its memory."""
 
 from __future__ import annotations
 
@@ -24,26 +21,27 @@ from moetier.tiers.store.reader import ExpertStore
 from .peers import Peer, Peers
 from .remote import RemoteReader
 
-PATIENCE = 30.0  # seconds that a read waits while every daemon is away, and there is nothing else to read from
+PATIENCE = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
 
 _log = logging.getLogger(__name__)
 
 
 class SpreadReader:
-    """A RecordReader over ``peers``, and at last over ``local``, where there is one. Thread-safe; it owns them all.
+    """RecordReader over several daemons, and over ``local`` as the last resort. Thread-safe; owns them all.
 
-    A read asks the first daemon in its key's order that is not away. One that fails is away until ``peers`` find it
-    again: no read waits for it twice.
+    A read asks the first daemon in its key's order that is not away. A daemon that fails is away until a background
+    check finds it again, so no read waits for it twice.
     """
 
     @classmethod
     def open(
         cls, addresses: Sequence[Address], credentials: Credentials, manifest: Manifest, folder: Path | None = None
     ) -> SpreadReader:
-        """``folder`` is the model directory; its shards are the last resort, where it has any.
+        """Connect to the daemons. The shards in the model directory ``folder``, if any, are the last resort.
 
-        Raises ConfigError for credentials that can't be used, and RefusedError where a daemon refuses them, or is not
-        trusted: waiting mends neither. Where not one daemon can be used and there is no shard: the error of the first.
+        Raises ConfigError for credentials that can't be used, and RefusedError if a daemon refuses them or is not
+        trusted, as waiting helps against neither. Raises the first daemon's error if all are away and there is no
+        shard.
         """
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each once.")
@@ -59,7 +57,7 @@ class SpreadReader:
             reader = cls(manifest, peers, local)
             undo.pop_all()
         try:
-            reader._peers.look_at_all(needed=local is None)
+            reader._peers.check_all(needed=local is None)
         except BaseException:
             reader.close()
             raise
@@ -69,7 +67,7 @@ class SpreadReader:
         self, manifest: Manifest, peers: Sequence[Peer], local: ExpertStore | None = None, *, patience: float = PATIENCE
     ) -> None:
         self.manifest = manifest
-        self.local_records = self.local_bytes = 0  # that came from the store
+        self._local_records = self._local_bytes = 0  # read from the store
         self._peers = Peers(peers)
         self.local = local
         self._patience = patience
@@ -81,9 +79,11 @@ class SpreadReader:
         return None
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """As ``RecordReader`` says; pauses where it reads from the store. Raises MissingExpertError; with nothing else
-        to read from StoreError or ExhaustedError as the daemons tell them, and UnavailableError when none answers for
-        ``patience`` seconds."""
+        """As ``RecordReader`` says; pauses only while it reads from the store.
+
+        Raises MissingExpertError. Without local shards it also raises StoreError or ExhaustedError of a daemon, and
+        UnavailableError if no daemon answers for ``patience`` seconds.
+        """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
         deadline = time.monotonic() + self._patience
@@ -94,27 +94,30 @@ class SpreadReader:
             if self.local is not None and key.block not in self.local.faults:
                 self.local.read_into(key, buffer, pause)
                 with self._state:
-                    self.local_records += 1
-                    self.local_bytes += len(buffer)
+                    self._local_records += 1
+                    self._local_bytes += len(buffer)
                 return
             if isinstance(error, StoreError):
                 raise error
             self._peers.wait(deadline, error)
 
     def peers(self) -> list[Peer]:
-        """With their counters, in the order in which they were named."""
+        """Return the daemons with their counters, in the order in which they were named."""
         return list(self._peers)
 
     def shares(self) -> list[Share]:
-        """What came from each daemon, and at last from the store, where there is one."""
+        """Return what was read from each daemon and, last, from the local store."""
         found = self._peers.shares()
         if self.local is not None:
             with self._state:
-                found.append(Share("the local store", self.local_records, self.local_bytes))
+                found.append(Share("the local store", self._local_records, self._local_bytes))
         return found
 
     def close(self) -> None:
-        """Idempotent. Reads under way end with an error. In a forked child only the store's descriptors go."""
+        """Close all readers; reads under way end with an error. Idempotent.
+
+        In a forked child only the store's descriptors are closed.
+        """
         if self._fork_guard.is_owner:
             self._peers.close()
         if self.local is not None:
@@ -129,7 +132,10 @@ class SpreadReader:
         self.close()
 
     def _read_from_peers(self, key: ExpertKey, buffer: memoryview) -> MoetierError | None:
-        """None when one gave the record; else the error of the last that was asked, or why the first is away."""
+        """Read a record from the first daemon that gives it.
+
+        Return None, or the error of the last daemon that was asked, or why the first is away.
+        """
         error: MoetierError | None = None
         order = self._peers.order(key)
         for peer in order:
@@ -138,24 +144,24 @@ class SpreadReader:
                 continue
             try:
                 peer.reader.read_into(key, buffer)
-            except (StoreError, ExhaustedError) as failure:  # of this record, or of now: it has not gone away
-                error = failure.with_traceback(None)  # it is kept, and its frames would hold the slot
+            except (StoreError, ExhaustedError) as failure:  # the daemon itself is not away
+                error = failure.with_traceback(None)  # the error is kept, and its frames would hold the slot
                 _log.warning("%s: %s", peer.name, error.cause)
             except ClosedError:
                 if self._peers.is_closed:
                     raise
                 error = UnavailableError(f"The connection to {peer.name} was closed.", "Ask again.")
-            except MoetierError as failure:  # a DaemonError, or whatever else one may tell
+            except MoetierError as failure:
                 error = failure.with_traceback(None)
                 self._peers.lose(peer, error, seen)
             else:
-                self._peers.gave(peer, len(buffer))
+                self._peers.count_read(peer, len(buffer))
                 return None
         return error or order[0].away or UnavailableError("Every daemon is away.", "Start one.")
 
 
 def _open_shards(folder: Path) -> ExpertStore | None:
-    """The store of a model directory, where it has at least some of its shards."""
+    """Open the store of a model directory; None unless it has at least some shards."""
     with contextlib.ExitStack() as closing:
         try:
             store = closing.enter_context(ExpertStore.open(folder, damaged=True))

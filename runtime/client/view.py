@@ -1,4 +1,4 @@
-"""A daemon's arena as its client sees it: records to compute on, and what proves them."""
+"""A daemon's arena in a client's address space: leases of its records, and proofs that they are still the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moetier.tiers.source import Lease
 
 
 class Proof:
-    """Whether the record in a slot still is what it was. ``held`` is what it said last, True before it was asked."""
+    """Checks that a slot has not been refilled. ``held`` is the last answer, and True before the first."""
 
     __slots__ = ("_generation", "_generation_of", "_slot", "held", "was_asked")
 
@@ -33,22 +33,25 @@ class Proof:
 
 
 class MappedArena:
-    """Mapped read-only for as long as anybody refers to it or to one of its records, the daemon's death included.
+    """An arena, mapped read-only for as long as it or one of its records is referenced, even after the daemon's death.
 
-    The map keeps a descriptor of the memory file open: it is where a restarted daemon finds it.
+    The map keeps a descriptor of the memory file open, through which a restarted daemon finds the arena again.
     """
 
     @classmethod
-    def of(cls, side: ControlConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
-        """What a connection came with: ``known``, if its daemon has taken that back. Raises ArenaError, and
-        ProtocolError."""
-        if side.descriptor is None or side.slots.keys() != manifest.layouts.keys() or min(side.slots.values()) < 1:
+    def of(cls, control: ControlConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
+        """Map a connection's arena, or return ``known`` if it is that one, which the daemon has reclaimed.
+
+        Raises ArenaError, ProtocolError.
+        """
+        slots = control.slots
+        if control.descriptor is None or slots.keys() != manifest.layouts.keys() or min(slots.values()) < 1:
             raise ProtocolError("The daemon's arena is not of this store.", "Use moetier in one version.")
-        plan = ArenaPlan.of(manifest, side.slots)
-        if known is not None and known.plan == plan and Header.read(side.descriptor).identity == known.identity:
+        plan = ArenaPlan.of(manifest, slots)
+        if known is not None and known.plan == plan and Header.read(control.descriptor).identity == known.identity:
             return known
         try:
-            return cls(Arena.map(side.descriptor, plan))
+            return cls(Arena.map(control.descriptor, plan))
         except OSError as error:
             raise ArenaError(
                 f"The {plan.nbytes:,} bytes of the daemon's arena can't be mapped ({error.strerror}).",
@@ -61,14 +64,16 @@ class MappedArena:
         self.find = arena.directory.find
         self._generation_of = arena.directory.generation
         self._arena = arena
-        # by slot: always the same object, so that who wraps it knows it again
+        # by slot; always the same objects, so that wrappers can recognise them
         self._records = [arena.view(slot) for slot in range(arena.plan.slots)]
 
     def lease(
         self, key: ExpertKey, slot: int, generation: int, *, more: bool = False
     ) -> tuple[Lease[memoryview], Proof]:
-        """The record in a slot, on the condition that the slot's generation stays. Raises ProtocolError for a slot that
-        there is not, ClosedError."""
+        """Lease the record in a slot, valid while the slot's generation stays the same.
+
+        Raises ProtocolError if there is no such slot, ClosedError.
+        """
         proof = Proof(self._generation_of, slot, generation)
         try:
             return Lease(key, self._records[slot], slot, proof, more), proof
@@ -79,10 +84,10 @@ class MappedArena:
 
     @property
     def ready(self) -> int:
-        """How many slots hold a record now."""
+        """Number of slots that hold a record now."""
         return sum(self._arena.directory.content(slot) is not None for slot in range(self.plan.slots))
 
     def close(self) -> None:
-        """A record stays readable while somebody holds it; it can't be proved any more. Idempotent."""
+        """Drop the records. One that is still referenced stays readable, but can't be proved any more. Idempotent."""
         self._records.clear()
         self._arena.close()

@@ -121,7 +121,7 @@ class Worker:
         return os.waitpid(child, 0)[1]
 
     def stats(self) -> dict[str, Any]:
-        found = asdict(self.tier.stats()) | asdict(self.tier.traffic)
+        found = asdict(self.tier.stats()) | {"connections": self.tier.connections}
         return found | {"used": self.used, "thrown": self.thrown, "wrong": self.wrong}
 
     def census(self) -> dict[str, Any]:

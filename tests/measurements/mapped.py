@@ -66,17 +66,17 @@ def hits(folder: Path, manifest: Manifest, rounds: int) -> None:
         for step in range(EXPERTS):
             token(tier, step)
         daemon.wait_for("leases == 0")
-        before, passed = tier.traffic, between.bytes
+        before, passed = daemon.stats(), between.bytes
         times = [token(tier, step) / (BLOCKS * TOP_K) for step in range(rounds)]
         time.sleep(1.0)  # until the last were told
-        after, passed = tier.traffic, between.bytes - passed
+        after, passed = daemon.stats(), between.bytes - passed
         count = rounds * BLOCKS * TOP_K
         assert tier.stats().discarded == 0
         say("a hit", times, 1e6, "us")
         print(
-            f"         {after.round_trips - before.round_trips} round trips and "
-            f"{after.messages_in - before.messages_in} answers for {count} hits, "
-            f"of which the daemon was told in {after.messages_out - before.messages_out} messages"
+            f"         {after.requests - before.requests} requests for {count} hits, of which the daemon was told in "
+            f"{after.session_bytes_in - before.session_bytes_in} bytes, and answered with "
+            f"{after.session_bytes_out - before.session_bytes_out}"
         )
         print(f"a token  of {BLOCKS * TOP_K} hits: {passed / rounds:.0f} bytes on the socket "
               f"({threading.active_count()} threads in the client)")  # fmt: skip
@@ -103,15 +103,15 @@ def misses(folder: Path, manifest: Manifest, rounds: int) -> None:
         slot.release()
         for times in ways.values():
             del times[:BLOCKS]
-        before = tier.traffic
+        before = daemon.stats()
         for name, times in ways.items():
             say(f"a miss, {name}" if name != "read" else "the read", times, 1e3, "ms")
         beyond = statistics.median(ways["daemon"]) - statistics.median(ways["read"])
         print(f"         a miss of the daemon's client takes {1e3 * beyond:.3f} ms beyond the read")
         blocks = [token(tier, step) / BLOCKS for step in range(rounds)]
-        after = tier.traffic
+        after = daemon.stats()
         say("a block", blocks, 1e3, "ms", f" of {TOP_K} misses")
-        print(f"         {(after.round_trips - before.round_trips) / (rounds * BLOCKS):.2f} round trips for each block")
+        print(f"         {(after.requests - before.requests) / (rounds * BLOCKS):.2f} requests for each block")
         token(counted, 0)
         passed = between.bytes
         for step in range(rounds):

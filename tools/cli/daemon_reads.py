@@ -54,7 +54,7 @@ class DaemonWatch:
         self._tiers = tiers
         self._before = _look(tiers)
         daemon = tiers.daemon
-        self._connections = daemon.traffic.connections if daemon is not None else 0
+        self._connections = daemon.connections if daemon is not None else 0
 
     def end(self) -> DaemonReads | None:
         """None where the experts are no mapped daemon's."""
@@ -72,7 +72,7 @@ class DaemonWatch:
             bytes_read=read,
             clients=max((look.clients for look in (before, now) if look is not None), default=0),
             restarted=restarted,
-            lost=daemon.traffic.connections - self._connections + bool(away),
+            lost=daemon.connections - self._connections + bool(away),
             away=away,
             local_bytes=self._tiers.host.stats().bytes_in,
         )

@@ -23,9 +23,8 @@ from networks import network
 from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, wait_until
 
-from moetier.runtime.client.peers import Peer
+from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.rendezvous import rendezvous
 from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import UnavailableError

@@ -24,9 +24,8 @@ from stores import make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.client.peers import Peer
+from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.rendezvous import rendezvous
 from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.daemon.fetch import Fetches
 from moetier.runtime.wire.address import Address, Credentials
