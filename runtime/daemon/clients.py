@@ -1,4 +1,4 @@
-"""Clients: who is connected to a daemon, what for, and whether they are still served."""
+"""Clients of the daemon: registered by their control connections, and admitted until the daemon stops."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ from moetier.runtime.wire.address import DIGEST_CHARS
 from moetier.tiers.errors import RefusedError, UnavailableError, UnknownModelError
 
 from .control_server import Welcome
-from .exchange import Asked, Exchange
-from .log import say
-from .model import Hosted
+from .log import log_event
+from .model import HostedModel
+from .session_call import ClientCounts, SessionCall
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """A control connection; ``model`` is None for who only looks."""
+    """A control connection; ``model`` is None for one that only wants a credential."""
 
     pid: int
-    model: Hosted | None
+    model: HostedModel | None
     number: int = 0
-    exchange: Exchange | None = None
-    asked: Asked = field(default_factory=Asked)
+    call: SessionCall | None = None
+    counts: ClientCounts = field(default_factory=ClientCounts)
     began: float = field(default_factory=time.monotonic)
 
     def describe(self) -> pb.Client:
+        """Return what the daemon tells of a client."""
         return pb.Client(
             number=self.number,
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
-            leases=0 if self.exchange is None else self.exchange.leases,
-            hits=self.asked.hits,
-            misses=self.asked.misses,
+            leases=0 if self.call is None else self.call.leases,
+            hits=self.counts.hits,
+            misses=self.counts.misses,
         )
 
 
 class Clients:
-    """Who is connected, by the ids that the control socket issued; and whether they are still served."""
+    """Clients by the ids that the control socket issued. Thread-safe."""
 
-    def __init__(self, models: Mapping[str, Hosted], *, leases: int, patience: float) -> None:
-        """``models`` by digest; a client has at most ``leases``; ``patience`` seconds for a slot."""
+    def __init__(self, models: Mapping[str, HostedModel], *, leases: int, patience: float) -> None:
+        """``models`` are by digest. A client holds ``leases`` slots at most, and waits ``patience`` seconds for one."""
         self.models = models
         self._leases = leases
         self._patience = patience
@@ -61,7 +62,10 @@ class Clients:
     # -- the control socket's -----------------------------------------------------------------------------------------
 
     def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
-        """Raises UnknownModelError; UnavailableError once the daemon is ending."""
+        """Register a client of process ``pid``, and return what it gets. ``digest`` is None for a credential only.
+
+        Raises UnknownModelError, and UnavailableError once the daemon is ending.
+        """
         with self._changed:
             if digest is None:
                 self._clients[session] = _Client(pid, None)
@@ -73,50 +77,59 @@ class Clients:
                 raise self._unknown(digest)
             welcome = Welcome(model.name, model.slots, model.host.export())
             self._clients[session] = _Client(pid, model, next(self._numbers))
-        say(_log, "client", pid=pid, model=model.name)
+        log_event(_log, "client", pid=pid, model=model.name)
         return welcome
 
-    def leave(self, session: str) -> None:
+    def remove(self, session: str) -> None:
+        """Remove a client whose control connection has ended, and end its session."""
         with self._changed:
             client = self._clients.pop(session)
-        if client.exchange is not None:
-            client.exchange.end(_left())
+        if client.call is not None:
+            client.call.end(_no_client())
         if client.model is not None:
-            say(_log, "client-gone", pid=client.pid, model=client.model.name)
+            log_event(_log, "client-gone", pid=client.pid, model=client.model.name)
 
     # -- the service's ------------------------------------------------------------------------------------------------
 
     def knows(self, session: str | None) -> bool:
+        """Return whether ``session`` is the id of a client."""
         return session in self._clients
 
-    def attach(self, session: str) -> Exchange:
-        """The client's new stream; its former one ends. Raises MoetierError."""
+    def attach(self, session: str) -> SessionCall:
+        """Begin the client's new stream, and end its former one.
+
+        Raises RefusedError, UnknownModelError, UnavailableError.
+        """
         with self._changed:
             client = self._clients.get(session)
             if client is None:
-                raise _left()
+                raise _no_client()
             if client.model is None:
                 raise UnknownModelError("The credential is for no model.", "Name its digest on the control socket.")
             if self._stopping:
                 raise _stopping()
-            former = client.exchange
-            client.exchange = exchange = Exchange(
-                client.model, client.asked, leases=self._leases, patience=self._patience, settled=self._settled
+            former = client.call
+            client.call = call = SessionCall(
+                client.model, client.counts, leases=self._leases, patience=self._patience, settled=self._settled
             )
         if former is not None:
             former.end(UnavailableError("The client has opened another stream.", "Use that."))
-        return exchange
+        return call
 
-    def detach(self, session: str, exchange: Exchange) -> None:
-        exchange.end()
+    def detach(self, session: str, call: SessionCall) -> None:
+        """End a stream."""
+        call.end()
         with self._changed:
             client = self._clients.get(session)
-            if client is not None and client.exchange is exchange:
-                client.exchange = None
+            if client is not None and client.call is call:
+                client.call = None
 
     @contextlib.contextmanager
-    def fetching(self, digest: str) -> Iterator[Hosted]:
-        """While another host fetches of a model. Raises MoetierError."""
+    def fetching(self, digest: str) -> Iterator[HostedModel]:
+        """Count a fetch of another host while it is under way, and yield its model.
+
+        Raises UnknownModelError, UnavailableError.
+        """
         with self._changed:
             if self._stopping:
                 raise _stopping()
@@ -132,18 +145,19 @@ class Clients:
                 self._changed.notify_all()
 
     def stats(self) -> list[pb.ModelStats]:
+        """Return the counters of all models."""
         with self._changed:
             clients = list(self._clients.values())
         found = []
         for model in self.models.values():
             of_model = [client for client in clients if client.model is model]
-            exchanges = [client.exchange for client in of_model if client.exchange is not None]
-            leases = sum(exchange.leases for exchange in exchanges)
-            found.append(model.stats(clients=len(of_model), sessions=len(exchanges), leases=leases))
+            calls = [client.call for client in of_model if client.call is not None]
+            leases = sum(call.leases for call in calls)
+            found.append(model.stats(clients=len(of_model), sessions=len(calls), leases=leases))
         return found
 
     def details(self) -> list[pb.Details]:
-        """Of the models, in the order of ``stats``."""
+        """Return the clients and blocks of all models, in the order of ``stats``."""
         with self._changed:
             clients = list(self._clients.values())
         return [
@@ -154,26 +168,26 @@ class Clients:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Nobody is admitted, and nothing is asked for any more. What has been asked for is still answered."""
+        """Refuse new clients and new requests. Earlier requests are still answered."""
         with self._changed:
             self._stopping = True
-            for exchange in self._exchanges():
-                exchange.refuse(_stopping())
+            for call in self._calls():
+                call.refuse(_stopping())
 
     def wait(self, seconds: float) -> bool:
-        """Whether all that was asked for is over."""
+        """Wait until all requests are over; return whether they are."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._fetching and all(exchange.is_settled for exchange in self._exchanges()),
+                lambda: not self._fetching and all(call.is_settled for call in self._calls()),
                 max(seconds, 0.0),
             )
 
     def end(self) -> None:
-        """Of every stream."""
+        """End every stream."""
         with self._changed:
-            exchanges = self._exchanges()
-        for exchange in exchanges:
-            exchange.end(_stopping())
+            calls = self._calls()
+        for call in calls:
+            call.end(_stopping())
 
     def _unknown(self, digest: str) -> UnknownModelError:
         names = ", ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})" for model in self.models.values())
@@ -182,8 +196,8 @@ class Clients:
             "If the model was converted again meanwhile, start the daemon again; or name another (moetier ps).",
         )
 
-    def _exchanges(self) -> list[Exchange]:
-        return [client.exchange for client in self._clients.values() if client.exchange is not None]
+    def _calls(self) -> list[SessionCall]:
+        return [client.call for client in self._clients.values() if client.call is not None]
 
     def _settled(self) -> None:
         with self._changed:
@@ -194,5 +208,5 @@ def _stopping() -> UnavailableError:
     return UnavailableError("The daemon is ending.", "Use another one, or the store itself.")
 
 
-def _left() -> RefusedError:
+def _no_client() -> RefusedError:
     return RefusedError("The control connection of this credential has ended.", "Connect to the control socket again.")

@@ -18,19 +18,19 @@ from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.runtime.wire.control import PATIENCE, PROTOCOL, answer, check_peer, error_json, parse
 from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 
-from .log import Sparing, say
+from .log import RateLimitedLog, log_event
 
-_GREETING = 4_096  # bytes of a client's packet at most
+_MAX_GREETING = 4_096  # bytes of a client's packet
 _BACKLOG = 64
-_VISITORS = 16  # connections beyond the clients: those who have not said yet what they want, and those who only look
-_PAUSE = 0.2  # seconds without accepting where the process can open no more descriptors
+_OTHERS = 16  # connections beyond the clients: those without a greeting yet, and those for a credential only
+_PAUSE = 0.2  # seconds without accepting after the process has run out of descriptors
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a client gets. ``descriptor`` is the server's to close, once it is passed on."""
+    """Answer to a client that is admitted. The server closes ``descriptor`` once it is passed on."""
 
     model: str
     slots: Mapping[str, int]  # by record geometry
@@ -38,22 +38,22 @@ class Welcome:
 
 
 @dataclass(slots=True, eq=False)
-class _Place:
-    """One connection."""
+class _Connection:
+    """A connection to the control socket."""
 
     end: socket.socket
     pid: int
-    deadline: float  # of its greeting
-    session: str = ""  # from its greeting on
-    maps: bool = False  # a client of a store
+    deadline: float  # for its greeting
+    session: str = ""  # set by its greeting
+    maps: bool = False  # it is a client of a store
 
 
 class ControlServer:
-    """Listens in a daemon's folder. One thread serves all connections.
+    """Server of the control socket in a daemon's folder. One thread serves all connections.
 
-    ``admit(session, digest, pid)`` says what a client gets, or raises a MoetierError, which it gets instead, or OSError
-    where there is no descriptor for it; ``leave(session)`` is called when its connection has ended. Both by the
-    server's thread: they must not wait.
+    ``admit(session, digest, pid)`` returns what a client gets. It may raise a MoetierError, which the client gets
+    instead, or OSError if the process is out of descriptors. ``leave(session)`` is called when a connection has ended.
+    Both are called by the server's thread and must not wait.
     """
 
     def __init__(
@@ -65,21 +65,21 @@ class ControlServer:
         max_clients: int,
         version: str,
     ) -> None:
-        """Raises OSError where the socket can't be made; a stale one is in nobody's way."""
+        """Replace a stale socket, if there is one. Raises OSError if the socket can't be made."""
         self._admit = admit
         self._leave = leave
         self._max_clients = max_clients
         self._version = version
         self._path = folder / CONTROL_SOCKET
-        self._places: set[_Place] = set()
-        self._refusals = Sparing(_log, "client-refused")
+        self._connections: set[_Connection] = set()
+        self._refusals = RateLimitedLog(_log, "client-refused")
         self._paused_until = 0.0
         self._open = True
         with contextlib.ExitStack() as undo:
             self._selector = undo.enter_context(selectors.DefaultSelector())
-            wake, self._bell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.callback(os.close, wake)
-            undo.callback(os.close, self._bell)
+            undo.callback(os.close, self._waker)
             self._selector.register(wake, selectors.EVENT_READ)
             self._listener = undo.enter_context(
                 socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -95,10 +95,10 @@ class ControlServer:
             self._release = undo.pop_all().close
 
     def close(self) -> None:
-        """Ends every connection; nobody is admitted any more, and the socket is gone. Idempotent."""
+        """End every connection and remove the socket. Idempotent."""
         if self._open:
             self._open = False
-            os.write(self._bell, b"x")
+            os.write(self._waker, b"x")
             self._thread.join()
             self._release()
 
@@ -107,21 +107,21 @@ class ControlServer:
             for key, _ in self._selector.select(self._timeout()):
                 if key.fileobj is self._listener:
                     self._accept()
-                elif isinstance(key.data, _Place):
-                    self._hear(key.data)
-            self._look_at_the_clock()
-        for place in list(self._places):
-            self._end(place)
+                elif isinstance(key.data, _Connection):
+                    self._read(key.data)
+            self._check_deadlines()
+        for connection in list(self._connections):
+            self._end(connection)
 
     def _timeout(self) -> float | None:
-        deadlines = [place.deadline for place in self._places if not place.session]
+        deadlines = [connection.deadline for connection in self._connections if not connection.session]
         deadlines += [self._paused_until] if self._paused_until else []
         return max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
 
-    def _look_at_the_clock(self) -> None:
+    def _check_deadlines(self) -> None:
         now = time.monotonic()
-        for place in [place for place in self._places if not place.session and place.deadline <= now]:
-            self._end(place)
+        for connection in [one for one in self._connections if not one.session and one.deadline <= now]:
+            self._end(connection)
         if self._paused_until and self._paused_until <= now:
             self._paused_until = 0.0
             self._selector.register(self._listener, selectors.EVENT_READ)
@@ -131,8 +131,8 @@ class ControlServer:
             end, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:  # no descriptor to be had: the connection waits in the kernel's queue
-            say(_log, "side-socket-paused", logging.WARNING, cause=error.strerror)
+        except OSError as error:  # out of descriptors: the connection waits in the kernel's queue
+            log_event(_log, "side-socket-paused", logging.WARNING, cause=error.strerror)
             self._selector.unregister(self._listener)
             self._paused_until = time.monotonic() + _PAUSE
             return
@@ -140,34 +140,34 @@ class ControlServer:
         pid: int | str = "?"
         try:
             pid = check_peer(end, "the client")
-            if len(self._places) >= self._max_clients + _VISITORS:
+            if len(self._connections) >= self._max_clients + _OTHERS:
                 raise self._full()
         except MoetierError as error:
-            self._refusals.say(pid=pid, cause=error.cause)
-            # a greeting that is closed upon unread would be the peer's error, in place of the answer
+            self._refusals.log(pid=pid, cause=error.cause)
+            # closing with an unread greeting would give the peer an error instead of the answer
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RD)
-                while end.recv(_GREETING):
+                while end.recv(_MAX_GREETING):
                     pass
             answer(end, {"error": error_json(error)})
             end.close()
             return
-        place = _Place(end, pid, time.monotonic() + PATIENCE)
-        self._places.add(place)
-        self._selector.register(end, selectors.EVENT_READ, place)
+        connection = _Connection(end, pid, time.monotonic() + PATIENCE)
+        self._connections.add(connection)
+        self._selector.register(end, selectors.EVENT_READ, connection)
 
-    def _hear(self, place: _Place) -> None:
-        """A connection's greeting, or its end: whatever comes behind the greeting ends it too."""
+    def _read(self, connection: _Connection) -> None:
+        """Read a connection's greeting, or end it: whatever comes after the greeting ends it too."""
         try:
-            packet, _, flags, _ = place.end.recvmsg(_GREETING)  # descriptors that come along are never installed
+            packet, _, flags, _ = connection.end.recvmsg(_MAX_GREETING)  # without room for descriptors that come along
         except BlockingIOError:
             return
         except OSError:
             packet, flags = b"", 0
-        if not packet or place.session or not self._greet(place, packet, cut=bool(flags & socket.MSG_TRUNC)):
-            self._end(place)
+        if not packet or connection.session or not self._greet(connection, packet, cut=bool(flags & socket.MSG_TRUNC)):
+            self._end(connection)
 
-    def _greet(self, place: _Place, packet: bytes, *, cut: bool) -> bool:
+    def _greet(self, connection: _Connection, packet: bytes, *, cut: bool) -> bool:
         session = secrets.token_hex(16)
         try:
             greeting = parse(b"" if cut else packet, "the client")
@@ -177,21 +177,21 @@ class ControlServer:
                     f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its control socket, the client not.",
                     "Use moetier in one version.",
                 )
-            if digest is not None and sum(other.maps for other in self._places) >= self._max_clients:
+            if digest is not None and sum(other.maps for other in self._connections) >= self._max_clients:
                 raise self._full()
-            welcome = self._admit(session, digest, place.pid)
+            welcome = self._admit(session, digest, connection.pid)
         except MoetierError as error:
-            self._refusals.say(pid=place.pid, cause=error.cause)
-            answer(place.end, {"error": error_json(error)})
+            self._refusals.log(pid=connection.pid, cause=error.cause)
+            answer(connection.end, {"error": error_json(error)})
             return False
-        except OSError as error:  # no descriptor to be had: the others are served all the same
-            self._refusals.say(pid=place.pid, cause=error.strerror)
+        except OSError as error:  # out of descriptors: other clients are still served
+            self._refusals.log(pid=connection.pid, cause=error.strerror)
             full = UnavailableError(
                 f"The daemon can't pass its arena on: {error.strerror}.", "Raise its limit of open files (ulimit -n)."
             )
-            answer(place.end, {"error": error_json(full)})
+            answer(connection.end, {"error": error_json(full)})
             return False
-        place.session, place.maps = session, digest is not None
+        connection.session, connection.maps = session, digest is not None
         try:
             reply = {
                 "session": session,
@@ -200,17 +200,17 @@ class ControlServer:
                 "pid": os.getpid(),
                 "version": self._version,
             }
-            return answer(place.end, reply, welcome.descriptor)
+            return answer(connection.end, reply, welcome.descriptor)
         finally:
             if welcome.descriptor is not None:
                 os.close(welcome.descriptor)
 
-    def _end(self, place: _Place) -> None:
-        self._places.discard(place)
-        self._selector.unregister(place.end)
-        place.end.close()
-        if place.session:
-            self._leave(place.session)
+    def _end(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        self._selector.unregister(connection.end)
+        connection.end.close()
+        if connection.session:
+            self._leave(connection.session)
 
     def _full(self) -> UnavailableError:
         return UnavailableError(

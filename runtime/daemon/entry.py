@@ -1,4 +1,7 @@
-"""A daemon's process, as whoever starts it sees it."""
+"""Entry point of the daemon's process.
+
+Apart from the rest because it blocks signals before any library that starts threads is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ import os
 import resource
 
 from .options import DaemonConfig
-from .signals import blocked
+from .signals import blocked_signals
 
 
 def serve(config: DaemonConfig) -> int:
-    """Runs a daemon until SIGTERM or SIGINT; the exit status. Raises MoetierError where it can't start."""
+    """Run a daemon until SIGTERM or SIGINT, and return its exit status. Raises MoetierError if it can't start."""
     config.check()
     os.umask(0o077)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # two descriptors a client, and each shard's: as many as one may have
+    # each client takes two descriptors, and each shard one
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    with blocked():
-        from .process import live
+    with blocked_signals():
+        from .process import run
 
-        live(config)
+        run(config)
     return 0

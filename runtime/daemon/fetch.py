@@ -1,4 +1,4 @@
-"""The daemon's side of Fetch: one record, or a part of it, to another host, piece by piece out of its slot."""
+"""The daemon's side of Fetch: sends a record, or a part of it, to another host, piece by piece out of its slot."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import grpc
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
-from moetier.runtime.wire.channel import SERVICE
 from moetier.runtime.wire.piece import PIECE_BYTES, encode_piece
 from moetier.tiers.errors import ClosedError, ExhaustedError, ProtocolError
 from moetier.tiers.host.demands import Event, Failed, Granted
@@ -26,23 +23,23 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 
-LONGEST = 3600.0  # seconds; what is further away is no deadline
-CALLS = 24  # under way at once, those that wait for a slot among them: each takes a thread of the server's
+MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
+CALLS = 24  # under way at once, with those that wait for a slot: each takes a thread of the server
 
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """One Fetch that holds a slot."""
+    """A call that holds a slot."""
 
     context: grpc.ServicerContext
-    offered: float = math.inf  # when its reader was offered the piece that it has not taken yet
+    offered: float = math.inf  # when the piece was offered that its client has not taken yet
 
 
 class Fetches:
-    """What other hosts fetch of one host tier. A fetch holds a slot for as long as its reader takes pieces.
+    """Fetch calls of other hosts on one host tier. A call holds a slot for as long as its client takes pieces.
 
-    All together they hold at most a quarter of the slots of a geometry (but one): sessions of this host go on. A reader
-    that takes no piece for ``stall`` seconds is cut off, whatever its deadline.
+    All calls together hold at most a quarter of the slots of a geometry, but at least one, so that sessions of this
+    host go on. A client that takes no piece for ``stall`` seconds is cut off, whatever its deadline.
     """
 
     def __init__(
@@ -59,25 +56,28 @@ class Fetches:
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._patience = patience
-        # no bound of its own: which records are held is bounded here, and a record may be held by several calls
+        # not bounded by leases: records are bounded here, and several calls may hold the same one
         self._session = host.session(self._deliver, leases=CALLS, patience=patience)
         self._numbers = itertools.count(1)
-        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # by request; each its call's alone
+        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # by request, one for each call
         self._state = threading.Condition()  # guards all below
         self._calls = 0
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
         self._active: set[_Call] = set()
         self._watcher: threading.Thread | None = None
         self._closed = False
-        self.count = 0  # calls that were answered in full
+        self.count = 0  # calls answered in full
         self.bytes = 0  # sent
 
     def serve(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
-        """Yields serialised pieces. Raises MissingExpertError, ProtocolError (no deadline, no such range),
-        ExhaustedError where fetches hold all slots that they may, and whatever the load of a record raises."""
+        """Yield serialised pieces.
+
+        Raises MissingExpertError, ProtocolError for a call without a deadline or a range outside the record,
+        ExhaustedError if fetches hold all slots that they may, and the errors of the record's load.
+        """
         remaining = context.time_remaining()
-        if remaining is None or remaining > LONGEST:
-            raise ProtocolError("A fetch needs a deadline.", f"Set one of at most {LONGEST:.0f} seconds.")
+        if remaining is None or remaining > MAX_DEADLINE:
+            raise ProtocolError("A fetch needs a deadline.", f"Set one of at most {MAX_DEADLINE:.0f} seconds.")
         key = ExpertKey(request.block, request.expert)
         self._manifest.check_keys(key.block, [key])
         entry = self._manifest.blocks[key.block]
@@ -85,9 +85,9 @@ class Fetches:
         start, end = request.offset, request.offset + (request.length or size - request.offset)
         if not 0 <= start < end <= size:
             raise ProtocolError(
-                f"Bytes {start} to {end} are no part of a record of {size}.", "Ask for a part of the record."
+                f"Bytes {start} to {end} are not a part of a record of {size}.", "Ask for a part of the record."
             )
-        # who waits in vain is told so before its deadline: else it would take this daemon for one that is gone
+        # answer before the client's deadline: otherwise it would take this daemon for one that is gone
         patience = min(remaining / 2, self._patience)
         until = time.monotonic() + patience
         with self._admitted(key, entry.array, context, patience) as call, self._lease(key, context, until) as slot:
@@ -102,12 +102,12 @@ class Fetches:
 
     @property
     def held(self) -> int:
-        """How many slots fetches hold now, or are about to."""
+        """Number of slots that fetches hold or are about to hold."""
         with self._state:
             return sum(len(keys) for keys in self._held.values())
 
     def close(self) -> None:
-        """Refuses what comes and what waits; the server's own stop ends what is under way. Idempotent."""
+        """Refuse new and waiting calls; the server's stop ends those under way. Idempotent."""
         with self._state:
             self._closed = True
             self._state.notify_all()
@@ -125,7 +125,7 @@ class Fetches:
         def free() -> bool:
             return self._closed or not context.is_active() or key in held or len(held) < self._limits[array]
 
-        context.add_callback(self._wake)  # who waits for a slot learns that the client is gone
+        context.add_callback(self._wake)  # the wait for a slot ends with the client
         with self._state:
             if self._calls == CALLS:
                 raise ExhaustedError(f"{CALLS} fetches are under way.", "Ask another daemon, or later.")
@@ -133,11 +133,11 @@ class Fetches:
             try:
                 if not self._state.wait_for(free, patience):
                     raise ExhaustedError(
-                        f"Fetches of other records hold all slots that they may, for {patience:.1f} seconds.",
+                        f"Fetches of other records have held all slots that they may for {patience:.1f} seconds.",
                         "Ask another daemon, or later.",
                     )
                 if self._closed or not context.is_active():
-                    raise _unheard()
+                    raise _no_caller()
             except BaseException:
                 self._calls -= 1
                 raise
@@ -161,21 +161,21 @@ class Fetches:
 
     @contextlib.contextmanager
     def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
-        """The record and its checksum. Raises ExhaustedError when no slot comes free for it in time."""
+        """Lease the record and its checksum. Raises ExhaustedError if no slot comes free in time."""
         number = next(self._numbers)
         answers: SimpleQueue[Event | None] = SimpleQueue()
         self._answers[number] = answers
         try:
             self._session.acquire(number, [key], max(until - time.monotonic(), 0.0))
-            if not context.add_callback(partial(answers.put, None)):  # None: the client is gone, or its deadline
-                raise _unheard()
+            if not context.add_callback(partial(answers.put, None)):  # None: the call has ended
+                raise _no_caller()
             match answers.get():
                 case Granted(slot=slot):
                     yield self._host.whole(slot)
                 case Failed(error=error):
                     raise error
                 case None:
-                    raise _unheard()
+                    raise _no_caller()
         finally:
             self._session.release(number)
             del self._answers[number]
@@ -190,7 +190,7 @@ class Fetches:
             self._state.notify_all()
 
     def _watch(self) -> None:
-        """Cuts off readers that stand still: the server's thread then wakes, and gives the lease back."""
+        """Cut off clients that take nothing: the server's thread then wakes and releases the lease."""
         with self._state:
             while not self._closed:
                 late = time.monotonic() - self._stall
@@ -200,23 +200,5 @@ class Fetches:
                 self._state.wait(self._stall / 4 if self._active else None)
 
 
-def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
-    """As the generated function of this purpose, but that the servicer's ``Fetch`` yields serialised pieces, and its
-    ``Session`` gets serialised messages: gRPC's server keeps a stream for ever in which one can't be parsed."""
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Describe": grpc.unary_unary_rpc_method_handler(
-            servicer.Describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
-        ),
-        "Session": grpc.stream_stream_rpc_method_handler(
-            servicer.Session, response_serializer=pb.ServerMessage.SerializeToString
-        ),
-        "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, pb.FetchRequest.FromString),
-        "Stats": grpc.unary_unary_rpc_method_handler(
-            servicer.Stats, pb.StatsRequest.FromString, pb.StatsReply.SerializeToString
-        ),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-
-
-def _unheard() -> ClosedError:
-    return ClosedError("The daemon ends, or nobody waits any more.", "Ask another daemon.")
+def _no_caller() -> ClosedError:
+    return ClosedError("The daemon ends, or the call has ended.", "Ask another daemon.")

@@ -1,9 +1,8 @@
-"""The standard health service of a daemon.
+"""gRPC's standard health service for the daemon as a whole, whichever service a request names.
 
-It answers about the daemon as a whole, whichever service a request names. So it waits for no request: a call of which
-only the headers come takes no thread. (The ready-made servicer of grpcio-health-checking sends under a lock that the
-end of a call takes as well, on the thread that has to complete the sending: a `Watch` that begins while another one
-ends can stop the server for good.)
+It does not wait for the request, so a call of which only the headers come takes no thread. The servicer of
+grpcio-health-checking is not used: it sends while it holds a lock that the end of a call needs too, on the thread that
+has to complete the sending. A Watch that begins while another one ends can then stop the server for good.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from grpc_health.v1.health_pb2 import DESCRIPTOR, HealthCheckResponse
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import ExhaustedError
 
-from .caller import at_once
+from .rpc import run_inline
 
 HEALTH: str = DESCRIPTOR.services_by_name["Health"].full_name
-WATCHERS = 8  # calls of Watch at once: each takes a thread of its server's
+WATCHERS = 8  # calls of Watch at once: each takes a thread of its server
 
 
 class Health:
-    """Whether the daemon serves; true until ``end`` is called."""
+    """Health of the daemon: serving until ``end`` is called."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards the two below
@@ -34,17 +33,20 @@ class Health:
 
     @property
     def is_serving(self) -> bool:
+        """Whether the daemon serves."""
         return self._serving
 
     def end(self) -> None:
+        """Report from now on that the daemon does not serve."""
         with self._changed:
             self._serving = False
             self._changed.notify_all()
 
     def add_to(self, server: grpc.Server) -> None:
+        """Add the service to a server."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Check": grpc.stream_unary_rpc_method_handler(
-                at_once(self._check), response_serializer=HealthCheckResponse.SerializeToString
+                run_inline(self._check), response_serializer=HealthCheckResponse.SerializeToString
             ),
             "Watch": grpc.stream_stream_rpc_method_handler(
                 self._watch, response_serializer=HealthCheckResponse.SerializeToString
@@ -60,7 +62,7 @@ class Health:
             is_full = self._watchers == WATCHERS
             self._watchers += not is_full
         if is_full:
-            abort(context, ExhaustedError(f"{WATCHERS} calls watch the health.", "Use Check, or end one of them."))
+            abort(context, ExhaustedError(f"{WATCHERS} calls watch already.", "Use Check, or end one of them."))
         try:
             context.add_callback(self._wake)
             if self._serving:

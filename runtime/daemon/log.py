@@ -1,4 +1,4 @@
-"""Structured logs: one line an event, ``time=... level=info event=ready pid=12 ...`` (logfmt), on stderr."""
+"""Structured logs on stderr: one line for each event, ``time=... level=info event=ready pid=12 ...`` (logfmt)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 class Logfmt(logging.Formatter):
-    """Of records that ``say`` made, and of all others: their message is the event."""
+    """Formatter of log records. The message is the event; records of ``log_event`` have fields as well."""
 
     def format(self, record: logging.LogRecord) -> str:
         created = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -33,14 +33,16 @@ def _value(value: object) -> str:
     return text if text and set(text) <= _PLAIN else json.dumps(text, ensure_ascii=not text.isprintable())
 
 
-def say(log: logging.Logger, event: str, level: int = logging.INFO, **fields: object) -> None:
-    """``event`` is a few words joined by hyphens, and names what happened; ``fields`` say to what."""
+def log_event(log: logging.Logger, event: str, level: int = logging.INFO, **fields: object) -> None:
+    """Log an event, which is a few words joined by hyphens, with its fields."""
     log.log(level, event, extra={"fields": fields})
 
 
-class Sparing:
-    """Says one event whose occasions others make, as often as they like: at most once a second. ``unsaid``, in the next
-    line, counts the times in between. Thread-safe."""
+class RateLimitedLog:
+    """Logs an event that others can cause as often as they like, once every ``pause`` seconds at most.
+
+    ``unsaid`` in the next line counts the events in between. Thread-safe.
+    """
 
     def __init__(self, log: logging.Logger, event: str, level: int = logging.WARNING, *, pause: float = 1.0) -> None:
         self._log = log
@@ -51,7 +53,8 @@ class Sparing:
         self._next = 0.0  # on the monotonic clock
         self._unsaid = 0
 
-    def say(self, **fields: object) -> None:
+    def log(self, **fields: object) -> None:
+        """Log the event now, or count it."""
         now = time.monotonic()
         with self._lock:
             if now < self._next:
@@ -59,12 +62,12 @@ class Sparing:
                 return
             unsaid, self._unsaid = self._unsaid, 0
             self._next = now + self._pause
-        say(self._log, self._event, self._level, **fields, **({"unsaid": unsaid} if unsaid else {}))
+        log_event(self._log, self._event, self._level, **fields, **({"unsaid": unsaid} if unsaid else {}))
 
 
 def log_to_stderr() -> None:
-    """Everything that is logged in this process, from INFO on."""
+    """Send everything that this process logs, from INFO on, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Logfmt())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.raiseExceptions = False  # a log that nobody reads any more must not stop the work
+    logging.raiseExceptions = False  # a closed stderr must not stop the work

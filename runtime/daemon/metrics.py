@@ -1,16 +1,23 @@
-"""A tier's counters as Prometheus takes them: read when it asks, and kept nowhere else.
+"""Prometheus metrics of tiers and daemons, collected from their counters at each scrape, and their HTTP server.
 
-Names, types and units are those of Prometheus's practices (https://prometheus.io/docs/practices/naming/);
-docs/watching.md has them in a table.
+Names, types and units follow Prometheus's practices (https://prometheus.io/docs/practices/naming/); docs/watching.md
+lists them in a table.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import accumulate
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+from prometheus_client import make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -24,7 +31,10 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import DIGEST_CHARS
+from moetier.tiers.errors import ConfigError
 from moetier.tiers.stats import TierStats
+
+CONNECTIONS = 64  # to the HTTP server at once: each takes a thread and a descriptor
 
 LABELS = ("model", "tier")
 
@@ -73,7 +83,7 @@ Tiers = Sequence[tuple[str, TierStats | pb.Tier]]  # each with its model's name
 
 
 class DaemonCollector(Collector):
-    """What ``stats`` says of each model of a daemon."""
+    """Metrics of a daemon's models; ``stats`` returns their counters."""
 
     def __init__(self, stats: Callable[[], Sequence[pb.ModelStats]]) -> None:
         self._stats = stats
@@ -101,7 +111,7 @@ class DaemonCollector(Collector):
 
 
 def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
-    """Of tiers, all told apart by model and name."""
+    """Yield the metrics of tiers, labelled by model and tier."""
     for metric, (field, meaning) in GAUGES.items():
         gauge = GaugeMetricFamily(f"moetier_tier_{metric}", meaning, labels=LABELS)
         for model, tier in tiers:
@@ -128,7 +138,7 @@ def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
 
 
 def registry_of(collector: Collector) -> CollectorRegistry:
-    """With what Prometheus's own library says of a process, and moetier's version."""
+    """Return a registry of ``collector``, of Prometheus's own metrics of a process, and of moetier's version."""
     registry = CollectorRegistry()
     registry.register(collector)
     registry.register(_Build())
@@ -137,7 +147,7 @@ def registry_of(collector: Collector) -> CollectorRegistry:
 
 
 def _buckets(bounds: Iterable[float], counts: Iterable[int]) -> list[tuple[str, float]]:
-    """Cumulative ones, each with the seconds that its loads took at most."""
+    """Return cumulative counts, each with its upper bound in seconds."""
     names = [*map(repr, bounds), "+Inf"]
     return list(zip(names, accumulate(counts), strict=True))
 
@@ -145,3 +155,86 @@ def _buckets(bounds: Iterable[float], counts: Iterable[int]) -> list[tuple[str, 
 class _Build(Collector):
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily("moetier_build", "Which moetier this is.", {"version": version("moetier")})
+
+
+class MetricsServer:
+    """HTTP server of metrics and of /healthz, which runs until it is closed. ``address`` is its HOST:PORT."""
+
+    def __init__(self, address: str, registry: CollectorRegistry, is_serving: Callable[[], bool]) -> None:
+        """Listen on ``address``. /healthz is 200 while ``is_serving``, else 503; every other path has the metrics.
+
+        Raises ConfigError if it can't listen there.
+        """
+        host, _, port = address.rpartition(":")
+        try:
+            family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+            self._server = _Server(family, place)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(
+                f"Metrics can't be served on {address}: {getattr(error, 'strerror', None) or error}.",
+                "See who listens there, or name another: --metrics HOST:PORT.",
+            ) from None
+        metrics: Any = make_wsgi_app(registry)
+
+        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if environ["PATH_INFO"] != "/healthz":
+                return metrics(environ, start_response)  # type: ignore[no-any-return]
+            status, text = ("200 OK", b"SERVING\n") if is_serving() else ("503 Service Unavailable", b"NOT_SERVING\n")
+            start_response(status, [("Content-Type", "text/plain"), ("Cache-Control", "no-store")])
+            return [text]
+
+        self._server.set_app(answer)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="moetier-metrics", daemon=True)
+        self._thread.start()
+        self.address = f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Stop the server."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Serves each connection in a thread. Beyond CONNECTIONS, a new connection closes the oldest."""
+
+    daemon_threads = True
+    request_queue_size = 128  # with the default of 5, connections beyond that are made a second late
+
+    def __init__(self, family: int, place: Any) -> None:
+        self.address_family = family
+        self._open: dict[socket.socket, None] = {}  # oldest first
+        self._state = threading.Lock()  # guards it
+        super().__init__(place, _Handler)
+
+    def server_bind(self) -> None:
+        super(WSGIServer, self).server_bind()  # without HTTPServer's lookup of the host's name
+        name, self.server_port, *_ = self.server_address
+        self.server_name = str(name)
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._state:
+            if len(self._open) >= CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes and closes it
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._state:
+            self._open.pop(request, None)
+            super().shutdown_request(request)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0  # seconds for a request to come, and for its answer to be taken
+
+    def handle(self) -> None:
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            super().handle()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: scrapes come every few seconds."""

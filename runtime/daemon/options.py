@@ -1,4 +1,4 @@
-"""DaemonConfig: what a person asks of a daemon."""
+"""DaemonConfig: the options of a daemon."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from moetier.tiers.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """What a person asks for; ``of`` checks it."""
+    """Options of ``moetier daemon``; ``check`` validates them."""
 
     directories: tuple[Path, ...]
     folder: Path
     ram: Size | None = None
-    policy: str = DEFAULT_ORDER  # of ORDERS
+    policy: str = DEFAULT_ORDER  # a key of ORDERS
     learn: bool = False
-    listen: str = ""  # HOST:PORT; port 0: any
+    listen: str = ""  # HOST:PORT; port 0 for any
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     token_file: Path | None = None
     insecure: bool = False
-    wait: float = 10.0  # seconds for a slot
-    leases: int = 8  # of one client
+    wait: float = 10.0  # seconds that a request waits for a slot
+    leases: int = 8  # slots that one client may hold
     max_clients: int = 64
-    drain: float = 10.0  # seconds
+    drain: float = 10.0  # seconds for requests under way when the daemon ends
     reflection: bool = False
-    metrics: str = ""  # [HOST:]PORT for Prometheus; on 127.0.0.1 unless it says where; port 0: any
-    ready_fd: int | None = None
+    metrics: str = ""  # [HOST:]PORT for Prometheus; 127.0.0.1 by default; port 0 for any
+    ready_fd: int | None = None  # descriptor to write to when the daemon is ready
 
     @property
     def unprotected(self) -> list[str]:
-        """What its TCP address lacks by --insecure."""
+        """Protections that the TCP address lacks because of --insecure."""
         lacks = (("a token", self.token_file), ("TLS", self.tls_cert))
         return [what for what, given in lacks if given is None] if self.insecure else []
 
     @property
     def metrics_address(self) -> str:
-        """HOST:PORT."""
+        """HOST:PORT of the metrics."""
         return f"127.0.0.1:{self.metrics}" if self.metrics.isdecimal() else self.metrics
 
     def check(self) -> None:
-        """Raises ConfigError for what contradicts itself, and for a TCP address that is not protected."""
+        """Raises ConfigError for options that contradict each other, and for a TCP address that is not protected."""
         OPTIONS["policy"].read("policy", self.policy)
         if self.metrics:
             _tcp(self.metrics_address, self.metrics)
@@ -55,7 +55,7 @@ class DaemonConfig:
         if tls != (self.tls_key is not None):
             raise ConfigError("TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key.")
         if self.tls_client_ca is not None and not tls:
-            raise ConfigError("--tls-client-ca is without TLS.", "Give --tls-cert and --tls-key too.")
+            raise ConfigError("--tls-client-ca needs TLS.", "Give --tls-cert and --tls-key too.")
         if not self.listen:
             if tls or self.token_file is not None or self.insecure:
                 raise ConfigError("Certificates, tokens and --insecure are for TCP.", "Give --listen HOST:PORT too.")
@@ -63,25 +63,25 @@ class DaemonConfig:
         host, _, port = self.listen.rpartition(":")
         if not host and port.isdecimal():
             raise ConfigError(
-                f"{self.listen!r} is a port alone.", f"Say on which address too: 127.0.0.1:{port}, or 0.0.0.0:{port}."
+                f"{self.listen!r} is only a port.", f"Give the address too: 127.0.0.1:{port}, or 0.0.0.0:{port}."
             )
         address = _tcp(self.listen, self.listen)
         if self.insecure:
             return
         if self.token_file is None:
             raise ConfigError(
-                f"{self.listen} is without a token: everybody who reaches it would be served.",
+                f"{self.listen} has no token: everybody who reaches it would be served.",
                 "Give --token-file (make a token: openssl rand -hex 32), or --insecure.",
             )
         if not tls and not address.is_loopback:
             raise ConfigError(
-                f"{self.listen} is without TLS, and other hosts can reach it.",
+                f"{self.listen} has no TLS, and other hosts can reach it.",
                 "Give --tls-cert and --tls-key, or --insecure.",
             )
 
 
 def _tcp(address: str, said: str) -> Address:
-    """HOST:PORT, whose port may be 0. Raises ConfigError."""
+    """Parse HOST:PORT, whose port may be 0. Raises ConfigError, which quotes ``said``."""
     host, _, port = address.rpartition(":")
     with contextlib.suppress(ConfigError):
         parsed = Address.parse(f"{host}:{'1' if port == '0' else port}")

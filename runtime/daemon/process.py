@@ -1,8 +1,9 @@
-"""The life of a daemon's process: lock, folder, leftovers, tiers, sockets, ready; then it waits to be told to end."""
+"""The daemon's process from start to end: lock file, arenas, tiers, sockets, ready; then it drains and stops."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import time
@@ -15,49 +16,50 @@ import grpc
 
 from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import exceeded
-from moetier.runtime.wire.address import CARD, SOCKET, Address, DaemonCard, ServedModel, make_folder
+from moetier.runtime.wire.address import CARD, CONTROL_SOCKET, SOCKET, Address, DaemonCard, ServedModel, make_folder
 from moetier.runtime.wire.channel import read_token
-from moetier.tiers.errors import ConfigError
+from moetier.tiers.errors import AlreadyRunningError, ConfigError
+from moetier.tiers.store.atomic import write_all
 
 from .clients import Clients
 from .control_server import ControlServer
 from .health import Health
-from .hold import hold
 from .listeners import listen_tcp, listen_unix, local_server, reflect, remote_server, server_credentials, stop
-from .log import say
-from .model import Hosted
+from .log import log_event
+from .model import HostedModel
 from .options import DaemonConfig
 from .rpc import RemoteService, Service, describe
-from .signals import is_told_again, wait_for_the_end
+from .signals import got_second_stop, wait_for_stop
 from .startup import open_models
 from .systemd import ServiceManager
 
+LOCK = "lock"  # file in the daemon's folder
 _POLL = 0.1  # seconds between looks for a second signal
-_GRACE = 0.5  # seconds for the last answers to be sent; whoever watches the health then is cut off
+_GRACE = 0.5  # seconds for the last answers to be sent; then watches of the health are cut off
 
 _log = logging.getLogger(__name__)
 
 
-def live(config: DaemonConfig) -> None:
-    """From start to end, while the signals are blocked. Raises MoetierError where it can't start."""
-    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # what can't be parsed is answered, and no fault here
+def run(config: DaemonConfig) -> None:
+    """Run a daemon while the signals are blocked. Raises MoetierError if it can't start."""
+    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # a client's malformed message is no fault here
     manager = ServiceManager()
     try:
         with contextlib.ExitStack() as closing:
-            with _failing(config.folder):
+            with _system_errors(config.folder):
                 running = _start(config, manager, closing)
             _announce(config, manager, running)
-            say(_log, "signal", name=wait_for_the_end())
+            log_event(_log, "signal", name=wait_for_stop())
             manager.stopping()
             _drain(running, config.drain)
-        say(_log, "stopped")
+        log_event(_log, "stopped")
     finally:
         manager.close()
 
 
 @contextlib.contextmanager
-def _failing(folder: Path) -> Iterator[None]:
-    """What the system refuses is no fault of ours: a full or read-only disk, too few descriptors."""
+def _system_errors(folder: Path) -> Iterator[None]:
+    """Turn OSError into ConfigError: a full or read-only disk, or too few descriptors, is no fault of ours."""
     try:
         yield
     except OSError as error:
@@ -68,9 +70,51 @@ def _failing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Lock the folder and empty it. Yield whether a daemon was killed here.
+
+    The kernel releases the lock when the process dies. Raises AlreadyRunningError, which names the running daemon.
+    """
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise _already_running(folder, pid) from None
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)  # a daemon that ended has just removed the file
+    try:
+        os.ftruncate(descriptor, 0)
+        write_all(descriptor, f"{os.getpid()}\n".encode(), 0)
+        left = [p for p in folder.iterdir() if p.name in (SOCKET, CONTROL_SOCKET) or p.name.startswith(CARD)]
+        for stale in left:
+            stale.unlink()
+        yield bool(left)
+    finally:
+        path.unlink(missing_ok=True)  # before the lock is released: a daemon that has opened the file tries again
+        os.close(descriptor)
+
+
+def _already_running(folder: Path, pid: str) -> AlreadyRunningError:
+    card = DaemonCard.read(folder)
+    serves = f" and serves {', '.join(model.name for model in card.models)}" if card is not None else ""
+    return AlreadyRunningError(
+        f"A daemon already runs in {folder}: it is process {pid or '?'}{serves}.",
+        f"Use it, end it (kill {pid or 'PID'}), or start another: --folder NAME.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
-    models: Mapping[str, Hosted]
+    """Parts of a daemon that has started."""
+
+    models: Mapping[str, HostedModel]
     clients: Clients
     health: Health
     servers: Sequence[grpc.Server]
@@ -78,12 +122,12 @@ class _Running:
 
 
 def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.ExitStack) -> _Running:
-    """Everything that was opened is closed by ``closing``."""
+    """Start serving. ``closing`` closes everything that was opened."""
     token = read_token(config.token_file) if config.token_file is not None else None
     credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
     make_folder(config.folder)
-    killed = closing.enter_context(hold(config.folder))
-    models = open_models(config, manager, closing, dying=killed)
+    was_killed = closing.enter_context(locked_folder(config.folder))
+    models = open_models(config, manager, closing, was_killed=was_killed)
     clients = Clients(models, leases=config.leases, patience=config.wait)
     description = describe(models, version("moetier"))
     health = Health()
@@ -94,7 +138,7 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
 
     for model in models.values():
         model.when_condemned = end_health_without_models
-    end_health_without_models()  # what was condemned before has told nobody
+    end_health_without_models()  # a model may have been condemned before the callback was set
     servers = [
         local_server(
             Service(clients, description), health, clients=clients, sessions=config.max_clients, models=len(models)
@@ -111,14 +155,14 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     listen = listen_tcp(servers[1], config.listen, credentials) if config.listen else ""
     for server in servers:
         server.start()
-    side = ControlServer(
+    control = ControlServer(
         config.folder,
         admit=clients.admit,
-        leave=clients.leave,
+        leave=clients.remove,
         max_clients=config.max_clients,
         version=version("moetier"),
     )
-    closing.callback(side.close)
+    closing.callback(control.close)
     served = tuple(
         ServedModel(model.name, model.digest, str(model.directory), model.budget_bytes) for model in models.values()
     )
@@ -130,9 +174,8 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
 
 
 def _serve_metrics(address: str, clients: Clients, health: Health, closing: contextlib.ExitStack) -> str:
-    """Where they are then."""
-    from .metrics import DaemonCollector, registry_of
-    from .metrics_server import MetricsServer
+    """Serve the metrics, and return their HOST:PORT."""
+    from .metrics import DaemonCollector, MetricsServer, registry_of
 
     server = MetricsServer(address, registry_of(DaemonCollector(clients.stats)), lambda: health.is_serving)
     closing.callback(server.close)
@@ -140,11 +183,12 @@ def _serve_metrics(address: str, clients: Clients, health: Health, closing: cont
 
 
 def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) -> None:
+    """Tell systemd, the log and the process that started this one that the daemon is ready."""
     card = running.card
     models = ", ".join(model.name for model in card.models)
     budget = format_bytes(sum(model.budget_bytes for model in card.models))
     manager.ready(f"{models}: {budget}")
-    say(
+    log_event(
         _log,
         "ready",
         pid=card.pid,
@@ -156,21 +200,23 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
         budget=budget,
         slots=sum(sum(model.slots.values()) for model in running.models.values()),
     )
-    if config.ram is not None and (there := exceeded(config.ram)) is not None:  # all experts fit, which is less
+    if config.ram is not None and (there := exceeded(config.ram)) is not None:  # all experts may need less than that
         sizes = {"asked": format_bytes(config.ram.of(there.bytes)), "there": format_bytes(there.bytes)}
-        say(_log, "more-than-there-is", logging.WARNING, **sizes, limiter=there.limiter, budget=budget)
+        log_event(_log, "more-than-there-is", logging.WARNING, **sizes, limiter=there.limiter, budget=budget)
     if without := config.unprotected:
-        say(_log, "insecure", logging.WARNING, listen=card.listen, without=" and ".join(without))
+        log_event(_log, "insecure", logging.WARNING, listen=card.listen, without=" and ".join(without))
     if card.metrics and not Address(target=card.metrics).is_loopback:
-        say(_log, "insecure", logging.WARNING, metrics=card.metrics, without="a token and TLS")
+        log_event(_log, "insecure", logging.WARNING, metrics=card.metrics, without="a token and TLS")
     if config.ready_fd is not None:
-        _tell(config.ready_fd)
+        _tell_ready(config.ready_fd)
 
 
-def _tell(descriptor: int) -> None:
-    """That it is ready; and closes it, but so that no other file gets the number of a standard stream: somebody may
-    print to that."""
-    with contextlib.suppress(OSError):  # whoever wanted to know is gone
+def _tell_ready(descriptor: int) -> None:
+    """Write to the descriptor and close it; in place of a standard stream it then leads to /dev/null.
+
+    Otherwise the next file would get the number of a standard stream, and be printed to.
+    """
+    with contextlib.suppress(OSError):  # the reader may be gone
         os.write(descriptor, b"ready\n")
     if descriptor > 2:
         os.close(descriptor)
@@ -181,13 +227,13 @@ def _tell(descriptor: int) -> None:
 
 
 def _drain(running: _Running, seconds: float) -> None:
-    """What was asked for is finished, within ``seconds`` or until a second signal; then all calls end."""
+    """Finish requests under way within ``seconds`` or until a second signal, then end all calls."""
     deadline = time.monotonic() + seconds
     running.clients.stop()
-    running.health.end()  # who hears of it is refused from now on
+    running.health.end()  # from now on new calls are refused
     while not (settled := running.clients.wait(min(_POLL, deadline - time.monotonic()))):
-        if time.monotonic() >= deadline or is_told_again():
+        if time.monotonic() >= deadline or got_second_stop():
             break
-    say(_log, "drained", finished=settled)
+    log_event(_log, "drained", finished=settled)
     running.clients.end()
     stop(running.servers, _GRACE)

@@ -1,4 +1,4 @@
-"""Arenas whose owner is dead, still full: in the hands of its clients, or of systemd."""
+"""Reclaims arenas of a dead daemon, still full, from its clients or from systemd."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ _POLL = 0.02  # seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
-    """An arena that was taken back, and is this process's to close; ``holder`` had kept it."""
+class ReclaimedArena:
+    """An arena that this process has taken over and has to close; ``holder`` had kept it."""
 
     arena: Arena
     holder: str
 
     @property
     def filled(self) -> int:
-        """How many of its slots hold a record, as its directory says."""
+        """Number of slots that hold a record, according to the directory."""
         content = self.arena.directory.content
         return sum(content(slot) is not None for slot in range(self.arena.plan.slots))
 
 
-def find_leftovers(
+def reclaim_arenas(
     manifests: Mapping[str, Manifest], passed: Iterable[tuple[str, int]] = (), *, patience: float = 0.0
-) -> dict[str, list[Leftover]]:
-    """By digest, of the stores in ``manifests``, the fullest first. ``passed`` are descriptors (with names of who kept
-    them) to be looked at beside those that other processes of this user hold; they stay the caller's.
+) -> dict[str, list[ReclaimedArena]]:
+    """Reclaim the arenas of the stores in ``manifests``. Return them by digest, the fullest first.
 
-    An owner who is being killed may need a moment yet: its arenas are tried again for ``patience`` seconds.
+    They are searched among the descriptors of this user's other processes and in ``passed``: pairs of a holder's name
+    and a descriptor, which stays the caller's. A daemon that is being killed may still lock its arenas, so they are
+    tried again for ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
-    found: dict[str, list[Leftover]] = {}
-    seen: set[tuple[int, int]] = set()  # files that need not be looked at again
+    found: dict[str, list[ReclaimedArena]] = {}
+    seen: set[tuple[int, int]] = set()  # files that need no second look
     while True:
         locked = False
         with contextlib.ExitStack() as closing:
@@ -52,31 +53,31 @@ def find_leftovers(
                 seen.add(file)
                 try:
                     digest = Header.read(descriptor).digest
-                except (ArenaError, OSError):  # none of this version's, or none at all
+                except (ArenaError, OSError):  # of another version, or no arena
                     continue
                 if digest in manifests:
                     try:
                         arena = Arena.reclaim(descriptor, manifests[digest])
-                    except ArenaError:  # its owner lives, or it is divided otherwise
+                    except ArenaError:  # its owner lives, or its slots are divided otherwise
                         locked = True
                         seen.discard(file)
                     else:
-                        found.setdefault(digest, []).append(Leftover(arena, holder))
+                        found.setdefault(digest, []).append(ReclaimedArena(arena, holder))
         if len(found) == len(manifests) or not locked or time.monotonic() >= deadline:
             break
         time.sleep(_POLL)
-    for leftovers in found.values():
-        leftovers.sort(key=lambda leftover: leftover.filled, reverse=True)
+    for arenas in found.values():
+        arenas.sort(key=lambda reclaimed: reclaimed.filled, reverse=True)
     return found
 
 
 def _identity(found: os.stat_result) -> tuple[int, int] | None:
-    """Of a file of this user's."""
+    """Return the device and inode of a file; None if it is another user's."""
     return (found.st_dev, found.st_ino) if found.st_uid == os.getuid() else None
 
 
 def _held_by_processes(closing: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
-    """The arenas that other processes of this user have open, each once."""
+    """Yield the arenas that other processes of this user have open, each once, with a holder's name."""
     seen: set[tuple[int, int] | None] = {None}
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal() or int(process.name) == os.getpid():
@@ -85,11 +86,11 @@ def _held_by_processes(closing: contextlib.ExitStack) -> Iterator[tuple[str, int
             if process.stat().st_uid != os.getuid():
                 continue
             links = list((process / "fd").iterdir())
-        except OSError:  # it has just ended, or may not be looked at
+        except OSError:  # the process has ended, or may not be inspected
             continue
         for link in links:
             with contextlib.suppress(OSError):
-                if os.readlink(link).startswith(_LINK):  # noqa: PTH115 - it leads to no path
+                if os.readlink(link).startswith(_LINK):  # noqa: PTH115 - the target is no path
                     file = _identity(link.stat())
                     if file not in seen:
                         descriptor = os.open(link, os.O_RDONLY | os.O_CLOEXEC)

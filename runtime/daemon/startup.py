@@ -1,4 +1,4 @@
-"""How a daemon comes to host its models: stores and tiers opened, over arenas that are left where there are some."""
+"""Opening of the daemon's models: divides the memory, reclaims arenas of a dead daemon, opens stores and host tiers."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moetier.runtime.memory import Available, available_memory
+from moetier.runtime.config import Size
+from moetier.runtime.memory import Available, available_memory, budget_for
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.host.tier import HostTier
+from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.reader import ExpertStore
 
-from .division import plan_slots
-from .log import say
-from .model import Hosted
+from .log import log_event
+from .model import HostedModel, LoggingReader, TrunkCheck
 from .options import DaemonConfig
-from .reclaim import Leftover, find_leftovers
-from .reported import ReportedReader
+from .reclaim import ReclaimedArena, reclaim_arenas
 from .systemd import ServiceManager
-from .trunk_check import TrunkCheck
 
-_DYING = 2.0  # seconds that a killed daemon's last reads may take
+_DYING = 2.0  # seconds that the last reads of a killed daemon may take
+_UNLIMITED = Available(1 << 62, "")
 
 _log = logging.getLogger(__name__)
 
@@ -34,59 +35,64 @@ def open_models(
     manager: ServiceManager,
     closing: contextlib.ExitStack,
     *,
-    dying: bool,
-) -> dict[str, Hosted]:
-    """By digest; all that is opened is closed by ``closing``. A killed daemon may still be ``dying``, with arenas."""
+    was_killed: bool,
+) -> dict[str, HostedModel]:
+    """Open the models, by digest; ``closing`` closes everything that was opened.
+
+    If a daemon ``was_killed`` here, it may still be dying and hold its arenas for a moment.
+    """
     stores = _open_stores(config.directories, closing)
     manifests = {digest: store.manifest for digest, store in stores.items()}
-    found = find_leftovers(manifests, _passed(manager), patience=_DYING if dying else 0.0)
+    passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
+    found = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
     with contextlib.ExitStack() as unused:
-        for leftovers in found.values():
-            for leftover in leftovers:
-                unused.callback(leftover.arena.close)
+        for arenas in found.values():
+            for reclaimed in arenas:
+                unused.callback(reclaimed.arena.close)
         there = available_memory()
-        left = max(there.bytes - sum(map(staging_bytes, manifests.values())), 0)
-        slots, kept = plan_slots(manifests, config.ram, Available(left, there.limiter), found)
-        for digest, leftover in kept.items():
-            say(
+        free = max(there.bytes - sum(map(staging_bytes, manifests.values())), 0)
+        slots, kept = plan_slots(manifests, config.ram, Available(free, there.limiter), found)
+        for digest, reclaimed in kept.items():
+            log_event(
                 _log,
                 "leftover",
                 model=manifests[digest].model,
-                bytes=leftover.arena.plan.nbytes,
-                filled=leftover.filled,
-                holder=leftover.holder,
+                bytes=reclaimed.arena.plan.nbytes,
+                filled=reclaimed.filled,
+                holder=reclaimed.holder,
             )
         unused.pop_all()
-        for leftovers in found.values():
-            for leftover in leftovers:
-                if leftover not in kept.values():
-                    leftover.arena.close()
+        for arenas in found.values():
+            for reclaimed in arenas:
+                if reclaimed not in kept.values():
+                    reclaimed.arena.close()
     models = {}
     for digest, store in stores.items():
         began = time.monotonic()
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
-        host = HostTier(ReportedReader(store), slots=slots[digest], arena=arena, policy=config.policy)
-        model = Hosted(store.manifest, host, store.folder.parent, patience=config.wait, learn=config.learn)
+        host = HostTier(LoggingReader(store), slots=slots[digest], arena=arena, policy=config.policy)
+        model = HostedModel(store.manifest, host, store.folder.parent, patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.condemn)
         closing.callback(TrunkCheck(store.manifest, model.directory).close)
-        _keep(model, taken, manager)
+        _give_to_systemd(model, taken, manager)
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"
-            say(_log, "recovered", model=model.name, slots=host.recovered, of=taken.arena.plan.slots, seconds=seconds)
+            of = taken.arena.plan.slots
+            log_event(_log, "recovered", model=model.name, slots=host.recovered, of=of, seconds=seconds)
     for name in {name for name, _ in manager.passed} - set(map(_arena_name, models)):
-        manager.forget(name)  # of a model that is served no more: it would hold its memory for ever
+        manager.remove(name)  # of a model that is served no more; systemd would keep its memory for ever
     manager.close()
     return models
 
 
 def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, ExpertStore]:
-    """By digest, in order."""
+    """Open the stores, by digest."""
     stores: dict[str, ExpertStore] = {}
     for directory in directories:
-        store = closing.enter_context(ExpertStore.open(directory.resolve()))  # what a log says holds anywhere
+        store = closing.enter_context(ExpertStore.open(directory.resolve()))  # absolute, for the log
         if (other := stores.get(store.manifest.digest)) is not None:
             raise ConfigError(
                 f"{other.folder.parent} and {directory} hold the same experts.", "Name one of the directories."
@@ -99,18 +105,70 @@ def _arena_name(digest: str) -> str:
     return f"arena-{digest[:32]}"
 
 
-def _passed(manager: ServiceManager) -> list[tuple[str, int]]:
-    return [(f"systemd ({name})", descriptor) for name, descriptor in manager.passed]
+def _systemd_holder(name: str) -> str:
+    return f"systemd ({name})"
 
 
-def _keep(model: Hosted, taken: Leftover | None, manager: ServiceManager) -> None:
-    """Gives the arena to systemd, for the next start; it has it already where it has passed it to this process."""
+def _give_to_systemd(model: HostedModel, taken: ReclaimedArena | None, manager: ServiceManager) -> None:
+    """Let systemd keep the arena for the next start, unless it has passed it to this process and still has it."""
     name = _arena_name(model.digest)
-    if taken is not None and taken.holder == f"systemd ({name})":
+    if taken is not None and taken.holder == _systemd_holder(name):
         return
-    manager.forget(name)
+    manager.remove(name)
     descriptor = model.host.export()
     try:
         manager.store(name, descriptor)
     finally:
         os.close(descriptor)
+
+
+def plan_slots(
+    manifests: Mapping[str, Manifest],
+    ram: Size | None,
+    available: Available,
+    reclaimed: Mapping[str, Sequence[ReclaimedArena]],
+) -> tuple[dict[str, Mapping[str, int]], dict[str, ReclaimedArena]]:
+    """Return how many slots each model gets, and which reclaimed arena it uses. Both are by digest.
+
+    ``ram`` in bytes is divided among all models in proportion to what they can use, and an arena of just these slots
+    is used. If ``ram`` is a share of free memory or None, arenas are used as they are, and the rest is divided.
+
+    Raises BudgetError.
+    """
+    if ram is not None and ram.bytes is not None:
+        slots = _divide(manifests, ram, _UNLIMITED)
+        kept = {
+            digest: one
+            for digest, arenas in reclaimed.items()
+            for one in reversed(arenas)
+            if one.arena.plan.slots_by_array == slots[digest]
+        }
+        if others := _without(manifests, kept):  # only their memory has yet to be allocated
+            _divide(others, Size(bytes=sum(_slot_bytes(others[digest], slots[digest]) for digest in others)), available)
+        return slots, kept
+    kept = {digest: arenas[0] for digest, arenas in reclaimed.items()}
+    slots = {digest: one.arena.plan.slots_by_array for digest, one in kept.items()}
+    if others := _without(manifests, kept):
+        slots |= _divide(others, ram, available)
+    return slots, kept
+
+
+def _without(manifests: Mapping[str, Manifest], kept: Mapping[str, ReclaimedArena]) -> dict[str, Manifest]:
+    return {digest: manifest for digest, manifest in manifests.items() if digest not in kept}
+
+
+def _slot_bytes(manifest: Manifest, slots: Mapping[str, int]) -> int:
+    return sum(manifest.layouts[array].slot_bytes * count for array, count in slots.items())
+
+
+def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Available) -> dict[str, Mapping[str, int]]:
+    """Give each model its smallest budget, and divide the rest in proportion to what each can still use."""
+    smallest = {digest: smallest_budget(manifest) for digest, manifest in manifests.items()}
+    largest = {digest: manifest.stored_bytes for digest, manifest in manifests.items()}
+    least, most = sum(smallest.values()), sum(largest.values())
+    budget = budget_for(ram, smallest=least, largest=most, reserve=0, available=available)
+    slots = {}
+    for digest, manifest in manifests.items():
+        more = (budget - least) * (largest[digest] - smallest[digest]) // max(most - least, 1)
+        slots[digest] = slots_for(manifest, smallest[digest] + more)
+    return slots

@@ -1,7 +1,6 @@
-"""What a service and systemd say to each other: readiness, and descriptors that outlive the process.
+"""Protocol between a service and systemd: readiness, and descriptors that outlive the process.
 
-The protocols of sd_notify(3), sd_pid_notify_with_fds(3) and sd_listen_fds(3), without the library. Without systemd
-every call does nothing.
+Source: sd_notify(3), sd_pid_notify_with_fds(3) and sd_listen_fds(3). Without systemd every call does nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +10,16 @@ import os
 import socket
 from collections.abc import MutableMapping, Sequence
 
-_FIRST = 3  # the first descriptor that is passed
+_FIRST = 3  # number of the first descriptor that systemd passes
 _NOTIFY = "NOTIFY_SOCKET"
 _LISTEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 class ServiceManager:
-    """As the environment says. Its variables are taken away: they are not for children."""
+    """Connection to the service manager that the environment names.
+
+    The variables are removed from the environment, as they are not meant for child processes.
+    """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
         self._socket = environment.pop(_NOTIFY, "")
@@ -32,21 +34,23 @@ class ServiceManager:
                     self.passed.append((name, descriptor))
 
     def ready(self, status: str) -> None:
+        """Report that the service is ready."""
         self._send(f"READY=1\nSTATUS={status}")
 
     def stopping(self) -> None:
+        """Report that the service is stopping."""
         self._send("STOPPING=1")
 
     def store(self, name: str, descriptor: int) -> None:
-        """Keeps a descriptor for the next start; it stays the caller's too."""
+        """Let systemd keep a copy of a descriptor for the next start."""
         self._send(f"FDSTORE=1\nFDNAME={name}", [descriptor])
 
-    def forget(self, name: str) -> None:
-        """All descriptors that are kept under a name."""
+    def remove(self, name: str) -> None:
+        """Let systemd close all descriptors that it keeps under a name."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def close(self) -> None:
-        """The descriptors that were passed. Idempotent."""
+        """Close the descriptors that were passed to this process. Idempotent."""
         while self.passed:
             os.close(self.passed.pop()[1])
 
@@ -54,7 +58,7 @@ class ServiceManager:
         if not self._socket:
             return
         address = "\0" + self._socket[1:] if self._socket.startswith("@") else self._socket
-        # a manager that does not listen is no reason to fail
+        # the service works without a manager too
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
             end.connect(address)
             socket.send_fds(end, [state.encode()], list(descriptors))

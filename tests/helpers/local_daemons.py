@@ -12,7 +12,7 @@ from moetier.runtime.daemon.clients import Clients
 from moetier.runtime.daemon.control_server import ControlServer
 from moetier.runtime.daemon.health import Health
 from moetier.runtime.daemon.listeners import local_server
-from moetier.runtime.daemon.model import Hosted
+from moetier.runtime.daemon.model import HostedModel
 from moetier.runtime.daemon.rpc import Service, describe
 from moetier.runtime.wire.address import SOCKET, make_folder
 from moetier.tiers.host.tier import HostTier
@@ -23,15 +23,15 @@ from moetier.tiers.manifest import Manifest
 def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Path) -> Iterator[Path]:
     """Serves ``host``, which stays the caller's; yields the folder where clients find it."""
     make_folder(folder)
-    models = {manifest.digest: Hosted(manifest, host, directory, patience=PATIENCE)}
+    models = {manifest.digest: HostedModel(manifest, host, directory, patience=PATIENCE)}
     clients = Clients(models, leases=8, patience=PATIENCE)
     server = local_server(Service(clients, describe(models, "test")), Health(), clients=clients, sessions=8, models=1)
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()
-    side = ControlServer(folder, admit=clients.admit, leave=clients.leave, max_clients=8, version="test")
+    control = ControlServer(folder, admit=clients.admit, leave=clients.remove, max_clients=8, version="test")
     try:
         yield folder
     finally:
-        side.close()
+        control.close()
         clients.end()
         server.stop(0).wait()

@@ -11,7 +11,8 @@ import grpc
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
-from moetier.runtime.daemon.fetch import Fetches, add_service
+from moetier.runtime.daemon.fetch import Fetches
+from moetier.runtime.daemon.rpc import add_service
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.status_codes import abort
 from moetier.tiers.errors import MoetierError

@@ -183,7 +183,7 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--ram", "lots"], "not an amount"),
         (["--folder", "127.0.0.1:7"], "no folder"),
         (["--listen", "nonsense"], "HOST:PORT"),
-        (["--listen", "7171"], "'7171' is a port alone"),
+        (["--listen", "7171"], "'7171' is only a port"),
         (["--listen", "127.0.0.1:99999"], "is not HOST:PORT"),
         (["--metrics", "/folder"], "'/folder' is not HOST:PORT"),
         (["--metrics", ":9400"], "':9400' is not HOST:PORT"),
@@ -205,7 +205,7 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--max-clients", "1.5"], "'1.5' is no number between 1"),
         (["--drain", "-1"], "between 0"),
         (["--wait", "nan"], "between 0"),
-        (["--listen", "no-such-host.invalid:70", "--insecure"], "Can't listen"),
+        (["--listen", "no-such-host.invalid:70", "--insecure"], "can't listen"),
         (["--no-such-option"], "has no option --no-such-option"),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_taken_port_is_said(store: Store, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         result = starting(store[0], "--folder", tmp_path / "d", "--listen", f"127.0.0.1:{port}", "--insecure")
     assert result.returncode == 1
-    assert "Can't listen" in result.stderr
+    assert "can't listen" in result.stderr
     assert list((tmp_path / "d").iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from threads import run_all
 
 from moetier.runtime.daemon import log as logfmt
-from moetier.runtime.daemon.log import Logfmt, Sparing, say
+from moetier.runtime.daemon.log import Logfmt, RateLimitedLog, log_event
 
 LOG = logging.getLogger("test")
 
@@ -19,14 +19,14 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_what_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    event = Sparing(LOG, "read-failed")
-    event.say(cause="a bad bit", expert=3)
+    event = RateLimitedLog(LOG, "read-failed")
+    event.log(cause="a bad bit", expert=3)
     assert lines(caplog) == ['level=warning event=read-failed cause="a bad bit" expert=3']
 
 
 def test_what_others_say_can_not_write_to_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     for cause in ("\x1b]0;owned\x07", "\x9b31m\n", "perché no"):
-        say(LOG, "read-failed", logging.ERROR, cause=cause)
+        log_event(LOG, "read-failed", logging.ERROR, cause=cause)
     causes = [line.partition("cause=")[2] for line in lines(caplog)]
     assert causes == ['"\\u001b]0;owned\\u0007"', '"\\u009b31m\\n"', '"perché no"']
 
@@ -34,21 +34,21 @@ def test_what_others_say_can_not_write_to_a_terminal(caplog: pytest.LogCaptureFi
 def test_a_flood_is_a_line_a_pause_and_none_is_uncounted(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    event, now = Sparing(LOG, "refused", pause=0.2), 100.0
+    event, now = RateLimitedLog(LOG, "refused", pause=0.2), 100.0
     monkeypatch.setattr(logfmt, "time", SimpleNamespace(monotonic=lambda: now))
 
     def many() -> None:
         for _ in range(1000):
-            event.say(cause="x")
+            event.log(cause="x")
 
-    event.say(cause="first")
+    event.log(cause="first")
     for _ in range(3):
         run_all([many] * 4)
         now += 0.201
     now -= 0.1
-    event.say(cause="not said")
+    event.log(cause="not said")
     now += 0.1
-    event.say(cause="again")
+    event.log(cause="again")
     first, *others, last = lines(caplog)
     assert first == "level=warning event=refused cause=first"
     assert others == [f"level=warning event=refused cause=x unsaid={unsaid}" for unsaid in (4000, 3999)]

@@ -23,8 +23,8 @@ from stores import layout_of, make_plan, make_records, make_store, write_store
 from threads import Task, wait_until
 
 from moetier.runtime.config import Size
-from moetier.runtime.daemon.division import plan_slots
-from moetier.runtime.daemon.reclaim import Leftover, find_leftovers
+from moetier.runtime.daemon.reclaim import ReclaimedArena, reclaim_arenas
+from moetier.runtime.daemon.startup import plan_slots
 from moetier.runtime.memory import Available
 from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.plan import ArenaPlan
@@ -160,7 +160,7 @@ def test_what_a_living_daemon_owns_is_left_to_it(store: Store, tmp_path: Path) -
         with running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "e") as other:
             assert other.stats().recovered == 0
             check_all(other, store)
-        assert find_leftovers({store[1].digest: store[1]}) == {}
+        assert reclaim_arenas({store[1].digest: store[1]}) == {}
         check_all(daemon, store)
 
 
@@ -189,7 +189,7 @@ def test_an_owner_that_is_still_being_killed_is_waited_for_whatever_is_free_alre
     kept = [(f"holder {number}", arena.export()) for number, arena in enumerate(arenas)]
     arenas[0].close()
     dying = Task(lambda: (time.sleep(0.2), arenas[1].close()), "the owner")
-    found = find_leftovers({manifest.digest: manifest for manifest in manifests}, kept, patience=PATIENCE)
+    found = reclaim_arenas({manifest.digest: manifest for manifest in manifests}, kept, patience=PATIENCE)
     dying.result()
     for leftovers in found.values():
         for leftover in leftovers:
@@ -362,10 +362,10 @@ def two(tmp_path: Path) -> dict[str, Manifest]:
 
 
 @contextlib.contextmanager
-def leftover(manifest: Manifest, slots: int) -> Iterator[Leftover]:
+def leftover(manifest: Manifest, slots: int) -> Iterator[ReclaimedArena]:
     arena = Arena.create(ArenaPlan.of(manifest, {"records": slots}))
     try:
-        yield Leftover(arena, "process 1")
+        yield ReclaimedArena(arena, "process 1")
     finally:
         arena.close()
 

@@ -1,4 +1,4 @@
-"""One Session call: what a client's stream says, and what the host tier answers."""
+"""SessionCall: handles the messages of one client's stream, and sends it what the host tier answers."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 from moetier.tiers.host.demands import Failed, Granted
 from moetier.tiers.layout import ExpertKey
 
-from .model import Hosted
+from .model import HostedModel
 
-OUTSTANDING = 256  # requests of one client at a time
-UNREAD = 65_536  # answers that a client has not taken
+MAX_REQUESTS = 256  # of one client at a time
+MAX_UNREAD = 65_536  # answers that a client has not taken
 
 
 @dataclass(slots=True)
-class Asked:
-    """By one client, over all its streams."""
+class ClientCounts:
+    """Demands of one client, over all its streams."""
 
-    hits: int = 0  # that it reported
-    misses: int = 0  # experts that it asked for
+    hits: int = 0  # reported by the client
+    misses: int = 0  # experts requested
 
 
-class Exchange:
-    """Two threads meet here: one that hears the client, and one that answers it. ``settled`` is called, by any thread,
-    when the last of its requests is over; ``asked`` counts."""
+class SessionCall:
+    """One Session call, between a thread that reads the client's messages and one that answers.
+
+    ``settled`` is called by any thread whenever a request is over.
+    """
 
     def __init__(
-        self, model: Hosted, asked: Asked, *, leases: int, patience: float, settled: Callable[[], None]
+        self, model: HostedModel, counts: ClientCounts, *, leases: int, patience: float, settled: Callable[[], None]
     ) -> None:
         self._model = model
-        self._asked = asked
+        self._counts = counts
         self._settled = settled
-        self._events: SimpleQueue[Granted | Failed | None] = SimpleQueue()  # None: the end
+        self._events: SimpleQueue[Granted | Failed | None] = SimpleQueue()  # None at the end
         self._state = threading.Lock()  # guards the three below
-        self._requests: dict[int, set[ExpertKey]] = {}  # what is wanted or held
+        self._requests: dict[int, set[ExpertKey]] = {}  # keys awaited or held
         self._error: Exception | None = None
         self._ended = False
         self._refusal: UnavailableError | None = None
@@ -50,20 +52,21 @@ class Exchange:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing is asked for and nothing held."""
+        """Whether nothing is awaited and nothing held."""
         with self._state:
             return self._ended or not self._requests
 
     @property
     def leases(self) -> int:
+        """Number of slots that are held, or on their way."""
         return self._session.outstanding
 
     def refuse(self, error: UnavailableError) -> None:
-        """What is asked for from now on; what has been is still answered."""
+        """Refuse new requests with an error. Earlier ones are still answered."""
         self._refusal = error
 
     def answers(self) -> Iterator[pb.ServerMessage]:
-        """Until the end; raises the error of it."""
+        """Yield the answers until the call ends. Raises the error that ended it."""
         while (event := self._events.get()) is not None:
             message = self._message(event)
             self._model.count(bytes_out=message.ByteSize())
@@ -71,21 +74,21 @@ class Exchange:
         if self._error is not None:
             raise self._error
 
-    def hear(self, messages: Iterable[bytes]) -> None:
-        """A thread's life: to the end of the stream of serialised ClientMessages."""
+    def read(self, messages: Iterable[bytes]) -> None:
+        """Handle serialised ClientMessages until the stream ends. Runs in a thread of its own."""
         error: Exception | None = None
-        with contextlib.suppress(Exception):  # gRPC's: the client or the connection is gone
+        with contextlib.suppress(Exception):  # of gRPC: the client or the connection is gone
             for message in messages:
-                error = self._hear(message)
+                error = self._try_message(message)
                 if error is not None or self._ended:
                     break
         self.end(error)
 
-    def _hear(self, message: bytes) -> Exception | None:
-        """The error that ends the stream: the client's, or a fault of ours."""
+    def _try_message(self, message: bytes) -> Exception | None:
+        """Handle a message. Return the error that ends the stream: the client's, or a fault of ours."""
         try:
             self._model.count(bytes_in=len(message))
-            self._do(pb.ClientMessage.FromString(message))
+            self._handle(pb.ClientMessage.FromString(message))
         except DecodeError:
             return ProtocolError("A message of the session can't be parsed.", "Use moetier in one version.")
         except Exception as error:
@@ -93,7 +96,7 @@ class Exchange:
         return None
 
     def end(self, error: Exception | None = None) -> None:
-        """Gives back all leases; what has been answered is still sent. Idempotent; the first error counts."""
+        """End the call: release all leases, and send the answers queued so far. Idempotent; the first error counts."""
         with self._state:
             if self._ended:
                 return
@@ -104,9 +107,9 @@ class Exchange:
         self._events.put(None)
         self._settled()
 
-    # -- what a client says -------------------------------------------------------------------------------------------
+    # -- messages of the client ---------------------------------------------------------------------------------------
 
-    def _do(self, message: pb.ClientMessage) -> None:
+    def _handle(self, message: pb.ClientMessage) -> None:
         match message.WhichOneof("message"):
             case "acquire":
                 self._acquire(message.acquire)
@@ -116,10 +119,10 @@ class Exchange:
                 keys = [key for entry in message.used.blocks for key in self._keys(entry.block, entry.experts)]
                 self._session.used(keys)
                 self._model.count(used=len(keys))
-                self._asked.hits += len(keys)
+                self._counts.hits += len(keys)
             case "prefetch":
-                wishes = message.prefetch.wishes
-                self._session.prefetch(wishes.block, self._keys(wishes.block, wishes.experts))
+                wanted = message.prefetch.wishes
+                self._session.prefetch(wanted.block, self._keys(wanted.block, wanted.experts))
             case _:  # of a later version
                 pass
 
@@ -128,18 +131,18 @@ class Exchange:
         keys = [ExpertKey(message.block, expert) for expert in message.experts]
         if not keys or len(set(keys)) != len(keys):
             raise ProtocolError(f"Request {request} names no expert, or one twice.", "Use moetier in one version.")
-        if self._events.qsize() > UNREAD:
-            raise ProtocolError("The client does not read what it asks for.", "Read the stream.")
+        if self._events.qsize() > MAX_UNREAD:
+            raise ProtocolError("The client does not read the answers.", "Read the stream.")
         with self._state:
-            if request in self._requests or len(self._requests) >= OUTSTANDING:
+            if request in self._requests or len(self._requests) >= MAX_REQUESTS:
                 raise ProtocolError(
-                    f"Request {request} is in use, or {OUTSTANDING} others are.", "Release what is not needed any more."
+                    f"Request {request} is in use, or {MAX_REQUESTS} others are.", "Release those that are not needed."
                 )
             if self._ended:
                 return
             self._requests[request] = set(keys)
         self._model.count(requests=1)
-        self._asked.misses += len(keys)
+        self._counts.misses += len(keys)
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -152,7 +155,7 @@ class Exchange:
         request, experts = message.request, set(message.experts)
         with self._state:
             left = self._requests.get(request)
-            if left is None:  # it has failed meanwhile
+            if left is None:  # the request has failed meanwhile
                 return
             keys = {key for key in left if not experts or key.expert in experts}
             left -= keys
@@ -168,7 +171,7 @@ class Exchange:
         self._model.manifest.check_keys(block, keys)
         return keys
 
-    # -- what it is told ----------------------------------------------------------------------------------------------
+    # -- answers ------------------------------------------------------------------------------------------------------
 
     def _message(self, event: Granted | Failed) -> pb.ServerMessage:
         if isinstance(event, Granted):
