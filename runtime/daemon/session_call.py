@@ -43,8 +43,7 @@ class SessionCall:
         self._counts = counts
         self._settled = settled
         self._events: SimpleQueue[Granted | Failed | None] = SimpleQueue()  # None at the end
-        self._state = threading.Lock()  # guards the three below
-        self._requests: dict[int, set[ExpertKey]] = {}  # keys awaited or held
+        self._state = threading.Lock()  # guards the two below
         self._error: Exception | None = None
         self._ended = False
         self._refusal: UnavailableError | None = None
@@ -53,8 +52,7 @@ class SessionCall:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is awaited and nothing held."""
-        with self._state:
-            return self._ended or not self._requests
+        return not self._session.demands
 
     @property
     def leases(self) -> int:
@@ -102,7 +100,6 @@ class SessionCall:
                 return
             self._ended = True
             self._error = error
-            self._requests.clear()
         self._session.close()
         self._events.put(None)
         self._settled()
@@ -133,37 +130,25 @@ class SessionCall:
             raise ProtocolError(f"Request {request} names no expert, or one twice.", "Use moetier in one version.")
         if self._events.qsize() > MAX_UNREAD:
             raise ProtocolError("The client does not read the answers.", "Read the stream.")
-        with self._state:
-            if request in self._requests or len(self._requests) >= MAX_REQUESTS:
-                raise ProtocolError(
-                    f"Request {request} is in use, or {MAX_REQUESTS} others are.", "Release those that are not needed."
-                )
-            if self._ended:
-                return
-            self._requests[request] = set(keys)
+        if len(self._session.demands) >= MAX_REQUESTS:
+            raise ProtocolError(f"{MAX_REQUESTS} requests are not over yet.", "Release those that are not needed.")
         self._model.count(requests=1)
         self._counts.misses += len(keys)
         try:
             if self._refusal is not None:
                 raise self._refusal
-            self._model.manifest.check_keys(message.block, keys)
             self._session.acquire(request, keys, message.deadline_ms / 1e3 if message.deadline_ms else None)
+        except ProtocolError:  # the number is in use
+            raise
         except MoetierError as error:
             self._events.put(Failed(request, error))
 
     def _release(self, message: pb.Release) -> None:
-        request, experts = message.request, set(message.experts)
-        with self._state:
-            left = self._requests.get(request)
-            if left is None:  # the request has failed meanwhile
-                return
-            keys = {key for key in left if not experts or key.expert in experts}
-            left -= keys
-            over = not left
-            if over:
-                del self._requests[request]
-        self._session.release(request, () if over else tuple(keys))
-        if over:
+        demand = self._session.demands.get(message.request)
+        if demand is None:  # the request has failed meanwhile
+            return
+        self._session.release(message.request, [ExpertKey(demand.block, expert) for expert in message.experts])
+        if message.request not in self._session.demands:
             self._settled()
 
     def _keys(self, block: int, experts: Iterable[int]) -> list[ExpertKey]:
@@ -179,7 +164,5 @@ class SessionCall:
                 request=event.request, expert=event.key.expert, slot=event.slot, generation=event.generation
             )
             return pb.ServerMessage(granted=granted)
-        with self._state:
-            self._requests.pop(event.request, None)
         self._settled()
         return pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
