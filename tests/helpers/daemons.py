@@ -105,8 +105,8 @@ class DaemonProcess:
     def stub(self) -> Iterator[ExpertStoreStub]:
         """With a credential that only looks."""
         with (
-            ControlConnection.open(self.folder, None) as side,
-            open_channel(self.address, Credentials(), bearer=side.session_id) as channel,
+            ControlConnection.open(self.folder, None) as control,
+            open_channel(self.address, Credentials(), bearer=control.session_id) as channel,
         ):
             yield ExpertStoreStub(channel)
 

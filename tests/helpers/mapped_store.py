@@ -47,8 +47,8 @@ class MappedStore:
             yield made
 
     @contextlib.contextmanager
-    def tier(self, daemon: DaemonProcess, *, spare: bool = True, patience: float = 30.0) -> Iterator[DaemonTier]:
-        directory = self.directory if spare else self.scratch / "no-store"
+    def tier(self, daemon: DaemonProcess, *, fallback: bool = True, patience: float = 30.0) -> Iterator[DaemonTier]:
+        directory = self.directory if fallback else self.scratch / "no-store"
         with DaemonTier.open(daemon.folder, directory, self.manifest, patience=patience) as tier:
             yield tier
 

@@ -35,16 +35,16 @@ class Client:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         found = folder.lstat()
         assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (os.getuid(), 0o700)
-        self._side = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._side.settimeout(5.0)
-        self._side.connect(str(folder / "side.sock"))
-        peer = self._side.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(5.0)
+        self._control.connect(str(folder / "side.sock"))
+        peer = self._control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         assert struct.unpack("3i", peer)[1] == os.getuid()
-        self._side.send(json.dumps({"protocol": 1, "digest": manifest["digest"]}).encode())
-        packet, descriptors, _, _ = socket.recv_fds(self._side, 65_536, 1)
+        self._control.send(json.dumps({"protocol": 1, "digest": manifest["digest"]}).encode())
+        packet, descriptors, _, _ = socket.recv_fds(self._control, 65_536, 1)
         self.welcome = json.loads(packet)
         if "error" in self.welcome:
-            self._side.close()
+            self._control.close()
             raise ConnectionError(self.welcome["error"]["kind"])
         (descriptor,) = descriptors
         assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS
@@ -97,7 +97,7 @@ class Client:
         self._answers.cancel()
         self._channel.close()
         self.arena.close()
-        self._side.close()
+        self._control.close()
 
     def __enter__(self) -> Client:
         return self

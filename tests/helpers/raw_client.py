@@ -25,11 +25,11 @@ class RawClient:
     """``answers`` are the messages of the stream; None is its end, with ``error`` if it ended with one."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.side = ControlConnection.open(folder, manifest.digest)
-        self.plan = ArenaPlan.of(manifest, self.side.slots)
-        assert self.side.descriptor is not None
-        self._map = mmap.mmap(self.side.descriptor, self.plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
-        self.channel = open_channel(Address.of(folder), Credentials(), bearer=self.side.session_id)
+        self.control = ControlConnection.open(folder, manifest.digest)
+        self.plan = ArenaPlan.of(manifest, self.control.slots)
+        assert self.control.descriptor is not None
+        self._map = mmap.mmap(self.control.descriptor, self.plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.channel = open_channel(Address.of(folder), Credentials(), bearer=self.control.session_id)
         self.stub = ExpertStoreStub(self.channel)
         self._messages: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
         self.open_stream()
@@ -94,7 +94,7 @@ class RawClient:
         self._reader.result()
         self.channel.close()
         self._map.close()
-        self.side.close()
+        self.control.close()
 
     def __enter__(self) -> RawClient:
         return self

@@ -32,8 +32,8 @@ class WorkerError(Exception):
 class WorkerProcess:
     """``tell`` and ``hear`` apart, or ``do``; by name, the commands of mapped_worker.Worker."""
 
-    def __init__(self, folder: Path, directory: Path, truth: Path, spare: Path, patience: float) -> None:
-        arguments = [folder, directory, truth, spare, patience]
+    def __init__(self, folder: Path, directory: Path, truth: Path, fallback: Path, patience: float) -> None:
+        arguments = [folder, directory, truth, fallback, patience]
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -109,9 +109,9 @@ class Crew:
         self._nowhere = scratch / "no-store"
         self.workers: list[WorkerProcess] = []
 
-    def start(self, count: int = 1, *, spare: bool = True, patience: float = 30.0) -> list[WorkerProcess]:
-        """``spare``: with the local store to fall back on."""
-        directory = self._directory if spare else self._nowhere
+    def start(self, count: int = 1, *, fallback: bool = True, patience: float = 30.0) -> list[WorkerProcess]:
+        """``fallback``: with the local store to fall back on."""
+        directory = self._directory if fallback else self._nowhere
         new = [WorkerProcess(self._folder, self._directory, self._truth, directory, patience) for _ in range(count)]
         self.workers += new
         for worker in new:

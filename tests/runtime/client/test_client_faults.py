@@ -74,7 +74,7 @@ def test_a_hundred_clients_that_are_killed_while_they_hold_leases(store: MappedS
 
 def test_a_daemon_killed_and_restarted_under_load(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(7, tmp_path / "daemon") as daemon, store.crew(daemon) as crew:
-        workers = crew.start(3, spare=False)
+        workers = crew.start(3, fallback=False)
         for worker in workers:
             worker.do("work", 0.2)  # all are connected
             worker.tell("work", 4.0, 0.0002)
@@ -93,7 +93,7 @@ def test_a_daemon_killed_and_restarted_under_load(store: MappedStore, tmp_path: 
 
 
 def test_hits_go_on_while_the_daemon_is_away_and_are_kept_by_the_next(store: MappedStore, tmp_path: Path) -> None:
-    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon, spare=False) as tier:
+    with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False) as tier:
         for block in range(3):
             store.take(tier, block, 0, 1, 2, 3, 4, 5)
         daemon.kill()
@@ -110,7 +110,7 @@ def test_hits_go_on_while_the_daemon_is_away_and_are_kept_by_the_next(store: Map
 
 
 def test_a_daemon_that_comes_back_with_another_arena(store: MappedStore, tmp_path: Path) -> None:
-    with store.daemon(18, tmp_path / "daemon") as first, store.tier(first, spare=False) as tier:
+    with store.daemon(18, tmp_path / "daemon") as first, store.tier(first, fallback=False) as tier:
         store.take(tier, 0, 0, 1)
         leases = tier.acquire(keys(0, 0, 1))
         lease = next(leases)
@@ -129,7 +129,7 @@ def test_a_daemon_that_comes_back_with_another_arena(store: MappedStore, tmp_pat
 
 
 def test_views_keep_no_old_arena(store: MappedStore, tmp_path: Path) -> None:
-    with store.daemon(18, tmp_path / "daemon") as first, store.tier(first, spare=False) as tier:
+    with store.daemon(18, tmp_path / "daemon") as first, store.tier(first, fallback=False) as tier:
         views = HostViews(tier)
         for block in range(3):
             assert all(lease.holds() for lease in views.acquire(keys(block, 0, 1, 2, 3, 4, 5)))
@@ -166,7 +166,7 @@ def test_a_daemon_gone_for_good_and_a_local_store(store: MappedStore, tmp_path: 
 
 
 def test_a_daemon_gone_for_good_and_nothing_else(store: MappedStore, tmp_path: Path) -> None:
-    with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon, spare=False, patience=1.5) as tier:
+    with store.daemon(4, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, patience=1.5) as tier:
         store.take(tier, 0, 0, 1)
         daemon.kill()
         began = time.monotonic()
@@ -184,7 +184,7 @@ def test_a_request_under_way_is_repeated_at_the_next_daemon(store: MappedStore, 
     with (
         store.daemon(2, tmp_path / "daemon") as daemon,
         store.crew(daemon) as crew,
-        store.tier(daemon, spare=False) as tier,
+        store.tier(daemon, fallback=False) as tier,
     ):
         (holder,) = crew.start()
         holder.do("hold", 0, 0, 1)
@@ -216,7 +216,7 @@ def test_a_daemon_that_is_told_to_end_finishes_what_it_has_begun(store: MappedSt
 def test_a_daemon_that_stands_still(store: MappedStore, tmp_path: Path) -> None:
     with (
         store.daemon(4, tmp_path / "daemon") as daemon,
-        store.tier(daemon, spare=False, patience=1.0) as poor,
+        store.tier(daemon, fallback=False, patience=1.0) as poor,
         store.tier(daemon, patience=1.0) as rich,
     ):
         for tier in (poor, rich):
@@ -375,7 +375,7 @@ def test_a_writer_that_refills_slots_under_readers_all_the_time(tmp_path: Path) 
     """Every wrong record is found: without the proof there are some, and with it none is used."""
     small = MappedStore.make(tmp_path, blocks=1, experts=6, top_k=2)
     with small.daemon(3, tmp_path / "daemon") as daemon, small.crew(daemon) as crew:
-        honest, broken = crew.start(3, spare=False), crew.start(2, spare=False)
+        honest, broken = crew.start(3, fallback=False), crew.start(2, fallback=False)
         for worker in broken:
             worker.do("break_proof")
         found: dict[str, dict[str, int]] = {}

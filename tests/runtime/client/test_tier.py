@@ -40,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> MappedStore:
 @pytest.mark.parametrize("slots", [2, 3, 7, 18])
 def test_bytes_are_right_at_every_budget(store: MappedStore, tmp_path: Path, slots: int) -> None:
     with store.daemon(slots, tmp_path / "daemon") as daemon, store.crew(daemon) as crew:
-        workers = crew.start(4, spare=False)
+        workers = crew.start(4, fallback=False)
         for worker in workers:
             worker.tell("work", 1.0)
         for worker in workers:
@@ -177,7 +177,7 @@ def test_many_threads_of_one_client(store: MappedStore, tmp_path: Path) -> None:
 
     for slots in (2, 7):
         folder = tmp_path / str(slots)
-        with store.daemon(slots, folder) as daemon, store.tier(daemon, spare=False) as tier:
+        with store.daemon(slots, folder) as daemon, store.tier(daemon, fallback=False) as tier:
             run_all([lambda seed=seed, tier=tier: caller(tier, seed) for seed in range(6)])  # type: ignore[misc]
             daemon.wait_for("leases == 0")
 
@@ -186,7 +186,7 @@ def test_an_interrupt_in_the_middle_gives_everything_back(store: MappedStore, tm
     with (
         store.daemon(2, tmp_path / "daemon") as daemon,
         store.crew(daemon) as crew,
-        store.tier(daemon, spare=False) as tier,
+        store.tier(daemon, fallback=False) as tier,
     ):
         (holder,) = crew.start()
         assert holder.do("hold", 0, 0, 1) in (0, 1)
@@ -210,8 +210,8 @@ def test_a_stopped_client_that_holds_everything(store: MappedStore, tmp_path: Pa
         store.daemon(2, tmp_path / "daemon", ["--wait", "0.5"]) as daemon,
         store.crew(daemon) as crew,
     ):
-        holder, poor = crew.start(2, spare=False)
-        (rich,) = crew.start(spare=True)
+        holder, poor = crew.start(2, fallback=False)
+        (rich,) = crew.start(fallback=True)
         holder.do("hold", 0, 0, 1)
         daemon.wait_for("leases == 2")
         holder.stop()
@@ -265,7 +265,7 @@ def test_a_demand_that_is_there_clears_the_block_s_wishes(store: MappedStore, tm
 
 def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
     """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
-    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, spare=False, patience=5.0) as tier:
+    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, patience=5.0) as tier:
         misses = Misses(tier._miss_context, 0, {})
         with contextlib.closing(misses):
             misses.want([0, 1])
@@ -289,8 +289,8 @@ def test_no_weights_cross_the_socket(store: MappedStore, tmp_path: Path) -> None
 def test_the_kernel_refuses_a_client_that_writes(store: MappedStore, tmp_path: Path) -> None:
     with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         store.take(tier, 0, 0)
-        with ControlConnection.open(daemon.folder, store.manifest.digest) as side:
-            arena = side.descriptor
+        with ControlConnection.open(daemon.folder, store.manifest.digest) as control:
+            arena = control.descriptor
             assert arena is not None
             size = os.fstat(arena).st_size
             with pytest.raises(PermissionError):
@@ -315,9 +315,9 @@ def test_another_user_can_not_open_the_arena(store: MappedStore, tmp_path: Path)
     )
     with store.daemon(18, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         store.take(tier, 0, 0)
-        with ControlConnection.open(daemon.folder, store.manifest.digest) as side:
-            assert side.descriptor is not None
-            passed = side.descriptor
+        with ControlConnection.open(daemon.folder, store.manifest.digest) as control:
+            assert control.descriptor is not None
+            passed = control.descriptor
             for path in (f"/proc/self/fd/{passed}", f"/proc/{os.getpid()}/fd/{passed}"):
                 command = [sys.executable, "-c", program, path]
                 result = subprocess.run(command, pass_fds=[passed], capture_output=True, text=True, check=True)
@@ -377,7 +377,7 @@ def test_closing_wakes_who_waits(store: MappedStore, tmp_path: Path) -> None:
     with (
         store.daemon(2, tmp_path / "daemon") as daemon,
         store.crew(daemon) as crew,
-        store.tier(daemon, spare=False) as tier,
+        store.tier(daemon, fallback=False) as tier,
     ):
         (holder,) = crew.start()
         holder.do("hold", 0, 0, 1)

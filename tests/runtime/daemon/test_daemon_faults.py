@@ -418,8 +418,8 @@ def test_fetches_that_stand_still_take_no_client_its_thread(tmp_path: Path) -> N
     manifest = read_manifest(tmp_path / "store" / "experts.zarr")
     with (
         running_daemon(tmp_path / "store", folder=tmp_path / "d", extra=["--max-clients", "1"]) as daemon,
-        ControlConnection.open(daemon.folder, None) as side,
-        open_channel(daemon.address, Credentials(), bearer=side.session_id) as channel,
+        ControlConnection.open(daemon.folder, None) as control,
+        open_channel(daemon.address, Credentials(), bearer=control.session_id) as channel,
     ):
         fetch = pb.FetchRequest(digest=manifest.digest, block=0, expert=0)
         calls = [ExpertStoreStub(channel).Fetch(fetch, timeout=PATIENCE) for _ in range(CALLS)]

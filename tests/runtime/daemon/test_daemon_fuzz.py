@@ -139,8 +139,8 @@ def test_ten_thousand_messages_of_sessions(
 ) -> None:
     nonsense = Nonsense(1)
     with (
-        ControlConnection.open(attacked.folder, store[1].digest) as side,
-        open_channel(attacked.address, Credentials(), bearer=side.session_id) as channel,
+        ControlConnection.open(attacked.folder, store[1].digest) as control,
+        open_channel(attacked.address, Credentials(), bearer=control.session_id) as channel,
     ):
         stub = ExpertStoreStub(channel)
         for number in range(200):
@@ -155,9 +155,9 @@ def test_random_bytes_as_messages(
 ) -> None:
     nonsense = Nonsense(2)
     targets = [attacked.address, Address(target=attacked.card.listen)]
-    with ControlConnection.open(attacked.folder, store[1].digest) as side:
+    with ControlConnection.open(attacked.folder, store[1].digest) as control:
         for address in targets:
-            with open_channel(address, Credentials(insecure=True), bearer=side.session_id) as channel:
+            with open_channel(address, Credentials(insecure=True), bearer=control.session_id) as channel:
                 for number in range(1000):
                     name = METHODS[number % len(METHODS)]
                     call = channel.stream_stream(f"/moetier.v1.ExpertStore/{name}")
@@ -180,7 +180,7 @@ def test_metadata_of_all_kinds(attacked: DaemonProcess) -> None:
             assert refused.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
-@pytest.mark.parametrize("place", ["unix", "tcp", "side"])
+@pytest.mark.parametrize("place", ["unix", "tcp", "control"])
 def test_random_bytes_on_a_socket(attacked: DaemonProcess, place: str) -> None:
     random_ = random.Random(6)
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -189,16 +189,16 @@ def test_random_bytes_on_a_socket(attacked: DaemonProcess, place: str) -> None:
         if place == "tcp":
             host, _, port = attacked.card.listen.rpartition(":")
             return socket.create_connection((host, int(port)), PATIENCE)
-        kind = socket.SOCK_SEQPACKET if place == "side" else socket.SOCK_STREAM
+        kind = socket.SOCK_SEQPACKET if place == "control" else socket.SOCK_STREAM
         end = socket.socket(socket.AF_UNIX, kind)
-        end.connect(str(attacked.folder / (CONTROL_SOCKET if place == "side" else SOCKET)))
+        end.connect(str(attacked.folder / (CONTROL_SOCKET if place == "control" else SOCKET)))
         return end
 
     for number in range(400):
         with connect() as end, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for _ in range(random_.randrange(4)):
                 data = random_.randbytes(random_.choice([1, 9, 100, 3000]))
-                if place == "side" and number % 2:
+                if place == "control" and number % 2:
                     data = json.dumps({"protocol": 1, "digest": random_.choice([None, 3, "x"]), "more": [1]}).encode()
                 elif number % 3 == 0:
                     data = preface + data
@@ -214,8 +214,8 @@ def test_streams_that_are_opened_and_left(
 ) -> None:
     """More at once than there are threads: one client has one stream, whatever it opens."""
     with (
-        ControlConnection.open(attacked.folder, store[1].digest) as side,
-        open_channel(attacked.address, Credentials(), bearer=side.session_id) as channel,
+        ControlConnection.open(attacked.folder, store[1].digest) as control,
+        open_channel(attacked.address, Credentials(), bearer=control.session_id) as channel,
     ):
         stub = ExpertStoreStub(channel)
         acquire = pb.ClientMessage(acquire=pb.Acquire(request=1, block=0, experts=[1, 2]))

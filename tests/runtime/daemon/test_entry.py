@@ -101,8 +101,8 @@ def test_where_it_is_by_default(store: Store, tmp_path: Path, words: list[str], 
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as process:
         try:
             wait_until(lambda: (folder / "daemon.json").exists())
-            with ControlConnection.open(folder, store[1].digest) as side:
-                assert side.pid == process.pid
+            with ControlConnection.open(folder, store[1].digest) as control:
+                assert control.pid == process.pid
             assert [path.stat().st_mode & 0o777 for path in (parent, folder)] == [0o700, 0o700]
             process.terminate()
             assert process.wait(PATIENCE) == 0
@@ -270,7 +270,7 @@ def test_several_models_share_the_memory(tmp_path: Path) -> None:
                 for _ in range(2):
                     lease = client.granted()
                     assert client.record(lease.slot) == records[ExpertKey(2, lease.expert)]
-            assert one.side.model == "acme/4"
+            assert one.control.model == "acme/4"
             one.acquire(2, 0, [11])  # the other's expert
             assert one.failed().error.kind == "MissingExpertError"
         assert [daemon.stats(manifest.digest).requests for _, manifest, _ in stores] == [2, 1]
@@ -288,7 +288,7 @@ def test_another_user_is_refused_by_folder_and_by_peer(store: Store) -> None:
         base.chmod(0o755)
         with running_daemon(store[0], folder=base / "d") as daemon:
 
-            def side() -> object:
+            def control() -> object:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
                     end.connect(str(base / "d/side.sock"))
                     try:
@@ -297,11 +297,11 @@ def test_another_user_is_refused_by_folder_and_by_peer(store: Store) -> None:
                     except (ConnectionResetError, BrokenPipeError):
                         return socket.recv_fds(end, 65536, 4)[:2]
 
-            assert "PermissionError" in as_nobody(side)
+            assert "PermissionError" in as_nobody(control)
             (base / "d").chmod(0o777)
             for path in (base / "d").iterdir():
                 path.chmod(0o666)
-            said = as_nobody(side)
+            said = as_nobody(control)
             assert "RefusedError" in said
             assert said.endswith("[])")
             # the gRPC socket can be reached as well now: without a credential nothing is served (test_service.py)
@@ -373,7 +373,7 @@ def test_sigterm_under_load_finishes_what_is_in_hand(watch: tuple[DaemonProcess,
         assert daemon.process.wait(PATIENCE) == 0
         # who has mapped the arena computes on
         assert client.record(held[0].slot) == store[2][ExpertKey(0, held[0].expert)]
-        assert not client.side.is_alive()
+        assert not client.control.is_alive()
     assert list(daemon.folder.iterdir()) == []
     assert "finished=True" in daemon.log
 

@@ -239,11 +239,11 @@ def test_leases_end_with_the_stream(daemon: DaemonProcess, store: Store) -> None
         assert daemon.stats().clients == 1
 
 
-def test_leases_and_credential_end_with_the_side_connection(daemon: DaemonProcess, store: Store) -> None:
+def test_leases_and_credential_end_with_the_control_connection(daemon: DaemonProcess, store: Store) -> None:
     with RawClient(daemon.folder, store[1]) as client:
         client.acquire(1, 0, [0])
         client.granted()
-        client.side.close()
+        client.control.close()
         error = client.ended()
         assert error is not None
         assert isinstance(error_of(error), RefusedError)
@@ -349,11 +349,11 @@ def test_nothing_is_served_without_a_credential(
     lasting: DaemonProcess, store: Store, metadata: tuple[tuple[str, str | bytes], ...]
 ) -> None:
     with (
-        ControlConnection.open(lasting.folder, store[1].digest) as side,
+        ControlConnection.open(lasting.folder, store[1].digest) as control,
         open_channel(Address.of(lasting.folder), Credentials()) as channel,
     ):
         shown = [
-            (name, value.replace("SESSION", side.session_id) if isinstance(value, str) else value)
+            (name, value.replace("SESSION", control.session_id) if isinstance(value, str) else value)
             for name, value in metadata
         ]
         stub = ExpertStoreStub(channel)
@@ -432,8 +432,8 @@ def test_over_tcp_there_is_a_token_and_no_session(store: Store, tmp_path: Path) 
         address = Address(target=daemon.card.listen)
         wrong = tmp_path / "wrong"
         wrong.write_text("s3cres\n")
-        with ControlConnection.open(daemon.folder, store[1].digest) as side:
-            for bearer in (None, "s3cre", "s3crett", side.session_id):
+        with ControlConnection.open(daemon.folder, store[1].digest) as control:
+            for bearer in (None, "s3cre", "s3crett", control.session_id):
                 with (
                     open_channel(address, Credentials(insecure=True), bearer=bearer) as channel,
                     pytest.raises(grpc.RpcError) as refused,
@@ -461,15 +461,15 @@ def test_reflection_is_behind_a_flag_and_a_credential(store: Store, tmp_path: Pa
             return {service.name for service in reply.list_services_response.service}
 
     with running_daemon(store[0], folder=tmp_path / "d", extra=["--reflection"]) as daemon:
-        with ControlConnection.open(daemon.folder, None) as side:
-            assert "moetier.v1.ExpertStore" in services(daemon, side.session_id)
+        with ControlConnection.open(daemon.folder, None) as control:
+            assert "moetier.v1.ExpertStore" in services(daemon, control.session_id)
         with pytest.raises(grpc.RpcError) as refused:
             services(daemon, None)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     with (
         running_daemon(store[0], folder=tmp_path / "d") as daemon,
-        ControlConnection.open(daemon.folder, None) as side,
+        ControlConnection.open(daemon.folder, None) as control,
         pytest.raises(grpc.RpcError) as refused,
     ):
-        services(daemon, side.session_id)
+        services(daemon, control.session_id)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED

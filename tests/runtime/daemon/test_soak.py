@@ -66,7 +66,7 @@ def test_soak(tmp_path: Path, seconds: float) -> None:
         wait_until(lambda: census(daemon)[0] <= descriptors)
         assert census(daemon)[1] <= threads + 2 * SEATS, "threads of gRPC's pool, which stay"
         assert listing(tmp_path) == files
-        (last,) = crew.start(spare=False)
+        (last,) = crew.start(fallback=False)
         for block in range(3):
             assert sorted(last.do("take", block, *range(6))) == list(range(6))
         assert last.do("stats")["wrong"] == 0
@@ -98,7 +98,7 @@ class Seat:
             raise
 
     def _life(self) -> None:
-        (worker,) = self._crew.start(spare=self._random.random() < 0.5, patience=60.0)
+        (worker,) = self._crew.start(fallback=self._random.random() < 0.5, patience=60.0)
         try:
             worker.do("open")
         except WorkerError as error:

@@ -69,7 +69,7 @@ def test_a_clients_memory_is_taken_back(store: Store, tmp_path: Path, ram: str |
     with running_daemon(store[0], ram=12 * SLOT, folder=tmp_path / "d") as daemon:
         with RawClient(daemon.folder, store[1]) as client:
             slots = fill(client, store)
-            arena = os.fstat(client.side.descriptor or -1).st_ino
+            arena = os.fstat(client.control.descriptor or -1).st_ino
             daemon.kill()
             began = time.monotonic()
             options = ["--ram", str(ram)] if ram is not None else []
@@ -81,7 +81,7 @@ def test_a_clients_memory_is_taken_back(store: Store, tmp_path: Path, ram: str |
             for key, slot in slots.items():  # who had mapped it goes on
                 assert client.record(slot) == store[2][key]
             with RawClient(daemon.folder, store[1]) as other:
-                assert os.fstat(other.side.descriptor or -1).st_ino == arena
+                assert os.fstat(other.control.descriptor or -1).st_ino == arena
                 assert fill(other, store) == slots
             stats = daemon.stats()
             assert (stats.host.hits, stats.host.misses, stats.host.bytes_in) == (12, 0, 0)
@@ -126,7 +126,7 @@ def test_a_record_that_is_not_whole_any_more_is_read_again(store: Store, tmp_pat
     ):
         slots = fill(client, store)
         daemon.kill()
-        with open(f"/proc/self/fd/{client.side.descriptor}", "r+b", buffering=0) as arena:  # noqa: PTH123
+        with open(f"/proc/self/fd/{client.control.descriptor}", "r+b", buffering=0) as arena:  # noqa: PTH123
             arena.seek(client.plan.offset(slots[ExpertKey(1, 2)]) + 100)
             arena.write(b"not the record")
         daemon.start()
