@@ -52,7 +52,6 @@ class Peers:
     """
 
     def __init__(self, peers: Sequence[Peer]) -> None:
-        assert peers
         self._peers = {peer.name: peer for peer in peers}
         self._state = threading.Condition()  # guards the peers' fields and the two below
         self._watcher: threading.Thread | None = None

@@ -67,7 +67,7 @@ class SpreadReader:
         self, manifest: Manifest, peers: Sequence[Peer], local: ExpertStore | None = None, *, patience: float = PATIENCE
     ) -> None:
         self.manifest = manifest
-        self._local_records = self._local_bytes = 0  # read from the store
+        self.local_records = self.local_bytes = 0  # read from the store
         self._peers = Peers(peers)
         self.local = local
         self._patience = patience
@@ -94,8 +94,8 @@ class SpreadReader:
             if self.local is not None and key.block not in self.local.faults:
                 self.local.read_into(key, buffer, pause)
                 with self._state:
-                    self._local_records += 1
-                    self._local_bytes += len(buffer)
+                    self.local_records += 1
+                    self.local_bytes += len(buffer)
                 return
             if isinstance(error, StoreError):
                 raise error
@@ -110,7 +110,7 @@ class SpreadReader:
         found = self._peers.shares()
         if self.local is not None:
             with self._state:
-                found.append(Share("the local store", self._local_records, self._local_bytes))
+                found.append(Share("the local store", self.local_records, self.local_bytes))
         return found
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import accumulate
 from socketserver import ThreadingMixIn
@@ -94,47 +94,47 @@ class DaemonCollector(Collector):
         # two stores of one model have one name
         named = [(m.name if count[m.name] == 1 else f"{m.name} ({m.digest[:DIGEST_CHARS]})", m) for m in models]
         yield from tier_metrics([(name, model.host) for name, model in named])
-        for metric, (field, meaning) in OF_CLIENTS_NOW.items():
-            gauge = GaugeMetricFamily(f"moetier_daemon_{metric}", meaning, labels=LABELS[:1])
-            for name, model in named:
-                gauge.add_metric([name], getattr(model, field))
-            yield gauge
+        rows = [([name], model) for name, model in named]
+        yield from _families(GaugeMetricFamily, "moetier_daemon", OF_CLIENTS_NOW, LABELS[:1], rows)
         faulty = GaugeMetricFamily("moetier_daemon_faulty", FAULTY, labels=LABELS[:1])
         for name, model in named:
             faulty.add_metric([name], bool(model.fault))
         yield faulty
-        for metric, (field, meaning) in OF_CLIENTS.items():
-            counter = CounterMetricFamily(f"moetier_daemon_{metric}", meaning, labels=LABELS[:1])
-            for name, model in named:
-                counter.add_metric([name], getattr(model, field))
-            yield counter
+        yield from _families(CounterMetricFamily, "moetier_daemon", OF_CLIENTS, LABELS[:1], rows)
 
 
 def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
     """Yield the metrics of tiers, labelled by model and tier."""
-    for metric, (field, meaning) in GAUGES.items():
-        gauge = GaugeMetricFamily(f"moetier_tier_{metric}", meaning, labels=LABELS)
-        for model, tier in tiers:
-            if (value := getattr(tier, field)) is not None:
-                gauge.add_metric([model, tier.name], value)
-        yield gauge
-    for metric, (field, meaning) in COUNTERS.items():
-        counter = CounterMetricFamily(f"moetier_tier_{metric}", meaning, labels=LABELS)
-        for model, tier in tiers:
-            counter.add_metric([model, tier.name], getattr(tier, field))
-        yield counter
+    rows = [([model, tier.name], tier) for model, tier in tiers]
+    yield from _families(GaugeMetricFamily, "moetier_tier", GAUGES, LABELS, rows)
+    yield from _families(CounterMetricFamily, "moetier_tier", COUNTERS, LABELS, rows)
     outcomes = CounterMetricFamily(
         "moetier_tier_prefetch_outcomes", "What became of wishes, as far as it is known.", labels=[*LABELS, "outcome"]
     )
     loads = HistogramMetricFamily("moetier_tier_load_seconds", "How long loads took.", labels=LABELS)
     waits = SummaryMetricFamily("moetier_tier_wait_seconds", "How long callers waited for records.", labels=LABELS)
-    for model, tier in tiers:
-        place = [model, tier.name]
+    for labels, tier in rows:
         for outcome in OUTCOMES:
-            outcomes.add_metric([*place, outcome], getattr(tier, outcome))
-        loads.add_metric(place, _buckets(tier.load_bounds, tier.loads), tier.load_seconds)
-        waits.add_metric(place, tier.waits, tier.wait_seconds)
+            outcomes.add_metric([*labels, outcome], getattr(tier, outcome))
+        loads.add_metric(labels, _buckets(tier.load_bounds, tier.loads), tier.load_seconds)
+        waits.add_metric(labels, tier.waits, tier.wait_seconds)
     yield from (outcomes, loads, waits)
+
+
+def _families(
+    family: type[GaugeMetricFamily | CounterMetricFamily],
+    prefix: str,
+    fields: Mapping[str, tuple[str, str]],
+    labels: Sequence[str],
+    rows: Sequence[tuple[list[str], object]],
+) -> Iterator[Metric]:
+    """Yield a metric for each of ``fields``, with a sample for each row: its values of the labels, and its counters."""
+    for metric, (field, meaning) in fields.items():
+        found = family(f"{prefix}_{metric}", meaning, labels=labels)
+        for values, counters in rows:
+            if (value := getattr(counters, field)) is not None:
+                found.add_metric(values, value)
+        yield found
 
 
 def registry_of(collector: Collector) -> CollectorRegistry:

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,6 @@ from .control_server import ControlServer
 from .health import Health
 from .listeners import listen_tcp, listen_unix, local_server, reflect, remote_server, server_credentials, stop
 from .log import log_event
-from .model import HostedModel
 from .options import DaemonConfig
 from .rpc import RemoteService, Service, describe
 from .signals import got_second_stop, wait_for_stop
@@ -114,7 +113,6 @@ def _already_running(folder: Path, pid: str) -> AlreadyRunningError:
 class _Running:
     """Parts of a daemon that has started."""
 
-    models: Mapping[str, HostedModel]
     clients: Clients
     health: Health
     servers: Sequence[grpc.Server]
@@ -170,7 +168,7 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen, metrics)
     closing.callback((config.folder / CARD).unlink, missing_ok=True)
     card.write(config.folder)
-    return _Running(models, clients, health, servers, card)
+    return _Running(clients, health, servers, card)
 
 
 def _serve_metrics(address: str, clients: Clients, health: Health, closing: contextlib.ExitStack) -> str:
@@ -198,7 +196,7 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
         metrics=card.metrics or "-",
         models=models,
         budget=budget,
-        slots=sum(sum(model.slots.values()) for model in running.models.values()),
+        slots=sum(sum(model.slots.values()) for model in running.clients.models.values()),
     )
     if config.ram is not None and (there := exceeded(config.ram)) is not None:  # all experts may need less than that
         sizes = {"asked": format_bytes(config.ram.of(there.bytes)), "there": format_bytes(there.bytes)}
