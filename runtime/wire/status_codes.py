@@ -112,7 +112,7 @@ def _transport_error(code: grpc.StatusCode, details: str, target: str) -> Moetie
     """Return the error that the details of gRPC's own failure name; None if they name none."""
     said = details.lower()
     if code is Code.RESOURCE_EXHAUSTED and _TOO_LARGE in said:
-        return ProtocolError(f"A daemon sent a message that is too large: {details}", "Use moetier in one version.")
+        return ProtocolError(f"A message is too large: {details}", "Use moetier in one version.")
     if code is not Code.UNAVAILABLE:
         return None
     if _PLAIN in said:

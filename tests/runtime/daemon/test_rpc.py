@@ -208,7 +208,7 @@ def test_a_message_that_is_too_long_is_refused(daemon: DaemonProcess, store: Sto
         client.acquire(1, 0, range(2**20))
         error = client.ended()
         assert error is not None
-        assert isinstance(error_of(error), ExhaustedError)  # gRPC's own answer: RESOURCE_EXHAUSTED
+        assert isinstance(error_of(error), ProtocolError)  # gRPC's own answer: RESOURCE_EXHAUSTED
         client.open_stream()
         client.acquire(1, 0, [0])
         assert client.granted().expert == 0
