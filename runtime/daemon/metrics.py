@@ -42,7 +42,7 @@ LABELS = ("model", "tier")
 GAUGES = {
     "slots": ("slots", "Slots that the budget pays for."),
     "ready_slots": ("ready", "Slots that hold a record."),
-    "leased_slots": ("leased", "Slots whose record somebody holds."),
+    "leased_slots": ("leased", "Slots whose record is leased."),
     "slot_bytes": ("slot_bytes", "Memory of all slots."),
 }
 COUNTERS = {
@@ -53,13 +53,13 @@ COUNTERS = {
     "load_failures": ("failures", "Loads that ended in an error."),
     "discarded": ("discarded", "Results thrown away, as their record had been replaced meanwhile."),
     "loaded_bytes": ("bytes_in", "Bytes of records that came into the tier."),
-    "prefetches": ("prefetched", "Loads that a wish began."),
+    "prefetches": ("prefetched", "Loads that a prefetch request began."),
     "prefetch_saved_seconds": (
         "saved_seconds",
-        "What useful and late prefetches have saved at most.",
+        "Seconds that useful and late prefetches have saved at most.",
     ),
-    "warmed": ("warmed", "Records of earlier runs that were read beforehand."),
-    "recalled": ("recalled", "Records that were read beforehand and wanted since."),
+    "warmed": ("warmed", "Records that the warm-up read, from the list of earlier runs."),
+    "recalled": ("recalled", "Records that the warm-up read and that were demanded since."),
 }
 OUTCOMES = ("useful", "late", "wasted", "cancelled")
 
@@ -67,12 +67,12 @@ OF_CLIENTS_NOW = {
     "clients": ("clients", "Processes of this host that are connected."),
     "sessions": ("sessions", "Clients that have a session."),
     "leases": ("leases", "Slots held for clients of this host, or on their way to them."),
-    "recovered_slots": ("recovered", "Slots that were taken back full when the daemon started."),
+    "recovered_slots": ("recovered", "Slots that were reclaimed with their records when the daemon started."),
 }
-FAULTY = "1 where nothing is served any more, as the shards are not all of one conversion."
+FAULTY = "1 if the model is not served any more, as its shards are not all of one conversion."
 OF_CLIENTS = {
     "requests": ("requests", "Requests of clients for the missing experts of a block."),
-    "reported_hits": ("used", "Hits that clients found by themselves, and reported."),
+    "reported_hits": ("used", "Hits in the directory, as clients report them."),
     "fetches": ("fetches", "Records, or parts of them, sent to other hosts."),
     "fetched_bytes": ("fetched_bytes", "Bytes of records sent to other hosts."),
     "received_bytes": ("session_bytes_in", "Bytes of messages from clients of this host."),
@@ -109,7 +109,9 @@ def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
     yield from _families(GaugeMetricFamily, "moetier_tier", GAUGES, LABELS, rows)
     yield from _families(CounterMetricFamily, "moetier_tier", COUNTERS, LABELS, rows)
     outcomes = CounterMetricFamily(
-        "moetier_tier_prefetch_outcomes", "What became of wishes, as far as it is known.", labels=[*LABELS, "outcome"]
+        "moetier_tier_prefetch_outcomes",
+        "Outcomes of prefetch requests, as far as they are known.",
+        labels=[*LABELS, "outcome"],
     )
     loads = HistogramMetricFamily("moetier_tier_load_seconds", "How long loads took.", labels=LABELS)
     waits = SummaryMetricFamily("moetier_tier_wait_seconds", "How long callers waited for records.", labels=LABELS)

@@ -209,11 +209,11 @@ def answer(end: socket.socket, reply: Mapping[str, Any], descriptor: int | None 
     return True
 
 
-def check_peer(end: socket.socket, who: str) -> int:
+def check_peer(end: socket.socket, peer: str) -> int:
     """Return the process at the other end. Raises RefusedError if it is another user's."""
     pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid != os.getuid():
-        raise RefusedError(f"User {uid} runs {who}, and user {os.getuid()} this process.", "Use a daemon of your own.")
+        raise RefusedError(f"User {uid} runs {peer}, and user {os.getuid()} this process.", "Use a daemon of your own.")
     return int(pid)
 
 
