@@ -188,13 +188,13 @@ def test_what_a_killed_one_leaves_is_in_nobodys_way(store: Store, tmp_path: Path
         (["--metrics", "/folder"], "'/folder' is not HOST:PORT"),
         (["--metrics", ":9400"], "':9400' is not HOST:PORT"),
         (["--metrics", "99999"], "'99999' is not HOST:PORT"),
-        (["--listen", "0.0.0.0:0"], "without a token"),
-        (["--listen", "127.0.0.1:0"], "without a token"),
-        (["--listen", "0.0.0.0:0", "--token-file", "TOKEN"], "without TLS"),
+        (["--listen", "0.0.0.0:0"], "has no token"),
+        (["--listen", "127.0.0.1:0"], "has no token"),
+        (["--listen", "0.0.0.0:0", "--token-file", "TOKEN"], "has no TLS"),
         (["--listen", "127.0.0.1:0", "--token-file", "/nonexistent"], "can't be read"),
         (["--listen", "127.0.0.1:0", "--token-file", "TOKEN", "--tls-cert", "TOKEN"], "certificate and its key"),
         (["--listen", "[::]:0", "--token-file", "TOKEN", "--tls-cert", "TOKEN", "--tls-key", "TOKEN"], "PEM"),
-        (["--listen", "127.0.0.1:0", "--token-file", "TOKEN", "--tls-client-ca", "TOKEN"], "without TLS"),
+        (["--listen", "127.0.0.1:0", "--token-file", "TOKEN", "--tls-client-ca", "TOKEN"], "needs TLS"),
         (["--token-file", "TOKEN"], "--listen"),
         (["--insecure"], "--listen"),
         (["--ready-fd", "77"], "not open"),
@@ -236,7 +236,7 @@ def test_a_folder_that_is_not_safe_is_refused(store: Store, tmp_path: Path) -> N
     assert "chmod 700" in starting(store[0], "--folder", folder).stderr
     folder.chmod(0o700)
     (tmp_path / "link").symlink_to(folder)
-    assert "no folder" in starting(store[0], "--folder", tmp_path / "link").stderr
+    assert "is not a folder" in starting(store[0], "--folder", tmp_path / "link").stderr
     (folder / "lock").symlink_to(tmp_path / "elsewhere")  # not followed
     assert starting(store[0], "--folder", folder).returncode == 1
     assert not (tmp_path / "elsewhere").exists()
