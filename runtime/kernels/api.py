@@ -19,21 +19,22 @@ from moetier.tiers.quant.codec import decode, sections
 
 
 def moved_error(where: torch.device, device: torch.device) -> ConfigError:
+    """The error for a model that was moved to ``where``, while its experts are on ``device``."""
     return ConfigError(
         f"The model was moved to {where}; its experts are on {device}.", "Load it on the device where it is to run."
     )
 
 
 class Kernels:
-    """y = x @ W.T for W in records, as torch does it. Any number of threads may call it: each keeps scratch memory of
-    its own. The result is bit for bit what the ordinary module gives whose weights are the decoded ones in the type of
-    x."""
+    """Products y = x @ W.T with W in records, by torch. Thread-safe: each thread keeps scratch memory of its own.
 
-    # (record [record bytes] uint8 on the device, layout) -> None: what is to be done with each record, once, in place,
-    # before it is multiplied with
+    The result is bit for bit that of the ordinary module whose weights are the decoded ones in the type of x.
+    """
+
+    # (record [record bytes] uint8 on the device, layout) -> None: prepares each record, once, in place, before its use
     arrange: Callable[[Tensor, RecordLayout], None] | None = None
 
-    # takes memory of the device from its tier; returns how many bytes. The caller holds no lease
+    # takes memory of the device from its tier, and returns how many bytes; the caller holds no lease
     make_room: Callable[[], int] = staticmethod(lambda: 0)
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -45,10 +46,18 @@ class Kernels:
         return False
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """x [T, K], record uint8 [record bytes], bias [N] -> [T, N] in the type of x. None of the experts' biases is
-        given here: their modules add them afterwards.
+        """Multiply with one projection of a record.
 
-        16-bit weights of that type are multiplied where they lie; all others are decoded first.
+        16-bit weights in the type of x are multiplied where they lie; all others are decoded first.
+
+        Args:
+            x: [T, K].
+            record: uint8 [record bytes].
+            name: of the projection.
+            bias: [N]. Not for experts: their modules add biases afterwards.
+
+        Returns:
+            [T, N] in the type of x.
         """
         p = projection_of(layout, name)
         stored = sections(record, layout).get(name)
@@ -60,13 +69,15 @@ class Kernels:
         return F.linear(x, stored, bias)
 
     def with_room(self, work: Callable[[], Tensor]) -> Tensor:
-        """``work()``; where the device runs out of memory, once more with less memory for its tier. Raises BudgetError
-        where that does not help."""
+        """Return ``work()``. If the device runs out of memory, try once more with less memory for its tier.
+
+        Raises BudgetError if that does not help.
+        """
         try:
             return work()
         except torch.OutOfMemoryError as error:
             said = str(error)
-        # not before: until the error is gone, its frames hold what was allocated
+        # not in the handler: the error's frames hold what was allocated
         freed = self.make_room()
         if freed:
             try:
@@ -82,7 +93,7 @@ class Kernels:
         )
 
     def _scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """A tensor over this thread's scratch memory: the largest projection that it has decoded."""
+        """A tensor over this thread's scratch memory, which has the size of the largest that was asked for."""
         nbytes = math.prod(shape) * dtype.itemsize
         memory: Tensor | None = getattr(self._local, "memory", None)
         if memory is None or len(memory) < nbytes:
@@ -94,4 +105,5 @@ class Kernels:
 
 
 def projection_of(layout: RecordLayout, name: str) -> Projection:
+    """The projection ``name`` of a layout."""
     return next(p for p in layout.projections if p.name == name)

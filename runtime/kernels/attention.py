@@ -1,7 +1,7 @@
 """Attention of one new token on a CPU, with keys and values where they lie.
 
-torch's own for CPUs, scaled_dot_product_attention, takes many times as long as reading keys and values does, and its
-matrix products are compiled anew for each length of a context (docs/benchmarks.md, Attention).
+torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and compiles its
+matrix products anew for each length of a context (docs/benchmarks.md, Attention).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _scratch = jit.Scratch()
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
-    """In place of SDPA, where all of the model attends with that and none of its code asks whether it does."""
+    """Replace SDPA by ``decode_attention``, if the whole model uses SDPA and none of its code checks for it."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if all(part.config._attn_implementation == "sdpa" for part in parts) and not any(map(_asks_for_sdpa, parts)):
         AttentionInterface.register(NAME, decode_attention)
@@ -39,13 +39,13 @@ def use_decode_attention(model: PreTrainedModel) -> None:
 
 
 def _asks_for_sdpa(model: PreTrainedModel) -> bool:
-    """Whether the code of its class, or of one beneath it, does something else where another function attends."""
+    """Whether the code of a model's class, or of a base class, depends on the attention function being SDPA."""
     classes = [
         kind for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
     ]
     try:
         return any(_ASKS.search(inspect.getsource(sys.modules[kind.__module__])) for kind in classes)
-    except (OSError, TypeError):  # it can't be read: perhaps
+    except (OSError, TypeError):  # the source can't be read, so it might
         return True
 
 
@@ -60,10 +60,18 @@ def decode_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, heads, T, D], key [B, key heads, L, D], value [B, key heads, L, V], attention_mask [B, 1, T, L] of bool
-    (True: attend) or to be added -> [B, T, heads, V]. What is no single token goes to transformers' function for SDPA.
+    """Attend from a single token, in fp32. Other inputs go to transformers' function for SDPA.
 
-    All is computed in fp32. A sequence's result depends on nothing but that sequence and how it is padded.
+    A sequence's result depends only on that sequence and its padding.
+
+    Args:
+        query: [B, heads, T, D].
+        key: [B, key heads, L, D].
+        value: [B, key heads, L, V].
+        attention_mask: [B, 1, T, L], bool (True: attend) or numbers to be added.
+
+    Returns:
+        [B, T, heads, V], and None in place of the weights.
     """
     is_plain = dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None
     if not is_plain or torch.is_grad_enabled() or not _fits(query, key, value, attention_mask):
@@ -114,7 +122,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
 
 
 def _added(mask: Tensor, batch: int) -> Tensor:
-    """fp32 [batch, L rounded up to LANES], to be added to scores."""
+    """Convert a mask to fp32 [batch, L rounded up to LANES], to be added to scores."""
     found = mask[:, 0, 0]
     if mask.dtype == torch.bool:
         found = torch.zeros(found.shape).masked_fill_(~found, torch.finfo(torch.float32).min)

@@ -1,7 +1,7 @@
 """The code of one new token's attention: softmax(q @ K.T * scale + mask) @ V, in fp32, keys and values where they lie.
 
-An item is one head of keys and values, with all the heads of queries that share it: keys are read once for them, and so
-are values. What comes out of it depends on nothing but that item.
+An item is one head of keys and values with all the heads of queries that share it, so that keys and values are read
+once. The result of an item depends on nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .jit import F32, I32, I64, POINTER, Emitter, Value, new_module, vector
 
 ATTEND = "moetier_attend"  # the function's name
 LANES = 16
-HEADS, POSITIONS = 4, 4  # that are computed together
+HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positions whose values are added together
 # i64: items begun, items, heads of keys, heads of queries for each; L, D, V; q, K, V, mask (0: none), out, scratch;
 # of K, then of V: elements from one sequence, head, position to the next; the scale's bits
 CONTEXT = 20
@@ -24,7 +24,7 @@ _POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # of 2^f, f 
 
 
 def scratch_numbers(heads: int, positions: int, width: int, values: int) -> int:
-    """fp32, of an item: queries, rows of keys or values, scores, sums."""
+    """How many fp32 numbers of scratch memory an item takes: queries, rows of keys or values, scores, sums."""
     padded = -(-positions // LANES) * LANES
     return heads * (width + padded + values) + POSITIONS * max(width, values)
 
@@ -83,7 +83,7 @@ class _Attention(Emitter):
         self.store(value, pointer, self.at.mul(index, self.number(4)))
 
     def _take(self, source: Value, target: Value, count: Value, scale: Value | None = None) -> None:
-        """``count`` numbers, as fp32."""
+        """Copy ``count`` numbers as fp32, multiplied by ``scale``."""
         at, n = self.at, self.number
         with self.loop(n(0), count, LANES) as i:
             value = self.load_floats(source, at.mul(i, n(self._dtype.itemsize)), self._dtype, LANES)
@@ -92,7 +92,7 @@ class _Attention(Emitter):
             self._keep(value, target, i)
 
     def _some(self, count: Value, together: int, body: Callable[[int, Value], None]) -> None:
-        """``body(how many, first)`` for ``together`` at a time, and for each of the rest."""
+        """Emit ``body(how many, first)`` for ``together`` items at a time, and for each of the rest."""
         at, n = self.at, self.number
         whole = at.mul(at.udiv(count, n(together)), n(together))
         with self.loop(n(0), whole, together) as first:
@@ -101,7 +101,7 @@ class _Attention(Emitter):
             body(1, first)
 
     def _score(self, keys: Value, stride: Value) -> None:
-        """Scores of all positions; behind them -inf."""
+        """Compute the scores of all positions, and -inf in the padding behind them."""
         at, n = self.at, self.number
         nothing = self.all(F32, -math.inf, LANES)
         with self.loop(n(0), self._heads) as head:
@@ -126,7 +126,7 @@ class _Attention(Emitter):
             self._some(self._heads, HEADS, dots)
 
     def _soften(self, mask: Value, first: Value) -> None:
-        """Scores -> shares of 1."""
+        """Apply softmax to the scores."""
         at, n = self.at, self.number
         largest, total = self._accumulators[:2]
         rest, masked = self.function.append_basic_block("plain"), self.function.append_basic_block("masked")
@@ -155,7 +155,7 @@ class _Attention(Emitter):
                 self._keep(at.fmul(self._floats(self._scores, place), self.spread(inverse, LANES)), self._scores, place)
 
     def _unite(self, values: Value, stride: Value) -> None:
-        """Sums of values by their shares."""
+        """Add up the values, weighted by their scores."""
         at, n = self.at, self.number
         with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
             self._keep(self.all(F32, 0.0, LANES), self._sums, i)
@@ -188,7 +188,7 @@ class _Attention(Emitter):
         return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
 
     def _exp(self, x: Value) -> Value:
-        """e^x, x <= 0; to about 1e-7 of it."""
+        """e^x for x <= 0, with a relative error of about 1e-7."""
         at = self.at
         lowest = self.all(F32, -87.0, LANES)
         is_nothing = at.fcmp_ordered("<", x, lowest)

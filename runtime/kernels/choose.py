@@ -1,4 +1,4 @@
-"""Which kernels a device has: chosen once, when a model is loaded."""
+"""Choice of the kernels of a device, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where
 
 
 def kernels_for(device: torch.device, *, exact: bool = False) -> Kernels:
-    """The quickest of a device; ``exact``: those whose results are bit for bit the eager model's, with the same
-    decoded weights. Warns once of what is missing."""
+    """Return the fastest kernels of a device, or with ``exact`` those whose results are bit for bit the eager model's.
+
+    Warns once of what is missing.
+    """
     protected = without_onednn()
     if not exact and device.type == "cpu" and (why := refusal()):
         also = f"; {WITHOUT_ONEDNN}" if protected else ""
@@ -44,5 +46,5 @@ def without_onednn() -> bool:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Once in a process, whatever calls."""
+    """Warn once in a process."""
     warnings.warn(text, RuntimeWarning, stacklevel=3)

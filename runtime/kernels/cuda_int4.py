@@ -1,7 +1,7 @@
-"""Products with records on a device that has torch's product with codes of 4 bits: w = (q - 8) * s + b, in bf16.
+"""Products with records by torch's int4 matrix product of CUDA devices: w = (q - 8) * s + b, in bf16.
 
-Codes of 4 and 8 bits are put into the order of that product in the device's slots, once, when they have come; those of
-3 and 2 bits for each product, in scratch memory, because expanded they would not fit their slot.
+Codes of 4 and 8 bits are arranged in the order of that product once, in the device's slots, after they were copied.
+Codes of 3 and 2 bits are arranged for each product, in scratch memory, because expanded they would not fit their slot.
 """
 
 from __future__ import annotations
@@ -20,25 +20,30 @@ from moetier.tiers.quant.packing import load_pairs, pair_columns
 from .api import Kernels, projection_of
 
 GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel takes
-TILE_WEIGHTS = 2**24  # arranged at a time: some tens of MiB are taken on the way
-_PLANES = {8: ("high", "low"), 4: ("codes",)}  # that are arranged in place
+TILE_WEIGHTS = 2**24  # arranged at a time, which takes some tens of MiB of temporary memory
+_PLANES = {8: ("high", "low"), 4: ("codes",)}  # bits -> planes of codes that are arranged in place
 
 
 class Int4(Protocol):
-    """torch's product with codes of 4 bits, on one kind of device."""
+    """An int4 matrix product of torch, on one kind of device."""
 
     def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
-        """uint8 [N * K / 2] in kernel order, N a multiple of 64 -> as many bytes, in the order of the product; those of
-        the first rows come first."""
+        """Arrange codes uint8 [N * K / 2] in kernel order, N a multiple of 64, in the order of the product.
+
+        Returns as many bytes; those of the first rows come first.
+        """
         ...
 
     def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
-        """x bf16 [T, K], arranged uint8 [N * K / 2], pairs bf16 [K / group, N, 2] -> bf16 [T, N]."""
+        """Multiply x bf16 [T, K] -> bf16 [T, N].
+
+        ``arranged`` are codes uint8 [N * K / 2], ``pairs`` bf16 [K / group, N, 2].
+        """
         ...
 
 
 class CudaInt4:
-    """Of CUDA devices from compute capability 8.0 on ("tinygemm"; ATen/native/cuda/int4mm.cu)."""
+    """int4 product of CUDA devices from compute capability 8.0 on ("tinygemm"; ATen/native/cuda/int4mm.cu)."""
 
     def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
         paired = pair_columns(nibbles, columns)
@@ -53,21 +58,21 @@ class CudaInt4:
 
 
 def _inner_tiles(columns: int) -> int:
-    """Of 16 columns, that lie side by side: as many as the product takes."""
+    """The number of tiles, of 16 columns each, that lie side by side: the most that the product supports."""
     return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
 
 
-class _Plan:
-    """Where a projection lies in its record."""
+class _Int4Plan:
+    """Places of a projection's codes and pairs in its record."""
 
     __slots__ = ("codes", "fused", "layout", "pairs", "projection")
 
     def __init__(self, layout: RecordLayout, name: str) -> None:
-        self.layout = layout  # kept: it is known by its address
+        self.layout = layout  # kept alive: plans are found by its address
         self.projection = p = projection_of(layout, name)
         self.fused = _is_fused(p)
         self.codes = [layout.section(f"{name}.{plane}") for plane in _PLANES.get(p.bits, ())]
-        # None: of 8 bits, which become bf16 for each product
+        # None: pairs are stored in 8 bits, and decoded for each product
         self.pairs = layout.section(f"{name}.pairs") if self.fused and p.pairs == "bfloat16" else None
 
     def pairs_of(self, record: Tensor) -> Tensor:
@@ -79,22 +84,25 @@ class _Plan:
 
 
 class FusedKernels(Kernels):
-    """Of a device with such a product: x is rounded to bf16. What has no groups of a size that it takes is decoded."""
+    """Kernels of a device with an int4 product. x is rounded to bf16.
+
+    Projections whose group size the product does not support are decoded.
+    """
 
     def __init__(self, device: torch.device | str, int4: Int4) -> None:
         super().__init__(device)
         self.arrange = self._arrange
         self._int4 = int4
-        self._plans: dict[tuple[int, str], _Plan] = {}
+        self._plans: dict[tuple[int, str], _Int4Plan] = {}
         # a matrix of 8 bits is the sum of two of 4, whose pairs are multiples of its own: (16 s, b) and (s, 8 s)
         self._of_pairs = torch.tensor([16.0, 1.0], dtype=torch.bfloat16, device=self.device)
         self._of_steps = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=self.device)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """As ``Kernels`` says, but for the bits; ``record`` has been arranged."""
+        """As ``Kernels.project``, but not bit for bit; ``record`` has been arranged."""
         plan = self._plans.get((id(layout), name))
         if plan is None:
-            plan = self._plans[id(layout), name] = _Plan(layout, name)
+            plan = self._plans[id(layout), name] = _Int4Plan(layout, name)
         p = plan.projection
         if not plan.fused:
             return super().project(x, record, layout, name, bias)
@@ -112,7 +120,7 @@ class FusedKernels(Kernels):
         return y if bias is None else y.add_(bias)
 
     def _arrange(self, record: Tensor, layout: RecordLayout) -> None:
-        """In place; each record once, on the stream that is current."""
+        """Arrange a record in place, once, on the current stream."""
         for p in filter(_is_fused, layout.projections):
             views = sections(record, layout, of=p.name)
             for plane in _PLANES.get(p.bits, ()):
@@ -121,7 +129,7 @@ class FusedKernels(Kernels):
                     codes[tile] = self._int4.arrange(codes[tile].view(-1), p.columns).view(-1, p.columns // 2)
 
     def _expanded(self, views: dict[str, Tensor], p: Projection) -> Tensor:
-        """uint8 [N * K / 2], arranged: codes of 3 and 2 bits."""
+        """Expand and arrange codes of 3 or 2 bits -> uint8 [N * K / 2]."""
         codes = self._scratch((p.padded_rows, p.columns // 2), torch.uint8)
         for tile in _tiles(p):
             nibbles = expand(views, p, tile.start, tile.stop)
@@ -134,14 +142,13 @@ def _is_fused(p: Projection) -> bool:
 
 
 def _tiles(p: Projection) -> list[slice]:
-    """Of rows; whole multiples of ROW_TILE."""
+    """Divide the rows into slices of a multiple of ROW_TILE each."""
     rows = max(1, TILE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
     return [slice(start, min(start + rows, p.padded_rows)) for start in range(0, p.padded_rows, rows)]
 
 
 def fused_or_plain(device: torch.device, int4: Int4) -> Kernels:
-    """FusedKernels, where they multiply as they should: that is tried here, with small matrices. Else Kernels, with a
-    warning."""
+    """Return FusedKernels if they multiply small matrices correctly, else Kernels, with a warning."""
     kernels = FusedKernels(device, int4)
     try:
         why = "" if all(_multiplies(kernels, group) for group in GROUPS) else "its results are wrong"
@@ -159,7 +166,7 @@ def fused_or_plain(device: torch.device, int4: Int4) -> Kernels:
 
 
 def _multiplies(kernels: FusedKernels, group: int) -> bool:
-    """Whether a small matrix is multiplied with as it is with its decoded weights."""
+    """Whether a product with a small matrix equals that with its decoded weights, but for rounding."""
     name, rows, columns = "weight", ROW_TILE, 2 * group
     layout = layout_for({name: ((rows, columns), "bfloat16")}, bits=4, group=group, pairs="bfloat16")
     generator = torch.Generator().manual_seed(group)

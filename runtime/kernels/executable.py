@@ -1,8 +1,8 @@
-"""Machine code in memory that is never writable and executable at once.
+"""Machine code in memory that is never both writable and executable.
 
-Services with systemd's MemoryDenyWriteExecute=, PR_SET_MDWE and SELinux forbid to make memory executable that was
-written. LLVM's engine does not notice, and its code ends the process. So an object file of the compiler is linked here,
-written to a memory file, and mapped from that to be read and run, which they permit. Objects of processors other than
+systemd's MemoryDenyWriteExecute=, PR_SET_MDWE and SELinux forbid making memory executable that was written. LLVM's own
+engine does not notice that, and its code ends the process. So the compiler's object file is linked here, written to a
+memory file, and mapped from that for reading and running, which is permitted. Object files for other processors than
 x86-64 go through LLVM's engine, where memory may become executable.
 """
 
@@ -35,12 +35,12 @@ _RELATIVE = (2, 4)  # relocations: S + A - P in 32 bits, of data and of function
 
 
 class LinkError(RuntimeError):
-    """The object file has what is not linked here."""
+    """The object file has parts that are not supported here."""
 
 
 @functools.cache
 def can_become_executable() -> bool:
-    """Whether memory that was written may be made executable, as compilers in LLVM and oneDNN do. Nothing is run."""
+    """Whether memory that was written may be made executable, as LLVM and oneDNN do. Runs no code."""
     page = _LIBRARY.mmap(*_ANYWHERE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if page == _FAILED:
         return False
@@ -68,10 +68,11 @@ class Executable:
                 raise OSError(number, f"a memory file can't be mapped to be run: {os.strerror(number)}")
         finally:
             os.close(descriptor)
-        # at the end of the process other threads may still run it
+        # not at the end of the process, when other threads may still run it
         weakref.finalize(self, _LIBRARY.munmap, self._base, len(image)).atexit = False
 
     def address(self, name: str) -> int:
+        """The address of a function."""
         return int(self._base + self._symbols[name])
 
 

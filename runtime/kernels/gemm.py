@@ -97,7 +97,7 @@ class PackedKernels(Kernels):
 
 
 class _GemmPlan:
-    """What is known of a product with a projection before its numbers come."""
+    """Everything about a product with a projection that does not depend on the numbers."""
 
     __slots__ = ("columns", "groups", "kernel", "layout", "offsets", "round", "row_bytes", "rows", "shape", "tiles")
 

@@ -17,7 +17,7 @@ from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits
 from .jit import F32, I8, I16, I32, I64, POINTER, Emitter, Processor, Value, vector
 
 STEP = 4  # columns
-# how far ahead of the sums memory is asked for: most processors' own prefetchers end with a page
+# how far ahead memory is prefetched: most processors' own prefetchers end at a page
 BYTES_AHEAD = 2048  # of codes
 PAIRS_AHEAD = 2  # groups
 COLUMN = ROW_TILE // 2  # bytes
@@ -28,7 +28,7 @@ CENTRES = {8: 128, 4: 8, 3: 4, 2: 2}
 
 @dataclass(frozen=True)
 class Form:
-    """What a product is compiled for: how the matrices are stored, and the type of x and y."""
+    """Form of a product that is compiled for itself: how the matrices are stored, and the type of x and y."""
 
     bits: Bits
     group: int
@@ -37,7 +37,7 @@ class Form:
 
 
 class Tile(Emitter):
-    """``tile_H``: ROW_TILE rows of W with ``height`` rows of x."""
+    """The function ``tile_H``, which multiplies ROW_TILE rows of W with ``height`` rows of x."""
 
     def __init__(self, module: ir.Module, form: Form, processor: Processor, height: int) -> None:
         super().__init__(module, f"tile_{height}", [POINTER] * 8 + [I64] * 4)
@@ -89,8 +89,10 @@ class Tile(Emitter):
         at.ret_void()
 
     def _unpack(self, place: Value) -> list[Value]:
-        """Codes of STEP columns, beginning at byte ``place`` of a plane of 4 bits: for each vector of rows [4 * LANES]
-        i8, four to a row."""
+        """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4 bits.
+
+        Returns for each vector of rows i8 [4 * LANES], four codes to a row.
+        """
         match self._form.bits:
             case 8:
                 high, low = self._nibbles(self._columns_at(self._codes, place)), self._columns_at(self._second, place)
@@ -110,14 +112,14 @@ class Tile(Emitter):
                 return self._nibbles(codes)
 
     def _columns_at(self, plane: Value, place: Value) -> list[Value]:
-        """STEP columns as they lie: two vectors of 64 bytes."""
+        """Load STEP columns as they lie: two vectors of 64 bytes."""
         bytes_ = vector(I8, 2 * COLUMN)
         if not self._processor.has_stream_prefetch:
             self.prefetch(plane, self.at.add(place, self.number(BYTES_AHEAD)), STEP * COLUMN)
         return [self.load(plane, self.at.add(place, self.number(2 * COLUMN * half)), bytes_) for half in range(2)]
 
     def _folded(self, plane: Value, place: Value, parts: int, mask: int) -> list[Value]:
-        """As ``_columns_at``, of a plane that is folded in ``parts``."""
+        """As ``_columns_at``, for a plane that is folded in ``parts``."""
         at = self.at
         length = at.udiv(at.mul(self._padded, self._columns), self.number(2 * parts))
         part = at.udiv(place, length)
@@ -129,7 +131,7 @@ class Tile(Emitter):
         return found
 
     def _nibbles(self, columns: list[Value]) -> list[Value]:
-        """STEP columns of 64 rows -> by vector of rows, four codes to a row."""
+        """Regroup STEP columns of 64 rows by vectors of rows, four codes to a row."""
         at, length = self.at, 4 * LANES
         order = [[COLUMN * k + row for row in range(first, first + LANES) for k in range(STEP)] for first in (0, LANES)]
         united = [self.pick(columns[0], columns[1], indices) for indices in order]
@@ -137,7 +139,7 @@ class Tile(Emitter):
         return [*(at.and_(v, low) for v in united), *(at.lshr(v, four) for v in united)]
 
     def _dot(self, total: Value, q: Value, x: Value) -> Value:
-        """``total`` [LANES] i32 and the products of each four of ``q`` (unsigned) and ``x`` (signed)."""
+        """Add to ``total`` i32 [LANES] the products of each four of ``q`` (unsigned) and ``x`` (signed)."""
         at, integers = self.at, vector(I32, LANES)
         if isinstance(q, tuple):
             high, low = q
@@ -162,14 +164,14 @@ class Tile(Emitter):
         return at.add(total, at.add(*(self.pick(pairs, pairs, range(i, 2 * LANES, 2)) for i in range(2))))
 
     def _prefetch_pairs(self, g: Value) -> None:
-        """Those of a group lie in a page of their own, which nothing but this brings in time."""
+        """Prefetch the pairs of a group, which lie in a page of their own."""
         at, n = self.at, self.number
         nbytes = 4 if self._form.pairs == "bfloat16" else 2
         first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
         self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
 
     def _load_pairs(self, g: Value) -> list[tuple[Value, Value]]:
-        """(s, b) of a group, by vector of rows; fp32."""
+        """Load (s, b) of a group in fp32, by vectors of rows."""
         at, n = self.at, self.number
         first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # pair
         even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
@@ -196,7 +198,7 @@ class Tile(Emitter):
         return found
 
     def _write(self, value: Value, y: Value, row: int, first: int, out_rows: Value) -> None:
-        """LANES numbers of a row of y, but for those behind its end."""
+        """Write LANES numbers of a row of y, except those behind its end."""
         at, n, form = self.at, self.number, self._form
         column = at.add(at.mul(self._tile, n(ROW_TILE)), n(first))
         left = self.spread(at.sub(out_rows, column), LANES)

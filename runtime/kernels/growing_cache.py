@@ -1,7 +1,7 @@
-"""Keys and values that grow where they lie.
+"""KV cache that grows in place.
 
-transformers' DynamicLayer copies all that it has for each token that comes (``torch.cat``). Here memory is taken for
-some tokens beyond those that are there, and what comes is put behind them.
+transformers' DynamicLayer copies all keys and values for each new token (``torch.cat``). Here memory is allocated for
+some more tokens than there are, and new ones are appended.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-TOKENS = 256  # memory is for a multiple of so many
+TOKENS = 256  # memory is allocated for a multiple of this many tokens
 
 
-class Room:
-    """Memory for keys or values [B, heads, capacity, D], of which the first ``used`` tokens are there.
+class GrowingBuffer:
+    """Memory for keys or values [B, heads, capacity, D], of which the first ``used`` tokens are filled.
 
-    Who has a shorter view of it, or a view of the same and comes second, gets a room of its own: what is there is never
-    written again.
+    Filled memory is never written again. A cache that continues from fewer tokens, or that is the second to continue
+    from the same ones, gets a buffer of its own.
     """
 
     def __init__(self, seen: Tensor, more: Tensor) -> None:
-        """Of ``seen`` [B, heads, L, D], or of nothing [0], with ``more`` [B, heads, T, D] behind it."""
+        """Copy ``seen`` [B, heads, L, D], or nothing [0], and append ``more`` [B, heads, T, D]."""
         before = seen.shape[-2] if seen.numel() else 0
         self.used = before + more.shape[-2]
         capacity = -(-self.used // TOKENS) * TOKENS
@@ -35,11 +35,11 @@ class Room:
 
     @property
     def view(self) -> Tensor:
-        """[B, heads, used, D]."""
+        """The filled part [B, heads, used, D]."""
         return self._memory[..., : self.used, :]
 
     def takes(self, seen: Tensor, more: Tensor) -> bool:
-        """Whether ``seen`` is all that is there, and ``more`` may be put behind it."""
+        """Whether ``seen`` is the whole filled part, and ``more`` can be appended."""
         memory = self._memory
         return (
             seen.data_ptr() == memory.data_ptr()
@@ -53,38 +53,39 @@ class Room:
         )
 
     def append(self, more: Tensor) -> None:
+        """Append ``more`` [B, heads, T, D], which ``takes`` has accepted."""
         before, self.used = self.used, self.used + more.shape[-2]
         self._memory[..., before : self.used, :] = more
 
 
 class GrowingLayer(DynamicLayer):
-    """As a DynamicLayer, for who computes without gradients."""
+    """A DynamicLayer that grows in place where no gradients are computed."""
 
-    _rooms: tuple[Room, Room] | None = None
+    _buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[B, heads, T, D] of new tokens -> those of all, [B, heads, L + T, D]."""
+        """Append keys and values of new tokens [B, heads, T, D]; return those of all tokens, [B, heads, L + T, D]."""
         if torch.is_grad_enabled():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        rooms = self._rooms
-        if rooms and rooms[0].takes(self.keys, key_states) and rooms[1].takes(self.values, value_states):
-            rooms[0].append(key_states)
-            rooms[1].append(value_states)
+        buffers = self._buffers
+        if buffers and buffers[0].takes(self.keys, key_states) and buffers[1].takes(self.values, value_states):
+            buffers[0].append(key_states)
+            buffers[1].append(value_states)
         else:
-            rooms = self._rooms = None  # what was there goes as soon as it is copied
-            keys = Room(self.keys, key_states)
+            buffers = self._buffers = None  # the old keys are freed as soon as they are copied, then the values
+            keys = GrowingBuffer(self.keys, key_states)
             self.keys = keys.view
-            rooms = self._rooms = keys, Room(self.values, value_states)
-        self.keys, self.values = rooms[0].view, rooms[1].view
+            buffers = self._buffers = keys, GrowingBuffer(self.values, value_states)
+        self.keys, self.values = buffers[0].view, buffers[1].view
         return self.keys, self.values
 
 
 def use_growing_layers(model: PreTrainedModel) -> None:
-    """In each cache that the model is called with, from then on."""
+    """Make the layers of every cache that the model is called with GrowingLayers."""
     model.base_model.register_forward_pre_hook(_grow, with_kwargs=True)
 
 

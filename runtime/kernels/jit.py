@@ -49,14 +49,14 @@ def vector(kind: Any, count: int) -> Any:
 
 
 def new_module() -> ir.Module:
-    """An empty one, for this kind of machine."""
+    """An empty module for this kind of machine."""
     module = ir.Module("moetier")
     module.triple = llvm.get_process_triple()
     return module
 
 
 class Emitter:
-    """Emits one function, ``void name(pointer, ..., i64, ...)``."""
+    """Emitter of one function, ``void name(pointer, ..., i64, ...)``: loops, and frequent operations on vectors."""
 
     def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
         self.module = module
@@ -72,7 +72,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
-        """Its body is emitted inside; yields the index, i64."""
+        """Emit a loop, whose body is emitted inside the context. Yields the index, i64."""
         at, before = self.at, self.at.block
         head, body, end = (self.function.append_basic_block(name) for name in ("head", "body", "end"))
         at.branch(head)
@@ -88,8 +88,10 @@ class Emitter:
 
     @contextlib.contextmanager
     def items(self, begun: Value, count: Value) -> Iterator[Value]:
-        """Its body is emitted inside; yields an item that no other thread has, until ``count`` are taken. ``begun``
-        points to how many are."""
+        """Emit a loop over items that no other thread has taken, until ``count`` are. Yields the item.
+
+        ``begun`` points to how many are taken; the body is emitted inside the context.
+        """
         at = self.at
         next_, work, done = (self.function.append_basic_block(name) for name in ("next", "work", "done"))
         at.branch(next_)
@@ -106,14 +108,14 @@ class Emitter:
         return self.at.bitcast(self.at.gep(pointer, [offset]), kind.as_pointer())
 
     def load(self, pointer: Value, offset: Value, kind: Any) -> Value:
-        """What lies ``offset`` bytes behind ``pointer``, aligned to a byte."""
+        """Load what lies ``offset`` bytes behind ``pointer``, aligned to a byte."""
         return self.at.load(self.place(pointer, offset, kind), align=1)
 
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
         self.at.store(value, self.place(pointer, offset, value.type), align=1)
 
     def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:
-        """Asks for memory that will be read soon; it need not be there."""
+        """Prefetch memory that will be read soon; it need not exist."""
         read, everywhere, data = (ir.Constant(I32, value) for value in (0, 3, 1))
         for line in range(0, nbytes, 64):
             place = self.at.gep(pointer, [self.at.add(offset, self.number(line))])
@@ -148,7 +150,7 @@ class Emitter:
         return self.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
 
     def reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
-        """All elements of a vector, a power of two, by halves: so always in the same order."""
+        """Reduce the elements of a vector, a power of two, by halves, and so always in the same order."""
         count = value.type.count
         while count > 1:
             count //= 2
@@ -156,7 +158,7 @@ class Emitter:
         return self.at.extract_element(value, ir.Constant(I32, 0))
 
     def intrinsic(self, name: str, result: Any, *arguments: Value) -> Value:
-        """A call of LLVM's ``name``."""
+        """Call LLVM's intrinsic function ``name``."""
         known = self.module.globals.get(name)
         if known is None:
             known = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)

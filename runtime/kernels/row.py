@@ -26,8 +26,10 @@ CONTEXT = 7  # i64: items begun, items; N, K; x, W, y
 
 
 class RowWeight(nn.Parameter):
-    """A matrix of bf16 that F.linear multiplies with one row by code of our own, on a CPU and without gradients. What
-    else is done with it is torch's."""
+    """A bf16 matrix that F.linear multiplies with one row by ``linear_row``, on a CPU and without gradients.
+
+    torch does everything else.
+    """
 
     @classmethod
     def __torch_function__(
@@ -40,8 +42,10 @@ class RowWeight(nn.Parameter):
 
 
 def use_row_weights(model: nn.Module) -> None:
-    """For each matrix that is a module's ``weight`` and no table to look rows up in. What several modules share they
-    share afterwards."""
+    """Make each matrix that is a module's ``weight``, and not an embedding's, a RowWeight.
+
+    Modules that share a weight share it afterwards.
+    """
     found = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -53,8 +57,10 @@ def use_row_weights(model: nn.Module) -> None:
 
 
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """x [..., K] of one row, weight [N, K], bias [N] -> [..., N], all bf16; None where torch is to do it. Sums are
-    fp32; the bias is added to what they are rounded to."""
+    """Multiply one row x [..., K] with weight [N, K] and add bias [N] -> [..., N], all bf16; None for other inputs.
+
+    Sums are fp32; the bias is added after they were rounded.
+    """
     if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or jit.refusal():
         return None
     rows, columns = weight.shape
@@ -67,8 +73,10 @@ def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
 
 
 class Scores:
-    """A matrix [N, K] of fp32 on a CPU, to be multiplied with one row at a time: a gate's, that is asked for a guess.
-    Its numbers may change in place."""
+    """An fp32 matrix [N, K] on a CPU that is multiplied with one row at a time, to score experts for a prediction.
+
+    Its numbers may change in place.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         assert self.fits(weight)
@@ -81,8 +89,10 @@ class Scores:
         return weight.dtype == torch.float32 and _lies_in_rows(weight) and not jit.refusal()
 
     def of(self, x: Tensor) -> list[float] | None:
-        """``weight @ x`` of x [..., K], one row of bf16 or fp32; None where torch is to do it. Threads that ask at once
-        may be given one another's numbers."""
+        """Return ``weight @ x`` for one row x [..., K] of bf16 or fp32; None for other inputs.
+
+        Threads that call this at once may get one another's numbers.
+        """
         if x.dtype not in FLOATS or not x.is_cpu or not x.is_contiguous() or x.numel() != self._weight.shape[1]:
             return None
         _multiply(x, self._weight, self._address)
@@ -90,7 +100,7 @@ class Scores:
 
 
 def _multiply(x: Tensor, weight: Tensor, y: int) -> None:
-    """``y`` is the address of N numbers of the weight's type."""
+    """Multiply into ``y``, the address of N numbers of the weight's type."""
     rows, columns = weight.shape
     items, weights = -(-rows // ROWS), rows * columns
     context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y))

@@ -1,4 +1,7 @@
-"""What the two ways of computing a block share."""
+"""A block of experts: its leases, the rows of each expert, and the types of its arithmetic.
+
+The exact way to compute a block (``experts.py``) and the quick way (``grouped.py``) share this.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from moetier.tiers.source import ExpertSource, Lease
 
 Demanded = Callable[[int, Collection[int], bool], None]  # block, experts, whether some of them are still to come
 
-_open = threading.local()  # ``source``: where this thread's leases were acquired from that have not ended in order
+_open = threading.local()  # ``source``: of this thread's leases that have not ended in order
 
 
 @dataclass(frozen=True, slots=True)
 class TieredBlock:
-    """What an Experts module has in place of its parameters; its attribute ``tiered``."""
+    """Attribute ``tiered`` of an Experts module, in place of its parameters."""
 
     block: int
     layout: RecordLayout
@@ -34,10 +37,13 @@ class TieredBlock:
 
 
 def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
-    """The leases of a block's experts, those together that are valid together. Tells of the demand at once where all
-    are there, else as soon as those are computed that are: while the others are read, it delays nothing."""
+    """Lease a block's experts; yield together the leases that are valid together.
+
+    ``demanded`` is called at once where all experts are there. Otherwise it is called once those that are there have
+    been computed: while the others are read it delays nothing.
+    """
     if (cut := getattr(_open, "source", None)) is not None:
-        with suppress(MoetierError):  # it may be closed, or another process's
+        with suppress(MoetierError):  # the source may be closed, or belong to another process
             cut.reclaim()
     _open.source = here.source
     left = len(experts)
@@ -59,9 +65,10 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
 
 
 def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Expert -> (tokens, positions in their top-k), ascending; rows in eager's order, by position and then by token.
+    """Return expert -> (tokens, positions in their top-k), in ascending order of experts.
 
-    An index of ``experts`` and more means "computed elsewhere" (expert parallelism). It waits for the device once.
+    Rows are in the order of eager's, by position and then by token. An index of ``experts`` or more means "computed
+    elsewhere" (expert parallelism). Waits for the device once.
     """
     tokens = len(top_k_index)
     index = top_k_index.T.reshape(-1).clamp(max=experts)  # by position, then by token
@@ -77,7 +84,7 @@ def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor
 
 
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The types that the architecture's eager forward multiplies in and adds up in: no flag of transformers says so."""
+    """Return the types in which the architecture's eager forward multiplies and adds up; no flag tells them."""
     match type(module).__name__:
         case "OpenAIPrivacyFilterExperts":
             return torch.float32, torch.float32

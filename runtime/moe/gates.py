@@ -1,8 +1,8 @@
-"""The gates of a model's blocks, asked ahead of their turn: which experts would a hidden state be sent to?
+"""Gates of a model's blocks, which predict the experts of a hidden state before the block's turn.
 
-A block's gate is the sibling of its Experts module. Between the residual stream and the gate stands a norm of the
-decoder layer, and before it a mixer where there are several streams. All are called by ``forward``, past the hooks and
-recorders that sit on the modules.
+A block's gate is the sibling of its Experts module. Between the residual stream and the gate there is a norm of the
+decoder layer, and before it a mixer where there are several streams. All are called by ``forward``, which bypasses
+hooks and recorders on the modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from .experts import experts_modules
 
 GATE_NAMES = ("gate", "router")
-# the norm before the gate: the first of these that the decoder layer has
+# of the norm before the gate; the first that the decoder layer has
 NORM_NAMES = (
     "pre_mlp_layernorm",
     "pre_feedforward_layernorm",
@@ -32,12 +32,12 @@ NORM_NAMES = (
     "norm",
     "input_layernorm",  # attention and experts side by side
 )
-# where a layer mixes several residual streams into one before the norm -> the mixer's output that is the mixed one
+# mixer of several residual streams before the norm -> index of the mixed stream among its outputs
 MIXERS = {
     "ffn_hc": -1,
     "mlp_hyper_connection": 0,  # qwen4_exp: normalises, too
 }
-# decoder layers whose gate takes the residual stream as it is -> the module that is called on it first
+# decoder layer whose gate takes the residual stream as it is -> the module that is called on the stream first
 WITHOUT_NORM = {
     "FlexOlmoDecoderLayer": "mlp",
     "Gemma4TextDecoderLayer": "pre_feedforward_layernorm",
@@ -49,14 +49,14 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": lambda logits: logits.sigmoid(),
     "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).sqrt(),
-    "given": lambda probabilities: probabilities,  # the gate gives them in place of logits
+    "given": lambda probabilities: probabilities,  # the gate returns probabilities in place of logits
 }
 TRIED_ROWS = 16
 SAME = 0.02  # relative: bf16 weights of a gate against those made of its logits in fp32
 
 
 class Routing(NamedTuple):
-    """Where tokens are sent. A gate's own numbers are no estimate of being right, but rank its guesses."""
+    """Experts that tokens are sent to. Probabilities rank them; they do not estimate whether a prediction is right."""
 
     experts: Tensor  # [T, k], int64, in the gate's order
     probabilities: Tensor  # [T, k], fp32, by the gate's own function of its logits, before any normalisation over k
@@ -64,11 +64,10 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Of one block. ``refusal`` says why it can't be called ahead; then ``gate`` is None."""
+    """Gate of one block. ``refusal`` says why it can't be called ahead; then ``gate`` is None."""
 
     block: int
     path: str  # of the Experts module
-    layer: int | None  # number of the decoder layer
     successor: int | None  # the block at the same path in the next layer
     experts: Any  # the module
     gate: nn.Module | None = None
@@ -85,26 +84,29 @@ class Gate:
 
     @torch.no_grad()
     def predict(self, hidden: Tensor) -> Routing:
-        """The residual stream [..., H], or several [..., S, H] -> where this block would send it.
+        """Predict the routing of the residual stream [..., H], or of several streams [..., S, H].
 
-        Equals what it does on its own entry.
+        From the stream at the block's own entry this is the block's routing; from an earlier place it is less accurate.
         """
         output = self.ask(hidden)
         return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
 
     def ask(self, hidden: Tensor) -> Any:
-        """What the gate returns for the residual stream."""
+        """Return the gate's output for the residual stream."""
         assert self.refusal is None, self.refusal
         states = hidden if self.mixer is None else self.mixer.forward(hidden)[self.mixed]
         states = states if self.norm is None else self.norm.forward(states)
         return self.call(states.to(self.dtype))
 
     def probabilities(self, output: Any) -> Tensor:
-        """Of all experts, [T, E] in fp32; ``output`` is the gate's: logits [T, E], weights and experts [T, k], ..."""
+        """Probabilities of all experts, [T, E] in fp32.
+
+        ``output`` is the gate's: logits [T, E], weights [T, k], experts [T, k], and whatever else.
+        """
         return SCORES[self.scores](output[0].float())
 
     def call(self, states: Tensor) -> Any:
-        """What the gate returns for normalised states [..., H]."""
+        """Return the gate's output for normalised states [..., H]."""
         assert self.gate is not None
         flat = states.reshape(-1, states.shape[-1])
         shaped = flat.unsqueeze(0) if type(self.gate).__name__ in SEQUENCES else flat
@@ -112,18 +114,14 @@ class Gate:
 
 
 class Gates:
-    """Those of a loaded model, by block: the blocks are its Experts modules, in module order."""
+    """Gates of a loaded model, by block: the blocks are its Experts modules, in module order."""
 
     def __init__(self, model: Any) -> None:
         paths = list(experts_modules(model))
         self.blocks = tuple(_gate(model, block, path, paths) for block, path in enumerate(paths))
 
-    def predict(self, block: int, hidden: Tensor) -> Routing:
-        """See Gate.predict. ``hidden`` may be of any earlier place of the residual stream: the guess gets worse."""
-        return self.blocks[block].predict(hidden)
-
     def ahead(self, block: int, distance: int) -> int | None:
-        """The block ``distance`` layers after this one at the same path, if there is one and its gate can be asked."""
+        """The block ``distance`` layers later at the same path, or None if there is none or its gate refuses."""
         found: int | None = block
         for _ in range(distance):
             found = None if found is None else self.blocks[found].successor
@@ -135,7 +133,7 @@ class Gates:
         return next((gate.block for gate in self.blocks if self.ahead(gate.block, 1) is not None), None)
 
     def refusals(self) -> str | None:
-        """One line on the blocks that can't be asked ahead, and why; None when all can."""
+        """One line on the blocks that can't be predicted, with the reasons; None if there are none."""
         refused = [gate for gate in self.blocks if gate.refusal is not None]
         if not refused:
             return None
@@ -151,15 +149,17 @@ class Gates:
         experts: Callable[[int, Tensor, Tensor], None] | None = None,
         blocks: Collection[int] | None = None,
     ) -> Observation:
-        """Of ``blocks``, or of all: calls back during the model's forward passes, until the observation is removed. In
-        this order, for a block:
+        """Call back during the model's forward passes until the observation is removed.
 
-        ``layer(block, hidden)``: what ``predict`` takes, where its decoder layer begins;
-        ``entry(block, hidden)``: the same where the MoE part of its layer begins;
-        ``gate(block, probabilities [T, E])``: what its gate thinks of all experts;
-        ``experts(block, experts [T, k], weights [T, k])``: what its Experts module is about to compute.
+        Args:
+            layer: called with (block, hidden) where the block's decoder layer begins; ``predict`` takes ``hidden``.
+            entry: called with the same where the MoE part of the layer begins.
+            gate: called with (block, probabilities of all experts [T, E]) after the block's gate.
+            experts: called with (block, experts [T, k], weights [T, k]) before the Experts module computes.
+            blocks: the blocks to observe; all by default.
 
-        A block with a refusal has no gate here, and may have no entry and no layer; its experts are told all the same.
+        For each block the calls come in this order. A block with a refusal has no gate, and may have no entry and no
+        layer; its experts are observed all the same.
         """
         observation = Observation()
         try:
@@ -179,15 +179,17 @@ class Gates:
 
 
 class Observation:
-    """Hooks on a model. A context manager; removing is idempotent."""
+    """Hooks on a model. A context manager. Removing is idempotent, also after an exception has cut it."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 
     def add(self, handle: RemovableHandle) -> None:
+        """Add the handle of a hook."""
         self._handles.append(handle)
 
     def remove(self) -> None:
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -201,10 +203,10 @@ class Observation:
 
 
 def _before(module: nn.Module, call: Callable[[list[Any]], None]) -> RemovableHandle:
-    """Calls with what the module is given, in the order of its parameters as its callers keep it."""
+    """Call back with a module's arguments before it runs; named ones come last, in the order of the call."""
 
     def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
-        call([*positional, *(named or {}).values()])  # None: removed while torch was about to call it
+        call([*positional, *(named or {}).values()])  # None: the hook was removed while torch was about to call it
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -218,20 +220,19 @@ def _at_experts(call: Callable[[int, Tensor, Tensor], None], block: int) -> Call
 
 
 def _at_gate(call: Callable[[int, Tensor], None], gate: Gate) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_: nn.Module, given: Any, output: Any) -> None:  # what a hook returns would be taken for the gate's output
+    def hook(_: nn.Module, given: Any, output: Any) -> None:  # torch would take a returned value for the gate's output
         call(gate.block, gate.probabilities(output))
 
     return hook
 
 
 def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
-    """Finds everything about one block."""
+    """Find a block's gate, and the modules before it."""
     experts, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     place = re.match(r"(?P<before>(.*\.)?)(?P<layer>\d+)(?P<after>\..*)", path)  # the last number is the layer's
     if place is None:
-        return Gate(block, path, None, None, experts, refusal=f"{path} is in no numbered layer.")
-    number = int(place["layer"])
-    following = f"{place['before']}{number + 1}{place['after']}"
+        return Gate(block, path, None, experts, refusal=f"{path} is in no numbered layer.")
+    following = f"{place['before']}{int(place['layer']) + 1}{place['after']}"
     successor = paths.index(following) if following in paths else None
     layer = model.get_submodule(place["before"] + place["layer"])
 
@@ -242,7 +243,6 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
     found = Gate(
         block,
         path,
-        number,
         successor,
         experts,
         mixer=getattr(layer, mixer) if mixer else None,
@@ -269,11 +269,11 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
 
 @torch.no_grad()
 def _scores(gate: Gate) -> str:
-    """The function of the logits by which the gate weighs its experts, a name of SCORES: found by asking the gate.
+    """Find the function of the logits by which a gate weighs its experts, a name of SCORES, by calling the gate.
 
     Configurations name it in many ways or not at all. Weights are the function's values up to a factor, which differs
-    from token to token where top-k values are normalised. Softmax where none fits: phimoe weighs each of its two
-    experts by another softmax, over fewer logits; and where all do: a single expert, normalised.
+    from token to token where top-k values are normalised. The result is softmax where no function fits (phimoe weighs
+    each of its two experts by another softmax, over fewer logits) and where all fit (a single expert, normalised).
     """
     assert gate.gate is not None
     weight = next(gate.gate.parameters())
@@ -291,5 +291,5 @@ def _scores(gate: Gate) -> str:
 
 
 def _is_constant(rows: Tensor) -> bool:
-    """Along the last dimension, but for rounding."""
+    """Whether numbers are equal along the last dimension, but for rounding."""
     return bool(((rows.amax(-1) - rows.amin(-1)) <= SAME * rows.abs().amax(-1)).all())

@@ -1,7 +1,7 @@
-"""The quick way to compute a block: experts that are there together are multiplied together, where they lie.
+"""The quick way to compute a block: experts that arrive together are multiplied together, where they lie.
 
-Each row of a product depends on nothing but that row and its expert (``product.py``), so it is the same whatever comes
-together; what torch computes between the products has shapes that the routing alone decides.
+Each row of a product depends only on that row and its expert (``kernels/gemm.py``), so it does not matter which experts
+arrive together. The shapes of what torch computes between the products depend on the routing alone.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from moetier.tiers.source import Lease
 
 from .block import TieredBlock, arithmetic, groups, rows_of_experts
 
-ROWS = 256  # that go through experts together: what comes out of them in between fits
+ROWS = 256  # at most, that go through experts together: it bounds the memory of intermediate values
 
 
 def grouped_forward(
     self: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """As ``experts_forward`` says."""
+    """Compute as ``experts_forward`` says."""
     forward = _one_token if len(hidden_states) == 1 else _tokens
     return forward(self, here, hidden_states, top_k_index, top_k_weights)
 
 
 def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """x [1, H]. What torch computes, it computes of all k experts, each at its place in the top-k, as often as some
-    arrive: so the shapes stay, and with them the bits."""
+    """Compute a single token, x [1, H].
+
+    Whenever some experts arrive, torch computes all k of them, each at its place in the top-k. So the shapes stay the
+    same, and with them the bits.
+    """
     compute, accumulate = arithmetic(module, x, top_k_weights)
     experts = top_k_index[0].tolist()
     places = {expert: place for place, expert in enumerate(experts) if expert < module.num_experts}
@@ -59,7 +62,7 @@ def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, t
 
 
 def _put(into: Tensor | None, at: list[int], rows: Tensor, everywhere: list[int]) -> Tensor:
-    """``rows`` at the places ``at`` of ``into`` [k, N], zeros at first; a place of -1 is none."""
+    """Put ``rows`` at the places ``at`` of ``into`` [k, N], which is zeros at first; skip rows whose place is -1."""
     if at == everywhere:
         return rows
     if into is None:
@@ -71,7 +74,7 @@ def _put(into: Tensor | None, at: list[int], rows: Tensor, everywhere: list[int]
 
 
 def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """x [T, H]; each expert is read once, and applied to all its tokens."""
+    """Compute several tokens, x [T, H]. Each expert is read once, and applied to all its tokens."""
     compute, accumulate = arithmetic(module, x, top_k_weights)
     tokens, k = top_k_index.shape
     rows = rows_of_experts(top_k_index, module.num_experts)
@@ -88,7 +91,7 @@ def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_
                     part = torch.cat([module.post_expert_norm(piece) for piece in torch.split(part, counts)])
                 outer[torch.cat([token * k + position for _, token, position in batch])] = part
             for lease in leases:
-                lease.holds()  # if it does not, it comes again, and is computed again
+                lease.holds()  # if it does not, the expert comes again, and is computed again
     by_token = outer.view(tokens, k, x.shape[1])
     out = torch.zeros_like(x, dtype=torch.promote_types(accumulate, torch.float32))
     for place in range(k):
@@ -100,7 +103,7 @@ Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # leases, and which tokens a
 
 
 def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-    """Of ROWS rows at most. An expert's own rows are cut where ROWS of them are together, whatever else comes."""
+    """Divide leases into batches of at most ROWS rows. An expert's rows are cut after each ROWS of its own."""
     batch: Batch = []
     left = ROWS
     for lease in leases:
@@ -120,7 +123,7 @@ def _first(module: Any) -> str:
 def _project(
     here: TieredBlock, x: Tensor, records: Sequence[Tensor], counts: Sequence[int], module: Any, name: str
 ) -> Tensor:
-    """x [R, K], ``counts`` rows for each of ``records`` -> [R, N], biases added."""
+    """Multiply x [R, K], ``counts`` rows for each of ``records``, and add the biases -> [R, N]."""
     assert isinstance(here.kernels, PackedKernels)
     y = here.kernels.multiply(x, records, counts, here.layout, name)
     if module.has_bias:
@@ -130,6 +133,6 @@ def _project(
 
 
 def _activate(module: Any, inner: Tensor) -> Tensor:
-    """_apply_gate is the architecture's: some interleave gate and up, some clamp."""
+    """Apply the architecture's activation; its _apply_gate may interleave gate and up, or clamp."""
     out: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     return out

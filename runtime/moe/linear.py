@@ -1,4 +1,4 @@
-"""The matrices of the trunk that are stored as records, in place of the nn.Linear modules that they were."""
+"""Linear modules whose matrices are records of the trunk, in place of nn.Linear."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHT = "weight"  # the only projection of such a record
 
 
 def matrix_layout(rows: int, columns: int, form: TrunkRecords) -> RecordLayout:
-    """Of a matrix [rows, columns]; at 16 bits where no group divides its columns."""
+    """Layout of the record of a matrix [rows, columns]; at 16 bits where no group divides its columns."""
     shape = {WEIGHT: ((rows, columns), "bfloat16")}
     return layout_for(shape, bits=form.bits, group=form.group, pairs=form.pairs)
 
@@ -29,15 +29,15 @@ def matrix_layout(rows: int, columns: int, form: TrunkRecords) -> RecordLayout:
 class QuantizedLinear(nn.Module):
     """y = x @ W.T + bias with W in a record, which lies where the checkpoint is mapped.
 
-    Bit for bit what nn.Linear gives with the decoded weights, where the kernels are exact. It has no attribute
-    ``weight``: code that multiplies with one itself fails, and does not multiply with something else.
+    With exact kernels the result is bit for bit that of nn.Linear with the decoded weights. There is no attribute
+    ``weight``, so that code which multiplies with it fails instead of using other numbers.
     """
 
     record: Tensor  # uint8 [layout.payload_bytes]
     kernels: Kernels
 
     def __init__(self, linear: nn.Linear, layout: RecordLayout) -> None:
-        """In place of ``linear``, whose bias it takes over; on meta."""
+        """Replace ``linear``, and take over its bias. The record is on meta at first."""
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -46,16 +46,19 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("record", torch.empty(layout.payload_bytes, dtype=torch.uint8, device="meta"))
 
     def compute_with(self, kernels: Kernels) -> None:
-        """Once, when the record is where it is computed with."""
+        """Set the kernels, once the record is on their device."""
         self.kernels = kernels
         if kernels.arrange is not None:
             kernels.arrange(self.record, self.layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in its type. Raises ConfigError where it was moved."""
+        """Multiply x [..., in_features] -> [..., out_features] in its type.
+
+        Raises ConfigError if the module was moved to another device.
+        """
         if not x.device == self.record.device == self.kernels.device:
             raise moved_error(self.record.device, self.kernels.device)
-        # as torch's own linear does: what does not lie like a matrix is multiplied first, then added to
+        # as in torch's own linear, where the bias of an input that does not lie like a matrix is added afterwards
         fused = self.bias is not None and (x.dim() == 2 or x.is_contiguous())
         with torch.no_grad():
             rows = x.reshape(-1, self.in_features)
@@ -76,9 +79,9 @@ def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:
 
 
 def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) -> None:
-    """Each module that ``records`` names (path -> bytes of its record) by one without weights, on meta.
+    """Replace each module that ``records`` names (path -> bytes of its record) by a QuantizedLinear on meta.
 
-    A head that was tied to the embedding is tied no longer: it has a record, and the embedding stays as it was.
+    A head that was tied to the embedding is no longer tied: it has a record, and the embedding stays as it was.
     Raises StoreFormatError where the model has no such linear module, or one of another size.
     """
     linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}

@@ -54,7 +54,7 @@ class Recorder:
     def _at_entry(self, block: int, hidden: Tensor) -> None:
         for distance in self._lookaheads:
             if (ahead := self._gates.ahead(block, distance)) is not None:
-                experts, probabilities = self._gates.predict(ahead, hidden)
+                experts, probabilities = self._gates.blocks[ahead].predict(hidden)
                 order = probabilities.argsort(dim=-1, descending=True, stable=True)
                 self._note("predictions", distance, ahead, experts.gather(-1, order))
                 self._note("prediction_probabilities", distance, ahead, probabilities.gather(-1, order))

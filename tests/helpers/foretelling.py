@@ -43,12 +43,12 @@ def foretell(model_type: str, dtype: torch.dtype, **changes: Any) -> Foretelling
 
     def layer(block: int, hidden: Tensor) -> None:
         if gates.blocks[block].refusal is None:
-            early[block] = gates.predict(block, hidden)
+            early[block] = gates.blocks[block].predict(hidden)
 
     def entry(block: int, hidden: Tensor) -> None:
         if gates.blocks[block].refusal is None:
             kept = hidden.clone()
-            said[block] = gates.predict(block, hidden)
+            said[block] = gates.blocks[block].predict(hidden)
             if not torch.equal(kept, hidden):
                 wrong.add(block)
 

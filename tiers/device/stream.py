@@ -1,7 +1,7 @@
-"""What the device tier needs of a device: memory, a queue of copies, and events to keep orders by.
+"""Interface of a device to the device tier: memory, streams of work, and events that order it.
 
-The protocol has two implementations: CUDA's here, and a fake in the tests, which runs what is queued as late as is
-legal, in any order that is.
+There are two implementations: CUDA's here, and a fake in the tests, which runs queued work as late as is legal, in any
+legal order.
 """
 
 from __future__ import annotations
@@ -20,59 +20,63 @@ class Event(Protocol):
     """A point in a stream's work."""
 
     def synchronize(self) -> None:
-        """Waits until everything before it is done."""
+        """Wait until all work before the event is done."""
         ...
 
 
 class Stream(Protocol):
-    """Work that is done in the order in which it is queued, while the caller goes on. Hashable; equal if the same."""
+    """A queue of work that is done in order, while the caller goes on. Hashable; equal if the same."""
 
     def record_event(self) -> Event:
-        """The present end of what is queued."""
+        """Return the present end of the queue."""
         ...
 
     def wait_event(self, event: Event) -> None:
-        """What is queued from now on starts after ``event``; the caller does not wait."""
+        """Have work that is queued from now on start after ``event``. The caller does not wait."""
         ...
 
 
 class Device(Protocol):
-    """Thread-safe."""
+    """A device. Thread-safe."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """[nbytes] uint8 on the device. Raises torch.OutOfMemoryError."""
+        """Return uint8 [nbytes] on the device. Raises torch.OutOfMemoryError."""
         ...
 
     def current_stream(self) -> Stream:
-        """Where the calling thread's computations are queued."""
+        """The stream of the calling thread's computations."""
         ...
 
     def copy_stream(self) -> Stream:
-        """Where copies into the device are queued."""
+        """The stream of copies into the device."""
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queues a copy from the host on the copy stream. Both must stay as they are until it is done."""
+        """Queue a copy from the host on the copy stream. Both tensors must stay as they are until it is done."""
         ...
 
     def arranging_stream(self) -> Stream:
-        """Where records that have been copied are made ready, beside the copies of others."""
+        """The stream on which copied records are arranged, while others are copied."""
         ...
 
     def run(self, stream: Stream, work: Callable[[], None]) -> None:
-        """Has ``work`` queue its computations on a stream of this device."""
+        """Call ``work``, which queues its computations on ``stream``."""
         ...
 
     def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
-        """Page-locks host memory, so that copies out of it are quick and don't hold up the caller; whether it did.
-        ``read_only``: it is mapped so."""
+        """Page-lock host memory, so that copies out of it are quick and asynchronous; return whether that succeeded.
+
+        ``read_only``: whether the memory is mapped read-only.
+        """
         ...
 
-    def unlock_pages(self, memory: torch.Tensor) -> None: ...
+    def unlock_pages(self, memory: torch.Tensor) -> None:
+        """Undo ``lock_pages``."""
+        ...
 
 
 class CudaDevice:
-    """A CUDA device, with streams of its own for copies and for what is done with them."""
+    """A CUDA device, with a stream of its own for copies and one for arranging them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -105,7 +109,7 @@ class CudaDevice:
         flags = _PORTABLE | (_READ_ONLY if read_only else 0)
         if int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)) == 0:
             return True
-        # The error stays with CUDA until somebody asks, and torch's binding can't: the next kernel would raise it.
+        # CUDA keeps the error until it is read, which torch's binding can't do: the next kernel would raise it.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self._device).add_(1)
         return False

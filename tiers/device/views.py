@@ -1,4 +1,4 @@
-"""Tensors over the host tier's memory: what a CPU computes on, and what is copied to another device."""
+"""Views: tensors over the host tier's memory, which a CPU computes on, and which are copied to another device."""
 
 from __future__ import annotations
 
@@ -17,54 +17,58 @@ from moetier.tiers.stats import TierStats
 
 
 class SlotViews:
-    """A tensor over each of the host's slots, made once: a decode step allocates nothing."""
+    """One tensor over each of the host's slots, made once, so that a decode step allocates nothing."""
 
     def __init__(
         self,
         prepare: Callable[[Any], None] = lambda memory: None,
         retire: Callable[[Any], None] = lambda memory: None,
     ) -> None:
-        """``prepare`` is called with all of the host's memory before the first view of it is made, ``retire`` with what
-        was replaced."""
+        """
+        Args:
+            prepare: called with the whole of the host's memory before the first view of it is made.
+            retire: called with memory that other memory has replaced.
+        """
         self._lock = threading.Lock()
         self._prepare = prepare
         self._retire = retire
-        self._memories: list[object] = []  # one, but while it is replaced
+        self._memories: list[object] = []  # one, except while it is being replaced
         self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
 
     def of(self, lease: Lease[memoryview]) -> torch.Tensor:
-        """[record bytes] uint8 on the record's own memory, which lives as long as the tensor. Not to be written to."""
+        """Return the record as uint8 [record bytes] on its own memory, which lives as long as the tensor. Read-only."""
         known = self._views.get(lease.slot)
         if known is None or known[0] is not lease.record:
             with self._lock:
                 known = self._views.get(lease.slot)
                 if known is None or known[0] is not lease.record:
                     if known is not None and known[0].obj is not lease.record.obj:
-                        self._forget(known[0].obj)
+                        self._drop(known[0].obj)
                     known = self._views[lease.slot] = (lease.record, self._make(lease.record))
         return known[1]
 
     def _make(self, record: memoryview) -> torch.Tensor:
         if not any(memory is record.obj for memory in self._memories):
-            self._prepare(record.obj)  # which may be repeated
+            self._prepare(record.obj)  # may be called again for the same memory
             self._memories.append(record.obj)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(record, dtype=torch.uint8)
 
-    def _forget(self, gone: object) -> None:
-        """Others have taken its place: a view would keep all of it."""
-        self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not gone}
-        self._memories = [memory for memory in self._memories if memory is not gone]
-        self._retire(gone)
+    def _drop(self, replaced: object) -> None:
+        """Drop the views of memory that was replaced: one of them would keep all of it."""
+        self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not replaced}
+        self._memories = [memory for memory in self._memories if memory is not replaced]
+        self._retire(replaced)
 
     def clear(self) -> None:
+        """Drop all views."""
         self._views.clear()  # without the lock, which in a forked child may be held for ever
         self._memories.clear()
 
 
 class HostViews:
-    """The device tier of a CPU: the host's records are computed on where they lie; nothing is copied or cached."""
+    """The device tier of a CPU, which computes on the host's records where they lie. Nothing is copied or cached."""
 
     def __init__(self, source: ExpertSource[memoryview]) -> None:
         self._source = source
@@ -92,7 +96,7 @@ class HostViews:
         return self._source.pace(block)
 
     def stats(self) -> TierStats:
-        """The source's: there is nothing else to count."""
+        """The source's statistics: there is nothing else to count."""
         return self._source.stats()
 
     def close(self) -> None:

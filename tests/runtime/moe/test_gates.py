@@ -148,7 +148,7 @@ def test_an_earlier_place_of_the_stream_gives_another_guess() -> None:
 
     def entry(block: int, hidden: Tensor) -> None:
         if (ahead := gates.ahead(block, 1)) is not None:
-            guesses[ahead] = gates.predict(ahead, hidden).experts
+            guesses[ahead] = gates.blocks[ahead].predict(hidden).experts
 
     with torch.no_grad(), gates.observe(entry=entry, experts=lambda block, experts, _: real.update({block: experts})):
         model(input_ids=torch.arange(2, 66)[None])

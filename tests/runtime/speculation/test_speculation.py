@@ -135,14 +135,14 @@ def test_what_the_gates_choose_is_prefetched(model: Any) -> None:
 
     def entry(block: int, hidden: Tensor) -> None:
         said.extend(
-            (target, gates.predict(target, hidden).experts[0].tolist())
+            (target, gates.blocks[target].predict(hidden).experts[0].tolist())
             for target in (block + 1, block + 2)
             if target < BLOCKS and hidden.shape[1] == 1
         )
 
     def layer(block: int, hidden: Tensor) -> None:
         if block and hidden.shape[1] == 1:
-            said.append((block, gates.predict(block, hidden).experts[0].tolist()))
+            said.append((block, gates.blocks[block].predict(hidden).experts[0].tolist()))
 
     with gates.observe(layer=layer, entry=entry):
         decode(model, steps=2)
