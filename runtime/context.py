@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .config import DEFAULT_CONTEXT
+
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
 _CHARACTERS = 16  # per token of the limit: the first beginning that is tokenised
 _LEAST = 1 << 16  # characters of that beginning, at least
@@ -35,6 +37,12 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
         yield factor * original
     for layers in rope.values():
         yield from _reaches(layers, stated)
+
+
+def context_of(config: Any, tokens: int) -> int:
+    """The context that memory is kept for: ``tokens``, or, of the default, no more than the model was made for."""
+    longest = longest_context(config)
+    return min(tokens, longest) if longest and tokens == DEFAULT_CONTEXT else tokens
 
 
 def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> list[int]:

@@ -19,6 +19,8 @@ from .control_groups import control_groups
 DEFAULT_SHARE = 0.8  # of what is left: a page cache, a second program and a longer context need some too
 MARGIN_SHARE = 1 / 64  # of what is left: page tables and the kernel's index of shared memory grow with what is mapped
 MARGIN_BYTES = 16 << 20  # the kernel charges in batches for each core, and the loaders have stacks
+PROCESS_BYTES = 330 << 20  # anonymous: Python, torch, transformers and a tokenizer, beside a model
+LEAST_BYTES = 10_000  # a number below that was given without its unit
 _NO_LIMIT = 1 << 60  # version 1 writes a huge number where there is none
 # by version: the files of a group's limit and usage, and the prefix of the names in memory.stat that count its children
 _FILES = {
@@ -51,6 +53,40 @@ def available_memory(root: Path = Path("/")) -> Available:
         if (count := _left(group.folder, *_FILES[group.version])) is not None
     ]
     return min([Available(psutil.virtual_memory().available, "this machine"), *left], key=_bytes)
+
+
+def memory_for_model(root: Path = Path("/")) -> Available:
+    """What is left for a model, once this process has all the libraries that compute with one (PROCESS_BYTES)."""
+    left = available_memory(root)
+    missing = max(PROCESS_BYTES - _own_bytes("RssAnon"), 0)
+    return Available(max(left.bytes - missing, 0), left.limiter)
+
+
+def shortage(root: Path = Path("/")) -> str:
+    """Why this process may be killed while it imports the libraries that compute with a model; "" where they fit."""
+    left = available_memory(root)
+    if left.bytes >= PROCESS_BYTES - _own_bytes("RssAnon"):
+        return ""
+    return (
+        f"Only {format_bytes(left.bytes)} of memory are left by {left.limiter}, and Python, torch and transformers "
+        f"alone take {format_bytes(PROCESS_BYTES)}: the process may be killed."
+    )
+
+
+def peak_bytes() -> int:
+    """The most that this process ever had resident; getrusage's number begins with the process that started it."""
+    return _own_bytes("VmHWM")
+
+
+def resident_bytes() -> int:
+    """What this process has resident now."""
+    return _own_bytes("VmRSS")
+
+
+def _own_bytes(name: str) -> int:
+    """A size that /proc/self/status has."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def whole_memory(root: Path = Path("/")) -> Available:
@@ -126,7 +162,10 @@ def budget_for(
     if not smallest <= budget <= most:
         what = "too small" if budget < smallest else f"more than {available.limiter} leaves for experts"
         ends = (f"{count} bytes ({format_bytes(count)})" for count in (smallest, min(largest, most)))
-        raise BudgetError(f"`{name}` of {format_bytes(budget)} is {what}.", f"Give `{name}` from {' to '.join(ends)}.")
+        meant = f"Did you mean {asked.bytes}GiB? " if asked.bytes is not None and asked.bytes < LEAST_BYTES else ""
+        raise BudgetError(
+            f"`{name}` of {format_bytes(budget)} is {what}.", f"{meant}Give `{name}` from {' to '.join(ends)}."
+        )
     return budget
 
 

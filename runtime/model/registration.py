@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetier.runtime.checkpoint.config_json import NAME, read_config
 from moetier.runtime.config import OPTIONS, TierConfig, TierOptions
+from moetier.runtime.context import context_of
 from moetier.runtime.kernels.attention import use_decode_attention
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.kernels.growing_cache import use_growing_layers
@@ -212,7 +213,9 @@ class MoetierQuantizer(HfQuantizer):
             asked,
             device,
             trunk=_mapped_bytes(model),
-            cache=context_bytes(model, read_manifest(store_folder(self._folder)), asked.context),
+            cache=context_bytes(
+                model, read_manifest(store_folder(self._folder)), context_of(model.config, asked.context)
+            ),
             width=model.dtype.itemsize,
             kernels=kernels,
             largest=largest_decoded((linear.layout for linear in linears), kernels),

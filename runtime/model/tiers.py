@@ -17,7 +17,7 @@ import torch
 from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.kernels.choose import kernels_for
-from moetier.runtime.memory import Available, available_memory
+from moetier.runtime.memory import Available, memory_for_model
 from moetier.runtime.moe.gates import Observation
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.tiers.cache.budget import slots_for
@@ -69,7 +69,7 @@ class Tiers:
         needs = Needs(trunk, cache, scratch=max(scratch_numbers(manifest, kernels), largest) * width)
 
         def host_slots() -> Mapping[str, int]:
-            return slots_for(manifest, needs.host_budget(manifest, config.ram, available_memory(), device))
+            return slots_for(manifest, needs.host_budget(manifest, config.ram, memory_for_model(), device))
 
         with contextlib.ExitStack() as undo:
             origin = open_origin(folder, manifest, config, host_slots)

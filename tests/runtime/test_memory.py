@@ -118,6 +118,12 @@ def test_what_was_asked_for_is_given() -> None:
     assert budget_for(Size(bytes=3 * GIB), smallest=GIB, largest=2 * GIB, reserve=0, available=HERE) == 2 * GIB
 
 
+def test_a_number_without_its_unit_is_asked_about() -> None:
+    with pytest.raises(BudgetError) as caught:
+        budget_for(Size.parse(4), smallest=GIB, largest=2 * GIB, reserve=0, available=HERE)
+    assert caught.value.fix.startswith("Did you mean 4GiB? Give `ram` from ")
+
+
 def test_a_share_is_of_what_is_left() -> None:
     for share in (Fraction(1, 4), Fraction(1)):
         given = budget_for(Size(share=share), smallest=GIB, largest=100 * GIB, reserve=GIB, available=HERE)

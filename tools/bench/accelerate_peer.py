@@ -9,8 +9,8 @@ import json
 import sys
 import time
 
+from moetier.runtime.memory import peak_bytes
 from moetier.runtime.threads import spin_as_others_do
-from moetier.tools.cli.resident import peak_bytes
 
 
 def main() -> None:

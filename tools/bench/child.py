@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.memory import peak_bytes
 from moetier.tiers.errors import ConfigError, MoetierError
-from moetier.tools.cli.resident import peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from moetier.runtime.memory import peak_bytes
 from moetier.runtime.threads import spin_as_others_do
-from moetier.tools.cli.resident import peak_bytes
 
 UBATCH = 512  # tokens that llama.cpp computes together: its own default
 

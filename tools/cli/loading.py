@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moetier.runtime.memory import shortage
 from moetier.tiers.errors import ConfigError
 
 from .plain import ReadableFormatter
@@ -22,6 +23,8 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
     """The model, its tokenizer, and the seconds that loading took; in the end closes the tiers. ``resources``: keyword
     arguments of ``load``, whose context is that of so many ``sequences``. Warns where they are more than there is.
     Raises MoetierError, for a directory without a tokenizer too."""
+    if short := shortage():
+        _log.warning("%s", short)
     with uncollected():
         import transformers
 

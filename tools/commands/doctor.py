@@ -57,12 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def findings(directory: Path | None, *, checksums: bool = False, seconds: float = PROBE_SECONDS) -> Iterator[Finding]:
     """One after the other, as they are found; ``seconds`` are the disk's."""
+    from moetier.runtime.memory import shortage
     from moetier.tools.doctor import machine, store
-    from moetier.tools.doctor.finding import State, look
+    from moetier.tools.doctor.finding import State, fail, look
 
     yield from look("python", machine.python)
     yield from look("libraries", machine.libraries)
     yield from look("config", machine.configuration)
+    if short := shortage():
+        yield fail("memory", short, "Free some, or raise the control group's limit. Nothing else is looked at.")
+        return
     yield from look("cpu", machine.processor)
     yield from look("kernel", machine.kernel)
     yield from look("gpu", machine.gpus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,8 @@ from moetier.tools.cli.resources import add_option, size
 
 if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
+
+_log = logging.getLogger(__name__)
 
 EXAMPLES = (
     "moetier plan Qwen/Qwen3-30B-A3B",
@@ -111,6 +114,7 @@ def plan(
     ``Prospect.context`` says; ``into`` None: where `pull` puts a hub's model, or here. ``disk`` in GB/s, in place of a
     probe. ``say`` is told what takes its time. Raises MoetierError."""
     from moetier.runtime.config import TierConfig
+    from moetier.runtime.memory import shortage
     from moetier.runtime.pulled import models_folder
     from moetier.tiers.errors import ConfigError, TargetError
     from moetier.tiers.layout import BITS, TRUNK_BITS
@@ -136,16 +140,17 @@ def plan(
 
     from moetier.tools.cli.startup import uncollected
 
+    if short := shortage():
+        _log.warning("%s", short)
     say(f"reading what {source} says of itself")
     with uncollected():
         import torch
         import transformers.generation.utils  # a process that runs a model has it too
 
         from moetier.runtime.kernels.choose import kernels_for
-        from moetier.runtime.memory import available_memory
+        from moetier.runtime.memory import memory_for_model, resident_bytes
         from moetier.runtime.model.load import place_of
         from moetier.runtime.threads import usable_cpus, use_threads
-        from moetier.tools.cli.resident import resident_bytes
         from moetier.tools.plan.choices import open_prospect
         from moetier.tools.plan.estimate import Speeds, estimate
         from moetier.tools.plan.fit import Room, by_preference, fit_of, impossible
@@ -156,7 +161,7 @@ def plan(
     kernels = kernels_for(device_place)
     if device_place.type == "cpu" and device_memory is not None:
         raise ConfigError("On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone.")
-    room = Room.here(device_place, place, available_memory(), resident_bytes())
+    room = Room.here(device_place, place, memory_for_model(), resident_bytes())
     prospect = open_prospect(source)
     chosen = prospect.chosen(bits, trunk_bits)
     if context is None:

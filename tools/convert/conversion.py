@@ -16,7 +16,7 @@ from moetier.runtime.checkpoint.disk_space import free_bytes, nearest_folder
 from moetier.runtime.checkpoint.files import Checkpoint
 from moetier.runtime.checkpoint.skeleton import build_on_meta
 from moetier.runtime.config import format_bytes
-from moetier.runtime.memory import available_memory
+from moetier.runtime.memory import available_memory, peak_bytes
 from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import ConfigError, DiskSpaceError
 from moetier.tiers.layout import ExpertKey
@@ -25,7 +25,6 @@ from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import Progress
-from moetier.tools.cli.resident import peak_bytes
 
 from .draft import Draft, Options
 from .encoder import INTERPRETER_BYTES, Encoder

@@ -10,7 +10,7 @@ from typing import Any
 from moetier.runtime.checkpoint.config_json import read_config
 from moetier.runtime.checkpoint.skeleton import build_on_meta
 from moetier.runtime.config import DEFAULT_CONTEXT
-from moetier.runtime.context import longest_context
+from moetier.runtime.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
@@ -67,7 +67,7 @@ class Prospect:
     @property
     def context(self) -> int:
         """Tokens that a plan is for where nobody says: no more than the model was made for."""
-        return min(DEFAULT_CONTEXT, longest_context(self.model.config) or DEFAULT_CONTEXT)
+        return context_of(self.model.config, DEFAULT_CONTEXT)
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
         """Those of the given widths. Raises ConfigError where there are none."""

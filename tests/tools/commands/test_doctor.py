@@ -4,14 +4,19 @@ import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from cgroups import memory_limit
 from daemons import running_daemon
 from forks import in_fork
+from prepared import MAIN
 from stores import NASTY, layout_of, make_store
 from users import as_nobody
 
+from moetier.runtime.memory import PROCESS_BYTES
 from moetier.runtime.wire.address import CARD
 from moetier.tiers.store.folder import read_manifest
 from moetier.tiers.store.shard import ShardFile
@@ -80,7 +85,11 @@ def test_a_file_that_was_cut(store: Path) -> None:
     shard = shard_of(store)
     shard.write_bytes(shard.read_bytes()[:-1])
     (found,) = doctor_store.health(store, checksums=False)
-    assert (found.state, str(shard) in found.found, "--overwrite" in found.advice) == (State.FAIL, True, True)
+    assert (found.state, str(shard) in found.found, "run the same conversion again" in found.advice) == (
+        State.FAIL,
+        True,
+        True,
+    )
     assert list(findings(store, seconds=SECONDS))[-1] == found  # and its disk is not measured
 
 
@@ -116,6 +125,35 @@ def test_a_control_group_that_is_too_small(tinymix_4bit: Path, tmp_path: Path) -
     (group / "memory.max").write_text("1024")
     (found,) = doctor_store.memory(None, tmp_path / "root")
     assert found.state is State.WARN
+
+
+def test_doctor_plan_and_generate_agree_in_a_control_group(tinymix_4bit: Path) -> None:
+    """All of them see what is left once the libraries are loaded, whichever of them are loaded by then."""
+    for more, code in ((16 << 20, 1), (160 << 20, 0)):
+        for words in (
+            ["doctor", "DIR"],
+            ["plan", "DIR", "--disk", "1"],
+            ["generate", "DIR", "x", "--max-new-tokens", "1"],
+        ):
+            said = limited(PROCESS_BYTES + more, *(str(tinymix_4bit) if word == "DIR" else word for word in words))
+            assert said.returncode == code, (words, said)
+            assert "control group" in said.stdout + said.stderr or not code
+
+
+def test_a_control_group_without_room_for_the_libraries(tinymix_4bit: Path) -> None:
+    """It is said before they are imported, for which the process may be killed."""
+    said = limited(200 << 20, "doctor", str(tinymix_4bit))
+    assert said.returncode == 1
+    assert said.stdout.endswith("1 fail\n")
+    for words in (["plan", str(tinymix_4bit)], ["generate", str(tinymix_4bit), "x"]):
+        assert limited(200 << 20, *words).stderr.startswith("Only ")
+
+
+def limited(memory: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command in a control group of so many bytes."""
+    with memory_limit(memory) as group:
+        enter = f"import os; open({str(group.folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); {MAIN}"
+        return subprocess.run([sys.executable, "-c", enter, *words], capture_output=True, text=True, check=False)
 
 
 def test_libraries_out_of_range_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
