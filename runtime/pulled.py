@@ -56,7 +56,7 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
     if not may_be_name(text) or folder.exists():
         return folder
     if (found := _named(text)) is None:
-        raise StoreFormatError(f"There is no folder {text}, and no pulled model of that name.", _advice(text))
+        raise StoreFormatError(f"There is no folder {folder.absolute()}, and no pulled model {text}.", _advice(text))
     return found[1]
 
 
@@ -101,8 +101,13 @@ def _advice(name: str) -> str:
     there = list(pulled())
     ids = dict.fromkeys(each.rpartition(":")[0] for each in there)
     near = difflib.get_close_matches(name, [*there, *ids], n=3)
-    said = f"`moetier list` has {', '.join(near)}; or" if near else "A checkpoint is converted by `moetier convert`;"
-    return f"{said} pull it: moetier pull {shlex.join(pulling(name))}"
+    ways = [f"`moetier list` has {', '.join(near)}"] if near else []
+    if "/" in name:
+        ways.append(f"pull it: moetier pull {shlex.join(pulling(name))}")
+    if not ways:
+        ways.append("check the name: moetier list shows pulled models, and moetier convert makes model directories")
+    said = "; or ".join(ways)
+    return said if near else f"{said[0].upper()}{said[1:]}"
 
 
 def pulling(name: str) -> list[str]:

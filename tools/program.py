@@ -6,6 +6,7 @@ name of a command first, this is the command line.
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ EPILOG = "What follows -m MODULE is the program's. Example: python -m moetier --
 def main(argv: Sequence[str]) -> int:
     """Return the exit status; that of a program is the program's own."""
     words = list(argv)
-    if "-m" not in words or words[0] in COMMANDS:
+    if not words or words[0] in COMMANDS or words[0] in ("-h", "--help", "--version"):
         return run_command(words)
-    at = words.index("-m")
+    if "-m" not in words and not words[0].startswith("-"):
+        return run_command(words)
     parser = CommandParser(
         prog="python -m moetier",
         usage="%(prog)s [options] -m MODULE [argument ...]",
@@ -34,18 +36,35 @@ def main(argv: Sequence[str]) -> int:
     )
     add_resource_arguments(parser)
     add_speculation_arguments(parser)
-    if not words[at + 1 :]:
-        parser.error("-m needs the name of a module")
-    arguments = parser.parse_args(words[:at])
+    options = words[: words.index("-m")] if "-m" in words else words
+    arguments = parser.parse_args(options)
+    program = words[len(options) + 1 :]
     try:
-        options = resources_of(arguments)
-        if options.pop("device") != "auto":
+        if not program:
+            raise UsageError(
+                "-m MODULE is missing.", "Name the program to run: python -m moetier --ram 6GiB -m lm_eval"
+            )
+        budgets = resources_of(arguments)
+        if budgets.pop("device") != "auto":
             raise UsageError("The program itself says on which device it computes.", "Leave out --device.")
         from moetier.runtime.model.registration import register
 
-        register(**options)
+        register(**budgets)
+        module, *sys.argv[1:] = program
+        _check_module(module)
     except MoetierError as error:
         return say(error)
-    _, module, *sys.argv[1:] = words[at:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
+
+
+def _check_module(name: str) -> None:
+    """Raises UsageError for what can't be run as a program; its own errors are its own."""
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise UsageError(f"There is no program {name!r} to run.", "Name an installed module, as in python -m MODULE.")

@@ -188,10 +188,9 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
             fix = "Unset HF_HUB_OFFLINE, and see that there is a network."
         elif what is not None:
             fix = "Check the network, and run the same command again: it resumes where it stopped."
-        if what is not None:
-            cause = f"The hub did not give {what} of {name}"
-        elif or_folder:
-            cause = f"There is no folder {name}, and the hub did not give a model of that id"
-        else:
-            cause = f"The hub did not give a model of the id {name}"
+        answered = isinstance(error, HFValidationError) or any(getattr(each, "response", None) for each in causes)
+        wanted = f"{what} of {name}" if what is not None else f"a model of the id {name}"
+        cause = f"The hub did not give {wanted}" if answered else f"The hub could not be reached for {wanted}"
+        if or_folder:
+            cause += ", and there is no such folder"
         raise CheckpointError(f"{cause}: {reason}", fix) from error

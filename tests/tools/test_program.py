@@ -49,7 +49,11 @@ def test_a_program_gets_the_budget(program: str, tinymix_4bit: Path, capsys: pyt
         (["--ram", "1GiB", "--daemon", "work", "-m", "json.tool"], "The experts are the daemon's"),
         (["--device", "cpu", "-m", "json.tool"], "says on which device"),
         (["--rma", "1GiB", "-m", "json.tool"], "has no option --rma"),
-        (["--ram", "1GiB", "-m"], "-m needs the name of a module"),
+        (["--ram", "1GiB", "-m"], "-m MODULE is missing."),
+        (["--ram", "1GiB"], "-m MODULE is missing."),
+        (["-m", "nosuch"], "There is no program 'nosuch' to run."),
+        (["-m", "moetier.nosuch.thing"], "There is no program 'moetier.nosuch.thing' to run."),
+        (["-m", "email"], "There is no program 'email' to run."),  # a package without __main__
     ],
 )
 def test_a_wrong_command_line(words: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,9 @@ def store_folder(folder: Path) -> Path:
     if folder.name == GROUP and folder.is_dir():
         return folder
     if not folder.exists():
-        raise StoreFormatError(f"There is no folder {folder}.", f"Convert a model: {command('convert', 'SRC', folder)}")
+        raise StoreFormatError(
+            f"There is no folder {folder.absolute()}.", f"Convert a model: {command('convert', 'SRC', folder)}"
+        )
     if not folder.is_dir():
         raise StoreFormatError(f"{folder} is not a folder.", "Name the model directory that it is in.")
     if (folder / "config.json").exists():

@@ -25,7 +25,7 @@ from .atomic import read_errors
 from .checksum import crc32c
 from .digest import DigestCheck
 from .folder import METADATA, check_array, command, read_manifest, store_folder
-from .shard import OpenShard, ShardFile, foreign_record, stored_checksums
+from .shard import REPAIR, OpenShard, ShardFile, foreign_record, stored_checksums
 
 PIECE_BYTES = 8 << 20  # bytes per read; a larger record is read in several pieces at the same time
 
@@ -174,7 +174,7 @@ class ExpertStore:
             if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
                 raise ChecksumError(
                     f"{_expert(self.manifest, key)}: checksum mismatch in {shard.file.path}.",
-                    f"Check the whole: {command('verify', self.folder.parent)}; then convert again with --overwrite.",
+                    f"{REPAIR} {command('verify', self.folder.parent)} lists all that is damaged.",
                 )
             if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
                 raise foreign_record(f"{_expert(self.manifest, key)}: its record in {shard.file.path}", shard.file.path)

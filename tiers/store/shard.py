@@ -28,6 +28,7 @@ from .atomic import read_errors
 from .checksum import checksum_bytes, crc32c
 
 EMPTY = 2**64 - 1  # offset and size of a record that was not written
+REPAIR = "Restore the file, or remove it and run the same conversion again: it makes only what is missing."
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class OpenShard:
         except FileNotFoundError:
             raise MissingExpertError(
                 f"{name}: its shard {file.path} is missing, {file.file_bytes:,} bytes were expected.",
-                "Restore the file, or convert the model again.",
+                REPAIR,
             ) from None
         try:
             with read_errors(file.path):
@@ -154,7 +155,7 @@ class OpenShard:
                 if size != file.file_bytes:
                     raise StoreFormatError(
                         f"{name}: its shard {file.path} has {size:,} bytes, {file.file_bytes:,} were expected.",
-                        "Restore the file, or convert the model again.",
+                        REPAIR,
                     )
                 end = os.pread(descriptor, CHECKSUM_BYTES + file.index_bytes, file.data_bytes - CHECKSUM_BYTES)
             try:
@@ -162,7 +163,7 @@ class OpenShard:
             except ValueError as error:
                 raise StoreFormatError(
                     f"{name}: its shard {file.path} can't be used: {error}.",
-                    "Restore the file, or convert the model again.",
+                    REPAIR,
                 ) from error
             if -1 in offsets:
                 raise MissingExpertError(
@@ -198,7 +199,7 @@ class OpenShard:
                 if not count:
                     raise StoreReadError(
                         f"{self.file.path} ends before byte {offset + len(view):,}: it was cut while it was in use.",
-                        "Restore the file, or convert the model again.",
+                        REPAIR,
                     )
                 done += count
 

@@ -8,9 +8,8 @@ from typing import Any
 from moetier.runtime.generation.conversation import PLAIN_STOP
 from moetier.runtime.generation.decoding import behind, chunks_of
 from moetier.runtime.generation.prompt_cache import PromptCache
-from moetier.tiers.errors import MoetierError
 from moetier.tools.cli.plain import show
-from moetier.tools.cli.report import Timing
+from moetier.tools.cli.report import Timing, tokens_text
 
 from .interrupt import Interrupt, Interrupted
 
@@ -54,7 +53,7 @@ class Answer:
                 f"{timing.prompt_tokens} of them new; {hits}]"
             )
         return (
-            f"[{timing.new_tokens} tokens{why}, {timing.decode_rate:.1f} tokens/s; first after "
+            f"[{tokens_text(timing.new_tokens)}{why}, {timing.decode_rate:.1f} tokens/s; first after "
             f"{timing.first_token:.2f} s, {timing.prompt_tokens} of {self.prompt_tokens} prompt tokens new; "
             f"{hits}]"
         )
@@ -105,10 +104,10 @@ class Answering:
                 tokenizer=self._tokenizer,
                 streamer=streamer,
             )[0].tolist()
-        except (Interrupted, MoetierError) as error:
+        except BaseException as error:
             if echo:
-                print(flush=True)
-            if isinstance(error, MoetierError):
+                print(flush=True)  # what is said of the error begins a line
+            if not isinstance(error, Interrupted):
                 raise
         finally:
             for handle in handles:

@@ -39,7 +39,7 @@ class DaemonReads:
         else:
             parts.append(self.place)
         if self.away:
-            parts.append(f"it is away: {plain(self.away)}")
+            parts.append(f"it is away: {plain(self.away).removesuffix('.')}")
         elif self.lost:
             parts.append("it was lost and came back" + (f" {self.lost} times" if self.lost > 1 else ""))
         if self.local_bytes:

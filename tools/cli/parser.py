@@ -140,7 +140,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _name(self, of_none: str = "") -> str:
         """ "bench decode"; ``of_none`` for the whole."""
-        return self.prog.partition(" ")[2] or of_none
+        return self.prog.removeprefix("moetier").strip() or of_none
 
     def _check_options(self, words: Iterable[str]) -> None:
         known = [name for name in self._option_string_actions if name.startswith("--")]

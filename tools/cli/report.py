@@ -151,6 +151,11 @@ def tier_table(timing: Timing, tiers: list[TierStats]) -> str:
     return table(rows)
 
 
+def tokens_text(count: int) -> str:
+    """1 -> "1 token"."""
+    return f"{count} token" if count == 1 else f"{count} tokens"
+
+
 def prefetch_text(tier: TierStats | Tier) -> str:
     """The outcomes of a tier's prefetch requests; for people."""
     return (
@@ -164,10 +169,10 @@ def _rates(timing: Timing) -> list[str]:
     return [
         line(
             "prefill",
-            f"{timing.prompt_tokens} tokens, {timing.prefill_rate:.1f} tokens/s, "
+            f"{tokens_text(timing.prompt_tokens)}, {timing.prefill_rate:.1f} tokens/s, "
             f"first token after {timing.first_token:.2f} s",
         ),
-        line("decode", f"{timing.new_tokens} tokens{more}"),
+        line("decode", f"{tokens_text(timing.new_tokens)}{more}"),
     ]
 
 
@@ -177,7 +182,7 @@ def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
     for share in tiers.shares():
         text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
         if share.away:
-            text += f", which is away: {share.away}"
+            text += f", which is away: {share.away.removesuffix('.')}"
         elif share.lost:
             text += f", which was lost and came back{_times(share.lost)}"
         lines.append(line("fetched", text))

@@ -170,9 +170,10 @@ class Settings:
         said = []
         for name in self._variables:
             if name not in known and not OTHERS.fullmatch(name):
-                near = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
-                meant = f"; {near[0]} may be meant" if near else ""
-                said.append(f"{name} in the environment is no setting of moetier's, and is ignored{meant}.")
+                own = [each for each in known if each.endswith(name.removeprefix(PREFIX))]  # of single commands
+                near = own or difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
+                meant = f" Did you mean {' or '.join(near)}?" if near else ""
+                said.append(f"{name} in the environment is not a setting of moetier, and is ignored.{meant}")
         return said
 
 

@@ -61,7 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
         watch = DaemonWatch(model.tiers)
         streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
         limited = within_context(model, tokens, decoding)
-        model.generate(**inputs, **behind(tokens, limited), **chunks_of(model, tokens, chunk), streamer=streamer)
+        try:
+            model.generate(**inputs, **behind(tokens, limited), **chunks_of(model, tokens, chunk), streamer=streamer)
+        except BaseException:
+            if streamer.text and not arguments.json:
+                print(flush=True)  # what is said of the error begins a line
+            raise
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)
         warn_if_cut(model, tokens, streamer.tokens, decoding)
         reads = watch.end()

@@ -16,7 +16,7 @@ from moetier.runtime.number import MOST, Number
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tools.cli.options import source
-from moetier.tools.cli.parser import checked
+from moetier.tools.cli.parser import UsageError, checked
 from moetier.tools.cli.report import table
 from moetier.tools.cli.resources import add_resource_arguments, asked, resources_of
 
@@ -115,6 +115,8 @@ def _methods(value: str) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> int:
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
+    if arguments.fast and arguments.method not in (None, ["rounding"]):
+        raise UsageError("--fast is --method rounding, and --method says otherwise.", "Leave out --fast.")
     if converted and any(asked(arguments, name) for name in (*WAYS, "fast")):
         raise ConfigError(
             f"{arguments.source} is converted already: it is measured as it is.",

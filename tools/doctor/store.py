@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moetier.tools.bench.disk_rate import RandomReads
 
 SLOW = 0.3e9  # bytes a second: of a disk that turns, or a network
-LEAST_MEMORY = 2 << 30  # of a machine: Python and torch take .4 GiB of it
+LEAST_MEMORY = 1536 << 20  # for a model
 SAMPLE_BYTES = 128 << 20  # written to a disk without a store, and read
 BLOCK_BYTES = 4 << 20
 
@@ -27,11 +27,11 @@ BLOCK_BYTES = 4 << 20
 def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
     """What can be allocated, by the machine and its control groups (``root`` as of ``available_memory``); and whether
     that is enough for a model."""
-    from moetier.runtime.memory import available_memory, machine_memory
+    from moetier.runtime.memory import machine_memory, memory_for_model
     from moetier.tiers.errors import MoetierError
 
-    left = available_memory(root)
-    found = f"{format_bytes(left.bytes)} that {left.limiter} leaves, of {format_bytes(machine_memory())}"
+    left = memory_for_model(root)
+    found = f"{format_bytes(left.bytes)} are left for a model by {left.limiter}, of {format_bytes(machine_memory())}"
     if directory is not None:
         try:
             yield _memory_for(directory, left, found)
@@ -41,9 +41,7 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
     if left.bytes >= LEAST_MEMORY:
         yield ok("memory", found)
     else:
-        yield warn(
-            "memory", found, "Free some, or raise the control group's limit: Python and torch alone take .4 GiB."
-        )
+        yield warn("memory", found, "Free some, or raise the control group's limit.")
 
 
 def _memory_for(directory: Path, left: Available, found: str) -> Finding:
@@ -65,12 +63,14 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
     if fit.problem is not None:
         return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert it to fewer bits.")
     smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), choice.manifest.stored_bytes))
-    return ok(
-        "memory",
+    text = (
         f"{found}; the trunk takes {format_bytes(choice.trunk_bytes)}, a context of {config.context} tokens and "
         f"computing {format_bytes(fit.needs.reserve)}, experts {smallest} to {largest}: by default "
-        f"{format_bytes(fit.arena_bytes)}, {fit.slot_count} of {choice.manifest.record_count}",
+        f"{format_bytes(fit.arena_bytes)}, {fit.slot_count} of {choice.manifest.record_count}"
     )
+    if fit.streams:
+        return warn("memory", f"{text}: fewer than one token uses", "Free some memory, or convert it to fewer bits.")
+    return ok("memory", text)
 
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
@@ -79,12 +79,11 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
     from moetier.tiers.store.reader import ExpertStore
     from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
 
-    from .survey import survey
+    from .survey import MEND, survey
 
     with ExpertStore.open(directory, readers=READS, damaged=True) as store:
         found = survey(store)
-        mend = f"Restore it, or convert again: {command('convert', store.manifest.model, directory)} --overwrite"
-        yield from (fail("store", fault, mend) for fault in found["faults"])
+        yield from (fail("store", fault, MEND) for fault in found["faults"])
         if found["faults"]:
             return
         what = (
@@ -101,7 +100,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
             for problem in scrubbed
             if not isinstance(problem, int)
         ]
-        yield from (fail("store", problem.cause, mend) for problem in bad)
+        yield from (fail("store", problem.cause, MEND) for problem in bad)
         if not bad:
             yield ok("store", f"{what}; every byte is as it was written")
 

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.store.reader import ExpertStore
 
-MEND = "Convert the model again with --overwrite, or restore the files named."  # what verify says too
+MEND = (  # what verify says too
+    "Restore the files named, or remove them and run the same conversion again: it makes only what is missing."
+)
 NO_TOKENIZER = "none: generate, chat and serve want one; if its source has one, copy the files of it"
 
 

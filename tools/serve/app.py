@@ -23,6 +23,8 @@ from .params import FAILED
 from .serve_metrics import ServeCollector, exposition
 from .serve_refusal import Refusal, refusal_response, unknown_model
 
+JSON_HEADER = "-H 'Content-Type: application/json'"
+
 
 def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | None, most: int) -> App:
     """Of a model whose answers come from ``manager``; ``key`` is as in Gate, ``most`` as in Bounds."""
@@ -84,10 +86,12 @@ def _answer_errors(app: FastAPI) -> None:
         return refusal_response(error)
 
     @app.exception_handler(RequestValidationError)
-    def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        return refusal_response(
-            Refusal(400, "The body is no JSON object, or its Content-Type is not application/json.")
-        )
+    def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "")
+        said = "The body is not a JSON object."
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            said = f"The Content-Type is {kind or 'missing'}, not application/json: with curl, give {JSON_HEADER}."
+        return refusal_response(Refusal(400, said))
 
     @app.exception_handler(RecursionError)
     def deep(_: Request, error: RecursionError) -> JSONResponse:

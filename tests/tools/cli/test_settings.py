@@ -128,6 +128,7 @@ def test_mistakes_in_the_environment(
         ("MOETIER_RMA", "MOETIER_RAM"),
         ("MOETIER_CONVERT_BIT", "MOETIER_CONVERT_BITS"),
         ("MOETIER_DEBUGG", "MOETIER_DEBUG"),
+        ("MOETIER_MAX_NEW_TOKENS", " or ".join(f"MOETIER_{c}_MAX_NEW_TOKENS" for c in ("GENERATE", "CHAT", "TRACE"))),
         ("MOETIER_VERSION", None),
         ("MOETIER_IMAGE_TAG", None),
     ],
@@ -139,8 +140,8 @@ def test_an_unknown_variable_is_a_warning(
     assert parse(GENERATE)[1] == []
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    ignored = f"{name} in the environment is no setting of moetier's, and is ignored"
-    assert record.getMessage() == ignored + (f"; {meant} may be meant." if meant else ".")
+    ignored = f"{name} in the environment is not a setting of moetier, and is ignored."
+    assert record.getMessage() == ignored + (f" Did you mean {meant}?" if meant else "")
 
 
 def test_variables_of_others_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_the_rest_is_shown_beside_what_can_not_be(
     assert ("bits", "3", "MOETIER_CONVERT_BITS") in rows
     assert out.count("can't be") == 2
     unknown, *rest = err.splitlines()
-    assert unknown.startswith("moetier: MOETIER_SEDE in the environment is no setting")
+    assert unknown.startswith("moetier: MOETIER_SEDE in the environment is not a setting")
     causes = rest[::2]
     words = ("top stands", "no key 'rma'", "section [genrate]", "ps has nothing", "'6GB!'", "'many'")
     assert len(causes) == len(words)

@@ -9,6 +9,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from daemons import running_daemon
 from faults import mounted
 from prepared import MAIN, Prepared
@@ -16,8 +17,10 @@ from threads import wait_until
 
 import moetier
 from moetier.runtime.config import format_bytes
+from moetier.runtime.generation.streamer import TimedStreamer
+from moetier.tiers.errors import StoreReadError
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tools.cli.daemon_reads import DaemonWatch
+from moetier.tools.cli.daemon_reads import DaemonReads, DaemonWatch
 from moetier.tools.cli.report import Timing
 from moetier.tools.main import main
 
@@ -369,6 +372,38 @@ def test_the_text_ends_where_the_context_does(
 def test_an_empty_prompt_is_refused(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(tinymix_4bit), ""]) == 1
     assert "prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [StoreReadError("A disk failed.", "Check it."), KeyboardInterrupt()], ids=repr)
+def test_an_error_begins_a_line(
+    error: BaseException, tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Behind text that was cut in the middle."""
+    put, count = TimedStreamer.put, iter(range(100))
+
+    def fail(streamer: TimedStreamer, value: torch.Tensor) -> None:
+        put(streamer, value)
+        if next(count) == 20:
+            raise error
+
+    monkeypatch.setattr(TimedStreamer, "put", fail)
+    assert main(["generate", str(tinymix_4bit), PROMPT, "--temperature", "0"]) in (1, 130)
+    said = capfd.readouterr()
+    assert said.out.strip()
+    assert said.out.endswith("\n")
+    assert said.err.startswith("moetier: ")
+
+
+def test_a_daemon_that_is_away_is_a_sentence() -> None:
+    reads = DaemonReads("/run/d", 0, 1, False, 1, "No daemon runs in /run/d (Connection refused).", 1 << 30)
+    assert reads.text().endswith(
+        "; it is away: No daemon runs in /run/d (Connection refused); 1 GiB were read from the local store instead"
+    )
+
+
+def test_one_token_is_no_tokens(tinymix_4bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tinymix_4bit), PROMPT, "--max-new-tokens", "1"]) == 0
+    assert "decode    1 token\n" in capsys.readouterr().err
 
 
 def test_rates() -> None:

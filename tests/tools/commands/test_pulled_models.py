@@ -90,13 +90,20 @@ def test_a_name_that_nothing_has_is_said_with_those_that_are_near(
     place(models, "mistralai/Mixtral-8x7B-v0.1:4bit")
     assert main(["inspect", "mistralai/Mixtral-8x7b:3bit"]) == 1
     cause, fix = capsys.readouterr().err.splitlines()
-    assert cause == "moetier: There is no folder mistralai/Mixtral-8x7b:3bit, and no pulled model of that name."
+    there = Path.cwd() / "mistralai/Mixtral-8x7b:3bit"
+    assert cause == f"moetier: There is no folder {there}, and no pulled model mistralai/Mixtral-8x7b:3bit."
     assert "`moetier list` has mistralai/Mixtral-8x7B-v0.1" in fix
     assert fix.endswith("pull it: moetier pull mistralai/Mixtral-8x7b --bits 3")
     assert main(["inspect", "./mistralai/Mixtral-8x7B-v0.1"]) == 1  # a path
-    assert capsys.readouterr().err.startswith("moetier: There is no folder mistralai/Mixtral-8x7B-v0.1.\n")
+    assert capsys.readouterr().err.startswith(
+        f"moetier: There is no folder {Path.cwd()}/mistralai/Mixtral-8x7B-v0.1.\n"
+    )
     assert main(["generate", "nobody/nothing", "x"]) == 1
-    assert capsys.readouterr().err.endswith("pull it: moetier pull nobody/nothing\n")
+    assert capsys.readouterr().err.endswith("  Pull it: moetier pull nobody/nothing\n")
+    assert main(["generate", "nosuch", "x"]) == 1
+    said = capsys.readouterr().err  # no model of the hub is called so
+    assert f"There is no folder {Path.cwd()}/nosuch, and no pulled model nosuch." in said
+    assert "moetier pull" not in said
 
 
 @pytest.mark.usefixtures("tinymix_there")

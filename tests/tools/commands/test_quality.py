@@ -237,6 +237,11 @@ def test_a_way_to_store_a_model_that_is_stored_already_is_refused(
     assert "is converted already" in capsys.readouterr().err
 
 
+def test_fast_contradicts_another_method(tinymix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quality", str(tinymix), "--text", str(TEXTS / "it.txt"), "--fast", "--method", "hqq"]) == 2
+    assert "--fast is --method rounding, and --method says otherwise." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["tinymix", "tinymix_4bit"])
 def test_a_model_without_tokenizer_is_refused(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]

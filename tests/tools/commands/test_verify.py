@@ -71,6 +71,23 @@ def test_every_bad_record_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert lines[-1].endswith("3 bad")
 
 
+def test_what_is_advised_repairs_what_is_damaged(
+    tinymix: Path, tinymix_4bit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is removed is made again, and nothing else, by the conversion of before."""
+    model = Path(shutil.copytree(tinymix_4bit, tmp_path / "model"))
+    shard = ShardFile.of(model / GROUP, read_manifest(model / GROUP), 3).path
+    flip_bit(shard, 1000)
+    assert main(["verify", str(model)]) == 1
+    said = capsys.readouterr()
+    assert str(shard) in said.out
+    assert "or remove them and run the same conversion again: it makes only what is missing." in said.err
+    shard.unlink()
+    assert main(["convert", str(tinymix), str(model)]) == 0
+    assert "resumed: 7 of 8 blocks are there" in capsys.readouterr().err
+    assert main(["verify", str(model)]) == 0
+
+
 def test_bad_shards_are_named_and_the_rest_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path, blocks=4)
     path_of(tmp_path, 0).unlink()

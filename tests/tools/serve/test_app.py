@@ -54,6 +54,29 @@ def refused(app: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
     return error
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        ("application/x-www-form-urlencoded", "{}", "The Content-Type is application/x-www-form-urlencoded, not "),
+        ("application/json", "[1]", "The body is not a JSON object."),
+        ("application/json; charset=utf-8", "{", "The body is not a JSON object."),
+    ],
+)
+def test_a_body_that_is_no_json_object(app: Any, kind: str, body: str, message: str) -> None:
+    """The first is what curl sends by itself."""
+
+    async def ask() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000", timeout=60) as client:
+            return await client.post(CHAT, content=body, headers={"Content-Type": kind})
+
+    answer = asyncio.run(ask())
+    said = answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert said.startswith(message)
+    assert ("-H 'Content-Type: application/json'" in said) == ("urlencoded" in kind)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_without_a_token(app: Any, stream: bool) -> None:
     error = refused(app, TEXT, {"prompt": "", "stream": stream})
