@@ -20,21 +20,22 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 HEAD = """# Architectures
 
-Every model type of transformers {version} whose experts use its experts interface: {count}. A tiny random model of each is
-saved, converted at 16 bits by `moetier convert`, and loaded with memory for exactly one block's top-k records. Its
-logits on a batch, those of a prefill and three decode steps, and the output of each Experts module are compared with
-those of the ordinary transformers model with `experts_implementation="eager"`. *equal* means bit for bit. With a trunk
-of 8 or 4 bits (`--trunk-bits`) all are equal too, to the ordinary model with the trunk's decoded weights.
+Every model type of transformers {version} whose experts use its experts interface: {count}. A tiny random model of
+each is saved, converted at 16 bits by `moetier convert`, and loaded with memory for exactly one block's top-k
+records. Its logits on a batch, those of a prefill and three decode steps, and the output of each Experts module are
+compared with those of the ordinary transformers model with `experts_implementation="eager"`. *equal* means bit for
+bit. With a trunk of 8 or 4 bits (`--trunk-bits`) all are equal too, to the ordinary model with the trunk's decoded
+weights.
 
-That holds without quantised experts, or with `exact`. At 4 bits, each type is also loaded with the default options, with
-moetier's own norms, attention and products. Its logits of a prefill and of decode steps are near those with `exact`, not
-equal.
+That holds without quantised experts, or with `exact`. At 4 bits, each type is also loaded with the default options,
+with moetier's own norms, attention and products. Its logits of a prefill and of decode steps are near those with
+`exact`, not equal.
 
 `python tests/helpers/architecture_table.py` writes this page. `tests/runtime/test_architectures.py` makes the same
-comparisons, and fails if transformers has a type that is not in this table. moetier also works with transformers 5.23,
-which does not have hy_v4_vl, inkling2_loop and lara_mini; `make test-transformers` makes some of these comparisons with
-it. Not in the table, because their experts do not use the interface: llama4, dbrx, jetmoe, longcat_flash, step3p7, doge,
-nllb_moe, switch_transformers.
+comparisons, and fails if transformers has a type that is not in this table. moetier also works with transformers
+5.23, which does not have hy_v4_vl, inkling2_loop and lara_mini; `make test-transformers` makes some of these
+comparisons with it. Not in the table, because their experts do not use the interface: llama4, dbrx, jetmoe,
+longcat_flash, step3p7, doge, nllb_moe, switch_transformers.
 
 | model type | class | Experts modules | top-k | fp32 | bf16 |
 |---|---|---|---|---|---|
