@@ -139,11 +139,12 @@ class Frequency(ScanResistant):
             self._settled[key] = self._counts.get(key, -inf)
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
-        super().touch(key, scan=scan)
         if not scan:
+            self._scanned.pop(key, None)
             self._uses += 1
             now, before = self._uses / HALF_LIFE, self._counts.get(key, -inf)
             self._counts[key] = self._settled[key] = now + log2(1.0 + 2.0 ** (before - now))
+            self._settled.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
         super().demote(key)

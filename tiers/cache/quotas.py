@@ -134,9 +134,8 @@ class BlockPolicy:
         if prefetched:
             order.demote(key)
 
-    def touch(self, slot: int, *, scan: bool = False) -> None:
-        """Note a use of the record in ``slot``."""
-        key = self._slots.key(slot)
+    def touch(self, key: ExpertKey, *, scan: bool = False) -> None:
+        """Note a use of a record that has a slot."""
         self._orders[self._group_of[key.block]].touch(key, scan=scan)
 
     def remove(self, slot: int) -> None:

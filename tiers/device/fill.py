@@ -88,14 +88,14 @@ class DeviceFill:
         slot = pool.slots.find(key)
         if slot is not None and pool.slots.is_ready(slot):  # since this caller looked
             self._counters.joined += 1
-            pool.policy.touch(slot, scan=demand.is_scan)
+            pool.policy.touch(key, scan=demand.is_scan)
             self._admit(demand, slot, began)
             return _PRESENT
         if slot is not None or (slot := self._choose(demand, key.block)) is None:
             return None if wait else _NONE
         demand.filling = (slot, key)
         self._begin(pool, slot, key, scan=demand.is_scan)
-        pool.policy.touch(slot, scan=demand.is_scan)
+        pool.policy.touch(key, scan=demand.is_scan)
         return slot
 
     def promote(self, lease: Lease[memoryview]) -> None:

@@ -277,7 +277,7 @@ class DeviceTier:
 
     def _pin(self, demand: DeviceDemand, keys: Sequence[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], bool]:
         """Pin the residents of distinct keys; return them, the other keys, and whether records were requested."""
-        block, slots, missing = keys[0].block, demand.pool.slots, list[ExpertKey]()
+        block, slots, hits, missing = keys[0].block, demand.pool.slots, list[ExpertKey](), list[ExpertKey]()
         self._check_open()
         if self._promotes:
             self._promoter.request(block, (), ())
@@ -288,18 +288,19 @@ class DeviceTier:
             if slot is not None and slots.is_ready(slot):
                 slots.pin(slot)
                 demand.ready.append(slot)
+                hits.append(key)
             else:
                 missing.append(key)
-        for slot in reversed(demand.ready):  # the first of the keys is evicted last
-            demand.pool.policy.touch(slot, scan=demand.is_scan)
+        for key in reversed(hits):  # the first of the keys is evicted last
+            demand.pool.policy.touch(key, scan=demand.is_scan)
         if missing:
             self._promoter.pause()
             demand.misses = True
-        self._counters.hits += len(demand.ready)
+        self._counters.hits += len(hits)
         self._counters.misses += len(missing)
         was_requested = block in self._requested
         self._requested.discard(block)
-        return [slots.key(slot) for slot in demand.ready], missing, was_requested
+        return hits, missing, was_requested
 
     def _bring(self, demand: DeviceDemand, missing: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
         """Lease the records that the device lacks, as the host gives them."""

@@ -121,16 +121,15 @@ class Ledger:
         self.counters.misses += len(demand.pending)
         self._advance(demand)
         for key in reversed(distinct):  # what is given first is evicted last
-            slot = slots.find(key)
-            if slot is not None and key not in demand.pending:  # else it is used when the caller may have it
-                demand.pool.policy.touch(slot, scan=demand.is_scan)
+            if key not in demand.pending:  # else it is used when the caller may have it
+                demand.pool.policy.touch(key, scan=demand.is_scan)
         if demand.async_caller is not None:
             self.waiting.recheck(demand)
 
     def advance(self, demand: Demand) -> None:
         """Join the loads of pending keys, and begin more of them as far as slots can be had."""
-        for slot in reversed(self._advance(demand)):
-            demand.pool.policy.touch(slot, scan=demand.is_scan)
+        for key in reversed(self._advance(demand)):
+            demand.pool.policy.touch(key, scan=demand.is_scan)
 
     def take(self, demand: Demand) -> int:
         """Lease the next slot of those that are ready."""
@@ -223,9 +222,8 @@ class Ledger:
         pool = self.pool(key.block)
         self.counters.hits += 1
         self._count((key,))
-        slot = pool.slots.find(key)
-        if slot is not None:
-            pool.policy.touch(slot)
+        if pool.slots.find(key) is not None:
+            pool.policy.touch(key)
             self.prefetches.use(key)
 
     def counted_uses(self) -> dict[ExpertKey, int]:
@@ -295,9 +293,9 @@ class Ledger:
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
-    def _advance(self, demand: Demand) -> list[int]:
-        """Return the slots of keys that are not pending any more, which are not touched yet."""
-        pool, found = demand.pool, list[int]()
+    def _advance(self, demand: Demand) -> list[ExpertKey]:
+        """Return the keys that are not pending any more. Their records are not touched yet."""
+        pool, found = demand.pool, list[ExpertKey]()
         caller = demand.async_caller
         full = False  # no slot is to be had
         for key in list(demand.pending):
@@ -323,7 +321,7 @@ class Ledger:
                 full = True
                 continue
             del demand.pending[key]
-            found.append(slot)
+            found.append(key)
             self.waiting.feed(demand)
         if demand.pending and demand.is_idle:
             self.waiting.starve(demand)

@@ -93,9 +93,9 @@ def layout_for(
             biases.append(Bias(name, shape[0], STORED_AS[dtype]))
         elif len(shape) == 2:
             columns, rows = shape if transposed else shape[::-1]
-            chosen = _group_of(columns, group, pairs) if bits != 16 else 0
-            if chosen:
-                projections.append(Projection(name, rows, columns, bits, dtype, transposed, chosen, pairs))
+            groups = [each for each in GROUPS[pairs] if each <= group and columns % each == 0] if bits != 16 else []
+            if groups:
+                projections.append(Projection(name, rows, columns, bits, dtype, transposed, max(groups), pairs))
             else:
                 projections.append(Projection(name, rows, columns, 16, STORED_AS[dtype], transposed))
         else:
@@ -124,10 +124,6 @@ def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[i
             f"Groups of {group} weights are not supported with {pairs} pairs.", f"Choose among {'; or '.join(known)}."
         )
     return group, pairs
-
-
-def _group_of(columns: int, asked: int, pairs: str) -> int:
-    return max((group for group in GROUPS[pairs] if group <= asked and columns % group == 0), default=0)
 
 
 def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:

@@ -84,9 +84,8 @@ class StoreWriter:
         self.plan = plan
         self._folder_lock = lock
         self._files = [ShardFile.of(folder, plan, block) for block in range(len(plan.blocks))]
-        self._lock = threading.Lock()  # guards the two sets below
+        self._lock = threading.Lock()  # guards the set below
         self._finished = {block for block, file in enumerate(self._files) if is_complete(file)}
-        self._open: set[int] = set()
         self._closed = False
 
     @property
@@ -108,10 +107,8 @@ class StoreWriter:
         The shard is renamed into place on a clean exit and removed on an exception. Raises DiskSpaceError at once if
         the disk can't take the whole shard.
         """
-        with self._lock:
-            assert not self._closed
-            assert block not in self._finished | self._open, f"block {block} is written twice"
-            self._open.add(block)
+        assert not self._closed
+        assert block not in self.finished_blocks, f"block {block} is written twice"
         file = self._files[block]
         partial = file.path.with_name(file.path.name + PARTIAL)
         try:
@@ -131,11 +128,8 @@ class StoreWriter:
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            with self._lock:
-                self._open.discard(block)
             raise
         with self._lock:
-            self._open.discard(block)
             self._finished.add(block)
 
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
@@ -148,7 +142,6 @@ class StoreWriter:
             trunk: size and checksum of each trunk file, by name.
             source_digest: replaces that of the plan, if it was not known before.
         """
-        assert not self._open
         assert len(self._finished) == len(self._files), "blocks are missing"
         with self._disk_errors():
             crcs = [crc for file in self._files for crc in stored_checksums(file.path, file.offsets, file.slot_bytes)]

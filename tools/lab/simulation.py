@@ -116,7 +116,7 @@ class SimulatedTier:
             for key in reversed(keys):
                 if self._slots.find(key) is None:
                     self._load(key, keys)
-                self._policy.touch(self._slot(key))
+                self._policy.touch(key)
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
@@ -142,9 +142,10 @@ class SimulatedTier:
 
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
         """As a host tier does it: what is resident is computed with first, what is not is loaded ahead of it."""
-        waiting = deque(self._slot(key) for key in keys if key not in set(missing))
-        for slot in reversed(waiting):
-            self._policy.touch(slot, scan=True)
+        resident = [key for key in keys if key not in set(missing)]
+        for key in reversed(resident):
+            self._policy.touch(key, scan=True)
+        waiting = deque(map(self._slot, resident))
         for slot in waiting:
             self._slots.pin(slot)
         loaded: deque[int] = deque()

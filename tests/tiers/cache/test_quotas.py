@@ -108,7 +108,7 @@ class Cache:
                 self._fill(slot, key)
                 self.slots.pin(slot)
         for key in reversed(keys):
-            self.policy.touch(self.slot_of(key))
+            self.policy.touch(key)
             self.slots.unpin(self.slot_of(key))
         self.slots.check_integrity()
         self.policy.check_integrity()
