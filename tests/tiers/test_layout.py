@@ -1,4 +1,4 @@
-"""Layouts follow from their projections, and a manifest's are believed only if they are of this format."""
+"""Layouts follow from their projections. Those of a manifest are accepted only if they have this format."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_low_planes_of_eight_bits_are_behind_all_else() -> None:
 
 
 def forged(part: str, **changes: Any) -> dict[str, Any]:
-    """A layout with changes in its first projection or bias; its sections are made to fit where that is possible."""
+    """Change the first projection or bias of a layout, and fit its sections to it where possible."""
     value = layout_of(4).to_json()
     value[part][0] |= changes
     try:

@@ -66,7 +66,7 @@ def test_a_posted_work_is_done_at_once_or_behind_the_step() -> None:
 
 
 def test_a_posted_work_is_done_before_its_poster_sleeps() -> None:
-    """What a step waits for may be just what was posted in the course of it."""
+    """A step may wait for work that was posted during the step."""
     monitor, given = Monitor(), False
 
     def give() -> None:
@@ -125,7 +125,7 @@ def test_posted_work_that_always_fails_does_not_stop_other_steps() -> None:
 
 
 def test_wherever_an_exception_cuts_it_the_lock_is_free_and_posted_work_is_done() -> None:
-    """And whoever sleeps is woken."""
+    """Sleeping threads are woken too."""
     number = 0
     while True:
         done: list[int] = []
@@ -153,7 +153,7 @@ def test_wherever_an_exception_cuts_it_the_lock_is_free_and_posted_work_is_done(
 
 
 def test_finalizers_may_post_at_any_moment() -> None:
-    """With the garbage collector at work on nearly every allocation, also in the midst of a step."""
+    """The garbage collector runs at nearly every allocation, even inside a step."""
     monitor, made, ended = Monitor(), 0, 0
 
     def end() -> None:

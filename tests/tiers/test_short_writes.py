@@ -1,4 +1,4 @@
-"""Writes that take less than they are given, by real limits: a file is whole, or an error ends it."""
+"""Short writes, caused by real limits: the file is whole, or an error is raised."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_write_that_takes_nothing_again_and_again(tmp_path: Path) -> None:
 
 
 def test_only_one_function_calls_the_system_s_write() -> None:
-    """Others use buffered files, which go on after a short write; or write a few bytes to a pipe."""
+    """All other code uses buffered files, which continue after a short write, or writes a few bytes to a pipe."""
     found = set()
     for path in [path for package in ("tiers", "runtime", "tools") for path in (ROOT / package).glob("**/*.py")]:
         unbuffered = "buffering=0" in path.read_text()

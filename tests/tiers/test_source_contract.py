@@ -1,4 +1,4 @@
-"""What every ExpertSource promises (moetier.tiers.source), held by each over a real store on a real disk."""
+"""The contract of ExpertSource (moetier.tiers.source), checked for each source over a real store on a real disk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS = [
 
 @dataclass
 class Opened:
-    """A source under test, with the host that it is or stands on."""
+    """A source under test, and the host tier that it is or stands on."""
 
     source: ExpertSource[Any]
     host: HostTier
@@ -51,7 +51,7 @@ class Opened:
     data: Callable[[Lease[Any]], bytes]  # what a computation on the lease sees
 
     def take(self, block: int, *experts: int) -> list[ExpertKey]:
-        """Acquires, checks the bytes of each that holds, and returns the keys in order of arrival."""
+        """Acquire records, check the bytes of each that holds, and return the keys in order of arrival."""
         arrived = []
         for lease in self.source.acquire(keys(block, *experts)):
             data = self.data(lease)
@@ -123,7 +123,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def smallest(kind: str, folder: Path) -> Iterator[Opened]:
-    """Exactly one block's top-k records, in every tier."""
+    """Every tier has room for exactly one block's top-k records."""
     with open_source(kind, folder, dict(TWO)) as opened:
         yield opened
         opened.check()
@@ -131,7 +131,7 @@ def smallest(kind: str, folder: Path) -> Iterator[Opened]:
 
 @pytest.fixture
 def roomy(kind: str, folder: Path) -> Iterator[Opened]:
-    """Room for all."""
+    """Every tier has room for all records."""
     with open_source(kind, folder, dict(ALL)) as opened:
         yield opened
         opened.check()
@@ -170,7 +170,7 @@ def test_residents_come_first(roomy: Opened) -> None:
 
 
 def test_a_lease_is_valid_until_the_next_is_taken(smallest: Opened) -> None:
-    """While others want everything else, and there is one other slot."""
+    """Other callers ask for all other records meanwhile, and there is one other slot."""
     leases = smallest.source.acquire(keys(0, 3))
     lease = next(leases)
     assert smallest.data(lease) == RECORDS[lease.key]
@@ -193,7 +193,7 @@ def test_a_lease_is_valid_until_the_next_is_taken(smallest: Opened) -> None:
 @pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keeps", [False, True], ids=["frames go", "frames stay"])
 def test_an_exception_from_outside_at_any_moment_breaks_nothing(smallest: Opened, stride: int, keeps: bool) -> None:
-    """As a handler of a signal raises it. A traceback that is kept keeps the iterators that it has gone through."""
+    """A signal handler raises it. A traceback that is kept keeps the iterators of its frames."""
 
     def work() -> None:
         smallest.source.prefetch(1, keys(1, number % 6, (number + 1) % 6))
@@ -244,7 +244,7 @@ def test_an_exception_in_the_loop_holds_nothing(smallest: Opened) -> None:
 
 
 class Collecting(ExpertKey):
-    """A key that has the garbage collected whenever it is looked up, which tiers do with their lock held."""
+    """A key that runs the garbage collector whenever it is looked up, which tiers do with their lock held."""
 
     def __hash__(self) -> int:
         gc.collect()
@@ -308,7 +308,7 @@ def test_what_the_model_does_not_have_is_an_error(smallest: Opened) -> None:
     assert smallest.take(0, 5) == keys(0, 5)
 
 
-def test_a_wish_is_fulfilled_or_not_and_harms_nothing(smallest: Opened) -> None:
+def test_a_prefetch_is_fulfilled_or_not_and_harms_nothing(smallest: Opened) -> None:
     for step in range(30):
         block = step % 3
         smallest.source.prefetch((block + 1) % 3, keys((block + 1) % 3, 0, 3, 5))
@@ -317,7 +317,7 @@ def test_a_wish_is_fulfilled_or_not_and_harms_nothing(smallest: Opened) -> None:
     smallest.check()
 
 
-def test_a_wish_saves_the_wait(roomy: Opened, kind: str) -> None:
+def test_a_prefetch_saves_the_wait(roomy: Opened, kind: str) -> None:
     roomy.source.prefetch(1, keys(1, 0, 3))
     wait_until(lambda: roomy.host.stats().ready == 2)
     if "promotes" in kind:
@@ -354,7 +354,7 @@ def test_what_is_ready_is_lent_and_no_demand(roomy: Opened) -> None:
 
 
 @pytest.mark.parametrize("kind", LENDERS)
-def test_a_guess_that_was_borrowed_is_useful_when_it_is_used_above(roomy: Opened) -> None:
+def test_a_prediction_that_was_borrowed_is_useful_when_it_is_used_above(roomy: Opened) -> None:
     roomy.source.prefetch(1, keys(1, 0, 3, 5))
     wait_until(lambda: roomy.host.stats().ready == 3)
     for key in keys(1, 0, 3):
@@ -362,7 +362,7 @@ def test_a_guess_that_was_borrowed_is_useful_when_it_is_used_above(roomy: Opened
             assert lease is not None
             assert lease.holds()
     assert roomy.host.stats().useful == 0
-    roomy.source.used(keys(1, 0, 2))  # the 2 is nobody's guess
+    roomy.source.used(keys(1, 0, 2))  # 2 was not predicted
     wait_until(lambda: roomy.host.stats().useful == 1)
     roomy.source.used(keys(1, 0))
     roomy.take(1, 0, 3, 5)
@@ -415,7 +415,7 @@ def test_after_close_everything_raises(kind: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("blocks", [(0, 0), (0, 1)], ids=["one block", "two blocks"])
 def test_two_callers_at_the_smallest_budget_come_to_an_end(smallest: Opened, blocks: tuple[int, int]) -> None:
-    """Each wants three times what there are slots for."""
+    """Each caller asks for three times as many records as there are slots."""
 
     def caller(block: int) -> int:
         return sum(len(smallest.take(block, 0, 1, 2, 3, 4, 5)) for _ in range(25))
@@ -425,7 +425,7 @@ def test_two_callers_at_the_smallest_budget_come_to_an_end(smallest: Opened, blo
 
 @pytest.mark.parametrize("slots", [2, 7])
 def test_a_storm(kind: str, folder: Path, slots: int) -> None:
-    """Callers that want anything, wish anything, and stop anywhere."""
+    """Callers demand and prefetch anything, and stop anywhere."""
 
     def caller(opened: Opened, seed: int) -> None:
         chance = random.Random(seed)

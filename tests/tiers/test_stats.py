@@ -1,4 +1,4 @@
-"""The counters of a tier, by themselves."""
+"""Counters of a tier, apart from any tier."""
 
 from __future__ import annotations
 

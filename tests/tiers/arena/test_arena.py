@@ -189,7 +189,7 @@ def test_only_the_owner_fills_and_exports() -> None:
 
 
 def test_no_memory_is_a_budget_error() -> None:
-    """A real refusal of fallocate: EFBIG by the process's limit on the size of files."""
+    """fallocate really fails: with EFBIG, by the process's limit on file sizes."""
     child = in_child(
         f"""
         import os

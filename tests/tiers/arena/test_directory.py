@@ -1,4 +1,4 @@
-"""The order of the words that the owner of an arena writes: what readers see in between, and what is left by a kill."""
+"""Order of the words that an arena's owner writes: what readers see in between, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SLOT_BYTES = PLAN.slot_bytes(0)
 
 
 class Watched:
-    """Words of a directory; ``written`` is called behind each that is written, ``read`` before each that is read."""
+    """Words of a directory that call ``written`` after each write and ``read`` before each read."""
 
     def __init__(self, words: Any, written: Callable[[], None], read: Callable[[], None]) -> None:
         self._words = words
@@ -71,7 +71,7 @@ FAIL: list[Step] = [(A, 0, C, False), (None, 0, A, True)]
 
 
 def life(steps: list[Step]) -> list[bytes]:
-    """The arena behind every word that its owner writes. In the beginning A is in slot 0, and B in slot 1."""
+    """Return the arena after every word that its owner writes. At first A is in slot 0 and B in slot 1."""
     arena = Arena.create(PLAN)
     descriptor = arena.export()
     states: list[bytes] = []
@@ -134,7 +134,7 @@ def seen(states: list[bytes], find: Callable[[Directory, ExpertKey], tuple[int, 
 
 
 def hasty(directory: Directory, key: ExpertKey) -> tuple[int, int] | None:
-    """Does not look again whose the slot is."""
+    """Look up a key without comparing the slot again: a wrong reader."""
     slot = directory._table[PLAN.number(key)]
     if slot < 0:
         return None
@@ -154,7 +154,7 @@ def test_a_record_that_was_proved_was_the_keys_all_the_while(steps: list[Step]) 
 
 
 def left(content: bytes, seals: int = SEALS) -> int:
-    """The memory file of a dead owner."""
+    """Make the memory file of a dead owner."""
     descriptor = os.memfd_create("left", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.write(descriptor, content)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)

@@ -24,7 +24,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(KEYS), st.booleans(), st.booleans()),
 @pytest.mark.parametrize("name", MAKERS)
 @given(quota=st.integers(1, 12), steps=STEPS)
 def test_what_every_order_keeps_to(name: str, quota: int, steps: list[tuple[ExpertKey, bool, bool]]) -> None:
-    """``rare``: what is there leaves, what is not comes for a wish."""
+    """A ``rare`` step removes a key that is there, and adds one that is not by a prefetch."""
     order, held = MAKERS[name](quota), set[ExpertKey]()
     for key, scan, rare in steps:
         if key not in held:
@@ -62,7 +62,7 @@ def test_what_is_not_there_is_not_removed(name: str) -> None:
 
 @given(st.lists(st.sampled_from(KEYS), max_size=40))
 def test_recency_and_scan_without_a_scan(uses: list[ExpertKey]) -> None:
-    """Both are the keys by their last use."""
+    """Both orders are then the keys by their last use."""
     expected = sorted(set(uses), key=lambda key: max(i for i, use in enumerate(uses) if use == key))
     for order in (Recency(3), ScanResistant(3)):
         for key in uses:
@@ -74,7 +74,7 @@ USES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(["use", "use", 
 
 
 def check_counts(order: Order, uses: Sequence[ExpertKey]) -> None:
-    """By the definition: a use counts half as much when it is 30 uses old."""
+    """Compute counts by the definition: a use counts half as much when it is 30 uses old."""
     counts = [sum(2 ** (-age / 30) for age, use in enumerate(reversed(uses)) if use == key) for key in order]
     assert counts == pytest.approx(sorted(counts), rel=1e-9, abs=0)
     assert list(order.victims(scan=False)) == list(order.victims(scan=True)) == list(order)
@@ -82,7 +82,7 @@ def check_counts(order: Order, uses: Sequence[ExpertKey]) -> None:
 
 @given(USES)
 def test_frequency_by_its_definition(steps: list[tuple[ExpertKey, str]]) -> None:
-    """Whether a record was there all the time or not."""
+    """It does not matter whether the record stayed all the time."""
     order, uses = Frequency(12), list[ExpertKey]()
     for key, what in steps:
         if what == "use":
@@ -96,7 +96,7 @@ def test_frequency_by_its_definition(steps: list[tuple[ExpertKey, str]]) -> None
 
 
 def test_frequency_by_its_definition_in_the_long_run() -> None:
-    """Some keys are used more than others, and every 200 uses others are."""
+    """Use some keys more than others, and other keys every 200 uses."""
     order, uses, chance = Frequency(12), list[ExpertKey](), random.Random(0)
     for now in range(1000):
         turn = now // 200
@@ -122,8 +122,8 @@ def test_what_was_evicted_comes_back_with_the_uses_it_had() -> None:
 
 
 @pytest.mark.parametrize("make", ORDERS.values(), ids=ORDERS)
-def test_what_a_wish_brings_goes_first_until_it_is_used(make: Callable[[int], Order]) -> None:
-    """Even of what was used more than all others before it was evicted."""
+def test_what_a_prefetch_brings_goes_first_until_it_is_used(make: Callable[[int], Order]) -> None:
+    """This holds even for the most used key of all before its eviction."""
     order = make(4)
     for key in (KEYS[0], KEYS[0], KEYS[0], KEYS[1], KEYS[2]):
         use(order, key)
@@ -164,7 +164,7 @@ def test_a_scan_leaves_what_it_finds(make: Callable[[int], Order]) -> None:
 
 
 def use(order: Order, key: ExpertKey, *, scan: bool = False) -> None:
-    """As a demand does."""
+    """Add and touch a key as a demand does."""
     if key not in set(order):
         order.add(key, scan=scan)
     order.touch(key, scan=scan)
@@ -191,7 +191,7 @@ def hits_of(order: Order, demands: Sequence[frozenset[int]], quota: int) -> int:
 
 
 def most_hits(demands: Sequence[frozenset[int]], quota: int) -> int:
-    """By trying everything."""
+    """Find the best result by trying all evictions."""
 
     @cache
     def best(now: int, held: frozenset[int]) -> int:

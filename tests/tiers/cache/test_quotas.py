@@ -16,7 +16,7 @@ from moetier.tiers.manifest import Block
 
 
 def blocks_of(*shapes: tuple[int, int]) -> dict[int, Block]:
-    """(experts, top_k) each. The numbers have gaps, as those of one geometry among several have."""
+    """Make blocks of (experts, top_k). Their numbers have gaps, like those of one geometry among several."""
     return {3 * i: Block(f"layers.{i}", "records", i, experts, k) for i, (experts, k) in enumerate(shapes)}
 
 
@@ -86,7 +86,7 @@ def test_impossible_numbers_of_slots_are_ours_to_prevent(slots: int) -> None:
 
 
 class Cache:
-    """Slots and policy driven as a tier drives them when every load is done at once."""
+    """Drive slots and policy as a tier does, with loads that are done at once."""
 
     def __init__(
         self, count: int, blocks: Mapping[int, Block], make_order: Callable[[int], Order] = ORDERS[DEFAULT_ORDER]
@@ -96,7 +96,7 @@ class Cache:
         self.policy = BlockPolicy(self.slots, self.groups, make_order)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
-        """Returns the number of hits."""
+        """Return the number of hits."""
         keys = [ExpertKey(block, expert) for expert in experts]
         held = [key for key in keys if self.slots.find(key) is not None]
         for key in held:
@@ -114,7 +114,7 @@ class Cache:
         self.policy.check_integrity()
         return len(held)
 
-    def wish(self, block: int, expert: int) -> None:
+    def prefetch(self, block: int, expert: int) -> None:
         key = ExpertKey(block, expert)
         if self.slots.find(key) is None and (slot := self.policy.choose(block)) is not None:
             self._fill(slot, key, prefetched=True)
@@ -139,7 +139,7 @@ class Cache:
 
 
 class Oracle:
-    """One least-recently-used cache for each group: look up against the state before, then touch from the last."""
+    """Model one least-recently-used cache per group: look up against the state before, then touch from the last."""
 
     def __init__(self, groups: Iterable[Group]) -> None:
         self.of = {}
@@ -183,10 +183,10 @@ def test_it_is_a_least_recently_used_cache_block_by_block(
 @pytest.mark.parametrize("policy", ORDERS)
 @settings(max_examples=100)
 @given(planned(), st.data())
-def test_a_wish_evicts_its_own_blocks_next_and_goes_first_itself(
+def test_a_prefetch_evicts_its_own_blocks_next_and_goes_first_itself(
     policy: str, plan: tuple[dict[int, Block], int], data: st.DataObject
 ) -> None:
-    """A right guess evicts what the demand would have, a wrong one one record."""
+    """A right prediction evicts what the demand would have evicted, wrong ones cost one record."""
     blocks, slots = plan
     cache = Cache(slots, blocks, ORDERS[policy])
     for _ in range(data.draw(st.integers(1, 40))):
@@ -196,19 +196,19 @@ def test_a_wish_evicts_its_own_blocks_next_and_goes_first_itself(
         if data.draw(st.booleans()):
             cache.demand(block, [expert])
             continue
-        cache.wish(block, expert)
+        cache.prefetch(block, expert)
         lost = before - cache.resident(blocks)
         group = next(group for group in cache.groups if block in group.blocks)
         assert len(lost) <= 1
         assert all(key.block in group.blocks for key in lost)
-        if lost:  # the group was full: the wish is the next to go
+        if lost:  # the group was full: the prefetch is the next to go
             slot = cache.policy.choose(block)
             assert slot == cache.slot_of(ExpertKey(block, expert))
 
 
 @pytest.mark.parametrize(("per_block", "expected"), [(2, 0.249), (3, 0.374), (4, 0.498), (8, 1.0)])
 def test_hit_ratio_of_uniform_routing(per_block: int, expected: float) -> None:
-    """k of 8 experts cached for each block, two wanted a token: k/8, up to the cold start."""
+    """With k of 8 experts of each block cached and two used per token, the hit ratio is k/8 after the cold start."""
     blocks = blocks_of(*[(8, 2)] * 4)
     cache = Cache(per_block * 4, blocks)
     chance = random.Random(0)
@@ -217,7 +217,7 @@ def test_hit_ratio_of_uniform_routing(per_block: int, expected: float) -> None:
 
 
 def test_hit_ratio_of_sticky_routing_beats_chance() -> None:
-    """Where a token's experts are often those of the token before, keeping those is worth it."""
+    """Keeping recent experts pays where a token often uses those of the token before."""
     blocks = blocks_of(*[(8, 2)] * 4)
     cache, chance = Cache(8, blocks), random.Random(0)
     last, hits = {block: [0, 1] for block in blocks}, 0
@@ -230,7 +230,7 @@ def test_hit_ratio_of_sticky_routing_beats_chance() -> None:
 
 
 def test_with_fewer_slots_than_one_token_needs_the_kept_blocks_still_hit() -> None:
-    """A global LRU of the same size hits nothing: each block's turn finds that the others have evicted it."""
+    """A global LRU of the same size hits nothing: at each block's turn the others have evicted its records."""
     blocks = blocks_of(*[(8, 2)] * 4)
     cache = Cache(6, blocks)
     everyone: OrderedDict[ExpertKey, None] = OrderedDict()

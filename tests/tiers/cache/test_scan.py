@@ -1,4 +1,4 @@
-"""A host tier that a scan does not disturb, on real slots with real loaders."""
+"""Scans don't disturb a host tier with real slots and real loaders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def use(tier: HostTier, block: int, *experts: int) -> None:
 
 
 def hits(tier: HostTier, block: int, *experts: int) -> int:
-    """One by one, the latest first, so that asking evicts only what was asked for."""
+    """Ask one by one, the latest first, so that asking evicts only keys that were asked for."""
     before = tier.stats().hits
     for expert in reversed(experts):
         use(tier, block, expert)
@@ -35,7 +35,7 @@ def hits(tier: HostTier, block: int, *experts: int) -> int:
 
 @pytest.mark.parametrize(("policy", "least", "most"), [("lrfu", 28, 31), ("scan", 28, 31), ("lru", 0, 16)])
 def test_what_a_prefill_leaves_of_what_decoding_had(policy: str, least: int, most: int) -> None:
-    """32 are cached; all 64 pass. An eighth of the slots is theirs."""
+    """32 records are cached, and a scan uses all 64. It may use an eighth of the slots."""
     cached = range(16, 48)
     with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy=policy) as tier:
         for block in range(2):
@@ -57,7 +57,7 @@ def test_what_passed_and_is_used_again_stays(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ORDERS)
 def test_all_that_a_demand_brings_is_used(policy: str) -> None:
-    """Also what begins to load only when other records of it are there: it stays before what was used earlier."""
+    """Records that begin to load only after others have arrived stay before records that were used earlier."""
     with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy=policy) as tier:
         for expert in range(20, 32):
             use(tier, 0, expert)

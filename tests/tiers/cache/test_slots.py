@@ -14,7 +14,7 @@ KEYS = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 3))
 
 
 class SlotsMachine(RuleBasedStateMachine):
-    """Against a dict: slot -> (key, state, pins)."""
+    """Compare slots with a dict: slot -> (key, state, pins)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Records against a second reading of the format, bit by bit; torch's int4 kernel on the stored bytes; bad weights."""
+"""Records compared with a second implementation of the format and with torch's int4 kernel; bad weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 def layout_of(
     rows: int, columns: int, dtype: str = "bfloat16", transposed: bool = False, **settings: Any
 ) -> RecordLayout:
-    """One projection w and its bias."""
+    """Make a layout with one projection w and its bias."""
     shape = (columns, rows) if transposed else (rows, columns)
     return layout_for({"w": (shape, dtype), "w_bias": ((rows,), dtype)}, transposed=transposed, **settings)
 
@@ -71,7 +71,7 @@ def bf16(two: bytes) -> float:
 
 
 def read_weight(record: bytes, layout: RecordLayout, row: int, column: int) -> float:
-    """docs/format.md once more, for one weight: shares nothing with the code but the offsets of the sections."""
+    """Decode one weight by docs/format.md; only the sections' offsets come from the code under test."""
     p = layout.projections[0]
     at = {s.name: s.offset for s in layout.sections}
     nibbles = p.padded_rows * p.columns // 2  # bytes in kernel order
@@ -186,7 +186,7 @@ def test_bytes_and_weights_do_not_depend_on_threads_or_tiles(
 
 
 def digest() -> str:
-    """Over records of every width, of small and of large weights."""
+    """Hash records of every width, with small and with large weights."""
     state = hashlib.sha256()
     for bits, pairs, std in itertools.product(QUANTISED, ("bfloat16", "uint8"), (0.02, 3.0)):
         layout = layout_of(192, 256, "float32", bits=bits, pairs=pairs)
@@ -197,7 +197,7 @@ def digest() -> str:
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_bytes_do_not_depend_on_the_processor(capability: str) -> None:
-    """torch is told to use other instructions; it reads the variable when it is imported."""
+    """A variable tells torch to use other instructions; it is read when torch is imported."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_codec as t; print(t.digest())"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

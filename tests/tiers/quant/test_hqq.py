@@ -1,4 +1,4 @@
-"""The solver against the hqq package, and where the package goes wrong."""
+"""The solver compared with the hqq package, and cases where the package goes wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def weights(std: float, groups: int = 1536, seed: int = 0) -> torch.Tensor:
-    """[groups, g]: normal, one in a thousand eight times as large."""
+    """Make weights [groups, g]: normal, one in a thousand eight times as large."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(groups, GROUP, generator=generator) * std
     w[torch.rand(w.shape, generator=generator) < 1e-3] *= 8
@@ -36,12 +36,12 @@ def weights(std: float, groups: int = 1536, seed: int = 0) -> torch.Tensor:
 
 
 def side_by_side(w: torch.Tensor) -> torch.Tensor:
-    """[groups, g] -> [n, g, LANES], as the solver takes groups."""
+    """Reorder [groups, g] to [n, g, LANES], as the solver takes groups."""
     return w.view(-1, hqq.LANES, w.shape[1]).transpose(1, 2).contiguous()
 
 
 def one_by_one(w: torch.Tensor) -> torch.Tensor:
-    """The inverse."""
+    """Invert the reordering."""
     return w.transpose(1, 2).reshape(-1, w.shape[1])
 
 
@@ -50,7 +50,7 @@ def residual(w: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, bits: in
 
 
 def ours(w: torch.Tensor, bits: int, find: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
-    """[groups, g]: w as it is read back."""
+    """Return w as it is read back, [groups, g]."""
     lanes = side_by_side(w)
     step = hqq.steps(lanes, bits)
     return w - one_by_one(residual(lanes, step, find(lanes, step, bits), bits))
@@ -71,7 +71,7 @@ def packages(w: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def mean_error(w: torch.Tensor, read: torch.Tensor) -> float:
-    """What the solver watches."""
+    """Compute the error that the solver minimises."""
     return float((read - w).abs().mean() / w.abs().mean())
 
 
@@ -136,7 +136,7 @@ def test_a_group_depends_on_itself_alone(bits: int) -> None:
 
 
 def offsets() -> bytes:
-    """Of small weights, and of large ones, in which errors shrink; by every width and size of group."""
+    """Hash offsets for every width and group size, for small weights and for large ones, whose errors shrink."""
     found = []
     for bits, group, std in itertools.product(WIDTHS, (16, 32, 64, 128, 256), (0.02, 3.0)):
         drawn = np.random.default_rng(group).normal(scale=std, size=(4, group, hqq.LANES)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Codes lie where the format says, which is where torch's AVX-512 int4 kernel wants them."""
+"""Codes lie where the format says and where torch's AVX-512 int4 kernel expects them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def codes_of(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def to_kernel_order(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, K] -> uint8 [N * K / 2]."""
+    """Pack uint8 [N, K] into uint8 [N * K / 2]."""
     rows, columns = codes.shape
     out = torch.empty(rows * columns // 2, dtype=torch.uint8)
     planes.to_kernel_order(codes.view(-1, 64, columns).transpose(1, 2), out)

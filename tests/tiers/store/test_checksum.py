@@ -19,7 +19,7 @@ MANY = 500  # attempts: a busy machine may give the other thread no processor du
 
 @pytest.fixture
 def no_forced_switches() -> Iterator[None]:
-    """A thread keeps the GIL until it releases it by itself."""
+    """Let a thread keep the GIL until it releases it by itself."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000.0)
     yield
@@ -27,7 +27,7 @@ def no_forced_switches() -> Iterator[None]:
 
 
 def lets_others_run(checksum: Callable[[], object], attempts: int) -> bool:
-    """Whether another thread ran during one of so many checksums."""
+    """Return whether another thread ran during one of the checksums."""
     ticks, ended = [0], threading.Event()
 
     def tick() -> None:

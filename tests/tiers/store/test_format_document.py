@@ -1,4 +1,4 @@
-"""docs/format.md: what a reader that was written from it alone (``format_reader.py``) finds is what moetier has."""
+"""docs/format.md: a reader written from it alone (``format_reader.py``) finds what moetier finds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def record_of(layout: RecordLayout) -> bytes:
 
 
 def decoded(record: bytes, layout: RecordLayout) -> dict[str, torch.Tensor]:
-    """As moetier does it."""
+    """Decode a record with moetier."""
     data = torch.frombuffer(bytearray(record), dtype=torch.uint8)
     found = {p.name: decode(data, layout, p.name, torch.empty(p.shape)) for p in layout.projections}
     return found | {bias.name: sections(data, layout)[bias.name].float() for bias in layout.biases}

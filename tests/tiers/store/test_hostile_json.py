@@ -1,4 +1,4 @@
-"""Every field of every JSON document of a model directory, replaced by hostile values: a StoreError that names it.
+"""Hostile values in every field of every JSON document of a model directory raise a StoreError that names the field.
 
 The fields are those of real documents, so a new one is covered by itself.
 """
@@ -83,7 +83,7 @@ def use_trunk(directory: Path) -> None:
 
 
 def places(value: Any, place: Place = ()) -> Iterator[Place]:
-    """Of each value inside; of a list's items, and of many members (tensors, all alike), the first and the last."""
+    """Yield the place of each value inside; of lists and of many members (tensors), only the first and the last."""
     inner: list[tuple[str | int, Any]] = []
     if isinstance(value, dict):
         inner = list(value.items())
@@ -97,7 +97,7 @@ def places(value: Any, place: Place = ()) -> Iterator[Place]:
 
 
 def with_value(document: Any, place: Place, value: str) -> str:
-    """The document as text, with the text ``value`` at a place."""
+    """Format a document with the text ``value`` at a place."""
     made = json.loads(json.dumps(document))
     inner = made
     for part in place[:-1]:
@@ -107,7 +107,7 @@ def with_value(document: Any, place: Place, value: str) -> str:
 
 
 def header_of(path: Path) -> tuple[Any, bytes]:
-    """And what is behind it."""
+    """Return the header of a safetensors file and the bytes after it."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
@@ -118,7 +118,7 @@ def framed(text: str) -> bytes:
 
 
 def document_of(directory: Path, name: str) -> tuple[Any, Callable[[str], None]]:
-    """A document, and what writes another text in its place. Prepares the directory for it."""
+    """Prepare the directory for a document; return it with a function that replaces its text."""
     if name == HEADER:
         without_sums(directory)
         path = directory / TRUNK
@@ -176,7 +176,7 @@ def test_each_field_is_named(directory: Path, tmp_path: Path, name: str) -> None
 
 
 def test_hints_that_are_hostile_are_not_used(directory: Path, tmp_path: Path) -> None:
-    """Where a model came from, and what resumes its conversion."""
+    """The documents about a model's origin and about resuming its conversion."""
     copy = Path(shutil.copytree(directory, tmp_path / "model"))
     plan = read_manifest(copy / GROUP)
     origin = {"id": "acme/moe", "revision": "0" * 40}
@@ -213,7 +213,7 @@ for folder in sys.argv[1:]:
 
 
 def test_documents_of_many_bytes(directory: Path, tmp_path: Path) -> None:
-    """200 MB of JSON; and the most that is read, of what takes the most memory."""
+    """200 MB of JSON, and the largest accepted document of the most expensive kind."""
     large = tmp_path / "large"
     large.write_bytes(b'{"a": [' + b"{}," * 66_666_666 + b"0]}")
     expected: dict[Path, str] = {}
@@ -242,7 +242,7 @@ def test_documents_of_many_bytes(directory: Path, tmp_path: Path) -> None:
 
 
 def test_many_arrays_and_long_names(directory: Path, tmp_path: Path) -> None:
-    """Layouts, blocks and required features, as many as fit into a document, and the longest names."""
+    """As many layouts, blocks and required features as fit into a document, and the longest names."""
     copy = Path(shutil.copytree(directory, tmp_path / "model"))
     group, write = document_of(copy, GROUP_JSON)
     manifest = group["attributes"]["moetier"]

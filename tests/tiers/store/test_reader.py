@@ -1,4 +1,4 @@
-"""A store is checked before it is used, reads every record exactly, and says what is wrong instead of giving zeros."""
+"""A store is checked before use, reads every record exactly, and reports faults instead of giving zeros."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: three piece
 
 
 def shard(folder: Path, block: int = 0, layout: RecordLayout | None = None) -> ShardFile:
-    """Of a store as make_store writes it by default."""
+    """Describe a shard of the store that make_store writes by default."""
     return ShardFile.of(folder / GROUP, make_plan(layout=layout), block)
 
 
 def read(store: ExpertStore, key: ExpertKey) -> bytes:
-    """The record, without its checksum."""
+    """Read a record without its checksum."""
     slot = memoryview(mmap.mmap(-1, store.layout(key.block).slot_bytes))
     store.read_into(key, slot)
     return bytes(slot[:-4])
@@ -66,7 +66,7 @@ def read_all(store: ExpertStore) -> dict[ExpertKey, bytes]:
 
 
 def edit(path: Path, *keys: str | int, to: Any) -> None:
-    """Changes one value in a JSON file."""
+    """Change one value in a JSON file."""
     value = json.loads(path.read_text())
     inner = value
     for key in keys[:-1]:
@@ -208,7 +208,7 @@ def test_many_threads_read_at_once(tmp_path: Path) -> None:
 
 
 def test_close_waits_for_reads_and_later_ones_are_refused(tmp_path: Path) -> None:
-    """Descriptors that are given to another file while they are read from would yield that file's bytes."""
+    """A descriptor that another file gets during a read would yield that file's bytes."""
     records = make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
     key = ExpertKey(0, 0)
     for _ in range(10):
@@ -238,8 +238,8 @@ def test_close_waits_for_reads_and_later_ones_are_refused(tmp_path: Path) -> Non
             store.record_crcs(0)
 
 
-def test_nobody_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> None:
-    """The first piece fails at once, because its first page can't be written; the others are being read then."""
+def test_nothing_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> None:
+    """The first piece fails at once, as its first page can't be written, while the others are being read."""
     make_store(tmp_path, blocks=1, experts=2, layout=LARGE)
     slot = np.frombuffer(mmap.mmap(-1, LARGE.slot_bytes), np.uint8)
     slot[:] = 0xAA
@@ -258,7 +258,7 @@ def test_nobody_writes_to_the_slot_of_a_read_that_failed(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["ramfs", "tmpfs"])
 def test_other_file_systems(tmp_path: Path, kind: str) -> None:
-    """ramfs refuses O_DIRECT; tmpfs does or does not, by the kernel's version."""
+    """ramfs refuses O_DIRECT; with tmpfs it depends on the kernel's version."""
     with mounted(kind, tmp_path / "disk") as folder:
         records = make_store(folder)
         with ExpertStore.open(folder) as store:
@@ -309,7 +309,7 @@ def test_reading_needs_no_zarr_and_no_torch() -> None:
 
 @pytest.fixture(scope="module")
 def lasting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[ExpertKey, bytes]]:
-    """A store that a test damages and repairs again."""
+    """A lasting store that a test damages and repairs."""
     folder = tmp_path_factory.mktemp("lasting")
     return folder, make_store(folder)
 
@@ -619,7 +619,7 @@ print(json.dumps(found))
 
 
 def read_with_eio(folder: Path, path: Path, when: str) -> dict[str, Any]:
-    """``when`` counts each thread's reads of ``path`` with preadv; the main thread's first is the trial of O_DIRECT."""
+    """``when`` counts each thread's preadv of ``path``; the main thread's first is the trial of O_DIRECT."""
     trace = folder / "trace"
     inject = f"inject=preadv,preadv2:error=EIO:when={when}"
     result = strace([*only("preadv,preadv2"), "-o", str(trace), "-P", str(path), "-e", inject], READ, folder)
@@ -661,7 +661,7 @@ def test_a_store_that_moved_is_the_same_store(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def repaired(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The lasting store is as it was after every test that used it."""
+    """Check after every test that the lasting store is as it was."""
     yield
     if "lasting" in request.fixturenames:
         folder, records = request.getfixturevalue("lasting")

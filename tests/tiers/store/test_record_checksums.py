@@ -1,4 +1,4 @@
-"""A shard of another conversion of the same shape is refused, whichever way its records are read."""
+"""A shard of another conversion with the same shape is refused, however its records are read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(store: ExpertStore, key: ExpertKey) -> bytes:
 
 @pytest.fixture
 def swapped(tmp_path: Path) -> Path:
-    """A store whose block 1 is another's."""
+    """Make a store whose block 1 belongs to another store."""
     make_store(tmp_path / "model")
     make_store(tmp_path / "other", seed=1)
     shutil.copy(shard(tmp_path / "other", 1), shard(tmp_path / "model", 1))
@@ -48,7 +48,7 @@ def test_it_is_refused_when_the_store_is_opened(swapped: Path) -> None:
 
 
 def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    """Of a model that shares the record which lies at the shard's end."""
+    """The shard belongs to a model that has the same record at the shard's end."""
     records = make_records(PLAN)
     write_store(tmp_path, PLAN, records)
     key = ExpertKey(1, 2)

@@ -1,4 +1,4 @@
-"""What can be wrong with a trunk: each fault is made in real files, and named."""
+"""Faults of a trunk, made in real files: each is named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = ("trunk-00001-of-00002.safetensors", "trunk-00002-of-00002.safetensors")
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    """Of two files and an index in ``tmp_path``."""
+    """Make a trunk of two files and an index in ``tmp_path``."""
     places = {"a": NAMES[0], "b": NAMES[1], "c": NAMES[0]}
     for name, size in zip(NAMES, (1000, 200), strict=True):
         (tmp_path / name).write_bytes(safetensors_of([tensor for tensor in places if places[tensor] == name], size))
@@ -38,7 +38,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def safetensors_of(names: list[str], size: int) -> bytes:
-    """A whole file of ``size`` bytes with random tensors of 10 bytes."""
+    """Make a whole file of ``size`` bytes with random tensors of 10 bytes."""
     entries = {
         name: {"dtype": "U8", "shape": [10], "data_offsets": [10 * i, 10 * i + 10]} for i, name in enumerate(names)
     }

@@ -1,4 +1,4 @@
-"""A store is written crash-safe, resumable, byte for byte the same whatever happened on the way, and zarr reads it."""
+"""Writing a store is crash-safe, resumable and deterministic to the byte, and zarr reads the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moetier.tiers.store.writer import StoreWriter
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Read every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -49,7 +49,7 @@ def read_all(folder: Path) -> dict[ExpertKey, bytes]:
 
 
 def two_geometries() -> Manifest:
-    """Blocks 0 and 2 in one array, block 1 in another: other rows, other number of experts."""
+    """Make a plan with blocks 0 and 2 in one array and block 1, with other rows and experts, in another."""
     plan = make_plan(blocks=3)
     first, second, third = plan.blocks
     return replace(
@@ -303,7 +303,7 @@ def test_a_full_disk_is_said_and_resumed_from(small_disk: Path, tmp_path: Path) 
 
 
 def test_a_shard_that_does_not_fit_gives_back_what_it_got(tmp_path: Path) -> None:
-    """ext4 keeps what it could allocate of a file that it could not allocate whole; tmpfs does not."""
+    """ext4 keeps the allocated part of a file that it can't allocate whole; tmpfs does not."""
     if (mkfs := shutil.which("mkfs.ext4")) is None:
         pytest.skip("there is no mkfs.ext4")
     image = tmp_path / "image"
@@ -333,7 +333,7 @@ write_store(Path(sys.argv[1]), plan, make_records(plan))
 
 
 def test_the_manifest_reaches_the_disk_last(tmp_path: Path) -> None:
-    """The order of the system calls: shards synced, renamed; manifest synced, renamed; folder synced."""
+    """System calls come in order: shards are synced and renamed, then the manifest, then the folder is synced."""
     trace = tmp_path / "trace"
     options = ["-y", "-o", str(trace), *only("fsync,rename,renameat,renameat2")]
     result = strace(options, WRITE, tmp_path / "model")
