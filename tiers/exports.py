@@ -1,4 +1,7 @@
-"""Lazy exports: names of a package whose modules are imported when a name is first used."""
+"""Lazy exports: names of a package whose modules are imported when a name is first used.
+
+This small module stands alone because packages of tiers and of runtime share it.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from .atomic import read_errors
 from .folder import METADATA
 from .shard import OpenShard, store_digest, stored_checksums
 
-AT_ONCE = 0.1  # seconds for which opening a store waits: enough for a quick disk or a small store
-SHARE = 0.1  # share of the time for which it reads afterwards: reads of records come first
-SUSPECTS = 3  # most shards that an error names
+WAIT_SECONDS = 0.1  # seconds for which opening a store waits: enough for a quick disk or a small store
+READ_SHARE = 0.1  # share of the time for which it reads afterwards: reads of records come first
+MAX_SUSPECTS = 3  # most shards that an error names
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class DigestCheck:
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moetier-digest", daemon=True)
         self._thread.start()
-        self._thread.join(AT_ONCE)
+        self._thread.join(WAIT_SECONDS)
 
     def close(self) -> None:
         """End the thread. Call it before the shards are closed. Idempotent."""
@@ -63,8 +63,8 @@ class DigestCheck:
             for crc in stored_checksums(f"/proc/self/fd/{shard.descriptor}", shard.offsets, shard.file.slot_bytes):
                 yield crc
                 now = time.monotonic()
-                began, debt = now, debt + (now - began) * (1 / SHARE - 1)
-                if debt > AT_ONCE:
+                began, debt = now, debt + (now - began) * (1 / READ_SHARE - 1)
+                if debt > WAIT_SECONDS:
                     self._ending.wait(debt)
                     began, debt = time.monotonic(), 0.0
                 if self._ending.is_set():
@@ -82,7 +82,9 @@ def foreign_shards(manifest: Manifest, digest: str, paths: Sequence[Path]) -> Ch
     later = [path for path in paths if _written(path) > written]
     which = "which of them, this manifest of an older moetier does not say"
     if later and len(later) < len(paths):
-        names = ", ".join(map(str, later[:SUSPECTS])) + (f" and {len(later) - SUSPECTS} more" * (len(later) > SUSPECTS))
+        names = ", ".join(map(str, later[:MAX_SUSPECTS])) + (
+            f" and {len(later) - MAX_SUSPECTS} more" * (len(later) > MAX_SUSPECTS)
+        )
         which = f"probably {names}, written after the manifest"
     return ChecksumError(
         f"{manifest.model}: the shards in {folder} are not all of one conversion: {which}. "

@@ -171,8 +171,8 @@ def test_an_older_store_is_checked_while_a_process_computes_from_it(
 ) -> None:
     """Without a daemon; on a disk on which the check takes long."""
     without_table(swapped)
-    monkeypatch.setattr(digest, "AT_ONCE", 0.0)
-    monkeypatch.setattr(digest, "SHARE", 1e-3)
+    monkeypatch.setattr(digest, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(digest, "READ_SHARE", 1e-3)
     found = threading.Event()
     with (
         ExpertStore.open(swapped) as store,
