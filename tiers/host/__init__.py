@@ -1,7 +1,8 @@
 """The host tier: a cache of experts in memory, its loads from a store, its prefetch queue and its sessions.
 
-Others use ``tier.HostTier``, ``session``, ``learner`` and ``warmup``. Its state changes only under the lock of
-``tiers.locks``. The package imports ``arena``, ``cache``, ``store`` and the nouns, and no torch.
+Others use ``tier.HostTier``, the events of ``demands``, ``learner``, ``warmup`` and ``staging.staging_bytes``. The
+tier's state changes only under the lock of ``tiers.locks``. The package imports ``arena``, ``cache``, ``store`` and the
+nouns, and no torch.
 """
 
 from typing import TYPE_CHECKING
