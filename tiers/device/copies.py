@@ -12,7 +12,7 @@ import torch
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Lease
 
-from .pool import DevicePool
+from .device_pool import DevicePool
 from .stream import Device, Event, Stream
 from .views import SlotViews
 

@@ -14,7 +14,7 @@ from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters
 
 from .copies import Copies, Copy
-from .pool import DevicePool, DeviceSlots
+from .device_pool import DevicePool, DeviceSlots
 from .promoter import Promoter
 from .stream import Event, Stream
 

@@ -37,8 +37,8 @@ from moetier.tiers.source import Lease, Lender, Pace
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .copies import Arrange, Copies
+from .device_pool import DeviceSlots, allocate, fewer
 from .fill import DeviceDemand, DeviceFill
-from .pool import DeviceSlots, allocate, fewer
 from .promoter import Promoter
 from .stream import Device, Event, Stream
 

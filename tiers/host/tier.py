@@ -243,10 +243,10 @@ class HostTier:
         if demand.pending:
             self._ledger.advance(demand)
         if not (demand.ready or demand.is_over):
-            demand.stands_since = demand.stands_since or time.perf_counter()
+            demand.stands_since = demand.stands_since or time.monotonic()
             return None
         if demand.stands_since is not None:
-            self._ledger.counters.waited(time.perf_counter() - demand.stands_since)
+            self._ledger.counters.waited(time.monotonic() - demand.stands_since)
             demand.stands_since = None
         # a scan needs its slots for what it still lacks: each is given back when it is computed
         count = min(len(demand.ready), 1 if demand.is_scan else len(demand.ready))
