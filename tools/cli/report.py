@@ -191,16 +191,18 @@ def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
 
 def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
     """How well routing was predicted, what that cost, and the outcomes of the prefetch requests."""
-    names = ["at the layer", *(f"{distance} ahead" for distance in range(1, len(stats.guesses)))]
+    further = [f"{distance} layers ahead" for distance in range(2, len(stats.guesses))]
+    names = ["at the layer itself", "one layer ahead", *further]
     rates = [
         f"{right / count:.1%} right {name}"
         for right, count, name in zip(stats.right, stats.guesses, names, strict=True)
         if count
     ]
-    steps = f"in {stats.steps_on} of {stats.steps_on + stats.steps_off} steps ({stats.mode}, "
+    steps = f"{stats.steps_on} of {stats.steps_on + stats.steps_off} steps"
+    state = "on" if stats.is_on else "off"
     return [
-        line("predicted", f"{steps}{'on' if stats.is_on else 'off'} at the end): {', '.join(rates) or 'nothing'}"),
-        line("", f"{1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step to predict"),
+        line("predicted", f"in {steps}, {state} at the end; {', '.join(rates) or 'nothing'}"),
+        line("", f"predicting costs {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step"),
         # a daemon counts those of all its clients together: ``moetier stats`` has them
         *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
     ]

@@ -110,9 +110,9 @@ def _text(address: Address, described: DescribeReply, stats: StatsReply) -> str:
             f"{plain(model.name)} ({plain(model.digest[:12])})",
             *([f"  fault     {plain(model.fault)}"] if model.fault else []),
             f"  slots     {host.ready} of {host.slots} hold a record, {format_bytes(host.slot_bytes)}; "
-            f"{model.recovered} were taken back at the start",
+            f"{model.recovered} kept from the previous daemon",
             f"  demands   {demands:,}: {host.hits:,} hits ({host.hits / demands if demands else 0:.1%}), "
-            f"{host.misses:,} misses, {host.joined:,} of them joined a load",
+            f"{host.misses:,} misses, {host.joined:,} waited for a read already under way",
             f"  reads     {format_bytes(host.bytes_in)}, {host.evictions:,} evictions, {host.failures:,} failures",
             f"  prefetch  {prefetch_text(host)}",
             *([f"  learned   {host.warmed:,} read beforehand, {host.recalled:,} of them used"] if host.warmed else []),

@@ -8,7 +8,10 @@ from moetier.runtime.config import format_bytes
 from moetier.tools.cli.plain import plain
 from moetier.tools.cli.report import table
 
-HEAD = ["experts", "trunk", "on disk", "convert", "in memory", "hits", "read", "tokens/s", "by", "prompt/s", "by"]
+HEAD = [
+    *("experts", "trunk", "on disk", "convert", "in RAM", "hits", "read"),
+    *("tokens/s", "limited by", "prompt/s", "limited by"),
+]
 
 
 def text(found: dict[str, Any]) -> str:

@@ -271,7 +271,8 @@ def test_a_budget_out_of_bounds_says_its_bounds(tinymix_4bit: Path) -> None:
 
 def test_memory_is_what_the_control_group_leaves(index_only: Path) -> None:
     code = f"""
-from moetier.tools import main, probes
+from moetier.tools import main
+from moetier.tools.plan import probes
 probes.KERNEL_SECONDS, probes.UNCACHED_BYTES = 0.0, 1 << 20
 main.main(["plan", {str(index_only)!r}, "--bits", "4", "--trunk-bits", "16", "--disk", "1", "--json"])
 """

@@ -209,8 +209,8 @@ def test_what_was_counted(daemon: DaemonProcess, store: tuple[Path, Manifest], r
     assert lines[1] == f"{store[1].model} ({store[1].digest[:12]})"
     words = " ".join(text.split())
     for part in (
-        "slots 3 of 12 hold a record, 192 KiB; 0 were taken back at the start",
-        "demands 4: 1 hits (25.0%), 3 misses, 0 of them joined a load",
+        "slots 3 of 12 hold a record, 192 KiB; 0 kept from the previous daemon",
+        "demands 4: 1 hits (25.0%), 3 misses, 0 waited for a read already under way",
         "reads 48 KiB, 0 evictions, 0 failures",
         "prefetch 0 read, 0 useful, 0 late, 0 wasted; 0 cancelled; up to 0.00 s of waiting saved",
         "clients 1, 1 with a session, 2 slots leased",
