@@ -17,8 +17,6 @@ from typing import Any
 
 from moetier.tiers.errors import CheckpointError
 
-from .disk_space import nearest_folder
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 SMALL_FILES = (
     "config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model*",
@@ -94,8 +92,8 @@ def download(name: str, file: str, revision: str, into: Path | None, advance: Ca
     from huggingface_hub import hf_hub_download
     from tqdm import tqdm
 
-    class Told(tqdm):  # type: ignore[type-arg]
-        """Progress bar that shows nothing, and reports to ``advance``."""
+    class Bar(tqdm):  # type: ignore[type-arg]
+        """A progress bar that shows nothing and calls ``advance``."""
 
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(disable=True)
@@ -109,7 +107,7 @@ def download(name: str, file: str, revision: str, into: Path | None, advance: Ca
             if UNRESUMABLE.search(partial.name):
                 partial.unlink()
     with _errors(name, file):
-        return Path(hf_hub_download(name, file, revision=revision, local_dir=into, tqdm_class=Told))
+        return Path(hf_hub_download(name, file, revision=revision, local_dir=into, tqdm_class=Bar))
 
 
 def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[str, Any]]:
@@ -139,16 +137,11 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
         return dict(zip(files, pool.map(header, files), strict=True))
 
 
-def downloads_to(folder: Path) -> bool:
-    """Return whether huggingface_hub's cache is on the disk of ``folder``."""
-    return cache_place().stat().st_dev == folder.stat().st_dev
-
-
-def cache_place() -> Path:
-    """Return the folder of huggingface_hub's cache, or its deepest existing parent."""
+def cache_folder() -> Path:
+    """Return huggingface_hub's cache, which need not exist."""
     from huggingface_hub import constants
 
-    return nearest_folder(Path(constants.HF_HUB_CACHE).absolute())
+    return Path(constants.HF_HUB_CACHE).absolute()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from moetier.tiers.errors import ConfigError
-from moetier.tools.bench.cgroup import MemoryGroup, memory_group
+from moetier.tools.bench.sandbox import MemoryGroup, memory_group
 
 
 @contextlib.contextmanager

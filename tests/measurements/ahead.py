@@ -21,8 +21,8 @@ from moetier.runtime.kernels.gemm_tile import Tile
 from moetier.runtime.kernels.jit import Processor
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tools.bench.output import Spread, alternate
 from moetier.tools.bench.rates import KernelProbe, projection_bytes, random_records
-from moetier.tools.bench.rounds import Spread, alternate
 from moetier.tools.cli.report import table
 
 WAYS = {"both": (True, True), "codes": (True, False), "pairs": (False, True), "nothing": (False, False)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from moetier.runtime.kernels.attention import decode_attention
-from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.bench.output import Spread, alternate
 from moetier.tools.cli.report import table
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128

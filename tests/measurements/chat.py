@@ -17,7 +17,7 @@ import transformers
 
 import moetier
 from moetier.runtime.generation.conversation import Conversation
-from moetier.tools.bench.rounds import Spread
+from moetier.tools.bench.output import Spread
 from moetier.tools.chat.answer import Answer, Answering
 from moetier.tools.chat.interrupt import Interrupt
 

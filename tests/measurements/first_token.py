@@ -22,7 +22,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.bench.output import Spread, alternate
 
 WITHOUT_HQQ = "import sys; sys.modules['hqq'] = None; "
 IMPORTS = "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer; "

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from attention import microseconds
 
 from moetier.runtime.kernels.row import RowWeight
-from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.bench.output import Spread, alternate
 from moetier.tools.cli.report import table
 
 SHAPES = {"8 experts": (8, 4096), "128 experts": (128, 2048), "512 experts": (512, 2048), "attention": (4096, 4096)}

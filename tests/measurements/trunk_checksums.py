@@ -21,7 +21,7 @@ from moetier.runtime.config import format_bytes
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.trunk import CHECKED_BYTES, check_sum
-from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.bench.output import Spread, alternate
 
 SHARE = 0.05
 

@@ -1,6 +1,6 @@
 """One piece of work, measured: reads what it is from standard input, and says what it found, both as JSON.
 
-``python -m moetier.tools.bench.child``; ``fresh.py`` starts it. Works: "idle", "model", "rates".
+``python -m moetier.tools.bench.child``; ``sandbox`` starts it. Works: "idle", "model", "rates".
 """
 
 from __future__ import annotations

@@ -26,11 +26,9 @@ from moetier.tiers.layout import BITS
 from moetier.tools.cli.resources import add_option
 from moetier.tools.cli.settings import without_settings
 
-from .disk_rate import NO_FIO, RandomReads, fio_version
-from .machine import Machine
-from .output import add_bench_arguments, check_bench, report
-from .page_cache import drop_page_cache
-from .rounds import Spread, alternate
+from .disk import NO_FIO, RandomReads, fio_version
+from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
+from .sandbox import drop_page_cache
 
 EXAMPLES = ("moetier bench convert ./Mixtral-8x7B-v0.1 --no-llama",)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from moetier.tiers.errors import ConfigError
 
-from .cgroup import MemoryGroup, forget, memory_group
+from .sandbox import MemoryGroup, forget, memory_group
 
 
 @dataclass(frozen=True, slots=True)

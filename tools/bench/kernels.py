@@ -17,9 +17,7 @@ from moetier.tools.cli.parser import UsageError
 from moetier.tools.cli.report import format_seconds
 from moetier.tools.cli.resources import add_option
 
-from .machine import Machine
-from .output import add_bench_arguments, check_bench, report
-from .rounds import Spread, alternate
+from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

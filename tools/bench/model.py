@@ -18,11 +18,9 @@ from moetier.tools.cli.options import DIRECTORY, directory
 from moetier.tools.cli.resources import add_option, size
 
 from .bound import Bound, Rates, need_of, rows_of, slots_within
-from .disk_rate import NO_FIO, RandomReads, fio_version
-from .machine import Machine
-from .output import add_bench_arguments, check_bench, report
+from .disk import NO_FIO, RandomReads, fio_version
+from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 from .rates import UNCACHED_BYTES
-from .rounds import Spread, alternate
 from .sandbox import fresh
 from .token_ids import add_token_arguments, fixed_ids
 

@@ -16,10 +16,8 @@ from moetier.tools.cli.parser import UsageError
 from moetier.tools.cli.resources import add_option, size
 
 from .engines import Run, accelerate_decode, llama_run
-from .machine import Machine
 from .model import Work
-from .output import add_bench_arguments, check_bench, report
-from .rounds import Spread, alternate
+from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 from .sandbox import fresh
 from .token_ids import add_token_arguments
 

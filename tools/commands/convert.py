@@ -216,8 +216,8 @@ def write(
     from moetier.runtime.threads import use_threads
     from moetier.tools.convert.conversion import Conversion
     from moetier.tools.convert.draft import Options
+    from moetier.tools.convert.files import check_unused
     from moetier.tools.convert.target import State, check_place, is_ours, remove
-    from moetier.tools.convert.users import check_unused
 
     def say(line: str) -> None:
         if not quiet:

@@ -62,7 +62,6 @@ def look(name: str, folder: Path) -> Listed | None:
 
 def _look(name: str, folder: Path) -> Listed:
     """Reads the manifest, or what is to become it."""
-    from moetier.runtime.checkpoint.disk_space import disk_bytes
     from moetier.runtime.pulled import pulling
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import Manifest
@@ -76,6 +75,7 @@ def _look(name: str, folder: Path) -> Listed:
         read_origin,
         resuming,
     )
+    from moetier.tools.convert.files import disk_bytes
 
     store, resume = folder / GROUP, None
     last = next((path for path in (store / METADATA, store / PLAN) if path.exists()), store)

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.checkpoint.disk_space import nearest_folder
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.number import COUNT
 from moetier.tools.cli.options import source
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.cli.resources import add_option, size
+from moetier.tools.convert.files import nearest_folder
 
 if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        from moetier.tools.plan.plan_report import text
+        from moetier.tools.plan.estimate import text
 
         print(text(found))
     return 0
@@ -110,9 +110,12 @@ def plan(
     disk: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """What ``--json`` prints (docs/plan.md). ``bits`` and ``trunk_bits`` None: all; ``context`` None: what
-    ``Prospect.context`` says; ``into`` None: where `pull` puts a hub's model, or here. ``disk`` in GB/s, in place of a
-    probe. ``say`` is told what takes its time. Raises MoetierError."""
+    """Return what ``--json`` prints (docs/plan.md).
+
+    ``bits`` and ``trunk_bits`` None: all; ``context`` None: what ``ModelChoices.context`` says; ``into`` None: where
+    `pull` puts a hub's model, or here. ``disk`` is in GB/s, in place of a probe. ``say`` is called with long steps.
+    Raises MoetierError.
+    """
     from moetier.runtime.config import TierConfig
     from moetier.runtime.memory import shortage
     from moetier.runtime.pulled import models_folder
@@ -151,7 +154,7 @@ def plan(
         from moetier.runtime.memory import memory_for_model, resident_bytes
         from moetier.runtime.model.load import place_of
         from moetier.runtime.threads import usable_cpus, use_threads
-        from moetier.tools.plan.choices import open_prospect
+        from moetier.tools.plan.choices import open_choices
         from moetier.tools.plan.estimate import Speeds, estimate
         from moetier.tools.plan.fit import Room, by_preference, fit_of, impossible
 
@@ -162,20 +165,22 @@ def plan(
     if device_place.type == "cpu" and device_memory is not None:
         raise ConfigError("On a CPU there is no device memory: experts are computed on in --ram.", "Give --ram alone.")
     room = Room.here(device_place, place, memory_for_model(), resident_bytes())
-    prospect = open_prospect(source)
-    chosen = prospect.chosen(bits, trunk_bits)
+    model_choices = open_choices(source)
+    chosen = model_choices.chosen(bits, trunk_bits)
     if context is None:
-        config = replace(config, context=prospect.context)
+        config = replace(config, context=model_choices.context)
 
     def evaluate(tried: TierConfig) -> list[Fit]:
-        return [fit_of(prospect, choice, tried, room, kernels) for choice in prospect.choices]
+        return [fit_of(model_choices, choice, tried, room, kernels) for choice in model_choices.choices]
 
     asked = [fit for fit in evaluate(config) if fit.choice in chosen]
     working = by_preference(asked)
     if not working:
         raise impossible(asked, evaluate, config)
     say("measuring this machine, for some seconds")
-    speeds = Speeds.measure(prospect, [fit.choice for fit in working], room, disk, threads or usable_cpus())
+    speeds = Speeds.measure(model_choices, [fit.choice for fit in working], room, disk, threads or usable_cpus())
     options = {"--ram": ram, "--device-memory": device_memory, "--device": None if device == "auto" else device}
     options |= {"--threads": threads}
-    return estimate(prospect, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls)
+    return estimate(
+        model_choices, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls
+    )

@@ -204,8 +204,7 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
 
     from moetier.runtime.checkpoint.files import open_checkpoint
     from moetier.tools.convert.matrices import trunk_form
-    from moetier.tools.lab.quality import loss, tokenize
-    from moetier.tools.lab.trial import Trial
+    from moetier.tools.lab.quality import Trial, loss, tokenize
 
     checkpoint = open_checkpoint(source)
     _check_tokenizer(checkpoint.folder)

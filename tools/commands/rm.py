@@ -10,7 +10,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from moetier.tools.convert.users import check_unused
+from moetier.tools.convert.files import check_unused
 
 EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Removes all of them or, where a name is wrong or a model in use, none; but what has come into use by the time of
     an answer stays, and what is behind it. Raises StoreFormatError or TargetError."""
-    from moetier.runtime.checkpoint.disk_space import disk_bytes
     from moetier.runtime.config import format_bytes
     from moetier.runtime.pulled import pulled_model
+    from moetier.tools.convert.files import disk_bytes
 
     found = dict(pulled_model(name) for name in arguments.names)
     for name, folder in found.items():

@@ -11,24 +11,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.checkpoint.disk_space import free_bytes
 from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.decoding import SEED
 from moetier.runtime.number import COUNT
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 from moetier.tools.cli.resources import add_option
-from moetier.tools.lab.routing import (
+from moetier.tools.convert.files import free_bytes
+from moetier.tools.lab.synthetic import (
+    GEOMETRIES,
     ROUTINGS,
     TOKENS_FILE,
     TOPICS,
     TRACED,
+    config_of,
     curve_table,
+    deviation_of,
     lru_curve,
     read_tokens,
     record_tokens,
+    shapes_of,
     token_ids,
 )
-from moetier.tools.lab.synthetic import GEOMETRIES, config_of, deviation_of, shapes_of
 
 if TYPE_CHECKING:
     import torch

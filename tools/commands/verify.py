@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
     from moetier.tiers.store.trunk import trunk_faults
     from moetier.tools.cli.progress import Progress
-    from moetier.tools.convert.small_files import has_tokenizer
+    from moetier.tools.convert.files import has_tokenizer
 
     with ExpertStore.open(arguments.directory, readers=READS, damaged=True) as store:
         manifest = store.manifest
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 def scrub_small(directory: Path) -> Iterator[Problem]:
     """Yields what is wrong with the small files of a model directory, of which there are no sums."""
     from moetier.tiers.store.scrub import Problem
-    from moetier.tools.convert.small_files import small_faults
+    from moetier.tools.convert.files import small_faults
 
     for fault in small_faults(directory):
         yield Problem(None, None, str(directory), fault.cause)

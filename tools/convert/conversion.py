@@ -12,7 +12,6 @@ from pathlib import Path
 from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.dequantize import source_tensors
-from moetier.runtime.checkpoint.disk_space import free_bytes, nearest_folder
 from moetier.runtime.checkpoint.files import Checkpoint
 from moetier.runtime.checkpoint.skeleton import build_on_meta
 from moetier.runtime.config import format_bytes
@@ -25,11 +24,11 @@ from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import Progress
+from moetier.tools.convert.files import free_bytes, nearest_folder
 
 from .draft import Draft, Options
 from .encoder import INTERPRETER_BYTES, Encoder
-from .matrices import Matrices
-from .matrix_record import MatrixRecord
+from .matrices import Matrices, MatrixRecord
 from .report import BlockReport, ConversionReport
 from .stages import Stage, stages
 from .streaming import Download
@@ -148,13 +147,13 @@ class Conversion:
             self.target.check_disk(replacing=replacing)
             return
         here, cached = self.download.disk_bytes(self._route(() if replacing else None))
-        place = hub.cache_place()
-        if cached and hub.downloads_to(nearest_folder(self.target.folder)):
+        cache = hub.cache_folder()
+        if nearest_folder(cache).stat().st_dev == nearest_folder(self.target.folder).stat().st_dev:
             here, cached = here + cached, 0
         self.target.check_disk(here, replacing=replacing)
-        if cached > (free := free_bytes(place)):
+        if cached > (free := free_bytes(cache)):
             raise DiskSpaceError(
-                f"{place} is to keep {cached:,} bytes of the checkpoint; {free:,} are free.",
+                f"{cache} is to keep {cached:,} bytes of the checkpoint; {free:,} are free.",
                 "Free some space, leave out --keep-source, or name another place with HF_HUB_CACHE.",
             )
 

@@ -18,8 +18,7 @@ from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
 from moetier.tiers.quant.codec import group_and_pairs, layout_for
 from moetier.tiers.store.trunk import RECORD
 
-from .matrices import Matrices, trunk_form
-from .matrix_record import MatrixRecord
+from .matrices import Matrices, MatrixRecord, trunk_form
 from .trunk import TrunkFile, TrunkTensor, plan_trunk
 
 if TYPE_CHECKING:

@@ -1,16 +1,21 @@
-"""How a model directory is removed: first what makes it whole, so that nobody takes what is left, if this is cut, for a
-model; last its store, which makes the folder moetier's, and gives it its name: so it can be gone on with."""
+"""Files of a model directory: removing them, who uses them, what they take of a disk, and which must be there.
+
+A removal first deletes what makes the directory whole, so that a removal that is cut leaves no model. The store's own
+folder stays to the last: it marks the directory as moetier's, so the removal can be resumed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moetier.tiers.errors import TargetError
+from moetier.runtime.checkpoint.config_json import read_config
+from moetier.tiers.errors import MoetierError, StoreFormatError, TargetError
 from moetier.tiers.store.atomic import sync_folder
 from moetier.tiers.store.folder import GROUP, METADATA
 
@@ -46,3 +51,85 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def check_unused(name: str, folder: Path) -> None:
+    """Raises TargetError where another process uses the model that is called ``name``."""
+    if users := users_of(folder):
+        which = "; ".join(f"process {pid} ({command})" for pid, command in users.items())
+        raise TargetError(f"{name} is in use: {which}.", "End that first.")
+
+
+def users_of(folder: Path) -> dict[int, str]:
+    """The other processes, as far as one may look at them, that have files of a folder open or mapped: a daemon, a
+    server, a conversion. pid -> command line."""
+    prefix = f"{folder.resolve()}/"
+    mapped = prefix.replace("\n", r"\012")  # as the kernel writes it there
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            opened = any(f"{path}/".startswith(prefix) for path in _opened(process))
+            if opened or any(path.startswith(mapped) for path in _mapped(process)):
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                found[int(process.name)] = " ".join(words).strip()[:100]
+    return found
+
+
+def _opened(process: Path) -> Iterator[str]:
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            yield str(link.readlink())
+
+
+def _mapped(process: Path) -> Iterator[str]:
+    for line in os.fsdecode((process / "maps").read_bytes()).split("\n"):
+        yield from line.split(maxsplit=5)[5:]  # address, permissions, offset, device, inode, path
+
+
+# what a tokenizer says of itself; and one of what it can be made of
+ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+VOCABULARY = re.compile(
+    r"tokenizer\.(json|model(\.v\d+)?)|vocab\.(json|txt)|tekken\.json|(spiece|sentencepiece(\.bpe)?)\.model|\w+\.tiktoken"
+)
+
+
+def small_faults(directory: Path) -> Iterator[MoetierError]:
+    """Of a model directory: config.json, and a tokenizer of which only a part is there. One that never had a tokenizer
+    is fine."""
+    try:
+        read_config(directory)
+    except MoetierError as error:
+        yield error
+    there = [name for name in ABOUT if (directory / name).exists()]
+    if there and not has_tokenizer(directory):
+        yield StoreFormatError(
+            f"{directory} has {there[0]}, and no vocabulary: tokenizer.json, or tokenizer.model, is missing.",
+            "Copy the source's tokenizer files into it.",
+        )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any(VOCABULARY.fullmatch(path.name) for path in directory.iterdir())
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the deepest folder on the way to ``path`` that exists: it is on the same disk."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist."""
+    disk = os.statvfs(nearest_folder(folder))
+    return disk.f_bavail * disk.f_frsize
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return the bytes on the disk of a folder's files, without holes and the targets of links."""
+    taken = 0
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                taken += os.lstat(Path(place, name)).st_blocks * 512
+    return taken

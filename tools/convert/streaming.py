@@ -98,7 +98,7 @@ class Download:
     def announce(self, route: Sequence[Stage]) -> str:
         coming = sum(self._coming(route).values())
         if self.keep:
-            return f"{format_bytes(coming)} are downloaded, and kept in {hub.cache_place()}"
+            return f"{format_bytes(coming)} are downloaded, and kept in {hub.cache_folder()}"
         largest = _most(route, {path: file.size for path, file in self._files.items()})
         return f"{format_bytes(coming)} are downloaded; at most {format_bytes(largest)} are here at a time"
 

@@ -28,7 +28,7 @@ from moetier.tiers.store.atomic import PARTIAL, allocate, sync_folder, write_all
 from moetier.tiers.store.checksum import crc32c
 from moetier.tiers.store.trunk import read_pieces
 
-from .matrix_record import MatrixRecord
+from .matrices import MatrixRecord
 
 TrunkTensor = SourceTensor | MatrixRecord
 

@@ -84,7 +84,7 @@ def configuration() -> Iterator[Finding]:
 
 
 def processor() -> Iterator[Finding]:
-    from moetier.tools.bench.machine import Machine
+    from moetier.tools.bench.output import Machine
 
     here, usable = Machine.here(), usable_cpus()
     quota = f", and a control group's quota leaves {usable}" if usable < here.cores else ""

@@ -16,7 +16,7 @@ from .finding import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
     from moetier.runtime.memory import Available
-    from moetier.tools.bench.disk_rate import RandomReads
+    from moetier.tools.bench.disk import RandomReads
 
 SLOW = 0.3e9  # bytes a second: of a disk that turns, or a network
 LEAST_MEMORY = 1536 << 20  # for a model
@@ -52,14 +52,14 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
     from moetier.runtime.kernels.choose import kernels_for
     from moetier.runtime.model.load import place_of
     from moetier.tiers.cache.budget import smallest_budget
-    from moetier.tools.plan.choices import open_prospect
+    from moetier.tools.plan.choices import open_choices
     from moetier.tools.plan.fit import Room, fit_of
 
     device = torch.device(place_of("auto"))
-    prospect = open_prospect(directory)
-    config = TierConfig.of(context=prospect.context)
-    (choice,) = prospect.choices
-    fit = fit_of(prospect, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
+    model_choices = open_choices(directory)
+    config = TierConfig.of(context=model_choices.context)
+    (choice,) = model_choices.choices
+    fit = fit_of(model_choices, choice, config, Room.here(device, directory, left, 0), kernels_for(device))
     if fit.problem is not None:
         return fail("memory", f"{found}. {fit.problem.cause}", f"{fit.problem.fix} Or convert it to fewer bits.")
     smallest, largest = map(format_bytes, (smallest_budget(choice.manifest), choice.manifest.stored_bytes))
@@ -109,7 +109,7 @@ def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
     """Whether files are read past the page cache there, and how fast at random. Raises StoreError, OSError."""
     from moetier.tiers.errors import ConfigError
     from moetier.tiers.host.tier import LOADERS
-    from moetier.tools.bench.machine import place_of
+    from moetier.tools.bench.output import place_of
 
     place = directory if directory is not None else Path.cwd()
     try:
@@ -134,7 +134,7 @@ def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
 
 @contextmanager
 def _of_store(directory: Path) -> Iterator[RandomReads]:
-    from moetier.tools.bench.disk_rate import RandomReads, takes_direct
+    from moetier.tools.bench.disk import RandomReads, takes_direct
 
     reads = RandomReads.of_records(directory, direct=True)
     direct = all(map(takes_direct, reads.files))
@@ -145,7 +145,7 @@ def _of_store(directory: Path) -> Iterator[RandomReads]:
 def _sample(place: Path) -> Iterator[RandomReads]:
     """Of a file that is written there and removed again. Raises ConfigError where that can't be."""
     from moetier.tiers.errors import ConfigError
-    from moetier.tools.bench.disk_rate import RandomReads, takes_direct
+    from moetier.tools.bench.disk import RandomReads, takes_direct
 
     other = "Name a model directory, moetier doctor DIR, or run it in another folder."
     if (free := shutil.disk_usage(place).free) < 4 * SAMPLE_BYTES:

@@ -21,7 +21,7 @@ def survey(store: ExpertStore) -> dict[str, Any]:
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.trunk import trunk_faults, trunk_records
-    from moetier.tools.convert.small_files import has_tokenizer, small_faults
+    from moetier.tools.convert.files import has_tokenizer, small_faults
 
     manifest = store.manifest
     directory = store.folder.parent

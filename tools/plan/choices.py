@@ -1,18 +1,38 @@
-"""What there is to choose for a model, before it is converted: how large experts and trunk would be at each width."""
+"""Choices for a model before it is converted: the sizes of experts and trunk at each width.
+
+A checkpoint needs no weights for that. The headers of its files, here or on the hub, give names, types and shapes. The
+index alone gives names, and the model that they are loaded into gives shapes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.checkpoint import hub
 from moetier.runtime.checkpoint.config_json import read_config
+from moetier.runtime.checkpoint.dequantize import Plain, SourceTensor, source_tensors
+from moetier.runtime.checkpoint.files import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    locate,
+    names_code,
+    open_checkpoint,
+    read_json,
+    read_places,
+    some,
+    weights_of,
+)
+from moetier.runtime.checkpoint.safetensors import StoredTensor, listed
 from moetier.runtime.checkpoint.skeleton import build_on_meta
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
-from moetier.tiers.errors import ConfigError
+from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
@@ -20,9 +40,101 @@ from moetier.tiers.store.trunk import check_trunk, trunk_records
 from moetier.tools.convert.draft import Draft, Options
 from moetier.tools.convert.stages import most_bytes
 from moetier.tools.convert.target import is_ours
+from moetier.tools.convert.trunk import SPELLINGS
 
-from .forecast import Trunk
-from .outline import Outline, open_outline
+from .cost import Trunk
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+ON_HUB = ("config.json", INDEX)  # what is fetched
+
+
+@dataclass(frozen=True)
+class CheckpointHeaders:
+    """``checkpoint`` can't be read from; without ``shaped`` its tensors are names, and all else of them is made up."""
+
+    checkpoint: Checkpoint
+    shaped: bool
+    nbytes: int | None  # of the checkpoint; None where its index does not say
+    names_code: bool  # of its own: convert wants --ignore-code
+    on_hub: bool  # and not here: it is to be downloaded
+
+    def tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, SourceTensor]:
+        """What they mean, by name, in a ``model`` on meta that is not cut down."""
+        name = str(dtype).removeprefix("torch.")
+        found = source_tensors(self.checkpoint.tensors, self.checkpoint.quantization, name)
+        return found if self.shaped else _shaped(model, found, name)
+
+
+def open_headers(source: str | Path) -> CheckpointHeaders:
+    """Of a folder or a hub id. Downloads config.json, the index and headers at most. Raises CheckpointError or
+    UnsafeCheckpointError; code that a checkpoint names is no error, as nothing is done with it."""
+    on_hub = not Path(source).is_dir()
+    name, folder = locate(source, ON_HUB)
+    config = read_json(folder, "config.json")
+    files = weights_of(folder, config)
+    absent = [file for file in files if not (folder / file).is_file()]
+    if not absent:
+        checkpoint = open_checkpoint(folder, ignore_code=True)
+        return CheckpointHeaders(checkpoint, True, checkpoint.nbytes, names_code(dict(config)), on_hub=False)
+    if on_hub:
+        tensors = _of_hub(name, folder, files)
+    elif len(absent) == len(files) and (folder / INDEX).is_file():
+        tensors = _named(folder)
+    elif (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} lacks {some(absent)}, which {INDEX} names.",
+            "Download the checkpoint again, or leave config.json and the index alone in a folder to plan with.",
+        )
+    else:
+        open_checkpoint(folder, ignore_code=True)  # says what it lacks
+        raise AssertionError(f"{folder} has {WEIGHTS}")
+    checkpoint = Checkpoint(name, folder, str(source), True, config, tensors, copied=())
+    nbytes = checkpoint.nbytes if on_hub else _total(folder)
+    return CheckpointHeaders(checkpoint, on_hub, nbytes, names_code(dict(config)), on_hub=on_hub)
+
+
+def _of_hub(name: str, folder: Path, files: list[str]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file, header in hub.headers(name, files, folder.name).items():
+        try:
+            tensors |= listed(folder / file, header, 0)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} of {name} has a malformed header ({error}).", "Choose another.") from error
+    return tensors
+
+
+def _named(folder: Path) -> dict[str, StoredTensor]:
+    """By the index alone."""
+    return {
+        tensor: StoredTensor(tensor, "BF16", (), folder / file, 0)
+        for tensor, file in read_places(folder, INDEX).items()
+    }
+
+
+def _total(folder: Path) -> int | None:
+    metadata = read_json(folder, INDEX).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
+    return int(total) if isinstance(total, int | float) and total > 0 else None
+
+
+def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[str, SourceTensor]:
+    """Each as large as its part of what the model makes of it; of an expert's matrices only their number counts."""
+    from moetier.runtime.checkpoint.blueprint import destinations
+
+    shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    made: dict[str, SourceTensor] = {}
+    for members, targets in destinations(model, names):
+        known = [shapes[target] for target in targets if target in shapes]
+        plain = len(members) == 1 and len(known) == 1
+        share = sum(map(math.prod, known)) // len(members)
+        for name in members:
+            shape = known[0] if plain else (share,)
+            made[name] = Plain(StoredTensor(name, SPELLINGS[dtype], shape, Path(name), 0))
+    return made
 
 
 @dataclass(frozen=True)
@@ -47,12 +159,12 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Prospect:
-    """A model and its choices; ``outline`` is None where it is converted, and there is one choice."""
+class ModelChoices:
+    """A model and its choices; ``headers`` is None where it is converted, and there is one choice."""
 
     name: str
     source: str
-    outline: Outline | None
+    headers: CheckpointHeaders | None
     model: Any  # on meta, its experts cut down
     choices: tuple[Choice, ...]
     passing_bytes: int = 0  # of the checkpoint's files, the most that are on the disk when it is converted from the hub
@@ -60,8 +172,8 @@ class Prospect:
     @property
     def source_bytes(self) -> int:
         """Of the checkpoint; where its index does not say, what it takes at 16 bits."""
-        if self.outline is not None and self.outline.nbytes is not None:
-            return self.outline.nbytes
+        if self.headers is not None and self.headers.nbytes is not None:
+            return self.headers.nbytes
         return max(choice.disk_bytes for choice in self.choices)
 
     @property
@@ -86,18 +198,18 @@ class Prospect:
         return found
 
 
-def open_prospect(source: str | Path) -> Prospect:
+def open_choices(source: str | Path) -> ModelChoices:
     """Of a checkpoint's folder, in which its weights need not be; of a hub id; of a model directory. Raises
     CheckpointError or StoreError."""
     check_directory(Path(source))
     if is_ours(Path(source)):
         return _converted(Path(source))
-    outline = open_outline(source)
-    checkpoint, choices, model, passing = outline.checkpoint, list[Choice](), None, 0
+    headers = open_headers(source)
+    checkpoint, choices, model, passing = headers.checkpoint, list[Choice](), None, 0
     for trunk_bits in TRUNK_BITS:
-        model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype if outline.shaped else None)
-        draft = Draft.of(model, dtype, outline.tensors(model, dtype), trunk_bits)
-        if outline.on_hub:
+        model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype if headers.shaped else None)
+        draft = Draft.of(model, dtype, headers.tensors(model, dtype), trunk_bits)
+        if headers.on_hub:
             passing = max(passing, most_bytes(draft, checkpoint.tensors.values()))
         records = draft.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
@@ -106,10 +218,10 @@ def open_prospect(source: str | Path) -> Prospect:
         for bits in BITS:
             manifest = draft.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
             choices.append(Choice(bits, trunk_bits, manifest, size, tuple(layouts.values()), trunk))
-    return Prospect(checkpoint.name, str(source), outline, model, tuple(choices), passing)
+    return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing)
 
 
-def _converted(folder: Path) -> Prospect:
+def _converted(folder: Path) -> ModelChoices:
     manifest = read_manifest(store_folder(folder))
     check_trunk(folder, manifest)
     model, _ = build_on_meta(read_config(folder), None)
@@ -123,7 +235,7 @@ def _converted(folder: Path) -> Prospect:
     trunk_bits: Any = manifest.trunk_bits
     trunk = _trunk(model, size, trunk_bits, layouts)
     choice = Choice(manifest.bits, trunk_bits, manifest, size, tuple(layouts.values()), trunk)
-    return Prospect(manifest.model, str(folder), None, model, (choice,))
+    return ModelChoices(manifest.model, str(folder), None, model, (choice,))
 
 
 def _trunk(model: Any, size: int, bits: Bits, records: Mapping[str, RecordLayout]) -> Trunk:

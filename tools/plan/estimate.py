@@ -1,4 +1,4 @@
-"""A plan as a value: every choice with its sizes, tiers, speed and time, and the one that is recommended."""
+"""Estimate of every choice: sizes, tiers, speed and time, as a value and as text."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moetier.runtime.config import format_bytes
 from moetier.runtime.pulled import tag_of
 from moetier.tiers.host.tier import LOADERS
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.store.reader import PIECE_BYTES, ExpertStore
-from moetier.tools.bench.disk_rate import RandomReads
-from moetier.tools.cli.plain import as_options
+from moetier.tools.bench.disk import RandomReads
+from moetier.tools.cli.plain import as_options, plain
+from moetier.tools.cli.report import table
 
 from . import probes
-from .choices import Choice, Prospect
+from .choices import Choice, ModelChoices
+from .cost import PROMPT_TOKENS, Caching, DiskRate, Rates, prompt_cost, token_cost
 from .fit import Fit, Room, memory_of
-from .forecast import PROMPT_TOKENS, Caching, DiskRate, Rates, prompt_cost, token_cost
 
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """``rates`` is None on a GPU, where nothing is forecast."""
+    """Rates of this machine; ``rates`` is None on a GPU, where no speed is estimated."""
 
     disk: DiskRate
     disk_by: str
@@ -36,11 +38,11 @@ class Speeds:
 
     @classmethod
     def measure(
-        cls, prospect: Prospect, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
+        cls, model_choices: ModelChoices, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
     ) -> Speeds:
         """A few seconds; ``disk`` is its rate in GB/s, where it is known."""
         if disk is None:
-            rate, by = _probed_disk(prospect, choices, room)
+            rate, by = _probed_disk(model_choices, choices, room)
         else:
             rate, by = DiskRate(disk * GB, disk * GB, LOADERS), "given"
         rates = None
@@ -49,7 +51,7 @@ class Speeds:
             memory = probes.memory_rate(size)
             one, many = probes.kernel_rates(_layouts(choices), size)
             rates = Rates(rate, memory, one, many, probes.plain_rate(memory, size), probes.operation_seconds())
-        made = choices if prospect.outline is not None else ()
+        made = choices if model_choices.headers is not None else ()
         widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
         quantising = probes.quantising_rates(sorted(widths))
         return cls(rate, by, rates, quantising, workers)
@@ -62,15 +64,15 @@ def _layouts(choices: Sequence[Choice]) -> dict[Bits, RecordLayout]:
     return {bits: probes.probe_layout(expert, bits) for bits in sorted(widths)}
 
 
-def _probed_disk(prospect: Prospect, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
+def _probed_disk(model_choices: ModelChoices, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
     """Of records, or of the checkpoint's files on the same disk, or of a file that is made for it."""
     (some, *_) = choices
     block = min(max(layout.slot_bytes for layout in some.manifest.layouts.values()), PIECE_BYTES)
     with ExitStack() as stack:
-        if prospect.outline is None:
-            with ExpertStore.open(Path(prospect.source)) as store:
-                reads, what = RandomReads.of_records(Path(prospect.source), direct=store.direct), "its records"
-        elif files := _files_on(room.into, prospect):
+        if model_choices.headers is None:
+            with ExpertStore.open(Path(model_choices.source)) as store:
+                reads, what = RandomReads.of_records(Path(model_choices.source), direct=store.direct), "its records"
+        elif files := _files_on(room.into, model_choices):
             reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
         else:
             largest = max(choice.disk_bytes for choice in choices)
@@ -78,16 +80,16 @@ def _probed_disk(prospect: Prospect, choices: Sequence[Choice], room: Room) -> t
         return probes.disk_rate(reads), f"{reads.by}, on {what}"
 
 
-def _files_on(folder: Path, prospect: Prospect) -> list[Path]:
+def _files_on(folder: Path, model_choices: ModelChoices) -> list[Path]:
     """The checkpoint's, where they are there and on the disk of ``folder``."""
-    assert prospect.outline is not None
-    files = {tensor.file for tensor in prospect.outline.checkpoint.tensors.values()}
+    assert model_choices.headers is not None
+    files = {tensor.file for tensor in model_choices.headers.checkpoint.tensors.values()}
     there = [file for file in sorted(files) if file.is_file() and file.stat().st_dev == folder.stat().st_dev]
     return [file for file in there if file.stat().st_size >= probes.LEAST_FILE_BYTES]
 
 
 def estimate(
-    prospect: Prospect,
+    model_choices: ModelChoices,
     fits: Sequence[Fit],
     best: Fit,
     room: Room,
@@ -99,15 +101,15 @@ def estimate(
 ) -> dict[str, Any]:
     """What ``moetier plan --json`` prints. ``options``: what was given that `generate` takes, by option. ``pulls``: it
     is to be pulled, and kept by its name."""
-    manifest, outline = best.choice.manifest, prospect.outline
+    manifest, headers = best.choice.manifest, model_choices.headers
     return {
-        "model": prospect.name,
-        "source": prospect.source,
-        "converted": outline is None,
-        "source_bytes": prospect.source_bytes if outline is not None else None,
-        "to_download": outline is not None and outline.on_hub,
-        "names_code": outline is not None and outline.names_code,
-        "shapes": "converted" if outline is None else "headers" if outline.shaped else "the index, and the model",
+        "model": model_choices.name,
+        "source": model_choices.source,
+        "converted": headers is None,
+        "source_bytes": model_choices.source_bytes if headers is not None else None,
+        "to_download": headers is not None and headers.on_hub,
+        "names_code": headers is not None and headers.names_code,
+        "shapes": "converted" if headers is None else "headers" if headers.shaped else "the index, and the model",
         "blocks": len(manifest.blocks),
         "experts": max(block.experts for block in manifest.blocks),
         "top_k": max(block.top_k for block in manifest.blocks),
@@ -115,8 +117,8 @@ def estimate(
         "context": context,
         "prompt_tokens": PROMPT_TOKENS,
         "machine": _machine(room, speeds),
-        "choices": [_choice(prospect, fit, room, speeds) for fit in fits],
-        "recommended": _recommended(prospect, best, context, options, None if pulls else room.into),
+        "choices": [_choice(model_choices, fit, room, speeds) for fit in fits],
+        "recommended": _recommended(model_choices, best, context, options, None if pulls else room.into),
     }
 
 
@@ -137,7 +139,7 @@ def _machine(room: Room, speeds: Speeds) -> dict[str, Any]:
     }
 
 
-def _choice(prospect: Prospect, fit: Fit, room: Room, speeds: Speeds) -> dict[str, Any]:
+def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -> dict[str, Any]:
     choice = fit.choice
     found: dict[str, Any] = {
         "bits": choice.bits,
@@ -145,7 +147,7 @@ def _choice(prospect: Prospect, fit: Fit, room: Room, speeds: Speeds) -> dict[st
         "disk_bytes": choice.disk_bytes,
         "experts_bytes": choice.manifest.stored_bytes,
         "trunk_bytes": choice.trunk_bytes,
-        "convert_s": _conversion(prospect, choice, speeds) if fit.works else None,
+        "convert_s": _conversion(model_choices, choice, speeds) if fit.works else None,
         "works": fit.works,
         "problem": as_options(fit.problem.cause) if fit.problem else None,
     }
@@ -171,12 +173,12 @@ def _choice(prospect: Prospect, fit: Fit, room: Room, speeds: Speeds) -> dict[st
     return found
 
 
-def _conversion(prospect: Prospect, choice: Choice, speeds: Speeds) -> float | None:
+def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> float | None:
     """Seconds: what is read and written at the disk's rate, one after the other; or quantised, where that is slower.
     The download is not in it."""
-    if prospect.outline is None:
+    if model_choices.headers is None:
         return None
-    moved = (prospect.source_bytes + choice.disk_bytes) / speeds.disk.all
+    moved = (model_choices.source_bytes + choice.disk_bytes) / speeds.disk.all
     experts = sum(
         block.experts * choice.manifest.layout(number).weights for number, block in enumerate(choice.manifest.blocks)
     )
@@ -190,18 +192,18 @@ def _conversion(prospect: Prospect, choice: Choice, speeds: Speeds) -> float | N
 
 
 def _recommended(
-    prospect: Prospect, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path | None
+    model_choices: ModelChoices, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path | None
 ) -> dict[str, Any]:
     """Widths, and command lines: of `pull`, where ``into`` is None, and `convert` what is to be run, else None."""
-    outline, choice, directory = prospect.outline, best.choice, prospect.source
+    headers, choice, directory = model_choices.headers, best.choice, model_choices.source
     pull = convert = None
-    if outline is not None:
-        source, code = shlex.quote(prospect.source), " --ignore-code" if outline.names_code else ""
+    if headers is not None:
+        source, code = shlex.quote(model_choices.source), " --ignore-code" if headers.names_code else ""
         if into is None:
-            directory = f"{prospect.source}:{tag_of(choice.bits, choice.trunk_bits)}"
+            directory = f"{model_choices.source}:{tag_of(choice.bits, choice.trunk_bits)}"
             pull = f"moetier pull {source} {choice.options}{code}"
         else:
-            directory = str(into / f"{prospect.name.rpartition('/')[2]}-{choice.bits}bit")
+            directory = str(into / f"{model_choices.name.rpartition('/')[2]}-{choice.bits}bit")
             convert = f"moetier convert {source} {shlex.quote(directory)} {choice.options}{code}"
     given = [f"{option} {shlex.quote(str(size))}" for option, size in options.items() if size is not None]
     words = ["moetier generate", shlex.quote(directory), *given, f"--context {context}", "'Once upon a time'"]
@@ -212,3 +214,98 @@ def _recommended(
         "convert": convert,
         "generate": " ".join(words),
     }
+
+
+HEAD = [
+    *("experts", "trunk", "on disk", "convert", "in RAM", "hits", "read"),
+    *("tokens/s", "limited by", "prompt/s", "limited by"),
+]
+
+
+def text(found: dict[str, Any]) -> str:
+    recommended = found["recommended"]
+    best = _of(found, recommended["bits"], recommended["trunk_bits"])
+    lines = [*_heading(found, best), "", table([HEAD, *(_row(found, choice) for choice in _shown(found, best))]), ""]
+    lines += _sentences(found, best)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _of(found: dict[str, Any], bits: int, trunk_bits: int) -> dict[str, Any]:
+    return next(c for c in found["choices"] if (c["bits"], c["trunk_bits"]) == (bits, trunk_bits))
+
+
+def _shown(found: dict[str, Any], best: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each width of the experts, that with the recommended one's trunk, where it was asked for."""
+    same = [choice for choice in found["choices"] if choice["trunk_bits"] == best["trunk_bits"]]
+    return sorted(same, key=lambda choice: -choice["bits"])
+
+
+def _heading(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    machine, memory = found["machine"], best["memory"]
+    size = "" if found["source_bytes"] is None else f"{format_bytes(found['source_bytes'])}, "
+    to_come = " (to be downloaded)" if found["to_download"] else ""
+    device = "no GPU" if machine["device"] == "cpu" else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
+    trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in found["choices"]}
+    sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
+    disk = machine["disk"]["all"] / 1e9
+    return [
+        f"model    {plain(found['model'])}: {size}{found['blocks']} blocks of {found['experts']} experts, top-"
+        f"{found['top_k']}{to_come}",
+        f"machine  {format_bytes(machine['memory_bytes'])} of memory free ({machine['memory_limiter']}), {device}, "
+        f"{machine['workers']} CPUs",
+        f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
+        f"trunk    {sizes}",
+        f"context  {found['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values",
+    ]
+
+
+def _row(found: dict[str, Any], choice: dict[str, Any]) -> list[str]:
+    convert = "-" if choice["convert_s"] is None else _time(choice["convert_s"])
+    head = [f"{choice['bits']} bits", str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
+    if not choice["works"]:
+        return [*head, "no", "-", "-", "-", "-", "-", "-"]
+    share = f"{choice['slots'] / found['records']:.0%}"
+    row = [*head, share if choice["slots"] < found["records"] else "all", f"{choice['hit_ratio']:.0%}"]
+    decode, prefill = choice["decode"], choice["prefill"]
+    if decode is None:
+        return [*row, "-", "-", "-", "-", "-"]
+    row += [format_bytes(round(decode["read_bytes_per_token"])), _rate(decode["tokens_per_s"]), decode["by"]]
+    return [*row, _rate(prefill["tokens_per_s"]), prefill["by"]]
+
+
+def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    recommended, memory = found["recommended"], best["memory"]
+    count, bits, trunk_bits = found["records"], best["bits"], best["trunk_bits"]
+    what = "It runs" if found["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
+    lines = [
+        f"{what}: {best['slots']:,} of {count:,} experts in memory, {format_bytes(memory['process_bytes'])} in all."
+    ]
+    if best["device_slots"] is not None:
+        lines.append(f"{best['device_slots']:,} of them fit the GPU, where speed is not forecast.")
+    else:
+        lines.append(f"Hits are an estimate, from the trace {best['hit_curve']}; rates are those of this moment.")
+    lines += _caching(found, best)
+    return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
+
+
+def _caching(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    """When it does not help."""
+    if best["all_resident"]:
+        return ["Everything stays in memory once it was read: caching is not needed, nor more memory."]
+    if best["streams"]:
+        wanted = found["blocks"] * found["top_k"]
+        return [
+            f"Caching hardly helps: {best['slots']:,} slots are fewer than the {wanted:,} experts of one token, so "
+            "that most are read again for each."
+        ]
+    return []
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:.2f}" if tokens < 1 else f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from moetier.runtime.checkpoint.disk_space import free_bytes
 from moetier.runtime.config import TierConfig, format_bytes
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import MARGIN_BYTES, MARGIN_SHARE, Available
@@ -17,9 +16,10 @@ from moetier.runtime.model.budgets import Needs, context_bytes, kv_cache_bytes, 
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, DiskSpaceError, MoetierError
+from moetier.tools.convert.files import free_bytes
 from moetier.tools.convert.target import SLACK_BYTES
 
-from .choices import Choice, Prospect
+from .choices import Choice, ModelChoices
 
 # What is recommended first. 8 bits come before, where all experts then stay in memory. A trunk of 8 bits costs nothing
 # that could be measured, one of 4 does (docs/quality.md).
@@ -76,8 +76,8 @@ class Fit:
         return self.works and self.slot_count < sum(block.top_k for block in self.choice.manifest.blocks)
 
 
-def fit_of(prospect: Prospect, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
-    manifest, model = choice.manifest, prospect.model
+def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
+    manifest, model = choice.manifest, model_choices.model
     scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
     on_cpu = room.device.type == "cpu"
     needs = Needs(
@@ -87,7 +87,7 @@ def fit_of(prospect: Prospect, choice: Choice, config: TierConfig, room: Room, k
     )
     kv = kv_cache_bytes(model.config, config.context, dtype=model.dtype)
     slots: Mapping[str, int] = {}
-    device_slots, arena, problem, there = None, 0, _disk_problem(prospect, choice, room), room.host
+    device_slots, arena, problem, there = None, 0, _disk_problem(model_choices, choice, room), room.host
     try:
         slots = slots_for(manifest, needs.host_budget(manifest, config.ram, room.host, room.device))
         if room.on_device is not None:
@@ -102,13 +102,13 @@ def fit_of(prospect: Prospect, choice: Choice, config: TierConfig, room: Room, k
     return Fit(choice, needs, kv, slots, device_slots, arena, problem)
 
 
-def _disk_problem(prospect: Prospect, choice: Choice, room: Room) -> MoetierError | None:
-    outline = prospect.outline
-    if outline is None:
+def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> MoetierError | None:
+    headers = model_choices.headers
+    if headers is None:
         return None
     needed, what = choice.disk_bytes + SLACK_BYTES, f"A model directory with {choice.options} takes"
-    if outline.on_hub:
-        needed += prospect.passing_bytes
+    if headers.on_hub:
+        needed += model_choices.passing_bytes
         what = f"A model directory with {choice.options}, and files of the checkpoint on their way into it, take"
     if needed <= room.disk_free:
         return None

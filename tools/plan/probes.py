@@ -1,4 +1,4 @@
-"""Rates of this machine, measured in a few seconds: what a forecast is made of."""
+"""Rates of this machine, measured in a few seconds: what an estimate is made of."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from moetier.runtime.checkpoint.disk_space import free_bytes
 from moetier.tiers.host.tier import LOADERS
 from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
 from moetier.tiers.store.atomic import disk_errors
-from moetier.tools.bench.disk_rate import RandomReads
+from moetier.tools.bench.disk import RandomReads
 from moetier.tools.bench.rates import (
     TIMES,
     UNCACHED_BYTES,
@@ -24,8 +23,9 @@ from moetier.tools.bench.rates import (
     random_records,
     record_rate,
 )
+from moetier.tools.convert.files import free_bytes
 
-from .forecast import DiskRate
+from .cost import DiskRate
 
 DISK_SECONDS = 2.0  # of random reads, half of them one at a time
 LEAST_FILE_BYTES = 64 << 20  # of a file that is there: in a smaller one reads would meet too often

@@ -11,12 +11,11 @@ import pytest
 
 from moetier.tiers.errors import ConfigError
 from moetier.tools.bench import engines as peers
-from moetier.tools.bench.cgroup import forget, memory_group
 from moetier.tools.bench.engines import PeerError, Run, accelerate_decode, llama_logits, llama_quantize, llama_run
 from moetier.tools.bench.gguf_export import export_gguf
+from moetier.tools.bench.sandbox import forget, memory_group
 from moetier.tools.commands.synthetic import make_synthetic
-from moetier.tools.lab.routing import read_tokens
-from moetier.tools.lab.synthetic import GEOMETRIES
+from moetier.tools.lab.synthetic import GEOMETRIES, read_tokens
 
 HAS_LLAMA = all(importlib.util.find_spec(name) is not None for name in ("gguf", "llama_cpp"))
 needs_llama = pytest.mark.skipif(not HAS_LLAMA, reason="gguf or llama-cpp-python is not installed")

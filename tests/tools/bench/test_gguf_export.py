@@ -15,8 +15,7 @@ from moetier.tiers.errors import TargetExistsError, UnsupportedModelError
 from moetier.tools.bench.engines import llama_logits
 from moetier.tools.bench.gguf_export import Kind, export_gguf
 from moetier.tools.commands.synthetic import make_synthetic
-from moetier.tools.lab.routing import read_tokens
-from moetier.tools.lab.synthetic import GEOMETRIES
+from moetier.tools.lab.synthetic import GEOMETRIES, read_tokens
 
 pytest.importorskip("gguf")
 

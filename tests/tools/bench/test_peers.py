@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools.bench import page_cache
+from moetier.tools.bench import sandbox
 from moetier.tools.bench.gguf_export import export_gguf
 from moetier.tools.main import main
 
@@ -17,7 +17,7 @@ HAS_LLAMA = importlib.util.find_spec("llama_cpp") is not None
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
+    monkeypatch.setattr(sandbox, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
 
 
 @pytest.mark.skipif(not HAS_LLAMA, reason="llama-cpp-python is not installed")

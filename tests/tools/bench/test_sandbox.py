@@ -11,11 +11,10 @@ import pytest
 from cgroups import memory_limit
 
 from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
-from moetier.tools.bench import cgroup, page_cache
-from moetier.tools.bench.disk_rate import RandomReads, read_rate
-from moetier.tools.bench.machine import Machine
-from moetier.tools.bench.page_cache import drop_page_cache
-from moetier.tools.bench.sandbox import fresh
+from moetier.tools.bench import sandbox
+from moetier.tools.bench.disk import RandomReads, read_rate
+from moetier.tools.bench.output import Machine
+from moetier.tools.bench.sandbox import drop_page_cache, fresh
 from moetier.tools.bench.token_ids import read_ids
 
 MIB = 1 << 20
@@ -23,14 +22,14 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
+    monkeypatch.setattr(sandbox, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
 
 
 def test_a_group_that_can_not_be_made_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cgroup, "VERSION_1", tmp_path / "nothing")
-    monkeypatch.setattr(cgroup, "VERSION_2", tmp_path / "nothing")
+    monkeypatch.setattr(sandbox, "VERSION_1", tmp_path / "nothing")
+    monkeypatch.setattr(sandbox, "VERSION_2", tmp_path / "nothing")
     with pytest.raises(ConfigError) as caught:
         fresh({"work": "idle"}, limit=MIB)
     assert "nothing" in caught.value.cause
@@ -56,7 +55,7 @@ def test_what_is_dropped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "file").write_bytes(bytes(4096))
     (tmp_path / "drop").write_text("")
     assert drop_page_cache([tmp_path / "file"], whole=True).endswith("can't be")
-    monkeypatch.setattr(page_cache, "DROP_CACHES", tmp_path / "drop")
+    monkeypatch.setattr(sandbox, "DROP_CACHES", tmp_path / "drop")
     assert drop_page_cache([], whole=False) == "dropped for the model's files"
     assert (tmp_path / "drop").read_text() == ""
     assert drop_page_cache([], whole=True) == "dropped"

@@ -21,8 +21,8 @@ from moetier.tools.bench import child as bench_child
 from moetier.tools.bench import convert as bench_convert
 from moetier.tools.bench import kernels as bench_kernels
 from moetier.tools.bench import model as bench_model
-from moetier.tools.bench import page_cache
 from moetier.tools.bench import rates as compute_rate
+from moetier.tools.bench import sandbox
 from moetier.tools.bench.model import Floor, Setting
 from moetier.tools.lab.synthetic import shapes_of
 from moetier.tools.main import main
@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_model, "UNCACHED_BYTES", 16 * MIB)
     monkeypatch.setattr(compute_rate, "UNCACHED_BYTES", 16 * MIB)
     monkeypatch.setattr(bench_convert, "DISK_SECONDS", 0.1)
-    monkeypatch.setattr(page_cache, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
+    monkeypatch.setattr(sandbox, "DROP_CACHES", Path("/nonexistent/drop"))  # others use this machine's, too
 
 
 def bench(tmp_path: Path, *words: str) -> dict[str, Any]:

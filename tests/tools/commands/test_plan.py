@@ -28,11 +28,11 @@ from moetier.runtime.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
 from moetier.tools.commands.plan import plan
 from moetier.tools.main import main
-from moetier.tools.plan import plan_report, probes
-from moetier.tools.plan.choices import open_prospect
-from moetier.tools.plan.estimate import Speeds, estimate
+from moetier.tools.plan import probes
+from moetier.tools.plan.choices import open_choices
+from moetier.tools.plan.cost import DiskRate
+from moetier.tools.plan.estimate import Speeds, estimate, text
 from moetier.tools.plan.fit import Room, fit_of
-from moetier.tools.plan.forecast import DiskRate
 
 GB_PER_S = 1.0
 
@@ -96,11 +96,11 @@ def test_8_bits_are_recommended_where_all_experts_stay_in_memory(index_only: Pat
     found = plan(index_only, disk=GB_PER_S)
     assert (found["recommended"]["bits"], found["recommended"]["trunk_bits"]) == (8, 8)
     assert "--bits 8 --trunk-bits 8" in found["recommended"]["convert"]
-    assert "caching is not needed" in plan_report.text(found)
+    assert "caching is not needed" in text(found)
     less = plan(index_only, ram="8MiB", context=256, disk=GB_PER_S)
     assert (less["recommended"]["bits"], less["recommended"]["trunk_bits"]) == (4, 8)
     assert less["recommended"]["generate"].startswith("moetier generate tinymix-4bit --ram 8MiB --context 256 ")
-    assert "caching" not in plan_report.text(less).lower()
+    assert "caching" not in text(less).lower()
 
 
 def test_too_few_slots_are_said_to_cache_nothing(tinymix_4bit: Path) -> None:
@@ -108,7 +108,7 @@ def test_too_few_slots_are_said_to_cache_nothing(tinymix_4bit: Path) -> None:
     (choice,) = found["choices"]
     assert choice["streams"]
     assert choice["slots"] < 16
-    assert f"Caching hardly helps: {choice['slots']} slots are fewer than the 16 experts" in plan_report.text(found)
+    assert f"Caching hardly helps: {choice['slots']} slots are fewer than the 16 experts" in text(found)
 
 
 def test_for_people_it_is_a_table_of_100_columns(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,18 +136,18 @@ def test_a_disk_that_is_full_names_what_fits(index_only: Path, tmp_path: Path) -
         found = plan(index_only, into=disk, trunk_bits=[4], disk=GB_PER_S)
         assert [choice["works"] for choice in found["choices"]] == [False, False, True, True, True]
         assert found["recommended"]["bits"] == 4
-        assert " no " in plan_report.text(found)
+        assert " no " in text(found)
 
 
 def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> None:
-    prospect = open_prospect(index_only)
-    assert prospect.outline is not None
+    model_choices = open_choices(index_only)
+    assert model_choices.headers is not None
     cpu = torch.device("cpu")
     room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 20, idle_bytes=0, into=tmp_path)
     for on_hub, problem in ((False, None), (True, "A model directory with --bits 4, and files of the checkpoint")):
-        outline = replace(prospect.outline, on_hub=on_hub)
-        (choice,) = prospect.chosen([4], [16])
-        passing = replace(prospect, outline=outline, passing_bytes=50 << 20)
+        headers = replace(model_choices.headers, on_hub=on_hub)
+        (choice,) = model_choices.chosen([4], [16])
+        passing = replace(model_choices, headers=headers, passing_bytes=50 << 20)
         fit = fit_of(passing, choice, TierConfig.of(), room, kernels_for(cpu))
         assert fit.works == (problem is None)
         assert problem is None or (fit.problem is not None and fit.problem.cause.startswith(problem))
@@ -156,12 +156,13 @@ def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> 
 OF_HUB = """
 import json, sys
 from pathlib import Path
-from moetier.tools.plan import plan_report, probes
+from moetier.tools.plan import probes
+from moetier.tools.plan.estimate import text
 from moetier.tools.commands.plan import plan
 probes.KERNEL_SECONDS, probes.UNCACHED_BYTES, probes.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
 asked = {"bits": [4], "trunk_bits": [8], "disk": 1.0, "context": 256, "ram": "1MiB"}
 found = [plan(sys.argv[1], **asked), plan(sys.argv[1], into=Path(sys.argv[2]), **asked)]
-print(json.dumps([each | {"last": plan_report.text(each).splitlines()[-2:]} for each in found]))
+print(json.dumps([each | {"last": text(each).splitlines()[-2:]} for each in found]))
 """
 
 
@@ -214,15 +215,15 @@ def test_where_nobody_says_a_context_is_no_longer_than_the_model_has(
 def test_a_trunk_that_is_quantised_takes_its_time_too(index_only: Path) -> None:
     """Where quantising takes longer than the disk does, the time is in proportion to the weights of both."""
     cpu = torch.device("cpu")
-    prospect = open_prospect(index_only)
+    model_choices = open_choices(index_only)
     room = Room(Available(8 << 30, "this machine"), cpu, None, disk_free=60 << 30, idle_bytes=0, into=Path())
     rate = DiskRate(1e12, 1e12, 4)
     speeds = Speeds(rate, "given", None, dict.fromkeys((2, 3, 4, 8), 1000000.0), workers=2)
     times = {}
     for trunk_bits in (16, 4):
-        (choice,) = prospect.chosen([4], [trunk_bits])
-        fit = fit_of(prospect, choice, TierConfig.of(), room, kernels_for(cpu))
-        found = estimate(prospect, [fit], fit, room, speeds, context=1, options={})
+        (choice,) = model_choices.chosen([4], [trunk_bits])
+        fit = fit_of(model_choices, choice, TierConfig.of(), room, kernels_for(cpu))
+        found = estimate(model_choices, [fit], fit, room, speeds, context=1, options={})
         times[trunk_bits] = found["choices"][0]["convert_s"]
     weights = sum(layout.weights for layout in choice.matrices)
     assert weights > 1_000_000
@@ -242,11 +243,11 @@ def test_with_a_gpu_it_is_said_whose_memory_is_too_little(
     index_only: Path, host: int, device: int, words: str, fix: str
 ) -> None:
     """On a GPU of so many free bytes, of which nothing but their number is asked."""
-    prospect = open_prospect(index_only)
-    (choice,) = prospect.chosen([4], [16])
+    model_choices = open_choices(index_only)
+    (choice,) = model_choices.chosen([4], [16])
     there = Available(device, "cuda:0")
     room = Room(Available(host, "this machine"), torch.device("cuda:0"), there, 60 << 30, 0, Path())
-    fit = fit_of(prospect, choice, TierConfig.of(), room, kernels_for(torch.device("cpu")))
+    fit = fit_of(model_choices, choice, TierConfig.of(), room, kernels_for(torch.device("cpu")))
     if not words:
         assert fit.problem is None
         assert sum((fit.device_slots or {}).values()) == choice.manifest.record_count
@@ -335,4 +336,4 @@ def test_a_terminal_is_told_what_takes_its_time(index_only: Path, capsys: pytest
 
 def test_a_name_is_told_in_what_can_be_read(index_only: Path) -> None:
     found = plan(index_only, context=256, disk=GB_PER_S) | {"model": NASTY}
-    assert plan_report.text(found).startswith("model    x?[31m?]0;owned??y: ")
+    assert text(found).startswith("model    x?[31m?]0;owned??y: ")

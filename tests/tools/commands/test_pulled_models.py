@@ -19,11 +19,11 @@ from removals import IN_CHILD
 from terminals import Terminal
 
 import moetier
-from moetier.runtime.checkpoint.disk_space import disk_bytes
 from moetier.runtime.pulled import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest
 from moetier.tools.cli.options import directory, walk
+from moetier.tools.convert.files import disk_bytes
 from moetier.tools.main import build_parser, main
 
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"

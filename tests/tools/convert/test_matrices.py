@@ -19,7 +19,7 @@ from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
 from moetier.tools.commands.convert import convert
-from moetier.tools.convert import conversion, matrix_record
+from moetier.tools.convert import conversion, matrices
 from moetier.tools.convert.conversion import Conversion, Options
 from moetier.tools.convert.matrices import FLOAT, GATE, MIXED, READ, SHARED, SMALL, TOWER, Matrices, trunk_form
 
@@ -118,7 +118,7 @@ def test_pieces_make_the_record_of_the_whole(
     tmp_path: Path, bits: Bits, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever their number; and their errors add up to its error."""
-    monkeypatch.setattr(matrix_record, "PIECE_WEIGHTS", 64 * 64)
+    monkeypatch.setattr(matrices, "PIECE_WEIGHTS", 64 * 64)
     monkeypatch.setitem(TINY, "vocab_size", 300)  # no multiple of 64
     source = saved(tmp_path, "mixtral", num_key_value_heads=4)
     report = convert(source, tmp_path / "dst", bits=16, trunk_bits=bits, workers=workers)

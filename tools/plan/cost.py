@@ -1,13 +1,20 @@
-"""How fast a model would run here: what a token and a prompt cost, from rates of this machine. Pure.
+"""Cost model: what a token and a prompt cost on this machine, from its rates and from traces of real models. Pure.
 
-A step of decoding is what is missing at the disk's rate, and then products at the kernels' rate, and then what Python
-and torch do around them: a block's demand waits for its records. A prompt's reads and products overlap.
+A step of decoding reads what is missing at the disk's rate, then multiplies at the kernels' rate; Python and torch add
+their operations around that. A block's demand waits for its records. A prompt's reads and products overlap.
+
+Hit ratios come from bundled traces: ``tests/measurements/hit_curves.py`` makes ``hit_curves.json``. For another model
+they are an estimate.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from moetier.tiers.layout import Bits
@@ -15,7 +22,47 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.reader import PIECE_BYTES
 from moetier.tools.bench.bound import groups_of
 
-from .hit_curves import nearest_curve
+FILE = "hit_curves.json"
+
+
+@dataclass(frozen=True, slots=True)
+class HitCurve:
+    """Of one trace's decoding: with ``shares`` of each block's experts cached, ascending to 1."""
+
+    trace: str
+    experts: int  # of a block
+    top_k: int
+    shares: tuple[float, ...]
+    hit_ratios: tuple[float, ...]
+
+    def at(self, share: float) -> float:
+        """Between two points of the curve, straight; it begins at nothing."""
+        if share >= 1:
+            return 1.0
+        low, below = 0.0, 0.0
+        for high, above in zip(self.shares, self.hit_ratios, strict=True):
+            if share <= high:
+                return below + (above - below) * (share - low) / (high - low)
+            low, below = high, above
+        return below
+
+    def distance(self, experts: int, top_k: int) -> float:
+        """From a block of so many: doublings of either number."""
+        return abs(math.log2(experts / self.experts)) + abs(math.log2(top_k / self.top_k))
+
+
+@cache
+def hit_curves() -> tuple[HitCurve, ...]:
+    found = json.loads((files(__package__) / FILE).read_text())
+    return tuple(
+        HitCurve(c["trace"], c["experts"], c["top_k"], tuple(c["shares"]), tuple(c["hit_ratios"]))
+        for c in found["curves"]
+    )
+
+
+def nearest_curve(experts: int, top_k: int) -> HitCurve:
+    return min(hit_curves(), key=lambda curve: curve.distance(experts, top_k))
+
 
 # What is done beside products and reads, in operations of torch on a few numbers (``probes.py`` times one), with Python
 # around them. Fitted to what ``tests/measurements/plan.py`` measures.
@@ -25,7 +72,7 @@ EXPERT_OPERATIONS = 100.0  # that a layer calls
 MISS_OPERATIONS = 200.0  # of a record that is read: threads wait for each other
 PASSING_OPERATIONS = 1000.0  # likewise, where a block has fewer slots than a prompt wants: little is read ahead
 PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # of a prompt: rows are sorted and gathered
-PROMPT_TOKENS = 512  # of a prompt whose rate is forecast
+PROMPT_TOKENS = 512  # of a prompt whose rate is estimated
 MEMORY_BOUND = 0.6  # of the time without the disk: reading memory
 
 

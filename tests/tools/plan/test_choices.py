@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from moetier.runtime.checkpoint.files import INDEX, WEIGHTS
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tools.plan.choices import open_prospect
-from moetier.tools.plan.outline import open_outline
+from moetier.tools.plan.choices import open_choices, open_headers
 
 # experts apart and renamed; fused; beside shared experts and dense layers; with biases; head tied to the embedding
 ARCHITECTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next")
@@ -34,10 +33,10 @@ def small_files(source: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_the_index_says_as_much_as_the_headers(model_type: str, tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source", model_type)
-    whole, named = open_prospect(source), open_prospect(small_files(source, tmp_path / "small"))
-    assert whole.outline is not None
-    assert named.outline is not None
-    assert (whole.outline.shaped, named.outline.shaped) == (True, False)
+    whole, named = open_choices(source), open_choices(small_files(source, tmp_path / "small"))
+    assert whole.headers is not None
+    assert named.headers is not None
+    assert (whole.headers.shaped, named.headers.shaped) == (True, False)
     assert len(whole.choices) == 15
     for choice, same in zip(whole.choices, named.choices, strict=True):
         assert choice.manifest.layouts == same.manifest.layouts
@@ -51,11 +50,11 @@ def test_of_a_quantised_checkpoint_too(form: str, tmp_path: Path) -> None:
     """Its experts are as large as those that it is made of, and so are the plans for them."""
     model_type, quantise = {"fp8": ("deepseek_v3", quantise_fp8), "mxfp4": ("gpt_oss", quantise_mxfp4)}[form]
     source = save_checkpoint(tmp_path / "source", model_type, shards=1)
-    plain = open_prospect(source)
+    plain = open_choices(source)
     quantise(source)
     with safe_open(source / WEIGHTS, "pt") as file:
         (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(file.keys(), WEIGHTS)}))
-    whole, named = open_prospect(source), open_prospect(small_files(source, tmp_path / "small"))
+    whole, named = open_choices(source), open_choices(small_files(source, tmp_path / "small"))
     assert whole.source_bytes < plain.source_bytes
     for expected, choice, same in zip(plain.choices, whole.choices, named.choices, strict=True):
         assert expected.manifest.layouts == choice.manifest.layouts == same.manifest.layouts
@@ -69,7 +68,7 @@ def test_shards_of_which_some_are_missing(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source")
     sorted(source.glob("*.safetensors"))[0].unlink()
     with pytest.raises(CheckpointError, match=r"lacks model-00001.*which model\.safetensors\.index\.json names"):
-        open_outline(source)
+        open_headers(source)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "x.bin"])
@@ -77,22 +76,22 @@ def test_an_index_that_names_something_else(tmp_path: Path, name: str) -> None:
     folder = small_files(save_checkpoint(tmp_path / "source"), tmp_path / "small")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UnsafeCheckpointError):
-        open_outline(folder)
+        open_headers(folder)
 
 
 def test_a_folder_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="has neither"):
-        open_outline(tmp_path)
+        open_headers(tmp_path)
 
 
 OPEN = """
 from moetier.tiers.errors import CheckpointError
-from moetier.tools.plan.choices import open_prospect
-found = open_prospect("acme/tiny-moe")
-print(found.name, found.outline.on_hub, found.source_bytes, *(choice.disk_bytes for choice in found.choices))
+from moetier.tools.plan.choices import open_choices
+found = open_choices("acme/tiny-moe")
+print(found.name, found.headers.on_hub, found.source_bytes, *(choice.disk_bytes for choice in found.choices))
 try:
-    open_prospect("acme/nothing")
+    open_choices("acme/nothing")
 except CheckpointError as error:
     print(error.cause)
 """
@@ -103,7 +102,7 @@ def test_of_a_hub_only_headers_are_fetched(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     weights = [name for name in files if name.endswith(".safetensors")]
     files |= {name: files[name] + bytes(1 << 20) for name in weights}  # far larger than a header and what goes with it
-    expected = open_prospect(source)
+    expected = open_choices(source)
     with serve_hub(files, tmp_path / "hub") as hub:
         result = subprocess.run(
             [sys.executable, "-c", OPEN], env=os.environ | hub.settings, capture_output=True, text=True, check=False

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from moetier.tools.bench.rounds import Spread, alternate
+from moetier.tools.bench.output import Spread, alternate
 
 
 def test_every_way_once_a_round_and_none_always_first() -> None:

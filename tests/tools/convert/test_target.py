@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moetier.tools.convert.difference import difference
+from moetier.tools.convert.target import difference
 
 
 def manifest(bits: int = 4, group: int = 64, pairs: str = "uint8", trunk: int = 16, **more: Any) -> dict[str, Any]:
