@@ -106,7 +106,7 @@ def accelerate_decode(
 
 def _child(module: str, job: dict[str, Any], limit: int | None) -> tuple[dict[str, Any], int]:
     """(what it found, its peak of memory)."""
-    command = [sys.executable, "-m", f"moetier.tools.{module}"]
+    command = [sys.executable, "-m", f"moetier.tools.bench.{module}"]
     with contextlib.ExitStack() as stack:
         group = None
         try:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from moetier.tiers.errors import ConfigError
-from moetier.tools.bench import engines as peers
 from moetier.tools.bench.engines import PeerError, Run, accelerate_decode, llama_logits, llama_quantize, llama_run
 from moetier.tools.bench.gguf_export import export_gguf
 from moetier.tools.bench.sandbox import forget, memory_group
@@ -97,11 +95,9 @@ def test_its_quantiser_makes_what_the_export_makes(checkpoint: Path, tmp_path: P
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S -c "import llama_cpp"\n')
-    bare.chmod(0o755)
-    monkeypatch.setattr(peers.sys, "executable", str(bare))
-    with pytest.raises(PeerError, match="not installed") as raised:
+    (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(\"No module named 'llama_cpp'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(PeerError, match=r"not installed .*'llama_cpp'") as raised:
         llama_logits(tmp_path / "model.gguf", [1])
     assert ".[peers]" in raised.value.fix
 
