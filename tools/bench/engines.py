@@ -6,7 +6,6 @@ disk offload reads the checkpoint itself, in bf16. Both are in the extra ``peers
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from moetier.tiers.errors import ConfigError
 
-from .sandbox import MemoryGroup, forget, memory_group
+from .sandbox import forget, run_limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +104,13 @@ def accelerate_decode(
 
 
 def _child(module: str, job: dict[str, Any], limit: int | None) -> tuple[dict[str, Any], int]:
-    """(what it found, its peak of memory)."""
+    """Run a job in a process of its own; return what it found, and its peak of memory in bytes."""
     command = [sys.executable, "-m", f"moetier.tools.bench.{module}"]
-    with contextlib.ExitStack() as stack:
-        group = None
-        try:
-            group = stack.enter_context(memory_group(limit))
-        except ConfigError:
-            if limit is not None:
-                raise
-        ended = _run(group, command, json.dumps(job))
-        peak = group.peak if group is not None else 0
+    ended, peak = run_limited(command, json.dumps(job), limit)
     if ended.returncode:
         raise PeerError(*_reason(module, ended, limit))
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return found, max(peak, found["peak_bytes"])
-
-
-def _run(group: MemoryGroup | None, command: list[str], text: str) -> subprocess.CompletedProcess[str]:
-    if group is not None:
-        return group.run(command, text=text)
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    return found, max(peak or 0, found["peak_bytes"])
 
 
 def _reason(module: str, ended: subprocess.CompletedProcess[str], limit: int | None) -> tuple[str, str]:

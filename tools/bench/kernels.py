@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from .output import Machine, Spread, add_bench_arguments, alternate, check_bench
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from .rates import KernelProbe, MemoryRate
+    from .rates import MemoryRate
 
 EXAMPLES = ("moetier bench kernels --bits 4 --rows 1",)
 
@@ -80,18 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
     memory_probe = MemoryProbe(compute_rate.UNCACHED_BYTES)
     table = [["projection", "bits", "rows", "GB/s", "memory, GB/s", "ratio", "GFLOP/s", "ms"]]
     results: list[dict[str, Any]] = []
-
-    def probe_of(layout: RecordLayout) -> KernelProbe:
-        records = random_records(layout, compute_rate.UNCACHED_BYTES)
-        return KernelProbe(kernels_for(torch.device("cpu")), layout, records)
-
-    tried: KernelProbe | None
-    tried, trial = try_out(next(iter(layouts.values())), max(rows), probe_of, memory_probe)
-    left = trial.estimate(list(layouts.values()), rows, rounds=arguments.rounds, at_least=arguments.seconds)
-    print(f"bench kernels: this takes about {format_seconds(left)}", file=sys.stderr, flush=True)
+    products = sum(len(layout.projections) for layout in layouts.values()) * len(rows)
+    least = format_seconds(arguments.rounds * products * arguments.seconds)
+    print(f"bench kernels: this takes at least {least}", file=sys.stderr, flush=True)
     for title, layout in layouts.items():
-        probe = tried or probe_of(layout)
-        tried = None  # its records go before the next layout's come
+        records = random_records(layout, compute_rate.UNCACHED_BYTES)
+        probe = KernelProbe(kernels_for(torch.device("cpu")), layout, records)
         ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: memory_probe}
         for p, count in product(layout.projections, rows):
             ways[p.name, count] = partial(probe.seconds, p.name, count, at_least=arguments.seconds)
@@ -107,40 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
     notes = [f"memory   read at the rate of torch's {by} over 512 MiB, whichever is quickest; activations in {dtype}"]
     machine = Machine.here(threads=torch.get_num_threads())
     return report(arguments, machine, table, results, notes=notes, activations=dtype)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Times of one layout, in seconds, from which those of all are estimated."""
-
-    setup: float  # to make its records, and to compile its kernels
-    memory: float  # to measure memory once
-    flops_per_s: float
-
-    def estimate(self, layouts: Sequence[RecordLayout], rows: Sequence[int], *, rounds: int, at_least: float) -> float:
-        """Seconds that the rest takes, when the first layout has been set up: a way runs one product to warm up, and
-        others for ``at_least`` so many seconds."""
-        total = self.setup * (len(layouts) - 1)
-        for layout in layouts:
-            total += rounds * self.memory
-            for p, count in product(layout.projections, rows):
-                one = 2 * count * p.rows * p.columns / self.flops_per_s
-                total += rounds * (one + max(at_least + one / 2, one))  # the last product ends behind the time
-        return total
-
-
-def try_out(
-    layout: RecordLayout, rows: int, probe_of: Callable[[RecordLayout], KernelProbe], memory: Callable[[], object]
-) -> tuple[KernelProbe, Trial]:
-    """The probe of a layout, and what it takes to make it and to run each product with so many ``rows`` twice."""
-    began = time.perf_counter()
-    probe = probe_of(layout)
-    products = [probe.seconds(p.name, rows, at_least=0) for p in layout.projections]
-    setup = time.perf_counter() - began - 2 * sum(products)
-    began = time.perf_counter()
-    memory()
-    flops = sum(2 * rows * p.rows * p.columns for p in layout.projections)
-    return probe, Trial(max(setup, 0.0), time.perf_counter() - began, flops / sum(products))
 
 
 def result_of(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,23 @@ from moetier.tiers.errors import BudgetError, ConfigError, MoetierError
 
 VERSION_1 = Path("/sys/fs/cgroup/memory")
 VERSION_2 = Path("/sys/fs/cgroup")
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 EMPTY_SECONDS = 60
+KILLED = -9  # the status of a process that was killed for memory
 
 
 @dataclass(frozen=True)
 class MemoryGroup:
+    """A control group for child processes, of version 1 or 2."""
+
     folder: Path
     peak_file: str
 
     def run(self, command: Sequence[str], *, text: str | None = None) -> subprocess.CompletedProcess[str]:
-        """In the group from its first instruction on, ``text`` its standard input; -9 if it is killed for memory."""
+        """Run a command in the group from its first instruction on; its status is -9 if it is killed for memory.
+
+        ``text`` is its standard input.
+        """
         enter = f'echo $$ > "{self.folder}/cgroup.procs" && exec "$@"'
         return subprocess.run(
             ["sh", "-c", enter, "sh", *command], input=text, capture_output=True, text=True, check=False
@@ -36,30 +42,27 @@ class MemoryGroup:
 
     @property
     def peak(self) -> int:
-        """Bytes, pages of files included."""
+        """Most bytes at a time, pages of files included."""
         return int((self.folder / self.peak_file).read_text())
 
 
 @contextlib.contextmanager
-def memory_group(limit: int | None) -> Iterator[MemoryGroup]:
-    """A control group of at most ``limit`` bytes, without swap; None only counts. Raises ConfigError where there can't
-    be one."""
+def memory_group(limit: int) -> Iterator[MemoryGroup]:
+    """Make a control group of at most ``limit`` bytes, without swap. Raises ConfigError where that is not possible."""
     first = VERSION_1.is_dir()
     folder = (VERSION_1 if first else VERSION_2) / f"moetier-{os.getpid()}-{time.monotonic_ns()}"
     files = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"] if first else ["memory.max", "memory.swap.max"]
     try:
         folder.mkdir()
-        if limit is not None:
-            (folder / files[0]).write_text(str(limit))
+        (folder / files[0]).write_text(str(limit))
     except OSError as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise ConfigError(
             f"Memory can't be limited by a control group ({error}).", "Run it as root, where cgroups have memory."
         ) from error
-    if limit is not None:
-        with contextlib.suppress(OSError):  # where swap is not counted
-            (folder / files[1]).write_text(str(limit if first else 0))
+    with contextlib.suppress(OSError):  # where swap is not counted
+        (folder / files[1]).write_text(str(limit if first else 0))
     try:
         yield MemoryGroup(folder, "memory.max_usage_in_bytes" if first else "memory.peak")
     finally:
@@ -75,8 +78,10 @@ def memory_group(limit: int | None) -> Iterator[MemoryGroup]:
 
 
 def forget(*paths: Path) -> None:
-    """Drops files, and those in folders, from the page cache. Pages there are charged to whom they were read for first:
-    a run with a limit that finds them gets memory that it does not pay for."""
+    """Drop files, and those in folders, from the page cache.
+
+    A page is charged to the process that read it first: a run with a limit would use it without paying for it.
+    """
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else [path]:
             if file.is_file():
@@ -87,12 +92,8 @@ def forget(*paths: Path) -> None:
                     os.close(descriptor)
 
 
-DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-
-
 def drop_page_cache(files: Iterable[Path], *, whole: bool) -> str:
-    """That of ``files``; with ``whole`` the machine's, so that whatever is read is charged to who reads it, where that
-    is allowed. Says which."""
+    """Drop the page cache of ``files``, with ``whole`` the machine's where that is allowed; return which, as text."""
     forget(*files)
     if not whole:
         return "dropped for the model's files"
@@ -107,11 +108,21 @@ def drop_page_cache(files: Iterable[Path], *, whole: bool) -> str:
     return "dropped"
 
 
-KILLED = -9
+def run_limited(
+    command: Sequence[str], text: str, limit: int | None
+) -> tuple[subprocess.CompletedProcess[str], int | None]:
+    """Run a command with ``text`` as its standard input, in a control group where there is a ``limit`` in bytes.
+
+    Returns the ended process, and the group's peak in bytes, pages of files included.
+    """
+    if limit is None:
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False), None
+    with memory_group(limit) as group:
+        return group.run(command, text=text), group.peak
 
 
 def fresh(work: dict[str, Any], *, limit: int | None = None, files: Iterable[Path] = ()) -> dict[str, Any]:
-    """What ``child`` says of ``work``, run in a process of its own; before, the page cache is dropped.
+    """Drop the page cache, run ``work`` in a process of its own, and return what ``child`` reports of it.
 
     ``files`` are those of the model. With ``limit`` the whole cache is dropped, and the process is in a control group
     of so many bytes, whose peak, pages of files included, is ``group_peak_bytes``. ``page_cache`` says what was
@@ -119,12 +130,7 @@ def fresh(work: dict[str, Any], *, limit: int | None = None, files: Iterable[Pat
     """
     command = [sys.executable, "-m", "moetier.tools.bench.child"]
     page_cache = drop_page_cache(files, whole=limit is not None)
-    with nullcontext() if limit is None else memory_group(limit) as group:
-        if group is None:
-            result = subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, check=False)
-        else:
-            result = group.run(command, text=json.dumps(work))
-        peak = None if group is None else group.peak
+    result, peak = run_limited(command, json.dumps(work), limit)
     if limit is not None and result.returncode in (KILLED, 128 - KILLED):
         raise BudgetError(
             f"It was killed for memory in a control group of {format_bytes(limit)}.",

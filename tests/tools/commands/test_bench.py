@@ -137,19 +137,9 @@ def test_kernels_say_first_how_long_it_will_take(
     assert main(["bench", "kernels", str(tinymix_4bit), "--rows", "1", "--rounds", "100", "--seconds", "1"]) == 130
     ((out, err),) = said
     assert out == ""
-    minutes = re.fullmatch(r"bench kernels: this takes about (\d+) min \d+ s\n", err)
+    minutes = re.fullmatch(r"bench kernels: this takes at least (\d+) min \d+ s\n", err)
     assert minutes is not None, err
     assert int(minutes[1]) >= 3, "two projections, a second each, a hundred times"
-
-
-def test_the_time_of_kernels_is_that_of_the_products_and_of_what_goes_before() -> None:
-    layout = bench_kernels.expert_layout(1024, 512, 4)  # 2 x 1024 x 512 x (2 + 1) operations a row
-    rate = 2 * 1024 * 512 * 3
-    trial = bench_kernels.Trial(setup=5, memory=2, flops_per_s=rate)  # a row of both takes a second
-    quick = trial.estimate([layout] * 3, [1], rounds=1, at_least=300)
-    assert quick == pytest.approx(2 * 5 + 3 * (2 + 2 * 300 + 1.5))
-    slow = trial.estimate([layout], [1000], rounds=4, at_least=0.1)
-    assert slow == pytest.approx(4 * (2 + 2 * 1000), rel=1e-3)
 
 
 def test_kernels_of_a_directory(tinymix_4bit: Path, tmp_path: Path) -> None:
