@@ -20,7 +20,7 @@ Routing = Sequence[Sequence[Collection[int]]]  # by step and block: the experts 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of a step, on average over those that are measured."""
+    """Bytes of a step, on average over the measured ones."""
 
     missing: float  # to be read from the disk
     experts: float  # records that are multiplied with, each once
@@ -29,7 +29,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes a second."""
+    """Rates of this machine, in bytes a second."""
 
     disk: float
     experts: float  # the kernels', on records, with as many rows as an expert gets
@@ -39,7 +39,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Seconds of a step."""
+    """Least seconds of a step."""
 
     disk: float
     kernels: float
@@ -66,9 +66,11 @@ class Bound:
 
 
 def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
-    """By step and block: how many of its experts a cache lacks that evicts by ``policy``, one of ``ORDERS``; it is cold
-    at the start. Each is looked up against the state before its step, in its block's group. A scan is a
-    demand like any other here."""
+    """Count the experts that a cache lacks, by step and block.
+
+    It evicts by ``policy``, one of ``ORDERS``, and is cold at the start. Each expert is looked up against the state
+    before its step, in its block's group. A scan is a demand like any other here.
+    """
     caches: dict[int, tuple[Order, set[ExpertKey], int]] = {}
     for group in groups:
         caches |= dict.fromkeys(group.blocks, (ORDERS[policy](group.quota), set(), group.quota))
@@ -96,17 +98,17 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_O
 
 
 def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
-    """The slots of each array, divided among its blocks as the host tier does it."""
+    """Divide the slots of each array among its blocks, as the host tier does it."""
     return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
 
 
 def slots_within(manifest: Manifest, budget: int) -> Mapping[str, int]:
-    """By array, what ``budget`` bytes pay for; where they don't pay for a token's experts of a block, those."""
+    """Return the slots that ``budget`` bytes pay for, by array; at least those of a token's experts of a block."""
     return slots_for(manifest, max(budget, smallest_budget(manifest)))
 
 
 def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[str, int], trunk: float) -> Need:
-    """Of the last ``measured`` steps of ``routing``, with ``slots`` by array."""
+    """Return the bytes of the last ``measured`` steps of ``routing``, with ``slots`` by array."""
     sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
     payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]
     misses = misses_of(routing, groups_of(manifest, slots))[-measured:]
@@ -119,7 +121,7 @@ def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[
 
 
 def rows_of(manifest: Manifest, routing: Routing, measured: int, tokens: int) -> int:
-    """How many of a step's ``tokens`` rows an expert that is wanted gets, on average over the measured steps."""
+    """Return how many of a step's ``tokens`` rows a wanted expert gets, on average over the measured steps."""
     rows = measured * tokens * sum(block.top_k for block in manifest.blocks)
     wanted = sum(len(set(experts)) for step in routing[-measured:] for experts in step)
     return max(1, round(rows / wanted))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def idle(work: dict[str, Any]) -> dict[str, Any]:
-    """What a process takes that has imported torch and transformers."""
+    """Measure a process that has imported torch and transformers."""
     import torch
     import transformers.generation.utils  # noqa: F401 - transformers imports no more than it is asked for
 
@@ -27,9 +27,9 @@ def idle(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def model(work: dict[str, Any]) -> dict[str, Any]:
-    """Feeds ``ids`` [sequences][tokens] in ``pieces`` (their lengths), of which the last ``measured`` count.
+    """Feed ``ids`` [sequences][tokens] in ``pieces`` (their lengths), of which the last ``measured`` count.
 
-    With ``record`` the experts that each piece used are told, by block; that costs time.
+    ``record`` adds the experts that each piece used, by block; that costs time.
     """
     import torch
     import transformers
@@ -88,8 +88,10 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def rates(work: dict[str, Any]) -> dict[str, Any]:
-    """Bytes a second: memory's, and the kernels' on records of ``directory`` with each number of ``rows``.
-    Products take ``seconds``, and turns over ``bytes``."""
+    """Measure the rates of memory, and of kernels on records of ``directory`` with each number of ``rows``.
+
+    Rates are in bytes a second. Products take ``seconds``, and turns over ``bytes``.
+    """
     import torch
 
     from moetier.runtime.kernels.choose import kernels_for
@@ -119,12 +121,12 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean_rate(found: Sequence[tuple[int, float]]) -> float:
-    """Of all bytes: they take the times that each takes at its own rate."""
+    """Return the rate over all bytes, where each part is read at its own rate."""
     return sum(size for size, _ in found) / sum(size / rate for size, rate in found)
 
 
 def _trunk_bytes(model: Any) -> int:
-    """What a token reads of the trunk: parameters and buffers as they lie in memory, but for rows of embeddings."""
+    """Bytes that a token reads of the trunk: parameters and buffers in memory, but for rows of embeddings."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     known = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.nbytes}
     for tensor in embeddings.parameters():

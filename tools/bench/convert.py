@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def convert_once(source: Path, into: Path | None, options: list[str], files: list[Path]) -> dict[str, Any]:
-    """The report of ``moetier convert`` into a folder that is gone afterwards; its time is without imports."""
+    """Run ``moetier convert`` into a temporary folder and return its report; its time is without imports."""
     page_cache = drop_page_cache(files, whole=False)
     with tempfile.TemporaryDirectory(prefix="moetier-bench-", dir=into) as folder:
         command = [sys.executable, "-m", "moetier.tools.main", "convert", str(source), str(Path(folder) / "out")]
@@ -137,8 +137,10 @@ def convert_once(source: Path, into: Path | None, options: list[str], files: lis
 
 
 def llama_way(arguments: argparse.Namespace, folder: Path) -> Callable[[], dict[str, Any]]:
-    """Quantises the same weights, put into ``folder`` in 16 bits beforehand. Raises MoetierError where there is no such
-    way."""
+    """Return a call that quantises the same weights with llama.cpp; they are put into ``folder`` in 16 bits first.
+
+    Raises MoetierError where that is not possible.
+    """
     from moetier.tiers.store.atomic import disk_errors
 
     from .gguf_export import export_gguf
@@ -155,7 +157,10 @@ def llama_way(arguments: argparse.Namespace, folder: Path) -> Callable[[], dict[
 
 
 def quantize_once(source: Path, target: Path, threads: int) -> dict[str, Any]:
-    """As ``convert_once``; ``weights`` are those that are in Q4_0 afterwards, and the time is of llama.cpp's call."""
+    """Run llama.cpp's quantiser and return what ``convert_once`` returns.
+
+    ``weights`` are those that are in Q4_0 afterwards, and the time is that of llama.cpp's call.
+    """
     import gguf
 
     from .engines import llama_quantize

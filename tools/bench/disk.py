@@ -48,7 +48,7 @@ class RandomReads:
 
     @classmethod
     def of_records(cls, directory: Path, *, direct: bool) -> RandomReads:
-        """Of whole records, in the files of the record geometry that takes the most bytes."""
+        """Plan reads of whole records, in the files of the record layout that takes the most bytes."""
         from moetier.tiers.store.folder import read_manifest, store_folder
         from moetier.tiers.store.shard import ShardFile
 
@@ -64,7 +64,7 @@ class RandomReads:
 
     @classmethod
     def of_files(cls, files: Sequence[Path], block_bytes: int = FILE_BLOCK_BYTES) -> RandomReads:
-        """From the largest of ``files``, in blocks of ``block_bytes`` at most."""
+        """Plan reads of the largest of ``files``, in blocks of ``block_bytes`` at most."""
         largest = max(files, key=lambda path: path.stat().st_size)
         size = largest.stat().st_size
         block = min(block_bytes, size) // 4096 * 4096
@@ -77,7 +77,7 @@ class RandomReads:
         return "fio" if fio_version() else "preadv"
 
     def rate(self, depth: int, seconds: float) -> float:
-        """Bytes a second with ``depth`` reads in flight. Raises StoreReadError."""
+        """Measure the bytes a second with ``depth`` reads in flight. Raises StoreReadError."""
         return self._fio(depth, seconds) if fio_version() else self._plain(depth, seconds)
 
     def _fio(self, depth: int, seconds: float) -> float:
@@ -133,7 +133,10 @@ class RandomReads:
 
 
 def read_rate(read: Callable[[memoryview], None], nbytes: int, *, depth: int, seconds: float) -> float:
-    """Bytes a second that ``depth`` threads read, each into a buffer of ``nbytes`` of its own that begins on a page."""
+    """Measure the bytes a second that ``depth`` threads read.
+
+    Each reads into a buffer of ``nbytes`` of its own that begins on a page.
+    """
     counts, errors = [0] * depth, list[BaseException]()
     end = threading.Event()
 
@@ -170,7 +173,7 @@ def takes_direct(path: Path) -> bool:
 
 
 def fio_version() -> str | None:
-    """None where it is not installed."""
+    """Return fio's version, or None where it is not installed."""
     if shutil.which("fio") is None:
         return None
     found = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False)
@@ -225,7 +228,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def store_rate(store: ExpertStore, record_bytes: int, depth: int, seconds: float) -> float:
-    """Bytes a second of whole records, at random among those of that size, checksums proved."""
+    """Measure the bytes a second of whole records at random, with their checksums."""
     from moetier.tiers.layout import ExpertKey
 
     keys = [

@@ -22,7 +22,7 @@ from .sandbox import forget, run_limited
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one process did behind its warm-up."""
+    """Measured part of one process, after its warm-up."""
 
     tokens: int
     seconds: float
@@ -34,7 +34,7 @@ class Run:
 
 
 class PeerError(ConfigError):
-    """A peer did not finish: it is not installed, or was killed for memory."""
+    """Another engine did not finish: it is not installed, or was killed for memory."""
 
 
 def llama_run(
@@ -48,8 +48,10 @@ def llama_run(
     warmup: int = 0,
     mmap: bool = True,
 ) -> Run:
-    """The tokens one by one, as if they were generated, the first ``warmup`` of them not timed; or those behind the
-    first ``warmup`` ``together``, as a prompt of their own.
+    """Feed tokens to llama.cpp and time them.
+
+    They come one by one, as if they were generated, and the first ``warmup`` of them are not timed; or those after the
+    first ``warmup`` come ``together``, as a prompt of their own.
 
     ``limit``: bytes for the process and its pages of files. ``repack`` copies the weights into an order that is quicker
     to multiply with, which needs all of them in memory a second time. ``mmap``: else the file is read into memory.
@@ -64,7 +66,7 @@ def llama_run(
 
 
 def llama_logits(gguf: Path, tokens: Sequence[int], *, threads: int = 1) -> list[float]:
-    """[vocabulary] of the last token. Raises PeerError."""
+    """Return the logits [vocabulary] of the last token. Raises PeerError."""
     job = {"gguf": str(gguf), "threads": threads, "repack": False, "mmap": True, "one_by_one": False}
     found, _ = _child("llama_peer", job | {"tokens": list(tokens), "warmup": 0, "logits": True}, None)
     logits: list[float] = found["logits"]
@@ -72,9 +74,9 @@ def llama_logits(gguf: Path, tokens: Sequence[int], *, threads: int = 1) -> list
 
 
 def llama_quantize(gguf: Path, target: Path, *, threads: int) -> tuple[float, int]:
-    """Writes ``target``, every matrix of ``gguf`` in Q4_0. (Seconds of llama.cpp's call, the process's peak in bytes).
+    """Write ``target``, every matrix of ``gguf`` in Q4_0.
 
-    Raises PeerError.
+    Returns the seconds of llama.cpp's call and the process's peak in bytes. Raises PeerError.
     """
     found, _ = _child("llama_peer", {"gguf": str(gguf), "target": str(target), "threads": threads}, None)
     return found["seconds"], found["peak_bytes"]
@@ -90,9 +92,10 @@ def accelerate_decode(
     warmup: int = 1,
     scratch: Path | None = None,
 ) -> Run:
-    """One by one, in bf16. ``resident`` bytes of weights stay in memory (without it, half of ``limit``); accelerate
-    writes the others into ``scratch`` (a temporary folder beside the checkpoint) as it wants them, and reads them for
-    every token. Raises PeerError.
+    """Feed tokens to transformers one by one, in bf16, with accelerate's disk offload, and time them.
+
+    ``resident`` bytes of weights stay in memory (without it, half of ``limit``); accelerate writes the others into
+    ``scratch`` (a temporary folder beside the checkpoint), and reads them for every token. Raises PeerError.
     """
     with tempfile.TemporaryDirectory(dir=scratch or checkpoint.parent, prefix="offload-") as folder:
         room = resident if resident is not None else limit // 2 if limit is not None else None

@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
 def result_of(
     title: str, p: Projection, rows: int, nbytes: int, seconds: Spread, memory: Sequence[MemoryRate]
 ) -> dict[str, Any]:
-    """One row of the table, as JSON. ``nbytes`` of a record are read in ``seconds``."""
+    """Return one row of the table, as JSON. ``nbytes`` of a record are read in ``seconds``."""
     rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found.rate for found in memory)
     return {
         "records": title,
@@ -137,7 +137,7 @@ def _row(result: dict[str, Any]) -> list[str]:
 
 
 def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]]:
-    """By title."""
+    """Yield the layouts to measure, by title."""
     if arguments.directory is not None:
         from moetier.tiers.store.folder import read_manifest, store_folder
 
@@ -151,7 +151,7 @@ def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]
 
 
 def expert_layout(hidden: int, inner: int, bits: Bits) -> RecordLayout:
-    """Of an expert with a gate, as ``moetier convert`` stores it by default."""
+    """Return the layout of an expert with a gate, as ``moetier convert`` stores it by default."""
     from moetier.tiers.quant.codec import layout_for
 
     shapes = {"gate_up_proj": ((2 * inner, hidden), "bfloat16"), "down_proj": ((hidden, inner), "bfloat16")}

@@ -70,7 +70,7 @@ class Work:
 
     @property
     def step_tokens(self) -> int:
-        """Of a measured piece, all sequences together."""
+        """Tokens of a measured piece, all sequences together."""
         return len(self.ids) * self.pieces[-1]
 
     def to_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Floor:
-    """What bounds are made of, beside the rates of each round."""
+    """Sizes and routing that bounds are made of, beside the rates of each round."""
 
     manifest: Manifest
     routing: list[list[list[int]]]  # by piece and block
@@ -99,11 +99,11 @@ class Floor:
 
     @property
     def resident_bytes(self) -> int:
-        """What is there beside records, whatever the limit."""
+        """Bytes of a process beside records, whatever the limit."""
         return self.idle_bytes + self.trunk_bytes + self.kv_bytes
 
     def check(self, settings: Sequence[Setting]) -> None:
-        """Raises BudgetError for a limit below which pages would only come and go."""
+        """Raise BudgetError for a limit that leaves no room for a token's experts."""
         least = self.resident_bytes + smallest_budget(self.manifest)
         if any(setting.limit is not None and setting.limit < least for setting in settings):
             raise BudgetError(
@@ -112,15 +112,17 @@ class Floor:
             )
 
     def slots(self, setting: Setting, used: Mapping[str, int]) -> Mapping[str, int]:
-        """By array: those that the limit permits beside the trunk, the context and an idle process; without a limit
-        those that were ``used``."""
+        """Return the slots by array that the limit permits beside the trunk, the context and an idle process.
+
+        Without a limit those are the ones that were ``used``.
+        """
         if setting.limit is None:
             return used
         return slots_within(self.manifest, setting.limit - self.resident_bytes)
 
 
 def measure(arguments: argparse.Namespace, work: Work) -> int:
-    """Runs, prints and writes it all."""
+    """Measure, print and write everything."""
     from moetier.tiers.store.folder import read_manifest, store_folder
 
     check_bench(arguments)
@@ -196,7 +198,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
 
 
 def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: Rates) -> dict[str, Any]:
-    """One row of the table, as JSON. Bytes and seconds; a step is a measured piece."""
+    """Return one row of the table, as JSON: bytes and seconds. A step is a measured piece."""
     tokens = work.measured * work.step_tokens
     speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)
     steps = Spread.of(second for run in runs for second in run["seconds"])
@@ -228,7 +230,7 @@ def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: F
 
 
 def _row(result: dict[str, Any]) -> list[str]:
-    """Of the table, in the order of TABLE."""
+    """Return a row of the table, in the order of TABLE."""
     step = result["step_s"]
     return [
         "-" if result["limit_bytes"] is None else format_bytes(result["limit_bytes"]),
@@ -247,7 +249,7 @@ def _row(result: dict[str, Any]) -> list[str]:
 
 
 def _reads(folder: Path) -> tuple[RandomReads, int]:
-    """Such reads as the host tier makes, and how many of them it keeps in flight."""
+    """Return reads like the host tier's, and how many of them it keeps in flight."""
     from moetier.tiers.host.tier import LOADERS
     from moetier.tiers.store.reader import ExpertStore
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """What several runs gave."""
+    """Values of several runs."""
 
     runs: tuple[float, ...]
 
@@ -52,13 +52,16 @@ class Spread:
         return {"median": self.median, "min": self.min, "max": self.max, "runs": list(self.runs)}
 
     def text(self, unit: float = 1.0, digits: int = 2) -> str:
-        """For people, in so many of what was measured: "1.20 (1.10 to 1.30)"."""
+        """Return the median and the range in multiples of ``unit``: "1.20 (1.10 to 1.30)"."""
         middle, low, high = (f"{value / unit:.{digits}f}" for value in (self.median, self.min, self.max))
         return middle if len(self.runs) == 1 else f"{middle} ({low} to {high})"
 
 
 def alternate(rounds: int, ways: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
-    """What each way gave in each round. Every round begins with the next way; every second goes backwards."""
+    """Run each way once a round, and return its results by round.
+
+    Every round begins with the next way; every second goes backwards.
+    """
     found: dict[K, list[T]] = {name: [] for name in ways}
     names = [*ways]
     for number in range(rounds):
@@ -75,7 +78,10 @@ FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_in
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """``threads`` are torch's, None where it was not used; the disk is the one that the measured files lie on."""
+    """The machine that a figure was measured on.
+
+    ``threads`` are torch's, None where it was not used; the disk is the one that the measured files lie on.
+    """
 
     cpu: str
     features: tuple[str, ...]
@@ -88,7 +94,7 @@ class Machine:
 
     @classmethod
     def here(cls, *, threads: int | None = None, place: Path | None = None, fio: str | None = None) -> Machine:
-        """``place``: a file or folder on the disk; ``fio``: its version, where it was used."""
+        """Describe this machine. ``place``: a file or folder on the disk; ``fio``: its version, where it was used."""
         model, flags = _cpu()
         found = {"python": platform.python_version()} | ({"fio": fio} if fio else {})
         for name in PACKAGES:
@@ -111,7 +117,7 @@ class Machine:
         return asdict(self) | {"features": list(self.features)}
 
     def text(self) -> str:
-        """For people."""
+        """Return the description as a line."""
         parts = [
             f"{self.cpu} ({', '.join(self.features) or platform.machine()})",
             f"{self.cores} cores" + (f", {self.threads} threads" if self.threads is not None else ""),
@@ -124,7 +130,7 @@ class Machine:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Its name, and the features that the kernel knows of."""
+    """Return the CPU's name, and the features that the kernel knows of."""
     known: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -133,7 +139,7 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def place_of(place: Path) -> str:
-    """The file system of a file or folder, and the block device under it: "ext4 on vda, 252 GiB"."""
+    """Return the file system of a file or folder, and the block device under it: "ext4 on vda, 252 GiB"."""
     device = place.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     mounts = (line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines())
@@ -157,7 +163,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_bench(arguments: argparse.Namespace) -> None:
-    """Before anything is measured. Raises TargetError."""
+    """Check the options before anything is measured. Raises TargetError."""
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise TargetError(f"{arguments.json.parent} is no folder.", "Make it, or name another with --json.")
 
@@ -171,7 +177,7 @@ def report(
     notes: list[str] | None = None,
     **more: Any,
 ) -> int:
-    """Prints the machine, the table ``rows`` and ``notes``; writes ``--json``. ``results``: one for each row."""
+    """Print the machine, the table ``rows`` and ``notes``; write ``--json``. ``results``: one for each row."""
     from moetier.tiers.store.atomic import write_durably
 
     print(machine.text())

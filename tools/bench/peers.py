@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def engines_of(arguments: argparse.Namespace, work: Work, threads: int) -> dict[str, Engine]:
-    """By name. llama.cpp with repacked weights only where it has all the memory that it wants."""
+    """Return the engines by name. llama.cpp repacks weights only where it has all the memory that it wants."""
     (ids,) = work.ids
     limit = _bytes(arguments.limit)
     common = {"threads": threads, "warmup": arguments.warm}

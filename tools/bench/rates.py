@@ -36,7 +36,7 @@ class MemoryProbe:
         self._buffer = torch.ones(nbytes // 4)
 
     def __call__(self) -> MemoryRate:
-        """The highest rate that any of them reaches, by the median of a few times."""
+        """Return the highest rate that any of them reaches, by the median of a few times."""
         numbers, nbytes = self._buffer, self._buffer.nbytes
         one, other = numbers.chunk(2)
         operations: dict[str, Callable[[], object]] = {
@@ -60,13 +60,15 @@ def _times(run: Callable[[], object], count: int) -> list[float]:
 
 
 def projection_bytes(layout: RecordLayout, name: str) -> int:
-    """Of a record, what a product with the projection ``name`` reads."""
+    """Return the bytes of a record that a product with the projection ``name`` reads."""
     return sum(s.nbytes for s in layout.sections if s.name == name or s.name.startswith(f"{name}."))
 
 
 def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]:
-    """Two or more records, ``least_bytes`` at least: whoever takes them in turns reads from memory. Codes are random,
-    scales small."""
+    """Make two or more records, of ``least_bytes`` at least, so that taking them in turns reads from memory.
+
+    Codes are random, scales small.
+    """
     import torch
 
     chance = torch.Generator().manual_seed(0)
@@ -82,7 +84,7 @@ def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]
 
 
 def activation_dtype() -> torch.dtype:
-    """That kernels are quickest with on this CPU."""
+    """Return the type of activations that kernels are quickest with on this CPU."""
     import torch
 
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -96,7 +98,10 @@ class KernelProbe:
         self._next = 0
 
     def seconds(self, name: str, rows: int, *, at_least: float) -> float:
-        """Median of a product of x [rows, K]; one and more until ``at_least`` seconds are over, and one before."""
+        """Return the median seconds of a product of x [rows, K].
+
+        Runs one product to warm up, then one or more until ``at_least`` seconds are over.
+        """
         import torch
 
         projection = next(p for p in self._layout.projections if p.name == name)
@@ -118,7 +123,7 @@ class KernelProbe:
 
 
 def record_rate(probe: KernelProbe, layout: RecordLayout, rows: int, *, at_least: float) -> float:
-    """Bytes a second over all projections of a record."""
+    """Measure the bytes a second over all projections of a record."""
     names = [p.name for p in layout.projections]
     nbytes = sum(projection_bytes(layout, name) for name in names)
     return nbytes / sum(probe.seconds(name, rows, at_least=at_least / len(names)) for name in names)

@@ -27,7 +27,7 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> tuple[list[list[int]], str]:
-    """ids [sequences][length], and where they are from. Too few are repeated. Raises ConfigError."""
+    """Return ids [sequences][length], and their source. Too few are repeated. Raises ConfigError."""
     directory, own = arguments.directory, arguments.directory / TOKENS
     if arguments.prompt_file is not None:
         ids, source = _of_text(directory, arguments.prompt_file), str(arguments.prompt_file)
@@ -42,7 +42,7 @@ def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> 
 
 
 def read_ids(path: Path) -> list[int]:
-    """A JSON list of ids, or an object that has one as its "token_ids". Raises ConfigError."""
+    """Read a JSON list of ids, or an object that has one as its "token_ids". Raises ConfigError."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

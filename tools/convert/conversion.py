@@ -57,8 +57,11 @@ class Conversion:
         download: Download | None = None,
         resuming: Sequence[str] | None = None,
     ) -> Conversion:
-        """Reads nothing but the config, the shards' headers and, without a ``download``, samples of them. Raises
-        CheckpointError or ConfigError."""
+        """Plan a conversion into ``folder`` without writing anything.
+
+        Reads the config, the headers of the files and, without a ``download``, samples of them. Raises CheckpointError
+        or ConfigError.
+        """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
         draft = Draft.of(model, dtype, tensors, options.trunk_bits)
@@ -84,7 +87,7 @@ class Conversion:
         )
 
     def announce(self) -> list[str]:
-        """What is going to happen, in lines."""
+        """Describe what is going to happen, in lines."""
         plan, trunk = self.target.plan, sum(file.size for file in self.target.trunk)
         bits = plan.stored_bytes * 8 / self._weights
         peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records.values())]
@@ -119,8 +122,10 @@ class Conversion:
         return lines
 
     def run(self, say: Callable[[str], None], quiet: bool) -> ConversionReport:
-        """Trunk, blocks, small files; the manifest last. Goes on where an earlier run was cut. Of a checkpoint that
-        passes by the trunk comes behind the blocks: it lies in all of the files."""
+        """Write trunk, blocks and small files, and the manifest last; resume where an earlier run was cut.
+
+        The trunk of a hub checkpoint comes after the blocks: it lies in all of the files.
+        """
         start = time.monotonic()
         self.check_disks()
         with StoreWriter.open(self.target.store, self.target.plan) as writer:
@@ -142,7 +147,7 @@ class Conversion:
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
 
     def check_disks(self, *, replacing: bool = False) -> None:
-        """Whether what is missing fits; ``replacing``: once what is there is removed. Raises DiskSpaceError."""
+        """Check that what is missing fits; with ``replacing``, once what is there is removed. Raises DiskSpaceError."""
         if self.download is None:
             self.target.check_disk(replacing=replacing)
             return
@@ -158,7 +163,7 @@ class Conversion:
             )
 
     def _route(self, finished: Collection[int] | None = None) -> list[Stage]:
-        """The missing blocks, in the order in which they are written."""
+        """Order the missing blocks as they are written."""
         done = self.target.finished_blocks if finished is None else finished
         missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
         if self.download is None:
@@ -206,7 +211,7 @@ class Conversion:
 
     @property
     def command(self) -> list[str]:
-        """What resumes it, word by word."""
+        """The command that resumes it, word by word."""
         options, words = self.options, ["moetier", *self.resuming, "--bits", str(self.options.bits)]
         if options.trunk_bits != 16:
             words += ["--trunk-bits", str(options.trunk_bits)]
@@ -252,7 +257,7 @@ class Conversion:
 
 
 def _encoder(blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
-    """With as many workers as are asked for; else one for each thread or CPU, fewer where memory is short."""
+    """Make an encoder with as many workers as are asked for, else one per thread or CPU, fewer if memory is short."""
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"{options.workers} workers can't work.", "Give at least one.")
     workers = options.workers or options.threads or usable_cpus()

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How experts are stored, and with how many workers; None is the default of the width, or of the machine. Raises
-    ConfigError for what no model can be stored with."""
+    """How experts are stored, and by how many workers; None is the default of the width, or of the machine.
+
+    Raises ConfigError for what no model can be stored with.
+    """
 
     bits: Bits = 4
     trunk_bits: Bits = 16  # of the trunk's matrices
@@ -52,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Draft:
-    """For one width of the trunk; the experts' is chosen with ``manifest``."""
+    """Layout of a conversion for one width of the trunk; ``manifest`` chooses the experts' width."""
 
     blueprint: Blueprint
     matrices: Matrices  # of the trunk that are quantised
@@ -63,14 +65,17 @@ class Draft:
     def of(
         cls, model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], trunk_bits: Bits
     ) -> Draft:
-        """``model`` is on meta; its Experts modules are cut down. Raises UnsupportedModelError or CheckpointError."""
+        """Lay out the conversion of a ``model`` on meta, and cut down its Experts modules.
+
+        Raises UnsupportedModelError or CheckpointError.
+        """
         form = trunk_form(trunk_bits)
         matrices = Matrices.of(model, dtype, form) if form else Matrices()
         blueprint = make_blueprint(model, dtype, tensors, matrices.chosen)
         return cls(blueprint, matrices.only(blueprint.matrices), form, tensors)
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
-        """Of a source called ``model``, whose digest is ``digest``."""
+        """Return the manifest of a source called ``model``, whose digest is ``digest``."""
         arrays: dict[tuple[RecordLayout, int], str] = {}
         sizes: dict[str, int] = {}
         blocks = []
@@ -99,7 +104,7 @@ class Draft:
         )
 
     def records(self, *, workers: int, fast: bool) -> dict[str, MatrixRecord]:
-        """What becomes of the quantised matrices, by module path."""
+        """Return the record of each quantised matrix, by module path."""
         return {
             path: MatrixRecord(path, recipe, self.form, workers=workers, fast=fast)
             for path, recipe in self.blueprint.matrices.items()

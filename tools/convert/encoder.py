@@ -30,7 +30,7 @@ SPARE_BYTES, MOST_SPARE = 16 << 20, 8  # of records that are finished while the 
 
 
 class Encoder:
-    """Makes the records of a plan."""
+    """Makes the records of a plan with several workers."""
 
     def __init__(self, blueprint: Blueprint, plan: Manifest, *, workers: int, fast: bool) -> None:
         self.workers = workers
@@ -62,12 +62,17 @@ class Encoder:
 
     @property
     def promised_bytes(self) -> int:
-        """The most that a conversion is to take, the interpreter included: two experts in fp32 and 1 GiB. A block that
-        is read whole may take more."""
+        """Most bytes that a conversion is to take, the interpreter included: two experts in fp32 and 1 GiB.
+
+        A block that is read whole may take more.
+        """
         return max((8 * layout.weights for layout in self._plan.layouts.values()), default=0) + (1 << 30)
 
     def records(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, Bytes, WeightError]]:
-        """In the order of ``keys``. A record is valid until the next one is asked for. Close it to stop early."""
+        """Yield the key, record and weight error of each of ``keys``, in order.
+
+        A record is valid until the next one is asked for. Close the generator to stop early.
+        """
         free: SimpleQueue[Bytes] = SimpleQueue()  # one for each task that is ahead, and the one that is yielded
         size = max((self._plan.layout(key.block).record_bytes for key in keys), default=0)
         slots = self._slots(size)
@@ -91,11 +96,11 @@ class Encoder:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _slots(self, record_bytes: int) -> int:
-        """Records that are held at a time: one for each worker, the others finished."""
+        """Records that are held at a time: one for each worker, and finished ones."""
         return self.workers + max(1, min(MOST_SPARE, SPARE_BYTES // max(1, record_bytes)))
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
-        """A block that is read whole neither overlaps with the one before it nor with the one behind."""
+        """Whether a block that is read whole overlaps with no other block."""
         blocks = self._blueprint.blocks
         return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
 
@@ -109,7 +114,7 @@ class Encoder:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """While workers compute, which set their own number."""
+    """Set torch to one thread while workers compute, each of which sets its own number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

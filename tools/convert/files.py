@@ -22,7 +22,7 @@ from moetier.tiers.store.folder import GROUP, METADATA
 
 @contextlib.contextmanager
 def locked(name: str, folder: Path) -> Iterator[None]:
-    """With the lock of conversions into it. Raises TargetError where one has it."""
+    """Hold the lock of conversions into ``folder``. Raises TargetError where a conversion holds it."""
     lock = os.open(folder / GROUP, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,7 +34,7 @@ def locked(name: str, folder: Path) -> Iterator[None]:
 
 
 def empty(folder: Path, beside: Iterable[Path]) -> None:
-    """Removes what is in its store, and ``beside`` it; the store's own folder stays."""
+    """Remove what is in the store of ``folder``, and the files ``beside`` it; the store's own folder stays."""
     store = folder / GROUP
     (store / METADATA).unlink(missing_ok=True)
     sync_folder(store)
@@ -46,7 +46,7 @@ def empty(folder: Path, beside: Iterable[Path]) -> None:
 
 
 def delete(path: Path) -> None:
-    """With all that is in it; of a link the link."""
+    """Remove a file, a folder with all that is in it, or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -54,15 +54,17 @@ def delete(path: Path) -> None:
 
 
 def check_unused(name: str, folder: Path) -> None:
-    """Raises TargetError where another process uses the model that is called ``name``."""
+    """Raise TargetError where another process uses the model called ``name``."""
     if users := users_of(folder):
         which = "; ".join(f"process {pid} ({command})" for pid, command in users.items())
         raise TargetError(f"{name} is in use: {which}.", "End that first.")
 
 
 def users_of(folder: Path) -> dict[int, str]:
-    """The other processes, as far as one may look at them, that have files of a folder open or mapped: a daemon, a
-    server, a conversion. pid -> command line."""
+    """Return the other processes that have files of a folder open or mapped, as pid -> command line.
+
+    They may be a daemon, a server or a conversion. Processes of other users may not be looked at.
+    """
     prefix = f"{folder.resolve()}/"
     mapped = prefix.replace("\n", r"\012")  # as the kernel writes it there
     found = {}
@@ -96,8 +98,10 @@ VOCABULARY = re.compile(
 
 
 def small_faults(directory: Path) -> Iterator[MoetierError]:
-    """Of a model directory: config.json, and a tokenizer of which only a part is there. One that never had a tokenizer
-    is fine."""
+    """Yield what is wrong with config.json and the tokenizer, of which only a part may be there.
+
+    A model that never had a tokenizer is fine.
+    """
     try:
         read_config(directory)
     except MoetierError as error:

@@ -46,7 +46,10 @@ MIXED = "which the checkpoint keeps in a form of its own"
 
 
 def trunk_form(bits: Bits) -> TrunkRecords | None:
-    """The default of a width; None where the trunk stays as it is. Raises ConfigError for other widths."""
+    """Return the default form of a width, or None where the trunk stays as it is.
+
+    Raises ConfigError for other widths.
+    """
     if bits not in TRUNK_BITS:
         raise ConfigError(
             f"A trunk of {bits} bits is not supported.", f"Choose among {', '.join(map(str, TRUNK_BITS))}."
@@ -56,14 +59,14 @@ def trunk_form(bits: Bits) -> TrunkRecords | None:
 
 @dataclass(frozen=True)
 class Matrices:
-    """By module path: the layout of each that is chosen, and why others of the linear modules are not."""
+    """Linear modules of the trunk by path: the layout of each that is chosen, and why each other is not."""
 
     chosen: dict[str, RecordLayout] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel, dtype: torch.dtype, form: TrunkRecords) -> Matrices:
-        """``dtype`` is the type that the model is loaded in."""
+        """Choose the matrices of a ``model`` that is loaded in ``dtype``."""
         found = cls()
         gates, towers = _gates(model), _towers(model)
         for path, module in model.named_modules():
@@ -88,12 +91,12 @@ class Matrices:
         return found
 
     def only(self, able: Container[str]) -> Matrices:
-        """The same without those that the checkpoint can't give."""
+        """Return the same without those that the checkpoint can't give."""
         left = {path: layout for path, layout in self.chosen.items() if path in able}
         return Matrices(left, self.kept | {path: MIXED for path in self.chosen if path not in able})
 
     def reasons(self) -> Iterator[str]:
-        """A line for each, with the first of its modules."""
+        """Yield a line for each reason, with the first of its modules."""
         for reason in dict.fromkeys(self.kept.values()):
             paths = [path for path, why in self.kept.items() if why == reason]
             yield f"{len(paths)} {reason}: {paths[0]}" + (", ..." if len(paths) > 1 else "")
@@ -104,7 +107,7 @@ def _within(path: str, places: list[str]) -> bool:
 
 
 def _gates(model: PreTrainedModel) -> list[str]:
-    """The siblings of Experts modules by which tokens are sent."""
+    """Return the routers beside Experts modules."""
     parents = [path.rpartition(".")[0] for path in experts_modules(model)]
     return [f"{parent}.{name}".removeprefix(".") for parent in parents for name in GATE_NAMES]
 
@@ -127,7 +130,7 @@ def _stands_alone(model: PreTrainedModel, weight: str) -> bool:
 
 
 def _read_by(model: PreTrainedModel, path: str) -> set[str]:
-    """Names of children whose ``weight`` the classes around a module read: fused kernels take it, for instance."""
+    """Return names of children whose ``weight`` the classes around a module read, as fused kernels do."""
     parts = path.split(".")
     around = [type(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]
     return {name for made_by in around for base in made_by.__mro__ for name in _names_read(base)}
@@ -144,7 +147,7 @@ PIECE_WEIGHTS = 1 << 20  # quantised at a time by a worker
 
 
 class MatrixRecord:
-    """The record of ``recipe``'s matrix, as a tensor of the trunk. ``error`` is known once it was made."""
+    """Record of one matrix, as a tensor of the trunk. ``error`` is known once it was made."""
 
     dtype = "uint8"
 
@@ -174,7 +177,7 @@ class MatrixRecord:
         return self.layout.payload_bytes + whole + self._workers * 16 * max(PIECE_WEIGHTS, ROW_TILE * p.columns)
 
     def chunks(self) -> Iterator[Bytes]:
-        """Its bytes in order, made anew."""
+        """Make the record anew, and yield its bytes in order."""
         record = self._made().numpy()
         for start in range(0, len(record), CHUNK_BYTES):
             yield record[start : start + CHUNK_BYTES]
@@ -203,7 +206,7 @@ class MatrixRecord:
         return record
 
     def _fill(self, views: dict[str, torch.Tensor], weights: torch.Tensor, start: int) -> WeightError:
-        """Quantises rows from ``start`` on, and puts them where they belong: groups don't reach over rows."""
+        """Quantise rows from ``start`` on, and put them in their places; groups don't reach over rows."""
         if not all(map(math.isfinite, torch.stack(weights.aminmax()).tolist())):
             raise CheckpointError(
                 f"{self._path}.weight has weights that are not finite numbers.", "Get an intact copy of the checkpoint."

@@ -21,7 +21,7 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion made, and what it cost."""
+    """Result and cost of a conversion."""
 
     model: str
     target: str
@@ -44,14 +44,14 @@ class ConversionReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """As stored: scales, padding and checksums included."""
+        """Stored bits of an expert weight, with scales, padding and checksums."""
         return self.expert_bytes * 8 / self.weights
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"expert_bytes": self.expert_bytes, "bits_per_weight": self.bits_per_weight}
 
     def table(self) -> str:
-        """For people."""
+        """Return the report as text."""
         if self.was_complete:
             trunk = f" and a trunk of {self.trunk_bits}" if self.trunk_bits != 16 else ""
             return f"{self.target} is complete: it holds {self.model} with experts of {self.bits} bits{trunk} already."

@@ -30,7 +30,7 @@ METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)"}
 
 
 def _experts(key: str) -> Callable[[Mapping[str, Any]], str]:
-    """One value, as a rule; of several all of them."""
+    """Return a reader of one value of the experts' layouts; it joins several values."""
 
     def read(manifest: Mapping[str, Any]) -> str:
         layouts = manifest["layouts"].values()
@@ -59,8 +59,10 @@ OPTIONS: tuple[tuple[set[str], str, Callable[[Mapping[str, Any]], str]], ...] = 
 
 
 def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Of two manifests, as JSON has them: options, with their values, and names of fields for what comes of none. ""
-    where they are the same."""
+    """Say how two manifests, as JSON has them, differ; "" where they are the same.
+
+    Names options with their values, and fields that no option sets.
+    """
     rest = [name for name in asked if found.get(name) != asked[name]]
     if "model" in rest:
         return f"of {found.get('model')}, and {asked['model']} was asked for"
@@ -92,10 +94,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Target:
-    """``small`` holds the bytes of every file that is neither trunk nor experts, by relative name.
+    """Model directory to be.
 
-    ``passing``: its source passes by, so that the source's digest is known in the end alone. Until then the plan has
-    the hub's commit in its place, which ``ORIGIN`` keeps.
+    ``small`` holds the bytes of every file that is neither trunk nor experts, by relative name.
+
+    ``passing``: its source is downloaded meanwhile, so that the source's digest is known only at the end. Until then
+    the plan has the hub's commit in its place, which ``ORIGIN`` keeps.
     """
 
     folder: Path
@@ -110,11 +114,11 @@ class Target:
 
     @property
     def total_bytes(self) -> int:
-        """Of everything, when it is complete."""
+        """Bytes of all files of the complete directory."""
         return self.plan.stored_bytes + sum(file.size for file in self.trunk) + sum(map(len, self.small.values()))
 
     def state(self) -> State:
-        """Raises TargetExistsError when the folder holds anything but this conversion, whole or in part."""
+        """Return the state of the folder. Raises TargetExistsError where it holds anything but this conversion."""
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return State.NEW
         if not self.folder.is_dir():
@@ -164,7 +168,7 @@ class Target:
         return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.plan, block)))
 
     def missing_bytes(self, *, replacing: bool = False) -> int:
-        """That are still to be written; all of them where what is there is removed before."""
+        """Bytes that are still to be written; with ``replacing``, all of them."""
         shards = [ShardFile.of(self.store, self.plan, block) for block in range(len(self.plan.blocks))]
         return (
             sum(shard.file_bytes for shard in shards if replacing or not is_complete(shard))
@@ -173,8 +177,11 @@ class Target:
         )
 
     def check_disk(self, beside: int = 0, *, replacing: bool = False) -> None:
-        """Whether what is missing fits, and ``beside`` bytes of its source; ``replacing``: in the room too that what is
-        there takes. Raises DiskSpaceError, naming what is needed and what is free."""
+        """Check that what is missing fits, and ``beside`` bytes of its source.
+
+        ``replacing`` also counts the room that what is there takes. Raises DiskSpaceError, which names what is needed
+        and what is free.
+        """
         free = free_bytes(self.folder) + (_freed_bytes(self.folder) if replacing else 0)
         needed = self.missing_bytes(replacing=replacing) + beside + SLACK_BYTES
         if needed > free:
@@ -194,7 +201,7 @@ class Target:
             write_durably(path, data)
 
     def read_journal(self) -> dict[int, float]:
-        """Relative error of each block that an earlier run finished."""
+        """Return the relative error of each block that an earlier run finished."""
         try:
             found = read_json(self.folder / JOURNAL)
             return {int(block): float(error) for block, error in found["errors"].items()}
@@ -206,7 +213,7 @@ class Target:
         write_durably(self.folder / JOURNAL, json.dumps(journal).encode())
 
     def tidy(self) -> None:
-        """Removes what only a conversion under way has, where the manifest is written."""
+        """Remove what only a conversion under way has, once the manifest is written."""
         for path in (self.store / PLAN, self.folder / JOURNAL):
             if path.exists():
                 path.unlink()
@@ -217,7 +224,7 @@ class Target:
 
 
 def revision_under_way(folder: Path, name: str) -> str | None:
-    """The commit of the hub's ``name`` that a conversion into ``folder``, which was cut, is of."""
+    """Return the commit of the hub's ``name`` that a conversion into ``folder``, which was cut, is of."""
     try:
         plan = read_json(folder / GROUP / PLAN)
         found = str(plan["source_digest"]) if plan["model"] == name else ""
@@ -232,21 +239,23 @@ def is_ours(folder: Path) -> bool:
 
 
 def check_place(folder: Path, source: Path) -> None:
-    """Raises TargetError when a conversion would write into its own source, or around it."""
+    """Raise TargetError where a conversion would write into its own source, or around it."""
     target, source = folder.resolve(), source.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
         raise TargetError(f"{folder} overlaps with the source, {source}.", "Choose a folder outside it.")
 
 
 def remove(folder: Path) -> None:
-    """Removes what moetier writes into a model directory, but for the store's own folder. Raises TargetError where
-    another conversion is under way."""
+    """Remove what moetier writes into a model directory, but for the store's own folder.
+
+    Raises TargetError where another conversion is under way.
+    """
     with locked(str(folder), folder):
         empty(folder, [*_downloaded(folder), *_beside_store(folder)])
 
 
 def _beside_store(folder: Path) -> Iterator[Path]:
-    """The files of a model directory that moetier writes, but for the store and what is downloaded."""
+    """Yield the files that moetier writes into a model directory, but for the store and downloads."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix().removesuffix(PARTIAL)
         if WRITTEN.fullmatch(name) or COPIED.fullmatch(name):
@@ -254,8 +263,10 @@ def _beside_store(folder: Path) -> Iterator[Path]:
 
 
 def _freed_bytes(folder: Path) -> int:
-    """Of the disk, that ``remove`` frees. What is downloaded is not among them: of what its source takes, a conversion
-    counts only what is not here yet."""
+    """Bytes of the disk that ``remove`` frees, without downloads.
+
+    A conversion counts only what is not here yet of its source.
+    """
     found = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
     return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else something is left of it
 
@@ -268,7 +279,7 @@ def _downloaded(folder: Path) -> list[Path]:
 def small_files(
     checkpoint: Checkpoint, bits: int, trunk_bits: int, dtype: str, trunk: tuple[TrunkFile, ...]
 ) -> dict[str, bytes]:
-    """config.json, the trunk's index, and what is copied: tokenizer, chat template, other configs."""
+    """Make config.json, the trunk's index, and what is copied: tokenizer, chat template, other configs."""
     made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
     if checkpoint.revision is not None:
         origin = {"id": checkpoint.name, "revision": checkpoint.revision}
@@ -288,7 +299,7 @@ def _config(config: Mapping[str, Any], bits: int, trunk_bits: int, dtype: str) -
 
 
 def _without_code(path: Path) -> bytes:
-    """A copied file's bytes; of a JSON file that names code (auto_map), all but that."""
+    """Return a copied file's bytes, without the code (auto_map) that a JSON file names."""
     try:
         data = path.read_bytes()
     except OSError as error:

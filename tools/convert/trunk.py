@@ -69,14 +69,14 @@ class TrunkFile:
         return path.is_file() and path.stat().st_size == self.size
 
     def make(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
-        """Writes it into ``folder``, unless an earlier run did and every byte is still what it would write."""
+        """Write the file into ``folder``, unless an earlier run did and every byte is still the same."""
         if (found := self._found(folder)) is None:
             return self.write(folder, advance)
         advance(self.size)
         return found
 
     def _found(self, folder: Path) -> FileSum | None:
-        """Of the file that is there; None, and it is removed, when its bytes are not the source's."""
+        """Return the sum of the file that is there; remove it, and return None, if its bytes are not the source's."""
         if not self.is_complete(folder):
             return None
         stored = wanted = 0
@@ -92,7 +92,10 @@ class TrunkFile:
         return None
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
-        """Into ``folder``; ``advance`` is told bytes as they are written. Raises CheckpointError at a NaN."""
+        """Write the file into ``folder``; ``advance`` is called with the bytes of each piece.
+
+        Raises CheckpointError at a NaN.
+        """
         partial = folder / (self.name + PARTIAL)
         crc = 0
         with partial.open("wb", buffering=0) as stream:
@@ -134,7 +137,7 @@ def _itemsize(tensor: TrunkTensor) -> int:
 def plan_trunk(
     tensors: Mapping[str, TrunkTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
 ) -> tuple[TrunkFile, ...]:
-    """Distributes tensors over files of about ``file_bytes``: a function of names, shapes and types alone."""
+    """Distribute tensors over files of about ``file_bytes``, by names, shapes and types alone."""
     odd = {name: None for name in tensors if nbytes(tensors[name]) % ALIGNMENT}  # in order
     matrices = [name for name in odd if len(tensors[name].shape) > 1]
     vectors = sorted((name for name in odd if len(tensors[name].shape) <= 1), key=lambda n: -_itemsize(tensors[n]))
@@ -163,7 +166,7 @@ def plan_trunk(
 
 
 def index_of(files: tuple[TrunkFile, ...]) -> bytes:
-    """model.safetensors.index.json."""
+    """Make model.safetensors.index.json."""
     places = {name: file.name for file in files for name in file.tensors}
     total = sum(nbytes(tensor) for file in files for tensor in file.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -171,7 +174,7 @@ def index_of(files: tuple[TrunkFile, ...]) -> bytes:
 
 
 def _chunks(tensor: TrunkTensor) -> Iterator[Bytes]:
-    """Its bytes in order, a few MiB at a time."""
+    """Yield a tensor's bytes in order, a few MiB at a time."""
     if isinstance(tensor, MatrixRecord):
         yield from tensor.chunks()
         return

@@ -23,7 +23,7 @@ Ready = npt.NDArray[np.bool_]
 
 
 def draw_resident(stats: StatsReply, *, time: str) -> Figure:
-    """``stats`` with details, of ``time``: a part for each model of the daemon."""
+    """Draw ``stats`` with details, taken at ``time``: a part for each model of the daemon."""
     models = [_uses_and_ready(details.blocks) for details in stats.details]
     rows, columns = (max(uses.shape[side] for uses, _ in models) for side in (0, 1))
     cell = (

@@ -11,7 +11,7 @@ KEYS = ("prompt", "turns", "text")  # of turns, the first
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Lines with nothing in them are left out. Raises ConfigError."""
+    """Read the prompts of a file, without empty lines. Raises ConfigError."""
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -27,14 +27,17 @@ from moetier.tools.convert.matrices import Matrices
 
 @dataclass(frozen=True)
 class Stored:
-    """Each block's layout and number of experts, and how far all weights are off."""
+    """Each block's layout and number of experts, and the error of all weights."""
 
     blocks: tuple[tuple[RecordLayout, int], ...]
     error: WeightError
 
 
 class Trial:
-    """``model`` computes in fp32 and eagerly, so that nothing but its weights ever differs."""
+    """A checkpoint loaded whole by transformers, whose weights are stored and read back in one way after another.
+
+    ``model`` computes in fp32 and eagerly, so that nothing but its weights ever differs.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Holds the experts twice: in fp32, and in the checkpoint's type. Raises UnsupportedModelError."""
@@ -68,7 +71,7 @@ class Trial:
 
     @torch.no_grad()
     def store(self, bits: Bits, group: int | None, pairs: str | None, *, fast: bool) -> Stored:
-        """Replaces every expert by what is read back of its record."""
+        """Replace every expert by what is read back from its record."""
         blocks, total = [], WeightError()
         for module, originals in zip(self._modules, self._originals, strict=True):
             parameters = {n: (tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for n, t in originals.items()}
@@ -83,7 +86,7 @@ class Trial:
 
     @torch.no_grad()
     def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
-        """Replaces each matrix of the trunk that a conversion would quantise; None: they are what they were."""
+        """Replace each matrix of the trunk that a conversion would quantise; with None restore them."""
         chosen = Matrices.of(self.model, torch.float32, form).chosen if form else {}
         for path in {**self._trunk, **chosen}:
             linear = self.model.get_submodule(path)
@@ -109,7 +112,7 @@ LEAST_WINDOWS = 8  # to rank by: of fewer a standard error is itself too uncerta
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """``nats`` lost over ``tokens`` foretold; losses of texts can be added."""
+    """``nats`` lost over ``tokens`` predicted; losses of texts can be added."""
 
     tokens: int = 0
     nats: float = 0.0
@@ -132,8 +135,10 @@ class Change:
 
     @classmethod
     def of(cls, found: Loss, base: Loss) -> Change:
-        """From ``base`` to ``found``, which were measured on the same windows: each is compared with itself, so that
-        what makes a window hard for both has no part in the error."""
+        """Return the change from ``base`` to ``found``, which were measured on the same windows.
+
+        Each window is compared with itself, so that what makes it hard for both has no part in the error.
+        """
         pairs = list(zip(found.windows, base.windows, strict=True))
         assert all(mine[0] == theirs[0] for mine, theirs in pairs), "other windows"
         log = (found.nats - base.nats) / base.tokens
@@ -157,9 +162,10 @@ class Change:
 
 
 def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
-    """The first and the last place by perplexity that each may have: two whose difference is not clear share places.
+    """Return the first and the last place by perplexity that each may have.
 
-    None where there is nothing to rank, or where there are too few windows to know standard errors by.
+    Two whose difference is not clear share places. None where there is nothing to rank, or where there are too few
+    windows to know standard errors by.
     """
     if len(losses) < 2 or len(losses[0].windows) < LEAST_WINDOWS:
         return None
@@ -168,7 +174,7 @@ def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
 
 
 def read_texts(paths: Iterable[Path]) -> dict[str, str]:
-    """File name without its suffix -> text; of a folder, all of its .txt files. Raises ConfigError."""
+    """Read texts by file name without suffix; of a folder, all of its .txt files. Raises ConfigError."""
     files: list[Path] = []
     for path in paths:
         found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -182,7 +188,10 @@ def read_texts(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str, Tensor]:
-    """Name -> the first ``tokens`` tokens, int64 [tokens or fewer], without special ones. Raises ConfigError."""
+    """Return the first ``tokens`` tokens of each text, int64 [tokens or fewer], without special ones.
+
+    Raises ConfigError.
+    """
     found = {}
     for name, text in texts.items():
         ids = torch.tensor(first_ids(tokenizer, text, tokens, add_special_tokens=False)[:tokens], dtype=torch.int64)
@@ -194,8 +203,10 @@ def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str,
 
 @torch.inference_mode()
 def loss(model: Any, ids: Tensor) -> Loss:
-    """Of a causal language model on one text, in windows of WINDOW tokens, or of the model's context where that is
-    shorter; the last may be shorter."""
+    """Return a causal language model's loss on one text, in windows of WINDOW tokens.
+
+    Windows are shorter where the model's context is; the last may be shorter.
+    """
     total, size = Loss(), min(WINDOW, longest_context(model.config) or WINDOW)
     for start in range(0, len(ids) - 1, size):
         window = ids[start : start + size].to(model.device)

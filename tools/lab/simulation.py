@@ -23,7 +23,7 @@ AHEAD = 8  # loads that a host tier of four loaders has in flight for one caller
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one forward pass wants of one block: a prompt's experts, or those of one token."""
+    """Experts that one forward pass wants of one block: a prompt's, or those of one token."""
 
     keys: tuple[ExpertKey, ...]  # ascending, as the model's forward asks
     is_prompt: bool
@@ -31,7 +31,7 @@ class Demand:
 
 @dataclass(slots=True)
 class Count:
-    """Of lookups, each against the state before its demand."""
+    """Hits and lookups, each against the state before its demand."""
 
     hits: int = 0
     lookups: int = 0
@@ -108,7 +108,7 @@ class SimulatedTier:
         self._policy = BlockPolicy(self._slots, [Group((block,), quota)], make_order)
 
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
-        """Returns the misses. What is given first is evicted last."""
+        """Load what is missing and return the misses. What is given first is evicted last."""
         missing = [key for key in keys if self._slots.find(key) is None]
         if is_prompt and self._policy.is_scan(self._block, len(keys)):
             self._stream(keys, missing)
@@ -120,7 +120,7 @@ class SimulatedTier:
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
-        """Into EMPTY slots, before anything is wanted; returns how many."""
+        """Load into EMPTY slots before anything is wanted; return how many."""
         for key in reversed(keys):
             self._load(key, keys)
         return len(keys)
@@ -141,7 +141,7 @@ class SimulatedTier:
         self._fill(slot, key, scan=False)
 
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
-        """As a host tier does it: what is resident is computed with first, what is not is loaded ahead of it."""
+        """Compute with resident experts first, as a host tier does it, and load the others ahead of their use."""
         resident = [key for key in keys if key not in set(missing)]
         for key in reversed(resident):
             self._policy.touch(key, scan=True)
@@ -177,7 +177,7 @@ class SimulatedTier:
 
 
 def demands_of(trace: Trace, sequence: int, block: int) -> list[Demand]:
-    """In order; a prompt passes through the block at once."""
+    """Return the demands of a sequence on a block, in order; a prompt is one demand."""
     span = trace.sequences[sequence]
     prompt = trace.n_prefill[sequence] if trace.n_prefill else 0
     found = [Demand(_keys(block, trace.experts[span.start : span.start + prompt, block]), is_prompt=True)]
@@ -186,8 +186,11 @@ def demands_of(trace: Trace, sequence: int, block: int) -> list[Demand]:
 
 
 def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) -> Outcome:
-    """``device_slots``: experts of each block that a device tier above has, in the same order where ``policy`` is one
-    that tiers have, else in the default one; what it misses is what ``policy`` is asked for."""
+    """Simulate one policy on a trace, with ``slots`` experts of each block cached.
+
+    ``device_slots``: experts of each block that a device tier above has, in the same order where ``policy`` is one that
+    tiers have, else in the default one; what it misses is what ``policy`` is asked for.
+    """
     decoding, prompts, device, preloads = Count(), Count(), Count(), 0
     for block, experts in enumerate(trace.num_experts):
         quota = min(slots, experts)
@@ -217,7 +220,7 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
 
 
 def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> list[Demand]:
-    """What the tier below is asked for; counts what is decoded."""
+    """Return what the tier below is asked for; count what is decoded."""
     below = []
     for demand in demands:
         missing = tier.demand(demand.keys, is_prompt=demand.is_prompt)

@@ -85,13 +85,13 @@ OUTPUT_GAIN = 0.55  # of what writes to the residual stream
 
 
 def config_of(geometry: str, blocks: int | None = None, sizes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json, with ``blocks`` in place of the geometry's own number, and other ``sizes`` by their names there."""
+    """Make config.json, with other numbers of ``blocks`` and ``sizes`` where they are given."""
     config = {**COMMON, **GEOMETRIES[geometry], **(sizes or {})}
     return config if blocks is None else config | {"num_hidden_layers": blocks}
 
 
 def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of every tensor, in the published names of the architecture."""
+    """Return the shape of every tensor, in the published names of the architecture."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     head = config.get("head_dim", hidden // config["num_attention_heads"])
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
@@ -118,7 +118,7 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def deviation_of(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
-    """Of the weights of a matrix."""
+    """Return the standard deviation of a matrix's weights."""
     plain = 1 / math.sqrt(shape[1])
     if name.endswith(".gate.weight"):
         return GATE_GAIN * plain
@@ -137,7 +137,7 @@ TRACED = 1024  # of them, from the first on, are what a curve is measured on
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routing of a geometry is made by, and what it is to look like."""
+    """Parameters of a geometry's routing, and the hit ratios that it is to resemble."""
 
     share: float  # of the variance of an embedding: its topic's
     stay: float  # how likely the next token is of the same topic
@@ -155,7 +155,7 @@ ROUTINGS = {
 
 
 def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int = 0) -> list[int]:
-    """The fixed tokens that every engine is fed."""
+    """Make the fixed tokens that every engine is fed."""
     numbers = random.Random(f"{geometry} {seed}")
     ranks = range(1, vocabulary // TOPICS)  # the first tokens of a vocabulary are no words
     chances = list(itertools.accumulate(1 / rank for rank in ranks))
@@ -169,14 +169,16 @@ def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int 
 
 
 def read_tokens(folder: Path) -> list[int]:
-    """Of a folder that ``moetier synthetic`` made: a checkpoint, or the model directory beside it."""
+    """Read the tokens of a folder that ``moetier synthetic`` made: a checkpoint, or its model directory."""
     ids: list[int] = json.loads((folder / TOKENS_FILE).read_bytes())["token_ids"]
     return ids
 
 
 def record_tokens(model: Any, ids: Sequence[int]) -> Trace:
-    """Which experts a loaded model uses for these tokens, whatever it would have said itself. A trace without prompt:
-    to its reader they were decoded one by one."""
+    """Record the experts that a loaded model uses for these tokens.
+
+    The trace has no prompt: to its reader they were decoded one by one.
+    """
     import torch
 
     from moetier.runtime.trace.recorder import Recorder
@@ -188,14 +190,14 @@ def record_tokens(model: Any, ids: Sequence[int]) -> Trace:
 
 
 def lru_curve(trace: Trace, slots: Sequence[int]) -> dict[int, float]:
-    """Hit ratios, by experts of each block that are cached."""
+    """Return hit ratios by experts of each block that are cached."""
     from .simulation import simulate
 
     return {number: simulate(trace, "lru", number).decoding.hit_ratio for number in slots}
 
 
 def curve_table(geometry: str, trace: Trace) -> str:
-    """The curve beside the one that it is to look like."""
+    """Return the curve beside the one that it is to resemble, as text."""
     routing = ROUTINGS[geometry]
     found = lru_curve(trace, list(routing.curve))
     chance = trace.num_experts[0]

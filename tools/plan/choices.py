@@ -54,7 +54,10 @@ ON_HUB = ("config.json", INDEX)  # what is fetched
 
 @dataclass(frozen=True)
 class CheckpointHeaders:
-    """``checkpoint`` can't be read from; without ``shaped`` its tensors are names, and all else of them is made up."""
+    """A checkpoint that can't be read from yet.
+
+    Without ``shaped`` its tensors are names alone, with made-up types and places.
+    """
 
     checkpoint: Checkpoint
     shaped: bool
@@ -63,15 +66,17 @@ class CheckpointHeaders:
     on_hub: bool  # and not here: it is to be downloaded
 
     def tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, SourceTensor]:
-        """What they mean, by name, in a ``model`` on meta that is not cut down."""
+        """Return the source tensors by name, in a ``model`` on meta that is not cut down."""
         name = str(dtype).removeprefix("torch.")
         found = source_tensors(self.checkpoint.tensors, self.checkpoint.quantization, name)
         return found if self.shaped else _shaped(model, found, name)
 
 
 def open_headers(source: str | Path) -> CheckpointHeaders:
-    """Of a folder or a hub id. Downloads config.json, the index and headers at most. Raises CheckpointError or
-    UnsafeCheckpointError; code that a checkpoint names is no error, as nothing is done with it."""
+    """Open a folder or a hub id; download config.json, the index and headers at most.
+
+    Code that a checkpoint names is no error, as it is not run. Raises CheckpointError or UnsafeCheckpointError.
+    """
     on_hub = not Path(source).is_dir()
     name, folder = locate(source, ON_HUB)
     config = read_json(folder, "config.json")
@@ -108,7 +113,7 @@ def _of_hub(name: str, folder: Path, files: list[str]) -> dict[str, StoredTensor
 
 
 def _named(folder: Path) -> dict[str, StoredTensor]:
-    """By the index alone."""
+    """Return tensors by the index alone."""
     return {
         tensor: StoredTensor(tensor, "BF16", (), folder / file, 0)
         for tensor, file in read_places(folder, INDEX).items()
@@ -122,7 +127,10 @@ def _total(folder: Path) -> int | None:
 
 
 def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[str, SourceTensor]:
-    """Each as large as its part of what the model makes of it; of an expert's matrices only their number counts."""
+    """Give each tensor the size of its part of what the model makes of it.
+
+    Of an expert's matrices only their number counts.
+    """
     from moetier.runtime.checkpoint.blueprint import destinations
 
     shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -150,7 +158,7 @@ class Choice:
 
     @property
     def disk_bytes(self) -> int:
-        """Of a model directory, but for small files."""
+        """Bytes of the model directory, but for small files."""
         return self.manifest.stored_bytes + self.trunk_bytes
 
     @property
@@ -171,18 +179,18 @@ class ModelChoices:
 
     @property
     def source_bytes(self) -> int:
-        """Of the checkpoint; where its index does not say, what it takes at 16 bits."""
+        """Bytes of the checkpoint; where its index does not say, what it takes at 16 bits."""
         if self.headers is not None and self.headers.nbytes is not None:
             return self.headers.nbytes
         return max(choice.disk_bytes for choice in self.choices)
 
     @property
     def context(self) -> int:
-        """Tokens that a plan is for where nobody says: no more than the model was made for."""
+        """Default context of a plan, in tokens: no more than the model was made for."""
         return context_of(self.model.config, DEFAULT_CONTEXT)
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
-        """Those of the given widths. Raises ConfigError where there are none."""
+        """Return the choices of the given widths. Raises ConfigError where there are none."""
         found = [
             choice
             for choice in self.choices
@@ -199,8 +207,10 @@ class ModelChoices:
 
 
 def open_choices(source: str | Path) -> ModelChoices:
-    """Of a checkpoint's folder, in which its weights need not be; of a hub id; of a model directory. Raises
-    CheckpointError or StoreError."""
+    """Open a checkpoint's folder, in which its weights need not be, a hub id, or a model directory.
+
+    Raises CheckpointError or StoreError.
+    """
     check_directory(Path(source))
     if is_ours(Path(source)):
         return _converted(Path(source))
@@ -239,7 +249,7 @@ def _converted(folder: Path) -> ModelChoices:
 
 
 def _trunk(model: Any, size: int, bits: Bits, records: Mapping[str, RecordLayout]) -> Trunk:
-    """``size`` bytes, but for the embedding's where a token reads one row of it."""
+    """Return what a token reads of a trunk of ``size`` bytes, without an embedding of which it reads one row."""
     quantised = sum(layout.payload_bytes for layout in records.values())
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     recorded = any(model.get_submodule(path) is head for path in records)

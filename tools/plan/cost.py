@@ -27,7 +27,7 @@ FILE = "hit_curves.json"
 
 @dataclass(frozen=True, slots=True)
 class HitCurve:
-    """Of one trace's decoding: with ``shares`` of each block's experts cached, ascending to 1."""
+    """Hit ratios of one trace's decoding, with ``shares`` of each block's experts cached, ascending to 1."""
 
     trace: str
     experts: int  # of a block
@@ -36,7 +36,7 @@ class HitCurve:
     hit_ratios: tuple[float, ...]
 
     def at(self, share: float) -> float:
-        """Between two points of the curve, straight; it begins at nothing."""
+        """Return the hit ratio at a ``share``, interpolated; the curve begins at nothing."""
         if share >= 1:
             return 1.0
         low, below = 0.0, 0.0
@@ -47,7 +47,7 @@ class HitCurve:
         return below
 
     def distance(self, experts: int, top_k: int) -> float:
-        """From a block of so many: doublings of either number."""
+        """Return how many doublings of either number lie between the curve's blocks and one of so many."""
         return abs(math.log2(experts / self.experts)) + abs(math.log2(top_k / self.top_k))
 
 
@@ -85,14 +85,14 @@ class DiskRate:
     loaders: int
 
     def at(self, reads: float) -> float:
-        """With so many in flight; between the two, straight."""
+        """Return the rate with so many ``reads`` in flight, interpolated."""
         share = (min(max(reads, 1.0), self.loaders) - 1) / max(self.loaders - 1, 1)
         return self.one + (self.all - self.one) * share
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of this machine."""
+    """Rates of this machine."""
 
     disk: DiskRate
     memory: float  # bytes a second
@@ -102,7 +102,7 @@ class Rates:
     operation: float  # seconds of an operation of torch on a few numbers
 
     def seconds(self, nbytes: float, bits: Bits, rows: float) -> float:
-        """Of products of ``rows`` rows with ``nbytes`` of records or matrices."""
+        """Return the seconds of products of ``rows`` rows with ``nbytes`` of records or matrices."""
         return max(nbytes / self.one_row[bits], nbytes * rows / self.many_rows[bits])
 
 
@@ -137,7 +137,7 @@ class Cost:
 
     @property
     def by(self) -> str:
-        """What most of the time is spent on: "disk", "memory" or "compute"."""
+        """What takes most of the time: "disk", "memory" or "compute"."""
         computing = self.kernels + self.overhead
         if self.disk > computing:
             return "disk"
@@ -149,7 +149,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Caching:
-    """What a number of slots is good for, block by block."""
+    """Hit ratios that a number of slots gives, block by block."""
 
     slots: tuple[float, ...]  # of its own; 0 where it streams through slots that it shares
     hit_ratios: tuple[float, ...]
@@ -157,7 +157,7 @@ class Caching:
 
     @classmethod
     def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> Caching:
-        """``slots`` by array, divided as the host tier does it."""
+        """Estimate hit ratios from ``slots`` by array, divided as the host tier does it."""
         own = [0.0] * len(manifest.blocks)
         for group in groups_of(manifest, slots):
             if len(group.blocks) == 1:
@@ -170,7 +170,7 @@ class Caching:
         return cls(tuple(own), tuple(ratios), curves[0].trace)
 
     def mean(self, manifest: Manifest) -> float:
-        """Over the lookups of a token."""
+        """Return the mean hit ratio over the lookups of a token."""
         wanted = [block.top_k for block in manifest.blocks]
         return sum(k * hit for k, hit in zip(wanted, self.hit_ratios, strict=True)) / sum(wanted)
 
@@ -178,7 +178,10 @@ class Caching:
 def token_cost(
     manifest: Manifest, bits: Bits, caching: Caching, trunk: Trunk, rates: Rates, cache_bytes: int
 ) -> tuple[Cost, float]:
-    """Of a token behind a context whose keys and values take ``cache_bytes``; and the bytes that it reads."""
+    """Return the cost of a token, and the bytes that it reads.
+
+    The keys and values of its context take ``cache_bytes``.
+    """
     disk = missing = misses = experts = 0.0
     for number, block in enumerate(manifest.blocks):
         layout = manifest.layout(number)
@@ -202,8 +205,10 @@ def token_cost(
 
 
 def prompt_cost(manifest: Manifest, bits: Bits, caching: Caching, trunk: Trunk, rates: Rates) -> Cost:
-    """Of the first prompt of a process, of PROMPT_TOKENS: nothing is in memory, and all of them are computed together.
-    They are taken to choose experts evenly."""
+    """Return the cost of the first prompt of a process, of PROMPT_TOKENS.
+
+    Nothing is in memory, and all tokens are computed together. They are taken to choose experts evenly.
+    """
     disk, kernels = 0.0, trunk.seconds(rates, PROMPT_TOKENS)
     memory = (trunk.records + trunk.plain) / rates.memory
     overhead = (STEP_OPERATIONS + PROMPT_LAYER_OPERATIONS * trunk.layers) * rates.operation

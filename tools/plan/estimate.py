@@ -40,7 +40,7 @@ class Speeds:
     def measure(
         cls, model_choices: ModelChoices, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
     ) -> Speeds:
-        """A few seconds; ``disk`` is its rate in GB/s, where it is known."""
+        """Measure for a few seconds; ``disk`` is its rate in GB/s, where it is known."""
         if disk is None:
             rate, by = _probed_disk(model_choices, choices, room)
         else:
@@ -58,14 +58,14 @@ class Speeds:
 
 
 def _layouts(choices: Sequence[Choice]) -> dict[Bits, RecordLayout]:
-    """Of each width that experts or trunk are multiplied with, made of the experts' matrices."""
+    """Return a layout of each width that experts or trunk are multiplied with, of the experts' matrices."""
     expert = next(iter(choices[0].manifest.layouts.values()))
     widths: set[Bits] = {16, *(choice.bits for choice in choices), *(choice.trunk_bits for choice in choices)}
     return {bits: probes.probe_layout(expert, bits) for bits in sorted(widths)}
 
 
 def _probed_disk(model_choices: ModelChoices, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
-    """Of records, or of the checkpoint's files on the same disk, or of a file that is made for it."""
+    """Measure reads of records, else of the checkpoint's files on the same disk, else of a file made for it."""
     (some, *_) = choices
     block = min(max(layout.slot_bytes for layout in some.manifest.layouts.values()), PIECE_BYTES)
     with ExitStack() as stack:
@@ -81,7 +81,7 @@ def _probed_disk(model_choices: ModelChoices, choices: Sequence[Choice], room: R
 
 
 def _files_on(folder: Path, model_choices: ModelChoices) -> list[Path]:
-    """The checkpoint's, where they are there and on the disk of ``folder``."""
+    """Return the checkpoint's files that are on the disk of ``folder``."""
     assert model_choices.headers is not None
     files = {tensor.file for tensor in model_choices.headers.checkpoint.tensors.values()}
     there = [file for file in sorted(files) if file.is_file() and file.stat().st_dev == folder.stat().st_dev]
@@ -99,8 +99,11 @@ def estimate(
     options: Mapping[str, str | int | None],
     pulls: bool = False,
 ) -> dict[str, Any]:
-    """What ``moetier plan --json`` prints. ``options``: what was given that `generate` takes, by option. ``pulls``: it
-    is to be pulled, and kept by its name."""
+    """Return what ``moetier plan --json`` prints.
+
+    ``options``: the given options that `generate` takes too, by name. ``pulls``: the model is to be pulled, and kept by
+    its name.
+    """
     manifest, headers = best.choice.manifest, model_choices.headers
     return {
         "model": model_choices.name,
@@ -174,8 +177,10 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
 
 
 def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> float | None:
-    """Seconds: what is read and written at the disk's rate, one after the other; or quantised, where that is slower.
-    The download is not in it."""
+    """Return the seconds of a conversion, without the download.
+
+    Reading and writing at the disk's rate, one after the other; or quantising, where that is slower.
+    """
     if model_choices.headers is None:
         return None
     moved = (model_choices.source_bytes + choice.disk_bytes) / speeds.disk.all
@@ -194,7 +199,7 @@ def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> 
 def _recommended(
     model_choices: ModelChoices, best: Fit, context: int, options: Mapping[str, str | int | None], into: Path | None
 ) -> dict[str, Any]:
-    """Widths, and command lines: of `pull`, where ``into`` is None, and `convert` what is to be run, else None."""
+    """Return widths and command lines: `pull` where ``into`` is None, else `convert`."""
     headers, choice, directory = model_choices.headers, best.choice, model_choices.source
     pull = convert = None
     if headers is not None:
@@ -235,7 +240,7 @@ def _of(found: dict[str, Any], bits: int, trunk_bits: int) -> dict[str, Any]:
 
 
 def _shown(found: dict[str, Any], best: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each width of the experts, that with the recommended one's trunk, where it was asked for."""
+    """Return the choice of each width of experts that has the recommended trunk, where it was asked for."""
     same = [choice for choice in found["choices"] if choice["trunk_bits"] == best["trunk_bits"]]
     return sorted(same, key=lambda choice: -choice["bits"])
 
@@ -289,7 +294,7 @@ def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
 
 
 def _caching(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
-    """When it does not help."""
+    """Say where caching does not help."""
     if best["all_resident"]:
         return ["Everything stays in memory once it was read: caching is not needed, nor more memory."]
     if best["streams"]:

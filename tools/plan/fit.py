@@ -29,7 +29,7 @@ LEAST_CONTEXT = 256  # tokens that are tried in place of a longer context
 
 @dataclass(frozen=True)
 class Room:
-    """What this machine has, as a process finds it that has imported what a model needs."""
+    """Memory and disk of this machine, as a process finds them that has imported what a model needs."""
 
     host: Available
     device: torch.device
@@ -121,8 +121,11 @@ def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> Mo
 def _memory_problem(
     error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: Room
 ) -> BudgetError:
-    """In whole: budgets know only what the trunk leaves. ``there`` is where it is too little: with a GPU the trunk and
-    the context are on it, and the host has experts alone."""
+    """Restate a budget's error with the whole need: budgets know only what the trunk leaves.
+
+    ``there`` is where memory is too small: with a GPU the trunk and the context are on it, and the host has experts
+    alone.
+    """
     if (config.ram or config.device_memory) and "Give `" in error.fix:
         return error
     least = smallest_budget(choice.manifest)
@@ -144,12 +147,12 @@ def _memory_problem(
 
 
 def needed_bytes(used: int) -> int:
-    """That have to be there, where so many are to be ``used``: with the margin of ``budget_for``."""
+    """Return the bytes that have to be free for ``used`` bytes, with the margin of ``budget_for``."""
     return int((used + MARGIN_BYTES) / (1 - MARGIN_SHARE))
 
 
 def by_preference(fits: Iterable[Fit]) -> list[Fit]:
-    """Those that work, what is recommended first."""
+    """Return the fits that work, the recommended one first."""
 
     def rank(fit: Fit) -> tuple[int, int]:
         bits = -1 if fit.choice.bits == 8 and fit.all_resident else BITS_ORDER.index(fit.choice.bits)
@@ -159,7 +162,7 @@ def by_preference(fits: Iterable[Fit]) -> list[Fit]:
 
 
 def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]], config: TierConfig) -> MoetierError:
-    """Why none of ``asked`` works, and the nearest that does: another width, else a shorter context."""
+    """Say why none of ``asked`` works, and the nearest that does: another width, else a shorter context."""
     worst = min(asked, key=lambda fit: fit.choice.disk_bytes)
     problem = worst.problem
     assert problem is not None
@@ -177,7 +180,7 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
 
 
 def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
-    """Bytes of a process that runs it, when its context and its slots are full."""
+    """Return the bytes of a process that runs it, when its context and its slots are full."""
     on_cpu = room.device.type == "cpu"
     parts = {
         "idle_bytes": room.idle_bytes,

@@ -46,8 +46,10 @@ def disk_rate(reads: RandomReads) -> DiskRate:
 
 @contextlib.contextmanager
 def reads_at(folder: Path, block_bytes: int, model_bytes: int = FILE_BYTES) -> Iterator[RandomReads]:
-    """In a file that is written there for it, no larger than a model of ``model_bytes`` needs, and is gone afterwards.
-    Raises DiskSpaceError."""
+    """Write a temporary file into ``folder`` and yield random reads of it.
+
+    It is no larger than a model of ``model_bytes`` needs. Raises DiskSpaceError.
+    """
     size = min(FILE_BYTES, max(LEAST_MADE_BYTES, model_bytes), free_bytes(folder) // 2)
     with disk_errors(folder, lambda: size), tempfile.NamedTemporaryFile(dir=folder, prefix=".moetier-plan-") as file:
         piece = os.urandom(1 << 20)
@@ -59,7 +61,10 @@ def reads_at(folder: Path, block_bytes: int, model_bytes: int = FILE_BYTES) -> I
 
 
 def probe_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:
-    """With ``bits`` and the matrices of ``layout``, but of PROBED_WEIGHTS at most: a whole expert may take seconds."""
+    """Return a layout of ``bits`` with the matrices of ``layout``, of PROBED_WEIGHTS at most.
+
+    A whole expert may take seconds.
+    """
     from moetier.tiers.quant.codec import layout_for
 
     shapes = {}
@@ -70,18 +75,20 @@ def probe_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:
 
 
 def buffer_bytes(available: int) -> int:
-    """Of what rates of memory and kernels are measured with: more than caches hold, where there is so much memory."""
+    """Return the bytes to measure memory and kernels with: more than caches hold, where memory allows."""
     return min(UNCACHED_BYTES, available // 4)
 
 
 def memory_rate(nbytes: int) -> float:
-    """Bytes a second, of a buffer of ``nbytes``."""
+    """Measure the bytes a second that a buffer of ``nbytes`` is read at."""
     return MemoryProbe(nbytes)().rate
 
 
 def kernel_rates(layouts: Mapping[Bits, RecordLayout], nbytes: int) -> tuple[dict[Bits, float], dict[Bits, float]]:
-    """By bits: bytes a second with one row, and bytes times rows a second with many; of records of each of ``layouts``,
-    in turns over ``nbytes``."""
+    """Measure records of each of ``layouts``, in turns over ``nbytes``.
+
+    Returns, by bits, bytes a second with one row, and bytes times rows a second with many.
+    """
     import torch
 
     from moetier.runtime.kernels.choose import kernels_for
@@ -99,7 +106,10 @@ def kernel_rates(layouts: Mapping[Bits, RecordLayout], nbytes: int) -> tuple[dic
 
 
 def plain_rate(memory: float, nbytes: int) -> float:
-    """Bytes a second of a product of one row with a matrix of bf16; the memory's rate where torch computes in fp32."""
+    """Measure the bytes a second of a product of one row with a bf16 matrix.
+
+    Where torch computes in fp32 that is the memory's rate.
+    """
     import torch
 
     from moetier.runtime.kernels.row import linear_row
@@ -119,7 +129,7 @@ def plain_rate(memory: float, nbytes: int) -> float:
 
 
 def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
-    """Weights a second that one worker makes records of, by bits; 16 bits are only copied and are not measured."""
+    """Measure the weights a second that one worker makes records of, by bits, without 16 bits."""
     import numpy as np
     import torch
 
@@ -143,7 +153,7 @@ def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
 
 
 def operation_seconds() -> float:
-    """Of one operation of torch on a few numbers, called from Python."""
+    """Measure the seconds of one operation of torch on a few numbers, called from Python."""
     import torch
 
     numbers = torch.ones(64)
