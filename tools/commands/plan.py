@@ -16,7 +16,6 @@ from moetier.runtime.number import COUNT
 from moetier.tools.cli.options import source
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.cli.resources import add_option, size
-from moetier.tools.convert.files import nearest_folder
 
 if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
@@ -121,6 +120,7 @@ def plan(
     from moetier.runtime.pulled import models_folder
     from moetier.tiers.errors import ConfigError, TargetError
     from moetier.tiers.layout import BITS, TRUNK_BITS
+    from moetier.tools.convert.files import nearest_folder
 
     for name, given, known in (("--bits", bits, BITS), ("--trunk-bits", trunk_bits, TRUNK_BITS)):
         if strange := [number for number in given or () if number not in known]:

@@ -10,8 +10,6 @@ import contextlib
 import sys
 from pathlib import Path
 
-from moetier.tools.convert.files import check_unused
-
 EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 
 
@@ -48,6 +46,7 @@ def check_removable(name: str, folder: Path) -> None:
     """Raises TargetError for what lies elsewhere, or is in use."""
     from moetier.runtime.pulled import models_folder
     from moetier.tiers.errors import TargetError
+    from moetier.tools.convert.files import check_unused
 
     root = models_folder().resolve()
     if folder.resolve() != root / folder.parent.name / folder.name:
@@ -61,7 +60,7 @@ def check_removable(name: str, folder: Path) -> None:
 def remove(name: str, folder: Path) -> None:
     """Links in it are not followed. Raises TargetError where it is in use."""
     from moetier.tiers.store.folder import GROUP
-    from moetier.tools.convert.files import delete, empty, locked
+    from moetier.tools.convert.files import check_unused, delete, empty, locked
 
     store = folder / GROUP
     linked = store.is_symlink()  # no conversion writes there

@@ -16,7 +16,6 @@ from moetier.runtime.generation.decoding import SEED
 from moetier.runtime.number import COUNT
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 from moetier.tools.cli.resources import add_option
-from moetier.tools.convert.files import free_bytes
 from moetier.tools.lab.synthetic import (
     GEOMETRIES,
     ROUTINGS,
@@ -121,6 +120,7 @@ def make_synthetic(
     from moetier.runtime.checkpoint.files import INDEX
     from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
     from moetier.tools.cli.progress import Progress
+    from moetier.tools.convert.files import free_bytes
     from moetier.tools.convert.trunk import index_of, plan_trunk
 
     config = config_of(geometry, blocks, sizes)

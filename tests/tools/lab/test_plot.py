@@ -140,7 +140,7 @@ def test_a_name_that_no_svg_can_have(tmp_path: Path) -> None:
 def test_nobody_is_there(tmp_path: Path) -> None:
     with pytest.raises(NobodyError, match="No daemon runs in"):
         run(tmp_path / "nobody", "-o", tmp_path / "a.png")
-    with pytest.raises(ConfigError, match="no address"):
+    with pytest.raises(ConfigError, match="not the address"):
         run("a b", "-o", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
