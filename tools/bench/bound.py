@@ -47,6 +47,7 @@ class Bound:
 
     @classmethod
     def of(cls, need: Need, rates: Rates) -> Bound:
+        """Divide the bytes of a step by the rates that they are read or multiplied at."""
         return cls(
             disk=need.missing / rates.disk,
             kernels=need.experts / rates.experts + need.trunk / rates.trunk,
@@ -55,13 +56,16 @@ class Bound:
 
     @property
     def seconds(self) -> float:
+        """Least seconds of a step: reads and products overlap."""
         return max(self.disk, self.kernels)
 
     @property
     def by(self) -> str:
+        """What bounds the step: "disk" or "kernels"."""
         return "disk" if self.disk > self.kernels else "kernels"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the parts, ``seconds`` and ``by`` as JSON."""
         return asdict(self) | {"seconds": self.seconds, "by": self.by}
 
 

@@ -139,6 +139,7 @@ WORKS = {"idle": idle, "model": model, "rates": rates}
 
 
 def main() -> None:
+    """Do the work that standard input names, and print its result or error as JSON."""
     work = json.loads(sys.stdin.read())
     try:
         found = WORKS[work["work"]](work)

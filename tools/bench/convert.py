@@ -40,6 +40,7 @@ DISK_SECONDS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier bench convert`."""
     parser.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint")
     parser.add_argument(
         "--bits", type=int, choices=BITS[1:], default=4, help="bits per expert weight (default: %(default)s)"
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     check_bench(arguments)
     files = sorted(arguments.source.glob("*.safetensors"))
     if not files:

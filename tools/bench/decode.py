@@ -13,6 +13,7 @@ EXAMPLES = ("moetier bench decode ./mixtral-4bit --ram 2GiB --ram 4GiB",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier bench decode`."""
     add_model_arguments(parser)
     parser.add_argument("--tokens", type=COUNT, default=32, metavar="N", help="steps to measure (default: %(default)s)")
     parser.add_argument(
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     check_bench(arguments)
     pieces = [arguments.prompt, *[1] * (arguments.warm + arguments.tokens)]
     return measure(arguments, Work.of(arguments, pieces, measured=arguments.tokens, sequences=arguments.batch))

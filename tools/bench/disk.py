@@ -74,6 +74,7 @@ class RandomReads:
 
     @property
     def by(self) -> str:
+        """Name of the tool that measures: "fio" where it is installed, else "preadv"."""
         return "fio" if fio_version() else "preadv"
 
     def rate(self, depth: int, seconds: float) -> float:
@@ -186,6 +187,7 @@ GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier bench disk`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument(
         "--seconds", type=SECONDS, default=3.0, metavar="S", help="seconds per run (default: %(default)s)"
@@ -194,6 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     from moetier.tiers.host.tier import LOADERS
     from moetier.tiers.store.reader import ExpertStore
 

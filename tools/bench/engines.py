@@ -30,6 +30,7 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens a second."""
         return self.tokens / self.seconds
 
 

@@ -50,6 +50,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file, encoded as ``kind``."""
         import gguf
 
         weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]

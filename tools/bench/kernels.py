@@ -34,6 +34,7 @@ EXPERTS = {  # hidden and intermediate size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier bench kernels`."""
     parser.add_argument(
         "directory",
         type=directory,
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     check_bench(arguments)
     rows = arguments.rows or list(ROWS)
     layouts = dict(_layouts(arguments))

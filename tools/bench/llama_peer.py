@@ -19,6 +19,7 @@ UBATCH = 512  # tokens that llama.cpp computes together: its own default
 
 
 def main() -> None:
+    """Do the job that standard input gives, to quantise or to feed tokens, and print its result as JSON."""
     job = json.load(sys.stdin)
     spin_as_others_do()
     import llama_cpp

@@ -34,6 +34,7 @@ TABLE = (
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `moetier bench decode` and `moetier bench prefill` share."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument(
         "--ram",
@@ -65,6 +66,7 @@ class Work:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, pieces: list[int], *, measured: int, sequences: int = 1) -> Work:
+        """Take the fixed ids of so many sequences, each as long as ``pieces`` together. Raises ConfigError."""
         ids, source = fixed_ids(arguments, sequences=sequences, length=sum(pieces))
         return cls(ids, source, pieces, measured)
 
@@ -74,16 +76,20 @@ class Work:
         return len(self.ids) * self.pieces[-1]
 
     def to_json(self) -> dict[str, Any]:
+        """Return what the process that is measured needs, as JSON."""
         return {"ids": self.ids, "pieces": self.pieces, "measured": self.measured}
 
 
 @dataclass(frozen=True)
 class Setting:
+    """Memory of one run: the limit of its control group in bytes, and --ram; None where it is not set."""
+
     limit: int | None
     ram: str | None
 
     @property
     def name(self) -> str:
+        """Name of the run among those that alternate."""
         return f"limit {self.limit} ram {self.ram}"
 
 

@@ -34,21 +34,26 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
+        """Make a spread of any number of values."""
         return cls(tuple(values))
 
     @property
     def median(self) -> float:
+        """Median of the runs."""
         return statistics.median(self.runs)
 
     @property
     def min(self) -> float:
+        """Least of the runs."""
         return min(self.runs)
 
     @property
     def max(self) -> float:
+        """Greatest of the runs."""
         return max(self.runs)
 
     def to_json(self) -> dict[str, Any]:
+        """Return median, range and all runs as JSON."""
         return {"median": self.median, "min": self.min, "max": self.max, "runs": list(self.runs)}
 
     def text(self, unit: float = 1.0, digits: int = 2) -> str:
@@ -114,6 +119,7 @@ class Machine:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON."""
         return asdict(self) | {"features": list(self.features)}
 
     def text(self) -> str:
@@ -152,6 +158,7 @@ def place_of(place: Path) -> str:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all `moetier bench` commands share."""
     parser.add_argument(
         "--rounds",
         type=COUNT,

@@ -15,6 +15,7 @@ WARM = 8  # tokens before the prompt: what is done once in a process is done the
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier bench prefill`."""
     add_model_arguments(parser)
     parser.add_argument(
         "--tokens", type=COUNT, default=512, metavar="N", help="tokens of the prompt (default: %(default)s)"
@@ -22,5 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     check_bench(arguments)
     return measure(arguments, Work.of(arguments, [WARM, arguments.tokens], measured=1))

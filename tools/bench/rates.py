@@ -67,7 +67,7 @@ def projection_bytes(layout: RecordLayout, name: str) -> int:
 def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]:
     """Make two or more records, of ``least_bytes`` at least, so that taking them in turns reads from memory.
 
-    Codes are random, scales small.
+    Each is uint8 [record_bytes]. Codes are random, scales small.
     """
     import torch
 

@@ -16,6 +16,7 @@ SEED = 0
 
 
 def add_token_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the tokens to feed."""
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--tokens-file",

@@ -18,6 +18,8 @@ END, CUT, INTERRUPTED = "stop", "length", "interrupted"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """Text of one answer, why it ended, and what it took."""
+
     text: str
     finish_reason: str  # END, CUT at the most tokens, or INTERRUPTED
     prompt_tokens: int
@@ -29,6 +31,7 @@ class Answer:
     misses: int
 
     def to_json(self) -> dict[str, Any]:
+        """Return the answer as a message of the assistant, with its figures."""
         demands = self.hits + self.misses
         return {
             "role": "assistant",

@@ -15,6 +15,8 @@ PROMPT, MORE = ">>> ", "... "
 
 @dataclass(frozen=True, slots=True)
 class Entry:
+    """Line or block that was entered: a message or a command."""
+
     text: str
     is_command: bool  # a line that begins with /
 

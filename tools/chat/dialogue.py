@@ -68,6 +68,7 @@ class Dialogue:
         }
 
     def say(self, text: str) -> None:
+        """Print a line to standard error, if status lines are wanted."""
         if self._status:
             print(plain(text), file=sys.stderr, flush=True)
 

@@ -14,6 +14,8 @@ from moetier.tools.cli.plain import as_options, plain
 
 
 class State(StrEnum):
+    """Severity of a finding."""
+
     OK = "ok"
     WARN = "warn"  # it works, and could work better
     FAIL = "fail"
@@ -29,18 +31,22 @@ class Finding:
     advice: str = ""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON."""
         return asdict(self)
 
 
 def ok(name: str, found: str) -> Finding:
+    """Return a finding with nothing to do."""
     return Finding(name, State.OK, found)
 
 
 def warn(name: str, found: str, advice: str) -> Finding:
+    """Return a finding of something that works but could work better, and how."""
     return Finding(name, State.WARN, as_options(found), as_options(advice))
 
 
 def fail(name: str, found: str, advice: str) -> Finding:
+    """Return a finding of something that does not work, and its remedy."""
     return Finding(name, State.FAIL, as_options(found), as_options(advice))
 
 

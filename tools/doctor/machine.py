@@ -28,6 +28,7 @@ ENOUGH_LOCKED = 1 << 30
 
 
 def python() -> Iterator[Finding]:
+    """Check the operating system and the version of Python."""
     from packaging.specifiers import SpecifierSet
 
     wanted = SpecifierSet(metadata("moetier")["Requires-Python"] or "")
@@ -84,6 +85,7 @@ def configuration() -> Iterator[Finding]:
 
 
 def processor() -> Iterator[Finding]:
+    """Report the CPU and the cores that this process may use."""
     from moetier.tools.bench.output import Machine
 
     here, usable = Machine.here(), usable_cpus()
@@ -92,6 +94,7 @@ def processor() -> Iterator[Finding]:
 
 
 def kernel() -> Iterator[Finding]:
+    """Check how products with quantised experts are computed on the CPU."""
     from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
     from moetier.runtime.kernels.executable import can_become_executable
     from moetier.runtime.kernels.jit import openmp, refusal, this_processor
@@ -124,6 +127,7 @@ def kernel() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
+    """Check the GPUs that torch can use, and the kernels for them."""
     import torch
 
     from moetier.runtime.kernels.api import Kernels
@@ -173,6 +177,7 @@ def memory_files() -> Iterator[Finding]:
 
 
 def page_locks() -> Iterator[Finding]:
+    """Check how much memory may be locked, which fast copies to a GPU need."""
     import torch
 
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -189,6 +194,7 @@ def page_locks() -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
+    """Report the free space of /dev/shm, which experts don't need."""
     place = Path("/dev/shm")
     if place.is_dir():
         free = shutil.disk_usage(place).free
@@ -198,6 +204,7 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def daemons() -> Iterator[Finding]:
+    """Check that each running daemon answers and has this version."""
     from moetier.runtime.wire.address import runtime_folder
     from moetier.runtime.wire.probe import running_daemons
 

@@ -123,6 +123,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
+        """Exponential of the mean loss of a token."""
         return math.exp(self.nats / self.tokens)
 
 
@@ -149,10 +150,12 @@ class Change:
 
     @property
     def relative(self) -> float:
+        """Relative change of the perplexity: 0.01 is 1 % more."""
         return math.expm1(self.log)
 
     @property
     def relative_error(self) -> float | None:
+        """Standard error of ``relative``; None where only one window was read."""
         return None if self.log_error is None else math.exp(self.log) * self.log_error
 
     @property

@@ -38,13 +38,16 @@ class Count:
 
     @property
     def misses(self) -> int:
+        """Lookups that did not hit."""
         return self.lookups - self.hits
 
     @property
     def hit_ratio(self) -> float:
+        """Share of lookups that hit; 0 without lookups."""
         return self.hits / self.lookups if self.lookups else 0.0
 
     def add(self, wanted: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
+        """Count the lookups of one demand, of which ``missing`` missed."""
         self.hits += len(wanted) - len(missing)
         self.lookups += len(wanted)
 
@@ -78,18 +81,22 @@ class Clairvoyant:
         return iter(self._next)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+        """Return all keys, the one with the furthest next use first."""
         return iter(sorted(self._next, key=self._next.__getitem__, reverse=True))
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
+        """Add a key with its next use."""
         self._next[key] = self.next_use(key)
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
+        """Look up the key's next use anew."""
         self._next[key] = self.next_use(key)
 
     def demote(self, key: ExpertKey) -> None:
         """Do nothing: only future uses decide."""
 
     def remove(self, key: ExpertKey) -> None:
+        """Remove a key that is evicted."""
         del self._next[key]
 
     def next_use(self, key: ExpertKey) -> float:
@@ -127,9 +134,11 @@ class SimulatedTier:
 
     @property
     def resident(self) -> list[ExpertKey]:
+        """Keys in slots that are READY."""
         return [self._slots.key(slot) for slot in range(self._slots.count) if self._slots.is_ready(slot)]
 
     def check_integrity(self) -> None:
+        """Assert that slots and policy are consistent."""
         self._slots.check_integrity()
         self._policy.check_integrity()
 

@@ -66,7 +66,11 @@ class CheckpointHeaders:
     on_hub: bool  # and not here: it is to be downloaded
 
     def tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, SourceTensor]:
-        """Return the source tensors by name, in a ``model`` on meta that is not cut down."""
+        """Return the source tensors by name, in a ``model`` on meta that is not cut down.
+
+        Without ``shaped``, shapes are the model's; a tensor that is merged with others has its share of the weights, as
+        [share].
+        """
         name = str(dtype).removeprefix("torch.")
         found = source_tensors(self.checkpoint.tensors, self.checkpoint.quantization, name)
         return found if self.shaped else _shaped(model, found, name)
@@ -163,6 +167,7 @@ class Choice:
 
     @property
     def options(self) -> str:
+        """Options of `moetier convert` for this choice."""
         return f"--bits {self.bits}" + (f" --trunk-bits {self.trunk_bits}" if self.trunk_bits != 16 else "")
 
 

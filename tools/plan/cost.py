@@ -53,6 +53,7 @@ class HitCurve:
 
 @cache
 def hit_curves() -> tuple[HitCurve, ...]:
+    """Read the bundled curves."""
     found = json.loads((files(__package__) / FILE).read_text())
     return tuple(
         HitCurve(c["trace"], c["experts"], c["top_k"], tuple(c["shares"]), tuple(c["hit_ratios"]))
@@ -61,6 +62,7 @@ def hit_curves() -> tuple[HitCurve, ...]:
 
 
 def nearest_curve(experts: int, top_k: int) -> HitCurve:
+    """Return the curve of the blocks most like those of ``experts`` experts, ``top_k`` of them per token."""
     return min(hit_curves(), key=lambda curve: curve.distance(experts, top_k))
 
 
@@ -116,6 +118,7 @@ class Trunk:
     layers: int
 
     def seconds(self, rates: Rates, rows: float) -> float:
+        """Return the seconds of products of ``rows`` rows with the trunk."""
         quantised = rates.seconds(self.records, self.bits, rows) if self.records else 0.0
         return quantised + max(self.plain / rates.plain, self.plain * rows / rates.many_rows[16])
 
@@ -132,6 +135,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
+        """Seconds in all; of the longer part where the two overlap."""
         computing = self.kernels + self.overhead
         return max(self.disk, computing) if self.overlaps else self.disk + computing
 
@@ -144,6 +148,7 @@ class Cost:
         return "memory" if self.memory > MEMORY_BOUND * computing else "compute"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the parts, ``seconds`` and ``by`` as JSON."""
         return asdict(self) | {"seconds": self.seconds, "by": self.by}
 
 

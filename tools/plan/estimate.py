@@ -228,6 +228,7 @@ HEAD = [
 
 
 def text(found: dict[str, Any]) -> str:
+    """Return a plan as text: what is given, a table of the choices, and what to do."""
     recommended = found["recommended"]
     best = _of(found, recommended["bits"], recommended["trunk_bits"])
     lines = [*_heading(found, best), "", table([HEAD, *(_row(found, choice) for choice in _shown(found, best))]), ""]

@@ -40,6 +40,7 @@ class Room:
 
     @classmethod
     def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> Room:
+        """Add the free memory of ``device`` and the free disk space of ``into`` to what is known."""
         there = None
         if device.type == "cuda":
             there = Available(torch.cuda.mem_get_info(device)[0], str(device))
@@ -60,14 +61,17 @@ class Fit:
 
     @property
     def works(self) -> bool:
+        """Whether the choice works on this machine."""
         return self.problem is None
 
     @property
     def slot_count(self) -> int:
+        """Slots of the host tier, over all arrays."""
         return sum(self.slots.values())
 
     @property
     def all_resident(self) -> bool:
+        """Whether the host tier has a slot for every expert."""
         return self.works and self.slot_count == self.choice.manifest.record_count
 
     @property
@@ -77,6 +81,10 @@ class Fit:
 
 
 def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
+    """Compute the slots and memory of a choice by the budgets that it would load with.
+
+    A problem of disk or memory is in the result, not raised.
+    """
     manifest, model = choice.manifest, model_choices.model
     scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
     on_cpu = room.device.type == "cpu"

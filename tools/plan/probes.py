@@ -40,6 +40,7 @@ OPERATIONS = 2000
 
 
 def disk_rate(reads: RandomReads) -> DiskRate:
+    """Measure the disk's rate with one read at a time, and with as many as there are loaders."""
     one, all_ = (reads.rate(depth, DISK_SECONDS / 2) for depth in (1, LOADERS))
     return DiskRate(one, all_, LOADERS)
 

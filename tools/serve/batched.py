@@ -40,9 +40,11 @@ class SharedAnswer(CBStreamer):
 
     @property
     def ended(self) -> bool:
+        """Whether the answer has ended: it is complete, or cancelled."""
         return self._stops.ended
 
     def put_nowait(self, item: Any) -> None:
+        """Queue a piece of the answer, up to the first stop string; the base class takes this for its queue."""
         for found in self._stops.take(item):
             self.items.put_nowait(found)
 
@@ -67,10 +69,12 @@ class SharedAnswer(CBStreamer):
             log_answer(self._prompt, None, self.total_tokens, cancelled=False)
 
     def fail(self, message: str) -> None:
+        """Queue an error in place of the rest of the answer, and cancel the request."""
         self.put_nowait(_StreamError(message))
         self.cancel()
 
     def cancel(self) -> None:
+        """Stop computing the request, and count it as cancelled unless it has another outcome."""
         if not self.ended:
             self._stops.ended = True
             log_answer(self._prompt, None, self.total_tokens, cancelled=True)
@@ -144,6 +148,7 @@ class Together(BaseGenerateManager):
 
     @property
     def is_alive(self) -> bool:
+        """Whether the thread that computes has had no fatal error."""
         return self._cb.background_thread_status.fatal_error is None
 
     def generate_streaming(
@@ -155,6 +160,10 @@ class Together(BaseGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], SharedAnswer]:
+        """Submit a request to the batch, and return the queue of its text and the answer.
+
+        Raises Refusal for sampling options that can't differ by request, CBWorkerDeadError if the worker has failed.
+        """
         if (error := self._cb.background_thread_status.fatal_error) is not None:
             log_failure("Computing together", error)
             raise CBWorkerDeadError
@@ -187,6 +196,7 @@ class Together(BaseGenerateManager):
         return answer.items, answer
 
     async def generate_non_streaming(self, *_: Any, **__: Any) -> Any:
+        """Raise AssertionError: the handlers collect the stream instead."""
         raise AssertionError("our handlers collect the stream")
 
     def kept_tokens(self, request_id: str) -> None:

@@ -36,12 +36,15 @@ class OneModel(ModelManager):
         self._both = model, tokenizer
 
     def load_model_and_processor(self, *_: Any, **__: Any) -> Any:
+        """Return the loaded model and its tokenizer."""
         return self._both
 
     def card(self) -> dict[str, Any]:
+        """Return the model as an entry of OpenAI's list of models."""
         return {"id": self.name, "object": "model", "created": 0, "owned_by": "moetier"}
 
     def cards(self) -> list[dict[str, Any]]:
+        """Return the list of models: this one."""
         return [self.card()]
 
 
@@ -56,9 +59,11 @@ class OneManager(GenerationState):
         self.manager = manager
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
+        """Return the one manager, whatever model is named."""
         return self.manager
 
     def is_cb_alive(self) -> bool:
+        """Whether the manager can still compute answers."""
         alive: bool = self.manager.is_alive
         return alive
 
@@ -181,6 +186,8 @@ def _failure(event: str) -> Refusal | None:
 
 
 class ChatHandler(_Handler, ChatCompletionHandler):
+    """Handler of chat completions."""
+
     asked, prompt = ChatAsked, "messages"
 
     def _ids(self, body: dict[str, Any], tokenizer: Any) -> list[int]:
@@ -213,6 +220,8 @@ class ChatHandler(_Handler, ChatCompletionHandler):
 
 
 class TextHandler(_Handler, CompletionHandler):
+    """Handler of text completions."""
+
     asked, prompt = TextAsked, "prompt"
 
     def _ids(self, body: dict[str, Any], tokenizer: Any) -> list[int]:

@@ -43,10 +43,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(bound: socket.socket) -> bool:
+    """Whether a socket's address is reachable from this machine only."""
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def url_of(bound: socket.socket) -> str:
+    """Return the URL of a bound socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -68,6 +70,7 @@ class BoundedProtocol(H11Protocol):
     _untaken: asyncio.TimerHandle | None = None  # while there is no room for more of an answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the header timer; over the limit, first drop the connection idle for longest, or refuse this one."""
         super().connection_made(transport)
         if len(self.connections) > self.most_connections:
             others = (each for each in self.connections if isinstance(each, BoundedProtocol))
@@ -81,26 +84,31 @@ class BoundedProtocol(H11Protocol):
         self._rest()
 
     def data_received(self, data: bytes) -> None:
+        """Take data of the client, and stop the header timer once all headers of a request have arrived."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._work()
 
     def on_response_complete(self) -> None:
+        """Start the header timer again, unless the next request has arrived already."""
         super().on_response_complete()
         if self.cycle.response_complete:  # else the next request had arrived already
             self._rest()
 
     def pause_writing(self) -> None:
+        """Start the timer that drops a client that takes nothing of its answer."""
         super().pause_writing()
         self._untaken = self.loop.call_later(self.answer_seconds, self.drop)
 
     def resume_writing(self) -> None:
+        """Stop the timer of ``pause_writing``, as the client takes data again."""
         if self._untaken is not None:
             self._untaken.cancel()
             self._untaken = None
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Cancel both timers."""
         self._work()
         if self._untaken is not None:
             self._untaken.cancel()
@@ -167,9 +175,11 @@ class Server(uvicorn.Server):
             self.run([bound])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, then call ``ready``."""
         await super().startup(sockets)
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Call ``ending``, then shut down within GRACE seconds."""
         self._ending()
         await super().shutdown(sockets)

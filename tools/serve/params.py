@@ -32,6 +32,7 @@ class Wanted:
 
     @property
     def max_new_tokens(self) -> int:
+        """Most tokens of the answer."""
         found: int = self.config.max_new_tokens
         return found
 

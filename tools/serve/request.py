@@ -117,28 +117,38 @@ class _Open(BaseModel):
 
 
 class Called(_Open):
+    """Function that a tool call names, with its arguments."""
+
     name: str
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
 
 class Call(_Open):
+    """Tool call in a message of the assistant."""
+
     id: str | None = None
     type: Literal["function"] | None = None
     function: Called
 
 
 class Offered(_Open):
+    """Function of a tool, with the schema of its parameters."""
+
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
 
 class Tool(_Open):
+    """Tool that a request offers to the model: a function."""
+
     type: Literal["function"]
     function: Offered
 
 
 class Message(_Open):
+    """Message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, BeforeValidator(lambda given: None if given is None else _text(given))] = None
     tool_calls: list[Call] | None = None
@@ -146,6 +156,8 @@ class Message(_Open):
 
 
 class ChatAsked(Asked):
+    """Body of a chat completion request."""
+
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     tools: list[Tool] | None = None
@@ -158,6 +170,8 @@ class ChatAsked(Asked):
 
 
 class TextAsked(Asked):
+    """Body of a text completion request."""
+
     prompt: str
 
     best_of: Literal[1] | None = None

@@ -38,6 +38,7 @@ class Answer(DirectStreamer):
 
     @property
     def is_cancelled(self) -> bool:
+        """Whether the request was cancelled."""
         return self._cancelled.is_set()
 
     @property
@@ -46,16 +47,19 @@ class Answer(DirectStreamer):
         return self._stops.ended or self.is_cancelled
 
     def put(self, value: torch.Tensor) -> None:
+        """Take token ids from ``generate()``: first the prompt's [1, tokens], then one new token's [1]."""
         if not self.ended:
             if not self._first:  # the prompt
                 self._tally.new(len(value))  # before it is told: who has it may ask for the count
             super().put(value)
 
     def cancel(self) -> None:
+        """Cancel the answer, unless it has ended already."""
         if not self._stops.ended:  # else all of it was told, and the thread is about to say so
             super().cancel()
 
     def fail(self, message: str) -> None:
+        """Queue an error in place of the rest of the answer, and cancel the request."""
         self._enqueue(_StreamError(message))
         self.cancel()
 
@@ -65,7 +69,7 @@ class Answer(DirectStreamer):
             raise _GenerationCancelled
 
     def between_tokens(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """A stopping criterion."""
+        """Say for each sequence whether to stop, bool [sequences]; ``ids`` are [sequences, tokens]."""
         return torch.full((len(ids),), self.ended, dtype=torch.bool, device=ids.device)
 
     def _enqueue(self, item: Any) -> None:
@@ -97,6 +101,7 @@ class OneByOne(BaseGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Answer]:
+        """Submit a request to the generating thread, and return the queue of its text and the answer."""
         ids, wanted = ids_of(inputs), gen_config
         queue: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -108,6 +113,7 @@ class OneByOne(BaseGenerateManager):
         return queue, answer
 
     async def generate_non_streaming(self, *_: Any, **__: Any) -> Any:
+        """Raise AssertionError: the handlers collect the stream instead."""
         raise AssertionError("our handlers collect the stream")
 
     def kept_tokens(self, request_id: str) -> int:

@@ -29,6 +29,7 @@ class ServeCollector(Collector):
         self._tally = tally
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of the tiers, of requests and of tokens."""
         yield from tier_metrics([(self._model, tier) for tier in self._stats()])
         tallied = self._tally.tallied()
         requests = CounterMetricFamily(

@@ -36,9 +36,11 @@ def refusal_body(error: HTTPException) -> dict[str, Any]:
 
 
 def refusal_response(error: HTTPException) -> JSONResponse:
+    """Return the HTTP response of an exception, in the form of OpenAI's API."""
     status = 400 if error.status_code == 422 else error.status_code  # FastAPI's own for what is malformed
     return JSONResponse(refusal_body(error), status_code=status, headers=error.headers)
 
 
 def unknown_model(asked: str, served: str) -> Refusal:
+    """Return the refusal of a model's name that is not served."""
     return Refusal(404, f"There is no model {asked!r} here, but {served!r}.", param="model", code="model_not_found")

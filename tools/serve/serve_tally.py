@@ -27,20 +27,25 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
+        """Count a request as under way."""
         self._add(under_way=1)
 
     def prompt(self, tokens: int, kept: int) -> None:
+        """Count the tokens of a prompt, and those of them that an earlier request had computed."""
         self._add(prompt_tokens=tokens, kept_tokens=kept)
 
     def new(self, tokens: int) -> None:
+        """Count generated tokens."""
         self._add(new_tokens=tokens)
 
     def end(self, outcome: str) -> None:
+        """Count a request that was under way under its outcome, one of OUTCOMES."""
         with self._lock:
             requests = self._now.requests | {outcome: self._now.requests[outcome] + 1}
             self._now = replace(self._now, requests=requests, under_way=self._now.under_way - 1)
 
     def tallied(self) -> Tallied:
+        """Return the present counts."""
         return self._now
 
     def _add(self, **more: int) -> None:

@@ -93,6 +93,7 @@ class Top(App[None]):
         self._parts = {name: Part(name) for name in ("tiers", "history", "prefetches", "clients", "experts")}
 
     def compose(self) -> ComposeResult:
+        """Yield the heading, the parts in columns and the footer."""
         yield self._heading
         yield self._away
         with Horizontal(id="columns"):
@@ -102,6 +103,7 @@ class Top(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
+        """Handle SIGTERM, and start to watch the daemon or let one be chosen."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
         if self._address is None:
             self.push_screen(Choice(self._found))
@@ -109,13 +111,16 @@ class Top(App[None]):
             self._begin(self._address)
 
     def on_unmount(self) -> None:
+        """End the watch."""
         self._watch.end()
 
     def on_choice_made(self, made: Choice.Made) -> None:
+        """Start to watch the chosen daemon."""
         self.pop_screen()
         self._begin(made.address)
 
     def on_told(self, told: Told) -> None:
+        """Show the daemon's new state, or the error that prevents it."""
         if isinstance(told.seen, MoetierError):
             self._error = told.seen
         else:
@@ -124,13 +129,16 @@ class Top(App[None]):
         self._show()
 
     def on_part_sized(self) -> None:
+        """Draw all parts anew, for their new sizes."""
         self._show()
 
     def action_pause(self) -> None:
+        """Pause the watch, or continue it."""
         self._watch.change(paused=not self._watch.paused)
         self._show()
 
     def action_interval(self, step: int) -> None:
+        """Change the interval to the next longer (``step`` 1) or shorter (-1) one of INTERVALS."""
         now = self._watch.interval
         others = [value for value in INTERVALS if (value - now) * step > 0]
         if others:
@@ -138,18 +146,22 @@ class Top(App[None]):
         self._show()
 
     def action_uses(self) -> None:
+        """Switch between uses of experts since the daemon's start and recent ones."""
         self._is_lately = not self._is_lately
         self._show()
 
     def action_model(self) -> None:
+        """Show the daemon's next model."""
         self._model += 1
         self._show()
 
     def action_help(self) -> None:
+        """Show the help, unless it is shown already."""
         if not isinstance(self.screen, Help):
             self.push_screen(Help())
 
     async def action_quit(self) -> None:
+        """Exit the application."""
         self.exit()
 
     def _begin(self, address: Address) -> None:

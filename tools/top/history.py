@@ -28,6 +28,7 @@ class Change:
 
     @property
     def demands(self) -> float:
+        """Hits and misses a second."""
         return self.hits + self.misses
 
     @property
@@ -53,9 +54,11 @@ class ModelHistory:
 
     @property
     def last(self) -> Change | None:
+        """Latest change, or None where there is none yet."""
         return self.changes[-1] if self.changes else None
 
     def go_on(self, stats: ModelStats, details: Details, seconds: float) -> None:
+        """Add the change to a new state, ``seconds`` after the last one."""
         self.changes.append(_change(self.stats, stats, seconds))
         self.rates = dict(_rates(self.details.clients, details.clients, seconds))
         fading = 0.5 ** (seconds / HALF_LIFE)
@@ -76,6 +79,7 @@ class History:
         self._uptime = 0.0
 
     def add(self, described: DescribeReply, stats: StatsReply) -> None:
+        """Add the state of all models; clear the history if it is another daemon's or a counter has fallen."""
         daemon = described.pid, described.started_unix_ms
         # one of an earlier version has no details
         every = list(stats.details) or [Details() for _ in stats.models]

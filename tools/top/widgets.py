@@ -53,24 +53,31 @@ class Part(VerticalScroll, can_focus=True):
         """What is drawn to its size is to be drawn anew."""
 
     def on_resize(self) -> None:
+        """Ask for the part to be drawn anew."""
         self.post_message(self.Sized())
 
     def compose(self) -> ComposeResult:
+        """Yield the part's body."""
         yield self._body
 
     def show(self, content: RenderableType, title: str = "") -> None:
+        """Replace the content and, unless it is empty, the title."""
         self._body.update(content)
         if title:
             self.border_title = Text(title)  # what is no str is no markup
 
 
 class Help(ModalScreen[None]):
+    """Screen with the list of keys."""
+
     def compose(self) -> ComposeResult:
+        """Yield the text in a box that scrolls."""
         with VerticalScroll() as box:
             box.border_title = "moetier top"
             yield Static(HELP, markup=False)
 
     def on_key(self) -> None:
+        """Close the help at any key."""
         self.dismiss()
 
 
@@ -78,6 +85,8 @@ class Choice(Screen[None]):
     """Which of several daemons."""
 
     class Made(Message):
+        """Message with the address of the chosen daemon."""
+
         def __init__(self, address: Address) -> None:
             super().__init__()
             self.address = address
@@ -87,11 +96,13 @@ class Choice(Screen[None]):
         self._found = found
 
     def compose(self) -> ComposeResult:
+        """Yield the question, the list of daemons and the footer."""
         yield Static("Which daemon?", id="head")
         yield OptionList(*(Option(_line(daemon)) for daemon in self._found))
         yield Footer()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Post the address of the selected daemon to the application."""
         self.app.post_message(self.Made(Address.of(self._found[event.option_index].folder)))
 
 
