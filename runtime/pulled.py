@@ -32,6 +32,7 @@ def models_folder() -> Path:
 
 
 def tag_of(bits: Bits, trunk_bits: Bits) -> str:
+    """Return the tag of a pulled model: ``4bit``, or ``4bit-trunk8bit`` if its trunk is quantised too."""
     return f"{bits}bit" + (f"-trunk{trunk_bits}bit" if trunk_bits != 16 else "")
 
 

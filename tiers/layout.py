@@ -56,6 +56,7 @@ class Section:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the array."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -79,6 +80,7 @@ class Projection:
 
     @property
     def padded_rows(self) -> int:
+        """``rows`` rounded up to a multiple of ROW_TILE."""
         return -(-self.rows // ROW_TILE) * ROW_TILE
 
     @property

@@ -56,6 +56,7 @@ class TierStats:
         return self.hits / demands if demands else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return all fields and the hit ratio, by name."""
         return asdict(self) | {"hit_ratio": self.hit_ratio}
 
 

@@ -26,9 +26,15 @@ class SourceTensor(Protocol):
     """Tensor that the converter reads. ``dtype`` is torch's name of the type that ``read`` returns."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor as ``read`` returns it."""
+        ...
+
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """torch's name of the type that ``read`` returns."""
+        ...
+
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
         """Stored tensors that it is read from."""
@@ -47,17 +53,21 @@ class Plain:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
         return self.stored.shape
 
     @property
     def dtype(self) -> str:
+        """Type of the stored tensor by torch's name."""
         return TORCH_NAMES[self.stored.dtype]
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
+        """The stored tensor alone."""
         return (self.stored,)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Read stored rows as they are -> [count, ...]."""
         return self.stored.read(first, count)
 
 
@@ -75,14 +85,17 @@ class Scaled:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape once FP4 values are unpacked, two of a byte."""
         packed = 2 if self.weight.dtype == "I8" else 1
         return (*self.weight.shape[:-1], self.weight.shape[-1] * packed)
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
+        """The weight, [rows, columns / 2] where a byte holds two FP4 values, and its scales."""
         return (self.weight, self.scale)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Read and dequantise rows of the leading dimension -> [count, ...]."""
         import torch
 
         count = self.shape[0] - first if count is None else count
@@ -166,14 +179,17 @@ class Mxfp4:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape once dequantised, [experts, columns, rows]."""
         experts, rows, groups, size = self.blocks.shape
         return experts, groups * size * 2, rows
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
+        """FP4 values [experts, rows, columns / 32, 16], two a byte, and exponents [experts, rows, columns / 32]."""
         return (self.blocks, self.scales)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Read and dequantise some experts -> [count, columns, rows]."""
         import torch
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

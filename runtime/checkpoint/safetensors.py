@@ -48,6 +48,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:

@@ -143,6 +143,7 @@ class Peers:
 
     @property
     def is_closed(self) -> bool:
+        """Whether ``close`` was called."""
         return self._closed
 
     def close(self) -> None:

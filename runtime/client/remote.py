@@ -94,6 +94,7 @@ class RemoteReader:
 
     @property
     def parts(self) -> None:
+        """None: it can't read parts of records."""
         return None
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:

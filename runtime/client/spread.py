@@ -76,6 +76,7 @@ class SpreadReader:
 
     @property
     def parts(self) -> None:
+        """None: it can't read parts of records."""
         return None
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:

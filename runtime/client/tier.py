@@ -186,6 +186,7 @@ class DaemonTier:
 
     @property
     def address(self) -> Address:
+        """Address of the daemon, by the folder of its sockets."""
         return Address(folder=self._folder)
 
     @property

@@ -16,6 +16,7 @@ class Logfmt(logging.Formatter):
     """Formatter of log records. The message is the event; records of ``log_event`` have fields as well."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line: time, level, event, fields, and the traceback of an exception."""
         created = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, object] = {
             "time": created.replace("+00:00", "Z"),

@@ -89,6 +89,7 @@ class DaemonCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of the models' tiers, clients and faults."""
         models = self._stats()
         count = Counter(model.name for model in models)
         # two stores of one model have one name

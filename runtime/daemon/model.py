@@ -56,10 +56,12 @@ class HostedModel:
 
     @property
     def name(self) -> str:
+        """The model's name in its manifest."""
         return self.manifest.model
 
     @property
     def digest(self) -> str:
+        """Digest of the store, hexadecimal."""
         return self.manifest.digest
 
     def count(self, *, requests: int = 0, used: int = 0, bytes_in: int = 0, bytes_out: int = 0) -> None:
@@ -129,10 +131,12 @@ class LoggingReader:
 
     @property
     def manifest(self) -> Manifest:
+        """The other reader's manifest."""
         return self._reader.manifest
 
     @property
     def parts(self) -> LoggingReader | None:
+        """This reader if the other one can read parts of records, else None."""
         return None if self._reader.parts is None else self
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:

@@ -156,6 +156,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
         self._refusals = RateLimitedLog(_log, "client-refused")
 
     def intercept_service(self, continuation: Callable[..., Any], handler_call_details: Any) -> Any:
+        """Return the handler of an accepted or exempt call; for any other call, one that refuses it."""
         bearer = bearer_of(handler_call_details.invocation_metadata)
         if self._accepts(bearer) or handler_call_details.method.startswith(self._exempt):
             return continuation(handler_call_details)

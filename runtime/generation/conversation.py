@@ -41,6 +41,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
+        """All messages so far, the system prompt first."""
         return [*self._system, *self._turns]
 
     @property

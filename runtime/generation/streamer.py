@@ -52,6 +52,7 @@ class TimedStreamer(TextStreamer):
 
     @property
     def tokens(self) -> int:
+        """Number of new tokens so far."""
         return len(self._moments)
 
     @property

@@ -46,11 +46,13 @@ class CudaInt4:
     """int4 product of CUDA devices from compute capability 8.0 on ("tinygemm"; ATen/native/cuda/int4mm.cu)."""
 
     def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
+        """Arrange codes uint8 [rows * columns / 2] in the order of tinygemm, which packs them as int32."""
         paired = pair_columns(nibbles, columns)
         words: Tensor = torch.ops.aten._convert_weight_to_int4pack(paired, _inner_tiles(columns))
         return words.view(torch.uint8).view(-1)
 
     def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
+        """Multiply x bf16 [tokens, columns] -> bf16 [tokens, rows] with tinygemm."""
         tiles = _inner_tiles(x.shape[1])
         matrix = arranged.view(torch.int32).view(-1, x.shape[1] // (16 * tiles), 32, tiles // 2)
         y: Tensor = torch.ops.aten._weight_int4pack_mm(x, matrix, group, pairs)

@@ -45,6 +45,7 @@ class PackedKernels(Kernels):
         self._rounded = jit.Scratch()
 
     def packs(self, layout: RecordLayout) -> bool:
+        """Whether all projections of the layout are quantised."""
         return all(p.bits != 16 for p in layout.projections)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:

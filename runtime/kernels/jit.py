@@ -45,6 +45,7 @@ Value = Any  # llvmlite has no types
 
 
 def vector(kind: Any, count: int) -> Any:
+    """The type of a vector of ``count`` elements of type ``kind``."""
     return ir.VectorType(kind, count)
 
 
@@ -64,6 +65,7 @@ class Emitter:
         self.at = ir.IRBuilder(self.function.append_basic_block("entry"))
 
     def number(self, value: int) -> Value:
+        """A constant of type i64."""
         return ir.Constant(I64, value)
 
     def all(self, kind: Any, value: float, count: int) -> Value:
@@ -112,6 +114,7 @@ class Emitter:
         return self.at.load(self.place(pointer, offset, kind), align=1)
 
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
+        """Store a value ``offset`` bytes behind ``pointer``, aligned to a byte."""
         self.at.store(value, self.place(pointer, offset, value.type), align=1)
 
     def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:

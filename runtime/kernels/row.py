@@ -86,6 +86,7 @@ class Scores:
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
+        """Whether this machine's kernel can multiply with ``weight`` [rows, columns] where it lies."""
         return weight.dtype == torch.float32 and _lies_in_rows(weight) and not jit.refusal()
 
     def of(self, x: Tensor) -> list[float] | None:

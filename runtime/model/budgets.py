@@ -32,6 +32,7 @@ class Needs:
 
     @property
     def reserve(self) -> int:
+        """Bytes for cache and scratch together."""
         return self.cache + self.scratch
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:

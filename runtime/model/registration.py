@@ -258,6 +258,7 @@ class MoetierQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        """False: there is no gradient through experts or quantised matrices."""
         return False
 
     @property

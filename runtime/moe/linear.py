@@ -70,11 +70,13 @@ class QuantizedLinear(nn.Module):
         return without_gradient(y, x)
 
     def extra_repr(self) -> str:
+        """Sizes, bias, bits and group, for the module's repr."""
         (p,) = self.layout.projections
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={p.bits}, group={p.group}"
 
 
 def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:
+    """Return the QuantizedLinear modules of a model, in module order."""
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 

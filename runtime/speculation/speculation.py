@@ -46,6 +46,7 @@ class SpeculationStats:
     seconds: float  # of the caller's time, for predicting, requesting and judging
 
     def to_json(self) -> dict[str, Any]:
+        """Return all fields, by name."""
         return asdict(self)
 
 

@@ -63,14 +63,17 @@ class Trace:
 
     @property
     def tokens(self) -> int:
+        """T, the number of tokens of all sequences."""
         return int(self.experts.shape[0])
 
     @property
     def block_count(self) -> int:
+        """B, the number of blocks."""
         return int(self.experts.shape[1])
 
     @property
     def top_k(self) -> int:
+        """K, the largest number of experts of a token in one block."""
         return int(self.experts.shape[2])
 
     @property

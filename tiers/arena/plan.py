@@ -32,6 +32,7 @@ class Region:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all slots of the region."""
         return self.slots * self.slot_bytes
 
 

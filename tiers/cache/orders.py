@@ -39,7 +39,8 @@ class Order(Protocol):
     def demote(self, key: ExpertKey) -> None:
         """Make the key the first victim: a prefetch has loaded it and it is not used yet."""
 
-    def remove(self, key: ExpertKey) -> None: ...
+    def remove(self, key: ExpertKey) -> None:
+        """Remove a key that has lost its slot."""
 
 
 class Recency:
@@ -55,18 +56,23 @@ class Recency:
         return iter(self._keys)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+        """All keys, the least recently used first."""
         return iter(self._keys)
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
+        """Add the key as the most recently used."""
         self._keys[key] = None
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
+        """Make the key the most recently used."""
         self._keys.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
+        """Make the key the least recently used."""
         self._keys.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
+        """Remove the key from the order."""
         del self._keys[key]
 
 
@@ -90,24 +96,29 @@ class ScanResistant:
         return chain(self._scanned, self._settled)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
+        """Keys that scans have loaded, then the others; for a scan the former alone once there are ``room``."""
         return iter(self._scanned) if scan and len(self._scanned) >= self.room else iter(self)
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
+        """Add the key to those of scans, or to the others as the most recently used."""
         if scan:
             self._scanned[key] = None
         else:
             self._settled[key] = 0.0
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
+        """Make the key the most recently used of the ordinary ones. A scan changes nothing."""
         if not scan:
             self._scanned.pop(key, None)
             self._settled[key] = 0.0
             self._settled.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
+        """Make the key the first victim among those that no scan has loaded."""
         self._settled.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
+        """Remove the key, whether or not a scan has loaded it."""
         if key in self._scanned:
             del self._scanned[key]
         else:
@@ -134,11 +145,13 @@ class Frequency(ScanResistant):
         return chain(self._scanned, sorted(self._settled, key=self._settled.__getitem__))
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
+        """Add the key, with the count of its former uses unless a scan loads it."""
         super().add(key, scan=scan)
         if not scan:
             self._settled[key] = self._counts.get(key, -inf)
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
+        """Add a use to the key's decayed count. Uses by scans do not count."""
         if not scan:
             self._scanned.pop(key, None)
             self._uses += 1
@@ -147,6 +160,7 @@ class Frequency(ScanResistant):
             self._settled.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
+        """Make the key the first victim among those that no scan has loaded; its count is kept."""
         super().demote(key)
         self._settled[key] = -inf
 

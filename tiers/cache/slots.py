@@ -15,6 +15,8 @@ from moetier.tiers.layout import ExpertKey
 
 
 class State(Enum):
+    """State of a slot: without a record, being filled, or holding a whole record."""
+
     EMPTY = "empty"
     LOADING = "loading"
     READY = "ready"
@@ -50,14 +52,17 @@ class Slots:
         return next(reversed(self._free), None)
 
     def key(self, slot: int) -> ExpertKey:
+        """The key that a slot holds or is being filled with. The slot must not be EMPTY."""
         key = self._keys[slot]
         assert key is not None, f"slot {slot} is empty"
         return key
 
     def state(self, slot: int) -> State:
+        """Whether the slot is EMPTY, LOADING or READY."""
         return self._states[slot]
 
     def is_ready(self, slot: int) -> bool:
+        """Whether the slot holds a whole record."""
         return self._states[slot] is State.READY
 
     def is_evictable(self, slot: int) -> bool:
@@ -65,6 +70,7 @@ class Slots:
         return self._states[slot] is State.READY and not self._pins[slot]
 
     def pins(self, slot: int) -> int:
+        """The number of pins on the slot, claims included."""
         return self._pins[slot]
 
     @property
@@ -83,6 +89,7 @@ class Slots:
         return sum(pins > 0 and state is State.READY for pins, state in zip(self._pins, self._states, strict=True))
 
     def begin(self, slot: int, key: ExpertKey) -> None:
+        """Make an EMPTY slot LOADING: the load of ``key`` into it begins."""
         assert self._states[slot] is State.EMPTY, f"slot {slot} is {self._states[slot]}"
         assert key not in self._slot_of, f"{key} has a slot"
         del self._free[slot]
@@ -102,10 +109,12 @@ class Slots:
         self._empty(slot)
 
     def evict(self, slot: int) -> None:
+        """Empty a READY slot that is not pinned."""
         assert self.is_evictable(slot), f"slot {slot} is {self._states[slot]} with {self._pins[slot]} pins"
         self._empty(slot)
 
     def pin(self, slot: int) -> None:
+        """Add a pin to a READY slot, or a claim to a LOADING one."""
         assert self._states[slot] is not State.EMPTY, f"slot {slot} is empty"
         self._pins[slot] += 1
 

@@ -102,6 +102,7 @@ class DeviceSlots:
             pool.records.clear()
 
     def stats(self) -> TierStats:
+        """Return the tier's counters and the present state of its slots."""
         return snapshot(self._counters, self.pools.values())
 
 

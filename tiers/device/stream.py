@@ -84,28 +84,35 @@ class CudaDevice:
         self._arranging: Stream = _cuda.Stream(device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """Return uint8 [nbytes] on the device, uninitialised. Raises torch.OutOfMemoryError."""
         with torch.inference_mode(False):  # one made in inference mode could not be written outside of it
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def current_stream(self) -> Stream:
+        """The calling thread's current stream on the device, as torch has it."""
         stream: Stream = _cuda.current_stream(self._device)
         return stream
 
     def copy_stream(self) -> Stream:
+        """This object's own stream for copies."""
         return self._copies
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy of uint8 [record bytes]; it is asynchronous only out of page-locked memory."""
         with _cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
     def arranging_stream(self) -> Stream:
+        """This object's own stream for arranging records."""
         return self._arranging
 
     def run(self, stream: Stream, work: Callable[[], None]) -> None:
+        """Call ``work`` with ``stream`` as torch's current one."""
         with _cuda.stream(stream):
             work()
 
     def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
+        """Register host memory, uint8 [nbytes], with CUDA; return whether that succeeded."""
         flags = _PORTABLE | (_READ_ONLY if read_only else 0)
         if int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)) == 0:
             return True
@@ -115,4 +122,5 @@ class CudaDevice:
         return False
 
     def unlock_pages(self, memory: torch.Tensor) -> None:
+        """Undo the registration of host memory, uint8 [nbytes]."""
         _cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -76,6 +76,7 @@ class HostViews:
         self._closed = False
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
+        """Lease the host's records as uint8 [record bytes] on the host's own memory."""
         self._check_open()
         with closing(self._source.acquire(keys)) as leases:
             for lease in leases:
@@ -83,16 +84,20 @@ class HostViews:
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
 
     def reclaim(self) -> None:
+        """End the calling thread's leases, which are the source's."""
         self._source.reclaim()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
+        """Request a prefetch from the source."""
         self._check_open()
         self._source.prefetch(block, keys)
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Return the keys whose records are not READY in the source."""
         return self._source.absent(keys)
 
     def pace(self, block: int) -> Pace | None:
+        """Return the timing of the source's reads, or None if too little is known."""
         return self._source.pace(block)
 
     def stats(self) -> TierStats:

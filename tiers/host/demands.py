@@ -49,10 +49,12 @@ class StagingBuffer:
 
     @property
     def is_reading(self) -> bool:
+        """Whether a piece is being read into it."""
         return self.end > self.filled
 
     @property
     def is_full(self) -> bool:
+        """Whether all of the buffer is filled."""
         return self.filled == len(self.buffer)
 
     @property
@@ -120,6 +122,7 @@ class AsyncCaller:
 
     @property
     def is_full(self) -> bool:
+        """Whether as many slots are held for the caller as it may have."""
         return self.outstanding >= self.leases
 
 
@@ -153,6 +156,7 @@ class Demand:
 
     @property
     def is_over(self) -> bool:
+        """Whether it waits for no slot and holds none."""
         return not self.pending and self.is_idle
 
     @property

@@ -53,6 +53,7 @@ class FairQueue:
         return None
 
     def clear(self) -> None:
+        """Remove all queued loads and callers."""
         self._queues.clear()
 
 

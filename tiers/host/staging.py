@@ -81,6 +81,7 @@ class StagingBuffers:
 
     @property
     def has_room(self) -> bool:
+        """Whether a buffer is free."""
         return bool(self._free)
 
     def begin(self, pool: Pool, key: ExpertKey) -> StagingBuffer:
