@@ -81,7 +81,7 @@ def build_parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``, by default sys.argv's, and return the exit code.
 
-    Errors are printed in two lines, or raised with MOETIER_DEBUG=1. Raises SystemExit after help or the version.
+    Errors are printed in two lines, or raised with MOETIER_DEBUG=1. Raises SystemExit as argparse does.
     """
     # gRPC's own messages are not for people who use this; it reads this when it is imported
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -13,6 +13,7 @@ CREDENTIALS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
 
 
 def add_credentials(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is shown to a daemon of another host."""
     group = group_of(parser, "daemons of other hosts")
     group.add_argument("--token-file", type=Path, metavar="FILE", help="the token of the daemon, in one line")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="who has signed its certificate, PEM (the system's)")
@@ -22,6 +23,7 @@ def add_credentials(parser: argparse.ArgumentParser) -> None:
 
 
 def credentials(arguments: argparse.Namespace) -> Credentials:
+    """Return the credentials that the options of ``add_credentials`` give."""
     return Credentials(
         token_file=arguments.token_file,
         ca=arguments.tls_ca,

@@ -78,6 +78,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --prefill-chunk."""
     group_of(parser, "generation").add_argument(
         "--prefill-chunk",
         type=COUNT,

@@ -43,6 +43,7 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns - 2, WIDTH))
 
     def add_usage(self, usage, actions, groups, prefix=None):  # type: ignore[no-untyped-def]  # as argparse declares it
+        """Add a usage line with positional arguments and required options; "[options]" is for the rest."""
         words = ["%(prog)s", "[options]"]
         for action in actions:
             if not action.option_strings:
@@ -52,6 +53,7 @@ class HelpFormatter(argparse.HelpFormatter):
         super().add_usage(usage or " ".join(words), actions, groups, prefix)
 
     def add_argument(self, action: argparse.Action) -> None:
+        """Add an argument; commands count as indented, for the width of the first column."""
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):  # whose commands argparse does not count as indented
             self._action_max_length += self._indent_increment
@@ -86,6 +88,7 @@ class CommandParser(argparse.ArgumentParser):
             self.set_defaults(run=module.run, configured={}, by_name=arguments_by_name(self))
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # as argparse declares it
+        """Parse the command line, with unknown options and commands refused first. Raises SystemExit."""
         self.fill()
         if self._inside:  # argparse's own passes
             return super().parse_known_args(args, namespace)

@@ -56,9 +56,11 @@ class PlainFormatter(logging.Formatter):
     """A record is one line, and what can be read; the lines of a traceback stay lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the message in one line of printable characters."""
         return plain(as_options(super().formatMessage(record)))
 
     def formatException(self, ei: Any) -> str:
+        """Return a traceback whose lines are printable."""
         return "\n".join(map(plain, super().formatException(ei).split("\n")))
 
 
@@ -66,4 +68,5 @@ class ReadableFormatter(logging.Formatter):
     """For messages of libraries, which may have lines of their own and cite a model's files."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record without characters that a terminal would obey."""
         return readable(super().format(record))

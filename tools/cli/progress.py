@@ -32,9 +32,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     def advance(self, count: int) -> None:
+        """Count ``count`` more bytes, and show the progress if it is due."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)

@@ -49,6 +49,7 @@ class Timing:
         return more / seconds if more > 0 and seconds > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return counts, seconds and rates as JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
@@ -123,10 +124,12 @@ def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> 
 
 
 def line(label: str, text: str) -> str:
+    """Return a line of a report."""
     return f"{label:<9} {plain(text)}"
 
 
 def tier_table(timing: Timing, tiers: list[TierStats]) -> str:
+    """Return the counters of tiers as a table, one row for each."""
     head = [
         *("tier", "slots", "hits", "misses", "hit ratio", "read", "a token", "evictions", "wait p50", "p99", "of time")
     ]

@@ -48,6 +48,7 @@ class Setting:
 
     @property
     def is_default(self) -> bool:
+        """Whether neither the file nor the environment sets the value."""
         return self.source == "default"
 
 

@@ -27,6 +27,7 @@ ROOM = 4  # a prompt leaves this part of the context to the answer, where that m
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier chat`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--system", metavar="TEXT", help="system prompt: instructions that precede the conversation")
     parser.add_argument(
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     resources = resources_of(arguments)
     decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
     most: int = arguments.max_new_tokens

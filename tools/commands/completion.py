@@ -11,10 +11,12 @@ SHELLS = ("bash", "zsh")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier completion`."""
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"{' or '.join(SHELLS)}")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the script and return 0."""
     print(script(arguments.shell))
     return 0
 

@@ -18,6 +18,7 @@ EXAMPLES = ("moetier config show", "moetier config show generate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of `moetier config`, and their options."""
     subparsers = parser.add_subparsers(dest="what", metavar="WHAT", prog=parser.prog)
     line = "show each value that can be set, and where it comes from"
     show = subparsers.add_parser("show", help=line, description=f"{line.capitalize()}.", epilog=examples(EXAMPLES))

@@ -31,6 +31,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier convert`."""
     parser.add_argument("source", metavar="SRC", help="folder of the checkpoint, or its id on the Hugging Face hub")
     parser.add_argument("target", metavar="DST", type=Path, help="folder of the new model directory")
     add_options(parser)
@@ -84,6 +85,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return 0, or 128 plus the signal's number if one stopped it.
+
+    Raises UsageError, CheckpointError, TargetError or ConfigError.
+    """
     options = options_of(arguments)
     return report_of(lambda: convert(arguments.source, arguments.target, **options), arguments.json)
 

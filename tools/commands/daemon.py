@@ -23,6 +23,7 @@ SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier daemon`."""
     parser.add_argument(
         "directories",
         type=directory,

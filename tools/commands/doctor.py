@@ -22,6 +22,7 @@ PROBE_SECONDS = 2.0  # of reads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier doctor`."""
     parser.add_argument(
         "directory",
         type=directory,

@@ -29,6 +29,7 @@ AT_FIRST = 1 << 20  # characters of standard input that are read before the mode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier generate`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue (default: standard input)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, timing and tiers")
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     resources = resources_of(arguments)
     decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
     prompt = sys.stdin.read(AT_FIRST) if arguments.prompt is None else arguments.prompt

@@ -19,6 +19,7 @@ EXIT_BAD = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier inspect`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -32,14 +32,17 @@ class Listed:
 
     @property
     def complete(self) -> bool:
+        """Whether the model's conversion has finished."""
         return self.resume is None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier list`."""
     parser.add_argument("--json", action="store_true", help="print one JSON array")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the pulled models and return 0."""
     from moetier.runtime.pulled import models_folder, pulled
 
     found = [model for name, folder in pulled().items() if (model := look(name, folder)) is not None]

@@ -30,6 +30,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier plan`."""
     parser.add_argument(
         "source",
         type=source,

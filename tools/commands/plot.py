@@ -35,6 +35,7 @@ FEW_TOKENS = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier plot`."""
     parser.add_argument(
         "kind",
         choices=KINDS,

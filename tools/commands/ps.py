@@ -19,10 +19,12 @@ EXAMPLES = ("moetier ps",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier ps`."""
     parser.add_argument("--json", action="store_true", help="print one JSON array")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the running daemons and return 0."""
     from moetier.runtime.wire.address import runtime_folder
     from moetier.runtime.wire.probe import running_daemons
 

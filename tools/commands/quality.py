@@ -57,14 +57,17 @@ class Row:
 
     @property
     def perplexity(self) -> float:
+        """Perplexity over all texts together."""
         return self.loss.perplexity
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields and the perplexities as JSON."""
         by_text = {name: loss.perplexity for name, loss in self.losses.items()}
         return asdict(self) | {"perplexity": self.perplexity, "perplexity_by_text": by_text}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier quality`."""
     parser.add_argument(
         "source",
         type=source,
@@ -114,6 +117,7 @@ def _methods(value: str) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     converted = (Path(arguments.source) / "experts.zarr").is_dir()
     if arguments.fast and arguments.method not in (None, ["rounding"]):
         raise UsageError("--fast is --method rounding, and --method says otherwise.", "Leave out --fast.")
@@ -252,6 +256,7 @@ def _row(
 
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows as JSON, each with its rank and its change from the first."""
     from moetier.tools.lab.quality import Change, ranks
 
     places = ranks([row.loss for row in rows])

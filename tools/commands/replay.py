@@ -25,6 +25,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier replay`."""
     parser.add_argument("traces", type=Path, nargs="+", metavar="T.npz", help="traces, as moetier trace records them")
     parser.add_argument(
         "--slots",

@@ -14,6 +14,7 @@ EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier rm`."""
     parser.add_argument("names", nargs="+", metavar="NAME", help="a name that moetier list shows")
     parser.add_argument("--yes", action="store_true", help="remove without asking; only a terminal is asked")
 

@@ -30,6 +30,7 @@ NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier serve`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="HOST", help="the address to listen on (default: %(default)s)"

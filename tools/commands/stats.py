@@ -21,6 +21,7 @@ EXAMPLES = ("moetier stats", "moetier stats work --watch 5", "moetier stats host
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier stats`."""
     parser.add_argument(
         "address",
         nargs="?",
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the counters, with --watch until Ctrl-C, and return 0. Raises UsageError, ConfigError or DaemonError."""
     from moetier.runtime.wire.probe import probe
 
     address = address_of(arguments.address)

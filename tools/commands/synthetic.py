@@ -46,6 +46,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier synthetic`."""
     parser.add_argument("target", metavar="DST", type=Path, help="folder of the new checkpoint")
     parser.add_argument(
         "--geometry", choices=GEOMETRIES, default="mixtral-4L", help="which model's geometry (default: %(default)s)"
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     from moetier.runtime.threads import use_threads
 
     use_threads(arguments.threads)
@@ -157,9 +159,11 @@ class RandomTensor:
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
+        """Nothing: the tensor [rows, ...] is made, not stored."""
         return ()
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Make ``count`` rows from ``first`` on, all by default: bf16 [count, columns], or ones [count]."""
         import torch
 
         rows = self.shape[0] - first if count is None else count
@@ -185,13 +189,16 @@ class Embeddings:
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
+        """Nothing: the embeddings [tokens, hidden] are made, not stored."""
         return ()
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Vocabulary and hidden size."""
         return self.tokens.shape
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Make the embeddings of ``count`` tokens from ``first`` on, all by default: bf16 [count, hidden]."""
         import torch
 
         own = self.tokens.read(first, count)

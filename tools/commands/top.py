@@ -22,6 +22,7 @@ EVERY = 1.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the description and the options of `moetier top`."""
     parser.description = (
         "Watch a daemon on a full screen: slots, hits and reads, clients, outcomes of prefetches, and which experts "
         "are there and used. The key ? lists the keys. For programs, and where there is no terminal, moetier stats has "

@@ -27,6 +27,7 @@ EXAMPLES = ("moetier trace ./mixtral-4bit --prompts prompts.txt -o trace.npz",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moetier trace`."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument(
         "--prompts",
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises MoetierError."""
     resources = resources_of(arguments, speculate="off")  # each forward pass is watched, none is to be quick
     decoding = decoding_of(arguments)
     prompts = read_prompts(arguments.prompts)
@@ -102,6 +104,7 @@ def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, A
 
 
 def to_json(path: Path, trace: Trace) -> dict[str, Any]:
+    """Return the sizes of a trace and the recall of its predictions as JSON."""
     from moetier.runtime.trace.recall import compare
 
     return {

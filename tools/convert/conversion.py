@@ -37,6 +37,8 @@ from .target import Target, small_files
 
 @dataclass(frozen=True)
 class Conversion:
+    """Planned conversion of one checkpoint into one model directory."""
+
     checkpoint: Checkpoint
     blueprint: Blueprint
     target: Target
@@ -234,6 +236,7 @@ class Conversion:
     def report(
         self, errors: dict[int, float], *, seconds: float, resumed_blocks: int = 0, was_complete: bool = False
     ) -> ConversionReport:
+        """Return the report of the conversion; ``errors`` are the relative errors of blocks, by number."""
         plan = self.target.plan
         return ConversionReport(
             model=plan.model,

@@ -67,6 +67,7 @@ class Draft:
     ) -> Draft:
         """Lay out the conversion of a ``model`` on meta, and cut down its Experts modules.
 
+        ``tensors``: of the checkpoint by name, of any shape [rows, ...].
         Raises UnsupportedModelError or CheckpointError.
         """
         form = trunk_form(trunk_bits)
@@ -112,5 +113,6 @@ class Draft:
         }
 
     def trunk(self, records: Mapping[str, MatrixRecord]) -> tuple[TrunkFile, ...]:
+        """Return the files of the trunk; ``records`` are those of its quantised matrices."""
         of_trunk: dict[str, TrunkTensor] = {name: self.tensors[name] for name in self.blueprint.trunk}
         return plan_trunk(of_trunk | {f"{path}{RECORD}": record for path, record in records.items()})

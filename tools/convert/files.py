@@ -115,6 +115,7 @@ def small_faults(directory: Path) -> Iterator[MoetierError]:
 
 
 def has_tokenizer(directory: Path) -> bool:
+    """Whether a folder has the vocabulary of a tokenizer."""
     return any(VOCABULARY.fullmatch(path.name) for path in directory.iterdir())
 
 

@@ -163,10 +163,12 @@ class MatrixRecord:
 
     @property
     def shape(self) -> tuple[int]:
+        """Shape of the record: its bytes."""
         return (self.layout.payload_bytes,)
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
+        """Stored tensors that the matrix [rows, columns] is made from."""
         return tuple(self._recipe.parts)
 
     @property

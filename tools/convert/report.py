@@ -40,6 +40,7 @@ class ConversionReport:
 
     @property
     def expert_bytes(self) -> int:
+        """Stored bytes of all experts."""
         return sum(block.stored_bytes for block in self.blocks)
 
     @property
@@ -48,6 +49,7 @@ class ConversionReport:
         return self.expert_bytes * 8 / self.weights
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields and what follows from them as JSON."""
         return asdict(self) | {"expert_bytes": self.expert_bytes, "bits_per_weight": self.bits_per_weight}
 
     def table(self) -> str:

@@ -25,6 +25,7 @@ class Stage:
 
     @property
     def at_once(self) -> frozenset[Path]:
+        """Most files that are on the disk during the stage."""
         return self.present if self.ahead is None else self.present | {self.ahead}
 
 
@@ -51,7 +52,10 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
 
 
 def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
-    """Return about how many bytes of a hub checkpoint are on the disk at a time: files, and the trunk's tensors."""
+    """Return about how many bytes of a hub checkpoint are on the disk at a time: files, and the trunk's tensors.
+
+    ``tensors``: all of the checkpoint, of any shape [rows, ...].
+    """
     sizes = Counter[Path]()
     for tensor in tensors:
         sizes[tensor.file] += tensor.nbytes

@@ -96,6 +96,7 @@ class Download:
         self._kept = frozenset(names)
 
     def announce(self, route: Sequence[Stage]) -> str:
+        """Say in a sentence how much is downloaded, and how much of it is on the disk at a time."""
         coming = sum(self._coming(route).values())
         if self.keep:
             return f"{format_bytes(coming)} are downloaded, and kept in {hub.cache_folder()}"
@@ -346,6 +347,7 @@ def _headers(
 
 
 def shard_path(folder: Path, file: str) -> Path:
+    """Return the path in ``folder`` at which a file of the checkpoint is read."""
     return folder / "shards" / file
 
 
@@ -364,5 +366,5 @@ def _most(route: Iterable[Stage], sizes: Mapping[Path, int]) -> int:
 
 
 def moved(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
-    """Return the same tensors in another file."""
+    """Return the same tensors in another file; shapes [rows, ...] and offsets stay."""
     return {name: replace(tensor, file=file) for name, tensor in tensors.items()}

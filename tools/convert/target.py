@@ -87,6 +87,8 @@ SLACK_BYTES = 1 << 20  # folders and small files
 
 
 class State(Enum):
+    """State of a folder that is to become a model directory."""
+
     NEW = "new"
     CUT = "cut"  # holds a part of this very conversion
     COMPLETE = "complete"
@@ -110,6 +112,7 @@ class Target:
 
     @property
     def store(self) -> Path:
+        """Folder of the expert store."""
         return self.folder / GROUP
 
     @property
@@ -164,6 +167,7 @@ class Target:
 
     @property
     def finished_blocks(self) -> frozenset[int]:
+        """Blocks whose shards are complete."""
         blocks = range(len(self.plan.blocks))
         return frozenset(block for block in blocks if is_complete(ShardFile.of(self.store, self.plan, block)))
 
@@ -193,6 +197,7 @@ class Target:
             )
 
     def write_small(self) -> None:
+        """Write the files of ``small``."""
         for name, data in self.small.items():
             path = self.folder / name
             if not (path.parent.is_dir()):
@@ -209,6 +214,7 @@ class Target:
             return {}
 
     def write_journal(self, command: list[str], errors: Mapping[int, float]) -> None:
+        """Write the command that resumes the conversion, and the errors of finished blocks."""
         journal = {"command": command, "errors": {str(block): error for block, error in sorted(errors.items())}}
         write_durably(self.folder / JOURNAL, json.dumps(journal).encode())
 

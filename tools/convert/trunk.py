@@ -46,6 +46,7 @@ class TrunkFile:
 
     @property
     def header(self) -> bytes:
+        """Header of the safetensors file, its length included."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, tensor in self.tensors.items():
@@ -62,9 +63,11 @@ class TrunkFile:
 
     @property
     def size(self) -> int:
+        """Bytes of the file."""
         return len(self.header) + sum(map(nbytes, self.tensors.values()))
 
     def is_complete(self, folder: Path) -> bool:
+        """Whether ``folder`` has the file, in its full size."""
         path = folder / self.name
         return path.is_file() and path.stat().st_size == self.size
 
@@ -126,6 +129,7 @@ class TrunkFile:
 
 
 def nbytes(tensor: TrunkTensor) -> int:
+    """Return the bytes that a tensor of shape [rows, ...] takes in its file."""
     return math.prod(tensor.shape) * _itemsize(tensor)
 
 
@@ -137,7 +141,11 @@ def _itemsize(tensor: TrunkTensor) -> int:
 def plan_trunk(
     tensors: Mapping[str, TrunkTensor], stem: str = "trunk", file_bytes: int = FILE_BYTES
 ) -> tuple[TrunkFile, ...]:
-    """Distribute tensors over files of about ``file_bytes``, by names, shapes and types alone."""
+    """Distribute tensors over files of about ``file_bytes``, by names, shapes and types alone.
+
+    Of those whose size is no multiple of ALIGNMENT, a matrix [rows, columns] ends a file or has one of its own, and all
+    vectors [length] end one file.
+    """
     odd = {name: None for name in tensors if nbytes(tensors[name]) % ALIGNMENT}  # in order
     matrices = [name for name in odd if len(tensors[name].shape) > 1]
     vectors = sorted((name for name in odd if len(tensors[name].shape) <= 1), key=lambda n: -_itemsize(tensors[n]))

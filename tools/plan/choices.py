@@ -68,8 +68,8 @@ class CheckpointHeaders:
     def tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, SourceTensor]:
         """Return the source tensors by name, in a ``model`` on meta that is not cut down.
 
-        Without ``shaped``, shapes are the model's; a tensor that is merged with others has its share of the weights, as
-        [share].
+        Without ``shaped``, shapes are the model's; a tensor that is merged or split on loading has its share of the
+        weights, as [share].
         """
         name = str(dtype).removeprefix("torch.")
         found = source_tensors(self.checkpoint.tensors, self.checkpoint.quantization, name)
