@@ -48,6 +48,8 @@ def make_blueprint(
 ) -> Blueprint:
     """Make the blueprint of ``model``, on the meta device, whose Experts modules are cut down to one expert.
 
+    So their parameters are [1, ...].
+
     ``wanted``: paths of linear modules whose weights become records, where they can. Raises UnsupportedModelError or
     CheckpointError.
     """

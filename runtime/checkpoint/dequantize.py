@@ -41,7 +41,7 @@ class SourceTensor(Protocol):
         ...
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read rows of the leading dimension into a new tensor."""
+        """Read rows of the leading dimension into a new tensor [count, ...]."""
         ...
 
 
@@ -73,9 +73,9 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """[..., N, K] in FP8, or two FP4 values a byte, times a scale for each block of rows and columns.
+    """[..., rows, columns] in FP8, or two FP4 values a byte, times a scale for each block of rows and columns.
 
-    The scales are a grid [..., ceil(N / block), ceil(K / block)], or a single number.
+    The scales are a grid [..., ceil(rows / block rows), ceil(columns / block columns)], or a single number.
     """
 
     weight: StoredTensor
@@ -145,9 +145,10 @@ class Scaled:
 def dequantise_into(
     out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], skipped: int = 0
 ) -> None:
-    """Set out [N, K] to weight [N, K] times the scale of its block, in fp32.
+    """Set out [rows, columns] to weight [rows, columns] times the scale of its block, in fp32.
 
-    The first ``skipped`` rows of the first block are missing in ``weight``.
+    ``weight`` is FP8, or int8 [rows, columns / 2] with two FP4 values a byte; the first ``skipped`` rows of its first
+    block are missing. ``scale`` is [row blocks, column blocks], or a single number.
     """
     import torch
 
@@ -171,7 +172,10 @@ def dequantise_into(
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4:
-    """gpt-oss: FP4 values [E, N, K / 32, 16], two a byte, and exponents [E, N, K / 32] -> [E, K, N]."""
+    """Tensor of gpt-oss: FP4 values and their exponents, which are dequantised to [experts, columns, rows].
+
+    Values are stored as [experts, rows, columns / 32, 16], two a byte, and exponents as [experts, rows, columns / 32].
+    """
 
     blocks: StoredTensor
     scales: StoredTensor
@@ -185,7 +189,7 @@ class Mxfp4:
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """FP4 values [experts, rows, columns / 32, 16], two a byte, and exponents [experts, rows, columns / 32]."""
+        """The values [experts, rows, columns / 32, 16] and the exponents [experts, rows, columns / 32]."""
         return (self.blocks, self.scales)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:

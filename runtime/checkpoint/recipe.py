@@ -60,7 +60,7 @@ class Recipe:
         return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Read rows of a ``direct`` one."""
+        """Read rows of a ``direct`` one -> [count, columns]."""
         ((tensor,),) = self.sources.values()
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)
@@ -146,11 +146,17 @@ class BlockBlueprint:
         return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
     def expert(self, index: int, turn: threading.Lock) -> Mapping[str, torch.Tensor]:
-        """Return the slices of one expert. Each is made under ``turn`` when it is looked up, and not kept."""
+        """Return the slices of one expert by name, made by ``slice`` under ``turn`` at each look-up.
+
+        They are [rows, columns], or [columns, rows] if transposed; a bias is [size]. None is kept.
+        """
         return _Slices(self, index, turn)
 
     def slice(self, name: str, index: int) -> torch.Tensor:
-        """Make one expert's slice of a parameter. Raises CheckpointError for weights that are not finite."""
+        """Make one expert's slice of a parameter, [rows, columns], or [columns, rows] if transposed; a bias is [size].
+
+        Raises CheckpointError for weights that are not finite.
+        """
         if self.recipes[name].apart:
             made = self.recipes[name].make(index)
         else:

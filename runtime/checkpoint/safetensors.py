@@ -52,7 +52,10 @@ class StoredTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read rows ``first`` to ``first + count`` of the leading dimension (a scalar whole) into a new tensor."""
+        """Read rows ``first`` to ``first + count`` of the leading dimension into a new tensor [count, ...].
+
+        A scalar is read whole.
+        """
         import torch
 
         shape, offset = self.shape, self.offset
@@ -128,7 +131,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def listed(path: Path, header: Mapping[str, Any], start: int) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the tensors that a ``header`` lists for the file at ``path``, whose data begin at ``start``.
 
-    Raises ValueError, KeyError, TypeError or AttributeError for a malformed header.
+    An entry's data_offsets are [begin, end], from ``start`` on. Raises ValueError, KeyError, TypeError or
+    AttributeError for a malformed header.
     """
     for name, entry in header.items():
         if name == "__metadata__":

@@ -34,7 +34,7 @@ class TimedStreamer(TextStreamer):
         self._start = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt first, and then token after token, from ``generate()``."""
+        """Take token ids from ``generate()``: the prompt [1, tokens] first, and then token after token, [1] each."""
         if not (self.skip_prompt and self.next_tokens_are_prompt):
             self._moments.append(time.perf_counter())
         super().put(value)

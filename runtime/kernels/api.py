@@ -51,13 +51,13 @@ class Kernels:
         16-bit weights in the type of x are multiplied where they lie; all others are decoded first.
 
         Args:
-            x: [T, K].
+            x: [tokens, columns].
             record: uint8 [record bytes].
             name: of the projection.
-            bias: [N]. Not for experts: their modules add biases afterwards.
+            bias: [rows]. Not for experts: their modules add biases afterwards.
 
         Returns:
-            [T, N] in the type of x.
+            [tokens, rows] in the type of x.
         """
         p = projection_of(layout, name)
         stored = sections(record, layout).get(name)
@@ -69,7 +69,7 @@ class Kernels:
         return F.linear(x, stored, bias)
 
     def with_room(self, work: Callable[[], Tensor]) -> Tensor:
-        """Return ``work()``. If the device runs out of memory, try once more with less memory for its tier.
+        """Return ``work()``, [tokens, ...]. If the device runs out of memory, try once more with less for its tier.
 
         Raises BudgetError if that does not help.
         """

@@ -65,13 +65,13 @@ def decode_attention(
     A sequence's result depends only on that sequence and its padding.
 
     Args:
-        query: [B, heads, T, D].
-        key: [B, key heads, L, D].
-        value: [B, key heads, L, V].
-        attention_mask: [B, 1, T, L], bool (True: attend) or numbers to be added.
+        query: [batch, heads, tokens, width].
+        key: [batch, key heads, length, width].
+        value: [batch, key heads, length, values].
+        attention_mask: [batch, 1, tokens, length], bool (True: attend) or numbers to be added.
 
     Returns:
-        [B, T, heads, V], and None in place of the weights.
+        [batch, tokens, heads, values], and None in place of the weights.
     """
     is_plain = dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None
     if not is_plain or torch.is_grad_enabled() or not _fits(query, key, value, attention_mask):
@@ -122,7 +122,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
 
 
 def _added(mask: Tensor, batch: int) -> Tensor:
-    """Convert a mask to fp32 [batch, L rounded up to LANES], to be added to scores."""
+    """Convert a mask to fp32 [batch, length rounded up to LANES], to be added to scores."""
     found = mask[:, 0, 0]
     if mask.dtype == torch.bool:
         found = torch.zeros(found.shape).masked_fill_(~found, torch.finfo(torch.float32).min)

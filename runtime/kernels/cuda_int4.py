@@ -28,16 +28,16 @@ class Int4(Protocol):
     """An int4 matrix product of torch, on one kind of device."""
 
     def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
-        """Arrange codes uint8 [N * K / 2] in kernel order, N a multiple of 64, in the order of the product.
+        """Arrange codes uint8 [rows * columns / 2] in kernel order, rows a multiple of 64, in the order of the product.
 
         Returns as many bytes; those of the first rows come first.
         """
         ...
 
     def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
-        """Multiply x bf16 [T, K] -> bf16 [T, N].
+        """Multiply x bf16 [tokens, columns] -> bf16 [tokens, rows].
 
-        ``arranged`` are codes uint8 [N * K / 2], ``pairs`` bf16 [K / group, N, 2].
+        ``arranged`` are codes uint8 [rows * columns / 2], ``pairs`` bf16 [columns / group, rows, 2].
         """
         ...
 
@@ -78,7 +78,7 @@ class _Int4Plan:
         self.pairs = layout.section(f"{name}.pairs") if self.fused and p.pairs == "bfloat16" else None
 
     def pairs_of(self, record: Tensor) -> Tensor:
-        """bf16 [K / g, N, 2]."""
+        """bf16 [columns / group, rows, 2]."""
         p, s = self.projection, self.pairs
         if s is None:
             return load_pairs(p, sections(record, self.layout, of=p.name), 0, p.padded_rows)
@@ -101,7 +101,7 @@ class FusedKernels(Kernels):
         self._of_steps = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=self.device)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """As ``Kernels.project``, but not bit for bit; ``record`` has been arranged."""
+        """As ``Kernels.project``, [tokens, columns] -> [tokens, rows], but not bit for bit; ``record`` is arranged."""
         plan = self._plans.get((id(layout), name))
         if plan is None:
             plan = self._plans[id(layout), name] = _Int4Plan(layout, name)
@@ -131,7 +131,7 @@ class FusedKernels(Kernels):
                     codes[tile] = self._int4.arrange(codes[tile].view(-1), p.columns).view(-1, p.columns // 2)
 
     def _expanded(self, views: dict[str, Tensor], p: Projection) -> Tensor:
-        """Expand and arrange codes of 3 or 2 bits -> uint8 [N * K / 2]."""
+        """Expand and arrange codes of 3 or 2 bits -> uint8 [rows * columns / 2]."""
         codes = self._scratch((p.padded_rows, p.columns // 2), torch.uint8)
         for tile in _tiles(p):
             nibbles = expand(views, p, tile.start, tile.stop)

@@ -49,7 +49,10 @@ class PackedKernels(Kernels):
         return all(p.bits != 16 for p in layout.projections)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """As ``Kernels.project``, but not bit for bit; a row of the result depends on that row of x alone."""
+        """As ``Kernels.project``, [tokens, columns] -> [tokens, rows], but not bit for bit.
+
+        A row of the result depends on that row of x alone.
+        """
         if projection_of(layout, name).bits == 16:
             return super().project(x, record, layout, name, bias)
         y = self.multiply(x, (record,), (len(x),), layout, name)

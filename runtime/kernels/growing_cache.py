@@ -17,14 +17,17 @@ TOKENS = 256  # memory is allocated for a multiple of this many tokens
 
 
 class GrowingBuffer:
-    """Memory for keys or values [B, heads, capacity, D], of which the first ``used`` tokens are filled.
+    """Memory for keys or values [batch, heads, capacity, width], of which the first ``used`` tokens are filled.
 
     Filled memory is never written again. A cache that continues from fewer tokens, or that is the second to continue
     from the same ones, gets a buffer of its own.
     """
 
     def __init__(self, seen: Tensor, more: Tensor) -> None:
-        """Copy ``seen`` [B, heads, L, D], or nothing [0], and append ``more`` [B, heads, T, D]."""
+        """Copy ``seen`` and append ``more``.
+
+        ``seen`` is [batch, heads, length, width], or nothing [0]; ``more`` is [batch, heads, tokens, width].
+        """
         before = seen.shape[-2] if seen.numel() else 0
         self.used = before + more.shape[-2]
         capacity = -(-self.used // TOKENS) * TOKENS
@@ -35,11 +38,11 @@ class GrowingBuffer:
 
     @property
     def view(self) -> Tensor:
-        """The filled part [B, heads, used, D]."""
+        """The filled part [batch, heads, used, width]."""
         return self._memory[..., : self.used, :]
 
     def takes(self, seen: Tensor, more: Tensor) -> bool:
-        """Whether ``seen`` is the whole filled part, and ``more`` can be appended."""
+        """Whether ``seen`` is the whole filled part, and ``more`` [batch, heads, tokens, width] can be appended."""
         memory = self._memory
         return (
             seen.data_ptr() == memory.data_ptr()
@@ -53,7 +56,7 @@ class GrowingBuffer:
         )
 
     def append(self, more: Tensor) -> None:
-        """Append ``more`` [B, heads, T, D], which ``takes`` has accepted."""
+        """Append ``more`` [batch, heads, tokens, width], which ``takes`` has accepted."""
         before, self.used = self.used, self.used + more.shape[-2]
         self._memory[..., before : self.used, :] = more
 
@@ -64,7 +67,10 @@ class GrowingLayer(DynamicLayer):
     _buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens [B, heads, T, D]; return those of all tokens, [B, heads, L + T, D]."""
+        """Append keys and values of new tokens [batch, heads, tokens, width]; return those of all tokens.
+
+        These are [batch, heads, length + tokens, width].
+        """
         if torch.is_grad_enabled():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:

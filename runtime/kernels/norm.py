@@ -47,7 +47,7 @@ class QuickNorm:
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., K] in its type."""
+        """Normalise x [tokens, columns] in its type; it may have other leading dimensions."""
         y = None
         if not torch.is_grad_enabled():
             y = rms_norm(x, self.weight, getattr(self, self.quick_eps), self.quick_scale)
@@ -62,7 +62,10 @@ def use_quick_norms(model: nn.Module) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | None:
-    """Normalise x [..., K] with weight [K], both of fp32 or both of bf16 -> [..., K]; None for other inputs."""
+    """Normalise x [tokens, columns] with weight [columns], both fp32 or both bf16; return None for other inputs.
+
+    x may have other leading dimensions; the result has its shape.
+    """
     columns = x.shape[-1]
     if (
         x.dtype != weight.dtype

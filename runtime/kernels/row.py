@@ -57,9 +57,10 @@ def use_row_weights(model: nn.Module) -> None:
 
 
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Multiply one row x [..., K] with weight [N, K] and add bias [N] -> [..., N], all bf16; None for other inputs.
+    """Multiply one row x [1, columns] with weight [rows, columns] and add bias [rows] -> [1, rows], all bf16.
 
-    Sums are fp32; the bias is added after they were rounded.
+    x may have other leading dimensions. Returns None for other inputs. Sums are fp32; the bias is added after they were
+    rounded.
     """
     if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or jit.refusal():
         return None
@@ -90,7 +91,9 @@ class Scores:
         return weight.dtype == torch.float32 and _lies_in_rows(weight) and not jit.refusal()
 
     def of(self, x: Tensor) -> list[float] | None:
-        """Return ``weight @ x`` for one row x [..., K] of bf16 or fp32; None for other inputs.
+        """Return ``weight @ x`` for one row x [1, columns] of bf16 or fp32; None for other inputs.
+
+        x may have other leading dimensions.
 
         Threads that call this at once may get one another's numbers.
         """

@@ -39,6 +39,8 @@ class TieredBlock:
 def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
     """Lease a block's experts; yield together the leases that are valid together.
 
+    Records are uint8 [record bytes].
+
     ``demanded`` is called at once where all experts are there. Otherwise it is called once those that are there have
     been computed: while the others are read it delays nothing.
     """
@@ -67,8 +69,9 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
 def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Return expert -> (tokens, positions in their top-k), in ascending order of experts.
 
-    Rows are in the order of eager's, by position and then by token. An index of ``experts`` or more means "computed
-    elsewhere" (expert parallelism). Waits for the device once.
+    ``top_k_index`` is [tokens, top_k]; both results are [rows of the expert]. Rows are in the order of eager's, by
+    position and then by token. An index of ``experts`` or more means "computed elsewhere" (expert parallelism). Waits
+    for the device once.
     """
     tokens = len(top_k_index)
     index = top_k_index.T.reshape(-1).clamp(max=experts)  # by position, then by token
@@ -84,7 +87,10 @@ def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor
 
 
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Return the types in which the architecture's eager forward multiplies and adds up; no flag tells them."""
+    """Return the types in which the architecture's eager forward multiplies and adds up; no flag tells them.
+
+    Of ``hidden_states`` [tokens, hidden] and ``top_k_weights`` [tokens, top_k] only the types are used.
+    """
     match type(module).__name__:
         case "OpenAIPrivacyFilterExperts":
             return torch.float32, torch.float32

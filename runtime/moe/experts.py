@@ -40,16 +40,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """Compute the forward pass of the Experts module ``self``.
 
     Experts are computed in the order in which they arrive. Their outputs are kept until all can be added up in a fixed
-    order, so that the result depends on no tier. They are T * k * H numbers at most, for which budgets leave room up
-    to 4096 tokens (``output_bytes``); a longer prefill takes more.
+    order, so that the result depends on no tier. They are tokens * top_k * hidden numbers at most, for which budgets
+    leave room up to 4096 tokens (``output_bytes``); a longer prefill takes more.
 
     Args:
-        hidden_states: [T, H].
-        top_k_index: [T, k].
-        top_k_weights: [T, k].
+        hidden_states: [tokens, hidden].
+        top_k_index: [tokens, top_k].
+        top_k_weights: [tokens, top_k].
 
     Returns:
-        [T, H]. If a gradient through it is asked for, the backward pass raises ConfigError.
+        [tokens, hidden]. If a gradient through it is asked for, the backward pass raises ConfigError.
     """
     here: TieredBlock = self.tiered
     if hidden_states.device != here.device:
@@ -94,7 +94,7 @@ def _eager_forward(
 
 
 def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor:
-    """x [rows, H] -> [rows, H] through one expert."""
+    """x [rows, hidden] -> [rows, hidden] through one expert."""
 
     def project(x: Tensor, name: str) -> Tensor:
         y = here.kernels.project(x, record, here.layout, name)
@@ -108,6 +108,8 @@ def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor
 
 def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
     """Return ``out``, which was computed from ``inputs`` without a gradient; its backward pass raises ConfigError.
+
+    All may have any shape, such as [tokens, hidden].
 
     Otherwise the gradient would silently be None. The trunk's parameters go on requiring gradients: torch multiplies in
     another order where they don't, and the model would no longer be bit for bit the ordinary one.

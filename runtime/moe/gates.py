@@ -44,7 +44,7 @@ WITHOUT_NORM = {
     "DiffusionGemmaEncoderTextLayer": "pre_feedforward_layernorm",
     "DiffusionGemmaDecoderTextLayer": "pre_feedforward_layernorm",
 }
-SEQUENCES = {"AfmoeTokenChoiceRouter"}  # gates that take [B, S, H] alone; all others take [T, H]
+SEQUENCES = {"AfmoeTokenChoiceRouter"}  # gates that take [batch, length, hidden]; all others take [tokens, hidden]
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": lambda logits: logits.sigmoid(),
@@ -58,8 +58,9 @@ SAME = 0.02  # relative: bf16 weights of a gate against those made of its logits
 class Routing(NamedTuple):
     """Experts that tokens are sent to. Probabilities rank them; they do not estimate whether a prediction is right."""
 
-    experts: Tensor  # [T, k], int64, in the gate's order
-    probabilities: Tensor  # [T, k], fp32, by the gate's own function of its logits, before any normalisation over k
+    experts: Tensor  # [tokens, top_k], int64, in the gate's order
+    # [tokens, top_k], fp32, by the gate's own function of its logits, before any normalisation over the chosen
+    probabilities: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ class Gate:
 
     @torch.no_grad()
     def predict(self, hidden: Tensor) -> Routing:
-        """Predict the routing of the residual stream [..., H], or of several streams [..., S, H].
+        """Predict the routing of the residual stream [..., hidden], or of several streams [..., streams, hidden].
+
+        The routing is [tokens, top_k].
 
         From the stream at the block's own entry this is the block's routing; from an earlier place it is less accurate.
         """
@@ -92,21 +95,22 @@ class Gate:
         return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
 
     def ask(self, hidden: Tensor) -> Any:
-        """Return the gate's output for the residual stream."""
+        """Return the gate's output for the residual stream [..., hidden]: logits [tokens, experts] and more."""
         assert self.refusal is None, self.refusal
         states = hidden if self.mixer is None else self.mixer.forward(hidden)[self.mixed]
         states = states if self.norm is None else self.norm.forward(states)
         return self.call(states.to(self.dtype))
 
     def probabilities(self, output: Any) -> Tensor:
-        """Probabilities of all experts, [T, E] in fp32.
+        """Probabilities of all experts, [tokens, experts] in fp32.
 
-        ``output`` is the gate's: logits [T, E], weights [T, k], experts [T, k], and whatever else.
+        ``output`` is the gate's: logits [tokens, experts], weights [tokens, top_k], experts [tokens, top_k], and
+        whatever else.
         """
         return SCORES[self.scores](output[0].float())
 
     def call(self, states: Tensor) -> Any:
-        """Return the gate's output for normalised states [..., H]."""
+        """Return the gate's output for normalised states, which it takes as [tokens, hidden] or [1, tokens, hidden]."""
         assert self.gate is not None
         flat = states.reshape(-1, states.shape[-1])
         shaped = flat.unsqueeze(0) if type(self.gate).__name__ in SEQUENCES else flat
@@ -154,8 +158,9 @@ class Gates:
         Args:
             layer: called with (block, hidden) where the block's decoder layer begins; ``predict`` takes ``hidden``.
             entry: called with the same where the MoE part of the layer begins.
-            gate: called with (block, probabilities of all experts [T, E]) after the block's gate.
-            experts: called with (block, experts [T, k], weights [T, k]) before the Experts module computes.
+            gate: called with (block, probabilities of all experts [tokens, experts]) after the block's gate.
+            experts: called with (block, experts [tokens, top_k], weights [tokens, top_k]) before the Experts module
+                computes.
             blocks: the blocks to observe; all by default.
 
         For each block the calls come in this order. A block with a refusal has no gate, and may have no entry and no

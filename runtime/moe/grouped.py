@@ -25,13 +25,13 @@ ROWS = 256  # at most, that go through experts together: it bounds the memory of
 def grouped_forward(
     self: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Compute as ``experts_forward`` says."""
+    """Compute as ``experts_forward`` says, [tokens, hidden] -> [tokens, hidden]."""
     forward = _one_token if len(hidden_states) == 1 else _tokens
     return forward(self, here, hidden_states, top_k_index, top_k_weights)
 
 
 def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute a single token, x [1, H].
+    """Compute a single token, x [1, hidden].
 
     Whenever some experts arrive, torch computes all k of them, each at its place in the top-k. So the shapes stay the
     same, and with them the bits.
@@ -74,7 +74,7 @@ def _put(into: Tensor | None, at: list[int], rows: Tensor, everywhere: list[int]
 
 
 def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute several tokens, x [T, H]. Each expert is read once, and applied to all its tokens."""
+    """Compute several tokens, x [tokens, hidden]. Each expert is read once, and applied to all its tokens."""
     compute, accumulate = arithmetic(module, x, top_k_weights)
     tokens, k = top_k_index.shape
     rows = rows_of_experts(top_k_index, module.num_experts)

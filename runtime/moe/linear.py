@@ -52,9 +52,9 @@ class QuantizedLinear(nn.Module):
             kernels.arrange(self.record, self.layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [..., in_features] -> [..., out_features] in its type.
+        """Multiply x [tokens, in_features] -> [tokens, out_features] in its type.
 
-        Raises ConfigError if the module was moved to another device.
+        x may have other leading dimensions. Raises ConfigError if the module was moved to another device.
         """
         if not x.device == self.record.device == self.kernels.device:
             raise moved_error(self.record.device, self.kernels.device)

@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
 class Ranking(NamedTuple):
     """Experts of one block in the order of their scores, perhaps still being computed on a device."""
 
-    experts: Tensor  # [T, n], int64, best first: those that the gate chooses, and as many runners-up, or all
+    experts: Tensor  # [tokens, n], int64, best first: those that the gate chooses, and as many runners-up, or all
     top_k: int
 
     def on_cpu(self) -> Ranking:
@@ -66,20 +66,25 @@ class Shortcuts:
         }
 
     def rank(self, block: int, distance: int, hidden: Tensor) -> Ranking:
-        """Rank the block's experts for the residual stream ``hidden`` [..., H] of ``distance`` layers before it."""
+        """Rank the block's experts for the residual stream ``hidden`` of ``distance`` layers before it.
+
+        It is [batch, tokens, hidden], or has other leading dimensions.
+        """
         shortcut = self._of[distance][block]
         return shortcut.rank(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
 
     def predict(self, block: int, distance: int, hidden: Tensor) -> Prediction:
-        """Return ``rank(...).prediction()``, on a CPU; faster for a single token."""
+        """Return ``rank(...).prediction()``, on a CPU; faster for a single token, such as [1, 1, hidden]."""
         shortcut = self._of[distance][block]
         if shortcut is not None and hidden.numel() == hidden.shape[-1]:
             return shortcut.predict(hidden)
         return self.rank(block, distance, hidden).prediction()
 
     def learn(self, block: int, distance: int, hidden: Tensor, *, missed: set[int], in_vain: set[int]) -> None:
-        """Learn from the prediction for the single token of ``hidden`` [..., H]: experts that it ``missed``, and those
-        that it predicted ``in_vain``."""
+        """Learn from the prediction for a single token: experts that it ``missed``, and those it predicted ``in_vain``.
+
+        ``hidden`` is [1, 1, hidden], or has other leading dimensions.
+        """
         if (shortcut := self._of[distance][block]) is not None and (missed or in_vain):
             shortcut.learn(hidden, missed, in_vain)
 
@@ -88,7 +93,7 @@ class Shortcut:
     """A gate as one projection: a copy of its weights in fp32, multiplied by the norm's."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, top_k: int) -> None:
-        """``weight`` [E, H] and ``bias`` [E] are fp32."""
+        """``weight`` [experts, hidden] and ``bias`` [experts] are fp32."""
         self._weight = weight
         self._rows = weight.unbind(0)
         self._scores = Scores(weight) if Scores.fits(weight) else None
@@ -101,7 +106,7 @@ class Shortcut:
 
     @torch.no_grad()
     def rank(self, hidden: Tensor) -> Ranking:
-        """Rank the experts for ``hidden`` [..., H]."""
+        """Rank the experts for ``hidden`` [batch, tokens, hidden], or with other leading dimensions."""
         states = hidden.reshape(-1, hidden.shape[-1]).float()
         if self._bias is not None:
             states = states / (torch.linalg.vector_norm(states, dim=-1, keepdim=True) / self._root)
@@ -109,7 +114,7 @@ class Shortcut:
         return Ranking(scores.topk(self._ranked, -1).indices, self._top_k)
 
     def predict(self, hidden: Tensor) -> Prediction:
-        """Return ``rank(hidden).prediction()`` for a single token on a CPU, in one operation."""
+        """Return ``rank(hidden).prediction()`` for a single token, such as [1, 1, hidden], on a CPU, in one step."""
         scores = None if self._scores is None else self._scores.of(hidden)
         if scores is None:
             return self.rank(hidden).prediction()
@@ -121,7 +126,7 @@ class Shortcut:
 
     @torch.no_grad()
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
-        """Learn from a single token, if its state is finite. Waits for no device."""
+        """Learn from a single token, such as [1, 1, hidden], if its state is finite. Waits for no device."""
         state = hidden.reshape(-1).float()
         length, step = torch.linalg.vector_norm(state).clamp_min(TINY), self._step
         if not state.is_cpu:
@@ -138,7 +143,7 @@ class Shortcut:
 
 @torch.no_grad()
 def ask(gate: Gate, hidden: Tensor) -> Ranking:
-    """Rank the experts by calling the gate itself."""
+    """Rank the experts by calling the gate itself with ``hidden`` [batch, tokens, hidden], or as it takes it."""
     output = gate.ask(hidden)
     probabilities, experts = gate.probabilities(output), output[2]
     top_k = experts.shape[-1]

@@ -46,7 +46,7 @@ class DeviceSlots:
         self.use(memory)
 
     def use(self, memory: Mapping[str, torch.Tensor]) -> None:
-        """Make slots, all EMPTY, of ``memory`` by array, as ``allocate`` gives it."""
+        """Make slots, all EMPTY, of ``memory`` by array, uint8 [slots * slot_bytes] each, as ``allocate`` gives it."""
         first = 0
         for array, slots in memory.items():
             self.pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
@@ -109,7 +109,7 @@ class DeviceSlots:
 def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Allocate memory for ``slots`` by array, or for fewer, with one warning, where the device has no room for them.
 
-    Raises BudgetError when it has no room for one token's experts.
+    Returns uint8 [slots * slot_bytes] by array. Raises BudgetError when it has no room for one token's experts.
     """
     sizes = {array: layout.slot_bytes for array, layout in manifest.layouts.items()}
     counts = dict(slots)

@@ -52,7 +52,10 @@ class Device(Protocol):
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy from the host on the copy stream. Both tensors must stay as they are until it is done."""
+        """Queue a copy from the host on the copy stream.
+
+        Both are uint8 [record bytes], and must stay as they are until the copy is done.
+        """
         ...
 
     def arranging_stream(self) -> Stream:
@@ -66,12 +69,12 @@ class Device(Protocol):
     def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
         """Page-lock host memory, so that copies out of it are quick and asynchronous; return whether that succeeded.
 
-        ``read_only``: whether the memory is mapped read-only.
+        ``memory`` is uint8 [nbytes]; ``read_only``: whether it is mapped read-only.
         """
         ...
 
     def unlock_pages(self, memory: torch.Tensor) -> None:
-        """Undo ``lock_pages``."""
+        """Undo ``lock_pages`` of ``memory``, uint8 [nbytes]."""
         ...
 
 

@@ -95,7 +95,9 @@ class DeviceTier:
         self._closed = False
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """See ``ExpertSource``. A record is computed on in the stream that is current when its lease is taken.
+        """See ``ExpertSource``. Records are uint8 [record bytes] on the device.
+
+        A record is computed on in the stream that is current when its lease is taken.
 
         Raises MissingExpertError for a key that the model does not have.
         """

@@ -78,7 +78,7 @@ def layout_for(
         bits: bits per weight.
         group: weights that share a pair; None for the default of the width.
         pairs: type of the pairs; None for the default of the width.
-        transposed: whether the module holds projections as [K, N].
+        transposed: whether the module holds projections as [columns, rows].
 
     Raises:
         ConfigError: the settings are not supported.
@@ -129,7 +129,7 @@ def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[i
 def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:
     """Return typed views of the sections of ``record``, or of those ``of`` one quantised projection, without a copy.
 
-    ``record`` is uint8, at least payload_bytes long and aligned to 64 bytes.
+    ``record`` is uint8 [n], with n at least payload_bytes, and aligned to 64 bytes. Views have their sections' shapes.
     """
     wanted = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
     return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
@@ -142,7 +142,8 @@ def encode(
     """Encode one expert. The bytes depend on the weights and the layout alone, not on the number of threads.
 
     Args:
-        tensors: the expert's slices, by name, as the module holds them.
+        tensors: the expert's slices, by name, as the module holds them: [rows, columns], or [columns, rows] if
+            transposed; a bias is [size].
         layout: the layout of the record.
         out: record_bytes long; the record is written to it.
         fast: plain rounding in place of HQQ.
@@ -192,7 +193,7 @@ def _square(values: Tensor) -> float:
 
 
 def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
-    """Quantise ``weights`` [N, K] into the sections of one projection, a band at a time."""
+    """Quantise ``weights`` [rows, columns] into the sections of one projection, a band at a time."""
     bands = Bands(weights, p)
     # 8-bit pairs are quantised in runs that cross bands, so each pass covers all bands before the next one begins.
     batches = [[band] for band in bands] if p.pairs == "bfloat16" else [list(bands)]
@@ -261,7 +262,8 @@ def _store(
 def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
     """Expand the codes of rows ``start`` to ``stop`` (multiples of 64) to the 4-bit codes q of torch's int4 kernel.
 
-    Returns uint8 [(stop - start) * K / 2] in kernel order, from a projection of at most 4 bits. At 4 bits it is a view.
+    ``views`` has the sections of a projection of at most 4 bits: codes [rows, columns / 2] at 4 bits, folded [n] at
+    fewer. Returns uint8 [(stop - start) * columns / 2] in kernel order; at 4 bits it is a view.
     """
     first, last = start * p.columns // 2, stop * p.columns // 2
     codes = views[f"{p.name}.codes"].view(-1)
@@ -276,8 +278,8 @@ def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) ->
 def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tensor:
     """Dequantise the projection ``name`` of ``record`` into ``out``, and return ``out``.
 
-    ``out`` is as the module holds it: [N, K], or [K, N] if transposed. Weights are computed in fp32, tile by tile, and
-    rounded to the type of ``out``.
+    ``record`` is uint8 [record bytes]. ``out`` is as the module holds it: [rows, columns], or [columns, rows] if
+    transposed. Weights are computed in fp32, tile by tile, and rounded to the type of ``out``.
     """
     p = next(p for p in layout.projections if p.name == name)
     assert out.shape == p.shape, f"{name} is {p.shape}, not {tuple(out.shape)}"
@@ -293,13 +295,14 @@ def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tens
 
 
 def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:
-    """Dequantise rows ``start`` to ``stop``, padding rows included: fp32 [stop - start, K]."""
+    """Dequantise rows ``start`` to ``stop``, padding rows included: fp32 [stop - start, columns]."""
     if p.bits == 8:
         high, low = (views[f"{p.name}.{plane}"][start:stop].view(-1) for plane in ("high", "low"))
         codes = (from_kernel_order(high, p.columns) << 4) | from_kernel_order(low, p.columns)
         centre = 128
     else:
         codes, centre = from_kernel_order(expand(views, p, start, stop), p.columns), 8
-    step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)  # [rows, K / g, 1]
+    # [rows, columns / group, 1] each
+    step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)
     w = codes.view(stop - start, -1, p.group).float()
     return w.sub_(centre).mul_(step).add_(offset).view(stop - start, -1)

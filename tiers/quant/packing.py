@@ -1,7 +1,8 @@
 """Packing: the byte order of codes in a record, the storage of pairs, and the bands in which both are computed.
 
-*Kernel order* is the order of torch's AVX-512 int4 kernel, for codes of 4 bits [N, K] with N a multiple of 64. Each
-block of 64 rows has 32 bytes per column: byte i holds row i in its low nibble and row i + 32 in its high one.
+*Kernel order* is the order of torch's AVX-512 int4 kernel, for codes of 4 bits [rows, columns], rows being a
+multiple of 64. Each block of 64 rows has 32 bytes per column: byte i holds row i in its low nibble and row i + 32 in
+its high one.
 ``torch.ops.aten._convert_weight_to_int4pack_for_cpu`` makes it on a CPU with AVX-512.
 
 *Folded* codes keep 4 / parts bits of each nibble, parts = 2 or 4. The bytes in kernel order are cut into that many
@@ -13,8 +14,8 @@ PAIR_BLOCK, and s and b of a run are stored as code * scale + minimum, with scal
 rounded to bf16, so kernels see bf16 pairs in either case.
 
 A *band* is a few blocks of ROW_TILE rows of a projection, small enough for the processor's caches, transposed so that
-rows lie innermost: [blocks, K, ROW_TILE]. That is the order of codes in a record. Seen as [n, g, ROW_TILE] with
-n = blocks * K / g, it is the order in which ``hqq`` works.
+rows lie innermost: [blocks, columns, ROW_TILE]. That is the order of codes in a record. Seen as [n, g, ROW_TILE] with
+n = blocks * columns / g, it is the order in which ``hqq`` works.
 """
 
 from __future__ import annotations
@@ -33,23 +34,26 @@ MASKS = {1: 0xFF, 2: 0x33, 4: 0x11}  # by number of parts: the low 4 / parts bit
 
 
 def to_kernel_order(codes: Tensor, out: Tensor) -> None:
-    """Pack ``codes`` (uint8 [N / 64, K, 64], values 0 to 15) into ``out`` (uint8 [N * K / 2]) in kernel order."""
+    """Pack ``codes`` in kernel order into ``out``, uint8 [rows * columns / 2].
+
+    ``codes`` are uint8 [rows / 64, columns, 64], with values 0 to 15.
+    """
     blocks, columns, _ = codes.shape
     torch.add(codes[..., :HALF], codes[..., HALF:], alpha=16, out=out.view(blocks, columns, HALF))
 
 
 def from_kernel_order(nibbles: Tensor, columns: int) -> Tensor:
-    """Unpack codes in kernel order, uint8 [N * K / 2], to uint8 [N, K]."""
-    packed = nibbles.view(-1, columns, HALF).transpose(1, 2)  # [N / 64, 32, K]
+    """Unpack codes in kernel order, uint8 [rows * columns / 2], to uint8 [rows, columns]."""
+    packed = nibbles.view(-1, columns, HALF).transpose(1, 2)  # [rows / 64, 32, columns]
     return torch.stack((packed & 0xF, packed >> 4), 1).view(-1, columns)
 
 
 def pair_columns(nibbles: Tensor, columns: int) -> Tensor:
-    """Reorder codes in kernel order, uint8 [N * K / 2], row by row: uint8 [N, K / 2].
+    """Reorder codes in kernel order, uint8 [rows * columns / 2], row by row: uint8 [rows, columns / 2].
 
     A byte holds an even column in its high nibble and the next column in its low one.
     """
-    even, odd = nibbles.view(-1, columns // 2, 2, HALF).unbind(2)  # [N / 64, K / 2, 32] each
+    even, odd = nibbles.view(-1, columns // 2, 2, HALF).unbind(2)  # [rows / 64, columns / 2, 32] each
     upper, lower = (even << 4) | (odd & 0xF), (even & 0xF0) | (odd >> 4)  # of rows 0 to 31, and 32 to 63, of each block
     return torch.stack((upper, lower), 1).transpose(2, 3).reshape(-1, columns // 2)
 
@@ -78,18 +82,19 @@ def store_pairs(
     """Store s (``which`` 0) or b (``which`` 1) of the rows from ``start`` on in the pair sections.
 
     Args:
-        values: fp32 [K / g, rows], with padding rows, for which zeros are stored. 8-bit pairs take all rows at once.
+        values: fp32 [columns / group, rows], with padding rows, for which zeros are stored. 8-bit pairs
+            take all rows at once.
         which: 0 for s, 1 for b.
         projection: the projection.
         sections: its sections, which are written to.
         start: the first row.
 
     Returns:
-        The values as they will be read, fp32 [K / g, rows], with zeros for padding rows.
+        The values as they will be read, fp32 [columns / group, rows], with zeros for padding rows.
     """
     groups, rows = values.shape
     real = min(rows, projection.rows - start)  # rows without padding
-    component = sections[f"{projection.name}.pairs"][:, start : start + rows, which]  # [K / g, rows]
+    component = sections[f"{projection.name}.pairs"][:, start : start + rows, which]  # [columns / group, rows]
     if projection.pairs == "bfloat16":
         component[:, :real] = values[:, :real]
     else:
@@ -111,15 +116,18 @@ def store_pairs(
 
 
 def load_pairs(projection: Projection, sections: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
-    """Load the pairs of rows ``start`` to ``stop``, bf16 [K / g, stop - start, 2], as torch's int4 kernel has them."""
+    """Load the pairs of rows ``start`` to ``stop`` as torch's int4 kernel has them.
+
+    Returns bf16 [columns / group, stop - start, 2].
+    """
     pairs = sections[f"{projection.name}.pairs"]
     if projection.pairs == "bfloat16":
         return pairs[:, start:stop]
     scales = sections[f"{projection.name}.pair_scales"].float()  # [runs, 2, 2]
     groups, rows, _ = pairs.shape
     first = torch.arange(groups, device=pairs.device)[:, None] * rows
-    run = (first + torch.arange(start, stop, device=pairs.device)) // PAIR_BLOCK  # [K / g, rows]
-    scale, minimum = scales[run].unbind(3)  # [K / g, rows, 2] each
+    run = (first + torch.arange(start, stop, device=pairs.device)) // PAIR_BLOCK  # [columns / group, rows]
+    scale, minimum = scales[run].unbind(3)  # [columns / group, rows, 2] each
     return (pairs[:, start:stop].float().mul_(scale).add_(minimum)).bfloat16()
 
 
@@ -138,7 +146,7 @@ def _blocks_of(projection: Projection) -> int:
 
 
 class Bands:
-    """Cut ``weights`` [N, K], padded with rows of zeros to a multiple of ROW_TILE, into bands: ranges of blocks."""
+    """Cut ``weights`` [rows, columns], padded with rows of zeros to whole blocks, into bands: ranges of blocks."""
 
     def __init__(self, weights: Tensor, projection: Projection) -> None:
         self._weights = weights
@@ -172,9 +180,9 @@ class Bands:
         return self._buffers[1:, : len(band) * self._groups]
 
     def by_rows(self, values: Tensor) -> Tensor:
-        """Reorder one value per group from [n, 1, ROW_TILE] to [K / g, rows of the band]."""
+        """Reorder one value per group from [n, 1, ROW_TILE] to [columns / group, rows of the band]."""
         return values.view(-1, self._groups, ROW_TILE).transpose(0, 1).reshape(self._groups, -1)
 
     def by_blocks(self, values: Tensor) -> Tensor:
-        """Invert ``by_rows``."""
+        """Invert ``by_rows``: [columns / group, rows of the band] -> [n, 1, ROW_TILE]."""
         return values.reshape(self._groups, -1, ROW_TILE).transpose(0, 1).reshape(-1, 1, ROW_TILE)
