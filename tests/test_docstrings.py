@@ -1,0 +1,53 @@
+"""Every public name says what it does, and every public function on tensors their shapes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+MODULES = [path for folder in ("tiers", "runtime", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+SHAPE = re.compile(r"\[[a-z0-9][\w\s,.*+/x-]*\]")  # [tokens, hidden]
+
+
+def public(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, Definition]]:
+    """Yield the public functions, classes and methods of a module by name; not what functions define inside."""
+    for node in tree.body:
+        if isinstance(node, Definition) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{prefix}{node.name}.")
+
+
+def takes_tensors(node: Definition) -> bool:
+    """Whether a tensor is in the signature of a function."""
+    if isinstance(node, ast.ClassDef):
+        return False
+    annotations = [each.annotation for each in node.args.args + node.args.kwonlyargs] + [node.returns]
+    return any(re.search(r"\bTensor\b", ast.unparse(each)) for each in annotations if each is not None)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_names_are_documented(path: Path) -> None:
+    source = path.read_text()
+    tree = ast.parse(source)
+    assert ast.get_docstring(tree), "the module has no docstring"
+    missing = [name for name, node in public(tree) if not ast.get_docstring(node) and not is_setter(node)]
+    assert not missing, "no docstring"
+    lines = source.splitlines()
+    without_shapes = []
+    for name, node in public(tree):
+        comments = " ".join(re.findall(r"#(?! type:).*", "\n".join(lines[node.lineno - 1 : node.end_lineno])))
+        if takes_tensors(node) and not SHAPE.search(f"{ast.get_docstring(node)} {comments}"):
+            without_shapes.append(name)
+    assert not without_shapes, "tensors without shapes"
+
+
+def is_setter(node: Definition) -> bool:
+    """Whether the property's getter has the docstring."""
+    return any(ast.unparse(each).endswith(".setter") for each in node.decorator_list)
