@@ -178,7 +178,7 @@ def test_what_is_kept_is_in_the_cache_and_read_there(
     assert hub.asked == []
     assert tree(models / "acme--kept" / "2bit") == converted("acme/kept", small, tmp_path, bits=2)
     assert {path.name for path in snapshot.glob("*.safetensors")} == set(shards)
-    assert "The hub did not give a model of the id acme/never-seen: " in failed(refused)
+    assert "The hub could not be reached for a model of the id acme/never-seen: " in failed(refused)
 
 
 # ahead

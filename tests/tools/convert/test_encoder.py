@@ -25,29 +25,29 @@ from moetier.tools.lab.synthetic import GEOMETRIES
 
 
 def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last expert is held back before its first slice, for as long as it takes to forget the block too early."""
+    """Its last expert is held back before its first slice, for as long as it takes to release the block too early."""
     source = save_checkpoint(tmp_path / "src", "ernie4_5_vl_moe")
     convert(source, tmp_path / "one", workers=1, fast=True)
     made: Counter[tuple[str, int | None]] = Counter()
-    forgotten = threading.Event()
-    make, forget, encode = Recipe.make, BlockBlueprint.forget, records.encode
+    released = threading.Event()
+    make, release, encode = Recipe.make, BlockBlueprint.release, records.encode
 
     def count(recipe: Recipe, expert: int | None) -> Any:
         made[recipe.target, expert] += 1
         return make(recipe, expert)
 
     def tell(block: BlockBlueprint) -> None:
-        forget(block)
-        forgotten.set()
+        release(block)
+        released.set()
 
     def hold(tensors: Any, *arguments: Any, **options: Any) -> Any:
         if tensors._index == tensors._block.experts - 1:
-            forgotten.wait(0.5)
-        forgotten.clear()
+            released.wait(0.5)
+        released.clear()
         return encode(tensors, *arguments, **options)
 
     monkeypatch.setattr(Recipe, "make", count)
-    monkeypatch.setattr(BlockBlueprint, "forget", tell)
+    monkeypatch.setattr(BlockBlueprint, "release", tell)
     monkeypatch.setattr(records, "encode", hold)
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "two", Options(workers=2, fast=True))
     blocks = conversion.blueprint.blocks
