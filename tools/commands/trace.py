@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.runtime.config import OPTIONS
 from moetier.runtime.generation.decoding import behind, encode, warn_if_cut, within_context
 from moetier.runtime.number import MOST, Number
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
-    resources = resources_of(arguments, speculate="off")  # each forward pass is watched, none is to be quick
+    # each forward pass is watched, none is to be quick; --look-ahead is the recorder's
+    resources = resources_of(arguments, speculate="off", look_ahead=OPTIONS["look_ahead"].default)
     decoding = decoding_of(arguments)
     prompts = read_prompts(arguments.prompts)
     _check_target(arguments.output, force=arguments.force)
