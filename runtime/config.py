@@ -61,7 +61,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class DaemonChoice:
-    """Whose experts a process uses: its own (the default), or those of daemons."""
+    """The source of a process's experts: its own store (the default), or daemons."""
 
     find: bool = False  # a daemon of this machine that serves the store, if there is one
     addresses: tuple[Address, ...] = ()  # these daemons and no others

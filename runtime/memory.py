@@ -56,7 +56,7 @@ def available_memory(root: Path = Path("/")) -> Available:
 
 
 def memory_for_model(root: Path = Path("/")) -> Available:
-    """What is left for a model, once this process has all the libraries that compute with one (PROCESS_BYTES)."""
+    """Return the memory left for a model after the libraries that compute with it (PROCESS_BYTES) are loaded."""
     left = available_memory(root)
     missing = max(PROCESS_BYTES - _own_bytes("RssAnon"), 0)
     return Available(max(left.bytes - missing, 0), left.limiter)
@@ -79,7 +79,7 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """What this process has resident now."""
+    """Return the resident memory of this process, in bytes."""
     return _own_bytes("VmRSS")
 
 

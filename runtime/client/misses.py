@@ -123,7 +123,7 @@ class Fallback:
 
 @dataclass(frozen=True, slots=True)
 class MissContext:
-    """What all misses of one tier share."""
+    """State that all misses of one tier share."""
 
     link: Link
     fallback: Fallback

@@ -118,8 +118,10 @@ class _GemmPlan:
 
 
 def _offsets(layout: RecordLayout, name: str) -> tuple[int, ...]:
-    """Where in a record, in bytes, a projection's codes, second plane, pairs and their scales begin; 0 for what it does
-    not have."""
+    """Return the offsets in a record, in bytes, of a projection's codes, second plane, pairs and scales of pairs.
+
+    The offset of a section that the projection lacks is 0.
+    """
     places = {section.name: section.offset for section in layout.sections}
     kinds = (("codes", "high"), ("plane", "low"), ("pairs",), ("pair_scales",))
     return tuple(next((places[f"{name}.{kind}"] for kind in group if f"{name}.{kind}" in places), 0) for group in kinds)
