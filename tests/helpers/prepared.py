@@ -95,10 +95,15 @@ class Prepared:
 
 
 @contextlib.contextmanager
-def prepared(*modules: str, python: str | Path = sys.executable, **environment: str) -> Iterator[Prepared]:
-    """With modules, none of which begins a thread; ``environment`` is what they read when they are imported.
-    ``python``: the interpreter, where it is not that of the tests."""
-    process = Prepared((*COMMANDS, *modules), environment, python)
+def prepared(
+    *modules: str, commands: Iterable[str] = COMMANDS, python: str | Path = sys.executable, **environment: str
+) -> Iterator[Prepared]:
+    """Start a process that has imported ``commands`` and ``modules``, none of which begins a thread.
+
+    ``environment`` is what they read when they are imported; ``python`` the interpreter, where it is not that of the
+    tests.
+    """
+    process = Prepared((*commands, *modules), environment, python)
     try:
         yield process
     finally:
