@@ -5,10 +5,12 @@
 Feeds fixed token ids, one at a time, to one model for each way: ``off``; ``off again``, which shows the noise;
 ``auto``; ``always``; ``asking``, which asks and judges, and wishes for nothing; ``perfect``, whose guesses are the
 routing, recorded beforehand; and ``adversary``: ``auto``, all of whose guesses are wrong, once the first have been
-right. A round is a new sequence, which all of them decode in turns
-of a few steps, in an order that rotates. Prints the median time of a step, and the ratio of ``off`` to each way with
-the 95 % interval of its mean over the rounds. ``--disk`` makes reads wait as a disk of so many GB/s would: bytes come
-one after the other.
+right. Three more leave out one part of ``auto``, or of ``always``: ``no staging`` has no staging buffers, ``no
+learning`` leaves shortcuts as they are, and ``means`` has a controller that compares means and knows no misses.
+
+A round is a new sequence, which all ways decode in turns of a few steps, in an order that rotates. Prints the median
+time of a step, and the ratio of the first way to each with the 95 % interval of its mean over the rounds. ``--disk``
+makes reads wait as a disk of so many GB/s would: bytes come one after the other.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -33,8 +36,12 @@ import moetier
 from moetier.runtime.config import OPTIONS, Size, format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe.gates import Gates
+from moetier.runtime.speculation import controller
+from moetier.runtime.speculation.controller import Controller
 from moetier.runtime.speculation.predictor import Prediction
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.host import tier as host_tier
+from moetier.tiers.host.staging import StagingBuffers
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.shard import OpenShard
@@ -47,7 +54,11 @@ WAYS = {
     "asking": "always",
     "perfect": "always",
     "adversary": "auto",
+    "no staging": "auto",
+    "no learning": "auto",
+    "means": "auto",
 }
+PARTS = ("no staging", "no learning", "means")  # of which each leaves out one
 TURN = 8  # steps
 TRUSTED = 16  # steps for which the adversary is right
 
@@ -61,24 +72,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of a round (default: %(default)s)")
     parser.add_argument("--policy", choices=list(ORDERS), default=DEFAULT_ORDER, help="(default: %(default)s)")
     parser.add_argument("--look-ahead", type=int, default=OPTIONS["look_ahead"].default)
-    parser.add_argument("--ways", default=",".join(WAYS), help="(default: %(default)s)")
+    ways = [name for name in WAYS if name not in PARTS]
+    parser.add_argument("--ways", default=",".join(ways), help=f"and {', '.join(PARTS)} (default: %(default)s)")
+    parser.add_argument("--parts-of", choices=["auto", "always"], default="auto", help="(default: %(default)s)")
     parser.add_argument("--text", type=Path, help="whose tokens are fed; random ones without it")
     arguments = parser.parse_args()
     manifest = read_manifest(store_folder(arguments.directory))
     ram = Size.parse(arguments.ram).of(manifest.stored_bytes)
     if arguments.disk:
         slow_down(arguments.disk * 1e9)
-    ways = {name: WAYS[name] for name in arguments.ways.split(",")}
+    modes = WAYS | dict.fromkeys(PARTS, arguments.parts_of)
+    ways = {name: modes[name] for name in arguments.ways.split(",")}
     models = {}
     for name, mode in ways.items():
-        models[name], tokenizer = moetier.load(
-            arguments.directory,
-            ram=ram,
-            daemon=None,
-            speculate=mode,
-            look_ahead=arguments.look_ahead,
-            policy=arguments.policy,
-        )
+        with patch.object(
+            host_tier, "StagingBuffers", (lambda largest: None) if name == "no staging" else StagingBuffers
+        ):
+            models[name], tokenizer = moetier.load(
+                arguments.directory,
+                ram=ram,
+                daemon=None,
+                speculate=mode,
+                look_ahead=arguments.look_ahead,
+                policy=arguments.policy,
+            )
+        leave_out(name, models[name].tiers.speculation)
     ids = tokens_of(arguments, next(iter(models.values())), tokenizer)
     print(
         f"machine  {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; {manifest.model}, "
@@ -100,19 +118,43 @@ def main() -> None:
             for name in ways:
                 times[name].append(seconds[name] / arguments.tokens)
     for name in ways:
-        report(name, times, models[name], before[name], len(ids) - 1)
+        report(next(iter(ways)), name, times, models[name], before[name], len(ids) - 1)
 
 
-def report(name: str, times: dict[str, list[float]], model: Any, before: TierStats, steps: int) -> None:
-    ratios = [math.log(off / on) for off, on in zip(times["off"], times[name], strict=True)]
+def leave_out(name: str, speculation: Any) -> None:
+    """Take its part out of a way."""
+    if name == "no learning":
+        speculation._shortcuts.learn = lambda *_, **__: None
+    if name == "means":
+        speculation._controller = Plain(speculation._controller.mode)
+
+
+class Plain(Controller):
+    """Controller that compares mean times after the most pairs of windows."""
+
+    is_watching = False  # type: ignore[assignment]
+
+    def step(self, seconds: float, misses: float = 0.0) -> None:
+        super().step(seconds)
+
+    def _turn(self) -> None:
+        with_, without = self._windows[True], self._windows[False]
+        if len(with_) == len(without) == controller.MOST:
+            self._conclude(sum(window.seconds for window in with_) < sum(window.seconds for window in without))
+        else:
+            self.is_on = (len(with_) + len(without)) % 4 in (0, 3)
+
+
+def report(base: str, name: str, times: dict[str, list[float]], model: Any, before: TierStats, steps: int) -> None:
+    ratios = [math.log(first / this) for first, this in zip(times[base], times[name], strict=True)]
     mean = statistics.fmean(ratios)
     half = student(len(ratios) - 1) * statistics.stdev(ratios) / math.sqrt(len(ratios))
     (host,) = model.tiers.stats()
     hits, misses = host.hits - before.hits, host.misses - before.misses
     waited = (host.wait_seconds - before.wait_seconds) / steps
     print(
-        f"{name:<9} {1e3 * statistics.median(times[name]):8.2f} ms a step, {math.exp(mean):.3f} times as fast as off "
-        f"({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}); hits {hits / (hits + misses):.1%}, "
+        f"{name:<11} {1e3 * statistics.median(times[name]):8.2f} ms a step, {math.exp(mean):.3f} times as fast as "
+        f"{base} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}); hits {hits / (hits + misses):.1%}, "
         f"{format_bytes(host.bytes_in - before.bytes_in)} read, {host.useful} useful, {host.late} late, "
         f"{host.wasted} wasted, {host.cancelled} cancelled; waited {1e3 * waited:.2f} ms a step",
         flush=True,
@@ -120,7 +162,7 @@ def report(name: str, times: dict[str, list[float]], model: Any, before: TierSta
     if model.tiers.speculation is not None:
         found = model.tiers.speculation.stats()
         print(
-            f"{'':9} in {found.steps_on} of {found.steps_on + found.steps_off} steps, in which asking took "
+            f"{'':11} in {found.steps_on} of {found.steps_on + found.steps_off} steps, in which asking took "
             f"{1e3 * found.seconds / max(found.steps_on, 1):.2f} ms, and "
             f"{sum(found.right) / max(sum(found.guesses), 1):.1%} of guesses were right"
         )

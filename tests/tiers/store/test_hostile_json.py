@@ -237,7 +237,7 @@ def test_documents_of_many_bytes(directory: Path, tmp_path: Path) -> None:
         cause, seconds, peak = json.loads(line)
         assert words in cause, (copy, cause)
         assert bool(words) == bool(cause)
-        assert seconds < 1, copy
+        assert seconds < 2, copy  # of a processor; half of that on an idle machine
         assert peak < 256 << 20, copy
 
 
