@@ -1,4 +1,4 @@
-"""Locks of a tier: a monitor that survives interrupts, a guard against use after fork, and a count of users.
+"""Locks of a tier: a monitor that survives interrupts, a guard against use after fork, and postponed interrupts.
 
 Finalizers must not wait. The garbage collector closes an iterator that is lost in a cycle, and it runs in any thread,
 even in one that is inside a step on the very state that the iterator must change. So a finalizer posts its work.
@@ -6,22 +6,57 @@ even in one that is inside a step on the very state that the iterator must chang
 Exceptions from outside can arrive between any two instructions: KeyboardInterrupt, what a signal handler raises,
 PyThreadState_SetAsyncExc. The lock is only held by ``with``, which is atomic for a lock written in C, so it is always
 released. The monitor repairs the state that such an exception has left before it runs the next step.
+
+Ctrl-C is postponed while code runs that must not end halfway. Python runs a signal's handler between any two
+instructions of the main thread. The handler of this module looks at the stack. If a module of ``UNINTERRUPTIBLE`` is on
+it, the handler sends the signal again a little later. Otherwise, and where the thread only waits, it raises
+KeyboardInterrupt at once. Code that must not be cut needs no marks of its own and leaves no state behind.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # ``signal`` makes enumerations of its numbers: ten times as long
+import _thread
+import functools
 import os
+import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
-from typing import TypeVar, TypeVarTuple
+from types import CodeType, FrameType, TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
 from .errors import ClosedError, MoetierError
-from .interrupts import POLL_SECONDS, interruptible
 
+# modules that change state that callers share
+UNINTERRUPTIBLE = frozenset(
+    f"moetier.{package}.{name}"
+    for package, names in (
+        ("tiers", ("locks",)),
+        ("tiers.host", ("tier",)),
+        ("tiers.device", ("tier", "views", "fill", "copies", "promoter")),
+        ("runtime.moe", ("gates",)),
+        ("runtime.speculation", ("speculation",)),
+        ("runtime.client", ("tier", "misses", "link")),
+    )
+    for name in names
+)
+POLL_SECONDS = 0.05  # longest single wait: Python does not see a signal that comes just before it
+_AGAIN = 0.001  # seconds until a postponed signal is sent again
+
+_waits: set[CodeType] = set()
+Function = TypeVar("Function", bound=Callable[..., Any])
+Owner = TypeVar("Owner")
 Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 Arguments = TypeVarTuple("Arguments")
+
+
+def interruptible(wait: Function) -> Function:
+    """Mark a function that only waits: an interrupt ends it at once, whatever code has called it."""
+    _waits.add(wait.__code__)
+    return wait
 
 
 class ForkGuard:
@@ -32,12 +67,12 @@ class ForkGuard:
 
     @property
     def is_owner(self) -> bool:
-        """Whether this is the process that made the guard."""
+        """True if this is the process that made the guard."""
         return self._process == os.getpid()
 
     def check(self) -> None:
         """Raise ClosedError in a forked child."""
-        if not self.is_owner:
+        if self._process != os.getpid():
             raise ClosedError(
                 f"This is another process's tier: it was opened in process {self._process}, and this is a fork of it.",
                 "Load the model in the process that uses it, or start children by spawn.",
@@ -138,6 +173,17 @@ class Monitor:
                 self._is_torn = False
 
 
+def step(method: Callable[Concatenate[Owner, Parameters], Result]) -> Callable[Concatenate[Owner, Parameters], Result]:
+    """Make a method run as a step of the monitor ``_monitor`` of its object."""
+
+    @functools.wraps(method)
+    def run(self: Owner, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
+        monitor: Monitor = self._monitor  # type: ignore[attr-defined]
+        return monitor.run(functools.partial(method, self, *arguments, **named))
+
+    return run
+
+
 @interruptible
 def _wait(sleeper: threading.Lock) -> None:
     while not sleeper.acquire(timeout=POLL_SECONDS):
@@ -180,3 +226,50 @@ class UseCount:
             with self._lock:
                 self._closed = True
                 self._idle.wait_for(lambda: not self._users)
+
+
+def postpone_interrupts() -> None:
+    """Install the handler of this module until ``raise_interrupts``.
+
+    Does nothing outside the main thread and where SIGINT has another handler than Python's own.
+    """
+    if _signal.getsignal(signal.SIGINT) is signal.default_int_handler and _is_main():
+        _signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def raise_interrupts() -> None:
+    """Restore Python's own handler of SIGINT."""
+    if _signal.getsignal(signal.SIGINT) is _on_interrupt and _is_main():
+        _signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_main() -> bool:
+    return threading.get_ident() == threading.main_thread().ident
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    if not _may_interrupt(frame):
+        try:
+            _thread.start_new_thread(_send_again, (number,))  # unlike ``Thread.start`` it takes no lock
+            return
+        except RuntimeError:  # the system has no thread left; the tiers repair themselves after the exception
+            pass
+    raise_interrupts()  # torch calls no hook after a forward pass that KeyboardInterrupt ends
+    signal.default_int_handler(number, frame)
+
+
+def _may_interrupt(frame: FrameType | None) -> bool:
+    """Return whether raising at ``frame`` leaves no shared state half changed."""
+    if frame is not None and frame.f_code in _waits:
+        return True
+    while frame is not None:
+        if frame.f_globals.get("__name__") in UNINTERRUPTIBLE:
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _send_again(number: int) -> None:
+    time.sleep(_AGAIN)
+    # The main thread may sleep in a system call by then, which only a signal of its own ends.
+    signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -45,7 +45,7 @@ class Lease(NamedTuple, Generic[Record]):
     more: bool = False  # further leases are available now: they can be computed together with this one
 
     def holds(self) -> bool:
-        """Whether the record is still the one that was leased. Call it once."""
+        """Return whether the record is still the one that was leased. Call it once."""
         return self.proof is None or self.proof()
 
 

@@ -1,4 +1,4 @@
-"""Statistics of one tier: counters that its owner writes under its lock, and a frozen snapshot for readers."""
+"""Statistics of one tier: counters that its owner writes under its lock, and a snapshot for readers."""
 
 from __future__ import annotations
 
@@ -13,41 +13,48 @@ WAITS_KEPT = 65_536  # the latest waits, over which median and p99 are computed
 LOAD_BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """Snapshot of a tier's counters.
+@dataclass(slots=True)
+class Counts:
+    """Counts of a tier since it was opened.
 
     A wait is the time for which a caller of ``acquire`` stood still, or for which a request of another process was
     granted nothing.
     """
 
     name: str
-    slots: int  # number of slots that the budget pays for
-    ready: int  # slots that hold a record now
-    leased: int | None  # of the ready ones, those that are leased; None for a daemon's client: only the daemon knows
-    slot_bytes: int  # bytes of all slots together
-    hits: int
-    misses: int  # demands that began a load, and demands that joined a running load
-    joined: int  # of the misses, those that joined a running load
-    prefetched: int  # prefetches whose read began; those that neither failed nor were cancelled count once below:
-    useful: int  # READY when a demand came, here or in the tier above, which had borrowed the record
-    late: int  # still being read when a demand came
-    wasted: int  # evicted before any demand; of a borrowed record this is known when it is read again
-    cancelled: int  # prefetch requests cancelled before their read began, for want of a slot too, or during it
-    saved_seconds: float  # read time that useful and late prefetches spared their demands
-    warmed: int  # records that a warm-up has loaded
-    recalled: int  # of the warmed records, those that a demand has asked for since
-    evictions: int
-    failures: int  # loads that ended in an error
-    discarded: int  # results that were thrown away because their record had been replaced meanwhile
-    bytes_in: int  # bytes moved into this tier
-    load_bounds: tuple[float, ...]  # seconds; upper bounds of the histogram ``loads``
-    loads: tuple[int, ...]  # loads by duration, one more than bounds; without those that began in a staging buffer
-    load_seconds: float  # duration of all loads of the histogram
-    waits: int  # number of waits
-    wait_seconds: float
-    wait_median: float  # seconds, over the latest waits
-    wait_p99: float
+    hits: int = 0
+    misses: int = 0  # demands that began a load, and demands that joined a running load
+    joined: int = 0  # of the misses, those that joined a running load
+    prefetched: int = 0  # prefetches whose read began; those that neither failed nor were cancelled count once below:
+    useful: int = 0  # READY when a demand came, here or in the tier above, which had borrowed the record
+    late: int = 0  # still being read when a demand came
+    wasted: int = 0  # evicted before any demand; of a borrowed record this is known when it is read again
+    cancelled: int = 0  # prefetch requests cancelled before their read began, for want of a slot too, or during it
+    saved_seconds: float = 0.0  # read time that useful and late prefetches spared their demands
+    warmed: int = 0  # records that a warm-up has loaded
+    recalled: int = 0  # of the warmed records, those that a demand has asked for since
+    evictions: int = 0
+    failures: int = 0  # loads that ended in an error
+    discarded: int = 0  # results that were thrown away because their record had been replaced meanwhile
+    bytes_in: int = 0  # bytes moved into this tier
+    # loads by duration, one more than LOAD_BOUNDS; without those that began in a staging buffer
+    loads: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BOUNDS) + 1))
+    load_seconds: float = 0.0  # duration of all of these
+    waits: int = 0
+    wait_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class TierStats(Counts):
+    """Snapshot of a tier: its counts, and the state of its slots."""
+
+    slots: int = 0  # number of slots that the budget pays for
+    ready: int = 0  # slots that hold a record now
+    leased: int | None = None  # of the ready ones, those that are leased; None for a daemon's client, who can't know
+    slot_bytes: int = 0  # bytes of all slots together
+    load_bounds: tuple[float, ...] = LOAD_BOUNDS  # seconds; upper bounds of the histogram ``loads``
+    wait_median: float = 0.0  # seconds, over the latest waits
+    wait_p99: float = 0.0
 
     @property
     def hit_ratio(self) -> float:
@@ -61,29 +68,9 @@ class TierStats:
 
 
 @dataclass(slots=True)
-class TierCounters:
+class TierCounters(Counts):
     """The counters behind ``TierStats``. Their owner holds a lock when it changes them."""
 
-    name: str
-    hits: int = 0
-    misses: int = 0
-    joined: int = 0
-    prefetched: int = 0
-    useful: int = 0
-    late: int = 0
-    wasted: int = 0
-    cancelled: int = 0
-    saved_seconds: float = 0.0
-    warmed: int = 0
-    recalled: int = 0
-    evictions: int = 0
-    failures: int = 0
-    discarded: int = 0
-    bytes_in: int = 0
-    loads: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BOUNDS) + 1))
-    load_seconds: float = 0.0
-    waits: int = 0
-    wait_seconds: float = 0.0
     latest_waits: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
 
     def loaded(self, seconds: float) -> None:
@@ -98,19 +85,17 @@ class TierCounters:
         self.latest_waits.append(seconds)
 
     def snapshot(self, *, slots: int, ready: int, leased: int | None, slot_bytes: int) -> TierStats:
-        """Return the counters as a frozen value. Call it under the owner's lock: its only cost is to sort the waits."""
+        """Return a copy of the counters. Call it under the owner's lock: its only cost is to sort the waits."""
         waits = sorted(self.latest_waits)
-        p99 = quantiles(waits, n=100)[98] if len(waits) > 1 else sum(waits)
-        counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "latest_waits"}
+        counts = {field.name: getattr(self, field.name) for field in fields(Counts)}
         return TierStats(
-            **counts | {"loads": tuple(self.loads)},
+            **counts | {"loads": list(self.loads)},
             slots=slots,
             ready=ready,
             leased=leased,
             slot_bytes=slot_bytes,
-            load_bounds=LOAD_BOUNDS,
             wait_median=median(waits) if waits else 0.0,
-            wait_p99=p99,
+            wait_p99=quantiles(waits, n=100)[98] if len(waits) > 1 else sum(waits),
         )
 
 

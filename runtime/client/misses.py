@@ -14,9 +14,8 @@ from queue import Empty, SimpleQueue
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError, ClosedError, ExhaustedError, StoreError, UnavailableError
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.interrupts import POLL_SECONDS, interruptible
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import ForkGuard, Monitor
+from moetier.tiers.locks import POLL_SECONDS, ForkGuard, Monitor, interruptible
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters, TierStats

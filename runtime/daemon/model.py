@@ -12,8 +12,8 @@ from pathlib import Path
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.tiers.errors import StoreError
-from moetier.tiers.host.learner import Learner
 from moetier.tiers.host.tier import HostTier
+from moetier.tiers.host.warmup import Learner
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import RecordReader, StagedPrefix

@@ -11,8 +11,7 @@ import torch
 from moetier.runtime.config import DEFAULT_CONTEXT, Size
 from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import Available, budget_for
-from moetier.runtime.moe.experts import experts_modules, output_bytes
-from moetier.runtime.moe.grouped import ROWS
+from moetier.runtime.moe.experts import ROWS, experts_modules, output_bytes
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.layout import RecordLayout

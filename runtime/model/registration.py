@@ -35,8 +35,7 @@ from moetier.runtime.kernels.growing_cache import use_growing_layers
 from moetier.runtime.kernels.norm import use_quick_norms
 from moetier.runtime.kernels.row import use_row_weights
 from moetier.runtime.memory import mapped_files
-from moetier.runtime.moe.block import TieredBlock
-from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_forward, experts_modules
+from moetier.runtime.moe.experts import EXPERT_PARAMETERS, TieredBlock, experts_forward, experts_modules
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.moe.linear import quantized_linears, replace_linears
 from moetier.runtime.speculation.controller import Mode
@@ -44,7 +43,7 @@ from moetier.runtime.speculation.predictor import Shortcuts
 from moetier.runtime.speculation.speculation import Speculation
 from moetier.runtime.threads import use_threads
 from moetier.tiers.errors import ConfigError, StoreFormatError, UnsafeCheckpointError, UnsupportedModelError
-from moetier.tiers.interrupts import postpone_interrupts, raise_interrupts
+from moetier.tiers.locks import postpone_interrupts, raise_interrupts
 from moetier.tiers.manifest import FORMAT, TRUNK_NAME, Manifest
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.trunk import check_small, check_trunk, trunk_records

@@ -13,8 +13,8 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.wire.address import Address
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import MoetierError, NobodyError, UnknownModelError
-from moetier.tiers.host.learner import Learner
 from moetier.tiers.host.tier import HostTier
+from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lender, RecordReader
 from moetier.tiers.stats import Share

@@ -170,13 +170,13 @@ class Gates:
         try:
             for found in self.blocks if blocks is None else [self.blocks[block] for block in blocks]:
                 if layer is not None and found.decoder is not None:
-                    observation.add(_before(found.decoder, _at_entry(layer, found.block)))
+                    observation.add(_before(found.decoder, found.block, layer, 0))
                 if entry is not None and found.entry is not None:
-                    observation.add(_before(found.entry, _at_entry(entry, found.block)))
+                    observation.add(_before(found.entry, found.block, entry, 0))
                 if gate is not None and found.gate is not None:
                     observation.add(found.gate.register_forward_hook(_at_gate(gate, found)))
                 if experts is not None:
-                    observation.add(_before(found.experts, _at_experts(experts, found.block)))
+                    observation.add(_before(found.experts, found.block, experts, 1, 2))
         except BaseException:
             observation.remove()
             raise
@@ -207,21 +207,14 @@ class Observation:
         self.remove()
 
 
-def _before(module: nn.Module, call: Callable[[list[Any]], None]) -> RemovableHandle:
-    """Call back with a module's arguments before it runs; named ones come last, in the order of the call."""
+def _before(module: nn.Module, block: int, call: Callable[..., None], *places: int) -> RemovableHandle:
+    """Call back with the block and the arguments at ``places`` before a module runs; named ones come last, in order."""
 
     def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
-        call([*positional, *(named or {}).values()])  # None: the hook was removed while torch was about to call it
+        given = [*positional, *(named or {}).values()]  # None: the hook was removed while torch was about to call it
+        call(block, *(given[place] for place in places))
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _at_entry(call: Callable[[int, Tensor], None], block: int) -> Callable[[list[Any]], None]:
-    return lambda given: call(block, given[0])
-
-
-def _at_experts(call: Callable[[int, Tensor, Tensor], None], block: int) -> Callable[[list[Any]], None]:
-    return lambda given: call(block, given[1], given[2])
 
 
 def _at_gate(call: Callable[[int, Tensor], None], gate: Gate) -> Callable[[nn.Module, Any, Any], None]:
@@ -296,5 +289,5 @@ def _scores(gate: Gate) -> str:
 
 
 def _is_constant(rows: Tensor) -> bool:
-    """Whether numbers are equal along the last dimension, but for rounding."""
+    """Return whether numbers are equal along the last dimension, but for rounding."""
     return bool(((rows.amax(-1) - rows.amin(-1)) <= SAME * rows.abs().amax(-1)).all())

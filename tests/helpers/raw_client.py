@@ -86,7 +86,7 @@ class RawClient:
     def record(self, slot: int) -> bytes:
         """As it lies in the arena now."""
         start = self.plan.offset(slot)
-        return self._map[start : start + self.plan.record_bytes(slot)]
+        return self._map[start : start + self.plan.slot_bytes(slot) - 4]
 
     def close(self) -> None:
         self._messages.put(None)

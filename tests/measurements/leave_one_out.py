@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from virtual_tier import Clock, VirtualTier
 
-from moetier.runtime.moe.block import groups
+from moetier.runtime.moe.experts import groups
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation import controller, speculation
 from moetier.runtime.speculation.controller import Controller, Mode

@@ -30,7 +30,7 @@ import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.kernels.jit import Kernel
-from moetier.runtime.moe import grouped
+from moetier.runtime.moe import experts as moe
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -50,7 +50,7 @@ class Clocks:
         self.calls = 0  # of an expert by a token
         self._inside = False
         self._watch(Kernel, "run", "products")
-        self._watch(grouped, "_activate", "activation")
+        self._watch(moe, "_activate", "activation")
         forward = experts.forward
 
         def watched(module: Any, hidden: Any, top_k_index: Any, *others: Any) -> Any:

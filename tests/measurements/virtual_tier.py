@@ -13,13 +13,13 @@ from collections.abc import Callable, Generator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from moetier.tiers.host import ledger, tier
-from moetier.tiers.host.demands import Load, Pool, StagingBuffer
+from moetier.tiers.host import tier
+from moetier.tiers.host.demands import Load, StagingBuffer
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loaders import Loaders, most_prefetches
 from moetier.tiers.host.staging import StagingBuffers
 from moetier.tiers.host.tier import LOADERS, HostTier
-from moetier.tiers.source import Lease, interruptible_bytes
+from moetier.tiers.source import interruptible_bytes
 
 Process = Generator[Any, None, None]
 
@@ -147,7 +147,7 @@ class VirtualLoaders(Loaders):
             yield self._read_bytes(min(step, whole - start))
             start += step
             if start < whole:
-                while (wanted := self._is_wanted(load)) is None:
+                while (wanted := self._loads.go_on(load)) is None:
                     yield self._virtual_monitor.parked
                 if not wanted:
                     return
@@ -168,9 +168,10 @@ class VirtualTier(HostTier):
         self, clock: Clock, blocks: int, experts: int, quota: int, record: int, rate: float, *, staging: bool
     ) -> None:
         """``rate``: of the disk, in bytes a second. ``staging``: with staging buffers."""
-        tier.time = ledger.time = clock  # type: ignore[attr-defined, assignment]
+        tier.time = clock  # type: ignore[attr-defined, assignment]
         block = SimpleNamespace(array="records", top_k=1, experts=experts)
         members = dict.fromkeys(range(blocks), block)
+        self._records: Any = [None] * (blocks * quota)
         self.manifest: Any = SimpleNamespace(blocks=[block] * blocks, members={"records": members}, check_keys=_nothing)
         self.plan: Any = SimpleNamespace(
             regions=[SimpleNamespace(array="records", slots=blocks * quota, slot_bytes=record)], first_slots=[0]
@@ -193,9 +194,6 @@ class VirtualTier(HostTier):
         )
         self._loaders._loads = self._ledger.loads
         self._loaders.start(LOADERS)
-
-    def _lease(self, pool: Pool, slot: int, *, more: bool = False) -> Lease[Any]:
-        return Lease(pool.slots.key(slot), None, slot, None, more)
 
 
 class Discarded:

@@ -25,8 +25,8 @@ from threads import Task
 import moetier
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.interrupts import UNINTERRUPTIBLE, postpone_interrupts, raise_interrupts
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.locks import UNINTERRUPTIBLE, postpone_interrupts, raise_interrupts
 from moetier.tiers.store.folder import read_manifest, store_folder
 
 SCRIPT = HELPERS / "interrupted.py"

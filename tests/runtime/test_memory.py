@@ -176,7 +176,7 @@ try:
 except BudgetError as error:
     most = int(re.findall(r"(\\d+) bytes", error.fix)[-1])
 size = most // PAGE * PAGE
-arena = Arena.create(ArenaPlan("", (1,), (Region("records", 1, size, size - 4),)))
+arena = Arena.create(ArenaPlan("", (1,), (Region("records", 1, size),)))
 memory = arena.slot(0)
 for start in range(0, len(memory), PAGE):
     memory[start] = 1

@@ -112,18 +112,19 @@ class Arena:
         self._descriptor = descriptor  # None in a reader
 
     def slot(self, slot: int) -> memoryview:
-        """A writable view of a whole slot, to fill it. Only for the owner."""
-        piece = self._piece(slot, self.plan.slot_bytes(slot))
-        assert not piece.readonly, "only the owner fills slots"
-        return piece
-
-    def view(self, slot: int) -> memoryview:
-        """A read-only view of the record in a slot, for leases."""
-        return self._piece(slot, self.plan.record_bytes(slot)).toreadonly()
+        """A view of a whole slot: the record and its checksum. The owner's is writable, to fill it."""
+        if self._mapping is None:
+            raise ClosedError("The arena was closed.", "Open the tier again.")
+        start = self.plan.offset(slot)
+        return memoryview(self._mapping)[start : start + self.plan.slot_bytes(slot)]
 
     def whole(self, slot: int) -> memoryview:
         """A read-only view of the record in a slot and its checksum."""
-        return self._piece(slot, self.plan.slot_bytes(slot)).toreadonly()
+        return self.slot(slot).toreadonly()
+
+    def view(self, slot: int) -> memoryview:
+        """A read-only view of the record in a slot, for leases."""
+        return self.whole(slot)[:-CHECKSUM_BYTES]
 
     def export(self) -> int:
         """Open a new read-only descriptor of the memory file, to pass to another process. The caller closes it.
@@ -146,12 +147,6 @@ class Arena:
             # BufferError: there are still views. The last one holds the mapping, and both end together.
             with contextlib.suppress(BufferError):
                 mapping.close()
-
-    def _piece(self, slot: int, nbytes: int) -> memoryview:
-        if self._mapping is None:
-            raise ClosedError("The arena was closed.", "Open the tier again.")
-        start = self.plan.offset(slot)
-        return memoryview(self._mapping)[start : start + nbytes]
 
 
 def _check_sealed(descriptor: int) -> Header:

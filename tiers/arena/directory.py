@@ -132,7 +132,7 @@ class Directory:
 
     def find(self, key: ExpertKey) -> tuple[int, int] | None:
         """Return (slot, generation) of a key if its record is in the arena now. The model must have the key."""
-        number = self._first_keys[key[0]] + key[1]
+        number = self._first_keys[key[0]] + key[1]  # ``_number``, without a call
         try:
             slot = self._table[number]
             if slot < 0:
@@ -158,7 +158,7 @@ class Directory:
     def begin_fill(self, key: ExpertKey | None, slot: int) -> None:
         """Announce that a slot is about to be filled. It holds the record of ``key``, or none."""
         if key is not None:
-            self._table[self._plan.number(key)] = NONE
+            self._table[self._number(key)] = NONE
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
@@ -166,7 +166,7 @@ class Directory:
         """Announce that the slot, whose fill has ended, holds the record of ``key``."""
         if self._retired:
             return
-        number = self._plan.number(key)
+        number = self._number(key)
         self._contents[slot] = number
         self._step(slot)
         self._table[number] = slot
@@ -185,6 +185,9 @@ class Directory:
             self._contents[slot] = NONE
             self._generations[slot] = (self._generations[slot] + 2) % _WORDS | 1
 
+    def _number(self, key: ExpertKey) -> int:
+        return self._first_keys[key.block] + key.expert
+
     def _step(self, slot: int) -> None:
         if self._retired:
             return
@@ -200,21 +203,9 @@ class Directory:
             return None
         return self._plan.key(number)
 
-    def keep_only(self, kept: dict[int, ExpertKey]) -> None:
-        """Empty all slots but those of ``kept``, after a dead owner. Readers of these see no change."""
-        held = {self._plan.number(key): slot for slot, key in kept.items()}
-        for number in range(self._plan.keys):
-            slot = held.get(number, NONE)
-            if self._table[number] != slot:
-                self._table[number] = slot
-        for slot in range(self._plan.slots):
-            if slot not in kept:
-                if not self._generations[slot] & 1:
-                    self._step(slot)
-                self.invalidate(slot)
-
     def repair(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
-        """Repair the directory after an exception has cut a change. Readers of right entries see no change.
+        """Repair the directory after an exception has cut a change, or its owner died. Readers of right entries see no
+        change.
 
         ``states`` has for each slot the key that it holds or is being filled with, and whether it is being filled.
         """
@@ -223,7 +214,7 @@ class Directory:
         if self._retired:
             self.retire()
             return
-        held = {self._plan.number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
+        held = {self._number(key): slot for slot, (key, filling) in enumerate(states) if key and not filling}
         for number in range(self._plan.keys):
             slot = held.get(number, NONE)
             if self._table[number] not in (slot, NONE) or (slot != NONE and self.content(slot) != states[slot][0]):
@@ -237,7 +228,7 @@ class Directory:
                 if not is_odd:
                     self._step(slot)
                 # Before the generation becomes even: if the owner dies in between, a new one finds this key.
-                self._contents[slot] = NONE if key is None else self._plan.number(key)
+                self._contents[slot] = NONE if key is None else self._number(key)
                 self._step(slot)
         for number, slot in held.items():
             self._table[number] = slot
@@ -252,7 +243,7 @@ class Directory:
             if not filling:
                 assert self.content(slot) == key, f"slot {slot}"
                 if key is not None:
-                    table[self._plan.number(key)] = slot
+                    table[self._number(key)] = slot
         assert self._table.tolist() == table
 
     def close(self) -> None:

@@ -28,7 +28,6 @@ class Region:
     array: str
     slots: int
     slot_bytes: int  # a multiple of PAGE
-    record_bytes: int
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +52,7 @@ class ArenaPlan:
         return cls(
             manifest.digest,
             tuple(block.experts for block in manifest.blocks),
-            tuple(Region(array, slots[array], layout.slot_bytes, layout.record_bytes) for array, layout in layouts),
+            tuple(Region(array, slots[array], layout.slot_bytes) for array, layout in layouts),
         )
 
     # -- slots --------------------------------------------------------------------------------------------------------
@@ -82,10 +81,6 @@ class ArenaPlan:
         """Size of a slot, in bytes."""
         return self.regions[self._region_number(slot)].slot_bytes
 
-    def record_bytes(self, slot: int) -> int:
-        """Size of the record in a slot, in bytes."""
-        return self.regions[self._region_number(slot)].record_bytes
-
     @property
     def nbytes(self) -> int:
         """Size of the whole arena, in bytes."""
@@ -110,10 +105,6 @@ class ArenaPlan:
     def first_keys(self) -> tuple[int, ...]:
         """The number of each block's expert 0."""
         return tuple(accumulate(self.experts, initial=0))[:-1]
-
-    def number(self, key: ExpertKey) -> int:
-        """The number of a key."""
-        return self.first_keys[key.block] + key.expert
 
     def key(self, number: int) -> ExpertKey:
         """The key of a number."""

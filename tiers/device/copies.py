@@ -33,7 +33,7 @@ class PageLocks:
 
     @property
     def has_retired(self) -> bool:
-        """Whether memory that the host has replaced is still locked."""
+        """True if memory that the host has replaced is still locked."""
         return bool(self._retired)
 
     def lock(self, memory: Any) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from moetier.tiers.cache.budget import slot_ranges
+from moetier.tiers.cache.budget import plan_groups, slot_ranges
+from moetier.tiers.cache.orders import ORDERS
 from moetier.tiers.cache.pool import SlotPool, snapshot
-from moetier.tiers.cache.quotas import plan_groups
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -26,7 +26,7 @@ class DevicePool(SlotPool):
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
         groups = plan_groups(len(slots), manifest.members[array])
-        super().__init__(len(slots), groups, first, layout.slot_bytes, order)
+        super().__init__(groups, ORDERS[order], first=first, slot_bytes=layout.slot_bytes)
         self.layout = layout
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
@@ -50,7 +50,7 @@ class DeviceSlots:
         first = 0
         for array, slots in memory.items():
             self.pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
-            first += self.pools[array].slots.count
+            first += self.pools[array].count
 
     def pool(self, block: int) -> DevicePool:
         """The pool of a block's records."""
@@ -58,21 +58,21 @@ class DeviceSlots:
 
     def find(self, key: ExpertKey) -> int | None:
         """The slot of its pool that holds a record or is being filled with it."""
-        return self.pool(key.block).slots.find(key)
+        return self.pool(key.block).find(key)
 
     @property
     def copying(self) -> int:
-        """How many slots are being filled."""
-        return sum(pool.slots.loading for pool in self.pools.values())
+        """Number of slots being filled."""
+        return sum(pool.loading for pool in self.pools.values())
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many slots there are, by array."""
-        return {array: pool.slots.count for array, pool in self.pools.items()}
+        """Number of slots, by array."""
+        return {array: pool.count for array, pool in self.pools.items()}
 
     @property
     def is_dropped(self) -> bool:
-        """Whether some slots have no memory."""
+        """True if some slots have no memory."""
         return not all(pool.records for pool in self.pools.values())
 
     def wait_for_copies(self) -> None:
@@ -91,7 +91,7 @@ class DeviceSlots:
         for pool in self.pools.values():
             for event in [event for uses in pool.used for event in uses.values()]:
                 event.synchronize()
-        held = [key for pool in self.pools.values() for key in pool.slots.held()]
+        held = [key for pool in self.pools.values() for key in pool.held()]
         self._counters.evictions += len(held)
         self.clear()
         return held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -18,12 +19,10 @@ from .device_pool import DevicePool, DeviceSlots
 from .promoter import Promoter
 from .stream import Event, Stream
 
-_PRESENT, _NONE = -1, -2  # in place of a slot
-
 
 @dataclass(eq=False, slots=True)
 class DeviceDemand:
-    """One call of acquire: the slots that it holds, and the copies that it waits for.
+    """One call of acquire, or a promotion: the slots that it holds, and the copies that it waits for.
 
     It shares little with a ``Demand`` of the host tier: it copies one record at a time in the caller's own thread,
     never waits for a read, and ends its leases by events of the device.
@@ -49,7 +48,7 @@ class DeviceDemand:
 class DeviceFill:
     """Fill of one tier's slots. It takes the tier's lock itself, except in methods that are part of a step."""
 
-    promoting: tuple[DevicePool, int, ExpertKey] | None = None  # the slot that is LOADING for a promotion
+    promotion: DeviceDemand | None = None  # the latest
 
     def __init__(
         self,
@@ -72,59 +71,57 @@ class DeviceFill:
 
         Returns False if no slot can be had now and the caller does not ``wait`` for one. Raises ClosedError.
         """
-        slot = self._monitor.wait_for(self._place, demand, lease.key, began, wait)
-        if slot in (_PRESENT, _NONE):
-            return slot == _PRESENT  # then the lease was not used, so there is nothing to prove
-        copy = self._transfer(demand.pool, slot, lease, demand)
-        if copy is not None:
-            demand.copied = copy.ended
-            self._monitor.run(self._arrive, demand.pool, slot, copy, demand, began)
+        if not self._monitor.wait_for(self._place, demand, lease.key, began, wait):
+            return False
+        if demand.filling is not None:  # otherwise the lease was not used, so there is nothing to prove
+            copy = self._transfer(demand, lease)
+            if copy is not None:
+                demand.copied = copy.ended
+                self._monitor.run(self._arrive, demand, copy, began)
         return True
 
-    def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> int | None:
-        """Begin to fill a slot for a demand, and return it; None while the demand has to wait for one."""
+    def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> bool | None:
+        """Begin to fill a slot for a demand, unless the record is there; None while the demand has to wait for one."""
         self._check_open()
         pool = demand.pool
-        slot = pool.slots.find(key)
-        if slot is not None and pool.slots.is_ready(slot):  # since this caller looked
+        slot = pool.find(key)
+        if slot is not None and pool.is_ready(slot):  # since this caller looked
             self._counters.joined += 1
-            pool.policy.touch(key, scan=demand.is_scan)
+            pool.touch((key,), scan=demand.is_scan)
             self._admit(demand, slot, began)
-            return _PRESENT
+            return True
         if slot is not None or (slot := self._choose(demand, key.block)) is None:
-            return None if wait else _NONE
-        demand.filling = (slot, key)
-        self._begin(pool, slot, key, scan=demand.is_scan)
-        pool.policy.touch(key, scan=demand.is_scan)
-        return slot
+            return None if wait else False
+        self._begin(demand, slot, key)
+        pool.touch((key,), scan=demand.is_scan)
+        return True
 
     def promote(self, lease: Lease[memoryview]) -> None:
         """Promote a record that the host has leased, if it is still requested and a slot can be had; wait for the copy.
         The lease may end then."""
-        begun = self._monitor.run(self._place_promotion, lease.key)
-        if begun is None:
+        began = time.perf_counter()
+        promotion = self._monitor.run(self._place_promotion, lease.key, began)
+        if promotion is None or (copy := self._transfer(promotion, lease)) is None:
             return
-        pool, slot, began = begun
-        copy = self._transfer(pool, slot, lease)
-        if copy is not None:
-            self._monitor.run(self._arrive, pool, slot, copy)
-            copy.ended.synchronize()
-            self._monitor.run(self._end_promotion, lease.key, began)
+        self._monitor.run(self._arrive, promotion, copy)
+        copy.ended.synchronize()
+        self._monitor.run(self._end_promotion, lease.key, began)
 
-    def _place_promotion(self, key: ExpertKey) -> tuple[DevicePool, int, float] | None:
+    def _place_promotion(self, key: ExpertKey, began: float) -> DeviceDemand | None:
         promoter, pool = self._promoter, self._slots.pool(key.block)
         if not promoter.may_begin(key):
             return None
-        if pool.slots.find(key) is not None:
+        if pool.find(key) is not None:
             promoter.remove(key)
             return None
-        slot = pool.policy.choose(key.block, keep=promoter.__contains__)
+        slot = pool.choose(key.block, keep=promoter.__contains__)
         if slot is None:
             promoter.cancel(key)
             return None
-        self.promoting = (pool, slot, key)
-        self._begin(pool, slot, key, prefetched=True)
-        return pool, slot, promoter.begin(key)
+        self.promotion = DeviceDemand(pool, threading.get_ident())
+        self._begin(self.promotion, slot, key, prefetched=True)
+        promoter.begin(key, began)
+        return self.promotion
 
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
         self._promoter.outcomes.arrive(key)
@@ -140,68 +137,61 @@ class DeviceFill:
         def keep(key: ExpertKey) -> bool:
             return (demand.is_scan and key == demand.latest) or key in self._promoter
 
-        choose = partial(demand.pool.policy.choose, block, scan=demand.is_scan)
+        choose = partial(demand.pool.choose, block, scan=demand.is_scan)
         slot = choose(keep=keep)
         return choose(may_borrow=True) if slot is None else slot
 
-    def _begin(
-        self, pool: DevicePool, slot: int, key: ExpertKey, *, prefetched: bool = False, scan: bool = False
-    ) -> None:
-        evicted = pool.begin(slot, key, scan=scan, prefetched=prefetched)
+    def _begin(self, demand: DeviceDemand, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
+        demand.filling = (slot, key)
+        evicted = demand.pool.begin(slot, key, scan=demand.is_scan, prefetched=prefetched)
         if evicted is not None:
             self._counters.evictions += 1
             self._promoter.outcomes.evict(evicted)
 
-    def _transfer(
-        self, pool: DevicePool, slot: int, lease: Lease[memoryview], demand: DeviceDemand | None = None
-    ) -> Copy | None:
-        """Queue the copy into a slot that was begun; None if the lease did not hold."""
+    def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> Copy | None:
+        """Queue the copy into the slot that was begun; None if the lease did not hold."""
+        assert demand.filling is not None
         try:
-            copy = self._copies.queue(lease, pool, slot)
+            copy = self._copies.queue(lease, demand.pool, demand.filling[0])
         except BaseException:
-            self._monitor.run(self._fail, pool, slot, demand)
+            self._monitor.run(self._cancel, demand, 1, 0)
             raise
         if copy is None:
-            self._monitor.run(self._discard, pool, slot, demand)
+            self._monitor.run(self._cancel, demand, 0, 1)
         return copy
 
-    def _arrive(
-        self, pool: DevicePool, slot: int, copy: Copy, demand: DeviceDemand | None = None, began: float = 0.0
-    ) -> None:
-        """Make a slot READY: what computes on it from now on waits for the copy."""
+    def _arrive(self, demand: DeviceDemand, copy: Copy, began: float | None = None) -> None:
+        """Make the slot READY: what computes on it from now on waits for the copy.
+
+        The demand has waited for it since ``began``; None for a promotion.
+        """
+        assert demand.filling is not None
+        pool, (slot, _) = demand.pool, demand.filling
         self._counters.bytes_in += pool.slot_bytes
         pool.copied[slot] = copy.ready
         pool.used[slot] = dict(copy.uses)
-        pool.slots.fill(slot)
+        pool.fill(slot)
         self._end_filling(demand)
-        if demand is not None:
+        if began is not None:
             self._admit(demand, slot, began)
-
-    def _fail(self, pool: DevicePool, slot: int, demand: DeviceDemand | None) -> None:
-        self._counters.failures += 1
-        self._cancel(pool, slot, demand)
-
-    def _discard(self, pool: DevicePool, slot: int, demand: DeviceDemand | None) -> None:
-        self._counters.discarded += 1
-        self._cancel(pool, slot, demand)
 
     def leave(self, demand: DeviceDemand) -> None:
         """Cancel the copy that a demand was about to queue, as its caller goes. Part of a step."""
         if demand.filling is not None:
-            slot, _ = demand.filling
-            demand.copied = self._copies.abandon(demand.pool, slot)
-            self._cancel(demand.pool, slot, demand)
+            demand.copied = self._copies.abandon(demand.pool, demand.filling[0])
+            self._cancel(demand)
 
-    def _cancel(self, pool: DevicePool, slot: int, demand: DeviceDemand | None) -> None:
-        self._promoter.outcomes.fail(pool.slots.key(slot))
-        pool.fail(slot)
+    def _cancel(self, demand: DeviceDemand, failures: int = 0, discarded: int = 0) -> None:
+        assert demand.filling is not None
+        slot, key = demand.filling
+        self._counters.failures += failures
+        self._counters.discarded += discarded
+        self._promoter.outcomes.began.pop(key, None)
+        demand.pool.fail(slot)
         self._end_filling(demand)
 
-    def _end_filling(self, demand: DeviceDemand | None) -> None:
-        if demand is None:
-            self.promoting = None
-        else:
-            demand.filling = None
+    def _end_filling(self, demand: DeviceDemand) -> None:
+        demand.filling = None
         locks = self._copies.locks
         if locks.has_retired and not self._slots.copying:  # no copy begins while the lock is held
             self._slots.wait_for_copies()
@@ -209,7 +199,7 @@ class DeviceFill:
         self._monitor.wake()
 
     def _admit(self, demand: DeviceDemand, slot: int, began: float) -> None:
-        demand.pool.slots.pin(slot)
+        demand.pool.pin(slot)
         demand.ready.append(slot)
         self._counters.waited(time.perf_counter() - began)
 
@@ -219,14 +209,12 @@ class DeviceFill:
         What callers hold stays, and so does what is being copied for them or for a promotion.
         """
         for pool in self._slots.pools.values():
-            pins = [0] * pool.slots.count
+            pins = [0] * pool.count
             loading: dict[int, ExpertKey] = {}
-            for demand in demands:
+            for demand in (*demands, *([self.promotion] if self.promotion is not None else [])):
                 if demand.pool is pool:
                     for slot in [*demand.ready, *([demand.leased[0]] if demand.leased is not None else [])]:
                         pins[slot] += 1
                     if demand.filling is not None:
                         loading[demand.filling[0]] = demand.filling[1]
-            if self.promoting is not None and self.promoting[0] is pool:
-                loading[self.promoting[1]] = self.promoting[2]
             pool.repair(pins, loading)

@@ -53,8 +53,8 @@ class Promoter:
         self._counters = counters
         self._promote = promote
         self._make_room = make_room
-        self._waiting: dict[int, list[ExpertKey]] = {}  # requested and not begun; by block, in the order of arrival
-        self._latest: dict[int, dict[ExpertKey, None]] = {}  # the latest requests of each block, begun or not
+        # the latest requests of each block, in the order of arrival; True: to be promoted, and not begun
+        self._requests: dict[int, dict[ExpertKey, bool]] = {}
         self.outcomes = PrefetchOutcomes(counters, time.perf_counter)
         self._missing = 0  # demands that wait for records
         self._bell: SimpleQueue[None] = SimpleQueue()
@@ -63,19 +63,23 @@ class Promoter:
         self._has_failed = False  # only the first failure is logged
 
     def __contains__(self, key: ExpertKey) -> bool:
-        """Whether the latest requests name a record."""
-        return key in self._latest.get(key.block, ())
+        """Return whether the latest requests name a record."""
+        return key in self._requests.get(key.block, ())
+
+    @property
+    def waiting(self) -> list[ExpertKey]:
+        """Records that are to be promoted, and not begun."""
+        return [key for requests in self._requests.values() for key, waits in requests.items() if waits]
 
     # -- requests and demands -----------------------------------------------------------------------------------------
 
     def request(self, block: int, keys: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
         """Replace a block's requests by ``keys``, and promote those that are ``lacking`` on the device."""
-        self._counters.cancelled += sum(key not in keys for key in self._waiting.pop(block, ()))
-        self._latest.pop(block, None)
+        before = self._requests.pop(block, {})
+        self._counters.cancelled += sum([waits and key not in keys for key, waits in before.items()])
         if keys:
-            self._latest[block] = dict.fromkeys(keys)
+            self._requests[block] = {key: key in lacking for key in keys}
         if lacking:
-            self._waiting[block] = list(dict.fromkeys(lacking))
             if self._thread is None or self._thread.ident is None:  # None: its start was cut
                 self._thread = threading.Thread(target=self._run, name="moetier-promoter", daemon=True)
                 self._thread.start()
@@ -89,22 +93,20 @@ class Promoter:
     def resume(self) -> None:
         """End one ``pause``."""
         self._missing -= 1
-        if self._waiting and not self._missing:
+        if not self._missing and self.waiting:
             self._bell.put(None)
 
     # -- promotions ---------------------------------------------------------------------------------------------------
 
     def may_begin(self, key: ExpertKey) -> bool:
-        """Whether a record is still requested, and no demand goes first."""
-        return not self._missing and key in self._waiting.get(key.block, ())
+        """Return whether a record is still requested, and no demand goes first."""
+        return not self._missing and self._requests.get(key.block, {}).get(key, False)
 
-    def begin(self, key: ExpertKey) -> float:
-        """Note that a promotion begins. Return the time, by ``time.perf_counter``."""
+    def begin(self, key: ExpertKey, began: float) -> None:
+        """Note that a promotion begins, at a time by ``time.perf_counter``."""
         self.remove(key)
         self._counters.prefetched += 1
-        began = time.perf_counter()
-        self.outcomes.begin(key, began)
-        return began
+        self.outcomes.began[key] = began
 
     def cancel(self, key: ExpertKey) -> None:
         """Cancel a request for which there is no slot, or whose record can't be had."""
@@ -112,19 +114,16 @@ class Promoter:
 
     def remove(self, key: ExpertKey) -> bool:
         """Remove a request from those that wait; return whether it was there."""
-        waiting = self._waiting.get(key.block, [])
-        if key not in waiting:
-            return False
-        waiting.remove(key)
-        if not waiting:
-            del self._waiting[key.block]
-        return True
+        requests = self._requests.get(key.block, {})
+        waits = requests.get(key, False)
+        if waits:
+            requests[key] = False
+        return waits
 
     def repair(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
         """Drop all requests after a step that was cut; ``missing`` demands miss records."""
         self._missing = missing
-        self._waiting.clear()
-        self._latest.clear()
+        self._requests.clear()
         self.outcomes.repair(find)
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -132,8 +131,7 @@ class Promoter:
     def stop(self) -> None:
         """Begin no promotion any more."""
         self._is_over = True
-        self._waiting.clear()
-        self._latest.clear()
+        self._requests.clear()
         self._bell.put(None)
 
     def join(self) -> None:
@@ -142,13 +140,9 @@ class Promoter:
             self._thread.join()
 
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Assert that promoted records that are unused are in slots, and that those that wait are requested."""
+        """Assert that promoted records that are unused are in slots."""
         assert self._missing >= 0
         assert all(find(key) is not None for key in self.outcomes.unused)
-        for block, waiting in self._waiting.items():
-            assert waiting
-            assert len(set(waiting)) == len(waiting)
-            assert self._latest[block].keys() >= set(waiting)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -171,7 +165,7 @@ class Promoter:
         """Return the records that may be promoted now; None at the end."""
         if self._is_over:
             return None
-        return [key for keys in self._waiting.values() for key in keys] if not self._missing else []
+        return self.waiting if not self._missing else []
 
     def _bring(self, key: ExpertKey) -> bool:
         """Promote a record if the source has it; return whether it has, or the request was cancelled."""

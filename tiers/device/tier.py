@@ -31,7 +31,7 @@ import torch
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor
+from moetier.tiers.locks import Monitor, step
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Lender, Pace
 from moetier.tiers.stats import TierCounters, TierStats
@@ -107,8 +107,7 @@ class DeviceTier:
         self._manifest.check_keys(block, distinct)
         demand = DeviceDemand(self._slots.pool(block), caller=threading.get_ident())
         try:
-            self._monitor.wait_for(self._enter, demand, block, len(distinct))
-            hits, missing, was_requested = self._monitor.run(self._pin, demand, distinct)
+            hits, missing, was_requested = self._monitor.wait_for(self._look, demand, distinct)
             if hits:
                 self._source.used(hits)
             if was_requested and not missing:  # otherwise the host learns of the demand by itself
@@ -121,9 +120,10 @@ class DeviceTier:
 
     def reclaim(self) -> None:
         """See ``ExpertSource``."""
-        self._monitor.run(self._reclaim, threading.get_ident())
+        self._reclaim(threading.get_ident())
         self._source.reclaim()
 
+    @step
     def _reclaim(self, caller: int) -> None:
         self._end_shrinking(caller)
         for demand in [demand for demand in self._demands if demand.caller == caller]:
@@ -133,8 +133,9 @@ class DeviceTier:
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """See ``ExpertSource``. Records that the device lacks are requested from the host, and promoted from there."""
         self._manifest.check_keys(block, keys)
-        self._source.prefetch(block, self._monitor.run(self._request, block, keys))
+        self._source.prefetch(block, self._request(block, keys))
 
+    @step
     def _request(self, block: int, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         self._check_open()
         lacking = [key for key in keys if self._slots.find(key) is None]
@@ -147,15 +148,16 @@ class DeviceTier:
         """See ``ExpertSource``. Where nothing is promoted, the host answers: a request brings a record only there."""
         if not self._promotes:
             return self._source.absent(keys)
-        return self._monitor.run(lambda: [key for key in keys if not self._slots.pool(key.block).slots.holds(key)])
+        return self._monitor.run(lambda: [key for key in keys if not self._slots.pool(key.block).holds(key)])
 
     def pace(self, block: int) -> Pace | None:
         """The read timing of the host: beside a read a copy takes no time."""
         return self._source.pace(block)
 
+    @step
     def stats(self) -> TierStats:
         """See ``ExpertSource``."""
-        return self._monitor.run(self._slots.stats)
+        return self._slots.stats()
 
     def shrink(self) -> int:
         """Evict all records, and go on with three quarters of the slots, when the device has no memory left.
@@ -197,9 +199,12 @@ class DeviceTier:
         self._slots.clear()
         self._copies.clear()
 
+    @step
     def check_integrity(self) -> None:
         """Assert that slots, groups and promotions agree."""
-        self._monitor.run(self._check_integrity)
+        for pool in self._slots.pools.values():
+            pool.check_integrity()
+        self._promoter.check_integrity(self._slots.find)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -250,11 +255,6 @@ class DeviceTier:
         self._slots.wait_for_copies()
         self._copies.locks.unlock()
 
-    def _check_integrity(self) -> None:
-        for pool in self._slots.pools.values():
-            pool.check_integrity()
-        self._promoter.check_integrity(self._slots.find)
-
     def _repair(self) -> None:
         if self._slots.is_dropped and not self._closed:  # shrinking was cut
             try:
@@ -268,33 +268,32 @@ class DeviceTier:
 
     # -- a caller -----------------------------------------------------------------------------------------------------
 
-    def _enter(self, demand: DeviceDemand, block: int, records: int) -> bool | None:
+    def _look(
+        self, demand: DeviceDemand, keys: Sequence[ExpertKey]
+    ) -> tuple[list[ExpertKey], list[ExpertKey], bool] | None:
+        """Pin the residents of distinct keys; return them, the other keys, and whether records were requested.
+
+        None while another thread shrinks the tier.
+        """
         self._check_open()
         if self._shrinking is not None:
             return None
+        block, hits, missing = keys[0].block, list[ExpertKey](), list[ExpertKey]()
         demand.pool = self._slots.pool(block)
-        demand.is_scan = demand.pool.policy.is_scan(block, records)
+        demand.is_scan = len(keys) > demand.pool.quota(block)
         self._demands[demand] = None
-        return True
-
-    def _pin(self, demand: DeviceDemand, keys: Sequence[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey], bool]:
-        """Pin the residents of distinct keys; return them, the other keys, and whether records were requested."""
-        block, slots, hits, missing = keys[0].block, demand.pool.slots, list[ExpertKey](), list[ExpertKey]()
-        self._check_open()
         if self._promotes:
             self._promoter.request(block, (), ())
-        for key in keys:
-            slot = slots.find(key)
-            if slot is not None and self._promotes:
+            for key in keys:
                 self._promoter.outcomes.use(key)
-            if slot is not None and slots.is_ready(slot):
-                slots.pin(slot)
+        for key in keys:
+            slot = demand.pool.pin_ready(key)
+            if slot is None:
+                missing.append(key)
+            else:
                 demand.ready.append(slot)
                 hits.append(key)
-            else:
-                missing.append(key)
-        for key in reversed(hits):  # the first of the keys is evicted last
-            demand.pool.policy.touch(key, scan=demand.is_scan)
+        demand.pool.touch(reversed(hits), scan=demand.is_scan)  # the first of the keys is evicted last
         if missing:
             self._promoter.pause()
             demand.misses = True
@@ -329,13 +328,15 @@ class DeviceTier:
             lease, copied = self._monitor.run(self._take, demand, stream)
             stream.wait_event(copied)
             yield lease
+        if demand.leased is not None:
             self._monitor.run(self._end_lease, demand)
 
     def _take(self, demand: DeviceDemand, stream: Stream) -> tuple[Lease[torch.Tensor], Event]:
+        self._end_lease(demand)
         self._check_open()
         pool, slot = demand.pool, demand.ready.popleft()
         demand.leased = (slot, stream)
-        copied, key = pool.copied[slot], pool.slots.key(slot)
+        copied, key = pool.copied[slot], pool.key(slot)
         demand.latest = key
         assert copied is not None
         return Lease(key, pool.records[slot], pool.first + slot), copied
@@ -345,7 +346,7 @@ class DeviceTier:
             slot, stream = demand.leased
             demand.pool.used[slot][stream] = stream.record_event()
             demand.leased = None
-            demand.pool.slots.unpin(slot)
+            demand.pool.unpin(slot)
             self._monitor.wake()
 
     def _leave(self, demand: DeviceDemand) -> None:
@@ -355,7 +356,7 @@ class DeviceTier:
             demand.misses = False
             self._promoter.resume()
         while demand.ready:
-            demand.pool.slots.unpin(demand.ready.popleft())
+            demand.pool.unpin(demand.ready.popleft())
         self._fill.leave(demand)
         self._demands.pop(demand, None)
         self._monitor.wake()

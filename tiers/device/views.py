@@ -80,7 +80,8 @@ class HostViews:
         self._check_open()
         with closing(self._source.acquire(keys)) as leases:
             for lease in leases:
-                self._check_open()
+                if self._closed:
+                    self._check_open()
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
 
     def reclaim(self) -> None:

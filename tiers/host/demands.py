@@ -1,15 +1,21 @@
-"""What the host tier's ledger keeps books on: pools of slots, demands and their callers, loads, and leases granted."""
+"""Entries of the host tier's ledger: pools of slots, loads, demands, their callers, and the demands that wait.
+
+Part of the ledger: its owner's lock is held.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.orders import Order
 from moetier.tiers.cache.pool import SlotPool
-from moetier.tiers.cache.quotas import Group
+from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.layout import ExpertKey
 
 READS_KEPT = 15  # latest reads of a pool; the median of their times is its read time
@@ -18,8 +24,10 @@ READS_KEPT = 15  # latest reads of a pool; the median of their times is its read
 class Pool(SlotPool):
     """The host's slots of one record geometry."""
 
-    def __init__(self, count: int, groups: Sequence[Group], first: int, slot_bytes: int, order: str) -> None:
-        super().__init__(count, groups, first, slot_bytes, order)
+    def __init__(
+        self, groups: Sequence[Group], make_order: Callable[[int], Order], *, first: int, slot_bytes: int
+    ) -> None:
+        super().__init__(groups, make_order, first=first, slot_bytes=slot_bytes)
         self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, in order of arrival
         self.read_seconds: float | None = None  # median time of the latest reads; None before the first
         self._reads: deque[float] = deque(maxlen=READS_KEPT)  # seconds
@@ -49,24 +57,25 @@ class StagingBuffer:
 
     @property
     def is_reading(self) -> bool:
-        """Whether a piece is being read into it."""
+        """True if a piece is being read into it."""
         return self.end > self.filled
 
     @property
     def is_full(self) -> bool:
-        """Whether all of the buffer is filled."""
+        """True if all of the buffer is filled."""
         return self.filled == len(self.buffer)
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is neither claimed nor being read into."""
+        """True if it is neither claimed nor being read into."""
         return not (self.is_claimed or self.is_reading)
 
-    def begin_piece(self, now: float) -> None:
-        """Note that the next piece is about to be read."""
+    def begin_piece(self, now: float) -> StagingBuffer:
+        """Note that the next piece is about to be read; return the buffer itself."""
         self.piece_read.clear()
         self.end = min(self.filled + self.step, len(self.buffer))
         self.began = now
+        return self
 
 
 @dataclass(eq=False, slots=True)
@@ -117,12 +126,16 @@ class AsyncCaller:
         assert leases > 0
         self.deliver = deliver
         self.leases = leases
-        self.outstanding = 0  # slots that its demands hold or claim; kept by the ledger
         self.demands: dict[int, Demand] = {}  # by number, those that are not over
 
     @property
+    def outstanding(self) -> int:
+        """Number of slots that its demands hold or claim."""
+        return sum([demand.outstanding for demand in list(self.demands.values())])
+
+    @property
     def is_full(self) -> bool:
-        """Whether as many slots are held for the caller as it may have."""
+        """True if as many slots are held for the caller as it may have."""
         return self.outstanding >= self.leases
 
 
@@ -151,15 +164,151 @@ class Demand:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has nothing to compute with, and nothing in flight."""
+        """True if it has nothing to compute with, and nothing in flight."""
         return not self.ready and not self.loads and not self.held
 
     @property
     def is_over(self) -> bool:
-        """Whether it waits for no slot and holds none."""
+        """True if it waits for no slot and holds none."""
         return not self.pending and self.is_idle
 
     @property
     def outstanding(self) -> int:
-        """How many slots it holds or claims."""
+        """Number of slots that it holds or claims."""
         return len(self.loads) + len(self.ready) + len(self.held)
+
+
+class Waiting:
+    """``wake`` wakes the callers that sleep and has asynchronous demands served soon, ``ring`` wakes a loader, and
+    ``watch`` tells the thread that calls ``expire`` that there is a new deadline."""
+
+    def __init__(
+        self,
+        *,
+        wake: Callable[[], None],
+        ring: Callable[[], None],
+        watch: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.wake = wake
+        self._ring = ring
+        self._watch = watch
+        self._clock = clock
+        self._rechecks: dict[Demand, None] = {}  # asynchronous demands that may be able to go on
+        self._deadlines: dict[Demand, float] = {}  # of asynchronous demands that have nothing
+
+    # -- starved demands ----------------------------------------------------------------------------------------------
+
+    def starve(self, demand: Demand) -> None:
+        """Queue a demand that holds nothing and needs a slot (FIFO per pool)."""
+        caller, starved = demand.async_caller, demand.pool.starved
+        if caller is not None and demand not in self._deadlines:
+            self._deadlines[demand] = self._clock() + demand.patience
+            self._watch()
+        if demand not in starved and not (caller is not None and caller.is_full):
+            starved.append(demand)
+
+    def feed(self, demand: Demand) -> None:
+        """Remove a demand from the queue, if it is there."""
+        starved = demand.pool.starved
+        if demand in starved:
+            starved.remove(demand)
+            self.wake()  # the next in the queue may find a slot too
+            self._ring()  # prefetches yield while a demand is starved
+
+    # -- asynchronous demands -----------------------------------------------------------------------------------------
+
+    def recheck(self, demand: Demand) -> None:
+        """Have an asynchronous demand looked at again, since it may be able to go on."""
+        self._rechecks[demand] = None
+
+    def take_recheck(self) -> Demand | None:
+        """Remove and return the first demand that is to be looked at again."""
+        demand = next(iter(self._rechecks), None)
+        if demand is not None:
+            del self._rechecks[demand]
+        return demand
+
+    def took(self, demand: Demand) -> None:
+        """Note that a demand holds or claims one more slot."""
+        self.feed(demand)
+        caller = demand.async_caller
+        if caller is not None:
+            self._deadlines.pop(demand, None)
+            if caller.is_full:  # its other demands must not wait behind one that may not take a slot
+                for other in caller.demands.values():
+                    self.feed(other)
+
+    def gave(self, demand: Demand) -> None:
+        """Note that an asynchronous demand holds or claims one slot less."""
+        caller = demand.async_caller
+        assert caller is not None
+        if caller.outstanding == caller.leases - 1:  # it was full
+            # Demands that have nothing go first, in the order of their deadlines: one for many keys holds up no other.
+            for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
+                if other.pending:
+                    self.recheck(other)
+            self.wake()
+
+    def expire(self) -> float | None:
+        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, None if there is none."""
+        now = self._clock()
+        for demand in [demand for demand, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[demand]
+            demand.error = _exhausted(demand)
+            self.recheck(demand)
+        return min(self._deadlines.values(), default=None)
+
+    def remove(self, demand: Demand) -> None:
+        """Drop what is kept of a demand that goes."""
+        if demand.pool.starved:
+            self.feed(demand)
+        if demand.async_caller is not None:
+            self._rechecks.pop(demand, None)
+            self._deadlines.pop(demand, None)
+
+    # -- repair and checks --------------------------------------------------------------------------------------------
+
+    def repair(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
+        """Agree with ``demands`` after a step that was cut, and have all callers look again."""
+        for pool in pools:
+            waiting = [demand for demand in pool.starved if demand in demands and demand.pending and demand.is_idle]
+            pool.starved.clear()
+            pool.starved.extend(dict.fromkeys(waiting))
+        for demand in list(self._deadlines):
+            if demand not in demands or not (demand.pending and demand.is_idle):
+                del self._deadlines[demand]
+        self._rechecks.clear()
+        for demand in demands:
+            if (caller := demand.async_caller) is not None:
+                caller.demands[demand.number] = demand
+                self.recheck(demand)
+        self.wake()
+
+    def check_integrity(self, demands: Collection[Demand]) -> None:
+        """Assert that no asynchronous demand is lost, and that none waits that could go on."""
+        for caller in {demand.async_caller for demand in demands if demand.async_caller is not None}:
+            assert set(caller.demands.values()) == {demand for demand in demands if demand.async_caller is caller}
+            assert caller.outstanding <= caller.leases
+            for demand in caller.demands.values():
+                rechecked = demand in self._rechecks
+                assert rechecked or not demand.ready, "what is ready is granted at once"
+                assert rechecked or not demand.is_over
+                waits = bool(demand.pending) and demand.is_idle
+                assert rechecked or waits == (demand in self._deadlines)
+                assert not caller.is_full or demand not in demand.pool.starved
+                assert rechecked or caller.is_full or not waits or demand in demand.pool.starved
+        assert all(demand in demands for demand in (*self._rechecks, *self._deadlines))
+
+
+def _exhausted(demand: Demand) -> ExhaustedError:
+    caller = demand.async_caller
+    if caller is not None and caller.is_full:
+        return ExhaustedError(
+            f"The client holds all {caller.leases} leases that it may: none was given back in {demand.patience:g} s.",
+            "Release some, or give it more (moetier daemon --leases).",
+        )
+    return ExhaustedError(
+        f"All slots of the host tier are leased: none came free in {demand.patience:g} seconds.",
+        "Try again, give the daemon more memory, or have fewer clients at a time.",
+    )

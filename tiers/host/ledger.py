@@ -18,25 +18,23 @@ a demand of it that has nothing for too long fails: what another process does no
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.plan import ArenaPlan
-from moetier.tiers.cache.orders import DEFAULT_ORDER
-from moetier.tiers.cache.pool import snapshot
-from moetier.tiers.cache.quotas import plan_groups
-from moetier.tiers.cache.slots import State
+from moetier.tiers.cache.budget import plan_groups
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.stats import TierCounters, TierStats
+from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Failed, Granted, Pool
+from .demands import AsyncCaller, Demand, Failed, Granted, Pool, Waiting
 from .loads import Loads
 from .prefetch import PrefetchQueue
 from .staging import StagingBuffers
-from .waiting import Waiting
 
 
 class Ledger:
@@ -68,7 +66,8 @@ class Ledger:
         self.pools: dict[str, Pool] = {}  # by array, in the order of their slots
         for region, first in zip(plan.regions, plan.first_slots, strict=True):
             groups = plan_groups(region.slots, manifest.members[region.array])
-            self.pools[region.array] = Pool(region.slots, groups, first, region.slot_bytes, order)
+            self.pools[region.array] = Pool(groups, ORDERS[order], first=first, slot_bytes=region.slot_bytes)
+        self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # the pool of each block's records
         self.prefetches = PrefetchQueue(self.counters, clock, buffers)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
         self.loads = Loads(
@@ -81,13 +80,10 @@ class Ledger:
             clock=clock,
         )
         self._ring = ring
+        self._clock = clock
         self._ahead = ahead
         self._demands: set[Demand] = set()
-        self._uses: dict[ExpertKey, int] | None = None  # how often each record was wanted; None: not counted
-
-    def pool(self, block: int) -> Pool:
-        """Return the pool that the block's records go into."""
-        return self.pools[self.manifest.blocks[block].array]
+        self._uses: Counter[ExpertKey] | None = None  # how often each record was wanted; None: not counted
 
     def check_open(self) -> None:
         """Raise the error with which the ledger was closed, if it was."""
@@ -100,45 +96,69 @@ class Ledger:
         """Pin what is READY, join what is being loaded, and begin what can be begun. Raises ClosedError, StoreError."""
         self.check_open()
         self._demands.add(demand)
-        if demand.async_caller is not None:
-            demand.async_caller.demands[demand.number] = demand
-        self.prefetches.request(demand.pool, demand.block, (), demand.async_caller)
-        slots = demand.pool.slots
+        pool, caller = demand.pool, demand.async_caller
+        if caller is not None:
+            caller.demands[demand.number] = demand
+        self.prefetches.request(pool, demand.block, (), caller)
         distinct = dict.fromkeys(keys)
         self._count(distinct)
-        demand.is_scan = demand.pool.policy.is_scan(demand.block, len(distinct))
+        demand.is_scan = len(distinct) > pool.quota(demand.block)
+        hits = []
         for key in distinct:
-            slot = slots.find(key)
-            is_full = demand.async_caller is not None and demand.async_caller.is_full
-            if slot is not None and slots.is_ready(slot) and not is_full:
-                self._attach(demand, slot)
-                demand.ready.append(slot)
-                self.prefetches.use(key)
-            else:
+            slot = None if caller is not None and caller.is_full else pool.pin_ready(key)
+            if slot is None:
                 demand.pending[key] = None
-        demand.residents = len(demand.ready)
-        self.counters.hits += len(demand.ready)
+                continue
+            demand.ready.append(slot)
+            hits.append(key)
+            if caller is not None:
+                self.waiting.took(demand)
+        demand.residents = len(hits)
+        self.counters.hits += len(hits)
         self.counters.misses += len(demand.pending)
-        self._advance(demand)
-        for key in reversed(distinct):  # what is given first is evicted last
-            if key not in demand.pending:  # else it is used when the caller may have it
-                demand.pool.policy.touch(key, scan=demand.is_scan)
-        if demand.async_caller is not None:
+        self.prefetches.use(hits)
+        if demand.pending:
+            self._advance(demand)
+        # what is given first is evicted last; what is pending is used when the caller may have it
+        pool.touch([key for key in reversed(distinct) if key not in demand.pending], scan=demand.is_scan)
+        if caller is not None:
             self.waiting.recheck(demand)
+
+    def next(self, demand: Demand) -> tuple[list[int], bool] | None:
+        """End the demand's leases and lease what is ready.
+
+        Return the slots, and whether they are the last; None if the caller has to wait. Raises as ``look``.
+        """
+        self.release(demand)
+        self.check_open()
+        if demand.error is not None:
+            return [], True
+        if demand.pending:
+            self.advance(demand)
+        is_last = not (demand.pending or demand.loads)
+        if not (demand.ready or is_last):
+            demand.stands_since = demand.stands_since or self._clock()
+            return None
+        self._end_wait(demand)
+        if demand.is_scan:  # it needs its slots for what it still lacks: each is given back when it is computed
+            is_last = is_last and len(demand.ready) <= 1
+        return self.take(demand, 1 if demand.is_scan else len(demand.ready)), is_last
 
     def advance(self, demand: Demand) -> None:
         """Join the loads of pending keys, and begin more of them as far as slots can be had."""
-        for key in reversed(self._advance(demand)):
-            demand.pool.policy.touch(key, scan=demand.is_scan)
+        demand.pool.touch(reversed(self._advance(demand)), scan=demand.is_scan)
 
-    def take(self, demand: Demand) -> int:
-        """Lease the next slot of those that are ready."""
-        slot = demand.ready.popleft()
-        demand.residents = max(demand.residents - 1, 0)
-        demand.held[slot] = None
-        return slot
+    def take(self, demand: Demand, most: int = 1) -> list[int]:
+        """Lease the next slots of those that are ready."""
+        slots: list[int] = []
+        while demand.ready and len(slots) < most:
+            slot = demand.ready.popleft()
+            demand.held[slot] = None
+            slots.append(slot)
+        demand.residents = max(demand.residents - len(slots), 0)
+        return slots
 
-    def release(self, demand: Demand, slots: Sequence[int] | None = None) -> None:
+    def release(self, demand: Demand, slots: Iterable[int] | None = None) -> None:
         """End the demand's leases of ``slots``, or all. Slots that it does not hold are ignored."""
         for slot in list(demand.held) if slots is None else slots:
             if slot in demand.held:
@@ -151,7 +171,7 @@ class Ledger:
         What a loader has begun goes on, and is kept. What no other demand wants is not begun any more: callers that ask
         and go would else fill all slots with what is of no use.
         """
-        self.waiting.feed(demand)
+        self.waiting.remove(demand)
         demand.pending.clear()
         self.release(demand)
         while demand.ready:
@@ -160,7 +180,6 @@ class Ledger:
             load = demand.loads.pop()
             self._detach(demand, load.slot)
             self.loads.leave(demand, load)
-        self.waiting.remove(demand)
         if demand.async_caller is not None:
             demand.async_caller.demands.pop(demand.number, None)
         self._demands.discard(demand)
@@ -173,22 +192,12 @@ class Ledger:
     def lend(self, loan: Demand, key: ExpertKey) -> int | None:
         """Lease the key's slot if it is READY and no demand is starved. Nothing is counted. Raises as ``look``."""
         self.check_open()
-        pool = loan.pool
-        slot = pool.slots.find(key)
-        if slot is None or not pool.slots.is_ready(slot) or pool.starved:
-            return None
-        self._demands.add(loan)
-        self._attach(loan, slot)
-        loan.held[slot] = None
-        self.prefetches.lend(key)
+        slot = None if loan.pool.starved else loan.pool.pin_ready(key)
+        if slot is not None:
+            loan.held[slot] = None
+            self._demands.add(loan)
+            self.prefetches.lent.add(key)
         return slot
-
-    def adopt(self, key: ExpertKey, slot: int) -> None:
-        """Take over a record that is in a slot of the tier from the beginning, as the directory says already."""
-        pool = self.pool(key.block)
-        pool.slots.begin(slot - pool.first, key)
-        pool.slots.fill(slot - pool.first)
-        pool.policy.admit(key.block, slot - pool.first)
 
     def close(self, error: MoetierError) -> None:
         """Fail all demands, and let no loader begin anything any more."""
@@ -208,38 +217,32 @@ class Ledger:
         A requested record that is there already is evicted later for that, and no loader is woken for it.
         """
         self.check_open()
-        if self.prefetches.request(self.pool(block), block, keys, caller):
+        if self.prefetches.request(self.pool_of[block], block, keys, caller):
             self.loads.ring_for_prefetches()
 
-    def used_above(self, keys: Iterable[ExpertKey]) -> None:
+    def used_above(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses of records that demands found in the tier above."""
-        for key in keys:
-            self.prefetches.use(key)
+        self.prefetches.use(keys)
         self._count(keys)
 
     def use(self, key: ExpertKey) -> None:
         """Count the use of a record that another process found in the directory: a hit."""
-        pool = self.pool(key.block)
+        pool = self.pool_of[key.block]
         self.counters.hits += 1
         self._count((key,))
-        if pool.slots.find(key) is not None:
-            pool.policy.touch(key)
-            self.prefetches.use(key)
+        if pool.find(key) is not None:
+            pool.touch((key,))
+            self.prefetches.use((key,))
 
     def counted_uses(self) -> dict[ExpertKey, int]:
         """Return how often each key was wanted since the first call, which begins the counting."""
         if self._uses is None:
-            self._uses = {}
+            self._uses = Counter()
         return dict(self._uses)
 
     def _count(self, keys: Iterable[ExpertKey]) -> None:
         if self._uses is not None:
-            for key in keys:
-                self._uses[key] = self._uses.get(key, 0) + 1
-
-    def stats(self) -> TierStats:
-        """Return a snapshot of the counters."""
-        return snapshot(self.counters, self.pools.values())
+            self._uses.update(list(keys))
 
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
@@ -252,7 +255,11 @@ class Ledger:
             while (demand := self.waiting.take_recheck()) is not None:
                 self._serve(demand)
             # a thread whose demand is the first is awake, and comes by itself
-            if not any(self._feed(pool.starved[0]) for pool in self.pools.values() if pool.starved):
+            firsts = [pool.starved[0] for pool in self.pools.values() if pool.starved]
+            firsts = [demand for demand in firsts if demand.async_caller is not None]
+            for demand in firsts:
+                self._serve(demand)
+            if all(demand.is_idle for demand in firsts):
                 return
 
     def expire(self) -> float | None:
@@ -271,25 +278,22 @@ class Ledger:
             self.leave(demand)
             caller.deliver(Failed(demand.number, demand.error))
             return
-        if demand.ready and demand.stands_since is not None:
-            self.counters.waited(time.monotonic() - demand.stands_since)
-            demand.stands_since = None
+        if demand.ready:
+            self._end_wait(demand)
         while demand.ready:
-            slot = self.take(demand)
+            (slot,) = self.take(demand)
             number = demand.pool.first + slot
-            key = demand.pool.slots.key(slot)
+            key = demand.pool.key(slot)
             caller.deliver(Granted(demand.number, key, number, self.directory.generation(number)))
         if demand.is_over:
             self.leave(demand)
-        elif not demand.held and demand.stands_since is None:
-            demand.stands_since = time.monotonic()
+        elif not demand.held:
+            demand.stands_since = demand.stands_since or self._clock()
 
-    def _feed(self, demand: Demand) -> bool:
-        """Serve a starved demand, if it is asynchronous. Return whether it has a slot now."""
-        if demand.async_caller is None:
-            return False
-        self._serve(demand)
-        return not demand.is_idle
+    def _end_wait(self, demand: Demand) -> None:
+        if demand.stands_since is not None:
+            self.counters.waited(self._clock() - demand.stands_since)
+            demand.stands_since = None
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
@@ -301,20 +305,20 @@ class Ledger:
         for key in list(demand.pending):
             if caller is not None and caller.is_full:
                 break
-            slot = pool.slots.find(key)
+            slot = pool.find(key)
             if slot is not None:  # begun by a prefetch, or by another demand since this one looked
                 self.counters.joined += 1
-                self._attach(demand, slot)
-                if pool.slots.is_ready(slot):
+                pool.pin(slot)
+                if pool.is_ready(slot):
                     demand.ready.append(slot)
-                    self.prefetches.use(key)
+                    self.prefetches.use((key,))
                 else:
                     self.loads.join(demand, key)
             elif full or not self._may_begin(demand):
                 continue
             elif (slot := self._choose(demand)) is not None:
                 self.loads.begin(pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
-                self._attach(demand, slot)
+                pool.pin(slot)
                 self.loads.join(demand, key)
                 self._ring()
             else:
@@ -322,7 +326,7 @@ class Ledger:
                 continue
             del demand.pending[key]
             found.append(key)
-            self.waiting.feed(demand)
+            self.waiting.took(demand)
         if demand.pending and demand.is_idle:
             self.waiting.starve(demand)
         return found
@@ -336,22 +340,19 @@ class Ledger:
 
     def _choose(self, demand: Demand) -> int | None:
         """Return a slot for a load of the demand; that of a requested record only if there is no other."""
-        choose = partial(demand.pool.policy.choose, demand.block, may_borrow=demand.is_idle, scan=demand.is_scan)
+        choose = partial(demand.pool.choose, demand.block, may_borrow=demand.is_idle, scan=demand.is_scan)
         slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 
-    def _attach(self, demand: Demand, slot: int) -> None:
-        demand.pool.slots.pin(slot)
-        self.waiting.count(demand, 1)
-
     def _detach(self, demand: Demand, slot: int) -> None:
         pool = demand.pool
-        if not pool.slots.unpin(slot):
+        if not pool.unpin(slot):
             if pool.starved:
                 self.waiting.wake()
             elif self.loads.lacks_slots:
                 self._ring()
-        self.waiting.count(demand, -1)
+        if demand.async_caller is not None:
+            self.waiting.gave(demand)
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
@@ -371,9 +372,8 @@ class Ledger:
         """Assert that slots, groups, loads, demands and the directory agree."""
         for pool in self.pools.values():
             pool.check_integrity()
-            pins = self._pins(pool)
-            assert pins == [pool.slots.pins(slot) for slot in range(pool.slots.count)]
-            loading = {pool.slots.key(slot) for slot in range(len(pins)) if pool.slots.state(slot) is State.LOADING}
+            assert self._pins(pool) == [pool.pins(slot) for slot in range(pool.count)]
+            loading = {key for key, is_loading in pool.contents() if is_loading}
             assert loading == {load.key for load in self.loads if load.pool is pool}
             assert all(demand in self._demands and demand.is_idle and demand.pending for demand in pool.starved)
         self.directory.check_integrity(self._contents())
@@ -383,7 +383,7 @@ class Ledger:
 
     def _pins(self, pool: Pool) -> list[int]:
         """Return how many demands hold or claim each slot of a pool."""
-        pins = [0] * pool.slots.count
+        pins = [0] * pool.count
         for demand in self._demands:
             if demand.pool is pool:
                 for slot in [*demand.held, *demand.ready, *(load.slot for load in demand.loads)]:
@@ -392,4 +392,4 @@ class Ledger:
 
     def _contents(self) -> list[tuple[ExpertKey | None, bool]]:
         """Return the key of every slot of the tier, and whether it is being loaded."""
-        return [content for pool in self.pools.values() for content in pool.slots.contents()]
+        return [content for pool in self.pools.values() for content in pool.contents()]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from queue import SimpleQueue
 
 import numpy as np
 
-from moetier.tiers.arena.arena import Arena
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.locks import Monitor
 from moetier.tiers.source import RecordReader, StagedPrefix, interruptible_bytes
@@ -30,15 +29,21 @@ def most_prefetches(loaders: int, plan: ArenaPlan) -> int:
 
 
 class Loaders:
-    """What they read is decided under the monitor's lock, and read outside it."""
+    """Threads that read what ``Loads`` decides under the monitor's lock. They read outside it."""
 
     def __init__(
-        self, store: RecordReader, arena: Arena, monitor: Monitor, loads: Loads, bell: SimpleQueue[None]
+        self,
+        store: RecordReader,
+        slots: Sequence[memoryview],
+        monitor: Monitor,
+        loads: Loads,
+        bell: SimpleQueue[None],
     ) -> None:
-        """An item in ``bell`` wakes a loader, which works until nothing is left."""
+        """``slots`` are those of the tier, writable. An item in ``bell`` wakes a loader, which works until nothing is
+        left."""
         self._store = store
         self._parts = store.parts
-        self._arena = arena
+        self._slots = slots
         self._monitor = monitor
         self._loads = loads
         self._bell = bell
@@ -69,25 +74,23 @@ class Loaders:
                     self._read_piece(task)
 
     def _read(self, load: Load) -> None:
+        slot = load.pool.first + load.slot
         # while it is paused, another loader must be there for the demands
         pause = partial(self._pause, load) if load.is_prefetch and len(self._threads) > 1 else None
         began = time.monotonic()
         try:
-            self._fill(load, self._arena.slot(load.pool.first + load.slot), pause)
+            if load.staged is None:
+                self._store.read_into(load.key, self._slots[slot], pause)
+            else:
+                assert self._parts is not None
+                prefix = StagedPrefix(load.staged.end, partial(self._copy, load.staged))
+                self._parts.read_rest(load.key, self._slots[slot], prefix, pause)
             self._monitor.run(self._loads.arrive, load, time.monotonic() - began)
         except _CancelledError:
             pass
         except BaseException as error:  # whatever it is, those that wait must learn of it
-            traceback.clear_frames(error.__traceback__)  # they hold the slot's buffer
+            traceback.clear_frames(error.__traceback__)  # they hold the slot's memory
             self._monitor.run(self._loads.fail, load, error)
-
-    def _fill(self, load: Load, slot: memoryview, pause: Callable[[], bool] | None) -> None:
-        if load.staged is None:
-            self._store.read_into(load.key, slot, pause)
-        else:
-            assert self._parts is not None
-            prefix = StagedPrefix(load.staged.end, partial(self._copy, load.staged))
-            self._parts.read_rest(load.key, slot, prefix, pause)
 
     def _read_piece(self, staged: StagingBuffer) -> None:
         assert self._parts is not None
@@ -109,19 +112,9 @@ class Loaders:
 
     def _pause(self, load: Load) -> bool:
         """Sleep while a prefetch is to yield to demands. Return whether no demand has joined it yet."""
-        if not self._monitor.wait_for(self._is_wanted, load):
+        if not self._monitor.wait_for(self._loads.go_on, load):
             raise _CancelledError
         return not load.waiters
-
-    def _is_wanted(self, load: Load) -> bool | None:
-        """Return None while the load is to yield, and False once it has been cancelled."""
-        if self._loads.closed_by is None and self._loads.yields(load):
-            load.has_yielded = True
-            return None
-        if self._loads.is_unwanted(load):
-            self._loads.cancel(load)
-            return False
-        return True
 
 
 class _CancelledError(Exception):

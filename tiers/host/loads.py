@@ -1,7 +1,7 @@
 """Loads: records on their way into slots, and which of them a loader reads next.
 
 Part of the ledger: no I/O, and its owner's lock is held. Demands go first; prefetch requests and the warm-up have what
-demands leave of the disk. Every load ends by ``arrive``, ``fail`` or ``cancel``, or before a loader takes it.
+demands leave of the disk. Every load ends by ``arrive``, ``fail`` or ``go_on``, or before a loader takes it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
 
-from .demands import Demand, Load, Pool, StagingBuffer
+from .demands import Demand, Load, Pool, StagingBuffer, Waiting
 from .prefetch import PrefetchQueue
-from .waiting import Waiting
 
 
 class FairQueue:
@@ -116,15 +115,17 @@ class Loads:
             else:
                 self._counters.joined += 1
                 self._prefetches.outcomes.late(seconds)
-        if is_prefetch:
-            self._prefetches.begin(key, load.began, is_warmup=is_warmup)
+        if is_warmup:
+            self._prefetches.warmed.add(key)
+        elif is_prefetch:
+            self._prefetches.outcomes.began[key] = load.began
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
         """Let a demand, which claims the slot, wait for a load that has begun."""
         load = self._loads[key]
         if load.is_prefetch:
-            self._prefetches.use(key)
+            self._prefetches.use((key,))
             # Its loader may sleep, and must look at every first waiter: an earlier one may have left before it looked.
             self._waiting.wake()
         load.waiters.append(demand)
@@ -151,24 +152,29 @@ class Loads:
 
     def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
         """Read these behind all requests, each into an EMPTY slot of its group or not at all."""
-        self._prefetches.warm(pool, keys)
+        self._prefetches.warmup.extend((pool, key) for key in keys)
         self.ring_for_prefetches()
 
-    def yields(self, load: Load) -> bool:
-        """Whether a prefetch that no demand waits for is to pause, since records are read for demands."""
-        return not load.waiters and self._is_for_demands
+    def go_on(self, load: Load) -> bool | None:
+        """Decide whether the read of a prefetch goes on: None while it yields to reads for demands, False if not.
 
-    def is_unwanted(self, load: Load) -> bool:
-        """Whether a prefetch is not requested any more, or a warm-up is in the way of a starved demand."""
-        if load.is_warmup and not load.waiters:
-            return self.closed_by is not None or bool(load.pool.starved)
-        return not load.waiters and not self._prefetches.is_requested(load.key)
-
-    def cancel(self, load: Load) -> None:
-        """End a load that its loader has just found unwanted: in the same step, or a demand could join it between."""
-        self._counters.cancelled += not load.is_warmup
-        self._invalidate(load)
-        self._waiting.wake()
+        It does not go on where it is no longer requested, or is a warm-up in the way of a starved demand. Then it is
+        cancelled in the same step, or a demand could join it between.
+        """
+        if load.waiters:
+            return True
+        if self.closed_by is None and self._is_for_demands:
+            load.has_yielded = True
+            return None
+        if load.is_warmup:
+            is_wanted = self.closed_by is None and not load.pool.starved
+        else:
+            is_wanted = self._prefetches.is_requested(load.key)
+        if not is_wanted:
+            self._counters.cancelled += not load.is_warmup
+            self._invalidate(load)
+            self._waiting.wake()
+        return is_wanted
 
     def end_piece(self, staged: StagingBuffer, error: BaseException | None = None) -> None:
         """Note that the read of a piece has ended. If it failed, a demand for the record meets the error again."""
@@ -190,14 +196,14 @@ class Loads:
             return None
         for staged in self._buffers or ():
             if staged.is_idle and not staged.is_full and self._prefetches.is_requested(staged.key):
-                return self._begin_piece(staged)
+                return staged.begin_piece(self._clock())
         while True:
             if self._prefetches.unbegun and self._prefetches.make_room():
                 place = self._prefetches.take()
                 if place is not None and place.slot is not None:
                     return self.begin(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
                 if place is not None and self._buffers is not None:
-                    return self._begin_piece(self._buffers.begin(place.pool, place.key))
+                    return self._buffers.begin(place.pool, place.key).begin_piece(self._clock())
             full = [staged for staged in self._buffers or () if staged.is_full and staged.is_idle]
             full = [staged for staged in full if self._prefetches.is_requested(staged.key) and not staged.pool.starved]
             for staged in full:
@@ -206,11 +212,9 @@ class Loads:
             self.lacks_slots = bool(full)
             if not full or not self._prefetches.unbegun:
                 return None
-            self._prefetches.give_up(full[0])
-
-    def _begin_piece(self, staged: StagingBuffer) -> StagingBuffer:
-        staged.begin_piece(self._clock())
-        return staged
+            assert self._buffers is not None
+            self._buffers.end(full[0])  # others wait for its room
+            self._counters.cancelled += 1
 
     def ring_for_prefetches(self) -> None:
         """Wake as many loaders as may read something for prefetches now."""
@@ -221,12 +225,12 @@ class Loads:
 
     @property
     def _is_for_demands(self) -> bool:
-        """Whether anything is read for a demand."""
+        """True if anything is read for a demand."""
         return any(load.waiters or not load.is_prefetch for load in self._loads.values())
 
     @property
     def _prefetching(self) -> int:
-        """How many reads for prefetches are in flight."""
+        """Number of reads for prefetches in flight."""
         reading = 0 if self._buffers is None else self._buffers.reading
         return reading + sum([load.is_prefetch for load in self._loads.values()])
 
@@ -244,9 +248,10 @@ class Loads:
         self._counters.bytes_in += load.pool.slot_bytes - (load.staged.filled if load.staged is not None else 0)
         self._counters.warmed += load.is_warmup
         self._remove(load)
-        load.pool.slots.fill(load.slot)
+        load.pool.fill(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
-        self._prefetches.outcomes.arrive(load.key)
+        if load.is_prefetch:
+            self._prefetches.outcomes.arrive(load.key)
         for demand in load.waiters:
             demand.ready.append(load.slot)  # first: a record in both is found by repair, one in neither would be lost
             demand.loads.remove(load)
@@ -265,15 +270,16 @@ class Loads:
         for demand in load.waiters:
             demand.loads.remove(load)
             demand.error = demand.error or error
-            self._waiting.count(demand, -1)
             if demand.async_caller is not None:
+                self._waiting.gave(demand)
                 self._waiting.recheck(demand)
         self._waiting.wake()
 
     def close(self, error: MoetierError) -> None:
         """Let no loader begin anything any more."""
         self.closed_by = error
-        self._prefetches.clear()
+        self._prefetches.repair()
+        self._prefetches.warmup.clear()
         while (load := self._queue.take()) is not None:
             self.fail(load, error)
 

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 
 from moetier.tiers.errors import ClosedError, ProtocolError, StoreError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor
+from moetier.tiers.locks import Monitor, step
 
 from .demands import AsyncCaller, Demand, Event
 from .ledger import Ledger
@@ -32,6 +32,7 @@ class Session(AsyncCaller):
         self._patience = patience
         self._closed = False
 
+    @step
     def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
         """Ask for distinct keys of one block. Each is answered by a Granted, or all together by a Failed.
 
@@ -43,36 +44,31 @@ class Session(AsyncCaller):
             return
         block = keys[0].block
         self._ledger.manifest.check_keys(block, keys)
-        patience = self._patience if patience is None else patience
-        demand = Demand(self._ledger.pool(block), block, self, self, request, patience)
-        self._monitor.run(self._acquire, demand, keys)
-
-    def _acquire(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
         self._check_open()
-        if demand.number in self.demands:
-            raise ProtocolError(f"Request {demand.number} is not over yet.", "Number requests one by one.")
-        self._ledger.look(demand, keys)
+        if request in self.demands:
+            raise ProtocolError(f"Request {request} is not over yet.", "Number requests one by one.")
+        patience = self._patience if patience is None else patience
+        self._ledger.look(Demand(self._ledger.pool_of[block], block, self, self, request, patience), keys)
         self._ledger.serve()
 
+    @step
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
         """End leases. Without ``keys`` the request is over, and what it waits for is cancelled.
 
         Keys that are not held are ignored, since their request may have failed meanwhile.
         """
-        self._monitor.run(self._release, request, keys)
-
-    def _release(self, request: int, keys: Sequence[ExpertKey]) -> None:
         demand = self.demands.get(request)
         if demand is None:
             return
         if keys:
-            slots = [demand.pool.slots.find(key) for key in keys]
+            slots = [demand.pool.find(key) for key in keys]
             self._ledger.release(demand, [slot for slot in slots if slot is not None])
             self._ledger.waiting.recheck(demand)
         else:
             self._ledger.leave(demand)
         self._ledger.serve()
 
+    @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Count hits: keys that were found in the directory and computed with, least recently used first.
 
@@ -80,30 +76,23 @@ class Session(AsyncCaller):
         """
         for key in keys:
             self._ledger.manifest.check_keys(key.block, (key,))
-        self._monitor.run(self._use, keys)
-
-    def _use(self, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
             for key in keys:
                 self._ledger.use(key)
 
+    @step
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Prefetch as ``ExpertSource`` says; replaces this session's requests alone."""
         self._ledger.manifest.check_keys(block, keys)
-        self._monitor.run(self._prefetch, block, keys)
-
-    def _prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         if self._takes_hints():
             self._ledger.prefetch(block, keys, self)
 
+    @step
     def close(self) -> None:
         """Give back all leases and claims, and cancel all requests; loads that have begun go on. Idempotent.
 
         Nothing is delivered any more.
         """
-        self._monitor.run(self._close)
-
-    def _close(self) -> None:
         self._closed = True
         for demand in list(self.demands.values()):
             self._ledger.leave(demand)

@@ -76,12 +76,12 @@ class StagingBuffers:
 
     @property
     def reading(self) -> int:
-        """How many pieces are being read."""
+        """Number of pieces being read."""
         return sum([staged.end > staged.filled for staged in self._staged.values()]) + len(self._ended)
 
     @property
     def has_room(self) -> bool:
-        """Whether a buffer is free."""
+        """True if a buffer is free."""
         return bool(self._free)
 
     def begin(self, pool: Pool, key: ExpertKey) -> StagingBuffer:

@@ -17,9 +17,10 @@ from types import TracebackType
 from moetier.tiers.arena.arena import Arena, intact_slots
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import Monitor
+from moetier.tiers.locks import Monitor, step
 from moetier.tiers.source import Lease, Pace, RecordReader
 from moetier.tiers.stats import TierStats
 
@@ -28,7 +29,6 @@ from .ledger import Ledger
 from .loaders import Loaders, most_prefetches
 from .session import Session, Timekeeper
 from .staging import StagingBuffers
-from .warmup import HotSet
 
 LOADERS = 4  # records that are read at a time
 HANDOVER = 1e-5  # seconds to sleep, to which the system adds about 6e-5, so that a loader can take the GIL and begin
@@ -59,7 +59,7 @@ class HostTier:
         self.plan = ArenaPlan.of(self.manifest, slots)
         assert arena is None or arena.plan == self.plan
         self.recovered = 0  # slots that were full when it began
-        self._monitor = Monitor(self._repair)
+        self._monitor = Monitor(lambda: self._ledger.repair())
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.plan)
             undo.callback(self._arena.close)
@@ -68,6 +68,7 @@ class HostTier:
             self._buffers: StagingBuffers | None = None
             if store.parts is not None:
                 self._buffers = StagingBuffers(max(region.slot_bytes for region in self.plan.regions))
+            self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # to fill them
             # by slot: always the same object, so that code that wraps it knows it again
             self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
             self._ledger = Ledger(
@@ -82,7 +83,7 @@ class HostTier:
                 ahead=2 * loaders,  # enough to keep every loader busy
                 most_prefetches=most_prefetches(loaders, self.plan),
             )
-            self._loaders = Loaders(store, self._arena, self._monitor, self._ledger.loads, bell)
+            self._loaders = Loaders(store, self._slots, self._monitor, self._ledger.loads, bell)
             undo.callback(self.close)
             if arena is not None:
                 self._recover(arena, loaders)
@@ -103,26 +104,29 @@ class HostTier:
             return
         block = keys[0].block
         self.manifest.check_keys(block, keys)
-        demand = Demand(self._ledger.pool(block), block, threading.get_ident())
+        demand = Demand(self._ledger.pool_of[block], block, threading.get_ident())
         try:
-            self._monitor.run(self._ledger.look, demand, keys)
-            if demand.loads and demand.ready:
+            found = self._monitor.run(self._look, demand, keys)
+            if found is not None and demand.loads:
                 time.sleep(HANDOVER)
-            while leases := self._monitor.wait_for(self._next, demand):
+            is_last = False
+            while not is_last:
+                leases, is_last = found or self._monitor.wait_for(self._next, demand)
+                found = None
                 while leases:  # a caller that waits for the next keeps none of them
                     yield leases.popleft()
                     self._check_open()
             if demand.error is not None:
                 raise demand.error
         finally:
-            if (
-                self._monitor.fork_guard.is_owner
-            ):  # the directory is shared with a forked child, and not the child's to write
+            # the directory is shared with a forked child, and not the child's to write
+            if self._monitor.fork_guard.is_owner:
                 self._monitor.post(partial(self._ledger.leave, demand))
 
+    @step
     def reclaim(self) -> None:
         """Reclaim as ``ExpertSource`` says."""
-        self._monitor.run(self._ledger.reclaim, threading.get_ident())
+        self._ledger.reclaim(threading.get_ident())
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Prefetch as ``ExpertSource`` says.
@@ -133,32 +137,37 @@ class HostTier:
         self.manifest.check_keys(block, keys)
         self._monitor.run(self._ledger.prefetch, block, keys)
 
-    def warm(self, hot: HotSet) -> None:
+    def warm(self, hottest: Callable[[int, int], Sequence[ExpertKey]]) -> None:
         """Read each block's most used records into EMPTY slots, in the background. Returns at once.
+
+        ``hottest`` gives them for a block, at most as many as its second argument says.
 
         Nothing is read while there is anything to read for demands or prefetch requests, nothing is evicted, and what
         is there already is not read.
         """
-        self._monitor.run(self._warm, hot)
+        pools = list(enumerate(self._ledger.pool_of))
+        self._monitor.run(self._warm, [(pool, hottest(block, pool.quota(block))) for block, pool in pools])
 
     @contextlib.contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
         """Lend as ``Lender`` says; nothing is lent while a demand finds no slot. Raises MissingExpertError."""
         self.manifest.check_keys(key.block, [key])
-        loan = Demand(self._ledger.pool(key.block), key.block, threading.get_ident())
+        loan = Demand(self._ledger.pool_of[key.block], key.block, threading.get_ident())
         try:
             yield self._monitor.run(self._lend, loan, key)
         finally:
             if self._monitor.fork_guard.is_owner:
                 self._monitor.post(partial(self._ledger.leave, loan))
 
+    @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Note uses as ``Lender`` says; they are counted where uses are."""
-        self._monitor.run(self._ledger.used_above, keys)
+        self._ledger.used_above(keys)
 
+    @step
     def uses(self) -> dict[ExpertKey, int]:
         """Return how often each record was wanted since the first call, which begins the counting."""
-        return self._monitor.run(self._ledger.counted_uses)
+        return self._ledger.counted_uses()
 
     def ready(self, block: int) -> list[int]:
         """Return the experts of a block whose records are in slots now."""
@@ -168,11 +177,12 @@ class HostTier:
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return absent keys as ``ExpertSource`` says. Takes no lock: the answer may be outdated at once."""
         self._monitor.fork_guard.check()
-        return [key for key in keys if not self._ledger.pool(key.block).slots.holds(key)]
+        pool_of = self._ledger.pool_of
+        return [key for key in keys if not pool_of[key.block].holds(key)]
 
     def pace(self, block: int) -> Pace | None:
         """Return the pace as ``ExpertSource`` says, by the median of the latest reads."""
-        return self._monitor.run(self._ledger.prefetches.pace, self._ledger.pool(block))
+        return self._monitor.run(self._ledger.prefetches.pace, self._ledger.pool_of[block])
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
         """Open a session for another process. Closing it is the caller's.
@@ -196,9 +206,10 @@ class HostTier:
         """Return a leased slot with its checksum, read-only, for another host that checks it there."""
         return self._arena.whole(slot)
 
+    @step
     def stats(self) -> TierStats:
         """Return a snapshot of the counters."""
-        return self._monitor.run(self._ledger.stats)
+        return snapshot(self._ledger.counters, self._ledger.pools.values())
 
     @property
     def fault(self) -> StoreError | None:
@@ -206,12 +217,15 @@ class HostTier:
         error = self._ledger.loads.closed_by
         return error if isinstance(error, StoreError) else None
 
+    @step
     def condemn(self, error: StoreError) -> None:
         """Serve nothing any more, since slots do not hold what the manifest promises.
 
         Every caller and every session gets ``error``, and processes that map the arena find nothing in it.
         """
-        self._monitor.run(self._condemn, error)
+        if self._ledger.loads.closed_by is None:
+            self._ledger.close(error)
+            self._arena.directory.retire()
 
     def close(self) -> None:
         """Close as ``ExpertSource`` says.
@@ -225,61 +239,49 @@ class HostTier:
             if self._buffers is not None:
                 self._buffers.close()
             self._timekeeper.close()
+        self._slots.clear()
         self._records.clear()
         self._arena.close()
 
+    @step
     def check_integrity(self) -> None:
         """Assert that slots, groups, loads, callers and the directory agree."""
-        self._monitor.run(self._ledger.check_integrity)
+        self._ledger.check_integrity()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _next(self, demand: Demand) -> deque[Lease[memoryview]] | None:
-        """End the present leases, and return those that are ready. None: wait. Empty: all is over, or an error came."""
-        self._ledger.release(demand)
-        self._ledger.check_open()
-        if demand.error is not None:
-            return deque()
-        if demand.pending:
-            self._ledger.advance(demand)
-        if not (demand.ready or demand.is_over):
-            demand.stands_since = demand.stands_since or time.monotonic()
-            return None
-        if demand.stands_since is not None:
-            self._ledger.counters.waited(time.monotonic() - demand.stands_since)
-            demand.stands_since = None
-        # a scan needs its slots for what it still lacks: each is given back when it is computed
-        count = min(len(demand.ready), 1 if demand.is_scan else len(demand.ready))
-        slots = [self._ledger.take(demand) for _ in range(count)]
-        return deque([self._lease(demand.pool, slot, more=slot != slots[-1]) for slot in slots])
+    def _look(self, demand: Demand, keys: Sequence[ExpertKey]) -> tuple[deque[Lease[memoryview]], bool] | None:
+        self._ledger.look(demand, keys)
+        return self._next(demand)
 
-    def _warm(self, hot: HotSet) -> None:
+    def _next(self, demand: Demand) -> tuple[deque[Lease[memoryview]], bool] | None:
+        """End the present leases. Return those that are ready, and whether they are the last; None: wait."""
+        found = self._ledger.next(demand)
+        if found is None:
+            return None
+        slots, is_last = found
+        return deque([self._lease(demand, slot, more=slot != slots[-1]) for slot in slots]), is_last
+
+    def _warm(self, wanted: Sequence[tuple[Pool, Sequence[ExpertKey]]]) -> None:
         self._ledger.check_open()
-        for block in range(len(self.manifest.blocks)):
-            pool = self._ledger.pool(block)
-            self._ledger.loads.warm(pool, hot.hottest(block, pool.policy.quota(block)))
+        for pool, keys in wanted:
+            self._ledger.loads.warm(pool, keys)
 
     def _lend(self, loan: Demand, key: ExpertKey) -> Lease[memoryview] | None:
         slot = self._ledger.lend(loan, key)
-        return None if slot is None else self._lease(loan.pool, slot)
+        return None if slot is None else self._lease(loan, slot)
 
-    def _condemn(self, error: StoreError) -> None:
-        if self._ledger.loads.closed_by is None:
-            self._ledger.close(error)
-            self._arena.directory.retire()
-
-    def _repair(self) -> None:
-        self._ledger.repair()
-
-    def _lease(self, pool: Pool, slot: int, *, more: bool = False) -> Lease[memoryview]:
-        number = pool.first + slot
-        return Lease(pool.slots.key(slot), self._records[number], number, None, more)
+    def _lease(self, demand: Demand, slot: int, *, more: bool = False) -> Lease[memoryview]:
+        number = demand.pool.first + slot
+        return Lease(demand.pool.key(slot), self._records[number], number, None, more)
 
     def _recover(self, arena: Arena, threads: int) -> None:
         kept = intact_slots(arena, self.manifest, threads)
-        arena.directory.keep_only(kept)
+        arena.directory.repair([(kept.get(slot), False) for slot in range(self.plan.slots)])
         for slot, key in kept.items():
-            self._ledger.adopt(key, slot)
+            pool = self._ledger.pool_of[key.block]
+            pool.begin(slot - pool.first, key)
+            pool.fill(slot - pool.first)
         self.recovered = len(kept)
 
     def _wake(self) -> None:

@@ -1,7 +1,7 @@
-"""Warm-up: which experts of a store are used most, by counts that are kept between runs.
+"""Warm-up: which experts of a store are used most, by counts that are kept between runs for the next to begin with.
 
-They are in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8). They are a hint: whatever is wrong with
-the file, the tiers begin without it.
+The counts are in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8). They are a hint: whatever is wrong
+with the file, the tiers begin without it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import math
 import os
 import re
 import stat
-from collections import Counter
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
+from moetier.tiers.locks import ForkGuard
 from moetier.tiers.store.atomic import make_folders, write_durably
 
+from .tier import HostTier
+
+EVERY = 300.0  # seconds between writes; a process that is killed loses the uses since the latest
 FORMAT = 1
 HALF_LIFE = 512  # after so many uses of its block, per expert that the block has, an old use counts half
 MOST_BYTES = 16 << 20
@@ -29,40 +34,70 @@ MOST_BYTES = 16 << 20
 _log = logging.getLogger(__name__)
 
 
-class HotSet:
-    """Counts of uses by key. Uses of one run count alike, those of earlier runs less."""
-
-    def __init__(self, counts: Mapping[ExpertKey, float] | None = None) -> None:
-        self._counts: dict[int, Counter[int]] = {}
-        for key, count in (counts or {}).items():
-            self._counts.setdefault(key.block, Counter())[key.expert] = count  # type: ignore[assignment]
-
-    @property
-    def counts(self) -> dict[ExpertKey, float]:
-        """Uses of each key that was used."""
-        return {ExpertKey(block, expert): n for block, of in self._counts.items() for expert, n in of.items()}
+class HotSet(dict[ExpertKey, float]):
+    """Uses of each key that was used. Uses of one run count alike, those of earlier runs less."""
 
     def use(self, keys: Iterable[ExpertKey]) -> None:
         """Count one use of each key."""
         for key in keys:
-            self._counts.setdefault(key.block, Counter())[key.expert] += 1
+            self[key] = self.get(key, 0) + 1
 
     def hottest(self, block: int, most: int) -> list[ExpertKey]:
         """Return at most so many experts of a block, the most used first; equals in ascending order."""
-        ordered = sorted(self._counts.get(block, {}).items(), key=lambda item: (-item[1], item[0]))
-        return [ExpertKey(block, expert) for expert, _ in ordered[:most]]
+        keys = [key for key in self if key.block == block]
+        return sorted(keys, key=lambda key: (-self[key], key))[:most]
 
     def after(self, earlier: HotSet, experts: Mapping[int, int]) -> HotSet:
         """Return the sum with the counts of earlier runs, which fade the more a block has been used since.
 
         ``experts``: how many each block has.
         """
-        counts = dict(self.counts)
-        for (block, expert), count in earlier.counts.items():
-            uses = sum(self._counts.get(block, {}).values())
-            faded = count * 0.5 ** (uses / (HALF_LIFE * experts[block]))
-            counts[ExpertKey(block, expert)] = counts.get(ExpertKey(block, expert), 0) + faded
-        return HotSet(counts)
+        uses = dict.fromkeys(experts, 0.0)
+        for key, count in self.items():
+            uses[key.block] += count
+        found = HotSet(self)
+        for key, count in earlier.items():
+            faded = count * 0.5 ** (uses[key.block] / (HALF_LIFE * experts[key.block]))
+            found[key] = found.get(key, 0) + faded
+        return found
+
+
+class Learner:
+    """Warms an open tier and counts its uses until ``close``. Nothing waits for it, and its errors end nothing."""
+
+    def __init__(self, host: HostTier, *, every: float = EVERY) -> None:
+        self._host = host
+        self._fork_guard = ForkGuard()
+        self._digest = host.manifest.digest
+        self._experts = {number: block.experts for number, block in enumerate(host.manifest.blocks)}
+        self._every = every
+        self._ending = threading.Event()
+        self._kept = host.uses()
+        self._thread = threading.Thread(target=self._run, name="moetier-learner", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Keep what was counted, before or after the tier is closed. Idempotent. Does nothing in a forked child."""
+        if self._fork_guard.is_owner:
+            self._ending.set()
+            self._thread.join()
+            self._keep()
+
+    def _run(self) -> None:
+        hot = load_hot_set(self._digest, self._experts)
+        try:
+            self._host.warm(hot.hottest)
+        except (ClosedError, StoreError):
+            return
+        while not self._ending.wait(self._every):
+            self._keep()
+
+    def _keep(self) -> None:
+        uses = self._host.uses()
+        new = {key: count - self._kept.get(key, 0) for key, count in uses.items()}
+        self._kept = uses
+        if used := {key: count for key, count in new.items() if count}:
+            keep_hot_set(self._digest, self._experts, HotSet(used))
 
 
 def hot_set_path(digest: str) -> Path:
@@ -127,7 +162,7 @@ def _open(path: Path) -> Any:
 
 def _text(found: HotSet, digest: str) -> str:
     blocks: dict[str, dict[str, float]] = {}
-    for key, count in sorted(found.counts.items()):
+    for key, count in sorted(found.items()):
         blocks.setdefault(str(key.block), {})[str(key.expert)] = round(count, 3)
     return json.dumps({"format": FORMAT, "digest": digest, "counts": blocks})
 
@@ -138,7 +173,7 @@ def _parse(value: Any, digest: str, experts: Mapping[int, int]) -> HotSet:
         raise ValueError(f"format {value['format']!r}, not {FORMAT}")
     if value["digest"] != digest:
         raise ValueError("it is of another store")
-    counts = {}
+    counts = HotSet()
     for block, of in value["counts"].items():
         for expert, count in of.items():
             key = ExpertKey(int(block), int(expert))
@@ -147,4 +182,4 @@ def _parse(value: Any, digest: str, experts: Mapping[int, int]) -> HotSet:
             if not (type(count) in (int, float) and math.isfinite(count) and count >= 0):
                 raise ValueError(f"{count!r} is not a count")
             counts[key] = float(count)
-    return HotSet(counts)
+    return counts

@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moetier.tiers.cache.budget import slots_for, smallest_budget
+from moetier.tiers.cache.budget import Group, plan_groups, slots_for, smallest_budget
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
-from moetier.tiers.cache.quotas import Group, plan_groups
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 

@@ -11,9 +11,9 @@ from math import inf
 import numpy as np
 
 from moetier.runtime.trace.trace import NONE, Trace
+from moetier.tiers.cache.budget import Group
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
-from moetier.tiers.cache.quotas import BlockPolicy, Group
-from moetier.tiers.cache.slots import Slots
+from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
 
@@ -111,19 +111,18 @@ class SimulatedTier:
 
     def __init__(self, block: int, quota: int, make_order: Callable[[int], Order]) -> None:
         self._block = block
-        self._slots = Slots(quota)
-        self._policy = BlockPolicy(self._slots, [Group((block,), quota)], make_order)
+        self._pool = SlotPool([Group((block,), quota)], make_order)
 
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
         """Load what is missing and return the misses. What is given first is evicted last."""
-        missing = [key for key in keys if self._slots.find(key) is None]
-        if is_prompt and self._policy.is_scan(self._block, len(keys)):
+        missing = [key for key in keys if self._pool.find(key) is None]
+        if is_prompt and len(keys) > self._pool.count:
             self._stream(keys, missing)
         else:
             for key in reversed(keys):
-                if self._slots.find(key) is None:
+                if self._pool.find(key) is None:
                     self._load(key, keys)
-                self._policy.touch(key)
+                self._pool.touch((key,))
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
@@ -135,52 +134,46 @@ class SimulatedTier:
     @property
     def resident(self) -> list[ExpertKey]:
         """Keys in slots that are READY."""
-        return [self._slots.key(slot) for slot in range(self._slots.count) if self._slots.is_ready(slot)]
+        return self._pool.held()
 
     def check_integrity(self) -> None:
         """Assert that slots and policy are consistent."""
-        self._slots.check_integrity()
-        self._policy.check_integrity()
+        self._pool.check_integrity()
 
     def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
-        slot = self._policy.choose(self._block, keep=keep.__contains__)
+        slot = self._pool.choose(self._block, keep=keep.__contains__)
         if slot is None:  # fewer slots than one token wants
-            slot = self._policy.choose(self._block)
+            slot = self._pool.choose(self._block)
         assert slot is not None
         self._fill(slot, key, scan=False)
 
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
         """Compute with resident experts first, as a host tier does it, and load the others ahead of their use."""
         resident = [key for key in keys if key not in set(missing)]
-        for key in reversed(resident):
-            self._policy.touch(key, scan=True)
+        self._pool.touch(reversed(resident), scan=True)
         waiting = deque(map(self._slot, resident))
         for slot in waiting:
-            self._slots.pin(slot)
+            self._pool.pin(slot)
         loaded: deque[int] = deque()
         for key in missing:
             if len(loaded) == AHEAD:
                 while waiting:
-                    self._slots.unpin(waiting.popleft())
-                self._slots.unpin(loaded.popleft())
-            while (found := self._policy.choose(self._block, scan=True)) is None:
-                self._slots.unpin((waiting or loaded).popleft())
+                    self._pool.unpin(waiting.popleft())
+                self._pool.unpin(loaded.popleft())
+            while (found := self._pool.choose(self._block, scan=True)) is None:
+                self._pool.unpin((waiting or loaded).popleft())
             self._fill(found, key, scan=True)
-            self._slots.pin(found)
+            self._pool.pin(found)
             loaded.append(found)
         for slot in (*waiting, *loaded):
-            self._slots.unpin(slot)
+            self._pool.unpin(slot)
 
     def _fill(self, slot: int, key: ExpertKey, *, scan: bool) -> None:
-        if self._slots.is_ready(slot):
-            self._policy.remove(slot)
-            self._slots.evict(slot)
-        self._slots.begin(slot, key)
-        self._slots.fill(slot)
-        self._policy.admit(self._block, slot, scan=scan)
+        self._pool.begin(slot, key, scan=scan)
+        self._pool.fill(slot)
 
     def _slot(self, key: ExpertKey) -> int:
-        slot = self._slots.find(key)
+        slot = self._pool.find(key)
         assert slot is not None
         return slot
 

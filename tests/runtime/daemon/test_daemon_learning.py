@@ -41,14 +41,14 @@ def test_sigterm_keeps_what_was_used_and_the_next_start_reads_it(manifest: Manif
         use(daemon, manifest)
         assert daemon.stop() == 0
         kept = {ExpertKey(0, 1): 1, ExpertKey(0, 2): 3}
-        assert load_hot_set(manifest.digest, EXPERTS).counts == kept
+        assert load_hot_set(manifest.digest, EXPERTS) == kept
         daemon.restart()
         assert daemon.wait_for("host.warmed == 2").host.ready == 2
         use(daemon, manifest)
         stats = daemon.stats().host
         assert (stats.misses, stats.recalled) == (0, 2)
         daemon.kill()
-        assert load_hot_set(manifest.digest, EXPERTS).counts == kept, "what was kept last"
+        assert load_hot_set(manifest.digest, EXPERTS) == kept, "what was kept last"
 
 
 def test_a_damaged_file_is_a_warning_and_nothing_else(manifest: Manifest, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_damaged_file_is_a_warning_and_nothing_else(manifest: Manifest, tmp_pa
         lines = [line for line in daemon.log.splitlines() if "level=info" not in line]
         assert len(lines) == 2, "when it begins, and before the file is made anew"
         assert all("level=warning" in line and "The counts of experts in " in line for line in lines)
-        assert load_hot_set(manifest.digest, EXPERTS).counts == {ExpertKey(0, 1): 1, ExpertKey(0, 2): 3}
+        assert load_hot_set(manifest.digest, EXPERTS) == {ExpertKey(0, 1): 1, ExpertKey(0, 2): 3}
 
 
 def test_without_it_nothing_is_kept(manifest: Manifest, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import moetier
-from moetier.runtime.moe.block import groups
-from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.moe.experts import experts_modules, groups
 
 RAM = 4 << 20  # 18 of 64 experts: two or three of a block
 Events = list[tuple[set[int], bool] | list[int]]  # a demand and whether it waits; experts that came together

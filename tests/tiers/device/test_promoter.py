@@ -352,7 +352,7 @@ def test_what_a_demand_has_brought_meanwhile_is_not_promoted(
     tier.prefetch(1, keys(1, 0))  # for its next turn
     reader.open()
     demand.result()
-    wait_until(lambda: not tier._promoter._waiting)
+    wait_until(lambda: not tier._promoter.waiting)
     stats = tier.stats()
     assert (stats.prefetched, stats.cancelled, stats.bytes_in) == (0, 0, SIZE)
     assert consumer.wrong() == 0
@@ -473,14 +473,14 @@ def guesses(host: HostTier) -> tuple[int, ...]:
 
 def test_a_promotion_is_no_demand_of_the_host(host: HostTier, tier: DeviceTier) -> None:
     host.uses()
-    order = list(host._ledger.pools["records"].policy._orders[0])
+    order = list(host._ledger.pools["records"]._orders[0])
     before = host.stats()
     tier.prefetch(0, keys(0, 0, 1))
     promoted(tier, 2)
     idle(tier)
     assert host.stats() == before
     assert host.uses() == {}
-    assert list(host._ledger.pools["records"].policy._orders[0]) == order
+    assert list(host._ledger.pools["records"]._orders[0]) == order
 
 
 def test_a_right_guess_is_useful_once_in_each_tier(tier: DeviceTier, host: HostTier, device: FakeDevice) -> None:
@@ -519,7 +519,7 @@ def test_what_the_device_has_no_slot_for_is_useful_in_the_host(
 ) -> None:
     monkeypatch.setattr(tier._promoter, "_promote", lambda lease: tier._promoter.remove(lease.key))
     tier.prefetch(1, keys(1, 0, 1))
-    wait_until(lambda: not tier._promoter._waiting)
+    wait_until(lambda: not tier._promoter.waiting)
     consumer = Consumer(tier, device)
     consumer.run(1, [0, 1])
     assert guesses(host) == (2, 2, 0, 0, 0)
@@ -573,7 +573,7 @@ def test_the_thread_survives_whatever_the_source_raises(
     tier.prefetch(0, keys(0, 0, 1, 2))
     promoted(tier, 1)
     assert tier.absent(keys(0, 0, 1, 2)) == keys(0, 0, 1)
-    assert not tier._promoter._waiting
+    assert not tier._promoter.waiting
     assert tier.stats().cancelled == 2, "they are given up"
     (record,) = caplog.records
     assert "OSError: no descriptor for 0" in record.getMessage()

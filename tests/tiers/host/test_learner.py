@@ -16,9 +16,8 @@ from stores import make_store
 from threads import wait_until
 
 from moetier.tiers.device.tier import DeviceTier
-from moetier.tiers.host.learner import Learner
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.host.warmup import hot_set_path, load_hot_set
+from moetier.tiers.host.warmup import Learner, hot_set_path, load_hot_set
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.reader import ExpertStore
 
@@ -52,7 +51,7 @@ def take(tier: HostTier, block: int, *experts: int) -> None:
 
 
 def kept(store: ExpertStore) -> dict[ExpertKey, float]:
-    return {key: round(count) for key, count in load_hot_set(store.manifest.digest, EXPERTS).counts.items()}
+    return {key: round(count) for key, count in load_hot_set(store.manifest.digest, EXPERTS).items()}
 
 
 def test_the_next_run_begins_with_what_was_used_most(store: ExpertStore) -> None:
@@ -117,7 +116,7 @@ def test_a_process_that_is_killed_leaves_what_it_kept_last(store: ExpertStore, c
         from pathlib import Path
         from moetier.tiers.host.tier import HostTier
         from moetier.tiers.layout import ExpertKey
-        from moetier.tiers.host.learner import Learner
+        from moetier.tiers.host.warmup import Learner
         from moetier.tiers.store.reader import ExpertStore
         tier = HostTier(ExpertStore.open(Path(sys.argv[1])), slots={"records": 6})
         learner = Learner(tier, every=0.05)

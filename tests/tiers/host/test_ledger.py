@@ -46,7 +46,7 @@ class Caller:
     def __init__(self, demand: Demand, keys: list[ExpertKey]) -> None:
         self.demand = demand
         self.wanted = set(keys)
-        self.held: tuple[ExpertKey, int] | None = None  # the present lease
+        self.held: list[tuple[ExpertKey, int]] = []  # the present leases
         self.asleep = False
 
 
@@ -147,16 +147,16 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6))
     def acquire(self, block: int, experts: list[int]) -> None:
         keys = [ExpertKey(block, expert) for expert in experts]
-        pool = self.ledger.pool(block)
+        pool = self.ledger.pool_of[block]
         with step_of(self.monitor):
-            ready = {key for key in keys if (s := pool.slots.find(key)) is not None and pool.slots.is_ready(s)}
+            ready = {key for key in keys if (s := pool.find(key)) is not None and pool.is_ready(s)}
             hits, misses = self.ledger.counters.hits, self.ledger.counters.misses
             caller = Caller(Demand(pool, block, len(self.callers)), keys)
             self.callers.append(caller)
             self.ledger.look(caller.demand, keys)
             assert self.ledger.counters.hits - hits == len(ready)
             assert self.ledger.counters.misses - misses == len(set(keys)) - len(ready)
-            assert {pool.slots.key(slot) for slot in caller.demand.ready} == ready
+            assert {pool.key(slot) for slot in caller.demand.ready} == ready
 
     def steps(self) -> list[Caller]:
         return [caller for caller in self.callers if not caller.asleep]
@@ -164,30 +164,26 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.steps())
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
-        """A caller is done with its lease and asks for the next, or wakes."""
+        """A caller is done with its leases and asks for the next, or wakes."""
         self.next(data.draw(st.sampled_from(self.steps())))
 
     def next(self, caller: Caller) -> None:
         demand = caller.demand
         with step_of(self.monitor):
-            if caller.held is not None:
-                caller.held = None
-                self.ledger.release(demand)
-            if demand.error is not None:
-                self.gone(caller)
-                return
-            self.ledger.advance(demand)
-            if demand.ready:
-                slot = self.ledger.take(demand)
-                key = demand.pool.slots.key(slot)
-                assert key in caller.wanted, "each key once"
-                caller.wanted.remove(key)
-                caller.held = (key, slot)
-            elif demand.is_over:
-                assert not caller.wanted, "every key"
-                self.gone(caller)
-            else:
+            caller.held = []
+            found = self.ledger.next(demand)
+            if found is None:
                 caller.asleep = True
+                return
+            slots, is_last = found
+            caller.held = [(demand.pool.key(slot), slot) for slot in slots]
+            for key, _ in caller.held:
+                caller.wanted.remove(key)  # each key once
+            if is_last:
+                assert demand.error is not None or not caller.wanted, "every key"
+            if not slots:
+                assert is_last
+                self.gone(caller)
 
     def gone(self, caller: Caller) -> None:
         self.callers.remove(caller)
@@ -202,14 +198,14 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(key=st.builds(ExpertKey, BLOCKS, st.integers(0, EXPERTS - 1)), used=st.booleans())
     def lend(self, key: ExpertKey, used: bool) -> None:
         """For as long as any other lease."""
-        pool = self.ledger.pool(key.block)
+        pool = self.ledger.pool_of[key.block]
         caller = Caller(Demand(pool, key.block, len(self.callers)), [])
         before = replace(self.ledger.counters)
         with step_of(self.monitor):
             slot = self.ledger.lend(caller.demand, key)
-            assert (slot is not None) == (pool.slots.holds(key) and not pool.starved)
+            assert (slot is not None) == (pool.holds(key) and not pool.starved)
             if slot is not None:
-                caller.held = (key, slot)
+                caller.held = [(key, slot)]
                 self.callers.append(caller)
             assert self.ledger.counters == before
             if used:
@@ -223,7 +219,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(block=BLOCKS, experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True))
     def warm(self, block: int, experts: list[int]) -> None:
         with step_of(self.monitor):
-            self.ledger.loads.warm(self.ledger.pool(block), [ExpertKey(block, expert) for expert in experts])
+            self.ledger.loads.warm(self.ledger.pool_of[block], [ExpertKey(block, expert) for expert in experts])
 
     # -- clients in other processes -----------------------------------------------------------------------------------
 
@@ -337,11 +333,10 @@ class LedgerMachine(RuleBasedStateMachine):
             st.sampled_from([load for load in self.awake() if isinstance(load, Load) and load.is_prefetch])
         )
         with step_of(self.monitor):
-            if self.ledger.loads.yields(load):
-                if len(self.yielding) < self.loaders - 1:  # one is always there for the demands
-                    self.yielding.append(load)
-            elif self.ledger.loads.is_unwanted(load):
-                self.ledger.loads.cancel(load)
+            found = self.ledger.loads.go_on(load)
+            if found is None and len(self.yielding) < self.loaders - 1:  # one is always there for the demands
+                self.yielding.append(load)
+            elif found is False:
                 self.reading.remove(load)
 
     def end(self, load: Load | StagingBuffer, error: OSError | None) -> None:
@@ -358,7 +353,7 @@ class LedgerMachine(RuleBasedStateMachine):
             waiters = list(load.waiters)
             if error is not None:
                 self.ledger.loads.fail(load, error)
-                assert load.pool.slots.find(load.key) is None, "nothing is cached"
+                assert load.pool.find(load.key) is None, "nothing is cached"
                 assert all(demand.error is not None for demand in waiters)
             else:
                 self.memory[load.pool, load.slot] = load.key
@@ -374,15 +369,16 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counters.useful + counters.late + counters.wasted <= counters.prefetched
         for load in self.ledger.loads:  # from the moment on when its slot is taken, the old bytes are gone
             self.memory[load.pool, load.slot] = None
+        is_for_demands = any(load.waiters or not load.is_prefetch for load in self.ledger.loads)
         for load in self.yielding:
-            assert self.ledger.loads.yields(load), "no loader sleeps that could go on"
+            assert is_for_demands, "no loader sleeps that could go on"
+            assert not load.waiters
         content = {pool.first + slot: key for (pool, slot), key in self.memory.items()}
         for caller in self.callers:
-            if caller.held is not None:
-                key, slot = caller.held
+            for key, slot in caller.held:
                 assert self.memory[caller.demand.pool, slot] == key, "a lease whose bytes are another's"
             if caller.asleep:
-                assert caller.held is None
+                assert not caller.held
                 assert not caller.demand.ready, "no caller sleeps on a slot that is ready"
         for client in self.clients:
             for held in client.held.values():
@@ -428,7 +424,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert client.session.outstanding == 0
             client.session.close()
         for pool in self.ledger.pools.values():
-            assert not any(pool.slots.pins(slot) for slot in range(pool.slots.count))
+            assert not any(pool.pins(slot) for slot in range(pool.count))
             assert not pool.starved
         assert not self.ledger._demands
         assert not self.ledger.waiting._deadlines
@@ -521,8 +517,8 @@ def test_what_is_given_first_is_evicted_last() -> None:
     caller = demand(ledger, pool, 1, 2, 3)
     ledger.leave(caller)
     demand(ledger, pool, 1, 0)
-    assert pool.slots.find(ExpertKey(1, 2)) is not None
-    assert pool.slots.find(ExpertKey(1, 3)) is None
+    assert pool.find(ExpertKey(1, 2)) is not None
+    assert pool.find(ExpertKey(1, 3)) is None
 
 
 def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -> None:
@@ -533,17 +529,17 @@ def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -
     assert begun.key == ExpertKey(1, 0)
     ledger.leave(caller)
     ledger.check_integrity()
-    assert pool.slots.find(ExpertKey(1, 1)) is None
+    assert pool.find(ExpertKey(1, 1)) is None
     wanted = take_load(ledger)
     assert wanted is not None
     assert wanted.key == ExpertKey(1, 2), "somebody else wants it"
     assert take_load(ledger) is None
     ledger.loads.arrive(begun)
     ledger.loads.arrive(wanted)
-    slot = pool.slots.find(ExpertKey(1, 0))
+    slot = pool.find(ExpertKey(1, 0))
     assert slot is not None
-    assert pool.slots.is_evictable(slot)
-    assert list(other.ready) == [pool.slots.find(ExpertKey(1, 2))]
+    assert pool.is_evictable(slot)
+    assert list(other.ready) == [pool.find(ExpertKey(1, 2))]
 
 
 def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
@@ -563,7 +559,7 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
             continue
         ledger.advance(caller)
         arrive_all(ledger)
-        assert [pool.slots.key(slot) for slot in caller.ready] == [ExpertKey(1, 0)], number
+        assert [pool.key(slot) for slot in caller.ready] == [ExpertKey(1, 0)], number
     assert number > 5
 
 
@@ -600,10 +596,10 @@ def test_a_prefetch_that_yields_is_woken_when_the_load_goes_that_it_yields_to() 
     prefetch = take_load(ledger)
     assert prefetch is not None
     other = demand(ledger, pool, 3, 0)
-    assert ledger.loads.yields(prefetch)
+    assert ledger.loads.go_on(prefetch) is None
     before = woken
     ledger.leave(other)  # no loader had begun its load
-    assert not ledger.loads.yields(prefetch)
+    assert ledger.loads.go_on(prefetch)
     assert woken > before
 
 
@@ -620,7 +616,7 @@ def test_a_caller_whose_blocks_slots_are_all_held_borrows_and_gives_back() -> No
         made = demand(ledger, pool, block, 0, 1)
         arrive_all(ledger)
         ledger.leave(made)
-    held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.slots.find(ExpertKey(b, e)) is not None]
+    held = [ExpertKey(b, e) for b in (1, 3, 4) for e in range(4) if pool.find(ExpertKey(b, e)) is not None]
     assert held == [(1, 0), (1, 2), (3, 0), (3, 1), (4, 0), (4, 1)], "each block is back to its two"
 
 
@@ -657,7 +653,7 @@ def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     other = take_load(ledger)
     assert other is not None
     assert other.key == ExpertKey(4, 1)
-    assert pool.slots.find(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
+    assert pool.find(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
     ledger.loads.arrive(other)
     assert ledger.counters.prefetched == 2
 
@@ -707,7 +703,7 @@ def test_a_prefetch_takes_the_place_of_one_that_was_wrong() -> None:
     ledger, pool = ledger_of(6)
 
     def there(*keys: tuple[int, int]) -> list[bool]:
-        return [pool.slots.find(ExpertKey(*key)) is not None for key in keys]
+        return [pool.find(ExpertKey(*key)) is not None for key in keys]
 
     ledger.prefetch(4, [ExpertKey(4, 0)])
     arrive_all(ledger)
@@ -732,7 +728,7 @@ def test_a_prefetch_takes_what_is_empty_before_what_was_wrong() -> None:
         ledger.prefetch(4, [])
         ledger.prefetch(key.block, [key])
         arrive_all(ledger)
-    assert None not in (pool.slots.find(ExpertKey(4, 0)), pool.slots.find(ExpertKey(1, 0)))
+    assert None not in (pool.find(ExpertKey(4, 0)), pool.find(ExpertKey(1, 0)))
     assert ledger.counters.wasted == 0
 
 
@@ -792,7 +788,7 @@ def test_what_was_warmed_is_evicted_before_what_was_used_and_the_hottest_last() 
         made = demand(ledger, pool, 1, expert)
         arrive_all(ledger)
         ledger.leave(made)
-        assert [e for e in range(EXPERTS) if pool.slots.find(ExpertKey(1, e)) is not None] == held
+        assert [e for e in range(EXPERTS) if pool.find(ExpertKey(1, e)) is not None] == held
     assert (ledger.counters.warmed, ledger.counters.recalled) == (2, 0)
 
 
@@ -817,15 +813,13 @@ def test_a_warm_up_that_yields_goes_when_somebody_finds_no_slot() -> None:
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
     load = take_load(ledger)
     assert load is not None
-    assert not ledger.loads.yields(load)
+    assert ledger.loads.go_on(load)
     demand(ledger, pool, 3, 0)
-    assert ledger.loads.yields(load)
-    assert not ledger.loads.is_unwanted(load)
+    assert ledger.loads.go_on(load) is None
     starved = demand(ledger, pool, 4, 0)
     assert list(pool.starved) == [starved]
-    assert ledger.loads.is_unwanted(load)
     arrive_all(ledger)
-    ledger.loads.cancel(load)
+    assert ledger.loads.go_on(load) is False
     ledger.loads.warm(pool, [ExpertKey(1, 1)])
     assert take_load(ledger) is None, "the slot is for the demand that is starved"
     ledger.advance(starved)

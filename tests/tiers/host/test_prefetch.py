@@ -5,7 +5,8 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetier.tiers.cache.quotas import Group
+from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.orders import ORDERS
 from moetier.tiers.host.demands import AsyncCaller, Demand, Pool
 from moetier.tiers.host.prefetch import PrefetchQueue
 from moetier.tiers.layout import ExpertKey
@@ -21,7 +22,7 @@ def keys(block: int, *experts: int) -> list[ExpertKey]:
 
 def make_pool() -> Pool:
     """More slots for each block than it has experts."""
-    return Pool(200, [Group((block,), 20) for block in range(10)], 0, 1, "lru")
+    return Pool([Group((block,), 20) for block in range(10)], ORDERS["lru"], first=0, slot_bytes=1)
 
 
 class Queue:
@@ -96,7 +97,7 @@ ACTIONS = st.lists(
 def test_nothing_is_lost_and_nothing_comes_twice(actions: list[tuple[str, int, int, list[int]]]) -> None:
     queue = Queue()
     for block in range(3):  # expert 0 has a slot
-        queue.pool.slots.begin(block, ExpertKey(block, 0))
+        queue.pool.begin(block, ExpertKey(block, 0))
     waiting: dict[tuple[int, int], list[ExpertKey]] = {}
     latest: dict[tuple[int, int], list[ExpertKey]] = {}
     for action, caller, block, experts in actions:

@@ -587,7 +587,7 @@ def test_closing_ends_what_stands_back(gate: GatedReader) -> None:
 @pytest.mark.parametrize("loaders", [1, 2])
 def test_a_warm_up_ends_with_the_tier(gate: GatedReader, loaders: int) -> None:
     tier = HostTier(gate, slots={"records": 12}, loaders=loaders)
-    tier.warm(HotSet(dict.fromkeys(RECORDS, 1.0)))
+    tier.warm(HotSet(dict.fromkeys(RECORDS, 1.0)).hottest)
     gate.wait_begun(*keys(0, 0))
     closing = Task(tier.close)
     wait_until(lambda: tier._ledger.loads.closed_by is not None)
@@ -595,7 +595,7 @@ def test_a_warm_up_ends_with_the_tier(gate: GatedReader, loaders: int) -> None:
     closing.result()
     assert len(gate.reads) <= 1
     with pytest.raises(ClosedError):
-        tier.warm(HotSet())
+        tier.warm(HotSet().hottest)
 
 
 def test_a_warm_up_reads_nothing_twice_and_evicts_nothing() -> None:
@@ -603,9 +603,9 @@ def test_a_warm_up_reads_nothing_twice_and_evicts_nothing() -> None:
     with HostTier(reader, slots={"records": 6}) as tier:
         take(tier, 0, 3)
         hot = HotSet({ExpertKey(b, e): e + 1.0 for b in range(3) for e in range(4)})
-        tier.warm(hot)
+        tier.warm(hot.hottest)
         wait_until(lambda: tier.stats().ready == 6)
-        tier.warm(hot)
+        tier.warm(hot.hottest)
         assert tier.absent(list(RECORDS)) == [ExpertKey(b, e) for b in range(3) for e in (0, 1)], "each block's hottest"
         assert set(reader.reads.values()) == {1}
         stats = tier.stats()
@@ -693,7 +693,7 @@ def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
         lambda: list(tier.acquire(keys(0, 0))),
         lambda: list(tier.acquire(keys(1, 3))),
         lambda: tier.prefetch(1, keys(1, 0)),
-        lambda: tier.warm(HotSet({ExpertKey(1, 0): 1.0})),
+        lambda: tier.warm(HotSet({ExpertKey(1, 0): 1.0}).hottest),
         lambda: next(leases),
     ]
     with tier._monitor._lock if locked else contextlib.nullcontext():
@@ -832,7 +832,7 @@ class HostMachine(RuleBasedStateMachine):
 
     @rule(hot=st.dictionaries(st.sampled_from(sorted(RECORDS)), st.integers(1, 9)))
     def warm(self, hot: dict[ExpertKey, float]) -> None:
-        self.tier.warm(HotSet(hot))
+        self.tier.warm(HotSet(hot).hottest)
 
     @rule()
     def stats(self) -> None:

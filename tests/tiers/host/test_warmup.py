@@ -46,19 +46,19 @@ def test_the_hottest(uses: list[tuple[int, int]], most: int) -> None:
 def test_earlier_runs_fade_by_use() -> None:
     earlier = HotSet({ExpertKey(0, 0): 100.0, ExpertKey(1, 0): 100.0})
     now = used(*[(0, 1)] * (HALF_LIFE * 4))
-    found = now.after(earlier, EXPERTS).counts
+    found = now.after(earlier, EXPERTS)
     assert found[ExpertKey(0, 0)] == pytest.approx(50)
     assert found[ExpertKey(0, 1)] == HALF_LIFE * 4
     assert found[ExpertKey(1, 0)] == 100, "its block was not used"
 
 
 def test_what_is_kept_is_there_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert load_hot_set(DIGEST, EXPERTS).counts == {}
+    assert load_hot_set(DIGEST, EXPERTS) == {}
     keep_hot_set(DIGEST, EXPERTS, used((0, 3), (0, 3), (1, 7)))
-    assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 2, ExpertKey(1, 7): 1}
+    assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 2, ExpertKey(1, 7): 1}
     keep_hot_set(DIGEST, EXPERTS, used((0, 1)))
-    assert load_hot_set(DIGEST, EXPERTS).counts[ExpertKey(0, 3)] == pytest.approx(2, abs=0.01)
-    assert load_hot_set("0" * 64, EXPERTS).counts == {}, "another store's"
+    assert load_hot_set(DIGEST, EXPERTS)[ExpertKey(0, 3)] == pytest.approx(2, abs=0.01)
+    assert load_hot_set("0" * 64, EXPERTS) == {}, "another store's"
     assert hot_set_path(DIGEST).parent == cache / "moetier"
     assert not caplog.records
     assert json.loads(hot_set_path(DIGEST).read_text())["format"] == 1
@@ -76,7 +76,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
 
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(Path, "home", no_home)
-    assert load_hot_set(DIGEST, EXPERTS).counts == {}
+    assert load_hot_set(DIGEST, EXPERTS) == {}
     assert not caplog.records
     keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
     assert "The counts of experts in $XDG_CACHE_HOME are not kept (the user has no home)." in caplog.text
@@ -130,19 +130,19 @@ def test_what_is_wrong_is_ignored_with_a_warning(name: str, caplog: pytest.LogCa
     keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
     SPOILT[name](hot_set_path(DIGEST))
     with caplog.at_level(logging.WARNING):
-        assert load_hot_set(DIGEST, EXPERTS).counts == {}
+        assert load_hot_set(DIGEST, EXPERTS) == {}
     (record,) = caplog.records
     assert str(hot_set_path(DIGEST)) in record.getMessage()
     keep_hot_set(DIGEST, EXPERTS, used((1, 2)))  # and made anew, where that is possible
     if name != "a folder":
-        assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(1, 2): 1}
+        assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(1, 2): 1}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_another_users_file_is_not_read(caplog: pytest.LogCaptureFixture) -> None:
     keep_hot_set(DIGEST, EXPERTS, used((0, 3)))
     os.chown(hot_set_path(DIGEST), 65534, 65534)
-    assert load_hot_set(DIGEST, EXPERTS).counts == {}
+    assert load_hot_set(DIGEST, EXPERTS) == {}
     assert "not a regular file of this user" in caplog.text
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk_is_a_warning_and_what_was_kept_stays(
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert "No space left on device" in record.getMessage()
-        assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 1}
+        assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 1}
 
 
 def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None:
@@ -192,7 +192,7 @@ def test_processes_that_write_at_the_same_time_lose_nothing(cache: Path) -> None
     for writer in writers:
         writer.communicate(timeout=120)
         assert writer.returncode == 0
-    counts = load_hot_set(DIGEST, EXPERTS).counts
+    counts = load_hot_set(DIGEST, EXPERTS)
     assert counts == {ExpertKey(0, expert): pytest.approx(20, abs=1) for expert in range(3)}
     assert {path.name for path in (cache / "moetier").iterdir()} == {f"hot-{DIGEST}.json", f"hot-{DIGEST}.lock"}
 
@@ -207,6 +207,6 @@ def test_a_writer_that_is_killed_leaves_what_was_there(cache: Path) -> None:
         f"u = HotSet(); u.use([ExpertKey(1, 1)]); keep_hot_set({DIGEST!r}, {EXPERTS}, u)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 1}
+    assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 1}
     keep_hot_set(DIGEST, EXPERTS, used((1, 1)))
-    assert load_hot_set(DIGEST, EXPERTS).counts == {ExpertKey(0, 3): 1, ExpertKey(1, 1): 1}
+    assert load_hot_set(DIGEST, EXPERTS) == {ExpertKey(0, 3): 1, ExpertKey(1, 1): 1}

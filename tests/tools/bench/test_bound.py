@@ -8,8 +8,8 @@ from geometries import two_geometries
 from stores import layout_of, make_plan
 
 from moetier.runtime.trace.trace import Trace
+from moetier.tiers.cache.budget import Group
 from moetier.tiers.cache.orders import ORDERS
-from moetier.tiers.cache.quotas import Group
 from moetier.tools.bench.bound import Bound, Need, Rates, misses_of, need_of, rows_of, slots_within
 from moetier.tools.lab.simulation import simulate
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetier.tiers.cache.budget import Group, plan_groups
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
-from moetier.tiers.cache.quotas import BlockPolicy, Group, plan_groups
-from moetier.tiers.cache.slots import Slots
+from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Block
 
@@ -86,56 +86,44 @@ def test_impossible_numbers_of_slots_are_ours_to_prevent(slots: int) -> None:
 
 
 class Cache:
-    """Drive slots and policy as a tier does, with loads that are done at once."""
+    """Drive a pool as a tier does, with loads that are done at once."""
 
     def __init__(
         self, count: int, blocks: Mapping[int, Block], make_order: Callable[[int], Order] = ORDERS[DEFAULT_ORDER]
     ) -> None:
-        self.slots = Slots(count)
         self.groups = plan_groups(count, blocks)
-        self.policy = BlockPolicy(self.slots, self.groups, make_order)
+        self.pool = SlotPool(self.groups, make_order)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
         """Return the number of hits."""
         keys = [ExpertKey(block, expert) for expert in experts]
-        held = [key for key in keys if self.slots.find(key) is not None]
-        for key in held:
-            self.slots.pin(self.slot_of(key))
+        slots = {key: slot for key in keys if (slot := self.pool.pin_ready(key)) is not None}
+        hits = len(slots)
         for key in keys:
-            if key not in held:
-                slot = self.policy.choose(block)
+            if key not in slots:
+                slot = self.pool.choose(block)
                 assert slot is not None
                 self._fill(slot, key)
-                self.slots.pin(slot)
-        for key in reversed(keys):
-            self.policy.touch(key)
-            self.slots.unpin(self.slot_of(key))
-        self.slots.check_integrity()
-        self.policy.check_integrity()
-        return len(held)
+                self.pool.pin(slot)
+                slots[key] = slot
+        self.pool.touch(reversed(keys))
+        for slot in slots.values():
+            self.pool.unpin(slot)
+        self.pool.check_integrity()
+        return hits
 
     def prefetch(self, block: int, expert: int) -> None:
         key = ExpertKey(block, expert)
-        if self.slots.find(key) is None and (slot := self.policy.choose(block)) is not None:
+        if self.pool.find(key) is None and (slot := self.pool.choose(block)) is not None:
             self._fill(slot, key, prefetched=True)
-        self.slots.check_integrity()
-        self.policy.check_integrity()
+        self.pool.check_integrity()
 
     def _fill(self, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
-        if self.slots.is_ready(slot):
-            self.policy.remove(slot)
-            self.slots.evict(slot)
-        self.slots.begin(slot, key)
-        self.policy.admit(key.block, slot, prefetched=prefetched)
-        self.slots.fill(slot)
-
-    def slot_of(self, key: ExpertKey) -> int:
-        slot = self.slots.find(key)
-        assert slot is not None
-        return slot
+        self.pool.begin(slot, key, prefetched=prefetched)
+        self.pool.fill(slot)
 
     def resident(self, blocks: Iterable[int]) -> set[ExpertKey]:
-        return {ExpertKey(b, e) for b in blocks for e in range(16) if self.slots.find(ExpertKey(b, e)) is not None}
+        return {key for key in self.pool.held() if key.block in blocks}
 
 
 class Oracle:
@@ -202,8 +190,7 @@ def test_a_prefetch_evicts_its_own_blocks_next_and_goes_first_itself(
         assert len(lost) <= 1
         assert all(key.block in group.blocks for key in lost)
         if lost:  # the group was full: the prefetch is the next to go
-            slot = cache.policy.choose(block)
-            assert slot == cache.slot_of(ExpertKey(block, expert))
+            assert cache.pool.choose(block) == cache.pool.find(ExpertKey(block, expert))
 
 
 @pytest.mark.parametrize(("per_block", "expected"), [(2, 0.249), (3, 0.374), (4, 0.498), (8, 1.0)])
@@ -246,62 +233,3 @@ def test_with_fewer_slots_than_one_token_needs_the_kept_blocks_still_hit() -> No
                     everyone.popitem(last=False)
     assert global_hits == 0
     assert hits == 2 * 2 * 9, "two blocks of four keep their two, from the second token on"
-
-
-def fill(slots: Slots, policy: BlockPolicy, key: ExpertKey, *, may_borrow: bool = False) -> int:
-    slot = policy.choose(key.block, may_borrow=may_borrow)
-    assert slot is not None
-    if slots.is_ready(slot):
-        policy.remove(slot)
-        slots.evict(slot)
-    slots.begin(slot, key)
-    policy.admit(key.block, slot)
-    slots.fill(slot)
-    policy.check_integrity()
-    return slot
-
-
-def test_held_slots_are_passed_over_and_borrowed_ones_taken_back() -> None:
-    slots = Slots(4)
-    policy = BlockPolicy(slots, [Group((0,), 2), Group((1,), 2)])
-    held = [fill(slots, policy, ExpertKey(0, expert)) for expert in range(2)]
-    for slot in held:
-        slots.pin(slot)
-    assert policy.choose(0) is None, "its own are held, and what is free is another's"
-    borrowed = fill(slots, policy, ExpertKey(0, 2), may_borrow=True)
-    assert borrowed not in held
-    fill(slots, policy, ExpertKey(1, 0))
-    slots.pin(borrowed)
-    assert policy.choose(1) == slots.find(ExpertKey(1, 0)), "below its quota, but what was borrowed is held"
-    slots.unpin(borrowed)
-    assert policy.choose(1) == borrowed, "below its quota: it takes back what was borrowed"
-    slots.pin(borrowed)
-    other = slots.find(ExpertKey(1, 0))
-    assert policy.choose(0, may_borrow=True) == other
-    assert other is not None
-    slots.pin(other)
-    assert policy.choose(0, may_borrow=True) is None
-    assert policy.choose(1, may_borrow=True) is None
-
-
-def test_what_is_to_be_kept_is_not_chosen() -> None:
-    slots = Slots(2)
-    policy = BlockPolicy(slots, [Group((0,), 2)])
-    first, second = (fill(slots, policy, ExpertKey(0, expert)) for expert in range(2))
-    assert policy.choose(0) == first
-    assert policy.choose(0, keep=lambda key: key.expert == 0) == second
-    assert policy.choose(0, keep=lambda key: True) is None
-
-
-def test_check_integrity_sees_what_is_wrong() -> None:
-    slots = Slots(2)
-    policy = BlockPolicy(slots, [Group((0,), 1), Group((1,), 1)])
-    fill(slots, policy, ExpertKey(0, 0))
-    policy._orders[1].add(ExpertKey(0, 0), scan=False)
-    with pytest.raises(AssertionError):
-        policy.check_integrity()
-    policy._orders[1].remove(ExpertKey(0, 0))
-    policy.check_integrity()
-    policy._orders[0].remove(ExpertKey(0, 0))
-    with pytest.raises(AssertionError):
-        policy.check_integrity()

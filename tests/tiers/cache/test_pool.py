@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cuts import cut
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from moetier.tiers.cache.budget import Group
+from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.pool import SlotPool
+from moetier.tiers.layout import ExpertKey
+
+COUNT = 4
+READY, LOADING = "ready", "loading"
+KEYS = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 3))
+
+
+def pool_of(*quotas: int) -> SlotPool:
+    """A pool with a group for each block."""
+    return SlotPool([Group((block,), quota) for block, quota in enumerate(quotas)], ORDERS["lru"])
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Compare slots with a dict: slot -> (key, state, pins)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = pool_of(1, COUNT - 1)
+        self.model: dict[int, tuple[ExpertKey, str, int]] = {}
+
+    def holder(self, key: ExpertKey) -> int | None:
+        return next((slot for slot, (held, _, _) in self.model.items() if held == key), None)
+
+    @rule(key=KEYS, slot=st.integers(0, COUNT - 1))
+    def begin(self, key: ExpertKey, slot: int) -> None:
+        held, state, pins = self.model.get(slot, (None, READY, 0))
+        if self.holder(key) is not None or state == LOADING or pins:
+            with pytest.raises(AssertionError):
+                self.pool.begin(slot, key)
+        else:
+            assert self.pool.begin(slot, key) == held
+            self.model[slot] = (key, LOADING, 0)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), act=st.sampled_from(["fill", "fail", "pin", "unpin"]))
+    def act(self, data: st.DataObject, act: str) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.model)))
+        key, state, pins = self.model[slot]
+        legal, after = {
+            "fill": (state == LOADING, (key, READY, pins)),
+            "fail": (state == LOADING, None),
+            "pin": (True, (key, state, pins + 1)),
+            "unpin": (pins > 0, (key, state, pins - 1)),
+        }[act]
+        method: Callable[[int], object] = getattr(self.pool, act)
+        if not legal:
+            with pytest.raises((AssertionError, KeyError)):
+                method(slot)
+        else:
+            method(slot)
+            if after is None:
+                del self.model[slot]
+            else:
+                self.model[slot] = after
+
+    @rule(key=KEYS)
+    def pin_ready(self, key: ExpertKey) -> None:
+        slot = self.holder(key)
+        ready = slot if slot is not None and self.model[slot][1] == READY else None
+        assert self.pool.pin_ready(key) == ready
+        if ready is not None:
+            self.model[ready] = (key, READY, self.model[ready][2] + 1)
+
+    @rule(key=KEYS)
+    def find(self, key: ExpertKey) -> None:
+        slot = self.holder(key)
+        assert self.pool.find(key) == slot
+        assert self.pool.holds(key) == (slot is not None and self.model[slot][1] == READY)
+
+    @rule(block=st.integers(0, 1))
+    def choose(self, block: int) -> None:
+        slot = self.pool.choose(block, may_borrow=True)
+        if slot is None:
+            assert len(self.model) == COUNT
+            assert all(state == LOADING or pins for _, state, pins in self.model.values())
+        else:
+            assert slot not in self.model or self.model[slot][1:] == (READY, 0)
+
+    @rule()
+    def repair(self) -> None:
+        """It changes nothing where nothing was cut."""
+        pins = [self.model[slot][2] if slot in self.model else 0 for slot in range(COUNT)]
+        self.pool.repair(pins, {slot: key for slot, (key, state, _) in self.model.items() if state == LOADING})
+
+    @invariant()
+    def agrees(self) -> None:
+        self.pool.check_integrity()
+        for slot in range(COUNT):
+            key, state, pins = self.model.get(slot, (None, "", 0))
+            if key is not None:
+                assert (self.pool.key(slot), self.pool.pins(slot)) == (key, pins)
+            assert self.pool.is_ready(slot) == (state == READY)
+            assert self.pool.is_evictable(slot) == (state == READY and not pins)
+            assert self.pool.contents()[slot] == (key, state == LOADING)
+        assert self.pool.ready == sum(state == READY for _, state, _ in self.model.values())
+        assert self.pool.loading == sum(state == LOADING for _, state, _ in self.model.values())
+        assert self.pool.leased == sum(state == READY and pins > 0 for _, state, pins in self.model.values())
+
+
+TestPool = PoolMachine.TestCase
+
+
+def test_an_empty_slot_can_not_be_used() -> None:
+    pool = pool_of(1)
+    for method in (pool.fill, pool.fail, pool.pin, pool.unpin, pool.key):
+        with pytest.raises((AssertionError, KeyError)):
+            method(0)
+
+
+def filled(pool: SlotPool, key: ExpertKey, *, may_borrow: bool = False) -> int:
+    slot = pool.choose(key.block, may_borrow=may_borrow)
+    assert slot is not None
+    pool.begin(slot, key)
+    pool.fill(slot)
+    pool.check_integrity()
+    return slot
+
+
+@pytest.mark.parametrize("steps", range(1, 40))
+@pytest.mark.parametrize("act", ["begin", "evict", "fill", "fail"])
+def test_a_change_that_was_cut_leaves_no_slot_ready_without_its_record(act: str, steps: int) -> None:
+    pool = pool_of(1, 1)
+    old, new = ExpertKey(0, 0), ExpertKey(0, 1)
+    slot = filled(pool, old) if act == "evict" else 0
+    if act in ("fill", "fail"):
+        pool.begin(slot, new)
+    work = {"fill": lambda: pool.fill(slot), "fail": lambda: pool.fail(slot)}.get(act, lambda: pool.begin(slot, new))
+    cut(work, steps)
+    before = act == "evict" and pool.is_ready(slot)
+    assert not pool.is_ready(slot) or pool.key(slot) == (old if before else new)
+    assert not pool.is_ready(slot) or act in ("fill", "evict")
+    was_ready = [key for key, loading in pool.contents() if key is not None and not loading]
+    cut(lambda: pool.repair([0, 0], {}), steps)
+    pool.repair([0, 0], {})
+    pool.check_integrity()
+    assert pool.held() == was_ready
+
+
+def test_held_slots_are_passed_over_and_borrowed_ones_taken_back() -> None:
+    pool = pool_of(2, 2)
+    held = [filled(pool, ExpertKey(0, expert)) for expert in range(2)]
+    for slot in held:
+        pool.pin(slot)
+    assert pool.choose(0) is None, "its own are held, and what is free is another's"
+    borrowed = filled(pool, ExpertKey(0, 2), may_borrow=True)
+    assert borrowed not in held
+    filled(pool, ExpertKey(1, 0))
+    pool.pin(borrowed)
+    assert pool.choose(1) == pool.find(ExpertKey(1, 0)), "below its quota, but what was borrowed is held"
+    pool.unpin(borrowed)
+    assert pool.choose(1) == borrowed, "below its quota: it takes back what was borrowed"
+    pool.pin(borrowed)
+    other = pool.find(ExpertKey(1, 0))
+    assert pool.choose(0, may_borrow=True) == other
+    assert other is not None
+    pool.pin(other)
+    assert pool.choose(0, may_borrow=True) is None
+    assert pool.choose(1, may_borrow=True) is None
+
+
+def test_what_is_to_be_kept_is_not_chosen() -> None:
+    pool = pool_of(2)
+    first, second = (filled(pool, ExpertKey(0, expert)) for expert in range(2))
+    assert pool.choose(0) == first
+    assert pool.choose(0, keep=lambda key: key.expert == 0) == second
+    assert pool.choose(0, keep=lambda key: True) is None
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        lambda pool: pool._free.clear(),
+        lambda pool: pool._free.update({0: None}),
+        lambda pool: pool._slot_of.clear(),
+        lambda pool: pool._slot_of.update({ExpertKey(0, 0): 1}),
+        lambda pool: pool._keys.__setitem__(0, None),
+        lambda pool: pool._keys.__setitem__(2, ExpertKey(1, 1)),
+        lambda pool: pool._loading.add(2),
+        lambda pool: pool._pins.__setitem__(0, -1),
+        lambda pool: pool._pins.__setitem__(2, 1),
+        lambda pool: pool._orders[1].add(ExpertKey(0, 0), scan=False),
+        lambda pool: pool._orders[0].remove(ExpertKey(0, 0)),
+    ],
+)
+def test_check_integrity_sees_what_is_wrong(corrupt: Callable[[SlotPool], None]) -> None:
+    pool = pool_of(2, 1)
+    for expert in range(2):
+        filled(pool, ExpertKey(0, expert))
+    corrupt(pool)
+    with pytest.raises(AssertionError):
+        pool.check_integrity()
