@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moetier.runtime.moe.gates import Observation
 from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource
 
-from .admission import Admission
 from .controller import Controller, GhostCache, Mode
 from .predictor import Prediction, Ranking, Shortcuts
 
@@ -48,6 +48,38 @@ class SpeculationStats:
     def to_json(self) -> dict[str, Any]:
         """Return all fields, by name."""
         return asdict(self)
+
+
+class Admission:
+    """Prefetch the predicted experts that ``source`` lacks.
+
+    A request also names the predicted experts, and the runners-up, that are resident: a requested record is not
+    evicted for a prefetch, and a wrong prediction is mostly wrong by a little.
+    """
+
+    def __init__(self, source: ExpertSource[Any], experts: Sequence[int], *, most: int | None = None) -> None:
+        """``experts``: number of experts of each block. At most ``most`` of a block are read for one request."""
+        self._source = source
+        self._most = most
+        self._keys = [[ExpertKey(block, expert) for expert in range(count)] for block, count in enumerate(experts)]
+        self.requested: set[int] = set()  # blocks with prefetches requested since their last demand
+
+    def admit(self, block: int, prediction: Prediction) -> list[int]:
+        """Prefetch for a block. Return the predicted experts, as often as tokens want them."""
+        keys = self._keys[block]
+        likely = [expert for expert in prediction.likely if expert < len(keys)]  # larger indices have no record
+        near = [expert for expert in prediction.near if expert < len(keys)]
+        absent = self._absent(keys, likely)
+        if absent or block in self.requested:
+            absent |= self._absent(keys, near)
+            resident = [keys[expert] for expert in dict.fromkeys([*near, *likely]) if expert not in absent]
+            missing = [keys[expert] for expert in dict.fromkeys(likely) if expert in absent]
+            self._source.prefetch(block, [*resident, *missing[: self._most]])
+            self.requested.add(block)
+        return likely
+
+    def _absent(self, keys: Sequence[ExpertKey], experts: Iterable[int]) -> set[int]:
+        return {key.expert for key in self._source.absent([keys[expert] for expert in experts])}
 
 
 class _Asked(NamedTuple):
@@ -149,7 +181,7 @@ class Speculation:
         if not self._is_predicting:
             return
         began = time.perf_counter()
-        self._admission.demanded(block)
+        self._admission.requested.discard(block)  # the tier has dropped its requests
         self._ask(block)
         for target, distance, hidden, ranking in self._pending:
             self._admit(target, distance, hidden, ranking.prediction())
@@ -203,7 +235,7 @@ class Speculation:
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
         """Predict the block of this very layer, where that waits for no device."""
-        if self._is_predicting and hidden.device.type == "cpu" and self._admission.is_requested(block):
+        if self._is_predicting and hidden.device.type == "cpu" and block in self._admission.requested:
             began = time.perf_counter()
             self._predict(block, 0, hidden)
             self._seconds += time.perf_counter() - began
@@ -225,7 +257,7 @@ class Speculation:
         self._pending.clear()
         self._predicted.clear()
         if not self._is_predicting:
-            self._admission.reset()
+            self._admission.requested.clear()  # their demands may not come
 
     # -- predictions --------------------------------------------------------------------------------------------------
 

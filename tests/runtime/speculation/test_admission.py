@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from moetier.runtime.speculation.admission import Admission
 from moetier.runtime.speculation.predictor import Prediction
+from moetier.runtime.speculation.speculation import Admission
 from moetier.tiers.layout import ExpertKey
 
 EXPERTS = 8
@@ -53,10 +53,10 @@ def test_a_later_prediction_replaces_a_request_until_the_demand() -> None:
     source = Source()
     found = admission(source)
     found.admit(0, Prediction([2], []))
-    assert found.is_requested(0)
+    assert 0 in found.requested
     found.admit(0, Prediction([6], []))
-    found.demanded(0)
-    assert not found.is_requested(0)
+    found.requested.discard(0)
+    assert 0 not in found.requested
     found.admit(0, Prediction([6], []))
     assert source.made == [[2], [6]]
 
