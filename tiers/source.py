@@ -89,7 +89,6 @@ class RecordReader(Protocol):
         Raises:
             StoreError: the record can't be read.
         """
-        ...
 
 
 class PartReader(Protocol):
@@ -125,37 +124,30 @@ class ExpertSource(Protocol[Record]):
         Raises:
             StoreError: a load has failed. Nothing is cached then, and all callers that wait for the key get the error.
         """
-        ...
 
     def reclaim(self) -> None:
         """End all leases of the calling thread, whose regular end an exception may have cut.
 
         Their iterators must not be used any more.
         """
-        ...
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches of one block and return at once.
 
         They replace the block's requests that have not begun. A demand for the block cancels those.
         """
-        ...
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the keys whose records are not READY here, so that a demand would wait. Never waits for a read."""
-        ...
 
     def pace(self, block: int) -> Pace | None:
         """Return the timing of the latest reads of the block's records, or None if too little is known."""
-        ...
 
     def stats(self) -> TierStats:
         """Return the counters of this tier since it was opened."""
-        ...
 
     def close(self) -> None:
         """Release memory, descriptors and threads. Waits for loads that have begun. Idempotent."""
-        ...
 
 
 class Lender(ExpertSource[Record], Protocol[Record]):
@@ -167,11 +159,9 @@ class Lender(ExpertSource[Record], Protocol[Record]):
         It is not a demand: it counts as no hit, miss or use, changes no order of eviction and cancels no prefetch
         request. The copy is good only if the lease holds at its end.
         """
-        ...
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Note that demands found ``keys`` in the tier above, and return at once.
 
         So a prefetch of this tier whose record was borrowed counts as useful. No order of eviction changes.
         """
-        ...

@@ -83,7 +83,7 @@ class Recorder:
         assert len(pieces) in (0, tokens)
         for (_, _, block), column in sorted(self._columns.items()):  # experts first: they are the cause
             if column.rows == before:
-                column.skip(tokens)
+                column.rows += tokens
             elif column.rows != before + tokens:
                 raise UnsupportedModelError(
                     f"{self._gates.blocks[block].path} was given {column.rows - before} rows for {tokens} tokens.",
@@ -157,9 +157,6 @@ class _Column:
             self.parts[self.rows] = part
             self.width = max(self.width, part.shape[1])
             self.rows += len(part)
-
-    def skip(self, tokens: int) -> None:
-        self.rows += tokens
 
 
 def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ class Header:
             plan = ArenaPlan.of(manifest, slots)
             if self == Header.of(plan, self.identity):
                 return plan
-        raise ArenaError("The arena is divided as this store's never is.", "Use a new one.")
+        raise ArenaError("The arena's slots are divided as moetier never divides them.", "Use a new one.")
 
     def to_bytes(self) -> bytes:
         """Encode the header."""

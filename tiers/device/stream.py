@@ -21,7 +21,6 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Wait until all work before the event is done."""
-        ...
 
 
 class Stream(Protocol):
@@ -29,11 +28,9 @@ class Stream(Protocol):
 
     def record_event(self) -> Event:
         """Return the present end of the queue."""
-        ...
 
     def wait_event(self, event: Event) -> None:
         """Have work that is queued from now on start after ``event``. The caller does not wait."""
-        ...
 
 
 class Device(Protocol):
@@ -41,41 +38,33 @@ class Device(Protocol):
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return uint8 [nbytes] on the device. Raises torch.OutOfMemoryError."""
-        ...
 
     def current_stream(self) -> Stream:
         """The stream of the calling thread's computations."""
-        ...
 
     def copy_stream(self) -> Stream:
         """The stream of copies into the device."""
-        ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy from the host on the copy stream.
 
         Both are uint8 [record bytes], and must stay as they are until the copy is done.
         """
-        ...
 
     def arranging_stream(self) -> Stream:
         """The stream on which copied records are arranged, while others are copied."""
-        ...
 
     def run(self, stream: Stream, work: Callable[[], None]) -> None:
         """Call ``work``, which queues its computations on ``stream``."""
-        ...
 
     def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
         """Page-lock host memory, so that copies out of it are quick and asynchronous; return whether that succeeded.
 
         ``memory`` is uint8 [nbytes]; ``read_only``: whether it is mapped read-only.
         """
-        ...
 
     def unlock_pages(self, memory: torch.Tensor) -> None:
         """Undo ``lock_pages`` of ``memory``, uint8 [nbytes]."""
-        ...
 
 
 class CudaDevice:

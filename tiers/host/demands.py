@@ -239,11 +239,11 @@ class Waiting:
                 for other in caller.demands.values():
                     self.feed(other)
 
-    def gave(self, demand: Demand) -> None:
-        """Note that an asynchronous demand holds or claims one slot less."""
+    def gave(self, demand: Demand, slots: int) -> None:
+        """Note that an asynchronous demand holds or claims so many slots less."""
         caller = demand.async_caller
         assert caller is not None
-        if caller.outstanding == caller.leases - 1:  # it was full
+        if caller.outstanding < caller.leases <= caller.outstanding + slots:  # it was full
             # Demands that have nothing go first, in the order of their deadlines: one for many keys holds up no other.
             for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
                 if other.pending:

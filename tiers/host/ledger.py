@@ -160,10 +160,11 @@ class Ledger:
 
     def release(self, demand: Demand, slots: Iterable[int] | None = None) -> None:
         """End the demand's leases of ``slots``, or all. Slots that it does not hold are ignored."""
-        for slot in list(demand.held) if slots is None else slots:
-            if slot in demand.held:
-                del demand.held[slot]
-                self._detach(demand, slot)
+        ended = [slot for slot in dict.fromkeys(demand.held if slots is None else slots) if slot in demand.held]
+        for slot in ended:
+            del demand.held[slot]
+        if ended:
+            self._detach(demand, ended)
 
     def leave(self, demand: Demand) -> None:
         """Give back all that a demand holds and waits for.
@@ -173,12 +174,13 @@ class Ledger:
         """
         self.waiting.remove(demand)
         demand.pending.clear()
-        self.release(demand)
-        while demand.ready:
-            self._detach(demand, demand.ready.popleft())
-        while demand.loads:
-            load = demand.loads.pop()
-            self._detach(demand, load.slot)
+        loads = list(demand.loads)
+        slots = [*demand.held, *demand.ready, *(load.slot for load in loads)]
+        demand.held.clear()
+        demand.ready.clear()
+        demand.loads.clear()
+        self._detach(demand, slots)
+        for load in loads:
             self.loads.leave(demand, load)
         if demand.async_caller is not None:
             demand.async_caller.demands.pop(demand.number, None)
@@ -344,15 +346,16 @@ class Ledger:
         slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 
-    def _detach(self, demand: Demand, slot: int) -> None:
+    def _detach(self, demand: Demand, slots: Sequence[int]) -> None:
+        """Unpin slots that a demand no longer holds or claims."""
         pool = demand.pool
-        if not pool.unpin(slot):
-            if pool.starved:
-                self.waiting.wake()
-            elif self.loads.lacks_slots:
-                self._ring()
+        freed = [slot for slot in slots if not pool.unpin(slot)]
+        if freed and pool.starved:
+            self.waiting.wake()
+        elif freed and self.loads.lacks_slots:
+            self._ring()
         if demand.async_caller is not None:
-            self.waiting.gave(demand)
+            self.waiting.gave(demand, len(slots))
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 

@@ -271,7 +271,7 @@ class Loads:
             demand.loads.remove(load)
             demand.error = demand.error or error
             if demand.async_caller is not None:
-                self._waiting.gave(demand)
+                self._waiting.gave(demand, 1)
                 self._waiting.recheck(demand)
         self._waiting.wake()
 

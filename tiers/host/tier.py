@@ -260,7 +260,7 @@ class HostTier:
         if found is None:
             return None
         slots, is_last = found
-        return deque([self._lease(demand, slot, more=slot != slots[-1]) for slot in slots]), is_last
+        return self._leases(demand, slots), is_last
 
     def _warm(self, wanted: Sequence[tuple[Pool, Sequence[ExpertKey]]]) -> None:
         self._ledger.check_open()
@@ -269,11 +269,14 @@ class HostTier:
 
     def _lend(self, loan: Demand, key: ExpertKey) -> Lease[memoryview] | None:
         slot = self._ledger.lend(loan, key)
-        return None if slot is None else self._lease(loan, slot)
+        return None if slot is None else self._leases(loan, [slot]).pop()
 
-    def _lease(self, demand: Demand, slot: int, *, more: bool = False) -> Lease[memoryview]:
-        number = demand.pool.first + slot
-        return Lease(demand.pool.key(slot), self._records[number], number, None, more)
+    def _leases(self, demand: Demand, slots: Sequence[int]) -> deque[Lease[memoryview]]:
+        pool, leases = demand.pool, deque[Lease[memoryview]]()
+        for slot in slots:
+            number = pool.first + slot
+            leases.append(Lease(pool.key(slot), self._records[number], number, None, slot != slots[-1]))
+        return leases
 
     def _recover(self, arena: Arena, threads: int) -> None:
         kept = intact_slots(arena, self.manifest, threads)

@@ -224,7 +224,7 @@ def test_an_arena_that_no_daemon_makes_is_not_taken() -> None:
         arena = Arena.create(ArenaPlan.of(MANIFEST, {"records": count}))
         descriptor = arena.export()
         arena.close()
-        with pytest.raises(ArenaError, match="divided as this store's never is"):
+        with pytest.raises(ArenaError, match="divided as moetier never divides"):
             Arena.reclaim(descriptor, MANIFEST)
         os.close(descriptor)
     descriptor = left(life([])[0][: PLAN.directory_bytes], 0)
