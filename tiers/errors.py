@@ -18,6 +18,7 @@ MoetierError
 ├── ExhaustedError             every slot of the host tier stayed leased while a caller waited
 ├── DaemonError                the daemon, or the connection to it
 │   ├── UnavailableError       nothing answers, or not any more
+│   │   └── NoDaemonError      no daemon runs in this folder
 │   ├── RefusedError           missing or wrong credentials, another user, no TLS
 │   ├── UnknownModelError      a daemon that does not serve this store
 │   ├── ProtocolError          a message that this version does not understand
@@ -109,8 +110,8 @@ class UnavailableError(DaemonError):
     """The daemon does not answer (any more). Another daemon, or the local store, may serve instead."""
 
 
-class NobodyError(UnavailableError):
-    """No daemon runs there."""
+class NoDaemonError(UnavailableError):
+    """No daemon runs in the folder that was named."""
 
 
 class RefusedError(DaemonError):

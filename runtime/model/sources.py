@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moetier.runtime.config import TierConfig
 from moetier.runtime.wire.address import Address
 from moetier.tiers.cache.orders import DEFAULT_ORDER
-from moetier.tiers.errors import MoetierError, NobodyError, UnknownModelError
+from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
@@ -55,7 +55,7 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
         for daemon in daemons_serving(manifest.digest):
             try:
                 found = _mapped(daemon, folder, manifest)
-            except (NobodyError, UnknownModelError) as error:  # it has ended, and left its address behind
+            except (NoDaemonError, UnknownModelError) as error:  # it has ended, and left its address behind
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
             except MoetierError as error:  # it is full, or of another version
                 refusals[daemon] = error

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from moetier.tiers import errors
-from moetier.tiers.errors import MoetierError, NobodyError, ProtocolError, RefusedError, UnavailableError
+from moetier.tiers.errors import MoetierError, NoDaemonError, ProtocolError, RefusedError, UnavailableError
 from moetier.tiers.locks import ForkGuard
 
 from .address import CONTROL_SOCKET, check_folder
@@ -44,7 +44,7 @@ class ControlConnection:
     def open(cls, folder: Path, digest: str | None, *, patience: float = PATIENCE) -> ControlConnection:
         """Connect to the daemon in ``folder``: as a client of the store ``digest``, or with None for a credential only.
 
-        Raises NobodyError if no daemon listens, UnavailableError if it does not answer within ``patience`` seconds,
+        Raises NoDaemonError if no daemon listens, UnavailableError if it does not answer within ``patience`` seconds,
         RefusedError if it is another user's, UnknownModelError if it does not serve the store, and ProtocolError.
         """
         try:
@@ -159,8 +159,8 @@ def _connect(end: socket.socket, path: Path, patience: float) -> None:
             time.sleep(_POLL)
 
 
-def _nobody(folder: Path, why: str = "") -> NobodyError:
-    return NobodyError(
+def _nobody(folder: Path, why: str = "") -> NoDaemonError:
+    return NoDaemonError(
         f"No daemon runs in {folder}" + (f" ({why})." if why else "."),
         "Start one: moetier daemon DIR; or name another (moetier ps lists them).",
     )

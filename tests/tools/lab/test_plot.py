@@ -22,7 +22,7 @@ from stores import NASTY, layout_of
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer, add_ExpertStoreServicer_to_server
 from moetier.runtime.wire.probe import probe
-from moetier.tiers.errors import ConfigError, DaemonError, NobodyError, RefusedError, TargetError
+from moetier.tiers.errors import ConfigError, DaemonError, NoDaemonError, RefusedError, TargetError
 from moetier.tiers.manifest import Manifest
 from moetier.tools.commands import plot
 from moetier.tools.lab.figures import ORANGE
@@ -138,7 +138,7 @@ def test_a_name_that_no_svg_can_have(tmp_path: Path) -> None:
 
 
 def test_nobody_is_there(tmp_path: Path) -> None:
-    with pytest.raises(NobodyError, match="No daemon runs in"):
+    with pytest.raises(NoDaemonError, match="No daemon runs in"):
         run(tmp_path / "nobody", "-o", tmp_path / "a.png")
     with pytest.raises(ConfigError, match="not the address"):
         run("a b", "-o", tmp_path / "a.png")
