@@ -38,7 +38,7 @@ UNINTERRUPTIBLE = frozenset(
         ("tiers.device", ("tier", "views", "fill", "copies", "promoter")),
         ("runtime.moe", ("gates",)),
         ("runtime.speculation", ("speculation",)),
-        ("runtime.client", ("tier", "misses", "link")),
+        ("runtime.client", ("tier", "link")),
     )
     for name in names
 )

@@ -1,7 +1,7 @@
-"""Link to a daemon on this host: the control socket and the message stream, reconnected whenever they break.
+"""Link to a daemon on this host: its mapped arena and a stream of messages, reconnected whenever it breaks.
 
 The link has two threads. Its own thread reads the daemon's messages and reconnects; a thread of gRPC sends. Callers
-wait for neither when a record is found in the directory.
+wait for neither when a record is found in the arena's directory.
 """
 
 from __future__ import annotations
@@ -26,16 +26,89 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.status_codes import error_from_message, error_of
-from moetier.tiers.errors import ClosedError, MoetierError, UnavailableError
+from moetier.tiers.arena.arena import Arena
+from moetier.tiers.arena.directory import Header
+from moetier.tiers.arena.plan import ArenaPlan
+from moetier.tiers.errors import ArenaError, ClosedError, MoetierError, ProtocolError, UnavailableError
 from moetier.tiers.layout import ExpertKey
-
-from .view import MappedArena
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import Lease
 
 REPORT_KEPT = 65_536  # latest hits; older ones are dropped while no daemon can be told
 REPORT_SECONDS = 0.5  # longest time until the daemon is told of hits
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each is twice the one before
 _ANSWER = 2.0  # seconds for answers that a working daemon gives at once
 _STEADY = 1.0  # seconds after which a connection without a message counts as made
+
+
+class Proof:
+    """Checks that a slot has not been refilled. ``held`` is the last answer, None before the first."""
+
+    __slots__ = ("_generation", "_generation_of", "_slot", "held")
+
+    def __init__(self, generation_of: Callable[[int], int], slot: int, generation: int) -> None:
+        self._generation_of = generation_of
+        self._slot = slot
+        self._generation = generation
+        self.held: bool | None = None
+
+    def __call__(self) -> bool:
+        self.held = self._generation_of(self._slot) == self._generation
+        return self.held
+
+
+class MappedArena:
+    """An arena, mapped read-only for as long as it or one of its records is referenced, even after the daemon's death.
+
+    The map keeps a descriptor of the memory file open, through which a restarted daemon finds the arena again.
+    """
+
+    @classmethod
+    def of(cls, control: ControlConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
+        """Map a connection's arena, or return ``known`` if it is that one, which the daemon has reclaimed.
+
+        Raises ArenaError, ProtocolError.
+        """
+        slots = control.slots
+        if control.descriptor is None or slots.keys() != manifest.layouts.keys() or min(slots.values()) < 1:
+            raise ProtocolError("The daemon's arena is not of this store.", "Use moetier in one version.")
+        plan = ArenaPlan.of(manifest, slots)
+        if known and known.plan == plan and Header.read(control.descriptor).identity == known.directory.identity:
+            return known
+        try:
+            return cls(Arena.map(control.descriptor, plan))
+        except OSError as error:
+            raise ArenaError(
+                f"The {plan.nbytes:,} bytes of the daemon's arena can't be mapped ({error.strerror}).",
+                "Raise this process's limit of address space (ulimit -v).",
+            ) from None
+
+    def __init__(self, arena: Arena) -> None:
+        self.plan = arena.plan
+        self.directory = arena.directory
+        self._arena = arena
+        # by slot; always the same objects, so that wrappers can recognise them
+        self._records = [arena.view(slot) for slot in range(arena.plan.slots)]
+
+    def lease(
+        self, key: ExpertKey, slot: int, generation: int, *, more: bool = False
+    ) -> tuple[Lease[memoryview], Proof]:
+        """Lease the record in a slot, valid while the slot's generation stays the same.
+
+        Raises ProtocolError if there is no such slot, ClosedError.
+        """
+        proof = Proof(self.directory.generation, slot, generation)
+        try:
+            return Lease(key, self._records[slot], slot, proof, more), proof
+        except IndexError:
+            if slot < self.plan.slots:
+                raise ClosedError("The tier was closed.", "Load the model again.") from None
+            raise ProtocolError(f"The arena has no slot {slot}.", "Use moetier in one version.") from None
+
+    def close(self) -> None:
+        """Drop the records. One that is still referenced stays readable, but can't be proved any more. Idempotent."""
+        self._records.clear()
+        self._arena.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +130,8 @@ class RequestFailed:
     error: MoetierError
 
 
-@dataclass(frozen=True, slots=True)
-class LinkChanged:
-    """The daemon has gone away or come back, or the link was closed."""
-
-
-LinkEvent = SlotGranted | RequestFailed | LinkChanged
+Outbox = SimpleQueue[wire.ClientMessage | None]  # messages to be sent on one stream; None is its end
+LinkEvent = SlotGranted | RequestFailed | None  # None: the daemon has gone away or come back, or the link was closed
 
 
 @dataclass(eq=False, slots=True)
@@ -100,23 +169,18 @@ class Link:
         self._arrive = arrive
         self._requests: dict[int, SlotRequest] = {}
         self._lock = threading.Lock()  # held while a request is sent, for the first time or again
-        self._outbox: _Outbox | None = None  # None while the daemon is away
+        self._outbox: Outbox | None = None  # None while the daemon is away
         self._used: deque[ExpertKey] = deque(maxlen=REPORT_KEPT)
         self._closed = threading.Event()
         self._tried = threading.Event()  # the first stream was opened, or failed to open
         self._call: Any = None
-        self._away_since: float | None = None
+        self.away_since: float | None = None  # on the monotonic clock; None while the daemon is connected
         self._error: MoetierError | None = None
         self._messages = 0  # received
         self.connections = 0  # made, the first among them
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
         self._tried.wait()  # prefetch requests that come now are not lost
-
-    @property
-    def away_since(self) -> float | None:
-        """When the daemon went away (time.monotonic()); None while it is connected."""
-        return self._away_since
 
     @property
     def error(self) -> MoetierError:
@@ -160,7 +224,7 @@ class Link:
         self._used.extend(keys)
 
     def close(self) -> None:
-        """End the connection and both threads; every request gets a LinkChanged. Idempotent."""
+        """End the connection and both threads; wakes all that wait for a request. Idempotent."""
         with self._lock:
             self._closed.set()
         call = self._call
@@ -168,7 +232,7 @@ class Link:
             call.cancel()
         self._thread.join()
         for request in list(self._requests.values()):
-            request.events.put(LinkChanged())
+            request.events.put(None)
 
     def _send(self, message: wire.ClientMessage) -> None:
         outbox = self._outbox
@@ -196,11 +260,11 @@ class Link:
             lasted = time.monotonic() - began
             if self._messages > messages or (self.connections > connections and lasted > _STEADY):
                 pause = FIRST_PAUSE
-                self._away_since = time.monotonic()
-            elif self._away_since is None:
-                self._away_since = began
+                self.away_since = time.monotonic()
+            elif self.away_since is None:
+                self.away_since = began
             for request in list(self._requests.values()):
-                request.events.put(LinkChanged())
+                request.events.put(None)
             # jitter: all clients of a daemon that was restarted reconnect now
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -224,8 +288,9 @@ class Link:
 
     def _run_stream(self, stub: ExpertStoreStub, arena: MappedArena) -> MoetierError | None:
         """Serve a stream to its end. Return why it ended; None if the daemon ended it."""
-        outbox = _Outbox(self._used)
-        call = stub.Session(outbox.messages())
+        outbox: Outbox = SimpleQueue()
+        sent = threading.Event()
+        call = stub.Session(self._outgoing(outbox, sent))
         self._call = call
         try:
             self._attach(outbox)
@@ -241,10 +306,11 @@ class Link:
                 self._outbox = None
             self._call = None
             call.cancel()
-            outbox.end(_ANSWER)
+            outbox.put(None)
+            sent.wait(_ANSWER)
         return None
 
-    def _attach(self, outbox: _Outbox) -> None:
+    def _attach(self, outbox: Outbox) -> None:
         """Repeat all requests on a new stream."""
         with self._lock:
             requests = list(self._requests.values())
@@ -252,12 +318,12 @@ class Link:
                 if request.awaited:
                     outbox.put(request.message())
             self._outbox = outbox
-            self._away_since = None
+            self.away_since = None
         self._tried.set()
         for request in requests:  # cancel() may have found no outbox meanwhile
             if request.number not in self._requests:
                 self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
-            request.events.put(LinkChanged())
+            request.events.put(None)
 
     def _handle(self, message: wire.ServerMessage, arena: MappedArena) -> None:
         self._messages += 1
@@ -273,31 +339,15 @@ class Link:
                 request.is_over = True
                 request.events.put(RequestFailed(request, error_from_message(message.failed.error)))
 
+    # -- gRPC's thread ------------------------------------------------------------------------------------------------
 
-class _Outbox:
-    """Messages to be sent on one stream. gRPC's thread iterates over ``messages``; ``used`` outlives the stream."""
-
-    def __init__(self, used: deque[ExpertKey]) -> None:
-        self._used = used
-        self._queue: SimpleQueue[wire.ClientMessage | None] = SimpleQueue()
-        self._ended = threading.Event()
-
-    def put(self, message: wire.ClientMessage) -> None:
-        """Queue a message. Never waits, as a finalizer may call it."""
-        self._queue.put(message)
-
-    def end(self, patience: float) -> None:
-        """End the stream, and wait ``patience`` seconds at most for gRPC's thread."""
-        self._queue.put(None)
-        self._ended.wait(patience)
-
-    def messages(self) -> Iterator[wire.ClientMessage]:
-        """Yield the queued messages until ``end``, and reports of hits between them."""
+    def _outgoing(self, outbox: Outbox, sent: threading.Event) -> Iterator[wire.ClientMessage]:
+        """Yield the messages of one stream until its end, and reports of hits between them; then set ``sent``."""
         try:
             while True:
                 message: wire.ClientMessage | None = wire.ClientMessage()
                 with contextlib.suppress(Empty):
-                    message = self._queue.get(timeout=REPORT_SECONDS)
+                    message = outbox.get(timeout=REPORT_SECONDS)
                 if message is None:
                     return
                 # before a request, which might otherwise evict what was used last
@@ -306,7 +356,7 @@ class _Outbox:
                 if message.WhichOneof("message"):
                     yield message
         finally:
-            self._ended.set()
+            sent.set()
 
     def _report(self) -> wire.ClientMessage:
         blocks: list[wire.Experts] = []

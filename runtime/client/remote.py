@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -18,7 +18,8 @@ from moetier.runtime.wire.address import DIGEST_CHARS, Address, Credentials
 from moetier.runtime.wire.channel import SERVICE, open_channel
 from moetier.runtime.wire.control import ControlConnection
 from moetier.runtime.wire.piece import PIECE_BYTES, decode_piece
-from moetier.runtime.wire.status_codes import closed_channel, error_of
+from moetier.runtime.wire.status_codes import error_of
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import (
     ChecksumError,
     ClosedError,
@@ -35,17 +36,18 @@ from moetier.tiers.store.checksum import crc32c
 CHANNELS = 3  # connections; TLS of one keeps one core busy
 SPLIT_BYTES = 8 << 20  # larger records come over all channels at once
 SLOWEST = 4_000_000  # bytes per second of one call; slower calls are cut off
-ATTEMPTS = 2  # to read a record of which a broken stream brought a part
 _ANSWER = 5.0  # seconds that a daemon has to say what it serves
 _MAX_NAMES = 200  # characters of the models that a daemon says it serves, in an error
 _AGAIN = (UnavailableError, ChecksumError, ProtocolError)
 
 
-class RemoteReader:
+class RemoteReader(Closeable):
     """RecordReader over one daemon. Thread-safe. A record whose checksum is wrong is never returned.
 
     Every call has a deadline: ``patience`` seconds, and the time that its bytes take at ``SLOWEST``.
     """
+
+    parts = None  # it can't read parts of records
 
     def __init__(
         self,
@@ -60,12 +62,11 @@ class RemoteReader:
         self.manifest = manifest
         self.address = address
         self._credentials = credentials
-        self._patience = patience
+        self.patience = patience
         self._fork_guard = ForkGuard()
-        self._count = channels
-        self._state = threading.Lock()  # guards the three below
+        self.count = channels
+        self._state = threading.Lock()  # guards the two below
         self._channels: _Channels | None = None
-        self._checked: _Channels | None = None  # those of a check under way, which close() must end too
         self._closed = False
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
 
@@ -75,27 +76,19 @@ class RemoteReader:
         Raises UnavailableError, RefusedError, UnknownModelError, ProtocolError.
         """
         self._fork_guard.check()
-        channels = _Channels(self.address, self._credentials, self._count)
+        channels = self._connected(again=True)
         try:
-            with self._state:
-                self._check_open()
-                self._checked = channels
-            channels.check(self.manifest, patience)
-            with self._state:
-                self._check_open()
-                former, self._channels = self._channels, channels
-        except BaseException:
-            channels.close()
-            raise
-        finally:
-            self._checked = None
-        if former is not None:
-            former.close()
-
-    @property
-    def parts(self) -> None:
-        """None: it can't read parts of records."""
-        return None
+            reply = ExpertStoreStub(channels.first).Describe(pb.DescribeRequest(), timeout=patience)
+        except (grpc.RpcError, ValueError) as error:
+            raise error_of(error, self.address.target) from None
+        if self.manifest.digest not in {model.digest for model in reply.models}:
+            served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
+            names = ", ".join(served)[:_MAX_NAMES] or "nothing"
+            raise UnknownModelError(
+                f"The daemon does not serve the store of {self.manifest.model} that is here "
+                f"({self.manifest.digest[:DIGEST_CHARS]}); it serves {names}.",
+                "Start it on a copy of this model directory; start it again if that was converted again meanwhile.",
+            )
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """As ``RecordReader`` says, without pauses.
@@ -108,14 +101,13 @@ class RemoteReader:
         view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
         assert len(view) == self.manifest.layout(key.block).slot_bytes, f"{len(view)} bytes are no slot"
         began = time.monotonic()
-        for attempt in itertools.count(1):
-            try:
-                return self._read(key, view)
-            except _AGAIN:
-                # repeat a record that came in time, but not whole; if nothing came, another daemon should be asked
-                if attempt == ATTEMPTS or time.monotonic() - began > self._patience / 2 or self._closed:
-                    raise
-        raise AssertionError
+        try:
+            return self._read(key, view)
+        except _AGAIN:
+            # repeat a record that came in time, but not whole; if nothing came, another daemon should be asked
+            if time.monotonic() - began > self.patience / 2 or self._closed:
+                raise
+        return self._read(key, view)  # not in the handler: its error would refer to the first one, and so to the slot
 
     def close(self) -> None:
         """Close the connections; reads under way end with an error. Idempotent. Does nothing in a forked child."""
@@ -123,31 +115,24 @@ class RemoteReader:
             return
         with self._state:
             self._closed = True
-            opened, self._channels = [self._channels, self._checked], None
-        for channels in opened:
-            if channels is not None:
-                channels.close()
+            if self._channels is not None:
+                self._channels.close()
         self._pool.shutdown()
 
-    def __enter__(self) -> RemoteReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"The connection to the daemon {self.address} was closed.", "Load the model again.")
+    def _connected(self, *, again: bool = False) -> _Channels:
+        """Return the channels, which are opened now if there are none yet, or if ``again``."""
+        with self._state:
+            if self._closed:
+                raise ClosedError(f"The connection to the daemon {self.address} was closed.", "Load the model again.")
+            if self._channels is None or again:
+                opened = _Channels(self.address, self._credentials, self.count)
+                if self._channels is not None:
+                    self._channels.close()
+                self._channels = opened
+            return self._channels
 
     def _read(self, key: ExpertKey, view: memoryview) -> None:
-        with self._state:
-            self._check_open()
-            if self._channels is None:
-                self._channels = _Channels(self.address, self._credentials, self._count)
-            channels = self._channels
-        _Transfer(key, view, self.manifest.digest, self.address, self._patience).run(channels, self._pool)
+        _Transfer(self, key, view).run(self._connected(), self._pool)
         crc = crc32c(view[:-CHECKSUM_BYTES])
         if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
             raise ChecksumError(
@@ -162,65 +147,34 @@ class RemoteReader:
 
 
 class _Channels:
-    """Channels to one daemon, used in rotation.
+    """Channels to one daemon. ``fetches`` has the multi-callables of Fetch, in rotation.
 
     Over a Unix socket they come with the control connection that their credential belongs to.
     """
 
     def __init__(self, address: Address, credentials: Credentials, count: int) -> None:
-        self._address = address
-        self._control = ControlConnection.open(address.folder, None) if address.folder is not None else None
-        self._channels: list[grpc.Channel] = []
-        self._rotation = itertools.count()
-        try:
-            bearer = self._control.session_id if self._control is not None else None
-            for _ in range(count):
-                self._channels.append(open_channel(address, credentials, bearer=bearer))
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            bearer = None
+            if address.folder is not None:
+                bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
+            channels = [
+                opened.enter_context(open_channel(address, credentials, bearer=bearer)) for _ in range(count)
+            ]
+            self.close = opened.pop_all().close
+        self.first = channels[0]
         # no deserialiser: decode_piece does without a copy
-        self.fetches: list[Any] = [
-            channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString) for channel in self._channels
-        ]
-
-    def next(self) -> Any:
-        """Return the next channel's multi-callable of Fetch."""
-        return self.fetches[next(self._rotation) % len(self.fetches)]
-
-    def check(self, manifest: Manifest, patience: float) -> None:
-        """Check that the daemon serves a store. Raises UnknownModelError, and the errors of a failed call."""
-        try:
-            reply = ExpertStoreStub(self._channels[0]).Describe(pb.DescribeRequest(), timeout=patience)
-        except grpc.RpcError as error:
-            raise error_of(error, self._address.target) from None
-        except ValueError:
-            raise closed_channel() from None
-        if manifest.digest not in {model.digest for model in reply.models}:
-            served = (" ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})".split()) for model in reply.models)
-            names = ", ".join(served)[:_MAX_NAMES] or "nothing"
-            raise UnknownModelError(
-                f"The daemon does not serve the store of {manifest.model} that is here "
-                f"({manifest.digest[:DIGEST_CHARS]}); it serves {names}.",
-                "Start it on a copy of this model directory; start it again if that was converted again meanwhile.",
-            )
-
-    def close(self) -> None:
-        for channel in self._channels:
-            channel.close()
-        if self._control is not None:
-            self._control.close()
+        self.fetches: Iterator[Any] = itertools.cycle(
+            [channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString) for channel in channels]
+        )
 
 
 class _Transfer:
     """Transfer of one record. The calls that bring its parts all end together."""
 
-    def __init__(self, key: ExpertKey, view: memoryview, digest: str, address: Address, patience: float) -> None:
+    def __init__(self, reader: RemoteReader, key: ExpertKey, view: memoryview) -> None:
+        self._reader = reader
         self._key = key
         self._view = view  # [slot_bytes]
-        self._digest = digest
-        self._address = address
-        self._patience = patience
         self._state = threading.Lock()  # guards the two below
         self._calls: list[Any] = []
         self._error: MoetierError | None = None
@@ -230,15 +184,15 @@ class _Transfer:
 
         Raises the first error of a part. In either case no thread writes to the view any more.
         """
-        parts = list(_parts(len(self._view), len(channels.fetches)))
+        fetches, parts = channels.fetches, list(_parts(len(self._view), self._reader.count))
         others: list[Future[None]] = []
         try:
             for part in parts[1:]:  # appended one by one: those that have begun are waited for, whatever happens
-                others += [pool.submit(self._bring, channels.next(), *part)]
-            self._bring(channels.next(), *parts[0])
+                others += [pool.submit(self._bring, next(fetches), *part)]
+            self._bring(next(fetches), *parts[0])
             for other, part in zip(others, parts[1:], strict=True):
                 if other.cancel():  # all threads of the pool were busy
-                    self._bring(channels.next(), *part)
+                    self._bring(next(fetches), *part)
                 else:
                     other.result()
         except RuntimeError as error:  # the pool was closed, or can start no thread
@@ -255,37 +209,33 @@ class _Transfer:
 
     def _bring(self, fetch: Any, start: int, end: int) -> None:
         """Fetch the bytes ``start`` to ``end``; an error of the network or the daemon ends the transfer."""
+        reader, key = self._reader, self._key
+        request = pb.FetchRequest(
+            digest=reader.manifest.digest, block=key.block, expert=key.expert, offset=start, length=end - start
+        )
         try:
-            self._fetch(fetch, start, end)
+            call = fetch(request, timeout=reader.patience + (end - start) / SLOWEST)
+            with self._state:
+                if self._error is not None:
+                    call.cancel()
+                self._calls.append(call)
+            at = start
+            for message in call:
+                piece = decode_piece(message)
+                if len(piece) > min(PIECE_BYTES, end - at):
+                    raise ProtocolError(
+                        f"A daemon sent more of {key} than it was asked for.", "Use moetier in one version."
+                    )
+                self._view[at : at + len(piece)] = piece
+                at += len(piece)
+            if at != end:
+                raise ProtocolError(
+                    f"A daemon sent {at - start:,} of {end - start:,} bytes of {key}.", "See the daemon's log."
+                )
         except MoetierError as error:
             self._end(error)
-        except grpc.RpcError as error:
-            self._end(error_of(error, self._address.target))
-        except ValueError:
-            self._end(closed_channel())
-
-    def _fetch(self, fetch: Any, start: int, end: int) -> None:
-        request = pb.FetchRequest(
-            digest=self._digest, block=self._key.block, expert=self._key.expert, offset=start, length=end - start
-        )
-        call = fetch(request, timeout=self._patience + (end - start) / SLOWEST)
-        with self._state:
-            if self._error is not None:
-                call.cancel()
-            self._calls.append(call)
-        at = start
-        for message in call:
-            piece = decode_piece(message)
-            if len(piece) > min(PIECE_BYTES, end - at):
-                raise ProtocolError(
-                    f"A daemon sent more of {self._key} than it was asked for.", "Use moetier in one version."
-                )
-            self._view[at : at + len(piece)] = piece
-            at += len(piece)
-        if at != end:
-            raise ProtocolError(
-                f"A daemon sent {at - start:,} of {end - start:,} bytes of {self._key}.", "See the daemon's log."
-            )
+        except (grpc.RpcError, ValueError) as error:
+            self._end(error_of(error, reader.address.target))
 
     def _end(self, error: MoetierError) -> None:
         """Keep the first error, and cancel all calls."""
@@ -298,10 +248,7 @@ class _Transfer:
 
 def _parts(size: int, channels: int) -> Iterator[tuple[int, int]]:
     """Divide a record of ``size`` bytes into (start, end) for each call, in whole pieces but for the last."""
-    if size <= SPLIT_BYTES:
-        yield 0, size
-        return
     pieces = -(-size // PIECE_BYTES)
-    step = -(-pieces // channels) * PIECE_BYTES
+    step = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * PIECE_BYTES
     for start in range(0, size, step):
         yield start, min(start + step, size)

@@ -1,4 +1,9 @@
-"""SpreadReader: reads a store from several daemons, each of which holds a share of the records in its memory."""
+"""SpreadReader: reads a store from several daemons, each of which holds a share of the records in its memory.
+
+Each key asks the daemons in an order of its own, that of rendezvous hashing (Thaler and Ravishankar 1998, "Using
+name-based mappings to increase hit rates"). All clients agree on it, and a daemon that comes or goes moves only its own
+keys.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +11,65 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.tiers.errors import ClosedError, ConfigError, ExhaustedError, MoetierError, StoreError, UnavailableError
+from moetier.tiers.closeable import Closeable
+from moetier.tiers.errors import (
+    ClosedError,
+    ConfigError,
+    ExhaustedError,
+    MoetierError,
+    RefusedError,
+    StoreError,
+    UnavailableError,
+)
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 from moetier.tiers.store.reader import ExpertStore
 
-from .peers import Peer, Peers
 from .remote import RemoteReader
 
 PATIENCE = 30.0  # seconds that a read waits while every daemon is away and there are no local shards
+SHORTEST, LONGEST = 0.5, 30.0  # seconds between checks of a daemon that is away
+_PAUSE = 0.2  # seconds before daemons that had no free slot are asked again
 
 _log = logging.getLogger(__name__)
 
 
-class SpreadReader:
+def rendezvous(names: Iterable[str], key: ExpertKey) -> list[str]:
+    """Sort names into a key's own order."""
+    prefix = b"%d/%d/" % key
+    return sorted(names, key=lambda name: blake2b(prefix + name.encode(), digest_size=8).digest())
+
+
+class Peer:
+    """One of several daemons, and whether it is away."""
+
+    def __init__(self, name: str, reader: RemoteReader) -> None:
+        self.name = name
+        self.reader = reader
+        self.records = 0  # read from it
+        self.bytes = 0  # of them
+        self.failures = 0  # number of times it went away
+        self.away: MoetierError | None = None  # the reason while it is away
+        self.backoff = 0.0  # seconds between checks while it is away; 0 once it has given a record
+        self.next_check = 0.0  # on the monotonic clock
+
+
+class SpreadReader(Closeable):
     """RecordReader over several daemons, and over ``local`` as the last resort. Thread-safe; owns them all.
 
     A read asks the first daemon in its key's order that is not away. A daemon that fails is away until a background
     check finds it again, so no read waits for it twice.
     """
+
+    parts = None  # it can't read parts of records
 
     @classmethod
     def open(
@@ -45,19 +83,10 @@ class SpreadReader:
         """
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each once.")
-        with contextlib.ExitStack() as undo:
-            peers = []
-            for address in addresses:
-                remote = RemoteReader(address, credentials, manifest)
-                undo.callback(remote.close)
-                peers.append(Peer(str(address), remote))
-            local = _open_shards(folder) if folder is not None else None
-            if local is not None:
-                undo.callback(local.close)
-            reader = cls(manifest, peers, local)
-            undo.pop_all()
+        peers = [Peer(str(address), RemoteReader(address, credentials, manifest)) for address in addresses]
+        reader = cls(manifest, peers, _open_shards(folder) if folder is not None else None)
         try:
-            reader._peers.check_all(needed=local is None)
+            reader._check_all()
         except BaseException:
             reader.close()
             raise
@@ -67,17 +96,14 @@ class SpreadReader:
         self, manifest: Manifest, peers: Sequence[Peer], local: ExpertStore | None = None, *, patience: float = PATIENCE
     ) -> None:
         self.manifest = manifest
-        self.local_records = self.local_bytes = 0  # read from the store
-        self._peers = Peers(peers)
         self.local = local
+        self._peers = {peer.name: peer for peer in peers}
         self._patience = patience
         self._fork_guard = ForkGuard()
-        self._state = threading.Lock()  # guards the counters
-
-    @property
-    def parts(self) -> None:
-        """None: it can't read parts of records."""
-        return None
+        self._state = threading.Condition()  # guards the peers' fields and all below
+        self._local_records = self._local_bytes = 0  # read from the local store
+        self._watcher: threading.Thread | None = None
+        self._closed = False
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """As ``RecordReader`` says; pauses only while it reads from the store.
@@ -88,30 +114,26 @@ class SpreadReader:
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
         deadline = time.monotonic() + self._patience
-        while True:
-            error = self._read_from_peers(key, buffer)
-            if error is None:
-                return
+        while (error := self._read_from_peers(key, buffer)) is not None:
             if self.local is not None and key.block not in self.local.faults:
                 self.local.read_into(key, buffer, pause)
                 with self._state:
-                    self.local_records += 1
-                    self.local_bytes += len(buffer)
+                    self._local_records += 1
+                    self._local_bytes += len(buffer)
                 return
             if isinstance(error, StoreError):
                 raise error
-            self._peers.wait(deadline, error)
-
-    def peers(self) -> list[Peer]:
-        """Return the daemons with their counters, in the order in which they were named."""
-        return list(self._peers)
+            self._wait(deadline, error)
 
     def shares(self) -> list[Share]:
-        """Return what was read from each daemon and, last, from the local store."""
-        found = self._peers.shares()
-        if self.local is not None:
-            with self._state:
-                found.append(Share("the local store", self.local_records, self.local_bytes))
+        """Return what was read from each daemon, in the order in which they were named, and from the local store."""
+        with self._state:
+            found = [
+                Share(peer.name, peer.records, peer.bytes, peer.away.cause if peer.away else "", peer.failures)
+                for peer in self._peers.values()
+            ]
+            if self.local is not None:
+                found.append(Share("the local store", self._local_records, self._local_bytes))
         return found
 
     def close(self) -> None:
@@ -120,17 +142,15 @@ class SpreadReader:
         In a forked child only the store's descriptors are closed.
         """
         if self._fork_guard.is_owner:
-            self._peers.close()
+            with self._state:
+                self._closed = True
+                self._state.notify_all()
+            for peer in self._peers.values():
+                peer.reader.close()
+            if self._watcher is not None:
+                self._watcher.join()
         if self.local is not None:
             self.local.close()
-
-    def __enter__(self) -> SpreadReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _read_from_peers(self, key: ExpertKey, buffer: memoryview) -> MoetierError | None:
         """Read a record from the first daemon that gives it.
@@ -138,27 +158,124 @@ class SpreadReader:
         Return None, or the error of the last daemon that was asked, or why the first is away.
         """
         error: MoetierError | None = None
-        order = self._peers.order(key)
+        order = [self._peers[name] for name in rendezvous(self._peers, key)]
         for peer in order:
-            seen = self._peers.failures(peer)
-            if seen is None:
-                continue
+            with self._state:
+                self._check_open()
+                if peer.away is not None:
+                    continue
+                failures = peer.failures
             try:
                 peer.reader.read_into(key, buffer)
             except (StoreError, ExhaustedError) as failure:  # the daemon itself is not away
                 error = failure.with_traceback(None)  # the error is kept, and its frames would hold the slot
                 _log.warning("%s: %s", peer.name, error.cause)
             except ClosedError:
-                if self._peers.is_closed:
+                if self._closed:
                     raise
                 error = UnavailableError(f"The connection to {peer.name} was closed.", "Ask again.")
             except MoetierError as failure:
                 error = failure.with_traceback(None)
-                self._peers.lose(peer, error, seen)
+                self._lose(peer, error, failures)
             else:
-                self._peers.count_read(peer, len(buffer))
+                with self._state:
+                    peer.records += 1
+                    peer.bytes += len(buffer)
+                    peer.backoff = 0.0
                 return None
         return error or order[0].away or UnavailableError("Every daemon is away.", "Start one.")
+
+    def _wait(self, deadline: float, error: MoetierError) -> None:
+        """Wait until a daemon comes back or may have a free slot. Raises ``error`` at the deadline, ClosedError."""
+        with self._state:
+            self._check_open()
+            if (pause := deadline - time.monotonic()) <= 0:
+                raise error
+            if not self._any_here():
+                self._state.wait_for(lambda: self._closed or self._any_here(), pause)
+            else:
+                self._state.wait(min(_PAUSE, pause))
+
+    def _any_here(self) -> bool:
+        return any(peer.away is None for peer in self._peers.values())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("The daemons' reader was closed.", "Load the model again.")
+
+    # -- daemons that are away ----------------------------------------------------------------------------------------
+
+    def _check_all(self) -> None:
+        """Check all daemons at once, and note those that are away. Raises as ``open`` does."""
+        peers = list(self._peers.values())
+        with ThreadPoolExecutor(len(peers), thread_name_prefix="moetier-check") as pool:
+            errors = list(pool.map(_check, peers))
+        for peer, error in zip(peers, errors, strict=True):
+            if isinstance(error, ConfigError):
+                raise error
+            if isinstance(error, RefusedError):
+                raise RefusedError(f"{peer.name}: {error.cause}", error.fix)
+        if self.local is None and errors[0] is not None and all(errors):
+            raise errors[0]
+        for peer, error in zip(peers, errors, strict=True):
+            if error is not None:
+                self._lose(peer, error, peer.failures)
+
+    def _lose(self, peer: Peer, error: MoetierError, failures: int) -> None:
+        """Note that a peer failed, unless it has gone away since it was asked: its ``failures`` were so many then."""
+        with self._state:
+            if peer.away is not None or peer.failures != failures or self._closed:
+                return
+            _log.warning("the daemon %s is away: %s", peer.name, error.cause)
+            peer.failures += 1
+            self._note_away(peer, error)
+            if self._watcher is None:
+                watcher = threading.Thread(target=self._watch, name="moetier-peers", daemon=True)
+                watcher.start()
+                self._watcher = watcher
+
+    def _note_away(self, peer: Peer, error: MoetierError) -> None:
+        peer.away = error
+        peer.backoff = min(max(SHORTEST, 2 * peer.backoff), LONGEST)
+        peer.next_check = time.monotonic() + peer.backoff
+        self._state.notify_all()
+
+    def _watch(self) -> None:
+        """Check peers that are away, at growing intervals, until the reader is closed."""
+        while (peer := self._next_to_check()) is not None:
+            error = _check(peer)
+            with self._state:
+                if error is not None:
+                    self._note_away(peer, error)
+                else:
+                    _log.warning("the daemon %s is back", peer.name)
+                    peer.away = None
+                    self._state.notify_all()
+
+    def _next_to_check(self) -> Peer | None:
+        """Wait until a peer is to be checked, and return it; None once the reader is closed."""
+        with self._state:
+            while not self._closed:
+                away = [peer for peer in self._peers.values() if peer.away is not None]
+                peer = min(away, key=lambda peer: peer.next_check, default=None)
+                if peer is None:
+                    self._state.wait()
+                elif (pause := peer.next_check - time.monotonic()) > 0:
+                    self._state.wait(pause)
+                else:
+                    return peer
+        return None
+
+
+def _check(peer: Peer) -> MoetierError | None:
+    """Return why a daemon is away; None if it serves the store."""
+    try:
+        peer.reader.check()
+    except MoetierError as error:
+        return error.with_traceback(None)
+    except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
+        return UnavailableError(f"{peer.name} can't be reached: {error}.", "Free what is short.")
+    return None
 
 
 def _open_shards(folder: Path) -> ExpertStore | None:

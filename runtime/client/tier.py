@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from queue import Empty, SimpleQueue
 
 from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.control import ControlConnection
-from moetier.tiers.errors import ClosedError
+from moetier.tiers.closeable import Closeable
+from moetier.tiers.errors import ClosedError, ExhaustedError, StoreError, UnavailableError
+from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import ForkGuard
+from moetier.tiers.locks import POLL_SECONDS, ForkGuard, interruptible
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease, Pace
-from moetier.tiers.stats import TierStats
+from moetier.tiers.stats import TierCounters, TierStats
 
-from .link import Link
-from .misses import ClientCounters, Fallback, MissContext, Misses
-from .view import MappedArena
+from .fallback import Fallback
+from .link import Link, LinkEvent, MappedArena, RequestFailed, SlotGranted, SlotRequest
+
+GRACE = 1.0  # seconds that a daemon may be away before the local store is read
+_RETRY = 0.1  # seconds until a daemon that refused a request is asked again
 
 
-class DaemonTier:
+class DaemonTier(Closeable):
     """Lender over a daemon of this host. Thread-safe; a forked child must open its own."""
 
     @classmethod
@@ -43,35 +49,27 @@ class DaemonTier:
         """
         control = ControlConnection.open(folder, manifest.digest)
         try:
-            arena = MappedArena.of(control, manifest)
-            return cls(folder, manifest, control, arena, Fallback(directory, manifest), patience)
+            return cls(folder, manifest, control, Fallback(directory, manifest), patience)
         except BaseException:
             control.close()
             raise
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        control: ControlConnection,
-        arena: MappedArena,
-        fallback: Fallback,
-        patience: float,
+        self, folder: Path, manifest: Manifest, control: ControlConnection, fallback: Fallback, patience: float
     ) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._arena = arena
+        self._arena = MappedArena.of(control, manifest)
         self._fallback = fallback
+        self._patience = patience
         self._fork_guard = ForkGuard()
         self._closed_error: ClosedError | None = None
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
         self._borrowed: set[ExpertKey] = set()  # pinned for a copy, and not reported as used since
-        self._misses: dict[int, Misses] = {}  # those under way, by thread
-        self._counters = ClientCounters("daemon")
+        self._misses: dict[int, Misses] = {}  # those that hold or await something, by thread
+        self._counting = threading.Lock()  # guards the counters; no finalizer counts
+        self._counters = TierCounters("daemon")
         self._link = Link(folder, manifest.digest, control, self._arrive)
-        self._miss_context = MissContext(
-            self._link, fallback, patience, self._counters, self._check_open, lambda: self._arena.plan.slots
-        )
         _opened_here.add(self)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
@@ -89,7 +87,7 @@ class DaemonTier:
         self._borrowed.difference_update(keys)  # the daemon learns of this demand anyhow
         found, missing = [], []
         for key in dict.fromkeys(keys):
-            place = arena.find(key)
+            place = arena.directory.find(key)
             if place is None:
                 missing.append(key.expert)
             else:
@@ -100,8 +98,10 @@ class DaemonTier:
             self._prefetching.discard(block)
             if not missing:  # otherwise the request tells the daemon of the demand
                 self._link.prefetch(block, [])
-        self._counters.add(hits=len(found), misses=len(missing))
-        rest = Misses(self._miss_context, block, self._misses)
+        with self._counting:
+            self._counters.hits += len(found)
+            self._counters.misses += len(missing)
+        rest = Misses(self, block)
         try:
             if missing:
                 rest.want(missing)
@@ -111,8 +111,11 @@ class DaemonTier:
                 proofs.append((key.expert, proof))
                 yield lease
                 self._check_open()
-            if lost := [expert for expert, proof in proofs if not proof.held]:
-                self._counters.add(hits=-len(lost), misses=len(lost), discarded=len(lost))
+            if lost := [expert for expert, proof in proofs if proof.held is False]:
+                with self._counting:
+                    self._counters.hits -= len(lost)
+                    self._counters.misses += len(lost)
+                    self._counters.discarded += len(lost)
                 rest.want(lost)
             if rest.wanted:
                 yield from rest.leases()
@@ -124,13 +127,14 @@ class DaemonTier:
         self._fork_guard.check()
         if (misses := self._misses.get(threading.get_ident())) is not None:
             misses.close()
-        self._fallback.reclaim()
+        if self._fallback.host is not None:
+            self._fallback.host.reclaim()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """As ``ExpertSource`` says; does nothing while the daemon is away. No message is sent if all are there."""
         self._manifest.check_keys(block, keys)
         self._check_open()
-        find = self._arena.find
+        find = self._arena.directory.find
         if not all(find(key) for key in keys):
             self._prefetching.add(block)
         elif block in self._prefetching:
@@ -141,7 +145,7 @@ class DaemonTier:
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """As ``ExpertSource`` says: return the keys that are not in the directory."""
-        find = self._arena.find
+        find = self._arena.directory.find
         return [key for key in keys if find(key) is None]
 
     def pace(self, block: int) -> Pace | None:
@@ -157,14 +161,14 @@ class DaemonTier:
         self._manifest.check_keys(key.block, [key])
         self._check_open()
         arena = self._arena
-        place = arena.find(key)
+        place = arena.directory.find(key)
         if place is None:
             yield None
             return
         lease, proof = arena.lease(key, *place)
         self._borrowed.add(key)  # before the copy: a demand may find that at once
         yield lease
-        if not (proof.was_asked and proof.held):
+        if not proof.held:
             self._borrowed.discard(key)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
@@ -176,13 +180,17 @@ class DaemonTier:
 
     def stats(self) -> TierStats:
         """Return the counters. Slots are the daemon's, shared by its clients; loads are reads of the local store."""
-        closed = self._closed_error is not None
-        return self._counters.snapshot(
-            slots=self._arena.plan.slots,
-            ready=0 if closed else self._arena.ready,
-            slot_bytes=self._arena.plan.nbytes - self._arena.plan.directory_bytes,
-            reads=self._fallback.stats(),
-        )
+        self._fork_guard.check()
+        plan, fallback = self._arena.plan, self._fallback.host
+        ready = 0 if self._closed_error is not None else self._arena.directory.filled
+        with self._counting:
+            stats = self._counters.snapshot(
+                slots=plan.slots, ready=ready, leased=None, slot_bytes=plan.nbytes - plan.directory_bytes
+            )
+        if fallback is None:
+            return stats
+        reads = fallback.stats()
+        return replace(stats, bytes_in=reads.bytes_in, loads=reads.loads, load_seconds=reads.load_seconds)
 
     @property
     def address(self) -> Address:
@@ -211,29 +219,140 @@ class DaemonTier:
         self._arena.close()
         _opened_here.discard(self)
 
-    def __enter__(self) -> DaemonTier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _arrive(self, control: ControlConnection) -> MappedArena:
         """Map a new connection's arena. The old one is unmapped with its last lease."""
         self._arena = MappedArena.of(control, self._manifest, self._arena)
-        self._fallback.retry()
+        self._fallback.error = ""
         return self._arena
 
     def _check_open(self) -> None:
         if self._closed_error is not None:
             raise self._closed_error.__class__(self._closed_error.cause, self._closed_error.fix)
 
-    def _close_in_child(self) -> None:
-        self._closed_error = self._closed_error or ClosedError(
-            "This is another process's tier: it was opened before this process was forked.",
-            "Load the model in the process that uses it, or start children by spawn.",
-        )
+
+class Misses:
+    """The misses of one call of acquire, all of one block: from the daemon, or from the local store."""
+
+    def __init__(self, tier: DaemonTier, block: int) -> None:
+        self._tier = tier
+        self._block = block
+        self._thread = 0  # set by the first request
+        self._requests: list[SlotRequest] = []
+        self._events: SimpleQueue[LinkEvent] = SimpleQueue()
+        self.wanted: dict[int, None] = {}  # experts that were not computed with yet
+
+    def want(self, experts: Sequence[int]) -> None:
+        """Request experts from the daemon, in one message."""
+        self.wanted.update(dict.fromkeys(experts))
+        request = SlotRequest(self._block, dict.fromkeys(experts), self._events)
+        self._requests.append(request)  # first: close() cancels it even if an exception cuts what follows
+        self._thread = threading.get_ident()
+        self._tier._misses[self._thread] = self
+        self._tier._link.request(request)
+
+    def close(self) -> None:
+        """Cancel all requests. Never waits; if an exception cuts it, it can be repeated."""
+        for request in self._requests:
+            self._tier._link.cancel(request)
+        if self._tier._misses.get(self._thread) is self:
+            self._tier._misses.pop(self._thread, None)
+
+    def leases(self) -> Generator[Lease[memoryview], None, None]:
+        """Yield a lease of each wanted expert in order of arrival."""
+        tier = self._tier
+        while self.wanted:
+            granted = self._wait()
+            if isinstance(granted, HostTier):
+                yield from self._from_fallback(granted)
+                return
+            expert = granted.expert
+            lease, proof = granted.arena.lease(ExpertKey(self._block, expert), granted.slot, granted.generation)
+            yield lease
+            tier._check_open()
+            if proof.held is not False:
+                del self.wanted[expert]
+                if self.wanted:  # otherwise close() ends the request with it
+                    tier._link.release(granted.request, expert)
+            else:  # the daemon that granted the slot is gone, and another one has refilled it
+                with tier._counting:
+                    tier._counters.discarded += 1
+                tier._link.cancel(granted.request)
+                self.want([expert, *granted.request.awaited])
+
+    def _wait(self) -> SlotGranted | HostTier:
+        """Return the next granted slot, or the fallback's tier if the daemon grants none in time."""
+        tier, link, fallback = self._tier, self._tier._link, self._tier._fallback
+        began = time.monotonic()
+        limit = began + tier._patience
+        try:
+            while True:
+                tier._check_open()
+                away = link.away_since
+                due = limit if away is None or fallback.error else min(limit, max(away, began - GRACE) + GRACE)
+                event = _next_event(self._events, due)
+                if isinstance(event, SlotGranted):
+                    if event.expert in self.wanted:
+                        return event
+                    link.release(event.request, event.expert)  # granted twice: it was requested again meanwhile
+                elif isinstance(event, RequestFailed):
+                    if (host := self._fail(event, limit)) is not None:
+                        return host
+                elif time.monotonic() >= due:
+                    if (host := fallback.open()) is not None:
+                        return host
+                    if time.monotonic() >= limit:
+                        raise self._timeout_error()
+        finally:
+            with tier._counting:
+                tier._counters.waited(time.monotonic() - began)
+
+    def _fail(self, event: RequestFailed, limit: float) -> HostTier | None:
+        """Return the fallback's tier if it may help; None if the daemon was asked again. Raises the error otherwise."""
+        tier, error = self._tier, event.error
+        if isinstance(error, StoreError):
+            with tier._counting:
+                tier._counters.failures += 1
+        is_ending = isinstance(error, UnavailableError | ClosedError)
+        if not is_ending and not isinstance(error, ExhaustedError):
+            raise error
+        if (host := tier._fallback.open()) is not None:
+            return host
+        if not is_ending or time.monotonic() + _RETRY >= limit:
+            raise error
+        _sleep(_RETRY)
+        self.want(list(event.request.awaited))
+        return None
+
+    def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:
+        self.close()
+        first = self._tier._arena.plan.slots  # the fallback's slots are numbered behind the arena's
+        keys = [ExpertKey(self._block, expert) for expert in self.wanted]
+        with closing(host.acquire(keys)) as leases:
+            for lease in leases:
+                yield Lease(lease.key, lease.record, first + lease.slot, lease.proof, lease.more)
+                self._tier._check_open()
+
+    def _timeout_error(self) -> UnavailableError:
+        tier, link = self._tier, self._tier._link
+        if link.away_since is None:
+            cause = f"The daemon has not answered for {tier._patience:g} seconds."
+        else:
+            cause = f"The daemon has been away for {tier._patience:g} seconds and more: {link.error.cause}"
+        return UnavailableError(f"{cause} {tier._fallback.error}".rstrip(), "Start it again: moetier daemon DIR")
+
+
+@interruptible
+def _next_event(events: SimpleQueue[LinkEvent], due: float) -> LinkEvent:
+    """Return the next event; None if none comes until ``due``, or for a while."""
+    try:
+        return events.get(timeout=min(max(due - time.monotonic(), 0.0), POLL_SECONDS))
+    except Empty:
+        return None
+
+
+@interruptible
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 _opened_here: weakref.WeakSet[DaemonTier] = weakref.WeakSet()
@@ -242,7 +361,10 @@ _opened_here: weakref.WeakSet[DaemonTier] = weakref.WeakSet()
 def _close_in_child() -> None:
     """Let use in a forked child raise, rather than wait for threads that the child does not have."""
     for tier in list(_opened_here):
-        tier._close_in_child()
+        tier._closed_error = tier._closed_error or ClosedError(
+            "This is another process's tier: it was opened before this process was forked.",
+            "Load the model in the process that uses it, or start children by spawn.",
+        )
 
 
 os.register_at_fork(after_in_child=_close_in_child)

@@ -11,7 +11,7 @@ import ssl
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import grpc
@@ -141,17 +141,10 @@ def _tls(credentials: Credentials) -> grpc.ChannelCredentials:
     key, cert = None, None
     if credentials.cert is not None and credentials.key is not None:
         cert, key = read_identity(credentials.cert, credentials.key)
-    return grpc.ssl_channel_credentials(
-        root_certificates=read_pem(credentials.ca, "CA") if credentials.ca is not None else _system_roots(),
-        private_key=key,
-        certificate_chain=cert,
-    )
-
-
-def _system_roots() -> bytes | None:
-    """Return the system's root certificates (SSL_CERT_FILE, or OpenSSL's default); None for those built into gRPC."""
-    place = ssl.get_default_verify_paths().cafile
-    return read_pem(Path(place), "system's CA") if place else None
+    # the system's roots by default: SSL_CERT_FILE, or OpenSSL's; gRPC's own if there are none
+    ca = credentials.ca or ssl.get_default_verify_paths().cafile
+    roots = read_pem(Path(ca), "CA" if credentials.ca else "system's CA") if ca else None
+    return grpc.ssl_channel_credentials(root_certificates=roots, private_key=key, certificate_chain=cert)
 
 
 @functools.cache  # once for each file: a client reads it for each connection
@@ -167,17 +160,6 @@ def _read(path: Path, what: str) -> bytes:
         raise ConfigError(f"The {what} {path} can't be read: {error.strerror}.", "Name another file.") from None
 
 
-class _Details(NamedTuple):
-    """grpc.ClientCallDetails, whose metadata can't be changed in place."""
-
-    method: str
-    timeout: float | None
-    metadata: list[tuple[str, str | bytes]]
-    credentials: grpc.CallCredentials | None
-    wait_for_ready: bool | None
-    compression: grpc.Compression | None
-
-
 class _Bearer(
     grpc.UnaryUnaryClientInterceptor,
     grpc.UnaryStreamClientInterceptor,
@@ -189,14 +171,7 @@ class _Bearer(
         self._entry = ("authorization", f"Bearer {token}")
 
     def _intercept(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        with_token = _Details(
-            details.method,
-            details.timeout,
-            [*(details.metadata or ()), self._entry],
-            details.credentials,
-            details.wait_for_ready,
-            details.compression,
-        )
-        return continuation(with_token, request)
+        # gRPC's details are a named tuple
+        return continuation(details._replace(metadata=[*(details.metadata or ()), self._entry]), request)
 
     intercept_unary_unary = intercept_unary_stream = intercept_stream_stream = _intercept  # type: ignore[assignment]

@@ -19,12 +19,11 @@ import weakref
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from moetier.tiers import errors
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import MoetierError, NoDaemonError, ProtocolError, RefusedError, UnavailableError
-from moetier.tiers.locks import ForkGuard
 
 from .address import CONTROL_SOCKET, check_folder
 
@@ -34,10 +33,10 @@ _MAX_PACKET = 65_536  # bytes
 _POLL = 0.01  # seconds between attempts to connect while the kernel's queue is full
 
 
-class ControlConnection:
+class ControlConnection(Closeable):
     """A client's connection to a daemon on this host, open until ``close`` or the end of the process.
 
-    A forked child does not inherit it.
+    In a forked child it is closed.
     """
 
     @classmethod
@@ -50,7 +49,7 @@ class ControlConnection:
         try:
             check_folder(folder)
         except FileNotFoundError:
-            raise _nobody(folder) from None
+            raise _no_daemon(folder) from None
         try:
             end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # Python sets close-on-exec
         except OSError as error:
@@ -73,9 +72,9 @@ class ControlConnection:
                     f"The daemon in {folder} does not answer.", "See whether it is stopped; or start it again."
                 ) from None
             except OSError as error:
-                raise _nobody(folder, error.strerror or "") from None
+                raise _no_daemon(folder, error.strerror or "") from None
             if not packet:
-                raise _nobody(folder, "it ended")
+                raise _no_daemon(folder, "it ended")
             reply = parse(packet, f"the daemon in {folder}")
             if "error" in reply:
                 raise error_from(reply["error"])
@@ -91,27 +90,17 @@ class ControlConnection:
     def __init__(self, end: socket.socket, reply: Mapping[str, Any], descriptor: int | None) -> None:
         try:
             self.session_id = str(reply["session"])
-            self.model = str(reply["model"])
             self.slots = {str(array): int(count) for array, count in reply["slots"].items()}
-            self.pid = int(reply["pid"])
-            self.version = str(reply["version"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(
                 f"The daemon's greeting is malformed ({type(error).__name__}: {error}).", "Use one of this version."
             ) from None
         self.descriptor = descriptor  # of the arena, read-only; closed together with the connection
         self._end = end
-        self._fork_guard = ForkGuard()
         _opened_here.add(self)
 
-    def fileno(self) -> int:
-        """Return the socket's descriptor. It becomes readable only when the daemon is gone."""
-        self._fork_guard.check()
-        return self._end.fileno()
-
     def is_alive(self) -> bool:
-        """Return whether the daemon still holds the other end. Raises ClosedError in a forked child."""
-        self._fork_guard.check()
+        """Return whether the daemon still holds the other end; False once this one is closed."""
         if self._end.fileno() < 0:
             return False
         poll = select.poll()
@@ -125,14 +114,6 @@ class ControlConnection:
             os.close(descriptor)
         self._end.close()
         _opened_here.discard(self)
-
-    def __enter__(self) -> ControlConnection:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 _opened_here: weakref.WeakSet[ControlConnection | socket.socket] = weakref.WeakSet()
@@ -159,7 +140,7 @@ def _connect(end: socket.socket, path: Path, patience: float) -> None:
             time.sleep(_POLL)
 
 
-def _nobody(folder: Path, why: str = "") -> NoDaemonError:
+def _no_daemon(folder: Path, why: str = "") -> NoDaemonError:
     return NoDaemonError(
         f"No daemon runs in {folder}" + (f" ({why})." if why else "."),
         "Start one: moetier daemon DIR; or name another (moetier ps lists them).",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 
@@ -17,6 +18,8 @@ from .address import Address, Credentials, DaemonCard, known_daemons
 from .channel import open_channel
 from .control import PATIENCE, ControlConnection
 from .status_codes import error_of
+
+Reply = TypeVar("Reply")
 
 PS_PATIENCE = 2.0  # seconds for each daemon of a list to answer
 
@@ -34,20 +37,15 @@ class DaemonProbe:
 
     def describe(self) -> pb.DescribeReply:
         """Ask what the daemon is and which models it serves."""
-        with self._errors():
-            reply: pb.DescribeReply = self._stub.Describe(pb.DescribeRequest(), timeout=self._patience)
-        return reply
+        return self._ask(self._stub.Describe, pb.DescribeRequest())
 
     def stats(self, *, details: bool = False) -> pb.StatsReply:
         """Ask for the daemon's counters, with ``details`` also for its clients and blocks."""
-        with self._errors():
-            reply: pb.StatsReply = self._stub.Stats(pb.StatsRequest(details=details), timeout=self._patience)
-        return reply
+        return self._ask(self._stub.Stats, pb.StatsRequest(details=details))
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _ask(self, call: Callable[..., Reply], request: object) -> Reply:
         try:
-            yield
+            return call(request, timeout=self._patience)
         except grpc.RpcError as error:
             raise error_of(error, self._target) from None
 

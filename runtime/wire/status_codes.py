@@ -90,8 +90,13 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     raise AssertionError  # abort has raised
 
 
-def error_of(error: grpc.RpcError, target: str = "") -> MoetierError:
-    """Return the error that a failed call stands for. ``target`` is its HOST:PORT over TCP."""
+def error_of(error: grpc.RpcError | ValueError, target: str = "") -> MoetierError:
+    """Return the error that a failed call stands for. ``target`` is its HOST:PORT over TCP.
+
+    gRPC raises ValueError for a call on a channel that was closed.
+    """
+    if isinstance(error, ValueError):
+        return UnavailableError("The connection to the daemon was closed.", "Connect again.")
     call: Any = error  # every RpcError that a call raises is a grpc.Call too
     code: grpc.StatusCode = call.code()
     details = " ".join((call.details() or code.name).split())
@@ -132,11 +137,6 @@ def _transport_error(code: grpc.StatusCode, details: str, target: str) -> Moetie
             "`credentials.key`, if it wants them.",
         )
     return None
-
-
-def closed_channel() -> UnavailableError:
-    """Return the error for the ValueError that gRPC raises on a channel that was closed."""
-    return UnavailableError("The connection to the daemon was closed.", "Connect again.")
 
 
 _TOO_LARGE = "larger than max"  # a message; otherwise the daemon takes no more calls

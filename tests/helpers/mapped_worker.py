@@ -21,7 +21,7 @@ from typing import Any
 
 import google_crc32c
 
-from moetier.runtime.client import view as mapped
+from moetier.runtime.client.link import Proof
 from moetier.runtime.client.tier import DaemonTier
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
@@ -89,7 +89,7 @@ class Worker:
 
     def break_proof(self) -> None:
         """From now on every record is said to hold."""
-        mapped.Proof.__call__ = lambda self: True  # type: ignore[method-assign]
+        Proof.__call__ = lambda self: True  # type: ignore[method-assign]
 
     def fork_hold(self, block: int, *experts: int) -> int:
         """A child of this process, which has not opened a tier, holds a lease for ever; its process id."""

@@ -153,6 +153,11 @@ class Directory:
         except ValueError:
             raise _closed() from None
 
+    @property
+    def filled(self) -> int:
+        """Number of slots that hold a record now."""
+        return sum(self.content(slot) is not None for slot in range(self._plan.slots))
+
     # -- the owner ----------------------------------------------------------------------------------------------------
 
     def begin_fill(self, key: ExpertKey | None, slot: int) -> None:

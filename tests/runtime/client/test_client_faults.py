@@ -21,8 +21,7 @@ from relays import relay
 from threads import Task, wait_until
 from workers import WorkerError
 
-from moetier.runtime.client.misses import GRACE
-from moetier.runtime.client.tier import DaemonTier
+from moetier.runtime.client.tier import GRACE, DaemonTier
 from moetier.runtime.wire.address import CONTROL_SOCKET
 from moetier.tiers.device.views import HostViews
 from moetier.tiers.errors import UnavailableError

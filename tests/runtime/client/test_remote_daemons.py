@@ -23,9 +23,8 @@ from networks import network
 from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, wait_until
 
-from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.spread import Peer, SpreadReader, rendezvous
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.host.tier import HostTier
@@ -128,21 +127,24 @@ def test_three_hold_a_third_each_and_one_is_killed_under_load(
         assert [daemon.stats().host.bytes_in for daemon in three] == [
             count * PLAN.layout(0).slot_bytes for count in ready
         ], "and read from the disk once"
-        first = reader.peers()[0]
+
+        def given() -> int:
+            return reader.shares()[0].records
+
         with HostTier(reader, slots={"records": 6}) as host:
             tasks = [Task(lambda seed=seed: caller(host, seed)) for seed in range(3)]
             try:
-                given = first.records
-                wait_until(lambda: first.records > given + 20)
+                before = given()
+                wait_until(lambda: given() > before + 20)
                 three[0].kill()
-                wait_until(lambda: first.away is not None)
-                others = sum(peer.records for peer in reader.peers()[1:])
-                wait_until(lambda: sum(peer.records for peer in reader.peers()[1:]) > others + 100)
-                assert first.away is not None
+                wait_until(lambda: bool(reader.shares()[0].away))
+                others = sum(share.records for share in reader.shares()[1:])
+                wait_until(lambda: sum(share.records for share in reader.shares()[1:]) > others + 100)
+                assert reader.shares()[0].away
                 three[0].restart()
-                wait_until(lambda: first.away is None)
-                given = first.records
-                wait_until(lambda: first.records > given + 20)
+                wait_until(lambda: not reader.shares()[0].away)
+                before = given()
+                wait_until(lambda: given() > before + 20)
             finally:
                 over.set()
                 counts = [task.result() for task in tasks]

@@ -24,9 +24,8 @@ from stores import make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
-from moetier.runtime.client.peers import Peer, rendezvous
 from moetier.runtime.client.remote import RemoteReader
-from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.client.spread import Peer, SpreadReader, rendezvous
 from moetier.runtime.daemon.fetch import Fetches
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.piece import encode_piece
@@ -45,6 +44,7 @@ from moetier.tiers.errors import (
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.stats import Share
 from moetier.tiers.store.checksum import checksum_bytes
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore
@@ -160,8 +160,25 @@ def read(reader: SpreadReader, key: ExpertKey) -> None:
     assert slot[:-CHECKSUM_BYTES] == RECORDS[key], f"wrong bytes for {key}"
 
 
+def peers(reader: SpreadReader) -> list[Share]:
+    """What was read from each daemon."""
+    return [share for share in reader.shares() if share.place != "the local store"]
+
+
 def shares(reader: SpreadReader) -> list[int]:
-    return [peer.records for peer in reader.peers()]
+    return [peer.records for peer in peers(reader)]
+
+
+def local_records(reader: SpreadReader) -> int:
+    return sum(share.records for share in reader.shares() if share.place == "the local store")
+
+
+def all_away(reader: SpreadReader) -> bool:
+    return all(peer.away for peer in peers(reader))
+
+
+def none_away(reader: SpreadReader) -> bool:
+    return not any(peer.away for peer in peers(reader))
 
 
 def test_each_daemon_holds_its_share(three: list[Daemon], bare: Path, manifest: Manifest) -> None:
@@ -172,7 +189,7 @@ def test_each_daemon_holds_its_share(three: list[Daemon], bare: Path, manifest: 
         ready = [daemon.host.stats().ready for daemon in three]
         assert sum(ready) == len(KEYS), "nothing is held twice"
         assert shares(reader) == [2 * count for count in ready]
-        names = [peer.name for peer in reader.peers()]
+        names = [peer.place for peer in peers(reader)]
         first = Counter(rendezvous(names, key)[0] for key in KEYS)
         assert ready == [first[name] for name in names], "some ports may leave one without a key"
 
@@ -185,15 +202,15 @@ def test_one_that_goes_is_replaced_and_returned_to(three: list[Daemon], bare: Pa
         three[0].go()
         for key in KEYS:
             read(reader, key)
-        first, *others = reader.peers()
-        assert first.away is not None
+        first, *others = peers(reader)
+        assert first.away
         assert first.records == own[0]
         assert sum(peer.records for peer in others) == sum(own[1:]) + len(KEYS)
         three[0].come()
-        wait_until(lambda: first.away is None)
+        wait_until(lambda: none_away(reader))
         for key in KEYS:
             read(reader, key)
-        assert first.records == 2 * own[0], "all of its keys are its own again"
+        assert shares(reader)[0] == 2 * own[0], "all of its keys are its own again"
 
 
 def test_nothing_is_lost_while_daemons_come_and_go_under_load(
@@ -217,7 +234,7 @@ def test_nothing_is_lost_while_daemons_come_and_go_under_load(
                 three[number].go()
                 wait_until(lambda before=before: sum(shares(reader)) > before + 50)  # type: ignore[misc]
                 three[number].come()
-                wait_until(lambda: all(peer.away is None for peer in reader.peers()))
+                wait_until(lambda: none_away(reader))
         finally:
             over.set()
             counts = [task.result() for task in tasks]
@@ -231,16 +248,16 @@ def test_shards_are_the_last_resort(three: list[Daemon], folder: Path, manifest:
             daemon.go()
         for key in KEYS:
             read(reader, key)
-        assert reader.local_records == len(KEYS)
+        assert local_records(reader) == len(KEYS)
         three[1].come()
-        wait_until(lambda: reader.peers()[1].away is None)
+        wait_until(lambda: not peers(reader)[1].away)
         for key in KEYS:
             read(reader, key)
         assert shares(reader) == [0, len(KEYS), 0]
         three[1].go()
     with SpreadReader.open(addresses, PLAIN, manifest, folder) as reader:  # nobody is there to begin with
         read(reader, KEYS[0])
-        assert reader.local_records == 1
+        assert local_records(reader) == 1
 
 
 def test_some_shards_are_better_than_none(
@@ -256,10 +273,10 @@ def test_some_shards_are_better_than_none(
         read(reader, ExpertKey(0, 0))
         read(reader, ExpertKey(2, 7))
         task = Task(lambda: read(reader, ExpertKey(3, 1)))
-        wait_until(lambda: all(peer.away is not None for peer in reader.peers()))
+        wait_until(lambda: all_away(reader))
         three[2].come()
         task.result()
-        assert (reader.local_records, shares(reader)) == (2, [0, 0, 1])
+        assert (local_records(reader), shares(reader)) == (2, [0, 0, 1])
 
 
 def test_all_away_is_waited_for_and_then_an_error(three: list[Daemon], manifest: Manifest) -> None:
@@ -272,7 +289,7 @@ def test_all_away_is_waited_for_and_then_an_error(three: list[Daemon], manifest:
         assert 1.0 <= time.monotonic() - began < 10
     with spread_over(three, manifest) as reader:
         task = Task(lambda: read(reader, KEYS[0]))
-        wait_until(lambda: all(peer.away is not None for peer in reader.peers()))
+        wait_until(lambda: all_away(reader))
         three[2].come()
         task.result()
         assert shares(reader) == [0, 0, 1]
@@ -333,7 +350,7 @@ def test_a_bad_record_of_one_is_had_from_another(
             for _ in range(2):
                 for each in KEYS:
                     read(reader, each)
-            assert all(peer.away is None for peer in reader.peers())
+            assert none_away(reader)
             assert shares(reader)[0] > 0
     finally:
         bad.close()
@@ -357,7 +374,7 @@ def test_a_daemon_without_slots_to_spare_is_asked_again(manifest: Manifest) -> N
     with serving(Outlet(manifest, behaviour)) as address, SpreadReader.open([address], PLAIN, manifest) as reader:
         read(reader, KEYS[0])
         assert busy.is_set()
-        assert reader.peers()[0].failures == 0
+        assert peers(reader)[0].lost == 0
 
 
 @pytest.mark.parametrize("kind", [ConfigError, BudgetError, ArenaError, MoetierError])
@@ -375,7 +392,7 @@ def test_whatever_one_says_another_is_asked(three: list[Daemon], manifest: Manif
         for key in KEYS:
             read(reader, key)
         assert shares(reader) == [0, len(KEYS)]
-        assert reader.peers()[0].failures > 0
+        assert peers(reader)[0].lost > 0
 
 
 def test_one_that_can_not_be_looked_at_is_looked_at_again(manifest: Manifest) -> None:
@@ -431,7 +448,7 @@ def test_what_the_model_does_not_have(three: list[Daemon], manifest: Manifest) -
         for key in (ExpertKey(4, 0), ExpertKey(0, 8), ExpertKey(-1, 0)):
             with pytest.raises(MissingExpertError):
                 reader.read_into(key, memoryview(b""))
-        assert all(peer.away is None for peer in reader.peers())
+        assert none_away(reader)
 
 
 def test_after_close_and_in_a_fork(three: list[Daemon], manifest: Manifest) -> None:
@@ -443,7 +460,7 @@ def test_after_close_and_in_a_fork(three: list[Daemon], manifest: Manifest) -> N
         for daemon in three:
             daemon.go()
         task = Task(lambda: read(reader, KEYS[0]))
-        wait_until(lambda: all(peer.away is not None for peer in reader.peers()))
+        wait_until(lambda: all_away(reader))
         reader.close()
         with pytest.raises((ClosedError, UnavailableError)):
             task.result(10)

@@ -24,8 +24,7 @@ from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 from workers import WorkerError
 
-from moetier.runtime.client.misses import Misses
-from moetier.runtime.client.tier import DaemonTier
+from moetier.runtime.client.tier import DaemonTier, Misses
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
@@ -266,7 +265,7 @@ def test_a_demand_that_is_there_clears_the_block_s_wishes(store: MappedStore, tm
 def test_what_is_granted_twice_is_given_back_at_once(store: MappedStore, tmp_path: Path) -> None:
     """As what was asked for again when a daemon was exchanged may be: else its slot could be what others wait for."""
     with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon, fallback=False, patience=5.0) as tier:
-        misses = Misses(tier._miss_context, 0, {})
+        misses = Misses(tier, 0)
         with contextlib.closing(misses):
             misses.want([0, 1])
             misses.want([0, 1])
@@ -337,7 +336,7 @@ def test_what_is_granted_while_it_closes(store: MappedStore, tmp_path: Path) -> 
     """Is no fault of the daemon's; a slot that there is not is."""
     with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
         store.take(tier, 0, 0)
-        arena, place = tier._arena, tier._arena.find(keys(0, 0)[0])
+        arena, place = tier._arena, tier._arena.directory.find(keys(0, 0)[0])
         assert place is not None
         with pytest.raises(ProtocolError, match="no slot 2"):
             arena.lease(keys(0, 0)[0], 2, 2)

@@ -1,0 +1,58 @@
+"""The local store, read while the daemon is away or full."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+from moetier.tiers.cache.budget import slots_for, smallest_budget
+from moetier.tiers.errors import BudgetError, ClosedError, StoreError
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.locks import ForkGuard
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.reader import ExpertStore
+
+
+class Fallback:
+    """Host tier of the smallest budget over the store in a model directory, opened when it is first needed."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._fork_guard = ForkGuard()
+        self._lock = threading.Lock()
+        self._closing = contextlib.ExitStack()
+        self._closed = False
+        self.host: HostTier | None = None  # None until it was needed
+        self.error = ""  # why the tier could not be opened; cleared, the next ``open`` tries again
+
+    def open(self) -> HostTier | None:
+        """Return the tier, or None if there is no such store or no memory for it; ``error`` says which."""
+        self._fork_guard.check()
+        with self._lock:
+            if self._closed:
+                raise ClosedError("The tier was closed.", "Load the model again.")
+            if self.host is None and not self.error:
+                self._closing.close()  # left by an attempt that an exception cut
+                with contextlib.ExitStack() as opening:
+                    try:
+                        store = opening.enter_context(ExpertStore.open(self._directory))
+                        if store.manifest.digest != self._manifest.digest:
+                            raise StoreError(f"{self._directory} holds another store by now.", "Load the model again.")
+                        slots = slots_for(self._manifest, smallest_budget(self._manifest))
+                        host = opening.enter_context(HostTier(store, slots=slots))
+                        store.on_fault(host.condemn)
+                    except (StoreError, BudgetError) as error:
+                        self.error = error.cause
+                    else:
+                        self._closing = opening.pop_all()
+                        self.host = host
+            return self.host
+
+    def close(self) -> None:
+        """Close the tier and its store. Idempotent."""
+        if self._fork_guard.is_owner:  # in a forked child the lock may be held for ever
+            with self._lock:
+                self._closed = True
+        self._closing.close()
