@@ -1,4 +1,4 @@
-"""Clients of the daemon: registered by their control connections, and admitted until the daemon stops."""
+"""Clients of the daemon: registered by their control connections, each with a stream of requests at a time."""
 
 from __future__ import annotations
 
@@ -7,30 +7,46 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from google.protobuf.message import DecodeError
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import DIGEST_CHARS
-from moetier.tiers.errors import RefusedError, UnavailableError, UnknownModelError
+from moetier.runtime.wire.status_codes import message_of
+from moetier.tiers.errors import (
+    MoetierError,
+    ProtocolError,
+    RefusedError,
+    StoreError,
+    UnavailableError,
+    UnknownModelError,
+)
+from moetier.tiers.host.demands import Event, Failed, Granted
+from moetier.tiers.layout import ExpertKey
 
 from .control_server import Welcome
 from .log import log_event
 from .model import HostedModel
-from .session_call import ClientCounts, SessionCall
+
+MAX_REQUESTS = 256  # of one client at a time
+MAX_UNREAD = 65_536  # answers that a client has not taken
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Client:
+class Client:
     """A control connection; ``model`` is None for one that only wants a credential."""
 
     pid: int
     model: HostedModel | None
     number: int = 0
     call: SessionCall | None = None
-    counts: ClientCounts = field(default_factory=ClientCounts)
+    hits: int = 0  # over all its streams, as it reports them
+    misses: int = 0  # experts requested
     began: float = field(default_factory=time.monotonic)
 
     def describe(self) -> pb.Client:
@@ -40,8 +56,8 @@ class _Client:
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
             leases=0 if self.call is None else self.call.leases,
-            hits=self.counts.hits,
-            misses=self.counts.misses,
+            hits=self.hits,
+            misses=self.misses,
         )
 
 
@@ -51,10 +67,12 @@ class Clients:
     def __init__(self, models: Mapping[str, HostedModel], *, leases: int, patience: float) -> None:
         """``models`` are by digest. A client holds ``leases`` slots at most, and waits ``patience`` seconds for one."""
         self.models = models
+        self.started = time.time()
+        self.began = time.monotonic()
         self._leases = leases
         self._patience = patience
         self._changed = threading.Condition()  # guards the four below
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
         self._fetching = 0
         self._stopping = False
@@ -68,20 +86,16 @@ class Clients:
         """
         with self._changed:
             if digest is None:
-                self._clients[session] = _Client(pid, None)
+                self._clients[session] = Client(pid, None)
                 return Welcome("", {})
-            if self._stopping:
-                raise _stopping()
-            model = self.models.get(digest)
-            if model is None:
-                raise self._unknown(digest)
+            model = self._model(digest)
             welcome = Welcome(model.name, model.slots, model.host.export())
-            self._clients[session] = _Client(pid, model, next(self._numbers))
+            self._clients[session] = Client(pid, model, next(self._numbers))
         log_event(_log, "client", pid=pid, model=model.name)
         return welcome
 
     def remove(self, session: str) -> None:
-        """Remove a client whose control connection has ended, and end its session."""
+        """Remove a client whose control connection has ended, and end its stream."""
         with self._changed:
             client = self._clients.pop(session)
         if client.call is not None:
@@ -95,8 +109,14 @@ class Clients:
         """Return whether ``session`` is the id of a client."""
         return session in self._clients
 
-    def attach(self, session: str) -> SessionCall:
-        """Begin the client's new stream, and end its former one.
+    @property
+    def is_serving(self) -> bool:
+        """Whether the daemon serves: it is not ending, and not every model was condemned."""
+        return not self._stopping and any(model.host.fault is None for model in self.models.values())
+
+    @contextlib.contextmanager
+    def stream(self, session: str) -> Iterator[SessionCall]:
+        """Begin the client's new stream, and end its former one. Yield it, and end it.
 
         Raises RefusedError, UnknownModelError, UnavailableError.
         """
@@ -110,19 +130,17 @@ class Clients:
                 raise _stopping()
             former = client.call
             client.call = call = SessionCall(
-                client.model, client.counts, leases=self._leases, patience=self._patience, settled=self._settled
+                client, client.model, leases=self._leases, patience=self._patience, settled=self._settled
             )
         if former is not None:
             former.end(UnavailableError("The client has opened another stream.", "Use that."))
-        return call
-
-    def detach(self, session: str, call: SessionCall) -> None:
-        """End a stream."""
-        call.end()
-        with self._changed:
-            client = self._clients.get(session)
-            if client is not None and client.call is call:
-                client.call = None
+        try:
+            yield call
+        finally:
+            call.end()
+            with self._changed:
+                if client.call is call:
+                    client.call = None
 
     @contextlib.contextmanager
     def fetching(self, digest: str) -> Iterator[HostedModel]:
@@ -131,14 +149,13 @@ class Clients:
         Raises UnknownModelError, UnavailableError.
         """
         with self._changed:
-            if self._stopping:
-                raise _stopping()
-            model = self.models.get(digest)
-            if model is None:
-                raise self._unknown(digest)
+            model = self._model(digest)
             self._fetching += 1
         try:
             yield model
+        except StoreError as error:
+            model.log_failure(error)
+            raise
         finally:
             with self._changed:
                 self._fetching -= 1
@@ -146,23 +163,18 @@ class Clients:
 
     def stats(self) -> list[pb.ModelStats]:
         """Return the counters of all models."""
-        with self._changed:
-            clients = list(self._clients.values())
         found = []
-        for model in self.models.values():
-            of_model = [client for client in clients if client.model is model]
-            calls = [client.call for client in of_model if client.call is not None]
+        for model, clients in self._by_model():
+            calls = [client.call for client in clients if client.call is not None]
             leases = sum(call.leases for call in calls)
-            found.append(model.stats(clients=len(of_model), sessions=len(calls), leases=leases))
+            found.append(model.stats(clients=len(clients), sessions=len(calls), leases=leases))
         return found
 
     def details(self) -> list[pb.Details]:
         """Return the clients and blocks of all models, in the order of ``stats``."""
-        with self._changed:
-            clients = list(self._clients.values())
         return [
-            pb.Details(clients=[one.describe() for one in clients if one.model is model], blocks=model.blocks())
-            for model in self.models.values()
+            pb.Details(clients=[client.describe() for client in clients], blocks=model.blocks())
+            for model, clients in self._by_model()
         ]
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -172,7 +184,7 @@ class Clients:
         with self._changed:
             self._stopping = True
             for call in self._calls():
-                call.refuse(_stopping())
+                call.refusal = _stopping()
 
     def wait(self, seconds: float) -> bool:
         """Wait until all requests are over; return whether they are."""
@@ -189,12 +201,21 @@ class Clients:
         for call in calls:
             call.end(_stopping())
 
-    def _unknown(self, digest: str) -> UnknownModelError:
+    def _model(self, digest: str) -> HostedModel:
+        if self._stopping:
+            raise _stopping()
+        if (model := self.models.get(digest)) is not None:
+            return model
         names = ", ".join(f"{model.name} ({model.digest[:DIGEST_CHARS]})" for model in self.models.values())
-        return UnknownModelError(
+        raise UnknownModelError(
             f"This daemon does not serve the store {digest[:DIGEST_CHARS]!r}; it serves {names}.",
             "If the model was converted again meanwhile, start the daemon again; or name another (moetier ps).",
         )
+
+    def _by_model(self) -> list[tuple[HostedModel, list[Client]]]:
+        with self._changed:
+            clients = list(self._clients.values())
+        return [(model, [one for one in clients if one.model is model]) for model in self.models.values()]
 
     def _calls(self) -> list[SessionCall]:
         return [client.call for client in self._clients.values() if client.call is not None]
@@ -202,6 +223,131 @@ class Clients:
     def _settled(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+class SessionCall:
+    """A client's stream: one Session call, between a thread that reads the messages and one that answers.
+
+    ``settled`` is called by any thread whenever a request is over. New requests are refused with ``refusal`` once that
+    is set; earlier ones are still answered.
+    """
+
+    def __init__(
+        self, client: Client, model: HostedModel, *, leases: int, patience: float, settled: Callable[[], None]
+    ) -> None:
+        self.refusal: UnavailableError | None = None
+        self._client = client
+        self._model = model
+        self._settled = settled
+        self._events: SimpleQueue[Event | None] = SimpleQueue()  # None at the end
+        self._state = threading.Lock()  # guards the two below
+        self._error: Exception | None = None
+        self._ended = False
+        self._session = model.host.session(self._events.put, leases=leases, patience=patience)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is awaited and nothing held."""
+        return not self._session.demands
+
+    @property
+    def leases(self) -> int:
+        """Number of slots that are held, or on their way."""
+        return self._session.outstanding
+
+    def answers(self) -> Iterator[pb.ServerMessage]:
+        """Yield the answers until the call ends. Raises the error that ended it."""
+        while (event := self._events.get()) is not None:
+            if isinstance(event, Granted):
+                message = pb.ServerMessage(
+                    granted=pb.Granted(
+                        request=event.request, expert=event.key.expert, slot=event.slot, generation=event.generation
+                    )
+                )
+            else:
+                self._settled()
+                self._model.log_failure(event.error)
+                message = pb.ServerMessage(failed=pb.Failed(request=event.request, error=message_of(event.error)))
+            self._model.count(session_bytes_out=message.ByteSize())
+            yield message
+        if self._error is not None:
+            raise self._error
+
+    def read(self, messages: Iterable[bytes]) -> None:
+        """Handle serialised ClientMessages until the stream ends. Runs in a thread of its own."""
+        with contextlib.suppress(Exception):  # of gRPC: the client or the connection is gone
+            for message in messages:
+                self._model.count(session_bytes_in=len(message))
+                try:
+                    self._handle(pb.ClientMessage.FromString(message))
+                except DecodeError:
+                    self.end(ProtocolError("A message of the session can't be parsed.", "Use moetier in one version."))
+                except Exception as error:  # the client's, or a fault of ours
+                    self.end(error)
+                if self._ended:
+                    return
+        self.end()
+
+    def end(self, error: Exception | None = None) -> None:
+        """End the call: release all leases, and send the answers queued so far. Idempotent; the first error counts."""
+        with self._state:
+            if self._ended:
+                return
+            self._ended = True
+            self._error = error
+        self._session.close()
+        self._events.put(None)
+        self._settled()
+
+    def _handle(self, message: pb.ClientMessage) -> None:
+        match message.WhichOneof("message"):
+            case "acquire":
+                self._acquire(message.acquire)
+            case "release":
+                self._release(message.release)
+            case "used":
+                keys = [key for entry in message.used.blocks for key in self._keys(entry)]
+                self._session.used(keys)
+                self._model.count(used=len(keys))
+                self._client.hits += len(keys)
+            case "prefetch":
+                wanted = message.prefetch.wishes
+                self._session.prefetch(wanted.block, self._keys(wanted))
+            case _:  # of a later version
+                pass
+
+    def _acquire(self, message: pb.Acquire) -> None:
+        request = message.request
+        keys = [ExpertKey(message.block, expert) for expert in message.experts]
+        if not keys or len(set(keys)) != len(keys):
+            raise ProtocolError(f"Request {request} names no expert, or one twice.", "Use moetier in one version.")
+        if self._events.qsize() > MAX_UNREAD:
+            raise ProtocolError("The client does not read the answers.", "Read the stream.")
+        if len(self._session.demands) >= MAX_REQUESTS:
+            raise ProtocolError(f"{MAX_REQUESTS} requests are not over yet.", "Release those that are not needed.")
+        self._model.count(requests=1)
+        self._client.misses += len(keys)
+        try:
+            if self.refusal is not None:
+                raise self.refusal
+            self._session.acquire(request, keys, message.deadline_ms / 1e3 if message.deadline_ms else None)
+        except ProtocolError:  # the number is in use
+            raise
+        except MoetierError as error:
+            self._events.put(Failed(request, error))
+
+    def _release(self, message: pb.Release) -> None:
+        demand = self._session.demands.get(message.request)
+        if demand is None:  # the request has failed meanwhile
+            return
+        self._session.release(message.request, [ExpertKey(demand.block, expert) for expert in message.experts])
+        if message.request not in self._session.demands:
+            self._settled()
+
+    def _keys(self, named: pb.Experts) -> list[ExpertKey]:
+        keys = [ExpertKey(named.block, expert) for expert in named.experts]
+        self._model.manifest.check_keys(named.block, keys)
+        return keys
 
 
 def _stopping() -> UnavailableError:

@@ -6,11 +6,10 @@ import contextlib
 import logging
 import os
 import secrets
-import selectors
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,23 +36,11 @@ class Welcome:
     descriptor: int | None = None
 
 
-@dataclass(slots=True, eq=False)
-class _Connection:
-    """A connection to the control socket."""
-
-    end: socket.socket
-    pid: int
-    deadline: float  # for its greeting
-    session: str = ""  # set by its greeting
-    maps: bool = False  # it is a client of a store
-
-
 class ControlServer:
-    """Server of the control socket in a daemon's folder. One thread serves all connections.
+    """Server of the control socket in a daemon's folder, with a thread for each connection.
 
     ``admit(session, digest, pid)`` returns what a client gets. It may raise a MoetierError, which the client gets
     instead, or OSError if the process is out of descriptors. ``leave(session)`` is called when a connection has ended.
-    Both are called by the server's thread and must not wait.
     """
 
     def __init__(
@@ -70,147 +57,127 @@ class ControlServer:
         self._leave = leave
         self._max_clients = max_clients
         self._version = version
-        self._path = folder / CONTROL_SOCKET
-        self._connections: set[_Connection] = set()
         self._refusals = RateLimitedLog(_log, "client-refused")
-        self._paused_until = 0.0
-        self._open = True
+        self._closed = threading.Event()
+        self._state = threading.Lock()  # guards it
+        self._connections: dict[socket.socket, bool] = {}  # whether each is that of a client of a store
+        self._pool = ThreadPoolExecutor(max_clients + _OTHERS, thread_name_prefix="moetier-control")
+        path = folder / CONTROL_SOCKET
         with contextlib.ExitStack() as undo:
-            self._selector = undo.enter_context(selectors.DefaultSelector())
-            wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            undo.callback(os.close, wake)
-            undo.callback(os.close, self._waker)
-            self._selector.register(wake, selectors.EVENT_READ)
-            self._listener = undo.enter_context(
-                socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-            )
-            self._path.unlink(missing_ok=True)
-            self._listener.bind(str(self._path))
-            undo.callback(self._path.unlink, missing_ok=True)
-            self._path.chmod(0o600)
+            self._listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            path.unlink(missing_ok=True)
+            self._listener.bind(str(path))
+            undo.callback(path.unlink, missing_ok=True)
+            path.chmod(0o600)
             self._listener.listen(_BACKLOG)
-            self._selector.register(self._listener, selectors.EVENT_READ)
-            self._thread = threading.Thread(target=self._serve, name="moetier-control", daemon=True)
+            self._thread = threading.Thread(target=self._accept, name="moetier-control", daemon=True)
             self._thread.start()
             self._release = undo.pop_all().close
 
     def close(self) -> None:
         """End every connection and remove the socket. Idempotent."""
-        if self._open:
-            self._open = False
-            os.write(self._waker, b"x")
+        if not self._closed.is_set():
+            self._closed.set()
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
             self._thread.join()
+            with self._state:
+                connections = list(self._connections)
+            for end in connections:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)  # wakes its thread
+            self._pool.shutdown()
             self._release()
 
-    def _serve(self) -> None:
-        while self._open:
-            for key, _ in self._selector.select(self._timeout()):
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif isinstance(key.data, _Connection):
-                    self._read(key.data)
-            self._check_deadlines()
-        for connection in list(self._connections):
-            self._end(connection)
-
-    def _timeout(self) -> float | None:
-        deadlines = [connection.deadline for connection in self._connections if not connection.session]
-        deadlines += [self._paused_until] if self._paused_until else []
-        return max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
-
-    def _check_deadlines(self) -> None:
-        now = time.monotonic()
-        for connection in [one for one in self._connections if not one.session and one.deadline <= now]:
-            self._end(connection)
-        if self._paused_until and self._paused_until <= now:
-            self._paused_until = 0.0
-            self._selector.register(self._listener, selectors.EVENT_READ)
-
     def _accept(self) -> None:
-        try:
-            end, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return
-        except OSError as error:  # out of descriptors: the connection waits in the kernel's queue
-            log_event(_log, "side-socket-paused", logging.WARNING, cause=error.strerror)
-            self._selector.unregister(self._listener)
-            self._paused_until = time.monotonic() + _PAUSE
-            return
-        end.setblocking(False)
-        pid: int | str = "?"
-        try:
-            pid = check_peer(end, "the client")
-            if len(self._connections) >= self._max_clients + _OTHERS:
-                raise self._full()
-        except MoetierError as error:
-            self._refusals.log(pid=pid, cause=error.cause)
-            # closing with an unread greeting would give the peer an error instead of the answer
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RD)
-                while end.recv(_MAX_GREETING):
-                    pass
-            answer(end, {"error": error_json(error)})
-            end.close()
-            return
-        connection = _Connection(end, pid, time.monotonic() + PATIENCE)
-        self._connections.add(connection)
-        self._selector.register(end, selectors.EVENT_READ, connection)
+        while not self._closed.is_set():
+            try:
+                end, _ = self._listener.accept()
+            except OSError as error:
+                if not self._closed.is_set():  # out of descriptors: the connection waits in the kernel's queue
+                    log_event(_log, "side-socket-paused", logging.WARNING, cause=error.strerror)
+                    self._closed.wait(_PAUSE)
+                continue
+            pid: int | str = "?"
+            try:
+                pid = check_peer(end, "the client")
+                with self._state:
+                    if len(self._connections) >= self._max_clients + _OTHERS:
+                        raise self._full()
+                    self._connections[end] = False
+                self._pool.submit(self._serve, end, pid)
+            except MoetierError as error:
+                self._refuse(end, pid, error)
+            except RuntimeError as error:
+                full = UnavailableError(f"The daemon has no thread left: {error}.", "Raise its limit (ulimit -u).")
+                self._refuse(end, pid, full)
 
-    def _read(self, connection: _Connection) -> None:
-        """Read a connection's greeting, or end it: whatever comes after the greeting ends it too."""
+    def _serve(self, end: socket.socket, pid: int) -> None:
+        """Greet a client and wait for the end of its connection. Whatever comes after the greeting ends it too."""
+        session = ""
         try:
-            packet, _, flags, _ = connection.end.recvmsg(_MAX_GREETING)  # without room for descriptors that come along
-        except BlockingIOError:
-            return
-        except OSError:
-            packet, flags = b"", 0
-        if not packet or connection.session or not self._greet(connection, packet, cut=bool(flags & socket.MSG_TRUNC)):
-            self._end(connection)
-
-    def _greet(self, connection: _Connection, packet: bytes, *, cut: bool) -> bool:
-        session = secrets.token_hex(16)
-        try:
-            greeting = parse(b"" if cut else packet, "the client")
-            digest = greeting.get("digest")
-            if greeting.get("protocol") != PROTOCOL or not (digest is None or isinstance(digest, str)):
-                raise ProtocolError(
-                    f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its control socket, the client not.",
-                    "Use moetier in one version.",
-                )
-            if digest is not None and sum(other.maps for other in self._connections) >= self._max_clients:
-                raise self._full()
-            welcome = self._admit(session, digest, connection.pid)
+            end.settimeout(PATIENCE)
+            packet, _, flags, _ = end.recvmsg(_MAX_GREETING)  # without room for descriptors that come along
+            if packet:
+                session = self._greet(end, pid, b"" if flags & socket.MSG_TRUNC else packet)
+                end.settimeout(None)
+                end.recv(1)
         except MoetierError as error:
-            self._refusals.log(pid=connection.pid, cause=error.cause)
-            answer(connection.end, {"error": error_json(error)})
-            return False
-        except OSError as error:  # out of descriptors: other clients are still served
-            self._refusals.log(pid=connection.pid, cause=error.strerror)
-            full = UnavailableError(
-                f"The daemon can't pass its arena on: {error.strerror}.", "Raise its limit of open files (ulimit -n)."
-            )
-            answer(connection.end, {"error": error_json(full)})
-            return False
-        connection.session, connection.maps = session, digest is not None
-        try:
-            reply = {
-                "session": session,
-                "model": welcome.model,
-                "slots": dict(welcome.slots),
-                "pid": os.getpid(),
-                "version": self._version,
-            }
-            return answer(connection.end, reply, welcome.descriptor)
+            self._refuse(end, pid, error)
+        except OSError:  # silent for too long, or gone
+            pass
         finally:
-            if welcome.descriptor is not None:
-                os.close(welcome.descriptor)
+            self._remove(end)
+            end.close()
+            if session:
+                self._leave(session)
 
-    def _end(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
-        self._selector.unregister(connection.end)
-        connection.end.close()
-        if connection.session:
-            self._leave(connection.session)
+    def _greet(self, end: socket.socket, pid: int, packet: bytes) -> str:
+        """Answer a greeting, and return the client's session. Raises the error that the client gets instead."""
+        session = secrets.token_hex(16)
+        greeting = parse(packet, "the client")
+        digest = greeting.get("digest")
+        if greeting.get("protocol") != PROTOCOL or not (digest is None or isinstance(digest, str)):
+            raise ProtocolError(
+                f"This daemon ({self._version}) speaks protocol {PROTOCOL} on its control socket, the client not.",
+                "Use moetier in one version.",
+            )
+        if digest is not None:
+            with self._state:
+                if sum(self._connections.values()) >= self._max_clients:
+                    raise self._full()
+                self._connections[end] = True
+        try:
+            welcome = self._admit(session, digest, pid)
+        except OSError as error:  # out of descriptors: other clients are still served
+            raise UnavailableError(
+                f"The daemon can't pass its arena on: {error.strerror}.", "Raise its limit of open files (ulimit -n)."
+            ) from None
+        reply = {
+            "session": session,
+            "model": welcome.model,
+            "slots": dict(welcome.slots),
+            "pid": os.getpid(),
+            "version": self._version,
+        }
+        answer(end, reply, welcome.descriptor)
+        if welcome.descriptor is not None:
+            os.close(welcome.descriptor)
+        return session
+
+    def _refuse(self, end: socket.socket, pid: int | str, error: MoetierError) -> None:
+        self._remove(end)  # first: the client may connect again as soon as it has the answer
+        self._refusals.log(pid=pid, cause=error.cause)
+        # closing with an unread greeting would give the peer an error instead of the answer
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RD)
+            while end.recv(_MAX_GREETING):
+                pass
+        answer(end, {"error": error_json(error)})
+        end.close()
+
+    def _remove(self, end: socket.socket) -> None:
+        with self._state:
+            self._connections.pop(end, None)
 
     def _full(self) -> UnavailableError:
         return UnavailableError(

@@ -1,28 +1,52 @@
-"""Entry point of the daemon's process.
+"""Entry point of the daemon's process, and its signals.
 
-Apart from the rest because it blocks signals before any library that starts threads is imported.
+Apart from the rest because it blocks the signals before any library that starts threads is imported. They are blocked
+in all threads, and taken one by one by the thread that waits for the daemon's end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
+import signal
 
+from .log import log_event
 from .options import DaemonConfig
-from .signals import blocked_signals
+
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+_log = logging.getLogger(__name__)
 
 
 def serve(config: DaemonConfig) -> int:
     """Run a daemon until SIGTERM or SIGINT, and return its exit status. Raises MoetierError if it can't start."""
-    config.check()
     os.umask(0o077)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     # each client takes two descriptors, and each shard one
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    with blocked_signals():
+    # a thread that was started before would get the signals, and they would kill the process
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
         from .process import run
 
         run(config)
+        while signal.sigtimedwait(SIGNALS, 0) is not None:  # discard: the daemon has ended as it was told
+            pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
     return 0
+
+
+def wait_for_stop() -> str:
+    """Wait for SIGTERM or SIGINT, and return its name."""
+    while (name := signal.Signals(signal.sigwait(SIGNALS)).name) == "SIGHUP":
+        log_event(_log, "signal", name=name, note="nothing is reloaded: end it and start it again")
+    return name
+
+
+def got_second_stop() -> bool:
+    """Return whether another SIGTERM or SIGINT has come."""
+    return signal.sigtimedwait(SIGNALS - {signal.SIGHUP}, 0) is not None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 
@@ -25,14 +23,6 @@ from moetier.tiers.manifest import Manifest
 
 MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
 CALLS = 24  # under way at once, with those that wait for a slot: each takes a thread of the server
-
-
-@dataclass(eq=False, slots=True)
-class _Call:
-    """A call that holds a slot."""
-
-    context: grpc.ServicerContext
-    offered: float = math.inf  # when the piece was offered that its client has not taken yet
 
 
 class Fetches:
@@ -56,18 +46,15 @@ class Fetches:
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._patience = patience
-        # not bounded by leases: records are bounded here, and several calls may hold the same one
-        self._session = host.session(self._deliver, leases=CALLS, patience=patience)
-        self._numbers = itertools.count(1)
-        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # by request, one for each call
         self._state = threading.Condition()  # guards all below
-        self._calls = 0
+        # the calls under way: when the piece was offered that the client has not taken yet
+        self._offered: dict[grpc.ServicerContext, float] = {}
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
-        self._active: set[_Call] = set()
-        self._watcher: threading.Thread | None = None
         self._closed = False
         self.count = 0  # calls answered in full
         self.bytes = 0  # sent
+        self._watcher = threading.Thread(target=self._watch, name="moetier-fetches", daemon=True)
+        self._watcher.start()
 
     def serve(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
         """Yield serialised pieces.
@@ -90,10 +77,10 @@ class Fetches:
         # answer before the client's deadline: otherwise it would take this daemon for one that is gone
         patience = min(remaining / 2, self._patience)
         until = time.monotonic() + patience
-        with self._admitted(key, entry.array, context, patience) as call, self._lease(key, context, until) as slot:
+        with self._admitted(key, entry.array, context, patience), self._lease(key, context, until) as slot:
             for at in range(start, end, PIECE_BYTES):
                 piece = slot[at : min(at + PIECE_BYTES, end)]
-                call.offered = time.monotonic()
+                self._offered[context] = time.monotonic()
                 yield encode_piece(piece)
                 with self._state:
                     self.bytes += len(piece)
@@ -107,19 +94,18 @@ class Fetches:
             return sum(len(keys) for keys in self._held.values())
 
     def close(self) -> None:
-        """Refuse new and waiting calls; the server's stop ends those under way. Idempotent."""
+        """Refuse new calls, and end those under way. Idempotent."""
         with self._state:
             self._closed = True
             self._state.notify_all()
-            watcher = self._watcher
-        self._session.close()
-        for answers in list(self._answers.values()):
-            answers.put(None)
-        if watcher is not None:
-            watcher.join()
+            calls = list(self._offered)
+        for call in calls:
+            call.cancel()
+        self._watcher.join()
 
     @contextlib.contextmanager
-    def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[_Call]:
+    def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
+        """Count a call, and its record among those that fetches hold, once there may be one more."""
         held = self._held[array]
 
         def free() -> bool:
@@ -127,10 +113,11 @@ class Fetches:
 
         context.add_callback(self._wake)  # the wait for a slot ends with the client
         with self._state:
-            if self._calls == CALLS:
+            if len(self._offered) == CALLS:
                 raise ExhaustedError(f"{CALLS} fetches are under way.", "Ask another daemon, or later.")
-            self._calls += 1
-            try:
+            self._offered[context] = math.inf
+        try:
+            with self._state:
                 if not self._state.wait_for(free, patience):
                     raise ExhaustedError(
                         f"Fetches of other records have held all slots that they may for {patience:.1f} seconds.",
@@ -138,52 +125,35 @@ class Fetches:
                     )
                 if self._closed or not context.is_active():
                     raise _no_caller()
-            except BaseException:
-                self._calls -= 1
-                raise
-            call = _Call(context)
-            held[key] += 1
-            self._active.add(call)
-            self._state.notify_all()  # the watcher
-            if self._watcher is None:
-                self._watcher = threading.Thread(target=self._watch, name="moetier-fetches", daemon=True)
-                self._watcher.start()
-        try:
-            yield call
+                held[key] += 1
+                self._state.notify_all()  # the watcher
+            try:
+                yield
+            finally:
+                with self._state:
+                    held[key] -= 1
+                    if not held[key]:
+                        del held[key]
         finally:
             with self._state:
-                self._calls -= 1
-                self._active.remove(call)
-                held[key] -= 1
-                if not held[key]:
-                    del held[key]
+                del self._offered[context]
                 self._state.notify_all()
 
     @contextlib.contextmanager
     def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
         """Lease the record and its checksum. Raises ExhaustedError if no slot comes free in time."""
-        number = next(self._numbers)
-        answers: SimpleQueue[Event | None] = SimpleQueue()
-        self._answers[number] = answers
-        try:
-            self._session.acquire(number, [key], max(until - time.monotonic(), 0.0))
-            if not context.add_callback(partial(answers.put, None)):  # None: the call has ended
+        events: SimpleQueue[Event | None] = SimpleQueue()  # None: the call has ended
+        with contextlib.closing(self._host.session(events.put, leases=1)) as session:
+            session.acquire(0, [key], max(until - time.monotonic(), 0.0))
+            if not context.add_callback(partial(events.put, None)):
                 raise _no_caller()
-            match answers.get():
+            match events.get():
                 case Granted(slot=slot):
                     yield self._host.whole(slot)
                 case Failed(error=error):
                     raise error
                 case None:
                     raise _no_caller()
-        finally:
-            self._session.release(number)
-            del self._answers[number]
-
-    def _deliver(self, event: Event) -> None:
-        answers = self._answers.get(event.request)
-        if answers is not None:
-            answers.put(event)
 
     def _wake(self) -> None:
         with self._state:
@@ -194,10 +164,10 @@ class Fetches:
         with self._state:
             while not self._closed:
                 late = time.monotonic() - self._stall
-                for call in self._active:
-                    if call.offered < late:
-                        call.context.cancel()
-                self._state.wait(self._stall / 4 if self._active else None)
+                for call, offered in self._offered.items():
+                    if offered < late:
+                        call.cancel()
+                self._state.wait(self._stall / 4 if self._offered else None)
 
 
 def _no_caller() -> ClosedError:

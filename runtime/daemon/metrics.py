@@ -17,12 +17,11 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import Info, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
-    InfoMetricFamily,
     Metric,
     SummaryMetricFamily,
 )
@@ -119,7 +118,8 @@ def tier_metrics(tiers: Tiers) -> Iterator[Metric]:
     for labels, tier in rows:
         for outcome in OUTCOMES:
             outcomes.add_metric([*labels, outcome], getattr(tier, outcome))
-        loads.add_metric(labels, _buckets(tier.load_bounds, tier.loads), tier.load_seconds)
+        bounds = [*map(repr, tier.load_bounds), "+Inf"]
+        loads.add_metric(labels, list(zip(bounds, accumulate(tier.loads), strict=True)), tier.load_seconds)
         waits.add_metric(labels, tier.waits, tier.wait_seconds)
     yield from (outcomes, loads, waits)
 
@@ -144,20 +144,9 @@ def registry_of(collector: Collector) -> CollectorRegistry:
     """Return a registry of ``collector``, of Prometheus's own metrics of a process, and of moetier's version."""
     registry = CollectorRegistry()
     registry.register(collector)
-    registry.register(_Build())
+    Info("moetier_build", "Which moetier this is.", registry=registry).info({"version": version("moetier")})
     ProcessCollector(registry=registry)
     return registry
-
-
-def _buckets(bounds: Iterable[float], counts: Iterable[int]) -> list[tuple[str, float]]:
-    """Return cumulative counts, each with its upper bound in seconds."""
-    names = [*map(repr, bounds), "+Inf"]
-    return list(zip(names, accumulate(counts), strict=True))
-
-
-class _Build(Collector):
-    def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("moetier_build", "Which moetier this is.", {"version": version("moetier")})
 
 
 class MetricsServer:

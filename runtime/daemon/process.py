@@ -7,10 +7,10 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 
@@ -23,12 +23,10 @@ from moetier.tiers.store.atomic import write_all
 
 from .clients import Clients
 from .control_server import ControlServer
-from .health import Health
-from .listeners import listen_tcp, listen_unix, local_server, reflect, remote_server, server_credentials, stop
+from .entry import got_second_stop, wait_for_stop
 from .log import log_event
 from .options import DaemonConfig
-from .rpc import RemoteService, Service, describe
-from .signals import got_second_stop, wait_for_stop
+from .server import bind, local_server, reflect, remote_server, server_credentials, stop
 from .startup import open_models
 from .systemd import ServiceManager
 
@@ -45,28 +43,22 @@ def run(config: DaemonConfig) -> None:
     manager = ServiceManager()
     try:
         with contextlib.ExitStack() as closing:
-            with _system_errors(config.folder):
-                running = _start(config, manager, closing)
-            _announce(config, manager, running)
+            try:
+                clients, servers, card = _start(config, manager, closing)
+            except OSError as error:  # a full or read-only disk, or too few descriptors, is no fault of ours
+                where = f" ({error.filename})" if error.filename else ""
+                raise ConfigError(
+                    f"The daemon can't start in {config.folder}: {error.strerror or error}{where}.",
+                    "Mend that, or name another folder: --folder.",
+                ) from error
+            _announce(config, manager, card, slots=sum(sum(model.slots.values()) for model in clients.models.values()))
             log_event(_log, "signal", name=wait_for_stop())
             manager.stopping()
-            _drain(running, config.drain)
+            _drain(clients, config.drain)
+            stop(servers, _GRACE)
         log_event(_log, "stopped")
     finally:
         manager.close()
-
-
-@contextlib.contextmanager
-def _system_errors(folder: Path) -> Iterator[None]:
-    """Turn OSError into ConfigError: a full or read-only disk, or too few descriptors, is no fault of ours."""
-    try:
-        yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise ConfigError(
-            f"The daemon can't start in {folder}: {error.strerror or error}{where}.",
-            "Mend that, or name another folder: --folder.",
-        ) from error
 
 
 @contextlib.contextmanager
@@ -83,7 +75,12 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            raise _already_running(folder, pid) from None
+            card = DaemonCard.read(folder)
+            serves = f" and serves {', '.join(model.name for model in card.models)}" if card is not None else ""
+            raise AlreadyRunningError(
+                f"A daemon already runs in {folder}: it is process {pid or '?'}{serves}.",
+                f"Use it, end it (kill {pid or 'PID'}), or start another: --folder NAME.",
+            ) from None
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
                 break
@@ -100,26 +97,9 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _already_running(folder: Path, pid: str) -> AlreadyRunningError:
-    card = DaemonCard.read(folder)
-    serves = f" and serves {', '.join(model.name for model in card.models)}" if card is not None else ""
-    return AlreadyRunningError(
-        f"A daemon already runs in {folder}: it is process {pid or '?'}{serves}.",
-        f"Use it, end it (kill {pid or 'PID'}), or start another: --folder NAME.",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """Parts of a daemon that has started."""
-
-    clients: Clients
-    health: Health
-    servers: Sequence[grpc.Server]
-    card: DaemonCard
-
-
-def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.ExitStack) -> _Running:
+def _start(
+    config: DaemonConfig, manager: ServiceManager, closing: contextlib.ExitStack
+) -> tuple[Clients, list[grpc.Server], DaemonCard]:
     """Start serving. ``closing`` closes everything that was opened."""
     token = read_token(config.token_file) if config.token_file is not None else None
     credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
@@ -127,30 +107,21 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     was_killed = closing.enter_context(locked_folder(config.folder))
     models = open_models(config, manager, closing, was_killed=was_killed)
     clients = Clients(models, leases=config.leases, patience=config.wait)
-    description = describe(models, version("moetier"))
-    health = Health()
-
-    def end_health_without_models() -> None:
-        if all(model.host.fault is not None for model in models.values()):
-            health.end()
-
-    for model in models.values():
-        model.when_condemned = end_health_without_models
-    end_health_without_models()  # a model may have been condemned before the callback was set
-    servers = [
-        local_server(
-            Service(clients, description), health, clients=clients, sessions=config.max_clients, models=len(models)
-        ),
-    ]
+    servers = [local_server(clients, sessions=config.max_clients)]
     if config.listen:
-        servers.append(remote_server(RemoteService(clients, description), health, token=token, models=len(models)))
+        servers.append(remote_server(clients, token=token))
     closing.callback(stop, servers)
     if config.reflection:
-        reflect(servers)
+        for server in servers:
+            reflect(server)
     path = config.folder / SOCKET
     closing.callback(path.unlink, missing_ok=True)
-    listen_unix(servers[0], path)
-    listen = listen_tcp(servers[1], config.listen, credentials) if config.listen else ""
+    bind(servers[0], f"unix:{quote(str(path))}")  # a URI
+    path.chmod(0o600)
+    listen = ""
+    if config.listen:
+        port = bind(servers[1], config.listen, credentials)  # that which was chosen for 0
+        listen = f"{config.listen.rpartition(':')[0]}:{port}"
     for server in servers:
         server.start()
     control = ControlServer(
@@ -164,25 +135,22 @@ def _start(config: DaemonConfig, manager: ServiceManager, closing: contextlib.Ex
     served = tuple(
         ServedModel(model.name, model.digest, str(model.directory), model.budget_bytes) for model in models.values()
     )
-    metrics = _serve_metrics(config.metrics_address, clients, health, closing) if config.metrics else ""
+    metrics = ""
+    if config.metrics:
+        from .metrics import DaemonCollector, MetricsServer, registry_of
+
+        registry = registry_of(DaemonCollector(clients.stats))
+        metrics_server = MetricsServer(config.metrics_address, registry, lambda: clients.is_serving)
+        closing.callback(metrics_server.close)
+        metrics = metrics_server.address
     card = DaemonCard(os.getpid(), version("moetier"), time.time(), served, listen, metrics)
     closing.callback((config.folder / CARD).unlink, missing_ok=True)
     card.write(config.folder)
-    return _Running(clients, health, servers, card)
+    return clients, servers, card
 
 
-def _serve_metrics(address: str, clients: Clients, health: Health, closing: contextlib.ExitStack) -> str:
-    """Serve the metrics, and return their HOST:PORT."""
-    from .metrics import DaemonCollector, MetricsServer, registry_of
-
-    server = MetricsServer(address, registry_of(DaemonCollector(clients.stats)), lambda: health.is_serving)
-    closing.callback(server.close)
-    return server.address
-
-
-def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) -> None:
+def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, *, slots: int) -> None:
     """Tell systemd, the log and the process that started this one that the daemon is ready."""
-    card = running.card
     models = ", ".join(model.name for model in card.models)
     budget = format_bytes(sum(model.budget_bytes for model in card.models))
     manager.ready(f"{models}: {budget}")
@@ -196,7 +164,7 @@ def _announce(config: DaemonConfig, manager: ServiceManager, running: _Running) 
         metrics=card.metrics or "-",
         models=models,
         budget=budget,
-        slots=sum(sum(model.slots.values()) for model in running.clients.models.values()),
+        slots=slots,
     )
     if config.ram is not None and (there := exceeded(config.ram)) is not None:  # all experts may need less than that
         sizes = {"asked": format_bytes(config.ram.of(there.bytes)), "there": format_bytes(there.bytes)}
@@ -224,14 +192,12 @@ def _tell_ready(descriptor: int) -> None:
     os.close(null)
 
 
-def _drain(running: _Running, seconds: float) -> None:
-    """Finish requests under way within ``seconds`` or until a second signal, then end all calls."""
+def _drain(clients: Clients, seconds: float) -> None:
+    """Finish requests under way within ``seconds`` or until a second signal, then end all streams."""
     deadline = time.monotonic() + seconds
-    running.clients.stop()
-    running.health.end()  # from now on new calls are refused
-    while not (settled := running.clients.wait(min(_POLL, deadline - time.monotonic()))):
+    clients.stop()  # from now on new calls are refused
+    while not (settled := clients.wait(min(_POLL, deadline - time.monotonic()))):
         if time.monotonic() >= deadline or got_second_stop():
             break
     log_event(_log, "drained", finished=settled)
-    running.clients.end()
-    stop(running.servers, _GRACE)
+    clients.end()

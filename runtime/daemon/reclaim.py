@@ -25,12 +25,6 @@ class ReclaimedArena:
     arena: Arena
     holder: str
 
-    @property
-    def filled(self) -> int:
-        """Number of slots that hold a record, according to the directory."""
-        content = self.arena.directory.content
-        return sum(content(slot) is not None for slot in range(self.arena.plan.slots))
-
 
 def reclaim_arenas(
     manifests: Mapping[str, Manifest], passed: Iterable[tuple[str, int]] = (), *, patience: float = 0.0
@@ -67,7 +61,7 @@ def reclaim_arenas(
             break
         time.sleep(_POLL)
     for arenas in found.values():
-        arenas.sort(key=lambda reclaimed: reclaimed.filled, reverse=True)
+        arenas.sort(key=lambda reclaimed: reclaimed.arena.directory.filled, reverse=True)
     return found
 
 
@@ -77,23 +71,16 @@ def _identity(found: os.stat_result) -> tuple[int, int] | None:
 
 
 def _held_by_processes(closing: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
-    """Yield the arenas that other processes of this user have open, each once, with a holder's name."""
-    seen: set[tuple[int, int] | None] = {None}
+    """Yield the arenas that other processes of this user have open, each with a holder's name."""
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal() or int(process.name) == os.getpid():
             continue
-        try:
+        with contextlib.suppress(OSError):  # the process has ended, or may not be inspected
             if process.stat().st_uid != os.getuid():
                 continue
-            links = list((process / "fd").iterdir())
-        except OSError:  # the process has ended, or may not be inspected
-            continue
-        for link in links:
-            with contextlib.suppress(OSError):
-                if os.readlink(link).startswith(_LINK):  # noqa: PTH115 - the target is no path
-                    file = _identity(link.stat())
-                    if file not in seen:
+            for link in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(link).startswith(_LINK):  # noqa: PTH115 - the target is no path
                         descriptor = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
                         closing.callback(os.close, descriptor)
-                        seen.add(file)
                         yield f"process {process.name}", descriptor

@@ -1,4 +1,4 @@
-"""The daemon's gRPC service, answered from its host tiers, and the check of each call's credential."""
+"""The daemon's gRPC service, answered from its host tiers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -18,46 +18,48 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreServicer
 from moetier.runtime.wire.channel import SERVICE
 from moetier.runtime.wire.status_codes import abort
-from moetier.tiers.errors import ArenaError, MoetierError, RefusedError
+from moetier.tiers.errors import ArenaError, MoetierError
 
 from .clients import Clients
 from .log import RateLimitedLog
-from .model import HostedModel
 
 _log = logging.getLogger(__name__)
 
 
 class Service(ExpertStoreServicer):
-    """The service for processes of this host."""
+    """The service for processes of this host or, if ``is_remote``, for other hosts: those have no sessions."""
 
-    def __init__(self, clients: Clients, description: pb.DescribeReply) -> None:
+    def __init__(self, clients: Clients, *, is_remote: bool = False) -> None:
         self._clients = clients
-        self._description = description
-        self._began = time.monotonic()
+        self._is_remote = is_remote
+        self._connections = RateLimitedLog(_log, "remote-client", logging.INFO)
+        self._version = version("moetier")
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         """Describe the daemon, without models that were condemned."""
-        found = pb.DescribeReply()
-        found.CopyFrom(self._description)
-        del found.models[:]
-        found.models.extend(m for m in self._description.models if self._clients.models[m.digest].host.fault is None)
-        return found
+        if self._is_remote:  # clients ask once for each connection
+            self._connections.log(peer=peer_of(context))
+        return pb.DescribeReply(
+            version=self._version,
+            pid=os.getpid(),
+            started_unix_ms=int(self._clients.started * 1e3),
+            models=[model.describe() for model in self._clients.models.values() if model.host.fault is None],
+        )
 
     def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
         """Serve the stream of a client of this host."""
-        session = bearer_of(context.invocation_metadata()) or ""
         with _errors_as_codes(context):
-            call = self._clients.attach(session)
-            try:
+            if self._is_remote:
+                raise ArenaError("A session is about an arena, and that is on the daemon's own host.", "Use Fetch.")
+            with self._clients.stream(bearer_of(context.invocation_metadata()) or "") as call:
                 if context.add_callback(call.end):
-                    threading.Thread(
+                    reader = threading.Thread(
                         target=call.read, args=(request_iterator,), name="moetier-session", daemon=True
-                    ).start()
+                    )
+                    reader.start()
                 else:  # the call has ended already
                     call.end()
                 yield from call.answers()
-            finally:
-                self._clients.detach(session, call)
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send a record, or a part of it, as serialised pieces."""
@@ -69,26 +71,9 @@ class Service(ExpertStoreServicer):
         with _errors_as_codes(context):
             return pb.StatsReply(
                 models=self._clients.stats(),
-                uptime_s=time.monotonic() - self._began,
+                uptime_s=time.monotonic() - self._clients.began,
                 details=self._clients.details() if request.details else (),
             )
-
-
-class RemoteService(Service):
-    """The service for other hosts, without sessions."""
-
-    def __init__(self, clients: Clients, description: pb.DescribeReply) -> None:
-        super().__init__(clients, description)
-        self._connections = RateLimitedLog(_log, "remote-client", logging.INFO)
-
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
-        """Describe the daemon. Clients ask once for each connection, so it is logged as one."""
-        self._connections.log(peer=peer_of(context))
-        return super().Describe(request, context)
-
-    def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
-        """Refuse the call."""
-        abort(context, ArenaError("A session is about an arena, and that is on the daemon's own host.", "Use Fetch."))
 
 
 @contextlib.contextmanager
@@ -96,26 +81,13 @@ def _errors_as_codes(context: grpc.ServicerContext) -> Iterator[None]:
     """End the call with the status code of an error."""
     try:
         yield
-    except MoetierError as raised:
-        error: Exception = raised
-    except Exception as raised:
+    except MoetierError as error:
+        abort(context, error)
+    except Exception as error:
         if not context.is_active():
             raise
         _log.exception("fault")
-        error = raised
-    else:
-        return
-    abort(context, error)
-
-
-def describe(models: Mapping[str, HostedModel], version: str) -> pb.DescribeReply:
-    """Describe this process and the models that it serves."""
-    return pb.DescribeReply(
-        version=version,
-        pid=os.getpid(),
-        started_unix_ms=int(time.time() * 1e3),
-        models=[model.describe() for model in models.values()],
-    )
+        abort(context, error)
 
 
 def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
@@ -137,69 +109,6 @@ def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-
-
-# -- auth -------------------------------------------------------------------------------------------------------------
-
-
-class AuthInterceptor(grpc.ServerInterceptor):
-    """Refuses calls without an accepted bearer token as soon as their headers are there.
-
-    A refusal needs neither a message of the call nor a thread of the server's, and does not count as a call under way.
-    So refused calls take nothing from accepted ones, however many are left half-open.
-    """
-
-    def __init__(self, accepts: Callable[[str | None], bool], *, exempt: str | None = None) -> None:
-        """``accepts`` gets the bearer, None without one; calls of the service ``exempt`` need none."""
-        self._accepts = accepts
-        self._exempt = f"/{exempt}/"
-        self._refusals = RateLimitedLog(_log, "client-refused")
-
-    def intercept_service(self, continuation: Callable[..., Any], handler_call_details: Any) -> Any:
-        """Return the handler of an accepted or exempt call; for any other call, one that refuses it."""
-        bearer = bearer_of(handler_call_details.invocation_metadata)
-        if self._accepts(bearer) or handler_call_details.method.startswith(self._exempt):
-            return continuation(handler_call_details)
-        cause = "no credential" if bearer is None else "a credential that is not known"
-
-        def refuse(requests: object, context: grpc.ServicerContext) -> NoReturn:
-            self._refusals.log(peer=peer_of(context), cause=cause)
-            abort(
-                context,
-                RefusedError(
-                    "The call shows no credential that this daemon has issued or knows.",
-                    "Give its token (`credentials.token_file`); over a Unix socket, connect to its control socket "
-                    "first.",
-                ),
-            )
-
-        # a stream, whatever the call is: gRPC waits for the message of a unary call before it runs the handler
-        return grpc.stream_stream_rpc_method_handler(run_inline(refuse))
-
-
-class _InlineExecutor(ThreadPoolExecutor):
-    """Runs what is submitted before it returns. It has no threads."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments, **named))  # gRPC's own function, which catches what a handler raises
-        return future
-
-
-_INLINE = _InlineExecutor()
-
-
-def run_inline(handler: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-    """Return ``handler``, to be run by the thread that accepts calls. It must neither wait nor yield.
-
-    Without a thread of the pool the call is over before the next one is counted.
-    """
-
-    def run(requests: Any, context: grpc.ServicerContext) -> Any:
-        return handler(requests, context)
-
-    run.experimental_thread_pool = _INLINE  # type: ignore[attr-defined]
-    return run
 
 
 def peer_of(context: grpc.ServicerContext) -> str:

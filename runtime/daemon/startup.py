@@ -19,7 +19,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.reader import ExpertStore
 
 from .log import log_event
-from .model import HostedModel, LoggingReader, TrunkCheck
+from .model import HostedModel
 from .options import DaemonConfig
 from .reclaim import ReclaimedArena, reclaim_arenas
 from .systemd import ServiceManager
@@ -45,38 +45,32 @@ def open_models(
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
     found = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
-    with contextlib.ExitStack() as unused:
-        for arenas in found.values():
-            for reclaimed in arenas:
-                unused.callback(reclaimed.arena.close)
-        there = available_memory()
-        free = max(there.bytes - sum(map(staging_bytes, manifests.values())), 0)
-        slots, kept = plan_slots(manifests, config.ram, Available(free, there.limiter), found)
-        for digest, reclaimed in kept.items():
+    there = available_memory()
+    free = max(there.bytes - sum(map(staging_bytes, manifests.values())), 0)
+    slots, kept = plan_slots(manifests, config.ram, Available(free, there.limiter), found)
+    for digest, arenas in found.items():
+        for reclaimed in arenas:
+            if reclaimed is not kept.get(digest):
+                reclaimed.arena.close()
+                continue
             log_event(
                 _log,
                 "leftover",
                 model=manifests[digest].model,
                 bytes=reclaimed.arena.plan.nbytes,
-                filled=reclaimed.filled,
+                filled=reclaimed.arena.directory.filled,
                 holder=reclaimed.holder,
             )
-        unused.pop_all()
-        for arenas in found.values():
-            for reclaimed in arenas:
-                if reclaimed not in kept.values():
-                    reclaimed.arena.close()
     models = {}
     for digest, store in stores.items():
         began = time.monotonic()
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
-        host = HostTier(LoggingReader(store), slots=slots[digest], arena=arena, policy=config.policy)
+        host = HostTier(store, slots=slots[digest], arena=arena, policy=config.policy)
         model = HostedModel(store.manifest, host, store.folder.parent, patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.condemn)
-        closing.callback(TrunkCheck(store.manifest, model.directory).close)
         _give_to_systemd(model, taken, manager)
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"
@@ -135,6 +129,7 @@ def plan_slots(
 
     Raises BudgetError.
     """
+    slots: dict[str, Mapping[str, int]] = {}
     if ram is not None and ram.bytes is not None:
         slots = _divide(manifests, ram, _UNLIMITED)
         kept = {
@@ -143,22 +138,19 @@ def plan_slots(
             for one in reversed(arenas)
             if one.arena.plan.slots_by_array == slots[digest]
         }
-        if others := _without(manifests, kept):  # only their memory has yet to be allocated
-            _divide(others, Size(bytes=sum(_slot_bytes(others[digest], slots[digest]) for digest in others)), available)
-        return slots, kept
-    kept = {digest: arenas[0] for digest, arenas in reclaimed.items()}
-    slots = {digest: one.arena.plan.slots_by_array for digest, one in kept.items()}
-    if others := _without(manifests, kept):
-        slots |= _divide(others, ram, available)
-    return slots, kept
-
-
-def _without(manifests: Mapping[str, Manifest], kept: Mapping[str, ReclaimedArena]) -> dict[str, Manifest]:
-    return {digest: manifest for digest, manifest in manifests.items() if digest not in kept}
-
-
-def _slot_bytes(manifest: Manifest, slots: Mapping[str, int]) -> int:
-    return sum(manifest.layouts[array].slot_bytes * count for array, count in slots.items())
+    else:
+        kept = {digest: arenas[0] for digest, arenas in reclaimed.items()}
+    others = {digest: manifest for digest, manifest in manifests.items() if digest not in kept}
+    if others and slots:  # only their memory has yet to be allocated
+        ram = Size(
+            bytes=sum(
+                manifest.layouts[array].slot_bytes * count
+                for digest, manifest in others.items()
+                for array, count in slots[digest].items()
+            )
+        )
+    divided = _divide(others, ram, available) if others else {}
+    return divided | {digest: one.arena.plan.slots_by_array for digest, one in kept.items()} | slots, kept
 
 
 def _divide(manifests: Mapping[str, Manifest], ram: Size | None, available: Available) -> dict[str, Mapping[str, int]]:

@@ -11,8 +11,6 @@ import socket
 from collections.abc import MutableMapping, Sequence
 
 _FIRST = 3  # number of the first descriptor that systemd passes
-_NOTIFY = "NOTIFY_SOCKET"
-_LISTEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 class ServiceManager:
@@ -22,8 +20,8 @@ class ServiceManager:
     """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
-        self._socket = environment.pop(_NOTIFY, "")
-        pid, count, names = (environment.pop(name, "") for name in _LISTEN)
+        self._socket = environment.pop("NOTIFY_SOCKET", "")
+        pid, count, names = (environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
         self.passed: list[tuple[str, int]] = []  # (name, descriptor), until ``close``
         if pid == str(os.getpid()) and count.isdecimal():
             named = names.split(":") if names else []

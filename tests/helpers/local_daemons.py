@@ -10,10 +10,8 @@ from readers import PATIENCE
 
 from moetier.runtime.daemon.clients import Clients
 from moetier.runtime.daemon.control_server import ControlServer
-from moetier.runtime.daemon.health import Health
-from moetier.runtime.daemon.listeners import local_server
 from moetier.runtime.daemon.model import HostedModel
-from moetier.runtime.daemon.rpc import Service, describe
+from moetier.runtime.daemon.server import local_server
 from moetier.runtime.wire.address import SOCKET, make_folder
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
@@ -23,9 +21,9 @@ from moetier.tiers.manifest import Manifest
 def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Path) -> Iterator[Path]:
     """Serves ``host``, which stays the caller's; yields the folder where clients find it."""
     make_folder(folder)
-    models = {manifest.digest: HostedModel(manifest, host, directory, patience=PATIENCE)}
-    clients = Clients(models, leases=8, patience=PATIENCE)
-    server = local_server(Service(clients, describe(models, "test")), Health(), clients=clients, sessions=8, models=1)
+    model = HostedModel(manifest, host, directory, patience=PATIENCE)
+    clients = Clients({manifest.digest: model}, leases=8, patience=PATIENCE)
+    server = local_server(clients, sessions=8)
     server.add_insecure_port(f"unix:{folder / SOCKET}")
     server.start()
     control = ControlServer(folder, admit=clients.admit, leave=clients.remove, max_clients=8, version="test")
@@ -35,3 +33,4 @@ def local_daemon(host: HostTier, manifest: Manifest, directory: Path, folder: Pa
         control.close()
         clients.end()
         server.stop(0).wait()
+        model.fetches.close()

@@ -24,7 +24,7 @@ from threads import Task
 
 from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
-from moetier.runtime.daemon.health import WATCHERS
+from moetier.runtime.daemon.server import WATCHERS
 from moetier.runtime.wire.address import SOCKET, Address, Credentials
 from moetier.runtime.wire.channel import open_channel
 from moetier.tiers.manifest import Manifest

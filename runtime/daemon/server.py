@@ -1,0 +1,226 @@
+"""gRPC servers of a daemon, on its Unix socket and on TCP: their limits, credentials, and the check of each call."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import resource
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1.health_pb2 import DESCRIPTOR, HealthCheckResponse
+from grpc_reflection.v1alpha import reflection
+
+from moetier.runtime.wire.channel import SERVICE, read_identity, read_pem
+from moetier.runtime.wire.status_codes import abort
+from moetier.tiers.errors import ConfigError, ExhaustedError, RefusedError
+
+from .clients import Clients
+from .fetch import CALLS
+from .log import RateLimitedLog
+from .rpc import Service, add_service, bearer_of, peer_of
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),  # a second daemon on the same port is an error
+    # keepalive pings both ways on idle connections
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 1 << 20),
+    # calls that wait to be accepted; beyond gRPC's default of 1,000 it drops calls of any client
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 10_000),
+)
+HEALTH: str = DESCRIPTOR.services_by_name["Health"].full_name
+WATCHERS = 8  # calls of Watch at once: each takes a thread of its server
+# Anybody can reach a TCP port. Each connection takes memory (50 KB with TLS) and a descriptor.
+_HANDSHAKE = 10_000  # milliseconds for the handshakes of TLS and HTTP/2
+_CONNECTIONS = 4_096  # and at most half of the descriptors: shards and this host's clients need the rest
+_CALLS = 100  # of a connection at once: a client that reads no answers could start any number
+_SHORT_CALLS = 8  # threads for calls that end at once
+_QUEUED = 64  # calls that wait for a thread; more are refused
+_PATIENCE = 5.0  # seconds for gRPC to stop
+_POLL = 0.1  # seconds between looks at the health that is watched
+
+_log = logging.getLogger(__name__)
+
+
+def local_server(clients: Clients, *, sessions: int) -> grpc.Server:
+    """Return the server of the Unix socket, where every call carries the id of an open control connection.
+
+    Health checks need none. Each of ``sessions`` clients has a thread for its session, whatever is fetched meanwhile.
+    """
+    return _server(Service(clients), clients, AuthInterceptor(clients.knows, exempt=HEALTH), sessions)
+
+
+def remote_server(clients: Clients, *, token: str | None) -> grpc.Server:
+    """Return the TCP server, where every call carries the ``token``, if there is one; health checks too."""
+
+    def is_token(bearer: str | None) -> bool:
+        return token is None or (bearer is not None and hmac.compare_digest(bearer.encode(), token.encode()))
+
+    connections = min(_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    bounds = (
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.max_concurrent_streams", _CALLS),
+    )
+    return _server(Service(clients, is_remote=True), clients, AuthInterceptor(is_token), 0, bounds)
+
+
+def _server(
+    service: Service,
+    clients: Clients,
+    auth: AuthInterceptor,
+    sessions: int,
+    bounds: tuple[tuple[str, int], ...] = (),
+) -> grpc.Server:
+    threads = sessions + CALLS * len(clients.models) + WATCHERS + _SHORT_CALLS
+    server = grpc.server(
+        ThreadPoolExecutor(threads, thread_name_prefix="moetier-grpc"),
+        interceptors=[auth],
+        options=(*OPTIONS, *bounds),
+        maximum_concurrent_rpcs=threads + _QUEUED,
+    )
+    add_service(service, server)
+    _add_health(server, lambda: clients.is_serving)
+    return server
+
+
+def reflect(server: grpc.Server) -> None:
+    """Let clients that may call ask what the messages are (gRPC server reflection)."""
+    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+
+
+def bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    """Bind an address: a URI of a Unix socket, or HOST:PORT. Return the port. Raises ConfigError."""
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The daemon can't listen on {address}: it is taken, or not an address of this host.",
+            "See who listens there, or name another.",
+        ) from error
+
+
+def server_credentials(cert: Path | None, key: Path | None, client_ca: Path | None) -> grpc.ServerCredentials | None:
+    """Return the server's TLS credentials; None without TLS. Raises ConfigError for files that can't be used."""
+    if cert is None or key is None:
+        return None
+    chain, private = read_identity(cert, key)
+    ca = read_pem(client_ca, "client CA") if client_ca is not None else None
+    return grpc.ssl_server_credentials([(private, chain)], ca, require_client_auth=ca is not None)
+
+
+def stop(servers: Sequence[grpc.Server], grace: float = 0.0) -> None:
+    """Stop the servers: no call begins, and calls under way end within ``grace`` seconds."""
+    for stopped in [server.stop(grace) for server in servers]:
+        stopped.wait(_PATIENCE)
+
+
+# -- auth -------------------------------------------------------------------------------------------------------------
+
+
+class AuthInterceptor(grpc.ServerInterceptor):
+    """Refuses calls without an accepted bearer token as soon as their headers are there.
+
+    A refusal needs neither a message of the call nor a thread of the server's, and does not count as a call under way.
+    So refused calls take nothing from accepted ones, however many are left half-open.
+    """
+
+    def __init__(self, accepts: Callable[[str | None], bool], *, exempt: str | None = None) -> None:
+        """``accepts`` gets the bearer, None without one; calls of the service ``exempt`` need none."""
+        self._accepts = accepts
+        self._exempt = f"/{exempt}/"
+        self._refusals = RateLimitedLog(_log, "client-refused")
+
+    def intercept_service(self, continuation: Callable[..., Any], handler_call_details: Any) -> Any:
+        """Return the handler of an accepted or exempt call; for any other call, one that refuses it."""
+        bearer = bearer_of(handler_call_details.invocation_metadata)
+        if self._accepts(bearer) or handler_call_details.method.startswith(self._exempt):
+            return continuation(handler_call_details)
+        cause = "no credential" if bearer is None else "a credential that is not known"
+
+        def refuse(requests: object, context: grpc.ServicerContext) -> NoReturn:
+            self._refusals.log(peer=peer_of(context), cause=cause)
+            abort(
+                context,
+                RefusedError(
+                    "The call shows no credential that this daemon has issued or knows.",
+                    "Give its token (`credentials.token_file`); over a Unix socket, connect to its control socket "
+                    "first.",
+                ),
+            )
+
+        # a stream, whatever the call is: gRPC waits for the message of a unary call before it runs the handler
+        return grpc.stream_stream_rpc_method_handler(_run_inline(refuse))
+
+
+class _InlineExecutor(ThreadPoolExecutor):
+    """Runs what is submitted before it returns. It has no threads."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **named))  # gRPC's own function, which catches what a handler raises
+        return future
+
+
+_INLINE = _InlineExecutor()
+
+
+def _run_inline(handler: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+    """Return ``handler``, to be run by the thread that accepts calls. It must neither wait nor yield.
+
+    Without a thread of the pool the call is over before the next one is counted.
+    """
+    handler.experimental_thread_pool = _INLINE  # type: ignore[attr-defined]
+    return handler
+
+
+# -- health -----------------------------------------------------------------------------------------------------------
+
+
+def _add_health(server: grpc.Server, is_serving: Callable[[], bool]) -> None:
+    """Add gRPC's standard health service for the daemon as a whole, whichever service a request names.
+
+    It does not wait for the request, so a call of which only the headers come takes no thread. The servicer of
+    grpcio-health-checking is not used: it sends while it holds a lock that the end of a call needs too, on the thread
+    that has to complete the sending. A Watch that begins while another one ends can then stop the server for good.
+    """
+    watchers = threading.BoundedSemaphore(WATCHERS)
+
+    def check(requests: object, context: grpc.ServicerContext) -> HealthCheckResponse:
+        return HealthCheckResponse(status="SERVING" if is_serving() else "NOT_SERVING")
+
+    def watch(requests: object, context: grpc.ServicerContext) -> Iterator[HealthCheckResponse]:
+        if not watchers.acquire(blocking=False):
+            abort(context, ExhaustedError(f"{WATCHERS} calls watch already.", "Use Check, or end one of them."))
+        try:
+            over = threading.Event()
+            context.add_callback(over.set)
+            told: HealthCheckResponse | None = None
+            while context.is_active():
+                if (now := check(requests, context)) != told:
+                    yield now
+                    told = now
+                over.wait(_POLL)
+        finally:
+            watchers.release()
+
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Check": grpc.stream_unary_rpc_method_handler(
+            _run_inline(check), response_serializer=HealthCheckResponse.SerializeToString
+        ),
+        "Watch": grpc.stream_stream_rpc_method_handler(
+            watch, response_serializer=HealthCheckResponse.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH, handlers),))
