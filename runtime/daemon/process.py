@@ -51,7 +51,7 @@ def run(config: DaemonConfig) -> None:
                     f"The daemon can't start in {config.folder}: {error.strerror or error}{where}.",
                     "Mend that, or name another folder: --folder.",
                 ) from error
-            _announce(config, manager, card, slots=sum(sum(model.slots.values()) for model in clients.models.values()))
+            _announce(config, manager, card, clients)
             log_event(_log, "signal", name=wait_for_stop())
             manager.stopping()
             _drain(clients, config.drain)
@@ -149,7 +149,7 @@ def _start(
     return clients, servers, card
 
 
-def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, *, slots: int) -> None:
+def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, clients: Clients) -> None:
     """Tell systemd, the log and the process that started this one that the daemon is ready."""
     models = ", ".join(model.name for model in card.models)
     budget = format_bytes(sum(model.budget_bytes for model in card.models))
@@ -164,7 +164,7 @@ def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, *
         metrics=card.metrics or "-",
         models=models,
         budget=budget,
-        slots=slots,
+        slots=sum(sum(model.slots.values()) for model in clients.models.values()),
     )
     if config.ram is not None and (there := exceeded(config.ram)) is not None:  # all experts may need less than that
         sizes = {"asked": format_bytes(config.ram.of(there.bytes)), "there": format_bytes(there.bytes)}

@@ -14,7 +14,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.proto.expert_store_pb2_grpc import ExpertStoreStub
 from moetier.tiers.errors import DaemonError
 
-from .address import Address, Credentials, DaemonCard, known_daemons
+from .address import Address, Credentials, DaemonCard, ServedModel, known_daemons
 from .channel import open_channel
 from .control import PATIENCE, ControlConnection
 from .status_codes import error_of
@@ -72,6 +72,12 @@ class RunningDaemon:
     card: DaemonCard
     stats: pb.StatsReply | None
 
+    @property
+    def models(self) -> list[tuple[ServedModel, pb.ModelStats | None]]:
+        """The models on the card, each with its counters; None if the daemon does not answer or serve it."""
+        stats = {model.digest: model for model in self.stats.models} if self.stats is not None else {}
+        return [(model, stats.get(model.digest)) for model in self.card.models]
+
 
 def running_daemons() -> list[RunningDaemon]:
     """Probe the daemons beneath ``runtime_folder()``, and leave out those that were killed."""
@@ -82,12 +88,12 @@ def running_daemons() -> list[RunningDaemon]:
             with probe(address, patience=PS_PATIENCE) as connected:
                 found.append(RunningDaemon(address.folder, card, connected.stats()))
         except DaemonError:
-            if _lives(card, address.folder):
+            if _is_running(card, address.folder):
                 found.append(RunningDaemon(address.folder, card, None))
     return found
 
 
-def _lives(card: DaemonCard, folder: Path) -> bool:
+def _is_running(card: DaemonCard, folder: Path) -> bool:
     """Return whether the card's process has the folder's lock open: it is stopped, or busy."""
     try:
         links = list(Path(f"/proc/{card.pid}/fd").iterdir())

@@ -173,8 +173,7 @@ def _tensors(header: Fields, size: int) -> dict[str, tuple[str, list[int]]]:
 def check_small(directory: Path, manifest: Manifest) -> None:
     """Compare the checksums of a trunk of at most ``CHECKED_BYTES`` that ``check_trunk`` has accepted.
 
-    Larger trunks are left to ``moetier verify`` and to a daemon's ``TrunkCheck``. Raises ChecksumError or
-    StoreReadError.
+    Larger trunks are left to ``moetier verify`` and to a daemon. Raises ChecksumError or StoreReadError.
     """
     if sum(entry.bytes for entry in manifest.trunk.values()) <= CHECKED_BYTES:
         for name, entry in manifest.trunk.items():

@@ -1,4 +1,4 @@
-"""``moetier daemon DIR``: holds the experts of models in memory, for every process of this machine and for others."""
+"""``moetier daemon DIR``: hold the experts of models in memory, for every process of this machine and for others."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import importlib.util
 import os
+from dataclasses import fields
 from pathlib import Path
 
+from moetier.runtime.daemon.options import DaemonConfig
 from moetier.tools.cli.options import directory
 from moetier.tools.cli.parser import UsageError, checked
 from moetier.tools.cli.resources import add_option
@@ -17,9 +19,7 @@ EXAMPLES = (
     "moetier daemon ./mixtral-4bit ./qwen3-4bit --folder work --metrics 9090",
 )
 
-CLIENTS = 64
-LEASES = 8
-SECONDS = 10.0
+DEFAULTS = {field.name: field.default for field in fields(DaemonConfig)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,24 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--leases",
         type=_count,
         metavar="N",
-        default=LEASES,
+        default=DEFAULTS["leases"],
         help="most slots that a client may hold at once (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-clients", type=_count, metavar="N", default=CLIENTS, help="most clients at once (default: %(default)s)"
+        "--max-clients", type=_count, metavar="N", default=DEFAULTS["max_clients"], help="most clients at once (default: %(default)s)"
     )
     parser.add_argument(
         "--wait",
         type=_seconds,
         metavar="SECONDS",
-        default=SECONDS,
+        default=DEFAULTS["wait"],
         help="longest wait for a free slot, before a request fails (default: %(default)g)",
     )
     parser.add_argument(
         "--drain",
         type=_seconds,
         metavar="SECONDS",
-        default=SECONDS,
+        default=DEFAULTS["drain"],
         help="time to finish running requests at shutdown (default: %(default)g)",
     )
     parser.add_argument(
@@ -95,11 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Until SIGTERM or SIGINT. 1 when it can't start."""
+    """Serve until SIGTERM or SIGINT, and return 0. Raises UsageError, or MoetierError if the daemon can't start."""
     from moetier.runtime.config import Size
     from moetier.runtime.daemon.entry import serve
     from moetier.runtime.daemon.log import log_to_stderr
-    from moetier.runtime.daemon.options import DaemonConfig
     from moetier.runtime.wire.address import Address
     from moetier.tiers.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""``moetier ps``: the daemons of this user that run on this machine."""
+"""``moetier ps``: list the daemons of this user that run on this machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _json(daemon: RunningDaemon) -> dict[str, Any]:
-    stats = {model.digest: model for model in daemon.stats.models} if daemon.stats is not None else {}
     return {
         "folder": str(daemon.folder),
         "pid": daemon.card.pid,
@@ -58,10 +57,10 @@ def _json(daemon: RunningDaemon) -> dict[str, Any]:
             | (
                 {"ready": now.host.ready, "slots": now.host.slots, "clients": now.clients, "leases": now.leases}
                 | ({"fault": now.fault} if now.fault else {})
-                if (now := stats.get(model.digest)) is not None
+                if now is not None
                 else {}
             )
-            for model in daemon.card.models
+            for model, now in daemon.models
         ],
     }
 
@@ -71,9 +70,7 @@ def _text(found: list[RunningDaemon]) -> str:
 
     rows = [["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]]
     for daemon in found:
-        stats = {model.digest: model for model in daemon.stats.models} if daemon.stats is not None else {}
-        for number, model in enumerate(daemon.card.models):
-            now = stats.get(model.digest)
+        for number, (model, now) in enumerate(daemon.models):
             first = number == 0
             rows.append(
                 [

@@ -1,4 +1,4 @@
-"""``moetier stats``: what a daemon has counted."""
+"""``moetier stats``: print a daemon's counters."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> dict[str, Any]:
-    """Counters since the daemon's start; bytes and seconds."""
+    """Return the counters since the daemon's start, in bytes and seconds."""
     return {
         "address": str(address),
         "version": described.version,
@@ -88,7 +88,10 @@ def _tier(host: Tier) -> dict[str, Any]:
 
 
 def address_of(text: str | None) -> Address:
-    """As a command line has it; the only daemon that runs here where it has none, or the default's."""
+    """Parse the address of a command line; None stands for the only daemon that runs here, or the default's.
+
+    Raises UsageError.
+    """
     from moetier.runtime.wire.address import DEFAULT_NAME, Address
     from moetier.runtime.wire.probe import running_daemons
 
@@ -131,7 +134,7 @@ _HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses
 
 
 def changes(before: tuple[DescribeReply, StatsReply], now: tuple[DescribeReply, StatsReply]) -> str:
-    """What ``--watch`` prints of two looks: one line for each model."""
+    """Return what ``--watch`` prints of two readings: one line for each model."""
     from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
 
     (daemon, stats), (was_daemon, was) = now, before
@@ -158,7 +161,7 @@ def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:
 
 
 def interval(text: str) -> float:
-    """Seconds between two looks, as an option has it."""
+    """Parse an option's seconds between two readings. Raises ArgumentTypeError."""
     with contextlib.suppress(ValueError):
         if 0.01 <= (seconds := float(text)) <= 86_400:
             return seconds
