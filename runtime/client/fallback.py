@@ -1,4 +1,4 @@
-"""The local store, read while the daemon is away or full."""
+"""Fallback: the local store, which is read while the daemon is away or full."""
 
 from __future__ import annotations
 

@@ -58,7 +58,10 @@ class RemoteReader(Closeable):
         channels: int = CHANNELS,
         patience: float = 10.0,
     ) -> None:
-        """Connects when it is first used or checked, which raise ConfigError for credentials that can't be used."""
+        """Use ``channels`` connections, which the first read or check makes.
+
+        Those raise ConfigError for credentials that can't be used.
+        """
         self.manifest = manifest
         self.address = address
         self._credentials = credentials
@@ -91,7 +94,7 @@ class RemoteReader(Closeable):
             )
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """As ``RecordReader`` says, without pauses.
+        """Read a record as ``RecordReader`` says, without pauses.
 
         Raises MissingExpertError, ChecksumError, a DaemonError, and errors of the daemon's own tier: StoreError,
         ExhaustedError. The content of the buffer is undefined then.

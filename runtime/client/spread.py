@@ -106,7 +106,7 @@ class SpreadReader(Closeable):
         self._closed = False
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """As ``RecordReader`` says; pauses only while it reads from the store.
+        """Read a record as ``RecordReader`` says; pauses only while it reads from the store.
 
         Raises MissingExpertError. Without local shards it also raises StoreError or ExhaustedError of a daemon, and
         UnavailableError if no daemon answers for ``patience`` seconds.
@@ -222,7 +222,7 @@ class SpreadReader(Closeable):
                 self._lose(peer, error, peer.failures)
 
     def _lose(self, peer: Peer, error: MoetierError, failures: int) -> None:
-        """Note that a peer failed, unless it has gone away since it was asked: its ``failures`` were so many then."""
+        """Note that a peer is away, unless it has been since it was asked, when it had failed ``failures`` times."""
         with self._state:
             if peer.away is not None or peer.failures != failures or self._closed:
                 return

@@ -73,7 +73,7 @@ class DaemonTier(Closeable):
         _opened_here.add(self)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
-        """As ``ExpertSource`` says; each lease has a proof, except those of the local store.
+        """Yield leases as ``ExpertSource`` says; each has a proof, except those of the local store.
 
         Raises MissingExpertError for a key that the model does not have. If the local store can't be read either,
         raises UnavailableError if the daemon does not answer in time, and ExhaustedError if all its slots are leased.
@@ -123,7 +123,7 @@ class DaemonTier(Closeable):
             rest.close()
 
     def reclaim(self) -> None:
-        """As ``ExpertSource`` says."""
+        """End this thread's leases as ``ExpertSource`` says."""
         self._fork_guard.check()
         if (misses := self._misses.get(threading.get_ident())) is not None:
             misses.close()
@@ -131,7 +131,10 @@ class DaemonTier(Closeable):
             self._fallback.host.reclaim()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """As ``ExpertSource`` says; does nothing while the daemon is away. No message is sent if all are there."""
+        """Request prefetches as ``ExpertSource`` says, unless the daemon is away.
+
+        No message is sent if all records are there.
+        """
         self._manifest.check_keys(block, keys)
         self._check_open()
         find = self._arena.directory.find
@@ -144,7 +147,7 @@ class DaemonTier(Closeable):
         self._link.prefetch(block, [key.expert for key in keys])
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """As ``ExpertSource`` says: return the keys that are not in the directory."""
+        """Return absent keys as ``ExpertSource`` says: those that are not in the directory."""
         find = self._arena.directory.find
         return [key for key in keys if find(key) is None]
 
@@ -154,7 +157,7 @@ class DaemonTier(Closeable):
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """As ``Lender`` says: pin a record in the directory, with a proof; never one of the local store.
+        """Lend a record of the directory as ``Lender`` says, with a proof; never one of the local store.
 
         The daemon is not told. Raises MissingExpertError.
         """
@@ -172,7 +175,7 @@ class DaemonTier(Closeable):
             self._borrowed.discard(key)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """As ``Lender`` says: report each key once that was pinned for a copy. To the daemon it is a hit."""
+        """Report uses as ``Lender`` says: each key once that was pinned for a copy. To the daemon it is a hit."""
         told = [key for key in keys if key in self._borrowed]
         self._borrowed.difference_update(told)
         if told:
@@ -208,7 +211,7 @@ class DaemonTier(Closeable):
         return self._link.connections
 
     def close(self) -> None:
-        """As ``ExpertSource`` says. A record stays readable while it is referenced, but can't be proved any more.
+        """Close as ``ExpertSource`` says. A record stays readable while it is referenced, but can't be proved any more.
 
         In a forked child only the child's maps and descriptors are closed.
         """
@@ -231,7 +234,7 @@ class DaemonTier(Closeable):
 
 
 class Misses:
-    """The misses of one call of acquire, all of one block: from the daemon, or from the local store."""
+    """The misses of one call of acquire, all of one block, granted by the daemon or read from the local store."""
 
     def __init__(self, tier: DaemonTier, block: int) -> None:
         self._tier = tier
@@ -343,7 +346,7 @@ class Misses:
 
 @interruptible
 def _next_event(events: SimpleQueue[LinkEvent], due: float) -> LinkEvent:
-    """Return the next event; None if none comes until ``due``, or for a while."""
+    """Return the next event; None if none comes before ``due``, or within POLL_SECONDS."""
     try:
         return events.get(timeout=min(max(due - time.monotonic(), 0.0), POLL_SECONDS))
     except Empty:
@@ -359,7 +362,7 @@ _opened_here: weakref.WeakSet[DaemonTier] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """Let use in a forked child raise, rather than wait for threads that the child does not have."""
+    """Make every use in a forked child raise, rather than wait for threads that the child does not have."""
     for tier in list(_opened_here):
         tier._closed_error = tier._closed_error or ClosedError(
             "This is another process's tier: it was opened before this process was forked.",

@@ -65,7 +65,7 @@ class Clients:
     """Clients by the ids that the control socket issued. Thread-safe."""
 
     def __init__(self, models: Mapping[str, HostedModel], *, leases: int, patience: float) -> None:
-        """``models`` are by digest. A client holds ``leases`` slots at most, and waits ``patience`` seconds for one."""
+        """Serve ``models``, by digest. A client holds at most ``leases`` slots, and waits ``patience`` seconds for one."""
         self.models = models
         self.started = time.time()
         self.began = time.monotonic()
@@ -116,7 +116,7 @@ class Clients:
 
     @contextlib.contextmanager
     def stream(self, session: str) -> Iterator[SessionCall]:
-        """Begin the client's new stream, and end its former one. Yield it, and end it.
+        """Begin a stream of the client and end its former one; ``with`` ends the new one.
 
         Raises RefusedError, UnknownModelError, UnavailableError.
         """

@@ -58,7 +58,7 @@ class HostedModel:
         self.host.condemn(error)
 
     def log_failure(self, error: BaseException) -> None:
-        """Log an error that a request got if a read has failed."""
+        """Log the error of a request if it says that a read has failed."""
         if isinstance(error, StoreError) and not isinstance(error, MissingExpertError) and self.host.fault is None:
             self._failures.log(model=self.name, cause=error.cause)
 

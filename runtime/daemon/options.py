@@ -47,7 +47,7 @@ class DaemonConfig:
         return f"127.0.0.1:{self.metrics}" if self.metrics.isdecimal() else self.metrics
 
     def check(self) -> None:
-        """Raises ConfigError for options that contradict each other, and for a TCP address that is not protected."""
+        """Raise ConfigError for options that contradict each other, or a TCP address that is not protected."""
         OPTIONS["policy"].read("policy", self.policy)
         if self.metrics:
             _tcp(self.metrics_address, self.metrics)

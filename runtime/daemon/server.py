@@ -137,7 +137,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
     """
 
     def __init__(self, accepts: Callable[[str | None], bool], *, exempt: str | None = None) -> None:
-        """``accepts`` gets the bearer, None without one; calls of the service ``exempt`` need none."""
+        """Ask ``accepts`` about each bearer, None without one; calls of the service ``exempt`` need none."""
         self._accepts = accepts
         self._exempt = f"/{exempt}/"
         self._refusals = RateLimitedLog(_log, "client-refused")

@@ -1,4 +1,4 @@
-"""``moetier list``: the models that were pulled."""
+"""``moetier list``: list the pulled models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def look(name: str, folder: Path) -> Listed | None:
-    """None of what is removed meanwhile. A conversion that ends meanwhile takes its plan away: then once more."""
+    """Describe a pulled model; return None if it is removed meanwhile.
+
+    A conversion that ends meanwhile removes its plan: then the folder is read again.
+    """
     for _ in range(LOOKS):
         with contextlib.suppress(FileNotFoundError):
             return _look(name, folder)
@@ -64,7 +67,7 @@ def look(name: str, folder: Path) -> Listed | None:
 
 
 def _look(name: str, folder: Path) -> Listed:
-    """Reads the manifest, or what is to become it."""
+    """Read the manifest, or the plan of an incomplete conversion. Raises FileNotFoundError."""
     from moetier.runtime.pulled import pulling
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import Manifest

@@ -1,4 +1,4 @@
-"""``moetier pull ID``: a model of the Hugging Face hub, downloaded and converted file by file, and kept by its name."""
+"""``moetier pull ID``: download a model of the Hugging Face hub, convert it file by file, and keep it by its name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises CheckpointError, TargetError or ConfigError."""
+    """Pull the model and return the exit status. Raises CheckpointError, TargetError or ConfigError."""
     options = options_of(arguments)
     from moetier.runtime.checkpoint import hub
     from moetier.runtime.pulled import place_of, tag_of

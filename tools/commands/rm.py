@@ -1,6 +1,6 @@
-"""``moetier rm NAME...``: removes pulled models, and what was downloaded of those that are incomplete.
+"""``moetier rm NAME...``: remove pulled models, complete or not.
 
-What is left of a removal that is cut has its name still: ``list`` shows it, and ``rm`` goes on.
+After a removal that was cut the rest keeps its name: ``list`` shows it, and ``rm`` goes on.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Removes all of them or, where a name is wrong or a model in use, none; but what has come into use by the time of
-    an answer stays, and what is behind it. Raises StoreFormatError or TargetError."""
+    """Remove the models and return 0; remove none if a name is wrong or a model is in use.
+
+    A model that comes into use while a question is open stays, and so do those behind it. Raises StoreFormatError,
+    TargetError.
+    """
     from moetier.runtime.config import format_bytes
     from moetier.runtime.pulled import pulled_model
     from moetier.tools.convert.files import disk_bytes
@@ -44,7 +47,7 @@ def _agrees(question: str) -> bool:
 
 
 def check_removable(name: str, folder: Path) -> None:
-    """Raises TargetError for what lies elsewhere, or is in use."""
+    """Raise TargetError for a model that lies elsewhere or is in use."""
     from moetier.runtime.pulled import models_folder
     from moetier.tiers.errors import TargetError
     from moetier.tools.convert.files import check_unused
@@ -59,7 +62,7 @@ def check_removable(name: str, folder: Path) -> None:
 
 
 def remove(name: str, folder: Path) -> None:
-    """Links in it are not followed. Raises TargetError where it is in use."""
+    """Remove a model, without following links in its folder. Raises TargetError if it is in use."""
     from moetier.tiers.store.folder import GROUP
     from moetier.tools.convert.files import check_unused, delete, empty, locked
 
