@@ -160,9 +160,7 @@ class _Channels:
             bearer = None
             if address.folder is not None:
                 bearer = opened.enter_context(ControlConnection.open(address.folder, None)).session_id
-            channels = [
-                opened.enter_context(open_channel(address, credentials, bearer=bearer)) for _ in range(count)
-            ]
+            channels = [opened.enter_context(open_channel(address, credentials, bearer=bearer)) for _ in range(count)]
             self.close = opened.pop_all().close
         self.first = channels[0]
         # no deserialiser: decode_piece does without a copy

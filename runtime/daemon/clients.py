@@ -65,7 +65,7 @@ class Clients:
     """Clients by the ids that the control socket issued. Thread-safe."""
 
     def __init__(self, models: Mapping[str, HostedModel], *, leases: int, patience: float) -> None:
-        """Serve ``models``, by digest. A client holds at most ``leases`` slots, and waits ``patience`` seconds for one."""
+        """Serve ``models``, by digest. A client may hold ``leases`` slots, and waits ``patience`` seconds for one."""
         self.models = models
         self.started = time.time()
         self.began = time.monotonic()

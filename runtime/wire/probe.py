@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import grpc
 
@@ -18,8 +18,6 @@ from .address import Address, Credentials, DaemonCard, ServedModel, known_daemon
 from .channel import open_channel
 from .control import PATIENCE, ControlConnection
 from .status_codes import error_of
-
-Reply = TypeVar("Reply")
 
 PS_PATIENCE = 2.0  # seconds for each daemon of a list to answer
 
@@ -37,13 +35,15 @@ class DaemonProbe:
 
     def describe(self) -> pb.DescribeReply:
         """Ask what the daemon is and which models it serves."""
-        return self._ask(self._stub.Describe, pb.DescribeRequest())
+        reply: pb.DescribeReply = self._ask(self._stub.Describe, pb.DescribeRequest())
+        return reply
 
     def stats(self, *, details: bool = False) -> pb.StatsReply:
         """Ask for the daemon's counters, with ``details`` also for its clients and blocks."""
-        return self._ask(self._stub.Stats, pb.StatsRequest(details=details))
+        reply: pb.StatsReply = self._ask(self._stub.Stats, pb.StatsRequest(details=details))
+        return reply
 
-    def _ask(self, call: Callable[..., Reply], request: object) -> Reply:
+    def _ask(self, call: Callable[..., Any], request: object) -> Any:
         try:
             return call(request, timeout=self._patience)
         except grpc.RpcError as error:

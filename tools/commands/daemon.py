@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most slots that a client may hold at once (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-clients", type=_count, metavar="N", default=DEFAULTS["max_clients"], help="most clients at once (default: %(default)s)"
+        "--max-clients",
+        type=_count,
+        metavar="N",
+        default=DEFAULTS["max_clients"],
+        help="most clients at once (default: %(default)s)",
     )
     parser.add_argument(
         "--wait",
