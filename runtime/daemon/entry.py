@@ -1,23 +1,19 @@
-"""Entry point of the daemon's process, and its signals.
+"""Entry point of the daemon's process.
 
-Apart from the rest because it blocks the signals before any library that starts threads is imported. They are blocked
-in all threads, and taken one by one by the thread that waits for the daemon's end.
+Apart from the rest because it blocks signals before any library that starts threads is imported. They are blocked in
+all threads, and taken one by one by the thread that waits for the daemon's end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import resource
 import signal
 
-from .log import log_event
 from .options import DaemonConfig
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-
-_log = logging.getLogger(__name__)
 
 
 def serve(config: DaemonConfig) -> int:
@@ -38,15 +34,3 @@ def serve(config: DaemonConfig) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
     return 0
-
-
-def wait_for_stop() -> str:
-    """Wait for SIGTERM or SIGINT, and return its name."""
-    while (name := signal.Signals(signal.sigwait(SIGNALS)).name) == "SIGHUP":
-        log_event(_log, "signal", name=name, note="nothing is reloaded: end it and start it again")
-    return name
-
-
-def got_second_stop() -> bool:
-    """Return whether another SIGTERM or SIGINT has come."""
-    return signal.sigtimedwait(SIGNALS - {signal.SIGHUP}, 0) is not None

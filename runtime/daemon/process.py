@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -23,7 +24,6 @@ from moetier.tiers.store.atomic import write_all
 
 from .clients import Clients
 from .control_server import ControlServer
-from .entry import got_second_stop, wait_for_stop
 from .log import log_event
 from .options import DaemonConfig
 from .server import bind, local_server, reflect, remote_server, server_credentials, stop
@@ -31,6 +31,7 @@ from .startup import open_models
 from .systemd import ServiceManager
 
 LOCK = "lock"  # file in the daemon's folder
+_STOP = {signal.SIGTERM, signal.SIGINT}
 _POLL = 0.1  # seconds between looks for a second signal
 _GRACE = 0.5  # seconds for the last answers to be sent; then watches of the health are cut off
 
@@ -52,7 +53,9 @@ def run(config: DaemonConfig) -> None:
                     "Mend that, or name another folder: --folder.",
                 ) from error
             _announce(config, manager, card, clients)
-            log_event(_log, "signal", name=wait_for_stop())
+            while (name := signal.Signals(signal.sigwait({*_STOP, signal.SIGHUP})).name) == "SIGHUP":
+                log_event(_log, "signal", name=name, note="nothing is reloaded: end it and start it again")
+            log_event(_log, "signal", name=name)
             manager.stopping()
             _drain(clients, config.drain)
             stop(servers, _GRACE)
@@ -197,7 +200,7 @@ def _drain(clients: Clients, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     clients.stop()  # from now on new calls are refused
     while not (settled := clients.wait(min(_POLL, deadline - time.monotonic()))):
-        if time.monotonic() >= deadline or got_second_stop():
+        if time.monotonic() >= deadline or signal.sigtimedwait(_STOP, 0) is not None:
             break
     log_event(_log, "drained", finished=settled)
     clients.end()
