@@ -8,8 +8,8 @@ import os
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class ControlServer:
         self._closed = threading.Event()
         self._state = threading.Lock()  # guards it
         self._connections: dict[socket.socket, bool] = {}  # whether each is that of a client of a store
-        self._pool = ThreadPoolExecutor(max_clients + _OTHERS, thread_name_prefix="moetier-control")
+        self._threads = weakref.WeakSet[threading.Thread]()  # of the connections
         path = folder / CONTROL_SOCKET
         with contextlib.ExitStack() as undo:
             self._listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -85,7 +85,8 @@ class ControlServer:
             for end in connections:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)  # wakes its thread
-            self._pool.shutdown()
+            for thread in list(self._threads):
+                thread.join()
             self._release()
 
     def _accept(self) -> None:
@@ -104,7 +105,9 @@ class ControlServer:
                     if len(self._connections) >= self._max_clients + _OTHERS:
                         raise self._full()
                     self._connections[end] = False
-                self._pool.submit(self._serve, end, pid)
+                thread = threading.Thread(target=self._serve, args=(end, pid), name="moetier-control", daemon=True)
+                thread.start()
+                self._threads.add(thread)
             except MoetierError as error:
                 self._refuse(end, pid, error)
             except RuntimeError as error:

@@ -29,6 +29,7 @@ from moetier.proto import expert_store_pb2 as pb
 from moetier.runtime.wire.address import Address, Credentials, DaemonCard
 from moetier.runtime.wire.channel import open_channel
 from moetier.runtime.wire.control import ControlConnection
+from moetier.runtime.wire.probe import probe
 from moetier.runtime.wire.status_codes import error_from_message, error_of
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.layout import ExpertKey
@@ -101,8 +102,8 @@ def test_where_it_is_by_default(store: Store, tmp_path: Path, words: list[str], 
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as process:
         try:
             wait_until(lambda: (folder / "daemon.json").exists())
-            with ControlConnection.open(folder, store[1].digest) as control:
-                assert control.pid == process.pid
+            with probe(Address.of(folder)) as daemon:
+                assert daemon.describe().pid == process.pid
             assert [path.stat().st_mode & 0o777 for path in (parent, folder)] == [0o700, 0o700]
             process.terminate()
             assert process.wait(PATIENCE) == 0
@@ -270,7 +271,6 @@ def test_several_models_share_the_memory(tmp_path: Path) -> None:
                 for _ in range(2):
                     lease = client.granted()
                     assert client.record(lease.slot) == records[ExpertKey(2, lease.expert)]
-            assert one.control.model == "acme/4"
             one.acquire(2, 0, [11])  # the other's expert
             assert one.failed().error.kind == "MissingExpertError"
         assert [daemon.stats(manifest.digest).requests for _, manifest, _ in stores] == [2, 1]
