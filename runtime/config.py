@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -13,9 +15,6 @@ from typing import Any, TypedDict, Unpack
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.errors import ConfigError
-
-from .number import COUNT, Number
-from .threads import machine_cpus
 
 SPECULATE = ("auto", "off", "always")
 DEFAULT_CONTEXT = 4096  # tokens
@@ -30,6 +29,34 @@ _UNITS = {"": 1, "b": 1} | {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*|%)\s*", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Number:
+    """Range of an option that is a number; as a type of argparse it reads one. ``fix`` says what to give."""
+
+    kind: type[int] | type[float]
+    least: float
+    most: float
+    fix: str
+
+    def __call__(self, text: str) -> float:
+        """Read a number. Raises ConfigError for one that is out of range, ValueError for another text."""
+        number = self.kind(text)
+        if not self.least <= number <= self.most or number == math.inf:
+            raise ConfigError(f"{text} is out of range.", self.fix)
+        return number
+
+    @property
+    def __name__(self) -> str:
+        """Name of the type in argparse's errors."""
+        return self.kind.__name__
+
+
+MOST = (1 << 31) - 1  # of what is counted: with any number of digits one would compute for ever, or overflow
+TINY = math.ulp(0.0)  # more than 0
+COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
+SECONDS = Number(float, TINY, 86_400, "Give more than 0, to 86,400 at most.")
+
+
 @dataclass(frozen=True, slots=True)
 class Size:
     """An amount of memory: bytes, or a share of what there is."""
@@ -39,7 +66,7 @@ class Size:
 
     @classmethod
     def parse(cls, text: str | int) -> Size:
-        """``"6GiB"`` (1024-based, as is a bare ``"6G"``), ``"6GB"`` (1000-based), ``"50%"``, or a number of bytes.
+        """Read ``"6GiB"`` (1024-based, as is a bare ``"6G"``), ``"6GB"`` (1000-based), ``"50%"``, or a number of bytes.
 
         Raises ConfigError.
         """
@@ -55,7 +82,7 @@ class Size:
         return cls(bytes=int(number * _UNITS[unit]))
 
     def of(self, total: int) -> int:
-        """In bytes, where ``total`` bytes are what a share is taken of."""
+        """Return the size in bytes; a share is taken of ``total`` bytes."""
         return self.bytes if self.bytes is not None else int((self.share or 0) * total)
 
 
@@ -123,21 +150,13 @@ def _option(default: Any, help: str, kind: Any, wanted: str, **more: Any) -> Any
     return field(default=default if option.parse is None else option.parse(default), metadata={"option": option})
 
 
-def _size(text: str | int | None) -> Size | None:
-    return None if text is None else Size.parse(text)
-
-
-def _credentials(given: Credentials | None) -> Credentials:
-    return given or Credentials()
-
-
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise ConfigError(f"{name!r} is not a device.", 'Give "auto", "cpu", "cuda" or "cuda:N".')
     return name
 
 
-_CPUS = machine_cpus()
+_CPUS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +175,7 @@ class TierConfig:
         int | str | None,
         'a size such as "6GiB", a share: "50%", or a number of bytes',
         metavar="SIZE",
-        parse=_size,
+        parse=lambda text: None if text is None else Size.parse(text),
     )
     device_memory: Size | None = _option(
         None,
@@ -164,7 +183,7 @@ class TierConfig:
         int | str | None,
         "a size, a share or a number of bytes",
         metavar="SIZE",
-        parse=_size,
+        parse=lambda text: None if text is None else Size.parse(text),
     )
     device: str = _option("auto", '"auto", "cpu", "cuda" or "cuda:N"', str, "a text", parse=_device)
     policy: str = _option(
@@ -215,7 +234,9 @@ class TierConfig:
         metavar="WHOSE",
         parse=DaemonChoice.parse,
     )
-    credentials: Credentials = _option(None, "", Credentials | None, "moetier's Credentials", parse=_credentials)
+    credentials: Credentials = _option(
+        None, "", Credentials | None, "moetier's Credentials", parse=lambda given: given or Credentials()
+    )
     speculate: str = _option(
         "auto",
         "load experts ahead that the next layers' routers will probably choose: auto, while it is measured to pay",
@@ -250,11 +271,10 @@ class TierConfig:
         if unknown := given.keys() - OPTIONS.keys():
             raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
         found = cls(**{name: OPTIONS[name].read(name, value) for name, value in given.items()})
-        asked = {"`ram`": found.ram is not None, "`policy`": found.policy != DEFAULT_ORDER, "`learn`": found.learn}
-        if found.mapped is not None and any(asked.values()):
+        if found.mapped is not None and (asked := found.of_own_tier):
             raise ConfigError(
                 f"The experts are the daemon's, {found.mapped}: its memory is what holds them.",
-                f"Give {' and '.join(name for name in asked if asked[name])} to the daemon, and not here.",
+                f"Give {' and '.join(asked)} to the daemon, and not here.",
             )
         if found.credentials != Credentials() and not found.remote:
             raise ConfigError(
@@ -270,8 +290,14 @@ class TierConfig:
         return addresses[0] if len(addresses) == 1 and addresses[0].folder else None
 
     @property
+    def of_own_tier(self) -> list[str]:
+        """Names of the given options that only a host tier of this process makes use of."""
+        asked = {"`ram`": self.ram is not None, "`policy`": self.policy != DEFAULT_ORDER, "`learn`": self.learn}
+        return [name for name in asked if asked[name]]
+
+    @property
     def remote(self) -> bool:
-        """Whether a daemon is named by HOST:PORT."""
+        """True if a daemon is named by HOST:PORT."""
         return any(address.target for address in self.daemon.addresses)
 
 

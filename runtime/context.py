@@ -1,4 +1,4 @@
-"""The longest context of a model, and how many tokens a text has in view of it."""
+"""Longest context of a model, and the tokens of a text that may be longer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MARGIN = 2  # a beginning with so many times the tokens that are allowed proves
 
 
 def longest_context(config: Any) -> int | None:
-    """The tokens, prompt and answer together, that a model was made for; None where its config names no maximum.
+    """Return the tokens, prompt and answer together, that a model was made for; None if its config names no maximum.
 
     ``config`` is the model's, as transformers has it: of several modalities the text model's counts. A sliding window
     limits what a layer sees, and not the length. Scaled rotary embeddings may reach further than
@@ -29,7 +29,7 @@ def longest_context(config: Any) -> int | None:
 
 
 def _reaches(rope: Any, stated: int) -> Iterator[float]:
-    """Of rope parameters, or of those of each type of layer."""
+    """Yield the length that scaled rotary embeddings reach, of all layers or of each type of layer."""
     if not isinstance(rope, Mapping):
         return
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or stated
@@ -40,13 +40,13 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
 
 
 def context_of(config: Any, tokens: int) -> int:
-    """The context that memory is kept for: ``tokens``, or, of the default, no more than the model was made for."""
+    """Return the tokens that memory is kept for: ``tokens``, but of the default no more than the model was made for."""
     longest = longest_context(config)
     return min(tokens, longest) if longest and tokens == DEFAULT_CONTEXT else tokens
 
 
 def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> list[int]:
-    """The token ids of ``text``; where it has far more than ``most``, those of a beginning with far more than that.
+    """Return the token ids of ``text``, or of a beginning that alone has far more than ``most`` tokens.
 
     So the length of the result is above ``most`` exactly if that of the whole is, and a text of any size is refused
     in the time that a few times ``most`` tokens take. ``options`` are keyword arguments of the tokenizer.
@@ -65,7 +65,7 @@ def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> li
 
 
 def counted(tokens: int, most: int) -> str:
-    """The length of what ``first_ids`` gave, for people: "3,005", or "more than 4,096" where not all were counted."""
+    """Format the length of what ``first_ids`` returned: "3,005", or "more than 4,096" where not all were counted."""
     return f"{tokens:,}" if tokens <= _MARGIN * most else f"more than {_MARGIN * most:,}"
 
 

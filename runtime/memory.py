@@ -1,4 +1,4 @@
-"""What memory there is for this process, and which budgets work.
+"""Memory that this process may use, and the budgets that fit it.
 
 psutil sees the machine and not the control group that a container or a service runs in, so the limits of both versions
 of control groups are read here.
@@ -6,6 +6,9 @@ of control groups are read here.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import psutil
 from moetier.tiers.errors import BudgetError
 
 from .config import Size, format_bytes
-from .control_groups import control_groups
+from .control_groups import ControlGroup, control_groups
 
 DEFAULT_SHARE = 0.8  # of what is left: a page cache, a second program and a longer context need some too
 MARGIN_SHARE = 1 / 64  # of what is left: page tables and the kernel's index of shared memory grow with what is mapped
@@ -38,21 +41,16 @@ class Available:
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this machine has."""
+    """Return the bytes of memory that this machine has."""
     return int(psutil.virtual_memory().total)
 
 
 def available_memory(root: Path = Path("/")) -> Available:
-    """The least of what the machine has free and of what each control group above this process leaves.
+    """Return the least of what the machine has free and of what each control group above this process leaves.
 
     ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Pages of files count as free: they can be dropped.
     """
-    left = [
-        Available(max(count, 0), group.name)
-        for group in control_groups("memory", root)
-        if (count := _left(group.folder, *_FILES[group.version])) is not None
-    ]
-    return min([Available(psutil.virtual_memory().available, "this machine"), *left], key=_bytes)
+    return _least(int(psutil.virtual_memory().available), _left, root)
 
 
 def memory_for_model(root: Path = Path("/")) -> Available:
@@ -63,7 +61,7 @@ def memory_for_model(root: Path = Path("/")) -> Available:
 
 
 def shortage(root: Path = Path("/")) -> str:
-    """Why this process may be killed while it imports the libraries that compute with a model; "" where they fit."""
+    """Return a warning if the libraries that compute with a model do not fit into what is left, else ""."""
     left = available_memory(root)
     if left.bytes >= PROCESS_BYTES - _own_bytes("RssAnon"):
         return ""
@@ -74,7 +72,7 @@ def shortage(root: Path = Path("/")) -> str:
 
 
 def peak_bytes() -> int:
-    """The most that this process ever had resident; getrusage's number begins with the process that started it."""
+    """Return the most bytes that this process ever had resident; getrusage counts those of its parent too."""
     return _own_bytes("VmHWM")
 
 
@@ -84,51 +82,46 @@ def resident_bytes() -> int:
 
 
 def _own_bytes(name: str) -> int:
-    """A size that /proc/self/status has."""
+    """Return a size of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def whole_memory(root: Path = Path("/")) -> Available:
-    """The same, but with nothing in use."""
-    groups = [
-        Available(limit, group.name)
-        for group in control_groups("memory", root)
-        if (limit := _limit(group.folder / _FILES[group.version][0])) is not None
-    ]
-    return min([Available(machine_memory(), "this machine"), *groups], key=_bytes)
+    """Return what ``available_memory`` would with nothing in use."""
+    return _least(machine_memory(), _limit, root)
 
 
 def exceeded(asked: Size | None) -> Available | None:
-    """What there is in all, where more is asked for."""
+    """Return ``whole_memory`` if more than that is asked for."""
     there = whole_memory()
     return there if asked is not None and asked.of(there.bytes) > there.bytes else None
 
 
-def _bytes(known: Available) -> int:
-    return known.bytes
+def _least(of_machine: int, of_group: Callable[[ControlGroup], int | None], root: Path) -> Available:
+    """Return the least of the machine's bytes and of those of each control group above this process."""
+    found = [Available(of_machine, "this machine")]
+    for group in control_groups("memory", root):
+        with contextlib.suppress(OSError, ValueError):  # a file is missing, or not as the kernel writes it
+            if (count := of_group(group)) is not None:
+                found.append(Available(max(count, 0), group.name))
+    return min(found, key=lambda available: available.bytes)
 
 
-def _left(folder: Path, limit_name: str, usage_name: str, prefix: str) -> int | None:
+def _left(group: ControlGroup) -> int | None:
     """Bytes that a group leaves; None where it has no limit."""
-    try:
-        usage = int((folder / usage_name).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if (limit := _limit(folder / limit_name)) is None:
-        return None
+    _, usage_name, prefix = _FILES[group.version]
+    usage = int((group.folder / usage_name).read_text())
+    stat = dict(line.split() for line in (group.folder / "memory.stat").read_text().splitlines())
     droppable = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
-    return limit - (usage - droppable)
+    limit = _limit(group)
+    return None if limit is None else limit - (usage - droppable)
 
 
-def _limit(file: Path) -> int | None:
-    """Bytes; None where there is none."""
-    try:
-        text = file.read_text().strip()
-        return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
-    except (OSError, ValueError):
-        return None
+def _limit(group: ControlGroup) -> int | None:
+    """Bytes of a group's limit; None where it has none."""
+    text = (group.folder / _FILES[group.version][0]).read_text().strip()
+    return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
 
 
 def budget_for(
@@ -140,11 +133,18 @@ def budget_for(
     available: Available,
     name: str = "ram",
 ) -> int:
-    """Bytes for the host tier, or for the device tier, whose parameter has the ``name`` device_memory.
+    """Return the bytes of the host tier, or of the device tier.
 
-    ``smallest`` and ``largest`` are what the tier can work with and make use of; ``reserve`` is kept for the KV cache
-    and for computing. What is left then, less a margin, is the most that can be allocated, and what a share is of.
-    Raises BudgetError when nothing works, or when what was asked for doesn't.
+    Args:
+        asked: what the user wants: a size, a share of the most that can be allocated, or None for the default share.
+        smallest: the least bytes with which the tier works.
+        largest: the most bytes that it can make use of.
+        reserve: bytes to leave for the KV cache and for computing. The most is what is left then, less a margin.
+        available: what there is now.
+        name: the option, for errors: "ram" or "device_memory".
+
+    Raises:
+        BudgetError: no budget works, or not the one that was asked for.
     """
     left = available.bytes - reserve
     most = int(left * (1 - MARGIN_SHARE)) - MARGIN_BYTES
@@ -169,12 +169,10 @@ def budget_for(
     return budget
 
 
-def mapped_files() -> list[range]:
-    """The addresses at which this process has files mapped."""
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0":
-            start, end = addresses.split("-")
-            found.append(range(int(start, 16), int(end, 16)))
-    return found
+def mapped_files(process: str = "self") -> Iterator[tuple[range, str]]:
+    """Yield the addresses and the path of each mapped file of a process, as the kernel writes paths (proc(5))."""
+    for line in os.fsdecode(Path("/proc", process, "maps").read_bytes()).split("\n"):
+        fields = line.split(maxsplit=5)  # address, permissions, offset, device, inode, path
+        if len(fields) == 6 and fields[4] != "0":
+            start, end = fields[0].split("-")
+            yield range(int(start, 16), int(end, 16)), fields[5]

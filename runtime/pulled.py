@@ -21,7 +21,7 @@ WIDTH = re.compile(r"(\d+)bit(?:-trunk(\d+)bit)?")
 
 
 def models_folder() -> Path:
-    """Raises ConfigError for a user without a home."""
+    """Return the folder of all pulled models. Raises ConfigError for a user without a home."""
     folder = Path(os.environ.get("XDG_DATA_HOME", ""))
     if not folder.is_absolute():  # which is to be ignored
         try:
@@ -37,21 +37,21 @@ def tag_of(bits: Bits, trunk_bits: Bits) -> str:
 
 
 def place_of(hub_id: str, tag: str) -> Path:
-    """Where a model is pulled to."""
+    """Return the folder that a model is pulled to."""
     return models_folder() / hub_id.replace("/", "--") / tag
 
 
 def pulled() -> dict[str, Path]:
-    """By name those that are there, whole or in part; what nothing that is pulled is called is no model."""
+    """Return the models that are there, whole or in part, by name. A folder that no pull would name so is left out."""
     found = sorted(path for path in models_folder().glob("*/*") if (path / GROUP).is_dir())
     named = {f"{path.parent.name.replace('--', '/')}:{path.name}": path for path in found}
     return {name: path for name, path in named.items() if NAME.fullmatch(name)}
 
 
 def model_directory(name: str | os.PathLike[str]) -> Path:
-    """A folder that is there; else the one of a pulled model, whose tag may be left out where there is one alone.
+    """Return the folder ``name`` if it exists, else that of the pulled model; the tag of an only one may be left out.
 
-    Raises StoreFormatError for a name that nothing has. What can be no name is taken for a folder.
+    A text that can be no name is taken for a folder. Raises StoreFormatError for a name that no model has.
     """
     text, folder = os.fspath(name), Path(name)
     if not may_be_name(text) or folder.exists():
@@ -62,19 +62,19 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
 
 
 def may_be_name(text: str) -> bool:
-    """What begins with a dot or a slash can only be a path."""
+    """Return whether a text can be a name; one that begins with a dot or a slash can only be a path."""
     return NAME.fullmatch(text) is not None and not text.startswith(".")
 
 
 def pulled_model(name: str) -> tuple[str, Path]:
-    """(name with its tag, folder). Raises StoreFormatError."""
+    """Return the name, with its tag, and the folder of a pulled model. Raises StoreFormatError."""
     if (found := _named(name)) is None:
         raise StoreFormatError(f"There is no pulled model {name}.", "moetier list says what there is.")
     return found
 
 
 def _named(name: str) -> tuple[str, Path] | None:
-    """Raises StoreFormatError for a name of several."""
+    """Return a model's full name and its folder, if it is there. Raises StoreFormatError for a name of several."""
     there = pulled()
     if name in there:
         return name, there[name]
@@ -87,12 +87,12 @@ def _named(name: str) -> tuple[str, Path] | None:
 
 
 def checkpoint_or_model(source: str) -> str:
-    """For commands that take the hub's ids: only a name with its tag is a pulled model there."""
+    """Resolve the source of a command that takes the hub's ids: only a name with its tag is a pulled model there."""
     return str(model_directory(source)) if ":" in source else source
 
 
 def name_of(folder: Path) -> str:
-    """What a model directory is called: by the name that it was pulled under, or as its folder."""
+    """Return the name under which a model directory was pulled, or else that of its folder."""
     real = folder.resolve()
     names = [name for name, path in pulled().items() if path.resolve() == real]
     return names[0] if names else real.name
@@ -112,7 +112,7 @@ def _advice(name: str) -> str:
 
 
 def pulling(name: str) -> list[str]:
-    """The words that follow ``moetier pull`` for a model to get this name."""
+    """Return the words after ``moetier pull`` that give a model this name."""
     parts = NAME.fullmatch(name)
     assert parts is not None
     words, width = [parts["id"]], WIDTH.fullmatch(parts["tag"] or "")

@@ -17,11 +17,6 @@ from .control_groups import control_groups
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says the number, and torch takes it
 
 
-def machine_cpus() -> int:
-    """CPUs of this machine: the most threads that can be asked for."""
-    return os.cpu_count() or 1
-
-
 def usable_cpus(root: Path = Path("/")) -> int:
     """CPUs that this process may use, by its affinity, its cpuset, and the quotas of its control groups; at least 1.
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from moetier.runtime.config import MOST, TINY, Number
 from moetier.runtime.context import counted, first_ids, longest_context
-from moetier.runtime.number import MOST, TINY, Number
 from moetier.tiers.errors import ConfigError
 
 _log = logging.getLogger(__name__)

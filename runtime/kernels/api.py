@@ -42,7 +42,7 @@ class Kernels:
         self._local = threading.local()
 
     def packs(self, layout: RecordLayout) -> bool:
-        """Whether all projections of a layout are multiplied where they lie."""
+        """Return whether all projections of a layout are multiplied where they lie."""
         return False
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:

@@ -101,7 +101,10 @@ class FusedKernels(Kernels):
         self._of_steps = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=self.device)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """As ``Kernels.project``, [tokens, columns] -> [tokens, rows], but not bit for bit; ``record`` is arranged."""
+        """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but not bit for bit.
+
+        ``record`` is arranged.
+        """
         plan = self._plans.get((id(layout), name))
         if plan is None:
             plan = self._plans[id(layout), name] = _Int4Plan(layout, name)
@@ -168,7 +171,7 @@ def fused_or_plain(device: torch.device, int4: Int4) -> Kernels:
 
 
 def _multiplies(kernels: FusedKernels, group: int) -> bool:
-    """Whether a product with a small matrix equals that with its decoded weights, but for rounding."""
+    """Return whether a product with a small matrix equals that with its decoded weights, but for rounding."""
     name, rows, columns = "weight", ROW_TILE, 2 * group
     layout = layout_for({name: ((rows, columns), "bfloat16")}, bits=4, group=group, pairs="bfloat16")
     generator = torch.Generator().manual_seed(group)

@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import weakref
-from typing import NamedTuple
+from collections import namedtuple
 
 from moetier.tiers.store.atomic import write_all
 
@@ -40,7 +40,7 @@ class LinkError(RuntimeError):
 
 @functools.cache
 def can_become_executable() -> bool:
-    """Whether memory that was written may be made executable, as LLVM and oneDNN do. Runs no code."""
+    """Return whether memory that was written may be made executable, as LLVM and oneDNN do. Runs no code."""
     page = _LIBRARY.mmap(*_ANYWHERE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if page == _FAILED:
         return False
@@ -55,7 +55,7 @@ class Executable:
     """A linked object file, mapped as long as this object lives."""
 
     def __init__(self, object_file: bytes) -> None:
-        """Raises LinkError as ``link`` does, and OSError where such memory can't be had."""
+        """Link and map a file. Raises LinkError as ``link`` does, and OSError where such memory can't be had."""
         image, self._symbols = link(object_file)
         descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         try:
@@ -76,17 +76,7 @@ class Executable:
         return int(self._base + self._symbols[name])
 
 
-class _Section(NamedTuple):
-    name: int
-    type: int
-    flags: int
-    address: int
-    offset: int
-    size: int
-    link: int
-    info: int
-    alignment: int
-    entry: int
+_Section = namedtuple("_Section", "name type flags address offset size link info alignment entry")  # all integers
 
 
 def link(object_file: bytes) -> tuple[bytes, dict[str, int]]:

@@ -45,11 +45,11 @@ class PackedKernels(Kernels):
         self._rounded = jit.Scratch()
 
     def packs(self, layout: RecordLayout) -> bool:
-        """Whether all projections of the layout are quantised."""
+        """Return whether all projections of the layout are quantised."""
         return all(p.bits != 16 for p in layout.projections)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """As ``Kernels.project``, [tokens, columns] -> [tokens, rows], but not bit for bit.
+        """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but not bit for bit.
 
         A row of the result depends on that row of x alone.
         """
@@ -114,31 +114,22 @@ class _GemmPlan:
         self.tiles = p.padded_rows // ROW_TILE
         self.row_bytes = p.columns + 12 * self.groups  # of a row of x, rounded
         self.shape = (p.columns, p.rows, p.padded_rows)
-        self.offsets = _offsets(layout, name)
-
-
-def _offsets(layout: RecordLayout, name: str) -> tuple[int, ...]:
-    """Return the offsets in a record, in bytes, of a projection's codes, second plane, pairs and scales of pairs.
-
-    The offset of a section that the projection lacks is 0.
-    """
-    places = {section.name: section.offset for section in layout.sections}
-    kinds = (("codes", "high"), ("plane", "low"), ("pairs",), ("pair_scales",))
-    return tuple(next((places[f"{name}.{kind}"] for kind in group if f"{name}.{kind}" in places), 0) for group in kinds)
+        # in a record, in bytes: of codes, second plane, pairs and scales of pairs; 0 for what the projection lacks
+        places = {section.name.removeprefix(f"{name}."): section.offset for section in layout.sections}
+        kinds = (("codes", "high"), ("plane", "low"), ("pairs",), ("pair_scales",))
+        self.offsets = tuple(sum(places.get(kind, 0) for kind in group) for group in kinds)
 
 
 @functools.cache
 def product_kernel(processor: Processor, form: Form) -> Kernel:
     """The compiled ``product_module``."""
-    with jit.compile_lock:
-        return processor.kernel(product_module(form, processor), WORK)
+    return processor.kernel(product_module(form, processor), WORK)
 
 
 @functools.cache
 def _round_function(processor: Processor, group: int, dtype: torch.dtype) -> Callable[..., None]:
-    with jit.compile_lock:
-        address = processor.compile(rounding_module(group, dtype), ROUND)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)(address)
+    arguments = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)
+    return processor.function(rounding_module(group, dtype), ROUND, *arguments)
 
 
 def product_module(form: Form, processor: Processor) -> ir.Module:
@@ -147,13 +138,11 @@ def product_module(form: Form, processor: Processor) -> ir.Module:
     tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
     emit = Emitter(module, WORK, [POINTER])
     at, n = emit.at, emit.number
-    (context,) = emit.function.args
-    field = [emit.place(context, n(8 * i), I64) for i in range(CONTEXT)]
-    items, row_tiles, jobs = (at.load(place) for place in field[1:4])
-    xn, xt, xs, y, columns, out_rows, padded, own, *offsets = (at.load(place) for place in field[4:])
+    begun, fields = emit.fields(CONTEXT)
+    items, row_tiles, jobs, xn, xt, xs, y, columns, out_rows, padded, own, *offsets = fields
     xn, xt, xs, y, jobs = (at.inttoptr(value, POINTER) for value in (xn, xt, xs, y, jobs))
     groups = at.udiv(columns, n(form.group))
-    with emit.items(field[0], items) as item:
+    with emit.items(begun, items) as item:
         job = at.gep(jobs, [at.mul(at.udiv(item, row_tiles), n(8 * JOB))])
         tile = at.urem(item, row_tiles)
         record, first, rows = (at.load(emit.place(job, n(8 * i), I64)) for i in range(JOB))

@@ -119,7 +119,7 @@ class Tile(Emitter):
         return [self.load(plane, self.at.add(place, self.number(2 * COLUMN * half)), bytes_) for half in range(2)]
 
     def _folded(self, plane: Value, place: Value, parts: int, mask: int) -> list[Value]:
-        """As ``_columns_at``, for a plane that is folded in ``parts``."""
+        """Load columns as ``_columns_at`` does, of a plane that is folded in ``parts``."""
         at = self.at
         length = at.udiv(at.mul(self._padded, self._columns), self.number(2 * parts))
         part = at.udiv(place, length)

@@ -42,7 +42,7 @@ class GrowingBuffer:
         return self._memory[..., : self.used, :]
 
     def takes(self, seen: Tensor, more: Tensor) -> bool:
-        """Whether ``seen`` is the whole filled part, and ``more`` [batch, heads, tokens, width] can be appended."""
+        """Return whether ``seen`` is all that is filled, and ``more`` [batch, heads, tokens, width] fits after it."""
         memory = self._memory
         return (
             seen.data_ptr() == memory.data_ptr()

@@ -14,12 +14,13 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
+
+from moetier.runtime.memory import mapped_files
 
 from .executable import Executable, LinkError, can_become_executable
 
@@ -52,7 +53,8 @@ def vector(kind: Any, count: int) -> Any:
 def new_module() -> ir.Module:
     """An empty module for this kind of machine."""
     module = ir.Module("moetier")
-    module.triple = llvm.get_process_triple()
+    with compile_lock:
+        module.triple = llvm.get_process_triple()
     return module
 
 
@@ -71,6 +73,12 @@ class Emitter:
     def all(self, kind: Any, value: float, count: int) -> Value:
         """The vector whose elements are all ``value``."""
         return ir.Constant(vector(kind, count), [value] * count)
+
+    def fields(self, count: int) -> tuple[Value, list[Value]]:
+        """Return a pointer to the first of ``count`` i64 in the function's context, and the values of the others."""
+        (context,) = self.function.args
+        places = [self.place(context, self.number(8 * i), I64) for i in range(count)]
+        return places[0], [self.at.load(place) for place in places[1:]]
 
     @contextlib.contextmanager
     def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
@@ -191,8 +199,8 @@ class Kernel(NamedTuple):
     def run(self, context: int, threads: int, *, locked: bool = False) -> None:
         """Run the kernel in ``threads`` threads at once, and return when all are done. ``context`` is an address. With
         ``locked`` a single thread keeps the GIL."""
-        if threads > 1 and (team := openmp()) is not None:
-            team(self.address, context, threads, 0)
+        if threads > 1 and (library := openmp()) is not None:
+            library.GOMP_parallel(self.address, context, threads, 0)
         elif locked:
             self.call_locked(context)
         else:
@@ -208,17 +216,23 @@ class Processor:
             llvm.initialize_native_asmprinter()
             features = llvm.get_host_cpu_features().flatten() if name is None else ""
             self._cpu = {"cpu": name or llvm.get_host_cpu_name(), "features": features}
-        self.has_vnni = name is None and _has(features, "avx512vnni", "avx512bw")
+        known = set(features.split(","))
+        self.has_vnni = known >= {"+avx512vnni", "+avx512bw"}
         # Zen 4's own prefetchers bring a long run of memory in time: software prefetches besides cost 15 % there
         self.has_stream_prefetch = self._cpu["cpu"].startswith("znver")
-        self.has_avx2 = _has(features, "avx2") if name is None else name == "haswell"
+        self.has_avx2 = "+avx2" in known or name == "haswell"
         self._owners: list[Any] = []  # of the code
 
     def kernel(self, module: ir.Module, name: str) -> Kernel:
         """Compile the function ``name`` of ``module``, which takes a context. Raises OSError as ``compile`` does."""
-        address = self.compile(module, name)
+        with compile_lock:
+            address = self.compile(module, name)
         call, call_locked = (kind(None, ctypes.c_void_p)(address) for kind in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
         return Kernel(address, call, call_locked)
+
+    def function(self, module: ir.Module, name: str, *arguments: Any) -> Callable[..., None]:
+        """Compile the function ``name`` of ``module``, which takes ``arguments`` (types of ctypes). Raises OSError."""
+        return ctypes.CFUNCTYPE(None, *arguments)(self.compile(module, name))
 
     def compile(self, module: ir.Module, name: str) -> int:
         """Compile a module; return the address of its function ``name``, which stays valid as long as this object.
@@ -272,20 +286,16 @@ def refusal() -> str:
     return "" if found == _TRIAL_RESULT else f"compiled code gives {found} in place of {_TRIAL_RESULT}"
 
 
-def _has(features: str, *names: str) -> bool:
-    return all(f"+{name}" in features.split(",") for name in names)
-
-
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
 def threads_for(weights: int) -> int:
-    """How many threads a product of so many weights is worth."""
+    """Return the number of threads for a product of so many weights."""
     return 1 if is_small(weights) else torch.get_num_threads()
 
 
 def is_small(weights: int) -> bool:
-    """Whether a product of so many weights takes only some microseconds."""
+    """Return whether a product of so many weights takes only some microseconds."""
     return weights < 1 << 17
 
 
@@ -306,27 +316,18 @@ class Scratch(threading.local):
 
 
 @functools.cache
-def openmp() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel`` of the OpenMP that torch calls (LLVM's and Intel's have it too), or None if there is none."""
-    if (library := _openmp()) is None:
-        return None
-    parallel = library.GOMP_parallel
-    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
-    team: Callable[[int, int, int, int], None] = parallel
-    return team
+def openmp() -> ctypes.CDLL | None:
+    """Find the OpenMP that torch calls, with ``GOMP_parallel`` (LLVM's and Intel's have it too); None if there is none.
 
-
-@functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """Find the OpenMP that torch calls; other packages may have loaded their own.
-
-    The search is that of the dynamic linker for torch: first what is loaded for all libraries, then what torch needs.
+    Other packages may have loaded their own. The search is that of the dynamic linker for torch: first what is loaded
+    for all libraries, then what torch needs.
     """
-    for name in (None, *sorted(_mapped(_TORCH))):
+    for name in (None, *sorted({path for _, path in mapped_files() if _TORCH.search(path)})):
         with contextlib.suppress(OSError):
             library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
             if hasattr(library, "GOMP_parallel"):
+                library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+                library.GOMP_parallel.restype = None
                 return library
     return None
 
@@ -337,16 +338,9 @@ def _end_team() -> None:
     A forked child would inherit a record of these threads without the threads, and wait for them for ever. Other
     OpenMPs handle forks themselves.
     """
-    library = _openmp()
+    library = openmp()
     if library is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):
         getattr(library, _PAUSE)(_HARD)
 
 
 os.register_at_fork(before=_end_team)
-
-
-def _mapped(name: re.Pattern[str]) -> set[str]:
-    """Paths of the mapped files of this process whose end matches ``name``."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    return {line[line.index("/") :] for line in lines if name.search(line)}

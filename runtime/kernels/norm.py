@@ -29,7 +29,7 @@ _EQUAL = {torch.float32: (0.0, 1e-5), torch.bfloat16: (0.98, 1e-2)}
 
 
 class Scale(Enum):
-    """How architectures multiply with the weight."""
+    """Ways in which architectures multiply with the weight."""
 
     ROUNDED = "the normed number is rounded to the type of x, then multiplied"
     PLAIN = "all is multiplied in fp32, then rounded"
@@ -116,9 +116,8 @@ def _quick(kind: type, scale: Scale, eps: str) -> type:
 
 @functools.cache
 def _compiled(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
-    with jit.compile_lock:
-        address = jit.this_processor().compile(norm_module(dtype, scale), NORM)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)(address)
+    arguments = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
+    return jit.this_processor().function(norm_module(dtype, scale), NORM, *arguments)
 
 
 def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:

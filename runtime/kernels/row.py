@@ -17,7 +17,7 @@ from llvmlite import ir
 from torch import Tensor, nn
 
 from . import jit
-from .jit import F32, FLOATS, I32, I64, POINTER, Emitter, new_module, vector
+from .jit import F32, FLOATS, I32, POINTER, Emitter, new_module, vector
 
 GEMV = "moetier_gemv"  # the function's name
 LANES = 16
@@ -87,7 +87,7 @@ class Scores:
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
-        """Whether this machine's kernel can multiply with ``weight`` [rows, columns] where it lies."""
+        """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] where it lies."""
         return weight.dtype == torch.float32 and _lies_in_rows(weight) and not jit.refusal()
 
     def of(self, x: Tensor) -> list[float] | None:
@@ -122,8 +122,7 @@ def _fits(weight: Tensor) -> bool:
 
 @functools.cache
 def _kernel(given: torch.dtype, kept: torch.dtype) -> jit.Kernel:
-    with jit.compile_lock:
-        return jit.this_processor().kernel(gemv_module(given, kept), GEMV)
+    return jit.this_processor().kernel(gemv_module(given, kept), GEMV)
 
 
 def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
@@ -134,13 +133,11 @@ def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
     module = new_module()
     emit = Emitter(module, GEMV, [POINTER])
     at, n = emit.at, emit.number
-    (context,) = emit.function.args
-    field = [emit.place(context, n(8 * i), I64) for i in range(CONTEXT)]
-    items, rows, columns, *addresses = (at.load(place) for place in field[1:])
+    begun, (items, rows, columns, *addresses) = emit.fields(CONTEXT)
     x, matrix, y = (at.inttoptr(address, POINTER) for address in addresses)
     sums = [at.alloca(vector(F32, LANES)) for _ in range(ROWS)]
     row_bytes, last = at.mul(columns, n(kept.itemsize)), at.sub(rows, n(1))
-    with emit.items(field[0], items) as item:
+    with emit.items(begun, items) as item:
         wanted = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
         # where the last item has fewer rows it computes the last one again
         chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]

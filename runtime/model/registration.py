@@ -94,14 +94,6 @@ def install() -> None:
             register_quantization_config(NAME)(MoetierConfig)
 
 
-def _postpone(*_: Any) -> None:
-    postpone_interrupts()
-
-
-def _raise(*_: Any) -> None:
-    raise_interrupts()
-
-
 class MoetierConfig(QuantizationConfigMixin):
     """``quantization_config`` of a model directory. A person may have added budgets to it.
 
@@ -243,8 +235,8 @@ class MoetierQuantizer(HfQuantizer):
             use_growing_layers(model)
             use_quick_norms(model)
             use_row_weights(model)
-        tiers.hooks.add(model.register_forward_pre_hook(_postpone))
-        tiers.hooks.add(model.register_forward_hook(_raise, always_call=True))
+        tiers.hooks.add(model.register_forward_pre_hook(lambda *_: postpone_interrupts()))
+        tiers.hooks.add(model.register_forward_hook(lambda *_: raise_interrupts(), always_call=True))
         modules = experts_modules(model)
         for number, block in enumerate(tiers.manifest.blocks):
             layout = tiers.manifest.layout(number)
@@ -305,6 +297,6 @@ def _device_of(model: PreTrainedModel) -> torch.device:
 
 def _mapped_bytes(model: PreTrainedModel) -> int:
     """Return the size of the tensors in mapped files. They stay in memory, but free memory does not count them."""
-    maps = mapped_files()
+    maps = [addresses for addresses, _ in mapped_files()]
     tensors = chain(model.parameters(), model.buffers())
     return sum(t.nbytes for t in tensors if any(t.data_ptr() in addresses for addresses in maps))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from moetier.runtime.config import TierConfig
 from moetier.runtime.wire.address import Address
-from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import MoetierError, NoDaemonError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import Learner
@@ -46,8 +45,6 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
     """
     if config.mapped is not None:
         return _mapped(config.mapped, folder, manifest)
-    if config.daemon.addresses:
-        return _remote(config, folder, manifest, slots())
     if config.daemon.find:
         from moetier.runtime.wire.address import daemons_serving
 
@@ -60,32 +57,17 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
             except MoetierError as error:  # it is full, or of another version
                 refusals[daemon] = error
             else:
-                _warn_of_ignored_options(config, daemon)
+                if config.of_own_tier:  # an error with a named daemon (``TierConfig.of``); this one may be unexpected
+                    _log.warning(
+                        "Without effect: %s, as the experts are those of the daemon %s. Give this to the daemon, or "
+                        'set `daemon` to "none".',
+                        " and ".join(config.of_own_tier),
+                        daemon,
+                    )
                 return found
         for daemon, refusal in refusals.items():
             _log.warning("The daemon %s serves this store, and is not used: %s %s", daemon, refusal.cause, refusal.fix)
-    return _own(folder, slots(), config)
-
-
-def _warn_of_ignored_options(config: TierConfig, daemon: Address) -> None:
-    """Warn of options for a tier of this process. With a named daemon these are errors (``TierConfig.of``); a daemon
-    that was found may be unexpected."""
-    asked = {"`ram`": config.ram is not None, "`policy`": config.policy != DEFAULT_ORDER, "`learn`": config.learn}
-    if names := " and ".join(name for name in asked if asked[name]):
-        _log.warning(
-            "Without effect: %s, as the experts are those of the daemon %s. Give this to the daemon, or set "
-            '`daemon` to "none".',
-            names,
-            daemon,
-        )
-
-
-def _own(folder: Path, slots: Mapping[str, int], config: TierConfig) -> Origin:
-    with contextlib.ExitStack() as closing:
-        store = closing.enter_context(ExpertStore.open(folder))
-        host, learner = _host(store, slots, config, closing)
-        store.on_fault(host.condemn)
-        return Origin(host, "this process", closing.pop_all().close, learner)
+    return _own(folder, manifest, slots(), config)
 
 
 def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
@@ -96,26 +78,25 @@ def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
     return Origin(host, f"the daemon {daemon}", host.close, daemon=host)
 
 
-def _remote(config: TierConfig, folder: Path, manifest: Manifest, slots: Mapping[str, int]) -> Origin:
-    from moetier.runtime.client.spread import SpreadReader
-
+def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig) -> Origin:
+    """Open a host tier of this process, which reads from its store, or from daemons of other hosts and the store."""
+    reader: RecordReader
+    store: ExpertStore | None
+    shares: Callable[[], list[Share]] = list
+    where = "this process"
     with contextlib.ExitStack() as closing:
-        reader = closing.enter_context(SpreadReader.open(config.daemon.addresses, config.credentials, manifest, folder))
-        host, learner = _host(reader, slots, config, closing)
-        if reader.local is not None:
-            reader.local.on_fault(host.condemn)
-        closing.callback(reader.close)  # closed first: the tier waits for its reads, and these may wait for daemons
-        where = f"the daemons {', '.join(map(str, config.daemon.addresses))}"
-        return Origin(host, where, closing.pop_all().close, learner, reader.shares)
+        if config.daemon.addresses:
+            from moetier.runtime.client.spread import SpreadReader
 
-
-def _host(
-    reader: RecordReader, slots: Mapping[str, int], config: TierConfig, closing: contextlib.ExitStack
-) -> tuple[HostTier, Learner | None]:
-    """Open the tier and its learner, which ``closing`` closes."""
-    host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
-    if not config.learn:
-        return host, None
-    learner = Learner(host)
-    closing.callback(learner.close)
-    return host, learner
+            spread = SpreadReader.open(config.daemon.addresses, config.credentials, manifest, folder)
+            reader, store, shares = closing.enter_context(spread), spread.local, spread.shares
+            where = f"the daemons {', '.join(map(str, config.daemon.addresses))}"
+        else:
+            reader = store = closing.enter_context(ExpertStore.open(folder))
+        host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
+        learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
+        if store is not None:
+            store.on_fault(host.condemn)
+        if config.daemon.addresses:
+            closing.callback(spread.close)  # closed first: the tier waits for its reads, and these may wait for daemons
+        return Origin(host, where, closing.pop_all().close, learner, shares)

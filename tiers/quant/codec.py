@@ -176,12 +176,9 @@ def _copy(values: Tensor, section: Tensor) -> WeightError:
     error = WeightError()
     for start in range(0, len(values), ROW_TILE):
         original = values[start : start + ROW_TILE].float()
-        error += _error(section[start : start + ROW_TILE].float().sub_(original), original)
+        difference = section[start : start + ROW_TILE].float().sub_(original)
+        error += WeightError(_square(difference), _square(original))
     return error
-
-
-def _error(difference: Tensor, original: Tensor) -> WeightError:
-    return WeightError(squared=_square(difference), squared_norm=_square(original))
 
 
 def _square(values: Tensor) -> float:
@@ -198,21 +195,14 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
     # 8-bit pairs are quantised in runs that cross bands, so each pass covers all bands before the next one begins.
     batches = [[band] for band in bands] if p.pairs == "bfloat16" else [list(bands)]
     # Codes in kernel order: the sections themselves, or a buffer that is folded into them at the end.
-    high = low = torch.empty(0)
-    match p.bits:
-        case 8:
-            high, low = views[f"{p.name}.high"].view(-1), views[f"{p.name}.low"].view(-1)
-        case 4:
-            low = views[f"{p.name}.codes"].view(-1)
-        case _:
-            low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
-
-    def find_steps(band: range) -> Tensor:
-        return hqq.steps(bands.transpose(band), p.bits)
-
+    if p.bits in (3, 2):
+        low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
+    else:
+        low = views[f"{p.name}.low" if p.bits == 8 else f"{p.name}.codes"].view(-1)
     error = WeightError()
     for batch in batches:
-        steps = _store(0, find_steps, bands, batch, p, views)  # compute with the values as they will be read
+        # compute with the values as they will be read
+        steps = _store(0, lambda band: hqq.steps(bands.transpose(band), p.bits), bands, batch, p, views)
 
         def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
             w, step = bands.transpose(band), steps[band]
@@ -223,7 +213,7 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
             w, step, offset = bands.transpose(band), steps[band], offsets[band]
             centred, difference, _ = bands.scratch(band)
             hqq.centred_codes(w, step, offset, p.bits, out=centred)
-            error += _error(torch.addcmul(offset, centred, step, out=difference).sub_(w), w)
+            error += WeightError(_square(torch.addcmul(offset, centred, step, out=difference).sub_(w)), _square(w))
             # By way of int16: torch's cast from fp32 to uint8 is six times slower than these two.
             codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
             if band.stop * ROW_TILE > p.rows:
@@ -231,7 +221,7 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
             at = slice(band.start * p.columns * HALF, band.stop * p.columns * HALF)
             to_kernel_order(codes & 0xF, low[at])
             if p.bits == 8:
-                to_kernel_order(codes >> 4, high[at])
+                to_kernel_order(codes >> 4, views[f"{p.name}.high"].view(-1)[at])
     if p.bits in (3, 2):
         fold(low, 2, views[f"{p.name}.codes"])
     if p.bits == 3:

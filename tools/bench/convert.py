@@ -18,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import format_bytes
-from moetier.runtime.number import COUNT
+from moetier.runtime.config import COUNT, format_bytes
 from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import CheckpointError, ConfigError, MoetierError
 from moetier.tiers.layout import BITS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moetier.runtime.number import COUNT
+from moetier.runtime.config import COUNT
 
 from .model import Work, add_model_arguments, measure
 from .output import check_bench

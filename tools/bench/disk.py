@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
-from moetier.runtime.number import SECONDS
+from moetier.runtime.config import SECONDS, format_bytes
 from moetier.tiers.errors import CheckpointError, StoreReadError
 from moetier.tools.cli.options import DIRECTORY, directory
 

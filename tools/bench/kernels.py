@@ -8,7 +8,7 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.number import COUNT, SECONDS
+from moetier.runtime.config import COUNT, SECONDS
 from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
 from moetier.tools.cli.options import directory
 from moetier.tools.cli.parser import UsageError

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import Size, format_bytes
-from moetier.runtime.number import COUNT
+from moetier.runtime.config import COUNT, Size, format_bytes
 from moetier.runtime.threads import usable_cpus
 from moetier.tools.cli.options import DIRECTORY, directory
 from moetier.tools.cli.parser import UsageError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moetier.runtime.config import COUNT
 from moetier.runtime.generation.decoding import (
     MIN_P,
     OCCURRENCE_PENALTY,
@@ -18,7 +19,6 @@ from moetier.runtime.generation.decoding import (
     penalties_of,
     sampling_of,
 )
-from moetier.runtime.number import COUNT
 
 from .options import group_of
 

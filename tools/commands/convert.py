@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from moetier.runtime.number import COUNT
+from moetier.runtime.config import COUNT
 from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
 from moetier.tools.cli.parser import checked

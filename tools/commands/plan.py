@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import DEFAULT_CONTEXT
-from moetier.runtime.number import COUNT
+from moetier.runtime.config import COUNT, DEFAULT_CONTEXT
 from moetier.tools.cli.options import source
 from moetier.tools.cli.parser import UsageError
 from moetier.tools.cli.resources import add_option, size

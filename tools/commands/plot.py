@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.runtime.number import MOST, Number
+from moetier.runtime.config import MOST, Number
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.access import CREDENTIALS, add_credentials, credentials

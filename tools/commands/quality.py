@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
-from moetier.runtime.number import MOST, Number
+from moetier.runtime.config import MOST, Number, format_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, Bits, RecordLayout
 from moetier.tools.cli.options import source

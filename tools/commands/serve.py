@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from moetier.runtime import pulled as models
+from moetier.runtime.config import COUNT, MOST, Number
 from moetier.runtime.context import longest_context
-from moetier.runtime.number import COUNT, MOST, Number
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.decoding_options import add_prefill_argument
 from moetier.tools.cli.loading import loaded

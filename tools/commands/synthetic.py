@@ -11,9 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
+from moetier.runtime.config import COUNT, format_bytes
 from moetier.runtime.generation.decoding import SEED
-from moetier.runtime.number import COUNT
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 from moetier.tools.cli.resources import add_option
 from moetier.tools.lab.synthetic import (

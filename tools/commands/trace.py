@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import OPTIONS
+from moetier.runtime.config import MOST, OPTIONS, Number
 from moetier.runtime.generation.decoding import behind, encode, warn_if_cut, within_context
-from moetier.runtime.number import MOST, Number
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
 from moetier.tools.cli.decoding_options import add_decoding_arguments, decoding_of
 from moetier.tools.cli.loading import loaded

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moetier.runtime.checkpoint.config_json import read_config
+from moetier.runtime.memory import mapped_files
 from moetier.tiers.errors import MoetierError, StoreFormatError, TargetError
 from moetier.tiers.store.atomic import sync_folder
 from moetier.tiers.store.folder import GROUP, METADATA
@@ -73,7 +74,7 @@ def users_of(folder: Path) -> dict[int, str]:
             continue
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             opened = any(f"{path}/".startswith(prefix) for path in _opened(process))
-            if opened or any(path.startswith(mapped) for path in _mapped(process)):
+            if opened or any(path.startswith(mapped) for _, path in mapped_files(process.name)):
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 found[int(process.name)] = " ".join(words).strip()[:100]
     return found
@@ -83,11 +84,6 @@ def _opened(process: Path) -> Iterator[str]:
     for link in (process / "fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
             yield str(link.readlink())
-
-
-def _mapped(process: Path) -> Iterator[str]:
-    for line in os.fsdecode((process / "maps").read_bytes()).split("\n"):
-        yield from line.split(maxsplit=5)[5:]  # address, permissions, offset, device, inode, path
 
 
 # what a tokenizer says of itself; and one of what it can be made of
@@ -115,7 +111,7 @@ def small_faults(directory: Path) -> Iterator[MoetierError]:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a folder has the vocabulary of a tokenizer."""
+    """Return whether a folder has the vocabulary of a tokenizer."""
     return any(VOCABULARY.fullmatch(path.name) for path in directory.iterdir())
 
 
@@ -126,8 +122,7 @@ def nearest_folder(path: Path) -> Path:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of the disk of a folder, which need not exist."""
-    disk = os.statvfs(nearest_folder(folder))
-    return disk.f_bavail * disk.f_frsize
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def disk_bytes(folder: Path) -> int:
