@@ -1,31 +1,100 @@
 """Blueprint of a conversion: which of a checkpoint's tensors make which expert, by transformers' own rules.
 
-transformers' conversion mapping renames the checkpoint's keys. Parameters of an Experts module form a *block*; the
-model's other parameters are its trunk.
+The model that a config names is built without weights, on the meta device. transformers' conversion mapping renames the
+checkpoint's keys. Parameters of an Experts module form a *block*; the model's other parameters are its trunk.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
 from moetier.tiers.store.trunk import RECORD
 
-from .dequantize import SourceTensor
+from .files import carried
 from .recipe import BlockBlueprint, Recipe
+from .tensors import SourceTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+
+
+def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
+    """Return the model of the class that ``architectures`` names, and the type in which from_pretrained loads it.
+
+    That is the config's type, or else ``first_dtype``, of the checkpoint's first tensor of floats. Code that the
+    checkpoint brings is never run. Raises UnsupportedModelError or CheckpointError.
+    """
+    model_type = str(config.get("model_type"))
+    architecture = str((config.get("architectures") or [None])[0])
+    made_by = getattr(transformers, architecture, None)
+    if not (isinstance(made_by, type) and issubclass(made_by, transformers.PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"This transformers ({transformers.__version__}) has no architecture {architecture} "
+            f"(model type {model_type}).",
+            _supported(),
+        )
+    try:
+        made = CONFIG_MAPPING[model_type].from_dict(_with_floats(carried(config)))
+        dtype = getattr(made, "dtype", None) or first_dtype or "float32"
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        made.dtype = dtype
+        for name in made.sub_configs:
+            if (part := getattr(made, name)) is not None:
+                part.dtype = dtype
+        with contextlib.ExitStack() as stack:
+            for context in made_by.get_init_context(dtype, False, False, False):
+                stack.enter_context(context)
+            model = made_by(made)
+    except Exception as error:  # transformers raises anything for a config that does not fit
+        raise CheckpointError(
+            f"transformers can't build {architecture} from this config.json "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}).",
+            "Check that config.json is whole and of a version that transformers reads.",
+        ) from error
+    if not experts_modules(model):
+        raise UnsupportedModelError(
+            f"{architecture} (model type {model_type}) is dense, or transformers' experts interface does not know "
+            "its experts.",
+            _supported(),
+        )
+    return model, dtype
+
+
+def _with_floats(config: Mapping[str, Any]) -> Any:
+    """Return the config with infinities and NaNs, which transformers writes as {"__float__": "Infinity"}."""
+    tag = {"__float__"}
+    return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
+
+
+def _supported() -> str:
+    return (
+        f"moetier runs Mixture-of-Experts models of {len(supported_types())} types, mixtral, qwen3_moe and gpt_oss "
+        "among them; docs/architectures.md lists all."
+    )
+
+
+def supported_types() -> list[str]:
+    """Return the model types whose modelling file uses the experts interface."""
+    folder = Path(transformers.__file__).parent / "models"
+    return sorted(
+        {f.parent.name for f in folder.glob("*/modeling_*.py") if "@use_experts_implementation" in f.read_text("utf-8")}
+    )
 
 
 @dataclass(frozen=True)
@@ -67,22 +136,22 @@ def make_blueprint(
     names = sorted(tensors, key=loading.dot_natural_key)  # the order in which transformers merges
     groups = _group(names, mapping, state, model.base_model_prefix)
 
-    def matrix(key: str, target: str) -> Recipe:
+    def recipe(key: str, target: str, kind: torch.dtype = dtype, experts: int = 1) -> Recipe:
         converter, sources = groups[key]
         read = {pattern: [tensors[name] for name in found] for pattern, found in sources.items()}
-        return Recipe(model, key, target, dtype, 1, converter, read)
+        return Recipe(model, key, target, kind, experts, converter, read)
 
     tied = {target: source for target, source in model.all_tied_weights_keys.items() if target in weights}
     for target, source in tied.items():
         if target not in groups and source in groups and _is_plain(groups[source]):
-            matrices[weights[target]] = matrix(source, source)  # in addition to the embedding, which stays
+            matrices[weights[target]] = recipe(source, source)  # in addition to the embedding, which stays
     for key, (converter, sources) in groups.items():
         targets = _targets(key, converter)
         made = [target for target in targets if target in parameters]
         members = [name for found in sources.values() for name in found]
         alone = all(target in weights and tied.get(target, key) in groups for target in targets)
         if alone and (converter is not None or _is_plain(groups[key])):
-            matrices |= {weights[target]: matrix(key, target) for target in targets}
+            matrices |= {weights[target]: recipe(key, target) for target in targets}
             continue
         if not made:
             (trunk if any(target in state for target in targets) else unused).extend(members)
@@ -92,9 +161,7 @@ def make_blueprint(
                 f"{members[0]} holds weights of experts and others at once.", "moetier can't take these apart yet."
             )
         for target in made:
-            experts = parameters[target].shape[0]
-            read = {pattern: [tensors[name] for name in found] for pattern, found in sources.items()}
-            recipes[target] = Recipe(model, key, target, dtypes[target], experts, converter, read)
+            recipes[target] = recipe(key, target, dtypes[target], parameters[target].shape[0])
     if missing := sorted(parameters.keys() - recipes.keys()):
         raise CheckpointError(
             f"The checkpoint has nothing for {missing[0]}" + (f" and {len(missing) - 1} more." if missing[1:] else "."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,11 +16,12 @@ from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
 
 from . import hub
 from .config_json import NOT_CARRIED
-from .safetensors import FLOATS, StoredTensor, read_at, read_header
+from .tensors import StoredTensor, read_at, read_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES, SAMPLE_STRIDE = 64, 16 << 20
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Files that a model directory copies: tokenizer, chat template, generation defaults, processors, licence.
@@ -59,7 +60,7 @@ class Checkpoint:
     @property
     def first_dtype(self) -> str | None:
         """torch's name for the type of the first tensor of floats."""
-        return next((FLOATS[t.dtype] for t in self.tensors.values() if t.dtype in FLOATS), None)
+        return next((t.dtype for t in self.tensors.values() if t.dtype in FLOATS), None)
 
     @property
     def digest(self) -> str:
@@ -69,7 +70,7 @@ class Checkpoint:
         """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
-            place = [tensor.name, tensor.dtype, tensor.shape, tensor.file.name, tensor.offset]
+            place = [tensor.name, tensor.spelling, tensor.shape, tensor.file.name, tensor.offset]
             state.update(json.dumps(place).encode())
             for offset, size in samples(tensor):
                 sample = np.empty(size, np.uint8)
@@ -78,13 +79,10 @@ class Checkpoint:
         return state.hexdigest()
 
 
-def open_checkpoint(
-    source: str | Path, *, ignore_code: bool = False, check: Callable[[Mapping[str, Any]], None] | None = None
-) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
     """Open a folder or a hub id. Raises CheckpointError or UnsafeCheckpointError.
 
     ``ignore_code``: accept a checkpoint that names code of its own; it is not executed either way.
-    ``check``: may raise for the config of a hub id, before its weights are downloaded.
     """
     name, folder = locate(source)
     of_hub = not Path(source).is_dir()
@@ -92,9 +90,7 @@ def open_checkpoint(
     if not ignore_code:
         refuse_code(folder, config)
     if of_hub:
-        if check is not None:
-            check(config)
-        hub.fetch(name, weights_of(folder, config), revision=folder.name)
+        hub.fetch(name, weights_of(folder, config)[0], revision=folder.name)
     return Checkpoint(
         name=name,
         folder=folder,
@@ -204,14 +200,18 @@ def names_code(value: object) -> bool:
     return isinstance(value, list) and any(map(names_code, value))
 
 
-def weights_of(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the names of the shards, by the index, which must have been downloaded."""
-    named = config.get("transformers_weights")
-    if isinstance(named, str):
-        return [named]
-    if not contained(folder, INDEX).is_file():
-        return [WEIGHTS]
-    return sorted(set(read_places(folder, INDEX).values()))
+def weights_of(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the files with weights, and the file of each tensor that an index names ({} without one).
+
+    They are those that transformers reads: ``transformers_weights`` of the config, else model.safetensors, else those
+    of the index, which must have been downloaded.
+    """
+    weights = config.get("transformers_weights")
+    if not isinstance(weights, str):
+        weights = INDEX if contained(folder, INDEX).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS
+    contained(folder, weights)
+    places = read_places(folder, weights) if weights.endswith(".index.json") else {}
+    return sorted(set(places.values())) or [weights], places
 
 
 def read_places(folder: Path, index: str) -> dict[str, str]:
@@ -229,17 +229,17 @@ def read_places(folder: Path, index: str) -> dict[str, str]:
 
 
 def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    weights = _weights_file(folder, config)
-    if not weights.endswith(".index.json"):
-        return read_header(contained(folder, weights))
-    places = read_places(folder, weights)
-    paths = {name: contained(folder, name) for name in sorted(set(places.values()))}
+    files, places = weights_of(folder, config)
+    paths = {name: contained(folder, name) for name in files}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
+        if missing == [WEIGHTS] and not places:
+            raise without_weights(folder, (path.name for path in folder.iterdir()))
         raise CheckpointError(
-            f"{folder} lacks {some(missing)}, which {weights} names.", "Download the checkpoint again."
+            f"{folder} lacks {some(missing)}, which {INDEX if places else 'config.json'} names.",
+            "Download the checkpoint again.",
         )
     named = {tensor: paths[file] for tensor, file in places.items()}
-    return gathered({path: read_header(path) for path in paths.values()}, named, folder / weights)
+    return gathered({path: read_tensors(path) for path in paths.values()}, named, folder / INDEX)
 
 
 def gathered(
@@ -259,19 +259,6 @@ def gathered(
             f"{index} names tensors that are not in their files: {some(absent)}.", "Download the checkpoint again."
         )
     return tensors
-
-
-def _weights_file(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the weights' file in transformers' own order. A config may name another: ``transformers_weights``."""
-    named = config.get("transformers_weights")
-    if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
-        if not contained(folder, named).is_file():
-            raise CheckpointError(f"{folder} lacks {named}, which config.json names.", "Download the checkpoint again.")
-        return named
-    for name in (WEIGHTS, INDEX):
-        if contained(folder, name).is_file():
-            return name
-    raise without_weights(folder, (path.name for path in folder.iterdir()))
 
 
 def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:

@@ -129,7 +129,7 @@ def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[st
                 f"{file} of {name} has a malformed header ({error}).", "Choose another revision, or another model."
             ) from error
         return {
-            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+            tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
             for tensor, info in found.tensors.items()
         }
 

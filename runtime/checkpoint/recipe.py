@@ -21,8 +21,7 @@ from transformers import core_model_loading as loading
 
 from moetier.tiers.errors import CheckpointError
 
-from .dequantize import SourceTensor
-from .safetensors import StoredTensor
+from .tensors import SourceTensor, StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one parameter is made: the checkpoint's tensors by source pattern, and the operations on them."""
+    """Recipe of one parameter: the checkpoint's tensors by source pattern, and the operations on them."""
 
     model: PreTrainedModel  # on meta; operations look up the shape and type of their result
     key: str  # transformers' name of the result, or of the first of several
@@ -42,7 +41,7 @@ class Recipe:
 
     @property
     def apart(self) -> bool:
-        """Whether it can be made for one expert at a time."""
+        """True if it can be made for one expert at a time."""
         operations = self.converter.operations if self.converter else []
         return all(map(_keeps_experts_apart, operations)) and all(
             len(tensors) == self.experts or (len(tensors) == 1 and tensors[0].shape[:1] == (self.experts,))
@@ -51,7 +50,7 @@ class Recipe:
 
     @property
     def direct(self) -> bool:
-        """Whether it is one unchanged tensor of the checkpoint, so that a few rows can be read at a time."""
+        """True if it is one unchanged tensor of the checkpoint, so that a few rows can be read at a time."""
         return self.converter is None and sum(map(len, self.sources.values())) == 1
 
     @property
@@ -122,7 +121,7 @@ def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
 
 @dataclass
 class BlockBlueprint:
-    """How the experts of one Experts module are made.
+    """Recipes of the experts of one Experts module.
 
     ``parameters``: name -> (shape of one expert's slice, name of the type), in module order.
     """
@@ -137,7 +136,7 @@ class BlockBlueprint:
 
     @property
     def apart(self) -> bool:
-        """Whether its experts are read one at a time; otherwise the block is read whole, once."""
+        """True if its experts are read one at a time; otherwise the block is read whole, once."""
         return all(recipe.apart for recipe in self.recipes.values())
 
     @property
@@ -145,50 +144,44 @@ class BlockBlueprint:
         """Files that its experts are made from."""
         return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
-    def expert(self, index: int, turn: threading.Lock) -> Mapping[str, torch.Tensor]:
-        """Return the slices of one expert by name, made by ``slice`` under ``turn`` at each look-up.
-
-        They are [rows, columns], or [columns, rows] if transposed; a bias is [size]. None is kept.
-        """
-        return _Slices(self, index, turn)
-
-    def slice(self, name: str, index: int) -> torch.Tensor:
-        """Make one expert's slice of a parameter, [rows, columns], or [columns, rows] if transposed; a bias is [size].
-
-        Raises CheckpointError for weights that are not finite.
-        """
-        if self.recipes[name].apart:
-            made = self.recipes[name].make(index)
-        else:
-            if name not in self._whole:
-                self._whole[name] = self.recipes[name].make(None)
-            made = self._whole[name][index]
-        if not all(map(math.isfinite, torch.stack(made.aminmax()).tolist())):
-            raise CheckpointError(
-                f"{self.path} expert {index}: {name} has weights that are not finite numbers.",
-                "Get an intact copy of the checkpoint.",
-            )
-        return made
+    def make(self, name: str, expert: int) -> torch.Tensor:
+        """Return one expert's slice of a parameter, [rows, columns], or [columns, rows] if transposed, or [size]."""
+        recipe = self.recipes[name]
+        if recipe.apart:
+            return recipe.make(expert)
+        if name not in self._whole:
+            self._whole[name] = recipe.make(None)
+        return self._whole[name][expert]
 
     def release(self) -> None:
         """Release the parameters that were read whole."""
         self._whole.clear()
 
 
-class _Slices(Mapping[str, torch.Tensor]):
-    """Slices of one expert, by parameter."""
+@dataclass(frozen=True, eq=False)
+class Expert(Mapping[str, torch.Tensor]):
+    """Weights of one expert by parameter, each made at its look-up and not kept.
 
-    def __init__(self, block: BlockBlueprint, index: int, turn: threading.Lock) -> None:
-        self._block = block
-        self._index = index
-        self._turn = turn
+    They are [rows, columns], or [columns, rows] if transposed; a bias is [size]. ``turn`` is held while one is made. A
+    look-up raises CheckpointError for weights that are not finite.
+    """
+
+    block: BlockBlueprint
+    index: int
+    turn: threading.Lock
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with self._turn:
-            return self._block.slice(name, self._index)
+        with self.turn:
+            made = self.block.make(name, self.index)
+        if not all(map(math.isfinite, torch.stack(made.aminmax()).tolist())):
+            raise CheckpointError(
+                f"{self.block.path} expert {self.index}: {name} has weights that are not finite numbers.",
+                "Get an intact copy of the checkpoint.",
+            )
+        return made
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._block.parameters)
+        return iter(self.block.parameters)
 
     def __len__(self) -> int:
-        return len(self._block.parameters)
+        return len(self.block.parameters)

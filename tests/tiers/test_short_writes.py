@@ -29,12 +29,11 @@ TRUNK = (
     + """
 import numpy as np
 from safetensors.numpy import save_file
-from moetier.runtime.checkpoint.dequantize import Plain
-from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, read_header
+from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, read_tensors
 from moetier.tools.convert.trunk import plan_trunk
 
 save_file({"a": np.arange(3 * CHUNK_BYTES // 4, dtype=np.float32).reshape(3, -1)}, folder / "source.safetensors")
-(file,) = plan_trunk({name: Plain(tensor) for name, tensor in read_header(folder / "source.safetensors").items()})
+(file,) = plan_trunk(read_tensors(folder / "source.safetensors"))
 written = 0
 
 def advance(count):

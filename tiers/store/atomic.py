@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from types import TracebackType
 from moetier.tiers.errors import DiskSpaceError, StoreReadError, TargetError
 
 PARTIAL = ".partial"  # suffix of files that are being written; zarr never looks for such names
+FLUSH_BYTES = 64 << 20  # most dirty pages of a large file: more would stall a small cgroup
 
 
 @contextlib.contextmanager
@@ -26,10 +28,9 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            disk = os.statvfs(folder)
             raise DiskSpaceError(
                 f"The disk of {folder.parent} is full: {needed():,} bytes are still needed, "
-                f"{disk.f_bavail * disk.f_frsize:,} are free.",
+                f"{shutil.disk_usage(folder).free:,} are free.",
                 "Free some space and run the same command again: it resumes where it stopped.",
             ) from error
         raise TargetError(
@@ -59,15 +60,6 @@ class read_errors:
             ) from error
 
 
-def allocate(descriptor: int, size: int) -> None:
-    """Allocate ``size`` bytes of a file on the disk, so that a full disk is found before the work and not after it."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError:
-        os.ftruncate(descriptor, 0)  # it may have allocated a part
-        raise
-
-
 def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
     """Write all of ``data`` at ``position``: a single call may write less and leave the error to the next."""
     view = memoryview(data)
@@ -95,6 +87,69 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class LargeFile:
+    """File that ``large_file`` creates. Few of its pages are dirty at a time, and none stays in the page cache."""
+
+    def __init__(self, descriptor: int, errors: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self.written = 0  # bytes
+        self._flushed = 0  # bytes on the disk and dropped from the page cache
+        self._descriptor = descriptor
+        self._errors = errors
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append ``data``."""
+        with self._errors():
+            write_all(self._descriptor, data, self.written)
+            self.written += len(data)
+            if self.written - self._flushed >= FLUSH_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write dirty pages to the disk and drop them from the page cache."""
+        os.fdatasync(self._descriptor)
+        os.posix_fadvise(self._descriptor, self._flushed, self.written - self._flushed, os.POSIX_FADV_DONTNEED)
+        self._flushed = self.written
+
+
+@contextlib.contextmanager
+def large_file(
+    path: Path, size: int, errors: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+) -> Iterator[LargeFile]:
+    """Write a file of ``size`` bytes piece by piece under a temporary name; at a clean end it replaces ``path``.
+
+    All bytes are allocated first, so that a full disk is found before the work and not after it. After an exception
+    nothing is left. ``errors`` makes contexts that translate errors of writing, but not those of the caller's work.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with errors():
+            stream = partial.open("wb", buffering=0)
+        with stream:
+            with errors():
+                _allocate(stream.fileno(), size)
+            file = LargeFile(stream.fileno(), errors)
+            yield file
+            assert file.written == size, f"{file.written:,} of {size:,} bytes were written"
+            with errors():
+                file.flush()
+                os.fsync(stream.fileno())
+        with errors():
+            partial.rename(path)
+            sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError:
+        os.ftruncate(descriptor, 0)  # it may have allocated a part
+        raise
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import IncompleteStoreError, StoreError, StoreFormatError
-from moetier.tiers.fields import Fields, shown
+from moetier.tiers.fields import Fields
 from moetier.tiers.manifest import Manifest
 
 from .atomic import read_errors
@@ -23,9 +22,6 @@ JOURNAL = "conversion.json"  # beside the store during a conversion: its notes, 
 ORIGIN = "origin.json"  # beside a store that was made from the hub: id and commit of the source
 MAX_JSON_BYTES = 2 << 20  # most bytes of one file: ten times the largest known one
 MAX_LEVELS = 100
-SHOWN_LEVELS = 9  # outermost levels in an error message
-_CONTAINERS = (dict, list)
-_TOKENS = re.compile(rb'("(?:[^"\\]++|\\.)*+"(?=\s*+:))|"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
 def command(name: str, *arguments: str | Path) -> str:
@@ -80,6 +76,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def read_plan(folder: Path) -> Manifest | None:
+    """Read the plan of a finished or unfinished ``experts.zarr``; None if it has none. Raises StoreError."""
+    if (folder / METADATA).exists():
+        return read_manifest(folder).plan
+    if (folder / PLAN).exists():
+        return Manifest.from_json(read_json(folder / PLAN), str(folder.parent))
+    return None
+
+
 def read_origin(folder: Path) -> dict[str, str]:
     """Read the hub ``id`` and ``revision`` (a commit) that a model directory was made from; {} if it was not."""
     try:
@@ -90,13 +95,12 @@ def read_origin(folder: Path) -> dict[str, str]:
 
 
 def _incomplete(folder: Path) -> IncompleteStoreError:
-    target = folder.parent
-    if not (folder / PLAN).exists():
+    target, plan = folder.parent, read_plan(folder)
+    if plan is None:
         return IncompleteStoreError(
             f"{target} is incomplete: {folder} has no manifest.",
             f"Convert the model again: {command('convert', 'SRC', target)}",
         )
-    plan = Manifest.from_json(read_json(folder / PLAN), str(target))
     blocks = range(len(plan.blocks))
     there = sum(ShardFile.of(folder, plan, block).path.exists() for block in blocks)
     return IncompleteStoreError(
@@ -131,55 +135,32 @@ def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
     """Parse a JSON object of at most ``MAX_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
     try:
         found = json.loads(data, parse_int=_whole)
+        deep = _is_deep(found)
     except ValueError as error:
         raise StoreFormatError(f"{where} is not JSON ({error}).", fix) from error
     except RecursionError:
-        found = None
-    if found is None or _is_deep(found):
-        raise StoreFormatError(
-            f"{where}: {_deep_field(data)} is nested in more than {MAX_LEVELS} levels.", fix
-        ) from None
+        deep = True
+    if deep:
+        raise StoreFormatError(f"{where} has values that are nested in more than {MAX_LEVELS} levels.", fix)
     if not isinstance(found, dict):
         raise StoreFormatError(f"{where} is not a JSON object.", fix)
     return found
 
 
 def _is_deep(value: object) -> bool:
-    """Whether a value is nested too deep. Not recursive: Python's parser may accept more levels than recursion can."""
-    level = [value]
-    for _ in range(MAX_LEVELS + 1):
-        level = [
-            inner
-            for each in level
-            if type(each) in _CONTAINERS
-            for inner in (each.values() if isinstance(each, dict) else each)  # type: ignore[attr-defined]
-            if type(inner) in _CONTAINERS
-        ]
+    """Return whether a value is nested too deep, without recursion: the parser may accept more levels than that can."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_LEVELS + 2):
         if not level:
             return False
-    return True
+        containers = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [inner for each in containers for inner in each if isinstance(inner, dict | list)]
+    return bool(level)
 
 
 def _whole(digits: str) -> float:
     """Parse an integer. With more digits than Python converts, return a number that no field accepts."""
     return int(digits) if len(digits) < 100 else math.inf
-
-
-def _deep_field(data: bytes) -> str:
-    """Name the outermost fields around the first value that is nested too deep."""
-    names: list[bytes] = []
-    name = b""
-    for token in _TOKENS.finditer(data):
-        if token[1] is not None:
-            name = token[1][1:-1]
-        elif token[0] in b"[{":
-            names.append(name)
-            name = b""
-            if len(names) > MAX_LEVELS:
-                break
-        elif token[0] in b"]}":
-            name = names.pop() if names else b""
-    return shown(b".".join(filter(None, names[: 1 + SHOWN_LEVELS])).decode(errors="replace"))
 
 
 def check_array(path: Path, manifest: Manifest, array: str) -> None:

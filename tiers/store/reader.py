@@ -1,11 +1,12 @@
 """ExpertStore, the SSD tier: opens and checks a store, and reads one record at a time into a slot.
 
-The offsets of all records are read once, from the indexes of the shards, and checked against the sizes of the files
-before anything is allocated. A read is ``preadv`` straight into the slot, with O_DIRECT where the file system has it.
+The sizes and the indexes of all shards are checked before anything is allocated. A read is ``preadv`` straight into the
+slot, with O_DIRECT where the file system has it.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,11 +24,20 @@ from moetier.tiers.source import StagedPrefix, interruptible_bytes
 
 from .atomic import read_errors
 from .checksum import crc32c
-from .digest import DigestCheck
 from .folder import METADATA, check_array, command, read_manifest, store_folder
-from .shard import REPAIR, OpenShard, ShardFile, foreign_record, stored_checksums
+from .shard import (
+    REPAIR,
+    OpenShard,
+    ShardFile,
+    foreign_record,
+    foreign_shards,
+    store_digest,
+)
 
 PIECE_BYTES = 8 << 20  # bytes per read; a larger record is read in several pieces at the same time
+DIGEST_SECONDS = 0.1  # for which opening an older store waits: enough for a quick disk or a small store
+
+_log = logging.getLogger(__name__)
 
 
 class ExpertStore:
@@ -46,7 +56,7 @@ class ExpertStore:
         Raises:
             IncompleteStoreError: the conversion was interrupted.
             StoreFormatError: the directory is not a store, or not one of this version.
-            MissingExpertError: a shard or a record is missing.
+            MissingExpertError: a shard is missing.
             ChecksumError: a shard belongs to another conversion.
             StoreReadError: the disk has answered with an error.
         """
@@ -78,11 +88,10 @@ class ExpertStore:
         self._fork_guard = ForkGuard()
         self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
-        self._digest_check: DigestCheck | None = None
-        self._fault: ChecksumError | None = None  # the digest is not that of the records
-        self._watchers: list[Callable[[ChecksumError], None]] = []
+        self._digest_check: threading.Thread | None = None
+        self._closing = threading.Event()  # ends that thread
+        self._fault = Future[ChecksumError]()  # is done if the digest is not that of the records
         self._use = UseCount(f"The store {folder}")  # no descriptor is closed, and reused, during a read
-        self._lock = threading.Lock()  # guards the fault and the watchers
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
 
     def check_digest(self) -> None:
@@ -91,25 +100,32 @@ class ExpertStore:
         This goes on in the background if it takes long. After a mismatch all reads raise the error. Raises
         ChecksumError if it is found at once.
         """
-        if not self.manifest.record_checksums:
-            self._digest_check = DigestCheck(self.manifest, self._shards, self._condemn)
-            if self._fault is not None:
-                raise self._fault
+        if self.manifest.record_checksums:
+            return
+        self._digest_check = threading.Thread(target=self._compare_digest, name="moetier-digest", daemon=True)
+        self._digest_check.start()
+        self._digest_check.join(DIGEST_SECONDS)
+        if self._fault.done():
+            raise self._fault.result()
+
+    def _compare_digest(self) -> None:
+        checksums = []
+        try:
+            for _, shard in sorted(self._shards.items()):
+                with read_errors(shard.file.path):
+                    for crc in shard.file.stored_checksums(shard.descriptor):
+                        if self._closing.is_set():
+                            return
+                        checksums.append(crc)
+        except StoreError as error:  # a later read of the records will raise it
+            _log.warning("The digest of %s is not checked: %s", self.manifest.model, error.cause)
+            return
+        if (digest := store_digest(checksums)) != self.manifest.digest:
+            self._fault.set_result(foreign_shards(self.manifest, digest, self.folder))
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
         """Call ``watcher``, from any thread, if the digest turns out not to be that of the records."""
-        with self._lock:
-            self._watchers.append(watcher)
-            fault = self._fault
-        if fault is not None:
-            watcher(fault)
-
-    def _condemn(self, error: ChecksumError) -> None:
-        with self._lock:
-            self._fault = error
-            watchers = list(self._watchers)
-        for watcher in watchers:
-            watcher(error)
+        self._fault.add_done_callback(lambda fault: watcher(fault.result()))
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
@@ -118,7 +134,7 @@ class ExpertStore:
 
     @property
     def direct(self) -> bool:
-        """Whether all shards are read with O_DIRECT."""
+        """True if all shards are read with O_DIRECT."""
         return all(shard.direct for shard in self._shards.values())
 
     def layout(self, block: int) -> RecordLayout:
@@ -169,7 +185,7 @@ class ExpertStore:
             try:
                 crc = self._read(shard, offset, view, prefix, pause)
             except StoreReadError as error:
-                raise self._named(key, error) from error
+                raise StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix) from error
             shard.uncache(offset, len(view))
             if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
                 raise ChecksumError(
@@ -179,20 +195,15 @@ class ExpertStore:
             if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
                 raise foreign_record(f"{_expert(self.manifest, key)}: its record in {shard.file.path}", shard.file.path)
 
-    def record_crcs(self, block: int) -> tuple[int, ...]:
-        """Read the CRC-32C stored after each record of a block, in the order of its experts."""
-        with self._use:
-            shard, _ = self._locate(ExpertKey(block, 0))
-            with read_errors(shard.file.path):
-                return tuple(stored_checksums(shard.file.path, shard.offsets, shard.file.slot_bytes))
-
     def close(self) -> None:
         """Wait for running reads, then release all threads and descriptors. Idempotent.
 
         A forked child only closes its descriptors.
         """
-        if self._fork_guard.is_owner and self._digest_check is not None:
-            self._digest_check.close()
+        self._closing.set()
+        check = self._digest_check
+        if self._fork_guard.is_owner and check is not None and check is not threading.current_thread():
+            check.join()
         self._use.close()
         shards, self._shards = self._shards, {}
         if self._fork_guard.is_owner:
@@ -208,18 +219,15 @@ class ExpertStore:
     ) -> None:
         self.close()
 
-    def _named(self, key: ExpertKey, error: StoreReadError) -> StoreReadError:
-        return StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix)
-
     def _locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
         block, expert = key
         self.manifest.check_keys(block, (key,))
-        if self._fault is not None:
-            raise self._fault.with_traceback(None)
+        if self._fault.done():
+            raise self._fault.result().with_traceback(None)
         if block in self._faults:
             raise self._faults[block]
         shard = self._shards[block]
-        return shard, shard.offsets[expert]
+        return shard, expert * shard.file.slot_bytes
 
     def _read(
         self,

@@ -13,9 +13,8 @@ from moetier.tiers.errors import StoreError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
 
-from .digest import foreign_shards
 from .reader import ExpertStore
-from .shard import store_digest
+from .shard import foreign_shards, store_digest
 from .trunk import check_sum
 
 READS = 8  # reads in flight, enough to keep a disk busy
@@ -94,5 +93,4 @@ def scrub(store: ExpertStore) -> Iterator[int | Problem]:
         finally:
             pool.shutdown(cancel_futures=True)
     if good and (digest := store_digest(crcs)) != manifest.digest:
-        paths = [store.path(block) for block in range(len(manifest.blocks))]
-        yield Problem(None, None, str(store.folder), foreign_shards(manifest, digest, paths).cause)
+        yield Problem(None, None, str(store.folder), foreign_shards(manifest, digest, store.folder).cause)

@@ -15,7 +15,6 @@ import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,6 @@ from moetier.tiers.manifest import Manifest
 from .atomic import read_errors
 from .checksum import checksum_bytes, crc32c
 
-EMPTY = 2**64 - 1  # offset and size of a record that was not written
 REPAIR = "Restore the file, or remove it and run the same conversion again: it makes only what is missing."
 
 
@@ -61,54 +59,21 @@ class ShardFile:
         """Bytes of the whole file."""
         return self.data_bytes + self.index_bytes
 
-    @property
-    def offsets(self) -> range:
-        """Offsets of records that lie in the order of their experts, as the writer writes them."""
-        return range(0, self.data_bytes, self.slot_bytes)
-
     def make_index(self) -> bytes:
-        """Encode the index of records that lie in the order of their experts."""
+        """Encode the index: records lie in the order of their experts."""
         pairs = np.empty((self.experts, 2), "<u8")
-        pairs[:, 0] = self.offsets
+        pairs[:, 0] = range(0, self.data_bytes, self.slot_bytes)
         pairs[:, 1] = self.slot_bytes
         payload = pairs.tobytes()
         return payload + checksum_bytes(crc32c(payload))
 
-    def parse_index(self, index: bytes) -> tuple[int, ...]:
-        """Parse an index into the records' offsets, -1 for a missing record. Raises ValueError for a wrong index."""
-        payload, stored = index[:-CHECKSUM_BYTES], index[-CHECKSUM_BYTES:]
-        if checksum_bytes(crc32c(payload)) != stored:
-            raise ValueError("the checksum of its index does not match")
-        offsets: list[int] = []
-        for expert, (offset, size) in enumerate(np.frombuffer(payload, "<u8").reshape(-1, 2).tolist()):
-            if offset == size == EMPTY:
-                offsets.append(-1)
-                continue
-            if size != self.slot_bytes:
-                raise ValueError(f"expert {expert} has {size:,} bytes in its index, expected {self.slot_bytes:,}")
-            if offset % PAGE:
-                raise ValueError(f"expert {expert} begins at {offset:,}, which is not a multiple of {PAGE}")
-            if offset + size > self.data_bytes:
-                raise ValueError(
-                    f"expert {expert} would end at {offset + size:,}, behind its {self.data_bytes:,} bytes of data"
-                )
-            offsets.append(offset)
-        placed = sorted(offset for offset in offsets if offset >= 0)
-        if any(after - before < self.slot_bytes for before, after in pairwise(placed)):
-            raise ValueError("two experts overlap in its index")
-        return tuple(offsets)
-
-
-def stored_checksums(place: str | Path, offsets: Iterable[int], slot_bytes: int) -> Iterator[int]:
-    """Yield the checksum stored after each record of the shard at ``place``.
-
-    To read from the very file that a descriptor refers to, give ``/proc/self/fd/N``.
-    """
-    with open(place, "rb", buffering=0) as stream:  # noqa: PTH123 - a new open file description, without O_DIRECT
-        descriptor = stream.fileno()
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
-        for offset in offsets:
-            yield int.from_bytes(os.pread(descriptor, CHECKSUM_BYTES, offset + slot_bytes - CHECKSUM_BYTES), "little")
+    def stored_checksums(self, descriptor: int | None = None) -> Iterator[int]:
+        """Yield the checksum stored after each record, of this very file if its open ``descriptor`` is given."""
+        place = self.path if descriptor is None else f"/proc/self/fd/{descriptor}"
+        with open(place, "rb", buffering=0) as stream:  # noqa: PTH123 - a new open file description, without O_DIRECT
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
+            for offset in range(self.slot_bytes - CHECKSUM_BYTES, self.data_bytes, self.slot_bytes):
+                yield int.from_bytes(os.pread(stream.fileno(), CHECKSUM_BYTES, offset), "little")
 
 
 def store_digest(checksums: Iterable[int]) -> str:
@@ -122,7 +87,6 @@ class OpenShard:
 
     file: ShardFile
     descriptor: int
-    offsets: tuple[int, ...]
     direct: bool  # O_DIRECT: buffers, offsets and lengths must be of whole pages
 
     @classmethod
@@ -136,7 +100,7 @@ class OpenShard:
                 compared; if it differs, all are, as the shard may belong to another conversion.
 
         Raises:
-            MissingExpertError: the file or a record is missing.
+            MissingExpertError: the file is missing.
             StoreFormatError: the file has another size, or a wrong index.
             ChecksumError: the records are those of another conversion.
             StoreReadError: the disk has answered with an error.
@@ -158,26 +122,16 @@ class OpenShard:
                         REPAIR,
                     )
                 end = os.pread(descriptor, CHECKSUM_BYTES + file.index_bytes, file.data_bytes - CHECKSUM_BYTES)
-            try:
-                offsets = file.parse_index(end[CHECKSUM_BYTES:])
-            except ValueError as error:
+            if end[CHECKSUM_BYTES:] != file.make_index():
                 raise StoreFormatError(
-                    f"{name}: its shard {file.path} can't be used: {error}.",
-                    REPAIR,
-                ) from error
-            if -1 in offsets:
-                raise MissingExpertError(
-                    f"{name}: its shard {file.path} has no record of expert {offsets.index(-1)}.",
-                    "Convert the model again.",
+                    f"{name}: the index at the end of its shard {file.path} is not the one that was written.", REPAIR
                 )
-            last = offsets.index(file.data_bytes - file.slot_bytes)
-            if checksums and checksums[last] != int.from_bytes(end[:CHECKSUM_BYTES], "little"):
+            if checksums and checksums[-1] != int.from_bytes(end[:CHECKSUM_BYTES], "little"):
                 with read_errors(file.path):
-                    stored = stored_checksums(f"/proc/self/fd/{descriptor}", offsets, file.slot_bytes)
-                    differing = sum(map(operator.ne, stored, checksums))
+                    differing = sum(map(operator.ne, file.stored_checksums(descriptor), checksums))
                 if differing > 1:  # a single one may be a flipped bit
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
-            return cls(file, descriptor, offsets, _try_direct(descriptor))
+            return cls(file, descriptor, _try_direct(descriptor))
         except BaseException:
             os.close(descriptor)
             raise
@@ -218,6 +172,15 @@ def foreign_record(what: str, path: Path) -> ChecksumError:
     return ChecksumError(
         f"{what} is not the one that the manifest knows: it is of another conversion.",
         f"Copy {path} again from where the model directory came from, or convert the model again with --overwrite.",
+    )
+
+
+def foreign_shards(manifest: Manifest, digest: str, folder: Path) -> ChecksumError:
+    """Make the error for a store at ``folder`` whose ``digest``, which tells no shards apart, is not the manifest's."""
+    return ChecksumError(
+        f"{manifest.model}: the shards in {folder} are not all of one conversion: which of them, this manifest of an "
+        f"older moetier does not say. The digest of their records is {digest}, the manifest says {manifest.digest}.",
+        "Copy the shards again from where the model directory came from, or convert the model again with --overwrite.",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from moetier.tiers.manifest import MAX_BYTES, TRUNK_NAME, FileSum, Manifest
 from .atomic import read_errors
 from .checksum import crc32c
 from .folder import MAX_JSON_BYTES, parse_json, read_json
+from .safetensors import Entry, parse_header, read_header
 
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # suffix, in place of ".weight", of a matrix that is stored as a record
@@ -21,12 +21,6 @@ PIECE_BYTES = 8 << 20  # read and checksummed at a time, small enough for the pr
 # largest trunk whose checksums take less than a twentieth of a load (tests/measurements/trunk_checksums.py)
 CHECKED_BYTES = 64 << 20
 AHEAD_BYTES = 64 << 20  # read-ahead that the kernel is asked for
-
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-MAX_DIMENSIONS = 16
 
 FIX = "Get that file again from where the directory came from, or remove it and run the same conversion again."
 
@@ -56,27 +50,27 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
             f"{directory / INDEX} names {strangers[0]}, which the manifest does not know.", FIX
         )
     for name, entry in (manifest.trunk or dict.fromkeys(sorted(named))).items():
-        path = directory / name
         try:
-            size = path.stat().st_size if path.is_file() else None
-        except OSError:
-            size = None
-        if size is None:
-            expected = f"; it has {entry.bytes:,} bytes" if entry else ""
-            faults[name] = StoreFormatError(f"{path}, a file of the trunk, is missing{expected}.", FIX)
-        elif entry and size != entry.bytes:
-            faults[name] = StoreFormatError(
-                f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written.", FIX
-            )
-        else:
-            try:
-                tensors = _header(path).keys()
-                names = tensors ^ named.get(name, set())
-                if names and INDEX not in faults:
-                    raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(names))}.", FIX)
-            except StoreError as error:
-                faults[name] = error
+            _check_file(directory / name, entry, None if INDEX in faults else named.get(name, set()))
+        except StoreError as error:
+            faults[name] = error
     return faults
+
+
+def _check_file(path: Path, entry: FileSum | None, tensors: set[str] | None) -> None:
+    """Raise StoreError unless a file has the size of ``entry`` and the ``tensors`` that the index names, if known."""
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError:
+        size = None
+    if size is None:
+        expected = f"; it has {entry.bytes:,} bytes" if entry else ""
+        raise StoreFormatError(f"{path}, a file of the trunk, is missing{expected}.", FIX)
+    if entry and size != entry.bytes:
+        raise StoreFormatError(f"{path}, a file of the trunk, has {size:,} bytes; {entry.bytes:,} were written.", FIX)
+    found = _header(path).keys()
+    if tensors is not None and found != tensors:
+        raise StoreFormatError(f"{path} and {INDEX} differ in {shown(min(found ^ tensors))}.", FIX)
 
 
 def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
@@ -86,7 +80,7 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
     the manifest does not mention records.
     """
     found: dict[str, int] = {}
-    headers: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    headers: dict[str, dict[str, Entry]] = {}
     for tensor, name in _places(directory).items():
         if not tensor.endswith(RECORD):
             continue
@@ -95,11 +89,11 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
         path = directory / name
         if name not in headers:
             headers[name] = _header(path)
-        dtype, shape = headers[name].get(tensor, ("", []))
-        if dtype != "U8" or len(shape) != 1:
-            what = f"is of {dtype} {shape}" if dtype else "is not there"
+        entry = headers[name].get(tensor)
+        if entry is None or entry.dtype != "U8" or len(entry.shape) != 1:
+            what = f"is of {entry.dtype} {list(entry.shape)}" if entry else "is not there"
             raise StoreFormatError(f"{path}, a file of the trunk: {tensor} {what}; it is to be a record.", FIX)
-        found[tensor.removesuffix(RECORD)] = shape[0]
+        found[tensor.removesuffix(RECORD)] = entry.shape[0]
     return found
 
 
@@ -121,53 +115,19 @@ def _places(directory: Path) -> dict[str, str]:
     return places
 
 
-def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Read the type and shape of each tensor of a safetensors file, which must fill it without holes.
-
-    Raises StoreFormatError or StoreReadError.
-    """
+def _header(path: Path) -> dict[str, Entry]:
+    """Read what the header of a trunk file says of each tensor. Raises StoreFormatError or StoreReadError."""
     try:
-        with read_errors(path), path.open("rb", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(os.pread(stream.fileno(), 8, 0), "little")
-            if not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
-                raise ValueError(f"a header of {length:,} bytes, of {size:,}")
-            data = os.pread(stream.fileno(), length, 8)
+        with read_errors(path):
+            data, size = read_header(path, MAX_JSON_BYTES)
+        entries, end = parse_header(parse_json(data, f"The header of {path}", FIX))
+        if end != size:
+            raise ValueError(f"its data_offsets end at {end:,}, its data at {size:,}")
+        return entries
     except FileNotFoundError:
         raise StoreFormatError(f"{path}, a file of the trunk, is missing.", FIX) from None
     except ValueError as error:
         raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
-    header = parse_json(data, f"The header of {path}", FIX)
-    try:
-        return _tensors(Fields(header), size - 8 - length)
-    except ValueError as error:
-        raise StoreFormatError(f"{path}, a file of the trunk, can't be read: {error}.", FIX) from error
-
-
-def _tensors(header: Fields, size: int) -> dict[str, tuple[str, list[int]]]:
-    found, ranges = {}, []
-    for name, entry in header.members():
-        if name == "__metadata__":
-            for _, value in entry.members():
-                value.text()
-            continue
-        dtype, shape = entry["dtype"].among(ITEM_BYTES), entry["shape"].items()
-        if len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"{entry.place}.shape has {len(shape)} dimensions")
-        found[name] = dtype, [n.number(0, MAX_BYTES) for n in shape]
-        offsets = entry["data_offsets"].items()
-        begin, end = (each.number(0, size) for each in offsets) if len(offsets) == 2 else (0, -1)
-        if end - begin != math.prod(found[name][1]) * ITEM_BYTES[dtype]:
-            raise ValueError(f"{entry.place}: shape and dtype are not those of data_offsets {begin:,} to {end:,}")
-        ranges.append((begin, end, entry.place))
-    at = 0
-    for begin, end, place in sorted(ranges):
-        if begin != at:
-            raise ValueError(f"{place}.data_offsets begin at {begin:,}, not at {at:,}")
-        at = end
-    if at != size:
-        raise ValueError(f"its data_offsets end at {at:,}, its data at {size:,}")
-    return found
 
 
 def check_small(directory: Path, manifest: Manifest) -> None:

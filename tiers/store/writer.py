@@ -13,11 +13,10 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +29,13 @@ from moetier.tiers.errors import StoreError, TargetExistsError
 from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.manifest import FileSum, Manifest
 
-from .atomic import PARTIAL, allocate, disk_errors, make_folders, sync_folder, write_all, write_durably
+from .atomic import PARTIAL, LargeFile, disk_errors, large_file, make_folders, sync_folder, write_durably
 from .checksum import checksum_bytes, crc32c
-from .folder import METADATA, PLAN, read_json, read_manifest
-from .shard import ShardFile, store_digest, stored_checksums
+from .folder import METADATA, PLAN, read_plan
+from .shard import ShardFile, store_digest
 
 Bytes = npt.NDArray[np.uint8]
 PIECE_BYTES = 8 << 20  # checksummed and written at a time, small enough for the processor's cache
-FLUSH_BYTES = 64 << 20  # most dirty pages: more would stall a small cgroup
 
 
 class StoreWriter:
@@ -64,8 +62,15 @@ class StoreWriter:
         with disk_errors(folder):
             make_folders(folder)
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            _lock_folder(lock, folder)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TargetExistsError(
+                    f"Another process is converting into {folder.parent}.",
+                    "Wait until it has ended, or choose another folder.",
+                ) from None
             _check_target(folder, plan)
             with disk_errors(folder):
                 write_durably(folder / PLAN, _to_json(plan.to_json()))
@@ -74,10 +79,9 @@ class StoreWriter:
                 for array in plan.layouts:
                     make_folders(folder / array)
                     write_durably(folder / array / METADATA, array_metadata(plan, array))
-            return cls(folder, plan, lock)
-        except BaseException:
-            os.close(lock)
-            raise
+            writer = cls(folder, plan, lock)
+            undo.pop_all()
+        return writer
 
     def __init__(self, folder: Path, plan: Manifest, lock: int) -> None:
         self.folder = folder
@@ -110,25 +114,14 @@ class StoreWriter:
         assert not self._closed
         assert block not in self.finished_blocks, f"block {block} is written twice"
         file = self._files[block]
-        partial = file.path.with_name(file.path.name + PARTIAL)
-        try:
-            with self._disk_errors():
-                make_folders(file.path.parent)
-                file.path.unlink(missing_ok=True)  # it may exist without being complete
-                stream = partial.open("wb", buffering=0)
-            with stream:
-                with self._disk_errors():
-                    allocate(stream.fileno(), file.file_bytes)
-                shard = ShardWriter(stream.fileno(), file, self._disk_errors)
-                yield shard
-                shard.finish()
-            with self._disk_errors():
-                partial.rename(file.path)
-                sync_folder(file.path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
+        with self._disk_errors():
+            make_folders(file.path.parent)
+            file.path.unlink(missing_ok=True)  # it may exist without being complete
+        with large_file(file.path, file.file_bytes, self._disk_errors) as stream:
+            shard = ShardWriter(stream, file)
+            yield shard
+            assert shard.written == file.experts, f"{shard.written} of {file.experts} experts were written"
+            stream.write(file.make_index())
         with self._lock:
             self._finished.add(block)
 
@@ -144,7 +137,7 @@ class StoreWriter:
         """
         assert len(self._finished) == len(self._files), "blocks are missing"
         with self._disk_errors():
-            crcs = [crc for file in self._files for crc in stored_checksums(file.path, file.offsets, file.slot_bytes)]
+            crcs = [crc for file in self._files for crc in file.stored_checksums()]
             manifest = replace(
                 self.plan,
                 source_digest=self.plan.source_digest if source_digest is None else source_digest,
@@ -178,21 +171,16 @@ class StoreWriter:
 
 
 class ShardWriter:
-    """Writes the shard of one block under its temporary name. Only for one thread at a time."""
+    """Writes the records of one block. Only for one thread at a time."""
 
-    def __init__(
-        self, descriptor: int, file: ShardFile, disk_errors: Callable[[], contextlib.AbstractContextManager[None]]
-    ) -> None:
-        self._descriptor = descriptor
+    def __init__(self, stream: LargeFile, file: ShardFile) -> None:
+        self._stream = stream
         self._file = file
-        self._disk_errors = disk_errors
-        self._position = 0  # bytes written
-        self._flushed = 0  # bytes on the disk and dropped from the page cache
 
     @property
     def written(self) -> int:
         """The number of records so far, which is the next expert to write."""
-        return self._position // self._file.slot_bytes
+        return self._stream.written // self._file.slot_bytes
 
     def write(self, payload: memoryview | Bytes | bytes) -> None:
         """Append the next expert's record, ``record_bytes`` long."""
@@ -203,28 +191,8 @@ class ShardWriter:
         for start in range(0, len(data), PIECE_BYTES):
             piece = data[start : start + PIECE_BYTES]
             crc = crc32c(piece, crc)
-            self._append(piece)
-        self._append(memoryview(checksum_bytes(crc)))
-
-    def finish(self) -> None:
-        """Write the index and sync the file."""
-        assert self.written == self._file.experts, f"{self.written} of {self._file.experts} experts were written"
-        self._append(memoryview(self._file.make_index()))
-        with self._disk_errors():
-            self._flush()
-            os.fsync(self._descriptor)
-
-    def _append(self, data: memoryview) -> None:
-        with self._disk_errors():
-            write_all(self._descriptor, data, self._position)
-            self._position += len(data)
-            if self._position - self._flushed >= FLUSH_BYTES:
-                self._flush()
-
-    def _flush(self) -> None:
-        os.fdatasync(self._descriptor)
-        os.posix_fadvise(self._descriptor, self._flushed, self._position - self._flushed, os.POSIX_FADV_DONTNEED)
-        self._flushed = self._position
+            self._stream.write(piece)
+        self._stream.write(checksum_bytes(crc))
 
 
 def array_metadata(plan: Manifest, array: str) -> bytes:
@@ -246,7 +214,7 @@ def array_metadata(plan: Manifest, array: str) -> bytes:
 
 
 def is_complete(file: ShardFile) -> bool:
-    """Whether a shard is complete: it has its full size and an index with every record."""
+    """Return whether a shard is complete: it has its full size and an index with every record."""
     try:
         with file.path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size != file.file_bytes:
@@ -256,43 +224,21 @@ def is_complete(file: ShardFile) -> bool:
         return False
 
 
-def _lock_folder(lock: int, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise TargetExistsError(
-            f"Another process is converting into {folder.parent}.", "Wait until it has ended, or choose another folder."
-        ) from None
-
-
 def _check_target(folder: Path, plan: Manifest) -> None:
     """Raise TargetExistsError unless the folder is empty or holds this plan, finished or not."""
-    for name in (METADATA, PLAN):
-        if (folder / name).exists():
-            found = _plan_in(folder / name)
-            break
-    else:
+    strangers = sorted(path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL))
+    try:
+        found = read_plan(folder)
+    except StoreError:
         found = None
-        if not (strangers := sorted(p.name for p in folder.iterdir() if not p.name.endswith(PARTIAL))):
-            return
-        name = strangers[0]
-    asked = plan.to_json()
-    if found == asked:
+    if found == plan or not strangers:
         return
     if found is None:
-        cause = f"{folder} holds something that is not a moetier store: {name}."
+        cause = f"{folder} holds something that is not a moetier store: {strangers[0]}."
     else:
-        differing = ", ".join(key for key in asked if found.get(key) != asked[key])
-        cause = f"{folder.parent} holds another conversion, of {found.get('model')}: it differs in {differing}."
+        differing = [each.name for each in fields(plan) if getattr(found, each.name) != getattr(plan, each.name)]
+        cause = f"{folder.parent} holds another conversion, of {found.model}: it differs in {', '.join(differing)}."
     raise TargetExistsError(cause, "Choose another folder, or remove this one first.")
-
-
-def _plan_in(path: Path) -> dict[str, Any] | None:
-    """Read the plan of a finished or unfinished store; None if the folder is neither."""
-    try:
-        return read_json(path) if path.name == PLAN else read_manifest(path.parent).plan.to_json()
-    except StoreError:
-        return None
 
 
 def _to_json(value: object) -> bytes:

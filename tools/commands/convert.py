@@ -21,7 +21,7 @@ from moetier.tools.cli.resources import add_option
 
 if TYPE_CHECKING:
     from moetier.runtime.checkpoint.files import Checkpoint
-    from moetier.tools.convert.report import ConversionReport
+    from moetier.tools.convert.conversion import ConversionReport
     from moetier.tools.convert.streaming import Download
 
 EXAMPLES = (
@@ -150,7 +150,6 @@ def convert(
     ConfigError.
     """
     from moetier.runtime.checkpoint.files import check_source, open_checkpoint
-    from moetier.runtime.checkpoint.skeleton import check_supported
 
     if check_source(src) is None:
         return pull(
@@ -167,8 +166,7 @@ def convert(
             f"{src} is a folder: nothing of it is downloaded, and nothing removed.",
             "Leave out --revision and --keep-source.",
         )
-    checkpoint = open_checkpoint(src, ignore_code=ignore_code, check=check_supported)
-    return write(checkpoint, Path(dst), **how)
+    return write(open_checkpoint(src, ignore_code=ignore_code), Path(dst), **how)
 
 
 def pull(
@@ -184,7 +182,6 @@ def pull(
 ) -> ConversionReport:
     """The same for a hub id, whatever folders there are; ``or_folder``: one of that name was looked for before. A run
     that was cut goes on with the commit that it was of."""
-    from moetier.runtime.checkpoint.skeleton import check_supported
     from moetier.tools.convert.streaming import open_on_hub
     from moetier.tools.convert.target import DOWNLOAD, revision_under_way
 
@@ -195,7 +192,6 @@ def pull(
         keep=keep_source,
         or_folder=or_folder,
         ignore_code=ignore_code,
-        check=check_supported,
     )
     return write(checkpoint, dst, download=download, resuming=resuming, **how)
 
@@ -222,37 +218,30 @@ def write(
     from moetier.tools.convert.conversion import Conversion
     from moetier.tools.convert.draft import Options
     from moetier.tools.convert.files import check_unused
-    from moetier.tools.convert.target import State, check_place, is_ours, remove
-
-    def say(line: str) -> None:
-        if not quiet:
-            print(line, file=sys.stderr, flush=True)
-
-    def clear() -> State:
-        check_unused(str(dst), dst)
-        conversion.check_disks(replacing=True)
-        say(f"{dst}: what is there is removed first")
-        remove(dst)
-        return State.NEW
+    from moetier.tools.convert.target import check_place, is_ours, remove
 
     options = Options(bits, trunk_bits, group_size, pairs, fast, workers, threads)
     use_threads(threads)
     check_place(dst, checkpoint.folder)
-    conversion = Conversion.plan(checkpoint, dst, options, download=download, resuming=resuming)
+    conversion = Conversion.plan(checkpoint, dst, options, download=download, resuming=resuming, quiet=quiet)
     try:
-        state = conversion.target.state()
+        complete = conversion.target.is_complete()
+        replaced = complete and overwrite  # its bytes may be damaged, which nothing here looks at
     except TargetExistsError:
         if not (overwrite and is_ours(dst)):
             raise
-        state = clear()
-    if state is State.COMPLETE and overwrite:  # its bytes may be damaged, which nothing here looks at
-        state = clear()
-    if state is State.COMPLETE:
+        replaced = True
+    if replaced:
+        check_unused(str(dst), dst)
+        conversion.check_disks(replacing=True)
+        conversion.say(f"{dst}: what is there is removed first")
+        remove(dst)
+    elif complete:
         conversion.target.tidy()
         return conversion.report({}, seconds=0.0, was_complete=True)
     for line in conversion.announce():
-        say(line)
-    return conversion.run(say, quiet)
+        conversion.say(line)
+    return conversion.run()
 
 
 class Stopped(BaseException):

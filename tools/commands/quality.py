@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_ways(ways: Iterable[Way]) -> None:
     """Raises ConfigError, before anything is measured, for settings that don't exist."""
     from moetier.tiers.quant.codec import group_and_pairs
-    from moetier.tools.convert.matrices import trunk_form
+    from moetier.tools.convert.draft import trunk_form
 
     for bits, group, pairs, trunk_bits, _ in ways:
         group_and_pairs(bits, group, pairs)
@@ -206,7 +206,7 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
     import transformers
 
     from moetier.runtime.checkpoint.files import open_checkpoint
-    from moetier.tools.convert.matrices import trunk_form
+    from moetier.tools.convert.draft import trunk_form
     from moetier.tools.lab.quality import Trial, loss, tokenize
 
     checkpoint = open_checkpoint(source)

@@ -34,8 +34,7 @@ from moetier.tools.lab.synthetic import (
 if TYPE_CHECKING:
     import torch
 
-    from moetier.runtime.checkpoint.dequantize import SourceTensor
-    from moetier.runtime.checkpoint.safetensors import StoredTensor
+    from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
     from moetier.runtime.trace.trace import Trace
 
 EXAMPLES = ("moetier synthetic build/mixtral-4L --store build/mixtral-4L-4bit",)

@@ -1,4 +1,5 @@
 """Converting a checkpoint into a tiered store, one block after another, also while it is downloaded.
 
-Others use ``conversion``. The package imports ``cli``, ``runtime.checkpoint`` and ``tiers``.
+Others use ``conversion``, ``draft`` (a plan without a download), ``files`` and ``target``. The package imports ``cli``,
+``runtime`` and ``tiers``.
 """

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moetier.runtime.checkpoint import hub
-from moetier.runtime.checkpoint.blueprint import Blueprint
-from moetier.runtime.checkpoint.dequantize import source_tensors
+from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.files import Checkpoint
-from moetier.runtime.checkpoint.skeleton import build_on_meta
+from moetier.runtime.checkpoint.tensors import source_tensors
 from moetier.runtime.config import format_bytes
 from moetier.runtime.memory import available_memory, peak_bytes
 from moetier.runtime.threads import usable_cpus
@@ -24,13 +24,11 @@ from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.store.atomic import disk_errors
 from moetier.tiers.store.writer import StoreWriter
 from moetier.tools.cli.progress import Progress
+from moetier.tools.cli.report import table
 from moetier.tools.convert.files import free_bytes, nearest_folder
 
-from .draft import Draft, Options
-from .encoder import INTERPRETER_BYTES, Encoder
-from .matrices import Matrices, MatrixRecord
-from .report import BlockReport, ConversionReport
-from .stages import Stage, stages
+from .draft import Draft, Options, Stage, stages
+from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
 from .streaming import Download
 from .target import Target, small_files
 
@@ -40,14 +38,14 @@ class Conversion:
     """Planned conversion of one checkpoint into one model directory."""
 
     checkpoint: Checkpoint
-    blueprint: Blueprint
+    draft: Draft
     target: Target
     encoder: Encoder
     options: Options
-    matrices: Matrices  # of the trunk that are quantised
-    records: Mapping[str, MatrixRecord]  # what becomes of them, by module path
-    resuming: tuple[str, ...] = ()  # the words of the command that resumes it, but for the options
-    download: Download | None = None  # of a hub checkpoint, whose files are here one after the other
+    records: list[MatrixRecord]  # of the trunk's quantised matrices
+    resuming: Sequence[str]  # the words of the command that resumes it, but for the options
+    download: Download | None  # of a hub checkpoint, whose files are here one after the other
+    quiet: bool  # otherwise it says on standard error what it does
 
     @classmethod
     def plan(
@@ -58,6 +56,7 @@ class Conversion:
         *,
         download: Download | None = None,
         resuming: Sequence[str] | None = None,
+        quiet: bool = True,
     ) -> Conversion:
         """Plan a conversion into ``folder`` without writing anything.
 
@@ -69,61 +68,58 @@ class Conversion:
         draft = Draft.of(model, dtype, tensors, options.trunk_bits)
         digest = checkpoint.digest if download is None else download.revision
         plan = draft.manifest(options, model=checkpoint.name, digest=digest)
-        encoder = _encoder(draft.blueprint, plan, options)
+        encoder = _encoder(draft, plan, options)
         records = draft.records(workers=encoder.workers, fast=options.fast)
         trunk = draft.trunk(records)
         if download is not None:
             download.keep_tensors(
                 [part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts]
             )
-        target = Target(
-            folder=folder,
-            plan=plan,
-            trunk=trunk,
-            small=small_files(checkpoint, options.bits, options.trunk_bits, draft.blueprint.dtype, trunk),
-            passing=download is not None,
-        )
+        small = small_files(checkpoint, options.bits, options.trunk_bits, draft.blueprint.dtype, trunk)
+        target = Target(folder, plan, trunk, small, passing=download is not None)
         words = resuming or ("convert", checkpoint.source, str(folder.resolve()))
-        return cls(
-            checkpoint, draft.blueprint, target, encoder, options, draft.matrices, records, tuple(words), download
-        )
+        return cls(checkpoint, draft, target, encoder, options, list(records.values()), words, download, quiet)
+
+    def say(self, line: str) -> None:
+        """Print a line on standard error, unless ``quiet``."""
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
 
     def announce(self) -> list[str]:
         """Describe what is going to happen, in lines."""
-        plan, trunk = self.target.plan, sum(file.size for file in self.target.trunk)
+        plan, blueprint, trunk = self.target.plan, self.draft.blueprint, sum(file.size for file in self.target.trunk)
         bits = plan.stored_bytes * 8 / self._weights
-        peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records.values())]
+        peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records)]
         workers, memory = self.encoder.workers, INTERPRETER_BYTES + max(peaks)
         lines = [
             f"{plan.model}: {format_bytes(self.checkpoint.nbytes)}, {len(plan.blocks)} blocks, "
             f"{plan.record_count} experts of {self._weights // plan.record_count:,} weights",
-            f"{self.target.folder}: {format_bytes(self.target.total_bytes)} (trunk {format_bytes(trunk)}, "
-            f"experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
+            f"{self.target.folder}: {format_bytes(self.target.missing_bytes(replacing=True))} "
+            f"(trunk {format_bytes(trunk)}, experts {format_bytes(plan.stored_bytes)} at {bits:.2f} bits a weight)",
             f"{workers} worker{'s' * (workers > 1)}, about {format_bytes(memory)} of memory",
         ]
         if self.download is not None:
             lines.append(self.download.announce(self._route()))
         if self.options.trunk_bits != 16:
-            weights = sum(record.layout.weights for record in self.records.values())
-            size = sum(record.layout.payload_bytes for record in self.records.values())
+            weights = sum(record.layout.weights for record in self.records)
+            size = sum(record.layout.payload_bytes for record in self.records)
             lines.append(
                 f"{len(self.records)} matrices of the trunk, {weights:,} weights, are quantised: {format_bytes(size)}, "
                 f"{size * 8 / max(weights, 1):.2f} bits a weight"
             )
-            lines += [f"as they are stay {reason}" for reason in self.matrices.reasons()]
-        if whole := [block.path for block in self.blueprint.blocks if not block.apart]:
+        if whole := [block.path for block in blueprint.blocks if not block.apart]:
             lines.append(f"read block by block, not expert by expert, as this checkpoint mixes them: {whole[0]}, ...")
-        if any(dtype == "float32" for block in self.blueprint.blocks for _, dtype in block.parameters.values()):
+        if any(dtype == "float32" for block in blueprint.blocks for _, dtype in block.parameters.values()):
             lines.append("experts are in float32: what stays in 16 bits is rounded to bfloat16")
-        if self.blueprint.unused:
-            size = sum(self.checkpoint.tensors[n].nbytes for n in self.blueprint.unused if n in self.checkpoint.tensors)
+        if blueprint.unused:
+            size = sum(self.checkpoint.tensors[n].nbytes for n in blueprint.unused if n in self.checkpoint.tensors)
             lines.append(
-                f"{len(self.blueprint.unused)} tensors ({format_bytes(size)}) are left out, as the model does not use "
-                f"them: {self.blueprint.unused[0]}, ..."
+                f"{len(blueprint.unused)} tensors ({format_bytes(size)}) are left out, as the model does not use "
+                f"them: {blueprint.unused[0]}, ..."
             )
         return lines
 
-    def run(self, say: Callable[[str], None], quiet: bool) -> ConversionReport:
+    def run(self) -> ConversionReport:
         """Write trunk, blocks and small files, and the manifest last; resume where an earlier run was cut.
 
         The trunk of a hub checkpoint comes after the blocks: it lies in all of the files.
@@ -134,26 +130,20 @@ class Conversion:
             finished = writer.finished_blocks
             errors = {b: error for b, error in self.target.read_journal().items() if b in finished}
             if finished:
-                say(f"resumed: {len(finished)} of {len(self.target.plan.blocks)} blocks are there")
+                self.say(f"resumed: {len(finished)} of {len(self.target.plan.blocks)} blocks are there")
             with disk_errors(self.target.store, self.target.missing_bytes):
                 self.target.write_journal(self.command, errors)
-                if self.download is None:
-                    trunk, digest = self._write_trunk(quiet), None
-                    self._write_blocks(writer, errors, say, quiet)
-                else:
-                    self._write_blocks(writer, errors, say, quiet)
-                    trunk, digest = self._write_trunk(quiet), self.checkpoint.digest
+                trunk = {} if self.download else self._write_trunk()
+                self._write_blocks(writer, errors)
+                trunk = trunk or self._write_trunk()
                 self.target.write_small()
-            writer.finish(trunk, digest)
+            writer.finish(trunk, self.checkpoint.digest if self.download else None)
         self.target.tidy()
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
 
     def check_disks(self, *, replacing: bool = False) -> None:
         """Check that what is missing fits; with ``replacing``, once what is there is removed. Raises DiskSpaceError."""
-        if self.download is None:
-            self.target.check_disk(replacing=replacing)
-            return
-        here, cached = self.download.disk_bytes(self._route(() if replacing else None))
+        here, cached = self.download.disk_bytes(self._route(() if replacing else None)) if self.download else (0, 0)
         cache = hub.cache_folder()
         if nearest_folder(cache).stat().st_dev == nearest_folder(self.target.folder).stat().st_dev:
             here, cached = here + cached, 0
@@ -170,30 +160,23 @@ class Conversion:
         missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
         if self.download is None:
             return [Stage(tuple(missing))]
-        return stages({block: self.blueprint.blocks[block].files for block in missing})
+        return stages({block: self.draft.blueprint.blocks[block].files for block in missing})
 
-    def _write_trunk(self, quiet: bool) -> dict[str, FileSum]:
-        with Progress("trunk", sum(file.size for file in self.target.trunk), quiet=quiet) as progress:
+    def _write_trunk(self) -> dict[str, FileSum]:
+        with Progress("trunk", sum(file.size for file in self.target.trunk), quiet=self.quiet) as progress:
             return {file.name: file.make(self.target.folder, progress.advance) for file in self.target.trunk}
 
-    def _write_blocks(
-        self, writer: StoreWriter, errors: dict[int, float], say: Callable[[str], None], quiet: bool
-    ) -> None:
+    def _write_blocks(self, writer: StoreWriter, errors: dict[int, float]) -> None:
         plan, route = self.target.plan, self._route(writer.finished_blocks)
         blocks = [block for stage in route for block in stage.blocks]
         total = sum(plan.blocks[block].experts * plan.layout(block).slot_bytes for block in blocks)
-        here = (stage for stage in route) if self.download is None else self.download.stream(route, quiet)
-        with Progress("experts", total, quiet=quiet) as progress, closing(here):
+        here = (stage for stage in route) if self.download is None else self.download.stream(route, self.quiet)
+        with Progress("experts", total, quiet=self.quiet) as progress, closing(here):
             for stage in here:
-                self._write_stage(stage.blocks, writer, errors, say, progress)
+                self._write_stage(stage.blocks, writer, errors, progress)
 
     def _write_stage(
-        self,
-        blocks: Sequence[int],
-        writer: StoreWriter,
-        errors: dict[int, float],
-        say: Callable[[str], None],
-        progress: Progress,
+        self, blocks: Sequence[int], writer: StoreWriter, errors: dict[int, float], progress: Progress
     ) -> None:
         plan = self.target.plan
         keys = [ExpertKey(block, expert) for block in blocks for expert in range(plan.blocks[block].experts)]
@@ -209,7 +192,7 @@ class Conversion:
                     errors[block] = error.relative
                     self.target.write_journal(self.command, errors)
                 if not sys.stderr.isatty():
-                    say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
+                    self.say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
 
     @property
     def command(self) -> list[str]:
@@ -225,10 +208,6 @@ class Conversion:
         return words + ["--keep-source"] * (self.download is not None and self.download.keep)
 
     @property
-    def _trunk_error(self) -> WeightError:
-        return sum((record.error for record in self.records.values()), WeightError())
-
-    @property
     def _weights(self) -> int:
         plan = self.target.plan
         return sum(block.experts * plan.layout(index).weights for index, block in enumerate(plan.blocks))
@@ -237,7 +216,7 @@ class Conversion:
         self, errors: dict[int, float], *, seconds: float, resumed_blocks: int = 0, was_complete: bool = False
     ) -> ConversionReport:
         """Return the report of the conversion; ``errors`` are the relative errors of blocks, by number."""
-        plan = self.target.plan
+        plan, trunk = self.target.plan, sum((record.error for record in self.records), WeightError())
         return ConversionReport(
             model=plan.model,
             target=str(self.target.folder),
@@ -246,7 +225,7 @@ class Conversion:
             source_bytes=self.checkpoint.nbytes,
             trunk_bytes=sum(file.size for file in self.target.trunk),
             trunk_matrices=len(self.records),
-            trunk_error=None if was_complete or not self.records else self._trunk_error.relative,
+            trunk_error=trunk.relative if self.records and not was_complete else None,
             blocks=tuple(
                 BlockReport(b.path, b.experts, b.experts * plan.layout(i).slot_bytes, errors.get(i))
                 for i, b in enumerate(plan.blocks)
@@ -259,13 +238,78 @@ class Conversion:
         )
 
 
-def _encoder(blueprint: Blueprint, plan: Manifest, options: Options) -> Encoder:
+def _encoder(draft: Draft, plan: Manifest, options: Options) -> Encoder:
     """Make an encoder with as many workers as are asked for, else one per thread or CPU, fewer if memory is short."""
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"{options.workers} workers can't work.", "Give at least one.")
     workers = options.workers or options.threads or usable_cpus()
-    encoder = Encoder(blueprint, plan, workers=workers, fast=options.fast)
+    encoder = Encoder(draft.blueprint, plan, workers=workers, fast=options.fast)
     most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)
     while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:
-        encoder = Encoder(blueprint, plan, workers=encoder.workers - 1, fast=options.fast)
+        encoder.workers -= 1
     return encoder
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One Experts module. ``error`` is the relative error of its weights; None where the run that made it was cut."""
+
+    path: str
+    experts: int
+    stored_bytes: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Result and cost of a conversion."""
+
+    model: str
+    target: str
+    bits: int
+    trunk_bits: int
+    source_bytes: int
+    trunk_bytes: int
+    trunk_matrices: int  # that are quantised
+    trunk_error: float | None  # relative, over their weights; None where nothing was quantised now
+    blocks: tuple[BlockReport, ...]
+    weights: int  # of all experts
+    seconds: float
+    peak_bytes: int  # of this process, since it began
+    resumed_blocks: int  # that an earlier run had finished
+    was_complete: bool  # there was nothing to do
+
+    @property
+    def expert_bytes(self) -> int:
+        """Stored bytes of all experts."""
+        return sum(block.stored_bytes for block in self.blocks)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of an expert weight, with scales, padding and checksums."""
+        return self.expert_bytes * 8 / self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and what follows from them as JSON."""
+        return asdict(self) | {"expert_bytes": self.expert_bytes, "bits_per_weight": self.bits_per_weight}
+
+    def table(self) -> str:
+        """Return the report as text."""
+        if self.was_complete:
+            trunk = f" and a trunk of {self.trunk_bits}" if self.trunk_bits != 16 else ""
+            return f"{self.target} is complete: it holds {self.model} with experts of {self.bits} bits{trunk} already."
+        rows = [["block", "experts", "size", "mean relative error"]]
+        for block in self.blocks:
+            error = "-" if block.error is None else f"{block.error:.4f}"
+            rows.append([block.path, str(block.experts), format_bytes(block.stored_bytes), error])
+        error = "" if self.trunk_error is None else f"{self.trunk_error:.4f}"
+        totals = [
+            ["source", format_bytes(self.source_bytes)],
+            ["trunk", format_bytes(self.trunk_bytes)],
+            *([[f"its {self.trunk_matrices} matrices of {self.trunk_bits} bits", "error " + error]] if error else []),
+            ["experts", format_bytes(self.expert_bytes)],
+            ["bits per expert weight", f"{self.bits_per_weight:.3f}"],
+            ["time", f"{self.seconds:.1f} s"],
+            ["peak memory", format_bytes(self.peak_bytes)],
+        ]
+        return f"{table(rows)}\n\n{table(totals)}"

@@ -1,33 +1,48 @@
-"""What a conversion is to write: planned from a model on meta and the checkpoint's names, shapes and types alone."""
+"""Contents of a conversion and the order in which they are made, from a model on meta and the checkpoint's headers.
+
+All linear modules of the trunk are quantised but those that this would harm or not help. Blocks of a hub checkpoint are
+made in an order in which few of its files are on the disk at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from moetier.runtime.checkpoint.blueprint import Blueprint, make_blueprint
-from moetier.runtime.checkpoint.dequantize import SourceTensor
+from moetier.runtime.checkpoint.blueprint import Blueprint, loaded_dtype, make_blueprint
+from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
 from moetier.runtime.config import OPTIONS
+from moetier.runtime.moe.experts import experts_modules
+from moetier.runtime.moe.gates import GATE_NAMES
+from moetier.runtime.moe.linear import matrix_layout
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.layout import Bits, RecordLayout
+from moetier.tiers.layout import TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
-from moetier.tiers.quant.codec import group_and_pairs, layout_for
+from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs, layout_for
 from moetier.tiers.store.trunk import RECORD
 
-from .matrices import Matrices, MatrixRecord, trunk_form
+from .encoder import MatrixRecord
 from .trunk import TrunkFile, TrunkTensor, plan_trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+AT_ONCE = 2  # files, where one of them is downloaded while blocks are made of the other
+
 
 @dataclass(frozen=True)
 class Options:
-    """How experts are stored, and by how many workers; None is the default of the width, or of the machine.
+    """Options of a conversion; None is the default of the width, or of the machine.
 
     Raises ConfigError for what no model can be stored with.
     """
@@ -52,12 +67,87 @@ class Options:
         group_and_pairs(self.bits, self.group_size, self.pairs)
 
 
+def trunk_form(bits: Bits) -> TrunkRecords | None:
+    """Return the default form of a width, or None where the trunk stays as it is.
+
+    Raises ConfigError for other widths.
+    """
+    if bits not in TRUNK_BITS:
+        raise ConfigError(
+            f"A trunk of {bits} bits is not supported.", f"Choose among {', '.join(map(str, TRUNK_BITS))}."
+        )
+    return None if bits == 16 else TrunkRecords(bits, *DEFAULTS[bits])
+
+
+def choose_matrices(model: PreTrainedModel, dtype: torch.dtype, form: TrunkRecords) -> dict[str, RecordLayout]:
+    """Choose the linear modules of a ``model``, loaded in ``dtype``, whose weights become records: layouts by path.
+
+    All others stay as they are: gates; parts without experts, such as towers of images and sound; weights that the
+    architecture reads itself, keeps in another type or shares; and those that would not get smaller.
+    """
+    apart = _gates(model) + _towers(model)
+    found = {}
+    for path, module in model.named_modules():
+        if type(module) is not nn.Linear or _within(path, apart):  # a class of its own may do more than multiply
+            continue
+        weight, layout = f"{path}.weight", matrix_layout(module.out_features, module.in_features, form)
+        if (
+            layout.projections[0].bits != 16
+            and layout.payload_bytes < 2 * layout.weights
+            and path.rpartition(".")[2] not in _read_by(model, path)
+            and loaded_dtype(model, weight, module.weight.dtype, dtype) == dtype
+            and _stands_alone(model, weight)
+        ):
+            found[path] = layout
+    return found
+
+
+def _within(path: str, places: list[str]) -> bool:
+    return any(path == place or path.startswith(f"{place}.") for place in places)
+
+
+def _gates(model: PreTrainedModel) -> list[str]:
+    """Return the routers beside Experts modules."""
+    parents = [path.rpartition(".")[0] for path in experts_modules(model)]
+    return [f"{parent}.{name}".removeprefix(".") for parent in parents for name in GATE_NAMES]
+
+
+def _towers(model: PreTrainedModel) -> list[str]:
+    from transformers import PreTrainedModel
+
+    experts = list(experts_modules(model))
+    parts = [path for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)]
+    return [part for part in parts if not any(_within(path, [part]) for path in experts)]
+
+
+def _stands_alone(model: PreTrainedModel, weight: str) -> bool:
+    """Return whether no other module has the same weights, but for the embedding that a head is tied to."""
+    tied = model.all_tied_weights_keys
+    if weight in tied.values():
+        return False
+    source = tied.get(weight)
+    return source is None or isinstance(model.get_submodule(source.rpartition(".")[0]), nn.Embedding)
+
+
+def _read_by(model: PreTrainedModel, path: str) -> set[str]:
+    """Return names of children whose ``weight`` the classes around a module read, as fused kernels do."""
+    parts = path.split(".")
+    around = [type(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]
+    return {name for made_by in around for base in made_by.__mro__ for name in _names_read(base)}
+
+
+@cache
+def _names_read(made_by: type) -> frozenset[str]:
+    if not made_by.__module__.startswith("transformers.models."):
+        return frozenset()
+    return frozenset(re.findall(r"\bself(?:\.\w+)*\.(\w+)\.weight\b", inspect.getsource(made_by)))
+
+
 @dataclass(frozen=True)
 class Draft:
     """Layout of a conversion for one width of the trunk; ``manifest`` chooses the experts' width."""
 
     blueprint: Blueprint
-    matrices: Matrices  # of the trunk that are quantised
     form: TrunkRecords | None
     tensors: Mapping[str, SourceTensor]  # of the checkpoint
 
@@ -71,9 +161,8 @@ class Draft:
         Raises UnsupportedModelError or CheckpointError.
         """
         form = trunk_form(trunk_bits)
-        matrices = Matrices.of(model, dtype, form) if form else Matrices()
-        blueprint = make_blueprint(model, dtype, tensors, matrices.chosen)
-        return cls(blueprint, matrices.only(blueprint.matrices), form, tensors)
+        chosen = choose_matrices(model, dtype, form) if form else ()
+        return cls(make_blueprint(model, dtype, tensors, chosen), form, tensors)
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
         """Return the manifest of a source called ``model``, whose digest is ``digest``."""
@@ -116,3 +205,54 @@ class Draft:
         """Return the files of the trunk; ``records`` are those of its quantised matrices."""
         of_trunk: dict[str, TrunkTensor] = {name: self.tensors[name] for name in self.blueprint.trunk}
         return plan_trunk(of_trunk | {f"{path}{RECORD}": record for path, record in records.items()})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that are made of the same files, one after the other."""
+
+    blocks: tuple[int, ...]
+    files: frozenset[Path] = frozenset()
+    present: frozenset[Path] = frozenset()  # also those of earlier stages that a later one needs
+    ahead: Path | None = None  # downloaded meanwhile: the next stage's first, if no more than AT_ONCE are there then
+
+    @property
+    def at_once(self) -> frozenset[Path]:
+        """Most files that are on the disk during the stage."""
+        return self.present if self.ahead is None else self.present | {self.ahead}
+
+
+def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
+    """Group and order blocks by the files that each is made from, so that few files are there at a time.
+
+    Blocks may lie in files by number, or by name ("10" before "2").
+    """
+    groups: list[tuple[list[int], frozenset[Path]]] = []
+    for block in sorted(files, key=lambda block: (max(files[block]), min(files[block]), block)):
+        if groups and files[block] == groups[-1][1]:
+            groups[-1][0].append(block)
+        else:
+            groups.append(([block], files[block]))
+    made = [group[1] for group in groups]
+    none = frozenset[Path]()
+    route = []
+    for place, (blocks, needed) in enumerate(groups):
+        present = none.union(*made[: place + 1]) & none.union(*made[place:])
+        lacking = none.union(*made[place + 1 : place + 2]) - present
+        ahead = min(lacking, default=None) if len(present) < AT_ONCE else None
+        route.append(Stage(tuple(blocks), needed, present, ahead))
+    return route
+
+
+def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
+    """Return about how many bytes of a hub checkpoint are on the disk at a time: files, and the trunk's tensors.
+
+    ``tensors``: all of the checkpoint, of any shape [rows, ...].
+    """
+    sizes = Counter[Path]()
+    for tensor in tensors:
+        sizes[tensor.file] += tensor.nbytes
+    route = stages(dict(enumerate(block.files for block in draft.blueprint.blocks)))
+    parts = {part for file in draft.trunk({}) for tensor in file.tensors.values() for part in tensor.parts}
+    parts |= {part for recipe in draft.blueprint.matrices.values() for part in recipe.parts}
+    return max(sum(sizes[path] for path in stage.at_once) for stage in route) + sum(part.nbytes for part in parts)

@@ -1,8 +1,9 @@
-"""Experts -> records: workers quantise them side by side, their records come out in order.
+"""Weights -> records: workers quantise experts, or pieces of a matrix of the trunk, side by side.
 
-Each worker computes on one thread, so the bytes depend on no machine. One reads while the others compute, and all go on
-while a record is written, or synced. What is held at a time is bounded: one record for each worker, and one that is
-being written, or a few where they are small; a block that must be read whole is the only one while it is worked on.
+Each worker computes on one thread, so the bytes depend on no machine. Experts' records come out in order. One worker
+reads while the others compute, and all go on while a record is written, or synced. What is held at a time is bounded:
+one record for each worker, and one that is being written, or a few where they are small; a block that must be read
+whole is the only one while it is worked on.
 """
 
 from __future__ import annotations
@@ -11,26 +12,52 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 
 from moetier.runtime.checkpoint.blueprint import Blueprint
-from moetier.runtime.checkpoint.safetensors import Bytes
-from moetier.tiers.layout import ExpertKey
-from moetier.tiers.manifest import Manifest
-from moetier.tiers.quant.codec import WeightError, encode
+from moetier.runtime.checkpoint.recipe import Expert, Recipe
+from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, Bytes, StoredTensor
+from moetier.runtime.moe.linear import WEIGHT, matrix_layout
+from moetier.tiers.errors import CheckpointError
+from moetier.tiers.layout import ROW_TILE, ExpertKey, RecordLayout
+from moetier.tiers.manifest import Manifest, TrunkRecords
+from moetier.tiers.quant.codec import WeightError, encode, sections
 from moetier.tiers.quant.packing import band_bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
 SPARE_BYTES, MOST_SPARE = 16 << 20, 8  # of records that are finished while the disk is busy: one at least
+PIECE_WEIGHTS = 1 << 20  # of a matrix of the trunk, quantised at a time by a worker
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Set torch to one thread while workers compute, each of which sets its own number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def pool_of(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Begin threads that compute with one of torch's threads each. At the end, cancel what they have not begun."""
+    with one_thread_each(), ThreadPoolExecutor(workers, "convert", lambda: torch.set_num_threads(1)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Encoder:
-    """Makes the records of a plan with several workers."""
+    """Several workers that make the records of a plan."""
 
     def __init__(self, blueprint: Blueprint, plan: Manifest, *, workers: int, fast: bool) -> None:
         self.workers = workers
@@ -80,44 +107,99 @@ class Encoder:
             free.put(torch.empty(size, dtype=torch.uint8).numpy())
         waiting = deque(keys)
         ahead: deque[tuple[ExpertKey, Future[tuple[Bytes, WeightError]]]] = deque()
-        with one_thread_each(), ThreadPoolExecutor(self.workers, "convert", lambda: torch.set_num_threads(1)) as pool:
-            try:
-                while waiting or ahead:
-                    while waiting and len(ahead) < slots and self._may_start(waiting[0], ahead):
-                        key = waiting.popleft()
-                        ahead.append((key, pool.submit(self._encode, key, free)))
-                    key, future = ahead.popleft()
-                    record, error = future.result()
-                    if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
-                        self._blueprint.blocks[key.block].release()  # all of its experts are encoded
-                    yield key, record[: self._plan.layout(key.block).record_bytes], error
-                    free.put(record)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with pool_of(self.workers) as pool:
+            while waiting or ahead:
+                while waiting and len(ahead) < slots and self._may_start(waiting[0], ahead):
+                    key = waiting.popleft()
+                    ahead.append((key, pool.submit(self._encode, key, free)))
+                key, future = ahead.popleft()
+                record, error = future.result()
+                if all(k.block != key.block for k in (*(k for k, _ in ahead), *islice(waiting, 1))):
+                    self._blueprint.blocks[key.block].release()  # all of its experts are encoded
+                yield key, record[: self._plan.layout(key.block).record_bytes], error
+                free.put(record)
 
     def _slots(self, record_bytes: int) -> int:
         """Records that are held at a time: one for each worker, and finished ones."""
         return self.workers + max(1, min(MOST_SPARE, SPARE_BYTES // max(1, record_bytes)))
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
-        """Whether a block that is read whole overlaps with no other block."""
+        """Return whether a block that is read whole overlaps with no other block."""
         blocks = self._blueprint.blocks
         return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
 
     def _encode(self, key: ExpertKey, free: SimpleQueue[Bytes]) -> tuple[Bytes, WeightError]:
-        layout = self._plan.layout(key.block)
-        tensors: Mapping[str, torch.Tensor] = self._blueprint.blocks[key.block].expert(key.expert, self._turn)
+        layout, expert = self._plan.layout(key.block), Expert(self._blueprint.blocks[key.block], key.expert, self._turn)
         record = free.get()
-        errors = encode(tensors, layout, record[: layout.record_bytes], fast=self._fast)
+        errors = encode(expert, layout, record[: layout.record_bytes], fast=self._fast)
         return record, sum(errors.values(), WeightError())
 
 
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Set torch to one thread while workers compute, each of which sets its own number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class MatrixRecord:
+    """Record of one matrix, as a tensor of the trunk. ``error`` is known once it was made."""
+
+    dtype = "uint8"
+
+    def __init__(self, path: str, recipe: Recipe, form: TrunkRecords, *, workers: int, fast: bool) -> None:
+        rows, columns = recipe.model.get_parameter(recipe.target).shape
+        self.layout: RecordLayout = matrix_layout(rows, columns, form)
+        self.error = WeightError()
+        self._path = path
+        self._recipe = recipe
+        self._form = form
+        self._workers = workers
+        self._fast = fast
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Shape of the record: its bytes."""
+        return (self.layout.payload_bytes,)
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """Stored tensors that the matrix [rows, columns] is made from."""
+        return tuple(self._recipe.parts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """About what making it takes: the record, the matrix where it is read whole, and what each worker holds."""
+        (p,) = self.layout.projections
+        whole = 0 if self._recipe.direct else 2 * p.rows * p.columns * self._recipe.dtype.itemsize
+        return self.layout.payload_bytes + whole + self._workers * 16 * max(PIECE_WEIGHTS, ROW_TILE * p.columns)
+
+    def chunks(self) -> Iterator[Bytes]:
+        """Make the record anew, and yield its bytes in order."""
+        record = self._made().numpy()
+        for start in range(0, len(record), CHUNK_BYTES):
+            yield record[start : start + CHUNK_BYTES]
+
+    def _made(self) -> torch.Tensor:
+        (p,) = self.layout.projections
+        record = torch.zeros(self.layout.payload_bytes, dtype=torch.uint8)
+        views = sections(record, self.layout)
+        whole = None if self._recipe.direct else self._recipe.make(None)
+        step = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
+
+        def fill(start: int) -> WeightError:
+            """Quantise rows from ``start`` on, and put them in their places; groups don't reach over rows."""
+            count = min(step, p.rows - start)
+            weights = self._recipe.rows(start, count) if whole is None else whole[start : start + count]
+            if not all(map(math.isfinite, torch.stack(weights.aminmax()).tolist())):
+                raise CheckpointError(
+                    f"{self._path}.weight has weights that are not finite numbers.",
+                    "Get an intact copy of the checkpoint.",
+                )
+            layout = matrix_layout(count, p.columns, self._form)
+            piece = np.empty(layout.record_bytes, np.uint8)
+            (error,) = encode({WEIGHT: weights}, layout, piece, fast=self._fast).values()
+            rows = slice(start, start + layout.projections[0].padded_rows)
+            for name, values in sections(torch.from_numpy(piece), layout).items():
+                if name == f"{WEIGHT}.pairs":
+                    views[name][:, rows] = values  # [K / g, N, 2]
+                else:
+                    views[name][rows] = values  # codes, [N, K / 2]
+            return error
+
+        with pool_of(self._workers) as pool:
+            self.error = sum(pool.map(fill, range(0, p.rows, step)), WeightError())
+        return record

@@ -16,25 +16,22 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moetier.runtime.checkpoint import hub
+from moetier.runtime.checkpoint.blueprint import build_on_meta
 from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,
     Checkpoint,
-    contained,
     copied_files,
     gathered,
     read_json,
-    read_places,
     refuse_code,
     samples,
     some,
@@ -42,14 +39,14 @@ from moetier.runtime.checkpoint.files import (
     without_weights,
 )
 from moetier.runtime.checkpoint.hub import RemoteFile
-from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_header
+from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, StoredTensor, listed, read_at, read_tensors
 from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import PAGE
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
 from moetier.tools.cli.progress import Progress
 
-from .stages import Stage
+from .draft import Stage
 
 GRACE = 15.0  # seconds that a download under way has to end: huggingface_hub gives up a silent hub after ten
 MIN_START = 8 + len("{}")  # bytes before a file's tensors: the header's length and an empty header
@@ -179,7 +176,7 @@ class Download:
                     make_folders((self._whole / name).parent)
                 found = hub.download(self._name, name, self.revision, None if self.keep else self._whole, advance)
                 self._check_sum(found, remote, name)
-        if moved(read_header(found), path) != self._tensors[path]:
+        if read_tensors(found, path) != self._tensors[path]:
             raise CheckpointError(
                 f"{found} is not what the hub said of it before: it has other tensors.",
                 "Remove it, and run the same command again.",
@@ -237,7 +234,7 @@ class Download:
         return ranges
 
     def _has_copy(self, path: Path) -> bool:
-        """Whether a sparse copy is at ``path``, with what this version keeps."""
+        """Return whether a sparse copy is at ``path``, with what this version keeps."""
         if path.is_symlink() or not path.exists():
             return False
         try:
@@ -269,30 +266,29 @@ def open_on_hub(
     keep: bool = False,
     or_folder: bool = False,
     ignore_code: bool = False,
-    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[Checkpoint, Download]:
     """Open a checkpoint by its headers, which are fetched without weights, and its download into ``folder``.
 
     ``revision`` is a branch, a tag or a commit. With ``keep`` files stay in huggingface_hub's cache; what that has
-    already is read there. ``or_folder``: a folder of this name was looked for before. ``check`` may raise on the
-    config. Needs no network where all files are here. Raises CheckpointError or UnsafeCheckpointError.
+    already is read there. ``or_folder``: a folder of this name was looked for before. Needs no network where all files
+    are here. Raises CheckpointError, also for a model that can't be converted.
     """
     snapshot = hub.fetch(name, revision=revision, or_folder=or_folder)
     config = read_json(snapshot, "config.json")
     if not ignore_code:
         refuse_code(snapshot, config)
-    if check is not None:
-        check(config)
-    commit, wanted = snapshot.name, weights_of(snapshot, config)
-    for file in wanted:
-        contained(snapshot, file)
+    build_on_meta(config, None)  # raises on what can't be converted before weights are downloaded
+    wanted, named = weights_of(snapshot, config)
+    commit = snapshot.name
     place = folder / commit
-    here = {file: path for file in wanted if (path := _here(name, file, commit, place)) is not None}
+    here = {}  # where each file is, or its sparse copy: either has its header and its size
+    for file in wanted:
+        path = shard_path(place, file)
+        if (found := path if path.exists() else hub.cached(name, file, commit)) is not None:
+            here[file] = found
     files = _files(name, commit, wanted, here)
     headers = _headers(name, commit, files, here, place)
-    places: dict[str, Path] = {}
-    if (snapshot / INDEX).is_file() and not config.get("transformers_weights"):
-        places = {tensor: shard_path(place, file) for tensor, file in read_places(snapshot, INDEX).items()}
+    places = {tensor: shard_path(place, file) for tensor, file in named.items()}
     tensors = gathered(headers, places, snapshot / INDEX)
     checkpoint = Checkpoint(
         name=name,
@@ -305,12 +301,6 @@ def open_on_hub(
         revision=commit,
     )
     return checkpoint, Download(name, commit, place, files, tensors, keep=keep)
-
-
-def _here(name: str, file: str, commit: str, place: Path) -> Path | None:
-    """Return where a file is, or its sparse copy: either has its header and its size."""
-    path = shard_path(place, file)
-    return path if path.exists() else hub.cached(name, file, commit)
 
 
 def _files(name: str, commit: str, wanted: Sequence[str], here: Mapping[str, Path]) -> dict[str, RemoteFile]:
@@ -334,14 +324,13 @@ def _headers(
     for file, remote in files.items():
         path = shard_path(place, file)
         if file in here:
-            found[path] = moved(read_header(here[file]), path)
+            found[path] = read_tensors(here[file], path)
             continue
         try:
-            end = max((entry["data_offsets"][1] for entry in fetched[file].values()), default=0)
-            if remote.size - end < MIN_START:
-                raise ValueError(f"its tensors take {end} bytes, and the file {remote.size}")
-            found[path] = dict(listed(path, fetched[file], remote.size - end))
-        except (ValueError, KeyError, TypeError) as error:
+            found[path], start = listed(path, fetched[file], remote.size)
+            if start < MIN_START:
+                raise ValueError(f"its tensors take {remote.size - start} bytes, and the file {remote.size}")
+        except ValueError as error:
             raise CheckpointError(f"{file} of {name} has a malformed header ({error}).", "Choose another.") from error
     return found
 
@@ -363,8 +352,3 @@ def _most(route: Iterable[Stage], sizes: Mapping[Path, int]) -> int:
     """Return the most bytes of files that are here at a time."""
     together = [stage.at_once for stage in route] + [frozenset([path]) for path in sizes]
     return max((sum(sizes.get(path, 0) for path in files) for files in together), default=0)
-
-
-def moved(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
-    """Return the same tensors in another file; shapes [rows, ...] and offsets stay."""
-    return {name: replace(tensor, file=file) for name, tensor in tensors.items()}

@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from moetier.runtime.checkpoint.files import COPIED, INDEX, Checkpoint, carried, contained
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.manifest import FORMAT, Manifest
-from moetier.tiers.store.atomic import PARTIAL, sync_folder, write_durably
-from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, read_json, read_manifest, read_origin
+from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_durably
+from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, read_json, read_origin, read_plan
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import is_complete
 from moetier.tools.convert.files import free_bytes
@@ -29,54 +28,35 @@ from .trunk import TrunkFile, index_of
 METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)"}
 
 
-def _experts(key: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return a reader of one value of the experts' layouts; it joins several values."""
-
-    def read(manifest: Mapping[str, Any]) -> str:
-        layouts = manifest["layouts"].values()
-        return " and ".join(sorted({str(each[key]) for layout in layouts for each in layout["projections"]}))
-
-    return read
+def _of_experts(name: str, manifest: Manifest) -> str:
+    """Return the value of one field of the experts' projections, or several that are joined."""
+    projections = [each for layout in manifest.layouts.values() for each in layout.projections]
+    return " and ".join(sorted({str(getattr(each, name)) for each in projections}))
 
 
-def _trunk_bits(manifest: Mapping[str, Any]) -> str:
-    records = manifest.get("trunk_records")
-    return str(records["bits"]) if records else "16"
-
-
-def _method(manifest: Mapping[str, Any]) -> str:
-    return METHODS.get(manifest["method"], str(manifest["method"]))
-
-
-# the fields of a manifest that an option has a part in, the option for people, and where its value is
-OPTIONS: tuple[tuple[set[str], str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ({"layouts"}, "experts of {} bits", _experts("bits")),
-    ({"layouts"}, "experts in groups of {}", _experts("group")),
-    ({"layouts"}, "scales of experts in {}", _experts("pairs")),
-    ({"trunk_records", "requires"}, "a trunk of {} bits", _trunk_bits),
-    ({"method"}, "{}", _method),
+# the fields of a manifest that an option has a part in, the option for people, and its value
+OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
+    ({"layouts"}, "experts of {} bits", partial(_of_experts, "bits")),
+    ({"layouts"}, "experts in groups of {}", partial(_of_experts, "group")),
+    ({"layouts"}, "scales of experts in {}", partial(_of_experts, "pairs")),
+    ({"trunk_records", "requires"}, "a trunk of {} bits", lambda manifest: str(manifest.trunk_bits)),
+    ({"method"}, "{}", lambda manifest: METHODS.get(manifest.method, manifest.method)),
 )
 
 
-def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Say how two manifests, as JSON has them, differ; "" where they are the same.
+def difference(found: Manifest, asked: Manifest) -> str:
+    """Say how two plans differ; "" where they are the same.
 
     Names options with their values, and fields that no option sets.
     """
-    rest = [name for name in asked if found.get(name) != asked[name]]
-    if "model" in rest:
-        return f"of {found.get('model')}, and {asked['model']} was asked for"
+    if found.model != asked.model:
+        return f"of {found.model}, and {asked.model} was asked for"
+    rest = [each.name for each in fields(asked) if getattr(found, each.name) != getattr(asked, each.name)]
     said = []
-    for fields, name, of in OPTIONS:
-        if not fields & set(rest):
-            continue
-        try:
-            old, new = of(found), of(asked)
-        except (KeyError, TypeError, AttributeError):  # it may be anybody's JSON
-            continue
-        if old != new:  # what else is different in these fields follows from it
-            said.append(f"with {name.format(old)}, and {new} {'were' if 'bits' in name else 'was'} asked for")
-            rest = [each for each in rest if each not in fields]
+    for names, option, of in OPTIONS:
+        if names & set(rest) and (old := of(found)) != (new := of(asked)):
+            said.append(f"with {option.format(old)}, and {new} {'were' if 'bits' in option else 'was'} asked for")
+            rest = [each for each in rest if each not in names]  # what else is different in them follows from it
     return "; ".join([*said, *([f"they differ in {', '.join(rest)}"] if rest else [])])
 
 
@@ -84,14 +64,7 @@ CONFIG = "config.json"
 DOWNLOAD = "download"  # what is on its way from there; gone when the conversion is finished
 WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}")
 SLACK_BYTES = 1 << 20  # folders and small files
-
-
-class State(Enum):
-    """State of a folder that is to become a model directory."""
-
-    NEW = "new"
-    CUT = "cut"  # holds a part of this very conversion
-    COMPLETE = "complete"
+COMMIT_LENGTH = 40  # characters of the hub's commits; a digest has more
 
 
 @dataclass(frozen=True)
@@ -115,15 +88,13 @@ class Target:
         """Folder of the expert store."""
         return self.folder / GROUP
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all files of the complete directory."""
-        return self.plan.stored_bytes + sum(file.size for file in self.trunk) + sum(map(len, self.small.values()))
+    def is_complete(self) -> bool:
+        """Return whether the folder holds this conversion, whole.
 
-    def state(self) -> State:
-        """Return the state of the folder. Raises TargetExistsError where it holds anything but this conversion."""
+        Raises TargetExistsError where it holds anything but this conversion or a part of it.
+        """
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
-            return State.NEW
+            return False
         if not self.folder.is_dir():
             raise TargetExistsError(f"{self.folder} is not a folder.", "Choose another place.")
         if not is_ours(self.folder):
@@ -131,33 +102,28 @@ class Target:
                 f"{self.folder} holds files that are no moetier model.",
                 "Choose another folder, or empty this one; moetier deletes nothing that it did not write.",
             )
-        if (self.store / METADATA).exists():
-            try:
-                found = read_manifest(self.store).plan.to_json()
-            except StoreError as error:
-                raise self._differs(f"one that can't be read ({error.cause})") from error
-            if self.passing:
-                found["source_digest"] = read_origin(self.folder).get("revision", "")
-            self._compare(found)
-            whole = all(file.is_complete(self.folder) for file in self.trunk)
-            whole = whole and all((self.folder / name).is_file() for name in self.small)
-            whole = whole and len(self.finished_blocks) == len(self.plan.blocks)
-            if self.passing and not whole:  # nothing of its source is left
-                raise self._differs("the same, of which files are missing")
-            return State.COMPLETE if whole else State.CUT
-        if (self.store / PLAN).exists():
-            try:
-                found = read_json(self.store / PLAN)
-            except StoreError as error:
-                raise self._differs(f"one that can't be read ({error.cause})") from error
-            self._compare(found)
-        elif any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
-            raise self._differs("one without its plan, as when its removal was cut")
-        return State.CUT
-
-    def _compare(self, found: Mapping[str, Any]) -> None:
-        if differing := difference(found, self.plan.to_json()):
+        try:
+            found = read_plan(self.store)
+        except StoreError as error:
+            raise self._differs(f"one that can't be read ({error.cause})") from error
+        if found is None:
+            if any(not path.name.endswith(PARTIAL) for path in self.store.iterdir()):
+                raise self._differs("one without its plan, as when its removal was cut")
+            return False
+        finished = (self.store / METADATA).exists()
+        if finished and self.passing:
+            found = replace(found, source_digest=read_origin(self.folder).get("revision", ""))
+        if differing := difference(found, self.plan):
             raise self._differs(differing)
+        whole = (
+            finished
+            and all(file.is_complete(self.folder) for file in self.trunk)
+            and all((self.folder / name).is_file() for name in self.small)
+            and len(self.finished_blocks) == len(self.plan.blocks)
+        )
+        if finished and self.passing and not whole:  # nothing of its source is left
+            raise self._differs("the same, of which files are missing")
+        return whole
 
     def _differs(self, what: str) -> TargetExistsError:
         return TargetExistsError(
@@ -199,11 +165,8 @@ class Target:
     def write_small(self) -> None:
         """Write the files of ``small``."""
         for name, data in self.small.items():
-            path = self.folder / name
-            if not (path.parent.is_dir()):
-                path.parent.mkdir()
-                sync_folder(self.folder)
-            write_durably(path, data)
+            make_folders((self.folder / name).parent)
+            write_durably(self.folder / name, data)
 
     def read_journal(self) -> dict[int, float]:
         """Return the relative error of each block that an earlier run finished."""
@@ -232,15 +195,14 @@ class Target:
 def revision_under_way(folder: Path, name: str) -> str | None:
     """Return the commit of the hub's ``name`` that a conversion into ``folder``, which was cut, is of."""
     try:
-        plan = read_json(folder / GROUP / PLAN)
-        found = str(plan["source_digest"]) if plan["model"] == name else ""
-    except (StoreError, KeyError):
+        plan = read_plan(folder / GROUP)
+    except StoreError:
         return None
-    return found if re.fullmatch(r"[0-9a-f]{40}", found) else None
+    return plan.source_digest if plan and plan.model == name and len(plan.source_digest) == COMMIT_LENGTH else None
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a conversion wrote, or began to write, this folder."""
+    """Return whether a conversion wrote, or began to write, this folder."""
     return (folder / GROUP).is_dir()
 
 
@@ -290,18 +252,14 @@ def small_files(
     if checkpoint.revision is not None:
         origin = {"id": checkpoint.name, "revision": checkpoint.revision}
         made[ORIGIN] = json.dumps(origin, indent=2).encode() + b"\n"
-    return {**made, INDEX: index_of(trunk), CONFIG: _config(checkpoint.config, bits, trunk_bits, dtype)}
-
-
-def _config(config: Mapping[str, Any], bits: int, trunk_bits: int, dtype: str) -> bytes:
-    made = carried(config)
-    if not made.keys() & {"dtype", "torch_dtype"}:
-        made["dtype"] = dtype
-    made["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
+    config = carried(checkpoint.config)
+    if not config.keys() & {"dtype", "torch_dtype"}:
+        config["dtype"] = dtype
+    config["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
     if trunk_bits != 16:
-        made["quantization_config"]["trunk_bits"] = trunk_bits
-    made["experts_implementation"] = "moetier"  # so that a process without moetier fails, and does not invent experts
-    return json.dumps(made, indent=2).encode() + b"\n"
+        config["quantization_config"]["trunk_bits"] = trunk_bits
+    config["experts_implementation"] = "moetier"  # so that a process without moetier fails, and invents no experts
+    return {**made, INDEX: index_of(trunk), CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
 
 
 def _without_code(path: Path) -> bytes:

@@ -10,30 +10,29 @@ compares it with its source, as it may have been changed since.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from moetier.runtime.checkpoint.dequantize import Plain, SourceTensor
-from moetier.runtime.checkpoint.safetensors import CHUNK_BYTES, TORCH_NAMES, Bytes
+from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, TORCH_NAMES, Bytes, SourceTensor, StoredTensor
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import ALIGNMENT
 from moetier.tiers.manifest import FileSum
-from moetier.tiers.store.atomic import PARTIAL, allocate, sync_folder, write_all
+from moetier.tiers.store.atomic import large_file
 from moetier.tiers.store.checksum import crc32c
+from moetier.tiers.store.safetensors import ITEM_BYTES
 from moetier.tiers.store.trunk import read_pieces
 
-from .matrices import MatrixRecord
+from .encoder import MatrixRecord
 
 TrunkTensor = SourceTensor | MatrixRecord
 
 FILE_BYTES = 2 << 30
-FLUSH_BYTES = 64 << 20  # of dirty pages at most
 SPELLINGS = {name: spelling for spelling, name in TORCH_NAMES.items()}
 
 
@@ -67,75 +66,57 @@ class TrunkFile:
         return len(self.header) + sum(map(nbytes, self.tensors.values()))
 
     def is_complete(self, folder: Path) -> bool:
-        """Whether ``folder`` has the file, in its full size."""
+        """Return whether ``folder`` has the file, in its full size."""
         path = folder / self.name
         return path.is_file() and path.stat().st_size == self.size
 
     def make(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
         """Write the file into ``folder``, unless an earlier run did and every byte is still the same."""
-        if (found := self._found(folder)) is None:
-            return self.write(folder, advance)
-        advance(self.size)
-        return found
-
-    def _found(self, folder: Path) -> FileSum | None:
-        """Return the sum of the file that is there; remove it, and return None, if its bytes are not the source's."""
-        if not self.is_complete(folder):
-            return None
-        stored = wanted = 0
         path = folder / self.name
-        with path.open("rb", buffering=0) as stream:
-            for piece in read_pieces(stream.fileno()):
-                stored = crc32c(piece, stored)
-        for piece in self._pieces():
-            wanted = crc32c(piece, wanted)
-        if stored == wanted:
-            return FileSum(self.size, stored)
-        path.unlink()  # a second copy may be more than the disk holds
-        return None
+        if self.is_complete(folder):
+            with path.open("rb", buffering=0) as stream:
+                stored = _sum(read_pieces(stream.fileno()))
+            if stored == _sum(self._pieces()):
+                advance(self.size)
+                return FileSum(self.size, stored)
+            path.unlink()  # a second copy may be more than the disk holds
+        return self.write(folder, advance)
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
         """Write the file into ``folder``; ``advance`` is called with the bytes of each piece.
 
         Raises CheckpointError at a NaN.
         """
-        partial = folder / (self.name + PARTIAL)
         crc = 0
-        with partial.open("wb", buffering=0) as stream:
-            allocate(stream.fileno(), self.size)
-            written = flushed = 0
+        with large_file(folder / self.name, self.size) as file:
             for piece in self._pieces():
-                write_all(stream.fileno(), piece, written)
+                file.write(piece)
                 crc = crc32c(piece, crc)
-                written += len(piece)
                 advance(len(piece))
-                if written - flushed >= FLUSH_BYTES:
-                    os.fdatasync(stream.fileno())
-                    os.posix_fadvise(stream.fileno(), flushed, written - flushed, os.POSIX_FADV_DONTNEED)
-                    flushed = written
-            assert written == self.size
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        partial.rename(folder / self.name)
-        sync_folder(folder)
         return FileSum(self.size, crc)
 
     def _pieces(self) -> Iterator[memoryview]:
         yield memoryview(self.header)
         for name, tensor in self.tensors.items():
+            kind: torch.dtype = getattr(torch, tensor.dtype)
             for piece in _chunks(tensor):
-                _refuse_nan(name, tensor.dtype, piece)
+                if kind.is_floating_point and kind.itemsize > 1 and len(piece):
+                    low, _ = torch.from_numpy(piece).view(kind).aminmax()
+                    if math.isnan(float(low)):
+                        raise CheckpointError(
+                            f"{name} has weights that are not numbers (NaN).", "Get an intact copy of the checkpoint."
+                        )
                 yield piece.data
+
+
+def _sum(pieces: Iterable[memoryview]) -> int:
+    """Return the CRC-32C of a file that comes in pieces."""
+    return functools.reduce(lambda crc, piece: crc32c(piece, crc), pieces, 0)
 
 
 def nbytes(tensor: TrunkTensor) -> int:
     """Return the bytes that a tensor of shape [rows, ...] takes in its file."""
-    return math.prod(tensor.shape) * _itemsize(tensor)
-
-
-def _itemsize(tensor: TrunkTensor) -> int:
-    dtype: torch.dtype = getattr(torch, tensor.dtype)
-    return dtype.itemsize
+    return math.prod(tensor.shape) * ITEM_BYTES[SPELLINGS[tensor.dtype]]
 
 
 def plan_trunk(
@@ -148,7 +129,8 @@ def plan_trunk(
     """
     odd = {name: None for name in tensors if nbytes(tensors[name]) % ALIGNMENT}  # in order
     matrices = [name for name in odd if len(tensors[name].shape) > 1]
-    vectors = sorted((name for name in odd if len(tensors[name].shape) <= 1), key=lambda n: -_itemsize(tensors[n]))
+    vectors = [name for name in odd if len(tensors[name].shape) <= 1]
+    vectors.sort(key=lambda name: -ITEM_BYTES[SPELLINGS[tensors[name].dtype]])
     files: list[list[str]] = [[]]
     size = 0
     for name in tensors:
@@ -183,25 +165,11 @@ def index_of(files: tuple[TrunkFile, ...]) -> bytes:
 
 def _chunks(tensor: TrunkTensor) -> Iterator[Bytes]:
     """Yield a tensor's bytes in order, a few MiB at a time."""
-    if isinstance(tensor, MatrixRecord):
+    if isinstance(tensor, MatrixRecord | StoredTensor):
         yield from tensor.chunks()
-        return
-    if isinstance(tensor, Plain):
-        yield from tensor.stored.chunks()
         return
     rows = tensor.shape[0]
     step = max(1, CHUNK_BYTES * rows // max(nbytes(tensor), 1))
     for first in range(0, rows, step):
         made = tensor.read(first, min(step, rows - first))
         yield made.view(-1).view(torch.uint8).numpy()
-
-
-def _refuse_nan(name: str, dtype: str, piece: Bytes) -> None:
-    kind: torch.dtype = getattr(torch, dtype)
-    if not kind.is_floating_point or kind.itemsize == 1 or not len(piece):
-        return
-    low, _ = torch.from_numpy(piece).view(kind).aminmax()
-    if math.isnan(float(low)):
-        raise CheckpointError(
-            f"{name} has weights that are not numbers (NaN).", "Get an intact copy of the checkpoint."
-        )

@@ -22,7 +22,7 @@ from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import WeightError, decode, encode, layout_for, sections
-from moetier.tools.convert.matrices import Matrices
+from moetier.tools.convert.draft import choose_matrices
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Trial:
     @torch.no_grad()
     def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
         """Replace each matrix of the trunk that a conversion would quantise; with None restore them."""
-        chosen = Matrices.of(self.model, torch.float32, form).chosen if form else {}
+        chosen = choose_matrices(self.model, torch.float32, form) if form else {}
         for path in {**self._trunk, **chosen}:
             linear = self.model.get_submodule(path)
             original = self._trunk.setdefault(path, linear.weight.detach().to(self._dtype))

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.checkpoint import hub
+from moetier.runtime.checkpoint.blueprint import build_on_meta, destinations
 from moetier.runtime.checkpoint.config_json import read_config
-from moetier.runtime.checkpoint.dequantize import Plain, SourceTensor, source_tensors
 from moetier.runtime.checkpoint.files import (
     INDEX,
     WEIGHTS,
@@ -27,8 +27,7 @@ from moetier.runtime.checkpoint.files import (
     some,
     weights_of,
 )
-from moetier.runtime.checkpoint.safetensors import StoredTensor, listed
-from moetier.runtime.checkpoint.skeleton import build_on_meta
+from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, listed, source_tensors
 from moetier.runtime.config import DEFAULT_CONTEXT
 from moetier.runtime.context import context_of
 from moetier.runtime.moe.linear import matrix_layout
@@ -37,8 +36,7 @@ from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
 from moetier.tiers.store.trunk import check_trunk, trunk_records
-from moetier.tools.convert.draft import Draft, Options
-from moetier.tools.convert.stages import most_bytes
+from moetier.tools.convert.draft import Draft, Options, most_bytes
 from moetier.tools.convert.target import is_ours
 from moetier.tools.convert.trunk import SPELLINGS
 
@@ -84,7 +82,7 @@ def open_headers(source: str | Path) -> CheckpointHeaders:
     on_hub = not Path(source).is_dir()
     name, folder = locate(source, ON_HUB)
     config = read_json(folder, "config.json")
-    files = weights_of(folder, config)
+    files, _ = weights_of(folder, config)
     absent = [file for file in files if not (folder / file).is_file()]
     if not absent:
         checkpoint = open_checkpoint(folder, ignore_code=True)
@@ -110,8 +108,8 @@ def _of_hub(name: str, folder: Path, files: list[str]) -> dict[str, StoredTensor
     tensors: dict[str, StoredTensor] = {}
     for file, header in hub.headers(name, files, folder.name).items():
         try:
-            tensors |= listed(folder / file, header, 0)
-        except (ValueError, KeyError, TypeError) as error:
+            tensors |= listed(folder / file, header, 0)[0]
+        except ValueError as error:
             raise CheckpointError(f"{file} of {name} has a malformed header ({error}).", "Choose another.") from error
     return tensors
 
@@ -135,8 +133,6 @@ def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[st
 
     Of an expert's matrices only their number counts.
     """
-    from moetier.runtime.checkpoint.blueprint import destinations
-
     shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     made: dict[str, SourceTensor] = {}
     for members, targets in destinations(model, names):
@@ -145,7 +141,7 @@ def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[st
         share = sum(map(math.prod, known)) // len(members)
         for name in members:
             shape = known[0] if plain else (share,)
-            made[name] = Plain(StoredTensor(name, SPELLINGS[dtype], shape, Path(name), 0))
+            made[name] = StoredTensor(name, SPELLINGS[dtype], shape, Path(name), 0)
     return made
 
 

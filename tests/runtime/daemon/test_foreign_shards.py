@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -31,13 +32,14 @@ from moetier.tiers.cache.budget import slots_for
 from moetier.tiers.errors import ChecksumError, MoetierError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.store import digest
+from moetier.tiers.store import reader
 from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tools.main import main
 
 PLAN = make_plan()
+stored_checksums = ShardFile.stored_checksums
 SLOT = PLAN.layout(0).slot_bytes
 
 
@@ -115,10 +117,10 @@ def test_a_damaged_trunk_is_named_by_its_daemon_and_by_a_load(tinymix_4bit: Path
 
 @contextlib.contextmanager
 def daemon_of_slow_disk(folder: Path, place: Path) -> Iterator[DaemonProcess]:
-    """Of a disk that takes 20 ms for a small read: the check of the digest outlasts the start."""
+    """Of a disk that takes 300 ms for a small read: the check of the digest outlasts the start."""
     need_strace()
     shards = [word for block in range(3) for word in ("-P", str(shard(folder, block)))]
-    inject = ["-e", "inject=pread64:delay_exit=20000"]
+    inject = ["-e", "inject=pread64:delay_exit=300000"]
     prefix = ["strace", "-D", "-f", "-qq", "-o", os.devnull, *only("pread64"), *shards, *inject]
     with running_daemon(
         folder, ram=12 * SLOT, folder=place, prefix=prefix, extra=["--metrics", "127.0.0.1:0"]
@@ -166,13 +168,19 @@ def test_an_older_store_is_checked_while_it_is_served(
         assert daemon.stop() == 0
 
 
+def slowly(file: ShardFile, descriptor: int | None = None) -> Iterator[int]:
+    for crc in stored_checksums(file, descriptor):
+        time.sleep(0.05)
+        yield crc
+
+
 def test_an_older_store_is_checked_while_a_process_computes_from_it(
     swapped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a daemon; on a disk on which the check takes long."""
     without_table(swapped)
-    monkeypatch.setattr(digest, "WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(digest, "READ_SHARE", 1e-3)
+    monkeypatch.setattr(reader, "DIGEST_SECONDS", 0.0)
+    monkeypatch.setattr(ShardFile, "stored_checksums", slowly)
     found = threading.Event()
     with (
         ExpertStore.open(swapped) as store,

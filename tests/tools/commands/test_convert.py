@@ -35,7 +35,6 @@ from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tools.commands.convert import convert, options_of
 from moetier.tools.convert.conversion import Conversion, Options
-from moetier.tools.convert.target import State
 from moetier.tools.main import build_parser, main
 
 
@@ -244,7 +243,7 @@ def test_what_resumes_it_has_every_option(source: Path, tmp_path: Path) -> None:
     options = Options(bits=2, group_size=16, pairs="uint8", fast=True)
     conversion = Conversion.plan(open_checkpoint(src, ignore_code=True), tmp_path / "dst", options)
     assert main(conversion.command[1:]) == 0
-    assert conversion.target.state() is State.COMPLETE
+    assert conversion.target.is_complete()
 
 
 # where it writes
@@ -361,7 +360,6 @@ from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tools.convert.conversion import Conversion, Options
 from moetier.tools.commands.convert import convert
 from moetier.tools.main import main
-from moetier.tools.convert.target import State
 source, target = sys.argv[1:3]
 
 def on_events(act):
@@ -423,7 +421,7 @@ def test_a_source_that_goes_away_is_not_taken_for_the_target(source: Path, tmp_p
     for path in src.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(CheckpointError, match=f"{src}.* can't be read: No such file"):
-        conversion.run(lambda line: None, quiet=True)
+        conversion.run()
     shutil.rmtree(src)
     shutil.copytree(source, src)
     convert(src, tmp_path / "dst")

@@ -119,12 +119,7 @@ def test_whole_records_of_another_store_are_noticed(tmp_path: Path, capsys: pyte
     without_table(tmp_path)
     assert run(tmp_path) == 1
     said = capsys.readouterr().out
-    assert f"not all of one conversion: probably {path_of(tmp_path, 1)}, written after the manifest" not in said
     assert "not all of one conversion: which of them, this manifest of an older moetier does not say" in said
-    os.utime(path_of(tmp_path, 1), (2**32, 2**32))
-    assert run(tmp_path) == 1
-    said = capsys.readouterr().out
-    assert f"not all of one conversion: probably {path_of(tmp_path, 1)}, written after the manifest" in said
 
 
 def test_more_records_than_reads_in_flight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

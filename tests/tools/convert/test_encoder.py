@@ -41,7 +41,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
         released.set()
 
     def hold(tensors: Any, *arguments: Any, **options: Any) -> Any:
-        if tensors._index == tensors._block.experts - 1:
+        if tensors.index == tensors.block.experts - 1:
             released.wait(0.5)
         released.clear()
         return encode(tensors, *arguments, **options)
@@ -50,9 +50,9 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(BlockBlueprint, "release", tell)
     monkeypatch.setattr(records, "encode", hold)
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "two", Options(workers=2, fast=True))
-    blocks = conversion.blueprint.blocks
+    blocks = conversion.draft.blueprint.blocks
     assert not any(block.apart for block in blocks)
-    conversion.run(lambda line: None, quiet=True)
+    conversion.run()
     assert made == {(recipe.target, None): 1 for block in blocks for recipe in block.recipes.values()}
     assert not any(block._whole for block in blocks)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
@@ -95,7 +95,7 @@ def test_reading_overlaps_with_quantising(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Recipe, "make", note)
     monkeypatch.setattr(records, "encode", hold)
-    conversion.run(lambda line: None, quiet=True)
+    conversion.run()
     assert len(readers) == 2
 
 

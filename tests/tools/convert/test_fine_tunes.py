@@ -47,16 +47,20 @@ def test_one_is_not_taken_for_the_other(fine_tunes: tuple[Path, Path], tmp_path:
     assert tree(tmp_path / "dst") == before
 
 
-def test_one_does_not_go_on_with_the_other(fine_tunes: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_does_not_go_on_with_the_other(
+    fine_tunes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = fine_tunes
     cut = Conversion.plan(open_checkpoint(first), tmp_path / "dst", Options(fast=True))
 
-    def stop(line: str) -> None:
+    def stop(_: Conversion, line: str) -> None:
         if "relative error" in line:
             raise InterruptedError
 
-    with pytest.raises(Exception, match="dst"):
-        cut.run(stop, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversion, "say", stop)
+        with pytest.raises(Exception, match="dst"):
+            cut.run()
     assert not (tmp_path / "dst" / GROUP / METADATA).exists()
     assert len(list((tmp_path / "dst").rglob("c/*/0/0"))) == BEGUN
     before = tree(tmp_path / "dst")

@@ -19,15 +19,17 @@ from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
 from moetier.tools.commands.convert import convert
-from moetier.tools.convert import conversion, matrices
+from moetier.tools.convert import conversion, encoder
 from moetier.tools.convert.conversion import Conversion, Options
-from moetier.tools.convert.matrices import FLOAT, GATE, MIXED, READ, SHARED, SMALL, TOWER, Matrices, trunk_form
+from moetier.tools.convert.draft import choose_matrices, trunk_form
 
 BF16 = torch.bfloat16
 
 
-def matrices_of(folder: Path, bits: Bits = 4) -> Matrices:
-    return Conversion.plan(open_checkpoint(folder), folder.parent / "dst", Options(trunk_bits=bits)).matrices
+def matrices_of(folder: Path, bits: Bits = 4) -> set[str]:
+    """Module paths of the matrices that become records."""
+    planned = Conversion.plan(open_checkpoint(folder), folder.parent / "dst", Options(trunk_bits=bits))
+    return set(planned.draft.blueprint.matrices)
 
 
 def saved(folder: Path, model_type: str, **changes: object) -> Path:
@@ -40,33 +42,31 @@ def test_of_an_ordinary_model_all_but_the_gates(tmp_path: Path, bits: Bits) -> N
     """A gate of mixtral is no linear module, and one of afmoe holds one."""
     found = matrices_of(saved(tmp_path, "mixtral", num_key_value_heads=4), bits)
     attention = {f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkvo"}
-    assert set(found.chosen) == attention | {"lm_head"}
-    assert found.kept == {}
+    assert found == attention | {"lm_head"}
     found = matrices_of(saved(tmp_path, "afmoe"), bits)
-    assert {path for path, why in found.kept.items() if why == GATE} == {
-        f"model.layers.{layer}.mlp.router.gate" for layer in (1, 2)
-    }
-    assert "model.layers.1.mlp.router.gate" not in found.chosen
+    assert found
+    assert not found & {f"model.layers.{layer}.mlp.router.gate" for layer in (1, 2)}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "path", "reason"),
+    ("model_type", "path"),
     [
-        ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate", SMALL),  # one row
-        ("jamba", "model.layers.0.mamba.dt_proj", READ),
-        ("granitemoehybrid", "model.layers.0.mamba.out_proj", READ),
-        ("gemma4", "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear", TOWER),
-        ("gemma4", "model.language_model.layers.0.router.proj", GATE),
-        ("zaya", "model.layers.0.mlp.gate.down_proj", GATE),
-        ("deepseek_v3", "model.layers.0.self_attn.q_b_proj", SMALL),  # 24 columns
-        ("lara_mini", "model.layers.0.linear_attn.in_proj_qkv", MIXED),  # with some too small
+        ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate"),  # one row: it would not get smaller
+        ("jamba", "model.layers.0.mamba.dt_proj"),  # which the architecture reads itself
+        ("granitemoehybrid", "model.layers.0.mamba.out_proj"),  # likewise
+        ("gemma4", "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear"),  # a part without experts
+        ("gemma4", "model.language_model.layers.0.router.proj"),  # a gate
+        ("zaya", "model.layers.0.mlp.gate.down_proj"),  # a gate
+        ("deepseek_v3", "model.layers.0.self_attn.q_b_proj"),  # 24 columns: it would not get smaller
+        ("lara_mini", "model.layers.0.linear_attn.in_proj_qkv"),  # which the checkpoint fuses with some too small
     ],
 )
-def test_what_stays_and_why(tmp_path: Path, model_type: str, path: str, reason: str) -> None:
-    found = matrices_of(saved(tmp_path, model_type))
-    assert found.kept[path] == reason
-    assert found.chosen
-    assert any(line.startswith("1 ") or reason in line for line in found.reasons())
+def test_what_stays(tmp_path: Path, model_type: str, path: str) -> None:
+    source = saved(tmp_path, model_type)
+    assert path in dict(tiny_model(model_type, BF16).named_modules())
+    found = matrices_of(source)
+    assert found
+    assert path not in found
 
 
 def test_what_is_kept_in_fp32_stays() -> None:
@@ -75,7 +75,9 @@ def test_what_is_kept_in_fp32_stays() -> None:
     model._keep_in_fp32_modules_strict = {"o_proj"}
     form = trunk_form(4)
     assert form
-    assert Matrices.of(model, BF16, form).kept == {f"model.layers.{i}.self_attn.o_proj": FLOAT for i in range(3)}
+    found = choose_matrices(model, BF16, form)
+    assert found
+    assert not any("o_proj" in path for path in found)
 
 
 def test_what_two_modules_share_stays() -> None:
@@ -84,14 +86,16 @@ def test_what_two_modules_share_stays() -> None:
     model.all_tied_weights_keys = {f"{first}.weight": f"{second}.weight"}
     form = trunk_form(4)
     assert form
-    assert Matrices.of(model, BF16, form).kept == {first: SHARED, second: SHARED}
+    found = choose_matrices(model, BF16, form)
+    assert found
+    assert not found.keys() & {first, second}
 
 
 def test_what_a_checkpoint_fuses_is_quantised_as_the_module_has_it(tmp_path: Path) -> None:
     """lara_mini's checkpoints hold four of its matrices as one."""
     source = saved(tmp_path, "lara_mini", linear_num_value_heads=64, linear_num_key_heads=64)
     found = matrices_of(source)
-    assert "model.layers.0.linear_attn.in_proj_a" in found.chosen
+    assert "model.layers.0.linear_attn.in_proj_a" in found
     convert(source, tmp_path / "dst", bits=16, trunk_bits=4)
     (fused,) = (name for name in open_checkpoint(source).tensors if name.endswith("0.linear_attn.in_proj.weight"))
     stored = trunk_tensors(tmp_path / "dst")
@@ -118,7 +122,7 @@ def test_pieces_make_the_record_of_the_whole(
     tmp_path: Path, bits: Bits, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever their number; and their errors add up to its error."""
-    monkeypatch.setattr(matrices, "PIECE_WEIGHTS", 64 * 64)
+    monkeypatch.setattr(encoder, "PIECE_WEIGHTS", 64 * 64)
     monkeypatch.setitem(TINY, "vocab_size", 300)  # no multiple of 64
     source = saved(tmp_path, "mixtral", num_key_value_heads=4)
     report = convert(source, tmp_path / "dst", bits=16, trunk_bits=bits, workers=workers)
@@ -139,7 +143,7 @@ def test_where_memory_is_short_fewer_work_on_them_too(tmp_path: Path, monkeypatc
 
     def peaks(options: Options) -> tuple[int, list[int]]:
         plan = Conversion.plan(source, tmp_path / "dst", options)
-        return plan.encoder.workers, [record.peak_bytes for record in plan.records.values()]
+        return plan.encoder.workers, [record.peak_bytes for record in plan.records]
 
     workers, many = peaks(options)
     assert workers == 8
@@ -169,7 +173,8 @@ def test_a_checkpoint_that_has_only_the_head_of_both_keeps_it(tmp_path: Path) ->
     source = saved(tmp_path, "mixtral", tie_word_embeddings=True)
     edit_tensors(source, edit)
     found = matrices_of(source)
-    assert found.kept == {"lm_head": MIXED}
+    assert found
+    assert "lm_head" not in found
     convert(source, tmp_path / "dst", bits=16, trunk_bits=4)
     assert "lm_head.weight" in trunk_tensors(tmp_path / "dst")
 

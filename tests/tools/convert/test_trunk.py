@@ -15,9 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moetier.runtime.checkpoint import safetensors as shards
-from moetier.runtime.checkpoint.dequantize import Plain, SourceTensor
-from moetier.runtime.checkpoint.safetensors import StoredTensor, read_header
+from moetier.runtime.checkpoint import tensors as shards
+from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor, read_tensors
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.manifest import FileSum
 from moetier.tools.convert.trunk import TrunkFile, index_of, nbytes, plan_trunk
@@ -43,7 +42,7 @@ def test_every_tensor_is_there_once_and_every_matrix_is_aligned(
     kinds: list[tuple[str, list[int]]], file_bytes: int
 ) -> None:
     tensors: dict[str, SourceTensor] = {
-        f"t{i}": Plain(StoredTensor(f"t{i}", dtype, tuple(shape), Path(), 0)) for i, (dtype, shape) in enumerate(kinds)
+        f"t{i}": StoredTensor(f"t{i}", dtype, tuple(shape), Path(), 0) for i, (dtype, shape) in enumerate(kinds)
     }
     files = plan_trunk(tensors, file_bytes=file_bytes)
     assert sorted(name for file in files for name in file.tensors) == sorted(tensors)
@@ -84,9 +83,7 @@ def write(folder: Path, files: tuple[TrunkFile, ...]) -> None:
 
 
 def plan(tmp_path: Path, file_bytes: int = 20_000) -> tuple[TrunkFile, ...]:
-    return plan_trunk(
-        {n: Plain(t) for n, t in read_header(tmp_path / "source.safetensors").items()}, file_bytes=file_bytes
-    )
+    return plan_trunk(read_tensors(tmp_path / "source.safetensors"), file_bytes=file_bytes)
 
 
 def test_safetensors_reads_what_is_written(

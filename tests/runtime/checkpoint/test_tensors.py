@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moetier.runtime.checkpoint import safetensors as shards
-from moetier.runtime.checkpoint.safetensors import read_header
+from moetier.runtime.checkpoint import tensors as shards
+from moetier.runtime.checkpoint.tensors import read_tensors
 from moetier.tiers.errors import CheckpointError
 
 TENSORS = {
@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_tensors_and_their_rows_are_what_safetensors_wrote(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "CHUNK_BYTES", 24)  # several reads for each
-    found = read_header(file)
+    found = read_tensors(file)
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         stored = found[name]
@@ -52,17 +52,17 @@ def test_a_file_that_is_cut_is_said_to_be(file: Path, size: int) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:size])
     with pytest.raises(CheckpointError, match="truncated"):
-        read_header(file)
+        read_tensors(file)
 
 
 def test_a_file_that_goes_on_is_refused(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\0")
     with pytest.raises(CheckpointError, match="longer"):
-        read_header(file)
+        read_tensors(file)
 
 
 def test_a_file_that_is_cut_after_it_was_opened_is_an_error_and_no_crash(file: Path) -> None:
-    found = read_header(file)
+    found = read_tensors(file)
     file.write_bytes(file.read_bytes()[:-200])
     last = max(found.values(), key=lambda tensor: tensor.offset)
     with pytest.raises(CheckpointError, match="ends at byte"):
@@ -87,20 +87,20 @@ def test_a_malformed_header_is_refused(tmp_path: Path, header: bytes) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(CheckpointError, match="malformed"):
-        read_header(file)
+        read_tensors(file)
 
 
 def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes((2**62).to_bytes(8, "little") + json.dumps({}).encode())
     with pytest.raises(CheckpointError, match="truncated"):
-        read_header(file)
+        read_tensors(file)
 
 
 def test_a_file_that_can_not_be_read_is_named(file: Path, tmp_path: Path) -> None:
-    found = read_header(file)
+    found = read_tensors(file)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"x\.safetensors can't be read: No such file"):
         found["matrix"].read()
     with pytest.raises(CheckpointError, match="can't be read: Is a directory"):
-        read_header(tmp_path)
+        read_tensors(tmp_path)

@@ -1,22 +1,42 @@
-"""Source tensors: what a checkpoint stores in FP8 or MXFP4 is dequantised while it is read.
+"""A checkpoint's tensors, read by byte ranges; what is stored in FP8 or MXFP4 is dequantised on the way.
 
-So a quantised checkpoint looks like one of 16 bits to the rest of the converter: a tensor has one name, a shape and a
-type, and rows of its leading dimension can be read.
+No file is mapped: a mapped checkpoint counts as resident memory, and a file that is truncated while it is mapped causes
+a SIGBUS. Here each tensor's place is checked against the file's size first, and what was read is dropped from the page
+cache.
+
+To the rest of the converter a quantised checkpoint looks like one of 16 bits: a ``SourceTensor`` has one name, a shape
+and a type, and rows of its leading dimension can be read.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+import numpy as np
+import numpy.typing as npt
 
-from .safetensors import TORCH_NAMES, StoredTensor
+from moetier.tiers.errors import CheckpointError, UnsupportedModelError
+from moetier.tiers.store.safetensors import ITEM_BYTES, parse_header, read_header
 
 if TYPE_CHECKING:
     import torch
 
+Bytes = npt.NDArray[np.uint8]
+
+TORCH_NAMES = {
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+CHUNK_BYTES = 8 << 20
+READ_AHEAD_BYTES = 64 << 10
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 SCALE_OF = ("weight_scale_inv", "scale", "qscale_weight")  # beside a "weight": DeepSeek-V3, DeepSeek-V4, Mistral
 TILE_WEIGHTS = 1 << 24  # dequantised at a time: 64 MiB in fp32
@@ -28,47 +48,128 @@ class SourceTensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor as ``read`` returns it."""
-        ...
 
     @property
     def dtype(self) -> str:
         """torch's name of the type that ``read`` returns."""
-        ...
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
         """Stored tensors that it is read from."""
-        ...
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Read rows of the leading dimension into a new tensor [count, ...]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
-    """Tensor that is not quantised."""
+class StoredTensor:
+    """Tensor in a safetensors file, which is also the source tensor where it is not quantised."""
 
-    stored: StoredTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the stored tensor."""
-        return self.stored.shape
+    name: str
+    spelling: str  # of its type, in the file: "BF16"
+    shape: tuple[int, ...]
+    file: Path
+    offset: int  # from the file's start
 
     @property
     def dtype(self) -> str:
-        """Type of the stored tensor by torch's name."""
-        return TORCH_NAMES[self.stored.dtype]
+        """Type by torch's name."""
+        return TORCH_NAMES[self.spelling]
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """The stored tensor alone."""
-        return (self.stored,)
+        """The tensor itself."""
+        return (self,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
+        return math.prod(self.shape) * ITEM_BYTES[self.spelling]
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read stored rows as they are -> [count, ...]."""
-        return self.stored.read(first, count)
+        """Read rows ``first`` to ``first + count`` of the leading dimension into a new tensor [count, ...].
+
+        A scalar is read whole.
+        """
+        import torch
+
+        shape, offset = self.shape, self.offset
+        if shape:
+            rows = shape[0] - first if count is None else count
+            assert 0 <= first <= first + rows <= shape[0]
+            shape = (rows, *shape[1:])
+            offset += first * (self.nbytes // self.shape[0] if self.shape[0] else 0)
+        tensor = torch.empty(shape, dtype=getattr(torch, self.dtype))
+        read_at(self.file, offset, tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
+
+    def chunks(self) -> Iterator[Bytes]:
+        """Yield the bytes in order, at most CHUNK_BYTES at a time, in one buffer that is reused."""
+        buffer = np.empty(min(CHUNK_BYTES, self.nbytes), np.uint8)
+        for start in range(0, self.nbytes, CHUNK_BYTES):
+            chunk = buffer[: min(CHUNK_BYTES, self.nbytes - start)]
+            read_at(self.file, self.offset + start, chunk)
+            yield chunk
+
+
+def read_at(path: Path, offset: int, out: Bytes) -> None:
+    """Fill ``out``, and drop what was read from the page cache, which counts towards a memory limit.
+
+    Raises CheckpointError where the file is too short or can't be read.
+    """
+    ahead = out.nbytes >= READ_AHEAD_BYTES  # for small reads, read-ahead would read far more than is needed
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            advice = os.POSIX_FADV_SEQUENTIAL if ahead else os.POSIX_FADV_RANDOM
+            os.posix_fadvise(file.fileno(), offset, out.nbytes, advice)
+            while done < out.nbytes:
+                got = os.preadv(file.fileno(), [out[done : done + CHUNK_BYTES].data], offset + done)
+                if got == 0:
+                    raise CheckpointError(
+                        f"{path} ends at byte {offset + done}; a tensor needs {offset + out.nbytes}.",
+                        "Download the checkpoint again.",
+                    )
+                os.posix_fadvise(file.fileno(), offset + done, got, os.POSIX_FADV_DONTNEED)
+                done += got
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
+
+
+def read_tensors(path: Path, place: Path | None = None) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name, to be read there or from a copy at ``place``.
+
+    Raises CheckpointError for a file that is not a whole safetensors file.
+    """
+    fix = "Download the checkpoint again."
+    try:
+        raw, data = read_header(path, MAX_HEADER_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.", "Check the file and its disk.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is {error}.", fix) from error
+    size, begin = 8 + len(raw) + data, 8 + len(raw)
+    try:
+        tensors, start = listed(place or path, json.loads(raw), size)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a malformed header ({error}).", fix) from error
+    if start != begin:
+        what = "is truncated" if start < begin else "is longer than its header says"
+        raise CheckpointError(f"{path} {what}: {size} bytes where its header names {size - start + begin}.", fix)
+    return tensors
+
+
+def listed(path: Path, header: Mapping[str, Any], size: int) -> tuple[dict[str, StoredTensor], int]:
+    """Return the tensors that a header lists for the file at ``path`` of ``size`` bytes, and where their bytes begin.
+
+    Raises ValueError for a malformed header.
+    """
+    entries, data = parse_header(header)
+    start = size - data
+    tensors = {
+        name: StoredTensor(name, entry.dtype, entry.shape, path, start + entry.begin) for name, entry in entries.items()
+    }
+    return tensors, start
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +187,7 @@ class Scaled:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape once FP4 values are unpacked, two of a byte."""
-        packed = 2 if self.weight.dtype == "I8" else 1
+        packed = 2 if self.weight.dtype == "int8" else 1
         return (*self.weight.shape[:-1], self.weight.shape[-1] * packed)
 
     @property
@@ -104,13 +205,10 @@ class Scaled:
             self._read_rows(first, out)
         else:
             for i in range(count):
-                weight, scale = self.weight.read(first + i, 1)[0], self._scales(first + i)
-                dequantise_into(out[i], weight, scale, self._steps(scale))
+                whole = len(self.scale.shape) < len(self.weight.shape)
+                scale = self.scale.read() if whole else self.scale.read(first + i, 1)[0]
+                dequantise_into(out[i], self.weight.read(first + i, 1)[0], scale, self._steps(scale))
         return out
-
-    def _scales(self, index: int) -> torch.Tensor:
-        whole = len(self.scale.shape) < len(self.weight.shape)
-        return self.scale.read() if whole else self.scale.read(index, 1)[0]
 
     def _steps(self, scale: torch.Tensor) -> tuple[int, int]:
         """Return the rows and columns of a block."""
@@ -213,7 +311,7 @@ def source_tensors(
     method = quantization.get("quant_method") if quantization else None
     match method:
         case None:
-            return {name: Plain(tensor) for name, tensor in tensors.items()}
+            return dict(tensors)
         case "fp8":
             assert quantization
             rows, columns = quantization.get("weight_block_size") or (128, 128)
@@ -238,10 +336,10 @@ def _fp8(tensors: Mapping[str, StoredTensor], block: tuple[int, int], dtype: str
     for name, tensor in tensors.items():
         if name in scales:
             yield name, Scaled(tensor, tensors[scales[name]], block, dtype)
-        elif tensor.dtype.startswith("F8_E") and name not in used:
+        elif tensor.dtype.startswith("float8") and name not in used:
             raise CheckpointError(f"{name} is in FP8 but has no scale.", "Download the checkpoint again.")
         elif name not in used and not name.endswith((".activation_scale", ".input_scale")):
-            yield name, Plain(tensor)
+            yield name, tensor
 
 
 def _mxfp4(tensors: Mapping[str, StoredTensor], dtype: str) -> Iterator[tuple[str, SourceTensor]]:
@@ -250,4 +348,4 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], dtype: str) -> Iterator[tuple[st
         if stem != name and f"{stem}_scales" in tensors:
             yield stem, Mxfp4(tensor, tensors[f"{stem}_scales"], dtype)
         elif not (name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in tensors):
-            yield name, Plain(tensor)
+            yield name, tensor

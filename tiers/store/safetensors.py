@@ -1,0 +1,71 @@
+"""Header of a safetensors file, which is not trusted: the type, shape and place of each tensor.
+
+The format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from moetier.tiers.fields import Fields
+from moetier.tiers.manifest import MAX_BYTES
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+MAX_DIMENSIONS = 16
+
+
+class Entry(NamedTuple):
+    """One tensor of a header. ``begin`` is the offset of its bytes in the file's data."""
+
+    dtype: str  # as the file spells it: "BF16"
+    shape: tuple[int, ...]
+    begin: int
+
+
+def read_header(path: Path, most: int) -> tuple[bytes, int]:
+    """Read the header of a file: its JSON, of at most ``most`` bytes, and the number of bytes of data after it.
+
+    Raises ValueError if the file is too short for its header, and OSError.
+    """
+    with path.open("rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(os.pread(stream.fileno(), 8, 0), "little")
+        if not 2 <= length <= min(size - 8, most):
+            raise ValueError(f"truncated: {size} bytes, with a header of {length}")
+        return os.pread(stream.fileno(), length, 8), size - 8 - length
+
+
+def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:
+    """Return the tensors by name, and the number of bytes that they take.
+
+    Raises ValueError, which names the field, unless the tensors lie side by side without holes.
+    """
+    found: dict[str, Entry] = {}
+    ranges = []
+    for name, entry in Fields(header).members():
+        if name == "__metadata__":
+            for _, value in entry.members():
+                value.text()
+            continue
+        dtype, sizes, offsets = entry["dtype"].among(ITEM_BYTES), entry["shape"].items(), entry["data_offsets"].items()
+        if len(sizes) > MAX_DIMENSIONS:
+            raise ValueError(f"{entry.place}.shape has {len(sizes)} dimensions")
+        shape = tuple(size.number(0, MAX_BYTES) for size in sizes)
+        begin, end = (offset.number(0, MAX_BYTES) for offset in offsets) if len(offsets) == 2 else (0, -1)
+        if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise ValueError(f"{entry.place}: shape and dtype are not those of data_offsets {begin:,} to {end:,}")
+        found[name] = Entry(dtype, shape, begin)
+        ranges.append((begin, end, entry.place))
+    at = 0
+    for begin, end, place in sorted(ranges):
+        if begin != at:
+            raise ValueError(f"{place}.data_offsets begin at {begin:,}, not at {at:,}")
+        at = end
+    return found, at
