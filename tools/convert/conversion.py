@@ -143,7 +143,10 @@ class Conversion:
 
     def check_disks(self, *, replacing: bool = False) -> None:
         """Check that what is missing fits; with ``replacing``, once what is there is removed. Raises DiskSpaceError."""
-        here, cached = self.download.disk_bytes(self._route(() if replacing else None)) if self.download else (0, 0)
+        if self.download is None:
+            self.target.check_disk(replacing=replacing)
+            return
+        here, cached = self.download.disk_bytes(self._route(() if replacing else None))
         cache = hub.cache_folder()
         if nearest_folder(cache).stat().st_dev == nearest_folder(self.target.folder).stat().st_dev:
             here, cached = here + cached, 0
