@@ -62,21 +62,30 @@ def interruptible(wait: Function) -> Function:
 class ForkGuard:
     """Detect use in a forked child, where threads are gone and a lock may stay held for ever."""
 
+    present = os.getpid()  # the running process; kept, as the system call would be a tenth of a hit's time
+
     def __init__(self) -> None:
-        self._process = os.getpid()
+        self._process = ForkGuard.present
 
     @property
     def is_owner(self) -> bool:
         """True if this is the process that made the guard."""
-        return self._process == os.getpid()
+        return self._process == ForkGuard.present
 
     def check(self) -> None:
         """Raise ClosedError in a forked child."""
-        if self._process != os.getpid():
+        if self._process != ForkGuard.present:
             raise ClosedError(
                 f"This is another process's tier: it was opened in process {self._process}, and this is a fork of it.",
                 "Load the model in the process that uses it, or start children by spawn.",
             )
+
+
+def _note_fork() -> None:
+    ForkGuard.present = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 class Monitor:
