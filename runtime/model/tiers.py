@@ -117,7 +117,7 @@ class Tiers:
         """Detach from the model, and close the tiers. Idempotent; waits for loads that have begun."""
         if self.speculation is not None:
             self.speculation.detach()
-        self.hooks.remove()
+        self.hooks.close()
         self.close_sources()
 
     def __enter__(self) -> Tiers:

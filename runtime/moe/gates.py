@@ -11,12 +11,13 @@ import inspect
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from moetier.tiers.closeable import Closeable
 
 from .experts import experts_modules
 
@@ -153,7 +154,7 @@ class Gates:
         experts: Callable[[int, Tensor, Tensor], None] | None = None,
         blocks: Collection[int] | None = None,
     ) -> Observation:
-        """Call back during the model's forward passes until the observation is removed.
+        """Call back during the model's forward passes until the observation is closed.
 
         Args:
             layer: called with (block, hidden) where the block's decoder layer begins; ``predict`` takes ``hidden``.
@@ -178,13 +179,13 @@ class Gates:
                 if experts is not None:
                     observation.add(_before(found.experts, found.block, experts, 1, 2))
         except BaseException:
-            observation.remove()
+            observation.close()
             raise
         return observation
 
 
-class Observation:
-    """Hooks on a model. A context manager. Removing is idempotent, also after an exception has cut it."""
+class Observation(Closeable):
+    """Hooks on a model, until ``close``, which is idempotent, also after an exception has cut it."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -193,18 +194,10 @@ class Observation:
         """Add the handle of a hook."""
         self._handles.append(handle)
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
-
-    def __enter__(self) -> Observation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def _before(module: nn.Module, block: int, call: Callable[..., None], *places: int) -> RemovableHandle:

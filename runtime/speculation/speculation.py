@@ -163,7 +163,7 @@ class Speculation:
         self._shortcuts = None
         observation, self._first_observation = self._first_observation, None
         if observation is not None:
-            observation.remove()
+            observation.close()
         self._observe_others(False)
         self._is_predicting = False
         self._entered = None
@@ -222,7 +222,7 @@ class Speculation:
             self._observation = shortcuts.gates.observe(entry=self._at_entry, layer=layer, blocks=others)
         is_over = not on or self._shortcuts is None  # another thread may have detached it meanwhile
         if is_over and (observation := self._observation) is not None:
-            observation.remove()
+            observation.close()
             self._observation = None
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moetier.runtime.moe.gates import Gates
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import UnsupportedModelError
 
 from .trace import NONE, Trace
@@ -23,7 +23,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 MOST_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
 
 
-class Recorder:
+class Recorder(Closeable):
     """Observe a loaded model until ``close()``, without changing what it computes. A context manager.
 
     Run one sequence at a time, and call ``end_sequence`` after its forward passes. On a GPU every observation is waited
@@ -132,15 +132,7 @@ class Recorder:
 
     def close(self) -> None:
         """Remove the hooks. Idempotent."""
-        self._observation.remove()
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        self._observation.close()
 
 
 @dataclass

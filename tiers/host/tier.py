@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
-from types import TracebackType
 
 from moetier.tiers.arena.arena import Arena, intact_slots
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.cache.pool import snapshot
+from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
@@ -34,7 +34,7 @@ LOADERS = 4  # records that are read at a time
 HANDOVER = 1e-5  # seconds to sleep, to which the system adds about 6e-5, so that a loader can take the GIL and begin
 
 
-class HostTier:
+class HostTier(Closeable):
     """A Lender over anything that can ``read_into``, which stays its owner's to close.
 
     One thread must not acquire again inside the loop over an acquire: at the smallest budget it would wait for itself.
@@ -89,14 +89,6 @@ class HostTier:
                 self._recover(arena, loaders)
             self._loaders.start(loaders)
             undo.pop_all()
-
-    def __enter__(self) -> HostTier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
         """Acquire as ``ExpertSource`` says. Raises MissingExpertError for a key that the model does not have."""

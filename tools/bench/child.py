@@ -72,7 +72,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
             cache, start = output.past_key_values, start + length
         after = found.tiers.host.stats()
         if watched is not None:
-            watched.remove()
+            watched.close()
         return {
             "threads": torch.get_num_threads(),
             "load_s": load_seconds,

@@ -175,8 +175,8 @@ def test_an_observation_ends_when_it_is_removed() -> None:
         assert calls == [
             call for b in range(3) for call in (f"entry {b} [1, 9, 64]", f"gate {b} [9, 8]", f"experts {b} [9, 3]")
         ]
-        observation.remove()
-        observation.remove()
+        observation.close()
+        observation.close()
         model(input_ids=ids)
     assert len(calls) == 9
     assert hooks(model) == before
