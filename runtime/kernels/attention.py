@@ -28,12 +28,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from . import jit
-from .jit import F32, I32, POINTER, Emitter, Value, new_module, vector
+from .jit import F32, I32, LANES, POINTER, Emitter, Value, new_module, vector
 
 _ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
 NAME = "moetier_sdpa"  # among transformers' attention functions
 ATTEND = "moetier_attend"  # the function's name
-LANES = 16
 HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positions whose values are added together
 # i64: items begun, items, heads of keys, heads of queries for each; L, D, V; q, K, V, mask (0: none), out, scratch;
 # of K, then of V: elements from one sequence, head, position to the next; the scale's bits

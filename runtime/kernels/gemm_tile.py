@@ -14,14 +14,13 @@ from llvmlite import ir
 
 from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits
 
-from .jit import F32, I8, I16, I32, I64, POINTER, Emitter, Processor, Value, vector
+from .jit import F32, I8, I16, I32, I64, LANES, POINTER, Emitter, Processor, Value, vector
 
 STEP = 4  # columns
 # how far ahead memory is prefetched: most processors' own prefetchers end at a page
 BYTES_AHEAD = 2048  # of codes
 PAIRS_AHEAD = 2  # groups
 COLUMN = ROW_TILE // 2  # bytes
-LANES = 16  # rows of one vector
 VECTORS = ROW_TILE // LANES
 CENTRES = {8: 128, 4: 8, 3: 4, 2: 2}
 

@@ -41,6 +41,7 @@ os.register_at_fork(
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = I8.as_pointer()
+LANES = 16  # fp32 numbers of a vector: a register of AVX-512
 
 Value = Any  # llvmlite has no types
 

@@ -18,10 +18,9 @@ from llvmlite import ir
 from torch import Tensor, nn
 
 from . import jit
-from .jit import F32, FLOATS, I64, POINTER, Emitter, new_module, vector
+from .jit import F32, FLOATS, I64, LANES, POINTER, Emitter, new_module, vector
 
 NORM = "moetier_norm"  # the function's name
-LANES = 16
 _EPS = ("variance_epsilon", "eps")  # what modules call it
 # least share of numbers that are equal, and tolerance of the others: sums are in another order, which rounds one number
 # in some hundreds differently

@@ -17,10 +17,9 @@ from llvmlite import ir
 from torch import Tensor, nn
 
 from . import jit
-from .jit import F32, FLOATS, I32, POINTER, Emitter, new_module, vector
+from .jit import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, vector
 
 GEMV = "moetier_gemv"  # the function's name
-LANES = 16
 ROWS = 4  # of W, that are read together
 CONTEXT = 7  # i64: items begun, items; N, K; x, W, y
 

@@ -9,6 +9,8 @@ import crc32c as _library
 
 from moetier.tiers.layout import CHECKSUM_BYTES
 
+PIECE_BYTES = 8 << 20  # of a file, read or written and checksummed at a time; larger records are read in several pieces
+
 
 def crc32c(data: memoryview | bytes, before: int = 0) -> int:
     """Compute the CRC-32C of contiguous ``data``, continuing from ``before``, the CRC-32C of the bytes that precede it.

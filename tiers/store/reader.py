@@ -23,7 +23,7 @@ from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import StagedPrefix, interruptible_bytes
 
 from .atomic import read_errors
-from .checksum import crc32c
+from .checksum import PIECE_BYTES, crc32c
 from .folder import METADATA, check_array, command, read_manifest, store_folder
 from .shard import (
     REPAIR,
@@ -34,7 +34,6 @@ from .shard import (
     store_digest,
 )
 
-PIECE_BYTES = 8 << 20  # bytes per read; a larger record is read in several pieces at the same time
 DIGEST_SECONDS = 0.1  # for which opening an older store waits: enough for a quick disk or a small store
 
 _log = logging.getLogger(__name__)

@@ -11,13 +11,12 @@ from moetier.tiers.fields import Fields, shown
 from moetier.tiers.manifest import MAX_BYTES, TRUNK_NAME, FileSum, Manifest
 
 from .atomic import read_errors
-from .checksum import crc32c
+from .checksum import PIECE_BYTES, crc32c
 from .folder import MAX_JSON_BYTES, parse_json, read_json
 from .safetensors import Entry, parse_header, read_header
 
 INDEX = "model.safetensors.index.json"
 RECORD = ".record"  # suffix, in place of ".weight", of a matrix that is stored as a record
-PIECE_BYTES = 8 << 20  # read and checksummed at a time, small enough for the processor's cache
 # largest trunk whose checksums take less than a twentieth of a load (tests/measurements/trunk_checksums.py)
 CHECKED_BYTES = 64 << 20
 AHEAD_BYTES = 64 << 20  # read-ahead that the kernel is asked for

@@ -30,12 +30,11 @@ from moetier.tiers.layout import CHECKSUM_BYTES
 from moetier.tiers.manifest import FileSum, Manifest
 
 from .atomic import PARTIAL, LargeFile, disk_errors, large_file, make_folders, sync_folder, write_durably
-from .checksum import checksum_bytes, crc32c
+from .checksum import PIECE_BYTES, checksum_bytes, crc32c
 from .folder import METADATA, PLAN, read_plan
 from .shard import ShardFile, store_digest
 
 Bytes = npt.NDArray[np.uint8]
-PIECE_BYTES = 8 << 20  # checksummed and written at a time, small enough for the processor's cache
 
 
 class StoreWriter:

@@ -19,7 +19,7 @@ from typing import Any
 
 from moetier.tiers.layout import Bits
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.reader import PIECE_BYTES
+from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tools.bench.bound import groups_of
 
 FILE = "hit_curves.json"

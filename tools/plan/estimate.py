@@ -13,7 +13,8 @@ from moetier.runtime.config import format_bytes
 from moetier.runtime.pulled import tag_of
 from moetier.tiers.host.tier import LOADERS
 from moetier.tiers.layout import Bits, RecordLayout
-from moetier.tiers.store.reader import PIECE_BYTES, ExpertStore
+from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tiers.store.reader import ExpertStore
 from moetier.tools.bench.disk import RandomReads
 from moetier.tools.cli.plain import as_options, plain
 from moetier.tools.cli.report import table

@@ -37,8 +37,9 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
 from moetier.tiers.source import StagedPrefix
+from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tiers.store.folder import GROUP, METADATA
-from moetier.tiers.store.reader import PIECE_BYTES, ExpertStore
+from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import StoreWriter
 
