@@ -10,8 +10,16 @@ import sys
 from collections.abc import Sequence
 
 from moetier.tiers.errors import ConfigError, MoetierError
-from moetier.tools.cli.options import by_name, commands_of, parsers_of, settable
-from moetier.tools.cli.parser import EXIT_USAGE, CommandParser, UsageError, add_commands
+from moetier.tools.cli.parser import (
+    EXIT_USAGE,
+    CommandParser,
+    UsageError,
+    add_commands,
+    by_name,
+    commands_of,
+    parsers_of,
+    settable,
+)
 from moetier.tools.cli.settings import Setting, Settings, is_anything_set, mentioned
 
 COMMANDS = {  # name -> its line in --help
@@ -145,7 +153,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
 def _set_up_log() -> None:
     """Nothing but warnings unless MOETIER_LOG asks for more; all in what can be read, as a daemon of another host may
     have said it. Raises ConfigError."""
-    from moetier.tools.cli.plain import PlainFormatter
+    from moetier.tools.cli.failure import PlainFormatter
 
     level = os.environ.get("MOETIER_LOG", "")
     if level and level not in LOG_LEVELS:
@@ -160,8 +168,7 @@ def _set_up_log() -> None:
 
 def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
     """Print two lines, and return the exit code."""
-    from moetier.tools.cli.failure import EXIT_ERROR, failure_of
-    from moetier.tools.cli.plain import as_options, plain
+    from moetier.tools.cli.failure import EXIT_ERROR, as_options, failure_of, plain
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)
     code = EXIT_USAGE if isinstance(error, UsageError) else code

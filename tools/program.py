@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from moetier.tiers.errors import MoetierError
+from moetier.tools.cli.arguments import add_resource_arguments, add_speculation_arguments, resources_of
 from moetier.tools.cli.parser import CommandParser, UsageError
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
 
 from .main import COMMANDS, say
 from .main import main as run_command

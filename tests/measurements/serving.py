@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import moetier
-from moetier.tools.cli.decoding_options import PREFILL_CHUNK
+from moetier.tools.cli.arguments import PREFILL_CHUNK
 from moetier.tools.cli.report import table
 from moetier.tools.serve.batched import Together
 from moetier.tools.serve.params import Wanted

@@ -16,7 +16,7 @@ from prepared import Prepared
 from moetier.runtime.config import TierConfig
 from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import ConfigError
-from moetier.tools.cli.options import walk
+from moetier.tools.cli.parser import walk
 from moetier.tools.main import build_parser, main
 
 CPU, CPUSET = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup/cpuset")

@@ -7,7 +7,7 @@ from itertools import takewhile
 
 import pytest
 
-from moetier.tools.cli.options import walk
+from moetier.tools.cli.parser import walk
 from moetier.tools.main import build_parser, main
 
 COLUMNS = 100

@@ -22,7 +22,7 @@ from moetier.runtime.config import COUNT, format_bytes
 from moetier.runtime.threads import usable_cpus
 from moetier.tiers.errors import CheckpointError, ConfigError, MoetierError
 from moetier.tiers.layout import BITS
-from moetier.tools.cli.resources import add_option
+from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.settings import without_settings
 
 from .disk import NO_FIO, RandomReads, fio_version

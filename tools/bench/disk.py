@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import SECONDS, format_bytes
 from moetier.tiers.errors import CheckpointError, StoreReadError
-from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.parser import DIRECTORY, directory
 
 from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 

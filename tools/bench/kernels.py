@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import COUNT, SECONDS
 from moetier.tiers.layout import BITS, Bits, Projection, RecordLayout
-from moetier.tools.cli.options import directory
-from moetier.tools.cli.parser import UsageError
+from moetier.tools.cli.arguments import add_option
+from moetier.tools.cli.parser import UsageError, directory
 from moetier.tools.cli.report import format_seconds
-from moetier.tools.cli.resources import add_option
 
 from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 

@@ -14,8 +14,8 @@ from moetier.runtime.config import Size, format_bytes
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
-from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.resources import add_option, size
+from moetier.tools.cli.arguments import add_option, size
+from moetier.tools.cli.parser import DIRECTORY, directory
 
 from .bound import Bound, Rates, need_of, rows_of, slots_within
 from .disk import NO_FIO, RandomReads, fio_version

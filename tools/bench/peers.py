@@ -10,9 +10,8 @@ from typing import Any
 
 from moetier.runtime.config import COUNT, Size, format_bytes
 from moetier.runtime.threads import usable_cpus
-from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.parser import UsageError
-from moetier.tools.cli.resources import add_option, size
+from moetier.tools.cli.arguments import add_option, size
+from moetier.tools.cli.parser import DIRECTORY, UsageError, directory
 
 from .engines import Run, accelerate_decode, llama_run
 from .model import Work

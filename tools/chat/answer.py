@@ -8,7 +8,7 @@ from typing import Any
 from moetier.runtime.generation.conversation import PLAIN_STOP
 from moetier.runtime.generation.decoding import behind, chunks_of
 from moetier.runtime.generation.prompt_cache import PromptCache
-from moetier.tools.cli.plain import show
+from moetier.tools.cli.failure import show
 from moetier.tools.cli.report import Timing, tokens_text
 
 from .interrupt import Interrupt, Interrupted

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from moetier.runtime.generation.conversation import Conversation
 from moetier.tiers.errors import ConfigError, MoetierError, TargetError
 from moetier.tools.cli.daemon_reads import DaemonWatch
-from moetier.tools.cli.plain import as_options, plain
+from moetier.tools.cli.failure import as_options, plain
 from moetier.tools.cli.report import Timing, run_json, run_report
 
 from .answer import Answering

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from moetier.runtime.config import format_bytes
 from moetier.tiers.errors import MoetierError
 
-from .plain import plain
+from .failure import plain
 
 if TYPE_CHECKING:
     from moetier.runtime.model.tiers import Tiers

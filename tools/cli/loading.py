@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -12,8 +13,7 @@ from typing import Any
 from moetier.runtime.memory import shortage
 from moetier.tiers.errors import ConfigError
 
-from .plain import ReadableFormatter
-from .startup import uncollected
+from .failure import ReadableFormatter
 
 _log = logging.getLogger(__name__)
 
@@ -59,3 +59,16 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
     trained = longest_context(model.config)
     if trained and context > trained and context != DEFAULT_CONTEXT:
         _log.warning("--context %d is more than the %d tokens that the model was made for.", context, trained)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles: imports make a million objects that stay, and it would look at them again
+    and again (docs/benchmarks.md, First token)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from moetier.runtime.config import format_bytes
 
-from .plain import plain
+from .failure import plain
 
 LINE_SECONDS = 10.0  # between two plain lines
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import format_bytes
 from moetier.tiers.stats import TierStats
 
-from .plain import plain
+from .failure import plain
 
 if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import Tier

@@ -18,7 +18,7 @@ from typing import Any
 from moetier.runtime.config import OPTIONS
 from moetier.tiers.errors import ConfigError, MoetierError
 
-from .options import settable
+from .parser import settable
 
 PREFIX = "MOETIER_"
 GENERAL = "general"  # the section of what is for all commands

@@ -10,13 +10,18 @@ from moetier.runtime.generation.conversation import Conversation
 from moetier.tools.chat.answer import Answering
 from moetier.tools.chat.chat_input import ChatInput
 from moetier.tools.chat.dialogue import Dialogue
+from moetier.tools.cli.arguments import (
+    add_decoding_arguments,
+    add_prefill_argument,
+    add_resource_arguments,
+    add_speculation_arguments,
+    decoding_of,
+    resources_of,
+)
 from moetier.tools.cli.daemon_reads import DaemonWatch
-from moetier.tools.cli.decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.parser import show_first
-from moetier.tools.cli.plain import plain
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
+from moetier.tools.cli.parser import DIRECTORY, directory, show_first
 
 EXAMPLES = (
     "moetier chat ./mixtral-4bit --ram 6GiB",

@@ -25,7 +25,7 @@ def script(shell: str) -> str:
     """Of the whole command; where an argument is a path, the shell completes files or folders."""
     import shtab
 
-    from moetier.tools.cli.options import commands_of, directory, file_or_address, settable, walk
+    from moetier.tools.cli.parser import commands_of, directory, file_or_address, settable, walk
     from moetier.tools.main import build_parser
 
     parser = build_parser()

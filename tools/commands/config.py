@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _command(text: str) -> str:
     """Raises ConfigError for what is no command with something to set."""
     from moetier.tiers.errors import ConfigError
-    from moetier.tools.cli.options import commands_of, settable
+    from moetier.tools.cli.parser import commands_of, settable
     from moetier.tools.main import build_parser
 
     known = [name for name, command in commands_of(build_parser()).items() if settable(command)]
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     can't be read."""
     from moetier.tiers.errors import ConfigError
     from moetier.tools.cli.failure import EXIT_ERROR
-    from moetier.tools.cli.options import commands_of
+    from moetier.tools.cli.parser import commands_of
     from moetier.tools.cli.settings import Settings
     from moetier.tools.main import build_parser
 

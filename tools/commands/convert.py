@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from moetier.runtime.config import COUNT
 from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
+from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import checked
-from moetier.tools.cli.resources import add_option
 
 if TYPE_CHECKING:
     from moetier.runtime.checkpoint.files import Checkpoint

@@ -10,9 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from moetier.runtime.daemon.options import DaemonConfig
-from moetier.tools.cli.options import directory
-from moetier.tools.cli.parser import UsageError, checked
-from moetier.tools.cli.resources import add_option
+from moetier.tools.cli.arguments import add_option
+from moetier.tools.cli.parser import UsageError, checked, directory
 
 EXAMPLES = (
     "moetier daemon ./mixtral-4bit --ram 12GiB",

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetier.tools.cli.options import directory
+from moetier.tools.cli.parser import directory
 
 if TYPE_CHECKING:
     from moetier.tools.doctor.finding import Finding

@@ -11,14 +11,19 @@ from typing import Any
 from moetier.runtime.context import first_ids, longest_context
 from moetier.runtime.generation.decoding import behind, chunks_of, encode, warn_if_cut, within_context
 from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.arguments import (
+    add_decoding_arguments,
+    add_prefill_argument,
+    add_resource_arguments,
+    add_speculation_arguments,
+    decoding_of,
+    resources_of,
+)
 from moetier.tools.cli.daemon_reads import DaemonWatch
-from moetier.tools.cli.decoding_options import add_decoding_arguments, add_prefill_argument, decoding_of
+from moetier.tools.cli.failure import show
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.parser import show_first
-from moetier.tools.cli.plain import show
+from moetier.tools.cli.parser import DIRECTORY, directory, show_first
 from moetier.tools.cli.report import Timing, details, run_json, summary
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
 
 EXAMPLES = (
     'moetier generate ./mixtral-4bit "To be, or not to be" --ram 6GiB',

@@ -9,8 +9,8 @@ from collections import Counter
 from typing import Any
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
+from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.doctor.survey import MEND, NO_TOKENIZER, survey
 
 EXAMPLES = ("moetier inspect ./mixtral-4bit", "moetier inspect Qwen/Qwen3-30B-A3B:4bit --json")

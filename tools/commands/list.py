@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
 
 EXAMPLES = ("moetier list", "moetier list --json")
 LOOKS = 3

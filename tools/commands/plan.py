@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import COUNT, DEFAULT_CONTEXT
-from moetier.tools.cli.options import source
-from moetier.tools.cli.parser import UsageError
-from moetier.tools.cli.resources import add_option, size
+from moetier.tools.cli.arguments import add_option, size
+from moetier.tools.cli.parser import UsageError, source
 
 if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
@@ -141,7 +140,7 @@ def plan(
         context=DEFAULT_CONTEXT if context is None else context,
     )
 
-    from moetier.tools.cli.startup import uncollected
+    from moetier.tools.cli.loading import uncollected
 
     if short := shortage():
         _log.warning("%s", short)

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 from moetier.runtime.config import MOST, Number
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import ConfigError
-from moetier.tools.cli.access import CREDENTIALS, add_credentials, credentials
-from moetier.tools.cli.options import file_or_address
-from moetier.tools.cli.parser import UsageError
-from moetier.tools.cli.resources import asked
+from moetier.tools.cli.arguments import CREDENTIALS, add_credentials, asked, credentials
+from moetier.tools.cli.parser import UsageError, file_or_address
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds, table
 
 if TYPE_CHECKING:

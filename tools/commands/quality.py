@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import MOST, Number, format_bytes
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS, Bits, RecordLayout
-from moetier.tools.cli.options import source
-from moetier.tools.cli.parser import UsageError, checked
+from moetier.tools.cli.arguments import add_resource_arguments, asked, resources_of
+from moetier.tools.cli.parser import UsageError, checked, source
 from moetier.tools.cli.report import table
-from moetier.tools.cli.resources import add_resource_arguments, asked, resources_of
 
 if TYPE_CHECKING:
     from moetier.tools.lab.quality import Loss

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import Size, format_bytes
 from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tools.cli.arguments import size
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError
-from moetier.tools.cli.plain import plain
-from moetier.tools.cli.resources import size
 
 if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace

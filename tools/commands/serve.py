@@ -11,11 +11,14 @@ from moetier.runtime import pulled as models
 from moetier.runtime.config import COUNT, MOST, Number
 from moetier.runtime.context import longest_context
 from moetier.tiers.errors import ConfigError
-from moetier.tools.cli.decoding_options import add_prefill_argument
+from moetier.tools.cli.arguments import (
+    add_prefill_argument,
+    add_resource_arguments,
+    add_speculation_arguments,
+    resources_of,
+)
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.parser import show_first
-from moetier.tools.cli.resources import add_resource_arguments, add_speculation_arguments, resources_of
+from moetier.tools.cli.parser import DIRECTORY, directory, show_first
 
 EXAMPLES = (
     "moetier serve ./mixtral-4bit --ram 6GiB --port 8080",

@@ -9,9 +9,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.access import add_credentials, credentials
+from moetier.tools.cli.arguments import add_credentials, credentials
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import checked
-from moetier.tools.cli.plain import plain
 
 if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier

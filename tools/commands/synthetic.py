@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import COUNT, format_bytes
 from moetier.runtime.generation.decoding import SEED
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
-from moetier.tools.cli.resources import add_option
+from moetier.tools.cli.arguments import add_option
 from moetier.tools.lab.synthetic import (
     GEOMETRIES,
     ROUTINGS,

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError
-from moetier.tools.cli.access import add_credentials, credentials
+from moetier.tools.cli.arguments import add_credentials, credentials
 
 from .stats import address_of, interval
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import MOST, OPTIONS, Number
 from moetier.runtime.generation.decoding import behind, encode, warn_if_cut, within_context
 from moetier.tiers.errors import ConfigError, TargetError, TargetExistsError
-from moetier.tools.cli.decoding_options import add_decoding_arguments, decoding_of
+from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arguments, decoding_of, resources_of
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.options import DIRECTORY, directory
+from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.cli.report import table
-from moetier.tools.cli.resources import add_resource_arguments, resources_of
 from moetier.tools.lab.prompts import read_prompts
 
 if TYPE_CHECKING:

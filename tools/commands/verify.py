@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.options import DIRECTORY, directory
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
+from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.doctor.survey import MEND, NO_TOKENIZER
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from moetier.tiers.errors import MoetierError
-from moetier.tools.cli.plain import as_options, plain
+from moetier.tools.cli.failure import as_options, plain
 
 
 class State(StrEnum):

@@ -72,7 +72,7 @@ def libraries() -> Iterator[Finding]:
 
 def configuration() -> Iterator[Finding]:
     """Raises ConfigError for what is wrong in it, in whichever section."""
-    from moetier.tools.cli.options import commands_of
+    from moetier.tools.cli.parser import commands_of
     from moetier.tools.cli.settings import GENERAL, Settings
     from moetier.tools.main import build_parser
 

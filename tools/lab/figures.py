@@ -14,7 +14,7 @@ from moetier.runtime.trace.recall import compare
 from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
 
 from .simulation import SimulatedTier, demands_of, simulate
 

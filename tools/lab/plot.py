@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moetier.proto.expert_store_pb2 import Block, StatsReply
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds
 
 from .figures import MOST_HEIGHT, MOST_WIDTH, ORANGE

@@ -16,7 +16,7 @@ from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tools.bench.disk import RandomReads
-from moetier.tools.cli.plain import as_options, plain
+from moetier.tools.cli.failure import as_options, plain
 from moetier.tools.cli.report import table
 
 from . import probes

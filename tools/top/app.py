@@ -18,7 +18,7 @@ from textual.widgets import Footer, Static
 from moetier.runtime.wire.address import Address, runtime_folder
 from moetier.runtime.wire.probe import RunningDaemon
 from moetier.tiers.errors import MoetierError
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds
 
 from . import top_parts

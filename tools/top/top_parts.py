@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moetier.proto.expert_store_pb2 import Tier
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds
 
 from .history import ModelHistory, reads_of

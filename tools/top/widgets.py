@@ -17,7 +17,7 @@ from textual.widgets.option_list import Option
 
 from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.probe import RunningDaemon
-from moetier.tools.cli.plain import plain
+from moetier.tools.cli.failure import plain
 
 HELP = """\
 q        end

@@ -11,9 +11,8 @@ import pytest
 from places import ROOT
 from users import as_nobody
 
-from moetier.tools.cli.failure import EXIT_ERROR, EXIT_FAULT, failure_of
-from moetier.tools.cli.options import commands_of
-from moetier.tools.cli.plain import as_options
+from moetier.tools.cli.failure import EXIT_ERROR, EXIT_FAULT, as_options, failure_of
+from moetier.tools.cli.parser import commands_of
 from moetier.tools.commands.doctor import findings
 from moetier.tools.doctor.finding import State
 from moetier.tools.main import build_parser, main

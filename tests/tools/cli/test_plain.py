@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threads import Task
 
+from moetier.tools.cli.failure import readable
 from moetier.tools.cli.loading import loaded
-from moetier.tools.cli.plain import readable
 from moetier.tools.main import main
 
 HOSTILE = {  # what stands for each letter of the model's text, and how a terminal gets it

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moetier.tiers.errors import ConfigError
-from moetier.tools.cli.resources import resources_of
+from moetier.tools.cli.arguments import resources_of
 from moetier.tools.cli.settings import config_file, without_settings
 from moetier.tools.main import main, parse
 

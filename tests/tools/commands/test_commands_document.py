@@ -10,7 +10,7 @@ import pytest
 from places import DOCS
 
 from moetier.tools.cli import failure
-from moetier.tools.cli.options import commands_of, settable
+from moetier.tools.cli.parser import commands_of, settable
 from moetier.tools.cli.settings import GENERAL_KEYS
 from moetier.tools.main import COMMANDS, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, build_parser, main
 

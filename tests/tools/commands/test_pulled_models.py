@@ -22,7 +22,7 @@ import moetier
 from moetier.runtime.pulled import checkpoint_or_model, model_directory, models_folder, name_of, pulled
 from moetier.tiers.errors import IncompleteStoreError, StoreFormatError
 from moetier.tiers.store.folder import GROUP, METADATA, PLAN, read_manifest
-from moetier.tools.cli.options import directory, walk
+from moetier.tools.cli.parser import directory, walk
 from moetier.tools.convert.files import disk_bytes
 from moetier.tools.main import build_parser, main
 
