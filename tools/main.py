@@ -1,4 +1,4 @@
-"""The ``moetier`` command: finds the subcommand, runs it, and says errors in two lines."""
+"""The ``moetier`` command: find the subcommand, run it, and print errors in two lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COMMANDS = {  # name -> its line in --help
 
 _log = logging.getLogger(__name__)
 
-# docs/commands.md has the table; 2 is parser.py's, 1 and 70 are failure.py's
+# docs/commands.md lists all exit codes; parser.py has 2, failure.py 1 and 70
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -65,7 +65,7 @@ moetier COMMAND --help shows the options of a command."""
 
 
 class _Version(argparse.Action):
-    """argparse's own wants the text beforehand, and importlib.metadata takes a while."""
+    """Print the version, which is looked up only then: importlib.metadata takes a while."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -75,7 +75,10 @@ class _Version(argparse.Action):
 
 
 def build_parser() -> CommandParser:
-    """A command's module is imported when the command is named, and torch, transformers and zarr when it runs."""
+    """Return the parser of the whole command line.
+
+    A command's module is imported when the command is named; torch, transformers and zarr only when it runs.
+    """
     parser = CommandParser(
         prog="moetier",
         description="Run Mixture-of-Experts language models on machines that are too small for them.",
@@ -91,31 +94,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Errors are printed in two lines, or raised with MOETIER_DEBUG=1. Raises SystemExit as argparse does.
     """
-    # gRPC's own messages are not for people who use this; it reads this when it is imported
+    # turns off gRPC's own messages; it reads this variable when it is imported
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed when the process began
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - for as long as that
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open until the process ends
     try:
         return _run(argv)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except BrokenPipeError:  # nor is it tried again when Python ends
+            except BrokenPipeError:  # Python flushes again when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return EXIT_PIPE_CLOSED
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    """Raises BrokenPipeError where nobody reads what is said."""
+    """Run the command line and return the exit code. Raises BrokenPipeError if the reader of the output is gone."""
     settings: list[Setting] = []
     try:
         _set_up_log()
         arguments, settings = parse(argv)
         status: int = arguments.run(by_name(arguments))
         sys.stdout.flush()
-    except SystemExit:  # of --help
+    except SystemExit:  # raised by --help
         sys.stdout.flush()
         raise
     except KeyboardInterrupt:
@@ -131,18 +134,22 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]]:
-    """A command line, above what is set beforehand, and that. ``configured`` is its part that is not the default's, by
-    name of the attribute. Raises ConfigError; SystemExit as argparse does."""
+    """Return the parsed arguments, in which the command line overrides the settings, and the settings of the command.
+
+    ``arguments.configured`` has the values from the settings, by name of the attribute. Raises ConfigError, and
+    SystemExit as argparse does.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
     command = parsers_of(parser)[arguments.command]
     options = settable(command)
-    if not options or not is_anything_set():  # else every command's module is imported, to know what can be set
+    if not options or not is_anything_set():  # reading settings imports the module of every command
         return arguments, []
-    settings = Settings.read(commands_of(parser))
+    settings = Settings(commands_of(parser))
     for said in settings.unknown_variables:
         _log.warning("%s", said)
     found = [setting for setting in settings.of(arguments.command) if not setting.is_default]
+    settings.check()
     if found:
         values = {options[setting.key].dest: setting.value for setting in found}
         command.set_defaults(**values, configured=values)
@@ -151,8 +158,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
 
 
 def _set_up_log() -> None:
-    """Nothing but warnings unless MOETIER_LOG asks for more; all in what can be read, as a daemon of another host may
-    have said it. Raises ConfigError."""
+    """Log warnings, or what MOETIER_LOG says, in printable characters: a daemon of another host may have written them.
+
+    Raises ConfigError.
+    """
     from moetier.tools.cli.failure import PlainFormatter
 
     level = os.environ.get("MOETIER_LOG", "")
@@ -167,7 +176,7 @@ def _set_up_log() -> None:
 
 
 def say(error: Exception, settings: Sequence[Setting] = ()) -> int:
-    """Print two lines, and return the exit code."""
+    """Print an error in two lines, and return the exit code."""
     from moetier.tools.cli.failure import EXIT_ERROR, as_options, failure_of, plain
 
     said, code = (error, EXIT_ERROR) if isinstance(error, MoetierError) else failure_of(error)

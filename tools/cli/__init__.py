@@ -1,4 +1,4 @@
-"""What commands share: the parser, groups of options, settings, progress, reports and failures.
+"""Shared parts of commands: the parser, groups of arguments, settings, loading, progress, reports and failures.
 
 The package imports ``runtime`` and ``tiers``, and no other package of ``tools``.
 """

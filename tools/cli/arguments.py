@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +25,18 @@ from moetier.runtime.wire.address import Credentials
 
 from .parser import checked
 
-SPECULATION = ("speculate", "look_ahead", "prefetch")  # of commands that decode and do nothing else
+SPECULATION = ("speculate", "look_ahead", "prefetch")  # options of commands that only decode
 RESOURCES = tuple(name for name in OPTIONS if name not in ("credentials", *SPECULATION))
 
 
 def size(text: str) -> str:
-    """Return an amount of memory as it is written. Raises ConfigError where it is none."""
+    """Return ``text`` unchanged: an argument that is an amount of memory. Raises ConfigError for any other text."""
     Size.parse(text)
     return text
 
 
-def _checked(name: str) -> Callable[[str], str]:
-    """Return a type for argparse that checks the option called ``name`` and keeps its text."""
-
-    def check(text: str) -> str:
-        OPTIONS[name].read(name, text)
-        return text
-
-    return check
-
-
 def add_option(parser: argparse._ActionsContainer, name: str, *, help: str = "") -> None:
-    """Add the option called ``name``, with another help text where one is given."""
+    """Add the option of TierConfig that is called ``name``; ``help`` replaces its own help text."""
     option = OPTIONS[name]
     flag, text = f"--{name.replace('_', '-')}", help or option.help
     if option.kind is bool:
@@ -55,52 +45,41 @@ def add_option(parser: argparse._ActionsContainer, name: str, *, help: str = "")
         return
     if option.default is not None and "default:" not in text:
         text += " (default: %(default)s)"
-    given: dict[str, Any] = {"default": option.default, "help": text}
+
+    def checked_text(written: str) -> str:
+        option.read(name, written)
+        return written
+
+    form: dict[str, Any] = {"metavar": option.metavar, "type": option.numbers or checked_text}
     if option.choices:
-        given["choices"] = list(option.choices)
-    else:
-        given |= {"metavar": option.metavar, "type": option.numbers or _checked(name)}
-    parser.add_argument(flag, **given)
+        form = {"choices": list(option.choices)}
+    parser.add_argument(flag, default=option.default, help=text, **form)
 
 
 def add_resource_arguments(
     parser: argparse.ArgumentParser, *, names: Iterable[str] = RESOURCES, context: str = ""
 ) -> None:
-    """Add the options of every command that runs a model. ``context`` is the help of --context."""
+    """Add the options ``names`` of a command that runs a model, and those for credentials.
+
+    ``context`` replaces the help text of --context.
+    """
     for name in names:
-        add_option(group_of(parser, OPTIONS[name].group), name, help=context if name == "context" else "")
+        add_option(_group(parser, OPTIONS[name].group), name, help=context if name == "context" else "")
     add_credentials(parser)
 
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that decode and do nothing else."""
+    """Add the options SPECULATION."""
     for name in SPECULATION:
-        add_option(group_of(parser, OPTIONS[name].group), name)
+        add_option(_group(parser, OPTIONS[name].group), name)
 
 
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """Return the keyword arguments of ``load``, ``more`` among them, checked. Raises UsageError.
+    """Return the checked keyword arguments of ``load``; ``more`` replaces values of the command line.
 
-    What is said on the command line and cannot be had is an error; what is set beforehand gives way (``settings.py``).
+    Budgets are not for a mapped daemon, and credentials only for a daemon of another host. On the command line such
+    an option is an error; from the settings it is ignored. Raises UsageError.
     """
-    _give_way(arguments)
-    found = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
-    found |= {"credentials": credentials(arguments)} | more
-    with checked():
-        TierConfig.of(**found)
-    return found
-
-
-def asked(arguments: argparse.Namespace, name: str) -> bool:
-    """Whether a command line says so, and not only what is set beforehand."""
-    value, configured = getattr(arguments, name), getattr(arguments, "configured", {})
-    said = value is not None and value is not False
-    return said and (name not in configured or configured[name] != value)
-
-
-def _give_way(arguments: argparse.Namespace) -> None:
-    """Reset what was set beforehand and does not apply: budgets where a daemon's memory is mapped, and credentials
-    where no daemon of another host is named."""
     where = TierConfig.of(daemon=arguments.daemon)
     unused: dict[str, Any] = {}
     if where.mapped is not None:
@@ -110,19 +89,32 @@ def _give_way(arguments: argparse.Namespace) -> None:
     for name, default in unused.items():
         if not asked(arguments, name):
             setattr(arguments, name, default)
+    found = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
+    found |= {"credentials": credentials(arguments)} | more
+    with checked():
+        TierConfig.of(**found)
+    return found
+
+
+def asked(arguments: argparse.Namespace, name: str) -> bool:
+    """Whether the command line itself gives the option called ``name``, and not only the settings."""
+    value, configured = getattr(arguments, name), getattr(arguments, "configured", {})
+    return value is not None and value is not False and configured.get(name) != value
 
 
 CREDENTIALS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
 
 
 def add_credentials(parser: argparse.ArgumentParser) -> None:
-    """Add the options of what is shown to a daemon of another host."""
-    group = group_of(parser, "daemons of other hosts")
-    group.add_argument("--token-file", type=Path, metavar="FILE", help="the token of the daemon, in one line")
-    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="who has signed its certificate, PEM (the system's)")
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="a certificate to show, PEM")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
-    group.add_argument("--insecure", action="store_true", help="without TLS")
+    """Add the options CREDENTIALS, which are for daemons of other hosts."""
+    group = _group(parser, "daemons of other hosts")
+    group.add_argument("--token-file", type=Path, metavar="FILE", help="file with the daemon's token, in one line")
+    group.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="CA that signed its certificate, PEM (default: the system's CAs)"
+    )
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show, PEM")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="private key of that certificate, PEM")
+    group.add_argument("--insecure", action="store_true", help="connect without TLS")
 
 
 def credentials(arguments: argparse.Namespace) -> Credentials:
@@ -136,12 +128,12 @@ def credentials(arguments: argparse.Namespace) -> Credentials:
     )
 
 
-PREFILL_CHUNK = 1024  # no budget changes it: in what company a token is computed has a part in its last bits
+PREFILL_CHUNK = 1024  # the same for every budget: last bits depend on which tokens are computed together
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
-    """Add the options of sampling. Without a temperature the model's generation_config.json decides."""
-    group = group_of(parser, "generation")
+    """Add the options of sampling, and --max-new-tokens with the default ``new_tokens``."""
+    group = _group(parser, "generation")
     group.add_argument(
         "--max-new-tokens",
         type=COUNT,
@@ -193,7 +185,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
 
 def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
     """Add --prefill-chunk."""
-    group_of(parser, "generation").add_argument(
+    _group(parser, "generation").add_argument(
         "--prefill-chunk",
         type=COUNT,
         default=PREFILL_CHUNK,
@@ -204,15 +196,12 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return keyword arguments of ``generate()``, and PENALTIES, which ``behind`` replaces.
-
-    The seed is not among them: it is for ``torch.manual_seed``.
-    """
+    """Return keyword arguments of ``generate()``, with PENALTIES, which ``behind`` replaces, and without the seed."""
     asked = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     return {**sampling_of(asked), **penalties_of(asked), **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
 
 
-def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """The group of that title in a parser's --help, made where it is missing: several functions add to one."""
+def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Return the group with this title, made if it is missing: several functions add to one group."""
     found = (group for group in parser._action_groups if group.title == title)
     return next(found, None) or parser.add_argument_group(title)

@@ -1,7 +1,8 @@
-"""What a daemon read while one of its clients computed, and whether it was lost meanwhile."""
+"""Counters of a daemon over a run of one of its clients: bytes read, and connections lost."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,30 +15,28 @@ if TYPE_CHECKING:
     from moetier.runtime.model.tiers import Tiers
 
 
-PATIENCE = 2.0  # seconds that a report waits for the daemon's counters: it can do without them
+PATIENCE = 2.0  # seconds that a report waits for the daemon's counters, without which it is complete too
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonReads:
-    """The daemon's own counters, which are of all its clients together."""
+    """What a daemon did during a run, for all its clients together."""
 
     place: str
-    bytes_read: int | None  # by the daemon since the beginning; since its restart, if it was restarted; None: unknown
-    clients: int  # at the beginning or at the end, whichever are more
+    bytes_read: int | None  # since the beginning of the run, or since a restart; None: unknown
+    clients: int  # number at the beginning or at the end, whichever is more
     restarted: bool
-    lost: int  # times that the connection ended
-    away: str  # why it is away now; ""
-    local_bytes: int  # that this process read from the store instead
+    lost: int  # how often the connection ended
+    away: str  # why the daemon is away now, or ""
+    local_bytes: int  # bytes that this process read from the store instead
 
     def text(self) -> str:
-        """For people."""
-        parts = []
+        """Return a line of a report."""
+        parts = [self.place]
         if self.bytes_read is not None:
             whose = "for this run" if self.clients <= 1 else f"for its {self.clients} clients"
             since = " since it was restarted" if self.restarted else ""
-            parts.append(f"{self.place} read {format_bytes(self.bytes_read)} {whose}{since}")
-        else:
-            parts.append(self.place)
+            parts = [f"{self.place} read {format_bytes(self.bytes_read)} {whose}{since}"]
         if self.away:
             parts.append(f"it is away: {plain(self.away).removesuffix('.')}")
         elif self.lost:
@@ -48,29 +47,25 @@ class DaemonReads:
 
 
 class DaemonWatch:
-    """Notes a daemon's counters now, and says at ``end`` what has changed."""
+    """Compare a daemon's counters at construction and at ``end``."""
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self._before = _look(tiers)
-        daemon = tiers.daemon
-        self._connections = daemon.connections if daemon is not None else 0
+        self._connections = tiers.daemon.connections if tiers.daemon is not None else 0
 
     def end(self) -> DaemonReads | None:
-        """None where the experts are no mapped daemon's."""
+        """Return what the daemon did since construction, or None without a mapped daemon."""
         daemon = self._tiers.daemon
         if daemon is None:
             return None
-        before, now = self._before, _look(self._tiers)
-        restarted = before is not None and now is not None and before.daemon != now.daemon
-        read = None
-        if before is not None and now is not None:
-            read = now.bytes_read - (0 if restarted else before.bytes_read)
-        away = daemon.away
+        (was, before, clients), (now, after, clients_now) = self._before, _look(self._tiers)
+        known, away = bool(was and now), daemon.away
+        restarted = known and was != now
         return DaemonReads(
             place=str(daemon.address),
-            bytes_read=read,
-            clients=max((look.clients for look in (before, now) if look is not None), default=0),
+            bytes_read=after - (0 if restarted else before) if known else None,
+            clients=max(clients, clients_now),
             restarted=restarted,
             lost=daemon.connections - self._connections + bool(away),
             away=away,
@@ -78,25 +73,15 @@ class DaemonWatch:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    daemon: tuple[int, int]  # its process, and when that was started
-    bytes_read: int
-    clients: int
-
-
-def _look(tiers: Tiers) -> _Look | None:
-    """None where there is no daemon, or none that answers."""
-    if tiers.daemon is None:
-        return None
+def _look(tiers: Tiers) -> tuple[tuple[int, ...], int, int]:
+    """Return the daemon's process with its start, its bytes read, and its clients; () and zeros if none answers."""
     from moetier.runtime.wire.probe import probe
 
-    try:
-        with probe(tiers.daemon.address, patience=PATIENCE) as connected:
+    if tiers.daemon is not None:
+        with contextlib.suppress(MoetierError), probe(tiers.daemon.address, patience=PATIENCE) as connected:
             described, stats = connected.describe(), connected.stats()
-    except MoetierError:
-        return None
-    model = next((model for model in stats.models if model.digest == tiers.manifest.digest), None)
-    if model is None:
-        return None
-    return _Look((described.pid, described.started_unix_ms), model.host.bytes_in, model.clients)
+            for model in stats.models:
+                if model.digest == tiers.manifest.digest:
+                    process = described.pid, described.started_unix_ms
+                    return process, model.host.bytes_in, model.clients
+    return (), 0, 0

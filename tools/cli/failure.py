@@ -1,4 +1,4 @@
-"""What a person is told of an error that is no MoetierError: a cause, what to do, and the exit code."""
+"""What a terminal shows of errors and of texts of others: a cause and a fix, and no character that it would obey."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from moetier.tiers.errors import MoetierError
 
 EXIT_ERROR = 1
-EXIT_FAULT = os.EX_SOFTWARE  # 70: no mistake of who runs it
+EXIT_FAULT = os.EX_SOFTWARE  # 70: a fault of the program
 
 MORE = "MOETIER_DEBUG=1 shows where it happened."
 _FIXES = {
@@ -37,27 +37,27 @@ _FIXES = {
 
 
 def failure_of(error: Exception) -> tuple[MoetierError, int]:
-    """For every Exception; the line of one that nobody foresaw says where it was raised."""
+    """Return cause and fix of any exception, and the exit code. An unexpected one says where it was raised."""
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     match error:
         case OSError(errno=int() as number, strerror=str()):
             cause, fix = _of_system(error), _FIXES.get(number, MORE)
-        case RuntimeError() if said.startswith("Symlink loop"):  # of pathlib, before Python 3.13
+        case RuntimeError() if said.startswith("Symlink loop"):  # pathlib before Python 3.13
             cause, fix = f"{said}.", _FIXES[errno.ELOOP]
         case ModuleNotFoundError():
-            cause, fix = f"{said}.", "Install moetier anew, with what this command needs: moetier doctor says what."
-        case OSError():  # of a library, about a file
+            cause, fix = f"{said}.", "Run moetier doctor, and install the packages that it names."
+        case OSError():  # raised by a library, about a file
             cause, fix = said, f"Check the path. {MORE}"
         case MemoryError():
             cause, fix = "The memory is full.", _FIXES[errno.ENOMEM]
         case UnicodeDecodeError():
-            cause, fix = f"What was read is no text in UTF-8: {said}.", "Convert it (iconv -t UTF-8), or name another."
+            cause, fix = f"The input is not UTF-8 text: {said}.", "Convert it (iconv -t UTF-8), or name another file."
         case _:
             return MoetierError(f"{type(error).__name__}: {said} ({_place(error)})", _FAULT), EXIT_FAULT
     return MoetierError(cause, fix), EXIT_ERROR
 
 
-_FAULT = "This is a fault of moetier, or of a library: report it with what it says with MOETIER_DEBUG=1."
+_FAULT = "This is a bug in moetier or in a library. Run the command again with MOETIER_DEBUG=1, and report what it prints."
 
 
 def _of_system(error: OSError) -> str:
@@ -70,30 +70,32 @@ def _place(error: Exception) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
 
 
-_TLS = {name: f"tls_{name}" for name in ("ca", "cert", "key")}  # their options, where those have another name
-# all controls of ASCII and of C1, DEL, and what turns the direction of letters: embeddings, overrides and isolates
+_TLS = {name: f"tls_{name}" for name in ("ca", "cert", "key")}  # credentials whose options have another name
+# controls of ASCII and C1, DEL, and characters that change the direction of text: embeddings, overrides and isolates
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _READABLE = dict.fromkeys(_CONTROLS, "?") | {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
 
 
 def plain(text: str) -> str:
-    """In one line, of what can be read; "?" for all else, the beginning of an escape sequence among it."""
+    """Return ``text`` in one line, with "?" for each character that is not printable."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def readable(text: str) -> str:
-    """``text`` with "?" for each character that a terminal would obey. Lines and tabs stay; carriage returns are left
-    out. Each character is judged by itself, so that a text may come in pieces."""
+    """Return ``text`` with "?" for each character that a terminal would obey, and without carriage returns.
+
+    Newlines and tabs stay. Each character is judged by itself, so a text may come in pieces.
+    """
     return text.translate(_READABLE)
 
 
 def show(text: str) -> None:
-    """Print a piece of generated text at once: readable on a terminal, unchanged into a file or a pipe."""
+    """Print a piece of generated text at once: readable on a terminal, unchanged in a file or a pipe."""
     print(readable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def as_options(text: str) -> str:
-    """Name options where an error names parameters of ``load``: `device_memory` becomes --device-memory."""
+    """Replace the parameters of ``load`` that an error names by options: `device_memory` by --device-memory."""
 
     def option(found: re.Match[str]) -> str:
         name = found[1] or _TLS.get(found[2], found[2])
@@ -104,7 +106,7 @@ def as_options(text: str) -> str:
 
 @cache
 def _parameters() -> re.Pattern[str]:
-    """A parameter of ``load`` as an error names it."""
+    """Return a pattern of the parameters of ``load`` as errors name them."""
     from moetier.runtime.config import OPTIONS
     from moetier.runtime.wire.address import Credentials
 
@@ -114,7 +116,7 @@ def _parameters() -> re.Pattern[str]:
 
 
 class PlainFormatter(logging.Formatter):
-    """A record is one line, and what can be read; the lines of a traceback stay lines."""
+    """Format a log record as one line of printable characters; a traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the message in one line of printable characters."""
@@ -126,7 +128,7 @@ class PlainFormatter(logging.Formatter):
 
 
 class ReadableFormatter(logging.Formatter):
-    """For messages of libraries, which may have lines of their own and cite a model's files."""
+    """Format messages of libraries, which may have several lines and cite a model's files."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record without characters that a terminal would obey."""

@@ -1,4 +1,4 @@
-"""A model directory, loaded by a command that generates."""
+"""Loading a model directory for a command that generates."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) -> Iterator[tuple[Any, Any, float]]:
-    """The model, its tokenizer, and the seconds that loading took; in the end closes the tiers. ``resources``: keyword
-    arguments of ``load``, whose context is that of so many ``sequences``. Warns where they are more than there is.
-    Raises MoetierError, for a directory without a tokenizer too."""
+    """Yield the model, its tokenizer and the seconds that loading took, and close the tiers at the end.
+
+    ``resources`` are keyword arguments of ``load``; their context is shared by ``sequences``. Warns of budgets beyond
+    what the machine has. Raises MoetierError, also for a directory without a tokenizer.
+    """
     if short := shortage():
         _log.warning("%s", short)
     with uncollected():
@@ -51,20 +53,22 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
     there = exceeded(None if ram is None else Size.parse(ram))
     if there is not None and model.tiers.host.stats().name == "host":
         _log.warning(
-            "--ram %s is more than the %s of %s: all experts fit, which is less.",
+            "--ram %s is more than the %s of %s. All experts fit, and they need less.",
             ram,
             format_bytes(there.bytes),
             there.limiter,
         )
     trained = longest_context(model.config)
     if trained and context > trained and context != DEFAULT_CONTEXT:
-        _log.warning("--context %d is more than the %d tokens that the model was made for.", context, trained)
+        _log.warning("--context %d is more than the %d tokens that the model was trained for.", context, trained)
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without Python's collector of cycles: imports make a million objects that stay, and it would look at them again
-    and again (docs/benchmarks.md, First token)."""
+    """Turn off Python's garbage collector within the block, for a faster start.
+
+    Imports make a million objects that stay, and it would visit them again and again (docs/benchmarks.md, First token).
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,5 +1,4 @@
-"""The parser of the command line: commands that are imported when they are named, help texts, and what is said of a
-command line that is wrong."""
+"""Parser of the command line: imports a command's module when the command is named, and words help and refusals."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ NUMBERS = {int: "a whole number", float: "a number"}
 
 
 class UsageError(ConfigError):
-    """Options, each of which argparse has taken by itself, that can't be for any model."""
+    """Options that exclude each other, whatever the model."""
 
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Raise a ConfigError of the block, which looks at options alone, as a UsageError."""
+    """Raise a ConfigError of the block as a UsageError, because the block checks options alone."""
     try:
         yield
     except ConfigError as error:
@@ -36,13 +35,13 @@ def checked() -> Iterator[None]:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Keeps lines within WIDTH, and names in the usage only the arguments that are required or have no name."""
+    """Format help in lines of at most WIDTH; the usage names only positional and required arguments."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns - 2, WIDTH))
 
     def add_usage(self, usage, actions, groups, prefix=None):  # type: ignore[no-untyped-def]  # as argparse declares it
-        """Add a usage line with positional arguments and required options; "[options]" is for the rest."""
+        """Add the usage line, where "[options]" stands for all that are not required."""
         words = ["%(prog)s", "[options]"]
         for action in actions:
             if not action.option_strings:
@@ -52,22 +51,22 @@ class HelpFormatter(argparse.HelpFormatter):
         super().add_usage(usage or " ".join(words), actions, groups, prefix)
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Add an argument; commands count as indented, for the width of the first column."""
+        """Add an argument, and make the first column wide enough for commands."""
         super().add_argument(action)
-        if isinstance(action, argparse._SubParsersAction):  # whose commands argparse does not count as indented
+        if isinstance(action, argparse._SubParsersAction):  # argparse does not count their indentation
             self._action_max_length += self._indent_increment
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """A text of several lines stays as it is: the examples."""
+        """Keep the lines of a text that has several: the examples."""
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Takes positional arguments on both sides of options: ``generate DIR --ram 6GiB PROMPT``. An option that it does
-    not have is named alone, before all else that may be wrong: what follows it may be its value, or not.
+    """Parser that takes positional arguments on both sides of options: ``generate DIR --ram 6GiB PROMPT``.
 
-    The parser of a command is empty until something asks for its arguments: its ``module`` is imported then, which has
-    ``add_arguments(parser)``, EXAMPLES (command lines for the end of --help), and ``run(arguments)``.
+    An unknown option is refused before any other mistake, as the word after it may be its value. A command's parser is
+    empty until its arguments are needed. Then ``module`` is imported, which has ``add_arguments(parser)``, EXAMPLES
+    (command lines for the end of --help) and ``run(arguments)``.
     """
 
     def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
@@ -76,7 +75,7 @@ class CommandParser(argparse.ArgumentParser):
         self._inside = False
 
     def fill(self) -> None:
-        """Declare the command's arguments, if that is not done yet."""
+        """Import the command's module and declare its arguments, unless that is done."""
         if not self._module:
             return
         module = import_module(self._module)
@@ -87,7 +86,7 @@ class CommandParser(argparse.ArgumentParser):
             self.set_defaults(run=module.run, configured={}, by_name=arguments_by_name(self))
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # as argparse declares it
-        """Parse the command line, with unknown options and commands refused first. Raises SystemExit."""
+        """Parse the command line; refuse unknown commands and options first. Raises SystemExit."""
         self.fill()
         if self._inside:  # argparse's own passes
             return super().parse_known_args(args, namespace)
@@ -114,7 +113,7 @@ class CommandParser(argparse.ArgumentParser):
         return found, more
 
     def _get_value(self, action, arg_string):  # type: ignore[no-untyped-def]  # as argparse declares it
-        """Refuse a text that the type of an option does not take."""
+        """Return the value of an argument, or refuse a text that its type does not accept."""
         kind = getattr(action.type, "kind", action.type)
         try:
             return super()._get_value(action, arg_string)
@@ -133,7 +132,7 @@ class CommandParser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """Refuse what argparse itself finds. The usage, which may be twenty lines, is in --help."""
+        """Refuse a command line for a mistake that argparse found, without the usage of up to twenty lines."""
         if missing := re.fullmatch("the following arguments are required: (.*)", message):
             self._refuse(f"{self._name()} needs {missing[1]}.")
         if empty := re.fullmatch("argument (.*): expected (one|at least one) argument", message):
@@ -141,14 +140,14 @@ class CommandParser(argparse.ArgumentParser):
         self._refuse(f"{name}: {message}." if (name := self._name()) else f"{message}.")
 
     def _name(self, of_none: str = "") -> str:
-        """ "bench decode"; ``of_none`` for the whole."""
+        """Return the name of the command ("bench decode"), or ``of_none`` for moetier itself."""
         return self.prog.removeprefix("moetier").strip() or of_none
 
     def _check_options(self, words: Iterable[str]) -> None:
         known = [name for name in self._option_string_actions if name.startswith("--")]
         for word in takewhile("--".__ne__, words):
             name = word.partition("=")[0]
-            # argparse takes a word with a space in it for no option, and a beginning that is clear for the whole
+            # argparse takes a word with a space for a value, and an unambiguous beginning for the whole option
             if name.startswith("--") and " " not in word and not any(each.startswith(name) for each in known):
                 argument = next((a for a in self._actions if not a.option_strings and f"--{a.dest}" == name), None)
                 advice = _nearest(name, known) if argument is None else f"Give {_name_of(argument)} without a name; "
@@ -159,7 +158,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, str], package: str, metavar: str) -> None:
-    """Add ``commands``, each with its line of help. ``package`` has a module for each."""
+    """Add ``commands``, which maps each name to its line of help; ``package`` has a module for each."""
     subparsers = parser.add_subparsers(dest=metavar.lower(), metavar=metavar, prog=parser.prog)
     for name, line in commands.items():
         description = f"{line[0].upper()}{line[1:]}."
@@ -167,12 +166,12 @@ def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, str], p
 
 
 def examples(lines: Iterable[str]) -> str:
-    """The end of a help text."""
+    """Return the end of a help text: example command lines."""
     return "\n  ".join(("examples:", *lines))
 
 
 def show_first(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Let --help begin with these options, before the groups that they were declared in."""
+    """Move these options from their groups to the beginning of --help."""
     actions = [parser._option_string_actions[name] for name in names]
     for group in parser._action_groups:
         group._group_actions = [action for action in group._group_actions if action not in actions]
@@ -185,39 +184,39 @@ def _name_of(action: argparse.Action) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    """A suggestion, or nothing where none is close."""
+    """Return a question that suggests the word of ``known`` nearest to ``word``, or "" if none is near."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean {found[0]}? " if found else ""
 
 
-DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled model"
+DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled model"  # help of such an argument
 
 
 def directory(text: str) -> str | Path:
-    """The type of an argument that is a model directory: a path, or what may be a name, for ``by_name``."""
+    """Return a path, or a text that ``by_name`` resolves: the type of an argument that is a model directory."""
     from moetier.runtime.pulled import may_be_name
 
     return text if may_be_name(text) else Path(text)
 
 
 def file_or_address(text: str) -> str:
-    """Of one that may be a file, or where a daemon is."""
+    """Return ``text``: the type of an argument that is a file or the address of a daemon."""
     return text
 
 
 def source(text: str) -> str:
-    """Of one that may be an id of the hub as well, or a checkpoint's folder."""
+    """Return ``text``: the type of an argument that is a model directory, a checkpoint's folder, or an id on the hub."""
     return text
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """The parsers of its commands by name, which may lack their arguments yet; {} where there are none."""
+    """Return the parsers of a parser's commands by name, perhaps without their arguments; {} if it has none."""
     actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return next((action.choices for action in actions), {})
 
 
 def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """The parsers of its commands by name, with all their arguments: imports the module of each."""
+    """Return the parsers of a parser's commands by name, with all arguments: each command's module is imported."""
     commands = parsers_of(parser)
     for command in commands.values():
         command.fill()  # type: ignore[attr-defined]  # a CommandParser
@@ -225,17 +224,17 @@ def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argume
 
 
 def walk(parser: argparse.ArgumentParser, *path: str) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """The parser, and those of its commands and of theirs, each behind the words that lead to it."""
+    """Yield the parser and, depth first, those of its commands, each with the words that lead to it."""
     yield path, parser
     for name, command in commands_of(parser).items():
         yield from walk(command, *path, name)
 
 
 def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The options of a command that may be set beforehand, by key ("prefill-chunk").
+    """Return the options of a command that settings may give, by key ("prefill-chunk").
 
-    They have a default, and the command line can say otherwise: so a value, or a form with --no-. None of a command
-    that has commands itself.
+    These take a value or have a --no- form, so that the command line can override a setting. A command with
+    subcommands has none.
     """
     if parsers_of(parser):
         return {}
@@ -250,12 +249,15 @@ def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
-    """The arguments of a command that may be names of pulled models: their types."""
+    """Return the types of those arguments of a command that may be names of pulled models."""
     return {action.dest: action.type for action in parser._actions if action.type in (directory, source)}
 
 
 def by_name(arguments: argparse.Namespace) -> argparse.Namespace:
-    """With folders in the place of names. Raises StoreFormatError for a name that nothing has."""
+    """Return ``arguments`` with the names of pulled models replaced by folders.
+
+    Raises StoreFormatError for an unknown name.
+    """
     from moetier.runtime.pulled import checkpoint_or_model, model_directory
 
     found = dict(vars(arguments))

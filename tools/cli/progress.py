@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, a plain line now and then anywhere else. Always on standard error."""
+"""Progress of a long command on standard error: a bar on a terminal, else a plain line now and then."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moetier.runtime.config import format_bytes
 
 from .failure import plain
 
-LINE_SECONDS = 10.0  # between two plain lines
+LINE_SECONDS = 10.0  # seconds between two plain lines
 
 
 class Progress:
-    """Counts bytes up to ``total``; says nothing if ``quiet``. Used by one thread."""
+    """Count bytes up to ``total``, and show the progress unless ``quiet``. For one thread."""
 
     def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -50,7 +50,7 @@ class Progress:
             )
 
     def say(self, line: str) -> None:
-        """A line on standard output that the bar makes room for."""
+        """Print a line on standard output, for which the bar makes room."""
         tqdm.write(plain(line), file=sys.stdout)
 
     def __enter__(self) -> Progress:

@@ -1,4 +1,4 @@
-"""The tier report: what a run cost, tier by tier."""
+"""Reports of a run: its timing, and the counters of each tier."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one generation, or of several together: token counts, and seconds from the start."""
+    """Token counts and times of one generation, or the sum of several."""
 
-    prompt_tokens: int  # that were computed
+    prompt_tokens: int  # those that were computed
     new_tokens: int
-    first_token: float  # seconds to the first new token
-    total: float  # seconds to the last
+    first_token: float  # seconds from the start to the first new token
+    total: float  # seconds from the start to the last new token
     generations: int = 1
 
     def __add__(self, other: Timing) -> Timing:
@@ -39,12 +39,12 @@ class Timing:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second, up to the first new token."""
+        """Prompt tokens per second, until the first new token."""
         return self.prompt_tokens / self.first_token if self.first_token else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """New tokens a second behind the first; 0 where there is only one."""
+        """New tokens per second after the first; 0 if there is only one."""
         more, seconds = self.new_tokens - self.generations, self.total - self.first_token
         return more / seconds if more > 0 and seconds > 0 else 0.0
 
@@ -61,7 +61,7 @@ class Timing:
 
 
 def tier_json(stats: TierStats, timing: Timing) -> dict[str, Any]:
-    """A tier's counters with what follows from them for this run."""
+    """Return a tier's counters as JSON, with its bytes per token and the share of the time that callers waited."""
     tokens = timing.prompt_tokens + timing.new_tokens
     return stats.to_json() | {
         "bytes_per_token": stats.bytes_in / tokens if tokens else 0.0,
@@ -70,16 +70,16 @@ def tier_json(stats: TierStats, timing: Timing) -> dict[str, Any]:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Columns as wide as they must be: the first to the left, the others to the right."""
+    """Return rows as lines with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: float, peak_bytes: int) -> str:
-    """The short report of one generation, for people: docs/reading-the-report.md explains its lines.
+    """Return the short report of one generation; docs/reading-the-report.md explains its lines.
 
-    ``load``: seconds; ``peak_bytes``: the most memory that the process had.
+    ``load`` is in seconds; ``peak_bytes`` is the most memory that the process had.
     """
     stats = tiers.stats()
     hits = ", ".join(f"{tier.name} {tier.hit_ratio:.1%} of {tier.hits + tier.misses:,}" for tier in reversed(stats))
@@ -95,12 +95,12 @@ def summary(timing: Timing, tiers: Tiers, reads: DaemonReads | None, *, load: fl
 
 
 def run_report(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> str:
-    """What answers took and everything that the tiers counted; for people."""
+    """Return a report of several answers: their timing, and all counters of the tiers."""
     return "\n".join([*_rates(timing), *_sources(tiers, reads), details(timing, tiers)])
 
 
 def details(timing: Timing, tiers: Tiers) -> str:
-    """What the tiers counted, beside ``summary``: docs/reading-the-report.md explains it."""
+    """Return the tiers' counters, which ``summary`` leaves out; docs/reading-the-report.md explains them."""
     stats = tiers.stats()
     lines = [line("experts", f"of {tiers.where}"), tier_table(timing, stats)]
     if tiers.speculation is not None:
@@ -112,7 +112,7 @@ def details(timing: Timing, tiers: Tiers) -> str:
 
 
 def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> dict[str, Any]:
-    """The same, for programs."""
+    """Return what ``summary`` and ``details`` report as JSON."""
     return {
         "experts": tiers.where,
         "daemon": None if reads is None else asdict(reads),
@@ -155,12 +155,12 @@ def tier_table(timing: Timing, tiers: list[TierStats]) -> str:
 
 
 def tokens_text(count: int) -> str:
-    """1 -> "1 token"."""
+    """Return a number of tokens as text: 1 -> "1 token"."""
     return f"{count} token" if count == 1 else f"{count} tokens"
 
 
 def prefetch_text(tier: TierStats | Tier) -> str:
-    """The outcomes of a tier's prefetch requests; for people."""
+    """Return the outcomes of a tier's prefetch requests as text."""
     return (
         f"{tier.prefetched:,} read, {tier.useful:,} useful, {tier.late:,} late, {tier.wasted:,} wasted; "
         f"{tier.cancelled:,} cancelled; up to {tier.saved_seconds:.2f} s of waiting saved"
@@ -180,20 +180,20 @@ def _rates(timing: Timing) -> list[str]:
 
 
 def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
-    """What the daemons gave of whom there are any, and whether they were away."""
+    """Return lines on the daemons that gave records, and whether they were away."""
     lines = [] if reads is None else [line("daemon", reads.text())]
     for share in tiers.shares():
         text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
         if share.away:
             text += f", which is away: {share.away.removesuffix('.')}"
         elif share.lost:
-            text += f", which was lost and came back{_times(share.lost)}"
+            text += ", which was lost and came back" + (f" {share.lost} times" if share.lost > 1 else "")
         lines.append(line("fetched", text))
     return lines
 
 
 def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
-    """How well routing was predicted, what that cost, and the outcomes of the prefetch requests."""
+    """Return lines on how well routing was predicted, what that cost, and the outcomes of prefetch requests."""
     further = [f"{distance} layers ahead" for distance in range(2, len(stats.guesses))]
     names = ["at the layer itself", "one layer ahead", *further]
     rates = [
@@ -206,17 +206,16 @@ def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
     return [
         line("predicted", f"in {steps}, {state} at the end; {', '.join(rates) or 'nothing'}"),
         line("", f"predicting costs {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step"),
-        # a daemon counts those of all its clients together: ``moetier stats`` has them
+        # not of a daemon, which counts those of all its clients together: ``moetier stats`` shows them
         *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
     ]
 
 
-def _times(count: int) -> str:
-    return "" if count == 1 else f" {count} times"
+
 
 
 def format_seconds(seconds: float) -> str:
-    """3725 -> "1 h 2 min"."""
+    """Return seconds as text: 3725 -> "1 h 2 min"."""
     whole = max(int(seconds), 0)
     days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
     if days:

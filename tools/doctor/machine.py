@@ -73,13 +73,14 @@ def libraries() -> Iterator[Finding]:
 def configuration() -> Iterator[Finding]:
     """Raises ConfigError for what is wrong in it, in whichever section."""
     from moetier.tools.cli.parser import commands_of
-    from moetier.tools.cli.settings import GENERAL, Settings
+    from moetier.tools.cli.settings import Settings
     from moetier.tools.main import build_parser
 
-    settings = Settings.read(commands_of(build_parser()))
+    settings = Settings(commands_of(build_parser()))
     yield from (warn("config", said, "Unset it, or correct its name.") for said in settings.unknown_variables)
-    found = [each for name in settings.sections if name != GENERAL for each in settings.of(name)]
-    places = sorted({each.where for each in [*settings.general(), *found] if not each.is_default})
+    found = [each for name in settings.sections for each in settings.of(name)]
+    settings.check()
+    places = sorted({each.where for each in found if not each.is_default})
     there = "" if settings.file.exists() else " (there is none)"
     yield ok("config", f"{settings.file}{there}; set: {'; '.join(places) or 'nothing'}")
 

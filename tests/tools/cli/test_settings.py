@@ -69,14 +69,14 @@ def test_a_general_key_is_for_options_of_its_kind(config: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "cause", "fix"),
     [
-        ("[general", "is not TOML", "Mend"),
+        ("[general", "is not TOML", "Correct"),
         ("ram = '1'", "ram stands outside of a section", "beneath [general]"),
         ("[genrate]", "no section [genrate]", "[generate]"),
         ("[generate]\nmax-new-token = 1", "[generate] has no key 'max-new-token'", "The nearest is max-new-tokens."),
         ("[general]\nbits = 3", "[general] has no key 'bits'", "beneath [plan] or [pull] or [convert] or [quality]"),
         ("[convert]\nram = '1'", "[convert] has no key 'ram'", "beneath [general]"),
-        ("[ps]\njson = true", "moetier ps has nothing to set", "[ps]"),
-        ("[bench]\nrounds = 1", "moetier bench has nothing to set", "[bench]"),
+        ("[ps]\njson = true", "moetier ps has no settings", "[ps]"),
+        ("[bench]\nrounds = 1", "moetier bench has no settings", "[bench]"),
         ("[general]\ncontext = 'many'", "[general] context is 'many'", "Set context to a whole number."),
         ("[general]\nspeculate = 'on'", "[general] speculate is 'on'", "to one of auto, off, always"),
         ("[general]\nspeculate = false", "[general] speculate is false", "to one of auto, off, always"),

@@ -96,7 +96,7 @@ def test_the_rest_is_shown_beside_what_can_not_be(
     unknown, *rest = err.splitlines()
     assert unknown.startswith("moetier: MOETIER_SEDE in the environment is not a setting")
     causes = rest[::2]
-    words = ("top stands", "no key 'rma'", "section [genrate]", "ps has nothing", "'6GB!'", "'many'")
+    words = ("top stands", "no key 'rma'", "section [genrate]", "ps has no settings", "'6GB!'", "'many'")
     assert len(causes) == len(words)
     assert all(sum(word in cause for cause in causes) == 1 for word in words)
     assert main(["config", "show", "convert", "--json"]) == 1
