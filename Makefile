@@ -64,7 +64,7 @@ test: .venv/.ready  ## the tests, but for the slow ones
 test-slow: .venv/.ready  ## the slow tests: minutes and gigabytes
 	$(RUN) -m pytest -m slow
 
-# the rest is that of .venv; what differs between the two is in runtime/compat.py
+# the rest is that of .venv; what differs between the two is in runtime/generation/compat.py
 build/transformers/.ready: pyproject.toml tests/helpers/environments.py .venv/.ready
 	rm -rf build/transformers
 	$(RUN) tests/helpers/environments.py build/transformers 'transformers==5.23.*'

@@ -13,5 +13,3 @@ _5_24 = Version(version("transformers")) >= Version("5.24.dev0")
 
 # argument of a model, and field of its output: the cache of keys and values
 CACHE = "cache" if _5_24 else "past_key_values"
-# method of the server's ModelManager that answers GET /v1/models
-LIST_MODELS = "list_models" if _5_24 else "get_gen_models"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .compat import CACHE
-from .decoding import can_resume
+from .decoding import can_resume, chunks_of
 
 
 class PromptCache:
     """Keys and values of one sequence. The next sequence computes only the tokens that differ from its beginning.
 
-    Call ``begin`` before ``generate(**options)``, and ``end`` after it, even if it raised. Nothing is kept for a model
-    that can't resume in the middle of a prompt. A full sliding window can't be cut: the prompt is computed anew.
+    Call ``begin``, then ``generate``. Nothing is kept for a model that can't resume in the middle of a prompt. A full
+    sliding window can't be cut: the prompt is computed anew.
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,6 +38,59 @@ class PromptCache:
             self._cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
         return len(self._ids)
 
+    def generate(
+        self,
+        ids: Sequence[int],
+        *,
+        chunk: int,
+        should_stop: Callable[[], bool],
+        on_token: Callable[[int], object] = lambda _: None,
+        **options: Any,
+    ) -> list[int]:
+        """Continue ``ids``, for which ``begin`` was called last, and return them with the new tokens.
+
+        Args:
+            chunk: most tokens of the prompt that are computed together.
+            should_stop: called between two layers while the prompt is computed, and after each token. True ends the
+                generation there; an unfinished prompt is returned without new tokens.
+            on_token: called with each new token.
+            options: further arguments of the model's ``generate()``.
+        """
+        import torch
+
+        from moetier.runtime.moe.experts import experts_modules
+
+        sequence, hooks, has_begun = list(ids), [], False
+
+        def between_layers(*_: object) -> None:
+            if not has_begun and should_stop():
+                raise _Stopped
+
+        def between_tokens(token_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+            nonlocal has_begun
+            has_begun = True
+            on_token(int(token_ids[0, -1]))
+            return torch.full((1,), should_stop(), dtype=torch.bool, device=token_ids.device)
+
+        prompt = torch.tensor([sequence], device=self._model.device)
+        try:
+            hooks = [m.register_forward_pre_hook(between_layers) for m in experts_modules(self._model).values()]
+            sequence = self._model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                stopping_criteria=[between_tokens],
+                **chunks_of(self._model, len(sequence) - self.length, chunk),
+                **self.options,
+                **options,
+            )[0].tolist()
+        except _Stopped:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.end(sequence)
+        return sequence
+
     def end(self, ids: Sequence[int]) -> None:
         """Keep what every layer has of ``ids``, which began the sequence that was computed since ``begin``.
 
@@ -49,7 +102,7 @@ class PromptCache:
 
     @property
     def length(self) -> int:
-        """Number of tokens whose keys and values every layer has, between ``end`` and ``begin``."""
+        """Number of tokens whose keys and values every layer has; while it generates, of those it began with."""
         return len(self._ids)
 
     def clear(self) -> None:
@@ -68,6 +121,10 @@ class PromptCache:
             self._ids = self._ids[:length]
         else:
             self.clear()
+
+
+class _Stopped(Exception):
+    """Ends the computation of a prompt between two layers."""
 
 
 def _can_lose(layer: Any, tokens: int) -> bool:

@@ -24,7 +24,7 @@ KEY = "a-key-of-the-tests"
 def serving(
     directory: Path, *, context: int, together: bool, template: Any = None, most: int = 64
 ) -> Iterator[tuple[Any, Any]]:
-    """(application, manager), without a key; with another chat ``template`` than the model's."""
+    """(application, engine), without a key; with another chat ``template`` than the model's."""
     import moetier
     from moetier.tools.serve.app import application
     from moetier.tools.serve.batched import Together
@@ -34,12 +34,12 @@ def serving(
     assert tokenizer is not None
     tokenizer.chat_template = template or tokenizer.chat_template
     with model.tiers:
-        place = model, context, 16
-        manager: Any = Together(*place, 2) if together else OneByOne(*place)
+        parts = model, tokenizer, context, 16
+        engine: Any = Together(*parts, 2) if together else OneByOne(*parts)
         try:
-            yield application("small", model, tokenizer, manager, None, most), manager
+            yield application("small", engine, None, most), engine
         finally:
-            manager.stop()
+            engine.stop()
 
 
 class ServerProcess:

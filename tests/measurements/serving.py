@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
 import time
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -24,7 +21,7 @@ import moetier
 from moetier.tools.cli.arguments import PREFILL_CHUNK
 from moetier.tools.cli.report import table
 from moetier.tools.serve.batched import Together
-from moetier.tools.serve.params import Wanted
+from moetier.tools.serve.engine import Engine, Job
 from moetier.tools.serve.sequential import OneByOne
 
 
@@ -44,37 +41,29 @@ def main() -> None:
     )
     torch.manual_seed(0)
     prompts = torch.randint(10, model.config.vocab_size - 10, (most + 1, arguments.prompt)).tolist()
-    config = copy.deepcopy(model.generation_config)
-    config.update(max_new_tokens=arguments.tokens, do_sample=False)
 
-    numbers = count()
-
-    async def answers(manager: Any, prompts: list[list[int]]) -> int:
+    async def answers(engine: Engine, prompts: list[list[int]]) -> int:
         """How many tokens came."""
-        given = []
-        for ids in prompts:
-            wanted = Wanted(copy.deepcopy(config))
-            name = str(next(numbers))
-            given.append(manager.generate_streaming(model, tokenizer, {"input_ids": ids}, wanted, name))
-        for queue, _ in given:
-            while (item := await queue.get()) is not None:
-                assert isinstance(item, str), item.msg
-        return sum(answer.total_tokens for _, answer in given)
+        given = [engine.submit(Job(ids, arguments.tokens, {"temperature": 0})) for ids in prompts]
+        for answer in given:
+            async for _ in answer.pieces():
+                pass
+        return sum(answer.new_tokens for answer in given)
 
     lines = [["requests at once", "tokens/s", "experts read a token"]]
     with model.tiers:
-        for make in (OneByOne, lambda *place: Together(*place, most)):
-            manager = make(model, context, PREFILL_CHUNK)
+        for way in ("one by one", "together"):
+            parts = model, tokenizer, context, PREFILL_CHUNK
+            engine = OneByOne(*parts) if way == "one by one" else Together(*parts, most)
             try:
-                asyncio.run(answers(manager, prompts[-1:]))
+                asyncio.run(answers(engine, prompts[-1:]))
                 for requests in arguments.requests:
                     before, start = model.tiers.stats()[0].misses, time.perf_counter()
-                    tokens = asyncio.run(answers(manager, prompts[:requests]))
+                    tokens = asyncio.run(answers(engine, prompts[:requests]))
                     seconds, misses = time.perf_counter() - start, model.tiers.stats()[0].misses - before
-                    way = "together" if manager.together else "one by one"
                     lines.append([f"{requests} {way}", f"{tokens / seconds:.1f}", f"{misses / tokens:.1f}"])
             finally:
-                manager.stop()
+                engine.stop()
     print(table(lines))
 
 

@@ -13,7 +13,7 @@ from stores import NASTY
 
 from moetier.tools.main import COMMANDS, build_parser, main
 
-HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy", "matplotlib", "fastapi", "uvicorn", "openai", "textual")
+HEAVY = ("torch", "transformers", "zarr", "hqq", "numpy", "matplotlib", "starlette", "uvicorn", "textual")
 
 
 def moetier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -128,7 +128,7 @@ def test_options_stand_on_either_side_of_the_prompt() -> None:
         (["bench", "convert", "SRC", "--workers", "0"], "--workers: 0 is out of range.", "Give 1 to 2^31 - 1."),
         (["plot", "heatmap", "T", "-o", "a.png", "--cached", "-1"], "--cached: -1 is out of range.", "Give 0 to"),
         (["plot", "figure1", "T", "-o", "a.png", "--tokens", "9-8"], "Tokens 9-8 can't be drawn.", "the first and"),
-        (["config", "show", "nope"], "COMMAND: 'nope' is no command with something to set.", "convert, generate"),
+        (["config", "show", "nope"], "COMMAND: 'nope' is not a command with settings.", "convert, generate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -159,7 +159,7 @@ def test_a_wrong_command_line_is_two_lines_too(
         (["replay", "T", "--record", "50%"], "'50%' is no size of an expert."),
         (["replay", "T", "--disk", "1"], "How long a read takes"),
         (["daemon", "./DIR", "--listen", "a:b"], "'a:b' is not HOST:PORT."),
-        (["daemon", "./DIR", "--folder", "a:7070"], "'a:7070' is no folder."),
+        (["daemon", "./DIR", "--folder", "a:7070"], "'a:7070' is not a folder."),
         (["daemon", "./DIR", "--insecure"], "are for TCP"),
         (["generate", "./DIR", "x", "--daemon", "none", "--insecure"], "for daemons of other hosts"),
     ],

@@ -1,12 +1,12 @@
-"""A person and a model by turns, and what else the person asks for."""
+"""The dialogue of a person and a model: input, commands, and turns."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,20 +16,20 @@ from moetier.tools.cli.daemon_reads import DaemonWatch
 from moetier.tools.cli.failure import as_options, plain
 from moetier.tools.cli.report import Timing, run_json, run_report
 
-from .answer import Answering
-from .chat_input import QUOTES, ChatInput, Entry
-from .interrupt import Interrupt, Leave
+from .answer import Answering, Leave, interruptible
 
 if TYPE_CHECKING:
     from moetier.runtime.model.tiers import Tiers
 
+QUOTES = '"""'
+PROMPT, MORE = ">>> ", "... "
 EXIT = ("/exit", "/bye", "/quit")
-ALIASES = {"/clear": "/reset", "/?": "/help"}  # as ollama and llama.cpp have them
+ALIASES = {"/clear": "/reset", "/?": "/help"}  # names that ollama and llama.cpp use
 KEYS = f"""\
-/stats      what each tier did since the start
-/reset      forget what was said, but for the system prompt (also /clear)
-/save FILE  write what was said: a JSON list of messages
-/help       this (also /?)
+/stats      print what each tier did since the start
+/reset      forget all messages but the system prompt (also /clear)
+/save FILE  write the messages to a file, as a JSON list
+/help       print this text (also /?)
 /exit       leave, as Ctrl-D does (also /bye and /quit)
 
 {QUOTES} begins a message of several lines, and {QUOTES} at the end of a line ends it.
@@ -37,9 +37,63 @@ A space before / makes it part of a message.
 Ctrl-C stops an answer. At the prompt it clears the line, and twice on an empty one leaves."""
 
 
+class ChatInput:
+    """Standard input. On a terminal it prompts, and edits lines where Python has readline."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdin.isatty()
+        self._prompts = (PROMPT, MORE) if self.is_terminal else ("", "")
+        self._in_block = False
+        self._buffer: Callable[[], str] = str  # returns what stands on the line
+        if self.is_terminal and sys.stdout.isatty():
+            with suppress(ImportError):
+                import readline  # turns editing on
+
+                self._buffer = readline.get_line_buffer
+
+    def read(self) -> tuple[str, bool]:
+        """Return the next entry, and whether it is a command: a line that begins with /.
+
+        A line that begins with triple quotes begins a block, which a line that ends with them ends. Raises EOFError
+        at the end, KeyboardInterrupt for Ctrl-C, ConfigError for input that is not text.
+        """
+        first, more = self._prompts
+        self._in_block = False
+        line = _line(first)
+        if not line.startswith(QUOTES):
+            return line, line.startswith("/")
+        self._in_block = True
+        line = line.removeprefix(QUOTES)
+        while not line.rstrip().endswith(QUOTES):
+            try:
+                line += "\n" + _line(more)
+            except EOFError:
+                raise ConfigError(f"{QUOTES} was opened, and not closed.", f"End the block with {QUOTES}.") from None
+        return line.rstrip().removesuffix(QUOTES).strip("\n"), False
+
+    def was_empty(self) -> bool:
+        """Whether Ctrl-C came on an empty line, outside of a block."""
+        return not self._in_block and not self._buffer()
+
+
+def _line(prompt: str) -> str:
+    if prompt and not sys.stdout.isatty():  # standard output has answers alone
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
+    try:
+        line = input(prompt)
+        line.encode()  # in the locale C, bytes that are not text come as surrogates
+        return line
+    except UnicodeError:
+        raise ConfigError("Standard input is not UTF-8.", "Give a text.") from None
+
+
 class Dialogue:
-    """Answers are at most ``most`` tokens long. ``as_json``: one line for each, and for /stats; ``status``: says on
-    standard error what an answer took."""
+    """Turns and commands of one conversation.
+
+    Answers have at most ``most`` tokens. ``as_json`` prints each answer, and /stats, as one line of JSON; ``status``
+    reports on standard error what each answer took.
+    """
 
     def __init__(
         self,
@@ -73,15 +127,19 @@ class Dialogue:
             print(plain(text), file=sys.stderr, flush=True)
 
     def talk(self, source: ChatInput) -> None:
-        """To the end. On a terminal what goes wrong is said, and the dialogue goes on; with a pipe it is raised."""
+        """Take entries to the end. On a terminal errors are printed and the dialogue goes on; else they are raised."""
         warned = False
         while True:
             try:
-                entry = source.read()
+                text, is_command = source.read()
                 warned = False
-                if entry.is_command and entry.text.strip() in EXIT:
+                if is_command and text.strip() in EXIT:
                     return
-                self.take(entry, Interrupt(), by_hand=source.is_terminal)
+                if is_command:
+                    self._run(text.strip())
+                elif text.strip():
+                    with interruptible() if source.is_terminal else nullcontext(lambda: False) as is_interrupted:
+                        self._turn(text, is_interrupted)
             except EOFError:
                 if source.is_terminal:
                     print()
@@ -100,30 +158,25 @@ class Dialogue:
                     raise
                 print(f"{plain(as_options(error.cause))}\n  {plain(as_options(error.fix))}", file=sys.stderr)
 
-    def take(self, entry: Entry, interrupt: Interrupt, *, by_hand: bool) -> None:
-        """A command, or a message to the model, which Ctrl-C interrupts if ``by_hand``. Raises MoetierError."""
-        if entry.is_command:
-            name, _, rest = entry.text.strip().partition(" ")
-            command = self._commands.get(ALIASES.get(name, name))
-            if command is None:
-                raise ConfigError(f"There is no {name}.", "/help says what there is; a message may begin with a space.")
-            command(rest.strip())
-        elif entry.text.strip():
-            with interrupt if by_hand else contextlib.nullcontext():
-                self._turn(entry.text, interrupt)
+    def _run(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        command = self._commands.get(ALIASES.get(name, name))
+        if command is None:
+            raise ConfigError(f"There is no {name}.", "/help lists the commands; a message may begin with a space.")
+        command(rest.strip())
 
-    def _turn(self, text: str, interrupt: Interrupt) -> None:
+    def _turn(self, text: str, is_interrupted: Callable[[], bool]) -> None:
         before = self._conversation.left_out
         ids = self._conversation.prompt(text)
         if (out := self._conversation.left_out) > before:
             print(f"[the context is full: the model no longer sees the first {out} turns]", file=sys.stderr, flush=True)
         most = min(self._most, self._conversation.context - len(ids))
-        answer = self._answering.answer(ids, most=most, interrupt=interrupt, echo=not self._json)
+        answer = self._answering.answer(ids, most=most, is_interrupted=is_interrupted, echo=not self._json)
         self._spent += answer.timing
         if self._json:
             print(json.dumps(answer.to_json()), flush=True)
         self.say(answer.line())
-        if answer.text:  # else nobody said anything, and templates want turns
+        if answer.text:  # templates want a message of each side
             self._conversation.add(text, answer.text)
 
     def _stats(self, _: str) -> None:
@@ -140,10 +193,10 @@ class Dialogue:
         from moetier.tiers.store.atomic import write_durably
 
         if not name:
-            raise ConfigError("/save lacks a file.", "Name one: /save FILE.")
+            raise ConfigError("/save needs the name of a file.", "Name one: /save FILE.")
         path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path raises where there is no home
         if path.exists():
-            raise TargetError(f"{path} is there already.", "Name another file, or remove it.")
+            raise TargetError(f"{path} exists already.", "Name another file, or remove it.")
         try:
             write_durably(path, json.dumps(self._conversation.messages, ensure_ascii=False, indent=1).encode() + b"\n")
         except OSError as error:

@@ -1,4 +1,4 @@
-"""``moetier chat DIR``: talks, on a terminal or with a pipe."""
+"""``moetier chat DIR``: a conversation, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 from moetier.runtime.context import longest_context
 from moetier.runtime.generation.conversation import Conversation
 from moetier.tools.chat.answer import Answering
-from moetier.tools.chat.chat_input import ChatInput
-from moetier.tools.chat.dialogue import Dialogue
+from moetier.tools.chat.dialogue import ChatInput, Dialogue
 from moetier.tools.cli.arguments import (
     add_decoding_arguments,
     add_prefill_argument,
@@ -28,7 +27,7 @@ EXAMPLES = (
     'moetier chat Qwen/Qwen3-30B-A3B:4bit --system "Answer in one sentence." --context 8192',
 )
 NEW_TOKENS = 1024
-ROOM = 4  # a prompt leaves this part of the context to the answer, where that may be so long
+ROOM = 4  # a prompt leaves a quarter of the context to the answer, if an answer may be so long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
     resources = resources_of(arguments)
-    decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
-    most: int = arguments.max_new_tokens
+    decoding, most = decoding_of(arguments), arguments.max_new_tokens
     status: bool = sys.stderr.isatty() if arguments.status is None else arguments.status
     if status and sys.stderr.isatty():
         print(f"loading {plain(str(arguments.directory))} ...", file=sys.stderr, flush=True)
@@ -64,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         conversation = Conversation(
             tokenizer, system=arguments.system, context=context, room=min(most, context // ROOM)
         )
-        answering = Answering(model, tokenizer, decoding, chunk=chunk, is_plain=conversation.is_plain)
+        answering = Answering(model, tokenizer, decoding, chunk=arguments.prefill_chunk, is_plain=conversation.is_plain)
         dialogue = Dialogue(
             conversation,
             answering,

@@ -1,4 +1,4 @@
-"""``moetier serve DIR``: a model behind an HTTP interface as OpenAI's."""
+"""``moetier serve DIR``: an HTTP server of a model, with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ EXAMPLES = (
 KEY = "MOETIER_API_KEY"
 PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
 QUEUE = Number(int, 0, MOST, "Give 0, to refuse whatever can't be computed at once, or more.")
-SPARE_CONNECTIONS = 128  # beside those of requests: of health checks, of metrics, and kept alive for the next request
-NEEDED = ("fastapi", "uvicorn", "openai", "pydantic", "prometheus_client")
+SPARE_CONNECTIONS = 128  # beside those of requests: for health checks, metrics, and clients between two requests
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,23 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help=f"file with the key that requests must show, in one line (default: ${KEY}). Without a key only programs "
-        "of this machine are served",
+        help=f"file with the key that requests must show, in one line (default: ${KEY}). Without a key, the server "
+        "answers programs of this machine only",
     )
     parser.add_argument(
         "--parallel",
         type=COUNT,
         default=1,
         metavar="N",
-        help="requests that are computed together and share the experts that they load; each takes memory for a "
-        "context (default: %(default)s)",
+        help="number of requests that are computed together and share the experts that they load; each takes memory "
+        "for a context (default: %(default)s)",
     )
     parser.add_argument(
         "--queue",
         type=QUEUE,
         default=64,
         metavar="N",
-        help="requests that may wait; further ones are refused with status 429 (default: %(default)s)",
+        help="number of requests that may wait; further ones are refused with status 429 (default: %(default)s)",
     )
     add_prefill_argument(parser)
     add_speculation_arguments(parser)
@@ -77,11 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Until SIGTERM or SIGINT; 0 then."""
+    """Serve until SIGTERM or SIGINT, then return 0. Raises MoetierError."""
     resources = resources_of(arguments, context=arguments.context * arguments.parallel)
     name = models.name_of(arguments.directory) if arguments.name is None else arguments.name
     if not name or not name.isprintable():
-        raise ConfigError(f"{name!r} is no name for a model.", "Give one: --name NAME.")
+        raise ConfigError(f"{name!r} can't be the name of a model.", "Give a printable name: --name NAME.")
     key = _key(arguments.api_key_file)
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise ConfigError(
@@ -93,13 +93,13 @@ def run(arguments: argparse.Namespace) -> int:
     with bind(arguments.host, arguments.port) as bound:
         if key is None and not is_loopback(bound):
             raise ConfigError(
-                f"On {arguments.host} other machines reach it, and there is no API key.",
+                f"Other machines can reach {arguments.host}, and there is no API key.",
                 f"Give --api-key-file, or set {KEY} (make a key: openssl rand -hex 32); or leave out --host.",
             )
         with loaded(arguments.directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
             import transformers
 
-            transformers.utils.logging.set_verbosity_error()  # its server tells of each request in a warning
+            transformers.utils.logging.set_verbosity_error()  # it warns of sampling options, for each request
 
             from moetier.tools.serve.app import application
             from moetier.tools.serve.batched import Together
@@ -107,31 +107,30 @@ def run(arguments: argparse.Namespace) -> int:
 
             if not hasattr(tokenizer, "_tokenizer"):
                 raise ConfigError(
-                    f"{type(tokenizer).__name__} can't write text piece by piece.",
+                    f"{type(tokenizer).__name__} can't decode text piece by piece.",
                     "Add a tokenizer.json to the directory.",
                 )
             context = min(arguments.context, longest_context(model.config) or arguments.context)
-            place = model, context, arguments.prefill_chunk
-            manager = OneByOne(*place) if arguments.parallel == 1 else Together(*place, arguments.parallel)
+            parts = model, tokenizer, context, arguments.prefill_chunk
+            engine = OneByOne(*parts) if arguments.parallel == 1 else Together(*parts, arguments.parallel)
             most = arguments.parallel + arguments.queue
             try:
                 Server(
-                    application(name, model, tokenizer, manager, key, most),
+                    application(name, engine, key, most),
                     connections=most + SPARE_CONNECTIONS,
                     ready=lambda: print(
                         f"{name}, experts of {model.tiers.where}, a context of {context:,} tokens: {url_of(bound)}/v1",
                         flush=True,
                     ),
-                    ending=manager.cut,
+                    ending=engine.cut,
                 ).serve_until_told(bound)
             finally:
-                manager.cut()
-                manager.stop()
+                engine.stop()
     return 0
 
 
 def _key(file: Path | None) -> str | None:
-    """Raises ConfigError for what can't be one."""
+    """Return the API key of a file or else of the environment, if there is one. Raises ConfigError."""
     from moetier.runtime.wire.channel import read_token
 
     if file is not None:

@@ -1,106 +1,73 @@
-"""transformers' server of one model, behind the gate."""
+"""The ASGI application of one model: its routes, and the errors that they raise in OpenAI's form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import CBWorkerDeadError
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from moetier.runtime.daemon.metrics import registry_of
-from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
-from moetier.runtime.generation.decoding import ONE_SEQUENCE
 
-from .bounds import Bounds
-from .handlers import ChatHandler, OneManager, OneModel, TextHandler
-from .middleware import METRICS, MODELS, App, Gate
-from .params import FAILED
-from .serve_metrics import ServeCollector, exposition
-from .serve_refusal import Refusal, refusal_response, unknown_model
-
-JSON_HEADER = "-H 'Content-Type: application/json'"
+from .completions import ChatCompletions, TextCompletions
+from .engine import Engine
+from .metrics import ServeCollector
+from .middleware import HEALTH, App, Bounds, Gate
+from .refusal import Refusal
+from .request import unknown_model
 
 
-def application(name: str, model: Any, tokenizer: Any, manager: Any, key: str | None, most: int) -> App:
-    """Of a model whose answers come from ``manager``; ``key`` is as in Gate, ``most`` as in Bounds."""
-    model.generation_config.update(**ONE_SEQUENCE)
-    models, state = OneModel(name, model, tokenizer), OneManager(manager)
-    chat = ChatHandler(models, state)
-    if not tokenizer.chat_template:
-        begins = "{{ bos_token }}" if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
-        tokenizer.chat_template = begins + PLAIN_TEMPLATE
-        chat.end_of_turn = PLAIN_STOP
-    tokenizer.apply_chat_template = _refusing(tokenizer.apply_chat_template)
-    others: Any = None  # handlers of routes that the gate does not let through
-    app: FastAPI = build_server(
-        model_manager=models,
-        chat_handler=chat,
-        completion_handler=TextHandler(models, state),
-        response_handler=others,
-        transcription_handler=others,
-        systemone_handler=others,
-        generation_state=state,
+def application(name: str, engine: Engine, key: str | None, most: int) -> App:
+    """Return the application that serves the engine's model as ``name``.
+
+    ``key`` is the API key that requests must show, if any; ``most`` the most POST requests at a time.
+    """
+    tiers = engine.model.tiers
+    registry = registry_of(ServeCollector(tiers.manifest.model, tiers.stats, engine.tally))
+    card = {"id": name, "object": "model", "created": 0, "owned_by": "moetier"}
+
+    def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    def model(request: Request) -> Response:
+        if (asked := request.path_params["model"]) != name:
+            raise unknown_model(asked, name)
+        return JSONResponse(card)
+
+    def health(_: Request) -> Response:
+        if engine.is_alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)
+
+    def metrics(request: Request) -> Response:  # on a thread, as all these: it waits for locks
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), media_type=content_type)
+
+    app = Starlette(
+        routes=[
+            Route(HEALTH, health),
+            Route("/metrics", metrics),
+            Route("/v1/models", models),
+            Route("/v1/models/{model:path}", model),
+            Route("/v1/chat/completions", ChatCompletions(name, engine), methods=["POST"]),
+            Route("/v1/completions", TextCompletions(name, engine), methods=["POST"]),
+        ],
+        exception_handlers={HTTPException: _refused, RecursionError: _refused, Exception: _refused},
     )
-    _answer_errors(app)
-
-    @app.get(MODELS + "/{model:path}")
-    def retrieve(model: str) -> JSONResponse:
-        if model != name:
-            raise unknown_model(model, name)
-        return JSONResponse(models.card())
-
-    tiers = model.tiers
-    registry = registry_of(ServeCollector(tiers.manifest.model, tiers.stats, manager.tally))
-
-    @app.get(METRICS)
-    def metrics(request: Request) -> Response:  # in a thread: it waits for locks
-        content, content_type = exposition(registry, request.headers.get("accept", ""))
-        return Response(content, media_type=content_type)
-
-    return Gate(Bounds(app, most), key, manager.over)
+    app.router.redirect_slashes = False
+    return Gate(Bounds(app, most), key)
 
 
-def _refusing(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """A template raises whatever comes to its mind where messages, tools or what is meant for it do not suit it."""
-
-    def applied(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return apply(*args, **kwargs)
-        except Exception as error:
-            message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
-            raise Refusal(400, message, param="messages") from None
-
-    return applied
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """As OpenAI's API does."""
-
-    @app.exception_handler(StarletteHTTPException)
-    def http(_: Request, error: HTTPException) -> JSONResponse:
-        return refusal_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "")
-        said = "The body is not a JSON object."
-        if kind.partition(";")[0].strip().lower() != "application/json":
-            said = f"The Content-Type is {kind or 'missing'}, not application/json: with curl, give {JSON_HEADER}."
-        return refusal_response(Refusal(400, said))
-
-    @app.exception_handler(RecursionError)
-    def deep(_: Request, error: RecursionError) -> JSONResponse:
-        return refusal_response(Refusal(400, "The body is nested too deeply."))
-
-    @app.exception_handler(Exception)
-    def fault(_: Request, error: Exception) -> JSONResponse:  # it is raised again, and the gate logs it
-        return refusal_response(Refusal(500, "The request failed; the server's log says why."))
-
-    @app.exception_handler(CBWorkerDeadError)
-    def dead(_: Request, error: CBWorkerDeadError) -> JSONResponse:
-        return refusal_response(Refusal(503, FAILED))
+async def _refused(request: Request, error: Exception) -> Response:
+    match error:
+        case Refusal():
+            return error.response()
+        case HTTPException():  # 404 or 405
+            message = f"There is no {request.method} {request.scope['path']} here."
+            return Refusal(404, message, code="unknown_url").response()
+        case RecursionError():
+            return Refusal(400, "The body is nested too deeply.").response()
+        case _:  # raised again by Starlette, and logged by Gate
+            return Refusal(500, "The request failed; the server's log says why.").response()

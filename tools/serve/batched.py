@@ -1,125 +1,45 @@
-"""Answers that are computed together: transformers' continuous batching, in which requests share what they load."""
+"""Engine that computes answers together, by transformers' continuous batching: requests share what they load."""
 
 from __future__ import annotations
 
-import asyncio
 import copy
+from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 from transformers import ContinuousBatchingConfig
-from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, CBWorkerDeadError, _StreamError
 
-from moetier.runtime.generation.decoding import ONE_SEQUENCE, can_resume
-from moetier.runtime.generation.stop_strings import StopStrings
+from moetier.runtime.generation.decoding import ONE_SEQUENCE, can_resume, sampling_of
 from moetier.tiers.errors import ConfigError
 
-from .params import ENDING, FAILED, ids_of, log_answer, log_failure
-from .serve_refusal import Refusal
-from .serve_tally import Tally
+from .engine import Answer, Engine, Job
+from .refusal import FAILED, Refusal, log_failure
 
-PAGE = 32  # tokens: what prompts that begin alike share is whole pages
-GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": 1}  # the most likely token alone is left
-FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # they can't differ by request
-PATIENCE = 10.0  # seconds for a step that is under way
-
-
-class SharedAnswer(CBStreamer):
-    """The text of one request; all on the event loop."""
-
-    def __init__(
-        self, prompt: int, stop: list[str], tally: Tally, manager: Any, request_id: str, tokenizer: Any, parser: Any
-    ) -> None:
-        self._prompt = prompt  # tokens
-        self._tally = tally
-        self._is_over = False
-        self._stops = StopStrings(stop)
-        self.items: asyncio.Queue[Any] = asyncio.Queue()
-        sink: Any = self  # in the place of a queue
-        super().__init__(manager, request_id, tokenizer, asyncio.get_running_loop(), sink, response_parser=parser)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the answer has ended: it is complete, or cancelled."""
-        return self._stops.ended
-
-    def put_nowait(self, item: Any) -> None:
-        """Queue a piece of the answer, up to the first stop string; the base class takes this for its queue."""
-        for found in self._stops.take(item):
-            self.items.put_nowait(found)
-
-    def take(self, output: Any) -> None:
-        """What the manager says of the request: all tokens so far."""
-        if self._stops.ended:
-            return
-        before = self.total_tokens
-        self.put(output)
-        self._tally.new(self.total_tokens - before)
-        if output.error is not None:
-            log_failure("An answer", RuntimeError(output.error))
-            self._over("failed")
-            self.fail(FAILED)
-            return
-        if output.is_finished():
-            self.end()
-        elif self.ended:
-            self._forget()
-        if self.ended:
-            self._over("answered")
-            log_answer(self._prompt, None, self.total_tokens, cancelled=False)
-
-    def fail(self, message: str) -> None:
-        """Queue an error in place of the rest of the answer, and cancel the request."""
-        self.put_nowait(_StreamError(message))
-        self.cancel()
-
-    def cancel(self) -> None:
-        """Stop computing the request, and count it as cancelled unless it has another outcome."""
-        if not self.ended:
-            self._stops.ended = True
-            log_answer(self._prompt, None, self.total_tokens, cancelled=True)
-        self._over("cancelled")
-        self._forget()
-
-    def _over(self, outcome: str) -> None:
-        """The first outcome counts."""
-        if not self._is_over:
-            self._is_over = True
-            self._tally.end(outcome)
-
-    def _forget(self) -> None:
-        super().cancel()
-        router = self._cb.output_router  # else it would remember a request that never ends
-        with router._lock:
-            router.result_handlers.pop(self._request_id, None)
+PAGE = 32  # tokens: prompts that begin alike share whole pages
+GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": 1}  # only the most likely token is left
+FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # the same for all requests
+PATIENCE = 10.0  # longest wait at the end for the step that is being computed, in seconds
 
 
-class Together(BaseGenerateManager):
-    """Up to ``requests`` at a time, each in a context of so many tokens; others wait for their turn."""
+class Together(Engine):
+    """Compute up to ``requests`` answers at a time, each in a context of its own; further ones wait."""
 
-    together = True
+    def __init__(self, model: Any, tokenizer: Any, context: int, chunk: int, requests: int) -> None:
+        """Compute at most ``chunk`` tokens of prompts in a step.
 
-    def __init__(self, model: Any, context: int, chunk: int, requests: int) -> None:
-        """Raises ConfigError for a model whose layers transformers can't compute so."""
-        self.context = context  # tokens of a prompt and its answer
-        self.tally = Tally()
-        self._answers: WeakValueDictionary[str, SharedAnswer] = WeakValueDictionary()
+        Raises ConfigError for a model whose layers transformers can't compute so.
+        """
+        super().__init__(model, tokenizer, context)
         if not can_resume(model):
-            raise ConfigError(
-                f"{type(model).__name__} can't compute several requests together: not all of its layers keep keys and "
-                "values.",
-                "Leave out --parallel: requests wait for each other then.",
-            )
+            raise self._unable("not all of its layers keep keys and values.")
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation("sdpa")
         config = copy.deepcopy(model.generation_config)
-        # what requests say of these holds for them alone, if it is no default here
+        # a sampler can differ by request only if its value here is not the one that changes nothing
         config.update(**ONE_SEQUENCE, do_sample=True, temperature=0.5, top_p=0.5, top_k=1, use_cache=False)
-        self._vocabulary = model.config.get_text_config(
-            decoder=True
-        ).vocab_size  # the largest top_k that transformers 5.23 takes
+        # the largest top_k that transformers 5.23 takes
+        self._vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self._fixed = {**FIXED, "min_p": config.min_p or 0.0}
-        self._cb = model.init_continuous_batching(
+        self._batching = model.init_continuous_batching(
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE,
@@ -130,90 +50,88 @@ class Together(BaseGenerateManager):
                 auto_switch_to_flash=False,
             ),
         )
-        self._cb.start()
-        self._try(model)
-
-    def _try(self, model: Any) -> None:
-        """One token: what does not work is known before anybody asks."""
-        self._cb.add_request([0], max_new_tokens=1, **GREEDY)
-        while (output := self._cb.get_result(timeout=1.0)) is None and self._cb.is_running():
+        self._batching.start()
+        self._batching.add_request([0], max_new_tokens=1, **GREEDY)  # tries the model before the first request
+        while (output := self._batching.get_result(timeout=1.0)) is None and self._batching.is_running():
             pass
         if output is None or output.error is not None:
-            error = self._cb.background_thread_status.fatal_error or (output.error if output else None)
+            error = self._fatal_error or (output.error if output else None)
             self.stop()
-            raise ConfigError(
-                f"{type(model).__name__} can't compute several requests together: {str(error).splitlines()[0]}",
-                "Leave out --parallel: requests wait for each other then.",
-            )
+            raise self._unable(str(error).splitlines()[0])
+
+    def _unable(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"{type(self.model).__name__} can't compute several requests together: {why}",
+            "Leave out --parallel: then requests wait for each other.",
+        )
+
+    @property
+    def _fatal_error(self) -> Exception | None:
+        error: Exception | None = self._batching.background_thread_status.fatal_error
+        return error
 
     @property
     def is_alive(self) -> bool:
         """Whether the thread that computes has had no fatal error."""
-        return self._cb.background_thread_status.fatal_error is None
+        return self._fatal_error is None
 
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> tuple[asyncio.Queue[Any], SharedAnswer]:
-        """Submit a request to the batch, and return the queue of its text and the answer.
+    def submit(self, job: Job) -> Answer:
+        """Add a job to the batch and return its answer.
 
-        Raises Refusal for sampling options that can't differ by request, CBWorkerDeadError if the worker has failed.
+        Raises Refusal for sampling options that can't differ by request, and if the computing thread has failed.
         """
-        if (error := self._cb.background_thread_status.fatal_error) is not None:
+        if (error := self._fatal_error) is not None:
             log_failure("Computing together", error)
-            raise CBWorkerDeadError
-        ids, wanted = ids_of(inputs), gen_config
+            raise Refusal(503, FAILED)
         for name, value in self._fixed.items():
-            if wanted.asked.get(name, value) != value:
+            if job.asked.get(name, value) != value:
                 raise Refusal(400, f"{name}: with --parallel it is {value:g} for all requests.", param=name)
-        config, sampling = wanted.config, GREEDY
-        if config.do_sample:
-            if wanted.seed is not None:
-                raise Refusal(400, "seed: what is sampled together has no seed; --parallel 1 has.", param="seed")
-            given = {"temperature": config.temperature, "top_p": config.top_p}
-            sampling = {name: 1.0 if value is None else float(value) for name, value in given.items()}
-            sampling["top_k"] = min(config.top_k or self._vocabulary, self._vocabulary)
-        answer = SharedAnswer(
-            len(ids), wanted.stop, self.tally, self._cb, request_id, processor._tokenizer, response_parser
-        )
-        self._answers[request_id] = answer
-        self.tally.begin()
-        self.tally.prompt(len(ids), 0)
-        self._cb.register_result_handler(request_id, answer.take)
-        self._cb.add_request(
-            ids,
-            request_id=request_id,
+        sampling = self._sampling(job)
+        answer = self._begin(job)
+        self.tally.add(prompt_tokens=len(job.ids))
+        self._batching.register_result_handler(answer.id, partial(self._take, answer))
+        self._batching.add_request(
+            job.ids,
+            request_id=answer.id,
             streaming=True,
-            max_new_tokens=wanted.max_new_tokens,
-            eos_token_id=config.eos_token_id,
+            max_new_tokens=job.most,
+            eos_token_id=self.model.generation_config.eos_token_id,
             **sampling,
         )
-        return answer.items, answer
+        return answer
 
-    async def generate_non_streaming(self, *_: Any, **__: Any) -> Any:
-        """Raise AssertionError: the handlers collect the stream instead."""
-        raise AssertionError("our handlers collect the stream")
-
-    def kept_tokens(self, request_id: str) -> None:
-        """transformers does not say it."""
-        return
-
-    def over(self, request_id: str) -> None:
-        """Nobody waits for its answer any more, if it has one."""
-        answer = self._answers.get(request_id)
-        if answer is not None and not answer.ended:
-            answer.cancel()
-
-    def cut(self) -> None:
-        """Ends what is under way."""
-        for answer in list(self._answers.values()):
-            answer.fail(ENDING)
+    def drop(self, answer: Answer) -> None:
+        """Forget an answer that has ended, and stop computing it."""
+        super().drop(answer)
+        self._batching.cancel_request(answer.id)
+        router = self._batching.output_router  # which keeps the handler of a request that is cancelled
+        with router._lock:
+            router.result_handlers.pop(answer.id, None)
 
     def stop(self) -> None:
-        """Waits for the step that is under way."""
-        self._cb.stop(block=True, timeout=PATIENCE, hard_stop=True)
+        """Wait for the step that is being computed, and stop."""
+        self._batching.stop(block=True, timeout=PATIENCE, hard_stop=True)
+
+    def _sampling(self, job: Job) -> dict[str, float]:
+        """Return temperature, top_p and top_k of a job. Raises Refusal if it samples with a seed."""
+        given, default = sampling_of(job.asked), self.model.generation_config
+        do_sample, temperature, top_p, top_k = (
+            given.get(name, getattr(default, name)) for name in ("do_sample", "temperature", "top_p", "top_k")
+        )
+        if not do_sample:
+            return GREEDY
+        if job.seed is not None:
+            raise Refusal(400, "seed: with --parallel only greedy requests may have one.", param="seed")
+        return {
+            "temperature": 1.0 if temperature is None else float(temperature),
+            "top_p": 1.0 if top_p is None else float(top_p),
+            "top_k": min(top_k or self._vocabulary, self._vocabulary),
+        }
+
+    def _take(self, answer: Answer, output: Any) -> None:
+        """Take an output of the batch, which has all tokens so far. Runs on the event loop."""
+        answer.add(output.generated_tokens[answer.new_tokens :])
+        if output.error is not None:
+            answer.fail(RuntimeError(output.error))
+        elif output.is_finished():
+            answer.close()

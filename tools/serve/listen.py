@@ -1,4 +1,4 @@
-"""Where a server listens, and until when."""
+"""The socket that a server listens on, its connections, and its end."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moetier.tiers.errors import ConfigError
 
-GRACE = 5  # seconds for clients to take what is still sent to them
-HEADER_SECONDS = 20.0  # for all headers of a request, from the connection or from the answer before
-ANSWER_SECONDS = 60.0  # that a client may take nothing of what is sent to it
+GRACE = 5  # seconds at the end for clients to take what is still sent to them
+HEADER_SECONDS = 20.0  # for all headers of a request to arrive, from the connection or from the previous answer
+ANSWER_SECONDS = 60.0  # longest time in which a client takes nothing of its answer
 BACKLOG = 128  # connections that are accepted in one go
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that has its address, and does not listen yet: nobody waits for a model that is being loaded. Raises
-    ConfigError."""
+    """Return a socket that is bound but does not listen, so that no client connects while the model loads.
+
+    Raises ConfigError.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)
@@ -54,29 +56,28 @@ def url_of(bound: socket.socket) -> str:
 
 
 class BoundedProtocol(H11Protocol):
-    """Bounds what no ASGI application sees: connections without a request, and answers that nobody takes.
+    """Connection with the bounds that no ASGI application can set: on idle connections, and on answers not taken.
 
-    A connection is idle until all headers of a request have arrived, and again once that is answered. It is closed
-    after ``header_seconds`` of that. Beyond ``most_connections`` the one that has been idle for longest makes room for
-    a new one; where none is idle, the new one is refused. A connection whose client has taken nothing of an answer for
-    ``answer_seconds`` is cut, whatever the answer is: a refusal too.
+    A connection is idle until all headers of a request have arrived, and again once the request is answered. It is
+    closed after ``header_seconds`` of that. Beyond ``most_connections``, the connection that has been idle longest
+    makes room for a new one; if none is idle, the new one is refused. A connection is cut when its client has taken
+    nothing of an answer, or of a refusal, for ``answer_seconds``.
     """
 
     most_connections: int
     header_seconds: float
     answer_seconds: float
-    idle_since: float | None = None  # the event loop's time; None while a request is under way
-    _timer: asyncio.TimerHandle | None = None
-    _untaken: asyncio.TimerHandle | None = None  # while there is no room for more of an answer
+    idle: asyncio.TimerHandle | None = None  # runs while no request is under way
+    _untaken: asyncio.TimerHandle | None = None  # runs while the buffer of an answer is full
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the header timer; over the limit, first drop the connection idle for longest, or refuse this one."""
+        """Start the header timer; above the limit, first drop the connection idle longest, or refuse this one."""
         super().connection_made(transport)
         if len(self.connections) > self.most_connections:
             others = (each for each in self.connections if isinstance(each, BoundedProtocol))
-            idle = {each: each.idle_since for each in others if each.idle_since is not None}
+            idle = {each.idle.when(): each for each in others if each.idle is not None}
             if idle:
-                min(idle, key=lambda each: idle[each]).drop()
+                idle[min(idle)].drop()
             else:
                 transport.write(TOO_MANY)
                 transport.close()
@@ -92,7 +93,7 @@ class BoundedProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """Start the header timer again, unless the next request has arrived already."""
         super().on_response_complete()
-        if self.cycle.response_complete:  # else the next request had arrived already
+        if self.cycle.response_complete:
             self._rest()
 
     def pause_writing(self) -> None:
@@ -122,19 +123,20 @@ class BoundedProtocol(H11Protocol):
 
     def _rest(self) -> None:
         self._work()
-        self.idle_since = self.loop.time()
-        self._timer = self.loop.call_later(self.header_seconds, self.transport.close)
+        self.idle = self.loop.call_later(self.header_seconds, self.transport.close)
 
     def _work(self) -> None:
-        self.idle_since = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self.idle is not None:
+            self.idle.cancel()
+            self.idle = None
 
 
 class Server(uvicorn.Server):
-    """Calls ``ready`` when it listens, and ``ending`` when a signal tells it to end: then it waits for the last answers
-    to be sent, for GRACE seconds. ``connections`` is the most that it has at a time."""
+    """HTTP server with at most ``connections`` at a time.
+
+    It calls ``ready`` when it listens and ``ending`` when a signal ends it; then it sends the last answers, for at most
+    GRACE seconds.
+    """
 
     def __init__(
         self,
@@ -168,9 +170,9 @@ class Server(uvicorn.Server):
         self._ending = ending
 
     def serve_until_told(self, bound: socket.socket) -> None:
-        """Until SIGTERM or SIGINT; a second SIGINT does not wait."""
+        """Serve until SIGTERM or SIGINT; a second SIGINT ends at once."""
         with contextlib.ExitStack() as former:
-            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has ended: it has, then
+            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again at its end: to this handler, then
                 former.callback(signal.signal, number, signal.signal(number, self.handle_exit))
             self.run([bound])
 

@@ -1,71 +1,60 @@
-"""What stands before transformers' server: who may ask, and for what."""
+"""ASGI middleware in front of the application: access, and bounds on what a client takes."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .params import log_failure
-from .serve_refusal import Refusal, refusal_response
+from .refusal import Refusal, log_failure
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HEALTH, METRICS, MODELS = "/health", "/metrics", "/v1/models"
-ROUTES = {
-    ("GET", HEALTH),
-    ("GET", METRICS),
-    ("GET", MODELS),
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/completions"),
-}
+HEALTH = "/health"  # the one path that needs no key
 JSON = b"application/json"
 NAME_OF_THIS_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
+MOST_BYTES = 16 << 20  # of a request's body
+BODY_SECONDS = 60.0  # for a whole body to arrive
+RETRY_SECONDS = 5
+
 
 class Gate:
-    """ASGI middleware: lets through requests that show ``key``, to ROUTES alone.
+    """Pass on requests that show ``key``, and log errors of the application.
 
-    Without a key (None) it lets through those that call this host by a name of its own, or any web page could have it
-    asked by one of the page's. ``over`` is told the id of each request that has ended, however it did: a stream of
-    which nothing was read can't tell the thread that generates for it.
+    Without a key (None), pass on requests that call this host by a name of its own. Otherwise any web page could reach
+    the server through a name of the page's.
     """
 
-    def __init__(self, app: App, key: str | None, over: Callable[[str], None]) -> None:
+    def __init__(self, app: App, key: str | None) -> None:
         self._app = app
-        self._over = over
         self._key = None if key is None else _digest(key.encode())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
-            self._check(scope)
+            self._check(scope, headers)
         except Refusal as refusal:
-            await refusal_response(refusal)(scope, receive, send)
+            await refusal.response()(scope, receive, send)
             return
-        # transformers keeps requests apart by this: no client may give it
-        request_id = str(uuid.uuid4())
-        headers = dict(scope["headers"])
-        headers[b"x-request-id"] = request_id.encode()
         headers[b"content-type"] = headers.get(b"content-type") or JSON
         try:
             await self._app({**scope, "headers": [*headers.items()]}, receive, send)
-        except Exception as error:  # of which the client has been told
+        except Exception as error:  # the client has been told
             log_failure(f"{scope['method']} {scope['path']}", error)
-        finally:
-            self._over(request_id)
 
-    def _check(self, scope: Message) -> None:
-        method, path = scope["method"], scope["path"]
-        headers: dict[bytes, bytes] = dict(scope["headers"])
+    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
+        """Check host, key and content type. Raises Refusal."""
         if self._key is None and not NAME_OF_THIS_HOST.fullmatch(headers.get(b"host", b"")):
             raise Refusal(
                 400,
@@ -73,17 +62,15 @@ class Gate:
                 "[::1], or give it a key (--api-key-file).",
                 code="invalid_host",
             )
-        if path != HEALTH and not self._knows(headers.get(b"authorization", b"")):
+        if scope["path"] != HEALTH and not self._knows(headers.get(b"authorization", b"")):
             raise Refusal(
                 401,
                 "The API key is missing or wrong.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if (method, path) not in ROUTES and not (method == "GET" and path.startswith(MODELS + "/")):
-            raise Refusal(404, f"There is no {method} {path} here.", code="unknown_url")
-        if method == "POST" and not headers.get(b"content-type") and b"origin" in headers:
-            # browsers send it to another site without asking that first, but not a body of JSON that says so
+        if scope["method"] == "POST" and not headers.get(b"content-type") and b"origin" in headers:
+            # a browser sends such a request to another site without asking it first, but not one that says JSON
             raise Refusal(400, "A request of a web page needs the Content-Type application/json.")
 
     def _knows(self, authorization: bytes) -> bool:
@@ -94,5 +81,86 @@ class Gate:
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length for all keys: how long a comparison takes says nothing."""
+    """Return a digest, which has one length for all keys: the time of a comparison tells nothing."""
     return hashlib.sha256(key).digest()
+
+
+class Bounds:
+    """Read the body of a POST request, pass it on as one message, and end the request when its client goes away.
+
+    Up to ``most`` POST requests are served at a time, including those that wait for their turn; further ones are
+    refused with 429. The bytes of a body are counted as they arrive, whatever the headers say.
+    """
+
+    def __init__(self, app: App, most: int, *, body_seconds: float = BODY_SECONDS) -> None:
+        self._app = app
+        self._most = most
+        self._body_seconds = body_seconds
+        self._under_way = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            if self._under_way >= self._most:
+                raise Refusal(
+                    429,
+                    f"{self._most} requests are computed or wait for their turn already. Try again later.",
+                    code="queue_full",
+                    headers={"Retry-After": str(RETRY_SECONDS)},
+                )
+            self._under_way += 1
+            try:
+                body = await self._body(dict(scope["headers"]), receive)
+                if body is not None:
+                    await self._serve(body, scope, receive, send)
+            finally:
+                self._under_way -= 1
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, send)
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """Return the body, or None if the client went away before all of it came. Raises Refusal."""
+        body, more = bytearray(), True
+        stated = headers.get(b"content-length", b"")
+        size = int(stated[:20]) if stated.isdigit() else 0
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                while more and size <= MOST_BYTES:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    size = len(body)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise Refusal(
+                408, f"The body did not arrive within {self._body_seconds:g} s.", headers={"Connection": "close"}
+            ) from None
+        if size > MOST_BYTES:
+            raise Refusal(413, f"The request has more than {MOST_BYTES} bytes.", headers={"Connection": "close"})
+        return bytes(body)
+
+    async def _serve(self, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
+        """Run the application, and cancel it when the client goes away."""
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        work, watching = asyncio.ensure_future(self._app(scope, messages.get, send)), asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({work, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():  # the client is gone
+                work.cancel()
+            await work
+        except asyncio.CancelledError:
+            pass  # the client is gone, or the server ends and has waited for long enough
+        finally:
+            for task in (work, watching):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task

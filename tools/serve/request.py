@@ -1,4 +1,4 @@
-"""What a request may ask for. Nothing is accepted and then ignored that would change an answer."""
+"""Bodies of requests. A field that would change an answer is honoured or refused."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moetier.runtime.generation.decoding import MIN_P, OCCURRENCE_PENALTY, REPETITION_PENALTY, SAMPLING, TOP_K
+from moetier.runtime.generation.decoding import MIN_P, OCCURRENCE_PENALTY, REPETITION_PENALTY, TOP_K
 
-from .serve_refusal import Refusal
+from .refusal import Refusal
 
+# fields that no answer depends on; usage always comes with the last piece of a stream
+IGNORED = ("user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier", "stream_options")
+NEUTRAL = {  # fields that are not honoured, and the value of each that changes nothing
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "logit_bias": {},
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+}
 MOST_TOKENS = 1 << 31
-MOST_STOPS = 4
-MOST_MESSAGES = 1 << 16  # looking at more would take seconds, and few contexts have room for them
-NOT_OF_TEMPLATES = {  # whatever takes what is meant for a template has parameters of its own
+MOST_MESSAGES = 1 << 16  # checking more would take seconds, and few contexts have room for them
+NOT_OF_TEMPLATES = {  # parameters of the functions that pass variables on to a template
     *("messages", "load_audio_from_video", "compiled_template"),
     *(
         name
@@ -32,21 +43,16 @@ NOT_OF_TEMPLATES = {  # whatever takes what is meant for a template has paramete
 }
 
 
-def _stops(given: Any) -> Any:
-    """A list, of one string too."""
-    strings = [given] if isinstance(given, str) else given
-    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings):
-        raise PydanticCustomError("stop", "a string, or a list of strings")
-    if len(strings) > MOST_STOPS:
-        raise PydanticCustomError("stop", f"at most {MOST_STOPS} strings")
-    if not all(strings):
-        raise PydanticCustomError("stop", "no empty string")
-    return strings
+NotEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
 
 
 def _text(given: Any) -> Any:
-    """Of a message: a string, or parts that are text."""
-    parts = given if isinstance(given, list) else [{"type": "text", "text": given}]
+    """Return the content of a message: a string, parts that are text, or nothing."""
+    parts = given if isinstance(given, list) else [{"type": "text", "text": "" if given is None else given}]
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         raise PydanticCustomError("content", "text only, no images or sound")
     if not all(isinstance(part.get("text"), str) for part in parts):
@@ -55,7 +61,7 @@ def _text(given: Any) -> Any:
 
 
 def _arguments(given: Any) -> Any:
-    """Of a tool's call: an object, as OpenAI's API has it in a string; parsed, as templates have it."""
+    """Return the arguments of a tool call as an object, as templates want it; OpenAI's API has a string of JSON."""
     try:
         found = json.loads(given) if isinstance(given, str) else given
     except ValueError:
@@ -66,7 +72,7 @@ def _arguments(given: Any) -> Any:
 
 
 def _is_unicode(given: Any) -> bool:
-    """JSON may have half of a character, which nothing can be done with."""
+    """Whether a text can be encoded: JSON may have half of a surrogate pair."""
     try:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -75,14 +81,14 @@ def _is_unicode(given: Any) -> bool:
 
 
 def _of_template(given: dict[str, Any]) -> dict[str, Any]:
-    """What the model's own template may know: nothing that says which template, or how transformers goes about it."""
+    """Return variables for the model's template; none may choose the template, or how transformers applies it."""
     if taken := sorted(given.keys() & NOT_OF_TEMPLATES):
         raise PydanticCustomError("template", "{name} is not supported here", {"name": taken[0]})
     return given
 
 
-class Asked(BaseModel):
-    """Of both kinds of completions. What transformers would take otherwise, or not at all, has its neutral value."""
+class Body(BaseModel):
+    """Fields of both kinds of completions that an answer depends on."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -97,26 +103,14 @@ class Asked(BaseModel):
     presence_penalty: float | None = Field(None, ge=OCCURRENCE_PENALTY.least, le=OCCURRENCE_PENALTY.most)
     frequency_penalty: float | None = Field(None, ge=OCCURRENCE_PENALTY.least, le=OCCURRENCE_PENALTY.most)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Annotated[list[str], BeforeValidator(_stops)] | None = None
-
-    n: Literal[1] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-
-    # for the server's own books: no answer depends on them
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    stream_options: dict[str, Any] | None = None  # usage always comes with the last piece
+    stop: Annotated[list[NotEmpty], Field(max_length=4), BeforeValidator(_as_list)] | None = None
 
 
 class _Open(BaseModel):
-    model_config = ConfigDict(extra="allow")  # what is in it beside goes to the template
+    model_config = ConfigDict(extra="allow")  # further fields go to the template
 
 
-class Called(_Open):
+class FunctionCall(_Open):
     """Function that a tool call names, with its arguments."""
 
     name: str
@@ -128,10 +122,10 @@ class Call(_Open):
 
     id: str | None = None
     type: Literal["function"] | None = None
-    function: Called
+    function: FunctionCall
 
 
-class Offered(_Open):
+class Function(_Open):
     """Function of a tool, with the schema of its parameters."""
 
     name: str
@@ -143,19 +137,19 @@ class Tool(_Open):
     """Tool that a request offers to the model: a function."""
 
     type: Literal["function"]
-    function: Offered
+    function: Function
 
 
 class Message(_Open):
     """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Any, BeforeValidator(lambda given: None if given is None else _text(given))] = None
+    content: Annotated[Any, BeforeValidator(_text)] = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
 
 
-class ChatAsked(Asked):
+class ChatBody(Body):
     """Body of a chat completion request."""
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
@@ -163,42 +157,58 @@ class ChatAsked(Asked):
     tools: list[Tool] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_of_template)] | None = None
 
-    tool_choice: Literal["auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    logprobs: Literal[False] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
 
-
-class TextAsked(Asked):
+class TextBody(Body):
     """Body of a text completion request."""
 
     prompt: str
 
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+
+def parsed(content: bytes, content_type: str) -> dict[str, Any]:
+    """Return a body's JSON object. Raises Refusal."""
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(
+            400,
+            f"The Content-Type is {content_type or 'missing'}, not application/json: with curl, give "
+            "-H 'Content-Type: application/json'.",
+        )
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise Refusal(400, "The body is not a JSON object.")
+    return body
 
 
-FORWARDED = {
-    *("messages", "prompt", "stream", "max_tokens", "max_completion_tokens", "seed", "stop"),
-    *("tools", "chat_template_kwargs", *SAMPLING),
-}
+def checked(body: dict[str, Any], kind: type[Body], model: str) -> dict[str, Any]:
+    """Return the fields of a body that its answer depends on, without those that are null.
 
-
-def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
-    """What transformers is given of a request's body, in which null is as good as nothing. Raises Refusal; of the
-    model's name whoever has one."""
+    Raises Refusal, also for another model than the one called ``model``.
+    """
     if not _is_unicode(body):
-        raise Refusal(400, "The body has text that is no Unicode.")
-    given = {name: value for name, value in body.items() if value is not None}
+        raise Refusal(400, "The body has text that is not Unicode.")
+    given = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
+    for name in given.keys() & NEUTRAL.keys():
+        value, neutral = given.pop(name), NEUTRAL[name]
+        if type(value) is not type(neutral) or value != neutral:  # 0 is not false
+            raise Refusal(400, f"{name}: only {json.dumps(neutral)} is supported here.", param=name)
     try:
         asked = kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         what = "not supported here" if first["type"] == "extra_forbidden" else first["msg"]
         raise Refusal(400, f"{_place(first['loc'])}: {what}.", param=str(first["loc"][0])) from None
-    return asked.model_dump(include=FORWARDED, exclude_none=True)
+    if asked.model not in (None, model):
+        raise unknown_model(str(asked.model), model)
+    return asked.model_dump(exclude={"model"}, exclude_none=True)
+
+
+def unknown_model(asked: str, served: str) -> Refusal:
+    """Return the refusal of a request for a model that is not served."""
+    return Refusal(404, f"There is no model {asked!r} here, but {served!r}.", param="model", code="model_not_found")
 
 
 def _place(path: tuple[int | str, ...]) -> str:
-    """("messages", 0, "role") -> "messages[0].role"."""
+    """Return a place in a body: ("messages", 0, "role") -> "messages[0].role"."""
     return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in path).removeprefix(".")

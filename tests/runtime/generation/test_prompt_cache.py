@@ -124,3 +124,21 @@ def test_of_a_prefill_that_was_cut_whole_chunks_are_kept(window: int | None, kep
     talk.kept.end(ids)
     talk.turn(ids)
     assert talk.computed == [30 - kept]
+
+
+def test_a_generation_is_stopped_between_layers_and_between_tokens() -> None:
+    """A prompt without a new token; then with as many tokens as were wanted."""
+    kept, ids = Talk("mixtral").kept, some(20)
+    options: Any = {"chunk": 8, "max_new_tokens": NEW, "do_sample": False}
+    tokens: list[int] = []
+    kept.begin(ids)
+    whole = kept.generate(ids, should_stop=lambda: False, on_token=tokens.append, **options)
+    assert (whole, len(tokens)) == (ids + tokens, NEW)
+    kept.clear()
+    kept.begin(ids)
+    assert kept.generate(ids, should_stop=lambda: True, **options) == ids
+    assert kept.length == 0
+    kept.begin(ids)
+    some_tokens: list[int] = []
+    kept.generate(ids, should_stop=lambda: len(some_tokens) == 2, on_token=some_tokens.append, **options)
+    assert some_tokens == tokens[:2]

@@ -17,8 +17,7 @@ from terminals import CTRL_C, CTRL_D, UP, Terminal
 import moetier
 from moetier.runtime.generation.conversation import PLAIN_TEMPLATE
 from moetier.runtime.moe.experts import experts_modules
-from moetier.tools.chat.answer import Answering
-from moetier.tools.chat.interrupt import Interrupt, Leave
+from moetier.tools.chat.answer import Answering, Leave, interruptible
 from moetier.tools.main import main
 
 
@@ -143,9 +142,9 @@ def test_a_directory_says_how_it_talks_and_samples_and_the_seed_what(
     ("text", "words"),
     [
         ("/nothing\n", ["no /nothing", "/help"]),
-        ("/save\n", ["lacks a file", "/save FILE"]),
+        ("/save\n", ["needs the name of a file", "/save FILE"]),
         ("/save /nonexistent/file\n", ["/nonexistent/file", "can't be written"]),
-        ("/save /\n", ["there already", "another file"]),
+        ("/save /\n", ["exists already", "another file"]),
         ("/save ~nobody-of-this-name/file\n", ["~nobody-of-this-name/file", "can't be written"]),
         ('"""no\nend\n', ["not closed", '"""']),
         (b"\xff\xfe\n", ["not UTF-8"]),
@@ -184,8 +183,8 @@ def test_ctrl_c_stops_between_layers_of_a_prefill_and_between_tokens_of_an_answe
 
             handle = module.register_forward_hook(press)
             try:
-                with Interrupt() as interrupt:
-                    return answering.answer(ids, most=most, interrupt=interrupt, echo=False)
+                with interruptible() as is_interrupted:
+                    return answering.answer(ids, most=most, is_interrupted=is_interrupted, echo=False)
             finally:
                 handle.remove()
 
@@ -217,7 +216,7 @@ gnu_readline = pytest.mark.skipif(
 )
 
 LOOP = (
-    "from moetier.tools.chat.chat_input import ChatInput; from moetier.tools.chat.dialogue import Dialogue\n"
+    "from moetier.tools.chat.dialogue import ChatInput, Dialogue\n"
     "Dialogue(None, None, None, None, most=1, as_json=False, status=False).talk(ChatInput()); print('left')"
 )
 

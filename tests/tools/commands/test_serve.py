@@ -470,8 +470,8 @@ def test_a_key_that_is_none_is_said(
 def test_the_extra_is_named_where_it_is_missing(
     tinymix_4bit: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setitem(sys.modules, "starlette", None)
     assert main(["serve", str(tinymix_4bit)]) == 1
     said = capsys.readouterr().err
-    assert "needs fastapi" in said
+    assert "needs starlette" in said
     assert 'pip install ".[serve]"' in said

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason='pip install ".[serve]"')
-pytest.importorskip("fastapi", reason='pip install ".[serve]"')
+pytest.importorskip("starlette", reason='pip install ".[serve]"')
 
 import httpx2
 from http_servers import serving
+from threads import wait_until
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Ciao."}
@@ -134,7 +134,7 @@ def test_chats_that_make_no_sense(app: Any, body: dict[str, Any], param: str | N
 
 @pytest.mark.parametrize("body", [{"prompt": HALF}, {"prompt": "Due", HALF: 1}, {"prompt": "Due", "stop": HALF}])
 def test_half_a_character(app: Any, body: dict[str, Any]) -> None:
-    assert refused(app, TEXT, body)["message"] == "The body has text that is no Unicode."
+    assert refused(app, TEXT, body)["message"] == "The body has text that is not Unicode."
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -234,27 +234,34 @@ def test_a_prompt_beyond_the_models_own_context(tinymix_4bit: Path) -> None:
                 assert (said["param"], said["code"]) == ("prompt", "context_length_exceeded")
 
 
-def answer_after(error: Exception, directory: Path) -> httpx2.Response:
-    """To a request whose answer begins with it."""
-    with serving(directory, context=400, together=False) as (app, manager):
+def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(tinymix_4bit, context=400, together=False) as (app, engine):
 
         def broken(*_: Any, **__: Any) -> Any:
-            del manager.generate_streaming
-            raise error
+            del engine.submit
+            raise OSError("a secret")
 
-        manager.generate_streaming = broken
-        return answer_of(app, TEXT, {"prompt": "Due"})
-
-
-def test_a_fault_of_the_server(tinymix_4bit: Path, caplog: pytest.LogCaptureFixture) -> None:
-    answer = answer_after(OSError("a secret"), tinymix_4bit)
+        engine.submit = broken
+        answer = answer_of(app, TEXT, {"prompt": "Due"})
     said = {"message": "The request failed; the server's log says why.", "type": "server_error"}
     assert (answer.status_code, answer.json()) == (500, {"error": said | {"param": None, "code": None}})
     assert "POST /v1/completions failed with OSError" in caplog.messages
 
 
 def test_a_worker_that_is_dead(tinymix_4bit: Path) -> None:
-    from transformers.cli.serving.utils import CBWorkerDeadError
+    """An error outside of any request ends the thread that computes together; later requests and probes are told."""
 
-    answer = answer_after(CBWorkerDeadError(), tinymix_4bit)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+    async def ask(app: Any, engine: Any) -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            first = await client.post(TEXT, json={"prompt": "Due", "max_tokens": 2})
+            await asyncio.to_thread(wait_until, lambda: not engine.is_alive)
+            return [first, await client.post(TEXT, json={"prompt": "Due"}), await client.get("/health")]
+
+    with serving(tinymix_4bit, context=400, together=True) as (app, engine):
+        engine.model.forward = None  # not to be called
+        answers = asyncio.run(ask(app, engine))
+        del engine.model.forward
+    assert [answer.status_code for answer in answers] == [500, 503, 503]
+    assert answers[1].json()["error"]["type"] == "server_error"
+    assert answers[2].json() == {"status": "unhealthy", "reason": "cb_worker_dead"}

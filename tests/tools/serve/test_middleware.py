@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason='pip install ".[serve]"')
-pytest.importorskip("fastapi", reason='pip install ".[serve]"')
+pytest.importorskip("starlette", reason='pip install ".[serve]"')
 pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 
 import httpx2
@@ -27,7 +26,7 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
 
 def asked(key: str | None, **headers: str) -> httpx2.Response:
     async def ask() -> httpx2.Response:
-        transport = httpx2.ASGITransport(app=Gate(behind, key, lambda _: None))
+        transport = httpx2.ASGITransport(app=Gate(behind, key))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             return await client.get(PATH, headers=headers)
 

@@ -1,0 +1,212 @@
+"""Chat and text completions: endpoints that check a request, submit its job to the engine, and send the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from transformers.cli.serving.utils import BaseHandler, Modality, ReasoningText, ToolCall, build_response_parser
+
+from moetier.runtime.context import counted, first_ids, longest_context
+from moetier.runtime.generation.conversation import PLAIN_STOP, PLAIN_TEMPLATE
+from moetier.runtime.generation.decoding import SAMPLING
+
+from .engine import Answer, Engine, Job
+from .middleware import Message, Receive, Send
+from .refusal import Refusal
+from .request import Body, ChatBody, TextBody, checked, parsed
+
+DONE = "data: [DONE]\n\n"  # ends a stream that is complete
+NEW_TOKENS = 1024  # most tokens of an answer, unless the request says otherwise or generation_config.json more
+
+
+class Completions(ABC):
+    """ASGI endpoint of one kind of completions."""
+
+    body: ClassVar[type[Body]]
+    prompt: ClassVar[str]  # field of the body that has the prompt
+    object: ClassVar[str]  # OpenAI's name of an answer, and
+    chunk: ClassVar[str]  # of a piece of one
+    opening: ClassVar[tuple[dict[str, Any], ...]] = ()  # what comes before the first piece
+    stop: tuple[str, ...] = ()  # strings that end every answer
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        """Serve the engine's model under ``name``."""
+        self._name = name
+        self._engine = engine
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request. The computation ends with it, also when the client goes away. Raises Refusal."""
+        request = Request(scope, receive)
+        job, is_stream = await asyncio.to_thread(  # a long prompt takes seconds
+            self._job, await request.body(), request.headers.get("content-type", "")
+        )
+        answer = self._engine.submit(job)
+        try:
+            response: Response
+            if is_stream:
+                response = StreamingResponse(self._events(answer, job), media_type="text/event-stream")
+            else:
+                response = JSONResponse(self._whole([chunk async for chunk in self._chunks(answer, job)]))
+            response.headers["x-request-id"] = answer.id
+            await response(scope, receive, send)
+        finally:
+            answer.cancel()
+
+    def _job(self, content: bytes, content_type: str) -> tuple[Job, bool]:
+        """Return the job of a request's body, and whether its answer is to be streamed. Raises Refusal."""
+        body = checked(parsed(content, content_type), self.body, self._name)
+        model, context = self._engine.model, self._engine.context
+        ids = self._ids(body)
+        if not ids:
+            raise Refusal(400, f"{self.prompt}: there is not one token in it.", param=self.prompt)
+        if len(ids) >= context:
+            is_models = context == longest_context(model.config)
+            whose = "the model's maximum context" if is_models else "the context of this server (--context)"
+            raise Refusal(
+                400,
+                f"The prompt has {counted(len(ids), context)} tokens, and {whose} is {context:,}, prompt and answer "
+                "together.",
+                param=self.prompt,
+                code="context_length_exceeded",
+            )
+        most = max(NEW_TOKENS, model.generation_config.max_new_tokens or 0)
+        job = Job(
+            ids,
+            min(body.get("max_completion_tokens", body.get("max_tokens", most)), context - len(ids)),
+            asked={name: body[name] for name in SAMPLING if name in body},
+            seed=body.get("seed"),
+            stop=[*body.get("stop", ()), *self.stop],
+            parser=self._parser(body, ids),
+        )
+        return job, body.get("stream", False)
+
+    async def _events(self, answer: Answer, job: Job) -> AsyncIterator[str]:
+        """Yield an answer as server-sent events: its chunks, then DONE, or an error."""
+        try:
+            async for chunk in self._chunks(answer, job):
+                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            yield DONE
+        except Refusal as refusal:
+            yield f"data: {json.dumps(refusal.body())}\n\n"
+
+    async def _chunks(self, answer: Answer, job: Job) -> AsyncIterator[dict[str, Any]]:
+        """Yield an answer piece by piece in OpenAI's form; the last chunk has the usage. Raises Refusal."""
+        head = {"id": answer.id, "object": self.chunk, "created": int(time.time()), "model": self._name}
+
+        def chunk(choice: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+            return {**head, "choices": [{"index": 0, **choice, "finish_reason": reason}]}
+
+        calls = 0
+        for choice in self.opening:
+            yield chunk(choice)
+        async for piece in answer.pieces():
+            yield chunk(self._choice(piece, calls))
+            calls += isinstance(piece, ToolCall)
+        prompt, new = len(job.ids), answer.new_tokens
+        usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        if answer.kept_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": answer.kept_tokens}
+        reason = "tool_calls" if calls else "length" if new >= job.most else "stop"
+        yield {**chunk(self._choice("", calls), reason), "usage": usage}
+
+    @abstractmethod
+    def _ids(self, body: dict[str, Any]) -> list[int]:
+        """Return the prompt's tokens; of one that is too long, the first are enough. Raises Refusal."""
+
+    @abstractmethod
+    def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
+        """Return transformers' parser of the model's tool calls and reasoning, or None."""
+
+    @abstractmethod
+    def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
+        """Return a piece of the answer, "" at its end, as the part of a choice; ``calls`` tool calls came before."""
+
+    @abstractmethod
+    def _whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return all chunks of an answer as one object."""
+
+
+class ChatCompletions(Completions):
+    """Endpoint of chats, whose prompts the model's chat template makes."""
+
+    body, prompt, object, chunk = ChatBody, "messages", "chat.completion", "chat.completion.chunk"
+    opening = ({"delta": {"role": "assistant"}},)
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        """Use a plain chat template if the model has none."""
+        super().__init__(name, engine)
+        self._is_plain = not engine.tokenizer.chat_template
+        if self._is_plain:
+            self.stop = (PLAIN_STOP,)
+
+    def _ids(self, body: dict[str, Any]) -> list[int]:
+        text = self._rendered(body, body.get("tools"))
+        if body.get("tools") and text == self._rendered(body, None):
+            raise Refusal(400, "tools: the model's chat template does not use them.", param="tools")
+        return first_ids(self._engine.tokenizer, text, self._engine.context, add_special_tokens=self._is_plain)
+
+    def _rendered(self, body: dict[str, Any], tools: list[Any] | None) -> str:
+        messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        try:
+            text: str = self._engine.tokenizer.apply_chat_template(
+                messages,
+                chat_template=PLAIN_TEMPLATE if self._is_plain else None,
+                add_generation_prompt=True,
+                tools=tools,
+                tokenize=False,
+                **body.get("chat_template_kwargs", {}),
+            )
+        except Exception as error:  # a template may raise anything
+            message = f"The model's chat template refuses these messages: {str(error).partition(chr(10))[0]}"
+            raise Refusal(400, message, param="messages") from None
+        return text
+
+    def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
+        return build_response_parser(self._engine.tokenizer, self._engine.model, ids, tools=body.get("tools"))
+
+    def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
+        if isinstance(piece, ToolCall):
+            function = {"name": piece.name, "arguments": piece.arguments}
+            call = {"index": calls, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+            return {"delta": {"tool_calls": [call]}}
+        field = "reasoning_content" if isinstance(piece, ReasoningText) else "content"
+        return {"delta": {field: piece} if piece else {}}
+
+    def _whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        message: dict[str, Any] = {"role": "assistant"}
+        message["content"] = "".join(delta.get("content", "") for delta in deltas)
+        if reasoning := "".join(delta.get("reasoning_content", "") for delta in deltas):
+            message["reasoning_content"] = reasoning
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        if calls:
+            message["tool_calls"] = [{key: call[key] for key in call if key != "index"} for call in calls]
+        choice = {"index": 0, "message": message, "finish_reason": chunks[-1]["choices"][0]["finish_reason"]}
+        return {**chunks[-1], "object": self.object, "choices": [choice]}
+
+
+class TextCompletions(Completions):
+    """Endpoint of completions, whose prompt is a text as it is."""
+
+    body, prompt, object, chunk = TextBody, "prompt", "text_completion", "text_completion"
+
+    def _ids(self, body: dict[str, Any]) -> list[int]:
+        return first_ids(self._engine.tokenizer, body["prompt"], self._engine.context)
+
+    def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
+        return None
+
+    def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
+        return {"text": piece}
+
+    def _whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        return {**chunks[-1], "choices": [{**chunks[-1]["choices"][0], "text": text}]}

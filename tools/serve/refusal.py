@@ -1,0 +1,49 @@
+"""Errors of requests: their form in OpenAI's API, and in the log."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from moetier.tiers.errors import MoetierError
+
+FAILED = "The answer failed; the server's log says why."
+ENDING = "The server is ending."
+
+_log = logging.getLogger(__name__)
+
+
+class Refusal(HTTPException):
+    """Error of a request, raised before its answer or within it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status_code=status, detail=message, headers=headers)
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON object of the error."""
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the HTTP response."""
+        return JSONResponse(self.body(), status_code=self.status_code, headers=self.headers)
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log that ``what`` failed. Only the kind of a library's error is logged, as its text may quote a prompt."""
+    said = f": {error.cause}" if isinstance(error, MoetierError) else ""
+    debug = error if os.environ.get("MOETIER_DEBUG") == "1" else None
+    _log.error("%s failed with %s%s", what, type(error).__name__, said, exc_info=debug)
