@@ -18,11 +18,11 @@ from moetier.tools.cli.parser import CommandParser, UsageError
 from .main import COMMANDS, say
 from .main import main as run_command
 
-EPILOG = "What follows -m MODULE is the program's. Example: python -m moetier --ram 6GiB -m lm_eval --model hf ..."
+EPILOG = "Arguments after -m MODULE are the program's. Example: python -m moetier --ram 6GiB -m lm_eval --model hf ..."
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return the exit status; that of a program is the program's own."""
+    """Run a command line or a program, and return the exit status. Raises what the program raises, also SystemExit."""
     words = list(argv)
     if not words or words[0] in COMMANDS or words[0] in ("-h", "--help", "--version"):
         return run_command(words)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
             )
         budgets = resources_of(arguments)
         if budgets.pop("device") != "auto":
-            raise UsageError("The program itself says on which device it computes.", "Leave out --device.")
+            raise UsageError("The program itself chooses the device.", "Leave out --device.")
         from moetier.runtime.model.registration import register
 
         register(**budgets)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_module(name: str) -> None:
-    """Raises UsageError for what can't be run as a program; its own errors are its own."""
+    """Check that a module can be run as a program, without running it. Raises UsageError."""
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -67,4 +67,4 @@ def _check_module(name: str) -> None:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise UsageError(f"There is no program {name!r} to run.", "Name an installed module, as in python -m MODULE.")
+        raise UsageError(f"There is no program {name!r} to run.", "Name an installed module, as with python -m MODULE.")

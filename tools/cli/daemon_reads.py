@@ -20,7 +20,7 @@ PATIENCE = 2.0  # seconds that a report waits for the daemon's counters, without
 
 @dataclass(frozen=True, slots=True)
 class DaemonReads:
-    """What a daemon did during a run, for all its clients together."""
+    """Work of a daemon during a run, for all its clients together."""
 
     place: str
     bytes_read: int | None  # since the beginning of the run, or since a restart; None: unknown

@@ -1,4 +1,4 @@
-"""What a terminal shows of errors and of texts of others: a cause and a fix, and no character that it would obey."""
+"""Texts for a terminal: a cause and a fix for each error, and foreign texts without characters that it would obey."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def failure_of(error: Exception) -> tuple[MoetierError, int]:
     return MoetierError(cause, fix), EXIT_ERROR
 
 
-_FAULT = "This is a bug in moetier or in a library. Run the command again with MOETIER_DEBUG=1, and report what it prints."
+_FAULT = (
+    "This is a bug in moetier or in a library. Run the command again with MOETIER_DEBUG=1, and report what it prints."
+)
 
 
 def _of_system(error: OSError) -> str:

@@ -205,7 +205,7 @@ def file_or_address(text: str) -> str:
 
 
 def source(text: str) -> str:
-    """Return ``text``: the type of an argument that is a model directory, a checkpoint's folder, or an id on the hub."""
+    """Return ``text``: the type of an argument that is a model directory, a checkpoint or an id on the hub."""
     return text
 
 

@@ -211,9 +211,6 @@ def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
     ]
 
 
-
-
-
 def format_seconds(seconds: float) -> str:
     """Return seconds as text: 3725 -> "1 h 2 min"."""
     whole = max(int(seconds), 0)

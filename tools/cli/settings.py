@@ -39,7 +39,6 @@ class Setting:
     """Value of one option of a command, and its origin."""
 
     key: str
-    section: str  # GENERAL, or the command
     value: object
     source: str  # "default", "file" or "environment"
     where: str = ""  # "MOETIER_RAM", "/path/config.toml, [generate] ram"; "" for a default
@@ -52,7 +51,7 @@ class Setting:
 
 
 class Settings:
-    """What the settings file and the environment say of the options of ``commands``, a parser for each name.
+    """Settings from the file and the environment for the options of ``commands``, a parser for each name.
 
     Mistakes are collected in ``faults``: of keys at once, of values when the settings of their command are asked for.
     """
@@ -116,51 +115,44 @@ class Settings:
         """Return the setting of an option from the first of ``sections`` that has it, or its default."""
         for section in sections:
             if text := self._variables.get(name := variable(section, key)):
-                return self._typed(action, Setting(key, section, text, "environment", name), Path())
+                return self._typed(action, Setting(key, text, "environment", name), Path())
         for section in sections:
             if key in self._sections.get(section, {}):
                 where = f"{self.file}, [{section}] {key}"
-                written = Setting(key, section, self._sections[section][key], "file", where)
+                written = Setting(key, self._sections[section][key], "file", where)
                 return self._typed(action, written, self.file.parent)
-        return Setting(key, sections[0], action.default, "default")
+        return Setting(key, action.default, "default")
 
     def _typed(self, action: argparse.Action, written: Setting, base: Path) -> Setting:
-        """Return the setting with the option's value, or with the fault of the text. Relative paths start at ``base``."""
+        """Return the setting with the option's value, or with a fault. Relative paths start at ``base``."""
         try:
             return replace(written, value=_value(action, written, base))
         except ConfigError as fault:
-            self._found(fault)
+            self._found(fault.cause, fault.fix)
             return replace(written, fault=fault)
 
-    def _found(self, fault: ConfigError) -> None:
-        if (fault.cause, fault.fix) not in [(each.cause, each.fix) for each in self.faults]:
-            self.faults.append(fault)
+    def _found(self, cause: str, fix: str) -> None:
+        if all((cause, fix) != (each.cause, each.fix) for each in self.faults):
+            self.faults.append(ConfigError(cause, fix))
 
     def _check_section(self, section: str, keys: object) -> None:
         known = self.sections
         if not isinstance(keys, dict):
             places = _homes(section, known) or [f"[{_nearest(section, known)}]"]
             self._found(
-                ConfigError(
-                    f"{self.file}: {section} stands outside of a section.", f"Put it beneath {' or '.join(places)}."
-                )
+                f"{self.file}: {section} stands outside of a section.", f"Put it beneath {' or '.join(places)}."
             )
         elif section not in self._options:
-            self._found(
-                ConfigError(
-                    f"{self.file}: there is no section [{section}].", f"The nearest is [{_nearest(section, known)}]."
-                )
-            )
+            nearest = _nearest(section, known)
+            self._found(f"{self.file}: there is no section [{section}].", f"The nearest is [{nearest}].")
         elif keys and section not in known:
-            self._found(
-                ConfigError(f"{self.file}: moetier {section} has no settings.", f"Leave out the section [{section}].")
-            )
+            self._found(f"{self.file}: moetier {section} has no settings.", f"Leave out the section [{section}].")
         else:
             for key in keys:
                 if key not in self._options[section]:
                     homes = " or ".join(_homes(key, known))
                     fix = f"Put it beneath {homes}." if homes else f"The nearest is {_nearest(key, known[section])}."
-                    self._found(ConfigError(f"{self.file}: [{section}] has no key {key!r}.", fix))
+                    self._found(f"{self.file}: [{section}] has no key {key!r}.", fix)
 
 
 def is_anything_set(environment: Mapping[str, str] = os.environ) -> bool:

@@ -1,4 +1,4 @@
-"""``moetier completion SHELL``: a script that completes commands and options, for the shell to read."""
+"""``moetier completion SHELL``: print a script that completes commands and options in a shell."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 EXAMPLES = ("moetier completion bash > ~/.local/share/bash-completion/completions/moetier",)
 
 SHELLS = ("bash", "zsh")
+FOLDERS = ("DIR", "DST", "FOLDER")  # metavars of arguments that are folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script(shell: str) -> str:
-    """Of the whole command; where an argument is a path, the shell completes files or folders."""
+    """Return a script for the whole command line, in which paths are completed as files or folders."""
     import shtab
 
     from moetier.tools.cli.parser import commands_of, directory, file_or_address, settable, walk
@@ -32,13 +33,10 @@ def script(shell: str) -> str:
     with_settings = [name for name, command in commands_of(parser).items() if settable(command)]
     for _, each in walk(parser):
         for action in each._actions:
-            if action.metavar == "COMMAND" and not action.choices:  # of moetier config show
+            if action.metavar == "COMMAND" and not action.choices:  # that of moetier config show
                 action.choices = with_settings
             if action.type in (Path, directory, file_or_address):
                 folder = isinstance(action.metavar, str) and action.metavar in FOLDERS
                 action.complete = shtab.DIRECTORY if folder else shtab.FILE  # type: ignore[attr-defined]  # shtab's
     found: str = shtab.complete(parser, shell=shell)
     return found
-
-
-FOLDERS = ("DIR", "DST", "FOLDER")

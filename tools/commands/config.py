@@ -1,4 +1,4 @@
-"""``moetier config show [COMMAND]``: what is set beforehand for commands, and where."""
+"""``moetier config show [COMMAND]``: settings of commands, and where each comes from."""
 
 from __future__ import annotations
 
@@ -27,64 +27,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=_command,
         metavar="COMMAND",
-        help="show all options of this command (default: what all share, and what each has of its own)",
+        help="show all settings of this command (default: those of all commands, and what differs for each)",
     )
     show.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _command(text: str) -> str:
-    """Raises ConfigError for what is no command with something to set."""
+    """Return the name of a command that has settings. Raises ConfigError for any other text."""
     from moetier.tiers.errors import ConfigError
     from moetier.tools.cli.parser import commands_of, settable
     from moetier.tools.main import build_parser
 
     known = [name for name, command in commands_of(build_parser()).items() if settable(command)]
     if text not in known:
-        raise ConfigError(f"{text!r} is no command with something to set.", f"Those that have: {', '.join(known)}.")
+        raise ConfigError(f"{text!r} is not a command with settings.", f"These have settings: {', '.join(known)}.")
     return text
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 where something is wrong in any section; what is right is shown then too. Raises ConfigError for a file that
-    can't be read."""
-    from moetier.tiers.errors import ConfigError
+    """Show the settings and what is wrong in them; return 1 if something is.
+
+    Raises ConfigError for a file that can't be read.
+    """
     from moetier.tools.cli.failure import EXIT_ERROR
     from moetier.tools.cli.parser import commands_of
-    from moetier.tools.cli.settings import Settings
+    from moetier.tools.cli.settings import GENERAL, Settings
     from moetier.tools.main import build_parser
 
-    faults: list[ConfigError] = []
-    settings = Settings.read(commands_of(build_parser()), faults=faults)
-    shown = _shown(settings, arguments.of)
+    settings = Settings(commands_of(build_parser()))
+    if arguments.of is not None:
+        shown = {arguments.of: settings.of(arguments.of)}
+    else:
+        general = {setting.key: setting for setting in settings.of(GENERAL)}
+        shown = {GENERAL: [*general.values()]}
+        for command in settings.sections:  # of its own settings, those that differ from the general ones
+            found = [each for each in settings.of(command) if not _same(each, general.get(each.key))]
+            shown |= {command: found} if found else {}
     if arguments.json:
-        print(json.dumps(_json(settings, shown) | {"faults": [fault.cause for fault in faults]}, indent=2))
+        print(json.dumps(_json(settings, shown), indent=2))
     else:
         print(_text(settings, shown))
     sys.stdout.flush()
     for said in settings.unknown_variables:
         print(f"moetier: {said}", file=sys.stderr)
-    for fault in faults:
+    for fault in settings.faults:
         print(f"moetier: {fault.cause}\n  {fault.fix}", file=sys.stderr)
-    return EXIT_ERROR if faults else 0
+    return EXIT_ERROR if settings.faults else 0
 
 
-def _shown(settings: Settings, command: str | None) -> dict[str, list[Setting]]:
-    """By command, or GENERAL; of all commands each one's own, and what is set for it in another way than for all."""
-    from moetier.tools.cli.settings import GENERAL
-
-    if command is not None:
-        return {command: settings.of(command)}
-    shown = {GENERAL: settings.general()}
-    general = {setting.key: setting for setting in shown[GENERAL]}
-    for name in settings.sections:
-        if name != GENERAL:
-            found = settings.of(name)
-            shown[name] = [each for each in found if each.key not in general or not _same(each, general[each.key])]
-    return {name: found for name, found in shown.items() if found}
-
-
-def _same(own: Setting, general: Setting) -> bool:
-    return (own.value, own.where) == (general.value, general.where)
+def _same(own: Setting, general: Setting | None) -> bool:
+    return general is not None and (own.value, own.where) == (general.value, general.where)
 
 
 def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]:
@@ -106,31 +98,29 @@ def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]
             }
             for name, found in shown.items()
         },
+        "faults": [fault.cause for fault in settings.faults],
     }
 
 
-def _plain(value: object) -> Any:
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):  # which JSON has not
-        return str(value)
-    return value if isinstance(value, bool | int | float | None) else str(value)
+def _plain(value: object) -> object:
+    """Return a value for JSON, which has no paths and no infinite numbers."""
+    is_plain = isinstance(value, bool | int | list | tuple | None) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
+    return value if is_plain else str(value)
 
 
 def _text(settings: Settings, shown: dict[str, list[Setting]]) -> str:
     there = "" if settings.file.exists() else " (there is none)"
     lines = [f"file  {settings.file}{there}"]
-    keys = [each.key for found in shown.values() for each in found]
-    values = [_word(each.value) for found in shown.values() for each in found]
-    width, wide = max(map(len, keys)), max(map(len, values))
+    every = [each for found in shown.values() for each in found]
+    width, wide = max(len(each.key) for each in every), max(len(_word(each.value)) for each in every)
     for name, found in shown.items():
         lines.append(f"\n[{name}]")
-        lines += [f"{each.key:<{width}}  {_word(each.value):<{wide}}  {_where(each)}" for each in found]
+        for each in found:
+            origin = f"{each.where}: this can't be" if each.fault else each.where or "default"
+            lines.append(f"{each.key:<{width}}  {_word(each.value):<{wide}}  {origin}")
     return "\n".join(lines)
-
-
-def _where(setting: Setting) -> str:
-    return f"{setting.where}: this can't be" if setting.fault else setting.where or "default"
 
 
 def _word(value: object) -> str:

@@ -1,4 +1,4 @@
-"""``moetier convert``: a Hugging Face checkpoint becomes a model directory."""
+"""``moetier convert``: make a model directory of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import COUNT
 from moetier.tiers.errors import ConfigError, TargetExistsError
-from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS, Bits
+from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import checked
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `moetier pull` takes too."""
+    """Add the options that `moetier pull` has too."""
     parser.add_argument(
         "--bits", type=int, choices=BITS, default=4, help="bits per expert weight (default: %(default)s)"
     )
@@ -94,17 +95,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``convert`` that ``add_options`` names. Raises UsageError."""
+    """Return the keyword arguments of ``convert`` from the options of ``add_options``. Raises UsageError."""
     from moetier.tools.convert.draft import Options
 
+    how = {field.name: getattr(arguments, field.name) for field in fields(Options)}
     with checked():
-        Options(arguments.bits, arguments.trunk_bits, arguments.group_size, arguments.pairs, arguments.fast)
-    names = ("bits", "trunk_bits", "group_size", "pairs", "fast", "workers", "threads", "overwrite", "ignore_code")
-    return {name: getattr(arguments, name) for name in (*names, "revision", "keep_source")} | {"quiet": False}
+        Options(**how)
+    others = ("overwrite", "ignore_code", "revision", "keep_source")
+    return how | {name: getattr(arguments, name) for name in others} | {"quiet": False}
 
 
 def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
-    """Does the work of a command, and says what came of it."""
+    """Do a conversion, print its report and return the exit code."""
     import transformers
 
     logging.getLogger(transformers.__name__).setLevel(logging.ERROR)
@@ -118,20 +120,6 @@ def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
     return 0
 
 
-class How(TypedDict, total=False):
-    """Options of every conversion; without one it is as ``write`` has it."""
-
-    bits: Bits
-    trunk_bits: Bits
-    group_size: int | None
-    pairs: str | None
-    fast: bool
-    overwrite: bool
-    workers: int | None
-    threads: int | None
-    quiet: bool
-
-
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -139,15 +127,13 @@ def convert(
     revision: str | None = None,
     keep_source: bool = False,
     ignore_code: bool = False,
-    **how: Unpack[How],
+    **how: Any,
 ) -> ConversionReport:
-    """Makes the model directory ``dst`` from the checkpoint ``src``, a folder or a hub id; goes on where a run was cut.
+    """Make the model directory ``dst`` of the checkpoint ``src``, a folder or a hub id, or resume a cut run.
 
-    Of a hub id its files are downloaded as they are needed, and removed when they are not any more, but for those in
-    huggingface_hub's cache, where ``keep_source`` keeps them all. ``how`` is as in ``write``.
-
-    Everything that can be checked is checked before anything is written. Raises CheckpointError, TargetError or
-    ConfigError.
+    Files of a hub id are downloaded when they are needed and removed when they are converted, except those in
+    huggingface_hub's cache, where ``keep_source`` keeps them all. ``how`` is as in ``write``. Everything that can be
+    checked is checked before anything is written. Raises CheckpointError, TargetError or ConfigError.
     """
     from moetier.runtime.checkpoint.files import check_source, open_checkpoint
 
@@ -163,7 +149,7 @@ def convert(
         )
     if revision is not None or keep_source:
         raise ConfigError(
-            f"{src} is a folder: nothing of it is downloaded, and nothing removed.",
+            f"{src} is a folder, of which nothing is downloaded or removed.",
             "Leave out --revision and --keep-source.",
         )
     return write(open_checkpoint(src, ignore_code=ignore_code), Path(dst), **how)
@@ -178,10 +164,12 @@ def pull(
     ignore_code: bool = False,
     or_folder: bool = False,
     resuming: Sequence[str] | None = None,
-    **how: Unpack[How],
+    **how: Any,
 ) -> ConversionReport:
-    """The same for a hub id, whatever folders there are; ``or_folder``: one of that name was looked for before. A run
-    that was cut goes on with the commit that it was of."""
+    """Make the model directory ``dst`` of a hub id, or resume a cut run with the commit that it began with.
+
+    ``or_folder``: a folder of that name was looked for before. Further parameters and errors are as in ``convert``.
+    """
     from moetier.tools.convert.streaming import open_on_hub
     from moetier.tools.convert.target import DOWNLOAD, revision_under_way
 
@@ -200,33 +188,34 @@ def write(
     checkpoint: Checkpoint,
     dst: Path,
     *,
-    bits: Bits = 4,
-    trunk_bits: Bits = 16,
-    group_size: int | None = None,
-    pairs: str | None = None,
-    fast: bool = False,
     overwrite: bool = False,
-    workers: int | None = None,
-    threads: int | None = None,
     quiet: bool = True,
     download: Download | None = None,
     resuming: Sequence[str] | None = None,
+    **options: Any,
 ) -> ConversionReport:
-    """Of a checkpoint that is open. Unless ``quiet``, says what it does on standard error. ``resuming`` is the command
-    that resumes it, but for its options. ``threads`` is how many threads this process computes with, as of ``load``."""
+    """Make the model directory ``dst`` of an open checkpoint, or resume a cut run.
+
+    Args:
+        overwrite: replace a different model directory, or convert again what is complete.
+        quiet: print nothing on standard error.
+        download: the files of a hub id, which come one after the other.
+        resuming: the command that resumes a cut run, without its options.
+        options: fields of ``Options``; ``threads`` is the number of threads of this process, as in ``load``.
+    """
     from moetier.runtime.threads import use_threads
     from moetier.tools.convert.conversion import Conversion
     from moetier.tools.convert.draft import Options
     from moetier.tools.convert.files import check_unused
     from moetier.tools.convert.target import check_place, is_ours, remove
 
-    options = Options(bits, trunk_bits, group_size, pairs, fast, workers, threads)
-    use_threads(threads)
+    how = Options(**options)
+    use_threads(how.threads)
     check_place(dst, checkpoint.folder)
-    conversion = Conversion.plan(checkpoint, dst, options, download=download, resuming=resuming, quiet=quiet)
+    conversion = Conversion.plan(checkpoint, dst, how, download=download, resuming=resuming, quiet=quiet)
     try:
         complete = conversion.target.is_complete()
-        replaced = complete and overwrite  # its bytes may be damaged, which nothing here looks at
+        replaced = complete and overwrite  # its bytes may be damaged, which is not checked here
     except TargetExistsError:
         if not (overwrite and is_ours(dst)):
             raise
@@ -245,7 +234,7 @@ def write(
 
 
 class Stopped(BaseException):
-    """A signal asked the conversion to end."""
+    """Raised by a signal that ends the conversion."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -254,7 +243,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into Stopped, once: a second one while things are put in order changes nothing."""
+    """Raise Stopped for the first SIGINT or SIGTERM, and ignore further ones while the block is left."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):

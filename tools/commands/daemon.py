@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
 from dataclasses import fields
 from pathlib import Path
 
+from moetier.runtime.config import Number, Size
 from moetier.runtime.daemon.options import DaemonConfig
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError, checked, directory
@@ -18,6 +18,8 @@ EXAMPLES = (
     "moetier daemon ./mixtral-4bit ./qwen3-4bit --folder work --metrics 9090",
 )
 
+SEVERAL = Number(int, 1, 10_000, "Give 1 to 10,000.")
+WAIT = Number(float, 0, 86_400, "Give 0 to 86,400 seconds.")
 DEFAULTS = {field.name: field.default for field in fields(DaemonConfig)}
 
 
@@ -42,28 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--leases",
-        type=_count,
+        type=SEVERAL,
         metavar="N",
         default=DEFAULTS["leases"],
         help="most slots that a client may hold at once (default: %(default)s)",
     )
     parser.add_argument(
         "--max-clients",
-        type=_count,
+        type=SEVERAL,
         metavar="N",
         default=DEFAULTS["max_clients"],
         help="most clients at once (default: %(default)s)",
     )
     parser.add_argument(
         "--wait",
-        type=_seconds,
+        type=WAIT,
         metavar="SECONDS",
         default=DEFAULTS["wait"],
         help="longest wait for a free slot, before a request fails (default: %(default)g)",
     )
     parser.add_argument(
         "--drain",
-        type=_seconds,
+        type=WAIT,
         metavar="SECONDS",
         default=DEFAULTS["drain"],
         help="time to finish running requests at shutdown (default: %(default)g)",
@@ -99,7 +101,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, and return 0. Raises UsageError, or MoetierError if the daemon can't start."""
-    from moetier.runtime.config import Size
     from moetier.runtime.daemon.entry import serve
     from moetier.runtime.daemon.log import log_to_stderr
     from moetier.runtime.wire.address import Address
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     with checked():
         folder = Address.parse(arguments.folder).folder
     if folder is None:
-        raise UsageError(f"{arguments.folder!r} is no folder.", "Give a name, or a path; for TCP there is --listen.")
+        raise UsageError(f"{arguments.folder!r} is not a folder.", "Give a name or a path; for TCP there is --listen.")
     if arguments.metrics and importlib.util.find_spec("prometheus_client") is None:
         raise ConfigError(
             "moetier daemon --metrics needs prometheus_client, which is not installed.",
@@ -118,42 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             os.set_inheritable(arguments.ready_fd, False)
         except (OSError, OverflowError):
-            raise ConfigError(f"Descriptor {arguments.ready_fd} is not open.", "Name one that is.") from None
-    config = DaemonConfig(
-        directories=tuple(arguments.directories),
-        folder=folder,
-        ram=None if arguments.ram is None else Size.parse(arguments.ram),
-        policy=arguments.policy,
-        learn=arguments.learn,
-        listen=arguments.listen,
-        tls_cert=arguments.tls_cert,
-        tls_key=arguments.tls_key,
-        tls_client_ca=arguments.tls_client_ca,
-        token_file=arguments.token_file,
-        insecure=arguments.insecure,
-        wait=arguments.wait,
-        leases=arguments.leases,
-        max_clients=arguments.max_clients,
-        drain=arguments.drain,
-        reflection=arguments.reflection,
-        metrics=arguments.metrics,
-        ready_fd=arguments.ready_fd,
-    )
+            raise ConfigError(f"Descriptor {arguments.ready_fd} is not open.", "Give --ready-fd an open one.") from None
+    given = {name: getattr(arguments, name) for name in DEFAULTS if hasattr(arguments, name)}
+    ram = None if arguments.ram is None else Size.parse(arguments.ram)
+    config = DaemonConfig(**given | {"directories": tuple(arguments.directories), "folder": folder, "ram": ram})
     with checked():
         config.check()
     log_to_stderr()
     return serve(config)
-
-
-def _count(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if 1 <= (number := int(text)) <= 10_000:
-            return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no number between 1 and 10,000")
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= (seconds := float(text)) <= 86_400:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 86,400 (seconds)")

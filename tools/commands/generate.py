@@ -1,4 +1,4 @@
-"""``moetier generate DIR PROMPT``: streams text, then says what it cost."""
+"""``moetier generate DIR PROMPT``: stream text, then report what it cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLES = (
     "moetier generate Qwen/Qwen3-30B-A3B:4bit --max-new-tokens 100 < prompt.txt",
 )
 
-AT_FIRST = 1 << 20  # characters of standard input that are read before the model is loaded: nearly every prompt
+AT_FIRST = 1 << 20  # most characters of standard input that are read before the model is loaded: nearly every prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
     resources = resources_of(arguments)
-    decoding, chunk = decoding_of(arguments), arguments.prefill_chunk
+    decoding = decoding_of(arguments)
     prompt = sys.stdin.read(AT_FIRST) if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise ConfigError("The prompt is empty.", "Give it as an argument, or on standard input.")
@@ -67,12 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
         torch.manual_seed(arguments.seed)
         watch = DaemonWatch(model.tiers)
         streamer = TimedStreamer(tokenizer, echo=None if arguments.json else show)
-        limited = within_context(model, tokens, decoding)
+        given = behind(tokens, within_context(model, tokens, decoding))
         try:
-            model.generate(**inputs, **behind(tokens, limited), **chunks_of(model, tokens, chunk), streamer=streamer)
+            model.generate(**inputs, **given, **chunks_of(model, tokens, arguments.prefill_chunk), streamer=streamer)
         except BaseException:
             if streamer.text and not arguments.json:
-                print(flush=True)  # what is said of the error begins a line
+                print(flush=True)  # the message of the error begins a line
             raise
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)
         warn_if_cut(model, tokens, streamer.tokens, decoding)
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_on(prompt: str, model: Any, tokenizer: Any) -> str:
-    """Read the rest of standard input behind ``prompt``, but no more than proves that it is too long for the model."""
+    """Return ``prompt`` with the rest of standard input, or with enough of it to show that it is too long."""
     most = longest_context(model.config)
     while most is None or len(first_ids(tokenizer, prompt, most)) < most:
         piece = sys.stdin.read(3 * len(prompt))

@@ -1,4 +1,4 @@
-"""``moetier inspect DIR``: what a model directory holds, from its manifest and the sizes of its files."""
+"""``moetier inspect DIR``: show what a model directory holds, from its manifest and the sizes of its files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from collections import Counter
 from typing import Any
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.failure import plain
+from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.doctor.survey import MEND, NO_TOKENIZER, survey
 
 EXAMPLES = ("moetier inspect ./mixtral-4bit", "moetier inspect Qwen/Qwen3-30B-A3B:4bit --json")
-
-EXIT_BAD = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 when a shard or a trunk file is missing or malformed. Raises StoreError where there is no finished store."""
+    """Print the directory; return 1 if a shard or a trunk file is missing or malformed.
+
+    Raises StoreError if there is no complete store.
+    """
     from moetier.tiers.store.reader import ExpertStore
 
     with ExpertStore.open(arguments.directory, damaged=True) as store:
@@ -33,10 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
     if found["faults"] and not arguments.json:
         print(MEND, file=sys.stderr)
-    return EXIT_BAD if found["faults"] else 0
+    return EXIT_ERROR if found["faults"] else 0
 
 
 def _text(found: dict[str, Any]) -> str:
+    trunk = format_bytes(found["trunk_bytes"])
+    if form := found["trunk_records"]:
+        trunk += f", {found['trunk_matrices']} matrices of {form['bits']} bits, groups of {form['group']}"
+        trunk += f", {form['pairs']} pairs"
     lines = [
         f"model            {found['model']}",
         f"format           {found['format']}, written by moetier {found['version']}"
@@ -45,7 +50,7 @@ def _text(found: dict[str, Any]) -> str:
         f"store digest     {found['digest']}",
         f"experts          {found['records']:,} in {len(found['blocks'])} blocks, {found['expert_weights']:,} weights, "
         f"{format_bytes(found['expert_bytes'])}, {found['bits_per_weight']:.3f} bits a weight as stored",
-        f"trunk            {format_bytes(found['trunk_bytes'])}{_trunk(found)}",
+        f"trunk            {trunk}",
         f"tokenizer        {'there' if found['tokenizer'] else NO_TOKENIZER}",
         f"reads            {'O_DIRECT' if found['direct'] else 'buffered (no O_DIRECT on this file system)'}",
     ]
@@ -61,15 +66,6 @@ def _text(found: dict[str, Any]) -> str:
     lines += [f"  {block:>3}  {b['path']}" for block, b in enumerate(found["blocks"])]
     lines += [f"bad: {fault}" for fault in found["faults"]]
     return "\n".join(map(plain, lines))
-
-
-def _trunk(found: dict[str, Any]) -> str:
-    form = found["trunk_records"]
-    if not form:
-        return ""
-    return (
-        f", {found['trunk_matrices']} matrices of {form['bits']} bits, groups of {form['group']}, {form['pairs']} pairs"
-    )
 
 
 def _projection(projection: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""``moetier list``: list the pulled models."""
+"""``moetier list``: the models that were pulled."""
 
 from __future__ import annotations
 
@@ -6,34 +6,13 @@ import argparse
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moetier.tools.cli.failure import plain
 
 EXAMPLES = ("moetier list", "moetier list --json")
 LOOKS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A pulled model. ``bits``, ``trunk_bits``, ``blocks`` and ``experts`` are None where its folder does not say."""
-
-    name: str
-    folder: str
-    bits: int | None
-    trunk_bits: int | None
-    blocks: int | None
-    experts: int | None
-    bytes: int  # that it takes on the disk, with what is on its way
-    pulled_unix: float  # when it was finished, or last went on
-    revision: str | None  # the hub's commit
-    resume: str | None  # the command that completes it, or where its plan is lost replaces it; None of a complete one
-
-    @property
-    def complete(self) -> bool:
-        """Whether the model's conversion has finished."""
-        return self.resume is None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the pulled models and return 0."""
     from moetier.runtime.pulled import models_folder, pulled
 
-    found = [model for name, folder in pulled().items() if (model := look(name, folder)) is not None]
+    found = []
+    for name, folder in pulled().items():
+        for _ in range(LOOKS):  # a conversion that ends, or a removal, may take a file away while it is read
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_look(name, folder))
+                break
     if arguments.json:
-        print(json.dumps([asdict(model) | {"complete": model.complete} for model in found], indent=2))
+        print(json.dumps(found, indent=2))
     elif found:
         print(_text(found))
     else:
@@ -55,19 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def look(name: str, folder: Path) -> Listed | None:
-    """Describe a pulled model; return None if it is removed meanwhile.
+def _look(name: str, folder: Path) -> dict[str, Any]:
+    """Return what there is of a pulled model, read from its manifest, or from the plan of its conversion.
 
-    A conversion that ends meanwhile removes its plan: then the folder is read again.
+    ``resume`` is the command that completes it, or replaces it if its plan can't be read; None if it is complete.
     """
-    for _ in range(LOOKS):
-        with contextlib.suppress(FileNotFoundError):
-            return _look(name, folder)
-    return None
-
-
-def _look(name: str, folder: Path) -> Listed:
-    """Read the manifest, or the plan of an incomplete conversion. Raises FileNotFoundError."""
     from moetier.runtime.pulled import pulling
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import Manifest
@@ -94,37 +70,38 @@ def _look(name: str, folder: Path) -> Listed:
             manifest = read_manifest(store)
     except StoreError:
         resume = command("pull", *pulling(name), "--overwrite")
-    return Listed(
-        name=name,
-        folder=str(folder),
-        bits=None if manifest is None else manifest.bits,
-        trunk_bits=None if manifest is None else manifest.trunk_bits,
-        blocks=None if manifest is None else len(manifest.blocks),
-        experts=None if manifest is None else manifest.record_count,
-        bytes=disk_bytes(folder),
-        pulled_unix=last.stat().st_mtime,
-        revision=read_origin(folder).get("revision"),
-        resume=resume,
-    )
+    return {
+        "name": name,
+        "folder": str(folder),
+        "bits": None if manifest is None else manifest.bits,
+        "trunk_bits": None if manifest is None else manifest.trunk_bits,
+        "blocks": None if manifest is None else len(manifest.blocks),
+        "experts": None if manifest is None else manifest.record_count,
+        "bytes": disk_bytes(folder),  # with those of a download that is not complete
+        "pulled_unix": last.stat().st_mtime,  # when it was completed, or went on last
+        "revision": read_origin(folder).get("revision"),
+        "resume": resume,
+        "complete": resume is None,
+    }
 
 
-def _text(found: list[Listed]) -> str:
+def _text(found: list[dict[str, Any]]) -> str:
     from moetier.runtime.config import format_bytes
     from moetier.tools.cli.report import table
 
     rows = [["name", "bits", "trunk", "size", "experts", "pulled", ""]]
     for model in found:
-        does = "replaces" if model.bits is None else "resumes"
-        experts = "?" if model.experts is None else f"{model.blocks} x {model.experts // (model.blocks or 1)}"
+        does = "replaces" if model["bits"] is None else "resumes"
+        blocks, experts = model["blocks"], model["experts"]
         rows.append(
             [
-                model.name,
-                str(model.bits or "?"),
-                str(model.trunk_bits or "?"),
-                format_bytes(model.bytes),
-                experts,
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(model.pulled_unix)),
-                "complete" if model.complete else f"incomplete: {plain(str(model.resume))} {does} it",
+                model["name"],
+                str(model["bits"] or "?"),
+                str(model["trunk_bits"] or "?"),
+                format_bytes(model["bytes"]),
+                "?" if experts is None else f"{blocks} x {experts // (blocks or 1)}",
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(model["pulled_unix"])),
+                "complete" if model["complete"] else f"incomplete: {plain(model['resume'])} {does} it",
             ]
         )
     return table(rows)

@@ -1,4 +1,4 @@
-"""``moetier ps``: list the daemons of this user that run on this machine."""
+"""``moetier ps``: list this user's daemons on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds, table
 
 if TYPE_CHECKING:
-    from moetier.proto.expert_store_pb2 import ModelStats
     from moetier.runtime.wire.probe import RunningDaemon
 
 EXAMPLES = ("moetier ps",)
@@ -28,9 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.wire.address import runtime_folder
     from moetier.runtime.wire.probe import running_daemons
 
-    found = running_daemons()
+    found = [_look(daemon) for daemon in running_daemons()]
     if arguments.json:
-        print(json.dumps([_json(daemon) for daemon in found], indent=2))
+        print(json.dumps(found, indent=2))
     elif found:
         print(_text(found))
     else:
@@ -38,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _json(daemon: RunningDaemon) -> dict[str, Any]:
+def _look(daemon: RunningDaemon) -> dict[str, Any]:
     return {
         "folder": str(daemon.folder),
         "pid": daemon.card.pid,
@@ -65,30 +64,25 @@ def _json(daemon: RunningDaemon) -> dict[str, Any]:
     }
 
 
-def _text(found: list[RunningDaemon]) -> str:
+def _text(found: list[dict[str, Any]]) -> str:
     from moetier.runtime.wire.address import DIGEST_CHARS
 
     rows = [["folder", "pid", "model", "store", "budget", "ready", "clients", "up", "listens"]]
     for daemon in found:
-        for number, (model, now) in enumerate(daemon.models):
+        for number, model in enumerate(daemon["models"]):
             first = number == 0
+            ready = f"{model['ready']}/{model['slots']}" if "ready" in model else "no answer"
             rows.append(
                 [
-                    plain(str(daemon.folder)) if first else "",
-                    str(daemon.card.pid) if first else "",
-                    plain(model.name),
-                    plain(model.digest[:DIGEST_CHARS]),
-                    format_bytes(model.budget_bytes),
-                    _ready(now),
-                    str(now.clients) if now is not None else "?",
-                    format_seconds(time.time() - daemon.card.started_unix) if first else "",
-                    plain(daemon.card.listen or "-") if first else "",
+                    plain(daemon["folder"]) if first else "",
+                    str(daemon["pid"]) if first else "",
+                    plain(model["name"]),
+                    plain(model["digest"][:DIGEST_CHARS]),
+                    format_bytes(model["budget_bytes"]),
+                    "bad shards" if "fault" in model else ready,
+                    str(model.get("clients", "?")),
+                    format_seconds(daemon["uptime_s"]) if first else "",
+                    plain(daemon["listen"] or "-") if first else "",
                 ]
             )
     return table(rows)
-
-
-def _ready(now: ModelStats | None) -> str:
-    if now is None:
-        return "no answer"
-    return "bad shards" if now.fault else f"{now.host.ready}/{now.host.slots}"

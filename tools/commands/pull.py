@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Pull the model and return the exit status. Raises CheckpointError, TargetError or ConfigError."""
+    """Pull the model and return the exit code. Raises CheckpointError, TargetError or ConfigError."""
     options = options_of(arguments)
     from moetier.runtime.checkpoint import hub
     from moetier.runtime.pulled import place_of, tag_of

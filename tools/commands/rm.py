@@ -1,6 +1,6 @@
 """``moetier rm NAME...``: remove pulled models, complete or not.
 
-After a removal that was cut the rest keeps its name: ``list`` shows it, and ``rm`` goes on.
+A removal that was interrupted leaves the model's name: ``list`` shows it, and ``rm`` goes on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Remove the models and return 0; remove none if a name is wrong or a model is in use.
+    """Remove the models and return 0; none is removed if a name is wrong or a model in use when the command begins.
 
-    A model that comes into use while a question is open stays, and so do those behind it. Raises StoreFormatError,
+    A model that comes into use before a question is answered ends the command there. Raises StoreFormatError or
     TargetError.
     """
     from moetier.runtime.config import format_bytes
@@ -31,23 +31,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     found = dict(pulled_model(name) for name in arguments.names)
     for name, folder in found.items():
-        check_removable(name, folder)
+        _check(name, folder)
     for name, folder in found.items():
         size = format_bytes(disk_bytes(folder))
-        if not arguments.yes and sys.stdin.isatty() and not _agrees(f"Remove {name} ({size})? [y/N] "):
-            continue
-        remove(name, folder)
+        if not arguments.yes and sys.stdin.isatty():
+            print(f"Remove {name} ({size})? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                continue
+        _remove(name, folder)
         print(f"{name}: removed, {size}")
     return 0
 
 
-def _agrees(question: str) -> bool:
-    print(question, end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def check_removable(name: str, folder: Path) -> None:
-    """Raise TargetError for a model that lies elsewhere or is in use."""
+def _check(name: str, folder: Path) -> None:
+    """Check that a model may be removed. Raises TargetError if it lies elsewhere, or is in use."""
     from moetier.runtime.pulled import models_folder
     from moetier.tiers.errors import TargetError
     from moetier.tools.convert.files import check_unused
@@ -61,15 +58,15 @@ def check_removable(name: str, folder: Path) -> None:
     check_unused(name, folder)
 
 
-def remove(name: str, folder: Path) -> None:
-    """Remove a model, without following links in its folder. Raises TargetError if it is in use."""
+def _remove(name: str, folder: Path) -> None:
+    """Remove a model's folder without following links. Raises TargetError if it is in use."""
     from moetier.tiers.store.folder import GROUP
     from moetier.tools.convert.files import check_unused, delete, empty, locked
 
     store = folder / GROUP
-    linked = store.is_symlink()  # no conversion writes there
+    linked = store.is_symlink()  # no conversion writes through a link
     with contextlib.nullcontext() if linked else locked(name, folder):
-        check_unused(name, folder)  # by now, whatever was seen before a person was asked
+        check_unused(name, folder)  # again: the question may have waited for long
         beside = [path for path in folder.iterdir() if path != store]
         if linked:
             for path in beside:
@@ -77,5 +74,5 @@ def remove(name: str, folder: Path) -> None:
         else:
             empty(folder, beside)
         delete(folder)
-    with contextlib.suppress(OSError):  # other widths are there
+    with contextlib.suppress(OSError):  # it has models of other widths
         folder.parent.rmdir()

@@ -1,4 +1,4 @@
-"""``moetier stats``: print a daemon's counters."""
+"""``moetier stats``: the counters of a daemon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import format_bytes
+from moetier.runtime.config import Number, format_bytes
 from moetier.tools.cli.arguments import add_credentials, credentials
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import checked
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moetier.proto.expert_store_pb2 import DescribeReply, ModelStats, StatsReply, Tier
     from moetier.runtime.wire.address import Address
 
+INTERVAL = Number(float, 0.01, 86_400, "Give 0.01 to 86,400 seconds.")
 EXAMPLES = ("moetier stats", "moetier stats work --watch 5", "moetier stats host:7070 --token-file token --json")
 
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON: one object, with --watch one a line")
     parser.add_argument(
         "--watch",
-        type=interval,
+        type=INTERVAL,
         nargs="?",
         const=1.0,
         metavar="SECONDS",
@@ -46,28 +47,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     address = address_of(arguments.address)
     with probe(address, credentials(arguments)) as daemon:
-        described, stats = daemon.describe(), daemon.stats()
+        now = daemon.describe(), daemon.stats()
         if arguments.watch is None:
-            found = to_json(address, described, stats)
-            print(json.dumps(found, indent=2) if arguments.json else _text(address, described, stats))
+            print(json.dumps(to_json(address, *now), indent=2) if arguments.json else _text(address, *now))
             return 0
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
             if not arguments.json:
                 print(_HEAD, flush=True)
             while True:
                 time.sleep(arguments.watch)
-                before = described, stats
-                described, stats = daemon.describe(), daemon.stats()
-                if arguments.json:
-                    print(json.dumps(to_json(address, described, stats)), flush=True)
-                else:
-                    print(changes(before, (described, stats)), flush=True)
-        except KeyboardInterrupt:  # how one ends it
-            return 0
+                before, now = now, (daemon.describe(), daemon.stats())
+                print(json.dumps(to_json(address, *now)) if arguments.json else changes(before, now), flush=True)
+    return 0
 
 
 def to_json(address: Address, described: DescribeReply, stats: StatsReply) -> dict[str, Any]:
-    """Return the counters since the daemon's start, in bytes and seconds."""
+    """Return the counters since the daemon's start as JSON, in bytes and seconds."""
     return {
         "address": str(address),
         "version": described.version,
@@ -88,10 +83,7 @@ def _tier(host: Tier) -> dict[str, Any]:
 
 
 def address_of(text: str | None) -> Address:
-    """Parse the address of a command line; None stands for the only daemon that runs here, or the default's.
-
-    Raises UsageError.
-    """
+    """Return the address that a command line gives, or else that of the only daemon here, or the default."""
     from moetier.runtime.wire.address import DEFAULT_NAME, Address
     from moetier.runtime.wire.probe import running_daemons
 
@@ -134,13 +126,13 @@ _HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses
 
 
 def changes(before: tuple[DescribeReply, StatsReply], now: tuple[DescribeReply, StatsReply]) -> str:
-    """Return what ``--watch`` prints of two readings: one line for each model."""
+    """Return a line for each model: what changed between two looks at a daemon."""
     from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
 
     (daemon, stats), (was_daemon, was) = now, before
     started = (daemon.pid, daemon.started_unix_ms)
     if started != (was_daemon.pid, was_daemon.started_unix_ms) or stats.uptime_s < was.uptime_s:
-        was = StatsReply()  # another daemon, at the same address; it may have begun between the answers
+        was = StatsReply()  # another daemon at the same address, which may have started between the two replies
     seconds = max(stats.uptime_s - was.uptime_s, 1e-9)
     former = {model.digest: model for model in was.models}
     return "\n".join(_line(former.get(model.digest, ModelStats()), model, seconds) for model in stats.models)
@@ -158,11 +150,3 @@ def _line(before: ModelStats, now: ModelStats, seconds: float) -> str:
         format_bytes((now.host.bytes_in - before.host.bytes_in) / seconds),
         format_bytes((now.fetched_bytes - before.fetched_bytes) / seconds),
     )
-
-
-def interval(text: str) -> float:
-    """Parse an option's seconds between two readings. Raises ArgumentTypeError."""
-    with contextlib.suppress(ValueError):
-        if 0.01 <= (seconds := float(text)) <= 86_400:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0.01 and 86,400 (seconds)")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import add_credentials, credentials
 
-from .stats import address_of, interval
+from .stats import INTERVAL, address_of
 
 if TYPE_CHECKING:
     from moetier.runtime.wire.probe import RunningDaemon
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--interval",
-        type=interval,
+        type=INTERVAL,
         default=EVERY,
         metavar="SECONDS",
         help="time between two looks (default: %(default)g)",

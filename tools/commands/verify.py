@@ -1,27 +1,19 @@
-"""``moetier verify DIR``: reads records and trunk, and names each record and file that is not what was written."""
+"""``moetier verify DIR``: read all records and files, and name those that are not what was written."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
-from moetier.tools.cli.failure import plain
+from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.doctor.survey import MEND, NO_TOKENIZER
 
-if TYPE_CHECKING:
-    from moetier.tiers.store.scrub import Problem
-
 EXAMPLES = ("moetier verify ./mixtral-4bit",)
-
-EXIT_BAD = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,24 +23,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 when anything is bad. Raises StoreError where there is nothing that can be checked."""
+    """Check the directory; return 1 if anything is bad. Raises StoreError if nothing can be checked."""
     from moetier.tiers.store.reader import ExpertStore
-    from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
+    from moetier.tiers.store.scrub import READS, Problem, scrub, scrub_trunk
     from moetier.tiers.store.trunk import trunk_faults
     from moetier.tools.cli.progress import Progress
-    from moetier.tools.convert.files import has_tokenizer
+    from moetier.tools.convert.files import has_tokenizer, small_faults
 
     with ExpertStore.open(arguments.directory, readers=READS, damaged=True) as store:
-        manifest = store.manifest
+        manifest, folder = store.manifest, store.folder.parent
         readable = [entry for block, entry in enumerate(manifest.blocks) if block not in store.faults]
         total = sum(entry.experts * manifest.layouts[entry.array].slot_bytes for entry in readable)
-        faults = trunk_faults(store.folder.parent, manifest) if manifest.trunk else {}
+        faults = trunk_faults(folder, manifest) if manifest.trunk else {}
         total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
         problems = []
-        small = scrub_small(store.folder.parent) if manifest.trunk else ()
-        tokenizer = not manifest.trunk or has_tokenizer(store.folder.parent)
+        small = small_faults(folder) if manifest.trunk else ()  # of files without checksums
+        tokenizer = not manifest.trunk or has_tokenizer(folder)
+        of_small = (Problem(None, None, str(folder), fault.cause) for fault in small)
         with Progress("verify", total) as progress:
-            for found in chain(scrub(store), scrub_trunk(store.folder.parent, manifest, faults), small):
+            for found in chain(scrub(store), scrub_trunk(folder, manifest, faults), of_small):
                 if isinstance(found, int):
                     progress.advance(found)
                 else:
@@ -82,13 +75,4 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"tokenizer: {NO_TOKENIZER}")
         if problems:
             print(MEND, file=sys.stderr)
-    return EXIT_BAD if problems else 0
-
-
-def scrub_small(directory: Path) -> Iterator[Problem]:
-    """Yields what is wrong with the small files of a model directory, of which there are no sums."""
-    from moetier.tiers.store.scrub import Problem
-    from moetier.tools.convert.files import small_faults
-
-    for fault in small_faults(directory):
-        yield Problem(None, None, str(directory), fault.cause)
+    return EXIT_ERROR if problems else 0

@@ -292,7 +292,7 @@ def test_what_can_not_work_is_said(
 @pytest.mark.parametrize(
     ("options", "warnings"),
     [
-        (["--ram", "999TiB"], [r"--ram 999TiB is more than the \S+ \wiB of (this machine|the control group \S+): .*"]),
+        (["--ram", "999TiB"], [r"--ram 999TiB is more than the \S+ \wiB of (this machine|the control group \S+)\. .*"]),
         (["--context", "100000"], [r"--context 100000 is more than the 2048 tokens that the model was trained for\."]),
         (["--ram", "100%", "--context", "2048"], []),
         ([], []),
