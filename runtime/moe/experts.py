@@ -44,7 +44,7 @@ class TieredBlock:
     source: ExpertSource[Tensor]
     kernels: Kernels
     device: torch.device  # of the records
-    # told of a demand, once it is made: block, experts, whether some of them are still to come
+    # called once for each demand with the block, its experts, and whether some of them are still to come
     demanded: Callable[[int, Collection[int], bool], None] | None = None
 
 
@@ -96,7 +96,7 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
             cut.reclaim()
     _open.source = here.source
     left = len(experts)
-    tell = here.demanded
+    demanded = here.demanded  # None once it was called
     with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in experts])) as leases:
         group = []
         for lease in leases:
@@ -104,12 +104,14 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
             left -= 1
             if lease.more:
                 continue
-            if tell is not None and left <= 0:
-                tell = tell(here.block, experts, False)
+            if demanded is not None and left <= 0:
+                demanded(here.block, experts, False)
+                demanded = None
             yield group
             group = []
-            if tell is not None:
-                tell = tell(here.block, experts, True)
+            if demanded is not None:
+                demanded(here.block, experts, True)
+                demanded = None
     _open.source = None
 
 
