@@ -32,14 +32,12 @@ class Int4(Protocol):
 
         Returns as many bytes; those of the first rows come first.
         """
-        ...
 
     def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
         """Multiply x bf16 [tokens, columns] -> bf16 [tokens, rows].
 
         ``arranged`` are codes uint8 [rows * columns / 2], ``pairs`` bf16 [columns / group, rows, 2].
         """
-        ...
 
 
 class CudaInt4:

@@ -24,8 +24,6 @@ _LIBRARY.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3,
 _LIBRARY.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _LIBRARY.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
-_ANYWHERE = (None, mmap.PAGESIZE)
-_NAME = "moetier-code"
 
 # ELF-64 (System V ABI, and its supplement for AMD64)
 _ELF, _X86_64 = b"\x7fELF\x02\x01", 62
@@ -41,7 +39,8 @@ class LinkError(RuntimeError):
 @functools.cache
 def can_become_executable() -> bool:
     """Return whether memory that was written may be made executable, as LLVM and oneDNN do. Runs no code."""
-    page = _LIBRARY.mmap(*_ANYWHERE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    writable, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    page = _LIBRARY.mmap(None, mmap.PAGESIZE, writable, private, -1, 0)
     if page == _FAILED:
         return False
     try:
@@ -57,7 +56,7 @@ class Executable:
     def __init__(self, object_file: bytes) -> None:
         """Link and map a file. Raises LinkError as ``link`` does, and OSError where such memory can't be had."""
         image, self._symbols = link(object_file)
-        descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        descriptor = os.memfd_create("moetier-code", os.MFD_CLOEXEC)
         try:
             write_all(descriptor, image, 0)
             # not mmap.mmap, which keeps a descriptor of its own

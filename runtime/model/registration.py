@@ -125,11 +125,6 @@ class MoetierConfig(QuantizationConfigMixin):
         self.bits = bits
         self.trunk_bits = trunk_bits
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of ``TierConfig.of``."""
-        return {name: getattr(self, name) for name in IN_CONFIG}
-
 
 class MoetierQuantizer(HfQuantizer):
     """Remove the experts' parameters before the weights are loaded, and attach the tiers afterwards."""
@@ -192,7 +187,8 @@ class MoetierQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         given: Any = self.quantization_config
         device = _device_of(model)
-        asked = _asked.get() or TierConfig.of(**(given.options | _options))
+        in_config: Any = {name: getattr(given, name) for name in IN_CONFIG}
+        asked = _asked.get() or TierConfig.of(**(in_config | _options))
         use_threads(asked.threads)
         kernels = kernels_for(device, exact=asked.exact)
         linears = quantized_linears(model)

@@ -36,6 +36,8 @@ from .shard import (
 
 DIGEST_SECONDS = 0.1  # for which opening an older store waits: enough for a quick disk or a small store
 
+NO_PREFIX = StagedPrefix(0, lambda view: None)
+
 _log = logging.getLogger(__name__)
 
 
@@ -158,7 +160,7 @@ class ExpertStore:
             StoreReadError: the disk has answered with an error twice.
             ChecksumError: the bytes are not those that were written.
         """
-        self.read_rest(key, buffer, _NOTHING, pause)
+        self.read_rest(key, buffer, NO_PREFIX, pause)
 
     @property
     def parts(self) -> ExpertStore:
@@ -292,10 +294,3 @@ def _expert(manifest: Manifest, key: ExpertKey) -> str:
 
 def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
-
-
-def _nothing(view: memoryview) -> None:
-    """Copy no prefix."""
-
-
-_NOTHING = StagedPrefix(0, _nothing)

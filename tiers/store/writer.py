@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class StoreWriter:
-    """Writes the blocks of one plan, each once, in any order, several at a time. Thread-safe.
+    """Writer of the blocks of one plan, each once, in any order. Threads may write several at a time.
 
     The writer holds a lock on the folder until ``finish`` or ``close``, so a second conversion into it is refused.
     """
@@ -87,15 +86,13 @@ class StoreWriter:
         self.plan = plan
         self._folder_lock = lock
         self._files = [ShardFile.of(folder, plan, block) for block in range(len(plan.blocks))]
-        self._lock = threading.Lock()  # guards the set below
         self._finished = {block for block, file in enumerate(self._files) if is_complete(file)}
         self._closed = False
 
     @property
     def finished_blocks(self) -> frozenset[int]:
         """Blocks whose shards are complete. The others must be written."""
-        with self._lock:
-            return frozenset(self._finished)
+        return frozenset(self._finished)
 
     @property
     def missing_bytes(self) -> int:
@@ -121,8 +118,7 @@ class StoreWriter:
             yield shard
             assert shard.written == file.experts, f"{shard.written} of {file.experts} experts were written"
             stream.write(file.make_index())
-        with self._lock:
-            self._finished.add(block)
+        self._finished.add(block)
 
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
         return disk_errors(self.folder, lambda: self.missing_bytes)
