@@ -1,7 +1,4 @@
-"""``moetier bench convert SRC``: weights a second, with the optimiser and without, beside the disk's rate.
-
-Where llama-cpp-python is installed, its quantiser takes its turn with the others.
-"""
+"""``moetier bench convert SRC``: weights a second, with the optimiser and without, beside the disk's rate."""
 
 from __future__ import annotations
 
@@ -11,16 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import COUNT, format_bytes
-from moetier.runtime.threads import usable_cpus
-from moetier.tiers.errors import CheckpointError, ConfigError, MoetierError
+from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import BITS
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.settings import without_settings
@@ -29,11 +23,10 @@ from .disk import NO_FIO, RandomReads, fio_version
 from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 from .sandbox import drop_page_cache
 
-EXAMPLES = ("moetier bench convert ./Mixtral-8x7B-v0.1 --no-llama",)
+EXAMPLES = ("moetier bench convert ./Mixtral-8x7B-v0.1",)
 
 MILLION = 1e6
 WAYS: dict[str, list[str]] = {"hqq": [], "fast": ["--fast"]}
-LLAMA, LLAMA_BITS = "llama.cpp Q4_0", 4
 DEPTH = 4
 DISK_SECONDS = 2.0
 
@@ -49,14 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=COUNT, metavar="N", help="experts that are quantised at a time, as in moetier convert"
     )
     add_option(parser, "threads")
-    parser.add_argument(
-        "--no-llama", action="store_true", help="leave out llama.cpp, whose source takes as much disk as SRC again"
-    )
     add_bench_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
+    return measure(arguments, {})
+
+
+def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dict[str, Any]]]) -> int:
+    """Convert by turns, in moetier's ways and those of ``others``; print and write everything. Raises MoetierError.
+
+    Each of ``others`` is called by its name's turn, and returns what ``convert_once`` returns.
+    """
     check_bench(arguments)
     files = sorted(arguments.source.glob("*.safetensors"))
     if not files:
@@ -69,15 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         words += ["--workers", str(arguments.workers)] if arguments.workers else []
         words += ["--threads", str(arguments.threads)] if arguments.threads else []
         ways[name] = partial(convert_once, arguments.source, arguments.into, words, files)
-    notes = [] if fio else [NO_FIO]
-    with ExitStack() as stack:
-        if not arguments.no_llama:
-            folder = tempfile.TemporaryDirectory(prefix="moetier-bench-", dir=arguments.into)
-            try:
-                ways[LLAMA] = llama_way(arguments, Path(stack.enter_context(folder)))
-            except MoetierError as error:
-                notes.append(f"{LLAMA} is left out: {error.cause}")
-        found = alternate(arguments.rounds, ways)
+    found = alternate(arguments.rounds, ways | dict(others))
 
     disk = Spread.of(found.pop("disk"))
     rows, results = (
@@ -107,11 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
                 "peak_bytes": peak,
             }
         )
-    notes.insert(
-        0,
+    notes = [
         f"disk     {disk.text(1e9)} GB/s, random reads of {format_bytes(reads.block_bytes)}, {DEPTH} in flight, "
         f"by {reads.by}; page cache {found['hqq'][-1]['page_cache']}",
-    )
+        *([] if fio else [NO_FIO]),
+    ]
     machine = Machine.here(place=arguments.source, fio=fio)
     rates = {"disk_bytes_per_s": disk.to_json(), "disk_by": reads.by}
     return report(arguments, machine, rows, results, notes=notes, rates=rates)
@@ -135,40 +125,3 @@ def convert_once(source: Path, into: Path | None, options: list[str], files: lis
         raise CheckpointError(cause.removeprefix("moetier: "), fix.strip())
     found: dict[str, Any] = json.loads(result.stdout)
     return found | {"page_cache": page_cache}
-
-
-def llama_way(arguments: argparse.Namespace, folder: Path) -> Callable[[], dict[str, Any]]:
-    """Return a call that quantises the same weights with llama.cpp; they are put into ``folder`` in 16 bits first.
-
-    Raises MoetierError where that is not possible.
-    """
-    from moetier.tiers.store.atomic import disk_errors
-
-    from .gguf_export import export_gguf
-
-    if arguments.bits != LLAMA_BITS:
-        raise ConfigError(f"it has {LLAMA_BITS} bits, and --bits is {arguments.bits}.", "")
-    if find_spec("llama_cpp") is None:
-        raise ConfigError("llama-cpp-python is not installed.", "")
-    source = folder / "source.gguf"
-    with disk_errors(folder):
-        export_gguf(arguments.source, source, kind="F16", quiet=False)
-    threads = arguments.workers or arguments.threads or usable_cpus()
-    return partial(quantize_once, source, folder / "target.gguf", threads)
-
-
-def quantize_once(source: Path, target: Path, threads: int) -> dict[str, Any]:
-    """Run llama.cpp's quantiser and return what ``convert_once`` returns.
-
-    ``weights`` are those that are in Q4_0 afterwards, and the time is that of llama.cpp's call.
-    """
-    import gguf
-
-    from .engines import llama_quantize
-
-    drop_page_cache([source], whole=False)
-    seconds, peak = llama_quantize(source, target, threads=threads)
-    tensors, kind = gguf.GGUFReader(target).tensors, gguf.GGMLQuantizationType.Q4_0
-    weights = sum(int(tensor.n_elements) for tensor in tensors if tensor.tensor_type == kind)
-    target.unlink()
-    return {"weights": weights, "source_bytes": source.stat().st_size, "seconds": seconds, "peak_bytes": peak}

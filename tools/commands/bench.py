@@ -11,8 +11,7 @@ NOUNS = {
     "kernels": "multiply with records, beside the rate at which memory is read",
     "decode": "decode fixed tokens, beside the bound of a token",
     "prefill": "compute a prompt, beside its bound",
-    "convert": "convert with HQQ and with --fast, beside llama.cpp and the rate at which the source can be read",
-    "peers": "compare with llama.cpp and accelerate's disk offload, fed the same tokens",
+    "convert": "convert with HQQ and with --fast, beside the rate at which the source can be read",
 }
 EXAMPLES = ("moetier bench disk ./mixtral-4bit", "moetier bench decode --help")
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,9 @@ from moetier.tools.bench import model as bench_model
 from moetier.tools.bench import rates as compute_rate
 from moetier.tools.bench import sandbox
 from moetier.tools.bench.model import Floor, Setting
-from moetier.tools.lab.synthetic import shapes_of
 from moetier.tools.main import main
 
 PAGE = DOCS / "benchmarks.md"
-HAS_LLAMA = all(find_spec(name) is not None for name in ("gguf", "llama_cpp"))
 SPREAD = {"median", "min", "max", "runs"}
 MIB = 1 << 20
 # what is wished for is no miss; and how a token attends does not depend on how many come with it
@@ -216,7 +212,7 @@ def test_prefill(tinymix_4bit: Path, tmp_path: Path) -> None:
 def test_convert(tinymix: Path, tmp_path: Path) -> None:
     into = tmp_path / "into"
     into.mkdir()
-    found = bench(tmp_path, "convert", str(tinymix), "--rounds", "1", "--into", str(into), "--no-llama")
+    found = bench(tmp_path, "convert", str(tinymix), "--rounds", "1", "--into", str(into))
     hqq, fast = check(found)
     assert (hqq["way"], fast["way"]) == ("hqq", "fast")
     assert hqq["weights"] == 64 * 3 * 256 * 512
@@ -225,34 +221,6 @@ def test_convert(tinymix: Path, tmp_path: Path) -> None:
     assert hqq["bound_weights_per_s"] == pytest.approx(rate * hqq["weights"] / hqq["source_bytes"])
     assert fast["fast_times_as_fast"] == 1
     assert not any(into.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_LLAMA, reason="gguf or llama-cpp-python is not installed")
-def test_convert_beside_llama_cpp(tinymix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It quantises every matrix but the gates."""
-    into = tmp_path / "into"
-    into.mkdir()
-    _, fast, llama = check(bench(tmp_path, "convert", str(tinymix), "--rounds", "1", "--into", str(into)))
-    assert llama["way"] == "llama.cpp Q4_0"
-    shapes = shapes_of(json.loads((tinymix / "config.json").read_text()) | {"head_dim": 32})
-    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(".gate.weight")]
-    assert llama["weights"] == sum(rows * columns for rows, columns in matrices)
-    assert 2 * llama["weights"] < llama["source_bytes"] < 2.1 * llama["weights"]
-    assert llama["fast_times_as_fast"] == fast["weights_per_s"]["median"] / llama["weights_per_s"]["median"]
-    assert not any(into.iterdir())
-    assert "left out" not in capsys.readouterr().out
-
-
-def test_convert_says_why_llama_cpp_is_left_out(tinymix: Path, tmp_path: Path) -> None:
-    """Other bits; a model that a GGUF file is not made of. Nothing is left of what was begun."""
-    arguments = argparse.Namespace(source=tinymix, bits=3, workers=None)
-    with pytest.raises(ConfigError, match=r"4 bits, and --bits is 3"):
-        bench_convert.llama_way(arguments, tmp_path)
-    if not HAS_LLAMA:
-        with pytest.raises(ConfigError, match="not installed"):
-            bench_convert.llama_way(argparse.Namespace(source=tinymix, bits=4, workers=None), tmp_path)
-    assert not any(tmp_path.iterdir())
 
 
 def test_a_child_feeds_what_it_is_told_and_tells_the_experts(tinymix_4bit: Path) -> None:

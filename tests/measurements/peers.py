@@ -1,31 +1,37 @@
-"""``moetier bench peers DIR``: other engines on the same tokens, in control groups of the same size, by turns."""
+"""llama.cpp and accelerate's disk offload beside moetier: the same tokens and memory limits, in alternating runs.
+
+    python tests/measurements/peers.py DIR --gguf FILE
+
+``gguf_export.py`` makes FILE of the checkpoint that DIR was converted from. Other engines are in the extra ``peers``.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engines import Run, accelerate_decode, llama_run, run_script
+
 from moetier.runtime.config import COUNT, Size, format_bytes
 from moetier.runtime.threads import usable_cpus
+from moetier.tools.bench.model import Work
+from moetier.tools.bench.output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
+from moetier.tools.bench.sandbox import fresh
+from moetier.tools.bench.token_ids import add_token_arguments
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.parser import DIRECTORY, UsageError, directory
 
-from .engines import Run, accelerate_decode, llama_run
-from .model import Work
-from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
-from .sandbox import fresh
-from .token_ids import add_token_arguments
-
-EXAMPLES = ("moetier bench peers ./mixtral-4bit --gguf mixtral-q4_0.gguf --limit 16GiB",)
+EXAMPLES = ("python tests/measurements/peers.py ./mixtral-4bit --gguf mixtral-q4_0.gguf --limit 16GiB",)
 
 Engine = Callable[[], Run]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `moetier bench peers`."""
+    """Add the options of the script."""
     parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     parser.add_argument("--checkpoint", type=Path, metavar="SRC", help="the same model for accelerate")
@@ -54,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+    """Measure and print; return 0. Raises MoetierError."""
     check_bench(arguments)
     if arguments.gguf is None and (arguments.checkpoint is None or arguments.prefill):
         raise UsageError("There is no peer to measure.", "Give --gguf FILE; or --checkpoint SRC, without --prefill.")
@@ -111,3 +117,12 @@ def _bytes(limit: str | None) -> int | None:
     from moetier.runtime.memory import machine_memory
 
     return None if limit is None else Size.parse(limit).of(machine_memory())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line ``words``, by default sys.argv's, and return the exit code."""
+    return run_script(__name__, "Compare moetier with llama.cpp and accelerate's disk offload.", words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """transformers with accelerate's disk offload as a child process: a job as JSON in, what it found as JSON out.
 
-See ``peers.py``, which starts it.
+``engines.py`` starts it.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetier.tiers.errors import ConfigError
-
-from .sandbox import forget, run_limited
+from moetier.tiers.errors import ConfigError, MoetierError
+from moetier.tools.bench.sandbox import forget, run_limited
+from moetier.tools.cli.parser import CommandParser, by_name
+from moetier.tools.main import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def accelerate_decode(
 
 def _child(module: str, job: dict[str, Any], limit: int | None) -> tuple[dict[str, Any], int]:
     """Run a job in a process of its own; return what it found, and its peak of memory in bytes."""
-    command = [sys.executable, "-m", f"moetier.tools.bench.{module}"]
+    command = [sys.executable, str(Path(__file__).with_name(f"{module}.py"))]
     ended, peak = run_limited(command, json.dumps(job), limit)
     if ended.returncode:
         raise PeerError(*_reason(module, ended, limit))
@@ -125,3 +126,19 @@ def _reason(module: str, ended: subprocess.CompletedProcess[str], limit: int | N
     if ended.returncode in (-9, 137) and limit is not None:
         return f"{name} was killed for memory, of which it had {limit:,} bytes.", "Give it more."
     return f"{name} ended with status {ended.returncode}: {last}", "See whether the machine has enough memory and disk."
+
+
+def run_script(module: str, description: str, words: Sequence[str] | None = None) -> int:
+    """Run a script's ``add_arguments`` and ``run`` as moetier runs a command's; return the exit code.
+
+    ``module``: its name, as imported; ``words``: its command line, by default sys.argv's.
+    """
+    name = Path(str(sys.modules[module].__file__)).stem
+    parser = CommandParser(prog=f"{name}.py", description=description, module=module)
+    parser.set_defaults(what=name)
+    try:
+        arguments = parser.parse_args(words)
+        status: int = arguments.run(by_name(arguments))
+    except MoetierError as error:
+        return say(error)
+    return status

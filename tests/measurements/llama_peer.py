@@ -1,6 +1,6 @@
 """llama.cpp as a child process: a job as JSON in, what it found as JSON out. Imports nothing large, which would count.
 
-See ``peers.py``, which starts it.
+``engines.py`` starts it.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from engines import PeerError, Run, accelerate_decode, llama_logits, llama_quantize, llama_run
+from gguf_export import export_gguf
 
 from moetier.tiers.errors import ConfigError
-from moetier.tools.bench.engines import PeerError, Run, accelerate_decode, llama_logits, llama_quantize, llama_run
-from moetier.tools.bench.gguf_export import export_gguf
 from moetier.tools.bench.sandbox import forget, memory_group
 from moetier.tools.commands.synthetic import make_synthetic
 from moetier.tools.lab.synthetic import GEOMETRIES, read_tokens

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from engines import llama_logits
+from gguf_export import Kind, export_gguf
 
 from moetier.tiers.errors import TargetExistsError, UnsupportedModelError
-from moetier.tools.bench.engines import llama_logits
-from moetier.tools.bench.gguf_export import Kind, export_gguf
 from moetier.tools.commands.synthetic import make_synthetic
 from moetier.tools.lab.synthetic import GEOMETRIES, read_tokens
 

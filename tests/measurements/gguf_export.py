@@ -1,4 +1,6 @@
-"""A checkpoint as one GGUF file, for llama.cpp: what ``moetier bench peers`` measures against.
+"""A checkpoint as one GGUF file, for llama.cpp: what ``peers.py`` measures against.
+
+    python tests/measurements/gguf_export.py SRC FILE
 
 The types are those of ``llama-quantize --pure``: every matrix Q4_0, embeddings and head included; norms and gates F32.
 There is no vocabulary: token ids are fed as they are. One matrix is in memory at a time.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,3 +195,7 @@ def _describe(writer: Any, config: Mapping[str, Any], kind: Kind) -> None:
     ftype = gguf.LlamaFileType.ALL_F32 if kind == "F32" else gguf.LlamaFileType[f"MOSTLY_{kind}"]
     writer.add_file_type(ftype)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+if __name__ == "__main__":
+    export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quiet=False)

@@ -1,0 +1,72 @@
+"""llama.cpp's quantiser beside ``moetier bench convert``: SRC becomes 4 bits in each way, in alternating runs.
+
+    python tests/measurements/quantiser.py SRC
+
+SRC is exported once to a GGUF file of 16 bits, which takes as much disk as SRC again; llama.cpp makes Q4_0 of it, as
+``llama-quantize --pure`` does. Its weights are those of every matrix but the gates', its time that of
+``llama_model_quantize`` alone. It is in the extra ``peers``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engines import llama_quantize, run_script
+from gguf_export import export_gguf
+
+from moetier.runtime.threads import usable_cpus
+from moetier.tiers.errors import ConfigError
+from moetier.tiers.store.atomic import disk_errors
+from moetier.tools.bench import convert
+from moetier.tools.bench.convert import add_arguments
+from moetier.tools.bench.sandbox import drop_page_cache
+
+__all__ = ["add_arguments"]
+
+EXAMPLES = ("python tests/measurements/quantiser.py ./Mixtral-8x7B-v0.1",)
+
+BITS = 4  # of llama.cpp's weights
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; return 0. Raises MoetierError."""
+    if arguments.bits != BITS:
+        raise ConfigError(f"llama.cpp's weights have {BITS} bits, and --bits is {arguments.bits}.", "Leave it out.")
+    with tempfile.TemporaryDirectory(prefix="moetier-bench-", dir=arguments.into) as name:
+        folder = Path(name)
+        source = folder / "source.gguf"
+        with disk_errors(folder):
+            export_gguf(arguments.source, source, kind="F16", quiet=False)
+        threads = arguments.workers or arguments.threads or usable_cpus()
+        way = partial(quantize_once, source, folder / "target.gguf", threads)
+        return convert.measure(arguments, {"llama.cpp Q4_0": way})
+
+
+def quantize_once(source: Path, target: Path, threads: int) -> dict[str, Any]:
+    """Run llama.cpp's quantiser and return what ``convert_once`` returns.
+
+    ``weights`` are those that are in Q4_0 afterwards, and the time is that of llama.cpp's call.
+    """
+    import gguf
+
+    drop_page_cache([source], whole=False)
+    seconds, peak = llama_quantize(source, target, threads=threads)
+    tensors, kind = gguf.GGUFReader(target).tensors, gguf.GGMLQuantizationType.Q4_0
+    weights = sum(int(tensor.n_elements) for tensor in tensors if tensor.tensor_type == kind)
+    target.unlink()
+    return {"weights": weights, "source_bytes": source.stat().st_size, "seconds": seconds, "peak_bytes": peak}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line ``words``, by default sys.argv's, and return the exit code."""
+    return run_script(__name__, "Convert a checkpoint beside llama.cpp's quantiser.", words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
