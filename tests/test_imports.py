@@ -24,8 +24,10 @@ ORDER = (
     {"runtime.model"},
     {"runtime.generation"},
     {"tools.cli"},
-    {"tools", "tools.bench", "tools.chat", "tools.convert", "tools.serve", "tools.top"},
-    {"tools.lab", "tools.plan"},
+    {"tools", "tools.chat", "tools.convert", "tools.serve", "tools.top"},
+    {"tools.lab"},
+    {"tools.bench"},
+    {"tools.plan"},
     {"tools.doctor"},
     {"tools.commands"},
 )

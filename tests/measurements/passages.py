@@ -52,7 +52,7 @@ def ratio_after(blocks: Sequence[Rows], order: str, slots: int, start: int, toke
     """Hit ratio of ``tokens`` that are decoded; before them 100 other tokens, and then perhaps a prefill of 512."""
     hits = wanted = 0
     for block in blocks:
-        tier = SimulatedTier(block[0][0].block, slots, ORDERS[order])
+        tier = SimulatedTier.of_block(block[0][0].block, slots, ORDERS[order])
         rows = block[start:]
         for keys in rows[:BEFORE]:
             tier.demand(keys)

@@ -1,4 +1,4 @@
 """Measuring this machine: disk, kernels, decoding, prefill and conversion, each beside its bound.
 
-The package imports ``cli`` and ``runtime``.
+The package imports ``cli``, ``lab`` and ``runtime``.
 """

@@ -1,4 +1,4 @@
-"""What no engine of this kind can beat: the bound of a step, from rates measured beside it. Pure.
+"""Bound of a step, which no engine of this kind can beat, from rates measured beside it. Pure.
 
 seconds = max(bytes that are missing / the disk's rate, bytes that are multiplied with / the kernels' own rate)
 """
@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moetier.tiers.cache.budget import Group, plan_groups, slots_for, smallest_budget
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
+from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
+from moetier.tools.lab.simulation import SimulatedTier
 
 Routing = Sequence[Sequence[Collection[int]]]  # by step and block: the experts that are wanted
 
@@ -74,30 +75,14 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_O
     It evicts by ``policy``, one of ``ORDERS``, and is cold at the start. Each expert is looked up against the state
     before its step, in its block's group. A scan is a demand like any other here.
     """
-    caches: dict[int, tuple[Order, set[ExpertKey], int]] = {}
-    for group in groups:
-        caches |= dict.fromkeys(group.blocks, (ORDERS[policy](group.quota), set(), group.quota))
-    found = []
-    for step in routing:
-        missed = []
-        for block, experts in enumerate(step):
-            order, held, quota = caches[block]
-            keys = [ExpertKey(block, expert) for expert in sorted(set(experts), reverse=True)]
-            missing = [key for key in keys if key not in held]
-            missed.append(len(missing))
-            for key in missing:
-                order.add(key, scan=False)
-            for key in keys:
-                order.touch(key, scan=False)
-            held.update(missing)
-            if (excess := len(held) - quota) > 0:
-                victims = list(order.victims(scan=False))
-                others = [key for key in victims if key not in keys]
-                for key in [*others, *(key for key in victims if key in keys)][:excess]:
-                    order.remove(key)
-                    held.remove(key)
-        found.append(missed)
-    return found
+    tier = SimulatedTier(groups, ORDERS[policy])
+    return [
+        [
+            len(tier.demand([ExpertKey(block, expert) for expert in sorted(set(experts))]))
+            for block, experts in enumerate(step)
+        ]
+        for step in routing
+    ]
 
 
 def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:

@@ -9,27 +9,23 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moetier.runtime.memory import peak_bytes
 from moetier.tiers.errors import ConfigError, MoetierError
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 def idle(work: dict[str, Any]) -> dict[str, Any]:
     """Measure a process that has imported torch and transformers."""
-    import torch
     import transformers.generation.utils  # noqa: F401 - transformers imports no more than it is asked for
 
-    return {"peak_bytes": peak_bytes(), "threads": torch.get_num_threads()}
+    return {"peak_bytes": peak_bytes()}
 
 
 def model(work: dict[str, Any]) -> dict[str, Any]:
     """Feed ``ids`` [sequences][tokens] in ``pieces`` (their lengths), of which the last ``measured`` count.
 
-    ``record`` adds the experts that each piece used, by block; that costs time.
+    With ``record``, ``used`` has the experts that each piece used, by block; that costs time.
     """
     import torch
     import transformers
@@ -59,7 +55,8 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
                 f"It would feed {ids.shape[1]:,} tokens, and the model's maximum context is {most:,}.",
                 "Feed fewer: --tokens, --prompt, --warm.",
             )
-        watched = Gates(found).observe(experts=note) if work.get("record") else None
+        if work.get("record"):
+            Gates(found).observe(experts=note)
         seconds, cache, start, before = [], None, 0, found.tiers.host.stats()
         for number, length in enumerate(work["pieces"]):
             used.append([[] for _ in found.tiers.manifest.blocks])
@@ -71,8 +68,6 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
             cache, start = output.past_key_values, start + length
         after = found.tiers.host.stats()
-        if watched is not None:
-            watched.close()
         return {
             "threads": torch.get_num_threads(),
             "load_s": load_seconds,
@@ -84,7 +79,8 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
             "trunk_bytes": _trunk_bytes(found),
             "kv_bytes": kv_cache_bytes(found.config, ids.shape[1], len(ids), found.dtype),
             "peak_bytes": peak_bytes(),
-        } | ({"used": used} if watched is not None else {})
+            "used": used,
+        }
 
 
 def rates(work: dict[str, Any]) -> dict[str, Any]:
@@ -98,31 +94,19 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     from moetier.runtime.threads import use_threads
     from moetier.tiers.store.folder import read_manifest, store_folder
 
-    from .rates import KernelProbe, MemoryProbe, random_records, record_rate
+    from .rates import KernelProbe, memory_rate, random_records
 
     use_threads(work.get("threads"))
-    probe = MemoryProbe(work["bytes"])
-    memory = [probe()]
+    memory, by = memory_rate(work["bytes"])
     manifest = read_manifest(store_folder(Path(work["directory"])))
-    kernels: dict[int, list[tuple[int, float]]] = {rows: [] for rows in work["rows"]}  # bytes, bytes a second
+    nbytes, seconds = 0, dict.fromkeys(work["rows"], 0.0)  # of products with every record, each array at its own rate
     for array, layout in manifest.layouts.items():
-        size = sum(block.experts for block in manifest.blocks if block.array == array) * layout.slot_bytes
+        size = sum(block.experts for block in manifest.members[array].values()) * layout.slot_bytes
         products = KernelProbe(kernels_for(torch.device("cpu")), layout, random_records(layout, work["bytes"]))
-        for rows, found in kernels.items():
-            found.append((size, record_rate(products, layout, rows, at_least=work["seconds"])))
-    memory.append(probe())
-    best = max(memory, key=lambda found: found.rate)
-    return {
-        "threads": torch.get_num_threads(),
-        "memory": best.rate,
-        "memory_by": best.by,
-        "kernels": {str(rows): _mean_rate(found) for rows, found in kernels.items()},
-    }
-
-
-def _mean_rate(found: Sequence[tuple[int, float]]) -> float:
-    """Return the rate over all bytes, where each part is read at its own rate."""
-    return sum(size for size, _ in found) / sum(size / rate for size, rate in found)
+        nbytes += size
+        for rows in seconds:
+            seconds[rows] += size / products.rate(rows, at_least=work["seconds"])
+    return {"memory": memory, "memory_by": by, "kernels": {str(rows): nbytes / s for rows, s in seconds.items()}}
 
 
 def _trunk_bytes(model: Any) -> int:

@@ -70,10 +70,8 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
     found = alternate(arguments.rounds, ways | dict(others))
 
     disk = Spread.of(found.pop("disk"))
-    rows, results = (
-        [["way", "million weights/s", "fast is", "bound (reading)", "ratio", "seconds", "peak"]],
-        list[dict[str, Any]](),
-    )
+    rows = [["way", "million weights/s", "fast is", "bound (reading)", "ratio", "seconds", "peak"]]
+    results: list[dict[str, Any]] = []
     speeds = {name: Spread.of(run["weights"] / run["seconds"] for run in runs) for name, runs in found.items()}
     for name, runs in found.items():
         weights, source = runs[0]["weights"], runs[0]["source_bytes"]

@@ -7,7 +7,6 @@ import argparse
 from moetier.runtime.config import COUNT
 
 from .model import Work, add_model_arguments, measure
-from .output import check_bench
 
 EXAMPLES = ("moetier bench decode ./mixtral-4bit --ram 2GiB --ram 4GiB",)
 
@@ -29,6 +28,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
-    check_bench(arguments)
     pieces = [arguments.prompt, *[1] * (arguments.warm + arguments.tokens)]
     return measure(arguments, Work.of(arguments, pieces, measured=arguments.tokens, sequences=arguments.batch))

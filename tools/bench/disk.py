@@ -46,19 +46,18 @@ class RandomReads:
     direct: bool
 
     @classmethod
-    def of_records(cls, directory: Path, *, direct: bool) -> RandomReads:
-        """Plan reads of whole records, in the files of the record layout that takes the most bytes."""
-        from moetier.tiers.store.folder import read_manifest, store_folder
+    def of_records(cls, directory: Path) -> RandomReads:
+        """Plan reads of whole records, in the files of the record layout that takes the most bytes.
+
+        Raises StoreError.
+        """
+        from moetier.tiers.store.reader import ExpertStore
         from moetier.tiers.store.shard import ShardFile
 
-        folder = store_folder(directory)
-        manifest = read_manifest(folder)
-        shards = [ShardFile.of(folder, manifest, block) for block in range(len(manifest.blocks))]
-        array = max(
-            manifest.layouts,
-            key=lambda name: sum(s.data_bytes for s, b in zip(shards, manifest.blocks, strict=True) if b.array == name),
-        )
-        chosen = [shard for shard, block in zip(shards, manifest.blocks, strict=True) if block.array == array]
+        with ExpertStore.open(directory) as store:
+            manifest, folder, direct = store.manifest, store.folder, store.direct
+        arrays = [[ShardFile.of(folder, manifest, block) for block in blocks] for blocks in manifest.members.values()]
+        chosen = max(arrays, key=lambda shards: sum(shard.data_bytes for shard in shards))
         return cls(tuple(shard.path for shard in chosen), chosen[0].data_bytes, chosen[0].slot_bytes, direct)
 
     @classmethod
@@ -74,11 +73,11 @@ class RandomReads:
     @property
     def by(self) -> str:
         """Name of the tool that measures: "fio" where it is installed, else "preadv"."""
-        return "fio" if fio_version() else "preadv"
+        return "preadv" if shutil.which("fio") is None else "fio"
 
     def rate(self, depth: int, seconds: float) -> float:
         """Measure the bytes a second with ``depth`` reads in flight. Raises StoreReadError."""
-        return self._fio(depth, seconds) if fio_version() else self._plain(depth, seconds)
+        return self._fio(depth, seconds) if self.by == "fio" else self._plain(depth, seconds)
 
     def _fio(self, depth: int, seconds: float) -> float:
         names = ":".join(str(path.resolve()).replace(":", "\\:") for path in self.files)
@@ -202,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_bench(arguments)
     fio = fio_version()
     with ExpertStore.open(arguments.directory) as store:
-        reads = RandomReads.of_records(arguments.directory, direct=store.direct)
+        reads = RandomReads.of_records(arguments.directory)
         depths = (1, LOADERS)
         ways = {}
         for depth in depths:

@@ -14,12 +14,11 @@ from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import UsageError, directory
 from moetier.tools.cli.report import format_seconds
 
+from . import rates
 from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from .rates import MemoryRate
 
 EXAMPLES = ("moetier bench kernels --bits 4 --rows 1",)
 
@@ -72,30 +71,25 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.runtime.kernels.choose import kernels_for
     from moetier.runtime.threads import use_threads
 
-    from . import rates as compute_rate
-    from .rates import KernelProbe, MemoryProbe, activation_dtype, projection_bytes, random_records
-
     use_threads(arguments.threads)
-    memory_probe = MemoryProbe(compute_rate.UNCACHED_BYTES)
     table = [["projection", "bits", "rows", "GB/s", "memory, GB/s", "ratio", "GFLOP/s", "ms"]]
     results: list[dict[str, Any]] = []
     products = sum(len(layout.projections) for layout in layouts.values()) * len(rows)
     least = format_seconds(arguments.rounds * products * arguments.seconds)
     print(f"bench kernels: this takes at least {least}", file=sys.stderr, flush=True)
     for title, layout in layouts.items():
-        records = random_records(layout, compute_rate.UNCACHED_BYTES)
-        probe = KernelProbe(kernels_for(torch.device("cpu")), layout, records)
-        ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: memory_probe}
+        records = rates.random_records(layout, rates.UNCACHED_BYTES)
+        probe = rates.KernelProbe(kernels_for(torch.device("cpu")), layout, records)
+        ways: dict[tuple[str, int], Callable[[], Any]] = {MEMORY: partial(rates.memory_rate, rates.UNCACHED_BYTES)}
         for p, count in product(layout.projections, rows):
             ways[p.name, count] = partial(probe.seconds, p.name, count, at_least=arguments.seconds)
         found = alternate(arguments.rounds, ways)
-        memory: list[MemoryRate] = found[MEMORY]
         for p, count in product(layout.projections, rows):
-            nbytes = projection_bytes(layout, p.name)
-            result = result_of(title, p, count, nbytes, Spread.of(found[p.name, count]), memory)
+            nbytes = rates.projection_bytes(layout, p.name)
+            result = result_of(title, p, count, nbytes, Spread.of(found[p.name, count]), found[MEMORY])
             results.append(result)
             table.append(_row(result))
-    dtype = str(activation_dtype()).removeprefix("torch.")
+    dtype = str(rates.activation_dtype()).removeprefix("torch.")
     by = " or ".join(sorted({result["bound_by"] for result in results}))
     notes = [f"memory   read at the rate of torch's {by} over 512 MiB, whichever is quickest; activations in {dtype}"]
     machine = Machine.here(threads=torch.get_num_threads())
@@ -103,10 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def result_of(
-    title: str, p: Projection, rows: int, nbytes: int, seconds: Spread, memory: Sequence[MemoryRate]
+    title: str, p: Projection, rows: int, nbytes: int, seconds: Spread, memory: Sequence[tuple[float, str]]
 ) -> dict[str, Any]:
-    """Return one row of the table, as JSON. ``nbytes`` of a record are read in ``seconds``."""
-    rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found.rate for found in memory)
+    """Return one row of the table, as JSON. ``nbytes`` of a record are read in ``seconds``; ``memory``: its rates."""
+    rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found for found, _ in memory)
     return {
         "records": title,
         "projection": p.name,
@@ -118,7 +112,7 @@ def result_of(
         "seconds": seconds.to_json(),
         "bytes_per_s": rate.to_json(),
         "bound_bytes_per_s": bound.to_json(),
-        "bound_by": memory[-1].by,
+        "bound_by": memory[-1][1],
         "ratio": rate.median / bound.median,
         "flops_per_s": 2 * rows * p.rows * p.columns / seconds.median,
     }

@@ -1,4 +1,4 @@
-"""What ``bench decode`` and ``bench prefill`` share: a model fed fixed tokens in fresh processes, beside its bound."""
+"""A model fed fixed tokens in fresh processes, beside its bound: what ``bench decode`` and ``bench prefill`` share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.memory import machine_memory
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
@@ -87,11 +87,6 @@ class Setting:
     limit: int | None
     ram: str | None
 
-    @property
-    def name(self) -> str:
-        """Name of the run among those that alternate."""
-        return f"limit {self.limit} ram {self.ram}"
-
 
 @dataclass(frozen=True)
 class Floor:
@@ -128,12 +123,13 @@ class Floor:
 
 
 def measure(arguments: argparse.Namespace, work: Work) -> int:
-    """Measure, print and write everything."""
+    """Measure, print and write everything; return 0. Raises MoetierError."""
+    from moetier.tiers.host.tier import LOADERS
     from moetier.tiers.store.folder import read_manifest, store_folder
 
     check_bench(arguments)
     settings = [
-        Setting(None if limit is None else Size.parse(limit).of(_memory()), ram)
+        Setting(None if limit is None else Size.parse(limit).of(machine_memory()), ram)
         for limit in arguments.limit or [None]
         for ram in arguments.ram or [None]
     ]
@@ -148,7 +144,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
     floor = Floor(manifest, seen["used"], seen["trunk_bytes"], seen["kv_bytes"], idle["peak_bytes"])
     floor.check(settings)
     rows = rows_of(manifest, floor.routing, work.measured, work.step_tokens)
-    reads, depth = _reads(folder)
+    reads, depth = RandomReads.of_records(folder), LOADERS
     products = child | {"work": "rates", "rows": sorted({rows, work.step_tokens})}
     products |= {"seconds": KERNEL_SECONDS, "bytes": UNCACHED_BYTES}
     ways: dict[Setting | str, Any] = {
@@ -213,7 +209,6 @@ def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: F
     need = need_of(floor.manifest, floor.routing, work.measured, permitted, floor.trunk_bytes)
     bound = Bound.of(need, rates)
     attainable = work.step_tokens / bound.seconds
-    groups = [run["group_peak_bytes"] for run in runs if run["group_peak_bytes"] is not None]
     return {
         "limit_bytes": setting.limit,
         "ram": setting.ram,
@@ -231,7 +226,7 @@ def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: F
         "need_bytes": {"missing": need.missing, "experts": need.experts, "trunk": need.trunk},
         "load_s": Spread.of(run["load_s"] for run in runs).to_json(),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "group_peak_bytes": max(groups) if groups else None,
+        "group_peak_bytes": None if setting.limit is None else max(run["group_peak_bytes"] for run in runs),
     }
 
 
@@ -252,18 +247,3 @@ def _row(result: dict[str, Any]) -> list[str]:
         format_bytes(result["peak_bytes"]),
         "-" if result["group_peak_bytes"] is None else format_bytes(result["group_peak_bytes"]),
     ]
-
-
-def _reads(folder: Path) -> tuple[RandomReads, int]:
-    """Return reads like the host tier's, and how many of them it keeps in flight."""
-    from moetier.tiers.host.tier import LOADERS
-    from moetier.tiers.store.reader import ExpertStore
-
-    with ExpertStore.open(folder) as store:
-        return RandomReads.of_records(folder, direct=store.direct), LOADERS
-
-
-def _memory() -> int:
-    from moetier.runtime.memory import machine_memory
-
-    return machine_memory()

@@ -7,7 +7,6 @@ import argparse
 from moetier.runtime.config import COUNT
 
 from .model import Work, add_model_arguments, measure
-from .output import check_bench
 
 EXAMPLES = ("moetier bench prefill ./mixtral-4bit --tokens 2048",)
 
@@ -24,5 +23,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
-    check_bench(arguments)
     return measure(arguments, Work.of(arguments, [WARM, arguments.tokens], measured=1))

@@ -1,11 +1,11 @@
-"""How fast this machine reads memory, and multiplies with records: what a bound is made of."""
+"""Rates that bounds are made of: how fast this machine reads memory, and multiplies with records."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from moetier.tiers.layout import RecordLayout
@@ -19,44 +19,36 @@ UNCACHED_BYTES = 512 << 20  # far more than any cache: what is read through it c
 TIMES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryRate:
-    """Bytes a second; ``by`` is the operation that was quickest."""
+def memory_rate(nbytes: int) -> tuple[float, str]:
+    """Measure the bytes a second at which memory is read; return them and the quickest operation's name.
 
-    rate: float
-    by: str
+    The operations of torch do nothing but read a buffer of ``nbytes``, or copy one half of it into the other.
+    """
+    import torch
 
-
-class MemoryProbe:
-    """Operations of torch that do nothing but read a buffer, or copy one half of it into the other."""
-
-    def __init__(self, nbytes: int) -> None:
-        import torch
-
-        self._buffer = torch.ones(nbytes // 4)
-
-    def __call__(self) -> MemoryRate:
-        """Return the highest rate that any of them reaches, by the median of a few times."""
-        numbers, nbytes = self._buffer, self._buffer.nbytes
-        one, other = numbers.chunk(2)
-        operations: dict[str, Callable[[], object]] = {
-            "dot(x, x)": lambda: numbers.dot(numbers),
-            "sum": numbers.sum,
-            "copy": lambda: one.copy_(other),  # reads half, writes half
-        }
-        rates = {name: nbytes / statistics.median(_times(run, TIMES)) for name, run in operations.items()}
-        best = max(rates, key=lambda name: rates[name])
-        return MemoryRate(rates[best], best)
+    numbers = torch.ones(nbytes // 4)
+    one, other = numbers.chunk(2)
+    operations: dict[str, Callable[[], object]] = {
+        "dot(x, x)": lambda: numbers.dot(numbers),
+        "sum": numbers.sum,
+        "copy": lambda: one.copy_(other),  # reads half, writes half
+    }
+    return max((numbers.nbytes / median_seconds(run, least_runs=TIMES), name) for name, run in operations.items())
 
 
-def _times(run: Callable[[], object], count: int) -> list[float]:
+def median_seconds(run: Callable[[], object], *, least_runs: int = 1, least_seconds: float = 0.0) -> float:
+    """Return the median seconds of a call, of ``least_runs`` or more within ``least_seconds`` or more.
+
+    One more call before warms up.
+    """
     run()
-    found = []
-    for _ in range(count):
+    found: list[float] = []
+    end = time.perf_counter() + least_seconds
+    while len(found) < least_runs or time.perf_counter() < end:
         began = time.perf_counter()
         run()
         found.append(time.perf_counter() - began)
-    return found
+    return statistics.median(found)
 
 
 def projection_bytes(layout: RecordLayout, name: str) -> int:
@@ -65,7 +57,7 @@ def projection_bytes(layout: RecordLayout, name: str) -> int:
 
 
 def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]:
-    """Make two or more records, of ``least_bytes`` at least, so that taking them in turns reads from memory.
+    """Copy a random record twice or more, to ``least_bytes`` at least, so that taking them in turns reads from memory.
 
     Each is uint8 [record_bytes]. Codes are random, scales small.
     """
@@ -73,14 +65,11 @@ def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]
 
     chance = torch.Generator().manual_seed(0)
     sections = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    records = []
-    for _ in range(max(2, -(-least_bytes // layout.record_bytes))):
-        record = torch.randint(256, (layout.record_bytes,), dtype=torch.uint8, generator=chance)
-        for s in layout.sections:
-            if s.dtype in sections:
-                record[s.offset : s.offset + s.nbytes].view(sections[s.dtype]).uniform_(-0.02, 0.02, generator=chance)
-        records.append(record)
-    return records
+    record = torch.randint(256, (layout.record_bytes,), dtype=torch.uint8, generator=chance)
+    for s in layout.sections:
+        if s.dtype in sections:
+            record[s.offset : s.offset + s.nbytes].view(sections[s.dtype]).uniform_(-0.02, 0.02, generator=chance)
+    return [record.clone() for _ in range(max(2, -(-least_bytes // layout.record_bytes)))]
 
 
 def activation_dtype() -> torch.dtype:
@@ -94,36 +83,25 @@ class KernelProbe:
     """Products with the projections of one layout, in turns over records that no cache holds."""
 
     def __init__(self, kernels: Kernels, layout: RecordLayout, records: Sequence[torch.Tensor]) -> None:
-        self._kernels, self._layout, self._records = kernels, layout, records
-        self._next = 0
+        self._kernels, self._layout = kernels, layout
+        self._records = cycle(records)
 
     def seconds(self, name: str, rows: int, *, at_least: float) -> float:
-        """Return the median seconds of a product of x [rows, K].
+        """Return the median seconds of a product of x [rows, K] with the projection ``name``.
 
-        Runs one product to warm up, then one or more until ``at_least`` seconds are over.
+        Products are repeated until ``at_least`` seconds are over.
         """
         import torch
 
         projection = next(p for p in self._layout.projections if p.name == name)
         x = torch.full((rows, projection.columns), 0.5, dtype=activation_dtype())
-        found: list[float] = []
         with torch.inference_mode():
-            self._kernels.project(x, self._record(), self._layout, name)
-            end = time.perf_counter() + at_least
-            while not found or time.perf_counter() < end:
-                record = self._record()
-                began = time.perf_counter()
-                self._kernels.project(x, record, self._layout, name)
-                found.append(time.perf_counter() - began)
-        return statistics.median(found)
+            return median_seconds(
+                lambda: self._kernels.project(x, next(self._records), self._layout, name), least_seconds=at_least
+            )
 
-    def _record(self) -> torch.Tensor:
-        self._next = (self._next + 1) % len(self._records)
-        return self._records[self._next]
-
-
-def record_rate(probe: KernelProbe, layout: RecordLayout, rows: int, *, at_least: float) -> float:
-    """Measure the bytes a second over all projections of a record."""
-    names = [p.name for p in layout.projections]
-    nbytes = sum(projection_bytes(layout, name) for name in names)
-    return nbytes / sum(probe.seconds(name, rows, at_least=at_least / len(names)) for name in names)
+    def rate(self, rows: int, *, at_least: float) -> float:
+        """Measure the bytes a second over all projections of a record, for ``at_least`` seconds."""
+        names = [p.name for p in self._layout.projections]
+        nbytes = sum(projection_bytes(self._layout, name) for name in names)
+        return nbytes / sum(self.seconds(name, rows, at_least=at_least / len(names)) for name in names)

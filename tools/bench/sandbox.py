@@ -85,11 +85,8 @@ def forget(*paths: Path) -> None:
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else [path]:
             if file.is_file():
-                descriptor = os.open(file, os.O_RDONLY)
-                try:
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(descriptor)
+                with file.open("rb") as stream:
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def drop_page_cache(files: Iterable[Path], *, whole: bool) -> str:
@@ -98,11 +95,7 @@ def drop_page_cache(files: Iterable[Path], *, whole: bool) -> str:
     if not whole:
         return "dropped for the model's files"
     try:
-        descriptor = os.open(DROP_CACHES, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, b"1")
-        finally:
-            os.close(descriptor)
+        DROP_CACHES.write_text("1")
     except OSError:
         return "dropped for the model's files, as the machine's can't be"
     return "dropped"

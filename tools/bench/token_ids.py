@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moetier.tiers.errors import ConfigError
+from moetier.tools.lab.synthetic import TOKENS_FILE
 
-TOKENS = "tokens.json"  # that a model directory may hold
 SEED = 0
 
 
@@ -22,14 +22,14 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens-file",
         type=Path,
         metavar="FILE",
-        help=f"file of token ids to feed, a JSON list (default: DIR/{TOKENS}, else random ids, always the same)",
+        help=f"file of token ids to feed, a JSON list (default: DIR/{TOKENS_FILE}, else random ids, always the same)",
     )
     given.add_argument("--prompt-file", type=Path, metavar="FILE", help="file of a text to feed")
 
 
 def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> tuple[list[list[int]], str]:
     """Return ids [sequences][length], and their source. Too few are repeated. Raises ConfigError."""
-    directory, own = arguments.directory, arguments.directory / TOKENS
+    directory, own = arguments.directory, arguments.directory / TOKENS_FILE
     if arguments.prompt_file is not None:
         ids, source = _of_text(directory, arguments.prompt_file), str(arguments.prompt_file)
     elif arguments.tokens_file is not None or own.is_file():

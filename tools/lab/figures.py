@@ -156,7 +156,7 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
     experts = trace.num_experts[block]
     found = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
-        tier = SimulatedTier(block, min(cached, experts), ORDERS[policy])
+        tier = SimulatedTier.of_block(block, min(cached, experts), ORDERS[policy])
         for token in range(span.start, min(span.stop, tokens.stop)):
             if token in tokens:
                 found[token - tokens.start, [key.expert for key in tier.resident]] = True
@@ -171,7 +171,7 @@ def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float6
     hits = np.zeros_like(used)
     for block, experts in enumerate(trace.num_experts):
         for sequence, span in enumerate(trace.sequences):
-            tier = SimulatedTier(block, min(cached, experts), ORDERS[policy])
+            tier = SimulatedTier.of_block(block, min(cached, experts), ORDERS[policy])
             rows = trace.experts[span.start : span.stop, block]
             np.add.at(used[block], rows[rows != NONE], 1)
             for demand in demands_of(trace, sequence, block):

@@ -107,16 +107,20 @@ class Clairvoyant:
 
 
 class SimulatedTier:
-    """The slots of one block."""
+    """Slots of a pool: those of one block, or of several in groups."""
 
-    def __init__(self, block: int, quota: int, make_order: Callable[[int], Order]) -> None:
-        self._block = block
-        self._pool = SlotPool([Group((block,), quota)], make_order)
+    def __init__(self, groups: Sequence[Group], make_order: Callable[[int], Order]) -> None:
+        self._pool = SlotPool(groups, make_order)
+
+    @classmethod
+    def of_block(cls, block: int, quota: int, make_order: Callable[[int], Order]) -> SimulatedTier:
+        """Make a tier of ``quota`` slots for one block."""
+        return cls([Group((block,), quota)], make_order)
 
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
-        """Load what is missing and return the misses. What is given first is evicted last."""
+        """Load what is missing of one block's ``keys`` and return the misses. What is given first is evicted last."""
         missing = [key for key in keys if self._pool.find(key) is None]
-        if is_prompt and len(keys) > self._pool.count:
+        if is_prompt and len(keys) > self._pool.quota(keys[0].block):
             self._stream(keys, missing)
         else:
             for key in reversed(keys):
@@ -141,9 +145,9 @@ class SimulatedTier:
         self._pool.check_integrity()
 
     def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
-        slot = self._pool.choose(self._block, keep=keep.__contains__)
+        slot = self._pool.choose(key.block, keep=keep.__contains__)
         if slot is None:  # fewer slots than one token wants
-            slot = self._pool.choose(self._block)
+            slot = self._pool.choose(key.block)
         assert slot is not None
         self._fill(slot, key, scan=False)
 
@@ -160,7 +164,7 @@ class SimulatedTier:
                 while waiting:
                     self._pool.unpin(waiting.popleft())
                 self._pool.unpin(loaded.popleft())
-            while (found := self._pool.choose(self._block, scan=True)) is None:
+            while (found := self._pool.choose(key.block, scan=True)) is None:
                 self._pool.unpin((waiting or loaded).popleft())
             self._fill(found, key, scan=True)
             self._pool.pin(found)
@@ -200,22 +204,22 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
         for sequence in range(len(trace.sequences)):
             demands = demands_of(trace, sequence, block)
             if device_slots:
-                above = SimulatedTier(
+                above = SimulatedTier.of_block(
                     block, min(device_slots, experts), ORDERS[policy if policy in ORDERS else DEFAULT_ORDER]
                 )
                 demands = _missed(above, demands, device)
             if policy == "belady":
-                _foresee(block, quota, demands, decoding, prompts)
-                continue
-            tier = SimulatedTier(block, quota, ORDERS["lru" if policy == "learned" else policy])
-            if policy == "learned":
-                preloads += tier.preload(known.hottest(block, quota))
-                used = HotSet()
-                for demand in demands:
-                    used.use(demand.keys)
-                known = used.after(known, {block: experts})
-            for demand in demands:
-                missing = tier.demand(demand.keys, is_prompt=demand.is_prompt)
+                missed = _foresee(block, quota, demands)
+            else:
+                tier = SimulatedTier.of_block(block, quota, ORDERS["lru" if policy == "learned" else policy])
+                if policy == "learned":
+                    preloads += tier.preload(known.hottest(block, quota))
+                    used = HotSet()
+                    for demand in demands:
+                        used.use(demand.keys)
+                    known = used.after(known, {block: experts})
+                missed = [tier.demand(demand.keys, is_prompt=demand.is_prompt) for demand in demands]
+            for demand, missing in zip(demands, missed, strict=True):
                 (prompts if demand.is_prompt else decoding).add(demand.keys, missing)
     tokens = trace.tokens - sum(trace.n_prefill)
     return Outcome(policy, slots, tokens, decoding, prompts, device, preloads)
@@ -233,18 +237,20 @@ def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> lis
     return below
 
 
-def _foresee(block: int, quota: int, demands: Sequence[Demand], decoding: Count, prompts: Count) -> None:
+def _foresee(block: int, quota: int, demands: Sequence[Demand]) -> list[list[ExpertKey]]:
+    """Return the misses of each demand with the order that knows the future."""
     uses: dict[ExpertKey, list[int]] = {}
     for now, demand in enumerate(demands):
         for key in demand.keys:
             uses.setdefault(key, []).append(now)
     order = Clairvoyant(uses)
-    tier = SimulatedTier(block, quota, lambda quota: order)
+    tier = SimulatedTier.of_block(block, quota, lambda quota: order)
+    missed = []
     for order.now, demand in enumerate(demands):
         # where they can't all stay, what is used next is to be loaded last
         keys = sorted(demand.keys, key=order.next_use, reverse=demand.is_prompt)
-        missing = tier.demand(keys, is_prompt=demand.is_prompt)
-        (prompts if demand.is_prompt else decoding).add(keys, missing)
+        missed.append(tier.demand(keys, is_prompt=demand.is_prompt))
+    return missed
 
 
 def _keys(block: int, experts: object) -> tuple[ExpertKey, ...]:

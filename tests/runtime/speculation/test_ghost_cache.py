@@ -29,7 +29,10 @@ def test_it_misses_what_an_lru_misses(policy: str, demands: list[tuple[int, list
 @pytest.mark.parametrize("policy", ORDERS)
 @given(demands=demands, slots=st.integers(TOP_K, 8))
 def test_it_misses_what_a_tier_misses(policy: str, demands: list[tuple[int, list[int]]], slots: int) -> None:
-    ghost, tiers = GhostCache(2, slots, policy), [SimulatedTier(block, slots, ORDERS[policy]) for block in range(2)]
+    ghost, tiers = (
+        GhostCache(2, slots, policy),
+        [SimulatedTier.of_block(block, slots, ORDERS[policy]) for block in range(2)],
+    )
     for block, experts in demands:
         before = ghost.misses
         ghost.demand(block, experts)

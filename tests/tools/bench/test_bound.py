@@ -1,17 +1,13 @@
-"""The bound of a step, against numbers that were worked out by hand, and an LRU against the tiers' own."""
+"""The bound of a step, against numbers that were worked out by hand."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from geometries import two_geometries
 from stores import layout_of, make_plan
 
-from moetier.runtime.trace.trace import Trace
 from moetier.tiers.cache.budget import Group
-from moetier.tiers.cache.orders import ORDERS
 from moetier.tools.bench.bound import Bound, Need, Rates, misses_of, need_of, rows_of, slots_within
-from moetier.tools.lab.simulation import simulate
 
 GB = 10**9
 
@@ -37,16 +33,6 @@ def test_misses_of_an_lru_by_hand() -> None:
     assert misses_of(steps, groups, "lru") == [[2, 1], [1, 0], [1, 1], [0, 1]]
     # both blocks in one group of two slots: what the second wants comes between
     assert misses_of(steps[:2], [Group((0, 1), 2)], "lru") == [[2, 1], [2, 1]]
-
-
-@pytest.mark.parametrize("policy", ORDERS)
-@pytest.mark.parametrize("slots", [2, 3, 5, 8])
-def test_it_is_what_the_tiers_miss(slots: int, policy: str) -> None:
-    chance = np.random.default_rng(slots)
-    experts = np.stack([[chance.choice(8, 2, replace=False) for _ in range(3)] for _ in range(200)])
-    trace = Trace(experts=experts, offsets=(0, 200), num_experts=(8, 8, 8), n_prefill=(0,))
-    missed = misses_of(experts.tolist(), [Group((block,), slots) for block in range(3)], policy)
-    assert np.sum(missed) == simulate(trace, policy, slots).decoding.misses
 
 
 def test_bytes_of_a_step() -> None:
