@@ -33,8 +33,8 @@ from overhead import load_warm
 from moetier.runtime.config import format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.tools.cli.report import table
-from moetier.tools.commands.synthetic import convert_synthetic, make_synthetic
-from moetier.tools.lab.synthetic import TOKENS_FILE, read_tokens
+from moetier.tools.commands.synthetic import convert_synthetic
+from moetier.tools.lab.synthetic import TOKENS_FILE, make_synthetic, read_tokens
 
 GEOMETRY = "qwen3-8L"
 SIZES: dict[str, Any] = {

@@ -23,7 +23,7 @@ from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tools.bench.sandbox import fresh
 from moetier.tools.bench.token_ids import fixed_ids
 from moetier.tools.cli.report import table
-from moetier.tools.plan.cost import PROMPT_TOKENS
+from moetier.tools.plan.estimate import PROMPT_TOKENS
 
 MEMORY, SPEED = 1.1, 1.5  # how far off a plan may be
 BEFORE_PROMPT = 8  # tokens

@@ -14,8 +14,7 @@ from engines import llama_logits
 from gguf_export import Kind, export_gguf
 
 from moetier.tiers.errors import TargetExistsError, UnsupportedModelError
-from moetier.tools.commands.synthetic import make_synthetic
-from moetier.tools.lab.synthetic import GEOMETRIES, read_tokens
+from moetier.tools.lab.synthetic import GEOMETRIES, make_synthetic, read_tokens
 
 pytest.importorskip("gguf")
 

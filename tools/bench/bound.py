@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moetier.tiers.cache.budget import Group, plan_groups, slots_for, smallest_budget
+from moetier.tiers.cache.budget import Group, plan_groups
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -61,7 +61,7 @@ class Bound:
 
     @property
     def by(self) -> str:
-        """What bounds the step: "disk" or "kernels"."""
+        """Part that bounds the step: "disk" or "kernels"."""
         return "disk" if self.disk > self.kernels else "kernels"
 
     def to_json(self) -> dict[str, Any]:
@@ -88,11 +88,6 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_O
 def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
     """Divide the slots of each array among its blocks, as the host tier does it."""
     return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
-
-
-def slots_within(manifest: Manifest, budget: int) -> Mapping[str, int]:
-    """Return the slots that ``budget`` bytes pay for, by array; at least those of a token's experts of a block."""
-    return slots_for(manifest, max(budget, smallest_budget(manifest)))
 
 
 def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[str, int], trunk: float) -> Need:

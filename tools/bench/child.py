@@ -1,4 +1,4 @@
-"""One piece of work, measured: reads what it is from standard input, and says what it found, both as JSON.
+"""Process that does one measured piece of work: reads it from standard input and prints its result, both as JSON.
 
 ``python -m moetier.tools.bench.child``; ``sandbox`` starts it. Works: "idle", "model", "rates".
 """
@@ -110,7 +110,7 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trunk_bytes(model: Any) -> int:
-    """Bytes that a token reads of the trunk: parameters and buffers in memory, but for rows of embeddings."""
+    """Return the bytes that a token reads of the trunk: parameters and buffers in memory, without embeddings."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     known = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.nbytes}
     for tensor in embeddings.parameters():

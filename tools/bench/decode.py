@@ -1,4 +1,7 @@
-"""``moetier bench decode DIR``: tokens a second, one step after the other, beside the bound of a token."""
+"""``moetier bench decode DIR``: tokens a second, one step after the other, beside the bound of a token.
+
+Options alone; ``model`` measures.
+"""
 
 from __future__ import annotations
 

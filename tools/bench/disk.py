@@ -10,9 +10,10 @@ import os
 import random
 import shutil
 import subprocess
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,20 @@ class RandomReads:
             raise CheckpointError(f"{largest} is smaller than a page.", "Give a checkpoint with weights.")
         return cls((largest,), size // block * block, block, direct=takes_direct(largest))
 
+    @classmethod
+    @contextlib.contextmanager
+    def of_new_file(cls, folder: Path, nbytes: int, block_bytes: int) -> Iterator[RandomReads]:
+        """Write a temporary file of ``nbytes`` into ``folder`` and yield reads of it. Raises TargetError."""
+        from moetier.tiers.store.atomic import disk_errors
+
+        with disk_errors(folder, lambda: nbytes), tempfile.NamedTemporaryFile(dir=folder, prefix=".moetier-") as file:
+            piece = os.urandom(1 << 20)
+            for _ in range(max(1, nbytes // len(piece))):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            yield cls.of_files([Path(file.name)], block_bytes)
+
     @property
     def by(self) -> str:
         """Name of the tool that measures: "fio" where it is installed, else "preadv"."""
@@ -109,21 +124,20 @@ class RandomReads:
     def _plain(self, depth: int, seconds: float) -> float:
         from moetier.tiers.store.atomic import read_errors
 
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
+        places = range(0, self.data_bytes - self.block_bytes + 1, self.block_bytes)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(read_errors(self.files[0]))
             descriptors = []
-            flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
             for path in self.files:
-                with read_errors(path):
-                    descriptors.append(os.open(path, flags))
+                descriptors.append(os.open(path, flags))
                 stack.callback(os.close, descriptors[-1])
                 os.posix_fadvise(descriptors[-1], 0, 0, os.POSIX_FADV_DONTNEED)
-            places = range(0, self.data_bytes - self.block_bytes + 1, self.block_bytes)
 
             def read(buffer: memoryview) -> None:
                 descriptor, place, done = random.choice(descriptors), random.choice(places), 0
                 while done < len(buffer):
-                    with read_errors(self.files[0]):
-                        count = os.preadv(descriptor, [buffer[done:]], place + done)
+                    count = os.preadv(descriptor, [buffer[done:]], place + done)
                     if not count:
                         raise StoreReadError(f"{self.files[0]} was cut.", "Convert the model again.")
                     done += count
@@ -134,36 +148,25 @@ class RandomReads:
 def read_rate(read: Callable[[memoryview], None], nbytes: int, *, depth: int, seconds: float) -> float:
     """Measure the bytes a second that ``depth`` threads read.
 
-    Each reads into a buffer of ``nbytes`` of its own that begins on a page.
+    Each reads into a buffer of ``nbytes`` of its own that begins on a page, once or more.
     """
-    counts, errors = [0] * depth, list[BaseException]()
-    end = threading.Event()
-
-    def work(number: int) -> None:
-        buffer = memoryview(mmap.mmap(-1, nbytes))
-        try:
-            while not end.is_set():
-                read(buffer)
-                counts[number] += 1
-        except BaseException as error:
-            errors.append(error)
-            end.set()
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(depth)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    end.wait(seconds)
-    end.set()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return sum(counts) * nbytes / (time.perf_counter() - began)
+
+    def work(_: int) -> int:
+        buffer = memoryview(mmap.mmap(-1, nbytes))
+        count = 0
+        while not count or time.perf_counter() < began + seconds:
+            read(buffer)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(depth) as pool:
+        count = sum(pool.map(work, range(depth)))
+    return count * nbytes / (time.perf_counter() - began)
 
 
 def takes_direct(path: Path) -> bool:
-    """Whether a file can be read past the page cache."""
+    """Try whether a file can be read past the page cache."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
     except OSError:

@@ -11,13 +11,13 @@ from typing import Any
 
 from moetier.runtime.config import Size, format_bytes
 from moetier.runtime.memory import machine_memory
-from moetier.tiers.cache.budget import smallest_budget
+from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.manifest import Manifest
 from moetier.tools.cli.arguments import add_option, size
 from moetier.tools.cli.parser import DIRECTORY, directory
 
-from .bound import Bound, Rates, need_of, rows_of, slots_within
+from .bound import Bound, Rates, need_of, rows_of
 from .disk import NO_FIO, RandomReads, fio_version
 from .output import Machine, Spread, add_bench_arguments, alternate, check_bench, report
 from .rates import UNCACHED_BYTES
@@ -119,7 +119,7 @@ class Floor:
         """
         if setting.limit is None:
             return used
-        return slots_within(self.manifest, setting.limit - self.resident_bytes)
+        return slots_for(self.manifest, setting.limit - self.resident_bytes)
 
 
 def measure(arguments: argparse.Namespace, work: Work) -> int:

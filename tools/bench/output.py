@@ -117,10 +117,6 @@ class Machine:
             versions=found,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON."""
-        return asdict(self) | {"features": list(self.features)}
-
     def text(self) -> str:
         """Return the description as a line."""
         parts = [
@@ -195,7 +191,7 @@ def report(
         document = {
             "command": arguments.what,
             "rounds": arguments.rounds,
-            "machine": machine.to_json(),
+            "machine": asdict(machine),
             "notes": notes or [],
             **more,
             "results": results,

@@ -1,4 +1,7 @@
-"""``moetier bench prefill DIR``: tokens a second of a prompt, beside the bound of its pass."""
+"""``moetier bench prefill DIR``: tokens a second of a prompt, beside the bound of its pass.
+
+Options alone; ``model`` measures.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def memory_rate(nbytes: int) -> tuple[float, str]:
     """
     import torch
 
-    numbers = torch.ones(nbytes // 4)
+    numbers = torch.ones(nbytes // 8 * 2)
     one, other = numbers.chunk(2)
     operations: dict[str, Callable[[], object]] = {
         "dot(x, x)": lambda: numbers.dot(numbers),
@@ -37,9 +37,9 @@ def memory_rate(nbytes: int) -> tuple[float, str]:
 
 
 def median_seconds(run: Callable[[], object], *, least_runs: int = 1, least_seconds: float = 0.0) -> float:
-    """Return the median seconds of a call, of ``least_runs`` or more within ``least_seconds`` or more.
+    """Return the median seconds of a call.
 
-    One more call before warms up.
+    After one call to warm up, it is repeated at least ``least_runs`` times, and for ``least_seconds``.
     """
     run()
     found: list[float] = []

@@ -1,4 +1,4 @@
-"""``moetier bench``: what this machine does, beside what it can do, both measured in one run."""
+"""``moetier bench``: speeds of this machine beside their bounds, both measured in one run."""
 
 from __future__ import annotations
 

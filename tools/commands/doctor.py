@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from moetier.tools.cli.parser import directory
 
 if TYPE_CHECKING:
-    from moetier.tools.doctor.finding import Finding
+    from moetier.tools.doctor.machine import Finding
 
 EXAMPLES = ("moetier doctor", "moetier doctor ./mixtral-4bit --checksums")
 
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """1 when anything fails. Raises ConfigError for --checksums of nothing."""
+    """Print the findings; return 1 when anything fails, else 0. Raises ConfigError for --checksums of nothing."""
     from moetier.tiers.errors import ConfigError
-    from moetier.tools.doctor.finding import State, lines_of
+    from moetier.tools.doctor.machine import State, lines_of
 
     if arguments.checksums and arguments.directory is None:
         raise ConfigError("--checksums has nothing to read.", "Name a model directory: moetier doctor DIR --checksums")
@@ -50,32 +51,36 @@ def run(arguments: argparse.Namespace) -> int:
             print("\n".join(lines_of([finding], width)), flush=True)
     counts = {str(state): sum(finding.state is state for finding in found) for state in State}
     if arguments.json:
-        print(json.dumps({"counts": counts, "findings": [finding.to_json() for finding in found]}, indent=2))
+        print(json.dumps({"counts": counts, "findings": [asdict(finding) for finding in found]}, indent=2))
     else:
         print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return EXIT_BAD if counts[State.FAIL] else 0
 
 
 def findings(directory: Path | None, *, checksums: bool = False, seconds: float = PROBE_SECONDS) -> Iterator[Finding]:
-    """One after the other, as they are found; ``seconds`` are the disk's."""
+    """Look at one thing after the other and yield what is found; the disk is measured for ``seconds``."""
     from moetier.runtime.memory import shortage
     from moetier.tools.doctor import machine, store
-    from moetier.tools.doctor.finding import State, fail, look
+    from moetier.tools.doctor.machine import State, fail, look
 
-    yield from look("python", machine.python)
-    yield from look("libraries", machine.libraries)
-    yield from look("config", machine.configuration)
+    light = {"python": machine.python, "libraries": machine.libraries, "config": machine.configuration}
+    others: dict[str, Callable[[], Iterator[Finding]]] = {
+        "cpu": machine.processor,
+        "kernel": machine.kernel,
+        "gpu": machine.gpus,
+        "memory": partial(store.memory, directory),
+        "memfd": machine.memory_files,
+        "memlock": machine.page_locks,
+        "/dev/shm": machine.shared_memory,
+        "daemons": machine.daemons,
+    }
+    for name, at in light.items():
+        yield from look(name, at)
     if short := shortage():
         yield fail("memory", short, "Free some, or raise the control group's limit. Nothing else is looked at.")
         return
-    yield from look("cpu", machine.processor)
-    yield from look("kernel", machine.kernel)
-    yield from look("gpu", machine.gpus)
-    yield from look("memory", partial(store.memory, directory))
-    yield from look("memfd", machine.memory_files)
-    yield from look("memlock", machine.page_locks)
-    yield from look("/dev/shm", machine.shared_memory)
-    yield from look("daemons", machine.daemons)
+    for name, at in others.items():  # they import torch
+        yield from look(name, at)
     if directory is not None:
         found = list(look("store", partial(store.health, directory, checksums=checksums)))
         yield from found

@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import COUNT, DEFAULT_CONTEXT
+from moetier.runtime.config import COUNT, DEFAULT_CONTEXT, format_bytes
 from moetier.tools.cli.arguments import add_option, size
+from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError, source
+from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
     from moetier.tools.plan.fit import Fit
@@ -66,7 +68,7 @@ def _numbers(value: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises MoetierError where nothing that was asked for can work."""
+    """Plan, print and return 0. Raises MoetierError where nothing that was asked for can work."""
     found = plan(
         arguments.source,
         bits=arguments.bits,
@@ -80,12 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         disk=arguments.disk,
         say=_to_a_terminal,
     )
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-    else:
-        from moetier.tools.plan.estimate import text
-
-        print(text(found))
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
     return 0
 
 
@@ -154,8 +151,9 @@ def plan(
         from moetier.runtime.model.load import place_of
         from moetier.runtime.threads import usable_cpus, use_threads
         from moetier.tools.plan.choices import open_choices
-        from moetier.tools.plan.estimate import Speeds, estimate
+        from moetier.tools.plan.estimate import estimate
         from moetier.tools.plan.fit import Room, by_preference, fit_of, impossible
+        from moetier.tools.plan.speeds import Speeds
 
     transformers.utils.logging.set_verbosity_error()
     use_threads(threads)
@@ -183,3 +181,83 @@ def plan(
     return estimate(
         model_choices, asked, working[0], room, speeds, context=config.context, options=options, pulls=pulls
     )
+
+
+HEAD = [
+    *("experts", "trunk", "on disk", "convert", "in RAM", "hits", "read"),
+    *("tokens/s", "limited by", "prompt/s", "limited by"),
+]
+
+
+def text(found: dict[str, Any]) -> str:
+    """Return a plan as text: what is given, a table of the choices that have the recommended trunk, and what to do."""
+    recommended = found["recommended"]
+    same = [choice for choice in found["choices"] if choice["trunk_bits"] == recommended["trunk_bits"]]
+    best = next(choice for choice in same if choice["bits"] == recommended["bits"])
+    rows = [_row(found, choice) for choice in sorted(same, key=lambda choice: -choice["bits"])]
+    lines = [*_heading(found, best), "", table([HEAD, *rows]), "", *_sentences(found, best)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _heading(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    machine, memory = found["machine"], best["memory"]
+    size = "" if found["source_bytes"] is None else f"{format_bytes(found['source_bytes'])}, "
+    to_come = " (to be downloaded)" if found["to_download"] else ""
+    device = "no GPU" if machine["device"] == "cpu" else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
+    trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in found["choices"]}
+    sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
+    disk = machine["disk"]["all"] / 1e9
+    return [
+        f"model    {plain(found['model'])}: {size}{found['blocks']} blocks of {found['experts']} experts, top-"
+        f"{found['top_k']}{to_come}",
+        f"machine  {format_bytes(machine['memory_bytes'])} of memory free ({machine['memory_limiter']}), {device}, "
+        f"{machine['workers']} CPUs",
+        f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
+        f"trunk    {sizes}",
+        f"context  {found['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values",
+    ]
+
+
+def _row(found: dict[str, Any], choice: dict[str, Any]) -> list[str]:
+    convert = "-" if choice["convert_s"] is None else _time(choice["convert_s"])
+    head = [f"{choice['bits']} bits", str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
+    if not choice["works"]:
+        return [*head, "no", "-", "-", "-", "-", "-", "-"]
+    share = f"{choice['slots'] / found['records']:.0%}"
+    row = [*head, share if choice["slots"] < found["records"] else "all", f"{choice['hit_ratio']:.0%}"]
+    decode, prefill = choice["decode"], choice["prefill"]
+    if decode is None:
+        return [*row, "-", "-", "-", "-", "-"]
+    row += [format_bytes(round(decode["read_bytes_per_token"])), _rate(decode["tokens_per_s"]), decode["by"]]
+    return [*row, _rate(prefill["tokens_per_s"]), prefill["by"]]
+
+
+def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    recommended, memory = found["recommended"], best["memory"]
+    count, bits, trunk_bits = found["records"], best["bits"], best["trunk_bits"]
+    what = "It runs" if found["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
+    lines = [
+        f"{what}: {best['slots']:,} of {count:,} experts in memory, {format_bytes(memory['process_bytes'])} in all."
+    ]
+    if best["device_slots"] is not None:
+        lines.append(f"{best['device_slots']:,} of them fit the GPU, where speed is not forecast.")
+    else:
+        lines.append(f"Hits are an estimate, from the trace {best['hit_curve']}; rates are those of this moment.")
+    if best["all_resident"]:
+        lines.append("Everything stays in memory once it was read: caching is not needed, nor more memory.")
+    elif best["streams"]:
+        lines.append(
+            f"Caching hardly helps: {best['slots']:,} slots are fewer than the {found['blocks'] * found['top_k']:,} "
+            "experts of one token, so that most are read again for each."
+        )
+    return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:.2f}" if tokens < 1 else f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"

@@ -18,8 +18,6 @@ from moetier.tools.cli.parser import UsageError, file_or_address
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moetier.runtime.trace.trace import Trace
-
 EXAMPLES = ("moetier plot figure1 trace.npz -o figure1.svg", "moetier plot resident default -o resident.png")
 
 OF_TRACES = ("figure1", "hits", "recall", "heatmap")
@@ -67,8 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises UsageError for an option of another picture, ConfigError where there is nothing to draw, or nothing to
-    draw with, DaemonError where nobody answers, and TargetError where it can't be written."""
+    """Draw the picture and return 0.
+
+    Raises UsageError for an option of another picture, ConfigError where there is nothing to draw, or nothing to draw
+    with, DaemonError where no daemon answers, and TargetError where the picture can't be written.
+    """
     from moetier.tiers.errors import TargetError
 
     for name, kinds in ONLY.items():
@@ -98,9 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _draw_daemon(arguments: argparse.Namespace) -> Figure:
-    """As it is now."""
+    """Draw the experts of a daemon as they are now. Raises DaemonError where it tells nothing of them."""
     from moetier.tiers.errors import DaemonError
-    from moetier.tools.lab.plot import draw_resident
+    from moetier.tools.lab.figures import draw_resident
     from moetier.tools.top.watch import look
 
     from .stats import address_of
@@ -116,16 +117,14 @@ def _draw_daemon(arguments: argparse.Namespace) -> Figure:
 
 
 def _draw_trace(arguments: argparse.Namespace) -> Figure:
+    """Draw a trace. Raises ConfigError where the options don't fit it."""
     from moetier.runtime.trace.trace import Trace
+    from moetier.tools.lab import figures
 
     source = Path(arguments.source)
     trace = Trace.load(source)
-    return _draw(trace if trace.model else replace(trace, model=source.stem), arguments)
-
-
-def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
-    from moetier.tools.lab import figures
-
+    if not trace.model:
+        trace = replace(trace, model=source.stem)
     cached = trace.top_k if arguments.cached is None else arguments.cached
     if not 0 <= cached <= max(trace.num_experts) or (cached == 0 and arguments.kind == "heatmap"):
         raise ConfigError(f"{cached} experts of a block can't be cached.", f"It has {max(trace.num_experts)}.")
@@ -154,7 +153,7 @@ def _draw(trace: Trace, arguments: argparse.Namespace) -> Figure:
 
 
 def _span(text: str) -> range:
-    """ "10-49" -> 40 tokens."""
+    """Parse a range with its last token: "10-49" are 40 tokens. Raises ConfigError for an empty one."""
     first, _, last = text.partition("-")
     if not (span := range(int(first), int(last) + 1)):
         raise ConfigError(f"Tokens {text} can't be drawn.", "Give the first and the last, as in 0-39.")

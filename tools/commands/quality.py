@@ -1,25 +1,28 @@
-"""``moetier quality SRC --text FILE...``: what each width costs, in bytes and in perplexity."""
+"""``moetier quality SRC --text FILE...``: the cost of each width, in bytes and in perplexity."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import MOST, Number, format_bytes
+from moetier.runtime.memory import shortage
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.layout import BITS, Bits, RecordLayout
+from moetier.tiers.layout import BITS
 from moetier.tools.cli.arguments import add_resource_arguments, asked, resources_of
 from moetier.tools.cli.parser import UsageError, checked, source
 from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
-    from moetier.tools.lab.quality import Loss
+    from moetier.tools.lab.quality import Row, Way
+
+_log = logging.getLogger(__name__)
 
 EXAMPLES = (
     "moetier quality ./Mixtral-8x7B-v0.1 --text book.txt --bits 4,3,2",
@@ -29,39 +32,6 @@ EXAMPLES = (
 TOKENS = Number(int, 2, MOST, "Give 2, of which one foretells the other, to 2^31 - 1.")
 METHODS = ("hqq", "rounding")
 WAYS = ("bits", "group_size", "pairs", "trunk_bits", "method")  # the options
-Way = tuple[Bits, int | None, str | None, Bits, str]  # their values
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to store the experts, and the trunk. ``error`` is relative, over all weights of experts."""
-
-    bits: int | None  # None: the checkpoint as it is
-    group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
-    pairs: str
-    method: str  # "hqq" or "rounding", likewise
-    stored_bytes: int | None
-    bits_per_weight: float | None  # as stored: pairs, padding and checksums included
-    error: float | None
-    trunk_bits: int
-    losses: Mapping[str, Loss]  # by text
-
-    @property
-    def loss(self) -> Loss:
-        """Over all texts together."""
-        from moetier.tools.lab.quality import Loss
-
-        return sum(self.losses.values(), Loss())
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity over all texts together."""
-        return self.loss.perplexity
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields and the perplexities as JSON."""
-        by_text = {name: loss.perplexity for name, loss in self.losses.items()}
-        return asdict(self) | {"perplexity": self.perplexity, "perplexity_by_text": by_text}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,11 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.source} is a checkpoint: it is measured in memory, and uses no tiers.",
             "Leave out --ram, --device, --daemon and what belongs to them, or give a model directory.",
         )
+    if short := shortage():
+        _log.warning("%s", short)
     import transformers
 
     from moetier.runtime.kernels.choose import without_onednn
     from moetier.runtime.threads import use_threads
-    from moetier.tools.lab.quality import read_texts
+    from moetier.tools.lab.quality import measure_checkpoint, measure_directory, read_texts
 
     transformers.utils.logging.disable_progress_bar()
     texts = read_texts(arguments.text)
@@ -169,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_ways(ways: Iterable[Way]) -> None:
-    """Raises ConfigError, before anything is measured, for settings that don't exist."""
+    """Raise ConfigError, before anything is measured, for settings that don't exist."""
     from moetier.tiers.quant.codec import group_and_pairs
     from moetier.tools.convert.draft import trunk_form
 
@@ -179,78 +151,10 @@ def _check_ways(ways: Iterable[Way]) -> None:
 
 
 def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Of the resources, where a command line says nothing."""
+    """Return the resource options where a command line says nothing."""
     parser = argparse.ArgumentParser()
     add_resource_arguments(parser)
     return argparse.Namespace(**vars(parser.parse_args([])) | arguments.configured)
-
-
-def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resources: Mapping[str, Any]) -> Row:
-    """A model directory as it runs, in its own type; ``resources`` are the keyword arguments of ``load``."""
-    from moetier.runtime.model.load import load
-    from moetier.tiers.store.folder import read_manifest
-    from moetier.tools.lab.quality import loss, tokenize
-
-    manifest = read_manifest(folder / "experts.zarr")
-    _check_tokenizer(folder)
-    model, tokenizer = load(folder, **resources)
-    with model.tiers:
-        losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
-    blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
-    return _row(blocks, manifest.trunk_bits, manifest.method, None, losses)
-
-
-def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:
-    """A checkpoint as it is, then with its experts stored in each of the ``ways``."""
-    import transformers
-
-    from moetier.runtime.checkpoint.files import open_checkpoint
-    from moetier.tools.convert.draft import trunk_form
-    from moetier.tools.lab.quality import Trial, loss, tokenize
-
-    checkpoint = open_checkpoint(source)
-    _check_tokenizer(checkpoint.folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    ids = tokenize(tokenizer, texts, tokens)
-    trial = Trial(checkpoint)
-    losses = {name: loss(trial.model, ids[name]) for name in ids}
-    yield Row(None, "", "", "", None, None, None, 16, losses)
-    for bits, group, pairs, trunk_bits, method in ways:
-        stored = trial.store(bits, group, pairs, fast=method == "rounding")
-        trial.store_trunk(trunk_form(trunk_bits), fast=method == "rounding")
-        losses = {name: loss(trial.model, ids[name]) for name in ids}
-        yield _row(stored.blocks, trunk_bits, method, stored.error.relative, losses)
-
-
-def _check_tokenizer(folder: Path) -> None:
-    from moetier.runtime.model.load import TOKENIZER_FILES
-
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of its model into it.")
-
-
-def _row(
-    blocks: Sequence[tuple[RecordLayout, int]],
-    trunk_bits: int,
-    method: str,
-    error: float | None,
-    losses: Mapping[str, Loss],
-) -> Row:
-    """``blocks``: each block's layout and number of experts."""
-    projections = [p for layout, _ in blocks for p in layout.projections]
-    quantised = [p for p in projections if p.bits != 16]
-    stored_bytes = sum(layout.slot_bytes * experts for layout, experts in blocks)
-    return Row(
-        bits=min(p.bits for p in projections),
-        group=", ".join(map(str, sorted({p.group for p in quantised}))),
-        pairs=", ".join(sorted({p.pairs for p in quantised})),
-        method=method if quantised or trunk_bits != 16 else "",
-        stored_bytes=stored_bytes,
-        bits_per_weight=8 * stored_bytes / sum(layout.weights * experts for layout, experts in blocks),
-        error=error,
-        trunk_bits=trunk_bits,
-        losses=losses,
-    )
 
 
 def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -267,7 +171,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """For people: perplexity over all texts, how far it is above the first row's, its place, and by text."""
+    """Format rows as a table: perplexity over all texts, its change from the first row's, its place, and by text."""
     from moetier.tools.lab.quality import LEAST_WINDOWS, Change, ranks
 
     names = list(rows[0].losses)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetier.runtime.config import Size, format_bytes
+from moetier.runtime.config import TINY, Number, Size, format_bytes
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain
@@ -22,6 +22,10 @@ EXAMPLES = (
     "moetier replay trace.npz",
     "moetier replay trace.npz --slots 2,4 --policy lru,lrfu --record 84MiB --disk 3.5",
 )
+
+SLOTS = Number(int, 1, 32_767, "Give 1 to 32,767.")
+RATE = Number(float, TINY, 1e6, "Give GB a second, more than 0, to 1,000,000 at most.")
+MILLISECONDS = Number(float, 0, 1e6, "Give milliseconds, 0 to 1,000,000.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device-slots",
-        type=_count,
+        type=SLOTS,
         default=0,
         metavar="N",
         help="experts of each block in a device tier above, with the same policy "
@@ -50,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speed = parser.add_argument_group("speed")
     speed.add_argument("--record", type=size, metavar="SIZE", help="size of an expert, as inspect shows it")
-    speed.add_argument("--disk", type=_rate, metavar="GB/S", help="rate at which misses are read")
-    speed.add_argument("--link", type=_rate, metavar="GB/S", help="rate at which the device tier's misses are copied")
+    speed.add_argument("--disk", type=RATE, metavar="GB/S", help="rate at which misses are read")
+    speed.add_argument("--link", type=RATE, metavar="GB/S", help="rate at which the device tier's misses are copied")
     speed.add_argument(
         "--compute",
-        type=_milliseconds,
+        type=MILLISECONDS,
         default=0.0,
         metavar="MS",
         help="time to compute a token with all experts resident (default: 0)",
@@ -63,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ConfigError for what is no trace, and for options that contradict each other."""
+    """Simulate tiers on the traces, print the results and return 0.
+
+    Raises ConfigError for a file that is no trace, UsageError for options that contradict each other.
+    """
     from moetier.runtime.trace.trace import Trace
 
     record = Size.parse(arguments.record).bytes if arguments.record is not None else None
@@ -170,11 +177,11 @@ def _text(report: dict[str, Any]) -> str:
 
 
 def _numbers(text: str) -> list[int]:
-    """ "1-4,8" -> [1, 2, 3, 4, 8]."""
+    """Parse numbers and ranges: "1-4,8" is [1, 2, 3, 4, 8]."""
     found = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        found |= set(range(_count(first), _count(last if dash else first) + 1))
+        found |= set(range(int(SLOTS(first)), int(SLOTS(last if dash else first)) + 1))
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names no number")
     return sorted(found)
@@ -188,24 +195,3 @@ def _policies(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among {', '.join(POLICIES)}")
     return names
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 32_767:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 32,767")
-    return number
-
-
-def _rate(text: str) -> float:
-    rate = float(text)
-    if not 0 < rate <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is no rate in GB/s")
-    return rate
-
-
-def _milliseconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is no time in milliseconds")
-    return value

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import add_credentials, credentials
 
 from .stats import INTERVAL, address_of
-
-if TYPE_CHECKING:
-    from moetier.runtime.wire.probe import RunningDaemon
 
 EXAMPLES = ("moetier top", "moetier top work --interval 0.5")
 
@@ -45,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Until it is ended; 0 then. Raises ConfigError where nothing can be drawn, DaemonError where nobody answers."""
+    """Show the daemon until the user ends it, and return 0.
+
+    Raises ConfigError without a terminal or without textual, DaemonError where no daemon answers.
+    """
     if not all(os.isatty(number) for number in (0, 1, 2)) or os.environ.get("TERM", "dumb") == "dumb":
         raise ConfigError(
             "moetier top draws on a whole terminal, and here is none.",
@@ -55,15 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "moetier top needs textual, which is not installed.", 'Install it: pip install ".[tui]" in the repository.'
         )
+    from moetier.runtime.wire.probe import running_daemons
     from moetier.tools.top.watch import Watch, look
 
-    found = _choice() if arguments.address is None else []
+    found = running_daemons() if arguments.address is None else []
     shown = credentials(arguments)
     address = None
-    if not found:
+    if len(found) < 2:  # else it is chosen on the screen
         address = address_of(arguments.address)
         look(address, shown)  # what can't be is said before anything is drawn
-    import logging
 
     from moetier.tools.top.app import Top
 
@@ -72,11 +72,3 @@ def run(arguments: argparse.Namespace) -> int:
     app.run()
     sys.stdout.flush()
     return app.return_code or 0
-
-
-def _choice() -> list[RunningDaemon]:
-    """Of the daemons that run here, where there are several."""
-    from moetier.runtime.wire.probe import running_daemons
-
-    found = running_daemons()
-    return found if len(found) > 1 else []

@@ -1,4 +1,4 @@
-"""``moetier trace DIR --prompts FILE -o T.npz``: generates, and writes down which experts were used."""
+"""``moetier trace DIR --prompts FILE -o T.npz``: generate, and record which experts were used."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moetier.tools.cli.arguments import add_decoding_arguments, add_resource_arg
 from moetier.tools.cli.loading import loaded
 from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.cli.report import table
-from moetier.tools.lab.prompts import read_prompts
 
 if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
 
 LAYERS = Number(int, 0, MOST, "Give 0, for no predictions, to 2^31 - 1.")
+PROMPT_KEYS = ("prompt", "turns", "text")  # of a line of JSON; of turns, the first is taken
 EXAMPLES = ("moetier trace ./mixtral-4bit --prompts prompts.txt -o trace.npz",)
 
 
@@ -68,8 +68,36 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def read_prompts(path: Path) -> list[str]:
+    """Read the prompts of a file, a text or .jsonl, without empty lines. Raises ConfigError."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"{path}: can't be read ({why}).", "Give a text, or a .jsonl file.") from error
+    filled = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise ConfigError(f"{path} has no prompts.", "Write one into each line.")
+    is_json = path.suffix == ".jsonl"
+    return [_prompt_of(line, f"{path}:{number}") if is_json else line for number, line in filled]
+
+
+def _prompt_of(line: str, place: str) -> str:
+    """Return the prompt of a line of JSON. Raises ConfigError, with the line's ``place``, where it has none."""
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{place} is not JSON.", "Write one object into each line.") from error
+    value = next((found[key] for key in PROMPT_KEYS if key in found), None) if isinstance(found, dict) else None
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{place} has no prompt.", f"Write it as one of {', '.join(PROMPT_KEYS)}.")
+    return value
+
+
 def _check_target(path: Path, *, force: bool) -> None:
-    """Raises TargetError, before hours of work and again behind them."""
+    """Raise TargetError where the trace can't be written: before hours of work, and again after them."""
     if not path.parent.is_dir():
         raise TargetError(f"{path.parent} is no folder.", "Make it, or name another with -o.")
     if path.is_dir():
@@ -79,9 +107,9 @@ def _check_target(path: Path, *, force: bool) -> None:
 
 
 def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, Any], *, look_ahead: int) -> Trace:
-    """One sequence a prompt. The last new token of each is not among its tokens: it goes through no block.
+    """Generate from each prompt and record a sequence, without its last new token, which goes through no block.
 
-    ``decoding``: as ``decoding_of`` has it. ``model`` is one that ``load`` gave. Raises ConfigError for a
+    ``decoding``: as ``decoding_of`` returns it. ``model`` is one that ``load`` returned. Raises ConfigError for a
     prompt without tokens, or with more than the model's context has room for, before anything is recorded.
     """
     from moetier.runtime.trace.recorder import Recorder, pieces_of
@@ -119,7 +147,7 @@ def to_json(path: Path, trace: Trace) -> dict[str, Any]:
 
 
 def summary(trace: Trace) -> str:
-    """For people: how much there is, and how well the gates foretold it."""
+    """Describe a trace as text: its sizes, and the recall of the gates' predictions."""
     from moetier.runtime.trace.recall import RULES, compare
 
     head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"

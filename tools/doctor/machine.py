@@ -1,4 +1,4 @@
-"""What moetier needs of a machine, looked at piece by piece."""
+"""Findings about a machine: whether it has what moetier needs, and what to do where it has not."""
 
 from __future__ import annotations
 
@@ -9,22 +9,83 @@ import platform
 import resource
 import shutil
 import sys
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
 from moetier.runtime.threads import usable_cpus, use_threads
-
-from .finding import Finding, fail, ok, warn
+from moetier.tiers.errors import MoetierError
+from moetier.tools.cli.failure import as_options, plain
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 NVIDIA = Path("/proc/driver/nvidia/version")
 ENOUGH_LOCKED = 1 << 30
+
+
+class State(StrEnum):
+    """Severity of a finding."""
+
+    OK = "ok"
+    WARN = "warn"  # it works, and could work better
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """State of one thing that was looked at; ``advice`` is "" where there is nothing to do."""
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+def ok(name: str, found: str) -> Finding:
+    """Return a finding with nothing to do."""
+    return Finding(name, State.OK, found)
+
+
+def warn(name: str, found: str, advice: str) -> Finding:
+    """Return a finding of something that works but could work better, and how."""
+    return Finding(name, State.WARN, as_options(found), as_options(advice))
+
+
+def fail(name: str, found: str, advice: str) -> Finding:
+    """Return a finding of something that does not work, and its remedy."""
+    return Finding(name, State.FAIL, as_options(found), as_options(advice))
+
+
+def look(name: str, at: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of ``at``. An error becomes a finding called ``name``, so that other things are looked at."""
+    try:
+        yield from at()
+    except MoetierError as error:
+        yield fail(name, error.cause, error.fix)
+    except Exception as error:  # a library that is broken, a kernel that has no such file
+        said = " ".join(str(error).split())
+        yield fail(name, f"{type(error).__name__}: {said}", "See what is wrong with that; it could not be looked at.")
+
+
+def lines_of(findings: Iterable[Finding], width: int) -> Iterator[str]:
+    """Yield findings as text, in lines of up to ``width`` characters; advice stands below what was found."""
+    for each in findings:
+        head = f"{each.state:<4}  {each.name:<12}  "
+        indent = " " * len(head)
+        wrap = partial(
+            textwrap.wrap, width=width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        yield from map(plain, wrap(each.found, initial_indent=head))
+        if each.advice:
+            yield from map(plain, wrap(each.advice, initial_indent=f"{indent[3:]}-> "))
 
 
 def python() -> Iterator[Finding]:
@@ -42,7 +103,10 @@ def python() -> Iterator[Finding]:
 
 
 def libraries() -> Iterator[Finding]:
-    """One for all that are in range; one for each that is not. Those of extras may be missing."""
+    """Check the versions of libraries: a finding for each that is out of range or missing, and one for all others.
+
+    Libraries of extras may be missing.
+    """
     from packaging.requirements import Requirement
 
     good, extras = [], dict[str, list[str]]()
@@ -71,7 +135,7 @@ def libraries() -> Iterator[Finding]:
 
 
 def configuration() -> Iterator[Finding]:
-    """Raises ConfigError for what is wrong in it, in whichever section."""
+    """Check what is set beforehand. Raises ConfigError for what is wrong in the file, in whichever section."""
     from moetier.tools.cli.parser import commands_of
     from moetier.tools.cli.settings import Settings
     from moetier.tools.main import build_parser
@@ -161,7 +225,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def memory_files() -> Iterator[Finding]:
-    """Makes an arena's memory file, of one page."""
+    """Check that an arena's memory file can be made, with one of one page."""
     from moetier.tiers.arena.arena import NAME, SEALS
 
     descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -226,7 +290,7 @@ def daemons() -> Iterator[Finding]:
 
 
 def _extra(wanted: Requirement) -> str | None:
-    """Whose a requirement is, of those that are for who uses moetier."""
+    """Return the extra that a requirement belongs to, without those for moetier's own development."""
     names = metadata("moetier").get_all("Provides-Extra") or []
     return next((e for e in names if e != "dev" and wanted.marker and wanted.marker.evaluate({"extra": e})), None)
 

@@ -1,22 +1,19 @@
-"""A model directory, its disk, and whether memory is enough for it."""
+"""Findings about a model directory, its disk, and the memory that it needs."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
 
-from .finding import Finding, fail, ok, warn
+from .machine import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
     from moetier.runtime.memory import Available
-    from moetier.tools.bench.disk import RandomReads
 
 SLOW = 0.3e9  # bytes a second: of a disk that turns, or a network
 LEAST_MEMORY = 1536 << 20  # for a model
@@ -25,8 +22,10 @@ BLOCK_BYTES = 4 << 20
 
 
 def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
-    """What can be allocated, by the machine and its control groups (``root`` as of ``available_memory``); and whether
-    that is enough for a model."""
+    """Check what can be allocated, and whether that is enough for the model of ``directory``, or for any.
+
+    The machine and its control groups limit it; ``root`` is that of ``available_memory``.
+    """
     from moetier.runtime.memory import machine_memory, memory_for_model
     from moetier.tiers.errors import MoetierError
 
@@ -45,7 +44,7 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
 
 
 def _memory_for(directory: Path, left: Available, found: str) -> Finding:
-    """By the budgets that a model is loaded with, as of ``moetier plan``. Raises MoetierError."""
+    """Compare memory with the budgets that the model would load with, as ``moetier plan`` does. Raises MoetierError."""
     import torch
 
     from moetier.runtime.config import TierConfig
@@ -74,7 +73,7 @@ def _memory_for(directory: Path, left: Available, found: str) -> Finding:
 
 
 def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
-    """Manifest, sizes and indexes; all bytes with ``checksums``. Raises StoreError where there is no finished store."""
+    """Check manifest, sizes and indexes; all bytes with ``checksums``. Raises StoreError without a finished store."""
     from moetier.tiers.store.folder import command
     from moetier.tiers.store.reader import ExpertStore
     from moetier.tiers.store.scrub import READS, scrub, scrub_trunk
@@ -106,17 +105,26 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
 
 
 def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
-    """Whether files are read past the page cache there, and how fast at random. Raises StoreError, OSError."""
-    from moetier.tiers.errors import ConfigError
+    """Check that files are read past the page cache, and how fast at random, for ``seconds``.
+
+    Reads records of ``directory``, else a temporary file in the current folder. Raises StoreError, OSError.
+    """
+    from moetier.tiers.errors import TargetError
     from moetier.tiers.host.tier import LOADERS
+    from moetier.tools.bench.disk import RandomReads
     from moetier.tools.bench.output import place_of
 
     place = directory if directory is not None else Path.cwd()
+    other = "Name a model directory, moetier doctor DIR, or run it in another folder."
+    if directory is None and (free := shutil.disk_usage(place).free) < 4 * SAMPLE_BYTES:
+        yield warn("disk", f"The disk of {place} has {format_bytes(free)} free: its rate is not measured.", other)
+        return
     try:
-        with _of_store(directory) if directory is not None else _sample(place) as reads:
+        sample = RandomReads.of_new_file(place, SAMPLE_BYTES, BLOCK_BYTES)
+        with sample if directory is None else nullcontext(RandomReads.of_records(directory)) as reads:
             rate = reads.rate(LOADERS, seconds)
-    except ConfigError as error:
-        yield warn("disk", error.cause, error.fix)
+    except TargetError as error:
+        yield warn("disk", f"{error.cause} The disk's rate is not measured.", other)
         return
     name = place_of(place)
     if reads.direct:
@@ -130,36 +138,3 @@ def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
         yield warn("disk", found, "Put model directories on an SSD, or give experts more memory: --ram.")
     else:
         yield ok("disk", found)
-
-
-@contextmanager
-def _of_store(directory: Path) -> Iterator[RandomReads]:
-    from moetier.tools.bench.disk import RandomReads, takes_direct
-
-    reads = RandomReads.of_records(directory, direct=True)
-    direct = all(map(takes_direct, reads.files))
-    yield reads if direct else RandomReads.of_records(directory, direct=False)
-
-
-@contextmanager
-def _sample(place: Path) -> Iterator[RandomReads]:
-    """Of a file that is written there and removed again. Raises ConfigError where that can't be."""
-    from moetier.tiers.errors import ConfigError
-    from moetier.tools.bench.disk import RandomReads, takes_direct
-
-    other = "Name a model directory, moetier doctor DIR, or run it in another folder."
-    if (free := shutil.disk_usage(place).free) < 4 * SAMPLE_BYTES:
-        raise ConfigError(f"The disk of {place} has {format_bytes(free)} free: its rate is not measured.", other)
-    with ExitStack() as stack:
-        try:
-            stream = stack.enter_context(tempfile.NamedTemporaryFile(dir=place, prefix=".moetier-doctor-"))
-            piece = os.urandom(BLOCK_BYTES)
-            for _ in range(SAMPLE_BYTES // BLOCK_BYTES):
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        except OSError as error:
-            said = f"{place} can't be written to ({error.strerror}): its disk's rate is not measured."
-            raise ConfigError(said, other) from error
-        path = Path(stream.name)
-        yield RandomReads((path,), SAMPLE_BYTES, BLOCK_BYTES, direct=takes_direct(path))

@@ -1,4 +1,4 @@
-"""What a model directory holds, from its manifest and the sizes of its files."""
+"""Survey of a model directory: its contents, from its manifest and the sizes of its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_TOKENIZER = "none: generate, chat and serve want one; if its source has one, 
 
 
 def survey(store: ExpertStore) -> dict[str, Any]:
-    """What ``--json`` prints. Sizes in bytes; no record is read."""
+    """Return what ``moetier inspect --json`` prints. Sizes are in bytes; no record is read."""
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
     from moetier.tiers.store.trunk import trunk_faults, trunk_records

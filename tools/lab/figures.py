@@ -1,4 +1,7 @@
-"""Pictures of a trace. Figures 1 and 2 are those of Eliseev & Mazur 2023 (arXiv 2312.17238)."""
+"""Pictures of a trace, and of a daemon's experts.
+
+Figures 1 and 2 are those of Eliseev & Mazur 2023 (arXiv 2312.17238).
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from moetier.proto.expert_store_pb2 import Block, StatsReply
 from moetier.runtime.trace.recall import compare
 from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.cli.failure import plain
+from moetier.tools.cli.report import format_seconds
 
 from .simulation import SimulatedTier, demands_of, simulate
 
 BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#d9822b", "#8a8f98", "#22262b"
 MOST_WIDTH, MOST_HEIGHT = 16.0, 9.0  # inches
+WIDEST, HIGHEST = 0.6, 0.36  # of a cell, in inches
+ROUND = 5.0  # points from which a mark is a dot with an edge
+Uses = npt.NDArray[np.float64]  # [blocks, experts]; nan where there is no expert
+Ready = npt.NDArray[np.bool_]
 
 
 def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_ORDER) -> Figure:
-    """Figure 1: the experts that each token uses, darker by their weight; a small square marks those that a
-    cache of ``cached`` experts (0: none), evicted by ``policy``, holds before the token. The text is underneath, and
-    a line where a sequence begins."""
+    """Draw Figure 1: the experts that each token uses, darker by their weight.
+
+    A small square marks those that a cache of ``cached`` experts (0: none), evicted by ``policy``, holds before the
+    token. The text is underneath, and a line where a sequence begins.
+    """
     width = min(max(0.22 * len(tokens) + 1.2, 6.0), MOST_WIDTH)
     heights = [min(0.15 * trace.num_experts[block], MOST_HEIGHT / len(blocks)) for block in blocks]  # inches
     figure = Figure(figsize=(width, sum(heights) + 0.15 * len(blocks) + (1.2 if trace.pieces else 0.8)))
@@ -66,7 +77,7 @@ def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int,
 
 
 def draw_hits(trace: Trace, *, policy: str = DEFAULT_ORDER) -> Figure:
-    """Figure 2, left: hit ratio against experts cached for each block; of ``policy``, the bound, and chance."""
+    """Draw Figure 2, left: hit ratio against experts cached for each block; of ``policy``, the bound, and chance."""
     most = max(trace.num_experts)
     slots = sorted({max(round(number), 1) for number in np.linspace(1, most, min(most, 16))})
     figure, axes = _line_figure()
@@ -85,7 +96,7 @@ def draw_hits(trace: Trace, *, policy: str = DEFAULT_ORDER) -> Figure:
 
 
 def draw_recall(trace: Trace) -> Figure:
-    """Figure 2, right: recall of the experts that were used, against how far ahead the gates were asked."""
+    """Draw Figure 2, right: recall of the experts that were used, against how far ahead the gates were asked."""
     compared = compare(trace)
     ahead = [found.lookahead for found in compared]
     gates, previous, popular = (
@@ -111,37 +122,104 @@ def draw_recall(trace: Trace) -> Figure:
 
 
 def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_ORDER) -> Figure:
-    """Block by expert: how much an expert is used, against an even use, and how often a cache of
-    ``cached``, evicted by ``policy``, has it."""
+    """Draw, by block and expert, how much an expert is used, against an even use, and how often a cache has it.
+
+    The cache holds ``cached`` experts of each block and evicts by ``policy``.
+    """
     most = max(trace.num_experts)
     even = np.asarray([trace.top_k / count for count in trace.num_experts])[:, None]
     used, hits = _uses(trace, cached, policy)
     counted = np.arange(most) < np.asarray(trace.num_experts)[:, None]
     share = np.where(counted, used / trace.tokens / even, np.nan)
     found = np.divide(hits, used, out=np.full_like(used, np.nan), where=used > 0)
-    top = max(float(np.nanpercentile(share, 98)), 2.0)  # a few experts must not make all others pale
     panels = (
-        (share, "use, 1.0 = an even share", "Blues", top),
+        (share, "use, 1.0 = an even share", "Blues", _shown_top(share, 2.0)),
         (found, f"hit ratio, {cached} a block, policy {policy}", "Greens", 1.0),
     )
     figure = Figure(figsize=(11, min(max(2.4, 0.13 * trace.block_count + 1.2), 9)), layout="constrained")
-    for axes, (values, title, colours, most_shown) in zip(figure.subplots(1, 2), panels, strict=True):
-        shown = axes.imshow(
-            values, cmap=colours, vmin=0, vmax=most_shown, aspect="auto", interpolation="nearest", rasterized=True
-        )
-        axes.set_facecolor("#f0f0f0")
+    for axes, (values, title, colours, top) in zip(figure.subplots(1, 2), panels, strict=True):
+        _draw_map(axes, values, top=top, colours=colours)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("expert")
-        axes.set_ylabel("block")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        figure.colorbar(shown, ax=axes, pad=0.02, extend="max" if np.nanmax(values) > most_shown else "neither")
     figure.suptitle(f"{trace.tokens:,} tokens{_of(trace)}", fontsize=10, x=0.01, ha="left")
     return figure
 
 
+def draw_resident(stats: StatsReply, *, time: str) -> Figure:
+    """Draw ``stats`` with details, taken at ``time``: a part for each model of the daemon."""
+    models = [_uses_and_ready(details.blocks) for details in stats.details]
+    rows, columns = (max(uses.shape[side] for uses, _ in models) for side in (0, 1))
+    cell = (
+        min(WIDEST, (MOST_WIDTH - 2) / columns),
+        min(HIGHEST, (MOST_HEIGHT / len(models) - 1.8) / rows),
+    )
+    figure = Figure(
+        figsize=(max(columns * cell[0] + 2, 7), sum(len(uses) * cell[1] + 1.8 for uses, _ in models)),
+        layout="constrained",
+    )
+    grid = figure.subplots(len(models), 1, squeeze=False, height_ratios=[len(uses) for uses, _ in models])
+    for axes, model, (uses, ready) in zip(grid[:, 0], stats.models, models, strict=True):
+        _draw_map(axes, uses, top=_shown_top(uses, 1.0), label="uses since the daemon's start", ticks=16)
+        _mark_resident(axes, ready, size=min(cell) * 72 * 0.5)
+        title = f"{plain(model.name)}, {time}, up {format_seconds(stats.uptime_s)}"
+        title += f"\n{_summary(uses, ready, model.host.slots)}"
+        axes.set_title(title, fontsize=10, loc="left", pad=22, parse_math=False)  # above the legend
+    return figure
+
+
+def _uses_and_ready(blocks: Sequence[Block]) -> tuple[Uses, Ready]:
+    uses = np.full((len(blocks), max(len(block.uses) for block in blocks)), np.nan)
+    ready = np.zeros(uses.shape, np.bool_)
+    for row, block in enumerate(blocks):
+        uses[row, : len(block.uses)] = block.uses
+        ready[row, list(block.ready)] = True
+    return uses, ready
+
+
+def _mark_resident(axes: Axes, ready: Ready, *, size: float) -> None:
+    """Mark the experts that are in a slot, with marks of so many points."""
+    y, x = np.nonzero(ready)
+    is_round = size >= ROUND
+    axes.scatter(
+        x,
+        y,
+        s=max(size, 1.6) ** 2,
+        marker="o" if is_round else "s",
+        color=ORANGE,
+        edgecolors="white",
+        linewidths=1.0 if is_round else 0.0,
+        label="resident: in a slot of the host tier now",
+    )
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=9, borderpad=0, borderaxespad=0.4)
+
+
+def _summary(uses: Uses, ready: Ready, slots: int) -> str:
+    """Return a title: "16 of 64 experts are resident, in 16 slots; 41% of 5,120 uses were of these"."""
+    experts, total = int(np.isfinite(uses).sum()), float(np.nansum(uses))
+    text = f"{int(ready.sum()):,} of {experts:,} experts are resident, in {slots:,} slots"
+    return text + (
+        f"; {np.nansum(uses[ready]) / total:.0%} of {total:,.0f} uses were of these" if total else "; no uses"
+    )
+
+
+def _draw_map(axes: Axes, values: Uses, *, top: float, label: str = "", colours: str = "Blues", ticks: int = 8) -> None:
+    """Draw ``values`` by block and expert, in colours up to the value ``top``, with their bar."""
+    shown = axes.imshow(values, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="nearest", rasterized=True)
+    axes.set_facecolor("#e4e7ea")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("block")
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    extend = "max" if np.nanmax(values) > top else "neither"
+    axes.figure.colorbar(shown, ax=axes, pad=0.02, extend=extend).set_label(label)
+
+
+def _shown_top(values: Uses, least: float) -> float:
+    """Return the value that is drawn in the darkest colour: a few experts must not make all others pale."""
+    return max(float(np.nanpercentile(values, 98)), least)
+
+
 def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
-    """[experts, tokens]: 0 not used, .25 to 1 by weight, .8 where weights are not known."""
+    """Return shades [experts, tokens]: 0 not used, .25 to 1 by weight, .8 where weights are not known."""
     shades = np.zeros((trace.num_experts[block], len(tokens)), np.float32)
     for column, token in enumerate(tokens):
         for place, expert in enumerate(trace.experts[token, block]):
@@ -152,7 +230,7 @@ def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
 
 
 def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str) -> npt.NDArray[np.bool_]:
-    """[tokens, experts]: in the cache before the token. Cold at the first token of its sequence."""
+    """Return [tokens, experts]: in the cache before the token. It is cold at the first token of a sequence."""
     experts = trace.num_experts[block]
     found = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
@@ -166,7 +244,7 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
 
 
 def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """[blocks, experts] each: tokens that use an expert, and those of them that find it. A prompt loads one once."""
+    """Return [blocks, experts] twice: tokens that use an expert, and those that find it. A prompt loads one once."""
     used = np.zeros((trace.block_count, max(trace.num_experts)))
     hits = np.zeros_like(used)
     for block, experts in enumerate(trace.num_experts):
@@ -194,7 +272,7 @@ def _write_text(axes: Axes, trace: Trace, tokens: range) -> None:
 
 
 def _visible(piece: str) -> str:
-    """What can be read as a label: " a\n" -> "·a↵"."""
+    """Return a piece of text as a label shows it: " a\n" -> "·a↵"."""
     shown = piece.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
     return "".join(letter if letter.isprintable() else "▯" for letter in shown) or "▯"
 

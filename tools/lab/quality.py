@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,17 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from moetier.runtime.checkpoint.files import Checkpoint
+from moetier.runtime.checkpoint.files import Checkpoint, open_checkpoint
 from moetier.runtime.context import first_ids, longest_context
+from moetier.runtime.model.load import TOKENIZER_FILES, load
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import WeightError, decode, encode, layout_for, sections
-from moetier.tools.convert.draft import choose_matrices
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Each block's layout and number of experts, and the error of all weights."""
-
-    blocks: tuple[tuple[RecordLayout, int], ...]
-    error: WeightError
+from moetier.tiers.store.folder import read_manifest
+from moetier.tools.convert.draft import choose_matrices, trunk_form
 
 
 class Trial:
@@ -40,7 +34,7 @@ class Trial:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Holds the experts twice: in fp32, and in the checkpoint's type. Raises UnsupportedModelError."""
+        """Load the experts twice: in fp32, and in the checkpoint's type. Raises UnsupportedModelError."""
         if "quantization_config" in checkpoint.config:
             raise UnsupportedModelError(
                 f"{checkpoint.name} is quantised already.",
@@ -70,8 +64,13 @@ class Trial:
         ]
 
     @torch.no_grad()
-    def store(self, bits: Bits, group: int | None, pairs: str | None, *, fast: bool) -> Stored:
-        """Replace every expert by what is read back from its record."""
+    def store(
+        self, bits: Bits, group: int | None, pairs: str | None, *, fast: bool
+    ) -> tuple[list[tuple[RecordLayout, int]], WeightError]:
+        """Replace every expert by what is read back from its record.
+
+        Returns each block's layout and number of experts, and the error over all weights.
+        """
         blocks, total = [], WeightError()
         for module, originals in zip(self._modules, self._originals, strict=True):
             parameters = {n: (tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for n, t in originals.items()}
@@ -82,7 +81,7 @@ class Trial:
                 errors = encode({n: t[expert] for n, t in originals.items()}, layout, record, fast=fast)
                 total = sum((errors[p.name] for p in layout.projections), total)
                 _read_back(module, expert, torch.from_numpy(record), layout)
-        return Stored(tuple(blocks), total)
+        return blocks, total
 
     @torch.no_grad()
     def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
@@ -160,7 +159,7 @@ class Change:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than two standard errors."""
+        """Whether the change is more than two standard errors."""
         return self.log_error is not None and abs(self.log) > 2 * self.log_error
 
 
@@ -218,3 +217,93 @@ def loss(model: Any, ids: Tensor) -> Loss:
             nats = float(F.cross_entropy(logits.float(), window[1:], reduction="sum"))
             total += Loss(len(window) - 1, nats, ((len(window) - 1, nats),))
     return total
+
+
+Way = tuple[Bits, int | None, str | None, Bits, str]  # bits, group size, pairs, bits of the trunk, method
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cost of one way to store experts and trunk. ``error`` is relative, over all weights of experts."""
+
+    bits: int | None  # None: the checkpoint as it is
+    group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
+    pairs: str
+    method: str  # "hqq" or "rounding", likewise
+    stored_bytes: int | None
+    bits_per_weight: float | None  # as stored: pairs, padding and checksums included
+    error: float | None
+    trunk_bits: int
+    losses: Mapping[str, Loss]  # by text
+
+    @property
+    def loss(self) -> Loss:
+        """Loss over all texts together."""
+        return sum(self.losses.values(), Loss())
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity over all texts together."""
+        return self.loss.perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and the perplexities as JSON."""
+        by_text = {name: loss.perplexity for name, loss in self.losses.items()}
+        return asdict(self) | {"perplexity": self.perplexity, "perplexity_by_text": by_text}
+
+
+def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resources: Mapping[str, Any]) -> Row:
+    """Measure a model directory as it runs, in its own type; ``resources`` are keyword arguments of ``load``."""
+    manifest = read_manifest(folder / "experts.zarr")
+    _check_tokenizer(folder)
+    model, tokenizer = load(folder, **resources)
+    with model.tiers:
+        losses = {name: loss(model, ids) for name, ids in tokenize(tokenizer, texts, tokens).items()}
+    blocks = [(manifest.layout(number), block.experts) for number, block in enumerate(manifest.blocks)]
+    return _row(blocks, manifest.trunk_bits, manifest.method, None, losses)
+
+
+def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:
+    """Measure a checkpoint as it is, then with its weights stored in each of the ``ways``."""
+    checkpoint = open_checkpoint(source)
+    _check_tokenizer(checkpoint.folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    ids = tokenize(tokenizer, texts, tokens)
+    trial = Trial(checkpoint)
+    losses = {name: loss(trial.model, ids[name]) for name in ids}
+    yield Row(None, "", "", "", None, None, None, 16, losses)
+    for bits, group, pairs, trunk_bits, method in ways:
+        blocks, error = trial.store(bits, group, pairs, fast=method == "rounding")
+        trial.store_trunk(trunk_form(trunk_bits), fast=method == "rounding")
+        losses = {name: loss(trial.model, ids[name]) for name in ids}
+        yield _row(blocks, trunk_bits, method, error.relative, losses)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise ConfigError where ``folder`` has no tokenizer, before a model is loaded."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of its model into it.")
+
+
+def _row(
+    blocks: Sequence[tuple[RecordLayout, int]],
+    trunk_bits: int,
+    method: str,
+    error: float | None,
+    losses: Mapping[str, Loss],
+) -> Row:
+    """Make the row of one way; ``blocks`` are each block's layout and number of experts."""
+    projections = [p for layout, _ in blocks for p in layout.projections]
+    quantised = [p for p in projections if p.bits != 16]
+    stored_bytes = sum(layout.slot_bytes * experts for layout, experts in blocks)
+    return Row(
+        bits=min(p.bits for p in projections),
+        group=", ".join(map(str, sorted({p.group for p in quantised}))),
+        pairs=", ".join(sorted({p.pairs for p in quantised})),
+        method=method if quantised or trunk_bits != 16 else "",
+        stored_bytes=stored_bytes,
+        bits_per_weight=8 * stored_bytes / sum(layout.weights * experts for layout, experts in blocks),
+        error=error,
+        trunk_bits=trunk_bits,
+        losses=losses,
+    )

@@ -69,7 +69,7 @@ class Clairvoyant:
     """Evict the key whose next use is furthest away. It knows the future; no order hits more often (Belady 1966)."""
 
     def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
-        """``uses``: the times at which each key is used, ascending."""
+        """Take the ``uses``: the times at which each key is used, ascending."""
         self.now = 0  # the simulation sets it before each demand
         self._uses = uses
         self._next: dict[ExpertKey, float] = {}
@@ -100,7 +100,7 @@ class Clairvoyant:
         del self._next[key]
 
     def next_use(self, key: ExpertKey) -> float:
-        """The time of the key's next use after ``now``; infinite if there is none."""
+        """Return the time of the key's next use after ``now``; infinite if there is none."""
         times = self._uses.get(key, ())
         later = bisect_right(times, self.now)
         return times[later] if later < len(times) else inf

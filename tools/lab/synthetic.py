@@ -17,14 +17,21 @@ import itertools
 import json
 import math
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
 
 if TYPE_CHECKING:
+    import torch
+
+    from moetier.runtime.checkpoint.tensors import SourceTensor, StoredTensor
     from moetier.runtime.trace.trace import Trace
 
 
@@ -149,7 +156,7 @@ MIXTRAL = {1: 0.166, 2: 0.327, 3: 0.453, 4: 0.574, 5: 0.689, 6: 0.799, 7: 0.902,
 ROUTINGS = {
     "mixtral-4L": Routing(0.05, 0.85, "Mixtral-8x7B-Instruct", MIXTRAL),
     "qwen3-8L": Routing(0.8, 0.96, "Qwen3-30B-A3B", {8: 0.428, 16: 0.611, 32: 0.807, 64: 0.912}),
-    # nobody's trace: Qwen3's curve at the same multiples of the experts that a token uses
+    # no model's trace: Qwen3's curve at the same multiples of the experts that a token uses
     "fine-4L": Routing(0.8, 0.97, "as Qwen3-30B-A3B", {10: 0.428, 20: 0.611, 40: 0.807, 80: 0.912}),
 }
 
@@ -206,3 +213,121 @@ def curve_table(geometry: str, trace: Trace) -> str:
         (geometry, found.values()), (routing.model, routing.curve.values()), ("chance", (n / chance for n in found)),
     )]  # fmt: skip
     return f"hit ratio of an LRU in each block, {trace.tokens} tokens\n{table(rows)}"
+
+
+POOL_WEIGHTS = (1 << 24) - 3  # prime: rows of a power of two begin everywhere in it
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def make_synthetic(
+    folder: Path,
+    *,
+    geometry: str = "mixtral-4L",
+    blocks: int | None = None,
+    sizes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> int:
+    """Write the checkpoint and return its bytes; ``sizes`` are of its config.json, in place of the geometry's own.
+
+    Raises ConfigError, TargetExistsError or DiskSpaceError.
+    """
+    from moetier.runtime.checkpoint.files import INDEX
+    from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
+    from moetier.tools.convert.files import free_bytes
+    from moetier.tools.convert.trunk import index_of, plan_trunk
+
+    config = config_of(geometry, blocks, sizes)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another place.")
+    shards = plan_trunk(_tensors(config, ROUTINGS[geometry].share, seed), "model")
+    size = sum(shard.size for shard in shards)
+    if size > (free := free_bytes(folder)):
+        raise DiskSpaceError(f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space.")
+    own = files("moetier.assets") / "tinymix"
+    tokens = json.loads((own / "config.json").read_bytes())
+    config |= {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in tokens}
+    make_folders(folder)
+    with disk_errors(folder / "model"), Progress("weights", size, quiet=quiet) as progress:
+        for shard in shards:
+            shard.write(folder, progress.advance)
+        write_durably(folder / INDEX, index_of(shards))
+        for name in TOKENIZER:
+            write_durably(folder / name, (own / name).read_bytes())
+        ids = token_ids(geometry, config["vocab_size"], seed=seed)
+        tokens_json = {"geometry": geometry, "seed": seed, "token_ids": ids}
+        write_durably(folder / TOKENS_FILE, json.dumps(tokens_json).encode() + b"\n")
+        write_durably(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    return size
+
+
+@dataclass(frozen=True)
+class RandomTensor:
+    """Tensor of bf16: a stretch of one endless stream of normal numbers, from ``start`` on. Norms are ones."""
+
+    shape: tuple[int, ...]
+    start: int
+    deviation: float
+    pool: torch.Tensor  # [POOL_WEIGHTS]
+    dtype: str = "bfloat16"
+    parts: tuple[StoredTensor, ...] = ()  # it is made, not stored
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Make ``count`` rows from ``first`` on, all by default: bf16 [count, columns], or ones [count]."""
+        import torch
+
+        rows = self.shape[0] - first if count is None else count
+        out = torch.empty((rows, *self.shape[1:]), dtype=torch.bfloat16)
+        if len(self.shape) == 1:
+            return out.fill_(1.0)
+        flat, done = out.view(-1), 0
+        position = (self.start + first * self.shape[1]) % POOL_WEIGHTS
+        while done < len(flat):
+            length = min(len(flat) - done, POOL_WEIGHTS - position)
+            torch.mul(self.pool[position : position + length], self.deviation, out=flat[done : done + length])
+            done, position = done + length, 0
+        return out
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of tokens with topics: ``tokens`` [V, H] are their own parts, ``topics`` [TOPICS, H] the others."""
+
+    tokens: RandomTensor
+    topics: RandomTensor
+    dtype: str = "bfloat16"
+    parts: tuple[StoredTensor, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape: vocabulary and hidden size."""
+        return self.tokens.shape
+
+    def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Make the embeddings of ``count`` tokens from ``first`` on, all by default: bf16 [count, hidden]."""
+        import torch
+
+        own = self.tokens.read(first, count)
+        return own.add_(self.topics.read()[torch.arange(first, first + len(own)) % TOPICS])
+
+
+def _tensors(config: dict[str, Any], share: float, seed: int) -> dict[str, SourceTensor]:
+    """Make the tensors by name; ``share`` of an embedding's variance is its topic's."""
+    import torch
+
+    pool = torch.empty(POOL_WEIGHTS).normal_(generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+    def tensor(name: str, shape: tuple[int, ...], deviation: float) -> RandomTensor:
+        return RandomTensor(shape, zlib.crc32(name.encode()) % POOL_WEIGHTS, deviation, pool)
+
+    found: dict[str, SourceTensor] = {
+        name: tensor(name, shape, deviation_of(name, shape, config) if len(shape) > 1 else 0.0)
+        for name, shape in shapes_of(config).items()
+    }
+    embeddings = found["model.embed_tokens.weight"].shape
+    return found | {
+        "model.embed_tokens.weight": Embeddings(
+            tensor("tokens", embeddings, (1 - share) ** 0.5),
+            tensor("topics", (TOPICS, embeddings[1]), share**0.5),
+        )
+    }

@@ -40,8 +40,6 @@ from moetier.tools.convert.draft import Draft, Options, most_bytes
 from moetier.tools.convert.target import is_ours
 from moetier.tools.convert.trunk import SPELLINGS
 
-from .cost import Trunk
-
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -52,7 +50,7 @@ ON_HUB = ("config.json", INDEX)  # what is fetched
 
 @dataclass(frozen=True)
 class CheckpointHeaders:
-    """A checkpoint that can't be read from yet.
+    """Headers of a checkpoint whose tensors can't be read yet.
 
     Without ``shaped`` its tensors are names alone, with made-up types and places.
     """
@@ -90,7 +88,8 @@ def open_headers(source: str | Path) -> CheckpointHeaders:
     if on_hub:
         tensors = _of_hub(name, folder, files)
     elif len(absent) == len(files) and (folder / INDEX).is_file():
-        tensors = _named(folder)
+        places = read_places(folder, INDEX)
+        tensors = {name: StoredTensor(name, "BF16", (), folder / file, 0) for name, file in places.items()}
     elif (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} lacks {some(absent)}, which {INDEX} names.",
@@ -112,14 +111,6 @@ def _of_hub(name: str, folder: Path, files: list[str]) -> dict[str, StoredTensor
         except ValueError as error:
             raise CheckpointError(f"{file} of {name} has a malformed header ({error}).", "Choose another.") from error
     return tensors
-
-
-def _named(folder: Path) -> dict[str, StoredTensor]:
-    """Return tensors by the index alone."""
-    return {
-        tensor: StoredTensor(tensor, "BF16", (), folder / file, 0)
-        for tensor, file in read_places(folder, INDEX).items()
-    }
 
 
 def _total(folder: Path) -> int | None:
@@ -154,7 +145,8 @@ class Choice:
     manifest: Manifest
     trunk_bytes: int  # of its files, and in memory
     matrices: tuple[RecordLayout, ...]  # of the trunk, that are quantised
-    trunk: Trunk
+    plain_bytes: int  # of the rest of the trunk, that a token is multiplied with
+    layers: int
 
     @property
     def disk_bytes(self) -> int:
@@ -225,10 +217,9 @@ def open_choices(source: str | Path) -> ModelChoices:
         records = draft.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
         size = sum(file.size for file in draft.trunk(records))
-        trunk = _trunk(model, size, trunk_bits, layouts)
         for bits in BITS:
             manifest = draft.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
-            choices.append(Choice(bits, trunk_bits, manifest, size, tuple(layouts.values()), trunk))
+            choices.append(_choice(bits, trunk_bits, manifest, size, layouts, model))
     return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing)
 
 
@@ -244,17 +235,21 @@ def _converted(folder: Path) -> ModelChoices:
     files = [folder / name for name in manifest.trunk] or folder.glob("trunk-*.safetensors")
     size = sum(path.stat().st_size for path in files)
     trunk_bits: Any = manifest.trunk_bits
-    trunk = _trunk(model, size, trunk_bits, layouts)
-    choice = Choice(manifest.bits, trunk_bits, manifest, size, tuple(layouts.values()), trunk)
+    choice = _choice(manifest.bits, trunk_bits, manifest, size, layouts, model)
     return ModelChoices(manifest.model, str(folder), None, model, (choice,))
 
 
-def _trunk(model: Any, size: int, bits: Bits, records: Mapping[str, RecordLayout]) -> Trunk:
-    """Return what a token reads of a trunk of ``size`` bytes, without an embedding of which it reads one row."""
+def _choice(
+    bits: Bits, trunk_bits: Bits, manifest: Manifest, size: int, records: Mapping[str, RecordLayout], model: Any
+) -> Choice:
+    """Return the choice whose trunk has ``size`` bytes, those of the quantised matrices of ``records`` among them.
+
+    A token reads one row of an embedding that is not the head too, so it does not count as multiplied with.
+    """
     quantised = sum(layout.payload_bytes for layout in records.values())
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     recorded = any(model.get_submodule(path) is head for path in records)
     is_head = head is not None and head.weight is table and not recorded
     plain = size - quantised - (0 if is_head else table.numel() * model.dtype.itemsize)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return Trunk(bits, records=quantised, plain=max(plain, 0), layers=layers)
+    return Choice(bits, trunk_bits, manifest, size, tuple(records.values()), max(plain, 0), layers)

@@ -1,92 +1,195 @@
-"""Estimate of every choice: sizes, tiers, speed and time, as a value and as text."""
+"""Estimate of every choice: sizes, tiers, speed and time. Pure, but for the bundled hit curves.
+
+A step of decoding reads what is missing at the disk's rate, then multiplies at the kernels' rate; Python and torch add
+their operations around that. A block's demand waits for its records. A prompt's reads and products overlap.
+
+Hit ratios come from bundled traces: ``tests/measurements/hit_curves.py`` makes ``hit_curves.json``. For another model
+they are an estimate.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from moetier.runtime.config import format_bytes
+import numpy as np
+
 from moetier.runtime.pulled import tag_of
-from moetier.tiers.host.tier import LOADERS
-from moetier.tiers.layout import Bits, RecordLayout
+from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import PIECE_BYTES
-from moetier.tiers.store.reader import ExpertStore
-from moetier.tools.bench.disk import RandomReads
-from moetier.tools.cli.failure import as_options, plain
-from moetier.tools.cli.report import table
+from moetier.tools.bench.bound import groups_of
+from moetier.tools.cli.failure import as_options
 
-from . import probes
 from .choices import Choice, ModelChoices
-from .cost import PROMPT_TOKENS, Caching, DiskRate, Rates, prompt_cost, token_cost
 from .fit import Fit, Room, memory_of
+from .speeds import Rates, Speeds
 
-GB = 1e9
+FILE = "hit_curves.json"
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """Rates of this machine; ``rates`` is None on a GPU, where no speed is estimated."""
+@dataclass(frozen=True, slots=True)
+class HitCurve:
+    """Hit ratios of one trace's decoding, with ``shares`` of each block's experts cached, ascending to 1."""
 
-    disk: DiskRate
-    disk_by: str
-    rates: Rates | None
-    quantising: Mapping[Bits, float]  # weights a second of a worker, by bits
-    workers: int
+    trace: str
+    experts: int  # of a block
+    top_k: int
+    shares: tuple[float, ...]
+    hit_ratios: tuple[float, ...]
+
+    def at(self, share: float) -> float:
+        """Return the hit ratio at a ``share``, interpolated; the curve begins at nothing."""
+        return 1.0 if share >= 1 else float(np.interp(share, (0.0, *self.shares), (0.0, *self.hit_ratios)))
+
+    def distance(self, experts: int, top_k: int) -> float:
+        """Return how many doublings of either number lie between the curve's blocks and one of so many."""
+        return abs(math.log2(experts / self.experts)) + abs(math.log2(top_k / self.top_k))
+
+
+@cache
+def hit_curves() -> tuple[HitCurve, ...]:
+    """Read the bundled curves."""
+    found = json.loads((files(__package__) / FILE).read_text())
+    return tuple(
+        HitCurve(c["trace"], c["experts"], c["top_k"], tuple(c["shares"]), tuple(c["hit_ratios"]))
+        for c in found["curves"]
+    )
+
+
+def nearest_curve(experts: int, top_k: int) -> HitCurve:
+    """Return the curve of the blocks most like those of ``experts`` experts, ``top_k`` of them per token."""
+    return min(hit_curves(), key=lambda curve: curve.distance(experts, top_k))
+
+
+# What is done beside products and reads, in operations of torch on a few numbers (``speeds.py`` times one), with Python
+# around them. Fitted to what ``tests/measurements/plan.py`` measures.
+STEP_OPERATIONS = 500.0  # of a token: embedding, masks, the head
+LAYER_OPERATIONS = 800.0  # with attention and router
+EXPERT_OPERATIONS = 100.0  # that a layer calls
+MISS_OPERATIONS = 200.0  # of a record that is read: threads wait for each other
+PASSING_OPERATIONS = 1000.0  # likewise, where a block has fewer slots than a prompt wants: little is read ahead
+PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # of a prompt: rows are sorted and gathered
+PROMPT_TOKENS = 512  # of a prompt whose rate is estimated
+MEMORY_BOUND = 0.6  # of the time without the disk: reading memory
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of a step, or of a prompt."""
+
+    disk: float
+    kernels: float
+    overhead: float
+    memory: float  # of the kernels' part: what its bytes would take at the memory's rate
+    overlaps: bool  # the disk with the rest
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all; of the longer part where the two overlap."""
+        computing = self.kernels + self.overhead
+        return max(self.disk, computing) if self.overlaps else self.disk + computing
+
+    @property
+    def by(self) -> str:
+        """Part that takes most of the time: "disk", "memory" or "compute"."""
+        computing = self.kernels + self.overhead
+        if self.disk > computing:
+            return "disk"
+        return "memory" if self.memory > MEMORY_BOUND * computing else "compute"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the parts, ``seconds`` and ``by`` as JSON."""
+        return asdict(self) | {"seconds": self.seconds, "by": self.by}
+
+
+@dataclass(frozen=True, slots=True)
+class Caching:
+    """Hit ratios that a number of slots gives, block by block."""
+
+    slots: tuple[float, ...]  # of its own; 0 where it streams through slots that it shares
+    hit_ratios: tuple[float, ...]
+    curve: str  # the trace that they are from
 
     @classmethod
-    def measure(
-        cls, model_choices: ModelChoices, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
-    ) -> Speeds:
-        """Measure for a few seconds; ``disk`` is its rate in GB/s, where it is known."""
-        if disk is None:
-            rate, by = _probed_disk(model_choices, choices, room)
-        else:
-            rate, by = DiskRate(disk * GB, disk * GB, LOADERS), "given"
-        rates = None
-        if room.device.type == "cpu":
-            size = probes.buffer_bytes(room.host.bytes)
-            memory = probes.memory_rate(size)
-            one, many = probes.kernel_rates(_layouts(choices), size)
-            rates = Rates(rate, memory, one, many, probes.plain_rate(memory, size), probes.operation_seconds())
-        made = choices if model_choices.headers is not None else ()
-        widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
-        quantising = probes.quantising_rates(sorted(widths))
-        return cls(rate, by, rates, quantising, workers)
+    def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> Caching:
+        """Estimate hit ratios from ``slots`` by array, divided as the host tier does it."""
+        own = [0.0] * len(manifest.blocks)
+        for group in groups_of(manifest, slots):
+            if len(group.blocks) == 1:
+                own[group.blocks[0]] = group.quota
+        curves = [nearest_curve(block.experts, block.top_k) for block in manifest.blocks]
+        ratios = [
+            curve.at(count / block.experts) if count else 0.0
+            for curve, count, block in zip(curves, own, manifest.blocks, strict=True)
+        ]
+        return cls(tuple(own), tuple(ratios), curves[0].trace)
+
+    def mean(self, manifest: Manifest) -> float:
+        """Return the mean hit ratio over the lookups of a token."""
+        wanted = [block.top_k for block in manifest.blocks]
+        return sum(k * hit for k, hit in zip(wanted, self.hit_ratios, strict=True)) / sum(wanted)
 
 
-def _layouts(choices: Sequence[Choice]) -> dict[Bits, RecordLayout]:
-    """Return a layout of each width that experts or trunk are multiplied with, of the experts' matrices."""
-    expert = next(iter(choices[0].manifest.layouts.values()))
-    widths: set[Bits] = {16, *(choice.bits for choice in choices), *(choice.trunk_bits for choice in choices)}
-    return {bits: probes.probe_layout(expert, bits) for bits in sorted(widths)}
+def token_cost(choice: Choice, caching: Caching, rates: Rates, cache_bytes: int) -> tuple[Cost, float]:
+    """Return the cost of a token, and the bytes that it reads.
+
+    The keys and values of its context take ``cache_bytes``.
+    """
+    missing = misses = experts = disk = 0.0
+    for number, block in enumerate(choice.manifest.blocks):
+        layout = choice.manifest.layout(number)
+        absent = block.top_k * (1 - caching.hit_ratios[number])
+        pieces = -(-layout.slot_bytes // PIECE_BYTES)
+        misses += absent
+        missing += absent * layout.slot_bytes
+        disk += absent * layout.slot_bytes / rates.disk.at(absent * pieces)
+        experts += block.top_k * layout.payload_bytes
+    calls = sum(block.top_k for block in choice.manifest.blocks)
+    operations = STEP_OPERATIONS + LAYER_OPERATIONS * choice.layers + EXPERT_OPERATIONS * calls
+    operations += MISS_OPERATIONS * misses
+    trunk_bytes, trunk_seconds = _trunk_cost(choice, rates, 1)
+    return Cost(
+        disk=disk,
+        kernels=rates.seconds(experts, choice.bits, 1) + trunk_seconds + cache_bytes / rates.memory,
+        overhead=operations * rates.operation,
+        memory=(experts + trunk_bytes + cache_bytes) / rates.memory,
+        overlaps=False,
+    ), missing
 
 
-def _probed_disk(model_choices: ModelChoices, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
-    """Measure reads of records, else of the checkpoint's files on the same disk, else of a file made for it."""
-    (some, *_) = choices
-    block = min(max(layout.slot_bytes for layout in some.manifest.layouts.values()), PIECE_BYTES)
-    with ExitStack() as stack:
-        if model_choices.headers is None:
-            with ExpertStore.open(Path(model_choices.source)) as store:
-                reads, what = RandomReads.of_records(Path(model_choices.source), direct=store.direct), "its records"
-        elif files := _files_on(room.into, model_choices):
-            reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
-        else:
-            largest = max(choice.disk_bytes for choice in choices)
-            reads, what = stack.enter_context(probes.reads_at(room.into, block, largest)), "a file made for it"
-        return probes.disk_rate(reads), f"{reads.by}, on {what}"
+def prompt_cost(choice: Choice, caching: Caching, rates: Rates) -> Cost:
+    """Return the cost of the first prompt of a process, of PROMPT_TOKENS.
+
+    Nothing is in memory, and all tokens are computed together. They are taken to choose experts evenly.
+    """
+    trunk_bytes, kernels = _trunk_cost(choice, rates, PROMPT_TOKENS)
+    disk, memory = 0.0, trunk_bytes / rates.memory
+    overhead = (STEP_OPERATIONS + PROMPT_LAYER_OPERATIONS * choice.layers) * rates.operation
+    for number, block in enumerate(choice.manifest.blocks):
+        layout = choice.manifest.layout(number)
+        wanted = block.experts * (1 - (1 - block.top_k / block.experts) ** PROMPT_TOKENS)
+        disk += wanted * layout.slot_bytes / rates.disk.all
+        kernels += rates.seconds(wanted * layout.payload_bytes, choice.bits, PROMPT_TOKENS * block.top_k / wanted)
+        miss = PASSING_OPERATIONS if wanted > caching.slots[number] else MISS_OPERATIONS
+        overhead += (PROMPT_EXPERT_OPERATIONS + miss) * wanted * rates.operation
+        memory += wanted * layout.payload_bytes / rates.memory
+    return Cost(disk, kernels, overhead, memory, overlaps=True)
 
 
-def _files_on(folder: Path, model_choices: ModelChoices) -> list[Path]:
-    """Return the checkpoint's files that are on the disk of ``folder``."""
-    assert model_choices.headers is not None
-    files = {tensor.file for tensor in model_choices.headers.checkpoint.tensors.values()}
-    there = [file for file in sorted(files) if file.is_file() and file.stat().st_dev == folder.stat().st_dev]
-    return [file for file in there if file.stat().st_size >= probes.LEAST_FILE_BYTES]
+def _trunk_cost(choice: Choice, rates: Rates, rows: float) -> tuple[int, float]:
+    """Return the bytes of the trunk that are multiplied with, and the seconds of products of ``rows`` rows."""
+    plain, records = choice.plain_bytes, sum(layout.payload_bytes for layout in choice.matrices)
+    seconds = max(plain / rates.plain, plain * rows / rates.many_rows[16])
+    if records:
+        seconds += rates.seconds(records, choice.trunk_bits, rows)
+    return plain + records, seconds
 
 
 def estimate(
@@ -170,8 +273,8 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
         "prefill": None,
     }
     if speeds.rates is not None:
-        token, read = token_cost(choice.manifest, choice.bits, caching, choice.trunk, speeds.rates, fit.kv_bytes)
-        prompt = prompt_cost(choice.manifest, choice.bits, caching, choice.trunk, speeds.rates)
+        token, read = token_cost(choice, caching, speeds.rates, fit.kv_bytes)
+        prompt = prompt_cost(choice, caching, speeds.rates)
         found["decode"] = {"tokens_per_s": 1 / token.seconds, "read_bytes_per_token": read, **token.to_json()}
         found["prefill"] = {"tokens_per_s": PROMPT_TOKENS / prompt.seconds, **prompt.to_json()}
     return found
@@ -220,99 +323,3 @@ def _recommended(
         "convert": convert,
         "generate": " ".join(words),
     }
-
-
-HEAD = [
-    *("experts", "trunk", "on disk", "convert", "in RAM", "hits", "read"),
-    *("tokens/s", "limited by", "prompt/s", "limited by"),
-]
-
-
-def text(found: dict[str, Any]) -> str:
-    """Return a plan as text: what is given, a table of the choices, and what to do."""
-    recommended = found["recommended"]
-    best = _of(found, recommended["bits"], recommended["trunk_bits"])
-    lines = [*_heading(found, best), "", table([HEAD, *(_row(found, choice) for choice in _shown(found, best))]), ""]
-    lines += _sentences(found, best)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _of(found: dict[str, Any], bits: int, trunk_bits: int) -> dict[str, Any]:
-    return next(c for c in found["choices"] if (c["bits"], c["trunk_bits"]) == (bits, trunk_bits))
-
-
-def _shown(found: dict[str, Any], best: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the choice of each width of experts that has the recommended trunk, where it was asked for."""
-    same = [choice for choice in found["choices"] if choice["trunk_bits"] == best["trunk_bits"]]
-    return sorted(same, key=lambda choice: -choice["bits"])
-
-
-def _heading(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
-    machine, memory = found["machine"], best["memory"]
-    size = "" if found["source_bytes"] is None else f"{format_bytes(found['source_bytes'])}, "
-    to_come = " (to be downloaded)" if found["to_download"] else ""
-    device = "no GPU" if machine["device"] == "cpu" else f"{machine['device']} {format_bytes(machine['device_bytes'])}"
-    trunks = {choice["trunk_bits"]: choice["trunk_bytes"] for choice in found["choices"]}
-    sizes = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in trunks.items())
-    disk = machine["disk"]["all"] / 1e9
-    return [
-        f"model    {plain(found['model'])}: {size}{found['blocks']} blocks of {found['experts']} experts, top-"
-        f"{found['top_k']}{to_come}",
-        f"machine  {format_bytes(machine['memory_bytes'])} of memory free ({machine['memory_limiter']}), {device}, "
-        f"{machine['workers']} CPUs",
-        f"disk     {format_bytes(machine['disk_free_bytes'])} free, {disk:.2f} GB/s ({machine['disk_by']})",
-        f"trunk    {sizes}",
-        f"context  {found['context']} tokens: {format_bytes(memory['kv_cache_bytes'])} of keys and values",
-    ]
-
-
-def _row(found: dict[str, Any], choice: dict[str, Any]) -> list[str]:
-    convert = "-" if choice["convert_s"] is None else _time(choice["convert_s"])
-    head = [f"{choice['bits']} bits", str(choice["trunk_bits"]), format_bytes(choice["disk_bytes"]), convert]
-    if not choice["works"]:
-        return [*head, "no", "-", "-", "-", "-", "-", "-"]
-    share = f"{choice['slots'] / found['records']:.0%}"
-    row = [*head, share if choice["slots"] < found["records"] else "all", f"{choice['hit_ratio']:.0%}"]
-    decode, prefill = choice["decode"], choice["prefill"]
-    if decode is None:
-        return [*row, "-", "-", "-", "-", "-"]
-    row += [format_bytes(round(decode["read_bytes_per_token"])), _rate(decode["tokens_per_s"]), decode["by"]]
-    return [*row, _rate(prefill["tokens_per_s"]), prefill["by"]]
-
-
-def _sentences(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
-    recommended, memory = found["recommended"], best["memory"]
-    count, bits, trunk_bits = found["records"], best["bits"], best["trunk_bits"]
-    what = "It runs" if found["converted"] else f"With experts of {bits} bits and a trunk of {trunk_bits} it runs"
-    lines = [
-        f"{what}: {best['slots']:,} of {count:,} experts in memory, {format_bytes(memory['process_bytes'])} in all."
-    ]
-    if best["device_slots"] is not None:
-        lines.append(f"{best['device_slots']:,} of them fit the GPU, where speed is not forecast.")
-    else:
-        lines.append(f"Hits are an estimate, from the trace {best['hit_curve']}; rates are those of this moment.")
-    lines += _caching(found, best)
-    return lines + [command for name in ("pull", "convert", "generate") if (command := recommended[name])]
-
-
-def _caching(found: dict[str, Any], best: dict[str, Any]) -> list[str]:
-    """Say where caching does not help."""
-    if best["all_resident"]:
-        return ["Everything stays in memory once it was read: caching is not needed, nor more memory."]
-    if best["streams"]:
-        wanted = found["blocks"] * found["top_k"]
-        return [
-            f"Caching hardly helps: {best['slots']:,} slots are fewer than the {wanted:,} experts of one token, so "
-            "that most are read again for each."
-        ]
-    return []
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _rate(tokens: float) -> str:
-    return f"{tokens:.2f}" if tokens < 1 else f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"

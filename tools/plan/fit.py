@@ -1,4 +1,4 @@
-"""Whether a choice works on this machine, and what of it lies in which tier: by the budgets that it would load with."""
+"""Fit of a choice on this machine: whether it works, and its slots and bytes in each tier, by the budgets of a load."""
 
 from __future__ import annotations
 

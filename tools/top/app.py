@@ -1,4 +1,4 @@
-"""``moetier top`` on the screen. It alone, with its widgets, needs textual."""
+"""Application of ``moetier top``. It alone, with its widgets, needs textual."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moetier.tiers.errors import MoetierError
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds
 
-from . import top_parts
+from . import widgets
 from .heat import heatmap
 from .history import History, ModelHistory
 from .watch import Look, Watch
@@ -33,7 +33,7 @@ NARROW_HEAT = 20  # lines of the experts where the parts stand below each other
 
 
 class Told(Message):
-    """What the watch has seen, or why it has not."""
+    """Message with a look of the watch, or with the error that prevented one."""
 
     def __init__(self, seen: Look | MoetierError) -> None:
         super().__init__()
@@ -41,8 +41,10 @@ class Told(Message):
 
 
 class Top(App[None]):
-    """Shows the daemon at ``address``, or lets one of those that were ``found`` be chosen. The watch is its own to
-    begin and to end."""
+    """Application that shows the daemon at ``address``, or lets one of those that were ``found`` be chosen.
+
+    It begins and ends the watch.
+    """
 
     TITLE = "moetier top"
     ENABLE_COMMAND_PALETTE = False
@@ -84,7 +86,7 @@ class Top(App[None]):
         self._watch = watch
         self._seen: Look | None = None
         self._error: MoetierError | None = None
-        self._history = History()
+        self.history = History()
         self._model = 0
         self._is_lately = False
         # kept, and not looked for: a look may be told while the screen is taken down
@@ -125,7 +127,7 @@ class Top(App[None]):
             self._error = told.seen
         else:
             self._seen, self._error = told.seen, None
-            self._history.add(told.seen.described, told.seen.stats)
+            self.history.add(told.seen.described, told.seen.stats)
         self._show()
 
     def on_part_sized(self) -> None:
@@ -180,7 +182,7 @@ class Top(App[None]):
         if self._error is not None:
             self._away.update(Text(f"{plain(self._error.cause)} Trying again.", overflow="fold"))
         self._heading.update(self._head())
-        models = list(self._history.models.values())
+        models = list(self.history.models.values())
         if models:
             self._show_model(models[self._model % len(models)], len(models))
 
@@ -203,12 +205,12 @@ class Top(App[None]):
         assert self._address is not None
         parts = self._parts
         number = f" ({self._model % of + 1} of {of})" if of > 1 else ""
-        parts["tiers"].show(top_parts.tiers(model), f"{plain(model.stats.name)}{number}")
-        parts["history"].show(top_parts.history(model, _width(parts["history"])))
-        parts["prefetches"].show(top_parts.prefetches(model.stats.host))
+        parts["tiers"].show(widgets.tiers(model), f"{plain(model.stats.name)}{number}")
+        parts["history"].show(widgets.history(model, _width(parts["history"])))
+        parts["prefetches"].show(widgets.prefetches(model.stats.host))
         folder = self._address.folder
         parts["clients"].show(
-            top_parts.clients(model, local=folder is not None),
+            widgets.clients(model, local=folder is not None),
             f"clients of {_user(folder.stat().st_uid)}" if folder is not None and folder.exists() else "clients",
         )
         experts = parts["experts"]
@@ -226,7 +228,7 @@ def _width(part: Part) -> int:
 
 
 def _name(address: Address) -> str:
-    """As short as it can be typed."""
+    """Return an address as short as it can be typed."""
     folder = address.folder
     return folder.name if folder is not None and folder.parent == runtime_folder() else str(address)
 

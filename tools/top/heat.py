@@ -1,4 +1,4 @@
-"""A model's experts on a terminal, block by expert: which are in slots, and how much they are used."""
+"""Map of a model's experts on a terminal, block by expert: which are in slots, and how much they are used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TICK = 8  # columns between two numbers of the axis, at least
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How a model is laid out. Where it does not fit, several experts, or blocks, are one cell."""
+    """Layout of a model's map. Where it does not fit, several experts, or blocks, are one cell."""
 
     label: int  # characters before each line
     width: int  # characters of a cell
@@ -31,7 +31,7 @@ class Grid:
 
     @classmethod
     def of(cls, blocks: int, experts: int, width: int, height: int) -> Grid:
-        """Of a text so large, whose first line is the axis and whose last the legend."""
+        """Lay out a map of ``width`` columns and ``height`` lines; the first is the axis, the last the legend."""
         label = len(str(max(blocks - 1, 0))) + 1
         columns, left = max(width - label, 1), max(height - 2, 1)
         lines = min(left // max(blocks, 1), TALLEST)
@@ -45,7 +45,7 @@ class Grid:
 
 
 def heatmap(blocks: Sequence[Block], uses: Sequence[Sequence[float]], width: int, height: int) -> Text:
-    """``uses`` by block and expert, as many as the blocks have."""
+    """Draw the map, in ``width`` columns and ``height`` lines. ``uses``: by block and expert, of all of them."""
     most = max((len(row) for row in uses), default=0)
     if not most:
         return Text("The daemon, of an earlier version, tells nothing of experts.", "dim")
@@ -70,15 +70,17 @@ def heatmap(blocks: Sequence[Block], uses: Sequence[Sequence[float]], width: int
 
 
 def colour(ready: float, heat: float) -> str:
-    """ "#rrggbb" of experts of which the share ``ready`` is there, and that are used ``heat`` times as much as those
-    that are used most."""
+    """Return the colour, "#rrggbb", of experts of which the share ``ready`` is in slots.
+
+    ``heat``: how much they are used, as a share of the most used.
+    """
     heat = math.sqrt(max(heat, 0.0))  # a few must not make all others pale
     red, green, blue = _mix(_mix(*ABSENT, heat), _mix(*READY, heat), ready)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: int, most: int) -> list[Cell | None]:
-    """Of so many experts ``together``; None where there are none."""
+    """Return cells of ``together`` experts each; None where there are none."""
     ready = [set(block.ready) for block in blocks]
     found: list[Cell | None] = []
     for at in range(0, most, together):
@@ -93,14 +95,14 @@ def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: i
 
 
 def _append(text: Text, row: Sequence[str | None], width: int, mark: str) -> None:
-    """A line; a gap is left between cells that are wide enough."""
+    """Append a line of cells, with a gap between those that are wide enough."""
     gap = " " if width > 2 else ""
     for value in row:
         text.append((" " if value is None else mark) * (width - len(gap)) + gap, value or "")
 
 
 def _append_pairs(text: Text, upper: Sequence[str | None], lower: Sequence[str | None], width: int) -> None:
-    """Two rows in one line: half of a character is in its colour, the other in that of its background."""
+    """Append two rows as one line: the upper half of a character has its colour, the lower that of its background."""
     for above, below in zip(upper, lower, strict=True):
         if above is not None:
             text.append("▀" * width, above if below is None else f"{above} on {below}")
@@ -109,7 +111,7 @@ def _append_pairs(text: Text, upper: Sequence[str | None], lower: Sequence[str |
 
 
 def _axis(grid: Grid, cells: int, width: int) -> str:
-    """Numbers of experts, above their cells; one that would be cut at ``width`` is left out."""
+    """Return the axis: numbers of experts above their cells. One that would be cut at ``width`` is left out."""
     line = " " * grid.label
     step = 1 if grid.width > 3 else max(TICK // grid.width, 1)
     for at in range(0, cells, step):

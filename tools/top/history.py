@@ -1,13 +1,12 @@
-"""What happened to a daemon's models between looks; pure."""
+"""Changes of a daemon's models between looks. Pure."""
 
 from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from moetier.proto.expert_store_pb2 import Block, Client, DescribeReply, Details, ModelStats, StatsReply, Tier
+from moetier.proto.expert_store_pb2 import Client, DescribeReply, Details, ModelStats, StatsReply, Tier
 
 KEPT = 600  # changes
 HALF_LIFE = 30.0  # seconds after which a use counts half, of what was used lately
@@ -15,7 +14,7 @@ HALF_LIFE = 30.0  # seconds after which a use counts half, of what was used late
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Of one model between two looks; all but the ratio is by the second."""
+    """Change of one model between two looks; all but the ratio is a second's."""
 
     hits: float
     misses: float
@@ -33,18 +32,18 @@ class Change:
 
     @property
     def hit_ratio(self) -> float | None:
-        """None where nothing was wanted."""
+        """Share of demands that hit; None without demands."""
         return self.hits / self.demands if self.demands else None
 
 
 def reads_of(host: Tier) -> int:
-    """Loads that were begun: for demands, for wishes, and beforehand."""
+    """Count the loads that were begun: for demands, for prefetches, and to warm up."""
     return host.misses - host.joined + host.prefetched + host.warmed
 
 
 @dataclass(slots=True)
 class ModelHistory:
-    """One model as it was seen last, and what changed before. ``lately`` has the uses of each expert by block."""
+    """Model as it was seen last, and its changes before. ``lately`` has the recent uses of each expert by block."""
 
     stats: ModelStats
     details: Details
@@ -60,18 +59,23 @@ class ModelHistory:
     def go_on(self, stats: ModelStats, details: Details, seconds: float) -> None:
         """Add the change to a new state, ``seconds`` after the last one."""
         self.changes.append(_change(self.stats, stats, seconds))
-        self.rates = dict(_rates(self.details.clients, details.clients, seconds))
+        former = {client.number: client for client in self.details.clients}
+        self.rates = {
+            client.number: ((client.hits - was.hits) / seconds, (client.misses - was.misses) / seconds)
+            for client in details.clients
+            for was in [former.get(client.number, Client())]
+        }
         fading = 0.5 ** (seconds / HALF_LIFE)
         before = self.lately or [[0.0] * len(block.uses) for block in details.blocks]
         self.lately = [
-            _fade(values, fading, was, now)
+            [value * fading + new - old for value, old, new in zip(values, was.uses, now.uses, strict=True)]
             for values, was, now in zip(before, self.details.blocks, details.blocks, strict=True)
         ]
         self.stats, self.details = stats, details
 
 
 class History:
-    """Of all models of a daemon, by digest, in its order; another daemon at its address begins anew."""
+    """History of all models of a daemon, by digest, in its order; another daemon at its address begins anew."""
 
     def __init__(self) -> None:
         self.models: dict[str, ModelHistory] = {}
@@ -96,7 +100,7 @@ class History:
                 self.models[model.digest] = ModelHistory(model, details)
 
     def _falls(self, stats: ModelStats, details: Details) -> bool:
-        """Whether one is less than it was, or they are of other experts."""
+        """Whether a counter is less than it was, or they are those of other experts."""
         known = self.models.get(stats.digest)
         if known is None:
             return False
@@ -124,16 +128,3 @@ def _change(before: ModelStats, now: ModelStats, seconds: float) -> Change:
         fetches=(now.fetches - before.fetches) / seconds,
         bytes_fetched=(now.fetched_bytes - before.fetched_bytes) / seconds,
     )
-
-
-def _rates(
-    before: Sequence[Client], now: Sequence[Client], seconds: float
-) -> Iterator[tuple[int, tuple[float, float]]]:
-    former = {client.number: client for client in before}
-    for client in now:
-        was = former.get(client.number, Client())
-        yield client.number, ((client.hits - was.hits) / seconds, (client.misses - was.misses) / seconds)
-
-
-def _fade(values: list[float], fading: float, was: Block, now: Block) -> list[float]:
-    return [value * fading + new - old for value, old, new in zip(values, was.uses, now.uses, strict=True)]

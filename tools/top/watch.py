@@ -1,4 +1,4 @@
-"""Watch: a thread that looks at a daemon again and again, and goes on trying while it is away."""
+"""Watch: a thread that looks at a daemon again and again, and retries while it is away."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ RETRY = 1.0  # seconds at most until one that is away is asked again
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a daemon is, and what it has counted."""
+    """Description and counters of a daemon, at one moment."""
 
     described: DescribeReply
     stats: StatsReply
 
 
 def look(address: Address, credentials: Credentials) -> Look:
-    """Once. Raises DaemonError, ConfigError."""
+    """Look at a daemon once. Raises DaemonError, ConfigError."""
     with probe(address, credentials, patience=PATIENCE) as daemon:
         return _look(daemon)
 
 
 def _look(daemon: DaemonProbe) -> Look:
-    """Both are asked for: another daemon may answer on the same connection, which gRPC makes anew by itself."""
+    """Ask for both: another daemon may answer on the same connection, which gRPC makes anew by itself."""
     return Look(daemon.describe(), daemon.stats(details=True))
 
 
 class Watch:
-    """``begin`` it once. ``interval`` (seconds) and ``paused`` may be set meanwhile, by ``change``."""
+    """Thread that looks at a daemon every ``interval`` seconds, unless ``paused``; ``change`` sets both."""
 
     def __init__(self, credentials: Credentials, interval: float) -> None:
         self.interval = interval
@@ -46,20 +46,20 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def begin(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
-        """``tell`` gets every look, and why there is none; by the watch's thread."""
+        """Begin to look, once. The watch's thread calls ``tell`` with each look, or with the error of one."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._run, args=(address, tell), name="moetier-watch", daemon=True)
         self._thread.start()
 
     def change(self, *, interval: float | None = None, paused: bool | None = None) -> None:
-        """From now on."""
+        """Set the interval in seconds, or pause and continue, from now on."""
         with self._changed:
             self.interval = self.interval if interval is None else interval
             self.paused = self.paused if paused is None else paused
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Idempotent; waits for a look that is under way."""
+        """End the thread, once a look that is under way has ended. Idempotent."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -80,19 +80,14 @@ class Watch:
                 return
 
     def _wait(self, seconds: float) -> bool:
-        """Until the next look is due; False at the end. A new interval begins at once."""
+        """Wait until the next look is due, anew after a change; return False at the end."""
         with self._changed:
             while not self._ending:
-                was = self.interval
-                changed = self._changed.wait_for(
-                    lambda was=was: self._ending or self.paused or self.interval != was,  # type: ignore[misc]
-                    seconds,
-                )
-                if not changed:
-                    return True
                 if self.paused:
-                    self._changed.wait_for(lambda: self._ending or not self.paused)
+                    self._changed.wait()
                     seconds = 0.0  # whoever goes on wants to see
-                else:
+                elif self._changed.wait(seconds):
                     seconds = self.interval
+                else:
+                    return True
             return False

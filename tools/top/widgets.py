@@ -1,11 +1,14 @@
-"""What the screens of ``moetier top`` are made of: a part with a border, the help, the choice among daemons."""
+"""Widgets of ``moetier top``: a part with a border, the help, the choice among daemons; and the contents of parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -15,9 +18,19 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import Footer, OptionList, Static
 from textual.widgets.option_list import Option
 
+from moetier.proto.expert_store_pb2 import Tier
+from moetier.runtime.config import format_bytes
 from moetier.runtime.wire.address import Address
 from moetier.runtime.wire.probe import RunningDaemon
 from moetier.tools.cli.failure import plain
+from moetier.tools.cli.report import format_seconds
+
+from .history import ModelHistory, reads_of
+
+BAR = 16  # characters
+WIDTH = 68  # columns that every part must fit into: of a screen of 120, or of 80, without borders
+LEVELS = " ▁▂▃▄▅▆▇█"
+BLUE, ORANGE, GREEN, RED = "#5aa9ff", "#e0862b", "#57b894", "#d9534f"
 
 HELP = """\
 q        end
@@ -37,7 +50,7 @@ misses what it asked for."""
 
 
 class Part(VerticalScroll, can_focus=True):
-    """One thing, with a border and a title."""
+    """Part of the screen, with a border and a title."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("right", "app.focus_next", show=False),
@@ -50,7 +63,7 @@ class Part(VerticalScroll, can_focus=True):
         self._body = Static()
 
     class Sized(Message):
-        """What is drawn to its size is to be drawn anew."""
+        """Message that a part has another size, so that its content must be drawn anew."""
 
     def on_resize(self) -> None:
         """Ask for the part to be drawn anew."""
@@ -82,7 +95,7 @@ class Help(ModalScreen[None]):
 
 
 class Choice(Screen[None]):
-    """Which of several daemons."""
+    """Screen that lets one of several daemons be chosen."""
 
     class Made(Message):
         """Message with the address of the chosen daemon."""
@@ -115,3 +128,162 @@ def _line(daemon: RunningDaemon) -> Text:
         (f"  process {daemon.card.pid}{answers}", "dim"),
         f"\n{plain(str(daemon.folder))}",
     )
+
+
+def tiers(model: ModelHistory) -> Table:
+    """Draw the counters of the tiers, as they change now and since the daemon was started."""
+    host, last = model.stats.host, model.last
+    demands = host.hits + host.misses
+
+    def now(name: str, form: Callable[[float], str] = "{:,.0f}/s".format) -> str:
+        return "-" if last is None else form(getattr(last, name))
+
+    ratio = None if last is None else last.hit_ratio
+    share = host.ready / host.slots if host.slots else 0.0
+    rows: list[tuple[str, str, str | Text, str]] = [
+        ("host", "slots", _bar([(share, BLUE)]), f"{host.ready:,} of {host.slots:,}, {format_bytes(host.slot_bytes)}"),
+        ("", "hit ratio", "-" if ratio is None else f"{ratio:.1%}", f"{host.hits / demands:.1%}" if demands else "-"),
+        ("", "hits", now("hits"), f"{host.hits:,}"),
+        ("", "misses", now("misses"), f"{host.misses:,}, {host.joined:,} joined"),
+        ("", "evictions", now("evictions"), f"{host.evictions:,}"),
+        (
+            "",
+            "waits",
+            now("waiting", "{:.2f} s/s".format),
+            f"median {_milliseconds(host.wait_median)}, p99 {_milliseconds(host.wait_p99)}",
+        ),
+        ("", "leases", f"{model.stats.leases:,}", ""),
+        ("store", "reads", now("reads"), f"{reads_of(host):,}, {host.failures:,} failed"),
+        ("", "", now("bytes_read", lambda rate: f"{format_bytes(rate)}/s"), format_bytes(host.bytes_in)),
+    ]
+    if model.stats.fetches:
+        rows += [
+            ("others", "fetches", now("fetches"), f"{model.stats.fetches:,}"),
+            (
+                "",
+                "",
+                now("bytes_fetched", lambda rate: f"{format_bytes(rate)}/s"),
+                format_bytes(model.stats.fetched_bytes),
+            ),
+        ]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_row(*(Text(word, "dim") for word in ("", "", "now", "since the start")))
+    for tier, what, rate, total in rows:
+        table.add_row(Text(tier, "bold"), Text(what, "dim"), rate, Text(total, no_wrap=True, overflow="ellipsis"))
+    return table
+
+
+def history(model: ModelHistory, width: int) -> Text:
+    """Draw a line of ``width`` columns for each rate that changed; the latest change is at the right."""
+    changes = list(model.changes)
+    rows = (
+        ("hit ratio", [change.hit_ratio for change in changes], 1.0, "{:.0%}".format, GREEN),
+        ("demands/s", [change.demands for change in changes], None, "{:,.0f}".format, BLUE),
+        ("reads/s", [change.reads for change in changes], None, "{:,.0f}".format, ORANGE),
+        ("bytes/s", [change.bytes_read for change in changes], None, format_bytes, ORANGE),
+        ("waits s/s", [change.waiting for change in changes], None, "{:.2f}".format, RED),
+    )
+    text = Text(no_wrap=True, overflow="crop")
+    for name, values, top, shown, colour in rows:
+        most = top or max((value for value in values if value is not None), default=0.0)
+        text.append(f"{name:<10}", "dim")
+        text.append(sparkline(values, max(width - 26, 1), most), colour)
+        text.append(f" max {shown(most)}\n", "dim")
+    text.right_crop(1)
+    return text
+
+
+def sparkline(values: Iterable[float | None], width: int, top: float) -> str:
+    """Draw the last ``width`` values as bars, against ``top``. What is more than 0 looks so; None is a space."""
+    last = list(values)[-width:]
+    marks = (" " if value is None else LEVELS[_level(value, top)] for value in last)
+    return "".join(marks).rjust(width)
+
+
+def clients(model: ModelHistory, *, local: bool) -> Table:
+    """Draw the table of a daemon's clients; with their programs if they are ``local``, processes of this machine."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    numbers = ("leases", "hits/s", "miss/s", "hits")
+    head = ["pid", *(["program"] if local else []), "for", *numbers]
+    for name in head:
+        table.add_column(
+            Text(name, "dim"),
+            justify="right" if name in numbers else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            ratio=1 if name == "program" else None,
+        )
+    table.expand = local
+    table.show_header = True
+    for client in model.details.clients:
+        hits, misses = model.rates.get(client.number, (0.0, 0.0))
+        wanted = client.hits + client.misses
+        table.add_row(
+            str(client.pid),
+            *([Text(program_of(client.pid))] if local else []),  # no markup
+            format_seconds(client.connected_s),
+            f"{client.leases:,}",
+            f"{hits:,.0f}",
+            f"{misses:,.0f}",
+            f"{client.hits / wanted:.1%}" if wanted else "-",
+        )
+    if not model.details.clients:
+        table.add_row(Text("none", "dim"))
+    return table
+
+
+def program_of(pid: int) -> str:
+    """Return the command line of a process of this machine, of moetier's own the command alone.
+
+    "?" where there is none, or it may not be seen.
+    """
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return "?"
+    if os.path.basename(words[0]).startswith("python") and len(words) > 2:  # noqa: PTH119 - it may be no path
+        words = words[2 if words[1] == "-m" else 1 :]
+    name = os.path.basename(words[0])  # noqa: PTH119
+    if name in ("moetier", "moetier.tools.main"):
+        return plain(" ".join(["moetier", *words[1:2]]))
+    text = " ".join([name, *words[1:]]).strip()
+    return plain(text) or "?"
+
+
+def prefetches(host: Tier) -> Text:
+    """Draw the outcomes of prefetches."""
+    found = (
+        ("useful", host.useful, GREEN),
+        ("late", host.late, BLUE),
+        ("wasted", host.wasted, RED),
+        ("cancelled", host.cancelled, "#8a8f98"),
+    )
+    total = sum(count for _, count, _ in found)
+    text = _bar([(count / total, colour) for _, count, colour in found] if total else [], width=40)
+    text.append("\n")
+    for name, count, colour in found:
+        text.append("■ ", colour).append(f"{name} ", "dim").append(f"{count:,}  ")
+    text.append(f"\n{host.prefetched:,} read, {host.saved_seconds:.1f} s of waiting saved", "dim")
+    if host.warmed:
+        text.append(f"\n{host.warmed:,} read beforehand, {host.recalled:,} of them used", "dim")
+    return text
+
+
+def _bar(parts: Iterable[tuple[float, str]], width: int = BAR) -> Text:
+    """Draw shares of a whole in colours; a share that is more than 0 is seen."""
+    text = Text()
+    for share, colour in parts:
+        text.append("█" * min(max(round(share * width), share > 0), width - len(text)), colour)
+    return text.append("░" * (width - len(text)), "#3a3f47")
+
+
+def _level(value: float, top: float) -> int:
+    if value <= 0 or top <= 0:
+        return 1
+    return min(max(round(value / top * (len(LEVELS) - 1)), 2), len(LEVELS) - 1)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"

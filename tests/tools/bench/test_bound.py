@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from geometries import two_geometries
-from stores import layout_of, make_plan
+from stores import make_plan
 
 from moetier.tiers.cache.budget import Group
-from moetier.tools.bench.bound import Bound, Need, Rates, misses_of, need_of, rows_of, slots_within
+from moetier.tools.bench.bound import Bound, Need, Rates, misses_of, need_of, rows_of
 
 GB = 10**9
 
@@ -60,11 +60,3 @@ def test_rows_that_an_expert_gets() -> None:
     plan = make_plan()  # top 2 in three blocks
     assert rows_of(plan, [[[0, 1]] * 3], 1, tokens=1) == 1
     assert rows_of(plan, [[[0, 1, 2, 3]] * 3], 1, tokens=64) == 32  # 64 tokens x 2, on 4 experts
-
-
-def test_slots_that_a_budget_permits() -> None:
-    plan = make_plan(layout=layout_of())
-    size = plan.layout(0).slot_bytes
-    assert slots_within(plan, 7 * size + 1) == {"records": 7}
-    assert slots_within(plan, 100 * size) == {"records": 12}
-    assert slots_within(plan, -5) == {"records": 2}  # a token's experts of a block have to be somewhere

@@ -14,7 +14,7 @@ from users import as_nobody
 from moetier.tools.cli.failure import EXIT_ERROR, EXIT_FAULT, as_options, failure_of
 from moetier.tools.cli.parser import commands_of
 from moetier.tools.commands.doctor import findings
-from moetier.tools.doctor.finding import State
+from moetier.tools.doctor.machine import State
 from moetier.tools.main import build_parser, main
 
 
@@ -101,7 +101,6 @@ def test_no_command_shows_a_traceback_for_a_wrong_path(
         ["bench", "decode", path],
         ["bench", "prefill", path],
         ["bench", "convert", path],
-        ["bench", "peers", path, "--gguf", path],
     ):
         code, said = main(words), capsys.readouterr().err.splitlines()
         assert (code in (1, 2), len(said)) == (True, 2), (words, said)  # 2: a name that can be no address

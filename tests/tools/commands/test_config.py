@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moetier.tools.doctor.finding import State, look
-from moetier.tools.doctor.machine import configuration
+from moetier.tools.doctor.machine import State, configuration, look
 from moetier.tools.main import main
 
 

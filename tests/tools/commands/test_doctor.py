@@ -12,6 +12,7 @@ import pytest
 from cgroups import memory_limit
 from daemons import running_daemon
 from forks import in_fork
+from places import ASSETS
 from prepared import MAIN
 from stores import NASTY, layout_of, make_store
 from users import as_nobody
@@ -23,7 +24,7 @@ from moetier.tiers.store.shard import ShardFile
 from moetier.tools.commands.doctor import findings
 from moetier.tools.doctor import machine as doctor_machine
 from moetier.tools.doctor import store as doctor_store
-from moetier.tools.doctor.finding import Finding, State, fail, lines_of, look, ok
+from moetier.tools.doctor.machine import Finding, State, fail, lines_of, look, ok
 from moetier.tools.main import main
 
 NAMES = ["python", "libraries", "config", "cpu", "kernel", "gpu", "memory", "memfd", "memlock", "/dev/shm", "daemons"]
@@ -145,7 +146,8 @@ def test_a_control_group_without_room_for_the_libraries(tinymix_4bit: Path) -> N
     said = limited(200 << 20, "doctor", str(tinymix_4bit))
     assert said.returncode == 1
     assert said.stdout.endswith("1 fail\n")
-    for words in (["plan", str(tinymix_4bit)], ["generate", str(tinymix_4bit), "x"]):
+    quality = ["quality", str(tinymix_4bit), "--text", str(ASSETS / "texts")]
+    for words in (["plan", str(tinymix_4bit)], ["generate", str(tinymix_4bit), "x"], quality):
         assert limited(200 << 20, *words).stderr.startswith("Only ")
 
 

@@ -26,22 +26,23 @@ from moetier.runtime.config import TierConfig
 from moetier.runtime.kernels.choose import kernels_for
 from moetier.runtime.memory import Available
 from moetier.tiers.errors import BudgetError, ConfigError, DiskSpaceError, MoetierError, StoreFormatError, TargetError
-from moetier.tools.commands.plan import plan
+from moetier.tools.bench.disk import RandomReads
+from moetier.tools.commands.plan import plan, text
 from moetier.tools.main import main
-from moetier.tools.plan import probes
+from moetier.tools.plan import speeds as plan_speeds
 from moetier.tools.plan.choices import open_choices
-from moetier.tools.plan.cost import DiskRate
-from moetier.tools.plan.estimate import Speeds, estimate, text
+from moetier.tools.plan.estimate import estimate
 from moetier.tools.plan.fit import Room, fit_of
+from moetier.tools.plan.speeds import DiskRate, Speeds, probe_bytes
 
 GB_PER_S = 1.0
 
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "KERNEL_SECONDS", 0.0)
-    monkeypatch.setattr(probes, "UNCACHED_BYTES", 1 << 20)
-    monkeypatch.setattr(probes, "QUANTISED_WEIGHTS", 1 << 16)
+    monkeypatch.setattr(plan_speeds, "KERNEL_SECONDS", 0.0)
+    monkeypatch.setattr(plan_speeds, "UNCACHED_BYTES", 1 << 20)
+    monkeypatch.setattr(plan_speeds, "QUANTISED_WEIGHTS", 1 << 16)
 
 
 @pytest.fixture(scope="session")
@@ -156,10 +157,9 @@ def test_what_is_downloaded_takes_disk_too(index_only: Path, tmp_path: Path) -> 
 OF_HUB = """
 import json, sys
 from pathlib import Path
-from moetier.tools.plan import probes
-from moetier.tools.plan.estimate import text
-from moetier.tools.commands.plan import plan
-probes.KERNEL_SECONDS, probes.UNCACHED_BYTES, probes.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
+from moetier.tools.plan import speeds
+from moetier.tools.commands.plan import plan, text
+speeds.KERNEL_SECONDS, speeds.UNCACHED_BYTES, speeds.QUANTISED_WEIGHTS = 0.0, 1 << 20, 1 << 16
 asked = {"bits": [4], "trunk_bits": [8], "disk": 1.0, "context": 256, "ram": "1MiB"}
 found = [plan(sys.argv[1], **asked), plan(sys.argv[1], into=Path(sys.argv[2]), **asked)]
 print(json.dumps([each | {"last": text(each).splitlines()[-2:]} for each in found]))
@@ -273,8 +273,8 @@ def test_a_budget_out_of_bounds_says_its_bounds(tinymix_4bit: Path) -> None:
 def test_memory_is_what_the_control_group_leaves(index_only: Path) -> None:
     code = f"""
 from moetier.tools import main
-from moetier.tools.plan import probes
-probes.KERNEL_SECONDS, probes.UNCACHED_BYTES = 0.0, 1 << 20
+from moetier.tools.plan import speeds
+speeds.KERNEL_SECONDS, speeds.UNCACHED_BYTES = 0.0, 1 << 20
 main.main(["plan", {str(index_only)!r}, "--bits", "4", "--trunk-bits", "16", "--disk", "1", "--json"])
 """
     with memory_limit(900 << 20) as group:
@@ -309,8 +309,8 @@ def test_a_model_directory_has_one_choice(tinymix_4bit: Path) -> None:
 def test_the_disk_is_probed_in_a_file_that_goes(
     index_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "DISK_SECONDS", 0.02)
-    monkeypatch.setattr(probes, "FILE_BYTES", 4 << 20)
+    monkeypatch.setattr(plan_speeds, "DISK_SECONDS", 0.02)
+    monkeypatch.setattr(plan_speeds, "FILE_BYTES", 4 << 20)
     found = plan(index_only, bits=[4], trunk_bits=[4], into=tmp_path)
     assert found["machine"]["disk"]["all"] > 0
     assert found["machine"]["disk_by"].endswith("on a file made for it")
@@ -321,9 +321,11 @@ def test_the_disk_is_probed_in_a_file_that_goes(
 def test_what_is_written_for_a_probe_is_no_larger_than_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: int, size: int
 ) -> None:
-    monkeypatch.setattr(probes, "FILE_BYTES", 24 << 20)
-    with probes.reads_at(tmp_path, 1 << 20, model) as reads:
+    monkeypatch.setattr(plan_speeds, "FILE_BYTES", 24 << 20)
+    assert probe_bytes(model, free=1 << 40) == size
+    with RandomReads.of_new_file(tmp_path, size, 1 << 20) as reads:
         assert [path.stat().st_size for path in reads.files] == [size]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_terminal_is_told_what_takes_its_time(index_only: Path, capsys: pytest.CaptureFixture[str]) -> None:

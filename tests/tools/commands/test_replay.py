@@ -13,6 +13,7 @@ from stores import NASTY
 
 from moetier.runtime.trace.trace import Trace
 from moetier.tiers.errors import ConfigError
+from moetier.tools.cli.parser import CommandParser
 from moetier.tools.commands import replay
 from moetier.tools.lab.simulation import POLICIES
 
@@ -22,7 +23,7 @@ GPT_OSS = str(TRACES / "gptoss_120b_top2_bigmoeonedge.npz")
 
 
 def run(*words: str) -> int:
-    parser = ArgumentParser()
+    parser = CommandParser()
     replay.add_arguments(parser)
     return replay.run(parser.parse_args([*words]))
 

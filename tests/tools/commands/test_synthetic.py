@@ -13,8 +13,7 @@ from checkpoints import tree
 
 from moetier.tiers.errors import DiskSpaceError, TargetExistsError
 from moetier.tools.commands.convert import convert
-from moetier.tools.commands.synthetic import make_synthetic
-from moetier.tools.lab.synthetic import GEOMETRIES, config_of, shapes_of
+from moetier.tools.lab.synthetic import GEOMETRIES, config_of, make_synthetic, shapes_of
 from moetier.tools.main import main
 
 SMALL: dict[str, dict[str, Any]] = {

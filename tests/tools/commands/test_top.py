@@ -29,7 +29,7 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.probe import running_daemons
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.manifest import Manifest
-from moetier.tools.top import top_parts
+from moetier.tools.top import widgets
 from moetier.tools.top.app import TERMINATED, Top
 from moetier.tools.top.heat import ABSENT, READY, Grid, colour, heatmap
 from moetier.tools.top.history import History
@@ -261,7 +261,7 @@ def test_a_look_that_comes_while_the_screen_is_taken_down(daemon: DaemonProcess)
         await until(pilot, lambda: "0 of 12" in shown(app, "#tiers"))
         for name in ("#head", "#away", "#columns"):
             await app.query_one(name).remove()
-        (model,) = app._history.models.values()
+        (model,) = app.history.models.values()
         seen = len(model.changes)
         await until(pilot, lambda: len(model.changes) > seen + 1)
 
@@ -471,9 +471,9 @@ def test_colours_say_what_is_there_and_used() -> None:
 
 
 def test_sparklines() -> None:
-    assert top_parts.sparkline([0, 0.001, 0.5, 1, None], 6, 1.0) == " ▁▂▄█ "
-    assert top_parts.sparkline([], 3, 0.0) == "   "
-    assert top_parts.sparkline([1, 2, 3, 4], 2, 4.0) == "▆█"
+    assert widgets.sparkline([0, 0.001, 0.5, 1, None], 6, 1.0) == " ▁▂▄█ "
+    assert widgets.sparkline([], 3, 0.0) == "   "
+    assert widgets.sparkline([1, 2, 3, 4], 2, 4.0) == "▆█"
 
 
 def test_large_numbers_fit_into_the_least_width() -> None:
@@ -489,17 +489,17 @@ def test_large_numbers_fit_into_the_least_width() -> None:
     for uptime in (1, 2):
         history.add(SEVEN, reply(uptime, host, block(2), clients=clients))
     (model,) = history.models.values()
-    console = Console(width=top_parts.WIDTH, force_terminal=False, color_system=None)
+    console = Console(width=widgets.WIDTH, force_terminal=False, color_system=None)
     for part in (
-        top_parts.tiers(model),
-        top_parts.history(model, top_parts.WIDTH),
-        top_parts.prefetches(host),
-        top_parts.clients(model, local=True),
+        widgets.tiers(model),
+        widgets.history(model, widgets.WIDTH),
+        widgets.prefetches(host),
+        widgets.clients(model, local=True),
     ):
         with console.capture() as capture:
             console.print(part)
         assert "…" not in capture.get(), capture.get()
-        assert all(len(line.rstrip()) <= top_parts.WIDTH for line in capture.get().splitlines())
+        assert all(len(line.rstrip()) <= widgets.WIDTH for line in capture.get().splitlines())
 
 
 @pytest.mark.parametrize(("blocks", "experts"), [(8, 8), (32, 8), (24, 32), (48, 128), (60, 384)])
@@ -511,16 +511,16 @@ def test_axis_and_legend_fit(blocks: int, experts: int) -> None:
 
 
 def test_programs_by_their_command_lines() -> None:
-    assert top_parts.program_of(2**22 + 1) == "?"
+    assert widgets.program_of(2**22 + 1) == "?"
     command = [sys.executable, "-c", "print(flush=True); input()", "a\x1bb"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # before it has begun, it has no command line
-        assert top_parts.program_of(process.pid) == "-c print(flush=True); input() a?b"
+        assert widgets.program_of(process.pid) == "-c print(flush=True); input() a?b"
         process.kill()
     command = [sys.executable, "-m", "moetier.tools.main", "quality", "/nothing", "--text", "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        assert top_parts.program_of(process.pid) == "moetier quality"
+        assert widgets.program_of(process.pid) == "moetier quality"
         process.kill()

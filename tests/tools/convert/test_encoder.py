@@ -18,10 +18,9 @@ from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.checkpoint.recipe import BlockBlueprint, Recipe
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.commands.convert import convert
-from moetier.tools.commands.synthetic import make_synthetic
 from moetier.tools.convert import encoder as records
 from moetier.tools.convert.conversion import Conversion, Options
-from moetier.tools.lab.synthetic import GEOMETRIES
+from moetier.tools.lab.synthetic import GEOMETRIES, make_synthetic
 
 
 def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,17 @@ import torch
 import transformers
 
 from moetier.runtime.trace.recall import compare
-from moetier.tools.commands.synthetic import TRACED, convert_synthetic, make_synthetic, routing_of
-from moetier.tools.lab.synthetic import GEOMETRIES, ROUTINGS, TOPICS, lru_curve, read_tokens, token_ids
+from moetier.tools.commands.synthetic import convert_synthetic, routing_of
+from moetier.tools.lab.synthetic import (
+    GEOMETRIES,
+    ROUTINGS,
+    TOPICS,
+    TRACED,
+    lru_curve,
+    make_synthetic,
+    read_tokens,
+    token_ids,
+)
 from moetier.tools.main import main
 
 NARROW: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}

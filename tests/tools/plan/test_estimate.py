@@ -11,23 +11,14 @@ import pytest
 from geometries import two_geometries
 from places import ROOT
 
-from moetier.tools.plan.cost import (
-    Caching,
-    Cost,
-    DiskRate,
-    HitCurve,
-    Rates,
-    Trunk,
-    hit_curves,
-    nearest_curve,
-    prompt_cost,
-    token_cost,
-)
+from moetier.tools.plan.choices import Choice
+from moetier.tools.plan.estimate import Caching, Cost, HitCurve, hit_curves, nearest_curve, prompt_cost, token_cost
+from moetier.tools.plan.speeds import DiskRate, Rates
 
 MANIFEST = two_geometries()  # top-3 of 4 in two blocks, top-2 of 4 in three
 ALL = {"big": 8, "small": 12}
 RATES = Rates(DiskRate(1e9, 2e9, 4), 1e10, {16: 5e9, 4: 5e9}, {16: 1e11, 4: 1e11}, 5e9, 0.0)
-TRUNK = Trunk(16, records=0, plain=1_000_000, layers=5)
+CHOICE = Choice(4, 16, MANIFEST, trunk_bytes=0, matrices=(), plain_bytes=1_000_000, layers=5)
 
 
 def test_reads_in_flight_make_a_disk_quicker() -> None:
@@ -38,16 +29,16 @@ def test_reads_in_flight_make_a_disk_quicker() -> None:
 def test_what_is_all_in_memory_is_read_no_more() -> None:
     caching = Caching.of(MANIFEST, ALL)
     assert caching.mean(MANIFEST) == 1.0
-    cost, read = token_cost(MANIFEST, 4, caching, TRUNK, RATES, 0)
+    cost, read = token_cost(CHOICE, caching, RATES, 0)
     assert (cost.disk, read) == (0, 0)
     experts = sum(block.top_k * MANIFEST.layout(number).payload_bytes for number, block in enumerate(MANIFEST.blocks))
-    assert cost.seconds == pytest.approx((experts + TRUNK.plain) / 5e9)
+    assert cost.seconds == pytest.approx((experts + CHOICE.plain_bytes) / 5e9)
 
 
 def test_blocks_that_share_slots_hit_nothing() -> None:
     caching = Caching.of(MANIFEST, {"big": 3, "small": 12})
     assert caching.hit_ratios == (0.0, 1.0, 0.0, 1.0, 1.0)
-    _, read = token_cost(MANIFEST, 4, caching, TRUNK, RATES, 0)
+    _, read = token_cost(CHOICE, caching, RATES, 0)
     assert read == 6 * MANIFEST.layouts["big"].slot_bytes
 
 
@@ -55,14 +46,14 @@ def test_what_it_is_bound_by() -> None:
     none = Caching.of(MANIFEST, {"big": 3, "small": 2})
     whole = Caching.of(MANIFEST, ALL)
     slow = replace(RATES, disk=DiskRate(1e6, 1e6, 4))
-    assert token_cost(MANIFEST, 4, none, TRUNK, slow, 0)[0].by == "disk"
-    assert token_cost(MANIFEST, 4, whole, TRUNK, replace(RATES, memory=5e9), 0)[0].by == "memory"
-    assert token_cost(MANIFEST, 4, whole, TRUNK, replace(RATES, operation=1e-3), 0)[0].by == "compute"
+    assert token_cost(CHOICE, none, slow, 0)[0].by == "disk"
+    assert token_cost(CHOICE, whole, replace(RATES, memory=5e9), 0)[0].by == "memory"
+    assert token_cost(CHOICE, whole, replace(RATES, operation=1e-3), 0)[0].by == "compute"
 
 
 def test_a_long_context_takes_longer() -> None:
     whole = Caching.of(MANIFEST, ALL)
-    short, long = (token_cost(MANIFEST, 4, whole, TRUNK, RATES, size)[0].seconds for size in (0, 10_000_000_000))
+    short, long = (token_cost(CHOICE, whole, RATES, size)[0].seconds for size in (0, 10_000_000_000))
     assert long - short == pytest.approx(1.0)
 
 
@@ -70,10 +61,10 @@ def test_a_first_prompt_reads_every_expert_once() -> None:
     whole = Caching.of(MANIFEST, ALL)
     few = Caching.of(MANIFEST, {"big": 3, "small": 2})
     for caching in (whole, few):
-        cost = prompt_cost(MANIFEST, 4, caching, TRUNK, RATES)
+        cost = prompt_cost(CHOICE, caching, RATES)
         assert cost.disk == pytest.approx(MANIFEST.stored_bytes / 2e9)
     busy = replace(RATES, operation=1e-6)  # what passes through few slots costs more around each read
-    assert prompt_cost(MANIFEST, 4, few, TRUNK, busy).overhead > prompt_cost(MANIFEST, 4, whole, TRUNK, busy).overhead
+    assert prompt_cost(CHOICE, few, busy).overhead > prompt_cost(CHOICE, whole, busy).overhead
 
 
 def test_reads_and_products_of_a_prompt_overlap_and_those_of_a_token_do_not() -> None:

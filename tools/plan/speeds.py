@@ -1,0 +1,204 @@
+"""Rates of this machine, measured in a few seconds, which an estimate is made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetier.runtime.checkpoint.tensors import StoredTensor
+from moetier.tiers.host.tier import LOADERS
+from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
+from moetier.tiers.store.checksum import PIECE_BYTES
+from moetier.tools.bench.disk import RandomReads
+from moetier.tools.bench.rates import (
+    TIMES,
+    UNCACHED_BYTES,
+    KernelProbe,
+    activation_dtype,
+    median_seconds,
+    memory_rate,
+    random_records,
+)
+
+from .choices import Choice, ModelChoices
+from .fit import Room
+
+GB = 1e9
+DISK_SECONDS = 2.0  # of random reads, half of them one at a time
+LEAST_FILE_BYTES = 64 << 20  # of a file that is there: in a smaller one reads would meet too often
+FILE_BYTES = 256 << 20  # that is read from, where there is no other file; less for a smaller model
+LEAST_MADE_BYTES = 16 << 20  # but not less than this
+KERNEL_SECONDS = 0.25
+ROWS = 32  # of a product with many
+PROBED_WEIGHTS = 1 << 22  # of a matrix that is multiplied: a whole expert may take seconds
+QUANTISED_WEIGHTS = 1 << 19
+DEVIATION = 0.03  # of theirs: the solver takes longer with what no model has
+OPERATIONS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRate:
+    """Bytes a second of random reads: with one in flight, and with as many as there are loaders."""
+
+    one: float
+    all: float
+    loaders: int
+
+    def at(self, reads: float) -> float:
+        """Return the rate with so many ``reads`` in flight, interpolated."""
+        share = (min(max(reads, 1.0), self.loaders) - 1) / max(self.loaders - 1, 1)
+        return self.one + (self.all - self.one) * share
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Rates of this machine."""
+
+    disk: DiskRate
+    memory: float  # bytes a second
+    one_row: Mapping[Bits, float]  # bytes a second of records, by bits: products of one row, as in decoding
+    many_rows: Mapping[Bits, float]  # bytes times rows a second: products of many, as of a prompt
+    plain: float  # bytes a second of matrices of 16 bits outside records, with one row
+    operation: float  # seconds of an operation of torch on a few numbers
+
+    def seconds(self, nbytes: float, bits: Bits, rows: float) -> float:
+        """Return the seconds of products of ``rows`` rows with ``nbytes`` of records or matrices."""
+        return max(nbytes / self.one_row[bits], nbytes * rows / self.many_rows[bits])
+
+    @classmethod
+    def measure(cls, disk: DiskRate, choices: Sequence[Choice], room: Room) -> Rates:
+        """Measure all rates but the disk's on the CPU.
+
+        Products are with matrices of the experts' shapes, of each width that experts or trunk of ``choices`` have.
+        """
+        import torch
+
+        from moetier.runtime.kernels.choose import kernels_for
+
+        nbytes = min(UNCACHED_BYTES, room.host.bytes // 4)  # more than caches hold, where memory allows
+        memory, _ = memory_rate(nbytes)
+        expert = next(iter(choices[0].manifest.layouts.values()))
+        kernels = kernels_for(torch.device("cpu"))
+        one: dict[Bits, float] = {}
+        many: dict[Bits, float] = {}
+        for bits in sorted({16, *(width for choice in choices for width in (choice.bits, choice.trunk_bits))}):
+            layout = _probed_layout(expert, bits)
+            probe = KernelProbe(kernels, layout, random_records(layout, nbytes))
+            one[bits] = probe.rate(1, at_least=KERNEL_SECONDS)
+            many[bits] = ROWS * probe.rate(ROWS, at_least=KERNEL_SECONDS)
+        numbers = torch.ones(64)
+        with torch.inference_mode():
+            operations = median_seconds(lambda: [numbers.add(numbers) for _ in range(OPERATIONS)])
+        return cls(disk, memory, one, many, _plain_rate(memory, nbytes), operations / OPERATIONS)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Rates of this machine; ``rates`` is None on a GPU, where no speed is estimated."""
+
+    disk: DiskRate
+    disk_by: str
+    rates: Rates | None
+    quantising: Mapping[Bits, float]  # weights a second of a worker, by bits
+    workers: int
+
+    @classmethod
+    def measure(
+        cls, model_choices: ModelChoices, choices: Sequence[Choice], room: Room, disk: float | None, workers: int
+    ) -> Speeds:
+        """Measure for a few seconds; ``disk`` is its rate in GB/s, where it is known."""
+        if disk is None:
+            rate, by = _disk_rate(model_choices, choices, room)
+        else:
+            rate, by = DiskRate(disk * GB, disk * GB, LOADERS), "given"
+        rates = Rates.measure(rate, choices, room) if room.device.type == "cpu" else None
+        made = choices if model_choices.headers is not None else ()
+        widths = {bits for choice in made for bits in (choice.bits, choice.trunk_bits)} - {16}
+        return cls(rate, by, rates, quantising_rates(sorted(widths)), workers)
+
+
+def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
+    """Measure reads of records, else of the checkpoint's files on the same disk, else of a file made for it."""
+    block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), PIECE_BYTES)
+    with ExitStack() as stack:
+        if model_choices.headers is None:
+            reads, what = RandomReads.of_records(Path(model_choices.source)), "its records"
+        elif files := _files_on(room.into, model_choices.headers.checkpoint.tensors.values()):
+            reads, what = RandomReads.of_files(files, block), "the checkpoint's files"
+        else:
+            size = probe_bytes(max(choice.disk_bytes for choice in choices), room.disk_free)
+            reads, what = stack.enter_context(RandomReads.of_new_file(room.into, size, block)), "a file made for it"
+        one, several = (reads.rate(depth, DISK_SECONDS / 2) for depth in (1, LOADERS))
+        return DiskRate(one, several, LOADERS), f"{reads.by}, on {what}"
+
+
+def _files_on(folder: Path, tensors: Collection[StoredTensor]) -> list[Path]:
+    """Return the files of ``tensors`` that are on the disk of ``folder``, and large enough."""
+    there = [file for file in sorted({tensor.file for tensor in tensors}) if file.is_file()]
+    device = folder.stat().st_dev
+    return [f for f in there if f.stat().st_dev == device and f.stat().st_size >= LEAST_FILE_BYTES]
+
+
+def probe_bytes(model_bytes: int, free: int) -> int:
+    """Return the size of a file to measure a disk with: no larger than a model of ``model_bytes`` needs."""
+    return min(FILE_BYTES, max(LEAST_MADE_BYTES, model_bytes), free // 2)
+
+
+def _probed_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:
+    """Return a layout of ``bits`` with the matrices of ``layout``, of PROBED_WEIGHTS at most."""
+    from moetier.tiers.quant.codec import layout_for
+
+    shapes = {}
+    for p in layout.projections:
+        rows = min(p.rows, max(ROW_TILE, PROBED_WEIGHTS // p.columns))
+        shapes[p.name] = ((rows, p.columns), "bfloat16")
+    return layout_for(shapes, bits=bits)
+
+
+def _plain_rate(memory: float, nbytes: int) -> float:
+    """Measure the bytes a second of a product of one row with a bf16 matrix of ``nbytes``.
+
+    Where torch computes in fp32 that is the memory's rate.
+    """
+    import torch
+
+    from moetier.runtime.kernels.row import linear_row
+
+    dtype = activation_dtype()
+    if dtype != torch.bfloat16:
+        return memory
+    weight, x = torch.full((max(1, nbytes // 8192), 4096), 0.01, dtype=dtype), torch.ones((1, 4096), dtype=dtype)
+
+    def run() -> None:
+        if linear_row(x, weight) is None:
+            torch.nn.functional.linear(x, weight)
+
+    with torch.inference_mode():
+        return weight.nbytes / median_seconds(run, least_runs=TIMES)
+
+
+def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
+    """Measure the weights a second that one worker makes records of, by bits, without 16 bits."""
+    import numpy as np
+    import torch
+
+    from moetier.tiers.quant.codec import encode, layout_for
+    from moetier.tools.convert.encoder import one_thread_each
+
+    found = {}
+    shape = (QUANTISED_WEIGHTS // 1024, 1024)
+    matrix = DEVIATION * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weights = {"weight": matrix.bfloat16()}
+    with one_thread_each():
+        torch.set_num_threads(1)
+        for bits in widths:
+            layout = layout_for({"weight": (shape, "bfloat16")}, bits=bits)
+            record = np.empty(layout.record_bytes, np.uint8)
+            encode(weights, layout, record)
+            began = time.perf_counter()
+            encode(weights, layout, record)
+            found[bits] = QUANTISED_WEIGHTS / (time.perf_counter() - began)
+    return found
