@@ -65,8 +65,8 @@ class BoundedProtocol(H11Protocol):
     """
 
     most_connections: int
-    header_seconds: float
-    answer_seconds: float
+    header_seconds = HEADER_SECONDS
+    answer_seconds = ANSWER_SECONDS
     idle: asyncio.TimerHandle | None = None  # runs while no request is under way
     _untaken: asyncio.TimerHandle | None = None  # runs while the buffer of an answer is full
 
@@ -145,15 +145,10 @@ class Server(uvicorn.Server):
         connections: int,
         ready: Callable[[], None],
         ending: Callable[[], None],
-        header_seconds: float = HEADER_SECONDS,
-        answer_seconds: float = ANSWER_SECONDS,
+        **seconds: float,
     ) -> None:
-        bounds = {
-            "most_connections": connections,
-            "header_seconds": header_seconds,
-            "answer_seconds": answer_seconds,
-        }
-        protocol = type("Protocol", (BoundedProtocol,), bounds)
+        """Serve ``app``; ``seconds`` replace those of BoundedProtocol."""
+        protocol = type("Protocol", (BoundedProtocol,), {"most_connections": connections, **seconds})
         super().__init__(
             uvicorn.Config(
                 app,
