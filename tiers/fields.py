@@ -47,9 +47,12 @@ class Fields:
         """Iterate over the names and members of an object."""
         return ((name, Fields(value, self._member(name))) for name, value in self._of(dict, "an object").items())
 
-    def items(self) -> list[Fields]:
-        """Return the items of a list."""
-        return [Fields(value, f"{self.place}[{i}]") for i, value in enumerate(self._of(list, "a list"))]
+    def items(self, most: int | None = None) -> list[Fields]:
+        """Return the items of a list, of which there may be ``most``."""
+        values = self._of(list, "a list")
+        if most is not None and len(values) > most:
+            raise ValueError(f"{self.place} has {len(values):,} items, more than {most}")
+        return [Fields(value, f"{self.place}[{i}]") for i, value in enumerate(values)]
 
     def text(self, pattern: str = r"[^\ud800-\udfff]*", what: str = "a text") -> str:
         """Return a string that matches ``pattern``; an error calls it ``what``."""

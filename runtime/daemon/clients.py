@@ -98,8 +98,9 @@ class Clients:
         """Remove a client whose control connection has ended, and end its stream."""
         with self._changed:
             client = self._clients.pop(session)
-        if client.call is not None:
-            client.call.end(_no_client())
+            call = client.call  # its stream resets it
+        if call is not None:
+            call.end(_no_client())
         if client.model is not None:
             log_event(_log, "client-gone", pid=client.pid, model=client.model.name)
 

@@ -162,7 +162,9 @@ class ControlServer:
             "pid": os.getpid(),
             "version": self._version,
         }
-        answer(end, reply, welcome.descriptor)
+        if not answer(end, reply, welcome.descriptor):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # the client's place is free at once
         if welcome.descriptor is not None:
             os.close(welcome.descriptor)
         return session

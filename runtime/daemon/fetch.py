@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -42,6 +43,10 @@ class Fetches:
         patience: float = 10.0,
     ) -> None:
         self._host = host
+        # one for all calls, so that loaders take turns between them together and each client of this host
+        self._session = host.session(self._deliver, leases=CALLS, patience=patience)
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # by request, one for each call
         self._manifest = manifest
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
@@ -102,6 +107,9 @@ class Fetches:
         for call in calls:
             call.cancel()
         self._watcher.join()
+        self._session.close()
+        for answers in list(self._answers.values()):
+            answers.put(None)
 
     @contextlib.contextmanager
     def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
@@ -142,18 +150,26 @@ class Fetches:
     @contextlib.contextmanager
     def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
         """Lease the record and its checksum. Raises ExhaustedError if no slot comes free in time."""
-        events: SimpleQueue[Event | None] = SimpleQueue()  # None: the call has ended
-        with contextlib.closing(self._host.session(events.put, leases=1)) as session:
-            session.acquire(0, [key], max(until - time.monotonic(), 0.0))
-            if not context.add_callback(partial(events.put, None)):
+        number = next(self._numbers)
+        answers = self._answers[number] = SimpleQueue[Event | None]()  # None: the call has ended
+        try:
+            self._session.acquire(number, [key], max(until - time.monotonic(), 0.0))
+            if not context.add_callback(partial(answers.put, None)):
                 raise _no_caller()
-            match events.get():
+            match answers.get():
                 case Granted(slot=slot):
                     yield self._host.whole(slot)
                 case Failed(error=error):
                     raise error
                 case None:
                     raise _no_caller()
+        finally:
+            self._session.release(number)
+            del self._answers[number]
+
+    def _deliver(self, event: Event) -> None:
+        if (answers := self._answers.get(event.request)) is not None:
+            answers.put(event)
 
     def _wake(self) -> None:
         with self._state:

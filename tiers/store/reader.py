@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -35,6 +36,7 @@ from .shard import (
 )
 
 DIGEST_SECONDS = 0.1  # for which opening an older store waits: enough for a quick disk or a small store
+DIGEST_SHARE = 0.1  # share of the time for which its checksums are read afterwards
 
 NO_PREFIX = StagedPrefix(0, lambda view: None)
 
@@ -103,25 +105,29 @@ class ExpertStore:
         """
         if self.manifest.record_checksums:
             return
-        self._digest_check = threading.Thread(target=self._compare_digest, name="moetier-digest", daemon=True)
-        self._digest_check.start()
+        check = threading.Thread(target=self._compare_digest, name="moetier-digest", daemon=True)
+        check.start()
+        self._digest_check = check
         self._digest_check.join(DIGEST_SECONDS)
         if self._fault.done():
             raise self._fault.result()
 
     def _compare_digest(self) -> None:
-        checksums = []
+        checksums, began = [], time.monotonic()
         try:
             for _, shard in sorted(self._shards.items()):
                 with read_errors(shard.file.path):
                     for crc in shard.file.stored_checksums(shard.descriptor):
+                        checksums.append(crc)
+                        if (seconds := time.monotonic() - began) > DIGEST_SECONDS:  # reads of records come first
+                            self._closing.wait(seconds * (1 / DIGEST_SHARE - 1))
+                            began = time.monotonic()
                         if self._closing.is_set():
                             return
-                        checksums.append(crc)
         except StoreError as error:  # a later read of the records will raise it
             _log.warning("The digest of %s is not checked: %s", self.manifest.model, error.cause)
             return
-        if (digest := store_digest(checksums)) != self.manifest.digest:
+        if (digest := store_digest(checksums)) != self.manifest.digest and not self._closing.is_set():
             self._fault.set_result(foreign_shards(self.manifest, digest, self.folder))
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:

@@ -54,9 +54,8 @@ def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:
             for _, value in entry.members():
                 value.text()
             continue
-        dtype, sizes, offsets = entry["dtype"].among(ITEM_BYTES), entry["shape"].items(), entry["data_offsets"].items()
-        if len(sizes) > MAX_DIMENSIONS:
-            raise ValueError(f"{entry.place}.shape has {len(sizes)} dimensions")
+        dtype, sizes = entry["dtype"].among(ITEM_BYTES), entry["shape"].items(MAX_DIMENSIONS)
+        offsets = entry["data_offsets"].items(2)
         shape = tuple(size.number(0, MAX_BYTES) for size in sizes)
         begin, end = (offset.number(0, MAX_BYTES) for offset in offsets) if len(offsets) == 2 else (0, -1)
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
