@@ -63,7 +63,7 @@ class ChecksumError(StoreError):
 
 
 class StoreReadError(StoreError):
-    """The disk has answered with an error twice."""
+    """The disk has answered with an error, which is tried again if it is EIO."""
 
 
 class CheckpointError(MoetierError):

@@ -62,15 +62,15 @@ def interruptible(wait: Function) -> Function:
 class ForkGuard:
     """Detect use in a forked child, where threads are gone and a lock may stay held for ever."""
 
-    present = os.getpid()  # the running process; kept, as the system call would be a tenth of a hit's time
+    present = os.getpid()  # the running process; kept, as ``check`` runs at each lease
 
     def __init__(self) -> None:
         self._process = ForkGuard.present
 
     @property
     def is_owner(self) -> bool:
-        """True if this is the process that made the guard."""
-        return self._process == ForkGuard.present
+        """True if this is the process that made the guard; also in a child before its hooks have run."""
+        return self._process == os.getpid()
 
     def check(self) -> None:
         """Raise ClosedError in a forked child."""

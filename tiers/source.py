@@ -122,7 +122,8 @@ class ExpertSource(Protocol[Record]):
         two callers can't deadlock, even at the smallest budget. Keys given first are evicted last.
 
         Raises:
-            StoreError: a load has failed. Nothing is cached then, and all callers that wait for the key get the error.
+            StoreError: a load has failed. That record is not cached, others stay. All callers that wait for it get the
+                error, and none of the call's further leases.
         """
 
     def reclaim(self) -> None:

@@ -141,7 +141,7 @@ class Frequency(ScanResistant):
         self._uses = 0
         self._counts: dict[ExpertKey, float] = {}  # log2, for every key that was ever used
 
-    def __iter__(self) -> Iterator[ExpertKey]:
+    def __iter__(self) -> Iterator[ExpertKey]:  # the order of ``victims``
         return chain(self._scanned, sorted(self._settled, key=self._settled.__getitem__))
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:

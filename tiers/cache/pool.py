@@ -194,13 +194,13 @@ class SlotPool:
             slot = self._empty()
             if slot is None:
                 borrowers = (number for number in self._by_surplus() if self._surplus(number) > 0)
-                slot = self._first(borrowers, keep)
+                slot = self._first_victim(borrowers, keep)
         if slot is None:
-            slot = self._first([number], keep, scan=scan)
+            slot = self._first_victim([number], keep, scan=scan)
         if slot is None and may_borrow:
             slot = self._empty()
             if slot is None:
-                slot = self._first([number, *self._by_surplus()], keep)
+                slot = self._first_victim([number, *self._by_surplus()], keep)
         return slot
 
     def touch(self, keys: Iterable[ExpertKey], *, scan: bool = False) -> None:
@@ -214,7 +214,10 @@ class SlotPool:
     def _empty(self) -> int | None:
         return next(reversed(self._free), None)
 
-    def _first(self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, scan: bool = False) -> int | None:
+    def _first_victim(
+        self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, scan: bool = False
+    ) -> int | None:
+        """The first slot to evict of the first of these groups that has one, in the groups' orders."""
         for number in numbers:
             for key in self._orders[number].victims(scan=scan):
                 slot = self._slot_of[key]

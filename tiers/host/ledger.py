@@ -196,8 +196,8 @@ class Ledger:
         self.check_open()
         slot = None if loan.pool.starved else loan.pool.pin_ready(key)
         if slot is not None:
-            loan.held[slot] = None
             self._demands.add(loan)
+            loan.held[slot] = None
             self.prefetches.lent.add(key)
         return slot
 
@@ -352,8 +352,9 @@ class Ledger:
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
             self.waiting.wake()
-        elif freed and self.loads.lacks_slots:
-            self._ring()
+        elif self.loads.lacks_slots:
+            for _ in freed:
+                self._ring()
         if demand.async_caller is not None:
             self.waiting.gave(demand, len(slots))
 

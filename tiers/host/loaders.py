@@ -96,7 +96,7 @@ class Loaders:
         assert self._parts is not None
         try:
             self._parts.read_part(staged.key, staged.filled, staged.buffer[staged.filled : staged.end])
-        except BaseException as error:  # whatever it is, its demand meets it again
+        except BaseException as error:  # whatever it is; a demand that waits for it gets it
             traceback.clear_frames(error.__traceback__)
             self._monitor.run(self._loads.end_piece, staged, error)
         else:

@@ -177,7 +177,11 @@ class Loads:
         return is_wanted
 
     def end_piece(self, staged: StagingBuffer, error: BaseException | None = None) -> None:
-        """Note that the read of a piece has ended. If it failed, a demand for the record meets the error again."""
+        """Note that the read of a piece has ended.
+
+        If it failed, a demand that waits for it gets the error. Without one the buffer is freed, and a later demand
+        reads afresh.
+        """
         assert self._buffers is not None
         filled = staged.filled
         self._buffers.end_piece(staged, self._clock() - staged.began, error)
@@ -262,7 +266,10 @@ class Loads:
             self.ring_for_prefetches()  # perhaps it was the last for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
-        """Note that the record does not come. Its slot is EMPTY again, and all that wait for it get the error."""
+        """Note that a read has failed. The slot is EMPTY again, and all demands that wait for the record get the error.
+
+        Nothing is remembered: the next demand reads afresh. A prefetch that no demand waits for is only counted.
+        """
         if self._loads.get(load.key) is not load:
             return  # its arrival was cut, and repair has let its demands look again
         self._counters.failures += self.closed_by is None

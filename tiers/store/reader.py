@@ -163,7 +163,7 @@ class ExpertStore:
 
         Raises:
             MissingExpertError: the model does not have the expert.
-            StoreReadError: the disk has answered with an error twice.
+            StoreReadError: the disk has answered with an error, with EIO twice.
             ChecksumError: the bytes are not those that were written.
         """
         self.read_rest(key, buffer, NO_PREFIX, pause)
@@ -232,7 +232,7 @@ class ExpertStore:
         if self._fault.done():
             raise self._fault.result().with_traceback(None)
         if block in self._faults:
-            raise self._faults[block]
+            raise self._faults[block].with_traceback(None)
         shard = self._shards[block]
         return shard, expert * shard.file.slot_bytes
 
