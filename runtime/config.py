@@ -31,7 +31,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*|%)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Number:
-    """Range of an option that is a number; as a type of argparse it reads one. ``fix`` says what to give."""
+    """Range of a numeric option. As argparse's ``type`` it parses and checks a value.
+
+    ``fix`` is the advice in the error for a number out of range.
+    """
 
     kind: type[int] | type[float]
     least: float

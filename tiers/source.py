@@ -164,5 +164,6 @@ class Lender(ExpertSource[Record], Protocol[Record]):
     def used(self, keys: Sequence[ExpertKey]) -> None:
         """Note that demands found ``keys`` in the tier above, and return at once.
 
-        So a prefetch of this tier whose record was borrowed counts as useful. No order of eviction changes.
+        A prefetch of this tier then counts as useful if the tier above copied its record through ``borrow``. The order
+        of eviction does not change.
         """

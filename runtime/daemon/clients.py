@@ -325,7 +325,10 @@ class SessionCall:
         if self._events.qsize() > MAX_UNREAD:
             raise ProtocolError("The client does not read the answers.", "Read the stream.")
         if len(self._session.demands) >= MAX_REQUESTS:
-            raise ProtocolError(f"{MAX_REQUESTS} requests are not over yet.", "Release those that are not needed.")
+            raise ProtocolError(
+                f"The client has {MAX_REQUESTS} open requests, the most that it may have.",
+                "Release requests that are not needed any more.",
+            )
         self._model.count(requests=1)
         self._client.misses += len(keys)
         try:

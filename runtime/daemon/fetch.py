@@ -113,7 +113,11 @@ class Fetches:
 
     @contextlib.contextmanager
     def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
-        """Count a call, and its record among those that fetches hold, once there may be one more."""
+        """Register a call, wait until fetches may hold its record, and count the record as held in the context.
+
+        Fetches hold at most a limit of distinct records per array. Raises ExhaustedError if too many calls are under
+        way or the limit is still reached after ``patience`` seconds, ClosedError if the call or the daemon has ended.
+        """
         held = self._held[array]
 
         def free() -> bool:

@@ -34,8 +34,10 @@ _ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
 NAME = "moetier_sdpa"  # among transformers' attention functions
 ATTEND = "moetier_attend"  # the function's name
 HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positions whose values are added together
-# i64: items begun, items, heads of keys, heads of queries for each; L, D, V; q, K, V, mask (0: none), out, scratch;
-# of K, then of V: elements from one sequence, head, position to the next; the scale's bits
+# Number of i64 fields in the context of the compiled function. In order: items that threads have taken, all items, key
+# heads, query heads per key head; L (positions), D (width of a key), V (width of a value); pointers to q, K, V, the
+# mask (0 if there is none), the output and the scratch memory; strides of K, then of V, over sequences, heads and
+# positions, in elements; the bits of the fp32 scale
 CONTEXT = 20
 _POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # of 2^f, f in -.5 .. .5
 _scratch = jit.Scratch()

@@ -63,7 +63,7 @@ def _inner_tiles(columns: int) -> int:
 
 
 class _Int4Plan:
-    """Places of a projection's codes and pairs in its record."""
+    """Locations of a projection's codes and of its groups' (scale, offset) pairs in a record."""
 
     __slots__ = ("codes", "fused", "layout", "pairs", "projection")
 

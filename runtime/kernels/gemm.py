@@ -36,7 +36,7 @@ WORK, ROUND = "moetier_work", "moetier_round"  # names of functions; the C libra
 
 
 class PackedKernels(Kernels):
-    """Kernels of a CPU that multiply with quantised weights where they lie."""
+    """CPU kernels that multiply with quantised weights directly from their records, without a dequantised copy."""
 
     def __init__(self, processor: Processor | None = None) -> None:
         super().__init__()

@@ -115,15 +115,15 @@ class Emitter:
         at.position_at_end(done)
 
     def place(self, pointer: Value, offset: Value, kind: Any) -> Value:
-        """A pointer to ``kind``, ``offset`` bytes behind."""
+        """Emit the address ``pointer`` + ``offset`` bytes, as a pointer to ``kind``."""
         return self.at.bitcast(self.at.gep(pointer, [offset]), kind.as_pointer())
 
     def load(self, pointer: Value, offset: Value, kind: Any) -> Value:
-        """Load what lies ``offset`` bytes behind ``pointer``, aligned to a byte."""
+        """Emit a load of ``kind`` from ``pointer`` + ``offset`` bytes. The address need not be aligned."""
         return self.at.load(self.place(pointer, offset, kind), align=1)
 
     def store(self, value: Value, pointer: Value, offset: Value) -> None:
-        """Store a value ``offset`` bytes behind ``pointer``, aligned to a byte."""
+        """Emit a store of ``value`` at ``pointer`` + ``offset`` bytes. The address need not be aligned."""
         self.at.store(value, self.place(pointer, offset, value.type), align=1)
 
     def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:

@@ -54,7 +54,7 @@ class QuickNorm:
 
 
 def use_quick_norms(model: nn.Module) -> None:
-    """Put QuickNorm before the class of each RMS norm that a trial shows to be one of ``Scale``."""
+    """Add QuickNorm to the class of each RMS norm whose results on trial inputs match ``rms_norm`` with a ``Scale``."""
     for module in model.modules():
         if "RMSNorm" in type(module).__name__ and (found := _trial(module)) is not None:
             module.__class__ = _quick(type(module), *found)  # type: ignore[arg-type] # classes have a hash

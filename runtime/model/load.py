@@ -120,7 +120,7 @@ load.__signature__ = inspect.Signature([_parameters[0], *_keywords, *_parameters
 
 
 def _dtype(dtype: object) -> str | torch.dtype:
-    """Return the type. Raises ConfigError for one in which no model computes."""
+    """Return the option ``dtype`` as "auto" or a type of torch. Raises ConfigError for a type that is not supported."""
     if dtype == "auto":
         return "auto"
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -97,7 +97,9 @@ class Arena:
                 raise ArenaError(f"The arena can't be locked ({error.strerror}).", "Use a new arena.") from error
             plan = _check_sealed(own).plan(manifest)
             if os.fstat(own).st_blocks * 512 < plan.nbytes:
-                raise ArenaError("The arena has holes, which a full memory could not fill.", "Use a new one.")
+                raise ArenaError(
+                    "The arena's file has holes: writing to them could fail if memory is full.", "Use a new arena."
+                )
             mapping = mmap.mmap(own, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(own)

@@ -66,7 +66,7 @@ class PageLocks:
         self._unlock(self._retired)
 
     def unlock(self) -> None:
-        """Unlock all that was not replaced. Idempotent."""
+        """Unlock all memory that ``retire`` has not marked. Idempotent."""
         self._unlock(self._locked)
 
     def _unlock(self, locked: dict[int, torch.Tensor]) -> None:
@@ -93,10 +93,11 @@ class Copies:
         self._views = SlotViews(self.locks.lock, self.locks.retire)
 
     def queue(self, lease: Lease[memoryview], pool: DevicePool, slot: int) -> Copy | None:
-        """Queue a copy behind all uses of the slot, which is LOADING, so that no other thread touches it.
+        """Queue a copy of the leased record into a slot, to run after all earlier uses of the slot.
 
-        Returns None if the lease did not hold until the copy was done. A lease that has a proof costs a wait for its
-        copy: nothing may compute on a record that is not proved.
+        The slot is LOADING, so no other thread touches it. If the lease has a proof, this method waits for the copy to
+        end and then checks that the lease holds, as another process may replace the record while it is copied. Returns
+        None if the lease does not hold.
         """
         copies, record = self._device.copy_stream(), pool.records[slot]
         for use in pool.used[slot].values():

@@ -97,8 +97,10 @@ class DeviceFill:
         return True
 
     def promote(self, lease: Lease[memoryview]) -> None:
-        """Promote a record that the host has leased, if it is still requested and a slot can be had; wait for the copy.
-        The lease may end then."""
+        """Copy a record leased from the host into a slot, if it is still requested and a slot is available.
+
+        Returns when the copy has ended, so that the caller may release the lease.
+        """
         began = time.perf_counter()
         promotion = self._monitor.run(self._place_promotion, lease.key, began)
         if promotion is None or (copy := self._transfer(promotion, lease)) is None:
@@ -130,8 +132,9 @@ class DeviceFill:
     def _choose(self, demand: DeviceDemand, block: int) -> int | None:
         """Choose a slot for a demand.
 
-        A requested record is evicted only if there is no other; so is, in a scan, the record that was leased last: the
-        copy would wait until that one is computed on.
+        Two kinds of records are evicted only if there is no other: records that are requested for promotion and, in a
+        scan, the record that the caller leased last. A copy into that record's slot would have to wait until the
+        computation with it ends.
         """
 
         def keep(key: ExpertKey) -> bool:

@@ -151,7 +151,7 @@ class DeviceTier:
         return self._monitor.run(lambda: [key for key in keys if not self._slots.pool(key.block).holds(key)])
 
     def pace(self, block: int) -> Pace | None:
-        """The read timing of the host: beside a read a copy takes no time."""
+        """Return the read timing of the host tier. The copy to the device is not counted: it is short beside a read."""
         return self._source.pace(block)
 
     @step

@@ -1,6 +1,6 @@
 """Entries of the host tier's ledger: pools of slots, loads, demands, their callers, and the demands that wait.
 
-Part of the ledger: its owner's lock is held.
+Part of the ledger: callers of these methods hold the lock of the ledger's owner.
 """
 
 from __future__ import annotations

@@ -145,7 +145,10 @@ class Ledger:
         return self.take(demand, 1 if demand.is_scan else len(demand.ready)), is_last
 
     def advance(self, demand: Demand) -> None:
-        """Join the loads of pending keys, and begin more of them as far as slots can be had."""
+        """Serve the demand's pending keys as far as slots are available.
+
+        A record that is READY is pinned. For another the demand joins the load in progress, or begins a load.
+        """
         demand.pool.touch(reversed(self._advance(demand)), scan=demand.is_scan)
 
     def take(self, demand: Demand, most: int = 1) -> list[int]:
@@ -271,7 +274,7 @@ class Ledger:
         return until
 
     def _serve(self, demand: Demand) -> None:
-        """Grant what is ready of a demand, or fail it."""
+        """Advance an asynchronous demand: deliver leases of its ready slots to its caller, or its error."""
         caller = demand.async_caller
         assert caller is not None
         if demand.error is None and demand.pending:

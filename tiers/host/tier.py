@@ -35,9 +35,10 @@ HANDOVER = 1e-5  # seconds to sleep, to which the system adds about 6e-5, so tha
 
 
 class HostTier(Closeable):
-    """A Lender over anything that can ``read_into``, which stays its owner's to close.
+    """The tier in host memory: a Lender that caches records of a RecordReader. It does not close the reader.
 
-    One thread must not acquire again inside the loop over an acquire: at the smallest budget it would wait for itself.
+    A thread that iterates over ``acquire`` must not call it again inside the loop: with the smallest budget the inner
+    call would wait for slots that the outer one holds.
     """
 
     def __init__(

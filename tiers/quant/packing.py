@@ -1,21 +1,24 @@
-"""Packing: the byte order of codes in a record, the storage of pairs, and the bands in which both are computed.
+"""Packing: the byte order of codes in a record, the storage of pairs, and the bands in which weights are quantised.
 
-*Kernel order* is the order of torch's AVX-512 int4 kernel, for codes of 4 bits [rows, columns], rows being a
-multiple of 64. Each block of 64 rows has 32 bytes per column: byte i holds row i in its low nibble and row i + 32 in
-its high one.
-``torch.ops.aten._convert_weight_to_int4pack_for_cpu`` makes it on a CPU with AVX-512.
+A *code* is the small integer to which a weight is quantised. A group of weights has a *pair* (s, b), its scale and its
+offset; ``codec`` has the formula.
 
-*Folded* codes keep 4 / parts bits of each nibble, parts = 2 or 4. The bytes in kernel order are cut into that many
-consecutive parts of equal length. Stored byte j unites byte j of every part, shifted left by the part's number times
-the width. So unfolding is elementwise and never a permutation.
+*Kernel order* is the byte order of 4-bit codes [rows, columns] in torch's AVX-512 int4 kernel. The number of rows is a
+multiple of 64. Each block of 64 rows has 32 bytes per column: byte i holds the code of row i in its low nibble and that
+of row i + 32 in its high one. On a CPU with AVX-512, ``torch.ops.aten._convert_weight_to_int4pack_for_cpu`` makes it.
 
-*Pairs* (s, b) of groups are stored in bf16, or in 8 bits: then the groups in [group, row] order are cut into runs of
-PAIR_BLOCK, and s and b of a run are stored as code * scale + minimum, with scale and minimum in bf16. That value is
+*Folding* stores codes of 2 bits or 1 bit, which kernel order keeps in nibbles, without the unused bits. The bytes in
+kernel order are cut into ``parts`` consecutive parts of equal length, 2 parts for codes of 2 bits and 4 for 1 bit. Byte
+j of part p is shifted left by p times the bits of a code, and stored byte j is the bitwise OR of these. So unfolding
+needs only shifts and masks, no permutation.
+
+Pairs are stored in bf16 or in 8 bits. For 8 bits, the groups in [group, row] order are cut into runs of PAIR_BLOCK. A
+run has a scale and a minimum for s, and others for b, all in bf16; a value is code * scale + minimum. The result is
 rounded to bf16, so kernels see bf16 pairs in either case.
 
-A *band* is a few blocks of ROW_TILE rows of a projection, small enough for the processor's caches, transposed so that
-rows lie innermost: [blocks, columns, ROW_TILE]. That is the order of codes in a record. Seen as [n, g, ROW_TILE] with
-n = blocks * columns / g, it is the order in which ``hqq`` works.
+A *band* is a few blocks of ROW_TILE rows of a projection, small enough for the processor's caches. It is transposed so
+that rows are the innermost dimension, [blocks, columns, ROW_TILE], which is the order of codes in a record. ``hqq``
+takes it as [n, g, ROW_TILE], with g the group size and n = blocks * columns / g.
 """
 
 from __future__ import annotations

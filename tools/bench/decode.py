@@ -1,6 +1,6 @@
 """``moetier bench decode DIR``: tokens a second, one step after the other, beside the bound of a token.
 
-Options alone; ``model`` measures.
+This module only defines the options; ``model`` runs the measurement.
 """
 
 from __future__ import annotations

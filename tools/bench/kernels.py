@@ -1,4 +1,4 @@
-"""``moetier bench kernels``: products with records, beside the rate at which memory can be read."""
+"""``moetier bench kernels``: the speed of matrix products with expert records, beside the memory's read bandwidth."""
 
 from __future__ import annotations
 

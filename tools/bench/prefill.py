@@ -1,6 +1,6 @@
-"""``moetier bench prefill DIR``: tokens a second of a prompt, beside the bound of its pass.
+"""``moetier bench prefill DIR``: prompt tokens per second, beside the upper bound that this machine's rates allow.
 
-Options alone; ``model`` measures.
+This module only defines the options; ``model`` runs the measurement.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise ConfigError(
-            f"Memory can't be limited by a control group ({error}).", "Run it as root, where cgroups have memory."
+            f"Memory can't be limited by a control group ({error}).",
+            "Run it as root, on a system that has the memory controller of cgroups.",
         ) from error
     with contextlib.suppress(OSError):  # where swap is not counted
         (folder / files[1]).write_text(str(limit if first else 0))

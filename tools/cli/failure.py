@@ -1,4 +1,4 @@
-"""Texts for a terminal: a cause and a fix for each error, and foreign texts without characters that it would obey."""
+"""Texts for a terminal: a cause and a fix for each error, and foreign text without control characters."""
 
 from __future__ import annotations
 

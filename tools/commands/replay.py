@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.disk or arguments.link) and record is None:
         raise UsageError("How long a read takes depends on an expert's size.", "Give --record too.")
     if arguments.link and not arguments.device_slots:
-        raise UsageError("Over the link goes what a device tier misses.", "Give --device-slots too.")
+        raise UsageError("--link is the rate at which a device tier's misses are copied.", "Give --device-slots too.")
     reports = [{"trace": str(path)} | _report(path, Trace.load(path), arguments, record) for path in arguments.traces]
     print(json.dumps({"traces": reports}, indent=2) if arguments.json else "\n\n".join(map(_text, reports)))
     return 0

@@ -255,7 +255,10 @@ def _encoder(draft: Draft, plan: Manifest, options: Options) -> Encoder:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One Experts module. ``error`` is the relative error of its weights; None where the run that made it was cut."""
+    """Result for one Experts module.
+
+    ``error`` is the relative error of its stored weights; None if an earlier run that converted it did not save it.
+    """
 
     path: str
     experts: int

@@ -101,7 +101,7 @@ class Download:
         return f"{format_bytes(coming)} are downloaded; at most {format_bytes(largest)} are here at a time"
 
     def disk_bytes(self, route: Sequence[Stage]) -> tuple[int, int]:
-        """Return the most bytes that a run adds at a time to ``folder``, and to huggingface_hub's cache."""
+        """Return by how many bytes, at the peak of a run, ``folder`` and the cache of huggingface_hub grow."""
         coming = self._coming(route)
         if self.keep:
             return 0, sum(coming.values())
@@ -225,7 +225,10 @@ class Download:
                 sync_folder(whole.parent)
 
     def _ranges(self, path: Path) -> list[list[int]]:
-        """Return [offset, bytes] of what stays of a file: its header, kept tensors, and samples of the others."""
+        """Return [offset, bytes] of each part of a file that its sparse copy keeps.
+
+        These are the header, the tensors of ``keep_tensors``, and from other tensors the samples that the digest needs.
+        """
         tensors = sorted(self._tensors[path].values(), key=lambda tensor: tensor.offset)
         ranges = [[0, tensors[0].offset if tensors else self._files[path].size]]
         for tensor in tensors:

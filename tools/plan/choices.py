@@ -62,10 +62,11 @@ class CheckpointHeaders:
     on_hub: bool  # and not here: it is to be downloaded
 
     def tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, SourceTensor]:
-        """Return the source tensors by name, in a ``model`` on meta that is not cut down.
+        """Return the source tensors by name.
 
-        Without ``shaped``, shapes are the model's; a tensor that is merged or split on loading has its share of the
-        weights, as [share].
+        With ``shaped``, shapes are those in the headers. Otherwise they are taken from ``model``, on the meta device,
+        whose Experts modules must still have all their experts. Where transformers merges or splits tensors on
+        loading, each source tensor then has the shape [n], with n an equal share of the weights that result.
         """
         name = str(dtype).removeprefix("torch.")
         found = source_tensors(self.checkpoint.tensors, self.checkpoint.quantization, name)

@@ -21,8 +21,9 @@ from moetier.tools.convert.target import SLACK_BYTES
 
 from .choices import Choice, ModelChoices
 
-# What is recommended first. 8 bits come before, where all experts then stay in memory. A trunk of 8 bits costs nothing
-# that could be measured, one of 4 does (docs/quality.md).
+# Bits of experts and of the trunk, the recommended ones first. If all experts fit in memory at 8 bits,
+# ``by_preference`` puts 8 before this order. A trunk of 8 bits has no measurable loss of quality, one of 4 bits
+# has (docs/quality.md).
 BITS_ORDER, TRUNK_ORDER = (4, 3, 2, 8, 16), (8, 4, 16)
 LEAST_CONTEXT = 256  # tokens that are tried in place of a longer context
 
