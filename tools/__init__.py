@@ -1,4 +1,4 @@
-"""What a person types: the ``moetier`` command.
+"""The ``moetier`` command, as a person types it.
 
-``main`` finds a command, imports its module and reports errors; ``program`` is ``python -m moetier -m MODULE``.
+``main`` finds a command, imports its module and reports errors; ``program`` runs ``python -m moetier -m MODULE``.
 """

@@ -50,7 +50,7 @@ COMMANDS = {  # name -> its line in --help
 
 _log = logging.getLogger(__name__)
 
-# docs/commands.md lists all exit codes; parser.py has 2, failure.py 1 and 70
+# docs/commands.md lists all exit codes; parser.py defines 2, failure.py 1 and 70
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -65,7 +65,7 @@ moetier COMMAND --help shows the options of a command."""
 
 
 class _Version(argparse.Action):
-    """Print the version, which is looked up only then: importlib.metadata takes a while."""
+    """Print the version. Only this imports importlib.metadata, as that takes a while."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # turns off gRPC's own messages; it reads this variable when it is imported
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when the process began
+        if getattr(sys, name) is None:  # the stream was closed when the process began
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open until the process ends
     try:
         return _run(argv)
@@ -158,9 +158,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]
 
 
 def _set_up_log() -> None:
-    """Log warnings, or what MOETIER_LOG says, in printable characters: a daemon of another host may have written them.
+    """Set up the log: warnings, or from the level of MOETIER_LOG on, in printable characters. Raises ConfigError.
 
-    Raises ConfigError.
+    Messages may quote a daemon of another host, which could send characters that control the terminal.
     """
     from moetier.tools.cli.failure import PlainFormatter
 

@@ -1,7 +1,7 @@
-"""``python -m moetier [options] -m MODULE [argument ...]``: run a Python program whose models get budgets.
+"""``python -m moetier [options] -m MODULE [argument ...]``: run a Python program, with budgets for its models.
 
-The program loads models by transformers' ``from_pretrained`` and knows nothing of moetier. Without ``-m``, or with the
-name of a command first, this is the command line.
+The program loads models with transformers' ``from_pretrained`` and need not know of moetier. Without ``-m``, or with
+the name of a command as the first word, this is the same as the ``moetier`` command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measuring this machine: disk, kernels, decoding, prefill and conversion, each beside its bound.
+"""Benchmarks of this machine: disk, kernels, decoding, prefill and conversion, each beside its upper bound.
 
 The package imports ``cli``, ``lab`` and ``runtime``.
 """

@@ -1,6 +1,8 @@
-"""Bound of a step, which no engine of this kind can beat, from rates measured beside it. Pure.
+"""Least time of a step, computed from rates that are measured on the same machine. Pure functions.
 
-seconds = max(bytes that are missing / the disk's rate, bytes that are multiplied with / the kernels' own rate)
+No engine that reads missing experts from the disk and multiplies with these kernels can be faster:
+
+seconds = max(bytes missing from the cache / disk rate, bytes of the weights that are used / kernel rate)
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tools.lab.simulation import SimulatedTier
 
-Routing = Sequence[Sequence[Collection[int]]]  # by step and block: the experts that are wanted
+Routing = Sequence[Sequence[Collection[int]]]  # [steps][blocks]: the experts that the routers choose
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of a step, on average over the measured ones."""
+    """Bytes that a step reads and multiplies with, on average over the measured steps."""
 
-    missing: float  # to be read from the disk
-    experts: float  # records that are multiplied with, each once
+    missing: float  # records that the cache lacks, to be read from the disk
+    experts: float  # records of the chosen experts, each counted once
     trunk: float
 
 
@@ -32,22 +34,22 @@ class Rates:
     """Rates of this machine, in bytes a second."""
 
     disk: float
-    experts: float  # the kernels', on records, with as many rows as an expert gets
-    trunk: float  # the same with as many rows as the trunk gets
-    memory: float
+    experts: float  # of kernels on expert records, with as many rows as an expert gets in a step
+    trunk: float  # of the same kernels, with as many rows as the trunk gets in a step
+    memory: float  # of plain reads of memory
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Least seconds of a step."""
+    """Least seconds of a step, by part."""
 
     disk: float
     kernels: float
-    memory: float  # what the kernels' part would be at the memory's rate
+    memory: float  # the kernels' part, if only the rate of memory limited it
 
     @classmethod
     def of(cls, need: Need, rates: Rates) -> Bound:
-        """Divide the bytes of a step by the rates that they are read or multiplied at."""
+        """Divide the bytes of a step by the rates at which they are read or multiplied with."""
         return cls(
             disk=need.missing / rates.disk,
             kernels=need.experts / rates.experts + need.trunk / rates.trunk,
@@ -56,7 +58,7 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Least seconds of a step: reads and products overlap."""
+        """Least seconds of a step. Reads and products can overlap, so only the longer part counts."""
         return max(self.disk, self.kernels)
 
     @property
@@ -70,10 +72,10 @@ class Bound:
 
 
 def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
-    """Count the experts that a cache lacks, by step and block.
+    """Return how many experts a simulated cache has to read, by step and block.
 
-    It evicts by ``policy``, one of ``ORDERS``, and is cold at the start. Each expert is looked up against the state
-    before its step, in its block's group. A scan is a demand like any other here.
+    The cache is empty at the start and evicts by ``policy``, one of ``ORDERS``. All experts of a step and block are
+    looked up before any of them is loaded. Steps of many tokens are treated like others.
     """
     tier = SimulatedTier(groups, ORDERS[policy])
     return [
@@ -86,12 +88,15 @@ def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_O
 
 
 def groups_of(manifest: Manifest, slots: Mapping[str, int]) -> list[Group]:
-    """Divide the slots of each array among its blocks, as the host tier does it."""
+    """Divide the slots of each array (blocks whose records have one layout) among its blocks, as the host tier does."""
     return [group for array, count in slots.items() for group in plan_groups(count, manifest.members[array])]
 
 
 def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[str, int], trunk: float) -> Need:
-    """Return the bytes of the last ``measured`` steps of ``routing``, with ``slots`` by array."""
+    """Return the mean bytes of the last ``measured`` steps of ``routing``.
+
+    ``slots``: slots of the cache by array; ``trunk``: bytes of the trunk that a step multiplies with.
+    """
     sizes = [manifest.layout(block).slot_bytes for block in range(len(manifest.blocks))]
     payloads = [manifest.layout(block).payload_bytes for block in range(len(manifest.blocks))]
     misses = misses_of(routing, groups_of(manifest, slots))[-measured:]
@@ -104,7 +109,7 @@ def need_of(manifest: Manifest, routing: Routing, measured: int, slots: Mapping[
 
 
 def rows_of(manifest: Manifest, routing: Routing, measured: int, tokens: int) -> int:
-    """Return how many of a step's ``tokens`` rows a wanted expert gets, on average over the measured steps."""
+    """Return how many rows a chosen expert multiplies, on average over the measured steps of ``tokens`` tokens each."""
     rows = measured * tokens * sum(block.top_k for block in manifest.blocks)
     wanted = sum(len(set(experts)) for step in routing[-measured:] for experts in step)
     return max(1, round(rows / wanted))

@@ -1,6 +1,6 @@
-"""Process that does one measured piece of work: reads it from standard input and prints its result, both as JSON.
+"""Process of one measurement: reads what to measure from standard input and prints the result, both as JSON.
 
-``python -m moetier.tools.bench.child``; ``sandbox`` starts it. Works: "idle", "model", "rates".
+``sandbox`` starts it as ``python -m moetier.tools.bench.child``. Its measurements are "idle", "model" and "rates".
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from moetier.tiers.errors import ConfigError, MoetierError
 
 
 def idle(work: dict[str, Any]) -> dict[str, Any]:
-    """Measure a process that has imported torch and transformers."""
-    import transformers.generation.utils  # noqa: F401 - transformers imports no more than it is asked for
+    """Return the peak memory of a process that has only imported torch and transformers."""
+    import transformers.generation.utils  # noqa: F401 - transformers imports its parts only when they are named
 
     return {"peak_bytes": peak_bytes()}
 
 
 def model(work: dict[str, Any]) -> dict[str, Any]:
-    """Feed ``ids`` [sequences][tokens] in ``pieces`` (their lengths), of which the last ``measured`` count.
+    """Feed ``ids`` [sequences][tokens] to a model in pieces, and time the last ``measured`` of them.
 
-    With ``record``, ``used`` has the experts that each piece used, by block; that costs time.
+    ``pieces`` has the number of tokens of each piece. With ``record``, ``used`` in the result has the experts that
+    each piece used, by block; recording makes the run slower.
     """
     import torch
     import transformers
@@ -64,7 +65,7 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
                 before = found.tiers.host.stats()
             began = time.perf_counter()
             output = found(ids[:, start : start + length], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-            output.logits[:, -1].argmax(-1).tolist()  # waits for the device, as whoever generates does
+            output.logits[:, -1].argmax(-1).tolist()  # waits for the device, as generation does
             seconds.append(time.perf_counter() - began)
             cache, start = output.past_key_values, start + length
         after = found.tiers.host.stats()
@@ -84,9 +85,10 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def rates(work: dict[str, Any]) -> dict[str, Any]:
-    """Measure the rates of memory, and of kernels on records of ``directory`` with each number of ``rows``.
+    """Measure the rates of memory and of kernels, in bytes per second.
 
-    Rates are in bytes a second. Products take ``seconds``, and turns over ``bytes``.
+    Kernels multiply each number of ``rows`` with random records that have the layouts of ``directory``. A measurement
+    takes about ``seconds`` and cycles through ``bytes`` of records.
     """
     import torch
 
@@ -99,7 +101,7 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
     use_threads(work.get("threads"))
     memory, by = memory_rate(work["bytes"])
     manifest = read_manifest(store_folder(Path(work["directory"])))
-    nbytes, seconds = 0, dict.fromkeys(work["rows"], 0.0)  # of products with every record, each array at its own rate
+    nbytes, seconds = 0, dict.fromkeys(work["rows"], 0.0)  # for all records, each array at its own rate
     for array, layout in manifest.layouts.items():
         size = sum(block.experts for block in manifest.members[array].values()) * layout.slot_bytes
         products = KernelProbe(kernels_for(torch.device("cpu")), layout, random_records(layout, work["bytes"]))
@@ -110,7 +112,10 @@ def rates(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trunk_bytes(model: Any) -> int:
-    """Return the bytes that a token reads of the trunk: parameters and buffers in memory, without embeddings."""
+    """Return the bytes of the trunk that a token reads: parameters and buffers, without the input embeddings.
+
+    Embeddings that are also the weights of the output head are counted.
+    """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     known = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.nbytes}
     for tensor in embeddings.parameters():
@@ -123,7 +128,7 @@ WORKS = {"idle": idle, "model": model, "rates": rates}
 
 
 def main() -> None:
-    """Do the work that standard input names, and print its result or error as JSON."""
+    """Run the measurement that standard input describes, and print its result or error as JSON."""
     work = json.loads(sys.stdin.read())
     try:
         found = WORKS[work["work"]](work)

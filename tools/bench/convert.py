@@ -1,4 +1,4 @@
-"""``moetier bench convert SRC``: weights a second, with the optimiser and without, beside the disk's rate."""
+"""``moetier bench convert SRC``: weights converted per second, by HQQ and by rounding, beside the disk's rate."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dict[str, Any]]]) -> int:
-    """Convert by turns, in moetier's ways and those of ``others``; print and write everything. Raises MoetierError.
+    """Run ``moetier convert`` with each of WAYS and each of ``others``, alternating; print and write the results.
 
-    Each of ``others`` is called by its name's turn, and returns what ``convert_once`` returns.
+    ``others`` maps the name of a further way to a function that returns what ``convert_once`` returns. Returns 0.
+    Raises MoetierError.
     """
     check_bench(arguments)
     files = sorted(arguments.source.glob("*.safetensors"))
@@ -106,7 +107,7 @@ def measure(arguments: argparse.Namespace, others: Mapping[str, Callable[[], dic
 
 
 def convert_once(source: Path, into: Path | None, options: list[str], files: list[Path]) -> dict[str, Any]:
-    """Run ``moetier convert`` into a temporary folder and return its report; its time is without imports."""
+    """Run ``moetier convert`` into a temporary folder and return its report, whose ``seconds`` leave out imports."""
     page_cache = drop_page_cache(files, whole=False)
     with tempfile.TemporaryDirectory(prefix="moetier-bench-", dir=into) as folder:
         command = [sys.executable, "-m", "moetier.tools.main", "convert", str(source), str(Path(folder) / "out")]

@@ -1,4 +1,4 @@
-"""``moetier bench decode DIR``: tokens a second, one step after the other, beside the bound of a token.
+"""``moetier bench decode DIR``: decoded tokens per second, beside the upper bound that this machine's rates allow.
 
 This module only defines the options; ``model`` runs the measurement.
 """

@@ -1,4 +1,4 @@
-"""``moetier bench disk DIR``: the store's reader beside fio; and the rates of random reads for other commands."""
+"""``moetier bench disk DIR``: rate of the store's reader beside fio's. Other commands use its random reads too."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from moetier.tiers.store.reader import ExpertStore
 
 
-FILE_BLOCK_BYTES = 8 << 20  # of reads from files that hold no records
+FILE_BLOCK_BYTES = 8 << 20  # size of a read from a file that holds no records
 NO_FIO = "fio is not installed: the disk's rate is that of a plain loop over preadv, in Python"
 
 
 @dataclass(frozen=True)
 class RandomReads:
-    """Reads of ``block_bytes`` at multiples of them, anywhere in the first ``data_bytes`` of ``files``.
+    """Random reads of ``block_bytes``, at multiples of that size in the first ``data_bytes`` of each of ``files``.
 
-    With ``direct`` past the page cache (O_DIRECT); without, it is dropped beforehand, and what is read twice within a
-    run may come out of it.
+    With ``direct`` they bypass the page cache (O_DIRECT). Without, the files are dropped from the page cache before a
+    run, but a block that is read twice within the run may come from it.
     """
 
     files: tuple[Path, ...]
@@ -63,7 +63,10 @@ class RandomReads:
 
     @classmethod
     def of_files(cls, files: Sequence[Path], block_bytes: int = FILE_BLOCK_BYTES) -> RandomReads:
-        """Plan reads of the largest of ``files``, in blocks of ``block_bytes`` at most."""
+        """Plan reads of the largest of ``files``, in blocks of ``block_bytes`` at most.
+
+        Raises CheckpointError if that file is smaller than a page.
+        """
         largest = max(files, key=lambda path: path.stat().st_size)
         size = largest.stat().st_size
         block = min(block_bytes, size) // 4096 * 4096
@@ -104,7 +107,7 @@ class RandomReads:
             "rw": "randread",
             "bs": self.block_bytes,
             "direct": int(self.direct),
-            "ioengine": "psync",  # as the store reads: a thread for each read in flight
+            "ioengine": "psync",  # like the store: one thread for each read in flight
             "numjobs": depth,
             "runtime": f"{max(1, round(1000 * seconds))}ms",
             "randseed": random.getrandbits(31),
@@ -146,9 +149,9 @@ class RandomReads:
 
 
 def read_rate(read: Callable[[memoryview], None], nbytes: int, *, depth: int, seconds: float) -> float:
-    """Measure the bytes a second that ``depth`` threads read.
+    """Measure the bytes per second that ``depth`` threads read together, for about ``seconds``.
 
-    Each reads into a buffer of ``nbytes`` of its own that begins on a page, once or more.
+    Each thread calls ``read`` at least once, with a page-aligned buffer of ``nbytes`` of its own.
     """
     began = time.perf_counter()
 
@@ -166,7 +169,7 @@ def read_rate(read: Callable[[memoryview], None], nbytes: int, *, depth: int, se
 
 
 def takes_direct(path: Path) -> bool:
-    """Try whether a file can be read past the page cache."""
+    """Return whether a file can be opened with O_DIRECT, to read it past the page cache."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
     except OSError:
@@ -232,7 +235,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def store_rate(store: ExpertStore, record_bytes: int, depth: int, seconds: float) -> float:
-    """Measure the bytes a second of whole records at random, with their checksums."""
+    """Measure the bytes per second at which the store reads random records and checks their checksums.
+
+    Only records of ``record_bytes`` are read, ``depth`` at a time.
+    """
     from moetier.tiers.layout import ExpertKey
 
     keys = [

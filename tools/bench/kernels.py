@@ -24,7 +24,7 @@ EXAMPLES = ("moetier bench kernels --bits 4 --rows 1",)
 
 ROWS = (1, 4, 16, 64, 512)
 GB = 1e9
-MEMORY = ("", 0)  # among the ways: its probe
+MEMORY = ("", 0)  # key of the memory's measurement among those of products
 EXPERTS = {  # hidden and intermediate size
     "Mixtral-8x7B": (4096, 14336),
     "Qwen3-30B-A3B": (2048, 768),
@@ -99,7 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
 def result_of(
     title: str, p: Projection, rows: int, nbytes: int, seconds: Spread, memory: Sequence[tuple[float, str]]
 ) -> dict[str, Any]:
-    """Return one row of the table, as JSON. ``nbytes`` of a record are read in ``seconds``; ``memory``: its rates."""
+    """Return one row of the table as JSON.
+
+    A product of ``rows`` rows with the projection ``p`` takes ``seconds`` and reads ``nbytes`` of the record.
+    ``memory``: measured bytes per second of memory, each with the name of the operation.
+    """
     rate, bound = Spread.of(nbytes / s for s in seconds.runs), Spread.of(found for found, _ in memory)
     return {
         "records": title,
@@ -132,7 +136,7 @@ def _row(result: dict[str, Any]) -> list[str]:
 
 
 def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]]:
-    """Yield the layouts to measure, by title."""
+    """Yield the title and the record layout of everything to measure."""
     if arguments.directory is not None:
         from moetier.tiers.store.folder import read_manifest, store_folder
 
@@ -146,7 +150,10 @@ def _layouts(arguments: argparse.Namespace) -> Iterator[tuple[str, RecordLayout]
 
 
 def expert_layout(hidden: int, inner: int, bits: Bits) -> RecordLayout:
-    """Return the layout of an expert with a gate, as ``moetier convert`` stores it by default."""
+    """Return the record layout of an expert with gate, up and down projections, as ``moetier convert`` makes it.
+
+    ``hidden`` and ``inner`` are the hidden and the intermediate size.
+    """
     from moetier.tiers.quant.codec import layout_for
 
     shapes = {"gate_up_proj": ((2 * inner, hidden), "bfloat16"), "down_proj": ((hidden, inner), "bfloat16")}

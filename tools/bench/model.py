@@ -1,4 +1,4 @@
-"""A model fed fixed tokens in fresh processes, beside its bound: what ``bench decode`` and ``bench prefill`` share."""
+"""Measurement that ``bench decode`` and ``bench prefill`` share: a model is fed fixed tokens in fresh processes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .sandbox import fresh
 from .token_ids import add_token_arguments, fixed_ids
 
 GB = 1e9
-DISK_SECONDS = 2.0  # of random reads, a round
-KERNEL_SECONDS = 1.0  # of products, a round and number of rows
+DISK_SECONDS = 2.0  # of random reads in each round
+KERNEL_SECONDS = 1.0  # of matrix products in each round, for each number of rows
 TABLE = (
     *("limit", "--ram", "slots", "tokens/s", "bound", "by", "ratio", "ms a step", "hits", "read a token"),
     *("peak", "in its group"),
@@ -57,16 +57,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """Ids [sequences][tokens], fed in ``pieces`` of so many tokens each; the last ``measured`` pieces count."""
+    """Token ids [sequences][tokens] that a model is fed in pieces; the last ``measured`` pieces are timed."""
 
     ids: list[list[int]]
-    source: str  # of the ids
-    pieces: list[int]
+    source: str  # where the ids come from
+    pieces: list[int]  # tokens of each piece, in every sequence
     measured: int
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, pieces: list[int], *, measured: int, sequences: int = 1) -> Work:
-        """Take the fixed ids of so many sequences, each as long as ``pieces`` together. Raises ConfigError."""
+        """Take fixed ids for ``sequences`` sequences, each as long as all ``pieces`` together. Raises ConfigError."""
         ids, source = fixed_ids(arguments, sequences=sequences, length=sum(pieces))
         return cls(ids, source, pieces, measured)
 
@@ -76,13 +76,13 @@ class Work:
         return len(self.ids) * self.pieces[-1]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the process that is measured needs, as JSON."""
+        """Return the part of the measuring process's input that describes the ids and pieces, as JSON."""
         return {"ids": self.ids, "pieces": self.pieces, "measured": self.measured}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Memory of one run: the limit of its control group in bytes, and --ram; None where it is not set."""
+    """Memory limits of one run: of its control group, in bytes, and --ram. None where it is not set."""
 
     limit: int | None
     ram: str | None
@@ -90,21 +90,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Floor:
-    """Sizes and routing that bounds are made of, beside the rates of each round."""
+    """Sizes and routing from which bounds are computed, together with the measured rates."""
 
     manifest: Manifest
-    routing: list[list[list[int]]]  # by piece and block
+    routing: list[list[list[int]]]  # experts used, by piece and block
     trunk_bytes: int
     kv_bytes: int
-    idle_bytes: int  # a process that has imported torch and transformers
+    idle_bytes: int  # memory of a process that has only imported torch and transformers
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of a process beside records, whatever the limit."""
+        """Bytes that a process takes without any records, whatever its limit."""
         return self.idle_bytes + self.trunk_bytes + self.kv_bytes
 
     def check(self, settings: Sequence[Setting]) -> None:
-        """Raise BudgetError for a limit that leaves no room for a token's experts."""
+        """Raise BudgetError if a limit leaves no room for the experts that one token needs in a block."""
         least = self.resident_bytes + smallest_budget(self.manifest)
         if any(setting.limit is not None and setting.limit < least for setting in settings):
             raise BudgetError(
@@ -113,9 +113,9 @@ class Floor:
             )
 
     def slots(self, setting: Setting, used: Mapping[str, int]) -> Mapping[str, int]:
-        """Return the slots by array that the limit permits beside the trunk, the context and an idle process.
+        """Return how many slots, by array, the limit allows beside the trunk, the context and an idle process.
 
-        Without a limit those are the ones that were ``used``.
+        Without a limit, return ``used``: the slots that the run had.
         """
         if setting.limit is None:
             return used
@@ -123,7 +123,10 @@ class Floor:
 
 
 def measure(arguments: argparse.Namespace, work: Work) -> int:
-    """Measure, print and write everything; return 0. Raises MoetierError."""
+    """Measure ``work`` with each setting of the arguments; print and write the results. Returns 0. Raises MoetierError.
+
+    Disk, kernels and memory are measured in the same rounds, for the bounds.
+    """
     from moetier.tiers.host.tier import LOADERS
     from moetier.tiers.store.folder import read_manifest, store_folder
 
@@ -200,7 +203,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
 
 
 def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: Rates) -> dict[str, Any]:
-    """Return one row of the table, as JSON: bytes and seconds. A step is a measured piece."""
+    """Return one row of the table as JSON, in bytes and seconds. A step is one measured piece."""
     tokens = work.measured * work.step_tokens
     speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)
     steps = Spread.of(second for run in runs for second in run["seconds"])

@@ -1,6 +1,7 @@
 """Options, alternating runs and output that all ``moetier bench`` commands share.
 
-Each way runs once a round, in an order that changes, so that the machine's fluctuations fall on all alike.
+Whatever is compared (a "way") runs once in each round. The order changes from round to round, so that fluctuations of
+the machine affect all ways alike.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ class Spread:
 
 
 def alternate(rounds: int, ways: Mapping[K, Callable[[], T]]) -> dict[K, list[T]]:
-    """Run each way once a round, and return its results by round.
+    """Run each way once in each round, and return its results by round.
 
-    Every round begins with the next way; every second goes backwards.
+    Each round begins with another way; every second round goes through the ways in reverse.
     """
     found: dict[K, list[T]] = {name: [] for name in ways}
     names = [*ways]
@@ -77,19 +78,19 @@ def alternate(rounds: int, ways: Mapping[K, Callable[[], T]]) -> dict[K, list[T]
 
 
 PACKAGES = ("moetier", "torch", "transformers", "accelerate", "llama_cpp_python")
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # that kernels are chosen by
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # kernels are chosen by these
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine that a figure was measured on.
+    """Description of the machine on which something was measured.
 
-    ``threads`` are torch's, None where it was not used; the disk is the one that the measured files lie on.
+    ``threads``: number of torch's threads, None if torch was not used. ``disk``: the one that has the measured files.
     """
 
     cpu: str
     features: tuple[str, ...]
-    cores: int  # that this process may run on
+    cores: int  # on which this process may run
     threads: int | None
     memory_bytes: int
     kernel: str
@@ -98,13 +99,13 @@ class Machine:
 
     @classmethod
     def here(cls, *, threads: int | None = None, place: Path | None = None, fio: str | None = None) -> Machine:
-        """Describe this machine. ``place``: a file or folder on the disk; ``fio``: its version, where it was used."""
+        """Describe this machine. ``place``: a file or folder on the disk; ``fio``: version of fio, if it was used."""
         model, flags = _cpu()
         found = {"python": platform.python_version()} | ({"fio": fio} if fio else {})
         for name in PACKAGES:
             try:
                 found[name] = version(name)
-            except PackageNotFoundError:  # an optional one
+            except PackageNotFoundError:  # an optional package
                 continue
         return cls(
             cpu=model,
@@ -131,7 +132,7 @@ class Machine:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Return the CPU's name, and the features that the kernel knows of."""
+    """Return the CPU's name, and the features that Linux reports."""
     known: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -179,7 +180,10 @@ def report(
     notes: list[str] | None = None,
     **more: Any,
 ) -> int:
-    """Print the machine, the table ``rows`` and ``notes``; write ``--json``. ``results``: one for each row."""
+    """Print the machine, the table ``rows`` and ``notes``; write the file that --json names. Returns 0.
+
+    ``results``: one JSON object for each row; ``more``: further fields of the file.
+    """
     from moetier.tiers.store.atomic import write_durably
 
     print(machine.text())

@@ -1,4 +1,4 @@
-"""Rates that bounds are made of: how fast this machine reads memory, and multiplies with records."""
+"""Rates from which bounds are computed: how fast this machine reads memory, and multiplies with records."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from moetier.runtime.kernels.api import Kernels
 
-UNCACHED_BYTES = 512 << 20  # far more than any cache: what is read through it comes from memory
-TIMES = 4
+UNCACHED_BYTES = 512 << 20  # far more than a CPU's caches, so that a pass over it reads memory
+TIMES = 4  # least number of timed runs
 
 
 def memory_rate(nbytes: int) -> tuple[float, str]:
-    """Measure the bytes a second at which memory is read; return them and the quickest operation's name.
+    """Measure how fast memory is read: return bytes per second, and the name of torch's fastest operation.
 
-    The operations of torch do nothing but read a buffer of ``nbytes``, or copy one half of it into the other.
+    The operations only read a buffer of ``nbytes``, or copy one half of it into the other.
     """
     import torch
 
@@ -37,9 +37,9 @@ def memory_rate(nbytes: int) -> tuple[float, str]:
 
 
 def median_seconds(run: Callable[[], object], *, least_runs: int = 1, least_seconds: float = 0.0) -> float:
-    """Return the median seconds of a call.
+    """Return the median seconds of a call of ``run``.
 
-    After one call to warm up, it is repeated at least ``least_runs`` times, and for ``least_seconds``.
+    After one call to warm up, ``run`` is called at least ``least_runs`` times and for at least ``least_seconds``.
     """
     run()
     found: list[float] = []
@@ -57,9 +57,10 @@ def projection_bytes(layout: RecordLayout, name: str) -> int:
 
 
 def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]:
-    """Copy a random record twice or more, to ``least_bytes`` at least, so that taking them in turns reads from memory.
+    """Return copies of one random record, two or more, that take at least ``least_bytes`` together.
 
-    Each is uint8 [record_bytes]. Codes are random, scales small.
+    A loop over them then reads from memory, not from a CPU's cache. Each is uint8 [record_bytes], with random codes
+    and small scales.
     """
     import torch
 
@@ -73,14 +74,14 @@ def random_records(layout: RecordLayout, least_bytes: int) -> list[torch.Tensor]
 
 
 def activation_dtype() -> torch.dtype:
-    """Return the type of activations that kernels are quickest with on this CPU."""
+    """Return the dtype of activations with which kernels are fastest on this CPU."""
     import torch
 
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 class KernelProbe:
-    """Products with the projections of one layout, in turns over records that no cache holds."""
+    """Times products with the projections of one layout, cycling through records so that the CPU's caches miss."""
 
     def __init__(self, kernels: Kernels, layout: RecordLayout, records: Sequence[torch.Tensor]) -> None:
         self._kernels, self._layout = kernels, layout
@@ -101,7 +102,7 @@ class KernelProbe:
             )
 
     def rate(self, rows: int, *, at_least: float) -> float:
-        """Measure the bytes a second over all projections of a record, for ``at_least`` seconds."""
+        """Measure the bytes per second of products with all projections of a record, for ``at_least`` seconds."""
         names = [p.name for p in self._layout.projections]
         nbytes = sum(projection_bytes(self._layout, name) for name in names)
         return nbytes / sum(self.seconds(name, rows, at_least=at_least / len(names)) for name in names)

@@ -1,4 +1,4 @@
-"""Measuring in a fresh process: the page cache is dropped, and a control group may limit its memory."""
+"""Measurements in a fresh process: the page cache is dropped first, and a control group may limit the memory."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ VERSION_1 = Path("/sys/fs/cgroup/memory")
 VERSION_2 = Path("/sys/fs/cgroup")
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 EMPTY_SECONDS = 60
-KILLED = -9  # the status of a process that was killed for memory
+KILLED = -9  # status of a process that the kernel killed because its group was out of memory
 
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """A control group for child processes, of version 1 or 2."""
+    """Control group (cgroups version 1 or 2) that limits the memory of child processes."""
 
     folder: Path
     peak_file: str
 
     def run(self, command: Sequence[str], *, text: str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a command in the group from its first instruction on; its status is -9 if it is killed for memory.
+        """Run a command in the group and return the ended process. Its status is -9 if it was killed for memory.
 
-        ``text`` is its standard input.
+        ``text`` is its standard input. The process joins the group before the command starts.
         """
         enter = f'echo $$ > "{self.folder}/cgroup.procs" && exec "$@"'
         return subprocess.run(
@@ -42,7 +42,7 @@ class MemoryGroup:
 
     @property
     def peak(self) -> int:
-        """Most bytes at a time, pages of files included."""
+        """Peak memory of the group in bytes, including cached pages of files."""
         return int((self.folder / self.peak_file).read_text())
 
 
@@ -62,7 +62,7 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
             f"Memory can't be limited by a control group ({error}).",
             "Run it as root, on a system that has the memory controller of cgroups.",
         ) from error
-    with contextlib.suppress(OSError):  # where swap is not counted
+    with contextlib.suppress(OSError):  # without that file, swap is not counted
         (folder / files[1]).write_text(str(limit if first else 0))
     try:
         yield MemoryGroup(folder, "memory.max_usage_in_bytes" if first else "memory.peak")
@@ -79,9 +79,10 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
 
 
 def forget(*paths: Path) -> None:
-    """Drop files, and those in folders, from the page cache.
+    """Drop files, and all files in folders, from the page cache.
 
-    A page is charged to the process that read it first: a run with a limit would use it without paying for it.
+    A cached page counts only against the limit of the group that read it first, so a limited run could use pages that
+    do not count against its limit.
     """
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else [path]:
@@ -91,7 +92,7 @@ def forget(*paths: Path) -> None:
 
 
 def drop_page_cache(files: Iterable[Path], *, whole: bool) -> str:
-    """Drop the page cache of ``files``, with ``whole`` the machine's where that is allowed; return which, as text."""
+    """Drop ``files`` from the page cache, with ``whole`` everything if that is allowed; say what was dropped."""
     forget(*files)
     if not whole:
         return "dropped for the model's files"
@@ -107,7 +108,7 @@ def run_limited(
 ) -> tuple[subprocess.CompletedProcess[str], int | None]:
     """Run a command with ``text`` as its standard input, in a control group where there is a ``limit`` in bytes.
 
-    Returns the ended process, and the group's peak in bytes, pages of files included.
+    Returns the ended process, and the group's peak in bytes, pages of files included; None without a limit.
     """
     if limit is None:
         return subprocess.run(command, input=text, capture_output=True, text=True, check=False), None
@@ -116,11 +117,11 @@ def run_limited(
 
 
 def fresh(work: dict[str, Any], *, limit: int | None = None, files: Iterable[Path] = ()) -> dict[str, Any]:
-    """Drop the page cache, run ``work`` in a process of its own, and return what ``child`` reports of it.
+    """Drop the page cache, run ``work`` in a process of its own, and return the result that ``child`` prints.
 
-    ``files`` are those of the model. With ``limit`` the whole cache is dropped, and the process is in a control group
-    of so many bytes, whose peak, pages of files included, is ``group_peak_bytes``. ``page_cache`` says what was
-    dropped. Raises MoetierError.
+    ``files`` are those of the model. With ``limit``, in bytes, the whole cache is dropped and the process runs in a
+    control group with that limit; ``group_peak_bytes`` in the result is the group's peak, pages of files included.
+    ``page_cache`` says what was dropped. Raises MoetierError.
     """
     command = [sys.executable, "-m", "moetier.tools.bench.child"]
     page_cache = drop_page_cache(files, whole=limit is not None)

@@ -1,4 +1,4 @@
-"""Fixed token ids, which every engine that is measured is fed."""
+"""Fixed token ids that are fed to every measured engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fixed_ids(arguments: argparse.Namespace, *, sequences: int, length: int) -> tuple[list[list[int]], str]:
-    """Return ids [sequences][length], and their source. Too few are repeated. Raises ConfigError."""
+    """Return token ids [sequences][length], and where they come from. Raises ConfigError.
+
+    A source with too few ids is repeated.
+    """
     directory, own = arguments.directory, arguments.directory / TOKENS_FILE
     if arguments.prompt_file is not None:
         ids, source = _of_text(directory, arguments.prompt_file), str(arguments.prompt_file)
