@@ -26,7 +26,7 @@ class Leave(KeyboardInterrupt):
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C was pressed within the block; a second Ctrl-C raises Leave at once.
 
-    For the main thread.
+    Must be called on the main thread, which alone may handle signals.
     """
     pressed = False
 
@@ -48,12 +48,12 @@ class Answer:
     """Text of one answer, why it ended, and what it took."""
 
     text: str
-    finish_reason: str  # END, CUT at the most tokens, or INTERRUPTED
+    finish_reason: str  # END, CUT (at the largest number of tokens) or INTERRUPTED
     prompt_tokens: int
     kept_tokens: int  # tokens of the prompt that were cached
-    timing: Timing  # counts the prompt tokens that were computed, or of an interrupted prompt those that are cached now
-    hits: int  # demands for experts in the uppermost tier
-    misses: int
+    timing: Timing  # counts only prompt tokens that were computed; if interrupted, those that are newly cached
+    hits: int  # demands that found their expert in the uppermost tier
+    misses: int  # demands that did not
 
     @property
     def hit_ratio(self) -> float:
@@ -91,12 +91,12 @@ class Answer:
 
 
 class Answering:
-    """A loaded model that answers prompts of one conversation, each after the other."""
+    """A loaded model that answers the prompts of one conversation, one after the other."""
 
     def __init__(self, model: Any, tokenizer: Any, decoding: dict[str, Any], *, chunk: int, is_plain: bool) -> None:
-        """Decode as ``decoding_of`` says, and compute prompts in chunks of at most ``chunk`` tokens.
+        """Decode with ``decoding``, as ``decoding_of`` returns it, and compute prompts ``chunk`` tokens at a time.
 
-        ``is_plain``: the model has no chat template, and its text may go on with the user's part.
+        ``is_plain``: the model has no chat template. It may then go on with the user's part, where its text is cut.
         """
         self._model = model
         self._tokenizer = tokenizer
@@ -106,9 +106,9 @@ class Answering:
         self.kept = PromptCache(model)
 
     def answer(self, ids: list[int], *, most: int, is_interrupted: Callable[[], bool], echo: bool) -> Answer:
-        """Answer a prompt with at most ``most`` tokens, printed as they come if ``echo``.
+        """Answer the prompt ``ids`` with at most ``most`` tokens, printed as they come if ``echo``.
 
-        ``is_interrupted`` is asked between layers of the prompt and between tokens; True ends the answer there.
+        ``is_interrupted`` is called between layers of the prompt and between tokens; True ends the answer there.
         """
         from moetier.runtime.generation.streamer import TimedStreamer
 

@@ -38,13 +38,13 @@ Ctrl-C stops an answer. At the prompt it clears the line, and twice on an empty 
 
 
 class ChatInput:
-    """Standard input. On a terminal it prompts, and edits lines where Python has readline."""
+    """Reader of standard input. On a terminal it shows a prompt, and lines can be edited if Python has readline."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdin.isatty()
         self._prompts = (PROMPT, MORE) if self.is_terminal else ("", "")
         self._in_block = False
-        self._buffer: Callable[[], str] = str  # returns what stands on the line
+        self._buffer: Callable[[], str] = str  # returns the text typed so far
         if self.is_terminal and sys.stdout.isatty():
             with suppress(ImportError):
                 import readline  # turns editing on
@@ -54,8 +54,8 @@ class ChatInput:
     def read(self) -> tuple[str, bool]:
         """Return the next entry, and whether it is a command: a line that begins with /.
 
-        A line that begins with triple quotes begins a block, which a line that ends with them ends. Raises EOFError
-        at the end, KeyboardInterrupt for Ctrl-C, ConfigError for input that is not text.
+        A line that begins with triple quotes begins a block; a line that ends with triple quotes ends it. Raises
+        EOFError at the end of the input, KeyboardInterrupt for Ctrl-C, ConfigError for input that is not text.
         """
         first, more = self._prompts
         self._in_block = False
@@ -77,22 +77,22 @@ class ChatInput:
 
 
 def _line(prompt: str) -> str:
-    if prompt and not sys.stdout.isatty():  # standard output has answers alone
+    if prompt and not sys.stdout.isatty():  # answers alone go to standard output
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:
         line = input(prompt)
-        line.encode()  # in the locale C, bytes that are not text come as surrogates
+        line.encode()  # in the locale C, bytes that are not text are read as surrogates, which raise here
         return line
     except UnicodeError:
         raise ConfigError("Standard input is not UTF-8.", "Give a text.") from None
 
 
 class Dialogue:
-    """Turns and commands of one conversation.
+    """Loop of a conversation that reads the user's entries, and answers them or runs their commands.
 
-    Answers have at most ``most`` tokens. ``as_json`` prints each answer, and /stats, as one line of JSON; ``status``
-    reports on standard error what each answer took.
+    Answers have at most ``most`` tokens. With ``as_json`` each answer, and /stats, is one line of JSON. With ``status``
+    a line on standard error tells each answer's tokens, speed and hit ratio.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Dialogue:
             print(plain(text), file=sys.stderr, flush=True)
 
     def talk(self, source: ChatInput) -> None:
-        """Take entries to the end. On a terminal errors are printed and the dialogue goes on; else they are raised."""
+        """Handle entries until the input ends. On a terminal errors are printed, otherwise they are raised."""
         warned = False
         while True:
             try:
@@ -176,7 +176,7 @@ class Dialogue:
         if self._json:
             print(json.dumps(answer.to_json()), flush=True)
         self.say(answer.line())
-        if answer.text:  # templates want a message of each side
+        if answer.text:  # an empty answer is left out with its question, as templates want messages in turns
             self._conversation.add(text, answer.text)
 
     def _stats(self, _: str) -> None:
