@@ -41,7 +41,7 @@ def add_option(parser: argparse._ActionsContainer, name: str, *, help: str = "")
     flag, text = f"--{name.replace('_', '-')}", help or option.help
     if option.kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        parser.set_defaults(**{name: option.default})  # argparse would name it in the help
+        parser.set_defaults(**{name: option.default})  # with default=, argparse would add it to the help
         return
     if option.default is not None and "default:" not in text:
         text += " (default: %(default)s)"
@@ -77,8 +77,8 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
 def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return the checked keyword arguments of ``load``; ``more`` replaces values of the command line.
 
-    Budgets are not for a mapped daemon, and credentials only for a daemon of another host. On the command line such
-    an option is an error; from the settings it is ignored. Raises UsageError.
+    Budgets have no effect with a daemon whose memory is mapped, and credentials have one only with a daemon of another
+    host. Such an option is an error on the command line, and is ignored in the settings. Raises UsageError.
     """
     where = TierConfig.of(daemon=arguments.daemon)
     unused: dict[str, Any] = {}
@@ -128,7 +128,8 @@ def credentials(arguments: argparse.Namespace) -> Credentials:
     )
 
 
-PREFILL_CHUNK = 1024  # the same for every budget: last bits depend on which tokens are computed together
+# the same for every budget, because the last bits of a result depend on which tokens are computed together
+PREFILL_CHUNK = 1024
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
@@ -196,12 +197,15 @@ def add_prefill_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return keyword arguments of ``generate()``, with PENALTIES, which ``behind`` replaces, and without the seed."""
+    """Return the keyword arguments of ``generate()`` that decoding options give, without the seed.
+
+    They include ``decoding.PENALTIES``, which ``generate()`` does not know: pass the result through ``behind``.
+    """
     asked = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     return {**sampling_of(asked), **penalties_of(asked), **ONE_SEQUENCE, "max_new_tokens": arguments.max_new_tokens}
 
 
 def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """Return the group with this title, made if it is missing: several functions add to one group."""
+    """Return the parser's group with this title; make the group if it is missing."""
     found = (group for group in parser._action_groups if group.title == title)
     return next(found, None) or parser.add_argument_group(title)

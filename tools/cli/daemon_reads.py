@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moetier.runtime.model.tiers import Tiers
 
 
-PATIENCE = 2.0  # seconds that a report waits for the daemon's counters, without which it is complete too
+PATIENCE = 2.0  # longest wait for the daemon's counters, in seconds; a report can do without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,10 @@ class DaemonReads:
 
     place: str
     bytes_read: int | None  # since the beginning of the run, or since a restart; None: unknown
-    clients: int  # number at the beginning or at the end, whichever is more
+    clients: int  # number at the beginning or at the end, whichever is greater
     restarted: bool
     lost: int  # how often the connection ended
-    away: str  # why the daemon is away now, or ""
+    away: str  # why the daemon can't be reached now, or ""
     local_bytes: int  # bytes that this process read from the store instead
 
     def text(self) -> str:
@@ -74,7 +74,10 @@ class DaemonWatch:
 
 
 def _look(tiers: Tiers) -> tuple[tuple[int, ...], int, int]:
-    """Return the daemon's process with its start, its bytes read, and its clients; () and zeros if none answers."""
+    """Return a mapped daemon's identity, the bytes that it has read, and its number of clients.
+
+    The identity is (pid, start in ms since 1970). Returns (), 0, 0 if no daemon answers.
+    """
     from moetier.runtime.wire.probe import probe
 
     if tiers.daemon is not None:

@@ -1,4 +1,4 @@
-"""Texts for a terminal: a cause and a fix for each error, and foreign text without control characters."""
+"""Texts for a terminal: a cause and a fix for each error, and text from elsewhere without control characters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from moetier.tiers.errors import MoetierError
 
 EXIT_ERROR = 1
-EXIT_FAULT = os.EX_SOFTWARE  # 70: a fault of the program
+EXIT_FAULT = os.EX_SOFTWARE  # 70: a bug
 
 MORE = "MOETIER_DEBUG=1 shows where it happened."
 _FIXES = {
@@ -37,7 +37,7 @@ _FIXES = {
 
 
 def failure_of(error: Exception) -> tuple[MoetierError, int]:
-    """Return cause and fix of any exception, and the exit code. An unexpected one says where it was raised."""
+    """Return cause and fix of any exception, and the exit code. If it is unexpected, the cause tells where it arose."""
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     match error:
         case OSError(errno=int() as number, strerror=str()):
@@ -72,7 +72,7 @@ def _place(error: Exception) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
 
 
-_TLS = {name: f"tls_{name}" for name in ("ca", "cert", "key")}  # credentials whose options have another name
+_TLS = {name: f"tls_{name}" for name in ("ca", "cert", "key")}  # fields of Credentials whose options have another name
 # controls of ASCII and C1, DEL, and characters that change the direction of text: embeddings, overrides and isolates
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _READABLE = dict.fromkeys(_CONTROLS, "?") | {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
@@ -84,9 +84,9 @@ def plain(text: str) -> str:
 
 
 def readable(text: str) -> str:
-    """Return ``text`` with "?" for each character that a terminal would obey, and without carriage returns.
+    """Return ``text`` without carriage returns, with "?" for other control characters and for marks of direction.
 
-    Newlines and tabs stay. Each character is judged by itself, so a text may come in pieces.
+    Newlines and tabs stay. The result for a character does not depend on others, so a text may come in pieces.
     """
     return text.translate(_READABLE)
 
@@ -97,7 +97,7 @@ def show(text: str) -> None:
 
 
 def as_options(text: str) -> str:
-    """Replace the parameters of ``load`` that an error names by options: `device_memory` by --device-memory."""
+    """Replace each parameter of ``load`` in an error's text by its option: `device_memory` by --device-memory."""
 
     def option(found: re.Match[str]) -> str:
         name = found[1] or _TLS.get(found[2], found[2])
@@ -108,7 +108,7 @@ def as_options(text: str) -> str:
 
 @cache
 def _parameters() -> re.Pattern[str]:
-    """Return a pattern of the parameters of ``load`` as errors name them."""
+    """Return a pattern that matches the parameters of ``load`` in the form in which errors name them."""
     from moetier.runtime.config import OPTIONS
     from moetier.runtime.wire.address import Credentials
 
@@ -130,8 +130,8 @@ class PlainFormatter(logging.Formatter):
 
 
 class ReadableFormatter(logging.Formatter):
-    """Format messages of libraries, which may have several lines and cite a model's files."""
+    """Format log records of libraries. Their messages may have several lines and quote a model's files."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record without characters that a terminal would obey."""
+        """Return the formatted record without control characters."""
         return readable(super().format(record))

@@ -22,8 +22,9 @@ _log = logging.getLogger(__name__)
 def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) -> Iterator[tuple[Any, Any, float]]:
     """Yield the model, its tokenizer and the seconds that loading took, and close the tiers at the end.
 
-    ``resources`` are keyword arguments of ``load``; their context is shared by ``sequences``. Warns of budgets beyond
-    what the machine has. Raises MoetierError, also for a directory without a tokenizer.
+    ``resources`` are keyword arguments of ``load``; ``sequences`` share their context. Logs a warning where memory is
+    short, the budget is more than the machine has, or the context is longer than the model was trained for. Raises
+    MoetierError, also for a directory without a tokenizer.
     """
     if short := shortage():
         _log.warning("%s", short)
@@ -67,7 +68,8 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
 def uncollected() -> Iterator[None]:
     """Turn off Python's garbage collector within the block, for a faster start.
 
-    Imports make a million objects that stay, and it would visit them again and again (docs/benchmarks.md, First token).
+    Imports make a million objects that stay in memory, and the collector would visit them again and again
+    (docs/benchmarks.md, First token).
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Parser of the command line: imports a command's module when the command is named, and words help and refusals."""
+"""Parser of the command line: imports a command's module when the command is named, and formats help and errors."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any, NoReturn
 
 from moetier.tiers.errors import ConfigError, MoetierError
 
-EXIT_USAGE = 2  # as argparse has it
+EXIT_USAGE = 2  # the status that argparse uses
 WIDTH = 100  # columns of a help text, at most
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
 class UsageError(ConfigError):
-    """Options that exclude each other, whatever the model."""
+    """Error in the command line whatever the model, such as options that exclude each other."""
 
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Raise a ConfigError of the block as a UsageError, because the block checks options alone."""
+    """Turn a ConfigError of the block into a UsageError. For blocks that only check options."""
     try:
         yield
     except ConfigError as error:
@@ -57,7 +57,7 @@ class HelpFormatter(argparse.HelpFormatter):
             self._action_max_length += self._indent_increment
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Keep the lines of a text that has several: the examples."""
+        """Keep the line breaks of a text that has several lines, such as the examples; wrap any other text."""
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
@@ -75,7 +75,7 @@ class CommandParser(argparse.ArgumentParser):
         self._inside = False
 
     def fill(self) -> None:
-        """Import the command's module and declare its arguments, unless that is done."""
+        """Import the command's module and declare its arguments, unless that was done before."""
         if not self._module:
             return
         module = import_module(self._module)
@@ -88,7 +88,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # as argparse declares it
         """Parse the command line; refuse unknown commands and options first. Raises SystemExit."""
         self.fill()
-        if self._inside:  # argparse's own passes
+        if self._inside:  # argparse calls this method again for its own passes
             return super().parse_known_args(args, namespace)
         words = sys.argv[1:] if args is None else list(args)
         if commands := parsers_of(self):
@@ -132,7 +132,7 @@ class CommandParser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """Refuse a command line for a mistake that argparse found, without the usage of up to twenty lines."""
+        """Exit for a mistake that argparse found, without printing the usage, which may have twenty lines."""
         if missing := re.fullmatch("the following arguments are required: (.*)", message):
             self._refuse(f"{self._name()} needs {missing[1]}.")
         if empty := re.fullmatch("argument (.*): expected (one|at least one) argument", message):
@@ -140,7 +140,7 @@ class CommandParser(argparse.ArgumentParser):
         self._refuse(f"{name}: {message}." if (name := self._name()) else f"{message}.")
 
     def _name(self, of_none: str = "") -> str:
-        """Return the name of the command ("bench decode"), or ``of_none`` for moetier itself."""
+        """Return the name of the command ("bench decode"), or ``of_none`` for the parser of moetier itself."""
         return self.prog.removeprefix("moetier").strip() or of_none
 
     def _check_options(self, words: Iterable[str]) -> None:
@@ -176,7 +176,7 @@ def show_first(parser: argparse.ArgumentParser, *names: str) -> None:
     for group in parser._action_groups:
         group._group_actions = [action for action in group._group_actions if action not in actions]
     options = parser._optionals._group_actions
-    options[1:1] = actions  # behind --help
+    options[1:1] = actions  # after --help
 
 
 def _name_of(action: argparse.Action) -> str:
@@ -193,24 +193,27 @@ DIRECTORY = "a model directory, made by moetier convert, or the name of a pulled
 
 
 def directory(text: str) -> str | Path:
-    """Return a path, or a text that ``by_name`` resolves: the type of an argument that is a model directory."""
+    """Return a path, or ``text`` if it may be the name of a pulled model, which ``by_name`` resolves.
+
+    This is the type of an argument that is a model directory.
+    """
     from moetier.runtime.pulled import may_be_name
 
     return text if may_be_name(text) else Path(text)
 
 
 def file_or_address(text: str) -> str:
-    """Return ``text``: the type of an argument that is a file or the address of a daemon."""
+    """Return ``text`` unchanged. This is the type of an argument that is a file or the address of a daemon."""
     return text
 
 
 def source(text: str) -> str:
-    """Return ``text``: the type of an argument that is a model directory, a checkpoint or an id on the hub."""
+    """Return ``text`` unchanged. This is the type of an argument that is a model directory, checkpoint or hub id."""
     return text
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    """Return the parsers of a parser's commands by name, perhaps without their arguments; {} if it has none."""
+    """Return the parsers of a parser's commands by name, {} if it has none. Their arguments may not be declared yet."""
     actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return next((action.choices for action in actions), {})
 
@@ -249,7 +252,7 @@ def settable(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def arguments_by_name(parser: argparse.ArgumentParser) -> dict[str, object]:
-    """Return the types of those arguments of a command that may be names of pulled models."""
+    """Return the types of those arguments of a command that may be names of pulled models, by attribute name."""
     return {action.dest: action.type for action in parser._actions if action.type in (directory, source)}
 
 

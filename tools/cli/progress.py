@@ -1,4 +1,4 @@
-"""Progress of a long command on standard error: a bar on a terminal, else a plain line now and then."""
+"""Progress of a long command on standard error: a bar on a terminal, else a plain line every LINE_SECONDS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINE_SECONDS = 10.0  # seconds between two plain lines
 
 
 class Progress:
-    """Count bytes up to ``total``, and show the progress unless ``quiet``. For one thread."""
+    """Count bytes up to ``total``, and show the progress unless ``quiet``. Not thread-safe."""
 
     def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -50,7 +50,7 @@ class Progress:
             )
 
     def say(self, line: str) -> None:
-        """Print a line on standard output, for which the bar makes room."""
+        """Print a line on standard output, above the bar if there is one."""
         tqdm.write(plain(line), file=sys.stdout)
 
     def __enter__(self) -> Progress:

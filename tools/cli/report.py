@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Timing:
     """Token counts and times of one generation, or the sum of several."""
 
-    prompt_tokens: int  # those that were computed
+    prompt_tokens: int  # that were computed, not taken from a cache
     new_tokens: int
     first_token: float  # seconds from the start to the first new token
     total: float  # seconds from the start to the last new token
@@ -124,7 +124,7 @@ def run_json(timing: Timing, tiers: Tiers, reads: DaemonReads | None = None) -> 
 
 
 def line(label: str, text: str) -> str:
-    """Return a line of a report."""
+    """Return a line of a report: label and text, in printable characters."""
     return f"{label:<9} {plain(text)}"
 
 
@@ -180,7 +180,7 @@ def _rates(timing: Timing) -> list[str]:
 
 
 def _sources(tiers: Tiers, reads: DaemonReads | None) -> list[str]:
-    """Return lines on the daemons that gave records, and whether they were away."""
+    """Return lines on the daemons that records came from, and on lost connections to them."""
     lines = [] if reads is None else [line("daemon", reads.text())]
     for share in tiers.shares():
         text = f"{share.records} records, {format_bytes(share.bytes)}, from {share.place}"
@@ -206,7 +206,7 @@ def _predictions(stats: SpeculationStats, tiers: list[TierStats]) -> list[str]:
     return [
         line("predicted", f"in {steps}, {state} at the end; {', '.join(rates) or 'nothing'}"),
         line("", f"predicting costs {1e3 * stats.seconds / max(stats.steps_on, 1):.2f} ms a step"),
-        # not of a daemon, which counts those of all its clients together: ``moetier stats`` shows them
+        # without those of a daemon, as it counts the prefetches of all its clients together (``moetier stats``)
         *(line("prefetch", f"{t.name}: {prefetch_text(t)}") for t in tiers if t.prefetched or t.cancelled),
     ]
 

@@ -1,7 +1,7 @@
 """Settings: values of options from the environment and from a TOML file.
 
-The command line overrides the environment, the environment the file, and the file an option's default. In both places
-a setting for one command overrides a setting for all.
+The command line overrides the environment, the environment the file, and the file an option's default. Within the
+environment and within the file, a setting for one command overrides a setting for all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .parser import NUMBERS, settable
 
 PREFIX = "MOETIER_"
 GENERAL = "general"  # the section for all commands
-REFERENCE = "generate"  # the command whose options are in GENERAL; an option of this name but another type is not
+# GENERAL has options of this command. It sets options of other commands that have the same name, type and choices.
+REFERENCE = "generate"
 GENERAL_KEYS = (*(name.replace("_", "-") for name in OPTIONS if name != "credentials"), "prefill-chunk")
 CONFIG = "MOETIER_CONFIG"
 OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # variables of moetier that are no options
@@ -30,7 +31,7 @@ OWN = ("MOETIER_API_KEY", CONFIG, "MOETIER_DEBUG", "MOETIER_LOG")  # variables o
 OTHERS = re.compile(
     rf"{'|'.join(OWN)}|{PREFIX}((TEST|SOAK)_.*|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)",
 )
-CLOSE = 0.85  # least similarity of a suggested variable, 0 to 1 as in difflib: all begin alike
+CLOSE = 0.85  # difflib's least similarity (0 to 1) of a suggested variable; high, because all begin with PREFIX
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -42,7 +43,7 @@ class Setting:
     value: object
     source: str  # "default", "file" or "environment"
     where: str = ""  # "MOETIER_RAM", "/path/config.toml, [generate] ram"; "" for a default
-    fault: ConfigError | None = None  # why ``value``, which is then as written, is impossible
+    fault: ConfigError | None = None  # why ``value`` is invalid; ``value`` is then as it was written
 
     @property
     def is_default(self) -> bool:
@@ -51,9 +52,9 @@ class Setting:
 
 
 class Settings:
-    """Settings from the file and the environment for the options of ``commands``, a parser for each name.
+    """Settings from the file and the environment for the options of ``commands``: parsers by name.
 
-    Mistakes are collected in ``faults``: of keys at once, of values when the settings of their command are asked for.
+    Mistakes are collected in ``faults``: unknown keys on construction, invalid values when ``of`` reads them.
     """
 
     def __init__(
@@ -78,15 +79,15 @@ class Settings:
 
     @property
     def unknown_variables(self) -> list[str]:
-        """A sentence on each variable that looks like a setting and is none.
+        """A sentence on each environment variable that begins with PREFIX but is not known.
 
-        These are no faults: others may set such variables (an image's build, a service manager).
+        These are not in ``faults``, because a container image or a service manager may set such variables.
         """
         known = [*(variable(section, key) for section, keys in self.sections.items() for key in keys), *OWN]
         said = []
         for name in self._variables:
             if name not in known and not OTHERS.fullmatch(name):
-                own = [each for each in known if each.endswith(name.removeprefix(PREFIX))]  # of single commands
+                own = [each for each in known if each.endswith(name.removeprefix(PREFIX))]  # of one command
                 near = own or difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
                 meant = f" Did you mean {' or '.join(near)}?" if near else ""
                 said.append(f"{name} in the environment is not a setting of moetier, and is ignored.{meant}")
@@ -124,7 +125,7 @@ class Settings:
         return Setting(key, action.default, "default")
 
     def _typed(self, action: argparse.Action, written: Setting, base: Path) -> Setting:
-        """Return the setting with the option's value, or with a fault. Relative paths start at ``base``."""
+        """Return ``written`` with its value in the option's type, or with a fault. Relative paths start at ``base``."""
         try:
             return replace(written, value=_value(action, written, base))
         except ConfigError as fault:
@@ -171,7 +172,7 @@ def config_file(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def variable(section: str, key: str) -> str:
-    """Return the variable of a key: ("generate", "look-ahead") -> "MOETIER_GENERATE_LOOK_AHEAD".
+    """Return the environment variable of a key: ("generate", "look-ahead") -> "MOETIER_GENERATE_LOOK_AHEAD".
 
     Variables of GENERAL do not name the section.
     """
@@ -180,13 +181,13 @@ def variable(section: str, key: str) -> str:
 
 
 def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which a command follows its command line alone."""
+    """Return a copy of ``environment`` without settings, in which a command follows its command line alone."""
     kept = {name: text for name, text in environment.items() if not name.startswith(PREFIX) or OTHERS.fullmatch(name)}
     return kept | {CONFIG: os.devnull}
 
 
 def mentioned(settings: Iterable[Setting], error: MoetierError) -> str:
-    """Return a sentence that says where the settings come from that an error names, or ""."""
+    """Return a sentence on where those settings come from that ``error`` names, or "" if it names none."""
     text = f"{error.cause} {error.fix}"
     found = []
     for each in settings:
@@ -197,7 +198,10 @@ def mentioned(settings: Iterable[Setting], error: MoetierError) -> str:
 
 
 def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
-    """Return the content of the settings file, {} if there is none and it need not be. Raises ConfigError."""
+    """Return the content of the settings file. Raises ConfigError.
+
+    A missing file is an error only with ``must_be``; otherwise the content is {}.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -205,7 +209,7 @@ def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
             return {}
         raise ConfigError(f"{path} is missing, which {CONFIG} names.", f"Make it, or unset {CONFIG}.") from error
     except OSError as error:
-        if not must_be and not os.access(path.parent, os.X_OK):  # the home of another user, or none
+        if not must_be and not os.access(path.parent, os.X_OK):  # the folder is another user's, or is missing
             return {}
         raise ConfigError(
             f"{path} can't be read: {error.strerror}.", f"Correct that, or name another file in {CONFIG}."
@@ -219,7 +223,7 @@ def _read_file(path: Path, *, must_be: bool) -> dict[str, Any]:
 
 
 def _value(action: argparse.Action, written: Setting, base: Path) -> object:
-    """Return a written value as the option takes it from a command line. Raises ConfigError."""
+    """Return the value that the option would have if ``written`` were on a command line. Raises ConfigError."""
     raw, kind = written.value, action.type or str
     try:
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -252,7 +256,7 @@ def _advice(action: argparse.Action, key: str) -> str:
 
 
 def _homes(key: str, known: Mapping[str, list[str]]) -> list[str]:
-    """Return the sections that have a key: GENERAL alone, if it has."""
+    """Return the sections that know a key, as text; GENERAL alone, if it knows the key."""
     if key in known[GENERAL]:
         return [f"[{GENERAL}]"]
     return [f"[{section}]" for section, keys in known.items() if key in keys]
