@@ -1,4 +1,4 @@
-"""``moetier bench``: speeds of this machine beside their bounds, both measured in one run."""
+"""``moetier bench``: measured speeds beside the upper bounds that this machine allows, both from one run."""
 
 from __future__ import annotations
 

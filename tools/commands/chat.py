@@ -1,4 +1,4 @@
-"""``moetier chat DIR``: a conversation, on a terminal or through a pipe."""
+"""``moetier chat DIR``: talk with a model, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLES = (
     'moetier chat Qwen/Qwen3-30B-A3B:4bit --system "Answer in one sentence." --context 8192',
 )
 NEW_TOKENS = 1024
-ROOM = 4  # a prompt leaves a quarter of the context to the answer, if an answer may be so long
+ROOM = 4  # a prompt leaves 1/ROOM of the context to the answer, or less if --max-new-tokens is less
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ def script(shell: str) -> str:
     with_settings = [name for name, command in commands_of(parser).items() if settable(command)]
     for _, each in walk(parser):
         for action in each._actions:
-            if action.metavar == "COMMAND" and not action.choices:  # that of moetier config show
+            if action.metavar == "COMMAND" and not action.choices:  # the argument of moetier config show
                 action.choices = with_settings
             if action.type in (Path, directory, file_or_address):
                 folder = isinstance(action.metavar, str) and action.metavar in FOLDERS

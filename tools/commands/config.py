@@ -1,4 +1,4 @@
-"""``moetier config show [COMMAND]``: settings of commands, and where each comes from."""
+"""``moetier config show [COMMAND]``: show the settings of commands, and where each comes from."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _command(text: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show the settings and what is wrong in them; return 1 if something is.
+    """Print the settings and their mistakes; return 1 if there is a mistake, else 0.
 
     Raises ConfigError for a file that can't be read.
     """
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         general = {setting.key: setting for setting in settings.of(GENERAL)}
         shown = {GENERAL: [*general.values()]}
-        for command in settings.sections:  # of its own settings, those that differ from the general ones
+        for command in settings.sections:  # of a command, only settings that differ from the general ones
             found = [each for each in settings.of(command) if not _same(each, general.get(each.key))]
             shown |= {command: found} if found else {}
     if arguments.json:
@@ -103,7 +103,7 @@ def _json(settings: Settings, shown: dict[str, list[Setting]]) -> dict[str, Any]
 
 
 def _plain(value: object) -> object:
-    """Return a value for JSON, which has no paths and no infinite numbers."""
+    """Return ``value`` in a form that JSON can hold: it has no paths and no infinite numbers."""
     is_plain = isinstance(value, bool | int | list | tuple | None) or (
         isinstance(value, float) and math.isfinite(value)
     )

@@ -1,4 +1,4 @@
-"""``moetier convert``: make a model directory of a Hugging Face checkpoint."""
+"""``moetier convert``: make a model directory from a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
-    """Do a conversion, print its report and return the exit code."""
+    """Call ``work``, which converts; print its report and return the exit code."""
     import transformers
 
     logging.getLogger(transformers.__name__).setLevel(logging.ERROR)
@@ -129,11 +129,12 @@ def convert(
     ignore_code: bool = False,
     **how: Any,
 ) -> ConversionReport:
-    """Make the model directory ``dst`` of the checkpoint ``src``, a folder or a hub id, or resume a cut run.
+    """Make the model directory ``dst`` from the checkpoint ``src``, a folder or a hub id, or resume a cut run.
 
-    Files of a hub id are downloaded when they are needed and removed when they are converted, except those in
-    huggingface_hub's cache, where ``keep_source`` keeps them all. ``how`` is as in ``write``. Everything that can be
-    checked is checked before anything is written. Raises CheckpointError, TargetError or ConfigError.
+    Files of a hub id are downloaded when they are needed and removed when they are converted. Files that are in
+    huggingface_hub's cache already stay there; with ``keep_source`` all files are downloaded into it and stay. ``how``
+    are further parameters of ``write``. Everything that can be checked is checked before anything is written. Raises
+    CheckpointError, TargetError or ConfigError.
     """
     from moetier.runtime.checkpoint.files import check_source, open_checkpoint
 
@@ -166,9 +167,10 @@ def pull(
     resuming: Sequence[str] | None = None,
     **how: Any,
 ) -> ConversionReport:
-    """Make the model directory ``dst`` of a hub id, or resume a cut run with the commit that it began with.
+    """Make the model directory ``dst`` from a hub id, or resume a cut run with the commit that it began with.
 
-    ``or_folder``: a folder of that name was looked for before. Further parameters and errors are as in ``convert``.
+    ``or_folder``: errors say that ``name`` may have been meant as a folder. Further parameters and errors are as in
+    ``convert``.
     """
     from moetier.tools.convert.streaming import open_on_hub
     from moetier.tools.convert.target import DOWNLOAD, revision_under_way
@@ -194,13 +196,13 @@ def write(
     resuming: Sequence[str] | None = None,
     **options: Any,
 ) -> ConversionReport:
-    """Make the model directory ``dst`` of an open checkpoint, or resume a cut run.
+    """Make the model directory ``dst`` from an open checkpoint, or resume a cut run.
 
     Args:
-        overwrite: replace a different model directory, or convert again what is complete.
+        overwrite: replace the model directory that is there, if it is another conversion or a complete one.
         quiet: print nothing on standard error.
-        download: the files of a hub id, which come one after the other.
-        resuming: the command that resumes a cut run, without its options.
+        download: the files of a hub id, which are downloaded one after the other; None for a folder.
+        resuming: words of the command that resumes a cut run, without its options; by default those of `convert`.
         options: fields of ``Options``; ``threads`` is the number of threads of this process, as in ``load``.
     """
     from moetier.runtime.threads import use_threads
@@ -243,7 +245,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Raise Stopped for the first SIGINT or SIGTERM, and ignore further ones while the block is left."""
+    """Raise Stopped in the block at the first SIGINT or SIGTERM, and ignore further ones while the block cleans up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):

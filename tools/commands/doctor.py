@@ -1,4 +1,4 @@
-"""``moetier doctor [DIR]``: whether this machine, and a model directory, are fit, and what to do if not."""
+"""``moetier doctor [DIR]``: check whether this machine and a model directory are fit, and say what to do if not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = ("moetier doctor", "moetier doctor ./mixtral-4bit --checksums")
 
 EXIT_BAD = 1
-PROBE_SECONDS = 2.0  # of reads
+PROBE_SECONDS = 2.0  # of random reads from the disk
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the findings; return 1 when anything fails, else 0. Raises ConfigError for --checksums of nothing."""
+    """Print the findings; return 1 when anything fails, else 0. Raises ConfigError for --checksums without DIR."""
     from moetier.tiers.errors import ConfigError
     from moetier.tools.doctor.machine import State, lines_of
 
@@ -58,7 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def findings(directory: Path | None, *, checksums: bool = False, seconds: float = PROBE_SECONDS) -> Iterator[Finding]:
-    """Look at one thing after the other and yield what is found; the disk is measured for ``seconds``."""
+    """Check one thing after the other and yield the findings.
+
+    ``directory``: model directory to check too; ``checksums``: read all its bytes; ``seconds``: how long to measure the
+    disk.
+    """
     from moetier.runtime.memory import shortage
     from moetier.tools.doctor import machine, store
     from moetier.tools.doctor.machine import State, fail, look
@@ -85,5 +89,5 @@ def findings(directory: Path | None, *, checksums: bool = False, seconds: float 
         found = list(look("store", partial(store.health, directory, checksums=checksums)))
         yield from found
         if any(finding.state is State.FAIL for finding in found):
-            return  # nothing is measured with what is broken
+            return  # broken records can't be used to measure the disk
     yield from look("disk", partial(store.disk, directory, seconds))

@@ -1,4 +1,4 @@
-"""``moetier generate DIR PROMPT``: stream text, then report what it cost."""
+"""``moetier generate DIR PROMPT``: stream generated text, then report its timing, hits and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLES = (
     "moetier generate Qwen/Qwen3-30B-A3B:4bit --max-new-tokens 100 < prompt.txt",
 )
 
-AT_FIRST = 1 << 20  # most characters of standard input that are read before the model is loaded: nearly every prompt
+AT_FIRST = 1 << 20  # most characters of standard input that are read before loading; few prompts have more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             model.generate(**inputs, **given, **chunks_of(model, tokens, arguments.prefill_chunk), streamer=streamer)
         except BaseException:
             if streamer.text and not arguments.json:
-                print(flush=True)  # the message of the error begins a line
+                print(flush=True)  # so that the message of the error begins a line
             raise
         timing = Timing(tokens, streamer.tokens, *streamer.seconds)
         warn_if_cut(model, tokens, streamer.tokens, decoding)

@@ -1,4 +1,4 @@
-"""``moetier list``: the models that were pulled."""
+"""``moetier list``: list the pulled models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     found = []
     for name, folder in pulled().items():
-        for _ in range(LOOKS):  # a conversion that ends, or a removal, may take a file away while it is read
+        for _ in range(LOOKS):  # the end of a conversion, or a removal, may delete a file between two reads: look again
             with contextlib.suppress(FileNotFoundError):
                 found.append(_look(name, folder))
                 break
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _look(name: str, folder: Path) -> dict[str, Any]:
-    """Return what there is of a pulled model, read from its manifest, or from the plan of its conversion.
+    """Describe a pulled model, complete or not, from its manifest or from the plan of its conversion.
 
     ``resume`` is the command that completes it, or replaces it if its plan can't be read; None if it is complete.
     """
@@ -77,8 +77,8 @@ def _look(name: str, folder: Path) -> dict[str, Any]:
         "trunk_bits": None if manifest is None else manifest.trunk_bits,
         "blocks": None if manifest is None else len(manifest.blocks),
         "experts": None if manifest is None else manifest.record_count,
-        "bytes": disk_bytes(folder),  # with those of a download that is not complete
-        "pulled_unix": last.stat().st_mtime,  # when it was completed, or went on last
+        "bytes": disk_bytes(folder),  # including an incomplete download
+        "pulled_unix": last.stat().st_mtime,  # when it was completed, or last worked on
         "revision": read_origin(folder).get("revision"),
         "resume": resume,
         "complete": resume is None,

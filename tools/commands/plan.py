@@ -1,4 +1,4 @@
-"""``moetier plan SRC|DIR``: whether a model will run here, and how fast, before it is downloaded or converted."""
+"""``moetier plan SRC|DIR``: estimate whether a model runs here, and how fast, before it is downloaded or converted."""
 
 from __future__ import annotations
 
@@ -105,11 +105,18 @@ def plan(
     disk: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Return what ``--json`` prints (docs/plan.md).
+    """Return the plan as JSON, as ``--json`` prints it (docs/plan.md). Raises MoetierError.
 
-    ``bits`` and ``trunk_bits`` None: all; ``context`` None: what ``ModelChoices.context`` says; ``into`` None: where
-    `pull` puts a hub's model, or here. ``disk`` is in GB/s, in place of a probe. ``say`` is called with long steps.
-    Raises MoetierError.
+    Args:
+        source: a checkpoint's folder, a hub id or a model directory.
+        bits: widths of experts to plan with; None: all.
+        trunk_bits: widths of the trunk to plan with; None: all.
+        context: tokens; None: ``ModelChoices.context``.
+        into: folder for the model directory; None: where `pull` puts a hub's model, or else the current folder.
+        disk: rate of the disk in GB/s; None: measure it.
+        say: called with a line before each step that takes long.
+
+    ``ram``, ``device_memory``, ``device`` and ``threads`` are as in ``load``.
     """
     from moetier.runtime.config import TierConfig
     from moetier.runtime.memory import shortage
@@ -144,7 +151,7 @@ def plan(
     say(f"reading what {source} says of itself")
     with uncollected():
         import torch
-        import transformers.generation.utils  # a process that runs a model has it too
+        import transformers.generation.utils  # its memory counts as that of an idle process
 
         from moetier.runtime.kernels.choose import kernels_for
         from moetier.runtime.memory import memory_for_model, resident_bytes
@@ -190,7 +197,7 @@ HEAD = [
 
 
 def text(found: dict[str, Any]) -> str:
-    """Return a plan as text: what is given, a table of the choices that have the recommended trunk, and what to do."""
+    """Return a plan as text: model and machine, a table of choices with the recommended trunk, and commands to run."""
     recommended = found["recommended"]
     same = [choice for choice in found["choices"] if choice["trunk_bits"] == recommended["trunk_bits"]]
     best = next(choice for choice in same if choice["bits"] == recommended["bits"])

@@ -1,4 +1,4 @@
-"""``moetier plot WHAT T.npz -o F.png``: pictures of a trace; ``moetier plot resident ADDRESS``: of a daemon."""
+"""``moetier plot WHAT T.npz -o F.png``: draw a trace; ``moetier plot resident ADDRESS``: draw a daemon's experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = ("moetier plot figure1 trace.npz -o figure1.svg", "moetier plot resid
 
 OF_TRACES = ("figure1", "hits", "recall", "heatmap")
 KINDS = (*OF_TRACES, "resident")
-ONLY = {"tokens": ("figure1",), "blocks": ("figure1",), "cached": ("figure1", "heatmap")}  # which pictures have what
+ONLY = {"tokens": ("figure1",), "blocks": ("figure1",), "cached": ("figure1", "heatmap")}  # pictures that use an option
 ONLY |= dict.fromkeys(CREDENTIALS, ("resident",))
 FORMATS = (".png", ".svg")
 CACHED = Number(int, 0, MOST, "Give 0 to what a block has.")
@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw the picture and return 0.
 
-    Raises UsageError for an option of another picture, ConfigError where there is nothing to draw, or nothing to draw
-    with, DaemonError where no daemon answers, and TargetError where the picture can't be written.
+    Raises UsageError for an option of another picture, ConfigError where there is nothing to draw or matplotlib is
+    missing, DaemonError where no daemon answers, and TargetError where the picture can't be written.
     """
     from moetier.tiers.errors import TargetError
 
@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     figure = _draw_daemon(arguments) if arguments.kind == "resident" else _draw_trace(arguments)
     is_svg = arguments.output.suffix.lower() == ".svg"
     try:
-        # the same trace gives the same file, whose text stays text
+        # the same trace gives the same file; an SVG's text stays text
         with matplotlib.rc_context({"svg.hashsalt": "moetier", "svg.fonttype": "none"}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # what no font here has is drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph")  # a character that no font has is drawn as a box
             figure.savefig(arguments.output, dpi=110, metadata={"Date": None} if is_svg else {"Software": None})
     except OSError as error:
         raise TargetError(
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _draw_daemon(arguments: argparse.Namespace) -> Figure:
-    """Draw the experts of a daemon as they are now. Raises DaemonError where it tells nothing of them."""
+    """Draw the experts of a daemon as they are now. Raises DaemonError if the daemon does not report them."""
     from moetier.tiers.errors import DaemonError
     from moetier.tools.lab.figures import draw_resident
     from moetier.tools.top.watch import look
@@ -153,7 +153,7 @@ def _draw_trace(arguments: argparse.Namespace) -> Figure:
 
 
 def _span(text: str) -> range:
-    """Parse a range with its last token: "10-49" are 40 tokens. Raises ConfigError for an empty one."""
+    """Parse an inclusive range of tokens: "10-49" are 40 tokens. Raises ConfigError for an empty range."""
     first, _, last = text.partition("-")
     if not (span := range(int(first), int(last) + 1)):
         raise ConfigError(f"Tokens {text} can't be drawn.", "Give the first and the last, as in 0-39.")

@@ -1,4 +1,4 @@
-"""``moetier pull ID``: download a model of the Hugging Face hub, convert it file by file, and keep it by its name."""
+"""``moetier pull ID``: download a model of the Hugging Face hub, convert it file by file, and store it by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``moetier quality SRC --text FILE...``: the cost of each width, in bytes and in perplexity."""
+"""``moetier quality SRC --text FILE...``: measure the bytes and the perplexity of each way to store weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLES = (
 
 TOKENS = Number(int, 2, MOST, "Give 2, of which one foretells the other, to 2^31 - 1.")
 METHODS = ("hqq", "rounding")
-WAYS = ("bits", "group_size", "pairs", "trunk_bits", "method")  # the options
+WAYS = ("bits", "group_size", "pairs", "trunk_bits", "method")  # options whose combinations are measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.trunk_bits or (16,),
                 methods,
             )
-            if not way[0] == way[3] == 16 or way[4] == methods[0]  # nothing is rounded there, in either way
+            if not way[0] == way[3] == 16 or way[4] == methods[0]  # at 16 bits all methods give the same
         ]
         with checked():
             _check_ways(ways)
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_ways(ways: Iterable[Way]) -> None:
-    """Raise ConfigError, before anything is measured, for settings that don't exist."""
+    """Raise ConfigError, before anything is measured, for a combination with which weights can't be stored."""
     from moetier.tiers.quant.codec import group_and_pairs
     from moetier.tools.convert.draft import trunk_form
 
@@ -151,7 +151,7 @@ def _check_ways(ways: Iterable[Way]) -> None:
 
 
 def _defaults(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return the resource options where a command line says nothing."""
+    """Return the resource options as they are if the command line gives none: from the settings, else the defaults."""
     parser = argparse.ArgumentParser()
     add_resource_arguments(parser)
     return argparse.Namespace(**vars(parser.parse_args([])) | arguments.configured)
@@ -171,7 +171,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """Format rows as a table: perplexity over all texts, its change from the first row's, its place, and by text."""
+    """Format rows as a table: perplexity over all texts, its change from the first row, its rank, and by text."""
     from moetier.tools.lab.quality import LEAST_WINDOWS, Change, ranks
 
     names = list(rows[0].losses)

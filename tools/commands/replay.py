@@ -1,4 +1,4 @@
-"""``moetier replay T.npz``: what tiers would do with the routing of a trace, by the tiers' own policies."""
+"""``moetier replay T.npz``: simulate tiers on the routing of a trace, with the eviction policies that tiers use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """``moetier rm NAME...``: remove pulled models, complete or not.
 
-A removal that was interrupted leaves the model's name: ``list`` shows it, and ``rm`` goes on.
+After an interrupted removal ``list`` still shows the model, and ``rm`` with its name completes the removal.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Remove the models and return 0; none is removed if a name is wrong or a model in use when the command begins.
+    """Remove the models and return 0. Raises StoreFormatError or TargetError.
 
-    A model that comes into use before a question is answered ends the command there. Raises StoreFormatError or
-    TargetError.
+    If a name is wrong, or a model is in use when the command begins, nothing is removed. If a model is used by the time
+    the user has answered the question, the command ends there.
     """
     from moetier.runtime.config import format_bytes
     from moetier.runtime.pulled import pulled_model
@@ -64,9 +64,9 @@ def _remove(name: str, folder: Path) -> None:
     from moetier.tools.convert.files import check_unused, delete, empty, locked
 
     store = folder / GROUP
-    linked = store.is_symlink()  # no conversion writes through a link
+    linked = store.is_symlink()  # needs no lock, as no conversion writes through a link
     with contextlib.nullcontext() if linked else locked(name, folder):
-        check_unused(name, folder)  # again: the question may have waited for long
+        check_unused(name, folder)  # again: answering the question may have taken long
         beside = [path for path in folder.iterdir() if path != store]
         if linked:
             for path in beside:
@@ -74,5 +74,5 @@ def _remove(name: str, folder: Path) -> None:
         else:
             empty(folder, beside)
         delete(folder)
-    with contextlib.suppress(OSError):  # it has models of other widths
+    with contextlib.suppress(OSError):  # not empty: it has models of other widths
         folder.parent.rmdir()

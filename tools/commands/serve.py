@@ -1,4 +1,4 @@
-"""``moetier serve DIR``: an HTTP server of a model, with OpenAI's API."""
+"""``moetier serve DIR``: run an HTTP server of a model, with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES = (
 KEY = "MOETIER_API_KEY"
 PORT = Number(int, 0, 65535, "Give 1 to 65535, or 0 for any that is free.")
 QUEUE = Number(int, 0, MOST, "Give 0, to refuse whatever can't be computed at once, or more.")
-SPARE_CONNECTIONS = 128  # beside those of requests: for health checks, metrics, and clients between two requests
+SPARE_CONNECTIONS = 128  # further connections: for health checks, metrics, and clients between two requests
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
 
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         with loaded(arguments.directory, resources, sequences=arguments.parallel) as (model, tokenizer, _):
             import transformers
 
-            transformers.utils.logging.set_verbosity_error()  # it warns of sampling options, for each request
+            transformers.utils.logging.set_verbosity_error()  # else it warns at each request
 
             from moetier.tools.serve.app import application
             from moetier.tools.serve.batched import Together
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _key(file: Path | None) -> str | None:
-    """Return the API key of a file or else of the environment, if there is one. Raises ConfigError."""
+    """Return the API key from ``file`` or else from the environment, or None. Raises ConfigError."""
     from moetier.runtime.wire.channel import read_token
 
     if file is not None:

@@ -1,4 +1,4 @@
-"""``moetier stats``: the counters of a daemon."""
+"""``moetier stats``: show the counters of a daemon."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.watch is None:
             print(json.dumps(to_json(address, *now), indent=2) if arguments.json else _text(address, *now))
             return 0
-        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the watch
             if not arguments.json:
                 print(_HEAD, flush=True)
             while True:
@@ -83,7 +83,7 @@ def _tier(host: Tier) -> dict[str, Any]:
 
 
 def address_of(text: str | None) -> Address:
-    """Return the address that a command line gives, or else that of the only daemon here, or the default."""
+    """Return the address ``text``; without one, that of the only daemon that runs here, or else the default."""
     from moetier.runtime.wire.address import DEFAULT_NAME, Address
     from moetier.runtime.wire.probe import running_daemons
 
@@ -126,7 +126,7 @@ _HEAD = _COLUMNS.format("model", "ready", "clients", "leased", "hits/s", "misses
 
 
 def changes(before: tuple[DescribeReply, StatsReply], now: tuple[DescribeReply, StatsReply]) -> str:
-    """Return a line for each model: what changed between two looks at a daemon."""
+    """Return a line for each model: how a daemon's counters changed from ``before`` to ``now``."""
     from moetier.proto.expert_store_pb2 import ModelStats, StatsReply
 
     (daemon, stats), (was_daemon, was) = now, before

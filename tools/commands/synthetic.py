@@ -1,4 +1,4 @@
-"""``moetier synthetic``: a checkpoint of a large model's geometry with random weights, to try a machine with."""
+"""``moetier synthetic``: make a checkpoint with a large model's shapes and random weights, to try a machine with."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def convert_synthetic(source: Path, target: Path, *, threads: int | None = None, quiet: bool = True) -> None:
-    """Convert a checkpoint to 4 bits and copy its fixed tokens. Raises CheckpointError, TargetError or ConfigError."""
+    """Convert a synthetic checkpoint to 4 bits, and copy the file of its fixed tokens.
+
+    Raises CheckpointError, TargetError or ConfigError.
+    """
     from moetier.tiers.store.atomic import write_durably
 
     from .convert import convert
@@ -81,7 +84,7 @@ def convert_synthetic(source: Path, target: Path, *, threads: int | None = None,
 
 
 def routing_of(directory: Path, *, threads: int | None = None) -> Trace:
-    """Trace a model directory that ``convert_synthetic`` made, on the first of its fixed tokens."""
+    """Return a trace of the experts that a directory from ``convert_synthetic`` uses for its first TRACED tokens."""
     from moetier.runtime.model.load import load
 
     model, _ = load(directory, daemon=None, speculate="off", threads=threads)

@@ -1,4 +1,4 @@
-"""``moetier top``: a daemon on a full screen, as it works."""
+"""``moetier top``: show a working daemon's counters and experts on the full screen."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     found = running_daemons() if arguments.address is None else []
     shown = credentials(arguments)
     address = None
-    if len(found) < 2:  # else it is chosen on the screen
+    if len(found) < 2:  # with several, the user chooses one on the screen
         address = address_of(arguments.address)
-        look(address, shown)  # what can't be is said before anything is drawn
+        look(address, shown)  # raises before anything is drawn
 
     from moetier.tools.top.app import Top
 
-    logging.disable()  # what is logged would be written across the picture
+    logging.disable()  # log lines would be written over the picture
     app = Top(found, address, Watch(shown, arguments.interval))
     app.run()
     sys.stdout.flush()

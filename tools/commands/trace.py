@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
 
 LAYERS = Number(int, 0, MOST, "Give 0, for no predictions, to 2^31 - 1.")
-PROMPT_KEYS = ("prompt", "turns", "text")  # of a line of JSON; of turns, the first is taken
+PROMPT_KEYS = ("prompt", "turns", "text")  # keys of a JSON line that may hold the prompt; of "turns" the first is taken
 EXAMPLES = ("moetier trace ./mixtral-4bit --prompts prompts.txt -o trace.npz",)
 
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
-    # each forward pass is watched, none is to be quick; --look-ahead is the recorder's
+    # no speculation: each forward pass is recorded, and need not be fast. --look-ahead is for the recorder
     resources = resources_of(arguments, speculate="off", look_ahead=OPTIONS["look_ahead"].default)
     decoding = decoding_of(arguments)
     prompts = read_prompts(arguments.prompts)
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file, a text or .jsonl, without empty lines. Raises ConfigError."""
+    """Read the prompts of a file, one in each line of text or .jsonl; skip empty lines. Raises ConfigError."""
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -83,7 +83,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _prompt_of(line: str, place: str) -> str:
-    """Return the prompt of a line of JSON. Raises ConfigError, with the line's ``place``, where it has none."""
+    """Return the prompt of a line of JSON. Raises ConfigError if it has none; ``place`` names the line in the error."""
     try:
         found = json.loads(line)
     except ValueError as error:
@@ -97,7 +97,7 @@ def _prompt_of(line: str, place: str) -> str:
 
 
 def _check_target(path: Path, *, force: bool) -> None:
-    """Raise TargetError where the trace can't be written: before hours of work, and again after them."""
+    """Raise TargetError where the trace can't be written. Called before hours of work, and again before writing."""
     if not path.parent.is_dir():
         raise TargetError(f"{path.parent} is no folder.", "Make it, or name another with -o.")
     if path.is_dir():
@@ -107,10 +107,11 @@ def _check_target(path: Path, *, force: bool) -> None:
 
 
 def record(model: Any, tokenizer: Any, prompts: list[str], decoding: dict[str, Any], *, look_ahead: int) -> Trace:
-    """Generate from each prompt and record a sequence, without its last new token, which goes through no block.
+    """Generate from each prompt, and record which experts each sequence uses.
 
-    ``decoding``: as ``decoding_of`` returns it. ``model`` is one that ``load`` returned. Raises ConfigError for a
-    prompt without tokens, or with more than the model's context has room for, before anything is recorded.
+    The last new token of a sequence is not recorded, as it is not fed to the model. ``decoding`` is as ``decoding_of``
+    returns it; ``model`` is from ``load``. Raises ConfigError, before anything is recorded, for a prompt without tokens
+    or with more than fit the model's context.
     """
     from moetier.runtime.trace.recorder import Recorder, pieces_of
 
@@ -147,7 +148,7 @@ def to_json(path: Path, trace: Trace) -> dict[str, Any]:
 
 
 def summary(trace: Trace) -> str:
-    """Describe a trace as text: its sizes, and the recall of the gates' predictions."""
+    """Describe a trace as text: its sizes, and the recall of the experts that gates predicted."""
     from moetier.runtime.trace.recall import RULES, compare
 
     head = f"{len(trace.sequences)} sequences, {trace.tokens:,} tokens, {trace.block_count} blocks, top {trace.top_k}"

@@ -1,4 +1,4 @@
-"""``moetier verify DIR``: read all records and files, and name those that are not what was written."""
+"""``moetier verify DIR``: check all records and files against their checksums, and name those that differ."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         faults = trunk_faults(folder, manifest) if manifest.trunk else {}
         total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
         problems = []
-        small = small_faults(folder) if manifest.trunk else ()  # of files without checksums
+        small = small_faults(folder) if manifest.trunk else ()  # faults of small files, which have no checksums
         tokenizer = not manifest.trunk or has_tokenizer(folder)
         of_small = (Problem(None, None, str(folder), fault.cause) for fault in small)
         with Progress("verify", total) as progress:
