@@ -1,4 +1,4 @@
-"""One conversion: planned in whole before anything is written, then done in steps that can be cut anywhere."""
+"""One conversion of a checkpoint: planned before anything is written, then run so that a cut run can be resumed."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Conversion:
     encoder: Encoder
     options: Options
     records: list[MatrixRecord]  # of the trunk's quantised matrices
-    resuming: Sequence[str]  # the words of the command that resumes it, but for the options
-    download: Download | None  # of a hub checkpoint, whose files are here one after the other
-    quiet: bool  # otherwise it says on standard error what it does
+    resuming: Sequence[str]  # words of the command that resumes a cut run, without its options
+    download: Download | None  # files of a hub checkpoint, each here for a while; None: a folder
+    quiet: bool  # print nothing on standard error
 
     @classmethod
     def plan(
@@ -86,7 +86,7 @@ class Conversion:
             print(line, file=sys.stderr, flush=True)
 
     def announce(self) -> list[str]:
-        """Describe what is going to happen, in lines."""
+        """Return lines that describe what the conversion is going to do."""
         plan, blueprint, trunk = self.target.plan, self.draft.blueprint, sum(file.size for file in self.target.trunk)
         bits = plan.stored_bytes * 8 / self._weights
         peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records)]
@@ -122,7 +122,7 @@ class Conversion:
     def run(self) -> ConversionReport:
         """Write trunk, blocks and small files, and the manifest last; resume where an earlier run was cut.
 
-        The trunk of a hub checkpoint comes after the blocks: it lies in all of the files.
+        The trunk of a hub checkpoint is written after the blocks, as its tensors are spread over all of the files.
         """
         start = time.monotonic()
         self.check_disks()
@@ -142,7 +142,10 @@ class Conversion:
         return self.report(errors, seconds=time.monotonic() - start, resumed_blocks=len(finished))
 
     def check_disks(self, *, replacing: bool = False) -> None:
-        """Check that what is missing fits; with ``replacing``, once what is there is removed. Raises DiskSpaceError."""
+        """Raise DiskSpaceError unless the disks have room for what is still to be written and downloaded.
+
+        With ``replacing``, the present content of the target folder counts as removed.
+        """
         if self.download is None:
             self.target.check_disk(replacing=replacing)
             return
@@ -158,7 +161,10 @@ class Conversion:
             )
 
     def _route(self, finished: Collection[int] | None = None) -> list[Stage]:
-        """Order the missing blocks as they are written."""
+        """Return the missing blocks in stages, in the order in which they are to be written.
+
+        ``finished``: numbers of the blocks that are not missing; None: those that are complete in the target folder.
+        """
         done = self.target.finished_blocks if finished is None else finished
         missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
         if self.download is None:
@@ -199,7 +205,7 @@ class Conversion:
 
     @property
     def command(self) -> list[str]:
-        """The command that resumes it, word by word."""
+        """Words of the command that resumes this conversion."""
         options, words = self.options, ["moetier", *self.resuming, "--bits", str(self.options.bits)]
         if options.trunk_bits != 16:
             words += ["--trunk-bits", str(options.trunk_bits)]
@@ -242,7 +248,7 @@ class Conversion:
 
 
 def _encoder(draft: Draft, plan: Manifest, options: Options) -> Encoder:
-    """Make an encoder with as many workers as are asked for, else one per thread or CPU, fewer if memory is short."""
+    """Make an encoder, by default with a worker per thread or CPU, or fewer if memory is short. Raises ConfigError."""
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"{options.workers} workers can't work.", "Give at least one.")
     workers = options.workers or options.threads or usable_cpus()
@@ -276,8 +282,8 @@ class ConversionReport:
     trunk_bits: int
     source_bytes: int
     trunk_bytes: int
-    trunk_matrices: int  # that are quantised
-    trunk_error: float | None  # relative, over their weights; None where nothing was quantised now
+    trunk_matrices: int  # number of quantised ones
+    trunk_error: float | None  # relative error of their weights; None if this run quantised none
     blocks: tuple[BlockReport, ...]
     weights: int  # of all experts
     seconds: float
@@ -296,7 +302,7 @@ class ConversionReport:
         return self.expert_bytes * 8 / self.weights
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields and what follows from them as JSON."""
+        """Return the fields and the properties as JSON."""
         return asdict(self) | {"expert_bytes": self.expert_bytes, "bits_per_weight": self.bits_per_weight}
 
     def table(self) -> str:

@@ -1,7 +1,7 @@
-"""Contents of a conversion and the order in which they are made, from a model on meta and the checkpoint's headers.
+"""Plan of a conversion: what is made and in which order, from a model on the meta device and the checkpoint's headers.
 
-All linear modules of the trunk are quantised but those that this would harm or not help. Blocks of a hub checkpoint are
-made in an order in which few of its files are on the disk at a time.
+Linear modules of the trunk are quantised, except where that would do harm or not save memory. Blocks of a hub
+checkpoint are made in an order in which few of its files are on the disk at a time.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from .trunk import TrunkFile, TrunkTensor, plan_trunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AT_ONCE = 2  # files, where one of them is downloaded while blocks are made of the other
+AT_ONCE = 2  # files on the disk: one is downloaded while blocks are made from the other
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a conversion; None is the default of the width, or of the machine.
+    """Options of a conversion. None stands for a default that depends on the bits or on the machine.
 
-    Raises ConfigError for what no model can be stored with.
+    Raises ConfigError for combinations in which no model can be stored.
     """
 
     bits: Bits = 4
@@ -68,9 +68,9 @@ class Options:
 
 
 def trunk_form(bits: Bits) -> TrunkRecords | None:
-    """Return the default form of a width, or None where the trunk stays as it is.
+    """Return the default format of the trunk's quantised matrices with ``bits``, or None for 16: none is quantised.
 
-    Raises ConfigError for other widths.
+    Raises ConfigError for unsupported ``bits``.
     """
     if bits not in TRUNK_BITS:
         raise ConfigError(
@@ -80,15 +80,16 @@ def trunk_form(bits: Bits) -> TrunkRecords | None:
 
 
 def choose_matrices(model: PreTrainedModel, dtype: torch.dtype, form: TrunkRecords) -> dict[str, RecordLayout]:
-    """Choose the linear modules of a ``model``, loaded in ``dtype``, whose weights become records: layouts by path.
+    """Choose the linear modules whose weights are quantised; return the layout of each one's record, by module path.
 
-    All others stay as they are: gates; parts without experts, such as towers of images and sound; weights that the
-    architecture reads itself, keeps in another type or shares; and those that would not get smaller.
+    ``model`` is to be loaded in ``dtype``. All other modules stay as they are: gates; parts without experts, such as
+    encoders of images and sound; weights that the architecture reads by itself, keeps in another dtype or shares; and
+    weights that would not get smaller.
     """
     apart = _gates(model) + _towers(model)
     found = {}
     for path, module in model.named_modules():
-        if type(module) is not nn.Linear or _within(path, apart):  # a class of its own may do more than multiply
+        if type(module) is not nn.Linear or _within(path, apart):  # a subclass may do more than multiply
             continue
         weight, layout = f"{path}.weight", matrix_layout(module.out_features, module.in_features, form)
         if (
@@ -107,7 +108,7 @@ def _within(path: str, places: list[str]) -> bool:
 
 
 def _gates(model: PreTrainedModel) -> list[str]:
-    """Return the routers beside Experts modules."""
+    """Return the module paths that a router beside an Experts module may have."""
     parents = [path.rpartition(".")[0] for path in experts_modules(model)]
     return [f"{parent}.{name}".removeprefix(".") for parent in parents for name in GATE_NAMES]
 
@@ -121,7 +122,7 @@ def _towers(model: PreTrainedModel) -> list[str]:
 
 
 def _stands_alone(model: PreTrainedModel, weight: str) -> bool:
-    """Return whether no other module has the same weights, but for the embedding that a head is tied to."""
+    """Return whether no other module shares the parameter ``weight``, except an embedding that a head is tied to."""
     tied = model.all_tied_weights_keys
     if weight in tied.values():
         return False
@@ -130,7 +131,10 @@ def _stands_alone(model: PreTrainedModel, weight: str) -> bool:
 
 
 def _read_by(model: PreTrainedModel, path: str) -> set[str]:
-    """Return names of children whose ``weight`` the classes around a module read, as fused kernels do."""
+    """Return the names of modules whose ``weight`` is read by the classes that contain the module at ``path``.
+
+    Such classes, with fused kernels for example, read the weights instead of calling the module.
+    """
     parts = path.split(".")
     around = [type(model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))]
     return {name for made_by in around for base in made_by.__mro__ for name in _names_read(base)}
@@ -145,7 +149,7 @@ def _names_read(made_by: type) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Draft:
-    """Layout of a conversion for one width of the trunk; ``manifest`` chooses the experts' width."""
+    """Plan of a conversion with one width of the trunk; ``manifest`` takes the width of experts."""
 
     blueprint: Blueprint
     form: TrunkRecords | None
@@ -155,9 +159,9 @@ class Draft:
     def of(
         cls, model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], trunk_bits: Bits
     ) -> Draft:
-        """Lay out the conversion of a ``model`` on meta, and cut down its Experts modules.
+        """Plan the conversion of a ``model`` on the meta device, and cut down its Experts modules to one expert each.
 
-        ``tensors``: of the checkpoint by name, of any shape [rows, ...].
+        Experts that can't be read one by one are not cut down. ``tensors``: the checkpoint's by name, of any shape.
         Raises UnsupportedModelError or CheckpointError.
         """
         form = trunk_form(trunk_bits)
@@ -165,7 +169,7 @@ class Draft:
         return cls(make_blueprint(model, dtype, tensors, chosen), form, tensors)
 
     def manifest(self, options: Options, *, model: str, digest: str) -> Manifest:
-        """Return the manifest of a source called ``model``, whose digest is ``digest``."""
+        """Return the manifest of the store, for a source called ``model`` with the digest ``digest``."""
         arrays: dict[tuple[RecordLayout, int], str] = {}
         sizes: dict[str, int] = {}
         blocks = []
@@ -209,23 +213,23 @@ class Draft:
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks that are made of the same files, one after the other."""
+    """Blocks that are made from the same files, one after the other."""
 
     blocks: tuple[int, ...]
     files: frozenset[Path] = frozenset()
-    present: frozenset[Path] = frozenset()  # also those of earlier stages that a later one needs
-    ahead: Path | None = None  # downloaded meanwhile: the next stage's first, if no more than AT_ONCE are there then
+    present: frozenset[Path] = frozenset()  # on the disk: also files of earlier stages that a later one needs
+    ahead: Path | None = None  # first file of the next stage, downloaded meanwhile if AT_ONCE allows it
 
     @property
     def at_once(self) -> frozenset[Path]:
-        """Most files that are on the disk during the stage."""
+        """Files that may be on the disk at the same time during the stage."""
         return self.present if self.ahead is None else self.present | {self.ahead}
 
 
 def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
-    """Group and order blocks by the files that each is made from, so that few files are there at a time.
+    """Group and order blocks by the files that each is made from, so that few files are on the disk at a time.
 
-    Blocks may lie in files by number, or by name ("10" before "2").
+    ``files``: the files by block. Checkpoints distribute blocks over files by number, or by name ("10" before "2").
     """
     groups: list[tuple[list[int], frozenset[Path]]] = []
     for block in sorted(files, key=lambda block: (max(files[block]), min(files[block]), block)):
@@ -245,9 +249,9 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
 
 
 def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
-    """Return about how many bytes of a hub checkpoint are on the disk at a time: files, and the trunk's tensors.
+    """Estimate the most bytes of a hub checkpoint that are on the disk at a time: files, and the trunk's tensors.
 
-    ``tensors``: all of the checkpoint, of any shape [rows, ...].
+    ``tensors``: all of the checkpoint's, of any shape.
     """
     sizes = Counter[Path]()
     for tensor in tensors:

@@ -1,9 +1,9 @@
-"""Weights -> records: workers quantise experts, or pieces of a matrix of the trunk, side by side.
+"""Workers that turn weights into records: they quantise experts, or pieces of a matrix of the trunk, in parallel.
 
-Each worker computes on one thread, so the bytes depend on no machine. Experts' records come out in order. One worker
-reads while the others compute, and all go on while a record is written, or synced. What is held at a time is bounded:
-one record for each worker, and one that is being written, or a few where they are small; a block that must be read
-whole is the only one while it is worked on.
+Each worker computes on one thread, so the bytes of a record do not depend on the machine. Records of experts come out
+in order. One worker at a time reads weights; the others compute meanwhile, also while a record is written or synced.
+Memory is bounded: there is one record for each worker and one that is being written, or a few more where records are
+small. A block whose experts can't be read one by one is worked on alone.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from moetier.tiers.quant.codec import WeightError, encode, sections
 from moetier.tiers.quant.packing import band_bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
-SPARE_BYTES, MOST_SPARE = 16 << 20, 8  # of records that are finished while the disk is busy: one at least
-PIECE_WEIGHTS = 1 << 20  # of a matrix of the trunk, quantised at a time by a worker
+SPARE_BYTES, MOST_SPARE = 16 << 20, 8  # finished records that may wait for the disk; one always may
+PIECE_WEIGHTS = 1 << 20  # of a matrix of the trunk that a worker quantises at a time
 
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Set torch to one thread while workers compute, each of which sets its own number."""
+    """Set torch to one thread within the block, while workers compute. Each worker sets its own number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,7 +48,7 @@ def one_thread_each() -> Iterator[None]:
 
 @contextlib.contextmanager
 def pool_of(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Begin threads that compute with one of torch's threads each. At the end, cancel what they have not begun."""
+    """Yield a pool of worker threads, in each of which torch uses one thread. At the end, cancel tasks not begun."""
     with one_thread_each(), ThreadPoolExecutor(workers, "convert", lambda: torch.set_num_threads(1)) as pool:
         try:
             yield pool
@@ -57,20 +57,23 @@ def pool_of(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 class Encoder:
-    """Several workers that make the records of a plan."""
+    """Makes the records of all experts of a planned store, with several workers."""
 
     def __init__(self, blueprint: Blueprint, plan: Manifest, *, workers: int, fast: bool) -> None:
         self.workers = workers
         self._blueprint = blueprint
         self._plan = plan
         self._fast = fast
-        self._turn = threading.Lock()  # one worker reads and merges at a time: that takes two copies of a projection
+        self._turn = threading.Lock()  # one worker at a time reads and merges, as that takes two copies of a projection
 
     @property
     def peak_bytes(self) -> int:
-        """About what it takes beside the interpreter: one worker reads (two copies of a projection, while it is
-        merged), the others hold theirs and its codes; each has memory for a band and a record to fill, and some more
-        wait to be written."""
+        """Approximate peak memory in bytes, without the interpreter's.
+
+        One worker reads, which takes two copies of a projection while it is merged. Each other one holds a projection
+        and its codes. All have temporary memory for a band of rows and a record to fill; some records wait to be
+        written.
+        """
         peak = 0
         for index, block in enumerate(self._blueprint.blocks):
             layout = self._plan.layout(index)
@@ -89,9 +92,9 @@ class Encoder:
 
     @property
     def promised_bytes(self) -> int:
-        """Most bytes that a conversion is to take, the interpreter included: two experts in fp32 and 1 GiB.
+        """Documented limit of a conversion's memory in bytes, interpreter included: two experts in fp32 and 1 GiB.
 
-        A block that is read whole may take more.
+        A block whose experts can't be read one by one may take more.
         """
         return max((8 * layout.weights for layout in self._plan.layouts.values()), default=0) + (1 << 30)
 
@@ -100,7 +103,7 @@ class Encoder:
 
         A record is valid until the next one is asked for. Close the generator to stop early.
         """
-        free: SimpleQueue[Bytes] = SimpleQueue()  # one for each task that is ahead, and the one that is yielded
+        free: SimpleQueue[Bytes] = SimpleQueue()  # for each task under way, and for the record that is yielded
         size = max((self._plan.layout(key.block).record_bytes for key in keys), default=0)
         slots = self._slots(size)
         for _ in range(min(slots, len(keys))):
@@ -120,11 +123,11 @@ class Encoder:
                 free.put(record)
 
     def _slots(self, record_bytes: int) -> int:
-        """Records that are held at a time: one for each worker, and finished ones."""
+        """Return how many records are in memory at a time: one for each worker, and finished ones."""
         return self.workers + max(1, min(MOST_SPARE, SPARE_BYTES // max(1, record_bytes)))
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
-        """Return whether a block that is read whole overlaps with no other block."""
+        """Return whether ``key`` may be encoded beside the keys ``ahead``: a block that is read whole must be alone."""
         blocks = self._blueprint.blocks
         return all(k.block == key.block or (blocks[k.block].apart and blocks[key.block].apart) for k, _ in ahead)
 
@@ -136,7 +139,7 @@ class Encoder:
 
 
 class MatrixRecord:
-    """Record of one matrix, as a tensor of the trunk. ``error`` is known once it was made."""
+    """Record of one quantised matrix, as a tensor of the trunk. ``error`` is set when ``chunks`` makes the record."""
 
     dtype = "uint8"
 
@@ -152,7 +155,7 @@ class MatrixRecord:
 
     @property
     def shape(self) -> tuple[int]:
-        """Shape of the record: its bytes."""
+        """Shape of the record as a tensor: [bytes]."""
         return (self.layout.payload_bytes,)
 
     @property
@@ -162,13 +165,13 @@ class MatrixRecord:
 
     @property
     def peak_bytes(self) -> int:
-        """About what making it takes: the record, the matrix where it is read whole, and what each worker holds."""
+        """Approximate bytes that making the record takes: record, matrix if it is read whole, and the workers' own."""
         (p,) = self.layout.projections
         whole = 0 if self._recipe.direct else 2 * p.rows * p.columns * self._recipe.dtype.itemsize
         return self.layout.payload_bytes + whole + self._workers * 16 * max(PIECE_WEIGHTS, ROW_TILE * p.columns)
 
     def chunks(self) -> Iterator[Bytes]:
-        """Make the record anew, and yield its bytes in order."""
+        """Make the record, anew at each call, and yield its bytes in order. Raises CheckpointError."""
         record = self._made().numpy()
         for start in range(0, len(record), CHUNK_BYTES):
             yield record[start : start + CHUNK_BYTES]
@@ -181,7 +184,7 @@ class MatrixRecord:
         step = max(1, PIECE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
 
         def fill(start: int) -> WeightError:
-            """Quantise rows from ``start`` on, and put them in their places; groups don't reach over rows."""
+            """Quantise a piece of rows from ``start`` on, and put it into the record. No group spans several rows."""
             count = min(step, p.rows - start)
             weights = self._recipe.rows(start, count) if whole is None else whole[start : start + count]
             if not all(map(math.isfinite, torch.stack(weights.aminmax()).tolist())):

@@ -1,7 +1,7 @@
-"""Files of a model directory: removing them, who uses them, what they take of a disk, and which must be there.
+"""Files of a model directory: remove them, find processes that use them, measure them, and check those that must exist.
 
-A removal first deletes what makes the directory whole, so that a removal that is cut leaves no model. The store's own
-folder stays to the last: it marks the directory as moetier's, so the removal can be resumed.
+A removal first deletes the store's metadata, so that an interrupted removal leaves nothing that looks like a complete
+model. The store's own folder is deleted last: it marks the directory as moetier's, so that the removal can be resumed.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def check_unused(name: str, folder: Path) -> None:
 def users_of(folder: Path) -> dict[int, str]:
     """Return the other processes that have files of a folder open or mapped, as pid -> command line.
 
-    They may be a daemon, a server or a conversion. Processes of other users may not be looked at.
+    They may be a daemon, a server or a conversion. Processes of other users can't be seen, and are left out.
     """
     prefix = f"{folder.resolve()}/"
-    mapped = prefix.replace("\n", r"\012")  # as the kernel writes it there
+    mapped = prefix.replace("\n", r"\012")  # as the kernel writes a path in /proc/PID/maps
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):
             continue
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
             opened = any(f"{path}/".startswith(prefix) for path in _opened(process))
             if opened or any(path.startswith(mapped) for _, path in mapped_files(process.name)):
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -86,7 +86,7 @@ def _opened(process: Path) -> Iterator[str]:
             yield str(link.readlink())
 
 
-# what a tokenizer says of itself; and one of what it can be made of
+# files that describe a tokenizer; and files with its vocabulary, of which it needs one
 ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 VOCABULARY = re.compile(
     r"tokenizer\.(json|model(\.v\d+)?)|vocab\.(json|txt)|tekken\.json|(spiece|sentencepiece(\.bpe)?)\.model|\w+\.tiktoken"
@@ -94,9 +94,9 @@ VOCABULARY = re.compile(
 
 
 def small_faults(directory: Path) -> Iterator[MoetierError]:
-    """Yield what is wrong with config.json and the tokenizer, of which only a part may be there.
+    """Yield an error for an invalid config.json, and one for a tokenizer whose vocabulary is missing.
 
-    A model that never had a tokenizer is fine.
+    A model without any file of a tokenizer is fine.
     """
     try:
         read_config(directory)
@@ -116,7 +116,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return the deepest folder on the way to ``path`` that exists: it is on the same disk."""
+    """Return the deepest existing folder on the way to ``path``. It is on the disk on which ``path`` would be made."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
@@ -126,7 +126,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return the bytes on the disk of a folder's files, without holes and the targets of links."""
+    """Return the bytes that all files below a folder take on the disk. Holes and targets of links do not count."""
     taken = 0
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):

@@ -1,11 +1,12 @@
-"""Streaming conversion of a hub checkpoint: download a file, convert its blocks, delete it, with one file ahead.
+"""Streaming conversion of a hub checkpoint: download a file, convert its blocks while the next comes, and delete it.
 
-The trunk and the samples of the digest are read after all blocks. What they need of a file stays in a sparse copy,
-which takes the file's place and has holes elsewhere, so that readers of tensors see no difference. Below ``folder``:
+The trunk's tensors, and the samples of which the digest is made, are read after all blocks. Those bytes of a file are
+kept in a sparse copy at the same offsets, which replaces the file. Below ``folder``:
 
     whole/NAME          the file as huggingface_hub downloads it
-    shards/NAME         what is read: a link to that or into huggingface_hub's cache, later the sparse copy
-    shards/NAME.kept    the byte ranges in the sparse copy, as a hole reads as zeros
+    shards/NAME         where the file is read: a link to whole/NAME or into huggingface_hub's cache, later the sparse
+                        copy
+    shards/NAME.kept    the byte ranges that the sparse copy has; anything else in it reads as zeros
 
 Links and sparse copies are renamed into place, so a run that was killed can be resumed.
 """
@@ -53,13 +54,14 @@ MIN_START = 8 + len("{}")  # bytes before a file's tensors: the header's length 
 
 
 class Halted(BaseException):
-    """The download under way was told to end."""
+    """Raised in the thread of a download that is to end before it is complete."""
 
 
 class Download:
-    """Files of a hub checkpoint, each on the disk while blocks are made from it.
+    """Files of a hub checkpoint, each of which is on the disk while blocks are made from it.
 
-    One thread of the process that locks the model directory uses it. A thread of its own downloads the next file.
+    Not thread-safe. Its process must hold the lock of the model directory. The next file is downloaded by a further
+    thread.
     """
 
     def __init__(
@@ -72,13 +74,16 @@ class Download:
         *,
         keep: bool,
     ) -> None:
-        """``files`` and ``tensors`` belong to ``name`` at a commit; the tensors lie at ``shard_path``. With ``keep``
-        files stay in huggingface_hub's cache."""
+        """Download the ``files`` of the hub's ``name`` at the commit ``revision`` into ``folder``.
+
+        ``tensors`` are those of the files, each with the ``shard_path`` of its file. With ``keep``, files are
+        downloaded into huggingface_hub's cache and stay there.
+        """
         self.revision = revision
         self.keep = keep
         self._name = name
         self._folder = folder
-        self._whole = folder.resolve() / "whole"  # without links, to be compared with what a link leads to
+        self._whole = folder.resolve() / "whole"  # links are resolved, to compare it with targets of links
         self._names = {shard_path(folder, file): file for file in files}
         self._files = {path: files[file] for path, file in self._names.items()}
         self._tensors: dict[Path, dict[str, StoredTensor]] = {path: {} for path in self._names}
@@ -89,7 +94,7 @@ class Download:
         self._halted = threading.Event()
 
     def keep_tensors(self, names: Collection[str]) -> None:
-        """Name the tensors that are read after all blocks; call it before anything else."""
+        """Set the names of the tensors that are read after all blocks. Must be called before other methods."""
         self._kept = frozenset(names)
 
     def announce(self, route: Sequence[Stage]) -> str:
@@ -112,8 +117,8 @@ class Download:
     def stream(self, route: Sequence[Stage], quiet: bool) -> Generator[Stage, None, None]:
         """Yield each stage once its files are here, and remove those that no later stage needs.
 
-        The files that no stage needs come last. To close the generator halts the download that is under way. Raises
-        CheckpointError.
+        Files that no stage needs are downloaded last, for their sparse copies. Closing the generator ends the download
+        under way. Raises CheckpointError.
         """
         try:
             for stage, after in zip_longest(route, route[1:]):
@@ -133,10 +138,10 @@ class Download:
             self._halted.set()
             wait([self._next] if self._next else [], GRACE)
 
-    # before
+    # what is to be downloaded
 
     def _coming(self, route: Iterable[Stage]) -> dict[Path, int]:
-        """Bytes of each file that is to be downloaded."""
+        """Return the size of each file that is still to be downloaded, in bytes."""
         lost = {path for path in self._tensors if not self._has_copy(path)}
         needed = lost.union(*(stage.files for stage in route))
         return {path: self._files[path].size for path in needed if not _is_whole(path) and not self._cached(path)}
@@ -144,7 +149,7 @@ class Download:
     def _cached(self, path: Path) -> Path | None:
         return hub.cached(self._name, self._names[path], self.revision)
 
-    # coming
+    # downloading
 
     def _fetch_ahead(self, path: Path, quiet: bool) -> None:
         self._next = future = Future[None]()
@@ -156,11 +161,11 @@ class Download:
             except BaseException as error:
                 future.set_exception(error)
 
-        # a daemon thread: the process ends without it, as if it had been killed
+        # a daemon thread: the process can end without waiting for it
         threading.Thread(target=fetch, name="ahead", daemon=True).start()
 
     def _fetch(self, path: Path, quiet: bool) -> None:
-        """Have a file here, whole and checked."""
+        """Download a file unless it is here, check it, and link to it at ``path``. Raises CheckpointError."""
         if _is_whole(path):
             return
         name, remote = self._names[path], self._files[path]
@@ -185,7 +190,7 @@ class Download:
         link = path.with_name(path.name + PARTIAL)
         link.unlink(missing_ok=True)
         link.symlink_to(found.absolute())
-        self._check_halted()  # after GRACE the folder may be another conversion's
+        self._check_halted()  # once stream() has waited for GRACE, another conversion may own the folder
         link.rename(path)
         sync_folder(path.parent)
 
@@ -194,8 +199,11 @@ class Download:
             raise Halted
 
     def _check_sum(self, found: Path, remote: RemoteFile, name: str) -> None:
-        """Write a file to the disk before a link says that it is whole. Raises CheckpointError, and removes the file,
-        where its bytes are not the hub's."""
+        """Check the size and sha256 of a downloaded file, and sync it to the disk.
+
+        Afterwards a link may mark it as whole. Removes the file and raises CheckpointError if it differs from the
+        hub's.
+        """
         problem = None
         with found.open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) != remote.size:
@@ -214,10 +222,10 @@ class Download:
         for folder in {found.parent, found.resolve().parent}:  # of the cache's link, and of what it leads to
             sync_folder(folder)
 
-    # going
+    # replacing files by sparse copies
 
     def _release(self, paths: Iterable[Path]) -> None:
-        """Put a sparse copy in the place of each file that is not in huggingface_hub's cache."""
+        """Replace each file by its sparse copy, except those in huggingface_hub's cache."""
         for path in sorted(paths):
             if path.is_symlink() and (whole := path.resolve()).is_relative_to(self._whole):
                 self._write_copy(path)
@@ -237,7 +245,7 @@ class Download:
         return ranges
 
     def _has_copy(self, path: Path) -> bool:
-        """Return whether a sparse copy is at ``path``, with what this version keeps."""
+        """Return whether a sparse copy is at ``path``, with the byte ranges that this version of moetier keeps."""
         if path.is_symlink() or not path.exists():
             return False
         try:
@@ -270,21 +278,22 @@ def open_on_hub(
     or_folder: bool = False,
     ignore_code: bool = False,
 ) -> tuple[Checkpoint, Download]:
-    """Open a checkpoint by its headers, which are fetched without weights, and its download into ``folder``.
+    """Open a hub checkpoint from its headers alone; return it, and the download of its weights into ``folder``.
 
-    ``revision`` is a branch, a tag or a commit. With ``keep`` files stay in huggingface_hub's cache; what that has
-    already is read there. ``or_folder``: a folder of this name was looked for before. Needs no network where all files
-    are here. Raises CheckpointError, also for a model that can't be converted.
+    ``revision`` is a branch, a tag or a commit. With ``keep``, files stay in huggingface_hub's cache; files that the
+    cache has already are read there in any case. ``or_folder``: errors say that ``name`` may have been meant as a
+    folder. Needs no network if all files are on this machine. Raises CheckpointError, also for a model that can't be
+    converted.
     """
     snapshot = hub.fetch(name, revision=revision, or_folder=or_folder)
     config = read_json(snapshot, "config.json")
     if not ignore_code:
         refuse_code(snapshot, config)
-    build_on_meta(config, None)  # raises on what can't be converted before weights are downloaded
+    build_on_meta(config, None)  # raises if it can't be converted, before weights are downloaded
     wanted, named = weights_of(snapshot, config)
     commit = snapshot.name
     place = folder / commit
-    here = {}  # where each file is, or its sparse copy: either has its header and its size
+    here = {}  # paths of files that are on this machine, or of their sparse copies: both have header and size
     for file in wanted:
         path = shard_path(place, file)
         if (found := path if path.exists() else hub.cached(name, file, commit)) is not None:
@@ -352,6 +361,6 @@ def _kept_path(path: Path) -> Path:
 
 
 def _most(route: Iterable[Stage], sizes: Mapping[Path, int]) -> int:
-    """Return the most bytes of files that are here at a time."""
+    """Return the most bytes of files that are on the disk at a time."""
     together = [stage.at_once for stage in route] + [frozenset([path]) for path in sizes]
     return max((sum(sizes.get(path, 0) for path in files) for files in together), default=0)

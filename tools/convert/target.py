@@ -1,7 +1,7 @@
-"""Model directory that a conversion writes: what is there already, how it differs, and its small files.
+"""Model directory that a conversion writes: what is there already, how that differs from the plan, and small files.
 
-The manifest inside ``experts.zarr`` is written last of all, so a directory without it is one whose conversion was cut.
-``conversion.json`` is there only until then: the command that resumes it, and the errors of the finished blocks.
+The manifest inside ``experts.zarr`` is written last of all, so a directory without it has an incomplete conversion.
+Until then ``conversion.json`` has the command that resumes it, and the quantisation errors of the finished blocks.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ METHODS = {"hqq": "HQQ", "rounding": "plain rounding (--fast)"}
 
 
 def _of_experts(name: str, manifest: Manifest) -> str:
-    """Return the value of one field of the experts' projections, or several that are joined."""
+    """Return the value of the field ``name`` in the experts' projections, as text; different values are joined."""
     projections = [each for layout in manifest.layouts.values() for each in layout.projections]
     return " and ".join(sorted({str(getattr(each, name)) for each in projections}))
 
 
-# the fields of a manifest that an option has a part in, the option for people, and its value
+# options that a manifest shows: the fields that an option affects, its description, and a function for its value
 OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
     ({"layouts"}, "experts of {} bits", partial(_of_experts, "bits")),
     ({"layouts"}, "experts in groups of {}", partial(_of_experts, "group")),
@@ -45,9 +45,9 @@ OPTIONS: tuple[tuple[set[str], str, Callable[[Manifest], str]], ...] = (
 
 
 def difference(found: Manifest, asked: Manifest) -> str:
-    """Say how two plans differ; "" where they are the same.
+    """Return a text that says how two plans differ, "" if they are the same.
 
-    Names options with their values, and fields that no option sets.
+    It names options with their values, and fields that no option sets.
     """
     if found.model != asked.model:
         return f"of {found.model}, and {asked.model} was asked for"
@@ -56,12 +56,12 @@ def difference(found: Manifest, asked: Manifest) -> str:
     for names, option, of in OPTIONS:
         if names & set(rest) and (old := of(found)) != (new := of(asked)):
             said.append(f"with {option.format(old)}, and {new} {'were' if 'bits' in option else 'was'} asked for")
-            rest = [each for each in rest if each not in names]  # what else is different in them follows from it
+            rest = [each for each in rest if each not in names]  # they follow from the option
     return "; ".join([*said, *([f"they differ in {', '.join(rest)}"] if rest else [])])
 
 
 CONFIG = "config.json"
-DOWNLOAD = "download"  # what is on its way from there; gone when the conversion is finished
+DOWNLOAD = "download"  # folder of the download; removed when the conversion is finished
 WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}")
 SLACK_BYTES = 1 << 20  # folders and small files
 COMMIT_LENGTH = 40  # characters of the hub's commits; a digest has more
@@ -69,12 +69,12 @@ COMMIT_LENGTH = 40  # characters of the hub's commits; a digest has more
 
 @dataclass(frozen=True)
 class Target:
-    """Model directory to be.
+    """Model directory that a conversion is to write.
 
     ``small`` holds the bytes of every file that is neither trunk nor experts, by relative name.
 
-    ``passing``: its source is downloaded meanwhile, so that the source's digest is known only at the end. Until then
-    the plan has the hub's commit in its place, which ``ORIGIN`` keeps.
+    ``passing``: the source is downloaded during the conversion, so that its digest is known only at the end. Until then
+    ``plan`` has the hub's commit in place of the digest. The file ``ORIGIN`` keeps that commit.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class Target:
         return self.folder / GROUP
 
     def is_complete(self) -> bool:
-        """Return whether the folder holds this conversion, whole.
+        """Return whether the folder holds this conversion completely.
 
         Raises TargetExistsError where it holds anything but this conversion or a part of it.
         """
@@ -121,7 +121,7 @@ class Target:
             and all((self.folder / name).is_file() for name in self.small)
             and len(self.finished_blocks) == len(self.plan.blocks)
         )
-        if finished and self.passing and not whole:  # nothing of its source is left
+        if finished and self.passing and not whole:  # its source was removed, so it can't be completed
             raise self._differs("the same, of which files are missing")
         return whole
 
@@ -147,10 +147,9 @@ class Target:
         )
 
     def check_disk(self, beside: int = 0, *, replacing: bool = False) -> None:
-        """Check that what is missing fits, and ``beside`` bytes of its source.
+        """Raise DiskSpaceError unless the disk has room for what is still to be written and ``beside`` bytes of source.
 
-        ``replacing`` also counts the room that what is there takes. Raises DiskSpaceError, which names what is needed
-        and what is free.
+        With ``replacing``, the present content of the folder counts as removed.
         """
         free = free_bytes(self.folder) + (_freed_bytes(self.folder) if replacing else 0)
         needed = self.missing_bytes(replacing=replacing) + beside + SLACK_BYTES
@@ -182,7 +181,7 @@ class Target:
         write_durably(self.folder / JOURNAL, json.dumps(journal).encode())
 
     def tidy(self) -> None:
-        """Remove what only a conversion under way has, once the manifest is written."""
+        """Remove the files that are needed only during a conversion. For after the manifest is written."""
         for path in (self.store / PLAN, self.folder / JOURNAL):
             if path.exists():
                 path.unlink()
@@ -193,7 +192,7 @@ class Target:
 
 
 def revision_under_way(folder: Path, name: str) -> str | None:
-    """Return the commit of the hub's ``name`` that a conversion into ``folder``, which was cut, is of."""
+    """Return the commit from which a cut conversion of the hub's ``name`` into ``folder`` is made, or None."""
     try:
         plan = read_plan(folder / GROUP)
     except StoreError:
@@ -207,14 +206,14 @@ def is_ours(folder: Path) -> bool:
 
 
 def check_place(folder: Path, source: Path) -> None:
-    """Raise TargetError where a conversion would write into its own source, or around it."""
+    """Raise TargetError if the target ``folder`` is, contains or lies in its own source."""
     target, source = folder.resolve(), source.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
         raise TargetError(f"{folder} overlaps with the source, {source}.", "Choose a folder outside it.")
 
 
 def remove(folder: Path) -> None:
-    """Remove what moetier writes into a model directory, but for the store's own folder.
+    """Remove everything that moetier writes into a model directory, except the store's own folder, which is left empty.
 
     Raises TargetError where another conversion is under way.
     """
@@ -231,12 +230,12 @@ def _beside_store(folder: Path) -> Iterator[Path]:
 
 
 def _freed_bytes(folder: Path) -> int:
-    """Bytes of the disk that ``remove`` frees, without downloads.
+    """Return the bytes of the disk that ``remove`` frees, without downloads.
 
-    A conversion counts only what is not here yet of its source.
+    A file that is downloaded already does not count as needed, so it must not count as freed either.
     """
     found = [path.lstat() for path in (*_beside_store(folder), *(folder / GROUP).rglob("*"))]
-    return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else something is left of it
+    return sum(512 * file.st_blocks for file in found if file.st_nlink == 1)  # else another name keeps the data
 
 
 def _downloaded(folder: Path) -> list[Path]:
@@ -247,7 +246,7 @@ def _downloaded(folder: Path) -> list[Path]:
 def small_files(
     checkpoint: Checkpoint, bits: int, trunk_bits: int, dtype: str, trunk: tuple[TrunkFile, ...]
 ) -> dict[str, bytes]:
-    """Make config.json, the trunk's index, and what is copied: tokenizer, chat template, other configs."""
+    """Return small files by name: config.json, the trunk's index, and copies of tokenizer, chat template, configs."""
     made = {name: _without_code(contained(checkpoint.folder, name)) for name in checkpoint.copied}
     if checkpoint.revision is not None:
         origin = {"id": checkpoint.name, "revision": checkpoint.revision}
@@ -258,7 +257,7 @@ def small_files(
     config["quantization_config"] = {"quant_method": "moetier", "format": FORMAT, "bits": bits}
     if trunk_bits != 16:
         config["quantization_config"]["trunk_bits"] = trunk_bits
-    config["experts_implementation"] = "moetier"  # so that a process without moetier fails, and invents no experts
+    config["experts_implementation"] = "moetier"  # loading without moetier fails then, and makes no random experts
     return {**made, INDEX: index_of(trunk), CONFIG: json.dumps(config, indent=2).encode() + b"\n"}
 
 

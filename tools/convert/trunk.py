@@ -1,11 +1,12 @@
-"""The trunk's files: the tensors that are no experts', each on a 64-byte boundary; under their original names, or as
-records of quantised matrices under those of their modules.
+"""Files of the trunk: all tensors that do not belong to experts, each on a 64-byte boundary.
 
-Some libraries' fp32 results depend on the alignment of what they read, and transformers uses the file's bytes as they
-lie. Safetensors allows no holes, so the order makes the alignment: tensors of a multiple of 64 bytes come first; a
-matrix of another size ends its file; vectors of another size, which no matrix product reads in place, end the last one.
-Files are written piece by piece, synced, then renamed: a file that is there was whole once. A resumed conversion still
-compares it with its source, as it may have been changed since.
+Tensors keep their original names. A quantised matrix is a record, under a name made from its module's path.
+
+Some libraries' fp32 results depend on the alignment of their inputs, and transformers uses the file's bytes in place.
+Safetensors allows no holes, so the order of tensors makes the alignment: tensors whose size is a multiple of 64 bytes
+come first; a matrix of another size ends its file; vectors of other sizes, which no matrix product reads in place, end
+one file. Files are written piece by piece, synced, then renamed, so a file with its final name was complete once. A
+resumed conversion still compares it with its source, because it may have been changed since.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ SPELLINGS = {name: spelling for spelling, name in TORCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class TrunkFile:
-    """One file to be: its tensors by name, in order."""
+    """One file of the trunk that is to be written: its tensors by name, in order."""
 
     name: str
     tensors: Mapping[str, TrunkTensor]
 
     @property
     def header(self) -> bytes:
-        """Header of the safetensors file, its length included."""
+        """Header of the safetensors file, including the 8 bytes of its length."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, tensor in self.tensors.items():
@@ -83,7 +84,7 @@ class TrunkFile:
         return self.write(folder, advance)
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> FileSum:
-        """Write the file into ``folder``; ``advance`` is called with the bytes of each piece.
+        """Write the file into ``folder``; ``advance`` is called with the number of bytes of each piece.
 
         Raises CheckpointError at a NaN.
         """
@@ -110,7 +111,7 @@ class TrunkFile:
 
 
 def _sum(pieces: Iterable[memoryview]) -> int:
-    """Return the CRC-32C of a file that comes in pieces."""
+    """Return the CRC-32C of a file, given in pieces."""
     return functools.reduce(lambda crc, piece: crc32c(piece, crc), pieces, 0)
 
 
