@@ -65,7 +65,7 @@ def fail(name: str, found: str, advice: str) -> Finding:
 
 
 def look(name: str, at: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of ``at``. An error becomes a finding called ``name``, so that other things are looked at."""
+    """Yield the findings of ``at``. An error becomes a finding called ``name``, so that other checks can go on."""
     try:
         yield from at()
     except MoetierError as error:
@@ -105,7 +105,7 @@ def python() -> Iterator[Finding]:
 def libraries() -> Iterator[Finding]:
     """Check the versions of libraries: a finding for each that is out of range or missing, and one for all others.
 
-    Libraries of extras may be missing.
+    A library of an extra may be missing.
     """
     from packaging.requirements import Requirement
 
@@ -135,7 +135,7 @@ def libraries() -> Iterator[Finding]:
 
 
 def configuration() -> Iterator[Finding]:
-    """Check what is set beforehand. Raises ConfigError for what is wrong in the file, in whichever section."""
+    """Check the settings of the file and the environment. Raises ConfigError for a mistake in any section."""
     from moetier.tools.cli.parser import commands_of
     from moetier.tools.cli.settings import Settings
     from moetier.tools.main import build_parser
@@ -225,7 +225,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def memory_files() -> Iterator[Finding]:
-    """Check that an arena's memory file can be made, with one of one page."""
+    """Check that the memory file of an arena (a sealed memfd) can be made, by making one of a page."""
     from moetier.tiers.arena.arena import NAME, SEALS
 
     descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -15,16 +15,16 @@ from .machine import Finding, fail, ok, warn
 if TYPE_CHECKING:
     from moetier.runtime.memory import Available
 
-SLOW = 0.3e9  # bytes a second: of a disk that turns, or a network
-LEAST_MEMORY = 1536 << 20  # for a model
-SAMPLE_BYTES = 128 << 20  # written to a disk without a store, and read
+SLOW = 0.3e9  # bytes a second; hard disks and network disks are slower
+LEAST_MEMORY = 1536 << 20  # that should be left for a model
+SAMPLE_BYTES = 128 << 20  # of a temporary file that is read where there is no store
 BLOCK_BYTES = 4 << 20
 
 
 def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
-    """Check what can be allocated, and whether that is enough for the model of ``directory``, or for any.
+    """Check how much memory is available, and whether it is enough for the model in ``directory``, or for any model.
 
-    The machine and its control groups limit it; ``root`` is that of ``available_memory``.
+    The machine and its control groups limit it; ``root`` is as in ``available_memory``.
     """
     from moetier.runtime.memory import machine_memory, memory_for_model
     from moetier.tiers.errors import MoetierError
@@ -35,7 +35,7 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
         try:
             yield _memory_for(directory, left, found)
             return
-        except (MoetierError, OSError):  # is said of the store
+        except (MoetierError, OSError):  # the check of the store reports it
             pass
     if left.bytes >= LEAST_MEMORY:
         yield ok("memory", found)
@@ -105,7 +105,7 @@ def health(directory: Path, *, checksums: bool) -> Iterator[Finding]:
 
 
 def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
-    """Check that files are read past the page cache, and how fast at random, for ``seconds``.
+    """Check whether files can be read past the page cache, and measure random reads for ``seconds``.
 
     Reads records of ``directory``, else a temporary file in the current folder. Raises StoreError, OSError.
     """

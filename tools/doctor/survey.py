@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from moetier.tiers.manifest import Manifest
     from moetier.tiers.store.reader import ExpertStore
 
-MEND = (  # what verify says too
+MEND = (  # verify prints it too
     "Restore the files named, or remove them and run the same conversion again: it makes only what is missing."
 )
 NO_TOKENIZER = "none: generate, chat and serve want one; if its source has one, copy the files of it"
@@ -27,7 +27,7 @@ def survey(store: ExpertStore) -> dict[str, Any]:
     directory = store.folder.parent
     trunk = sum(file.stat().st_size for file in directory.glob("*.safetensors") if file.is_file())
     faults = [fault for _, fault in sorted(store.faults.items())]
-    if manifest.trunk:  # else it is a store alone, or of before there were sums
+    if manifest.trunk:  # else it is a store without a trunk, or from before trunk files had checksums
         faults += trunk_faults(directory, manifest).values()
     matrices = 0
     if manifest.trunk_records and not faults:
