@@ -25,8 +25,8 @@ from .simulation import SimulatedTier, demands_of, simulate
 
 BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#d9822b", "#8a8f98", "#22262b"
 MOST_WIDTH, MOST_HEIGHT = 16.0, 9.0  # inches
-WIDEST, HIGHEST = 0.6, 0.36  # of a cell, in inches
-ROUND = 5.0  # points from which a mark is a dot with an edge
+WIDEST, HIGHEST = 0.6, 0.36  # largest width and height of a cell, in inches
+ROUND = 5.0  # size in points from which a mark is drawn as a dot with an edge
 Uses = npt.NDArray[np.float64]  # [blocks, experts]; nan where there is no expert
 Ready = npt.NDArray[np.bool_]
 
@@ -34,8 +34,8 @@ Ready = npt.NDArray[np.bool_]
 def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_ORDER) -> Figure:
     """Draw Figure 1: the experts that each token uses, darker by their weight.
 
-    A small square marks those that a cache of ``cached`` experts (0: none), evicted by ``policy``, holds before the
-    token. The text is underneath, and a line where a sequence begins.
+    A small square marks the experts that a cache holds before the token; it has ``cached`` slots for each block (0: no
+    cache) and evicts by ``policy``. The tokens' text is underneath. A line marks where a sequence begins.
     """
     width = min(max(0.22 * len(tokens) + 1.2, 6.0), MOST_WIDTH)
     heights = [min(0.15 * trace.num_experts[block], MOST_HEIGHT / len(blocks)) for block in blocks]  # inches
@@ -77,7 +77,7 @@ def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int,
 
 
 def draw_hits(trace: Trace, *, policy: str = DEFAULT_ORDER) -> Figure:
-    """Draw Figure 2, left: hit ratio against experts cached for each block; of ``policy``, the bound, and chance."""
+    """Draw Figure 2, left: hit ratio by experts cached for each block, with ``policy``, Belady's bound, and chance."""
     most = max(trace.num_experts)
     slots = sorted({max(round(number), 1) for number in np.linspace(1, most, min(most, 16))})
     figure, axes = _line_figure()
@@ -96,7 +96,7 @@ def draw_hits(trace: Trace, *, policy: str = DEFAULT_ORDER) -> Figure:
 
 
 def draw_recall(trace: Trace) -> Figure:
-    """Draw Figure 2, right: recall of the experts that were used, against how far ahead the gates were asked."""
+    """Draw Figure 2, right: recall of the experts that were used, by how many blocks ahead gates predicted them."""
     compared = compare(trace)
     ahead = [found.lookahead for found in compared]
     gates, previous, popular = (
@@ -122,7 +122,7 @@ def draw_recall(trace: Trace) -> Figure:
 
 
 def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_ORDER) -> Figure:
-    """Draw, by block and expert, how much an expert is used, against an even use, and how often a cache has it.
+    """Draw two maps by block and expert: an expert's uses relative to an even share, and its hit ratio in a cache.
 
     The cache holds ``cached`` experts of each block and evicts by ``policy``.
     """
@@ -145,7 +145,10 @@ def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_ORDER) -> F
 
 
 def draw_resident(stats: StatsReply, *, time: str) -> Figure:
-    """Draw ``stats`` with details, taken at ``time``: a part for each model of the daemon."""
+    """Draw which experts a daemon holds and how much they are used, in a part for each model.
+
+    ``stats`` must have details; ``time`` is a text that says when they were taken.
+    """
     models = [_uses_and_ready(details.blocks) for details in stats.details]
     rows, columns = (max(uses.shape[side] for uses, _ in models) for side in (0, 1))
     cell = (
@@ -176,7 +179,7 @@ def _uses_and_ready(blocks: Sequence[Block]) -> tuple[Uses, Ready]:
 
 
 def _mark_resident(axes: Axes, ready: Ready, *, size: float) -> None:
-    """Mark the experts that are in a slot, with marks of so many points."""
+    """Mark the experts that are in a slot, with marks of ``size`` points."""
     y, x = np.nonzero(ready)
     is_round = size >= ROUND
     axes.scatter(
@@ -193,7 +196,7 @@ def _mark_resident(axes: Axes, ready: Ready, *, size: float) -> None:
 
 
 def _summary(uses: Uses, ready: Ready, slots: int) -> str:
-    """Return a title: "16 of 64 experts are resident, in 16 slots; 41% of 5,120 uses were of these"."""
+    """Return a line of the title: "16 of 64 experts are resident, in 16 slots; 41% of 5,120 uses were of these"."""
     experts, total = int(np.isfinite(uses).sum()), float(np.nansum(uses))
     text = f"{int(ready.sum()):,} of {experts:,} experts are resident, in {slots:,} slots"
     return text + (
@@ -202,7 +205,7 @@ def _summary(uses: Uses, ready: Ready, slots: int) -> str:
 
 
 def _draw_map(axes: Axes, values: Uses, *, top: float, label: str = "", colours: str = "Blues", ticks: int = 8) -> None:
-    """Draw ``values`` by block and expert, in colours up to the value ``top``, with their bar."""
+    """Draw ``values`` by block and expert as colours, the darkest from the value ``top`` on, with a colour bar."""
     shown = axes.imshow(values, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="nearest", rasterized=True)
     axes.set_facecolor("#e4e7ea")
     axes.set_xlabel("expert")
@@ -214,7 +217,10 @@ def _draw_map(axes: Axes, values: Uses, *, top: float, label: str = "", colours:
 
 
 def _shown_top(values: Uses, least: float) -> float:
-    """Return the value that is drawn in the darkest colour: a few experts must not make all others pale."""
+    """Return the value that is drawn in the darkest colour: the 98th percentile, or ``least`` if that is more.
+
+    With the maximum, a few experts would make all others pale.
+    """
     return max(float(np.nanpercentile(values, 98)), least)
 
 
@@ -230,7 +236,7 @@ def _shades(trace: Trace, tokens: range, block: int) -> npt.NDArray[np.float32]:
 
 
 def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str) -> npt.NDArray[np.bool_]:
-    """Return [tokens, experts]: in the cache before the token. It is cold at the first token of a sequence."""
+    """Return which experts are in the cache before each token: [tokens, experts]. Each sequence begins without any."""
     experts = trace.num_experts[block]
     found = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
@@ -244,7 +250,10 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
 
 
 def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return [blocks, experts] twice: tokens that use an expert, and those that find it. A prompt loads one once."""
+    """Return, each as [blocks, experts], the tokens that use an expert, and those that find it in the cache.
+
+    An expert that a prompt lacks is loaded once: of the prompt's tokens that use it, all but one count as hits.
+    """
     used = np.zeros((trace.block_count, max(trace.num_experts)))
     hits = np.zeros_like(used)
     for block, experts in enumerate(trace.num_experts):

@@ -30,7 +30,7 @@ from moetier.tools.convert.draft import choose_matrices, trunk_form
 class Trial:
     """A checkpoint loaded whole by transformers, whose weights are stored and read back in one way after another.
 
-    ``model`` computes in fp32 and eagerly, so that nothing but its weights ever differs.
+    ``model`` computes in fp32 and eagerly, so that only the weights differ from one way to the next.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -54,7 +54,7 @@ class Trial:
             raise UnsupportedModelError(
                 f"{name} has no experts that moetier knows.", "Give a Mixture-of-Experts model."
             )
-        # fp32 holds what it was loaded from exactly, so this gives the checkpoint's own weights
+        # conversion to fp32 and back is exact, so these are the checkpoint's own weights
         own = str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", "float32")))
         self._dtype: torch.dtype = getattr(torch, own)
         self._trunk: dict[str, Tensor] = {}  # originals of what was replaced, by module path
@@ -67,7 +67,7 @@ class Trial:
     def store(
         self, bits: Bits, group: int | None, pairs: str | None, *, fast: bool
     ) -> tuple[list[tuple[RecordLayout, int]], WeightError]:
-        """Replace every expert by what is read back from its record.
+        """Replace every expert by what is read back from its record. ``fast``: plain rounding in place of HQQ.
 
         Returns each block's layout and number of experts, and the error over all weights.
         """
@@ -85,7 +85,10 @@ class Trial:
 
     @torch.no_grad()
     def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
-        """Replace each matrix of the trunk that a conversion would quantise; with None restore them."""
+        """Replace each matrix of the trunk that a conversion would quantise by what is read back from its record.
+
+        With None, restore all matrices.
+        """
         chosen = choose_matrices(self.model, torch.float32, form) if form else {}
         for path in {**self._trunk, **chosen}:
             linear = self.model.get_submodule(path)
@@ -95,7 +98,7 @@ class Trial:
                 record = np.empty(chosen[path].record_bytes, np.uint8)
                 encode({WEIGHT: original}, chosen[path], record, fast=fast)
                 decode(torch.from_numpy(record), chosen[path], WEIGHT, weights)
-            linear.weight = torch.nn.Parameter(weights, requires_grad=False)  # a head is tied no longer
+            linear.weight = torch.nn.Parameter(weights, requires_grad=False)  # no longer tied to an embedding
 
 
 def _read_back(module: Any, expert: int, record: Tensor, layout: RecordLayout) -> None:
@@ -105,13 +108,13 @@ def _read_back(module: Any, expert: int, record: Tensor, layout: RecordLayout) -
         getattr(module, bias.name)[expert].copy_(sections(record, layout)[bias.name])
 
 
-WINDOW = 512  # tokens that are read together; each window begins without what came before
-LEAST_WINDOWS = 8  # to rank by: of fewer a standard error is itself too uncertain
+WINDOW = 512  # tokens of a window, which a model reads without the text before it
+LEAST_WINDOWS = 8  # for ranks; with fewer windows, standard errors are too uncertain
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """``nats`` lost over ``tokens`` predicted; losses of texts can be added."""
+    """Sum of the cross entropy, in ``nats``, over ``tokens`` predicted tokens. Losses of several texts can be added."""
 
     tokens: int = 0
     nats: float = 0.0
@@ -128,7 +131,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of the logarithm of a perplexity, with its standard error; None where one window alone was read."""
+    """Change of the logarithm of a perplexity, with its standard error, None where only one window was read."""
 
     log: float
     log_error: float | None
@@ -137,7 +140,7 @@ class Change:
     def of(cls, found: Loss, base: Loss) -> Change:
         """Return the change from ``base`` to ``found``, which were measured on the same windows.
 
-        Each window is compared with itself, so that what makes it hard for both has no part in the error.
+        Windows are compared in pairs, so that a window that is hard to predict for both does not add to the error.
         """
         pairs = list(zip(found.windows, base.windows, strict=True))
         assert all(mine[0] == theirs[0] for mine, theirs in pairs), "other windows"
@@ -164,10 +167,10 @@ class Change:
 
 
 def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
-    """Return the first and the last place by perplexity that each may have.
+    """Return the best and the worst rank by perplexity that each of ``losses`` may have.
 
-    Two whose difference is not clear share places. None where there is nothing to rank, or where there are too few
-    windows to know standard errors by.
+    Two whose difference is not clear share ranks. None for less than two losses, or for less than LEAST_WINDOWS
+    windows.
     """
     if len(losses) < 2 or len(losses[0].windows) < LEAST_WINDOWS:
         return None
@@ -190,7 +193,7 @@ def read_texts(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str, Tensor]:
-    """Return the first ``tokens`` tokens of each text, int64 [tokens or fewer], without special ones.
+    """Return the first ``tokens`` tokens of each text, int64 [tokens or fewer], without special tokens.
 
     Raises ConfigError.
     """
@@ -229,7 +232,7 @@ class Row:
     bits: int | None  # None: the checkpoint as it is
     group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
     pairs: str
-    method: str  # "hqq" or "rounding", likewise
+    method: str  # "hqq" or "rounding"; "" where nothing is quantised
     stored_bytes: int | None
     bits_per_weight: float | None  # as stored: pairs, padding and checksums included
     error: float | None
@@ -253,7 +256,7 @@ class Row:
 
 
 def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resources: Mapping[str, Any]) -> Row:
-    """Measure a model directory as it runs, in its own type; ``resources`` are keyword arguments of ``load``."""
+    """Measure a model directory as it runs, in its own dtype; ``resources`` are keyword arguments of ``load``."""
     manifest = read_manifest(folder / "experts.zarr")
     _check_tokenizer(folder)
     model, tokenizer = load(folder, **resources)

@@ -1,4 +1,4 @@
-"""Tiers on a trace: the policies of ``moetier.tiers`` on real slots, with loads that are done at once."""
+"""Simulation of tiers on a trace: slots and eviction policies are those of ``moetier.tiers``; loads take no time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
 
-POLICIES = (*ORDERS, "learned", "belady")  # those that tiers have, and two to measure by
+POLICIES = (*ORDERS, "learned", "belady")  # those of tiers, and two for comparison
 AHEAD = 8  # loads that a host tier of four loaders has in flight for one caller
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Experts that one forward pass wants of one block: a prompt's, or those of one token."""
+    """Experts that one forward pass needs in one block, for a whole prompt or for one token."""
 
-    keys: tuple[ExpertKey, ...]  # ascending, as the model's forward asks
+    keys: tuple[ExpertKey, ...]  # ascending, the order in which the model demands them
     is_prompt: bool
 
 
 @dataclass(slots=True)
 class Count:
-    """Hits and lookups, each against the state before its demand."""
+    """Hits and lookups of experts. All experts of a demand are looked up before any of them is loaded."""
 
     hits: int = 0
     lookups: int = 0
@@ -54,7 +54,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One policy with ``slots`` experts of each block cached, cold at the start of every sequence."""
+    """Result of one policy with ``slots`` slots for each block, which are empty at the start of every sequence."""
 
     policy: str
     slots: int
@@ -62,11 +62,11 @@ class Outcome:
     decoding: Count
     prompts: Count
     device: Count  # of the device tier above it, in decoding; no lookups where there is none
-    preloads: int  # loads before a sequence: of the experts that were used most until then
+    preloads: int  # loads before sequences (policy "learned"), of the experts used most until then
 
 
 class Clairvoyant:
-    """Evict the key whose next use is furthest away. It knows the future; no order hits more often (Belady 1966)."""
+    """Order that evicts the key whose next use is furthest in the future. None hits more often (Belady 1966)."""
 
     def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
         """Take the ``uses``: the times at which each key is used, ascending."""
@@ -89,7 +89,7 @@ class Clairvoyant:
         self._next[key] = self.next_use(key)
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
-        """Look up the key's next use anew."""
+        """Update the key's next use."""
         self._next[key] = self.next_use(key)
 
     def demote(self, key: ExpertKey) -> None:
@@ -107,7 +107,7 @@ class Clairvoyant:
 
 
 class SimulatedTier:
-    """Slots of a pool: those of one block, or of several in groups."""
+    """Tier whose loads take no time, with slots for one block, or for several blocks in groups."""
 
     def __init__(self, groups: Sequence[Group], make_order: Callable[[int], Order]) -> None:
         self._pool = SlotPool(groups, make_order)
@@ -118,7 +118,7 @@ class SimulatedTier:
         return cls([Group((block,), quota)], make_order)
 
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
-        """Load what is missing of one block's ``keys`` and return the misses. What is given first is evicted last."""
+        """Load those of one block's ``keys`` that are missing, and return them. The first key is evicted last."""
         missing = [key for key in keys if self._pool.find(key) is None]
         if is_prompt and len(keys) > self._pool.quota(keys[0].block):
             self._stream(keys, missing)
@@ -130,7 +130,7 @@ class SimulatedTier:
         return missing
 
     def preload(self, keys: Sequence[ExpertKey]) -> int:
-        """Load into EMPTY slots before anything is wanted; return how many."""
+        """Load ``keys`` into EMPTY slots, before any demand; return how many there are."""
         for key in reversed(keys):
             self._load(key, keys)
         return len(keys)
@@ -146,13 +146,13 @@ class SimulatedTier:
 
     def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
         slot = self._pool.choose(key.block, keep=keep.__contains__)
-        if slot is None:  # fewer slots than one token wants
+        if slot is None:  # fewer slots than one token needs
             slot = self._pool.choose(key.block)
         assert slot is not None
         self._fill(slot, key, scan=False)
 
     def _stream(self, keys: Sequence[ExpertKey], missing: Sequence[ExpertKey]) -> None:
-        """Compute with resident experts first, as a host tier does it, and load the others ahead of their use."""
+        """Use resident experts first, as a host tier does, and load the others up to AHEAD loads before their use."""
         resident = [key for key in keys if key not in set(missing)]
         self._pool.touch(reversed(resident), scan=True)
         waiting = deque(map(self._slot, resident))
@@ -194,8 +194,8 @@ def demands_of(trace: Trace, sequence: int, block: int) -> list[Demand]:
 def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) -> Outcome:
     """Simulate one policy on a trace, with ``slots`` experts of each block cached.
 
-    ``device_slots``: experts of each block that a device tier above has, in the same order where ``policy`` is one that
-    tiers have, else in the default one; what it misses is what ``policy`` is asked for.
+    ``device_slots``: slots for each block in a device tier above, whose misses are then the demands on the simulated
+    tier. The device tier evicts by ``policy`` if tiers have that policy, else by the default one.
     """
     decoding, prompts, device, preloads = Count(), Count(), Count(), 0
     for block, experts in enumerate(trace.num_experts):
@@ -226,7 +226,10 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
 
 
 def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> list[Demand]:
-    """Return what the tier below is asked for; count what is decoded."""
+    """Apply ``demands`` to ``tier`` and return its misses: the demands on the tier below.
+
+    Hits and lookups in decoding are added to ``count``.
+    """
     below = []
     for demand in demands:
         missing = tier.demand(demand.keys, is_prompt=demand.is_prompt)
@@ -238,7 +241,7 @@ def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> lis
 
 
 def _foresee(block: int, quota: int, demands: Sequence[Demand]) -> list[list[ExpertKey]]:
-    """Return the misses of each demand with the order that knows the future."""
+    """Return the misses of each demand with the order ``Clairvoyant``."""
     uses: dict[ExpertKey, list[int]] = {}
     for now, demand in enumerate(demands):
         for key in demand.keys:
@@ -247,7 +250,7 @@ def _foresee(block: int, quota: int, demands: Sequence[Demand]) -> list[list[Exp
     tier = SimulatedTier.of_block(block, quota, lambda quota: order)
     missed = []
     for order.now, demand in enumerate(demands):
-        # where they can't all stay, what is used next is to be loaded last
+        # if not all of them can stay, those whose next use is nearest must be loaded last
         keys = sorted(demand.keys, key=order.next_use, reverse=demand.is_prompt)
         missed.append(tier.demand(keys, is_prompt=demand.is_prompt))
     return missed

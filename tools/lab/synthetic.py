@@ -1,13 +1,14 @@
-"""Models that ``moetier synthetic`` makes: their sizes, tensors, and the routing of a trained model.
+"""Models that ``moetier synthetic`` makes: sizes, random tensors, and a routing like that of a trained model.
 
-Every matrix keeps the size of what goes through it: the deviation of its weights is one over the root of its inputs.
-Matrices that write to the residual stream have less: an attention or a block adds about a third of an embedding, so
-that every layer changes the stream a little, as in a trained model.
+Every matrix keeps the scale of its inputs: the standard deviation of its weights is 1 / sqrt(number of inputs).
+Matrices that write to the residual stream have smaller weights: an attention or a block adds about a third of the scale
+of an embedding, so that every layer changes the stream a little, as in a trained model.
 
-A trained model uses some experts more often than others while a text keeps to its topic. A random one that decodes
-random tokens uses all alike, and a cache hits by chance alone. So tokens have topics here. Token t is of topic t mod
-TOPICS; a part (``share``) of its embedding is the direction of its topic, the rest is its own. The token ids keep to a
-topic for a while, and within it follow Zipf's law. Gates are random, and read the token and its topic.
+A trained model uses some experts more often than others while a text keeps to its topic. A random model that decodes
+random tokens would use all experts alike, and a cache would hit only by chance. So tokens have topics here: token t has
+the topic t mod TOPICS, and a part (``share``) of its embedding's variance is the same for all tokens of the topic. The
+fixed token ids keep to a topic for a while, and follow Zipf's law within it. Gates are random; what they choose depends
+on the token and on its topic.
 """
 
 from __future__ import annotations
@@ -87,12 +88,12 @@ COMMON = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-GATE_GAIN = 1.5  # a gate's logits deviate by so much
-OUTPUT_GAIN = 0.55  # of what writes to the residual stream
+GATE_GAIN = 1.5  # standard deviation of a gate's logits
+OUTPUT_GAIN = 0.55  # factor for weights that write to the residual stream
 
 
 def config_of(geometry: str, blocks: int | None = None, sizes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Make config.json, with other numbers of ``blocks`` and ``sizes`` where they are given."""
+    """Return the config.json of a geometry; ``blocks`` and ``sizes`` replace values of the geometry."""
     config = {**COMMON, **GEOMETRIES[geometry], **(sizes or {})}
     return config if blocks is None else config | {"num_hidden_layers": blocks}
 
@@ -131,25 +132,25 @@ def deviation_of(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> f
         return GATE_GAIN * plain
     if name.endswith("o_proj.weight"):
         return OUTPUT_GAIN * plain
-    if name.endswith(("w2.weight", "down_proj.weight")):  # the mean of k independent outputs is smaller by its root
+    if name.endswith(("w2.weight", "down_proj.weight")):  # the mean of k independent outputs is smaller by sqrt(k)
         return OUTPUT_GAIN * math.sqrt(config["num_experts_per_tok"]) * plain
     return plain
 
 
 TOPICS = 64
 TOKENS_FILE = "tokens.json"
-TOKENS = 8192  # in it
-TRACED = 1024  # of them, from the first on, are what a curve is measured on
+TOKENS = 8192  # token ids in TOKENS_FILE
+TRACED = 1024  # number of those, from the first on, with which hit ratios are measured
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Parameters of a geometry's routing, and the hit ratios that it is to resemble."""
+    """Parameters of a geometry's routing, and the hit ratios that it should have."""
 
-    share: float  # of the variance of an embedding: its topic's
-    stay: float  # how likely the next token is of the same topic
-    model: str  # whose curve it is
-    curve: Mapping[int, float]  # hit ratio of an LRU with so many slots for each block, cold at the start
+    share: float  # part of an embedding's variance that its topic makes
+    stay: float  # probability that the next token has the same topic
+    model: str  # trained model whose hit ratios these are
+    curve: Mapping[int, float]  # hit ratio by slots for each block, of an LRU that begins empty
 
 
 MIXTRAL = {1: 0.166, 2: 0.327, 3: 0.453, 4: 0.574, 5: 0.689, 6: 0.799, 7: 0.902, 8: 0.995}
@@ -162,7 +163,7 @@ ROUTINGS = {
 
 
 def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int = 0) -> list[int]:
-    """Make the fixed tokens that every engine is fed."""
+    """Return ``count`` fixed token ids, which every measured engine is fed."""
     numbers = random.Random(f"{geometry} {seed}")
     ranks = range(1, vocabulary // TOPICS)  # the first tokens of a vocabulary are no words
     chances = list(itertools.accumulate(1 / rank for rank in ranks))
@@ -184,7 +185,7 @@ def read_tokens(folder: Path) -> list[int]:
 def record_tokens(model: Any, ids: Sequence[int]) -> Trace:
     """Record the experts that a loaded model uses for these tokens.
 
-    The trace has no prompt: to its reader they were decoded one by one.
+    They are fed at once, but the trace has no prompt: to a simulation they were decoded one by one.
     """
     import torch
 
@@ -197,14 +198,14 @@ def record_tokens(model: Any, ids: Sequence[int]) -> Trace:
 
 
 def lru_curve(trace: Trace, slots: Sequence[int]) -> dict[int, float]:
-    """Return hit ratios by experts of each block that are cached."""
+    """Return the hit ratio of an LRU for each number of ``slots`` for each block."""
     from .simulation import simulate
 
     return {number: simulate(trace, "lru", number).decoding.hit_ratio for number in slots}
 
 
 def curve_table(geometry: str, trace: Trace) -> str:
-    """Return the curve beside the one that it is to resemble, as text."""
+    """Return a trace's hit ratios as a table, beside those of the trained model and of chance."""
     routing = ROUTINGS[geometry]
     found = lru_curve(trace, list(routing.curve))
     chance = trace.num_experts[0]
@@ -215,7 +216,8 @@ def curve_table(geometry: str, trace: Trace) -> str:
     return f"hit ratio of an LRU in each block, {trace.tokens} tokens\n{table(rows)}"
 
 
-POOL_WEIGHTS = (1 << 24) - 3  # prime: rows of a power of two begin everywhere in it
+# size of the pool of random numbers; a prime, so that rows whose length is a power of two begin anywhere in it
+POOL_WEIGHTS = (1 << 24) - 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -228,9 +230,10 @@ def make_synthetic(
     seed: int = 0,
     quiet: bool = True,
 ) -> int:
-    """Write the checkpoint and return its bytes; ``sizes`` are of its config.json, in place of the geometry's own.
+    """Write a synthetic checkpoint into ``folder``, and return the bytes of its weights.
 
-    Raises ConfigError, TargetExistsError or DiskSpaceError.
+    ``blocks`` and ``sizes`` replace values of the geometry's config.json. Raises ConfigError, TargetExistsError or
+    DiskSpaceError.
     """
     from moetier.runtime.checkpoint.files import INDEX
     from moetier.tiers.store.atomic import disk_errors, make_folders, write_durably
@@ -263,7 +266,7 @@ def make_synthetic(
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """Tensor of bf16: a stretch of one endless stream of normal numbers, from ``start`` on. Norms are ones."""
+    """Tensor in bf16 of random normal numbers: those of ``pool``, repeated, from ``start`` on. Vectors are all ones."""
 
     shape: tuple[int, ...]
     start: int
@@ -291,7 +294,10 @@ class RandomTensor:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of tokens with topics: ``tokens`` [V, H] are their own parts, ``topics`` [TOPICS, H] the others."""
+    """Embeddings [V, H] of tokens with topics: the sums of a token's own part (``tokens``) and its topic's part.
+
+    ``tokens`` are [V, H], ``topics`` [TOPICS, H].
+    """
 
     tokens: RandomTensor
     topics: RandomTensor
