@@ -1,7 +1,8 @@
 """Choices for a model before it is converted: the sizes of experts and trunk at each width.
 
-A checkpoint needs no weights for that. The headers of its files, here or on the hub, give names, types and shapes. The
-index alone gives names, and the model that they are loaded into gives shapes.
+No weights are needed for that. The headers of the checkpoint's files, on this machine or on the hub, give the names,
+dtypes and shapes of tensors. Where only the index is there, it gives the names, and a model on the meta device the
+shapes.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ON_HUB = ("config.json", INDEX)  # what is fetched
+ON_HUB = ("config.json", INDEX)  # files that are downloaded before headers
 
 
 @dataclass(frozen=True)
 class CheckpointHeaders:
     """Headers of a checkpoint whose tensors can't be read yet.
 
-    Without ``shaped`` its tensors are names alone, with made-up types and places.
+    Without ``shaped``, only the names of its tensors are known; their dtypes, shapes and places are made up.
     """
 
     checkpoint: Checkpoint
     shaped: bool
     nbytes: int | None  # of the checkpoint; None where its index does not say
-    names_code: bool  # of its own: convert wants --ignore-code
-    on_hub: bool  # and not here: it is to be downloaded
+    names_code: bool  # whether it names Python code: convert then requires --ignore-code
+    on_hub: bool  # whether it must be downloaded
 
     def tensors(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, SourceTensor]:
         """Return the source tensors by name.
@@ -97,7 +98,7 @@ def open_headers(source: str | Path) -> CheckpointHeaders:
             "Download the checkpoint again, or leave config.json and the index alone in a folder to plan with.",
         )
     else:
-        open_checkpoint(folder, ignore_code=True)  # says what it lacks
+        open_checkpoint(folder, ignore_code=True)  # raises CheckpointError
         raise AssertionError(f"{folder} has {WEIGHTS}")
     checkpoint = Checkpoint(name, folder, str(source), True, config, tensors, copied=())
     nbytes = checkpoint.nbytes if on_hub else _total(folder)
@@ -121,9 +122,10 @@ def _total(folder: Path) -> int | None:
 
 
 def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[str, SourceTensor]:
-    """Give each tensor the size of its part of what the model makes of it.
+    """Return the source tensors with shapes from ``model``.
 
-    Of an expert's matrices only their number counts.
+    A tensor that becomes one parameter has that one's shape. Tensors that are merged or split on loading have the shape
+    [n], an equal share of the weights that result.
     """
     shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     made: dict[str, SourceTensor] = {}
@@ -139,19 +141,19 @@ def _shaped(model: PreTrainedModel, names: Iterable[str], dtype: str) -> dict[st
 
 @dataclass(frozen=True)
 class Choice:
-    """One width of experts and one of the trunk."""
+    """Sizes of a model with one width of experts and one of the trunk."""
 
     bits: Bits
     trunk_bits: Bits
     manifest: Manifest
-    trunk_bytes: int  # of its files, and in memory
-    matrices: tuple[RecordLayout, ...]  # of the trunk, that are quantised
-    plain_bytes: int  # of the rest of the trunk, that a token is multiplied with
+    trunk_bytes: int  # of the trunk's files; it takes as many in memory
+    matrices: tuple[RecordLayout, ...]  # of the trunk's quantised matrices
+    plain_bytes: int  # of the trunk's other weights that a token is multiplied with
     layers: int
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the model directory, but for small files."""
+        """Bytes of the model directory, without its small files."""
         return self.manifest.stored_bytes + self.trunk_bytes
 
     @property
@@ -162,14 +164,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """A model and its choices; ``headers`` is None where it is converted, and there is one choice."""
+    """A model and its choices. For a converted model, ``headers`` is None and there is one choice."""
 
     name: str
     source: str
     headers: CheckpointHeaders | None
-    model: Any  # on meta, its experts cut down
+    model: Any  # on the meta device, its Experts modules cut down where possible
     choices: tuple[Choice, ...]
-    passing_bytes: int = 0  # of the checkpoint's files, the most that are on the disk when it is converted from the hub
+    passing_bytes: int = 0  # most bytes of hub files that are on the disk at a time during a conversion
 
     @property
     def source_bytes(self) -> int:
@@ -180,7 +182,7 @@ class ModelChoices:
 
     @property
     def context(self) -> int:
-        """Default context of a plan, in tokens: no more than the model was made for."""
+        """Default context of a plan, in tokens: no more than the model was trained for."""
         return context_of(self.model.config, DEFAULT_CONTEXT)
 
     def chosen(self, bits: Collection[int] | None, trunk_bits: Collection[int] | None) -> list[Choice]:
@@ -201,7 +203,7 @@ class ModelChoices:
 
 
 def open_choices(source: str | Path) -> ModelChoices:
-    """Open a checkpoint's folder, in which its weights need not be, a hub id, or a model directory.
+    """Return the choices for a model: a checkpoint's folder, with or without weights, a hub id, or a model directory.
 
     Raises CheckpointError or StoreError.
     """
@@ -243,9 +245,9 @@ def _converted(folder: Path) -> ModelChoices:
 def _choice(
     bits: Bits, trunk_bits: Bits, manifest: Manifest, size: int, records: Mapping[str, RecordLayout], model: Any
 ) -> Choice:
-    """Return the choice whose trunk has ``size`` bytes, those of the quantised matrices of ``records`` among them.
+    """Return the choice with a trunk of ``size`` bytes, including the quantised matrices with the layouts ``records``.
 
-    A token reads one row of an embedding that is not the head too, so it does not count as multiplied with.
+    An embedding counts as multiplied with only if it is also the head: of another, a token reads one row.
     """
     quantised = sum(layout.payload_bytes for layout in records.values())
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()

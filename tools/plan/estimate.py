@@ -1,7 +1,7 @@
-"""Estimate of every choice: sizes, tiers, speed and time. Pure, but for the bundled hit curves.
+"""Estimate of every choice: sizes, tiers, speed and time. Pure, except that it reads the bundled hit curves.
 
-A step of decoding reads what is missing at the disk's rate, then multiplies at the kernels' rate; Python and torch add
-their operations around that. A block's demand waits for its records. A prompt's reads and products overlap.
+A step of decoding reads the missing records at the disk's rate, then multiplies at the kernels' rate; other operations
+of Python and torch take time too. A block's demand waits for its records. A prompt's reads and products overlap.
 
 Hit ratios come from bundled traces: ``tests/measurements/hit_curves.py`` makes ``hit_curves.json``. For another model
 they are an estimate.
@@ -36,7 +36,10 @@ FILE = "hit_curves.json"
 
 @dataclass(frozen=True, slots=True)
 class HitCurve:
-    """Hit ratios of one trace's decoding, with ``shares`` of each block's experts cached, ascending to 1."""
+    """Hit ratios in the decoding of one trace, by the share of each block's experts that are cached.
+
+    ``shares`` ascend, up to 1.
+    """
 
     trace: str
     experts: int  # of a block
@@ -45,11 +48,11 @@ class HitCurve:
     hit_ratios: tuple[float, ...]
 
     def at(self, share: float) -> float:
-        """Return the hit ratio at a ``share``, interpolated; the curve begins at nothing."""
+        """Return the interpolated hit ratio for a ``share`` of cached experts; it is 0 for a share of 0."""
         return 1.0 if share >= 1 else float(np.interp(share, (0.0, *self.shares), (0.0, *self.hit_ratios)))
 
     def distance(self, experts: int, top_k: int) -> float:
-        """Return how many doublings of either number lie between the curve's blocks and one of so many."""
+        """Return how much the curve's blocks differ from one of ``experts`` and ``top_k``, in doublings of each."""
         return abs(math.log2(experts / self.experts)) + abs(math.log2(top_k / self.top_k))
 
 
@@ -68,16 +71,16 @@ def nearest_curve(experts: int, top_k: int) -> HitCurve:
     return min(hit_curves(), key=lambda curve: curve.distance(experts, top_k))
 
 
-# What is done beside products and reads, in operations of torch on a few numbers (``speeds.py`` times one), with Python
-# around them. Fitted to what ``tests/measurements/plan.py`` measures.
-STEP_OPERATIONS = 500.0  # of a token: embedding, masks, the head
-LAYER_OPERATIONS = 800.0  # with attention and router
-EXPERT_OPERATIONS = 100.0  # that a layer calls
-MISS_OPERATIONS = 200.0  # of a record that is read: threads wait for each other
-PASSING_OPERATIONS = 1000.0  # likewise, where a block has fewer slots than a prompt wants: little is read ahead
-PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # of a prompt: rows are sorted and gathered
-PROMPT_TOKENS = 512  # of a prompt whose rate is estimated
-MEMORY_BOUND = 0.6  # of the time without the disk: reading memory
+# Cost of everything except products and reads. The unit is one operation of torch on a few numbers, called from Python,
+# which ``speeds.py`` times. The numbers are fitted to measurements of ``tests/measurements/plan.py``.
+STEP_OPERATIONS = 500.0  # for a token: embedding, masks, the head
+LAYER_OPERATIONS = 800.0  # for a layer, with attention and router
+EXPERT_OPERATIONS = 100.0  # for each expert that a layer calls
+MISS_OPERATIONS = 200.0  # for each record that is read: threads wait for each other
+PASSING_OPERATIONS = 1000.0  # the same where a block has fewer slots than a prompt needs: little is read ahead
+PROMPT_LAYER_OPERATIONS, PROMPT_EXPERT_OPERATIONS = 4000.0, 430.0  # in a prompt, where rows are sorted and gathered
+PROMPT_TOKENS = 512  # length of the prompt whose rate is estimated
+MEMORY_BOUND = 0.6  # share of the time without the disk, beyond which reading memory is the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +90,12 @@ class Cost:
     disk: float
     kernels: float
     overhead: float
-    memory: float  # of the kernels' part: what its bytes would take at the memory's rate
-    overlaps: bool  # the disk with the rest
+    memory: float  # what the bytes that kernels read would take at the memory's rate
+    overlaps: bool  # whether reads from the disk overlap with the rest
 
     @property
     def seconds(self) -> float:
-        """Seconds in all; of the longer part where the two overlap."""
+        """Total seconds; where reads overlap with computing, the longer of both."""
         computing = self.kernels + self.overhead
         return max(self.disk, computing) if self.overlaps else self.disk + computing
 
@@ -111,15 +114,15 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Caching:
-    """Hit ratios that a number of slots gives, block by block."""
+    """Estimated hit ratios with a number of slots, block by block."""
 
-    slots: tuple[float, ...]  # of its own; 0 where it streams through slots that it shares
+    slots: tuple[float, ...]  # of each block; 0 for a block that shares its slots with others
     hit_ratios: tuple[float, ...]
-    curve: str  # the trace that they are from
+    curve: str  # the trace from which they are estimated
 
     @classmethod
     def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> Caching:
-        """Estimate hit ratios from ``slots`` by array, divided as the host tier does it."""
+        """Estimate hit ratios from the host tier's ``slots`` by array, divided among blocks as the host tier does."""
         own = [0.0] * len(manifest.blocks)
         for group in groups_of(manifest, slots):
             if len(group.blocks) == 1:
@@ -138,9 +141,9 @@ class Caching:
 
 
 def token_cost(choice: Choice, caching: Caching, rates: Rates, cache_bytes: int) -> tuple[Cost, float]:
-    """Return the cost of a token, and the bytes that it reads.
+    """Return the cost of decoding a token, and the bytes that it reads from the disk.
 
-    The keys and values of its context take ``cache_bytes``.
+    ``cache_bytes``: size of the keys and values of its context.
     """
     missing = misses = experts = disk = 0.0
     for number, block in enumerate(choice.manifest.blocks):
@@ -167,7 +170,7 @@ def token_cost(choice: Choice, caching: Caching, rates: Rates, cache_bytes: int)
 def prompt_cost(choice: Choice, caching: Caching, rates: Rates) -> Cost:
     """Return the cost of the first prompt of a process, of PROMPT_TOKENS.
 
-    Nothing is in memory, and all tokens are computed together. They are taken to choose experts evenly.
+    No record is cached, and all tokens are computed together. They are assumed to choose experts evenly.
     """
     trunk_bytes, kernels = _trunk_cost(choice, rates, PROMPT_TOKENS)
     disk, memory = 0.0, trunk_bytes / rates.memory
@@ -281,9 +284,9 @@ def _choice(model_choices: ModelChoices, fit: Fit, room: Room, speeds: Speeds) -
 
 
 def _conversion(model_choices: ModelChoices, choice: Choice, speeds: Speeds) -> float | None:
-    """Return the seconds of a conversion, without the download.
+    """Estimate the seconds of a conversion without the download; None for a model that is converted.
 
-    Reading and writing at the disk's rate, one after the other; or quantising, where that is slower.
+    They are those of reading and writing at the disk's rate, one after the other, or of quantising if that is slower.
     """
     if model_choices.headers is None:
         return None

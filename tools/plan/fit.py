@@ -1,4 +1,4 @@
-"""Fit of a choice on this machine: whether it works, and its slots and bytes in each tier, by the budgets of a load."""
+"""Fit of a choice on this machine: whether it works, and its slots and bytes in each tier, computed as in loading."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from .choices import Choice, ModelChoices
 # ``by_preference`` puts 8 before this order. A trunk of 8 bits has no measurable loss of quality, one of 4 bits
 # has (docs/quality.md).
 BITS_ORDER, TRUNK_ORDER = (4, 3, 2, 8, 16), (8, 4, 16)
-LEAST_CONTEXT = 256  # tokens that are tried in place of a longer context
+LEAST_CONTEXT = 256  # shortest context, in tokens, that is tried where a longer one does not fit
 
 
 @dataclass(frozen=True)
 class Room:
-    """Memory and disk of this machine, as a process finds them that has imported what a model needs."""
+    """Free memory and disk of this machine, for a process that has already imported what a model needs."""
 
     host: Available
     device: torch.device
     on_device: Available | None  # None on a CPU
-    disk_free: int  # where the model directory is to be
-    idle_bytes: int  # of such a process
+    disk_free: int  # on the disk where the model directory is to be
+    idle_bytes: int  # memory of such a process
     into: Path
 
     @classmethod
     def here(cls, device: torch.device, into: Path, host: Available, idle_bytes: int) -> Room:
-        """Add the free memory of ``device`` and the free disk space of ``into`` to what is known."""
+        """Return the room with the free memory of ``device`` and the free disk space of ``into``; the rest is given."""
         there = None
         if device.type == "cuda":
             there = Available(torch.cuda.mem_get_info(device)[0], str(device))
@@ -50,7 +50,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Fit:
-    """A choice on this machine. ``problem`` is why it can't work; then there are no slots."""
+    """Slots and bytes of a choice on this machine. If it can't work, ``problem`` says why, and there are no slots."""
 
     choice: Choice
     needs: Needs
@@ -82,9 +82,9 @@ class Fit:
 
 
 def fit_of(model_choices: ModelChoices, choice: Choice, config: TierConfig, room: Room, kernels: Kernels) -> Fit:
-    """Compute the slots and memory of a choice by the budgets that it would load with.
+    """Compute the slots and memory of a choice, with the budgets that loading it would use.
 
-    A problem of disk or memory is in the result, not raised.
+    A lack of disk or memory is not raised; it is the ``problem`` of the result.
     """
     manifest, model = choice.manifest, model_choices.model
     scratch = max(scratch_numbers(manifest, kernels), largest_decoded(choice.matrices, kernels))
@@ -130,10 +130,10 @@ def _disk_problem(model_choices: ModelChoices, choice: Choice, room: Room) -> Mo
 def _memory_problem(
     error: BudgetError, choice: Choice, needs: Needs, config: TierConfig, there: Available, room: Room
 ) -> BudgetError:
-    """Restate a budget's error with the whole need: budgets know only what the trunk leaves.
+    """Return a budget's error with all memory that is needed: the error itself counts only memory beside the trunk.
 
-    ``there`` is where memory is too small: with a GPU the trunk and the context are on it, and the host has experts
-    alone.
+    ``there`` is the memory that is too small, the host's or the GPU's. With a GPU, trunk and context are in the GPU's
+    memory, and the host's has only experts.
     """
     if (config.ram or config.device_memory) and "Give `" in error.fix:
         return error
@@ -171,11 +171,14 @@ def by_preference(fits: Iterable[Fit]) -> list[Fit]:
 
 
 def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]], config: TierConfig) -> MoetierError:
-    """Say why none of ``asked`` works, and the nearest that does: another width, else a shorter context."""
+    """Return an error that says why none of ``asked`` works, and what would: another width, else a shorter context.
+
+    ``evaluate`` returns the fits of all widths with a config.
+    """
     worst = min(asked, key=lambda fit: fit.choice.disk_bytes)
     problem = worst.problem
     assert problem is not None
-    if "Give `" in problem.fix:  # a budget that is out of bounds, which are said
+    if "Give `" in problem.fix:  # a budget is out of bounds, and the error names the bounds
         return problem
     tried = config
     while True:
@@ -189,7 +192,7 @@ def impossible(asked: Sequence[Fit], evaluate: Callable[[TierConfig], list[Fit]]
 
 
 def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
-    """Return the bytes of a process that runs it, when its context and its slots are full."""
+    """Return the memory in bytes of a process that runs ``fit``, by part, when its context and its slots are full."""
     on_cpu = room.device.type == "cpu"
     parts = {
         "idle_bytes": room.idle_bytes,
@@ -198,5 +201,5 @@ def memory_of(fit: Fit, room: Room) -> dict[str, Any]:
         "computing_bytes": fit.needs.reserve - fit.kv_bytes,
         "experts_bytes": fit.arena_bytes,
     }
-    beside = () if on_cpu else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # are on the device
+    beside = () if on_cpu else ("trunk_bytes", "kv_cache_bytes", "computing_bytes")  # these are on the device
     return parts | {"process_bytes": sum(size for name, size in parts.items() if name not in beside)}

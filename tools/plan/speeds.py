@@ -1,4 +1,4 @@
-"""Rates of this machine, measured in a few seconds, which an estimate is made of."""
+"""Rates of this machine, measured in a few seconds, from which a plan's estimates are computed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from .fit import Room
 
 GB = 1e9
 DISK_SECONDS = 2.0  # of random reads, half of them one at a time
-LEAST_FILE_BYTES = 64 << 20  # of a file that is there: in a smaller one reads would meet too often
-FILE_BYTES = 256 << 20  # that is read from, where there is no other file; less for a smaller model
-LEAST_MADE_BYTES = 16 << 20  # but not less than this
+LEAST_FILE_BYTES = 64 << 20  # of an existing file that is read; in a smaller one, reads would repeat too often
+FILE_BYTES = 256 << 20  # of a temporary file that is read where there is no other; less for a smaller model
+LEAST_MADE_BYTES = 16 << 20  # least size of that temporary file
 KERNEL_SECONDS = 0.25
-ROWS = 32  # of a product with many
-PROBED_WEIGHTS = 1 << 22  # of a matrix that is multiplied: a whole expert may take seconds
+ROWS = 32  # of a product with many rows
+PROBED_WEIGHTS = 1 << 22  # most weights of a measured matrix: a whole expert may take seconds
 QUANTISED_WEIGHTS = 1 << 19
-DEVIATION = 0.03  # of theirs: the solver takes longer with what no model has
-OPERATIONS = 2000
+DEVIATION = 0.03  # of those weights, as in models: with unusual weights the solver takes longer
+OPERATIONS = 2000  # of torch, timed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class DiskRate:
     loaders: int
 
     def at(self, reads: float) -> float:
-        """Return the rate with so many ``reads`` in flight, interpolated."""
+        """Return the rate with a number of ``reads`` in flight, interpolated."""
         share = (min(max(reads, 1.0), self.loaders) - 1) / max(self.loaders - 1, 1)
         return self.one + (self.all - self.one) * share
 
@@ -60,7 +60,7 @@ class Rates:
     disk: DiskRate
     memory: float  # bytes a second
     one_row: Mapping[Bits, float]  # bytes a second of records, by bits: products of one row, as in decoding
-    many_rows: Mapping[Bits, float]  # bytes times rows a second: products of many, as of a prompt
+    many_rows: Mapping[Bits, float]  # bytes times rows a second: products of many rows, as in a prompt
     plain: float  # bytes a second of matrices of 16 bits outside records, with one row
     operation: float  # seconds of an operation of torch on a few numbers
 
@@ -70,7 +70,7 @@ class Rates:
 
     @classmethod
     def measure(cls, disk: DiskRate, choices: Sequence[Choice], room: Room) -> Rates:
-        """Measure all rates but the disk's on the CPU.
+        """Measure all rates except the disk's, on the CPU.
 
         Products are with matrices of the experts' shapes, of each width that experts or trunk of ``choices`` have.
         """
@@ -97,7 +97,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Rates of this machine; ``rates`` is None on a GPU, where no speed is estimated."""
+    """All measured speeds of this machine; ``rates`` is None on a GPU, where no speed is estimated."""
 
     disk: DiskRate
     disk_by: str
@@ -121,7 +121,10 @@ class Speeds:
 
 
 def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Room) -> tuple[DiskRate, str]:
-    """Measure reads of records, else of the checkpoint's files on the same disk, else of a file made for it."""
+    """Measure reads of records, else of the checkpoint's files on the same disk, else of a temporary file.
+
+    Returns the rate, and a text that says how it was measured.
+    """
     block = min(max(layout.slot_bytes for layout in choices[0].manifest.layouts.values()), PIECE_BYTES)
     with ExitStack() as stack:
         if model_choices.headers is None:
@@ -136,7 +139,7 @@ def _disk_rate(model_choices: ModelChoices, choices: Sequence[Choice], room: Roo
 
 
 def _files_on(folder: Path, tensors: Collection[StoredTensor]) -> list[Path]:
-    """Return the files of ``tensors`` that are on the disk of ``folder``, and large enough."""
+    """Return the files of ``tensors`` that are on the disk of ``folder``, and large enough for random reads."""
     there = [file for file in sorted({tensor.file for tensor in tensors}) if file.is_file()]
     device = folder.stat().st_dev
     return [f for f in there if f.stat().st_dev == device and f.stat().st_size >= LEAST_FILE_BYTES]
@@ -159,9 +162,9 @@ def _probed_layout(layout: RecordLayout, bits: Bits) -> RecordLayout:
 
 
 def _plain_rate(memory: float, nbytes: int) -> float:
-    """Measure the bytes a second of a product of one row with a bf16 matrix of ``nbytes``.
+    """Measure the bytes a second of a product of one row with a bf16 matrix of about ``nbytes``.
 
-    Where torch computes in fp32 that is the memory's rate.
+    Where activations are in fp32, return the rate ``memory`` instead.
     """
     import torch
 
@@ -181,7 +184,7 @@ def _plain_rate(memory: float, nbytes: int) -> float:
 
 
 def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
-    """Measure the weights a second that one worker makes records of, by bits, without 16 bits."""
+    """Measure how many weights a second one worker quantises, for each of ``widths``, which are below 16 bits."""
     import numpy as np
     import torch
 
