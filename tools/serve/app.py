@@ -41,7 +41,7 @@ def application(name: str, engine: Engine, key: str | None, most: int) -> App:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "unhealthy", "reason": "cb_worker_dead"}, status_code=503)
 
-    def metrics(request: Request) -> Response:  # on a thread, as all these: it waits for locks
+    def metrics(request: Request) -> Response:  # runs on a thread, as all functions here, because it waits for locks
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), media_type=content_type)
 

@@ -1,4 +1,4 @@
-"""Engine that computes answers together, by transformers' continuous batching: requests share what they load."""
+"""Engine that answers requests in one batch, by transformers' continuous batching, to share loaded experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moetier.tiers.errors import ConfigError
 from .engine import Answer, Engine, Job
 from .refusal import FAILED, Refusal, log_failure
 
-PAGE = 32  # tokens: prompts that begin alike share whole pages
+PAGE = 32  # tokens in a page of keys and values; prompts that begin alike share whole pages
 GREEDY = {"temperature": 1.0, "top_p": 0.0, "top_k": 1}  # only the most likely token is left
 FIXED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # the same for all requests
 PATIENCE = 10.0  # longest wait at the end for the step that is being computed, in seconds
@@ -26,7 +26,7 @@ class Together(Engine):
     def __init__(self, model: Any, tokenizer: Any, context: int, chunk: int, requests: int) -> None:
         """Compute at most ``chunk`` tokens of prompts in a step.
 
-        Raises ConfigError for a model whose layers transformers can't compute so.
+        Raises ConfigError for a model with layers that transformers can't batch.
         """
         super().__init__(model, tokenizer, context)
         if not can_resume(model):
@@ -34,7 +34,7 @@ class Together(Engine):
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation("sdpa")
         config = copy.deepcopy(model.generation_config)
-        # a sampler can differ by request only if its value here is not the one that changes nothing
+        # transformers lets requests set a sampling option only if its value here is one that has an effect
         config.update(**ONE_SEQUENCE, do_sample=True, temperature=0.5, top_p=0.5, top_k=1, use_cache=False)
         # the largest top_k that transformers 5.23 takes
         self._vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -101,10 +101,10 @@ class Together(Engine):
         return answer
 
     def drop(self, answer: Answer) -> None:
-        """Forget an answer that has ended, and stop computing it."""
+        """Remove an answer that has ended, and stop computing it."""
         super().drop(answer)
         self._batching.cancel_request(answer.id)
-        router = self._batching.output_router  # which keeps the handler of a request that is cancelled
+        router = self._batching.output_router  # it would keep the handler of a cancelled request
         with router._lock:
             router.result_handlers.pop(answer.id, None)
 

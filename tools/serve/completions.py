@@ -32,9 +32,9 @@ class Completions(ABC):
 
     body: ClassVar[type[Body]]
     prompt: ClassVar[str]  # field of the body that has the prompt
-    object: ClassVar[str]  # OpenAI's name of an answer, and
-    chunk: ClassVar[str]  # of a piece of one
-    opening: ClassVar[tuple[dict[str, Any], ...]] = ()  # what comes before the first piece
+    object: ClassVar[str]  # OpenAI's name for the type of a whole answer
+    chunk: ClassVar[str]  # OpenAI's name for the type of a piece of an answer
+    opening: ClassVar[tuple[dict[str, Any], ...]] = ()  # choices that are sent before the first piece
     stop: tuple[str, ...] = ()  # strings that end every answer
 
     def __init__(self, name: str, engine: Engine) -> None:
@@ -119,7 +119,7 @@ class Completions(ABC):
 
     @abstractmethod
     def _ids(self, body: dict[str, Any]) -> list[int]:
-        """Return the prompt's tokens; of one that is too long, the first are enough. Raises Refusal."""
+        """Return the prompt's tokens; of a prompt that exceeds the context, only some of the first. Raises Refusal."""
 
     @abstractmethod
     def _parser(self, body: dict[str, Any], ids: list[int]) -> Any:
@@ -127,7 +127,10 @@ class Completions(ABC):
 
     @abstractmethod
     def _choice(self, piece: Any, calls: int) -> dict[str, Any]:
-        """Return a piece of the answer, "" at its end, as the part of a choice; ``calls`` tool calls came before."""
+        """Return the part of OpenAI's "choice" that holds a ``piece`` of the answer, which is "" at its end.
+
+        ``calls``: number of tool calls that came before.
+        """
 
     @abstractmethod
     def _whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class Completions(ABC):
 
 
 class ChatCompletions(Completions):
-    """Endpoint of chats, whose prompts the model's chat template makes."""
+    """Endpoint of chat completions. The model's chat template makes the prompt from the messages."""
 
     body, prompt, object, chunk = ChatBody, "messages", "chat.completion", "chat.completion.chunk"
     opening = ({"delta": {"role": "assistant"}},)
@@ -194,7 +197,7 @@ class ChatCompletions(Completions):
 
 
 class TextCompletions(Completions):
-    """Endpoint of completions, whose prompt is a text as it is."""
+    """Endpoint of text completions. The request's text is the prompt."""
 
     body, prompt, object, chunk = TextBody, "prompt", "text_completion", "text_completion"
 

@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Prompt, and how an engine is to continue it."""
+    """Prompt of a request, and the options with which an engine continues it."""
 
     ids: list[int]  # tokens of the prompt: one or more, and fewer than the engine's context
     most: int  # most tokens of the answer
-    asked: dict[str, float] = field(default_factory=dict)  # those of SAMPLING that the request names
+    asked: dict[str, float] = field(default_factory=dict)  # sampling options (SAMPLING) that the request gives
     seed: int | None = None
     stop: Sequence[str] = ()
     parser: Any = None  # transformers' ResponseParser, for models whose tool calls and reasoning it knows
@@ -37,13 +37,13 @@ class Job:
 class Answer:
     """Text of one answer, piece by piece.
 
-    An engine adds tokens on any thread, and the client's coroutine, in whose event loop it was made, takes pieces. It
-    ends once, and is then answered, cancelled or failed; tokens that come later are ignored.
+    An engine adds tokens on any thread. The client's coroutine takes pieces, in the event loop in which the answer was
+    made. An answer ends once, as answered, cancelled or failed; tokens that come later are ignored.
     """
 
     def __init__(self, job: Job, engine: Engine) -> None:
         self.id = str(uuid.uuid4())
-        self.job: Job | None = job  # None once it has ended: a queue may hold the answer longer than its prompt
+        self.job: Job | None = job  # None after the end, to free the prompt: a queue may hold the answer for longer
         self.new_tokens = 0
         self.kept_tokens: int | None = None  # tokens of the prompt that were not computed again; None: unknown
         self._prompt_tokens = len(job.ids)
@@ -53,7 +53,7 @@ class Answer:
         self._stops = StopStrings(job.stop)
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()  # guards the end
+        self._lock = threading.Lock()  # held to end the answer, which happens once
         engine.tally.add(under_way=1)
         if job.parser is not None:
             self._pass_on(response_events_to_chunks(job.parser.initial_events))
@@ -71,10 +71,10 @@ class Answer:
             yield piece
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Add new tokens; a stop string ends the answer."""
+        """Add new tokens, and pass on their text. A stop string ends the answer."""
         if self.ended:
             return
-        self._engine.tally.add(new_tokens=len(tokens))  # first: a client that has the text may read the count
+        self._engine.tally.add(new_tokens=len(tokens))  # before a client has the text, as it may read the count
         self.new_tokens += len(tokens)
         for token in tokens:
             text = self._decoder.step(self._engine.tokenizer._tokenizer, token)
@@ -104,7 +104,7 @@ class Answer:
             self._send(Refusal(503, ENDING))
 
     def cancel(self) -> None:
-        """End the answer because nobody waits for it."""
+        """End the answer because its client no longer waits for it."""
         self._end("cancelled")
 
     def _pass_on(self, pieces: Iterable[Any]) -> None:
@@ -147,20 +147,20 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, job: Job) -> Answer:
-        """Queue a job and return its answer. For the event loop. Raises Refusal."""
+        """Queue a job and return its answer. Must be called in the event loop. Raises Refusal."""
 
     def drop(self, answer: Answer) -> None:
-        """Forget an answer that has ended."""
+        """Remove an answer that has ended from the engine."""
         self._answers.discard(answer)
 
     def cut(self) -> None:
-        """End all answers, as the server ends."""
+        """End all answers because the server ends."""
         for answer in list(self._answers):
             answer.cut()
 
     @abstractmethod
     def stop(self) -> None:
-        """Wait for what is being computed, and stop."""
+        """Stop computing, once the step or answer that is being computed is done."""
 
     def _begin(self, job: Job) -> Answer:
         answer = Answer(job, self)

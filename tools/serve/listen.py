@@ -1,4 +1,4 @@
-"""The socket that a server listens on, its connections, and its end."""
+"""HTTP server: the socket that it listens on, limits on its connections, and its shutdown."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moetier.tiers.errors import ConfigError
 
-GRACE = 5  # seconds at the end for clients to take what is still sent to them
-HEADER_SECONDS = 20.0  # for all headers of a request to arrive, from the connection or from the previous answer
-ANSWER_SECONDS = 60.0  # longest time in which a client takes nothing of its answer
+GRACE = 5  # seconds that clients have at the server's end to take the last answers
+HEADER_SECONDS = 20.0  # until all headers of a request have arrived, counted from the connection or the previous answer
+ANSWER_SECONDS = 60.0  # longest time in which a client may read nothing of its answer
 BACKLOG = 128  # connections that are accepted in one go
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -56,12 +56,12 @@ def url_of(bound: socket.socket) -> str:
 
 
 class BoundedProtocol(H11Protocol):
-    """Connection with the bounds that no ASGI application can set: on idle connections, and on answers not taken.
+    """Connection with limits that no ASGI application can set: on idle connections, and on clients that do not read.
 
     A connection is idle until all headers of a request have arrived, and again once the request is answered. It is
-    closed after ``header_seconds`` of that. Beyond ``most_connections``, the connection that has been idle longest
-    makes room for a new one; if none is idle, the new one is refused. A connection is cut when its client has taken
-    nothing of an answer, or of a refusal, for ``answer_seconds``.
+    closed when it was idle for ``header_seconds``. Beyond ``most_connections``, the connection that has been idle
+    longest is closed for a new one; if none is idle, the new one is refused. A connection is aborted when its client
+    has read nothing of an answer, or of an error, for ``answer_seconds``.
     """
 
     most_connections: int
@@ -71,7 +71,7 @@ class BoundedProtocol(H11Protocol):
     _untaken: asyncio.TimerHandle | None = None  # runs while the buffer of an answer is full
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the header timer; above the limit, first drop the connection idle longest, or refuse this one."""
+        """Start the header timer. Above the limit, abort the connection idle longest first, or refuse this one."""
         super().connection_made(transport)
         if len(self.connections) > self.most_connections:
             others = (each for each in self.connections if isinstance(each, BoundedProtocol))
@@ -85,7 +85,7 @@ class BoundedProtocol(H11Protocol):
         self._rest()
 
     def data_received(self, data: bytes) -> None:
-        """Take data of the client, and stop the header timer once all headers of a request have arrived."""
+        """Handle data from the client, and stop the header timer once all headers of a request have arrived."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._work()
@@ -97,12 +97,12 @@ class BoundedProtocol(H11Protocol):
             self._rest()
 
     def pause_writing(self) -> None:
-        """Start the timer that drops a client that takes nothing of its answer."""
+        """Start the timer that aborts the connection if the client reads nothing of its answer."""
         super().pause_writing()
         self._untaken = self.loop.call_later(self.answer_seconds, self.drop)
 
     def resume_writing(self) -> None:
-        """Stop the timer of ``pause_writing``, as the client takes data again."""
+        """Stop the timer of ``pause_writing``, as the client reads again."""
         if self._untaken is not None:
             self._untaken.cancel()
             self._untaken = None
@@ -167,7 +167,8 @@ class Server(uvicorn.Server):
     def serve_until_told(self, bound: socket.socket) -> None:
         """Serve until SIGTERM or SIGINT; a second SIGINT ends at once."""
         with contextlib.ExitStack() as former:
-            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again at its end: to this handler, then
+            # uvicorn restores these handlers at its end and raises the signal again, which must not end the process
+            for number in (signal.SIGTERM, signal.SIGINT):
                 former.callback(signal.signal, number, signal.signal(number, self.handle_exit))
             self.run([bound])
 

@@ -1,4 +1,4 @@
-"""Counters of a server's requests, and Prometheus's text of them and of the model's tiers."""
+"""Counters of a server's requests, and their Prometheus metrics with those of the model's tiers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ METRICS: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str
 
 
 class Tally:
-    """Counts since the server's start, without requests that were refused. Thread-safe."""
+    """Counts of requests and tokens since the server's start, without refused requests. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys((*OUTCOMES, *METRICS), 0)
 
     def add(self, **more: int) -> None:
-        """Add to counts, which are called as in METRICS, or requests by outcome (OUTCOMES)."""
+        """Add to counts by name: those of METRICS, and for requests that ended those of OUTCOMES."""
         with self._lock:
             for name, count in more.items():
                 self._counts[name] += count

@@ -1,4 +1,4 @@
-"""ASGI middleware in front of the application: access, and bounds on what a client takes."""
+"""ASGI middleware in front of the application: control of access, and limits on requests and their bodies."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ RETRY_SECONDS = 5
 class Gate:
     """Pass on requests that show ``key``, and log errors of the application.
 
-    Without a key (None), pass on requests that call this host by a name of its own. Otherwise any web page could reach
-    the server through a name of the page's.
+    Without a key (None), pass on only requests whose Host header names this machine as local. Otherwise a web page
+    could reach the server by a host name of its own that resolves to this machine (DNS rebinding).
     """
 
     def __init__(self, app: App, key: str | None) -> None:
@@ -50,7 +50,7 @@ class Gate:
         headers[b"content-type"] = headers.get(b"content-type") or JSON
         try:
             await self._app({**scope, "headers": [*headers.items()]}, receive, send)
-        except Exception as error:  # the client has been told
+        except Exception as error:  # the client has got an error
             log_failure(f"{scope['method']} {scope['path']}", error)
 
     def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
@@ -70,7 +70,7 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if scope["method"] == "POST" and not headers.get(b"content-type") and b"origin" in headers:
-            # a browser sends such a request to another site without asking it first, but not one that says JSON
+            # without a preflight request, a browser sends a page's POST to another site only if it does not say JSON
             raise Refusal(400, "A request of a web page needs the Content-Type application/json.")
 
     def _knows(self, authorization: bytes) -> bool:
@@ -81,7 +81,7 @@ class Gate:
 
 
 def _digest(key: bytes) -> bytes:
-    """Return a digest, which has one length for all keys: the time of a comparison tells nothing."""
+    """Return a digest of a key. All have the same length, so that the time of a comparison tells nothing of the key."""
     return hashlib.sha256(key).digest()
 
 

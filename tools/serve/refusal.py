@@ -1,4 +1,4 @@
-"""Errors of requests: their form in OpenAI's API, and in the log."""
+"""Errors of requests, in the form of OpenAI's API, and how they are logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests. A field that would change an answer is honoured or refused."""
+"""Validation of request bodies. A field that would change an answer is honoured or refused, never ignored."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ NEUTRAL = {  # fields that are not honoured, and the value of each that changes 
     "response_format": {"type": "text"},
 }
 MOST_TOKENS = 1 << 31
-MOST_MESSAGES = 1 << 16  # checking more would take seconds, and few contexts have room for them
-NOT_OF_TEMPLATES = {  # parameters of the functions that pass variables on to a template
+MOST_MESSAGES = 1 << 16  # checking more would take seconds, and few contexts have room for more
+NOT_OF_TEMPLATES = {  # names that no variable of a template may have: parameters of the functions that render it
     *("messages", "load_audio_from_video", "compiled_template"),
     *(
         name
@@ -51,7 +51,7 @@ def _as_list(given: Any) -> Any:
 
 
 def _text(given: Any) -> Any:
-    """Return the content of a message: a string, parts that are text, or nothing."""
+    """Return the content of a message unchanged, if it is a string, a list of text parts, or None."""
     parts = given if isinstance(given, list) else [{"type": "text", "text": "" if given is None else given}]
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         raise PydanticCustomError("content", "text only, no images or sound")
@@ -61,7 +61,7 @@ def _text(given: Any) -> Any:
 
 
 def _arguments(given: Any) -> Any:
-    """Return the arguments of a tool call as an object, as templates want it; OpenAI's API has a string of JSON."""
+    """Return the arguments of a tool call as an object, as templates expect them. OpenAI's API has a JSON string."""
     try:
         found = json.loads(given) if isinstance(given, str) else given
     except ValueError:
@@ -81,7 +81,7 @@ def _is_unicode(given: Any) -> bool:
 
 
 def _of_template(given: dict[str, Any]) -> dict[str, Any]:
-    """Return variables for the model's template; none may choose the template, or how transformers applies it."""
+    """Return variables for the model's chat template, unless one would choose the template or how it is applied."""
     if taken := sorted(given.keys() & NOT_OF_TEMPLATES):
         raise PydanticCustomError("template", "{name} is not supported here", {"name": taken[0]})
     return given

@@ -35,7 +35,7 @@ class OneByOne(Engine):
 
     def _generate(self, answer: Answer) -> None:
         job = answer.job
-        if job is None:  # it ended before its turn
+        if job is None:  # the answer ended while it was queued
             return
         if job.seed is None:
             torch.seed()
