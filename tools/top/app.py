@@ -1,4 +1,4 @@
-"""Application of ``moetier top``. It alone, with its widgets, needs textual."""
+"""Application of ``moetier top``. Only this module and ``widgets`` need textual."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from .widgets import Choice, Help, Part
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds
 TERMINATED = 128 + signal.SIGTERM
-NARROW_HEAT = 20  # lines of the experts where the parts stand below each other
+NARROW_HEAT = 20  # lines of the map of experts on a narrow screen, where parts are below each other
 
 
 class Told(Message):
-    """Message with a look of the watch, or with the error that prevented one."""
+    """Message with a daemon's new state, or with the error of a query."""
 
     def __init__(self, seen: Look | MoetierError) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class Told(Message):
 
 
 class Top(App[None]):
-    """Application that shows the daemon at ``address``, or lets one of those that were ``found`` be chosen.
+    """Application that shows the daemon at ``address``, or a list of the ``found`` daemons to choose from.
 
-    It begins and ends the watch.
+    It starts and ends ``watch``, which queries the daemon.
     """
 
     TITLE = "moetier top"
@@ -89,7 +89,7 @@ class Top(App[None]):
         self.history = History()
         self._model = 0
         self._is_lately = False
-        # kept, and not looked for: a look may be told while the screen is taken down
+        # kept here, as they can't be queried if a message comes while the screen is being removed
         self._heading = Static(id="head")
         self._away = Static(id="away")
         self._parts = {name: Part(name) for name in ("tiers", "history", "prefetches", "clients", "experts")}

@@ -11,7 +11,7 @@ from rich.text import Text
 from moetier.proto.expert_store_pb2 import Block
 
 Colour = tuple[int, int, int]
-Cell = tuple[float, float]  # which share of the experts is there, how often one was used on average
+Cell = tuple[float, float]  # share of the cell's experts that are in slots, mean uses of an expert
 
 ABSENT: tuple[Colour, Colour] = (44, 48, 55), (232, 140, 45)  # not used, used most
 READY: tuple[Colour, Colour] = (25, 62, 112), (128, 194, 255)
@@ -21,11 +21,11 @@ TICK = 8  # columns between two numbers of the axis, at least
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Layout of a model's map. Where it does not fit, several experts, or blocks, are one cell."""
+    """Layout of a model's map. Where the map does not fit, several experts or blocks share a cell."""
 
     label: int  # characters before each line
     width: int  # characters of a cell
-    lines: int  # of a cell; 0: two of them share one, above each other
+    lines: int  # of a cell; 0: two rows of cells share a line, as upper and lower half
     experts: int  # of a cell
     blocks: int  # of a cell
 
@@ -45,7 +45,7 @@ class Grid:
 
 
 def heatmap(blocks: Sequence[Block], uses: Sequence[Sequence[float]], width: int, height: int) -> Text:
-    """Draw the map, in ``width`` columns and ``height`` lines. ``uses``: by block and expert, of all of them."""
+    """Draw the map, in ``width`` columns and ``height`` lines. ``uses``: of every expert, by block."""
     most = max((len(row) for row in uses), default=0)
     if not most:
         return Text("The daemon, of an earlier version, tells nothing of experts.", "dim")
@@ -74,13 +74,16 @@ def colour(ready: float, heat: float) -> str:
 
     ``heat``: how much they are used, as a share of the most used.
     """
-    heat = math.sqrt(max(heat, 0.0))  # a few must not make all others pale
+    heat = math.sqrt(max(heat, 0.0))  # the root, so that a few experts do not make all others pale
     red, green, blue = _mix(_mix(*ABSENT, heat), _mix(*READY, heat), ready)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def _cells(blocks: Sequence[Block], uses: Sequence[Sequence[float]], together: int, most: int) -> list[Cell | None]:
-    """Return cells of ``together`` experts each; None where there are none."""
+    """Return one row of cells for ``blocks``, each of ``together`` experts; None for a cell without experts.
+
+    ``most``: number of experts in the largest block.
+    """
     ready = [set(block.ready) for block in blocks]
     found: list[Cell | None] = []
     for at in range(0, most, together):
@@ -102,7 +105,7 @@ def _append(text: Text, row: Sequence[str | None], width: int, mark: str) -> Non
 
 
 def _append_pairs(text: Text, upper: Sequence[str | None], lower: Sequence[str | None], width: int) -> None:
-    """Append two rows as one line: the upper half of a character has its colour, the lower that of its background."""
+    """Append two rows as one line of half blocks: foreground colour for the upper row, background for the lower."""
     for above, below in zip(upper, lower, strict=True):
         if above is not None:
             text.append("▀" * width, above if below is None else f"{above} on {below}")
@@ -111,7 +114,7 @@ def _append_pairs(text: Text, upper: Sequence[str | None], lower: Sequence[str |
 
 
 def _axis(grid: Grid, cells: int, width: int) -> str:
-    """Return the axis: numbers of experts above their cells. One that would be cut at ``width`` is left out."""
+    """Return the axis: numbers of experts above their cells, without those that would not fit into ``width``."""
     line = " " * grid.label
     step = 1 if grid.width > 3 else max(TICK // grid.width, 1)
     for at in range(0, cells, step):

@@ -1,4 +1,4 @@
-"""Changes of a daemon's models between looks. Pure."""
+"""Changes of the counters of a daemon's models from one query ("look") to the next. Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 
 from moetier.proto.expert_store_pb2 import Client, DescribeReply, Details, ModelStats, StatsReply, Tier
 
-KEPT = 600  # changes
-HALF_LIFE = 30.0  # seconds after which a use counts half, of what was used lately
+KEPT = 600  # most changes that are kept
+HALF_LIFE = 30.0  # seconds after which a use counts half in ``lately``
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of one model between two looks; all but the ratio is a second's."""
+    """Change of one model's counters between two looks. All values but ``hit_ratio`` are per second."""
 
     hits: float
     misses: float
-    reads: float  # begun
+    reads: float  # loads that began
     bytes_read: float
     evictions: float
     waiting: float  # seconds that callers waited
@@ -43,7 +43,7 @@ def reads_of(host: Tier) -> int:
 
 @dataclass(slots=True)
 class ModelHistory:
-    """Model as it was seen last, and its changes before. ``lately`` has the recent uses of each expert by block."""
+    """Latest state of a model, and its changes until then. ``lately`` has the recent uses of each expert, by block."""
 
     stats: ModelStats
     details: Details
@@ -75,20 +75,20 @@ class ModelHistory:
 
 
 class History:
-    """History of all models of a daemon, by digest, in its order; another daemon at its address begins anew."""
+    """Histories of a daemon's models, by digest, in the daemon's order. Cleared when another daemon takes its place."""
 
     def __init__(self) -> None:
         self.models: dict[str, ModelHistory] = {}
-        self._daemon = (0, 0)  # its process, and when that was started
+        self._daemon = (0, 0)  # process id, and start in ms since 1970
         self._uptime = 0.0
 
     def add(self, described: DescribeReply, stats: StatsReply) -> None:
         """Add the state of all models; clear the history if it is another daemon's or a counter has fallen."""
         daemon = described.pid, described.started_unix_ms
-        # one of an earlier version has no details
+        # a daemon of an earlier version sends no details
         every = list(stats.details) or [Details() for _ in stats.models]
         found = list(zip(stats.models, every, strict=True))
-        # it may have begun between the answers: what a daemon counts never falls
+        # a new daemon may have started between the two replies: counters of one daemon never fall
         if daemon != self._daemon or stats.uptime_s < self._uptime or any(self._falls(*one) for one in found):
             self.models = {}
         seconds = max(stats.uptime_s - self._uptime, 1e-9)
@@ -100,7 +100,7 @@ class History:
                 self.models[model.digest] = ModelHistory(model, details)
 
     def _falls(self, stats: ModelStats, details: Details) -> bool:
-        """Whether a counter is less than it was, or they are those of other experts."""
+        """Whether a counter is less than before, or the numbers of experts have changed."""
         known = self.models.get(stats.digest)
         if known is None:
             return False
@@ -121,7 +121,7 @@ def _change(before: ModelStats, now: ModelStats, seconds: float) -> Change:
     return Change(
         hits=(host.hits - was.hits) / seconds,
         misses=(host.misses - was.misses) / seconds,
-        reads=max(reads_of(host) - reads_of(was), 0) / seconds,  # of several counters: these are not read at once
+        reads=max(reads_of(host) - reads_of(was), 0) / seconds,  # a sum of counters may seem to fall
         bytes_read=(host.bytes_in - was.bytes_in) / seconds,
         evictions=(host.evictions - was.evictions) / seconds,
         waiting=(host.wait_seconds - was.wait_seconds) / seconds,

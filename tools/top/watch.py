@@ -1,4 +1,4 @@
-"""Watch: a thread that looks at a daemon again and again, and retries while it is away."""
+"""Thread that queries a daemon's state at intervals, and retries while the daemon can't be reached."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from moetier.runtime.wire.address import Address, Credentials
 from moetier.runtime.wire.probe import DaemonProbe, probe
 from moetier.tiers.errors import MoetierError
 
-PATIENCE = 2.0  # seconds for an answer: the longest that an end waits, too
-RETRY = 1.0  # seconds at most until one that is away is asked again
+PATIENCE = 2.0  # longest wait for a reply, in seconds, and so the longest wait of ``end``
+RETRY = 1.0  # longest time, in seconds, until a daemon that can't be reached is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +24,18 @@ class Look:
 
 
 def look(address: Address, credentials: Credentials) -> Look:
-    """Look at a daemon once. Raises DaemonError, ConfigError."""
+    """Query a daemon once. Raises DaemonError, ConfigError."""
     with probe(address, credentials, patience=PATIENCE) as daemon:
         return _look(daemon)
 
 
 def _look(daemon: DaemonProbe) -> Look:
-    """Ask for both: another daemon may answer on the same connection, which gRPC makes anew by itself."""
+    """Query description and counters together: gRPC reconnects by itself, so that another daemon may answer."""
     return Look(daemon.describe(), daemon.stats(details=True))
 
 
 class Watch:
-    """Thread that looks at a daemon every ``interval`` seconds, unless ``paused``; ``change`` sets both."""
+    """Thread that queries a daemon every ``interval`` seconds, unless ``paused``; ``change`` sets both."""
 
     def __init__(self, credentials: Credentials, interval: float) -> None:
         self.interval = interval
@@ -46,20 +46,20 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def begin(self, address: Address, tell: Callable[[Look | MoetierError], object]) -> None:
-        """Begin to look, once. The watch's thread calls ``tell`` with each look, or with the error of one."""
+        """Start the thread, which calls ``tell`` with each look, or with the error of a query. Call this only once."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._run, args=(address, tell), name="moetier-watch", daemon=True)
         self._thread.start()
 
     def change(self, *, interval: float | None = None, paused: bool | None = None) -> None:
-        """Set the interval in seconds, or pause and continue, from now on."""
+        """Set the interval in seconds, or pause or continue, with immediate effect."""
         with self._changed:
             self.interval = self.interval if interval is None else interval
             self.paused = self.paused if paused is None else paused
             self._changed.notify_all()
 
     def end(self) -> None:
-        """End the thread, once a look that is under way has ended. Idempotent."""
+        """End the thread, and wait until a query that is under way has ended. Idempotent."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -80,12 +80,15 @@ class Watch:
                 return
 
     def _wait(self, seconds: float) -> bool:
-        """Wait until the next look is due, anew after a change; return False at the end."""
+        """Wait until the next look is due, and return True; return False once ``end`` is called.
+
+        A change of the interval starts the wait again.
+        """
         with self._changed:
             while not self._ending:
                 if self.paused:
                     self._changed.wait()
-                    seconds = 0.0  # whoever goes on wants to see
+                    seconds = 0.0  # look at once when the pause ends
                 elif self._changed.wait(seconds):
                     seconds = self.interval
                 else:

@@ -28,7 +28,7 @@ from moetier.tools.cli.report import format_seconds
 from .history import ModelHistory, reads_of
 
 BAR = 16  # characters
-WIDTH = 68  # columns that every part must fit into: of a screen of 120, or of 80, without borders
+WIDTH = 68  # columns that every part must fit into, on a screen of 120 or of 80 columns, without borders
 LEVELS = " ▁▂▃▄▅▆▇█"
 BLUE, ORANGE, GREEN, RED = "#5aa9ff", "#e0862b", "#57b894", "#d9534f"
 
@@ -77,7 +77,7 @@ class Part(VerticalScroll, can_focus=True):
         """Replace the content and, unless it is empty, the title."""
         self._body.update(content)
         if title:
-            self.border_title = Text(title)  # what is no str is no markup
+            self.border_title = Text(title)  # a Text, as a str would be read as markup
 
 
 class Help(ModalScreen[None]):
@@ -131,7 +131,7 @@ def _line(daemon: RunningDaemon) -> Text:
 
 
 def tiers(model: ModelHistory) -> Table:
-    """Draw the counters of the tiers, as they change now and since the daemon was started."""
+    """Draw a table of the tiers' counters: their present rates, and their totals since the daemon was started."""
     host, last = model.stats.host, model.last
     demands = host.hits + host.misses
 
@@ -176,7 +176,7 @@ def tiers(model: ModelHistory) -> Table:
 
 
 def history(model: ModelHistory, width: int) -> Text:
-    """Draw a line of ``width`` columns for each rate that changed; the latest change is at the right."""
+    """Draw each rate over time, in a line of ``width`` columns with the latest value at the right."""
     changes = list(model.changes)
     rows = (
         ("hit ratio", [change.hit_ratio for change in changes], 1.0, "{:.0%}".format, GREEN),
@@ -196,7 +196,10 @@ def history(model: ModelHistory, width: int) -> Text:
 
 
 def sparkline(values: Iterable[float | None], width: int, top: float) -> str:
-    """Draw the last ``width`` values as bars, against ``top``. What is more than 0 looks so; None is a space."""
+    """Draw the last ``width`` values as bars, of which ``top`` is the highest; None is a space.
+
+    Any value above 0 has a higher bar than 0.
+    """
     last = list(values)[-width:]
     marks = (" " if value is None else LEVELS[_level(value, top)] for value in last)
     return "".join(marks).rjust(width)
@@ -222,7 +225,7 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
         wanted = client.hits + client.misses
         table.add_row(
             str(client.pid),
-            *([Text(program_of(client.pid))] if local else []),  # no markup
+            *([Text(program_of(client.pid))] if local else []),  # a Text, so that it is not read as markup
             format_seconds(client.connected_s),
             f"{client.leases:,}",
             f"{hits:,.0f}",
@@ -235,9 +238,9 @@ def clients(model: ModelHistory, *, local: bool) -> Table:
 
 
 def program_of(pid: int) -> str:
-    """Return the command line of a process of this machine, of moetier's own the command alone.
+    """Return the command line of a process of this machine; of moetier's own processes, only the command's name.
 
-    "?" where there is none, or it may not be seen.
+    "?" if there is no such process, or its command line can't be read.
     """
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -272,7 +275,7 @@ def prefetches(host: Tier) -> Text:
 
 
 def _bar(parts: Iterable[tuple[float, str]], width: int = BAR) -> Text:
-    """Draw shares of a whole in colours; a share that is more than 0 is seen."""
+    """Draw shares of a whole in their colours. A share above 0 has at least one character."""
     text = Text()
     for share, colour in parts:
         text.append("█" * min(max(round(share * width), share > 0), width - len(text)), colour)
