@@ -18,8 +18,8 @@ from moetier.tiers.errors import ConfigError
 
 SPECULATE = ("auto", "off", "always")
 DEFAULT_CONTEXT = 4096  # tokens
-NONE = "none"  # as a daemon: None, for whoever has only text
-AUTO = "auto"  # as a daemon: one that runs and serves this very store, if there is one
+NONE = "none"  # as the option `daemon`: means None, where a value must be a text
+AUTO = "auto"  # as the option `daemon`: use a running daemon that serves this very store, if there is one
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
@@ -42,7 +42,7 @@ class Number:
     fix: str
 
     def __call__(self, text: str) -> float:
-        """Read a number. Raises ConfigError for one that is out of range, ValueError for another text."""
+        """Parse a number. Raises ConfigError if it is out of range, ValueError if the text is not a number."""
         number = self.kind(text)
         if not self.least <= number <= self.most or number == math.inf:
             raise ConfigError(f"{text} is out of range.", self.fix)
@@ -54,15 +54,15 @@ class Number:
         return self.kind.__name__
 
 
-MOST = (1 << 31) - 1  # of what is counted: with any number of digits one would compute for ever, or overflow
-TINY = math.ulp(0.0)  # more than 0
+MOST = (1 << 31) - 1  # bound of all counts: a number with any number of digits could overflow or take for ever
+TINY = math.ulp(0.0)  # the least float above 0
 COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
 SECONDS = Number(float, TINY, 86_400, "Give more than 0, to 86,400 at most.")
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """An amount of memory: bytes, or a share of what there is."""
+    """Amount of memory: a number of bytes, or a share of the memory that there is."""
 
     bytes: int | None = None
     share: Fraction | None = None
@@ -93,8 +93,8 @@ class Size:
 class DaemonChoice:
     """The source of a process's experts: its own store (the default), or daemons."""
 
-    find: bool = False  # a daemon of this machine that serves the store, if there is one
-    addresses: tuple[Address, ...] = ()  # these daemons and no others
+    find: bool = False  # use a daemon of this machine that serves the store, if there is one
+    addresses: tuple[Address, ...] = ()  # use these daemons and no others
 
     @classmethod
     def parse(cls, text: str | None) -> DaemonChoice:
@@ -113,18 +113,18 @@ class DaemonChoice:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of the tiers: what a command line and a check need to know beside its default.
+    """Declaration of one option of the tiers: its default, and what the command line and the checks need.
 
     Attributes:
         help: the text of ``--help``, without the default.
         kind: the types that Python code may give.
-        wanted: the fix where the type is wrong, as the object of "Give".
+        wanted: what to give instead of a value of a wrong type, as the object of "Give" in the error.
         group: the title under which ``--help`` lists the option.
         metavar: the word for the value in ``--help``.
-        choices: the values of an option that has only these.
-        numbers: the range of a number.
-        parse: converts a value and raises ConfigError where it cannot.
-        default: as a person would write it.
+        choices: the only allowed values; empty if there is no such list.
+        numbers: the allowed range of a number.
+        parse: converts a value, or raises ConfigError.
+        default: the default as a person would write it.
     """
 
     default: Any
@@ -164,11 +164,11 @@ _CPUS = os.cpu_count() or 1
 
 @dataclass(frozen=True, slots=True)
 class TierConfig:
-    """The options of the tiers of one process. This is their only declaration.
+    """Options of the tiers of one process. They are declared here only.
 
     The command line, settings files, ``load``, ``register`` and the ``quantization_config`` of a model directory take
-    names, defaults, ranges and help from here; the daemon takes those of its own host tier. ``of`` makes a checked
-    value from what a person writes.
+    names, defaults, ranges and help from here. The daemon takes the options of its host tier from here. ``of`` makes a
+    checked TierConfig from values as a person writes them.
     """
 
     ram: Size | None = _option(
@@ -248,7 +248,7 @@ class TierConfig:
         group="speculation",
         choices=SPECULATE,
     )
-    look_ahead: int = _option(  # from further away more is predicted in vain (tests/measurements/speculation.py)
+    look_ahead: int = _option(  # predictions for later layers fail more often (tests/measurements/speculation.py)
         1,
         "layers to predict",
         int,
@@ -269,7 +269,7 @@ class TierConfig:
 
     @classmethod
     def of(cls, **options: Unpack[LoadOptions]) -> TierConfig:
-        """Check options as a person writes them. Raises ConfigError; TypeError for a name that is none."""
+        """Check and convert options as a person writes them. Raises ConfigError; TypeError for an unknown option."""
         given: dict[str, Any] = {**options}
         if unknown := given.keys() - OPTIONS.keys():
             raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
@@ -288,13 +288,16 @@ class TierConfig:
 
     @property
     def mapped(self) -> Address | None:
-        """The one daemon of this host that was named: its memory is mapped, and no budget is needed here."""
+        """Address of the daemon that was named, if it is the only one and on this host; else None.
+
+        Its memory is mapped, so this process needs no budget for experts.
+        """
         addresses = self.daemon.addresses
         return addresses[0] if len(addresses) == 1 and addresses[0].folder else None
 
     @property
     def of_own_tier(self) -> list[str]:
-        """Names of the given options that only a host tier of this process makes use of."""
+        """Names of the given options that have an effect only on a host tier of this process."""
         asked = {"`ram`": self.ram is not None, "`policy`": self.policy != DEFAULT_ORDER, "`learn`": self.learn}
         return [name for name in asked if asked[name]]
 
@@ -325,13 +328,16 @@ class TierOptions(TypedDict, total=False):
 
 
 class LoadOptions(TierOptions, total=False):
-    """Those of ``load``: ``from_pretrained`` has a device map instead."""
+    """Types of the keyword arguments of ``load``.
+
+    ``register`` lacks ``device``, because ``from_pretrained`` has a device map.
+    """
 
     device: str
 
 
 def format_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Format a number of bytes for people: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"

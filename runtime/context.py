@@ -1,4 +1,4 @@
-"""Longest context of a model, and the tokens of a text that may be longer."""
+"""Longest context of a model, and tokens of a text that may be too long for it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from .config import DEFAULT_CONTEXT
 
 STRETCHING = {"linear", "dynamic", "yarn"}  # rope types whose factor multiplies the original length
-_CHARACTERS = 16  # per token of the limit: the first beginning that is tokenised
-_LEAST = 1 << 16  # characters of that beginning, at least
-_GROWTH = 4  # each beginning is so many times as long as the one before
-_MARGIN = 2  # a beginning with so many times the tokens that are allowed proves that the whole has too many
+_CHARACTERS = 16  # length of the first prefix that is tokenised, in characters for each allowed token
+_LEAST = 1 << 16  # characters of that prefix, at least
+_GROWTH = 4  # each prefix is this many times as long as the one before
+_MARGIN = 2  # a prefix with more than this many times the allowed tokens proves that the text has too many
 
 
 def longest_context(config: Any) -> int | None:
-    """Return the tokens, prompt and answer together, that a model was made for; None if its config names no maximum.
+    """Return the most tokens, prompt and answer together, that a model was made for; None if its config has no maximum.
 
-    ``config`` is the model's, as transformers has it: of several modalities the text model's counts. A sliding window
-    limits what a layer sees, and not the length. Scaled rotary embeddings may reach further than
-    ``max_position_embeddings``, which some checkpoints leave at the original length.
+    ``config`` is the model's config in transformers; of a multimodal model, the text model's part counts. A sliding
+    window does not limit the context. Scaled rotary embeddings may reach further than ``max_position_embeddings``,
+    which some checkpoints leave at the original length.
     """
     text = config.get_text_config(decoder=True)
     stated = getattr(text, "max_position_embeddings", None)
@@ -40,19 +40,22 @@ def _reaches(rope: Any, stated: int) -> Iterator[float]:
 
 
 def context_of(config: Any, tokens: int) -> int:
-    """Return the tokens that memory is kept for: ``tokens``, but of the default no more than the model was made for."""
+    """Return the context to keep memory for, in tokens.
+
+    That is ``tokens``, but at most ``longest_context`` if ``tokens`` is the default.
+    """
     longest = longest_context(config)
     return min(tokens, longest) if longest and tokens == DEFAULT_CONTEXT else tokens
 
 
 def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> list[int]:
-    """Return the token ids of ``text``, or of a beginning that alone has far more than ``most`` tokens.
+    """Return the token ids of ``text``, or of a prefix of it that has far more than ``most`` tokens.
 
-    So the length of the result is above ``most`` exactly if that of the whole is, and a text of any size is refused
-    in the time that a few times ``most`` tokens take. ``options`` are keyword arguments of the tokenizer.
+    The result has more than ``most`` ids exactly if the whole text has. So a text of any size is refused in the time
+    that a few times ``most`` tokens take. ``options`` are keyword arguments of the tokenizer.
 
-    A token may stand for any number of characters (runs of blanks, unknown words), so no number of bytes proves
-    anything for every tokenizer. A beginning does: cutting a text changes tokens near the cut alone.
+    A token may stand for any number of characters (runs of blanks, unknown words), so the size of a text does not prove
+    that it has too many tokens. The tokens of a prefix do: cutting a text changes only the tokens near the cut.
     """
     if most is not None:
         length = max(_CHARACTERS * most, _LEAST)
@@ -65,10 +68,10 @@ def first_ids(tokenizer: Any, text: str, most: int | None, **options: Any) -> li
 
 
 def counted(tokens: int, most: int) -> str:
-    """Format the length of what ``first_ids`` returned: "3,005", or "more than 4,096" where not all were counted."""
+    """Format the number of ids that ``first_ids`` returned: "3,005", or "more than 4,096" if not all were counted."""
     return f"{tokens:,}" if tokens <= _MARGIN * most else f"more than {_MARGIN * most:,}"
 
 
 def _ids(tokenizer: Any, text: str, options: Mapping[str, Any]) -> list[int]:
-    found: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]  # else it warns of what callers refuse
+    found: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]  # verbose: would warn of long texts
     return found

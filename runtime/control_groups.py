@@ -13,7 +13,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ControlGroup:
-    """A group that limits this process: its own, or one above it. ``name`` is that of its own, for people."""
+    """Control group that limits this process: its own group, or a parent of it.
+
+    ``name`` is always that of the process's own group, for people.
+    """
 
     name: str
     folder: Path
@@ -21,7 +24,7 @@ class ControlGroup:
 
 
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[ControlGroup]:
-    """The groups of ``controller`` ("memory", "cpu"), each process's own first, then those above it."""
+    """Yield the groups of ``controller`` ("memory", "cpu") that limit this process: its own first, then the parents."""
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -30,7 +33,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[ControlG
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
             top, version = root / "sys/fs/cgroup" / controller, 1
-            if not top.is_dir():  # controllers that are mounted together; most systems link each name to the folder
+            if not top.is_dir():  # mounted together, as "cpu,cpuacct"; most systems link each name to that folder
                 top = top.with_name(controllers)
         elif not controllers:
             top, version = root / "sys/fs/cgroup", 2

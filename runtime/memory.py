@@ -1,7 +1,7 @@
-"""Memory that this process may use, and the budgets that fit it.
+"""Memory that this process may use, and the budgets that fit into it.
 
-psutil sees the machine and not the control group that a container or a service runs in, so the limits of both versions
-of control groups are read here.
+psutil sees the machine, but not the control group in which a container or a service runs. So the limits of control
+groups, versions 1 and 2, are read here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from moetier.tiers.errors import BudgetError
 from .config import Size, format_bytes
 from .control_groups import ControlGroup, control_groups
 
-DEFAULT_SHARE = 0.8  # of what is left: a page cache, a second program and a longer context need some too
-MARGIN_SHARE = 1 / 64  # of what is left: page tables and the kernel's index of shared memory grow with what is mapped
-MARGIN_BYTES = 16 << 20  # the kernel charges in batches for each core, and the loaders have stacks
-PROCESS_BYTES = 330 << 20  # anonymous: Python, torch, transformers and a tokenizer, beside a model
-LEAST_BYTES = 10_000  # a number below that was given without its unit
-_NO_LIMIT = 1 << 60  # version 1 writes a huge number where there is none
-# by version: the files of a group's limit and usage, and the prefix of the names in memory.stat that count its children
+DEFAULT_SHARE = 0.8  # of the free memory: a page cache, other programs and a longer context need the rest
+MARGIN_SHARE = 1 / 64  # of the free memory: page tables and the kernel's index of shared memory grow with the maps
+MARGIN_BYTES = 16 << 20  # the kernel charges memory to a group in batches for each core, and loader threads have stacks
+PROCESS_BYTES = 330 << 20  # anonymous memory of Python, torch, transformers and a tokenizer, without a model
+LEAST_BYTES = 10_000  # a smaller budget was probably given without its unit: "6" for "6GiB"
+_NO_LIMIT = 1 << 60  # version 1 of control groups writes a huge number for "no limit"
+# by version of control groups: the files of a group's limit and usage, and the prefix of those entries of memory.stat
+# that include the group's children
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     2: ("memory.max", "memory.current", ""),
@@ -46,9 +47,10 @@ def machine_memory() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> Available:
-    """Return the least of what the machine has free and of what each control group above this process leaves.
+    """Return how much more memory this process can allocate: the least that the machine or a control group leaves.
 
-    ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Pages of files count as free: they can be dropped.
+    ``root`` holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. The page cache counts as free, because the kernel can
+    drop it.
     """
     return _least(int(psutil.virtual_memory().available), _left, root)
 
@@ -72,7 +74,7 @@ def shortage(root: Path = Path("/")) -> str:
 
 
 def peak_bytes() -> int:
-    """Return the most bytes that this process ever had resident; getrusage counts those of its parent too."""
+    """Return the peak resident memory of this process, in bytes. (getrusage may return the peak of its parent.)"""
     return _own_bytes("VmHWM")
 
 
@@ -82,24 +84,24 @@ def resident_bytes() -> int:
 
 
 def _own_bytes(name: str) -> int:
-    """Return a size of /proc/self/status in bytes."""
+    """Return the entry ``name`` of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def whole_memory(root: Path = Path("/")) -> Available:
-    """Return what ``available_memory`` would with nothing in use."""
+    """Return how much memory this process could allocate if none were in use."""
     return _least(machine_memory(), _limit, root)
 
 
 def exceeded(asked: Size | None) -> Available | None:
-    """Return ``whole_memory`` if more than that is asked for."""
+    """Return ``whole_memory()`` if ``asked`` is more than that; else None."""
     there = whole_memory()
     return there if asked is not None and asked.of(there.bytes) > there.bytes else None
 
 
 def _least(of_machine: int, of_group: Callable[[ControlGroup], int | None], root: Path) -> Available:
-    """Return the least of the machine's bytes and of those of each control group above this process."""
+    """Return the least of ``of_machine`` (bytes) and of ``of_group`` for each control group above this process."""
     found = [Available(of_machine, "this machine")]
     for group in control_groups("memory", root):
         with contextlib.suppress(OSError, ValueError):  # a file is missing, or not as the kernel writes it
@@ -109,7 +111,7 @@ def _least(of_machine: int, of_group: Callable[[ControlGroup], int | None], root
 
 
 def _left(group: ControlGroup) -> int | None:
-    """Bytes that a group leaves; None where it has no limit."""
+    """Return the bytes that a group's limit leaves free; None if it has no limit."""
     _, usage_name, prefix = _FILES[group.version]
     usage = int((group.folder / usage_name).read_text())
     stat = dict(line.split() for line in (group.folder / "memory.stat").read_text().splitlines())
@@ -119,7 +121,7 @@ def _left(group: ControlGroup) -> int | None:
 
 
 def _limit(group: ControlGroup) -> int | None:
-    """Bytes of a group's limit; None where it has none."""
+    """Return the limit of a group in bytes; None if it has none."""
     text = (group.folder / _FILES[group.version][0]).read_text().strip()
     return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
 
@@ -133,18 +135,19 @@ def budget_for(
     available: Available,
     name: str = "ram",
 ) -> int:
-    """Return the bytes of the host tier, or of the device tier.
+    """Return the budget of the host tier or of the device tier, in bytes.
 
     Args:
         asked: what the user wants: a size, a share of the most that can be allocated, or None for the default share.
         smallest: the least bytes with which the tier works.
-        largest: the most bytes that it can make use of.
-        reserve: bytes to leave for the KV cache and for computing. The most is what is left then, less a margin.
-        available: what there is now.
+        largest: the most bytes that the tier can use.
+        reserve: bytes of ``available`` to leave for the KV cache and for computing. The rest, less a margin, is the
+            most that can be allocated.
+        available: the memory that is free now.
         name: the option, for errors: "ram" or "device_memory".
 
     Raises:
-        BudgetError: no budget works, or not the one that was asked for.
+        BudgetError: no budget is possible, or the one that was asked for is too small or too large.
     """
     left = available.bytes - reserve
     most = int(left * (1 - MARGIN_SHARE)) - MARGIN_BYTES

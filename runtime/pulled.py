@@ -1,7 +1,8 @@
-"""Models that were pulled: where they are, and by which names a person calls them.
+"""Pulled models: their folders, and the names by which commands accept them.
 
-``$XDG_DATA_HOME/moetier/models`` (XDG Base Directory Specification 0.8) has ORG--NAME/TAG for the hub's ORG/NAME, which
-is called ORG/NAME:TAG. A hub's id has no "--" in it.
+``moetier pull`` makes the hub's model ORG/NAME into a model directory in the folder ORG--NAME/TAG of
+``$XDG_DATA_HOME/moetier/models`` (XDG Base Directory Specification 0.8). Its name is then ORG/NAME:TAG. An id on the
+hub never contains "--".
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from moetier.tiers.errors import ConfigError, StoreFormatError
 from moetier.tiers.layout import Bits
 
-GROUP = "experts.zarr"  # as tiers/shard.py, which imports numpy, has it: a daemon resolves names before that
+GROUP = "experts.zarr"  # as in tiers/store/folder.py; a daemon resolves names before it imports numpy
 NAME = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<tag>[\w.-]+))?")
 WIDTH = re.compile(r"(\d+)bit(?:-trunk(\d+)bit)?")
 
@@ -23,7 +24,7 @@ WIDTH = re.compile(r"(\d+)bit(?:-trunk(\d+)bit)?")
 def models_folder() -> Path:
     """Return the folder of all pulled models. Raises ConfigError for a user without a home."""
     folder = Path(os.environ.get("XDG_DATA_HOME", ""))
-    if not folder.is_absolute():  # which is to be ignored
+    if not folder.is_absolute():  # the specification says to ignore such a value
         try:
             folder = Path.home() / ".local" / "share"
         except RuntimeError:
@@ -42,16 +43,21 @@ def place_of(hub_id: str, tag: str) -> Path:
 
 
 def pulled() -> dict[str, Path]:
-    """Return the models that are there, whole or in part, by name. A folder that no pull would name so is left out."""
+    """Return the folders of all pulled models by name, also of those whose pull is incomplete.
+
+    Folders with a name that ``moetier pull`` would not give are left out.
+    """
     found = sorted(path for path in models_folder().glob("*/*") if (path / GROUP).is_dir())
     named = {f"{path.parent.name.replace('--', '/')}:{path.name}": path for path in found}
     return {name: path for name, path in named.items() if NAME.fullmatch(name)}
 
 
 def model_directory(name: str | os.PathLike[str]) -> Path:
-    """Return the folder ``name`` if it exists, else that of the pulled model; the tag of an only one may be left out.
+    """Return the model directory for ``name``: the folder ``name`` if it exists, else that of a pulled model.
 
-    A text that can be no name is taken for a folder. Raises StoreFormatError for a name that no model has.
+    The tag may be left out if the model was pulled with one tag only. A text that can't be a name is taken for the path
+    of a folder, which need not exist. Raises StoreFormatError if there is neither such a folder nor such a pulled
+    model.
     """
     text, folder = os.fspath(name), Path(name)
     if not may_be_name(text) or folder.exists():
@@ -62,19 +68,25 @@ def model_directory(name: str | os.PathLike[str]) -> Path:
 
 
 def may_be_name(text: str) -> bool:
-    """Return whether a text can be a name; one that begins with a dot or a slash can only be a path."""
+    """Return whether a text can be the name of a model. A text that begins with a dot or a slash is a path."""
     return NAME.fullmatch(text) is not None and not text.startswith(".")
 
 
 def pulled_model(name: str) -> tuple[str, Path]:
-    """Return the name, with its tag, and the folder of a pulled model. Raises StoreFormatError."""
+    """Return the full name, with its tag, and the folder of a pulled model.
+
+    Raises StoreFormatError if there is none, or if ``name`` has no tag and the model was pulled with several tags.
+    """
     if (found := _named(name)) is None:
         raise StoreFormatError(f"There is no pulled model {name}.", "moetier list says what there is.")
     return found
 
 
 def _named(name: str) -> tuple[str, Path] | None:
-    """Return a model's full name and its folder, if it is there. Raises StoreFormatError for a name of several."""
+    """Return the full name, with its tag, and the folder of a pulled model; None if there is none.
+
+    Raises StoreFormatError if ``name`` has no tag and the model was pulled with several tags.
+    """
     there = pulled()
     if name in there:
         return name, there[name]
@@ -87,12 +99,12 @@ def _named(name: str) -> tuple[str, Path] | None:
 
 
 def checkpoint_or_model(source: str) -> str:
-    """Resolve the source of a command that takes the hub's ids: only a name with its tag is a pulled model there."""
+    """Resolve the source of a command that also takes ids of the hub: only a name with a tag means a pulled model."""
     return str(model_directory(source)) if ":" in source else source
 
 
 def name_of(folder: Path) -> str:
-    """Return the name under which a model directory was pulled, or else that of its folder."""
+    """Return the name of a pulled model by its folder; the folder's own name if it was not pulled."""
     real = folder.resolve()
     names = [name for name, path in pulled().items() if path.resolve() == real]
     return names[0] if names else real.name
@@ -112,7 +124,7 @@ def _advice(name: str) -> str:
 
 
 def pulling(name: str) -> list[str]:
-    """Return the words after ``moetier pull`` that give a model this name."""
+    """Return the arguments of ``moetier pull`` that give a model the name ``name``."""
     parts = NAME.fullmatch(name)
     assert parts is not None
     words, width = [parts["id"]], WIDTH.fullmatch(parts["tag"] or "")

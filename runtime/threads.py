@@ -1,8 +1,8 @@
-"""Number of threads that this process computes with.
+"""Choose the number of threads that this process computes with.
 
-torch takes one for each CPU that the process may run on. It knows affinity and cpusets, but no quota of a control
-group: in a container with two CPUs' time on a host of 64 cores it would begin 64 threads, which the kernel stops for
-most of each period while they wait for each other.
+By default torch starts a thread for each CPU that the process may run on. It respects CPU affinity and cpusets, but not
+the CPU quota of a control group. In a container with a quota of two CPUs on a host of 64 cores it would start 64
+threads, and the kernel would stop all of them for most of each scheduling period.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import moetier
 
 from .control_groups import control_groups
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says the number, and torch takes it
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with these a user sets torch's number
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may use, by its affinity, its cpuset, and the quotas of its control groups; at least 1.
+    """Return the number of CPUs that this process may use, by its affinity and its control groups' quotas; at least 1.
 
-    ``root`` is as in ``control_groups``. A quota is rounded to the nearest whole number: with more threads than the
-    quota they are all stopped for a part of each period, with fewer a part of the quota is never used; half a CPU is
-    the most that either costs then. The kernel applies a cpuset to the affinity, so that nothing else is read of it.
+    A quota is rounded to the nearest whole number. With more threads than the quota, the kernel stops all of them for a
+    part of each period; with fewer, a part of the quota is never used. Rounding costs at most half a CPU either way.
+    The affinity already respects the cpuset. ``root`` is as in ``control_groups``.
     """
     cpus = len(os.sched_getaffinity(0))
     quotas = [quota for group in control_groups("cpu", root) if (quota := _quota(group.folder, group.version))]
@@ -30,23 +30,23 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def _quota(folder: Path, version: int) -> float | None:
-    """CPUs' time that a group may use; None without a limit."""
+    """Return the CPU quota of a control group, such as 1.5 CPUs; None if it has none."""
     try:
         if version == 2:
             quota, period = (folder / "cpu.max").read_text().split()
         else:
             quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max" for no quota
         return None
 
 
 def use_threads(threads: int | None = None) -> int:
-    """Set how many threads torch, and with it this process, computes with; return the number.
+    """Set the number of threads that torch and moetier's kernels compute with, and return it.
 
-    None keeps what torch has, but no more than ``usable_cpus``; a number that the environment gives stays as it is.
+    None keeps torch's number, but at most ``usable_cpus()``. If one of VARIABLES is set, None changes nothing.
     """
-    import torch  # here: commands ask for CPUs before they import it
+    import torch  # imported late: commands call ``usable_cpus`` before they import torch
 
     if threads is None:
         threads = torch.get_num_threads()
@@ -58,7 +58,9 @@ def use_threads(threads: int | None = None) -> int:
 
 
 def spin_as_others_do() -> None:
-    """Take back the spin of OpenMP that ``import moetier`` set, before a library is loaded: another engine is measured
-    as its own users run it."""
+    """Remove the OpenMP setting GOMP_SPINCOUNT that ``import moetier`` made. Call it before OpenMP is loaded.
+
+    A measurement of another engine calls it, so that the engine runs as its own users run it.
+    """
     if os.environ.get("GOMP_SPINCOUNT") == moetier._SPIN:
         del os.environ["GOMP_SPINCOUNT"]
