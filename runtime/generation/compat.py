@@ -11,5 +11,5 @@ from packaging.version import Version
 
 _5_24 = Version(version("transformers")) >= Version("5.24.dev0")
 
-# argument of a model, and field of its output: the cache of keys and values
+# name of the KV cache, as an argument of a model and as a field of its output
 CACHE = "cache" if _5_24 else "past_key_values"

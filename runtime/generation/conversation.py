@@ -1,4 +1,4 @@
-"""Conversation: its messages, and prompts made of them that fit the context."""
+"""A conversation with a model: its messages, and prompts that fit the context."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ PLAIN_STOP = "\n\nUser:"  # where such a model begins to write the user's part
 class Conversation:
     """Messages of a system, a user and an assistant, as transformers' chat templates take them.
 
-    A prompt has at most ``context`` tokens. Where the next prompt would not leave ``room`` tokens for an answer, its
-    oldest turns are left out until half of the context is free, so that the prompt cache serves the turns after it. The
-    system prompt stays, and ``messages`` keeps all turns.
+    A prompt has fewer than ``context`` tokens. If the next prompt would leave fewer than ``room`` tokens for an answer,
+    its oldest turns are left out until half of the context is free. So turns are seldom left out, and in between each
+    prompt begins with the one before, which is in the prompt cache. The system prompt stays, and ``messages`` keeps all
+    turns.
     """
 
     def __init__(self, tokenizer: Any, *, system: str | None, context: int, room: int) -> None:
@@ -35,9 +36,9 @@ class Conversation:
         self._room = room
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []  # of the user and the assistant alternately
-        self._out = 0  # number of the first turns that prompts leave out
+        self._out = 0  # number of turns, from the first on, that prompts leave out
         self.is_plain = not tokenizer.chat_template
-        self._encode([{"role": "user", "content": "."}])  # a template that refuses the system prompt does so now
+        self._encode([{"role": "user", "content": "."}])  # raises now if the template refuses the system prompt
 
     @property
     def messages(self) -> list[Message]:

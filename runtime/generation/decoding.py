@@ -30,15 +30,15 @@ OCCURRENCE_PENALTY = Number(float, -2, 2, "Give -2 to 2; 0 changes nothing.")
 NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # samplers, and their values that exclude no token
 PENALTIES = ("presence_penalty", "frequency_penalty")  # not in transformers
 SAMPLING = ("temperature", *NEUTRAL, "repetition_penalty", *PENALTIES)
-LEAST_TEMPERATURE = 1e-5  # below it counts as 0, because scores divided by it may not be finite
+LEAST_TEMPERATURE = 1e-5  # a lower one counts as 0, because scores divided by it may overflow
 SEED = Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1.")
 
 
 def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
-    """Return the arguments of ``generate()`` for SAMPLING, without PENALTIES.
+    """Return the arguments of ``generate()`` for the samplers in ``asked``, by names of SAMPLING, without PENALTIES.
 
-    A temperature turns sampling on, and so does a sampler that excludes tokens; a temperature of 0 decodes greedily.
-    Without both in ``asked``, the model's generation_config.json decides.
+    A temperature turns sampling on, and so does a sampler that excludes tokens; a temperature of 0 decodes greedily. If
+    ``asked`` has neither, the model's generation_config.json decides.
     """
     temperature = asked.get("temperature")
     given: dict[str, Any] = {name: asked[name] for name in ("repetition_penalty",) if name in asked}
@@ -51,12 +51,15 @@ def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
 
 
 def penalties_of(asked: Mapping[str, float]) -> dict[str, float]:
-    """Return those of PENALTIES that change something."""
+    """Return the PENALTIES in ``asked`` that are not 0."""
     return {name: asked[name] for name in PENALTIES if asked.get(name)}
 
 
 def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``decoding`` for a prompt of ``prompt`` tokens. PENALTIES count the tokens after it."""
+    """Return ``decoding`` with its PENALTIES turned into a logits processor, which counts the tokens after the prompt.
+
+    ``prompt``: length of the prompt in tokens.
+    """
     presence, frequency = (decoding.get(name, 0.0) for name in PENALTIES)
     given = {name: value for name, value in decoding.items() if name not in PENALTIES}
     if presence or frequency:
@@ -67,14 +70,17 @@ def behind(prompt: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chunks_of(model: Any, tokens: int, chunk: int) -> dict[str, Any]:
-    """Return arguments of ``generate()`` that compute a prompt of ``tokens`` in chunks, where the model can."""
+    """Return arguments of ``generate()`` that compute a prompt of ``tokens`` in chunks of ``chunk`` tokens.
+
+    They are empty if the prompt is no longer than a chunk, or if the model can't resume in the middle of a prompt.
+    """
     return {"prefill_chunk_size": chunk} if tokens > chunk and can_resume(model) else {}
 
 
 def can_resume(model: Any) -> bool:
-    """Return whether a model can resume in the middle of a prompt.
+    """Return whether a model can resume in the middle of a prompt, from what it kept of the tokens before.
 
-    Only models in which every layer keeps keys and values can: not all others resume from their state.
+    That is certain only if every layer keeps keys and values. Some models with other states can't resume from them.
     """
     if not model._supports_default_dynamic_cache() or model.generation_config.use_cache is False:
         return False
@@ -84,13 +90,14 @@ def can_resume(model: Any) -> bool:
     config = model.config.get_text_config()
     layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    return bool(layers) and not layers - plain and rope != "longrope"  # whose angles depend on the chunk's length
+    return bool(layers) and not layers - plain and rope != "longrope"  # longrope's angles depend on the chunk's length
 
 
 def encode(model: Any, tokenizer: Any, prompt: str, name: str = "The prompt") -> dict[str, Any]:
-    """Return input_ids and attention_mask [1, T] of one prompt, without token types.
+    """Return input_ids and attention_mask [1, tokens] of one prompt, without token types.
 
-    ``name``: of the prompt, in errors. Raises ConfigError where it leaves no room in the model's context for an answer.
+    ``name``: the prompt's name in errors. Raises ConfigError if the prompt leaves no room in the model's context for an
+    answer.
     """
     import torch
 
@@ -115,7 +122,14 @@ def within_context(model: Any, tokens: int, decoding: dict[str, Any]) -> dict[st
 
 
 def warn_if_cut(model: Any, tokens: int, new_tokens: int, decoding: dict[str, Any]) -> None:
-    """Warn where ``within_context`` ended a text of ``tokens`` and ``new_tokens`` before ``decoding`` would have."""
+    """Warn if the limit of ``within_context`` has ended a generation.
+
+    Args:
+        model: the model that generated.
+        tokens: length of the prompt.
+        new_tokens: number of generated tokens.
+        decoding: the options before ``within_context`` limited them.
+    """
     most = longest_context(model.config)
     if tokens + new_tokens == most and new_tokens < decoding["max_new_tokens"]:
         _log.warning(

@@ -12,11 +12,11 @@ from transformers import LogitsProcessor
 class OccurrencePenalties(LogitsProcessor):
     """Lower the scores of tokens that were generated before, as OpenAI's API defines it.
 
-    A token after the ``prompt`` (its length in tokens) loses ``presence`` once, and ``frequency`` for each time that
-    it occurs there. Negative penalties raise the scores.
+    ``prompt`` is the length of the prompt in tokens. A token that occurs after the prompt loses ``presence`` once, and
+    ``frequency`` for each occurrence. Negative penalties raise the scores.
     """
 
-    supports_continuous_batching = False  # there a processor sees only the last token of each request
+    supports_continuous_batching = False  # with it, a processor would see only the last token of each request
 
     def __init__(self, prompt: int, presence: float, frequency: float) -> None:
         self._prompt = prompt

@@ -10,10 +10,10 @@ from .decoding import can_resume, chunks_of
 
 
 class PromptCache:
-    """Keys and values of one sequence. The next sequence computes only the tokens that differ from its beginning.
+    """Keys and values of the last sequence, so that the next one computes only the tokens after their common prefix.
 
-    Call ``begin``, then ``generate``. Nothing is kept for a model that can't resume in the middle of a prompt. A full
-    sliding window can't be cut: the prompt is computed anew.
+    Call ``begin``, then ``generate``. Nothing is kept for a model that can't resume in the middle of a prompt. Once a
+    layer's sliding window is full it can't be cut back to a shorter prefix; then the whole prompt is computed again.
     """
 
     def __init__(self, model: Any) -> None:
@@ -24,11 +24,18 @@ class PromptCache:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments for ``generate()``, which refuses a cache if generation_config.json names an implementation."""
+        """Arguments that pass the cache to ``generate()``; empty if nothing is kept.
+
+        ``cache_implementation`` is None because ``generate()`` refuses a cache if generation_config.json names an
+        implementation.
+        """
         return {CACHE: self._cache, "use_cache": True, "cache_implementation": None} if self._keeps else {}
 
     def begin(self, ids: Sequence[int]) -> int:
-        """Return how many of the first ``ids`` need not be computed: fewer than all."""
+        """Cut the cache to what it has of ``ids``, and return how many of the first ``ids`` need not be computed.
+
+        At least one has to be computed.
+        """
         if not self._keeps:
             return 0
         self._cut(min(_common(self._ids, ids), len(ids) - 1))
@@ -92,9 +99,9 @@ class PromptCache:
         return sequence
 
     def end(self, ids: Sequence[int]) -> None:
-        """Keep what every layer has of ``ids``, which began the sequence that was computed since ``begin``.
+        """Note that the cache holds ``ids``, cut to the tokens that every layer has.
 
-        For a generation that was interrupted, these are the prompt.
+        ``ids``: the sequence that was computed since ``begin``; for a generation that was interrupted, its prompt.
         """
         if self._cache is not None:
             self._ids = list(ids)
@@ -102,7 +109,10 @@ class PromptCache:
 
     @property
     def length(self) -> int:
-        """Number of tokens whose keys and values every layer has; while it generates, of those it began with."""
+        """Number of tokens whose keys and values every layer has.
+
+        While ``generate`` runs, it is what ``begin`` returned.
+        """
         return len(self._ids)
 
     def clear(self) -> None:
@@ -110,7 +120,7 @@ class PromptCache:
         self._cache, self._ids = None, []
 
     def _cut(self, length: int) -> None:
-        """Keep the first ``length`` tokens, or none if a layer can't be cut."""
+        """Keep the first ``length`` tokens, or none if a layer can't be cut to them."""
         if self._cache is None:
             return
         layers = self._cache.layers
@@ -128,7 +138,10 @@ class _Stopped(Exception):
 
 
 def _can_lose(layer: Any, tokens: int) -> bool:
-    """Return whether a layer can be cut. A full window has lost the tokens that would come back into it."""
+    """Return whether a layer can be cut by its last ``tokens``.
+
+    A full sliding window can't: it has dropped older tokens that would be inside the window again.
+    """
     return not tokens or not layer.is_sliding or layer.get_seq_length() < layer.sliding_window
 
 

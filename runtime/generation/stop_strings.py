@@ -7,7 +7,10 @@ from typing import Any
 
 
 class StopStrings:
-    """Cut one text that comes in pieces. Text that may begin a stop string is held back until that is known."""
+    """Cut a text that comes in pieces where a stop string begins.
+
+    The end of a piece that may be the beginning of a stop string is held back until more text decides.
+    """
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
@@ -15,7 +18,7 @@ class StopStrings:
         self.ended = False
 
     def take(self, item: Any) -> list[Any]:
-        """Return what to pass on when ``item`` came: a piece of text, None at the end, or anything else unchanged.
+        """Return what to pass on after ``item`` has come: a piece of text, None at the end, or anything else unchanged.
 
         The result ends with None where a stop string was found. After the end, nothing is passed on.
         """

@@ -40,7 +40,7 @@ class TimedStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take text from ``put``."""
+        """Take text that ``put`` has decoded."""
         pieces = self._stops.take(text)
         self.stopped = self._stops.ended
         if stream_end:
@@ -57,6 +57,6 @@ class TimedStreamer(TextStreamer):
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Seconds from construction to the first new token, and to the last; to now while there is none."""
+        """Seconds from construction to the first new token and to the last one; both to now if there is none yet."""
         moments = self._moments or [time.perf_counter()]
         return moments[0] - self._start, moments[-1] - self._start

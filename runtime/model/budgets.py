@@ -1,4 +1,7 @@
-"""Memory that a model takes besides its experts, and what is left for them. Loading and planning both use it."""
+"""Memory that a model needs besides its experts, and the budgets that are left for experts.
+
+Loading and planning both use it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
-NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")  # kinds of layers whose state does not grow
+# parts of the names of layer types whose state does not grow with the context
+NOTHING_PER_TOKEN = ("linear", "mamba", "conv", "moe", "mlp")
 WINDOWED = ("sliding", "chunked")
 
 
@@ -25,9 +29,9 @@ WINDOWED = ("sliding", "chunked")
 class Needs:
     """Bytes needed besides the experts. With a GPU, cache and scratch are on the GPU, and not on the host."""
 
-    trunk: int  # of the memory that seems free now
-    cache: int  # keys, values and early outputs of a context
-    scratch: int  # to compute in
+    trunk: int  # of the trunk, as far as its memory still counts as free
+    cache: int  # keys and values of a context, and outputs of experts that are computed early
+    scratch: int  # scratch memory of computations
 
     @property
     def reserve(self) -> int:
@@ -35,7 +39,7 @@ class Needs:
         return self.cache + self.scratch
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
-        """Return bytes for the host tier's slots, of what is ``available`` on the host. Raises BudgetError."""
+        """Return the bytes for the host tier's slots, given what is ``available`` on the host. Raises BudgetError."""
         taken = self.trunk + staging_bytes(manifest)
         return budget_for(
             asked,
@@ -46,7 +50,10 @@ class Needs:
         )
 
     def device_budget(self, manifest: Manifest, asked: Size | None, available: Available) -> int:
-        """Return bytes for the device tier, of what is ``available`` there besides the trunk. Raises BudgetError."""
+        """Return the bytes for the device tier, given what is ``available`` there once the trunk is loaded.
+
+        Raises BudgetError.
+        """
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),
@@ -58,9 +65,11 @@ class Needs:
 
 
 def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
-    """Return bytes for a context of ``tokens``: its keys and values, and the outputs of experts that arrive early.
+    """Return the bytes for a context of ``tokens``: keys and values, and outputs of experts that are not yet added up.
 
-    Room for early outputs is left for a prefill of DEFAULT_CONTEXT tokens at most. One block computes at a time.
+    Experts compute as their records arrive, and their outputs are added up in a fixed order, so early outputs are kept.
+    Memory for these is counted for a prefill of DEFAULT_CONTEXT tokens at most, and for one block, as blocks compute
+    one after another.
     """
     modules = experts_modules(model)
     early = max(
@@ -73,14 +82,15 @@ def context_bytes(model: Any, manifest: Manifest, tokens: int) -> int:
 
 
 def largest_decoded(matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
-    """Return the number of weights of the trunk's largest matrix that is decoded for each product."""
+    """Return the number of weights of the largest of the trunk's ``matrices`` that has to be decoded; 0 if none has."""
     return max((layout.weights for layout in matrices if not kernels.packs(layout)), default=0)
 
 
 def scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
-    """Return how many numbers computing with experts takes besides them.
+    """Return the size of the scratch memory for computing with experts, in numbers.
 
-    That is the largest projection, decoded; or the inputs and outputs of the widest, for ROWS tokens.
+    It holds the largest projection that has to be decoded, or the inputs and outputs of the widest other projection for
+    ROWS tokens.
     """
     layouts = manifest.layouts.values()
     decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]
@@ -89,7 +99,7 @@ def scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
 
 
 def kv_cache_bytes(config: Any, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Estimate the bytes that ``batch`` contexts of ``tokens`` take with a transformers config.
+    """Estimate the bytes of the KV caches of ``batch`` contexts of ``tokens`` each, from a transformers config.
 
     States of a constant size (convolutions, recurrent layers) are not counted, nor are indexers' keys.
     """
@@ -114,7 +124,7 @@ def _numbers_per_token(layer: Any) -> int:
 
 
 def _first(config: Any, *names: str, default: int = 0) -> int:
-    """Return the first of a config's attributes that is a positive number."""
+    """Return the first of a config's attributes ``names`` that is a positive integer; else ``default``."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -1,4 +1,4 @@
-"""Loading a model directory."""
+"""Load a model directory."""
 
 from __future__ import annotations
 
@@ -56,15 +56,16 @@ def load(
             "80%".
         device_memory: likewise, GPU memory for experts.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        daemon: whose experts: "auto", those of a storage daemon of this user that serves this very store, else this
-            process's own; None or "none", its own; a daemon's name, folder or HOST:PORT, that daemon's; several,
-            separated by commas: each daemon has a share of the experts.
-        credentials: what daemons at HOST:PORT are shown.
+        daemon: where experts come from: "auto": from a storage daemon of this user that serves this very store, else
+            from this process's own tier; None or "none": from its own tier; a daemon's name, folder or HOST:PORT: from
+            that daemon; several, separated by commas: each daemon has a share of the experts.
+        credentials: token and certificates for daemons at HOST:PORT.
         policy: which experts are evicted first: "lru", the least recently used of a block; "scan", the same, but a long
-            prompt leaves what is cached in place; "lrfu", as "scan", but the least often used of late.
+            prompt leaves what is cached in place; "lrfu", as "scan", but the experts least often used recently.
         speculate: whether experts are loaded before they are needed, as the routers of the next layers predict from the
-            present hidden state: "auto" (while it is measured to pay), "off" or "always". No text depends on it.
-        look_ahead: layers to predict.
+            present hidden state: "auto" (while it is measured to pay), "off" or "always". It does not change the text
+            that a model generates.
+        look_ahead: number of layers, after the present one, whose experts are predicted.
         prefetch: most experts of a block to load on a prediction. Default: as many as are worth it.
         learn: keep which experts are used most, in $XDG_CACHE_HOME/moetier, and read those of earlier runs at the
             start, in the background.
@@ -73,17 +74,17 @@ def load(
             ``experts_implementation="eager"``, which is slower. Otherwise quantised experts are multiplied as they are
             stored, on a CPU with activations rounded to 8 bits. (transformers' default, "grouped_mm", rounds
             differently.)
-        threads: threads to compute with, as of torch.set_num_threads: one number for the process. Default:
-            OMP_NUM_THREADS, else torch's number, but no more than the CPUs that this process may use, a quota of its
-            control group counted.
-        dtype: what the trunk is computed in: torch.bfloat16, float16 or float32, or the name of one; "auto": what
-            config.json says.
-        attn_implementation: as of from_pretrained. Without it a CPU attends to new tokens with moetier's own function
-            where the model would use "sdpa".
+        threads: number of threads to compute with, as in torch.set_num_threads: one number for the process. Default:
+            OMP_NUM_THREADS, else torch's number, but at most the CPUs that this process may use, by affinity and by the
+            quota of its control group.
+        dtype: the type in which the trunk is computed: torch.bfloat16, float16 or float32, or the name of one; "auto":
+            the type that config.json names.
+        attn_implementation: as in from_pretrained. Without it, moetier's own function computes attention of single
+            tokens on a CPU where the model would use "sdpa".
 
     Returns:
         The model and its tokenizer (None if it has none). ``model.tiers`` has the statistics, ``where`` the experts
-        come from, and ``close()``, which happens by itself when the model is gone.
+        come from, and ``close()``, which happens by itself when the model is garbage-collected.
 
     Raises:
         MoetierError: for options, directories and machines that cannot be used.
@@ -101,7 +102,7 @@ def load(
     with _load_errors(folder):
         config = model_class.config_class.from_pretrained(folder)
     if tokenizer is not None and (most := longest_context(config)) is not None:
-        # many tokenizers say nothing of a length; with one, transformers warns of texts that are longer
+        # many tokenizers state no maximum length; with one, transformers warns of longer texts
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     device_map = None if place == "cpu" else {"": place}
     with _load_errors(folder), asked_for(asked), _bar_on_a_terminal_alone():
@@ -111,7 +112,7 @@ def load(
     return model, tokenizer
 
 
-# what an editor and the documentation show: the options with their defaults
+# the signature that editors and the documentation show: all options with their defaults
 _keywords = [
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()
 ]
@@ -132,7 +133,7 @@ def _dtype(dtype: object) -> str | torch.dtype:
 
 
 def _attention(name: object) -> str | None:
-    """Return the name. Raises ConfigError for an implementation that transformers does not have."""
+    """Return the name of an attention implementation. Raises ConfigError if transformers does not have it."""
     known = ["eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in each)]
     if name is None or (isinstance(name, str) and name in known):
         return name
@@ -155,8 +156,10 @@ def _bar_on_a_terminal_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _load_errors(folder: Path) -> Iterator[None]:
-    """Turn transformers' errors for files that it can't read, or that don't fit, into StoreFormatError; and those for a
-    missing library into ConfigError."""
+    """Turn transformers' errors into errors of this project.
+
+    Files that can't be read, or that don't fit, raise StoreFormatError; a missing library raises ConfigError.
+    """
     try:
         yield
     except ImportError as error:
@@ -187,7 +190,7 @@ def _model_class(config: dict[str, Any]) -> Any:
 
 
 def place_of(device: str) -> str:
-    """Return the device: "cpu", "cuda" or "cuda:N". Raises ConfigError."""
+    """Resolve the option ``device`` to "cpu", "cuda" or "cuda:N". Raises ConfigError if torch has no CUDA device."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -200,7 +203,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise StoreFormatError(
             f"The tokenizer of {folder} can't be loaded: {_said(error)}",
             "Copy the tokenizer's files from the source again, or convert the model again.",

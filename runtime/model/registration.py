@@ -54,13 +54,13 @@ from .tiers import Tiers, close_later
 _lock = threading.Lock()
 IN_CONFIG = ("ram", "device_memory", "context", "exact")  # what a model directory's config.json may set
 
-_options: TierOptions = {}  # of register(), for models that are loaded without load()
-_asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # of load(), for the model that it loads
+_options: TierOptions = {}  # set by register(), for models that are loaded without load()
+_asked: ContextVar[TierConfig | None] = ContextVar("asked", default=None)  # set by load(), for the model that it loads
 
 
 @contextlib.contextmanager
 def asked_for(config: TierConfig) -> Iterator[None]:
-    """Give models that are loaded inside these tiers, whatever their config.json says."""
+    """Use the options ``config`` for models that are loaded in this context, instead of those in their config.json."""
     token = _asked.set(config)
     try:
         yield
@@ -72,9 +72,9 @@ def register(**options: Unpack[TierOptions]) -> None:
     """Let plain ``AutoModelForCausalLM.from_pretrained(DIR)``, and what is built on it, load a model directory.
 
     Args:
-        options: those of ``load`` but for ``device``, ``dtype`` and ``attn_implementation``. They hold for all models
-            that are loaded in this way from then on, and go before what a config.json says; those of the last call
-            count. The ``device_map`` of ``from_pretrained`` says where a model is computed.
+        options: those of ``load`` except ``device``, ``dtype`` and ``attn_implementation``. They apply to all models
+            that are loaded in this way from then on, and override those in a config.json. A later call replaces them.
+            The ``device_map`` of ``from_pretrained`` says where a model is computed.
 
     Raises:
         ConfigError: for options that cannot be used.
@@ -95,7 +95,7 @@ def install() -> None:
 
 
 class MoetierConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a model directory. A person may have added budgets to it.
+    """``quantization_config`` of a model directory. A user may have added the options IN_CONFIG to it.
 
     Raises ConfigError for an unknown key, because a misspelt budget must not become the default.
     """
@@ -148,7 +148,7 @@ class MoetierQuantizer(HfQuantizer):
                 module._parameters.pop(name, None)  # on the meta device, so nothing was allocated
             for touched in (module, model.get_submodule(path.rpartition(".")[0])):
                 touched._is_hf_initialized = (
-                    True  # else _init_weights would fill what is removed, in some models through the parent
+                    True  # else _init_weights, in some models the parent's, would fill the removed parameters
                 )
             module.config._experts_implementation_internal = NAME
         if manifest.trunk_records is not None:
@@ -159,7 +159,10 @@ class MoetierQuantizer(HfQuantizer):
             setattr(model, plan, kept)
 
     def _check(self, model: PreTrainedModel, modules: dict[str, Any], manifest: Manifest) -> None:
-        """Raise unless the model's Experts modules are the store's blocks, shape by shape."""
+        """Raise unless the model's Experts modules match the store's blocks: the same paths, experts and shapes.
+
+        Raises UnsupportedModelError if the model has none, else StoreFormatError.
+        """
         if not modules:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no module with transformers' experts interface.",
@@ -194,7 +197,7 @@ class MoetierQuantizer(HfQuantizer):
         linears = quantized_linears(model)
         for linear in linears:
             linear.compute_with(kernels)
-        shortcuts = _shortcuts(model, asked)  # first, because the memory that they take is not there for experts
+        shortcuts = _shortcuts(model, asked)  # before the tiers: shortcuts take memory that budgets must not count on
         tiers = Tiers.open(
             self._folder,
             asked,
@@ -208,9 +211,9 @@ class MoetierQuantizer(HfQuantizer):
             largest=largest_decoded((linear.layout for linear in linears), kernels),
         )
         weakref.finalize(model, close_later, tiers.close_sources, weakref.ref(tiers))
-        model.__dict__["tiers"] = tiers  # past nn.Module.__setattr__: no submodule and no parameter
+        model.__dict__["tiers"] = tiers  # bypasses nn.Module.__setattr__: neither a submodule nor a parameter
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):  # the trunk is not; some layers compute in another order if it is
+            if isinstance(module, PreTrainedModel):  # some layers compute in another order if this is set
                 module.config.__dict__.pop("_is_quantized", None)
         demanded = None
         if shortcuts is not None:
@@ -271,7 +274,7 @@ def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
 
 
 def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
-    """Return the shortcuts; None with speculation off, or where no gate can be asked ahead."""
+    """Return the shortcuts that predict experts; None if speculation is off, or if no gate can predict."""
     if Mode(asked.speculate) is Mode.OFF:
         return None
     gates = Gates(model)
@@ -292,7 +295,7 @@ def _device_of(model: PreTrainedModel) -> torch.device:
 
 
 def _mapped_bytes(model: PreTrainedModel) -> int:
-    """Return the size of the tensors in mapped files. They stay in memory, but free memory does not count them."""
+    """Return the bytes of the model's tensors in mapped files. They stay in memory, but still count as free memory."""
     maps = [addresses for addresses, _ in mapped_files()]
     tensors = chain(model.parameters(), model.buffers())
     return sum(t.nbytes for t in tensors if any(t.data_ptr() in addresses for addresses in maps))

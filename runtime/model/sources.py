@@ -1,4 +1,7 @@
-"""Choose where a process's experts come from: a tier of its own, on a store or on other hosts' daemons, or a daemon."""
+"""Choose where a process's experts come from: its own host tier, or that of a daemon on this host.
+
+A process's own host tier reads from the store, or from daemons on other hosts and the store.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +30,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """Host tier that a process computes from. ``close`` closes it and what it reads from; idempotent."""
+    """Host tier that a process computes from. ``close`` closes the tier and what it reads from; idempotent."""
 
     host: Lender[memoryview]
-    where: str  # for people
+    where: str  # description of the tier for people
     close: Callable[[], None]
-    learner: Learner | None = None  # if the tier is this process's and learns
-    shares: Callable[[], list[Share]] = list  # what came from daemons of other hosts, and from the store beside them
-    daemon: DaemonTier | None = None  # the host tier, if it is a daemon's of this host, whose memory is mapped
+    learner: Learner | None = None  # only of a tier of this process, with the option `learn`
+    shares: Callable[[], list[Share]] = list  # returns what came from daemons of other hosts and from the store
+    daemon: DaemonTier | None = None  # ``host``, if it is the mapped tier of a daemon on this host
 
 
 def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Callable[[], Mapping[str, int]]) -> Origin:
     """Open the host tier for the model directory ``folder``.
 
-    ``slots``: returns the slots for a tier of this process. Called only if there will be one; may raise BudgetError.
-    Raises StoreError, and DaemonError where a daemon was asked for.
+    ``slots`` returns the number of slots, by record geometry, for a tier of this process. It is called only if there
+    will be such a tier, and may raise BudgetError. Raises StoreError, and DaemonError if a daemon was asked for and
+    can't be used.
     """
     if config.mapped is not None:
         return _mapped(config.mapped, folder, manifest)
@@ -52,12 +56,12 @@ def open_origin(folder: Path, manifest: Manifest, config: TierConfig, slots: Cal
         for daemon in daemons_serving(manifest.digest):
             try:
                 found = _mapped(daemon, folder, manifest)
-            except (NoDaemonError, UnknownModelError) as error:  # it has ended, and left its address behind
+            except (NoDaemonError, UnknownModelError) as error:  # it has ended and left its card behind
                 _log.info("not used: the daemon %s: %s", daemon, error.cause)
             except MoetierError as error:  # it is full, or of another version
                 refusals[daemon] = error
             else:
-                if config.of_own_tier:  # an error with a named daemon (``TierConfig.of``); this one may be unexpected
+                if config.of_own_tier:  # with a named daemon it is an error (``TierConfig.of``); this one was found
                     _log.warning(
                         "Without effect: %s, as the experts are those of the daemon %s. Give this to the daemon, or "
                         'set `daemon` to "none".',
@@ -98,5 +102,6 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
         if store is not None:
             store.on_fault(host.condemn)
         if config.daemon.addresses:
-            closing.callback(spread.close)  # closed first: the tier waits for its reads, and these may wait for daemons
+            # closed first: the tier's close() waits for reads, which may wait for daemons
+            closing.callback(spread.close)
         return Origin(host, where, closing.pop_all().close, learner, shares)

@@ -36,7 +36,7 @@ _closers: set[threading.Thread] = set()
 
 
 class Tiers:
-    """Tiers of a model, as ``model.tiers``. A context manager."""
+    """Tiers of one model, kept as ``model.tiers``. A context manager, which closes them."""
 
     @classmethod
     def open(
@@ -53,12 +53,17 @@ class Tiers:
     ) -> Tiers:
         """Open the tiers of a model directory, to compute on ``device``.
 
-        ``trunk``: bytes that it takes of the memory that seems free now.
-        ``cache``: bytes to leave for keys, values and outputs of a context.
-        ``width``: bytes of a number that is computed with.
-        ``kernels``: those of the trunk, whose largest quantised matrix has ``largest`` weights.
+        ``trunk``: bytes of the trunk that still count as free memory.
 
-        Raises StoreError, BudgetError where no budget works, and DaemonError where the daemon asked for can't be used.
+        ``cache``: bytes to leave for keys, values and outputs of a context.
+
+        ``width``: bytes of each number in scratch memory.
+
+        ``kernels``: the kernels that the trunk uses; by default those of ``device``.
+
+        ``largest``: number of weights of the trunk's largest matrix that is decoded for each product.
+
+        Raises StoreError, BudgetError if no budget works, and DaemonError if the daemon asked for can't be used.
         """
         if config.device_memory is not None and device.type == "cpu":
             raise ConfigError(
@@ -102,7 +107,7 @@ class Tiers:
         self.device = device
         self.kernels = kernels
         self.speculation: Speculation | None = None
-        self.hooks = Observation()  # on the model, besides the speculation's
+        self.hooks = Observation()  # hooks on the model, besides those of the speculation
         self.close_sources = partial(_close_sources, device, origin)  # must not refer to the model
 
     def stats(self) -> list[TierStats]:
@@ -135,11 +140,14 @@ def _close_sources(device: HostViews | DeviceTier, origin: Origin) -> None:
 
 
 def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) -> None:
-    """Close the tiers of a model that was collected. ``tiers`` must be weak: a speculation refers to the model.
+    """Close the tiers of a model that was garbage-collected, in a thread of its own.
 
-    The garbage collector may call this in any thread, also one that holds a tier's lock, or a loader. Closing waits for
-    both, so another thread does it. That is a daemon thread, whose start waits for nothing that such a thread may hold.
-    At the interpreter's end no thread would run to its end, and none is interrupted: it closes them at once.
+    The garbage collector may call this in any thread, even in a loader or in a thread that holds a tier's lock. Closing
+    waits for both, so another thread has to do it. It is a daemon thread, as starting one waits for nothing that the
+    calling thread may hold. At the interpreter's end a new thread would not finish, and the call interrupts no other
+    work: then it closes the tiers itself.
+
+    ``tiers`` must be weak, because a speculation refers to the model.
     """
     here = tiers()
     if here is not None and here.speculation is not None:
@@ -161,6 +169,9 @@ def close_later(close_sources: Callable[[], None], tiers: weakref.ref[Tiers]) ->
 
 @atexit.register
 def _wait_for_closers() -> None:
-    """Wait, because a thread inside torch's C++ code can't be unwound and may crash the ending process."""
+    """Wait for threads that close tiers.
+
+    A thread inside torch's C++ code can't be unwound, and may crash the ending process.
+    """
     for closer in list(_closers):
         closer.join()
