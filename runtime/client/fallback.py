@@ -1,4 +1,4 @@
-"""Fallback: the local store, which is read while the daemon is away or full."""
+"""The fallback of a daemon's client: a small host tier over the local store, used while the daemon is away or full."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ class Fallback:
         self._lock = threading.Lock()
         self._closing = contextlib.ExitStack()
         self._closed = False
-        self.host: HostTier | None = None  # None until it was needed
-        self.error = ""  # why the tier could not be opened; cleared, the next ``open`` tries again
+        self.host: HostTier | None = None  # None before it is first needed
+        self.error = ""  # why the tier could not be opened; once this is set to "", the next ``open`` tries again
 
     def open(self) -> HostTier | None:
-        """Return the tier, or None if there is no such store or no memory for it; ``error`` says which."""
+        """Return the tier, or None if it can't be opened: no such store, or no memory for it.
+
+        Then ``error`` says why.
+        """
         self._fork_guard.check()
         with self._lock:
             if self._closed:
                 raise ClosedError("The tier was closed.", "Load the model again.")
             if self.host is None and not self.error:
-                self._closing.close()  # left by an attempt that an exception cut
+                self._closing.close()  # opened by an attempt that an exception has interrupted
                 with contextlib.ExitStack() as opening:
                     try:
                         store = opening.enter_context(ExpertStore.open(self._directory))

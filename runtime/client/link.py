@@ -1,7 +1,7 @@
 """Link to a daemon on this host: its mapped arena and a stream of messages, reconnected whenever it breaks.
 
-The link has two threads. Its own thread reads the daemon's messages and reconnects; a thread of gRPC sends. Callers
-wait for neither when a record is found in the arena's directory.
+The link uses two threads. Its own thread reads the daemon's messages and reconnects; a thread of gRPC sends. A caller
+that finds its record in the arena's directory waits for neither.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lease
 
-REPORT_KEPT = 65_536  # latest hits; older ones are dropped while no daemon can be told
+REPORT_KEPT = 65_536  # latest hits that wait to be reported; older ones are dropped while the daemon is away
 REPORT_SECONDS = 0.5  # longest time until the daemon is told of hits
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between attempts to connect; each is twice the one before
 _ANSWER = 2.0  # seconds for answers that a working daemon gives at once
-_STEADY = 1.0  # seconds after which a connection without a message counts as made
+_STEADY = 1.0  # seconds after which a connection counts as made, even without a message
 
 
 class Proof:
-    """Checks that a slot has not been refilled. ``held`` is the last answer, None before the first."""
+    """Check that a slot has not been refilled since a lease on it began.
+
+    A call returns whether the slot's generation is unchanged. ``held`` is the last answer; None before the first call.
+    """
 
     __slots__ = ("_generation", "_generation_of", "_slot", "held")
 
@@ -65,7 +68,7 @@ class MappedArena:
 
     @classmethod
     def of(cls, control: ControlConnection, manifest: Manifest, known: MappedArena | None = None) -> MappedArena:
-        """Map a connection's arena, or return ``known`` if it is that one, which the daemon has reclaimed.
+        """Map the arena of a new connection; return ``known`` if it is the same one, which the daemon has reclaimed.
 
         Raises ArenaError, ProtocolError.
         """
@@ -87,7 +90,7 @@ class MappedArena:
         self.plan = arena.plan
         self.directory = arena.directory
         self._arena = arena
-        # by slot; always the same objects, so that wrappers can recognise them
+        # by slot; the objects stay the same, so that callers can recognise a record that they have wrapped before
         self._records = [arena.view(slot) for slot in range(arena.plan.slots)]
 
     def lease(
@@ -106,14 +109,17 @@ class MappedArena:
             raise ProtocolError(f"The arena has no slot {slot}.", "Use moetier in one version.") from None
 
     def close(self) -> None:
-        """Drop the records. One that is still referenced stays readable, but can't be proved any more. Idempotent."""
+        """Release the records. A record that is still referenced stays readable, but can't be proved any more.
+
+        Idempotent.
+        """
         self._records.clear()
         self._arena.close()
 
 
 @dataclass(frozen=True, slots=True)
 class SlotGranted:
-    """The daemon leases the slot of ``arena`` in which it holds the expert's record."""
+    """Event: the daemon leases a slot of ``arena``, in which it holds the expert's record."""
 
     request: SlotRequest
     expert: int
@@ -124,7 +130,7 @@ class SlotGranted:
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """The daemon has ended the request with an error."""
+    """Event: the daemon has ended the request with an error."""
 
     request: SlotRequest
     error: MoetierError
@@ -136,12 +142,12 @@ LinkEvent = SlotGranted | RequestFailed | None  # None: the daemon has gone away
 
 @dataclass(eq=False, slots=True)
 class SlotRequest:
-    """Request to the daemon for experts of one block; its ``events`` are delivered by the link's thread."""
+    """Request to the daemon for experts of one block. The link's thread delivers its ``events``."""
 
     block: int
     awaited: dict[int, None]  # experts not granted yet; only the link's thread removes them
     events: SimpleQueue[LinkEvent]
-    is_over: bool = False  # the daemon holds nothing for it, or was told to release everything
+    is_over: bool = False  # the daemon holds no lease for this request, or was told to release all
     number: int = field(default_factory=itertools.count(1).__next__)
 
     def message(self) -> wire.ClientMessage:
@@ -151,9 +157,9 @@ class SlotRequest:
 
 
 class Link:
-    """Keeps a connection until it is closed. Requests in flight when a connection ends are repeated on the next.
+    """Connection to a daemon, kept until it is closed. When it breaks, open requests are sent again on the next one.
 
-    ``arrive`` is called by the link's thread with each new control connection, and returns the arena it leads to.
+    ``arrive`` is called by the link's thread with each new control connection, and returns the arena that it gives.
     """
 
     def __init__(
@@ -176,8 +182,8 @@ class Link:
         self._call: Any = None
         self.away_since: float | None = None  # on the monotonic clock; None while the daemon is connected
         self._error: MoetierError | None = None
-        self._messages = 0  # received
-        self.connections = 0  # made, the first among them
+        self._messages = 0  # number of messages received
+        self.connections = 0  # number of connections made, with the first
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
         self._tried.wait()  # prefetch requests that come now are not lost
@@ -199,9 +205,9 @@ class Link:
                 self._outbox.put(request.message())
 
     def cancel(self, request: SlotRequest) -> None:
-        """End a request: release its leases and stop waiting for the rest.
+        """Cancel a request: release its leases and stop waiting for the rest.
 
-        Never waits, as a finalizer may call it. If an exception cuts it, it can be repeated.
+        Never waits, as a finalizer may call it. If an exception interrupts it, it can be called again.
         """
         self._requests.pop(request.number, None)
         if not request.is_over:
@@ -213,18 +219,18 @@ class Link:
         self._send(wire.ClientMessage(release=wire.Release(request=request.number, experts=[expert])))
 
     def prefetch(self, block: int, experts: Sequence[int]) -> None:
-        """Send a prefetch request; it is lost while the daemon is away."""
+        """Send a prefetch request. It is lost while the daemon is away."""
         self._send(wire.ClientMessage(prefetch=wire.Prefetch(wishes=wire.Experts(block=block, experts=experts))))
 
     def report(self, keys: Iterable[ExpertKey]) -> None:
         """Report hits in the directory, least recently used first.
 
-        The daemon is told before the next request, and after half a second at the latest.
+        They are sent before the next request, and after half a second at the latest.
         """
         self._used.extend(keys)
 
     def close(self) -> None:
-        """End the connection and both threads; wakes all that wait for a request. Idempotent."""
+        """End the connection and both threads, and wake all callers that wait for a request. Idempotent."""
         with self._lock:
             self._closed.set()
         call = self._call
@@ -248,11 +254,12 @@ class Link:
             try:
                 if control is None:
                     control = ControlConnection.open(self._folder, self._digest, patience=_ANSWER)
-                    began = time.monotonic()  # an attempt without an answer is no connection, however long it took
+                    began = time.monotonic()  # time spent on an attempt to connect is no time of a connection
                 with control:
                     self._error = self._run_connection(control)
             except MoetierError as error:
-                self._error = type(error)(error.cause, error.fix)  # without the frames, which refer to the arena
+                # a copy without the traceback, whose frames refer to the arena
+                self._error = type(error)(error.cause, error.fix)
             except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
                 self._error = UnavailableError(f"The daemon can't be reached: {error}.", "Free what is short.")
             control = None
@@ -270,7 +277,7 @@ class Link:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _run_connection(self, control: ControlConnection) -> MoetierError | None:
-        """Serve a control connection to its end. Return why it ended; None if the daemon ended it."""
+        """Serve a control connection until it ends. Return why it ended; None if the daemon ended it."""
         arena = self._arrive(control)
         self.connections += 1
         with open_channel(Address(folder=self._folder), Credentials(), bearer=control.session_id) as channel:
@@ -278,16 +285,16 @@ class Link:
             while True:
                 messages = self._messages
                 error = self._run_stream(stub, arena)
-                # a stream may break once; a daemon that ends the next one without a message means it
+                # a stream may break by accident; if the next one ends without a message, the daemon ended it on purpose
                 if error is None or self._closed.is_set() or self._messages == messages or not control.is_alive():
                     return error
                 # a daemon that was stopped (SIGSTOP) keeps its sockets
                 if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
                     return error
-                self._closed.wait(FIRST_PAUSE)  # streams may break again and again
+                self._closed.wait(FIRST_PAUSE)  # a pause, as streams may break again and again
 
     def _run_stream(self, stub: ExpertStoreStub, arena: MappedArena) -> MoetierError | None:
-        """Serve a stream to its end. Return why it ended; None if the daemon ended it."""
+        """Serve a stream of messages until it ends. Return why it ended; None if the daemon ended it."""
         outbox: Outbox = SimpleQueue()
         sent = threading.Event()
         call = stub.Session(self._outgoing(outbox, sent))
@@ -311,7 +318,7 @@ class Link:
         return None
 
     def _attach(self, outbox: Outbox) -> None:
-        """Repeat all requests on a new stream."""
+        """Send all open requests on a new stream."""
         with self._lock:
             requests = list(self._requests.values())
             for request in requests:
@@ -320,7 +327,7 @@ class Link:
             self._outbox = outbox
             self.away_since = None
         self._tried.set()
-        for request in requests:  # cancel() may have found no outbox meanwhile
+        for request in requests:  # without an outbox, cancel() could not tell the daemon
             if request.number not in self._requests:
                 self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
             request.events.put(None)
@@ -350,7 +357,7 @@ class Link:
                     message = outbox.get(timeout=REPORT_SECONDS)
                 if message is None:
                     return
-                # before a request, which might otherwise evict what was used last
+                # sent before a request, which might otherwise evict the records that were used last
                 if self._used and not message.HasField("release"):
                     yield self._report()
                 if message.WhichOneof("message"):

@@ -1,4 +1,4 @@
-"""RemoteReader: reads records from a daemon on another host over the network into this host's slots."""
+"""RemoteReader: reads records from a daemon on another host, over the network, into slots of this process."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import crc32c
 
-CHANNELS = 3  # connections; TLS of one keeps one core busy
+CHANNELS = 3  # connections: TLS of a single one is limited by one core
 SPLIT_BYTES = 8 << 20  # larger records come over all channels at once
 SLOWEST = 4_000_000  # bytes per second of one call; slower calls are cut off
-_ANSWER = 5.0  # seconds that a daemon has to say what it serves
-_MAX_NAMES = 200  # characters of the models that a daemon says it serves, in an error
+_ANSWER = 5.0  # seconds for a daemon to answer which models it serves
+_MAX_NAMES = 200  # longest list of a daemon's models in an error, in characters
 _AGAIN = (UnavailableError, ChecksumError, ProtocolError)
 
 
 class RemoteReader(Closeable):
     """RecordReader over one daemon. Thread-safe. A record whose checksum is wrong is never returned.
 
-    Every call has a deadline: ``patience`` seconds, and the time that its bytes take at ``SLOWEST``.
+    Every call has a deadline: ``patience`` seconds, plus the time that its bytes take at ``SLOWEST``.
     """
 
     parts = None  # it can't read parts of records
@@ -58,9 +58,9 @@ class RemoteReader(Closeable):
         channels: int = CHANNELS,
         patience: float = 10.0,
     ) -> None:
-        """Use ``channels`` connections, which the first read or check makes.
+        """Use ``channels`` connections, which are made by the first read or check.
 
-        Those raise ConfigError for credentials that can't be used.
+        That read or check raises ConfigError for credentials that can't be used.
         """
         self.manifest = manifest
         self.address = address
@@ -94,10 +94,10 @@ class RemoteReader(Closeable):
             )
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record as ``RecordReader`` says, without pauses.
+        """Read a record as ``RecordReader`` says, without calling ``pause``.
 
         Raises MissingExpertError, ChecksumError, a DaemonError, and errors of the daemon's own tier: StoreError,
-        ExhaustedError. The content of the buffer is undefined then.
+        ExhaustedError. After an error the content of the buffer is undefined.
         """
         self._fork_guard.check()
         self.manifest.check_keys(key.block, [key])
@@ -107,10 +107,11 @@ class RemoteReader(Closeable):
         try:
             return self._read(key, view)
         except _AGAIN:
-            # repeat a record that came in time, but not whole; if nothing came, another daemon should be asked
+            # try again after a quick failure; after a slow one the caller should ask another daemon
             if time.monotonic() - began > self.patience / 2 or self._closed:
                 raise
-        return self._read(key, view)  # not in the handler: its error would refer to the first one, and so to the slot
+        # outside the handler: else its error would refer to the first one, whose frames hold the slot
+        return self._read(key, view)
 
     def close(self) -> None:
         """Close the connections; reads under way end with an error. Idempotent. Does nothing in a forked child."""
@@ -123,7 +124,7 @@ class RemoteReader(Closeable):
         self._pool.shutdown()
 
     def _connected(self, *, again: bool = False) -> _Channels:
-        """Return the channels, which are opened now if there are none yet, or if ``again``."""
+        """Return the channels. Open them if there are none yet, or, with ``again``, in place of the old ones."""
         with self._state:
             if self._closed:
                 raise ClosedError(f"The connection to the daemon {self.address} was closed.", "Load the model again.")
@@ -150,9 +151,9 @@ class RemoteReader(Closeable):
 
 
 class _Channels:
-    """Channels to one daemon. ``fetches`` has the multi-callables of Fetch, in rotation.
+    """Channels to one daemon. ``fetches`` yields the callables for Fetch of all channels in turn, for ever.
 
-    Over a Unix socket they come with the control connection that their credential belongs to.
+    Over a Unix socket, a control connection is kept open with them, because it issued their credential.
     """
 
     def __init__(self, address: Address, credentials: Credentials, count: int) -> None:
@@ -163,14 +164,14 @@ class _Channels:
             channels = [opened.enter_context(open_channel(address, credentials, bearer=bearer)) for _ in range(count)]
             self.close = opened.pop_all().close
         self.first = channels[0]
-        # no deserialiser: decode_piece does without a copy
+        # no deserialiser: decode_piece takes the bytes, without a copy
         self.fetches: Iterator[Any] = itertools.cycle(
             [channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString) for channel in channels]
         )
 
 
 class _Transfer:
-    """Transfer of one record. The calls that bring its parts all end together."""
+    """Transfer of one record, in parts with a call each. An error of one call ends all of them."""
 
     def __init__(self, reader: RemoteReader, key: ExpertKey, view: memoryview) -> None:
         self._reader = reader
@@ -183,12 +184,12 @@ class _Transfer:
     def run(self, channels: _Channels, pool: ThreadPoolExecutor) -> None:
         """Read the record in parts over all ``channels``, with the threads of ``pool`` and this one.
 
-        Raises the first error of a part. In either case no thread writes to the view any more.
+        Raises the first error of a part. When it returns or raises, no thread writes to the view any more.
         """
         fetches, parts = channels.fetches, list(_parts(len(self._view), self._reader.count))
         others: list[Future[None]] = []
         try:
-            for part in parts[1:]:  # appended one by one: those that have begun are waited for, whatever happens
+            for part in parts[1:]:  # one by one, so that ``finally`` waits for all that have begun
                 others += [pool.submit(self._bring, next(fetches), *part)]
             self._bring(next(fetches), *parts[0])
             for other, part in zip(others, parts[1:], strict=True):
@@ -209,7 +210,10 @@ class _Transfer:
             raise self._error
 
     def _bring(self, fetch: Any, start: int, end: int) -> None:
-        """Fetch the bytes ``start`` to ``end``; an error of the network or the daemon ends the transfer."""
+        """Fetch the bytes from ``start`` to ``end`` into the view.
+
+        An error of the network or the daemon ends the transfer.
+        """
         reader, key = self._reader, self._key
         request = pb.FetchRequest(
             digest=reader.manifest.digest, block=key.block, expert=key.expert, offset=start, length=end - start
@@ -248,7 +252,10 @@ class _Transfer:
 
 
 def _parts(size: int, channels: int) -> Iterator[tuple[int, int]]:
-    """Divide a record of ``size`` bytes into (start, end) for each call, in whole pieces but for the last."""
+    """Divide a record of ``size`` bytes into parts (start, end), one for each call.
+
+    All parts but the last are a multiple of PIECE_BYTES long.
+    """
     pieces = -(-size // PIECE_BYTES)
     step = -(-pieces // (channels if size > SPLIT_BYTES else 1)) * PIECE_BYTES
     for start in range(0, size, step):

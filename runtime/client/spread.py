@@ -1,8 +1,8 @@
 """SpreadReader: reads a store from several daemons, each of which holds a share of the records in its memory.
 
-Each key asks the daemons in an order of its own, that of rendezvous hashing (Thaler and Ravishankar 1998, "Using
-name-based mappings to increase hit rates"). All clients agree on it, and a daemon that comes or goes moves only its own
-keys.
+For each key, the daemons are asked in another order, that of rendezvous hashing (Thaler and Ravishankar 1998, "Using
+name-based mappings to increase hit rates"). The order is the same for all clients. If a daemon comes or goes, only the
+keys for which it is first move.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def rendezvous(names: Iterable[str], key: ExpertKey) -> list[str]:
-    """Sort names into a key's own order."""
+    """Sort the names of daemons into the order in which they are asked for ``key``."""
     prefix = b"%d/%d/" % key
     return sorted(names, key=lambda name: blake2b(prefix + name.encode(), digest_size=8).digest())
 
@@ -54,8 +54,8 @@ class Peer:
     def __init__(self, name: str, reader: RemoteReader) -> None:
         self.name = name
         self.reader = reader
-        self.records = 0  # read from it
-        self.bytes = 0  # of them
+        self.records = 0  # number of records read from it
+        self.bytes = 0  # bytes of these records
         self.failures = 0  # number of times it went away
         self.away: MoetierError | None = None  # the reason while it is away
         self.backoff = 0.0  # seconds between checks while it is away; 0 once it has given a record
@@ -63,10 +63,10 @@ class Peer:
 
 
 class SpreadReader(Closeable):
-    """RecordReader over several daemons, and over ``local`` as the last resort. Thread-safe; owns them all.
+    """RecordReader over several daemons, and over ``local`` as the last resort. Thread-safe. Closes all of them.
 
-    A read asks the first daemon in its key's order that is not away. A daemon that fails is away until a background
-    check finds it again, so no read waits for it twice.
+    A read asks the daemons that are not away, in the order of its key. A daemon that fails counts as away until a
+    background check finds it again, so no other read waits for it.
     """
 
     parts = None  # it can't read parts of records
@@ -78,8 +78,8 @@ class SpreadReader(Closeable):
         """Connect to the daemons. The shards in the model directory ``folder``, if any, are the last resort.
 
         Raises ConfigError for credentials that can't be used, and RefusedError if a daemon refuses them or is not
-        trusted, as waiting helps against neither. Raises the first daemon's error if all are away and there is no
-        shard.
+        trusted, as waiting would not help. If all daemons are away and there is no shard, raises the error of the first
+        one.
         """
         if len(set(addresses)) != len(addresses):
             raise ConfigError("A daemon is named twice.", "Name each once.")
@@ -106,7 +106,7 @@ class SpreadReader(Closeable):
         self._closed = False
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record as ``RecordReader`` says; pauses only while it reads from the store.
+        """Read a record as ``RecordReader`` says. ``pause`` is called only while it reads from the local store.
 
         Raises MissingExpertError. Without local shards it also raises StoreError or ExhaustedError of a daemon, and
         UnavailableError if no daemon answers for ``patience`` seconds.
@@ -153,9 +153,9 @@ class SpreadReader(Closeable):
             self.local.close()
 
     def _read_from_peers(self, key: ExpertKey, buffer: memoryview) -> MoetierError | None:
-        """Read a record from the first daemon that gives it.
+        """Read a record from the first daemon, in the order of its key, that gives it. Return None if one did.
 
-        Return None, or the error of the last daemon that was asked, or why the first is away.
+        Otherwise return the error of the last daemon that was asked, or why the first one is away if none was asked.
         """
         error: MoetierError | None = None
         order = [self._peers[name] for name in rendezvous(self._peers, key)]
@@ -167,8 +167,9 @@ class SpreadReader(Closeable):
                 failures = peer.failures
             try:
                 peer.reader.read_into(key, buffer)
-            except (StoreError, ExhaustedError) as failure:  # the daemon itself is not away
-                error = failure.with_traceback(None)  # the error is kept, and its frames would hold the slot
+            except (StoreError, ExhaustedError) as failure:  # the daemon answered, so it is not away
+                # without the traceback: the error is kept, and its frames hold the slot
+                error = failure.with_traceback(None)
                 _log.warning("%s: %s", peer.name, error.cause)
             except ClosedError:
                 if self._closed:
@@ -222,7 +223,10 @@ class SpreadReader(Closeable):
                 self._lose(peer, error, peer.failures)
 
     def _lose(self, peer: Peer, error: MoetierError, failures: int) -> None:
-        """Note that a peer is away, unless it has been since it was asked, when it had failed ``failures`` times."""
+        """Note that a peer is away, after a request to it failed with ``error``.
+
+        ``failures`` is ``peer.failures`` from before the request. If it has changed, this failure was noted already.
+        """
         with self._state:
             if peer.away is not None or peer.failures != failures or self._closed:
                 return

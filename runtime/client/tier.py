@@ -1,8 +1,8 @@
-"""DaemonTier: the host tier of a daemon on this machine, used like one of this process.
+"""DaemonTier: the host tier of a daemon on this machine, used like a tier of this process.
 
-The daemon's arena is mapped read-only. A hit is found in its directory without a message; the generation of its slot
-proves afterwards that it held. The misses of a block are one request. While the daemon is away or full, misses are read
-from the local store.
+The daemon's arena is mapped read-only. A hit is found in the arena's directory, without a message to the daemon; the
+slot's generation proves afterwards that the record was not replaced meanwhile. The misses of a block are one request.
+While the daemon is away or full, misses are read from the local store.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .fallback import Fallback
 from .link import Link, LinkEvent, MappedArena, RequestFailed, SlotGranted, SlotRequest
 
 GRACE = 1.0  # seconds that a daemon may be away before the local store is read
-_RETRY = 0.1  # seconds until a daemon that refused a request is asked again
+_RETRY = 0.1  # seconds until a daemon that ended a request because it was ending is asked again
 
 
 class DaemonTier(Closeable):
@@ -65,15 +65,15 @@ class DaemonTier(Closeable):
         self._fork_guard = ForkGuard()
         self._closed_error: ClosedError | None = None
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
-        self._borrowed: set[ExpertKey] = set()  # pinned for a copy, and not reported as used since
-        self._misses: dict[int, Misses] = {}  # those that hold or await something, by thread
-        self._counting = threading.Lock()  # guards the counters; no finalizer counts
+        self._borrowed: set[ExpertKey] = set()  # keys that were pinned for a copy, and not reported as used since
+        self._misses: dict[int, Misses] = {}  # misses that hold or await leases, by thread
+        self._counting = threading.Lock()  # guards the counters; finalizers don't take it
         self._counters = TierCounters("daemon")
         self._link = Link(folder, manifest.digest, control, self._arrive)
         _opened_here.add(self)
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
-        """Yield leases as ``ExpertSource`` says; each has a proof, except those of the local store.
+        """Yield leases as ``ExpertSource`` says; each has a proof, except those of records in the local store.
 
         Raises MissingExpertError for a key that the model does not have. If the local store can't be read either,
         raises UnavailableError if the daemon does not answer in time, and ExhaustedError if all its slots are leased.
@@ -84,7 +84,7 @@ class DaemonTier(Closeable):
         self._manifest.check_keys(block, keys)
         self._check_open()
         arena = self._arena
-        self._borrowed.difference_update(keys)  # the daemon learns of this demand anyhow
+        self._borrowed.difference_update(keys)  # the daemon hears of this demand in any case
         found, missing = [], []
         for key in dict.fromkeys(keys):
             place = arena.directory.find(key)
@@ -96,7 +96,7 @@ class DaemonTier(Closeable):
             self._link.report([place[0] for place in reversed(found)])
         if block in self._prefetching:
             self._prefetching.discard(block)
-            if not missing:  # otherwise the request tells the daemon of the demand
+            if not missing:  # with misses, their request tells the daemon that the demand has come
                 self._link.prefetch(block, [])
         with self._counting:
             self._counters.hits += len(found)
@@ -133,7 +133,7 @@ class DaemonTier(Closeable):
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Request prefetches as ``ExpertSource`` says, unless the daemon is away.
 
-        No message is sent if all records are there.
+        No message is sent if all records are in the directory.
         """
         self._manifest.check_keys(block, keys)
         self._check_open()
@@ -147,19 +147,19 @@ class DaemonTier(Closeable):
         self._link.prefetch(block, [key.expert for key in keys])
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Return absent keys as ``ExpertSource`` says: those that are not in the directory."""
+        """Return absent keys as ``ExpertSource`` says: those that are not in the arena's directory."""
         find = self._arena.directory.find
         return [key for key in keys if find(key) is None]
 
     def pace(self, block: int) -> Pace | None:
-        """Return None: a daemon does not tell its clients how long its reads take."""
+        """Return None: the read timing is not known, as a daemon does not tell its clients how long its reads take."""
         return None
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Lend a record of the directory as ``Lender`` says, with a proof; never one of the local store.
+        """Pin a record in the arena for a copy as ``Lender`` says, with a proof; None if the arena does not have it.
 
-        The daemon is not told. Raises MissingExpertError.
+        No message is sent to the daemon. Raises MissingExpertError.
         """
         self._manifest.check_keys(key.block, [key])
         self._check_open()
@@ -169,20 +169,26 @@ class DaemonTier(Closeable):
             yield None
             return
         lease, proof = arena.lease(key, *place)
-        self._borrowed.add(key)  # before the copy: a demand may find that at once
+        self._borrowed.add(key)  # before the copy is made, as a demand may find the copy at once
         yield lease
         if not proof.held:
             self._borrowed.discard(key)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Report uses as ``Lender`` says: each key once that was pinned for a copy. To the daemon it is a hit."""
+        """Report uses as ``Lender`` says: each key once after it was pinned for a copy.
+
+        The daemon counts them as hits.
+        """
         told = [key for key in keys if key in self._borrowed]
         self._borrowed.difference_update(told)
         if told:
             self._link.report(told)
 
     def stats(self) -> TierStats:
-        """Return the counters. Slots are the daemon's, shared by its clients; loads are reads of the local store."""
+        """Return the counters.
+
+        The slots are the daemon's, shared by all its clients. Loads are only the reads from the local store.
+        """
         self._fork_guard.check()
         plan, fallback = self._arena.plan, self._fallback.host
         ready = 0 if self._closed_error is not None else self._arena.directory.filled
@@ -197,7 +203,7 @@ class DaemonTier(Closeable):
 
     @property
     def address(self) -> Address:
-        """Address of the daemon, by the folder of its sockets."""
+        """Address of the daemon: the folder of its sockets."""
         return Address(folder=self._folder)
 
     @property
@@ -213,7 +219,7 @@ class DaemonTier(Closeable):
     def close(self) -> None:
         """Close as ``ExpertSource`` says. A record stays readable while it is referenced, but can't be proved any more.
 
-        In a forked child only the child's maps and descriptors are closed.
+        In a forked child only the child's own maps and descriptors are closed.
         """
         if self._fork_guard.is_owner:
             self._closed_error = self._closed_error or ClosedError("The tier was closed.", "Load the model again.")
@@ -223,7 +229,7 @@ class DaemonTier(Closeable):
         _opened_here.discard(self)
 
     def _arrive(self, control: ControlConnection) -> MappedArena:
-        """Map a new connection's arena. The old one is unmapped with its last lease."""
+        """Map the arena of a new connection. The old one is unmapped when its last lease ends."""
         self._arena = MappedArena.of(control, self._manifest, self._arena)
         self._fallback.error = ""
         return self._arena
@@ -234,7 +240,7 @@ class DaemonTier(Closeable):
 
 
 class Misses:
-    """The misses of one call of acquire, all of one block, granted by the daemon or read from the local store."""
+    """The misses of one call of ``acquire``, all of one block. The daemon grants them, or the local store is read."""
 
     def __init__(self, tier: DaemonTier, block: int) -> None:
         self._tier = tier
@@ -242,26 +248,27 @@ class Misses:
         self._thread = 0  # set by the first request
         self._requests: list[SlotRequest] = []
         self._events: SimpleQueue[LinkEvent] = SimpleQueue()
-        self.wanted: dict[int, None] = {}  # experts that were not computed with yet
+        self.wanted: dict[int, None] = {}  # experts that the caller has not computed with yet
 
     def want(self, experts: Sequence[int]) -> None:
         """Request experts from the daemon, in one message."""
         self.wanted.update(dict.fromkeys(experts))
         request = SlotRequest(self._block, dict.fromkeys(experts), self._events)
-        self._requests.append(request)  # first: close() cancels it even if an exception cuts what follows
+        # appended first, so that close() cancels it even if an exception interrupts what follows
+        self._requests.append(request)
         self._thread = threading.get_ident()
         self._tier._misses[self._thread] = self
         self._tier._link.request(request)
 
     def close(self) -> None:
-        """Cancel all requests. Never waits; if an exception cuts it, it can be repeated."""
+        """Cancel all requests. Never waits; if an exception interrupts it, it can be called again."""
         for request in self._requests:
             self._tier._link.cancel(request)
         if self._tier._misses.get(self._thread) is self:
             self._tier._misses.pop(self._thread, None)
 
     def leases(self) -> Generator[Lease[memoryview], None, None]:
-        """Yield a lease of each wanted expert in order of arrival."""
+        """Yield a lease of each wanted expert, in the order in which they are granted."""
         tier = self._tier
         while self.wanted:
             granted = self._wait()
@@ -274,7 +281,7 @@ class Misses:
             tier._check_open()
             if proof.held is not False:
                 del self.wanted[expert]
-                if self.wanted:  # otherwise close() ends the request with it
+                if self.wanted:  # otherwise close() cancels the request and so releases this lease
                     tier._link.release(granted.request, expert)
             else:  # the daemon that granted the slot is gone, and another one has refilled it
                 with tier._counting:
@@ -296,7 +303,8 @@ class Misses:
                 if isinstance(event, SlotGranted):
                     if event.expert in self.wanted:
                         return event
-                    link.release(event.request, event.expert)  # granted twice: it was requested again meanwhile
+                    # granted a second time, as it was requested again meanwhile
+                    link.release(event.request, event.expert)
                 elif isinstance(event, RequestFailed):
                     if (host := self._fail(event, limit)) is not None:
                         return host
@@ -310,7 +318,10 @@ class Misses:
                 tier._counters.waited(time.monotonic() - began)
 
     def _fail(self, event: RequestFailed, limit: float) -> HostTier | None:
-        """Return the fallback's tier if it may help; None if the daemon was asked again. Raises the error otherwise."""
+        """Handle a failed request: return the fallback's tier if that can help, or None after asking the daemon again.
+
+        Raises the request's error if neither is possible. ``limit`` is on the monotonic clock.
+        """
         tier, error = self._tier, event.error
         if isinstance(error, StoreError):
             with tier._counting:
@@ -328,7 +339,7 @@ class Misses:
 
     def _from_fallback(self, host: HostTier) -> Generator[Lease[memoryview], None, None]:
         self.close()
-        first = self._tier._arena.plan.slots  # the fallback's slots are numbered behind the arena's
+        first = self._tier._arena.plan.slots  # the fallback's slots are numbered after the arena's
         keys = [ExpertKey(self._block, expert) for expert in self.wanted]
         with closing(host.acquire(keys)) as leases:
             for lease in leases:
@@ -346,7 +357,7 @@ class Misses:
 
 @interruptible
 def _next_event(events: SimpleQueue[LinkEvent], due: float) -> LinkEvent:
-    """Return the next event; None if none comes before ``due``, or within POLL_SECONDS."""
+    """Return the next event; None if there is none before ``due`` (monotonic clock), or within POLL_SECONDS."""
     try:
         return events.get(timeout=min(max(due - time.monotonic(), 0.0), POLL_SECONDS))
     except Empty:
@@ -362,7 +373,10 @@ _opened_here: weakref.WeakSet[DaemonTier] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """Make every use in a forked child raise, rather than wait for threads that the child does not have."""
+    """Make every use of an inherited tier raise in a forked child.
+
+    The child does not have the threads that a use would wait for.
+    """
     for tier in list(_opened_here):
         tier._closed_error = tier._closed_error or ClosedError(
             "This is another process's tier: it was opened before this process was forked.",

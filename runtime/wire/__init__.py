@@ -1,7 +1,7 @@
-"""Wire protocol that the daemon and its clients share: addresses, channels, the control socket, pieces and errors.
+"""Wire protocol between the daemon and its clients: addresses, channels, the control socket, pieces and errors.
 
-Others use ``address``, ``channel`` and ``probe``, which asks a running daemon what it is. The package imports
-``proto``, grpc and the nouns of ``tiers``.
+Others use ``address``, ``channel`` and ``probe``, which asks a running daemon for its models and counters. The package
+imports ``proto``, grpc, and of ``tiers`` the modules that define terms, such as ``errors``.
 """
 
 from typing import TYPE_CHECKING

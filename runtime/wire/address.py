@@ -1,7 +1,7 @@
 """Addresses of daemons, the credentials that clients show them, and the cards by which local daemons are found.
 
-A daemon on this host is a folder of Unix sockets that only its user may enter; one on another host is HOST:PORT. The
-folder also holds daemon.json, the daemon's card.
+A daemon on this host is addressed by its folder of Unix sockets, which only its user may enter; one on another host by
+HOST:PORT. The folder also holds the daemon's card, daemon.json.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ DEFAULT_NAME = "default"
 SOCKET = "grpc.sock"  # the gRPC service
 CONTROL_SOCKET = "side.sock"  # credentials, and the arena's descriptor
 CARD = "daemon.json"
-DIGEST_CHARS = 12  # of a digest, where people read it: enough to tell two stores of one model apart
+DIGEST_CHARS = 12  # shown of a digest: enough to tell two stores of one model apart
 _NAME = re.compile(r"[\w-][\w.-]*")
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
-_MAX_PATH_BYTES = 107  # of a Unix socket (unix(7))
+_MAX_PATH_BYTES = 107  # longest path of a Unix socket (unix(7))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,11 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Parse ``"NAME"`` (a folder of that name beneath ``runtime_folder()``), ``"/a/folder"`` or ``"./a/folder"``,
-        ``"HOST:PORT"`` or ``"[IPV6]:PORT"``.
+        """Parse the address of a daemon.
 
-        Raises ConfigError.
+        ``"NAME"`` is the folder of that name beneath ``runtime_folder()``. A path of a folder has a slash:
+        ``"/a/folder"``, ``"./a/folder"``. Another host's daemon is ``"HOST:PORT"`` or ``"[IPV6]:PORT"``. Raises
+        ConfigError.
         """
         if "/" in text:
             return cls.of(Path(text))
@@ -83,8 +84,8 @@ class Credentials:
 
     token_file: Path | None = None  # the bearer token, in one line
     ca: Path | None = None  # PEM; the system's roots by default
-    cert: Path | None = None  # PEM; the client's certificate, for a daemon that asks for one
-    key: Path | None = None  # PEM; of that certificate
+    cert: Path | None = None  # PEM; the client's certificate, if the daemon asks for one
+    key: Path | None = None  # PEM; private key of ``cert``
     insecure: bool = False  # no TLS
 
 
@@ -100,7 +101,7 @@ def runtime_folder() -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a daemon's folder belongs to this user and that no other user can enter or exchange it.
+    """Check that a daemon's folder belongs to this user and that no other user can enter or replace it.
 
     Raises RefusedError, and FileNotFoundError if there is no such folder.
     """
@@ -150,9 +151,10 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class DaemonCard:
-    """A daemon's card, which it writes when it is ready and removes when it ends.
+    """A daemon's card: the file from which others learn that it runs and what it serves.
 
-    A card may be left by a daemon that was killed; only a connection shows whether it still runs.
+    The daemon writes it when it is ready and removes it when it ends. A daemon that was killed leaves its card, so only
+    a connection shows whether it still runs.
     """
 
     pid: int

@@ -1,4 +1,7 @@
-"""gRPC channels to a daemon: over its Unix socket, or over TCP with TLS and a token. Also reads the files for both."""
+"""gRPC channels to a daemon: over its Unix socket, or over TCP with TLS and a token.
+
+Reading of tokens, certificates and keys, which clients and daemons share.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,15 @@ _log = logging.getLogger(__name__)
 SERVICE = "moetier.v1.ExpertStore"
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    # notice a peer that vanished or stands still, on an idle connection too
+    # notice a peer that vanished or hangs, on an idle connection too
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # also of the pings that measure bandwidth: only one is sent at a time
+    # also for gRPC's pings that measure bandwidth: only one ping is sent at a time
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),  # lower bound of an attempt's timeout: the network may be slow
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # least timeout of an attempt to connect: the network may be slow
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),  # never send a daemon's bytes through a proxy
     ("grpc.enable_retries", 0),  # the callers of this project repeat calls themselves
@@ -42,7 +46,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 def open_channel(address: Address, credentials: Credentials, *, bearer: str | None = None) -> grpc.Channel:
-    """Return a channel, which connects when it is first used.
+    """Return a channel to a daemon, which connects when it is first used.
 
     Every call on it carries ``bearer`` or, over TCP, the token in the credentials' file.
 
@@ -58,13 +62,13 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
             raise UnavailableError(
                 f"No daemon runs in {address.folder}.", "Start one: moetier daemon DIR; or name another."
             ) from None
-        # the target is a URI: quote what has a meaning there
+        # the target is a URI: quote characters that have a meaning there
         target = "unix:" + quote(str(address.folder / SOCKET))
         channel = grpc.insecure_channel(target, options=OPTIONS)
     else:
         if bearer is None and credentials.token_file is not None:
             bearer = read_token(credentials.token_file)
-        target = f"dns:///{address.target}"  # with its scheme, as a host may be named like a scheme
+        target = f"dns:///{address.target}"  # with its scheme: a host's name might be taken for one
         if credentials.insecure:
             if given := [name for name in ("ca", "cert", "key") if getattr(credentials, name) is not None]:
                 raise ConfigError(
@@ -78,7 +82,7 @@ def open_channel(address: Address, credentials: Credentials, *, bearer: str | No
 
 
 def speaks_tls(target: str, patience: float) -> bool:
-    """Return whether HOST:PORT answers a TLS handshake within ``patience`` seconds. Checks no certificate."""
+    """Return whether HOST:PORT answers a TLS handshake within ``patience`` seconds. The certificate is not checked."""
     host, _, port = target.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -90,9 +94,10 @@ def speaks_tls(target: str, patience: float) -> bool:
 
 
 def read_token(path: Path, what: str = "token") -> str:
-    """Read a file that holds one secret line, and warn if every user can read it. ``what`` names the secret.
+    """Read a secret from a file that holds it as one line, and warn if every user can read the file.
 
-    Raises ConfigError if the file can't be read or does not hold one line of printable ASCII.
+    ``what`` names the secret in errors. Raises ConfigError if the file can't be read or does not hold one line of
+    printable ASCII.
     """
     text = _read(path, f"{what}'s file")
     _warn_if_world_readable(path, what)
@@ -109,13 +114,14 @@ def read_token(path: Path, what: str = "token") -> str:
 
 
 def read_pem(path: Path, what: str) -> bytes:
-    """Read a file of certificates and check that they are well-formed, as gRPC would fail without naming the file.
+    """Read a file of certificates in PEM form. Raises ConfigError, which calls the file ``what``.
 
-    Raises ConfigError.
+    The certificates are checked to be well-formed here, because gRPC would fail without naming the file.
     """
     pem = _read(path, what)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)  # may hold text in any encoding
+        # by path: the file may also hold text in any encoding
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except OSError as error:
         raise ConfigError(f"The {what} {path} holds no certificates in PEM form ({error}).", "Name another.") from None
     return pem
@@ -125,7 +131,7 @@ def read_identity(cert: Path, key: Path) -> tuple[bytes, bytes]:
     """Read a certificate chain and its private key, and check that they belong together. Raises ConfigError."""
     pems = _read(cert, "certificate"), _read(key, "key")
     try:
-        # an empty password: OpenSSL would ask for that of an encrypted key on the terminal
+        # empty password: without one, OpenSSL would ask on the terminal for that of an encrypted key
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key, password="")
     except (ssl.SSLError, ValueError, OSError) as error:
         raise ConfigError(
@@ -147,7 +153,7 @@ def _tls(credentials: Credentials) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(root_certificates=roots, private_key=key, certificate_chain=cert)
 
 
-@functools.cache  # once for each file: a client reads it for each connection
+@functools.cache  # warns once for each file, which a client reads for each connection
 def _warn_if_world_readable(path: Path, what: str) -> None:
     if path.stat().st_mode & stat.S_IROTH:
         _log.warning("Every user can read the %s in %s: chmod 600 %s", what, path, path)

@@ -1,9 +1,9 @@
-"""Control socket of a daemon: the client's connection, and the packets that both ends exchange. No gRPC.
+"""Control socket of a daemon: the client's connection, and the packets that both ends exchange. Does not use gRPC.
 
 A client sends one packet, ``{"protocol": 1, "digest": ...}``, and gets one packet back. If it named a store by its
-digest, the arena's read-only descriptor comes along as SCM_RIGHTS. The connection then stays open and silent for as
-long as the client lives. The kernel closes it when the process ends, which releases the client's leases and its
-credential.
+digest, a read-only descriptor of the arena comes along as SCM_RIGHTS. The connection then stays open and silent for as
+long as the client lives. The kernel closes it when the process ends, and the daemon then releases the client's leases
+and its credential.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moetier.tiers.errors import MoetierError, NoDaemonError, ProtocolError, Ref
 from .address import CONTROL_SOCKET, check_folder
 
 PROTOCOL = 1
-PATIENCE = 5.0  # seconds that either end waits for the other's one packet
+PATIENCE = 5.0  # seconds that each end waits for the other end's packet
 _MAX_PACKET = 65_536  # bytes
 _POLL = 0.01  # seconds between attempts to connect while the kernel's queue is full
 
@@ -36,7 +36,7 @@ _POLL = 0.01  # seconds between attempts to connect while the kernel's queue is 
 class ControlConnection(Closeable):
     """A client's connection to a daemon on this host, open until ``close`` or the end of the process.
 
-    In a forked child it is closed.
+    A forked child closes its copy at once.
     """
 
     @classmethod
@@ -64,7 +64,7 @@ class ControlConnection(Closeable):
             try:
                 _connect(end, folder / CONTROL_SOCKET, patience)
                 check_peer(end, f"the daemon in {folder}")
-                with contextlib.suppress(BrokenPipeError):  # refused already: the answer says why
+                with contextlib.suppress(BrokenPipeError):  # the daemon has refused already, and its answer says why
                     end.send(json.dumps({"protocol": PROTOCOL, "digest": digest}).encode())
                 packet, descriptors = _receive(end)
             except TimeoutError:
@@ -95,12 +95,12 @@ class ControlConnection(Closeable):
             raise ProtocolError(
                 f"The daemon's greeting is malformed ({type(error).__name__}: {error}).", "Use one of this version."
             ) from None
-        self.descriptor = descriptor  # of the arena, read-only; closed together with the connection
+        self.descriptor = descriptor  # descriptor of the arena, read-only; closed together with the connection
         self._end = end
         _opened_here.add(self)
 
     def is_alive(self) -> bool:
-        """Return whether the daemon still holds the other end; False once this one is closed."""
+        """Return whether the daemon still has its end of the connection open; False once this end is closed."""
         if self._end.fileno() < 0:
             return False
         poll = select.poll()
@@ -108,7 +108,7 @@ class ControlConnection(Closeable):
         return not poll.poll(0)
 
     def close(self) -> None:
-        """Release all leases and the credential. Idempotent."""
+        """Close the connection; the daemon then releases all leases and the credential. Idempotent."""
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -120,7 +120,7 @@ _opened_here: weakref.WeakSet[ControlConnection | socket.socket] = weakref.WeakS
 
 
 def _close_in_child() -> None:
-    """Close what a forked child has inherited: it would keep its parent's connections alive."""
+    """Close connections that a forked child has inherited, because they would keep its parent's connections alive."""
     for opened in list(_opened_here):
         opened.close()
 
@@ -150,7 +150,7 @@ def _no_daemon(folder: Path, why: str = "") -> NoDaemonError:
 def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
     """Receive a packet and its descriptors, which are closed on exec.
 
-    ``socket.recv_fds`` of Python 3.11 ignores its flags.
+    ``socket.recv_fds`` is not used, because in Python 3.11 it ignores its flags.
     """
     arguments = (_MAX_PACKET, socket.CMSG_LEN(array("i", [0]).itemsize), socket.MSG_CMSG_CLOEXEC)
     try:
@@ -169,7 +169,7 @@ def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def parse(packet: bytes, sender: str) -> dict[str, Any]:
-    """Parse a packet. Raises ProtocolError, which names the ``sender``."""
+    """Parse a packet, which is a JSON object. Raises ProtocolError, which names the ``sender``."""
     try:
         value = json.loads(packet)
     except (ValueError, RecursionError):
@@ -182,7 +182,7 @@ def parse(packet: bytes, sender: str) -> dict[str, Any]:
 
 
 def answer(end: socket.socket, reply: Mapping[str, Any], descriptor: int | None = None) -> bool:
-    """Send a packet, with a descriptor if there is one. Return False if the peer is gone."""
+    """Send ``reply`` as a packet, with ``descriptor`` if it is not None. Return False if the peer is gone."""
     try:
         socket.send_fds(end, [json.dumps(reply).encode()], [] if descriptor is None else [descriptor])
     except OSError:
@@ -191,7 +191,7 @@ def answer(end: socket.socket, reply: Mapping[str, Any], descriptor: int | None 
 
 
 def check_peer(end: socket.socket, peer: str) -> int:
-    """Return the process at the other end. Raises RefusedError if it is another user's."""
+    """Return the id of the process at the other end of a Unix socket. Raises RefusedError if another user runs it."""
     pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid != os.getuid():
         raise RefusedError(f"User {uid} runs {peer}, and user {os.getuid()} this process.", "Use a daemon of your own.")
@@ -199,14 +199,15 @@ def check_peer(end: socket.socket, peer: str) -> int:
 
 
 def error_json(error: MoetierError) -> dict[str, str]:
-    """Describe an error in JSON."""
+    """Describe an error as a JSON object, which ``error_from`` reads."""
     return {"kind": type(error).__name__, "cause": error.cause, "fix": error.fix}
 
 
 def error_from(value: object, otherwise: type[MoetierError] = errors.DaemonError) -> MoetierError:
-    """Return the error that ``error_json`` described; ``otherwise`` is its class if this version has none of its name.
+    """Return the error that ``error_json`` described.
 
-    The description comes from another process and may be anything.
+    ``value`` comes from another process and may be anything. ``otherwise`` is the error's class if this version does
+    not have one of its name.
     """
     if not isinstance(value, dict):
         return ProtocolError("The daemon sent an error that can't be read.", "Use moetier in one version.")

@@ -1,7 +1,7 @@
 """Serialisation of the message Piece (proto/expert_store.proto) with fewer copies than protobuf makes.
 
-Protobuf for Python copies a bytes field when it serialises and parses; for a large record that takes longer than its
-transport. The bytes here are those that protobuf writes, and everything that protobuf can write is read.
+Protobuf for Python copies a bytes field when it serialises and parses; for a large record that takes longer than
+sending it. ``encode_piece`` writes the same bytes as protobuf, and ``decode_piece`` reads all that protobuf can write.
 Source: https://protobuf.dev/programming-guides/encoding/
 """
 
@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from moetier.proto.expert_store_pb2 import Piece
 from moetier.tiers.errors import ProtocolError
 
-PIECE_BYTES = 1 << 20  # of a record in one message
+PIECE_BYTES = 1 << 20  # largest part of a record in one message
 _TAG = 0x0A  # field 1, length-delimited
 
 
@@ -39,7 +39,7 @@ def decode_piece(message: bytes) -> memoryview:
                 if at + length == len(message):
                     return memoryview(message)[at:]
                 break
-    try:  # written by a later version, with other fields; or empty
+    try:  # written by a later version with other fields, or without data
         return memoryview(Piece.FromString(message).data)
     except DecodeError:
         raise ProtocolError(

@@ -1,4 +1,4 @@
-"""Short-lived connections to a daemon that read what it is and what it has counted."""
+"""Short-lived connections to a daemon that ask for its models and counters, as ``moetier ps`` does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .channel import open_channel
 from .control import PATIENCE, ControlConnection
 from .status_codes import error_of
 
-PS_PATIENCE = 2.0  # seconds for each daemon of a list to answer
+PS_PATIENCE = 2.0  # seconds for each daemon to answer where several are listed
 
 
 class DaemonProbe:
@@ -34,12 +34,12 @@ class DaemonProbe:
         self._patience = patience
 
     def describe(self) -> pb.DescribeReply:
-        """Ask what the daemon is and which models it serves."""
+        """Return the daemon's process, version and models."""
         reply: pb.DescribeReply = self._ask(self._stub.Describe, pb.DescribeRequest())
         return reply
 
     def stats(self, *, details: bool = False) -> pb.StatsReply:
-        """Ask for the daemon's counters, with ``details`` also for its clients and blocks."""
+        """Return the daemon's counters, with ``details`` also its clients and blocks."""
         reply: pb.StatsReply = self._ask(self._stub.Stats, pb.StatsRequest(details=details))
         return reply
 
@@ -66,7 +66,7 @@ def probe(
 
 @dataclass(frozen=True, slots=True)
 class RunningDaemon:
-    """A daemon of this user that runs. ``stats`` is None if it does not answer."""
+    """A running daemon of this user. ``stats`` is None if it does not answer."""
 
     folder: Path
     card: DaemonCard
@@ -74,13 +74,16 @@ class RunningDaemon:
 
     @property
     def models(self) -> list[tuple[ServedModel, pb.ModelStats | None]]:
-        """The models on the card, each with its counters; None if the daemon does not answer or serve it."""
+        """The models on the card, each with its counters.
+
+        The counters are None if the daemon does not answer or no longer serves the model.
+        """
         stats = {model.digest: model for model in self.stats.models} if self.stats is not None else {}
         return [(model, stats.get(model.digest)) for model in self.card.models]
 
 
 def running_daemons() -> list[RunningDaemon]:
-    """Probe the daemons beneath ``runtime_folder()``, and leave out those that were killed."""
+    """Probe the daemons beneath ``runtime_folder()``, and return those that still run."""
     found = []
     for address, card in known_daemons().items():
         assert address.folder is not None
@@ -94,7 +97,7 @@ def running_daemons() -> list[RunningDaemon]:
 
 
 def _is_running(card: DaemonCard, folder: Path) -> bool:
-    """Return whether the card's process has the folder's lock open: it is stopped, or busy."""
+    """Return whether the card's process has the folder's lock file open. Then it runs, but is stopped or busy."""
     try:
         links = list(Path(f"/proc/{card.pid}/fd").iterdir())
         return any(link.exists() and link.samefile(folder / "lock") for link in links)

@@ -1,7 +1,7 @@
-"""Errors on the wire: the table of this project's errors and gRPC's status codes, and the conversion both ways.
+"""Errors on the wire: a table of this project's errors and gRPC's status codes, and the conversion both ways.
 
-A call that fails carries an ``Error`` in its trailing metadata, beside the code. If gRPC itself or something between
-has ended the call, there is no ``Error``, and the code and its details have to say what happened.
+A call that fails carries the message ``Error`` in its trailing metadata, beside the code. If gRPC itself or a proxy
+ended the call, there is no ``Error``, and the code and its details have to say what happened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_LINE = 1_000  # bytes: all metadata together may take 8 KiB
 
 Code = grpc.StatusCode
 
-# the most derived class that is listed decides
+# an error has the code of the most derived of its classes that is listed
 CODES: dict[type[MoetierError], grpc.StatusCode] = {
     errors.ChecksumError: Code.DATA_LOSS,
     errors.MissingExpertError: Code.NOT_FOUND,
@@ -43,7 +43,7 @@ CODES: dict[type[MoetierError], grpc.StatusCode] = {
     errors.MoetierError: Code.INTERNAL,
 }
 
-# the meaning of a code without an Error; DaemonError for the others
+# the error for a code that comes without an Error; codes that are not listed give DaemonError
 ERRORS: dict[grpc.StatusCode, type[MoetierError]] = {
     Code.DATA_LOSS: errors.ChecksumError,
     Code.NOT_FOUND: errors.UnknownModelError,
@@ -66,14 +66,17 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 
 def message_of(error: BaseException) -> Error:
-    """Return the message that carries an error. Only the kind is told of a fault of ours, which is no MoetierError."""
+    """Return the message that carries an error.
+
+    An error that is no MoetierError is a bug in the daemon; of this only the class is told.
+    """
     if not isinstance(error, MoetierError):
         error = DaemonError(f"The daemon failed ({type(error).__name__}).", "See the daemon's log, and report it.")
     return Error(kind=type(error).__name__, cause=_cut(error.cause), fix=_cut(error.fix))
 
 
 def error_from_message(message: Error, code: grpc.StatusCode = Code.INTERNAL) -> MoetierError:
-    """Return the error that a message carries. ``code`` gives the class if this version has none of its name."""
+    """Return the error that a message carries. If this version does not know its name, ``code`` gives the class."""
     value = {"kind": message.kind, "cause": message.cause, "fix": message.fix}
     return error_from(value, ERRORS.get(code, DaemonError))
 
@@ -83,7 +86,7 @@ def _cut(line: str) -> str:
 
 
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
-    """End a call with an error. Always raises."""
+    """End a call with an error, by raising gRPC's exception for that."""
     message = message_of(error)
     context.set_trailing_metadata(((METADATA, message.SerializeToString()),))
     context.abort(code_of(error), message.cause)
@@ -91,7 +94,7 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
 
 
 def error_of(error: grpc.RpcError | ValueError, target: str = "") -> MoetierError:
-    """Return the error that a failed call stands for. ``target`` is its HOST:PORT over TCP.
+    """Return the error that a failed call stands for. ``target`` is the daemon's HOST:PORT over TCP, else "".
 
     gRPC raises ValueError for a call on a channel that was closed.
     """
@@ -114,7 +117,7 @@ def error_of(error: grpc.RpcError | ValueError, target: str = "") -> MoetierErro
 
 
 def _transport_error(code: grpc.StatusCode, details: str, target: str) -> MoetierError | None:
-    """Return the error that the details of gRPC's own failure name; None if they name none."""
+    """Return the error that a failure of gRPC's own names in its details; None if they name none that is known."""
     said = details.lower()
     if code is Code.RESOURCE_EXHAUSTED and _TOO_LARGE in said:
         return ProtocolError(f"A message is too large: {details}", "Use moetier in one version.")
@@ -139,11 +142,11 @@ def _transport_error(code: grpc.StatusCode, details: str, target: str) -> Moetie
     return None
 
 
-_TOO_LARGE = "larger than max"  # a message; otherwise the daemon takes no more calls
-# the last one is older gRPC's: "Peer name localhost is not in peer certificate"
+_TOO_LARGE = "larger than max"  # of a message; without these words the code means that the daemon takes no more calls
+# the last one is from older versions of gRPC: "Peer name localhost is not in peer certificate"
 _NO_TRUST = ("handshake failed", "certificate_verify_failed", "hostname verification", "not in peer certificate")
 _PLAIN = "wrong_version_number"  # the peer answered a TLS handshake without TLS
-_CUT_OFF = ("failed to connect", "socket closed")  # both: the connection broke before it was made
+_CUT_OFF = ("failed to connect", "socket closed")  # both together: the connection broke while it was being made
 _HANDSHAKE = 2.0  # seconds
 _FIXES: dict[type[MoetierError], str] = {
     errors.UnavailableError: "See whether it runs (moetier ps); over TCP also whether it wants TLS "
