@@ -96,9 +96,10 @@ class MappedArena:
     def lease(
         self, key: ExpertKey, slot: int, generation: int, *, more: bool = False
     ) -> tuple[Lease[memoryview], Proof]:
-        """Lease the record in a slot, valid while the slot's generation stays the same.
+        """Lease the record in a slot.
 
-        Raises ProtocolError if there is no such slot, ClosedError.
+        The lease is valid while the slot's generation is the same, which its proof checks. ``more``: whether the next
+        lease is available already. Raises ClosedError, and ProtocolError if there is no such slot.
         """
         proof = Proof(self.directory.generation, slot, generation)
         try:
@@ -349,7 +350,7 @@ class Link:
     # -- gRPC's thread ------------------------------------------------------------------------------------------------
 
     def _outgoing(self, outbox: Outbox, sent: threading.Event) -> Iterator[wire.ClientMessage]:
-        """Yield the messages of one stream until its end, and reports of hits between them; then set ``sent``."""
+        """Yield the messages to send on one stream, and reports of hits between them; set ``sent`` when it ends."""
         try:
             while True:
                 message: wire.ClientMessage | None = wire.ClientMessage()

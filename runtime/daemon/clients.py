@@ -1,4 +1,4 @@
-"""Clients of the daemon: registered by their control connections, each with a stream of requests at a time."""
+"""Clients of the daemon: each is registered by its control connection, and has at most one stream of requests."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from .control_server import Welcome
 from .log import log_event
 from .model import HostedModel
 
-MAX_REQUESTS = 256  # of one client at a time
-MAX_UNREAD = 65_536  # answers that a client has not taken
+MAX_REQUESTS = 256  # most open requests of one client
+MAX_UNREAD = 65_536  # most answers that a client has not taken yet
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A control connection; ``model`` is None for one that only wants a credential."""
+    """A client, registered by its control connection. ``model`` is None if it only wants a credential."""
 
     pid: int
     model: HostedModel | None
     number: int = 0
     call: SessionCall | None = None
-    hits: int = 0  # over all its streams, as it reports them
-    misses: int = 0  # experts requested
+    hits: int = 0  # number of hits that it has reported, over all its streams
+    misses: int = 0  # number of experts that it has requested
     began: float = field(default_factory=time.monotonic)
 
     def describe(self) -> pb.Client:
-        """Return what the daemon tells of a client."""
+        """Return the message that describes the client in ``Stats``."""
         return pb.Client(
             number=self.number,
             pid=self.pid,
@@ -62,16 +62,19 @@ class Client:
 
 
 class Clients:
-    """Clients by the ids that the control socket issued. Thread-safe."""
+    """Registry of clients by session id, which the control socket issues. Thread-safe."""
 
     def __init__(self, models: Mapping[str, HostedModel], *, leases: int, patience: float) -> None:
-        """Serve ``models``, by digest. A client may hold ``leases`` slots, and waits ``patience`` seconds for one."""
+        """Serve ``models``, by digest.
+
+        A client may hold ``leases`` slots at a time. Its requests wait ``patience`` seconds for one.
+        """
         self.models = models
         self.started = time.time()
         self.began = time.monotonic()
         self._leases = leases
         self._patience = patience
-        self._changed = threading.Condition()  # guards the four below
+        self._changed = threading.Condition()  # guards the four fields below
         self._clients: dict[str, Client] = {}
         self._numbers = itertools.count(1)
         self._fetching = 0
@@ -80,7 +83,7 @@ class Clients:
     # -- the control socket's -----------------------------------------------------------------------------------------
 
     def admit(self, session: str, digest: str | None, pid: int) -> Welcome:
-        """Register a client of process ``pid``, and return what it gets. ``digest`` is None for a credential only.
+        """Register a client of process ``pid``, and return the answer to it. ``digest`` is None for a credential only.
 
         Raises UnknownModelError, and UnavailableError once the daemon is ending.
         """
@@ -98,7 +101,7 @@ class Clients:
         """Remove a client whose control connection has ended, and end its stream."""
         with self._changed:
             client = self._clients.pop(session)
-            call = client.call  # its stream resets it
+            call = client.call  # the thread of the stream sets it to None
         if call is not None:
             call.end(_no_client())
         if client.model is not None:
@@ -107,17 +110,17 @@ class Clients:
     # -- the service's ------------------------------------------------------------------------------------------------
 
     def knows(self, session: str | None) -> bool:
-        """Return whether ``session`` is the id of a client."""
+        """Return whether ``session`` is the id of a registered client."""
         return session in self._clients
 
     @property
     def is_serving(self) -> bool:
-        """Whether the daemon serves: it is not ending, and not every model was condemned."""
+        """Whether the daemon serves: it is not ending, and at least one model was not condemned."""
         return not self._stopping and any(model.host.fault is None for model in self.models.values())
 
     @contextlib.contextmanager
     def stream(self, session: str) -> Iterator[SessionCall]:
-        """Begin a stream of the client and end its former one; ``with`` ends the new one.
+        """Begin a stream of a client, and end its former one. The new stream ends with the context.
 
         Raises RefusedError, UnknownModelError, UnavailableError.
         """
@@ -145,7 +148,7 @@ class Clients:
 
     @contextlib.contextmanager
     def fetching(self, digest: str) -> Iterator[HostedModel]:
-        """Count a fetch of another host while it is under way, and yield its model.
+        """Count a fetch by another host while it is under way, and yield its model.
 
         Raises UnknownModelError, UnavailableError.
         """
@@ -188,7 +191,7 @@ class Clients:
                 call.refusal = _stopping()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until all requests are over; return whether they are."""
+        """Wait, for at most ``seconds``, until no request is open; return whether that is so."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: not self._fetching and all(call.is_settled for call in self._calls()),
@@ -227,10 +230,10 @@ class Clients:
 
 
 class SessionCall:
-    """A client's stream: one Session call, between a thread that reads the messages and one that answers.
+    """A client's stream, which is one Session call. One thread reads its messages, another one sends the answers.
 
-    ``settled`` is called by any thread whenever a request is over. New requests are refused with ``refusal`` once that
-    is set; earlier ones are still answered.
+    ``settled`` is called, by any thread, whenever a request has ended. Once ``refusal`` is set, new requests fail with
+    it; earlier ones are still answered.
     """
 
     def __init__(
@@ -240,24 +243,24 @@ class SessionCall:
         self._client = client
         self._model = model
         self._settled = settled
-        self._events: SimpleQueue[Event | None] = SimpleQueue()  # None at the end
-        self._state = threading.Lock()  # guards the two below
+        self._events: SimpleQueue[Event | None] = SimpleQueue()  # None ends the answers
+        self._state = threading.Lock()  # guards the two fields below
         self._error: Exception | None = None
         self._ended = False
         self._session = model.host.session(self._events.put, leases=leases, patience=patience)
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is awaited and nothing held."""
+        """Whether no request is open: nothing is awaited, and no lease is held."""
         return not self._session.demands
 
     @property
     def leases(self) -> int:
-        """Number of slots that are held, or on their way."""
+        """Number of slots that are leased or still being loaded for the client."""
         return self._session.outstanding
 
     def answers(self) -> Iterator[pb.ServerMessage]:
-        """Yield the answers until the call ends. Raises the error that ended it."""
+        """Yield the answers until the call ends. Raises the error that ended it, if any."""
         while (event := self._events.get()) is not None:
             if isinstance(event, Granted):
                 message = pb.ServerMessage(
@@ -275,15 +278,18 @@ class SessionCall:
             raise self._error
 
     def read(self, messages: Iterable[bytes]) -> None:
-        """Handle serialised ClientMessages until the stream ends. Runs in a thread of its own."""
-        with contextlib.suppress(Exception):  # of gRPC: the client or the connection is gone
+        """Handle the client's messages (serialised ClientMessage) until the stream ends.
+
+        Runs in a thread of its own.
+        """
+        with contextlib.suppress(Exception):  # gRPC raises once the client or the connection is gone
             for message in messages:
                 self._model.count(session_bytes_in=len(message))
                 try:
                     self._handle(pb.ClientMessage.FromString(message))
                 except DecodeError:
                     self.end(ProtocolError("A message of the session can't be parsed.", "Use moetier in one version."))
-                except Exception as error:  # the client's, or a fault of ours
+                except Exception as error:  # the client's error, or a bug of the daemon
                     self.end(error)
                 if self._ended:
                     return
@@ -314,7 +320,7 @@ class SessionCall:
             case "prefetch":
                 wanted = message.prefetch.wishes
                 self._session.prefetch(wanted.block, self._keys(wanted))
-            case _:  # of a later version
+            case _:  # a message of a later version
                 pass
 
     def _acquire(self, message: pb.Acquire) -> None:
@@ -335,7 +341,7 @@ class SessionCall:
             if self.refusal is not None:
                 raise self.refusal
             self._session.acquire(request, keys, message.deadline_ms / 1e3 if message.deadline_ms else None)
-        except ProtocolError:  # the number is in use
+        except ProtocolError:  # the request's number is in use
             raise
         except MoetierError as error:
             self._events.put(Failed(request, error))

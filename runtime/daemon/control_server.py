@@ -1,4 +1,7 @@
-"""The daemon's end of its control socket, which gives clients a credential and the descriptor of an arena. No gRPC."""
+"""The daemon's end of its control socket: gives clients a credential and the descriptor of an arena.
+
+Does not use gRPC.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from moetier.tiers.errors import MoetierError, ProtocolError, UnavailableError
 
 from .log import RateLimitedLog, log_event
 
-_MAX_GREETING = 4_096  # bytes of a client's packet
+_MAX_GREETING = 4_096  # largest packet of a client, in bytes
 _BACKLOG = 64
 _OTHERS = 16  # connections beyond the clients: those without a greeting yet, and those for a credential only
 _PAUSE = 0.2  # seconds without accepting after the process has run out of descriptors
@@ -29,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Answer to a client that is admitted. The server closes ``descriptor`` once it is passed on."""
+    """Answer to a client that is admitted. ``descriptor`` is the arena's; the server closes it once it is sent."""
 
     model: str
     slots: Mapping[str, int]  # by record geometry
@@ -39,8 +42,9 @@ class Welcome:
 class ControlServer:
     """Server of the control socket in a daemon's folder, with a thread for each connection.
 
-    ``admit(session, digest, pid)`` returns what a client gets. It may raise a MoetierError, which the client gets
-    instead, or OSError if the process is out of descriptors. ``leave(session)`` is called when a connection has ended.
+    ``admit(session, digest, pid)`` returns the answer to a client. It may raise a MoetierError, which is then sent to
+    the client instead, or OSError if the process is out of descriptors. ``leave(session)`` is called when a client's
+    connection has ended.
     """
 
     def __init__(
@@ -52,15 +56,15 @@ class ControlServer:
         max_clients: int,
         version: str,
     ) -> None:
-        """Replace a stale socket, if there is one. Raises OSError if the socket can't be made."""
+        """Listen on the socket, in place of a stale one. Raises OSError if the socket can't be made."""
         self._admit = admit
         self._leave = leave
         self._max_clients = max_clients
         self._version = version
         self._refusals = RateLimitedLog(_log, "client-refused")
         self._closed = threading.Event()
-        self._state = threading.Lock()  # guards it
-        self._connections: dict[socket.socket, bool] = {}  # whether each is that of a client of a store
+        self._state = threading.Lock()  # guards ``_connections``
+        self._connections: dict[socket.socket, bool] = {}  # True: counts as a client of a store
         self._threads = weakref.WeakSet[threading.Thread]()  # of the connections
         path = folder / CONTROL_SOCKET
         with contextlib.ExitStack() as undo:
@@ -115,18 +119,19 @@ class ControlServer:
                 self._refuse(end, pid, full)
 
     def _serve(self, end: socket.socket, pid: int) -> None:
-        """Greet a client and wait for the end of its connection. Whatever comes after the greeting ends it too."""
+        """Greet a client and wait for the end of its connection. Any further packet ends it too."""
         session = ""
         try:
             end.settimeout(PATIENCE)
-            packet, _, flags, _ = end.recvmsg(_MAX_GREETING)  # without room for descriptors that come along
+            # leaves no room for descriptors, so any that are sent are dropped
+            packet, _, flags, _ = end.recvmsg(_MAX_GREETING)
             if packet:
                 session = self._greet(end, pid, b"" if flags & socket.MSG_TRUNC else packet)
                 end.settimeout(None)
                 end.recv(1)
         except MoetierError as error:
             self._refuse(end, pid, error)
-        except OSError:  # silent for too long, or gone
+        except OSError:  # the client was silent for too long, or is gone
             pass
         finally:
             self._remove(end)
@@ -135,7 +140,7 @@ class ControlServer:
                 self._leave(session)
 
     def _greet(self, end: socket.socket, pid: int, packet: bytes) -> str:
-        """Answer a greeting, and return the client's session. Raises the error that the client gets instead."""
+        """Answer a greeting, and return the client's session id. Raises the MoetierError to answer with instead."""
         session = secrets.token_hex(16)
         greeting = parse(packet, "the client")
         digest = greeting.get("digest")

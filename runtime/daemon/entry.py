@@ -1,7 +1,7 @@
 """Entry point of the daemon's process.
 
-Apart from the rest because it blocks signals before any library that starts threads is imported. They are blocked in
-all threads, and taken one by one by the thread that waits for the daemon's end.
+It is a module of its own because signals must be blocked before any library that starts threads is imported. So they
+are blocked in all threads, and the thread that waits for the daemon's end takes them one by one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def serve(config: DaemonConfig) -> int:
     # each client takes two descriptors, and each shard one
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    # a thread that was started before would get the signals, and they would kill the process
+    # a thread that was started earlier would receive the signals, and they would kill the process
     former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         from .process import run
 
         run(config)
-        while signal.sigtimedwait(SIGNALS, 0) is not None:  # discard: the daemon has ended as it was told
+        while signal.sigtimedwait(SIGNALS, 0) is not None:  # discard repeated signals: the daemon has ended already
             pass
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -1,4 +1,4 @@
-"""The daemon's side of Fetch: sends a record, or a part of it, to another host, piece by piece out of its slot."""
+"""The daemon's part of Fetch: sends a record, or a part of it, to another host, piece by piece from its slot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 
 MAX_DEADLINE = 3600.0  # seconds; a later deadline counts as none
-CALLS = 24  # under way at once, with those that wait for a slot: each takes a thread of the server
+CALLS = 24  # most calls at once, also waiting ones: each takes a thread of the server
 
 
 class Fetches:
@@ -43,16 +43,16 @@ class Fetches:
         patience: float = 10.0,
     ) -> None:
         self._host = host
-        # one for all calls, so that loaders take turns between them together and each client of this host
+        # one session for all calls: loaders serve sessions in turn, so all fetches together weigh as much as one client
         self._session = host.session(self._deliver, leases=CALLS, patience=patience)
         self._numbers = itertools.count(1)
-        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # by request, one for each call
+        self._answers: dict[int, SimpleQueue[Event | None]] = {}  # of each call, by the number of its request
         self._manifest = manifest
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._patience = patience
         self._state = threading.Condition()  # guards all below
-        # the calls under way: when the piece was offered that the client has not taken yet
+        # by call under way: when the piece was offered (monotonic clock) that its client has not taken yet
         self._offered: dict[grpc.ServicerContext, float] = {}
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
         self._closed = False
@@ -62,7 +62,7 @@ class Fetches:
         self._watcher.start()
 
     def serve(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Generator[bytes, None, None]:
-        """Yield serialised pieces.
+        """Yield the requested bytes of a record as serialised pieces.
 
         Raises MissingExpertError, ProtocolError for a call without a deadline or a range outside the record,
         ExhaustedError if fetches hold all slots that they may, and the errors of the record's load.
@@ -79,7 +79,7 @@ class Fetches:
             raise ProtocolError(
                 f"Bytes {start} to {end} are not a part of a record of {size}.", "Ask for a part of the record."
             )
-        # answer before the client's deadline: otherwise it would take this daemon for one that is gone
+        # answer before the client's deadline, after which the client would take this daemon for gone
         patience = min(remaining / 2, self._patience)
         until = time.monotonic() + patience
         with self._admitted(key, entry.array, context, patience), self._lease(key, context, until) as slot:
@@ -153,7 +153,10 @@ class Fetches:
 
     @contextlib.contextmanager
     def _lease(self, key: ExpertKey, context: grpc.ServicerContext, until: float) -> Iterator[memoryview]:
-        """Lease the record and its checksum. Raises ExhaustedError if no slot comes free in time."""
+        """Lease a record with its checksum.
+
+        Raises ExhaustedError if no slot is free before ``until`` (monotonic clock).
+        """
         number = next(self._numbers)
         answers = self._answers[number] = SimpleQueue[Event | None]()  # None: the call has ended
         try:
@@ -180,7 +183,10 @@ class Fetches:
             self._state.notify_all()
 
     def _watch(self) -> None:
-        """Cut off clients that take nothing: the server's thread then wakes and releases the lease."""
+        """Cancel calls whose clients have taken no piece for too long.
+
+        Their threads then wake and release their leases.
+        """
         with self._state:
             while not self._closed:
                 late = time.monotonic() - self._stall

@@ -13,7 +13,10 @@ _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 class Logfmt(logging.Formatter):
-    """Formatter of log records. The message is the event; records of ``log_event`` have fields as well."""
+    """Formatter of log records as logfmt lines. A record's message is the name of the event.
+
+    Records of ``log_event`` have further fields.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's line: time, level, event, fields, and the traceback of an exception."""
@@ -35,14 +38,14 @@ def _value(value: object) -> str:
 
 
 def log_event(log: logging.Logger, event: str, level: int = logging.INFO, **fields: object) -> None:
-    """Log an event, which is a few words joined by hyphens, with its fields."""
+    """Log an event with its fields. ``event`` is a name of a few words joined by hyphens."""
     log.log(level, event, extra={"fields": fields})
 
 
 class RateLimitedLog:
-    """Logs an event that others can cause as often as they like, once every ``pause`` seconds at most.
+    """Logs an event that clients can cause any number of times, at most once in ``pause`` seconds. Thread-safe.
 
-    ``unsaid`` in the next line counts the events in between. Thread-safe.
+    The field ``unsaid`` of the next line counts the events that were not logged in between.
     """
 
     def __init__(self, log: logging.Logger, event: str, level: int = logging.WARNING, *, pause: float = 1.0) -> None:
@@ -50,12 +53,12 @@ class RateLimitedLog:
         self._event = event
         self._level = level
         self._pause = pause
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the two fields below
         self._next = 0.0  # on the monotonic clock
         self._unsaid = 0
 
     def log(self, **fields: object) -> None:
-        """Log the event now, or count it."""
+        """Log the event now, or only count it if the last line is too recent."""
         now = time.monotonic()
         with self._lock:
             if now < self._next:
@@ -67,7 +70,7 @@ class RateLimitedLog:
 
 
 def log_to_stderr() -> None:
-    """Send everything that this process logs, from INFO on, to stderr."""
+    """Write everything that this process logs, from level INFO on, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Logfmt())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -33,7 +33,7 @@ from moetier.runtime.wire.address import DIGEST_CHARS
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.stats import TierStats
 
-CONNECTIONS = 64  # to the HTTP server at once: each takes a thread and a descriptor
+CONNECTIONS = 64  # most connections to the HTTP server at once: each takes a thread and a descriptor
 
 LABELS = ("model", "tier")
 
@@ -78,7 +78,7 @@ OF_CLIENTS = {
     "sent_bytes": ("session_bytes_out", "Bytes of messages to clients of this host."),
 }
 
-Tiers = Sequence[tuple[str, TierStats | pb.Tier]]  # each with its model's name
+Tiers = Sequence[tuple[str, TierStats | pb.Tier]]  # counters of tiers, each with its model's name
 
 
 class DaemonCollector(Collector):
@@ -131,7 +131,10 @@ def _families(
     labels: Sequence[str],
     rows: Sequence[tuple[list[str], object]],
 ) -> Iterator[Metric]:
-    """Yield a metric for each of ``fields``, with a sample for each row: its values of the labels, and its counters."""
+    """Yield a metric for each of ``fields``, with a sample for each of ``rows``.
+
+    A row is the values of the labels and an object with the counters.
+    """
     for metric, (field, meaning) in fields.items():
         found = family(f"{prefix}_{metric}", meaning, labels=labels)
         for values, counters in rows:
@@ -141,7 +144,7 @@ def _families(
 
 
 def registry_of(collector: Collector) -> CollectorRegistry:
-    """Return a registry of ``collector``, of Prometheus's own metrics of a process, and of moetier's version."""
+    """Return a registry of ``collector``, of the metrics of the process, and of moetier's version."""
     registry = CollectorRegistry()
     registry.register(collector)
     Info("moetier_build", "Which moetier this is.", registry=registry).info({"version": version("moetier")})
@@ -191,16 +194,16 @@ class _Server(ThreadingMixIn, WSGIServer):
     """Serves each connection in a thread. Beyond CONNECTIONS, a new connection closes the oldest."""
 
     daemon_threads = True
-    request_queue_size = 128  # with the default of 5, connections beyond that are made a second late
+    request_queue_size = 128  # with the default of 5, further connections are delayed by a second
 
     def __init__(self, family: int, place: Any) -> None:
         self.address_family = family
         self._open: dict[socket.socket, None] = {}  # oldest first
-        self._state = threading.Lock()  # guards it
+        self._state = threading.Lock()  # guards ``_open``
         super().__init__(place, _Handler)
 
     def server_bind(self) -> None:
-        super(WSGIServer, self).server_bind()  # without HTTPServer's lookup of the host's name
+        super(WSGIServer, self).server_bind()  # skips HTTPServer's lookup of the host's name
         name, self.server_port, *_ = self.server_address
         self.server_name = str(name)
         self.setup_environ()
@@ -211,7 +214,7 @@ class _Server(ThreadingMixIn, WSGIServer):
                 oldest = next(iter(self._open))
                 del self._open[oldest]
                 with contextlib.suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes and closes it
+                    oldest.shutdown(socket.SHUT_RDWR)  # wakes the connection's thread, which closes it
             self._open[request] = None
         super().process_request(request, client_address)
 

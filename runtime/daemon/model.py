@@ -1,4 +1,4 @@
-"""One model that the daemon hosts: its host tier, its counters, and what is logged of its files."""
+"""One model that the daemon hosts: its host tier, its counters, and the log of damage in its files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from moetier.tiers.store.trunk import check_sum
 from .fetch import Fetches
 from .log import RateLimitedLog, log_event
 
-TRUNK_SHARE = 0.1  # of the time: reads of records come first
+TRUNK_SHARE = 0.1  # share of the time for the trunk's check, so that reads of records come first
 
 _log = logging.getLogger(__name__)
 
 
 class HostedModel:
-    """A model's host tier and what clients have asked of it. ``close`` closes the tier, but not the store beneath.
+    """A model's host tier, and the counts of what clients have asked of it.
 
-    A background thread compares the checksums of the trunk's files once, and logs files that are damaged. The daemon
-    itself does not use the trunk; processes that load the model do.
+    ``close`` closes the tier, but not the store. A background thread compares the checksums of the trunk's files once,
+    and logs files that are damaged. The daemon itself does not use the trunk; processes that load the model do.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class HostedModel:
         self.slots = host.plan.slots_by_array
         self.budget_bytes = host.stats().slot_bytes
         self.fetches = Fetches(host, manifest, self.slots, patience=patience)
-        host.uses()  # from the first call on, uses are counted
+        host.uses()  # uses are counted from this first call on
         self._failures = RateLimitedLog(_log, "read-failed")
         self._learner = Learner(host) if learn else None
         self._lock = threading.Lock()  # guards the counts
@@ -53,22 +53,25 @@ class HostedModel:
         self._trunk_check.start()
 
     def condemn(self, error: StoreError) -> None:
-        """Stop serving a store that is not that of its digest. The daemon goes on serving its other models."""
+        """Stop serving the model, because its store is not the one that its digest names.
+
+        Other models are still served.
+        """
         log_event(_log, "condemned", logging.ERROR, model=self.name, cause=error.cause, fix=error.fix)
         self.host.condemn(error)
 
     def log_failure(self, error: BaseException) -> None:
-        """Log the error of a request if it says that a read has failed."""
+        """Log the error of a request if it is that of a failed read."""
         if isinstance(error, StoreError) and not isinstance(error, MissingExpertError) and self.host.fault is None:
             self._failures.log(model=self.name, cause=error.cause)
 
     def count(self, **amounts: int) -> None:
-        """Add to counters of the sessions: fields of ModelStats."""
+        """Add ``amounts`` to the counters of the same names, which are fields of ModelStats."""
         with self._lock:
             self._counts.update(amounts)
 
     def describe(self) -> pb.Model:
-        """Return what clients are told of the model."""
+        """Return the message that describes the model to clients."""
         return pb.Model(
             name=self.name,
             digest=self.digest,
@@ -78,7 +81,7 @@ class HostedModel:
         )
 
     def stats(self, *, clients: int, sessions: int, leases: int) -> pb.ModelStats:
-        """Return all counters, with those of ``Clients``, which it is given."""
+        """Return all counters. ``clients``, ``sessions`` and ``leases`` are the present numbers, from ``Clients``."""
         stats = self.host.stats()
         with self._lock:
             return pb.ModelStats(
@@ -107,7 +110,7 @@ class HostedModel:
         ]
 
     def close(self) -> None:
-        """Close the tier and what runs on it."""
+        """Close the tier, and the fetches, the learner and the trunk's check before it."""
         self._closing.set()
         self._trunk_check.join()
         self.fetches.close()

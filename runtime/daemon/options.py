@@ -33,7 +33,7 @@ class DaemonConfig:
     drain: float = 10.0  # seconds for requests under way when the daemon ends
     reflection: bool = False
     metrics: str = ""  # [HOST:]PORT for Prometheus; 127.0.0.1 by default; port 0 for any
-    ready_fd: int | None = None  # descriptor to write to when the daemon is ready
+    ready_fd: int | None = None  # descriptor to which the daemon writes a line when it is ready
 
     @property
     def unprotected(self) -> list[str]:
@@ -81,7 +81,7 @@ class DaemonConfig:
 
 
 def _tcp(address: str, said: str) -> Address:
-    """Parse HOST:PORT, whose port may be 0. Raises ConfigError, which quotes ``said``."""
+    """Parse HOST:PORT, where PORT may be 0. Raises ConfigError, which quotes the option's value ``said``."""
     host, _, port = address.rpartition(":")
     with contextlib.suppress(ConfigError):
         parsed = Address.parse(f"{host}:{'1' if port == '0' else port}")

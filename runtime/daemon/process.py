@@ -1,4 +1,4 @@
-"""The daemon's process from start to end: lock file, arenas, tiers, sockets, ready; then it drains and stops."""
+"""The daemon's process from start to end: lock file, arenas, tiers, sockets, report of readiness, drain, stop."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from .systemd import ServiceManager
 
 LOCK = "lock"  # file in the daemon's folder
 _STOP = {signal.SIGTERM, signal.SIGINT}
-_POLL = 0.1  # seconds between looks for a second signal
-_GRACE = 0.5  # seconds for the last answers to be sent; then watches of the health are cut off
+_POLL = 0.1  # seconds between checks for a second signal
+_GRACE = 0.5  # seconds for the last answers to be sent; then open health watches are cancelled
 
 _log = logging.getLogger(__name__)
 
 
 def run(config: DaemonConfig) -> None:
-    """Run a daemon while the signals are blocked. Raises MoetierError if it can't start."""
-    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # a client's malformed message is no fault here
+    """Run a daemon until SIGTERM or SIGINT. The signals must be blocked. Raises MoetierError if it can't start."""
+    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # it logs malformed messages of clients as errors
     manager = ServiceManager()
     try:
         with contextlib.ExitStack() as closing:
             try:
                 clients, servers, card = _start(config, manager, closing)
-            except OSError as error:  # a full or read-only disk, or too few descriptors, is no fault of ours
+            except OSError as error:  # such as a full or read-only disk, or too few descriptors
                 where = f" ({error.filename})" if error.filename else ""
                 raise ConfigError(
                     f"The daemon can't start in {config.folder}: {error.strerror or error}{where}.",
@@ -66,7 +66,7 @@ def run(config: DaemonConfig) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[bool]:
-    """Lock the folder and empty it. Yield whether a daemon was killed here.
+    """Lock the folder of a daemon and remove what a killed one has left there. Yield whether there was something.
 
     The kernel releases the lock when the process dies. Raises AlreadyRunningError, which names the running daemon.
     """
@@ -87,7 +87,7 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
                 break
-        os.close(descriptor)  # a daemon that ended has just removed the file
+        os.close(descriptor)  # the file was just removed by a daemon that ended; lock a new one
     try:
         os.ftruncate(descriptor, 0)
         write_all(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -96,14 +96,15 @@ def locked_folder(folder: Path) -> Iterator[bool]:
             stale.unlink()
         yield bool(left)
     finally:
-        path.unlink(missing_ok=True)  # before the lock is released: a daemon that has opened the file tries again
+        # before the lock is released, so that a daemon that waits with this file open tries again
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
 def _start(
     config: DaemonConfig, manager: ServiceManager, closing: contextlib.ExitStack
 ) -> tuple[Clients, list[grpc.Server], DaemonCard]:
-    """Start serving. ``closing`` closes everything that was opened."""
+    """Start serving. ``closing`` will close everything that is opened here."""
     token = read_token(config.token_file) if config.token_file is not None else None
     credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
     make_folder(config.folder)
@@ -123,7 +124,7 @@ def _start(
     path.chmod(0o600)
     listen = ""
     if config.listen:
-        port = bind(servers[1], config.listen, credentials)  # that which was chosen for 0
+        port = bind(servers[1], config.listen, credentials)  # for port 0, the port that was chosen
         listen = f"{config.listen.rpartition(':')[0]}:{port}"
     for server in servers:
         server.start()
@@ -169,7 +170,8 @@ def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, c
         budget=budget,
         slots=sum(sum(model.slots.values()) for model in clients.models.values()),
     )
-    if config.ram is not None and (there := exceeded(config.ram)) is not None:  # all experts may need less than that
+    # only a warning, as all experts together may need less
+    if config.ram is not None and (there := exceeded(config.ram)) is not None:
         sizes = {"asked": format_bytes(config.ram.of(there.bytes)), "there": format_bytes(there.bytes)}
         log_event(_log, "more-than-there-is", logging.WARNING, **sizes, limiter=there.limiter, budget=budget)
     if without := config.unprotected:
@@ -181,9 +183,9 @@ def _announce(config: DaemonConfig, manager: ServiceManager, card: DaemonCard, c
 
 
 def _tell_ready(descriptor: int) -> None:
-    """Write to the descriptor and close it; in place of a standard stream it then leads to /dev/null.
+    """Write a line to ``descriptor`` and close it. If it is a standard stream, it leads to /dev/null afterwards.
 
-    Otherwise the next file would get the number of a standard stream, and be printed to.
+    Otherwise the next file that is opened would get the stream's number, and what is printed would go into that file.
     """
     with contextlib.suppress(OSError):  # the reader may be gone
         os.write(descriptor, b"ready\n")
@@ -196,9 +198,9 @@ def _tell_ready(descriptor: int) -> None:
 
 
 def _drain(clients: Clients, seconds: float) -> None:
-    """Finish requests under way within ``seconds`` or until a second signal, then end all streams."""
+    """Wait until open requests are finished, for ``seconds`` or until a second signal; then end all streams."""
     deadline = time.monotonic() + seconds
-    clients.stop()  # from now on new calls are refused
+    clients.stop()  # refuses new calls from now on
     while not (settled := clients.wait(min(_POLL, deadline - time.monotonic()))):
         if time.monotonic() >= deadline or signal.sigtimedwait(_STOP, 0) is not None:
             break

@@ -1,4 +1,4 @@
-"""Reclaims arenas of a dead daemon, still full, from its clients or from systemd."""
+"""Reclaiming of arenas that a dead daemon has left, with their records, from its clients or from systemd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _POLL = 0.02  # seconds
 
 @dataclass(frozen=True, slots=True)
 class ReclaimedArena:
-    """An arena that this process has taken over and has to close; ``holder`` had kept it."""
+    """An arena that this process has taken over and has to close.
+
+    ``holder`` says, for the log, what had kept the arena open.
+    """
 
     arena: Arena
     holder: str
@@ -32,12 +35,12 @@ def reclaim_arenas(
     """Reclaim the arenas of the stores in ``manifests``. Return them by digest, the fullest first.
 
     They are searched among the descriptors of this user's other processes and in ``passed``: pairs of a holder's name
-    and a descriptor, which stays the caller's. A daemon that is being killed may still lock its arenas, so they are
-    tried again for ``patience`` seconds.
+    and a descriptor, which the caller has to close. A daemon that is being killed may still lock its arenas, so these
+    are tried again for ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
     found: dict[str, list[ReclaimedArena]] = {}
-    seen: set[tuple[int, int]] = set()  # files that need no second look
+    seen: set[tuple[int, int]] = set()  # files that need not be examined again
     while True:
         locked = False
         with contextlib.ExitStack() as closing:
@@ -47,12 +50,12 @@ def reclaim_arenas(
                 seen.add(file)
                 try:
                     digest = Header.read(descriptor).digest
-                except (ArenaError, OSError):  # of another version, or no arena
+                except (ArenaError, OSError):  # an arena of another version, or no arena
                     continue
                 if digest in manifests:
                     try:
                         arena = Arena.reclaim(descriptor, manifests[digest])
-                    except ArenaError:  # its owner lives, or its slots are divided otherwise
+                    except ArenaError:  # its daemon still lives, or its slots are laid out in another way
                         locked = True
                         seen.discard(file)
                     else:

@@ -1,4 +1,4 @@
-"""The daemon's gRPC service, answered from its host tiers."""
+"""The daemon's gRPC service, which answers calls from the daemon's host tiers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _log = logging.getLogger(__name__)
 
 
 class Service(ExpertStoreServicer):
-    """The service for processes of this host or, if ``is_remote``, for other hosts: those have no sessions."""
+    """The service for processes of this host.
+
+    With ``is_remote``, it is the one for other hosts, which get no sessions.
+    """
 
     def __init__(self, clients: Clients, *, is_remote: bool = False) -> None:
         self._clients = clients
@@ -36,8 +39,8 @@ class Service(ExpertStoreServicer):
         self._version = version("moetier")
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
-        """Describe the daemon, without models that were condemned."""
-        if self._is_remote:  # clients ask once for each connection
+        """Describe the daemon and its models, except those that were condemned."""
+        if self._is_remote:  # clients call this once for each connection
             self._connections.log(peer=peer_of(context))
         return pb.DescribeReply(
             version=self._version,
@@ -47,7 +50,7 @@ class Service(ExpertStoreServicer):
         )
 
     def Session(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[pb.ServerMessage]:
-        """Serve the stream of a client of this host."""
+        """Serve the stream of a client on this host."""
         with _errors_as_codes(context):
             if self._is_remote:
                 raise ArenaError("A session is about an arena, and that is on the daemon's own host.", "Use Fetch.")
@@ -78,7 +81,7 @@ class Service(ExpertStoreServicer):
 
 @contextlib.contextmanager
 def _errors_as_codes(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with the status code of an error."""
+    """End the call with the status code of an error that is raised in the context."""
     try:
         yield
     except MoetierError as error:
@@ -91,10 +94,10 @@ def _errors_as_codes(context: grpc.ServicerContext) -> Iterator[None]:
 
 
 def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
-    """Add the service to a server, as protobuf's generated function does, but without (de)serialisation of streams.
+    """Add the service to a server as protobuf's generated function does, but leave serialised what streams carry.
 
-    ``Fetch`` yields serialised pieces. ``Session`` gets serialised messages, as gRPC's server keeps a stream for ever
-    in which a message can't be parsed.
+    ``Fetch`` yields serialised pieces. ``Session`` gets serialised messages, because gRPC's server would keep a stream
+    open for ever once it could not parse one of its messages.
     """
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Describe": grpc.unary_unary_rpc_method_handler(
@@ -112,7 +115,7 @@ def add_service(servicer: ExpertStoreServicer, server: grpc.Server) -> None:
 
 
 def peer_of(context: grpc.ServicerContext) -> str:
-    """Return where a call comes from: "ipv4:10.0.0.7:51234", "unix:"."""
+    """Return the address from which a call comes: "ipv4:10.0.0.7:51234", "unix:"."""
     return unquote(context.peer())
 
 

@@ -33,20 +33,20 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 1 << 20),
-    # calls that wait to be accepted; beyond gRPC's default of 1,000 it drops calls of any client
+    # calls that wait to be accepted; beyond this number (gRPC's default: 1,000) gRPC drops calls of any client
     ("grpc.server.max_pending_requests", 10_000),
     ("grpc.server.max_pending_requests_hard_limit", 10_000),
 )
 HEALTH: str = DESCRIPTOR.services_by_name["Health"].full_name
-WATCHERS = 8  # calls of Watch at once: each takes a thread of its server
+WATCHERS = 8  # most health watches at once: each takes a thread of its server
 # Anybody can reach a TCP port. Each connection takes memory (50 KB with TLS) and a descriptor.
 _HANDSHAKE = 10_000  # milliseconds for the handshakes of TLS and HTTP/2
 _CONNECTIONS = 4_096  # and at most half of the descriptors: shards and this host's clients need the rest
-_CALLS = 100  # of a connection at once: a client that reads no answers could start any number
+_CALLS = 100  # most calls at once on a connection: a client that reads no answers could start any number
 _SHORT_CALLS = 8  # threads for calls that end at once
-_QUEUED = 64  # calls that wait for a thread; more are refused
+_QUEUED = 64  # most calls that wait for a thread; further calls are refused
 _PATIENCE = 5.0  # seconds for gRPC to stop
-_POLL = 0.1  # seconds between looks at the health that is watched
+_POLL = 0.1  # seconds between checks of the health for watches
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ _log = logging.getLogger(__name__)
 def local_server(clients: Clients, *, sessions: int) -> grpc.Server:
     """Return the server of the Unix socket, where every call carries the id of an open control connection.
 
-    Health checks need none. Each of ``sessions`` clients has a thread for its session, whatever is fetched meanwhile.
+    Health checks need none. Each of ``sessions`` clients has a thread for its session, so fetches can't take it.
     """
     return _server(Service(clients), clients, AuthInterceptor(clients.knows, exempt=HEALTH), sessions)
 
 
 def remote_server(clients: Clients, *, token: str | None) -> grpc.Server:
-    """Return the TCP server, where every call carries the ``token``, if there is one; health checks too."""
+    """Return the server for TCP, where every call carries ``token``, also a health check; with None, none is needed."""
 
     def is_token(bearer: str | None) -> bool:
         return token is None or (bearer is not None and hmac.compare_digest(bearer.encode(), token.encode()))
@@ -94,12 +94,12 @@ def _server(
 
 
 def reflect(server: grpc.Server) -> None:
-    """Let clients that may call ask what the messages are (gRPC server reflection)."""
+    """Let accepted clients ask for the service's methods and messages (gRPC server reflection)."""
     reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
 
 
 def bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-    """Bind an address: a URI of a Unix socket, or HOST:PORT. Return the port. Raises ConfigError."""
+    """Listen on an address: a URI of a Unix socket, or HOST:PORT. Return the port. Raises ConfigError."""
     try:
         if credentials is None:
             return server.add_insecure_port(address)
@@ -130,14 +130,17 @@ def stop(servers: Sequence[grpc.Server], grace: float = 0.0) -> None:
 
 
 class AuthInterceptor(grpc.ServerInterceptor):
-    """Refuses calls without an accepted bearer token as soon as their headers are there.
+    """Refuses calls without an accepted bearer token as soon as their headers have come.
 
-    A refusal needs neither a message of the call nor a thread of the server's, and does not count as a call under way.
-    So refused calls take nothing from accepted ones, however many are left half-open.
+    A refusal waits for no message of the call, takes no thread of the server, and does not count as a call under way.
+    So clients without a token can't slow down accepted calls, however many calls they leave half-open.
     """
 
     def __init__(self, accepts: Callable[[str | None], bool], *, exempt: str | None = None) -> None:
-        """Ask ``accepts`` about each bearer, None without one; calls of the service ``exempt`` need none."""
+        """Accept a call if ``accepts`` returns True for its bearer token, which is None if there is none.
+
+        Calls of the service ``exempt`` need no token.
+        """
         self._accepts = accepts
         self._exempt = f"/{exempt}/"
         self._refusals = RateLimitedLog(_log, "client-refused")
@@ -165,11 +168,12 @@ class AuthInterceptor(grpc.ServerInterceptor):
 
 
 class _InlineExecutor(ThreadPoolExecutor):
-    """Runs what is submitted before it returns. It has no threads."""
+    """Executor that runs a function in the thread that submits it, and has no threads."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(function(*arguments, **named))  # gRPC's own function, which catches what a handler raises
+        # ``function`` is gRPC's own, and catches what a handler raises
+        future.set_result(function(*arguments, **named))
         return future
 
 
@@ -177,9 +181,9 @@ _INLINE = _InlineExecutor()
 
 
 def _run_inline(handler: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-    """Return ``handler``, to be run by the thread that accepts calls. It must neither wait nor yield.
+    """Return ``handler``, marked to be run by the thread that accepts calls. It must neither wait nor yield.
 
-    Without a thread of the pool the call is over before the next one is counted.
+    As it needs no thread of the pool, the call is over before the next one is counted.
     """
     handler.experimental_thread_pool = _INLINE  # type: ignore[attr-defined]
     return handler
@@ -189,10 +193,10 @@ def _run_inline(handler: Callable[[Any, grpc.ServicerContext], Any]) -> Callable
 
 
 def _add_health(server: grpc.Server, is_serving: Callable[[], bool]) -> None:
-    """Add gRPC's standard health service for the daemon as a whole, whichever service a request names.
+    """Add gRPC's standard health service. It reports on the daemon as a whole, whichever service a request names.
 
-    It does not wait for the request, so a call of which only the headers come takes no thread. The servicer of
-    grpcio-health-checking is not used: it sends while it holds a lock that the end of a call needs too, on the thread
+    It does not wait for the request, so a call of which only the headers have come takes no thread. The servicer of
+    grpcio-health-checking is not used: it sends while it holds a lock, which the end of a call needs too, on the thread
     that has to complete the sending. A Watch that begins while another one ends can then stop the server for good.
     """
     watchers = threading.BoundedSemaphore(WATCHERS)

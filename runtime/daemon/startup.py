@@ -24,7 +24,7 @@ from .options import DaemonConfig
 from .reclaim import ReclaimedArena, reclaim_arenas
 from .systemd import ServiceManager
 
-_DYING = 2.0  # seconds that the last reads of a killed daemon may take
+_DYING = 2.0  # seconds for the last reads of a killed daemon, during which it still locks its arenas
 _UNLIMITED = Available(1 << 62, "")
 
 _log = logging.getLogger(__name__)
@@ -37,9 +37,10 @@ def open_models(
     *,
     was_killed: bool,
 ) -> dict[str, HostedModel]:
-    """Open the models, by digest; ``closing`` closes everything that was opened.
+    """Open the models. Return them by digest; ``closing`` will close everything that is opened here.
 
-    If a daemon ``was_killed`` here, it may still be dying and hold its arenas for a moment.
+    ``was_killed``: whether the last daemon in this folder was killed. It may still be dying and lock its arenas for a
+    moment.
     """
     stores = _open_stores(config.directories, closing)
     manifests = {digest: store.manifest for digest, store in stores.items()}
@@ -77,13 +78,14 @@ def open_models(
             of = taken.arena.plan.slots
             log_event(_log, "recovered", model=model.name, slots=host.recovered, of=of, seconds=seconds)
     for name in {name for name, _ in manager.passed} - set(map(_arena_name, models)):
-        manager.remove(name)  # of a model that is served no more; systemd would keep its memory for ever
+        # an arena of a model that is not served any more, whose memory systemd would keep for ever
+        manager.remove(name)
     manager.close()
     return models
 
 
 def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, ExpertStore]:
-    """Open the stores, by digest."""
+    """Open the stores of the model directories, by digest. Raises ConfigError if two hold the same experts."""
     stores: dict[str, ExpertStore] = {}
     for directory in directories:
         store = closing.enter_context(ExpertStore.open(directory.resolve()))  # absolute, for the log
@@ -104,7 +106,10 @@ def _systemd_holder(name: str) -> str:
 
 
 def _give_to_systemd(model: HostedModel, taken: ReclaimedArena | None, manager: ServiceManager) -> None:
-    """Let systemd keep the arena for the next start, unless it has passed it to this process and still has it."""
+    """Let systemd keep the model's arena for the next start.
+
+    Does nothing if the arena came from systemd, which still has it.
+    """
     name = _arena_name(model.digest)
     if taken is not None and taken.holder == _systemd_holder(name):
         return
@@ -124,8 +129,9 @@ def plan_slots(
 ) -> tuple[dict[str, Mapping[str, int]], dict[str, ReclaimedArena]]:
     """Return how many slots each model gets, and which reclaimed arena it uses. Both are by digest.
 
-    ``ram`` in bytes is divided among all models in proportion to what they can use, and an arena of just these slots
-    is used. If ``ram`` is a share of free memory or None, arenas are used as they are, and the rest is divided.
+    If ``ram`` is a number of bytes, it is divided among all models in proportion to what they can use, and a reclaimed
+    arena is used only if it has just these slots. If ``ram`` is None or a share of free memory, reclaimed arenas are
+    used as they are, and the other models get slots for that share of free memory.
 
     Raises BudgetError.
     """
@@ -141,7 +147,7 @@ def plan_slots(
     else:
         kept = {digest: arenas[0] for digest, arenas in reclaimed.items()}
     others = {digest: manifest for digest, manifest in manifests.items() if digest not in kept}
-    if others and slots:  # only their memory has yet to be allocated
+    if others and slots:  # the budget of models without an arena, whose memory has yet to be allocated
         ram = Size(
             bytes=sum(
                 manifest.layouts[array].slot_bytes * count
