@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint: its files, its weights without loading them, and which of them are experts.
+"""Reading a Hugging Face checkpoint: its files, its weights without loading them all, and which weights are experts.
 
-The converter uses this package. It imports transformers and torch lazily, ``runtime.moe`` and ``tiers``.
+The converter uses this package. The package imports transformers and torch lazily, ``runtime.moe`` and ``tiers``.
 """

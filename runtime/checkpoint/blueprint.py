@@ -1,7 +1,8 @@
 """Blueprint of a conversion: which of a checkpoint's tensors make which expert, by transformers' own rules.
 
 The model that a config names is built without weights, on the meta device. transformers' conversion mapping renames the
-checkpoint's keys. Parameters of an Experts module form a *block*; the model's other parameters are its trunk.
+checkpoint's keys to the model's. The parameters of an Experts module form a *block*; the model's other parameters are
+its trunk.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "
 
 
 def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[PreTrainedModel, torch.dtype]:
-    """Return the model of the class that ``architectures`` names, and the type in which from_pretrained loads it.
+    """Build the model that ``config`` describes, on the meta device; return it and the type in which it is loaded.
 
-    That is the config's type, or else ``first_dtype``, of the checkpoint's first tensor of floats. Code that the
-    checkpoint brings is never run. Raises UnsupportedModelError or CheckpointError.
+    The class is the one that ``architectures`` names. The type is that of from_pretrained: the config's, or else
+    ``first_dtype``, which is that of the checkpoint's first floating-point tensor. Code that the checkpoint brings is
+    never run. Raises UnsupportedModelError or CheckpointError.
     """
     model_type = str(config.get("model_type"))
     architecture = str((config.get("architectures") or [None])[0])
@@ -61,7 +63,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
             for context in made_by.get_init_context(dtype, False, False, False):
                 stack.enter_context(context)
             model = made_by(made)
-    except Exception as error:  # transformers raises anything for a config that does not fit
+    except Exception as error:  # for a config that does not fit, transformers may raise any error
         raise CheckpointError(
             f"transformers can't build {architecture} from this config.json "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]}).",
@@ -77,7 +79,7 @@ def build_on_meta(config: Mapping[str, Any], first_dtype: str | None) -> tuple[P
 
 
 def _with_floats(config: Mapping[str, Any]) -> Any:
-    """Return the config with infinities and NaNs, which transformers writes as {"__float__": "Infinity"}."""
+    """Return the config with infinities and NaNs as floats; transformers writes them as {"__float__": "Infinity"}."""
     tag = {"__float__"}
     return json.loads(json.dumps(config), object_hook=lambda d: float(d["__float__"]) if d.keys() == tag else d)
 
@@ -102,7 +104,7 @@ class Blueprint:
     """Blocks and trunk of a checkpoint.
 
     ``trunk`` and ``unused`` name the tensors outside blocks: those that the model has, and those that it ignores.
-    ``matrices``: by module path, the recipes of weights that become records in place of trunk tensors.
+    ``matrices`` has, by module path, the recipes of trunk weights that become records instead of trunk tensors.
     """
 
     dtype: str  # of the model, by torch's name
@@ -115,12 +117,12 @@ class Blueprint:
 def make_blueprint(
     model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], wanted: Collection[str] = ()
 ) -> Blueprint:
-    """Make the blueprint of ``model``, on the meta device, whose Experts modules are cut down to one expert.
+    """Make the blueprint of ``model``, which is on the meta device.
 
-    So their parameters are [1, ...].
+    Parameters of its Experts modules that can be made for one expert at a time are cut down to one expert, [1, ...].
 
-    ``wanted``: paths of linear modules whose weights become records, where they can. Raises UnsupportedModelError or
-    CheckpointError.
+    ``wanted``: paths of linear modules whose weights become records, where that is possible. Raises
+    UnsupportedModelError or CheckpointError.
     """
     modules = experts_modules(model)
     parameters = {
@@ -144,7 +146,8 @@ def make_blueprint(
     tied = {target: source for target, source in model.all_tied_weights_keys.items() if target in weights}
     for target, source in tied.items():
         if target not in groups and source in groups and _is_plain(groups[source]):
-            matrices[weights[target]] = recipe(source, source)  # in addition to the embedding, which stays
+            # a record besides the tied embedding, which stays in the trunk
+            matrices[weights[target]] = recipe(source, source)
     for key, (converter, sources) in groups.items():
         targets = _targets(key, converter)
         made = [target for target in targets if target in parameters]
@@ -190,7 +193,10 @@ def make_blueprint(
 
 
 def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield groups of tensors, and the keys that each group makes; the model may not have some of these."""
+    """Yield groups of tensor names, each with the keys that are made from it.
+
+    The model may not have all of these keys.
+    """
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     groups = _group(sorted(names, key=loading.dot_natural_key), mapping, state, model.base_model_prefix)
     for key, (converter, sources) in groups.items():
@@ -198,7 +204,10 @@ def destinations(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple
 
 
 def _loadable(wanted: Collection[str], mapping: list[Any], state: dict[str, Any], prefix: str) -> dict[str, str]:
-    """Return weight -> path for modules whose record transformers finds under the path, in spite of renamings."""
+    """Return, by weight, the paths of the ``wanted`` modules whose record transformers will load under its own name.
+
+    A record's name must not be changed by the renamings that transformers applies to a checkpoint's keys.
+    """
     records = {f"{path}{RECORD}": path for path in wanted}
     there = {name: tensor for name, tensor in state.items() if name not in {f"{path}.weight" for path in wanted}}
     found = _group(list(records), mapping, there | dict.fromkeys(records, True), prefix)
@@ -216,7 +225,7 @@ def _is_plain(group: tuple[loading.WeightConverter | None, dict[str, list[str]]]
 
 
 def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return the parameters of an Experts module that hold one slice for each expert."""
+    """Return the parameters of an Experts module that hold a slice for each expert. Raises UnsupportedModelError."""
     found = []
     for name, parameter in module.named_parameters(recurse=False):
         if name in EXPERT_PARAMETERS:
@@ -270,7 +279,7 @@ def loaded_dtype(model: PreTrainedModel, name: str, own: torch.dtype, dtype: tor
 
 
 def _top_k(model: PreTrainedModel, path: str, module: Any) -> int:
-    """Return how many experts a token is sent to, by the modules beside the experts or by the config."""
+    """Return the number of experts that a token is sent to, by the modules beside the experts or by the config."""
     parent = model.get_submodule(path.rpartition(".")[0])
     for owner in (parent, *(child for child in parent.children() if child is not module), module.config):
         for name in TOP_K:

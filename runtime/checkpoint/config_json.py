@@ -1,4 +1,4 @@
-"""Read config.json of a model directory, and refuse what an untrusted one could do."""
+"""Read config.json of a model directory, and refuse one that could make transformers run code or read other files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from moetier.tiers.errors import StoreFormatError, UnsafeCheckpointError
 from moetier.tiers.store.folder import read_json
 
-NAME = "moetier"  # of the quantisation method and the experts implementation in config.json
+NAME = "moetier"  # of moetier's quantisation method and experts implementation in config.json
 
 # Keys that make transformers run code, fetch kernels, or read other files or another quantisation.
 NOT_CARRIED = (
@@ -20,9 +20,10 @@ NOT_CARRIED = (
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.
+    """Return the config of a model directory.
 
-    Raises StoreFormatError for another folder than moetier's, UnsafeCheckpointError for keys that moetier never writes.
+    Raises StoreFormatError if moetier did not make the folder, and UnsafeCheckpointError for keys that moetier never
+    writes.
     """
     path = folder / "config.json"
     if not path.exists():

@@ -1,4 +1,7 @@
-"""Open a source checkpoint: find it, check it, and list its tensors. Nothing of it is executed, and nothing written."""
+"""Open a source checkpoint: find it, check it, and list its tensors.
+
+None of its code is run, and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,15 @@ COPIED = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Folder that passed all checks. ``tensors``: by name, of all shards. ``copied``: relative names."""
+    """A source checkpoint that passed all checks.
+
+    ``tensors`` are by name, from all of its files. ``copied`` are the names, relative to ``folder``, of the files that
+    a model directory copies.
+    """
 
     name: str  # hub id, or the name of the folder
     folder: Path
-    source: str  # opens it again from anywhere: hub id, or absolute path of the folder
+    source: str  # hub id, or absolute path of the folder; opens the checkpoint again from any directory
     ignored_code: bool
     config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, StoredTensor]
@@ -53,20 +60,20 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """quantization_config, of the config or of its text_config."""
+        """The quantization_config in the config or in its text_config; None if there is none."""
         places = (self.config, self.config.get("text_config") or {})
         return next((found for place in places if (found := place.get("quantization_config"))), None)
 
     @property
     def first_dtype(self) -> str | None:
-        """torch's name for the type of the first tensor of floats."""
+        """torch's name for the type of the first floating-point tensor; None if there is none."""
         return next((t.dtype for t in self.tensors.values() if t.dtype in FLOATS), None)
 
     @property
     def digest(self) -> str:
-        """sha256 over the config, and each tensor's name, type, shape, place, and samples of its bytes.
+        """sha256 over the config and over each tensor's name, type, shape, file, offset, and samples of its bytes.
 
-        The samples, which are read now, tell fine-tunes apart. The tensors fill their file, so its size counts too.
+        The samples, which are read now, tell fine-tunes apart. Tensors fill their file, so the file's size counts too.
         """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset, t.name)):
@@ -80,9 +87,10 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpoint:
-    """Open a folder or a hub id. Raises CheckpointError or UnsafeCheckpointError.
+    """Open the checkpoint in a folder, or of a hub id, which is downloaded.
 
-    ``ignore_code``: accept a checkpoint that names code of its own; it is not executed either way.
+    Raises CheckpointError or UnsafeCheckpointError. ``ignore_code``: accept a checkpoint that names code of its own.
+    The code is never run.
     """
     name, folder = locate(source)
     of_hub = not Path(source).is_dir()
@@ -104,7 +112,7 @@ def open_checkpoint(source: str | Path, *, ignore_code: bool = False) -> Checkpo
 
 
 def copied_files(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files that a model directory copies."""
+    """Return the names, relative to ``folder``, of the files that a model directory copies."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.glob("*") if not p.is_dir())
     names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("additional_chat_templates/*"))
     return tuple(name for name in names if COPIED.fullmatch(name) and contained(folder, name))
@@ -120,7 +128,7 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
-    """Return the name and the folder. Of a hub id only the small ``files`` are downloaded."""
+    """Return the name and the folder of a checkpoint. Of a hub id, only the small ``files`` are downloaded."""
     folder = check_source(source)
     if folder is None:
         return str(source), hub.fetch(str(source), files, or_folder=True)
@@ -130,7 +138,7 @@ def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[
 
 
 def check_source(source: str | Path) -> Path | None:
-    """Return the folder; None for a hub id. Raises CheckpointError for what is neither."""
+    """Return the folder that ``source`` names; None if it is a hub id. Raises CheckpointError if it is neither."""
     folder = Path(source)
     if folder.is_dir():
         return folder.resolve()
@@ -142,14 +150,14 @@ def check_source(source: str | Path) -> Path | None:
 
 
 def _is_snapshot(folder: Path) -> bool:
-    """Return whether a folder is a snapshot in a hub cache, which is named by its commit."""
+    """Return whether a folder is a snapshot in a hub cache. A snapshot's folder is named by its commit."""
     return folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
 
 
 def contained(folder: Path, name: str) -> Path:
-    """Return the path of a checkpoint's file. Raises UnsafeCheckpointError where it leads out of the checkpoint.
+    """Return the path of a checkpoint's file. Raises UnsafeCheckpointError if it leads out of the checkpoint.
 
-    Links of a snapshot in a hub cache may lead to the cache's blobs.
+    Links in a snapshot of a hub cache may lead to the cache's blobs.
     """
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
@@ -166,7 +174,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises CheckpointError or UnsafeCheckpointError."""
+    """Return the object in a checkpoint's JSON file. Raises CheckpointError or UnsafeCheckpointError."""
     path = contained(folder, name)
     try:
         found = json.loads(path.read_bytes())
@@ -182,7 +190,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise UnsafeCheckpointError where a config names code of the checkpoint's own."""
+    """Raise UnsafeCheckpointError if a config names code of the checkpoint's own."""
     others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     found = {name: read_json(folder, name) for name in others if contained(folder, name).exists()}
     for name, value in {"config.json": config, **found}.items():
@@ -201,10 +209,10 @@ def names_code(value: object) -> bool:
 
 
 def weights_of(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the files with weights, and the file of each tensor that an index names ({} without one).
+    """Return the names of the files with weights, and by tensor the file that an index names ({} without an index).
 
-    They are those that transformers reads: ``transformers_weights`` of the config, else model.safetensors, else those
-    of the index, which must have been downloaded.
+    The files are those that transformers reads: ``transformers_weights`` of the config, else model.safetensors, else
+    those that the index names. The index must have been downloaded.
     """
     weights = config.get("transformers_weights")
     if not isinstance(weights, str):
@@ -245,9 +253,10 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTe
 def gathered(
     headers: Mapping[Path, Mapping[str, StoredTensor]], places: Mapping[str, Path], index: Path
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of all files.
+    """Return the tensors of all files, by name. ``headers`` has the tensors of each file.
 
-    Raises CheckpointError for a tensor in two files, or one that is not in the file where ``index`` ``places`` it.
+    Raises CheckpointError for a tensor in two files, or one that is not in the file that ``places`` names. ``places``
+    comes from the file ``index``.
     """
     tensors: dict[str, StoredTensor] = {}
     for path, found in headers.items():
@@ -274,14 +283,16 @@ def without_weights(place: str | Path, names: Iterable[str]) -> CheckpointError:
 
 
 def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
-    """Return (offset in the file, bytes) of a tensor's samples: its first and last SAMPLE_BYTES, and as many at each
-    SAMPLE_STRIDE between them."""
+    """Return (offset in the file, bytes) of a tensor's samples.
+
+    They are its first and last SAMPLE_BYTES, and SAMPLE_BYTES at each SAMPLE_STRIDE between them.
+    """
     last = max(0, tensor.nbytes - SAMPLE_BYTES)
     starts = sorted({*range(0, last, SAMPLE_STRIDE), last})
     return [(tensor.offset + start, min(SAMPLE_BYTES, tensor.nbytes)) for start in starts]
 
 
 def some(names: Iterable[str]) -> str:
-    """Return a list of at most three names, for people."""
+    """Format at most three of ``names`` for people, and the number of the others."""
     listed = sorted(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

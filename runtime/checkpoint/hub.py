@@ -1,7 +1,7 @@
 """Download a checkpoint from the Hugging Face hub: small files first, and weights only after these were checked.
 
 Code and pickles are never downloaded. huggingface_hub does all of HTTP: tokens, mirrors (HF_ENDPOINT), retries, offline
-mode. Small files are in its cache, and found there without a network.
+mode. Small files are kept in its cache, where they are found later without a network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RemoteFile:
 
 
 def check_id(name: str) -> None:
-    """Raise CheckpointError for a name that can't be an id."""
+    """Raise CheckpointError for a name that can't be an id on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it has no __all__
 
@@ -53,9 +53,9 @@ def check_id(name: str) -> None:
 def fetch(
     name: str, files: Sequence[str] = SMALL_FILES, revision: str | None = None, *, or_folder: bool = False
 ) -> Path:
-    """Download those of ``files`` (names or patterns) that exist, and return the folder of the snapshot.
+    """Download those of ``files`` (names or patterns) that exist, and return the snapshot's folder.
 
-    ``or_folder``: whether errors should say that ``name`` may have been meant as a folder. Raises CheckpointError.
+    Raises CheckpointError. ``or_folder``: whether errors should say that ``name`` may have been meant as a folder.
     """
     from huggingface_hub import snapshot_download
 
@@ -64,7 +64,7 @@ def fetch(
 
 
 def listing(name: str, revision: str) -> dict[str, RemoteFile]:
-    """Return all files of a revision. Raises CheckpointError."""
+    """Return all files of a revision, by name. Raises CheckpointError."""
     from huggingface_hub import HfApi
 
     with _errors(name, "the list of files"):
@@ -77,7 +77,7 @@ def listing(name: str, revision: str) -> dict[str, RemoteFile]:
 
 
 def cached(name: str, file: str, revision: str) -> Path | None:
-    """Return the file's path in huggingface_hub's cache, if another program has downloaded it."""
+    """Return the file's path in huggingface_hub's cache; None if it was not downloaded there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, file, revision=revision)
@@ -85,9 +85,9 @@ def cached(name: str, file: str, revision: str) -> Path | None:
 
 
 def download(name: str, file: str, revision: str, into: Path | None, advance: Callable[[int], None]) -> Path:
-    """Download one file into the folder ``into``, or with None into the cache, and return its path.
+    """Download one file into the folder ``into``, or into the cache if that is None, and return its path.
 
-    ``advance`` is called with the number of bytes that came. Raises CheckpointError.
+    ``advance`` is called repeatedly with the number of bytes that have come since. Raises CheckpointError.
     """
     from huggingface_hub import hf_hub_download
     from tqdm import tqdm
@@ -111,9 +111,9 @@ def download(name: str, file: str, revision: str, into: Path | None, advance: Ca
 
 
 def headers(name: str, files: Sequence[str], revision: str) -> dict[str, dict[str, Any]]:
-    """Return the tensors of each safetensors file, as in its header. Raises CheckpointError.
+    """Return, by file, the tensors that the header of each safetensors file lists. Raises CheckpointError.
 
-    No weights are downloaded: a header is the beginning of its file.
+    Only the headers, at the beginning of the files, are downloaded.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
@@ -146,9 +146,9 @@ def cache_folder() -> Path:
 
 @contextmanager
 def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> Iterator[None]:
-    """Turn errors of the network and the hub into a CheckpointError that says that the hub did not give ``what``.
+    """Turn errors of the network and the hub into a CheckpointError, which says that the hub did not give ``what``.
 
-    Without ``what`` it did not give the model ``name``.
+    Without ``what``, it says that of the model ``name``. Errors of the local disk are not turned.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -159,7 +159,7 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
         RevisionNotFoundError,
     )
 
-    # the first base is the HTTP library's own error; which library depends on the version
+    # the first base class is the error of the HTTP library, which depends on huggingface_hub's version
     known: Any = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
     try:
         yield
@@ -167,7 +167,7 @@ def _errors(name: str, what: str | None = None, *, or_folder: bool = False) -> I
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise  # the disk's error, not the hub's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = reason.removeprefix("Got: ")  # how huggingface_hub begins messages of its HTTP library
+        reason = reason.removeprefix("Got: ")  # huggingface_hub puts this before messages of its HTTP library
         causes = (error, error.__cause__)
         fix = "Check the name and the network; for a model behind a licence, log in with `hf auth login`."
         if "/" not in name:  # more likely a folder than an id

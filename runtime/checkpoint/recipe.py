@@ -2,8 +2,8 @@
 
 Matrices of the trunk that become records are made likewise, a few rows at a time or whole.
 
-Where transformers' operations treat each expert alike (merging, stacking, transposing), they run on the tensors of one
-expert. The module on the meta device is cut down to one expert, so that operations find the slice's shape there.
+If transformers' operations treat each expert alike (merging, stacking, transposing), they are run on the tensors of one
+expert. The module on the meta device is cut down to one expert, because operations look up the result's shape there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Recipe:
     """Recipe of one parameter: the checkpoint's tensors by source pattern, and the operations on them."""
 
-    model: PreTrainedModel  # on meta; operations look up the shape and type of their result
+    model: PreTrainedModel  # on the meta device; operations look up the shape and type of their result there
     key: str  # transformers' name of the result, or of the first of several
     target: str  # the parameter's full name
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class Recipe:
 
     @property
     def apart(self) -> bool:
-        """True if it can be made for one expert at a time."""
+        """True if the parameter can be made for one expert at a time."""
         operations = self.converter.operations if self.converter else []
         return all(map(_keeps_experts_apart, operations)) and all(
             len(tensors) == self.experts or (len(tensors) == 1 and tensors[0].shape[:1] == (self.experts,))
@@ -50,22 +50,22 @@ class Recipe:
 
     @property
     def direct(self) -> bool:
-        """True if it is one unchanged tensor of the checkpoint, so that a few rows can be read at a time."""
+        """True if the parameter is one unchanged tensor of the checkpoint, so that a few rows can be read at a time."""
         return self.converter is None and sum(map(len, self.sources.values())) == 1
 
     @property
     def parts(self) -> Iterator[StoredTensor]:
-        """Stored tensors that it is made from."""
+        """Stored tensors that the parameter is made from."""
         return (part for tensors in self.sources.values() for tensor in tensors for part in tensor.parts)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Read rows of a ``direct`` one -> [count, columns]."""
+        """Read ``count`` rows of a parameter that is ``direct``, from row ``first`` on -> [count, columns]."""
         ((tensor,),) = self.sources.values()
         self._check_shape(tensor.shape)
         return tensor.read(first, count).to(self.dtype)
 
     def make(self, expert: int | None) -> torch.Tensor:
-        """Return one expert's slice, or with None the whole parameter [experts, ...]."""
+        """Return the slice of one expert, or, with None, the whole parameter [experts, ...]."""
         made = self._convert({pattern: self._read(tensors, expert) for pattern, tensors in self.sources.items()})
         self._check_shape(made.shape)
         return (made if expert is None else made[0]).detach()
@@ -88,7 +88,10 @@ class Recipe:
         return [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in read]
 
     def _convert(self, read: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-        """Apply the operations. Empties ``read`` meanwhile, so that no tensor lives longer than needed."""
+        """Apply the operations to the tensors ``read``.
+
+        Empties ``read``, so that no tensor stays in memory longer than needed.
+        """
         if self.converter is None:
             (tensors,) = read.values()
             return tensors[0]
@@ -121,9 +124,9 @@ def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
 
 @dataclass
 class BlockBlueprint:
-    """Recipes of the experts of one Experts module.
+    """Recipes for the experts of one Experts module.
 
-    ``parameters``: name -> (shape of one expert's slice, name of the type), in module order.
+    ``parameters`` has by name, in module order, the shape of one expert's slice and torch's name of its type.
     """
 
     path: str
@@ -136,7 +139,7 @@ class BlockBlueprint:
 
     @property
     def apart(self) -> bool:
-        """True if its experts are read one at a time; otherwise the block is read whole, once."""
+        """True if its experts can be made one at a time; otherwise the block is read whole, once."""
         return all(recipe.apart for recipe in self.recipes.values())
 
     @property
@@ -160,10 +163,10 @@ class BlockBlueprint:
 
 @dataclass(frozen=True, eq=False)
 class Expert(Mapping[str, torch.Tensor]):
-    """Weights of one expert by parameter, each made at its look-up and not kept.
+    """Weights of one expert by parameter. Each is made when it is looked up, and not kept.
 
-    They are [rows, columns], or [columns, rows] if transposed; a bias is [size]. ``turn`` is held while one is made. A
-    look-up raises CheckpointError for weights that are not finite.
+    They are [rows, columns], or [columns, rows] if transposed; a bias is [size]. The lock ``turn`` is held while one is
+    made. A look-up raises CheckpointError for weights that are not finite.
     """
 
     block: BlockBlueprint

@@ -1,10 +1,10 @@
-"""A checkpoint's tensors, read by byte ranges; what is stored in FP8 or MXFP4 is dequantised on the way.
+"""A checkpoint's tensors, read by byte ranges. Tensors in FP8 or MXFP4 are dequantised when they are read.
 
 No file is mapped: a mapped checkpoint counts as resident memory, and a file that is truncated while it is mapped causes
-a SIGBUS. Here each tensor's place is checked against the file's size first, and what was read is dropped from the page
-cache.
+a SIGBUS. Instead each tensor's byte range is checked against the file's size first, and what was read is dropped from
+the page cache.
 
-To the rest of the converter a quantised checkpoint looks like one of 16 bits: a ``SourceTensor`` has one name, a shape
+To the converter, a tensor of a quantised checkpoint looks like one in 16 bits: a ``SourceTensor`` has one name, a shape
 and a type, and rows of its leading dimension can be read.
 """
 
@@ -38,12 +38,13 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 CHUNK_BYTES = 8 << 20
 READ_AHEAD_BYTES = 64 << 10
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-SCALE_OF = ("weight_scale_inv", "scale", "qscale_weight")  # beside a "weight": DeepSeek-V3, DeepSeek-V4, Mistral
-TILE_WEIGHTS = 1 << 24  # dequantised at a time: 64 MiB in fp32
+# names of the scales of a "weight": in DeepSeek-V3, DeepSeek-V4, Mistral
+SCALE_OF = ("weight_scale_inv", "scale", "qscale_weight")
+TILE_WEIGHTS = 1 << 24  # most weights dequantised at a time: 64 MiB in fp32
 
 
 class SourceTensor(Protocol):
-    """Tensor that the converter reads. ``dtype`` is torch's name of the type that ``read`` returns."""
+    """Tensor that the converter reads, dequantised if it is stored in another form."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,30 +56,33 @@ class SourceTensor(Protocol):
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """Stored tensors that it is read from."""
+        """Stored tensors that this tensor is read from."""
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read rows of the leading dimension into a new tensor [count, ...]."""
+        """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...].
+
+        None reads all rows from ``first`` on.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Tensor in a safetensors file, which is also the source tensor where it is not quantised."""
+    """Tensor in a safetensors file. If it is not quantised, it is also the source tensor."""
 
     name: str
-    spelling: str  # of its type, in the file: "BF16"
+    spelling: str  # the file's name of its type, such as "BF16"
     shape: tuple[int, ...]
     file: Path
-    offset: int  # from the file's start
+    offset: int  # in bytes, from the file's start
 
     @property
     def dtype(self) -> str:
-        """Type by torch's name."""
+        """torch's name of the type."""
         return TORCH_NAMES[self.spelling]
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """The tensor itself."""
+        """The tensor itself: it is read from no other."""
         return (self,)
 
     @property
@@ -87,9 +91,9 @@ class StoredTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.spelling]
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read rows ``first`` to ``first + count`` of the leading dimension into a new tensor [count, ...].
+        """Read ``count`` rows of the leading dimension, from row ``first`` on, into a new tensor [count, ...].
 
-        A scalar is read whole.
+        None reads all rows from ``first`` on. A scalar is read whole.
         """
         import torch
 
@@ -113,9 +117,10 @@ class StoredTensor:
 
 
 def read_at(path: Path, offset: int, out: Bytes) -> None:
-    """Fill ``out``, and drop what was read from the page cache, which counts towards a memory limit.
+    """Fill ``out`` with bytes of a file from ``offset`` on.
 
-    Raises CheckpointError where the file is too short or can't be read.
+    Raises CheckpointError if the file is too short or can't be read. What was read is dropped from the page cache,
+    which counts towards a memory limit.
     """
     ahead = out.nbytes >= READ_AHEAD_BYTES  # for small reads, read-ahead would read far more than is needed
     done = 0
@@ -137,9 +142,10 @@ def read_at(path: Path, offset: int, out: Bytes) -> None:
 
 
 def read_tensors(path: Path, place: Path | None = None) -> dict[str, StoredTensor]:
-    """Return the tensors of a file by name, to be read there or from a copy at ``place``.
+    """Return the tensors of the safetensors file at ``path`` by name.
 
-    Raises CheckpointError for a file that is not a whole safetensors file.
+    They are read there later, or from a copy at ``place``. Raises CheckpointError for a file that is not a whole
+    safetensors file.
     """
     fix = "Download the checkpoint again."
     try:
@@ -160,9 +166,10 @@ def read_tensors(path: Path, place: Path | None = None) -> dict[str, StoredTenso
 
 
 def listed(path: Path, header: Mapping[str, Any], size: int) -> tuple[dict[str, StoredTensor], int]:
-    """Return the tensors that a header lists for the file at ``path`` of ``size`` bytes, and where their bytes begin.
+    """Return the tensors that a header lists, and the offset in the file where their bytes begin.
 
-    Raises ValueError for a malformed header.
+    ``path`` is the file that they will be read from, and ``size`` its size in bytes. Raises ValueError for a malformed
+    header.
     """
     entries, data = parse_header(header)
     start = size - data
@@ -174,29 +181,31 @@ def listed(path: Path, header: Mapping[str, Any], size: int) -> tuple[dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """[..., rows, columns] in FP8, or two FP4 values a byte, times a scale for each block of rows and columns.
+    """Tensor [..., rows, columns] stored in FP8, or in FP4 with two values in a byte, with a scale for each block.
 
-    The scales are a grid [..., ceil(rows / block rows), ceil(columns / block columns)], or a single number.
+    A block is a rectangle of rows and columns. The scales are a grid [..., ceil(rows / block rows), ceil(columns /
+    block columns)], or a single number.
     """
 
     weight: StoredTensor
     scale: StoredTensor
-    block: tuple[int, int]  # rows, columns; a grid with another number of cells divides the weight evenly
+    # rows, columns; if the grid does not have ceil(size / block) cells, its cells divide the weight evenly
+    block: tuple[int, int]
     dtype: str
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape once FP4 values are unpacked, two of a byte."""
+        """Shape of the weight, with FP4 values counted one by one."""
         packed = 2 if self.weight.dtype == "int8" else 1
         return (*self.weight.shape[:-1], self.weight.shape[-1] * packed)
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """The weight, [rows, columns / 2] where a byte holds two FP4 values, and its scales."""
+        """The weight, which is [rows, columns / 2] if a byte holds two FP4 values, and its scales."""
         return (self.weight, self.scale)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read and dequantise rows of the leading dimension -> [count, ...]."""
+        """Read and dequantise ``count`` rows of the leading dimension, from row ``first`` on -> [count, ...]."""
         import torch
 
         count = self.shape[0] - first if count is None else count
@@ -211,7 +220,7 @@ class Scaled:
         return out
 
     def _steps(self, scale: torch.Tensor) -> tuple[int, int]:
-        """Return the rows and columns of a block."""
+        """Return the rows and columns of a block. Raises CheckpointError if the scales do not fit the weight."""
         if scale.numel() == 1:
             return self.shape[-2], self.shape[-1]
         steps = []
@@ -227,7 +236,10 @@ class Scaled:
         return steps[0], steps[1]
 
     def _read_rows(self, first: int, out: torch.Tensor) -> None:
-        """Read in tiles of whole blocks, so that a large matrix is never in fp32 as a whole."""
+        """Fill ``out`` with dequantised rows from ``first`` on.
+
+        It works in tiles of whole blocks, so that a large matrix is never in fp32 as a whole.
+        """
         scale = self.scale.read()
         rows, columns = self._steps(scale)
         tile = max(1, TILE_WEIGHTS // (self.shape[1] * rows)) * rows
@@ -243,14 +255,15 @@ class Scaled:
 def dequantise_into(
     out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], skipped: int = 0
 ) -> None:
-    """Set out [rows, columns] to weight [rows, columns] times the scale of its block, in fp32.
+    """Set out [rows, columns] to weight [rows, columns], each value times the scale of its block, in fp32.
 
-    ``weight`` is FP8, or int8 [rows, columns / 2] with two FP4 values a byte; the first ``skipped`` rows of its first
-    block are missing. ``scale`` is [row blocks, column blocks], or a single number.
+    ``weight`` is FP8, or int8 [rows, columns / 2] with two FP4 values in a byte. ``scale`` is [row blocks, column
+    blocks], or a single number. ``block`` is the rows and columns of a block. The weight begins ``skipped`` rows after
+    the beginning of its first block.
     """
     import torch
 
-    if scale.dtype == torch.uint8:  # exponents of powers of two
+    if scale.dtype == torch.uint8:  # scales are powers of two, stored as exponents
         scale = (scale.float() - 127).exp2()
     scale = scale.float()
     if weight.dtype == torch.int8:
@@ -270,9 +283,10 @@ def dequantise_into(
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4:
-    """Tensor of gpt-oss: FP4 values and their exponents, which are dequantised to [experts, columns, rows].
+    """Tensor of gpt-oss in MXFP4: FP4 values with shared exponents. It is dequantised to [experts, columns, rows].
 
-    Values are stored as [experts, rows, columns / 32, 16], two a byte, and exponents as [experts, rows, columns / 32].
+    The values are stored as [experts, rows, columns / 32, 16], two in a byte, and the exponents as [experts, rows,
+    columns / 32].
     """
 
     blocks: StoredTensor
@@ -291,7 +305,7 @@ class Mxfp4:
         return (self.blocks, self.scales)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Read and dequantise some experts -> [count, columns, rows]."""
+        """Read and dequantise ``count`` experts from ``first`` on -> [count, columns, rows]."""
         import torch
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -304,9 +318,10 @@ class Mxfp4:
 def source_tensors(
     tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any] | None, dtype: str
 ) -> dict[str, SourceTensor]:
-    """Return the source tensors by name; quantised ones are read as ``dtype``.
+    """Return the source tensors by name. Quantised ones are read as ``dtype``.
 
-    ``quantization`` is the checkpoint's own quantization_config. Raises UnsupportedModelError for other methods.
+    ``quantization`` is the checkpoint's own quantization_config. Raises UnsupportedModelError for methods other than
+    FP8 and MXFP4.
     """
     method = quantization.get("quant_method") if quantization else None
     match method:
