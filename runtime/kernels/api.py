@@ -1,4 +1,4 @@
-"""The interface of kernels, which multiply with the projections of records on one device, and torch's own kernels.
+"""The interface of kernels, which multiply with the projections of records on one device, and kernels by torch alone.
 
 ``choose.py`` chooses the kernels of a device.
 """
@@ -19,7 +19,7 @@ from moetier.tiers.quant.codec import decode, sections
 
 
 def moved_error(where: torch.device, device: torch.device) -> ConfigError:
-    """The error for a model that was moved to ``where``, while its experts are on ``device``."""
+    """Return the error for a model that was moved to ``where`` while its experts are on ``device``."""
     return ConfigError(
         f"The model was moved to {where}; its experts are on {device}.", "Load it on the device where it is to run."
     )
@@ -31,10 +31,11 @@ class Kernels:
     The result is bit for bit that of the ordinary module whose weights are the decoded ones in the type of x.
     """
 
-    # (record [record bytes] uint8 on the device, layout) -> None: prepares each record, once, in place, before its use
+    # prepares a record (uint8 [record bytes], on the device) of the given layout in place, once, before its first use;
+    # None if records need no preparation
     arrange: Callable[[Tensor, RecordLayout], None] | None = None
 
-    # takes memory of the device from its tier, and returns how many bytes; the caller holds no lease
+    # makes the device's tier give memory back, and returns the number of bytes; the caller must hold no lease
     make_room: Callable[[], int] = staticmethod(lambda: 0)
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -42,19 +43,20 @@ class Kernels:
         self._local = threading.local()
 
     def packs(self, layout: RecordLayout) -> bool:
-        """Return whether all projections of a layout are multiplied where they lie."""
+        """Return whether all projections of a layout are multiplied as they are stored, without being decoded."""
         return False
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
         """Multiply with one projection of a record.
 
-        16-bit weights in the type of x are multiplied where they lie; all others are decoded first.
+        16-bit weights in the type of x are multiplied as they are stored; all others are decoded first.
 
         Args:
             x: [tokens, columns].
             record: uint8 [record bytes].
-            name: of the projection.
-            bias: [rows]. Not for experts: their modules add biases afterwards.
+            layout: the record's layout.
+            name: the projection's name.
+            bias: [rows]; None for experts, whose modules add biases afterwards.
 
         Returns:
             [tokens, rows] in the type of x.
@@ -69,15 +71,16 @@ class Kernels:
         return F.linear(x, stored, bias)
 
     def with_room(self, work: Callable[[], Tensor]) -> Tensor:
-        """Return ``work()``, [tokens, ...]. If the device runs out of memory, try once more with less for its tier.
+        """Return ``work()``, [tokens, ...].
 
-        Raises BudgetError if that does not help.
+        If the device runs out of memory, make its tier give some back and try once more. Raises BudgetError if that
+        does not help.
         """
         try:
             return work()
         except torch.OutOfMemoryError as error:
             said = str(error)
-        # not in the handler: the error's frames hold what was allocated
+        # outside the handler, because the error's frames hold what was allocated
         freed = self.make_room()
         if freed:
             try:
@@ -93,17 +96,18 @@ class Kernels:
         )
 
     def _scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """A tensor over this thread's scratch memory, which has the size of the largest that was asked for."""
+        """Return a tensor over this thread's scratch memory, which is as large as the largest one asked for so far."""
         nbytes = math.prod(shape) * dtype.itemsize
         memory: Tensor | None = getattr(self._local, "memory", None)
         if memory is None or len(memory) < nbytes:
-            memory = self._local.memory = None  # the old memory goes before the new one comes
-            with torch.inference_mode(False):  # one made in inference mode could not be written outside of it
+            memory = self._local.memory = None  # frees the old memory before the new one is allocated
+            # memory that is made in inference mode could not be written outside of it
+            with torch.inference_mode(False):
                 memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self._local.memory = memory
         return memory[:nbytes].view(dtype).view(shape)
 
 
 def projection_of(layout: RecordLayout, name: str) -> Projection:
-    """The projection ``name`` of a layout."""
+    """Return the projection ``name`` of a layout."""
     return next(p for p in layout.projections if p.name == name)

@@ -1,10 +1,11 @@
-"""Attention of one new token on a CPU: softmax(q @ K.T * scale + mask) @ V, in fp32, keys and values where they lie.
+"""Attention of one new token on a CPU: softmax(q @ K.T * scale + mask) @ V, in fp32.
 
 torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and compiles its
 matrix products anew for each length of a context (docs/benchmarks.md, Attention).
 
-The compiled code takes items. An item is one head of keys and values with all the heads of queries that share it, so
-that keys and values are read once. The result of an item depends on nothing else.
+The compiled code divides its work into items, which threads take one by one. An item is one head of keys and values
+with all the heads of queries that share it, so that keys and values are read once. The result of an item does not
+depend on the other items or on the number of threads.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from .jit import F32, I32, LANES, POINTER, Emitter, Value, new_module, vector
 
 _ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
 NAME = "moetier_sdpa"  # among transformers' attention functions
-ATTEND = "moetier_attend"  # the function's name
+ATTEND = "moetier_attend"  # name of the compiled function
 HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positions whose values are added together
 # Number of i64 fields in the context of the compiled function. In order: items that threads have taken, all items, key
 # heads, query heads per key head; L (positions), D (width of a key), V (width of a value); pointers to q, K, V, the
 # mask (0 if there is none), the output and the scratch memory; strides of K, then of V, over sequences, heads and
 # positions, in elements; the bits of the fp32 scale
 CONTEXT = 20
-_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # of 2^f, f in -.5 .. .5
+_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2^f, for f in -.5 .. .5
 _scratch = jit.Scratch()
 
 
@@ -74,7 +75,7 @@ def decode_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from a single token, in fp32. Other inputs go to transformers' function for SDPA.
+    """Compute attention of a single new token, in fp32. Other inputs go to transformers' function for SDPA.
 
     A sequence's result depends only on that sequence and its padding.
 
@@ -85,7 +86,7 @@ def decode_attention(
         attention_mask: [batch, 1, tokens, length], bool (True: attend) or numbers to be added.
 
     Returns:
-        [batch, tokens, heads, values], and None in place of the weights.
+        [batch, tokens, heads, values], and None in place of the attention weights.
     """
     is_plain = dropout == 0.0 and position_bias is None and kwargs.get("softcap") is None
     if not is_plain or torch.is_grad_enabled() or not _fits(query, key, value, attention_mask):
@@ -108,7 +109,7 @@ def decode_attention(
     share = heads // key_heads
     items = batch * key_heads
     nbytes = 4 * items * scratch_numbers(share, length, width, values)
-    scratch = _scratch.take(nbytes, spare=nbytes // 4)  # the context grows token by token
+    scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
     scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
     shape = (0, items, key_heads, share, length, width, values)
     places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr())
@@ -150,16 +151,16 @@ def _kernel(dtype: torch.dtype) -> jit.Kernel:
 
 
 def scratch_numbers(heads: int, positions: int, width: int, values: int) -> int:
-    """Return the fp32 numbers of an item's scratch memory: queries, rows of keys or values, scores, sums."""
+    """Return the size of an item's scratch memory in fp32 numbers: queries, rows of keys or values, scores, sums."""
     padded = -(-positions // LANES) * LANES
     return heads * (width + padded + values) + POSITIONS * max(width, values)
 
 
 def attention_module(dtype: torch.dtype) -> ir.Module:
-    """Emit ``ATTEND(context)``: take items until none is left.
+    """Emit the function ``ATTEND(context)``, which computes items until none is left.
 
-    q [items, heads, D], keys, values and out [items, heads, V] are of ``dtype``, the mask is fp32
-    [B, L rounded up to LANES]; D and V are multiples of LANES.
+    q [items, heads, D], keys, values and out [items, heads, V] are of ``dtype``; heads are those of queries that share
+    a key head. The mask is fp32 [B, L rounded up to LANES]. D and V are multiples of LANES.
     """
     return _Attention(new_module(), dtype).module
 
@@ -210,7 +211,7 @@ class _Attention(Emitter):
         self.store(value, pointer, self.at.mul(index, self.number(4)))
 
     def _take(self, source: Value, target: Value, count: Value, scale: Value | None = None) -> None:
-        """Copy ``count`` numbers as fp32, multiplied by ``scale``."""
+        """Emit a copy of ``count`` numbers to ``target`` as fp32, multiplied by ``scale`` if there is one."""
         at, n = self.at, self.number
         with self.loop(n(0), count, LANES) as i:
             value = self.load_floats(source, at.mul(i, n(self._dtype.itemsize)), self._dtype, LANES)
@@ -219,7 +220,10 @@ class _Attention(Emitter):
             self._keep(value, target, i)
 
     def _some(self, count: Value, together: int, body: Callable[[int, Value], None]) -> None:
-        """Emit ``body(how many, first)`` for ``together`` items at a time, and for each of the rest."""
+        """Emit a loop over ``count`` indices, ``together`` at a time, and one over the rest, one at a time.
+
+        They call ``body(number of indices, first index)``.
+        """
         at, n = self.at, self.number
         whole = at.mul(at.udiv(count, n(together)), n(together))
         with self.loop(n(0), whole, together) as first:
@@ -228,7 +232,7 @@ class _Attention(Emitter):
             body(1, first)
 
     def _score(self, keys: Value, stride: Value) -> None:
-        """Compute the scores of all positions, and -inf in the padding behind them."""
+        """Emit the scores of all positions, with -inf in the padding after them."""
         at, n = self.at, self.number
         nothing = self.all(F32, -math.inf, LANES)
         with self.loop(n(0), self._heads) as head:
@@ -253,7 +257,10 @@ class _Attention(Emitter):
             self._some(self._heads, HEADS, dots)
 
     def _soften(self, mask: Value, first: Value) -> None:
-        """Apply softmax to the scores."""
+        """Emit the softmax of the scores, to which the mask is added first if there is one.
+
+        ``first``: index in the mask of the sequence's first number.
+        """
         at, n = self.at, self.number
         largest, total = self._accumulators[:2]
         rest, masked = self.function.append_basic_block("plain"), self.function.append_basic_block("masked")
@@ -282,7 +289,7 @@ class _Attention(Emitter):
                 self._keep(at.fmul(self._floats(self._scores, place), self.spread(inverse, LANES)), self._scores, place)
 
     def _unite(self, values: Value, stride: Value) -> None:
-        """Add up the values, weighted by their scores."""
+        """Emit the sum of all values, weighted by the scores."""
         at, n = self.at, self.number
         with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
             self._keep(self.all(F32, 0.0, LANES), self._sums, i)
@@ -310,7 +317,7 @@ class _Attention(Emitter):
         return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
 
     def _exp(self, x: Value) -> Value:
-        """e^x for x <= 0, with a relative error of about 1e-7."""
+        """Emit e^x for x <= 0, with a relative error of about 1e-7."""
         at = self.at
         lowest = self.all(F32, -87.0, LANES)
         is_nothing = at.fcmp_ordered("<", x, lowest)

@@ -1,4 +1,4 @@
-"""Choice of the kernels of a device, when a model is loaded."""
+"""Choice of the kernels for a device, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITHOUT_ONEDNN = "torch computes without oneDNN, which is slow for prompts where
 def kernels_for(device: torch.device, *, exact: bool = False) -> Kernels:
     """Return the fastest kernels of a device, or with ``exact`` those whose results are bit for bit the eager model's.
 
-    Warns once of what is missing.
+    Warns once in a process if faster kernels can't be used.
     """
     protected = without_onednn()
     if not exact and device.type == "cpu" and (why := refusal()):
@@ -35,9 +35,10 @@ def kernels_for(device: torch.device, *, exact: bool = False) -> Kernels:
 
 
 def without_onednn() -> bool:
-    """Keep torch from oneDNN where memory that was written can't be made executable; return whether that is so.
+    """Turn oneDNN off in torch if memory that was written can't be made executable; return whether it was turned off.
 
-    oneDNN compiles code of its own, and raises "could not create a primitive" where it can't."""
+    oneDNN compiles code of its own, and raises "could not create a primitive" where it can't.
+    """
     if can_become_executable():
         return False
     torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
@@ -46,5 +47,5 @@ def without_onednn() -> bool:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Warn once in a process."""
+    """Warn with ``text``, once in a process."""
     warnings.warn(text, RuntimeWarning, stacklevel=3)

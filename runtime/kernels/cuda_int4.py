@@ -1,7 +1,8 @@
-"""Products with records by torch's int4 matrix product of CUDA devices: w = (q - 8) * s + b, in bf16.
+"""CUDA kernels that multiply with quantised records by torch's int4 matrix product.
 
-Codes of 4 and 8 bits are arranged in the order of that product once, in the device's slots, after they were copied.
-Codes of 3 and 2 bits are arranged for each product, in scratch memory, because expanded they would not fit their slot.
+A weight is w = (q - 8) * s + b, in bf16, with a code q of 4 bits and a pair (s, b) for each group. Codes of 4 and 8
+bits are arranged once in the order that the product needs, in the device's slots, after they were copied there. Codes
+of 3 and 2 bits are arranged for each product, in scratch memory, because expanded they would not fit their slot.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from moetier.tiers.quant.packing import load_pairs, pair_columns
 
 from .api import Kernels, projection_of
 
-GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel takes
-TILE_WEIGHTS = 2**24  # arranged at a time, which takes some tens of MiB of temporary memory
+GROUPS = (32, 64, 128, 256)  # group sizes that torch's int4 product supports
+TILE_WEIGHTS = 2**24  # most weights arranged at a time, which takes some tens of MiB of temporary memory
 _PLANES = {8: ("high", "low"), 4: ("codes",)}  # bits -> planes of codes that are arranged in place
 
 
@@ -28,15 +29,17 @@ class Int4(Protocol):
     """An int4 matrix product of torch, on one kind of device."""
 
     def arrange(self, nibbles: Tensor, columns: int) -> Tensor:
-        """Arrange codes uint8 [rows * columns / 2] in kernel order, rows a multiple of 64, in the order of the product.
+        """Arrange codes in the order that the product needs.
 
-        Returns as many bytes; those of the first rows come first.
+        ``nibbles`` are the codes in kernel order (tiers/quant/packing.py), uint8 [rows * columns / 2], with rows a
+        multiple of 64. Returns as many bytes; those of the first rows come first.
         """
 
     def multiply(self, x: Tensor, arranged: Tensor, group: int, pairs: Tensor) -> Tensor:
         """Multiply x bf16 [tokens, columns] -> bf16 [tokens, rows].
 
-        ``arranged`` are codes uint8 [rows * columns / 2], ``pairs`` bf16 [columns / group, rows, 2].
+        ``arranged`` are codes uint8 [rows * columns / 2], as ``arrange`` returns them; ``pairs`` are bf16 [columns /
+        group, rows, 2].
         """
 
 
@@ -58,7 +61,7 @@ class CudaInt4:
 
 
 def _inner_tiles(columns: int) -> int:
-    """The number of tiles, of 16 columns each, that lie side by side: the most that the product supports."""
+    """Return how many tiles of 16 columns tinygemm stores side by side: the most that it supports for ``columns``."""
     return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
 
 
@@ -68,15 +71,15 @@ class _Int4Plan:
     __slots__ = ("codes", "fused", "layout", "pairs", "projection")
 
     def __init__(self, layout: RecordLayout, name: str) -> None:
-        self.layout = layout  # kept alive: plans are found by its address
+        self.layout = layout  # kept alive, because plans are found by its id()
         self.projection = p = projection_of(layout, name)
         self.fused = _is_fused(p)
         self.codes = [layout.section(f"{name}.{plane}") for plane in _PLANES.get(p.bits, ())]
-        # None: pairs are stored in 8 bits, and decoded for each product
+        # None: pairs are stored in 8 bits and decoded for each product, or the product is not used
         self.pairs = layout.section(f"{name}.pairs") if self.fused and p.pairs == "bfloat16" else None
 
     def pairs_of(self, record: Tensor) -> Tensor:
-        """bf16 [columns / group, rows, 2]."""
+        """Return the pairs in a record, bf16 [columns / group, rows, 2]."""
         p, s = self.projection, self.pairs
         if s is None:
             return load_pairs(p, sections(record, self.layout, of=p.name), 0, p.padded_rows)
@@ -86,7 +89,7 @@ class _Int4Plan:
 class FusedKernels(Kernels):
     """Kernels of a device with an int4 product. x is rounded to bf16.
 
-    Projections whose group size the product does not support are decoded.
+    Projections whose group size the product does not support are decoded instead.
     """
 
     def __init__(self, device: torch.device | str, int4: Int4) -> None:
@@ -94,14 +97,14 @@ class FusedKernels(Kernels):
         self.arrange = self._arrange
         self._int4 = int4
         self._plans: dict[tuple[int, str], _Int4Plan] = {}
-        # a matrix of 8 bits is the sum of two of 4, whose pairs are multiples of its own: (16 s, b) and (s, 8 s)
+        # a matrix with codes of 8 bits is the sum of two with codes of 4 bits, whose pairs are (16 s, b) and (s, 8 s)
         self._of_pairs = torch.tensor([16.0, 1.0], dtype=torch.bfloat16, device=self.device)
         self._of_steps = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=self.device)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
         """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but not bit for bit.
 
-        ``record`` is arranged.
+        ``record`` must have been prepared by ``arrange``.
         """
         plan = self._plans.get((id(layout), name))
         if plan is None:
@@ -123,7 +126,7 @@ class FusedKernels(Kernels):
         return y if bias is None else y.add_(bias)
 
     def _arrange(self, record: Tensor, layout: RecordLayout) -> None:
-        """Arrange a record in place, once, on the current stream."""
+        """Arrange the codes of a record in place, on the current stream. Call it once for a record."""
         for p in filter(_is_fused, layout.projections):
             views = sections(record, layout, of=p.name)
             for plane in _PLANES.get(p.bits, ()):
@@ -145,7 +148,7 @@ def _is_fused(p: Projection) -> bool:
 
 
 def _tiles(p: Projection) -> list[slice]:
-    """Divide the rows into slices of a multiple of ROW_TILE each."""
+    """Divide the rows of a projection into slices, each a multiple of ROW_TILE long."""
     rows = max(1, TILE_WEIGHTS // p.columns // ROW_TILE) * ROW_TILE
     return [slice(start, min(start + rows, p.padded_rows)) for start in range(0, p.padded_rows, rows)]
 
@@ -169,7 +172,7 @@ def fused_or_plain(device: torch.device, int4: Int4) -> Kernels:
 
 
 def _multiplies(kernels: FusedKernels, group: int) -> bool:
-    """Return whether a product with a small matrix equals that with its decoded weights, but for rounding."""
+    """Return whether a product with a small matrix equals that with its decoded weights, except for rounding."""
     name, rows, columns = "weight", ROW_TILE, 2 * group
     layout = layout_for({name: ((rows, columns), "bfloat16")}, bits=4, group=group, pairs="bfloat16")
     generator = torch.Generator().manual_seed(group)
@@ -178,7 +181,8 @@ def _multiplies(kernels: FusedKernels, group: int) -> bool:
     record = torch.from_numpy(out).to(kernels.device)
     weights = decode(record, layout, name, torch.empty(rows, columns, device=kernels.device))
     kernels._arrange(record, layout)
-    x = torch.randn(17, columns, generator=generator).to(kernels.device, torch.bfloat16)  # more than one tile of rows
+    # 17 tokens: more than one tile of them
+    x = torch.randn(17, columns, generator=generator).to(kernels.device, torch.bfloat16)
     ideal = x.float() @ weights.T
     found = (kernels.project(part, record, layout, name).float() for part in (x, x[:1]))
     return all(float((y - ideal[: len(y)]).norm()) < 0.01 * float(ideal[: len(y)].norm()) for y in found)

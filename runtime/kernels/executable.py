@@ -1,9 +1,9 @@
 """Machine code in memory that is never both writable and executable.
 
 systemd's MemoryDenyWriteExecute=, PR_SET_MDWE and SELinux forbid making memory executable that was written. LLVM's own
-engine does not notice that, and its code ends the process. So the compiler's object file is linked here, written to a
-memory file, and mapped from that for reading and running, which is permitted. Object files for other processors than
-x86-64 go through LLVM's engine, where memory may become executable.
+engine does not notice that, and running its code then kills the process. So the compiler's object file is linked here,
+written to a memory file, and mapped from that for reading and running, which is permitted. Object files for other
+processors than x86-64 go through LLVM's engine, where memory may become executable.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _RELATIVE = (2, 4)  # relocations: S + A - P in 32 bits, of data and of function
 
 
 class LinkError(RuntimeError):
-    """The object file has parts that are not supported here."""
+    """The object file has parts that ``link`` does not support."""
 
 
 @functools.cache
 def can_become_executable() -> bool:
-    """Return whether memory that was written may be made executable, as LLVM and oneDNN do. Runs no code."""
+    """Return whether memory that was written may be made executable, which LLVM and oneDNN need. Runs no code in it."""
     writable, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     page = _LIBRARY.mmap(None, mmap.PAGESIZE, writable, private, -1, 0)
     if page == _FAILED:
@@ -51,15 +51,15 @@ def can_become_executable() -> bool:
 
 
 class Executable:
-    """A linked object file, mapped as long as this object lives."""
+    """A linked object file, mapped for as long as this object lives."""
 
     def __init__(self, object_file: bytes) -> None:
-        """Link and map a file. Raises LinkError as ``link`` does, and OSError where such memory can't be had."""
+        """Link and map a file. Raises LinkError as ``link`` does, and OSError if the code can't be mapped."""
         image, self._symbols = link(object_file)
         descriptor = os.memfd_create("moetier-code", os.MFD_CLOEXEC)
         try:
             write_all(descriptor, image, 0)
-            # not mmap.mmap, which keeps a descriptor of its own
+            # not mmap.mmap, which would keep a duplicate of the descriptor open
             protection = mmap.PROT_READ | mmap.PROT_EXEC
             self._base = _LIBRARY.mmap(None, len(image), protection, mmap.MAP_PRIVATE, descriptor, 0)
             if self._base == _FAILED:
@@ -67,23 +67,24 @@ class Executable:
                 raise OSError(number, f"a memory file can't be mapped to be run: {os.strerror(number)}")
         finally:
             os.close(descriptor)
-        # not at the end of the process, when other threads may still run it
+        # not unmapped at the end of the process, when other threads may still run the code
         weakref.finalize(self, _LIBRARY.munmap, self._base, len(image)).atexit = False
 
     def address(self, name: str) -> int:
-        """The address of a function."""
+        """Return the address of a function."""
         return int(self._base + self._symbols[name])
 
 
-_Section = namedtuple("_Section", "name type flags address offset size link info alignment entry")  # all integers
+# all fields are integers
+_Section = namedtuple("_Section", "name type flags address offset size link info alignment entry")
 
 
 def link(object_file: bytes) -> tuple[bytes, dict[str, int]]:
     """Lay out the sections of an ELF object for x86-64, and resolve its references.
 
-    Returns an image that does not depend on its address, and the offset in it of each function by name. Raises
-    LinkError for references to what is not in the object, and for those of other kinds than compilers of
-    position-independent code make.
+    Returns an image that works at any address, and the offset in it of each function by name. Raises LinkError for
+    references to what is not in the object, and for kinds of references that compilers of position-independent code
+    don't make.
     """
     if object_file[:6] != _ELF or struct.unpack_from("<H", object_file, 18)[0] != _X86_64:
         raise LinkError("the object file is not of x86-64")
@@ -103,7 +104,7 @@ def link(object_file: bytes) -> tuple[bytes, dict[str, int]]:
 
     (table,) = (section for section in sections if section.type == _SYMBOLS)
     names, symbols = sections[table.link], dict[str, int]()
-    values: list[int | None] = []  # by the symbol's number; None: not in this object
+    values: list[int | None] = []  # offsets in the image by the symbol's number; None: not in this object
     for start in range(table.offset, table.offset + table.size, 24):
         name, _, _, home, value = struct.unpack_from("<IBBHQ", object_file, start)
         values.append(places[home] + value if home in places else None)

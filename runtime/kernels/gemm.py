@@ -1,13 +1,14 @@
-"""Products of a CPU with quantised matrices where they lie in their records: y = x @ W.T.
+"""CPU kernels that multiply with quantised matrices as they are stored in records: y = x @ W.T.
 
-First x is rounded to 8 bits, each group of a row along K by a scale t of its own: x = n * t with n in -127 .. 127. With
-w = (q - centre) * s + b of ``tiers/quant/codec.py``, the products of a group add up in integers, exactly:
+First x is rounded to 8 bits. Each group of a row, along K, has a scale t of its own: x = n * t, with n in -127 .. 127.
+With w = (q - centre) * s + b of ``tiers/quant/codec.py``, the products of a group add up in integers, exactly:
 
     sum of w * x = s * t * (sum of q * n - centre * sum of n) + b * t * sum of n
 
-So x alone is rounded, by at most half of a 127th of its group's largest number. That is about .7 % of a group of normal
-numbers, which is not visible beside the rounding of 4-bit weights (9 %). A row of y depends on the row of x and on W.
-It does not depend on how many rows or matrices are multiplied together, on the number of threads or on the processor.
+So only x is rounded, by at most half of a 127th of its group's largest number. That is about .7 % of a group of
+normally distributed numbers, which is small beside the rounding of 4-bit weights (9 %). A row of y depends on the row
+of x and on W. It does not depend on how many rows or matrices are multiplied together, on the number of threads or on
+the processor.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from .gemm_tile import Form, Tile
 from .jit import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Kernel, Processor, Value, new_module, vector
 
 JOB = 3  # i64 of each job: its record, its first row of x and y, its number of rows
-# i64: items begun, items, row tiles of a matrix, jobs; n, t and t * sum of n, sum of n, y; K, N, N padded, whether jobs
-# have rows of x of their own (1) or all the same (0); where in a record codes, second plane, pairs, their scales begin
+# Number of i64 fields in the context of the compiled function. In order: items that threads have taken, all items, row
+# tiles of a matrix, pointer to the jobs; pointers to n, to t and t * sum of n, to sum of n, and to y; K, N, N padded;
+# 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record of the codes, their second plane,
+# the pairs and the pairs' scales
 CONTEXT = 16
-WORK, ROUND = "moetier_work", "moetier_round"  # names of functions; the C library has none of these names
+# names of the compiled functions; they must not be names in the C library
+WORK, ROUND = "moetier_work", "moetier_round"
 
 
 class PackedKernels(Kernels):
@@ -101,20 +105,21 @@ class PackedKernels(Kernels):
 
 
 class _GemmPlan:
-    """Everything about a product with a projection that does not depend on the numbers."""
+    """What all products with one projection of a layout have in common: compiled functions, sizes and offsets."""
 
     __slots__ = ("columns", "groups", "kernel", "layout", "offsets", "round", "row_bytes", "rows", "shape", "tiles")
 
     def __init__(self, layout: RecordLayout, name: str, dtype: torch.dtype, processor: Processor) -> None:
         p = projection_of(layout, name)
-        self.layout = layout  # kept alive: plans are found by its address
+        self.layout = layout  # kept alive, because plans are found by its id()
         self.kernel = product_kernel(processor, Form(p.bits, p.group, p.pairs, dtype))
         self.round = _round_function(processor, p.group, dtype)
         self.rows, self.columns, self.groups = p.rows, p.columns, p.columns // p.group
         self.tiles = p.padded_rows // ROW_TILE
-        self.row_bytes = p.columns + 12 * self.groups  # of a row of x, rounded
+        # of a rounded row of x: n, and by group t, t * sum of n, and sum of n
+        self.row_bytes = p.columns + 12 * self.groups
         self.shape = (p.columns, p.rows, p.padded_rows)
-        # in a record, in bytes: of codes, second plane, pairs and scales of pairs; 0 for what the projection lacks
+        # offsets in a record, in bytes: of codes, second plane, pairs and scales of pairs; 0 for what it lacks
         places = {section.name.removeprefix(f"{name}."): section.offset for section in layout.sections}
         kinds = (("codes", "high"), ("plane", "low"), ("pairs",), ("pair_scales",))
         self.offsets = tuple(sum(places.get(kind, 0) for kind in group) for group in kinds)
@@ -122,7 +127,7 @@ class _GemmPlan:
 
 @functools.cache
 def product_kernel(processor: Processor, form: Form) -> Kernel:
-    """The compiled ``product_module``."""
+    """Compile ``product_module``, once for each form and processor."""
     return processor.kernel(product_module(form, processor), WORK)
 
 
@@ -133,7 +138,10 @@ def _round_function(processor: Processor, group: int, dtype: torch.dtype) -> Cal
 
 
 def product_module(form: Form, processor: Processor) -> ir.Module:
-    """Emit ``WORK(context)``: take items, of ROW_TILE rows of one job's matrix each, until none is left."""
+    """Emit the function ``WORK(context)``, which computes items until none is left.
+
+    An item is ROW_TILE rows of one job's matrix.
+    """
     module = new_module()
     tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
     emit = Emitter(module, WORK, [POINTER])
@@ -179,10 +187,10 @@ def product_module(form: Form, processor: Processor) -> ir.Module:
 
 
 def rounding_module(group: int, dtype: torch.dtype) -> ir.Module:
-    """Emit ``ROUND(x, n, t, sums, rows, K)``: round rows of x to 8 bits.
+    """Emit the function ``ROUND(x, n, t, sums, rows, K)``, which rounds rows of x to 8 bits.
 
-    x [rows, K] of ``dtype`` -> n [rows, K] int8; t and t * sum of n [rows, K / group, 2] fp32; sum of n
-    [rows, K / group] int32. Numbers that are not finite give a t that is not finite.
+    x [rows, K] of ``dtype`` -> n [rows, K] int8; t and t * sum of n [rows, K / group, 2] fp32; sum of n [rows, K /
+    group] int32. In a group with a number that is not finite, t is not finite.
     """
     module = new_module()
     emit = Emitter(module, ROUND, [POINTER] * 4 + [I64] * 2)
@@ -192,7 +200,7 @@ def rounding_module(group: int, dtype: torch.dtype) -> ir.Module:
     with emit.loop(n(0), at.mul(rows, groups)) as g:
         first = at.mul(g, n(group))
         values = emit.load_floats(x, at.mul(first, n(dtype.itemsize)), dtype, group)
-        # without their signs, numbers are ordered as their bits are, and NaN is above infinity
+        # the bits of numbers without their signs, read as integers, have the numbers' order; NaN is above infinity
         sizes = at.and_(at.bitcast(values, vector(I32, group)), emit.all(I32, 0x7FFFFFFF, group))
         largest = at.bitcast(emit.intrinsic(f"llvm.vector.reduce.smax.v{group}i32", I32, sizes), F32)
         step = at.fmul(largest, ir.Constant(F32, 1 / 127))

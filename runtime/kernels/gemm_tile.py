@@ -1,8 +1,8 @@
-"""The code of one tile of a product: ROW_TILE rows of a matrix, where they lie in its record, with a few rows of x.
+"""Code for one tile of a product: ROW_TILE rows of a matrix, as they are stored in its record, times a few rows of x.
 
 One step multiplies four codes q of a row with four numbers n and adds them up, as the instruction VPDPBUSD (AVX-512
 VNNI) does; other processors need several instructions. The codes are in the byte order of ``tiers/quant/packing.py``:
-32 bytes are one column of 64 rows. Codes of fewer than 4 bits are unfolded on the way.
+32 bytes are one column of 64 rows. Codes of fewer than 4 bits, which are folded, are unfolded when they are loaded.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits
 
 from .jit import F32, I8, I16, I32, I64, LANES, POINTER, Emitter, Processor, Value, vector
 
-STEP = 4  # columns
-# how far ahead memory is prefetched: most processors' own prefetchers end at a page
+STEP = 4  # columns that one step multiplies
+# how far ahead memory is prefetched: the hardware prefetchers of most processors stop at the end of a page
 BYTES_AHEAD = 2048  # of codes
 PAIRS_AHEAD = 2  # groups
-COLUMN = ROW_TILE // 2  # bytes
+COLUMN = ROW_TILE // 2  # bytes of one column of 4-bit codes
 VECTORS = ROW_TILE // LANES
 CENTRES = {8: 128, 4: 8, 3: 4, 2: 2}
 
 
 @dataclass(frozen=True)
 class Form:
-    """Form of a product that is compiled for itself: how the matrices are stored, and the type of x and y."""
+    """What the code of a product depends on: how the matrices are stored, and the type of x and y."""
 
     bits: Bits
     group: int
@@ -36,7 +36,7 @@ class Form:
 
 
 class Tile(Emitter):
-    """The function ``tile_H``, which multiplies ROW_TILE rows of W with ``height`` rows of x."""
+    """The function ``tile_H``, which multiplies ROW_TILE rows of W with H rows of x; ``height`` is H."""
 
     def __init__(self, module: ir.Module, form: Form, processor: Processor, height: int) -> None:
         super().__init__(module, f"tile_{height}", [POINTER] * 8 + [I64] * 4)
@@ -54,7 +54,8 @@ class Tile(Emitter):
         for places in sums:
             for place in places:
                 at.store(zero, place)
-        start = at.mul(at.mul(self._tile, self._columns), n(COLUMN))  # of the tile, in bytes of codes of 4 bits
+        # offset of the tile in a plane of 4-bit codes, in bytes
+        start = at.mul(at.mul(self._tile, self._columns), n(COLUMN))
         with self.loop(n(0), groups) as g:
             rows = [at.add(at.mul(n(row), groups), g) for row in range(height)]
             for row in range(height):
@@ -88,9 +89,10 @@ class Tile(Emitter):
         at.ret_void()
 
     def _unpack(self, place: Value) -> list[Value]:
-        """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4 bits.
+        """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
 
-        Returns for each vector of rows i8 [4 * LANES], four codes to a row.
+        Returns, for each vector of LANES rows, i8 [4 * LANES] with four codes of each row. Without VNNI, codes of 8
+        bits are returned as two such vectors, of their high and their low halves.
         """
         match self._form.bits:
             case 8:
@@ -99,7 +101,7 @@ class Tile(Emitter):
                 pairs = zip(high, self._nibbles(low), strict=True)
                 if self._processor.has_vnni:
                     return [self.at.or_(self.at.shl(h, shift), q) for h, q in pairs]
-                return list(pairs)  # 8 bits would overflow _dot's pairs
+                return list(pairs)  # codes of 8 bits would overflow the 16-bit sums in _dot
             case 4:
                 return self._nibbles(self._columns_at(self._codes, place))
             case _:
@@ -111,26 +113,29 @@ class Tile(Emitter):
                 return self._nibbles(codes)
 
     def _columns_at(self, plane: Value, place: Value) -> list[Value]:
-        """Load STEP columns as they lie: two vectors of 64 bytes."""
+        """Load STEP columns of a plane as they are stored: two vectors of 64 bytes."""
         bytes_ = vector(I8, 2 * COLUMN)
         if not self._processor.has_stream_prefetch:
             self.prefetch(plane, self.at.add(place, self.number(BYTES_AHEAD)), STEP * COLUMN)
         return [self.load(plane, self.at.add(place, self.number(2 * COLUMN * half)), bytes_) for half in range(2)]
 
     def _folded(self, plane: Value, place: Value, parts: int, mask: int) -> list[Value]:
-        """Load columns as ``_columns_at`` does, of a plane that is folded in ``parts``."""
+        """Load STEP columns as ``_columns_at`` does, from a plane that is folded in ``parts``.
+
+        ``mask`` has the bits of a byte that belong to codes.
+        """
         at = self.at
         length = at.udiv(at.mul(self._padded, self._columns), self.number(2 * parts))
         part = at.udiv(place, length)
         shift = self.spread(at.trunc(at.mul(part, self.number(4 // parts)), I16), COLUMN)
         found = []
         for piece in self._columns_at(plane, at.sub(place, at.mul(part, length))):
-            moved = at.lshr(at.bitcast(piece, vector(I16, COLUMN)), shift)  # what crosses bytes is masked
+            moved = at.lshr(at.bitcast(piece, vector(I16, COLUMN)), shift)  # bits that move to the next byte are masked
             found.append(at.and_(at.bitcast(moved, vector(I8, 2 * COLUMN)), self.all(I8, mask, 2 * COLUMN)))
         return found
 
     def _nibbles(self, columns: list[Value]) -> list[Value]:
-        """Regroup STEP columns of 64 rows by vectors of rows, four codes to a row."""
+        """Regroup STEP columns of 64 rows into vectors of LANES rows, with four codes of each row."""
         at, length = self.at, 4 * LANES
         order = [[COLUMN * k + row for row in range(first, first + LANES) for k in range(STEP)] for first in (0, LANES)]
         united = [self.pick(columns[0], columns[1], indices) for indices in order]
@@ -138,7 +143,11 @@ class Tile(Emitter):
         return [*(at.and_(v, low) for v in united), *(at.lshr(v, four) for v in united)]
 
     def _dot(self, total: Value, q: Value, x: Value) -> Value:
-        """Add to ``total`` i32 [LANES] the products of each four of ``q`` (unsigned) and ``x`` (signed)."""
+        """Add to each number of ``total``, i32 [LANES], four products of a code in ``q`` and a number in ``x``.
+
+        ``q`` is unsigned and ``x`` signed, i8 [4 * LANES] each; or ``q`` is a pair, the high and the low halves of
+        8-bit codes.
+        """
         at, integers = self.at, vector(I32, LANES)
         if isinstance(q, tuple):
             high, low = q
@@ -163,16 +172,16 @@ class Tile(Emitter):
         return at.add(total, at.add(*(self.pick(pairs, pairs, range(i, 2 * LANES, 2)) for i in range(2))))
 
     def _prefetch_pairs(self, g: Value) -> None:
-        """Prefetch the pairs of a group, which lie in a page of their own."""
+        """Prefetch the pairs of group ``g``. They are not in the page of the codes."""
         at, n = self.at, self.number
         nbytes = 4 if self._form.pairs == "bfloat16" else 2
         first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
         self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
 
     def _load_pairs(self, g: Value) -> list[tuple[Value, Value]]:
-        """Load (s, b) of a group in fp32, by vectors of rows."""
+        """Load the pairs (s, b) of group ``g`` in fp32: for each vector of LANES rows, one vector of s and one of b."""
         at, n = self.at, self.number
-        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # pair
+        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # index of the tile's first pair
         even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
         found = []
         if self._form.pairs == "bfloat16":
@@ -197,7 +206,7 @@ class Tile(Emitter):
         return found
 
     def _write(self, value: Value, y: Value, row: int, first: int, out_rows: Value) -> None:
-        """Write LANES numbers of a row of y, except those behind its end."""
+        """Write LANES numbers of a row of y, except those beyond the row's end."""
         at, n, form = self.at, self.number, self._form
         column = at.add(at.mul(self._tile, n(ROW_TILE)), n(first))
         left = self.spread(at.sub(out_rows, column), LANES)

@@ -1,7 +1,7 @@
 """KV cache that grows in place.
 
 transformers' DynamicLayer copies all keys and values for each new token (``torch.cat``). Here memory is allocated for
-some more tokens than there are, and new ones are appended.
+more tokens than there are, and the keys and values of new tokens are written into it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def use_growing_layers(model: PreTrainedModel) -> None:
-    """Make the layers of every cache that the model is called with GrowingLayers."""
+    """Turn the DynamicLayers of every cache that the model is called with into GrowingLayers."""
     model.base_model.register_forward_pre_hook(_grow, with_kwargs=True)
 
 

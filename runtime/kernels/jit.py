@@ -1,8 +1,8 @@
-"""Just-in-time compiled kernels: an emitter of LLVM IR, the compiler for this processor, and the threads that run it.
+"""Just-in-time compiled kernels: an emitter of LLVM IR, the compiler for this processor, and the threads that run them.
 
-LLVM (llvmlite) compiles a kernel in some hundredths of a second. ``executable.py`` loads it where it can, else LLVM's
-own engine does. Kernels run on the OpenMP threads that torch uses itself: a second set of threads would compete with
-them for the same cores.
+LLVM (llvmlite) compiles a kernel in some hundredths of a second. ``executable.py`` loads the code where it can,
+otherwise LLVM's own engine does. Kernels run on the OpenMP threads that torch uses itself: a second set of threads
+would compete with them for the same cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from .executable import Executable, LinkError, can_become_executable
 FLOATS = frozenset({torch.float32, torch.bfloat16})  # types that kernels read and write; they compute in fp32
 
 _TRIAL_RESULT = 42
-# OpenMP 5.0: with HARD it ends the calling thread's team in GNU's; in LLVM's and Intel's it ends all teams
+# omp_pause_resource_all (OpenMP 5.0), its argument omp_pause_hard, and a function that GNU's OpenMP lacks. In GNU's,
+# the
+# call ends the threads of the calling thread's team; in LLVM's and Intel's, those of all teams
 _PAUSE, _HARD, _NOT_GNU = "omp_pause_resource_all", 2, "__kmpc_fork_call"
 _TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
 
@@ -47,12 +49,12 @@ Value = Any  # llvmlite has no types
 
 
 def vector(kind: Any, count: int) -> Any:
-    """The type of a vector of ``count`` elements of type ``kind``."""
+    """Return the type of a vector of ``count`` elements of type ``kind``."""
     return ir.VectorType(kind, count)
 
 
 def new_module() -> ir.Module:
-    """An empty module for this kind of machine."""
+    """Return an empty module for this kind of machine."""
     module = ir.Module("moetier")
     with compile_lock:
         module.triple = llvm.get_process_triple()
@@ -60,7 +62,10 @@ def new_module() -> ir.Module:
 
 
 class Emitter:
-    """Emitter of one function, ``void name(pointer, ..., i64, ...)``: loops, and frequent operations on vectors."""
+    """Emitter of one function, ``void name(pointer, ..., i64, ...)``: loops, and frequent operations on vectors.
+
+    Values are of LLVM: they exist when the function runs, not when it is emitted.
+    """
 
     def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
         self.module = module
@@ -68,11 +73,11 @@ class Emitter:
         self.at = ir.IRBuilder(self.function.append_basic_block("entry"))
 
     def number(self, value: int) -> Value:
-        """A constant of type i64."""
+        """Return a constant of type i64."""
         return ir.Constant(I64, value)
 
     def all(self, kind: Any, value: float, count: int) -> Value:
-        """The vector whose elements are all ``value``."""
+        """Return a constant vector of ``count`` elements of type ``kind``, which all are ``value``."""
         return ir.Constant(vector(kind, count), [value] * count)
 
     def fields(self, count: int) -> tuple[Value, list[Value]]:
@@ -83,7 +88,10 @@ class Emitter:
 
     @contextlib.contextmanager
     def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
-        """Emit a loop, whose body is emitted inside the context. Yields the index, i64."""
+        """Emit a loop over indices from ``start`` to before ``stop``.
+
+        Yields the index, i64; emit the body inside the context.
+        """
         at, before = self.at, self.at.block
         head, body, end = (self.function.append_basic_block(name) for name in ("head", "body", "end"))
         at.branch(head)
@@ -99,9 +107,9 @@ class Emitter:
 
     @contextlib.contextmanager
     def items(self, begun: Value, count: Value) -> Iterator[Value]:
-        """Emit a loop over items that no other thread has taken, until ``count`` are. Yields the item.
+        """Emit a loop over items that no other thread has taken, until ``count`` are taken. Yields the item's index.
 
-        ``begun`` points to how many are taken; the body is emitted inside the context.
+        ``begun`` points to the number of items that are taken. Emit the body inside the context.
         """
         at = self.at
         next_, work, done = (self.function.append_basic_block(name) for name in ("next", "work", "done"))
@@ -127,29 +135,29 @@ class Emitter:
         self.at.store(value, self.place(pointer, offset, value.type), align=1)
 
     def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:
-        """Prefetch memory that will be read soon; it need not exist."""
+        """Emit prefetches of ``nbytes`` bytes from ``pointer`` + ``offset`` bytes on. The memory need not be mapped."""
         read, everywhere, data = (ir.Constant(I32, value) for value in (0, 3, 1))
         for line in range(0, nbytes, 64):
             place = self.at.gep(pointer, [self.at.add(offset, self.number(line))])
             self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, read, everywhere, data)
 
     def spread(self, value: Value, count: int) -> Value:
-        """The vector whose elements are all a scalar."""
+        """Emit a vector of ``count`` elements, which all are the scalar ``value``."""
         nothing = ir.Constant(vector(value.type, count), ir.Undefined)
         return self.pick(self.at.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, [0] * count)
 
     def pick(self, first: Value, second: Value, indices: Sequence[int]) -> Value:
-        """The elements of two vectors, one behind the other, at ``indices``."""
+        """Emit a vector of the elements at ``indices`` of ``first`` and ``second``, numbered through both."""
         return self.at.shuffle_vector(first, second, ir.Constant(vector(I32, len(indices)), list(indices)))
 
     def widen(self, bf16: Value, count: int) -> Value:
-        """bf16 numbers as i16 -> fp32."""
+        """Emit the conversion of ``count`` bf16 numbers, given as i16, to fp32."""
         at = self.at
         bits = at.shl(at.zext(bf16, vector(I32, count)), self.all(I32, 16, count))
         return at.bitcast(bits, vector(F32, count))
 
     def narrow(self, value: Value, count: int) -> Value:
-        """fp32 -> bf16 numbers as i16, rounded to the nearest, ties to even."""
+        """Emit the conversion of ``count`` fp32 numbers to bf16, given as i16, rounded to the nearest, ties to even."""
         at, wide = self.at, vector(I32, count)
         bits = at.bitcast(value, wide)
         odd = at.and_(at.lshr(bits, self.all(I32, 16, count)), self.all(I32, 1, count))
@@ -158,11 +166,14 @@ class Emitter:
         return at.trunc(at.lshr(rounded, self.all(I32, 16, count)), vector(I16, count))
 
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c of fp32 vectors."""
+        """Emit a * b + c of fp32 vectors."""
         return self.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
 
     def reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
-        """Reduce the elements of a vector, a power of two, by halves, and so always in the same order."""
+        """Emit the reduction of a vector to one number, by applying ``unite`` to its halves again and again.
+
+        So the order is always the same. The number of elements is a power of two.
+        """
         count = value.type.count
         while count > 1:
             count //= 2
@@ -170,20 +181,20 @@ class Emitter:
         return self.at.extract_element(value, ir.Constant(I32, 0))
 
     def intrinsic(self, name: str, result: Any, *arguments: Value) -> Value:
-        """Call LLVM's intrinsic function ``name``."""
+        """Emit a call of LLVM's intrinsic function ``name``."""
         known = self.module.globals.get(name)
         if known is None:
             known = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
         return self.at.call(known, arguments)
 
     def load_floats(self, pointer: Value, offset: Value, dtype: torch.dtype, count: int) -> Value:
-        """The vector of ``count`` numbers of ``dtype`` that lie ``offset`` bytes behind ``pointer``, in fp32."""
+        """Emit a load of ``count`` numbers of ``dtype`` from ``pointer`` + ``offset`` bytes, as an fp32 vector."""
         if dtype == torch.float32:
             return self.load(pointer, offset, vector(F32, count))
         return self.widen(self.load(pointer, offset, vector(I16, count)), count)
 
     def store_floats(self, value: Value, pointer: Value, offset: Value, dtype: torch.dtype) -> None:
-        """Store an fp32 vector as numbers of ``dtype``."""
+        """Emit a store of an fp32 vector as numbers of ``dtype``, at ``pointer`` + ``offset`` bytes."""
         self.store(value if dtype == torch.float32 else self.narrow(value, value.type.count), pointer, offset)
 
 
@@ -191,15 +202,20 @@ class Emitter:
 
 
 class Kernel(NamedTuple):
-    """A compiled function ``void f(context)``; threads that run it at once share the work that a context describes."""
+    """A compiled function ``void f(context)``.
+
+    Threads that run it at once share the work that the context describes.
+    """
 
     address: int
     call: Callable[[int], None]  # releases the GIL
-    call_locked: Callable[[int], None]  # keeps the GIL: taking it back can take longer than a small product
+    call_locked: Callable[[int], None]  # keeps the GIL, because taking it again can take longer than a small product
 
     def run(self, context: int, threads: int, *, locked: bool = False) -> None:
-        """Run the kernel in ``threads`` threads at once, and return when all are done. ``context`` is an address. With
-        ``locked`` a single thread keeps the GIL."""
+        """Run the kernel in ``threads`` threads at once, and return when all are done.
+
+        ``context`` is an address. With ``locked``, a single thread keeps the GIL.
+        """
         if threads > 1 and (library := openmp()) is not None:
             library.GOMP_parallel(self.address, context, threads, 0)
         elif locked:
@@ -209,7 +225,7 @@ class Kernel(NamedTuple):
 
 
 class Processor:
-    """A target of the compiler: this machine's processor, or one by LLVM's name for it (such as ``haswell``)."""
+    """A target of the compiler: this machine's processor, or the one that LLVM calls ``name`` (such as ``haswell``)."""
 
     def __init__(self, name: str | None = None) -> None:
         with compile_lock:
@@ -219,10 +235,10 @@ class Processor:
             self._cpu = {"cpu": name or llvm.get_host_cpu_name(), "features": features}
         known = set(features.split(","))
         self.has_vnni = known >= {"+avx512vnni", "+avx512bw"}
-        # Zen 4's own prefetchers bring a long run of memory in time: software prefetches besides cost 15 % there
+        # Zen 4's hardware prefetchers load a long run of memory in time; software prefetches would cost 15 % there
         self.has_stream_prefetch = self._cpu["cpu"].startswith("znver")
         self.has_avx2 = "+avx2" in known or name == "haswell"
-        self._owners: list[Any] = []  # of the code
+        self._owners: list[Any] = []  # objects that keep the compiled code in memory
 
     def kernel(self, module: ir.Module, name: str) -> Kernel:
         """Compile the function ``name`` of ``module``, which takes a context. Raises OSError as ``compile`` does."""
@@ -259,7 +275,7 @@ class Processor:
             return int(engine.get_function_address(name))
 
     def _optimised(self, module: ir.Module, **options: str) -> tuple[Any, Any]:
-        """LLVM's own module, optimised, and its target machine."""
+        """Return ``module`` as an optimised module of LLVM, and its target machine."""
         code = llvm.parse_assembly(str(module))
         code.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3, **options)
@@ -270,7 +286,7 @@ class Processor:
 
 @functools.cache
 def this_processor() -> Processor:
-    """The processor of this machine."""
+    """Return the processor of this machine."""
     return Processor()
 
 
@@ -291,24 +307,26 @@ def refusal() -> str:
 
 
 def threads_for(weights: int) -> int:
-    """Return the number of threads for a product of so many weights."""
+    """Return the number of threads for a product with ``weights`` weights."""
     return 1 if is_small(weights) else torch.get_num_threads()
 
 
 def is_small(weights: int) -> bool:
-    """Return whether a product of so many weights takes only some microseconds."""
+    """Return whether a product with ``weights`` weights takes only some microseconds."""
     return weights < 1 << 17
 
 
 class Scratch(threading.local):
-    """Scratch memory of a kernel, one for each thread."""
+    """Scratch memory of a kernel. Each thread has its own."""
 
     _nbytes = _address = 0
     _memory: torch.Tensor | None = None
 
     def take(self, nbytes: int, *, spare: int = 0) -> int:
-        """The address of ``nbytes`` bytes, valid until the thread calls this again. Where they have to be allocated, so
-        are ``spare`` more."""
+        """Return the address of ``nbytes`` bytes, valid until the thread calls this again.
+
+        If memory has to be allocated for them, ``spare`` more bytes are allocated.
+        """
         if self._nbytes < nbytes:
             self._nbytes, self._memory = 0, None  # free the old memory before allocating the new
             self._memory = torch.empty(nbytes + spare, dtype=torch.uint8)
@@ -318,10 +336,10 @@ class Scratch(threading.local):
 
 @functools.cache
 def openmp() -> ctypes.CDLL | None:
-    """Find the OpenMP that torch calls, with ``GOMP_parallel`` (LLVM's and Intel's have it too); None if there is none.
+    """Return the OpenMP library that torch calls, if it has ``GOMP_parallel``; else None.
 
-    Other packages may have loaded their own. The search is that of the dynamic linker for torch: first what is loaded
-    for all libraries, then what torch needs.
+    LLVM's and Intel's have that function too. Other packages may have loaded other OpenMP libraries. The search is the
+    dynamic linker's for torch: first libraries that are loaded for all others, then those that torch needs.
     """
     for name in (None, *sorted({path for _, path in mapped_files() if _TORCH.search(path)})):
         with contextlib.suppress(OSError):
@@ -334,10 +352,10 @@ def openmp() -> ctypes.CDLL | None:
 
 
 def _end_team() -> None:
-    """End the threads that GNU's OpenMP keeps for the calling thread; its next product begins new ones.
+    """End the threads that GNU's OpenMP keeps for the calling thread; its next kernel starts new ones.
 
-    A forked child would inherit a record of these threads without the threads, and wait for them for ever. Other
-    OpenMPs handle forks themselves.
+    Called before a fork. A forked child would inherit a record of these threads without the threads, and wait for them
+    for ever. Other OpenMP libraries handle forks themselves.
     """
     library = openmp()
     if library is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):

@@ -1,7 +1,8 @@
-"""RMS norms on a CPU in one pass. torch takes seven operations, each of which costs more than its numbers do.
+"""RMS norms on a CPU in one pass.
 
-y = x / sqrt(mean of x * x + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467). Each number of y depends only on
-its row and on the weight; sums are fp32.
+With torch a norm takes seven operations, each of which costs more than its arithmetic. The norm is y = x / sqrt(mean of
+x * x + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467). Each number of y depends only on its row and on the
+weight; sums are fp32.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from . import jit
 from .jit import F32, FLOATS, I64, LANES, POINTER, Emitter, new_module, vector
 
-NORM = "moetier_norm"  # the function's name
-_EPS = ("variance_epsilon", "eps")  # what modules call it
-# least share of numbers that are equal, and tolerance of the others: sums are in another order, which rounds one number
-# in some hundreds differently
+NORM = "moetier_norm"  # name of the compiled function
+_EPS = ("variance_epsilon", "eps")  # names that modules give to eps
+# by type: the least share of results that must be equal, and the tolerance for the others. Sums are in another order
+# than torch's, so that one result in some hundreds is rounded differently
 _EQUAL = {torch.float32: (0.0, 1e-5), torch.bfloat16: (0.98, 1e-2)}
 
 
@@ -36,7 +37,7 @@ class Scale(Enum):
 
 
 class QuickNorm:
-    """Base class that is put before the class of an RMS norm.
+    """Class that is put before the class of an RMS norm among the base classes, so that its ``forward`` comes first.
 
     With gradients, or for inputs that ``rms_norm`` refuses, the module computes as before.
     """
@@ -82,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Scale) -> Tensor | No
 
 def _trial(module: Any) -> tuple[Scale, str] | None:
     """Compare a module with ``rms_norm`` on a few numbers; return its scale and its name for eps if they agree."""
-    if len(inspect.signature(type(module).forward).parameters) != 2:  # with a gate it is another function than without
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # a norm with a gate is another function
         return None
     eps = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
     weight = module._parameters.get("weight")
@@ -120,8 +121,10 @@ def _compiled(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
 
 
 def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:
-    """Emit ``NORM(x, weight, y, rows, K, eps)``: x [rows, K], weight [K] -> y [rows, K], all of ``dtype``; K is a
-    multiple of LANES."""
+    """Emit the function ``NORM(x, weight, y, rows, K, eps)``, which normalises x [rows, K] to y [rows, K].
+
+    The weight is [K]. All are of ``dtype``; K is a multiple of LANES.
+    """
     module = new_module()
     emit = Emitter(module, NORM, [POINTER] * 3 + [I64] * 2 + [F32])
     at, n = emit.at, emit.number

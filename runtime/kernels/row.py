@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from . import jit
 from .jit import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, vector
 
-GEMV = "moetier_gemv"  # the function's name
-ROWS = 4  # of W, that are read together
-CONTEXT = 7  # i64: items begun, items; N, K; x, W, y
+GEMV = "moetier_gemv"  # name of the compiled function
+ROWS = 4  # rows of W that are read together
+# number of i64 fields in the context. In order: items that threads have taken, all items; rows N and columns K of W;
+# pointers to x, W, y
+CONTEXT = 7
 
 
 class RowWeight(nn.Parameter):
-    """A bf16 matrix that F.linear multiplies with one row by ``linear_row``, on a CPU and without gradients.
+    """A bf16 matrix with which F.linear multiplies one row by ``linear_row``, on a CPU and without gradients.
 
-    torch does everything else.
+    In all other cases torch computes as with any parameter.
     """
 
     @classmethod
@@ -41,9 +43,9 @@ class RowWeight(nn.Parameter):
 
 
 def use_row_weights(model: nn.Module) -> None:
-    """Make each matrix that is a module's ``weight``, and not an embedding's, a RowWeight.
+    """Replace the ``weight`` of each module by a RowWeight if it is a bf16 matrix, except in embeddings.
 
-    Modules that share a weight share it afterwards.
+    Modules that share a weight still share it afterwards.
     """
     found = {}
     for module in model.modules():
@@ -58,8 +60,8 @@ def use_row_weights(model: nn.Module) -> None:
 def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """Multiply one row x [1, columns] with weight [rows, columns] and add bias [rows] -> [1, rows], all bf16.
 
-    x may have other leading dimensions. Returns None for other inputs. Sums are fp32; the bias is added after they were
-    rounded.
+    x may have other leading dimensions. Returns None for other inputs. Sums are fp32; they are rounded to bf16 before
+    the bias is added.
     """
     if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or jit.refusal():
         return None
@@ -75,7 +77,7 @@ def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
 class Scores:
     """An fp32 matrix [N, K] on a CPU that is multiplied with one row at a time, to score experts for a prediction.
 
-    Its numbers may change in place.
+    The matrix may be changed in place between products.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -86,15 +88,14 @@ class Scores:
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
-        """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] where it lies."""
+        """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] as it is in memory."""
         return weight.dtype == torch.float32 and _lies_in_rows(weight) and not jit.refusal()
 
     def of(self, x: Tensor) -> list[float] | None:
         """Return ``weight @ x`` for one row x [1, columns] of bf16 or fp32; None for other inputs.
 
-        x may have other leading dimensions.
-
-        Threads that call this at once may get one another's numbers.
+        x may have other leading dimensions. Not thread-safe: threads that call this at once may get one another's
+        results.
         """
         if x.dtype not in FLOATS or not x.is_cpu or not x.is_contiguous() or x.numel() != self._weight.shape[1]:
             return None
@@ -103,7 +104,7 @@ class Scores:
 
 
 def _multiply(x: Tensor, weight: Tensor, y: int) -> None:
-    """Multiply into ``y``, the address of N numbers of the weight's type."""
+    """Write ``weight @ x`` to the address ``y``, where N numbers of the weight's type fit."""
     rows, columns = weight.shape
     items, weights = -(-rows // ROWS), rows * columns
     context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y))
@@ -125,7 +126,7 @@ def _kernel(given: torch.dtype, kept: torch.dtype) -> jit.Kernel:
 
 
 def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
-    """Emit ``GEMV(context)``: take items, of ROWS rows of W each, until none is left.
+    """Emit the function ``GEMV(context)``, which computes items, of ROWS rows of W each, until none is left.
 
     x [K] is of type ``given``, W [N, K] and y [N] are of type ``kept``; K is a multiple of LANES.
     """
@@ -138,7 +139,7 @@ def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:
     row_bytes, last = at.mul(columns, n(kept.itemsize)), at.sub(rows, n(1))
     with emit.items(begun, items) as item:
         wanted = [at.add(at.mul(item, n(ROWS)), n(i)) for i in range(ROWS)]
-        # where the last item has fewer rows it computes the last one again
+        # if fewer than ROWS rows are left for the last item, it computes the last row again
         chosen = [at.select(at.icmp_signed("<", row, last), row, last) for row in wanted]
         sources = [at.gep(matrix, [at.mul(row, row_bytes)]) for row in chosen]
         for place in sums:
