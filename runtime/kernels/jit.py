@@ -27,9 +27,8 @@ from .executable import Executable, LinkError, can_become_executable
 FLOATS = frozenset({torch.float32, torch.bfloat16})  # types that kernels read and write; they compute in fp32
 
 _TRIAL_RESULT = 42
-# omp_pause_resource_all (OpenMP 5.0), its argument omp_pause_hard, and a function that GNU's OpenMP lacks. In GNU's,
-# the
-# call ends the threads of the calling thread's team; in LLVM's and Intel's, those of all teams
+# A function of OpenMP 5.0, its argument omp_pause_hard, and a function that GNU's OpenMP lacks. In GNU's, the call ends
+# the threads of the calling thread's team; in LLVM's and Intel's, it ends those of all teams.
 _PAUSE, _HARD, _NOT_GNU = "omp_pause_resource_all", 2, "__kmpc_fork_call"
 _TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
 
@@ -81,7 +80,7 @@ class Emitter:
         return ir.Constant(vector(kind, count), [value] * count)
 
     def fields(self, count: int) -> tuple[Value, list[Value]]:
-        """Return a pointer to the first of ``count`` i64 in the function's context, and the values of the others."""
+        """Return a pointer to the first of ``count`` i64 fields in the function's context, and the others' values."""
         (context,) = self.function.args
         places = [self.place(context, self.number(8 * i), I64) for i in range(count)]
         return places[0], [self.at.load(place) for place in places[1:]]
