@@ -29,7 +29,7 @@ def longest_context(config: Any) -> int | None:
 
 
 def _reaches(rope: Any, stated: int) -> Iterator[float]:
-    """Yield the length that scaled rotary embeddings reach, of all layers or of each type of layer."""
+    """Yield the contexts (in tokens) that scaled rotary embeddings reach: one for all layers, or one for each type."""
     if not isinstance(rope, Mapping):
         return
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or stated

@@ -1,7 +1,7 @@
 """Control groups of this process, of versions 1 and 2.
 
-Kernel documentation: admin-guide/cgroup-v1, admin-guide/cgroup-v2.rst. A ``root`` holds ``proc/self/cgroup`` and
-``sys/fs/cgroup``.
+``root`` is the folder that holds ``proc/self/cgroup`` and ``sys/fs/cgroup``. Kernel documentation:
+admin-guide/cgroup-v1, admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[ControlG
         else:
             continue
         group = top / path.lstrip("/")
-        if not group.is_dir():  # in a container the path is the host's, and the group is mounted as the top
+        # in a container the path is that on the host, and the group itself is mounted as the top
+        if not group.is_dir():
             group = top
         for folder in (group, *group.parents):
             yield ControlGroup(f"the control group {path}", folder, version)

@@ -35,7 +35,7 @@ _FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """``bytes`` more can be allocated; ``limiter`` says by whom that is limited."""
+    """Amount of memory in bytes. ``limiter`` names, for people, the machine, control group or device that limits it."""
 
     bytes: int
     limiter: str

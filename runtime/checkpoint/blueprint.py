@@ -241,7 +241,7 @@ def _own(path: str, module: Any) -> list[tuple[str, torch.nn.Parameter]]:
 def _group(
     names: list[str], mapping: list[Any], state: dict[str, Any], prefix: str
 ) -> dict[str, tuple[loading.WeightConverter | None, dict[str, list[str]]]]:
-    """Return what each key is made from, as transformers.core_model_loading collects it.
+    """Group the checkpoint's tensors by the model's key that they make, as transformers.core_model_loading does.
 
     The result is key -> (converter, source pattern -> checkpoint names), also for keys that the model does not have.
     """

@@ -144,7 +144,7 @@ class BlockBlueprint:
 
     @property
     def files(self) -> frozenset[Path]:
-        """Files that its experts are made from."""
+        """Files of the checkpoint that the block's experts are made from."""
         return frozenset(part.file for recipe in self.recipes.values() for part in recipe.parts)
 
     def make(self, name: str, expert: int) -> torch.Tensor:

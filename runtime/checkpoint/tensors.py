@@ -295,13 +295,13 @@ class Mxfp4:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape once dequantised, [experts, columns, rows]."""
+        """Shape of the dequantised tensor, [experts, columns, rows]."""
         experts, rows, groups, size = self.blocks.shape
         return experts, groups * size * 2, rows
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """The values [experts, rows, columns / 32, 16] and the exponents [experts, rows, columns / 32]."""
+        """The stored values [experts, rows, columns / 32, 16] and exponents [experts, rows, columns / 32]."""
         return (self.blocks, self.scales)
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:

@@ -187,7 +187,7 @@ class Link:
         self.connections = 0  # number of connections made, with the first
         self._thread = threading.Thread(target=self._run, args=(first,), name="moetier-link", daemon=True)
         self._thread.start()
-        self._tried.wait()  # prefetch requests that come now are not lost
+        self._tried.wait()  # so that prefetch requests that follow at once are not lost
 
     @property
     def error(self) -> MoetierError:
@@ -273,7 +273,7 @@ class Link:
                 self.away_since = began
             for request in list(self._requests.values()):
                 request.events.put(None)
-            # jitter: all clients of a daemon that was restarted reconnect now
+            # random, because all clients of a daemon that was restarted reconnect at this time
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -289,7 +289,7 @@ class Link:
                 # a stream may break by accident; if the next one ends without a message, the daemon ended it on purpose
                 if error is None or self._closed.is_set() or self._messages == messages or not control.is_alive():
                     return error
-                # a daemon that was stopped (SIGSTOP) keeps its sockets
+                # ask whether it answers: a daemon that was stopped (SIGSTOP) keeps its sockets open
                 if stub.Describe.future(wire.DescribeRequest(), timeout=_ANSWER).code() is not grpc.StatusCode.OK:
                     return error
                 self._closed.wait(FIRST_PAUSE)  # a pause, as streams may break again and again

@@ -68,7 +68,7 @@ class RemoteReader(Closeable):
         self.patience = patience
         self._fork_guard = ForkGuard()
         self.count = channels
-        self._state = threading.Lock()  # guards the two below
+        self._state = threading.Lock()  # guards the two fields below
         self._channels: _Channels | None = None
         self._closed = False
         self._pool = ThreadPoolExecutor(channels, thread_name_prefix="moetier-remote")
@@ -177,7 +177,7 @@ class _Transfer:
         self._reader = reader
         self._key = key
         self._view = view  # [slot_bytes]
-        self._state = threading.Lock()  # guards the two below
+        self._state = threading.Lock()  # guards the two fields below
         self._calls: list[Any] = []
         self._error: MoetierError | None = None
 

@@ -100,7 +100,7 @@ class SpreadReader(Closeable):
         self._peers = {peer.name: peer for peer in peers}
         self._patience = patience
         self._fork_guard = ForkGuard()
-        self._state = threading.Condition()  # guards the peers' fields and all below
+        self._state = threading.Condition()  # guards the peers' fields and all fields below
         self._local_records = self._local_bytes = 0  # read from the local store
         self._watcher: threading.Thread | None = None
         self._closed = False
@@ -187,7 +187,10 @@ class SpreadReader(Closeable):
         return error or order[0].away or UnavailableError("Every daemon is away.", "Start one.")
 
     def _wait(self, deadline: float, error: MoetierError) -> None:
-        """Wait until a daemon comes back or may have a free slot. Raises ``error`` at the deadline, ClosedError."""
+        """Wait until a daemon comes back or may have a free slot.
+
+        Raises ``error`` at the deadline (monotonic clock), and ClosedError once the reader is closed.
+        """
         with self._state:
             self._check_open()
             if (pause := deadline - time.monotonic()) <= 0:

@@ -24,7 +24,7 @@ from .log import RateLimitedLog, log_event
 
 _MAX_GREETING = 4_096  # largest packet of a client, in bytes
 _BACKLOG = 64
-_OTHERS = 16  # connections beyond the clients: those without a greeting yet, and those for a credential only
+_OTHERS = 16  # connections besides those of clients: without a greeting yet, or for a credential only
 _PAUSE = 0.2  # seconds without accepting after the process has run out of descriptors
 
 _log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class ControlServer:
         self._closed = threading.Event()
         self._state = threading.Lock()  # guards ``_connections``
         self._connections: dict[socket.socket, bool] = {}  # True: counts as a client of a store
-        self._threads = weakref.WeakSet[threading.Thread]()  # of the connections
+        self._threads = weakref.WeakSet[threading.Thread]()  # threads of the connections
         path = folder / CONTROL_SOCKET
         with contextlib.ExitStack() as undo:
             self._listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -169,13 +169,13 @@ class ControlServer:
         }
         if not answer(end, reply, welcome.descriptor):
             with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # the client's place is free at once
+                end.shutdown(socket.SHUT_RDWR)  # frees the client's place at once
         if welcome.descriptor is not None:
             os.close(welcome.descriptor)
         return session
 
     def _refuse(self, end: socket.socket, pid: int | str, error: MoetierError) -> None:
-        self._remove(end)  # first: the client may connect again as soon as it has the answer
+        self._remove(end)  # before the answer, after which the client may connect again at once
         self._refusals.log(pid=pid, cause=error.cause)
         # closing with an unread greeting would give the peer an error instead of the answer
         with contextlib.suppress(OSError):

@@ -29,8 +29,8 @@ CALLS = 24  # most calls at once, also waiting ones: each takes a thread of the 
 class Fetches:
     """Fetch calls of other hosts on one host tier. A call holds a slot for as long as its client takes pieces.
 
-    All calls together hold at most a quarter of the slots of a geometry, but at least one, so that sessions of this
-    host go on. A client that takes no piece for ``stall`` seconds is cut off, whatever its deadline.
+    All calls together hold at most a quarter of the slots of each record geometry, but at least one, so that sessions
+    of this host go on. A client that takes no piece for ``stall`` seconds is cut off, whatever its deadline.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Fetches:
         self._limits = {array: max(1, count // 4) for array, count in slots.items()}
         self._stall = stall
         self._patience = patience
-        self._state = threading.Condition()  # guards all below
+        self._state = threading.Condition()  # guards all fields below
         # by call under way: when the piece was offered (monotonic clock) that its client has not taken yet
         self._offered: dict[grpc.ServicerContext, float] = {}
         self._held: dict[str, Counter[ExpertKey]] = {array: Counter() for array in slots}
         self._closed = False
         self.count = 0  # calls answered in full
-        self.bytes = 0  # sent
+        self.bytes = 0  # bytes of records sent
         self._watcher = threading.Thread(target=self._watch, name="moetier-fetches", daemon=True)
         self._watcher.start()
 
@@ -113,10 +113,11 @@ class Fetches:
 
     @contextlib.contextmanager
     def _admitted(self, key: ExpertKey, array: str, context: grpc.ServicerContext, patience: float) -> Iterator[None]:
-        """Register a call, wait until fetches may hold its record, and count the record as held in the context.
+        """Register a call, wait until fetches may hold its record, and count the record as held until the context ends.
 
-        Fetches hold at most a limit of distinct records per array. Raises ExhaustedError if too many calls are under
-        way or the limit is still reached after ``patience`` seconds, ClosedError if the call or the daemon has ended.
+        The number of distinct records that fetches hold is limited for each array. Raises ExhaustedError if too many
+        calls are under way, or if the limit is still reached after ``patience`` seconds. Raises ClosedError if the call
+        or the daemon has ended.
         """
         held = self._held[array]
 
@@ -138,7 +139,7 @@ class Fetches:
                 if self._closed or not context.is_active():
                     raise _no_caller()
                 held[key] += 1
-                self._state.notify_all()  # the watcher
+                self._state.notify_all()  # wakes the watcher
             try:
                 yield
             finally:

@@ -91,7 +91,7 @@ class DaemonCollector(Collector):
         """Yield the metrics of the models' tiers, clients and faults."""
         models = self._stats()
         count = Counter(model.name for model in models)
-        # two stores of one model have one name
+        # two stores of one model have the same name
         named = [(m.name if count[m.name] == 1 else f"{m.name} ({m.digest[:DIGEST_CHARS]})", m) for m in models]
         yield from tier_metrics([(name, model.host) for name, model in named])
         rows = [([name], model) for name, model in named]

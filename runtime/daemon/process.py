@@ -120,7 +120,7 @@ def _start(
             reflect(server)
     path = config.folder / SOCKET
     closing.callback(path.unlink, missing_ok=True)
-    bind(servers[0], f"unix:{quote(str(path))}")  # a URI
+    bind(servers[0], f"unix:{quote(str(path))}")  # gRPC takes a URI
     path.chmod(0o600)
     listen = ""
     if config.listen:

@@ -74,7 +74,10 @@ def _identity(found: os.stat_result) -> tuple[int, int] | None:
 
 
 def _held_by_processes(closing: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
-    """Yield the arenas that other processes of this user have open, each with a holder's name."""
+    """Yield (holder's name, descriptor) for each arena that another process of this user has open.
+
+    ``closing`` closes the descriptors.
+    """
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal() or int(process.name) == os.getpid():
             continue

@@ -1,6 +1,6 @@
 """Names that changed between the versions of transformers that moetier supports.
 
-A module of its own, so that a new version is supported in one place.
+They have a module of their own, so that support of a new version is a change in one place.
 """
 
 from __future__ import annotations

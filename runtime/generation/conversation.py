@@ -47,7 +47,7 @@ class Conversation:
 
     @property
     def left_out(self) -> int:
-        """Number of exchanges that the next prompt leaves out."""
+        """Number of exchanges that the last prompt left out."""
         return self._out // 2
 
     def prompt(self, text: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Presence and frequency penalties, which transformers lacks.
 
-A module of its own, because it imports transformers and ``decoding`` must not.
+They have a module of their own because it imports transformers, which ``decoding`` must not do.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class PromptCache:
         return len(self._ids)
 
     def clear(self) -> None:
-        """Drop the cached keys and values of all tokens."""
+        """Remove the cached keys and values of all tokens."""
         self._cache, self._ids = None, []
 
     def _cut(self, length: int) -> None:

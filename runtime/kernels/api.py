@@ -26,9 +26,10 @@ def moved_error(where: torch.device, device: torch.device) -> ConfigError:
 
 
 class Kernels:
-    """Products y = x @ W.T with W in records, by torch. Thread-safe: each thread keeps scratch memory of its own.
+    """Kernels that compute y = x @ W.T with W in a record. This base class uses torch's own operations.
 
-    The result is bit for bit that of the ordinary module whose weights are the decoded ones in the type of x.
+    Its result is bit for bit that of the ordinary module whose weights are the decoded ones in the type of x.
+    Thread-safe: each thread keeps scratch memory of its own.
     """
 
     # prepares a record (uint8 [record bytes], on the device) of the given layout in place, once, before its first use;

@@ -29,7 +29,7 @@ _FAILED = ctypes.c_void_p(-1).value
 _ELF, _X86_64 = b"\x7fELF\x02\x01", 62
 _SYMBOLS, _ADDENDS, _NO_BITS = 2, 4, 8  # types of sections
 _WRITABLE, _ALLOCATED = 1, 2  # flags of sections
-_RELATIVE = (2, 4)  # relocations: S + A - P in 32 bits, of data and of functions
+_RELATIVE = (2, 4)  # types of relocations, of data and of functions: symbol + addend - place, in 32 bits
 
 
 class LinkError(RuntimeError):

@@ -29,7 +29,7 @@ from .api import Kernels, projection_of
 from .gemm_tile import Form, Tile
 from .jit import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Kernel, Processor, Value, new_module, vector
 
-JOB = 3  # i64 of each job: its record, its first row of x and y, its number of rows
+JOB = 3  # i64 fields of each job: pointer to its record, its first row of x and y, its number of rows
 # Number of i64 fields in the context of the compiled function. In order: items that threads have taken, all items, row
 # tiles of a matrix, pointer to the jobs; pointers to n, to t and t * sum of n, to sum of n, and to y; K, N, N padded;
 # 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record of the codes, their second plane,

@@ -174,7 +174,7 @@ def _load_errors(folder: Path) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """Return an error in one line."""
+    """Format an error in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 

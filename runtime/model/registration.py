@@ -129,7 +129,7 @@ class MoetierConfig(QuantizationConfigMixin):
 class MoetierQuantizer(HfQuantizer):
     """Remove the experts' parameters before the weights are loaded, and attach the tiers afterwards."""
 
-    requires_calibration = True  # it loads converted models, and converts none
+    requires_calibration = True  # it loads models that were converted before, and can't convert one
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any

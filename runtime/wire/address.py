@@ -132,7 +132,7 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # checked below, whatever it is
+        with contextlib.suppress(FileExistsError):  # whatever is there is checked below
             folder.mkdir(mode=0o700)
     except OSError as error:
         raise ConfigError(f"The folder {folder} can't be made: {error.strerror}.", "Name another: --folder.") from None
@@ -158,7 +158,7 @@ class DaemonCard:
     """
 
     pid: int
-    version: str  # of moetier
+    version: str  # the daemon's version of moetier
     started_unix: float
     models: tuple[ServedModel, ...]
     listen: str = ""  # HOST:PORT; "" without TCP

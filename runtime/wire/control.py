@@ -57,7 +57,7 @@ class ControlConnection(Closeable):
                 f"This process can't connect to the daemon in {folder}: {error.strerror}.",
                 "Raise its limit of open files (ulimit -n), or free what is short.",
             ) from None
-        _opened_here.add(end)  # another thread may fork while this one waits
+        _opened_here.add(end)  # before it is connected, as another thread may fork while this one waits
         descriptors: list[int] = []
         try:
             end.settimeout(patience)
