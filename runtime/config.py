@@ -54,7 +54,7 @@ class Number:
         return self.kind.__name__
 
 
-MOST = (1 << 31) - 1  # bound of all counts: a number with any number of digits could overflow or take for ever
+MOST = (1 << 31) - 1  # largest count: a far larger number could overflow, or take for ever to compute with
 TINY = math.ulp(0.0)  # the least float above 0
 COUNT = Number(int, 1, MOST, "Give 1 to 2^31 - 1.")
 SECONDS = Number(float, TINY, 86_400, "Give more than 0, to 86,400 at most.")

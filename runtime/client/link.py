@@ -328,7 +328,7 @@ class Link:
             self._outbox = outbox
             self.away_since = None
         self._tried.set()
-        for request in requests:  # without an outbox, cancel() could not tell the daemon
+        for request in requests:  # cancel() may have been called while there was no outbox
             if request.number not in self._requests:
                 self._send(wire.ClientMessage(release=wire.Release(request=request.number)))
             request.events.put(None)

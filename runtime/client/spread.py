@@ -1,8 +1,8 @@
 """SpreadReader: reads a store from several daemons, each of which holds a share of the records in its memory.
 
-For each key, the daemons are asked in another order, that of rendezvous hashing (Thaler and Ravishankar 1998, "Using
-name-based mappings to increase hit rates"). The order is the same for all clients. If a daemon comes or goes, only the
-keys for which it is first move.
+Each key has its own order in which the daemons are asked, that of rendezvous hashing (Thaler and Ravishankar 1998,
+"Using name-based mappings to increase hit rates"). All clients compute the same order. If a daemon comes or goes, only
+the keys for which it is the first move to another daemon.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class DaemonTier(Closeable):
         self._fork_guard = ForkGuard()
         self._closed_error: ClosedError | None = None
         self._prefetching: set[int] = set()  # blocks whose prefetch requests the daemon may still have to serve
-        self._borrowed: set[ExpertKey] = set()  # keys that were pinned for a copy, and not reported as used since
+        self._borrowed: set[ExpertKey] = set()  # keys that were lent for a copy, and not reported as used since
         self._misses: dict[int, Misses] = {}  # misses that hold or await leases, by thread
         self._counting = threading.Lock()  # guards the counters; finalizers don't take it
         self._counters = TierCounters("daemon")
@@ -157,9 +157,9 @@ class DaemonTier(Closeable):
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Pin a record in the arena for a copy as ``Lender`` says, with a proof; None if the arena does not have it.
+        """Yield a lease of a record in the arena, to copy it, as ``Lender`` says; None if the arena does not have it.
 
-        No message is sent to the daemon. Raises MissingExpertError.
+        The lease has a proof. No message is sent to the daemon. Raises MissingExpertError.
         """
         self._manifest.check_keys(key.block, [key])
         self._check_open()
@@ -175,7 +175,7 @@ class DaemonTier(Closeable):
             self._borrowed.discard(key)
 
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Report uses as ``Lender`` says: each key once after it was pinned for a copy.
+        """Report uses as ``Lender`` says: each key once after it was lent for a copy.
 
         The daemon counts them as hits.
         """

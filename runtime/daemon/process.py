@@ -40,7 +40,8 @@ _log = logging.getLogger(__name__)
 
 def run(config: DaemonConfig) -> None:
     """Run a daemon until SIGTERM or SIGINT. The signals must be blocked. Raises MoetierError if it can't start."""
-    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # it logs malformed messages of clients as errors
+    # it logs clients' malformed messages, which are no fault of the daemon
+    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)
     manager = ServiceManager()
     try:
         with contextlib.ExitStack() as closing:
