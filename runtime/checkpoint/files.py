@@ -128,7 +128,7 @@ def carried(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locate(source: str | Path, files: Sequence[str] = hub.SMALL_FILES) -> tuple[str, Path]:
-    """Return the name and the folder of a checkpoint. Of a hub id, only the small ``files`` are downloaded."""
+    """Return the name and the folder of a checkpoint. For a hub id, only the small ``files`` are downloaded."""
     folder = check_source(source)
     if folder is None:
         return str(source), hub.fetch(str(source), files, or_folder=True)

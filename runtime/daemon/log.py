@@ -43,7 +43,7 @@ def log_event(log: logging.Logger, event: str, level: int = logging.INFO, **fiel
 
 
 class RateLimitedLog:
-    """Logs an event that clients can cause any number of times, at most once in ``pause`` seconds. Thread-safe.
+    """Log of one event that clients can cause any number of times: at most one line in ``pause`` seconds. Thread-safe.
 
     The field ``unsaid`` of the next line counts the events that were not logged in between.
     """

@@ -130,7 +130,7 @@ def stop(servers: Sequence[grpc.Server], grace: float = 0.0) -> None:
 
 
 class AuthInterceptor(grpc.ServerInterceptor):
-    """Refuses calls without an accepted bearer token as soon as their headers have come.
+    """Interceptor that refuses a call without an accepted bearer token as soon as its headers have come.
 
     A refusal waits for no message of the call, takes no thread of the server, and does not count as a call under way.
     So clients without a token can't slow down accepted calls, however many calls they leave half-open.

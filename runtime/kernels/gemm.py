@@ -105,7 +105,7 @@ class PackedKernels(Kernels):
 
 
 class _GemmPlan:
-    """What all products with one projection of a layout have in common: compiled functions, sizes and offsets."""
+    """Compiled functions, sizes and offsets that all products with one projection of a layout share."""
 
     __slots__ = ("columns", "groups", "kernel", "layout", "offsets", "round", "row_bytes", "rows", "shape", "tiles")
 

@@ -27,7 +27,7 @@ CENTRES = {8: 128, 4: 8, 3: 4, 2: 2}
 
 @dataclass(frozen=True)
 class Form:
-    """What the code of a product depends on: how the matrices are stored, and the type of x and y."""
+    """Properties that the code of a product depends on: how the matrices are stored, and the type of x and y."""
 
     bits: Bits
     group: int
