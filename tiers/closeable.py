@@ -1,4 +1,4 @@
-"""Base of classes that have ``close``. Apart, as every layer of moetier may use it."""
+"""Base of classes that have ``close``. It is a module of its own because every package of moetier may use it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Self
 
 
 class Closeable:
-    """An object that ``with`` closes at its end."""
+    """An object that can be used as a context manager: leaving the ``with`` block calls ``close``."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,18 +1,18 @@
-"""Errors that are not faults of this project's code. Its own faults are found by ``assert``.
+"""Errors that have a cause outside this project's code. Faults of the code itself are found by ``assert``.
 
 MoetierError
 ├── StoreError                 the SSD tier
 │   ├── StoreFormatError       not a store that this version reads
-│   ├── IncompleteStoreError   its conversion was interrupted
+│   ├── IncompleteStoreError   a store whose conversion was interrupted
 │   ├── MissingExpertError     a record that does not exist
 │   ├── ChecksumError          a record whose bytes are not those that were written
 │   └── StoreReadError         the disk answered with an error
 ├── CheckpointError            a source checkpoint that can't be read
-│   ├── UnsafeCheckpointError  pickle, custom code, paths that lead out of it
+│   ├── UnsafeCheckpointError  pickle, custom code, or paths that lead out of the checkpoint
 │   └── UnsupportedModelError  dense, or without transformers' experts interface
 ├── TargetError                the place that a conversion writes to
-│   ├── TargetExistsError      it holds something else
-│   └── DiskSpaceError         it is too small
+│   ├── TargetExistsError      the target holds something else
+│   └── DiskSpaceError         the disk is too small
 ├── BudgetError                memory budgets that can't work
 ├── ArenaError                 shared memory that is not safe to map
 ├── ExhaustedError             every slot of the host tier stayed leased while a caller waited
@@ -22,7 +22,7 @@ MoetierError
 │   ├── RefusedError           missing or wrong credentials, another user, no TLS
 │   ├── UnknownModelError      a daemon that does not serve this store
 │   ├── ProtocolError          a message that this version does not understand
-│   └── AlreadyRunningError    another daemon is running in this place
+│   └── AlreadyRunningError    another daemon is running in this folder
 ├── ConfigError                an unknown or malformed option
 └── ClosedError                a tier was used after close()
 """
@@ -47,7 +47,7 @@ class StoreError(MoetierError):
 
 
 class StoreFormatError(StoreError):
-    """The directory is not a store that this version reads."""
+    """The directory is not a store that this version can read."""
 
 
 class IncompleteStoreError(StoreError):
@@ -63,7 +63,7 @@ class ChecksumError(StoreError):
 
 
 class StoreReadError(StoreError):
-    """The disk has answered with an error, which is tried again if it is EIO."""
+    """The disk has answered a read with an error. After EIO the read was tried a second time."""
 
 
 class CheckpointError(MoetierError):
@@ -71,7 +71,7 @@ class CheckpointError(MoetierError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """The checkpoint has pickled files, custom code, or paths that lead out of it."""
+    """The checkpoint has pickled files, custom code, or paths that lead out of its folder."""
 
 
 class UnsupportedModelError(CheckpointError):
@@ -99,7 +99,7 @@ class ArenaError(MoetierError):
 
 
 class ExhaustedError(MoetierError):
-    """Every slot of the host tier stayed leased for as long as the caller waits."""
+    """The caller got no slot of the host tier within the time for which it was willing to wait."""
 
 
 class DaemonError(MoetierError):
@@ -107,7 +107,7 @@ class DaemonError(MoetierError):
 
 
 class UnavailableError(DaemonError):
-    """The daemon does not answer (any more). Another daemon, or the local store, may serve instead."""
+    """The daemon does not answer, or no longer does. Another daemon, or the local store, may serve instead."""
 
 
 class NoDaemonError(UnavailableError):
@@ -127,7 +127,7 @@ class ProtocolError(DaemonError):
 
 
 class AlreadyRunningError(DaemonError):
-    """Another daemon, which the error names, is running in this place."""
+    """Another daemon, which the error names, is already running in this folder."""
 
 
 class ConfigError(MoetierError):

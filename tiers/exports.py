@@ -10,11 +10,11 @@ from importlib import import_module
 
 
 def exports(package: str, homes: dict[str, str]) -> Callable[[str], object]:
-    """Make the ``__getattr__`` of a package.
+    """Make the ``__getattr__`` of a package, which imports an exported name from its module.
 
     Args:
         package: the package's ``__name__``.
-        homes: for each exported name, the module of the package that defines it.
+        homes: the exported names; for each, the name of the module in the package that defines it.
     """
 
     def getattribute(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Fields of a JSON document: each value carries its place, so that an error names the field that is wrong."""
+"""Checked access to the fields of a JSON document. Each value knows its place, so that errors name the wrong field."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = SHOWN
 
 
 def shown(value: object) -> str:
-    """Format a value for an error message: short, however long or deep the value is."""
+    """Format a value for an error message. The text is short even if the value is long or deeply nested."""
     return _repr.repr(value)
 
 
 class Fields:
-    """A value and its place, for example "blocks[3].experts".
+    """A JSON value and its place in the document, for example "blocks[3].experts".
 
-    All methods raise ValueError, naming the place, if the value is not of the kind that they return.
+    A method raises ValueError, which names the place, if the value is not of the kind that the method returns.
     """
 
     __slots__ = ("place", "value")
@@ -32,7 +32,7 @@ class Fields:
         self.place = place
 
     def __getitem__(self, name: str) -> Fields:
-        """Return a member of an object. It must exist."""
+        """Return a member of an object. Raises ValueError if it is missing."""
         found = self.get(name)
         if found is None:
             raise ValueError(f"{self._member(name)} is missing")
@@ -48,14 +48,14 @@ class Fields:
         return ((name, Fields(value, self._member(name))) for name, value in self._of(dict, "an object").items())
 
     def items(self, most: int | None = None) -> list[Fields]:
-        """Return the items of a list, of which there may be ``most``."""
+        """Return the items of a list, which may have at most ``most`` items (None: any number)."""
         values = self._of(list, "a list")
         if most is not None and len(values) > most:
             raise ValueError(f"{self.place} has {len(values):,} items, more than {most}")
         return [Fields(value, f"{self.place}[{i}]") for i, value in enumerate(values)]
 
     def text(self, pattern: str = r"[^\ud800-\udfff]*", what: str = "a text") -> str:
-        """Return a string that matches ``pattern``; an error calls it ``what``."""
+        """Return a string that matches ``pattern`` as a whole. ``what`` describes it in the error message."""
         found: str = self._of(str, what)
         return found if re.fullmatch(pattern, found, re.DOTALL) else self._fail(what)
 
@@ -69,7 +69,7 @@ class Fields:
         return bool(self._of(bool, "true or false"))
 
     def among(self, known: Collection[Any]) -> Any:
-        """Return one of the ``known`` values. The type counts too: 1 is not True."""
+        """Return the value, which must be one of ``known``. Types must be equal too: 1 is not True."""
         for value in known:
             if type(value) is type(self.value) and value == self.value:
                 return value
@@ -77,7 +77,10 @@ class Fields:
         raise ValueError(f"{self.place} is {shown(self.value)}, not {names}")
 
     def equals(self, expected: Any, why: str) -> None:
-        """Check that the value equals ``expected``, part by part. ``why`` ends the error message."""
+        """Raise ValueError, which names the first differing field, unless the value equals ``expected``.
+
+        ``why`` is added at the end of the error message.
+        """
         if isinstance(expected, dict):
             for name, value in expected.items():
                 self[name].equals(value, why)

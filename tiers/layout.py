@@ -17,16 +17,16 @@ from .fields import Fields, shown
 
 PAGE = 4096  # bytes; records start on a page
 CHECKSUM_BYTES = 4  # CRC-32C, little endian, after every record
-ALIGNMENT = 64  # bytes; sections start on a multiple
-ROW_TILE = 64  # rows; quantised projections are padded to a multiple (one block of torch's AVX-512 int4 kernel)
+ALIGNMENT = 64  # bytes; sections start at multiples of this
+ROW_TILE = 64  # quantised projections are padded to multiples of this many rows (a block of torch's int4 kernel)
 
 Bits = Literal[16, 8, 4, 3, 2]
 BITS: tuple[Bits, ...] = (16, 8, 4, 3, 2)
-TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # for matrices of the trunk: widths that a kernel multiplies in place
+TRUNK_BITS: tuple[Bits, ...] = (16, 8, 4)  # widths for trunk matrices, which kernels multiply without unpacking
 PAIR_BLOCK = 128  # groups that share one second-level pair when pairs are stored in 8 bits
 WEIGHT_TYPES = ("bfloat16", "float16")  # types of 16-bit weights and of biases
 SOURCE_TYPES = (*WEIGHT_TYPES, "float32")  # original types of weights that are stored in fewer bits
-MAX_SIZE = 1 << 24  # most rows or columns of a projection, and items of a bias
+MAX_SIZE = 1 << 24  # the largest number of rows or columns of a projection, or of items of a bias
 GROUPS = {
     "bfloat16": (32, 64, 128, 256),
     "uint8": (16, 32, 64, 128, 256),
@@ -36,7 +36,7 @@ ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2}
 
 
 class ExpertKey(NamedTuple):
-    """Identifies an expert: ``block`` numbers the Experts modules in module order, ``expert`` is the index there."""
+    """Identifies an expert by the number of its Experts module in module order, ``block``, and its index there."""
 
     block: int
     expert: int
@@ -64,19 +64,19 @@ class Section:
 class Projection:
     """One weight matrix W [N, K] of an expert, y = x @ W.T: N = ``rows`` outputs, K = ``columns`` inputs.
 
-    At 16 bits its section holds the matrix as the module does: [N, K], or [K, N] if ``transposed``. A quantised matrix
-    is always stored as [N, K] with N padded to ``padded_rows``. ``group`` weights along K share a pair (s, b): a weight
-    is (q - 8) * s + b, with q its code after expansion to 4 bits.
+    At 16 bits the record holds the matrix in the module's own shape: [N, K], or [K, N] if ``transposed``. A quantised
+    matrix is always stored as [N, K] with N padded to ``padded_rows``. Each ``group`` consecutive weights along K share
+    a pair (s, b) of scale and offset: a weight is (q - 8) * s + b, where q is its code after expansion to 4 bits.
     """
 
     name: str
     rows: int
     columns: int
     bits: Bits
-    dtype: str = "bfloat16"  # type of the section at 16 bits; original type of the weights at fewer
+    dtype: str = "bfloat16"  # at 16 bits, the type of the section; at fewer bits, the type of the original weights
     transposed: bool = False  # whether the module holds [K, N]
-    group: int = 0  # 0 at 16 bits
-    pairs: str = ""  # "" at 16 bits; "bfloat16"; "uint8": 8-bit pairs, quantised over PAIR_BLOCK groups
+    group: int = 0  # number of weights in a group; 0 at 16 bits
+    pairs: str = ""  # "bfloat16", or "uint8" for pairs quantised to 8 bits in runs of PAIR_BLOCK groups; "" at 16 bits
 
     @property
     def padded_rows(self) -> int:
@@ -91,7 +91,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Bias:
-    """A vector of an expert, stored in 16 bits."""
+    """A bias vector of an expert, stored in 16 bits."""
 
     name: str
     size: int
@@ -102,15 +102,15 @@ def _pair_pieces(p: Projection) -> list[tuple[str, str, tuple[int, ...]]]:
     groups, rows = p.columns // p.group, p.padded_rows
     if p.pairs == "bfloat16":
         return [(f"{p.name}.pairs", "bfloat16", (groups, rows, 2))]
-    # 8-bit pairs: codes of (s, b) for every group. Each run of PAIR_BLOCK groups, in [group, row] order, has a
-    # second-level (scale, minimum) for s and another for b.
+    # 8-bit pairs: a code for s and one for b of every group. Each run of PAIR_BLOCK groups, in [group, row] order, has
+    # a second-level (scale, minimum) for s and another for b.
     blocks = -(-groups * rows // PAIR_BLOCK)
     return [(f"{p.name}.pairs", "uint8", (groups, rows, 2)), (f"{p.name}.pair_scales", "bfloat16", (blocks, 2, 2))]
 
 
 def _pieces(projections: Iterable[Projection], biases: Iterable[Bias]) -> Iterable[tuple[str, str, tuple[int, ...]]]:
     """Yield (name, dtype, shape) of each section, in the order in which sections are stored."""
-    last: list[tuple[str, str, tuple[int, ...]]] = []  # low planes of 8-bit codes come after everything else
+    last: list[tuple[str, str, tuple[int, ...]]] = []  # low nibbles of 8-bit codes, which come last
     middle: list[tuple[str, str, tuple[int, ...]]] = []
     for p in projections:
         rows, half = p.padded_rows, p.columns // 2
@@ -139,7 +139,7 @@ def _pieces(projections: Iterable[Projection], biases: Iterable[Bias]) -> Iterab
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """The sections of a record, which follow from its projections and biases alone."""
+    """The layout of a record. Its sections are derived from its projections and biases."""
 
     projections: tuple[Projection, ...]
     biases: tuple[Bias, ...] = ()
@@ -156,18 +156,18 @@ class RecordLayout:
 
     @cached_property
     def payload_bytes(self) -> int:
-        """Bytes up to the end of the last section."""
+        """Number of bytes up to the end of the last section."""
         last = self.sections[-1]
         return last.offset + last.nbytes
 
     @cached_property
     def record_bytes(self) -> int:
-        """Bytes of the record: the payload, padded with zeros so that record and checksum fill whole pages."""
+        """Size of the record in bytes: the payload, padded with zeros so that record and checksum fill whole pages."""
         return self.slot_bytes - CHECKSUM_BYTES
 
     @cached_property
     def slot_bytes(self) -> int:
-        """Bytes of record and checksum: a multiple of 4,096."""
+        """Size of the record with its checksum, in bytes: a multiple of 4,096."""
         return -(-(self.payload_bytes + CHECKSUM_BYTES) // PAGE) * PAGE
 
     def section(self, name: str) -> Section:
@@ -183,7 +183,10 @@ class RecordLayout:
         return sum(p.rows * p.columns for p in self.projections) + sum(b.size for b in self.biases)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as the manifest holds it, with the sections, so that other readers need no rules."""
+        """Return the layout as JSON for the manifest.
+
+        It includes the sections, so that other programs can read records without the rules that derive them.
+        """
         return {
             "record_bytes": self.record_bytes,
             "projections": [asdict(p) for p in self.projections],
@@ -193,7 +196,7 @@ class RecordLayout:
 
     @classmethod
     def from_json(cls, value: Fields) -> RecordLayout:
-        """Parse a layout. Raises ValueError, naming the field, on anything that is not a layout of this format."""
+        """Parse a layout. Raises ValueError, which names the field, if it is not a valid layout of this format."""
         projections = tuple(map(_projection, value["projections"].items()))
         biases = tuple(
             Bias(_name(b), b["size"].number(1, MAX_SIZE), b["dtype"].among(WEIGHT_TYPES))
@@ -208,7 +211,7 @@ class RecordLayout:
 
 
 def _projection(value: Fields) -> Projection:
-    """Parse a projection, exactly as the kernels support it."""
+    """Parse a projection. Raises ValueError unless the kernels support it."""
     bits: Bits = value["bits"].among(BITS)
     rows, columns = (value[name].number(1, MAX_SIZE) for name in ("rows", "columns"))
     name, transposed = _name(value), value["transposed"].flag()

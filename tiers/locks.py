@@ -1,21 +1,24 @@
 """Locks of a tier: a monitor that survives interrupts, a guard against use after fork, and postponed interrupts.
 
-Finalizers must not wait. The garbage collector closes an iterator that is lost in a cycle, and it runs in any thread,
-even in one that is inside a step on the very state that the iterator must change. So a finalizer posts its work.
+A monitor runs *steps*, which are short functions that change shared state, one at a time under its lock.
 
-Exceptions from outside can arrive between any two instructions: KeyboardInterrupt, what a signal handler raises,
-PyThreadState_SetAsyncExc. The lock is only held by ``with``, which is atomic for a lock written in C, so it is always
-released. The monitor repairs the state that such an exception has left before it runs the next step.
+Finalizers must not wait for the lock. The garbage collector closes unreachable iterators in any thread, even in one
+that is inside a step on the same state. So a finalizer posts its work to the monitor instead (``Monitor.post``).
+
+An asynchronous exception can arrive between any two instructions: KeyboardInterrupt, an exception raised by another
+signal handler, or one set by PyThreadState_SetAsyncExc. The lock is always released, because it is only taken by
+``with``, which is atomic for a lock written in C. If such an exception has interrupted a step, the monitor repairs the
+state before it runs the next one.
 
 Ctrl-C is postponed while code runs that must not end halfway. Python runs a signal's handler between any two
-instructions of the main thread. The handler of this module looks at the stack. If a module of ``UNINTERRUPTIBLE`` is on
-it, the handler sends the signal again a little later. Otherwise, and where the thread only waits, it raises
-KeyboardInterrupt at once. Code that must not be cut needs no marks of its own and leaves no state behind.
+instructions of the main thread. The handler of this module looks at the call stack. If a module of ``UNINTERRUPTIBLE``
+is on it, the handler sends the signal again a little later. Otherwise, or if the thread only waits, the handler raises
+KeyboardInterrupt at once. So code that must not be interrupted needs no marks of its own.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # ``signal`` makes enumerations of its numbers: ten times as long
+import _signal  # type: ignore[import-not-found]  # importing ``signal`` takes ten times as long
 import _thread
 import functools
 import os
@@ -29,7 +32,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
 from .errors import ClosedError, MoetierError
 
-# modules that change state that callers share
+# modules that change state that several callers share
 UNINTERRUPTIBLE = frozenset(
     f"moetier.{package}.{name}"
     for package, names in (
@@ -42,10 +45,10 @@ UNINTERRUPTIBLE = frozenset(
     )
     for name in names
 )
-POLL_SECONDS = 0.05  # longest single wait: Python does not see a signal that comes just before it
+POLL_SECONDS = 0.05  # longest single wait, because a signal that comes just before a wait is only seen after it
 _AGAIN = 0.001  # seconds until a postponed signal is sent again
 
-_waits: set[CodeType] = set()
+_waits: set[CodeType] = set()  # functions that only wait
 Function = TypeVar("Function", bound=Callable[..., Any])
 Owner = TypeVar("Owner")
 Result = TypeVar("Result")
@@ -54,22 +57,22 @@ Arguments = TypeVarTuple("Arguments")
 
 
 def interruptible(wait: Function) -> Function:
-    """Mark a function that only waits: an interrupt ends it at once, whatever code has called it."""
+    """Mark a function that only waits, so that Ctrl-C ends it at once, even if uninterruptible code has called it."""
     _waits.add(wait.__code__)
     return wait
 
 
 class ForkGuard:
-    """Detect use in a forked child, where threads are gone and a lock may stay held for ever."""
+    """Detect use of an object in a forked child, where its threads don't run and its locks may stay held for ever."""
 
-    present = os.getpid()  # the running process; kept, as ``check`` runs at each lease
+    present = os.getpid()  # id of the running process, kept here because ``check`` runs at each lease
 
     def __init__(self) -> None:
         self._process = ForkGuard.present
 
     @property
     def is_owner(self) -> bool:
-        """True if this is the process that made the guard; also in a child before its hooks have run."""
+        """True if this process made the guard. This is right even in a child whose fork hooks have not run yet."""
         return self._process == os.getpid()
 
     def check(self) -> None:
@@ -89,22 +92,28 @@ os.register_at_fork(after_in_child=_note_fork)
 
 
 class Monitor:
-    """Run steps on shared state one at a time. In a forked child, raise ClosedError instead of waiting for ever."""
+    """Run steps, which change shared state, one at a time.
+
+    In a forked child every step raises ClosedError instead of waiting for a lock that is never released.
+    """
 
     def __init__(self, repair: Callable[[], None] = lambda: None) -> None:
-        """``repair`` makes the state consistent after an exception has cut a step at any instruction."""
+        """Make a monitor.
+
+        ``repair`` makes the state consistent again after an exception has interrupted a step at any instruction.
+        """
         self.fork_guard = ForkGuard()
         self._repair = repair
         self._lock = threading.Lock()
-        self._is_torn = False  # a step is running, or an exception has cut one
+        self._is_torn = False  # a step is running, or an exception has interrupted one
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
-        self._attempted: Callable[[], None] | None = None  # the first posted work, once it has begun
+        self._attempted: Callable[[], None] | None = None  # the first of ``_posted``, once it has begun
 
     def run(self, step: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """Run ``step`` and return its result. Steps don't nest.
+        """Run ``step`` with ``arguments`` and return its result. A step must not run another step of this monitor.
 
-        A step may raise a MoetierError only where the state is consistent.
+        A step may raise a MoetierError only while the state is consistent, as nothing is repaired after it.
         """
         self.fork_guard.check()
         try:
@@ -124,7 +133,7 @@ class Monitor:
         return result
 
     def wait_for(self, step: Callable[[*Arguments], Result | None], *arguments: *Arguments) -> Result:
-        """Run a step, and again after each ``wake``, until it returns something other than None."""
+        """Run a step, and run it again after each ``wake``, until it returns something other than None; return that."""
         if (found := self.run(step, *arguments)) is not None:
             return found
 
@@ -141,7 +150,7 @@ class Monitor:
         return result
 
     def wake(self) -> None:
-        """Wake all threads that sleep in ``wait_for``. Call it within a step."""
+        """Wake all threads that sleep in ``wait_for``. Call this within a step."""
         for sleeper in self._sleepers:
             if sleeper.locked():
                 sleeper.release()
@@ -155,15 +164,15 @@ class Monitor:
     def post(self, work: Callable[[], None]) -> None:
         """Run ``work`` as a step, now or when the running step has ended. Never waits.
 
-        Work that an exception has cut is repeated once. No more, as the work itself may be at fault, and other steps
-        must go on.
+        If an exception interrupts the work, it is run once more, but not a third time: the work itself may be the cause
+        of the exception, and must not block other steps.
         """
         self._posted.append(work)
         self._settle()
 
     def _settle(self) -> None:
-        # Work posted during a step is found here by the thread that ran the step. Another thread may take the lock
-        # between the check and ``with``: its step is short, so this wait is too.
+        # The thread that runs a step comes here after it and finds the work that was posted meanwhile. Another thread
+        # may take the lock between the check and ``with``. Its step is short, and so is this wait.
         while self._posted and not self._lock.locked():
             with self._lock:
                 if self._is_torn:
@@ -183,7 +192,7 @@ class Monitor:
 
 
 def step(method: Callable[Concatenate[Owner, Parameters], Result]) -> Callable[Concatenate[Owner, Parameters], Result]:
-    """Make a method run as a step of the monitor ``_monitor`` of its object."""
+    """Decorate a method so that it runs as a step of its object's monitor, the attribute ``_monitor``."""
 
     @functools.wraps(method)
     def run(self: Owner, /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
@@ -200,13 +209,13 @@ def _wait(sleeper: threading.Lock) -> None:
 
 
 class UseCount:
-    """Count the users of a resource, so that ``close`` waits until none is left.
+    """Count the running uses of a resource, so that ``close`` can wait until none is left.
 
-    ``with use_count:`` marks a use. It raises ClosedError after ``close`` and in a forked child.
+    A use is a block ``with use_count:``. Entering it raises ClosedError after ``close`` and in a forked child.
     """
 
     def __init__(self, name: str) -> None:
-        """``name`` stands for the resource in error messages."""
+        """``name`` is the name of the resource in error messages."""
         self._name = name
         self._fork_guard = ForkGuard()
         self._lock = threading.Lock()
@@ -238,16 +247,16 @@ class UseCount:
 
 
 def postpone_interrupts() -> None:
-    """Install the handler of this module until ``raise_interrupts``.
+    """Install this module's handler of SIGINT, which postpones Ctrl-C, until ``raise_interrupts`` is called.
 
-    Does nothing outside the main thread and where SIGINT has another handler than Python's own.
+    Does nothing outside the main thread, or if SIGINT has another handler than Python's own.
     """
     if _signal.getsignal(signal.SIGINT) is signal.default_int_handler and _is_main():
         _signal.signal(signal.SIGINT, _on_interrupt)
 
 
 def raise_interrupts() -> None:
-    """Restore Python's own handler of SIGINT."""
+    """Restore Python's own handler of SIGINT if this module's handler is installed."""
     if _signal.getsignal(signal.SIGINT) is _on_interrupt and _is_main():
         _signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -261,14 +270,14 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
         try:
             _thread.start_new_thread(_send_again, (number,))  # unlike ``Thread.start`` it takes no lock
             return
-        except RuntimeError:  # the system has no thread left; the tiers repair themselves after the exception
+        except RuntimeError:  # no thread can be started: raise at once, the tiers repair their state after it
             pass
-    raise_interrupts()  # torch calls no hook after a forward pass that KeyboardInterrupt ends
+    raise_interrupts()  # here, as torch calls no hook after a forward pass that KeyboardInterrupt ends
     signal.default_int_handler(number, frame)
 
 
 def _may_interrupt(frame: FrameType | None) -> bool:
-    """Return whether raising at ``frame`` leaves no shared state half changed."""
+    """Return whether an exception raised at ``frame`` can't leave shared state half changed."""
     if frame is not None and frame.f_code in _waits:
         return True
     while frame is not None:
@@ -280,5 +289,5 @@ def _may_interrupt(frame: FrameType | None) -> bool:
 
 def _send_again(number: int) -> None:
     time.sleep(_AGAIN)
-    # The main thread may sleep in a system call by then, which only a signal of its own ends.
+    # By now the main thread may sleep in a system call, which only a signal to this very thread ends.
     signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -19,28 +19,28 @@ from .layout import GROUPS, PAIR_TYPES, TRUNK_BITS, Bits, ExpertKey, RecordLayou
 
 FORMAT = 1
 TRUNK_RECORDS = "trunk-records"
-FEATURES = frozenset({TRUNK_RECORDS})  # features that this version has and a store may require
-MAX_EXPERTS = 1 << 16  # most experts of a block
-MAX_BYTES = 1 << 50  # most bytes of a file
-MAX_NAME_BYTES = 255  # most bytes in the name of a file or folder (NAME_MAX of Linux)
+FEATURES = frozenset({TRUNK_RECORDS})  # features that a store may require and this version supports
+MAX_EXPERTS = 1 << 16  # largest number of experts of a block
+MAX_BYTES = 1 << 50  # largest size of a file
+MAX_NAME_BYTES = 255  # longest name of a file or folder, in bytes (NAME_MAX of Linux)
 SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit during a conversion that streams the source
 TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # a trunk file, which lies beside experts.zarr
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One Experts module: its path in the model, the place of its records, and its routing."""
+    """One Experts module: its path in the model, where its records are, and its numbers of experts."""
 
     path: str  # "model.layers.0.mlp.experts"
-    array: str  # the zarr array of its record geometry
-    index: int  # index in that array
+    array: str  # name of the zarr array with its records; an array has records of one layout
+    index: int  # index of the block in that array
     experts: int
     top_k: int
 
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """Size and checksum of a file as it was written."""
+    """Size and checksum that a file had when it was written."""
 
     bytes: int
     crc32c: int
@@ -48,37 +48,37 @@ class FileSum:
 
 @dataclass(frozen=True, slots=True)
 class TrunkRecords:
-    """Form of the quantised matrices of the trunk. Each is stored as a record of one projection, "weight"."""
+    """How matrices of the trunk are quantised. Each is stored as a record of one projection, "weight"."""
 
     bits: Bits
-    group: int  # largest group; a matrix that it does not divide has a smaller one
-    pairs: str
+    group: int  # largest group size; a matrix whose columns it does not divide has smaller groups
+    pairs: str  # type of the pairs, one of PAIR_TYPES
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of format version 1. ``blocks[b]`` is what ``ExpertKey.block == b`` names."""
+    """The manifest of format version 1. Keys with ``ExpertKey.block == b`` are of ``blocks[b]``."""
 
     model: str  # hub id or folder name of the source
-    source_digest: str  # sha256 over the source's config and its tensors: names, shapes, types, places, some bytes
+    source_digest: str  # sha256 over the source's config and its tensors' names, shapes, types, offsets and some bytes
     blocks: tuple[Block, ...]
     layouts: Mapping[str, RecordLayout]  # by array name
-    version: str  # version of the moetier that wrote it
+    version: str  # version of moetier that wrote the store
     digest: str = ""  # sha256 over the CRC-32C (LE u32) of every record, block by block; identifies the store
-    requires: tuple[str, ...] = ()
-    method: str = "hqq"  # of quantisation: "hqq" or "rounding"
-    trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by file name; empty until it is written
-    trunk_records: TrunkRecords | None = None  # None: nothing of the trunk is quantised
-    record_checksums: bytes = field(default=b"", repr=False)  # ``digest`` is their sha256; b"" in older stores
+    requires: tuple[str, ...] = ()  # names of features without which the store can't be read
+    method: str = "hqq"  # method of quantisation: "hqq" or "rounding"
+    trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by file name; empty until they are written
+    trunk_records: TrunkRecords | None = None  # None: no matrix of the trunk is quantised
+    record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; ``digest`` is their sha256; b"" if old
 
     @property
     def trunk_bits(self) -> int:
-        """Bits per weight of the trunk's quantised matrices, or 16."""
+        """Bits per weight of the trunk's quantised matrices; 16 if there are none."""
         return self.trunk_records.bits if self.trunk_records else 16
 
     @property
     def bits(self) -> Bits:
-        """Bits per expert weight. Projections that no group size divides may have more."""
+        """Bits per expert weight: the fewest of all projections. Those that no group size divides have 16."""
         return min(projection.bits for layout in self.layouts.values() for projection in layout.projections)
 
     @cached_property
@@ -92,7 +92,7 @@ class Manifest:
 
     @property
     def plan(self) -> Manifest:
-        """The manifest without what is only known once the store is written."""
+        """The manifest without the fields that are known only once the store is written."""
         return replace(self, digest="", trunk={}, record_checksums=b"")
 
     def layout(self, block: int) -> RecordLayout:
@@ -100,7 +100,7 @@ class Manifest:
         return self.layouts[self.blocks[block].array]
 
     def shape(self, array: str) -> tuple[int, int, int]:
-        """[blocks, experts, record bytes] of a zarr array."""
+        """Return the shape of a zarr array: [blocks, experts, record bytes]."""
         members = self.members[array]
         return len(members), next(iter(members.values())).experts, self.layouts[array].record_bytes
 
@@ -113,7 +113,7 @@ class Manifest:
         return found
 
     def check_keys(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Raise MissingExpertError for a block or expert that the model does not have. All keys are of ``block``."""
+        """Raise MissingExpertError if the model lacks ``block`` or an expert of ``keys``. All keys are of ``block``."""
         if not 0 <= block < len(self.blocks):
             raise MissingExpertError(
                 f"{self.model} has no block {block}.", f"Its blocks are 0 to {len(self.blocks) - 1}."
@@ -131,11 +131,11 @@ class Manifest:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all records with their checksums: the largest budget that makes sense."""
+        """Total size of all records with their checksums, in bytes. A larger budget would be of no use."""
         return sum(block.experts * self.layouts[block.array].slot_bytes for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as the store holds it."""
+        """Return the manifest as JSON for the store."""
         return {
             "format": FORMAT,
             "requires": list(self.requires),
@@ -156,10 +156,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
-        """Parse a manifest. Unknown optional keys are ignored.
+        """Parse a manifest, and ignore unknown fields.
 
         Raises:
-            StoreFormatError: ``value`` is not a manifest of format 1. The error names ``where``.
+            StoreFormatError: ``value`` is not a manifest of format 1. The error names the store by ``where``.
         """
         if not isinstance(value, dict) or "format" not in value:
             raise StoreFormatError(
@@ -204,7 +204,7 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        """Raise ValueError unless the blocks fill their arrays exactly and the tables fit the blocks."""
+        """Raise ValueError unless the blocks fill their arrays exactly and the other fields agree with them."""
         if not self.blocks:
             raise ValueError("blocks: it has no blocks")
         if ((form := self.trunk_records) is not None) != (TRUNK_RECORDS in self.requires):
@@ -235,7 +235,7 @@ def _blocks(values: Sequence[Fields]) -> tuple[Block, ...]:
 
 
 def _array(name: str, layout: Fields) -> str:
-    """Check the name of an array, which is also the name of a folder."""
+    """Return an array's name. Raises ValueError if a folder can't have that name."""
     if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"{layout.place}: {shown(name)} is no name of an array")
     return name
