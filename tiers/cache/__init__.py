@@ -1,4 +1,4 @@
-"""Choice of the records that a cache evicts, and of the number of slots that each block of the model may hold.
+"""Decide which records a cache evicts, and how many slots each block of the model may hold.
 
-All of it is pure: no bytes, no locks, no threads. The package imports only the nouns of ``tiers``.
+The package holds no records, takes no locks and starts no threads. It imports only the top-level modules of ``tiers``.
 """

@@ -1,8 +1,9 @@
-"""Budgets: how many slots a number of bytes pays for, and how many of them each block keeps. All of this is pure.
+"""Budgets: how many slots fit a number of bytes, and how many of them each block keeps. The functions have no state.
 
-With a global LRU and fewer slots than blocks x top-k nothing is ever hit: when a block's turn comes again, the others
-have just evicted all of its records. So blocks form *groups* that evict among their own. If the slots are too few for
-that, some blocks keep their top-k and all others share one group, through which they stream.
+With a global LRU and fewer slots than blocks x top-k there are no hits: when a block is computed again, the other
+blocks have just evicted all of its records. So blocks form *groups* that evict only their own records: one block to a
+group where there are enough slots. Otherwise some blocks keep top-k slots each, and all others share one group, whose
+slots hold the records of one block after the other.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from moetier.tiers.manifest import Block, Manifest
 
 
 def smallest_budget(manifest: Manifest) -> int:
-    """The smallest budget that works, in bytes: in every record geometry, one token's experts of one block."""
+    """Return the smallest budget that works, in bytes: for every record layout, one token's experts of one block."""
     return sum(manifest.layouts[name].slot_bytes * least for name, (least, _) in slot_ranges(manifest).items())
 
 
 def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
-    """Compute how many slots of each record geometry (zarr array) a budget pays for, at most one per record.
+    """Compute how many slots of each record layout fit the budget, by zarr array: at most one slot per record.
 
     Raises:
         BudgetError: not even one block's top-k records fit.
@@ -34,7 +35,7 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
         )
     ranges = slot_ranges(manifest)
     slots = {name: least for name, (least, _) in ranges.items()}
-    if above := largest - smallest:  # divide the rest in proportion to what each geometry can still use
+    if above := largest - smallest:  # divide the rest in proportion to what each layout can still use
         extra = min(budget_bytes, largest) - smallest
         for name, (least, most) in ranges.items():
             slots[name] += (most - least) * extra // above
@@ -48,7 +49,7 @@ def slots_for(manifest: Manifest, budget_bytes: int) -> Mapping[str, int]:
 
 
 def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """The smallest and the largest useful number of slots, by array."""
+    """Return the smallest and the largest useful number of slots, by zarr array."""
     ranges = {}
     for name, members in manifest.members.items():
         blocks = members.values()
@@ -58,16 +59,16 @@ def slot_ranges(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Blocks that evict among their own records, and the number of their slots."""
+    """Blocks that evict only one another's records, and the number of slots that they share."""
 
     blocks: tuple[int, ...]
     quota: int
 
 
 def plan_groups(slots: int, blocks: Mapping[int, Block]) -> tuple[Group, ...]:
-    """Divide ``slots`` among the ``blocks`` of one record geometry, given by number. The quotas add up to ``slots``.
+    """Divide ``slots`` among the ``blocks`` of one record layout. The quotas of the groups add up to ``slots``.
 
-    ``slots`` must be at least the greatest top-k and at most the number of records.
+    ``slots`` must be at least the largest top-k and at most the number of records. ``blocks`` is by block number.
     """
     least = max(block.top_k for block in blocks.values())
     assert least <= slots <= sum(block.experts for block in blocks.values()), f"{slots} slots"
@@ -85,7 +86,7 @@ def plan_groups(slots: int, blocks: Mapping[int, Block]) -> tuple[Group, ...]:
 
 
 def _even_quotas(slots: int, blocks: Mapping[int, Block]) -> dict[int, int]:
-    """Start from each block's top-k; give each further slot to the block that has the fewest and can use one more."""
+    """Give each block its top-k slots, and each further slot to the block with the fewest that can use one more."""
     quotas = {index: block.top_k for index, block in blocks.items()}
     heap = [(quota, index) for index, quota in quotas.items() if quota < blocks[index].experts]
     heapq.heapify(heap)

@@ -1,7 +1,7 @@
-"""Eviction orders of the records of one group. All of this is pure.
+"""Eviction orders of the records of one group. They hold keys only, and have no locks.
 
-A demand for more records than its group has slots is a *scan*: the group can't keep what it loads. A prefill is a scan
-where few experts of a block are cached.
+A demand for more records than its group has slots is a *scan*: the group can't keep all that the demand loads. A
+prefill is a scan if few experts of a block can be cached.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Protocol
 
 from moetier.tiers.layout import ExpertKey
 
-HALF_LIFE = 30  # uses of the group after which a use counts half as much
+HALF_LIFE = 30  # number of uses of the group's records after which an earlier use counts half
 
 
 class Order(Protocol):
-    """Eviction order of the keys of one group. A key is in it from ``add`` to ``remove``.
+    """Interface of an eviction order of one group's keys. A key is in the order from ``add`` to ``remove``.
 
-    ``scan`` says that the key is used by a scan.
+    The argument ``scan`` of the methods is true if the demand for the key is a scan.
     """
 
     def __len__(self) -> int: ...
@@ -28,23 +28,23 @@ class Order(Protocol):
     def __iter__(self) -> Iterator[ExpertKey]: ...
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
-        """Keys, the first victim first. For a scan they may be fewer than all: it must leave the others alone."""
+        """Iterate over keys that may be evicted, the first victim first. For a scan these may be only a part of all."""
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
         """Add a key whose record is being loaded. If the load is for a demand, ``touch`` follows."""
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
-        """Note that the key is used or about to be."""
+        """Note that a demand uses the key now, or is about to."""
 
     def demote(self, key: ExpertKey) -> None:
-        """Make the key the first victim: a prefetch has loaded it and it is not used yet."""
+        """Make the key the first victim, as its record was prefetched and is not used yet."""
 
     def remove(self, key: ExpertKey) -> None:
-        """Remove a key that has lost its slot."""
+        """Remove a key whose record has lost its slot."""
 
 
 class Recency:
-    """Evict the least recently used key first, for scans too."""
+    """Evict the least recently used key first. Scans are treated like other demands."""
 
     def __init__(self, quota: int) -> None:
         self._keys: OrderedDict[ExpertKey, None] = OrderedDict()
@@ -56,7 +56,7 @@ class Recency:
         return iter(self._keys)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
-        """All keys, the least recently used first."""
+        """Iterate over all keys, the least recently used first."""
         return iter(self._keys)
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
@@ -77,15 +77,15 @@ class Recency:
 
 
 class ScanResistant:
-    """Evict the least recently used key first, undisturbed by scans.
+    """Evict the least recently used key first, but protect the keys from scans.
 
-    Records that a scan loads are evicted before all others; those that it finds keep their place. Once a scan has
-    loaded ``room`` records, it evicts only such records. A record of a scan becomes an ordinary one when another demand
-    uses it.
+    Records that a scan has loaded are evicted before all others. Records that a scan finds in the cache keep their
+    place in the order. While there are ``room`` or more records that scans have loaded, a scan evicts only these. Such
+    a record becomes an ordinary one when a demand that is no scan uses it.
     """
 
     def __init__(self, quota: int) -> None:
-        self.room = max(2, quota // 8)  # enough reads in flight for a quick scan, few enough slots to lose little
+        self.room = max(2, quota // 8)  # enough for several reads at a time, few enough to evict little
         self._scanned: OrderedDict[ExpertKey, None] = OrderedDict()
         self._settled: OrderedDict[ExpertKey, float] = OrderedDict()
 
@@ -96,18 +96,21 @@ class ScanResistant:
         return chain(self._scanned, self._settled)
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
-        """Keys that scans have loaded, then the others; for a scan the former alone once there are ``room``."""
+        """Iterate over keys that scans have loaded, then the others.
+
+        For a scan, leave the others out while there are ``room`` or more keys that scans have loaded.
+        """
         return iter(self._scanned) if scan and len(self._scanned) >= self.room else iter(self)
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add the key to those of scans, or to the others as the most recently used."""
+        """Add the key to those that scans have loaded, or as the most recently used of the others."""
         if scan:
             self._scanned[key] = None
         else:
             self._settled[key] = 0.0
 
     def touch(self, key: ExpertKey, *, scan: bool) -> None:
-        """Make the key the most recently used of the ordinary ones. A scan changes nothing."""
+        """Make the key the most recently used ordinary one. A use by a scan changes nothing."""
         if not scan:
             self._scanned.pop(key, None)
             self._settled[key] = 0.0
@@ -126,26 +129,26 @@ class ScanResistant:
 
 
 class Frequency(ScanResistant):
-    """Evict the least often used key first, undisturbed by scans.
+    """Evict the least frequently used key first, but protect the keys from scans as ``ScanResistant`` does.
 
-    A use counts half as much after ``HALF_LIFE`` further uses of the group. An evicted key keeps its count and has it
-    again when it comes back.
+    A use counts half after ``HALF_LIFE`` further uses of the group's records. The count of an evicted key is kept for
+    the next time that its record is loaded.
 
     This is LRFU (Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used and least
-    frequently used policies", IEEE Transactions on Computers 50(12)). All counts decay at the same rate, so unused keys
-    keep their order. Stored is therefore the logarithm of each count, scaled to the time of the group's first use.
+    frequently used policies", IEEE Transactions on Computers 50(12)). All counts decay at the same rate, so their order
+    changes only by uses. Therefore each count is stored as a logarithm from which the decay is left out.
     """
 
     def __init__(self, quota: int) -> None:
         super().__init__(quota)
         self._uses = 0
-        self._counts: dict[ExpertKey, float] = {}  # log2, for every key that was ever used
+        self._counts: dict[ExpertKey, float] = {}  # log2 of the count of every key that was ever used
 
     def __iter__(self) -> Iterator[ExpertKey]:  # the order of ``victims``
         return chain(self._scanned, sorted(self._settled, key=self._settled.__getitem__))
 
     def add(self, key: ExpertKey, *, scan: bool) -> None:
-        """Add the key, with the count of its former uses unless a scan loads it."""
+        """Add the key, with the count of its earlier uses, or to those that scans have loaded."""
         super().add(key, scan=scan)
         if not scan:
             self._settled[key] = self._counts.get(key, -inf)
@@ -160,11 +163,11 @@ class Frequency(ScanResistant):
             self._settled.move_to_end(key)
 
     def demote(self, key: ExpertKey) -> None:
-        """Make the key the first victim among those that no scan has loaded; its count is kept."""
+        """Make the key the first victim among those that no scan has loaded, and keep its count for its next use."""
         super().demote(key)
         self._settled[key] = -inf
 
 
-# by name: makes an order from a group's quota
+# by name of the policy: the function that makes an order from a group's quota
 ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
 DEFAULT_ORDER = "lrfu"

@@ -1,4 +1,4 @@
-"""Prefetch outcomes: whether prefetched records were useful, late or wasted. Its owner's lock is held."""
+"""Prefetch outcomes: whether prefetched records were useful, late or wasted. Callers hold the tier's lock."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from moetier.tiers.stats import TierCounters
 
 
 class PrefetchOutcomes:
-    """Prefetches that have begun, each until its record is first used or is lost. Counts what became of them.
+    """Track each prefetch from its begin until its record is used or evicted, and count the outcome.
 
-    ``began`` has those under way, with the time of their begin. ``unused`` has the records that are there, the oldest
-    first, with the seconds that their prefetch took.
+    ``began`` has the prefetches whose read is in progress, with the time by ``clock`` at which the read began.
+    ``unused`` has the records that have arrived and were not used yet, the oldest first, with the duration of their
+    read in seconds.
     """
 
     def __init__(self, counters: TierCounters, clock: Callable[[], float]) -> None:
@@ -22,12 +23,12 @@ class PrefetchOutcomes:
         self.unused: dict[ExpertKey, float] = {}
 
     def arrive(self, key: ExpertKey) -> None:
-        """Note that the record is there; it is unused if no demand came meanwhile."""
+        """Note that the record has arrived. It counts as unused if no demand has come since its read began."""
         if (began := self.began.pop(key, None)) is not None:
             self.unused[key] = self._clock() - began
 
     def use(self, key: ExpertKey) -> None:
-        """Count the first demand for a record that was prefetched, or is on its way."""
+        """Count the first demand for a record that was prefetched (useful) or is still being read (late)."""
         if (seconds := self.unused.pop(key, None)) is not None:
             self._counters.useful += 1
             self._counters.saved_seconds += seconds
@@ -35,17 +36,17 @@ class PrefetchOutcomes:
             self.late(self._clock() - began)
 
     def late(self, seconds: float) -> None:
-        """Count a demand for a record of which ``seconds`` had been read."""
+        """Count a demand for a record that had been read for ``seconds`` when the demand came."""
         self._counters.late += 1
         self._counters.saved_seconds += seconds
 
     def evict(self, key: ExpertKey) -> None:
-        """Note that the record is gone. A prefetch that brought it for no demand was wasted."""
+        """Note that the record was evicted. If no demand has used it, its prefetch was wasted."""
         if self.unused.pop(key, self.began.pop(key, None)) is not None:
             self._counters.wasted += 1
 
     def repair(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Drop records without a slot, after a step that was cut."""
+        """Remove keys that have no slot, after an exception has interrupted a change. ``find`` returns a key's slot."""
         for known in (self.began, self.unused):
             for key in [key for key in known if find(key) is None]:
                 del known[key]

@@ -1,14 +1,17 @@
-"""A pool: the slots of one record geometry in a tier, what each holds, and which record is evicted next. Pure.
+"""A pool: the slots of a tier for records of one layout, what each slot holds, and which record is evicted next.
+
+The pool knows keys and slot numbers; it holds no records and has no lock.
 
     EMPTY -- begin(key) --> LOADING -- fill --> READY -- begin(other key) --> LOADING
                                `------ fail --> EMPTY
 
-A *pin* holds a READY slot in place. A pin on a LOADING slot is a claim: a demand waits for its record.
+A *pin* keeps the record of a READY slot from being evicted. A pin on a LOADING slot is a *claim*: a demand waits for
+its record.
 
-Blocks form *groups* (``budget.plan_groups``) that evict among their own records, each by an order (``orders``). A
-prefetch takes the slot of an earlier prefetch that turned out wrong, of any block, or else its own block's next victim.
-Its record is the next victim itself until it is used. So a right prediction evicts what the demand would have evicted,
-and of several wrong ones in a row only the first costs a record.
+Blocks form *groups* (``budget.plan_groups``). A group evicts only its own records, in an eviction order (``orders``). A
+prefetch takes the slot of an earlier prefetch of any block that turned out wrong, or else evicts the next victim of its
+own group. Until it is used, a prefetched record is itself the next victim. So a right prediction evicts what its demand
+would have evicted, and of several wrong predictions in a row only the first evicts a record that was in use.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from .orders import DEFAULT_ORDER, ORDERS, Order
 
 
 class SlotPool:
-    """Slots, numbered from 0, of ``slot_bytes`` each; ``first`` is the number of the first one in the tier.
+    """Slots of ``slot_bytes`` each. They are numbered from 0 here, and from ``first`` on in the tier.
 
-    With the order "lru", a group within its quota holds exactly what a least-recently-used cache of that size holds.
+    With the order "lru", a group within its quota holds the same records as a least-recently-used cache of that size.
     """
 
     def __init__(
@@ -36,12 +39,15 @@ class SlotPool:
         first: int = 0,
         slot_bytes: int = 0,
     ) -> None:
-        """Make as many slots as the quotas of ``groups`` add up to; ``make_order`` takes the quota of a group."""
+        """Make as many slots as the quotas of ``groups`` add up to.
+
+        ``make_order`` makes an eviction order from the quota of a group.
+        """
         self.count = sum(group.quota for group in groups)
         self.first = first
         self.slot_bytes = slot_bytes
-        # A slot is READY if it has a key and is not LOADING. Changes are in an order that keeps this true of whole
-        # records alone, wherever an exception cuts them.
+        # A slot is READY if it has a key and is not LOADING. Methods change the state in such an order that, wherever
+        # an exception interrupts them, only slots with whole records are READY.
         self._keys: list[ExpertKey | None] = [None] * self.count
         self._loading: set[int] = set()
         self._pins = [0] * self.count
@@ -54,7 +60,7 @@ class SlotPool:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def find(self, key: ExpertKey) -> int | None:
-        """The slot that holds ``key`` or is being filled with it, or None."""
+        """Return the slot that holds the record of ``key`` or is being filled with it; None if there is none."""
         return self._slot_of.get(key)
 
     def holds(self, key: ExpertKey) -> bool:
@@ -63,11 +69,11 @@ class SlotPool:
         return slot is not None and slot not in self._loading
 
     def held(self) -> list[ExpertKey]:
-        """All keys that have a slot, READY or LOADING."""
+        """Return all keys that have a slot, READY or LOADING."""
         return list(self._slot_of)
 
     def key(self, slot: int) -> ExpertKey:
-        """The key that a slot holds or is being filled with. The slot must not be EMPTY."""
+        """Return the key whose record a slot holds or is being filled with. The slot must not be EMPTY."""
         key = self._keys[slot]
         assert key is not None, f"slot {slot} is empty"
         return key
@@ -85,7 +91,7 @@ class SlotPool:
         return not self._pins[slot] and self.is_ready(slot)
 
     def pins(self, slot: int) -> int:
-        """The number of pins on the slot, claims included."""
+        """Return the number of pins on the slot, claims included."""
         return self._pins[slot]
 
     @property
@@ -104,9 +110,16 @@ class SlotPool:
         return sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
 
     def begin(self, slot: int, key: ExpertKey, *, scan: bool = False, prefetched: bool = False) -> ExpertKey | None:
-        """Begin to fill a slot that is EMPTY or evictable; return the key of the record that was evicted, if any.
+        """Begin to fill a slot that is EMPTY or evictable, which makes it LOADING.
 
-        A ``prefetched`` record is evicted before used ones.
+        Args:
+            slot: the slot.
+            key: the key of the record that it will hold, which has no slot yet.
+            scan: whether the demand for the record is a scan.
+            prefetched: whether this is a prefetch. Then the record is evicted before those that were used.
+
+        Returns:
+            The key of the record that was evicted, or None.
         """
         assert key not in self._slot_of, f"{key} has a slot"
         evicted = self._keys[slot]
@@ -130,7 +143,7 @@ class SlotPool:
         self._loading.remove(slot)
 
     def fail(self, slot: int) -> None:
-        """Empty a LOADING slot whose record will not arrive. Claims on it end."""
+        """Make a LOADING slot EMPTY: its record will not arrive. Claims on it end."""
         assert slot in self._loading, f"slot {slot} is not loading"
         key = self.key(slot)
         self._pins[slot] = 0
@@ -146,7 +159,7 @@ class SlotPool:
         self._pins[slot] += 1
 
     def pin_ready(self, key: ExpertKey) -> int | None:
-        """Pin the slot of a key if it is READY, and return it; else return None."""
+        """Pin the slot that holds the record of ``key`` and return its number. Return None if there is no READY one."""
         slot = self._slot_of.get(key)
         if slot is None or slot in self._loading:
             return None
@@ -162,11 +175,11 @@ class SlotPool:
     # -- evictions ----------------------------------------------------------------------------------------------------
 
     def quota(self, block: int) -> int:
-        """The quota of the block's group, in slots. A demand for more records is a scan."""
+        """Return the quota of the block's group, in slots. A demand for more records than that is a scan."""
         return self._quotas[self._group_of[block]]
 
     def vacancy(self, block: int) -> int | None:
-        """An EMPTY slot that belongs to the block's group, or None."""
+        """Return an EMPTY slot if the block's group is below its quota and there is one, else None."""
         return self._empty() if self._surplus(self._group_of[block]) < 0 else None
 
     def choose(
@@ -177,20 +190,22 @@ class SlotPool:
         scan: bool = False,
         keep: Callable[[ExpertKey], bool] = lambda key: False,
     ) -> int | None:
-        """Choose the slot for a record of ``block``: an EMPTY one or one to evict. Return None if there is none.
+        """Choose a slot for a record of ``block``: an EMPTY one, or one to evict. Return None if there is none.
 
-        A group below its quota takes a free slot; a group at its quota evicts one of its own records first.
+        A group below its quota takes an EMPTY slot, or takes back a slot that another group has borrowed. A group at
+        its quota evicts one of its own records.
 
         Args:
-            may_borrow: if the group has no slot to offer, take one of another group, which takes one back when it
-                needs it, or a slot that a scan would otherwise leave alone.
-            scan: the demand is a scan.
-            keep: keys that are not evicted.
+            block: the block of the record.
+            may_borrow: if the group itself has no slot to offer, take any slot, also of another group, or one that a
+                scan would otherwise not evict. The other group takes a slot back when it needs one.
+            scan: whether the demand for the record is a scan.
+            keep: returns True for keys that must not be evicted.
         """
         number = self._group_of[block]
         slot: int | None = None
         if self._surplus(number) < 0:
-            # Without a free slot below the quota, another group has borrowed one.
+            # If the group is below its quota and no slot is EMPTY, another group has borrowed one.
             slot = self._empty()
             if slot is None:
                 borrowers = (number for number in self._by_surplus() if self._surplus(number) > 0)
@@ -204,7 +219,7 @@ class SlotPool:
         return slot
 
     def touch(self, keys: Iterable[ExpertKey], *, scan: bool = False) -> None:
-        """Note uses of records that have slots, in their order."""
+        """Note that the records of ``keys``, which have slots, are used in this order."""
         for key in keys:
             self._orders[self._group_of[key[0]]].touch(key, scan=scan)
 
@@ -217,7 +232,7 @@ class SlotPool:
     def _first_victim(
         self, numbers: Iterable[int], keep: Callable[[ExpertKey], bool], *, scan: bool = False
     ) -> int | None:
-        """The first slot to evict of the first of these groups that has one, in the groups' orders."""
+        """Return the first victim of the first group in ``numbers`` that has an evictable one; None if none has."""
         for number in numbers:
             for key in self._orders[number].victims(scan=scan):
                 slot = self._slot_of[key]
@@ -229,21 +244,22 @@ class SlotPool:
         return len(self._orders[number]) - self._quotas[number]
 
     def _by_surplus(self) -> list[int]:
-        """Group numbers, the group that is furthest above its quota first."""
+        """Return all group numbers, beginning with the group that is furthest above its quota."""
         return sorted(range(len(self._orders)), key=lambda number: -self._surplus(number))
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def contents(self) -> list[tuple[ExpertKey | None, bool]]:
-        """Return for each slot the key that it holds or is being filled with (None if EMPTY), and whether it is
-        LOADING."""
+        """Return for each slot its key (None if the slot is EMPTY), and whether the slot is LOADING."""
         return [(key, slot in self._loading) for slot, key in enumerate(self._keys)]
 
     def repair(self, pins: Sequence[int], loading: Mapping[int, ExpertKey]) -> None:
-        """Make slots and groups agree after a step that an exception has cut.
+        """Make slots and groups consistent after an exception has interrupted a change.
 
-        The slots of ``loading`` become LOADING, READY ones stay, all others become EMPTY. ``pins`` is the true number
-        of pins of each slot.
+        Args:
+            pins: the true number of pins of each slot.
+            loading: the slots that are being filled, and with which keys. These become LOADING. Other slots stay READY
+                if they are, and else become EMPTY.
         """
         self._slot_of.clear()
         self._free.clear()
@@ -269,7 +285,7 @@ class SlotPool:
                 self._order(key).add(key, scan=False)
 
     def check_integrity(self) -> None:
-        """Assert that every slot is in exactly one state, and every key in at most one slot and in its group."""
+        """Assert that each slot is in exactly one state, and each key in at most one slot and in its group."""
         held = {key: slot for slot, key in enumerate(self._keys) if key is not None}
         assert held == self._slot_of
         assert sorted([*held.values(), *self._free]) == list(range(self.count))
@@ -282,7 +298,7 @@ class SlotPool:
 
 
 def snapshot(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:
-    """Statistics of the tier that consists of ``pools``."""
+    """Return the statistics of the tier that consists of ``pools``."""
     pools = list(pools)
     return counters.snapshot(
         slots=sum(pool.count for pool in pools),
