@@ -1,4 +1,4 @@
-"""Durable files: written whole, synced, renamed into place. Errors of a disk become errors that say what to do."""
+"""Write files durably: under a temporary name, synced, then renamed. Disk errors become errors that say what to do."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from types import TracebackType
 
 from moetier.tiers.errors import DiskSpaceError, StoreReadError, TargetError
 
-PARTIAL = ".partial"  # suffix of files that are being written; zarr never looks for such names
-FLUSH_BYTES = 64 << 20  # most dirty pages of a large file: more would stall a small cgroup
+PARTIAL = ".partial"  # suffix of files that are being written; zarr never opens files with this suffix
+FLUSH_BYTES = 64 << 20  # limit of a large file's dirty pages: more would stall writes in a small cgroup
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turn errors of writing below ``folder`` into DiskSpaceError or TargetError.
+    """Turn OSErrors of writes into ``folder`` into DiskSpaceError or TargetError.
 
     ``needed`` returns the number of bytes that are still to be written.
     """
     try:
         yield
-    except BrokenPipeError:  # not from a disk: from the reader of the program's output
+    except BrokenPipeError:  # not an error of the disk: the process that reads this program's output has ended
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -40,7 +40,7 @@ def disk_errors(folder: Path, needed: Callable[[], int] = lambda: 0) -> Iterator
 
 
 class read_errors:
-    """Turn errors of reading ``path`` into StoreReadError. FileNotFoundError passes."""
+    """Turn OSErrors of reads of ``path`` into StoreReadError, except FileNotFoundError, which is raised as it is."""
 
     __slots__ = ("_path",)
 
@@ -61,7 +61,7 @@ class read_errors:
 
 
 def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
-    """Write all of ``data`` at ``position``: a single call may write less and leave the error to the next."""
+    """Write all of ``data`` at ``position``. A single system call may write less, and only the next one reports why."""
     view = memoryview(data)
     while view:
         count = os.pwrite(descriptor, view, position)
@@ -72,7 +72,7 @@ def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Create a folder and its parents as ``mkdir -p`` does, each durably."""
+    """Create a folder and its parents as ``mkdir -p`` does, and sync each parent so that the names are durable."""
     if not folder.is_dir():
         make_folders(folder.parent)
         with contextlib.suppress(FileExistsError):
@@ -81,7 +81,7 @@ def make_folders(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable with fsync."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -90,11 +90,11 @@ def sync_folder(folder: Path) -> None:
 
 
 class LargeFile:
-    """File that ``large_file`` creates. Few of its pages are dirty at a time, and none stays in the page cache."""
+    """The file that ``large_file`` opens. About FLUSH_BYTES are dirty at most; flushed pages leave the page cache."""
 
     def __init__(self, descriptor: int, errors: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         self.written = 0  # bytes
-        self._flushed = 0  # bytes on the disk and dropped from the page cache
+        self._flushed = 0  # bytes that are on the disk and no longer in the page cache
         self._descriptor = descriptor
         self._errors = errors
 
@@ -117,10 +117,11 @@ class LargeFile:
 def large_file(
     path: Path, size: int, errors: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 ) -> Iterator[LargeFile]:
-    """Write a file of ``size`` bytes piece by piece under a temporary name; at a clean end it replaces ``path``.
+    """Open a new file of ``size`` bytes, to be written piece by piece. It replaces ``path`` on a clean exit.
 
-    All bytes are allocated first, so that a full disk is found before the work and not after it. After an exception
-    nothing is left. ``errors`` makes contexts that translate errors of writing, but not those of the caller's work.
+    Until then it has a temporary name; after an exception it is removed. The disk space is allocated first, so that a
+    full disk is detected before the caller's work. ``errors`` makes context managers that translate errors of writing.
+    They don't enclose the caller's work.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -148,12 +149,12 @@ def _allocate(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError:
-        os.ftruncate(descriptor, 0)  # it may have allocated a part
+        os.ftruncate(descriptor, 0)  # a part may have been allocated
         raise
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file atomically: after a crash at any moment it has either ``data`` or its former content."""
+    """Write a whole file atomically. After a crash at any moment it has either its former content or ``data``."""
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb") as stream:
         stream.write(data)

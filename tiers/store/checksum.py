@@ -1,6 +1,6 @@
 """The checksum of records, shard indexes and trunk files: CRC-32C (Castagnoli), zarr's codec ``crc32c``.
 
-This is the only module that knows which library computes it: the reason why so small a module stands alone.
+This is a module of its own so that only one place depends on the library that computes the checksum.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import crc32c as _library
 
 from moetier.tiers.layout import CHECKSUM_BYTES
 
-PIECE_BYTES = 8 << 20  # of a file, read or written and checksummed at a time; larger records are read in several pieces
+PIECE_BYTES = 8 << 20  # bytes that are read or written and checksummed at a time, as a piece of a file or record
 
 
 def crc32c(data: memoryview | bytes, before: int = 0) -> int:
     """Compute the CRC-32C of contiguous ``data``, continuing from ``before``, the CRC-32C of the bytes that precede it.
 
-    Releases the GIL for data of 32 KiB and more: threads check records on several cores while another thread decodes.
+    The GIL is released for data of 32 KiB or more, so several threads can check records while another one decodes.
     """
     return _library.crc32c(data, before)
 
 
 def checksum_bytes(crc: int) -> bytes:
-    """Encode a checksum as a store holds it."""
+    """Encode a checksum as a store holds it: 4 bytes, little endian."""
     return crc.to_bytes(CHECKSUM_BYTES, "little")

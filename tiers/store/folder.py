@@ -1,4 +1,4 @@
-"""The folder of a store: its manifest, the metadata of its arrays, and what is wrong with them."""
+"""Read and check the folder of a store: its manifest and the metadata of its arrays."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .atomic import read_errors
 from .shard import ShardFile
 
 GROUP = "experts.zarr"  # the store's folder in a model directory
-METADATA = "zarr.json"  # metadata of the group (holds the manifest, written last) and of each array
-PLAN = "plan.json"  # the manifest of an unfinished conversion
-JOURNAL = "conversion.json"  # beside the store during a conversion: its notes, with the command that resumes it
-ORIGIN = "origin.json"  # beside a store that was made from the hub: id and commit of the source
-MAX_JSON_BYTES = 2 << 20  # most bytes of one file: ten times the largest known one
-MAX_LEVELS = 100
+METADATA = "zarr.json"  # metadata of the group, which holds the manifest and is written last, and of each array
+PLAN = "plan.json"  # the plan of an unfinished conversion (``Manifest.plan``)
+JOURNAL = "conversion.json"  # beside the store during a conversion: its state, and the command that resumes it
+ORIGIN = "origin.json"  # beside a store whose source is on the Hugging Face hub: the source's id and commit
+MAX_JSON_BYTES = 2 << 20  # largest JSON file or header that is read: ten times the largest known one
+MAX_LEVELS = 100  # deepest nesting of JSON values
 
 
 def command(name: str, *arguments: str | Path) -> str:
-    """Format a moetier command, quoted for a shell."""
+    """Format the command line ``moetier NAME ARGUMENTS``, quoted for a shell."""
     return shlex.join(["moetier", name, *map(str, arguments)])
 
 
 def store_folder(folder: Path) -> Path:
-    """Find ``experts.zarr``, given the model directory or the folder itself. Raises StoreFormatError elsewhere."""
+    """Return the folder ``experts.zarr``, given it or its model directory. Raises StoreFormatError for any other."""
     if (folder / GROUP).is_dir():
         return folder / GROUP
     if folder.name == GROUP and folder.is_dir():
@@ -53,7 +53,7 @@ def store_folder(folder: Path) -> Path:
 
 
 def check_directory(folder: Path) -> None:
-    """Raise StoreFormatError if ``folder`` is a store where its model directory is expected."""
+    """Raise StoreFormatError if ``folder`` is a store itself. Its model directory is expected."""
     if folder.name == GROUP and folder.is_dir():
         raise StoreFormatError(
             f"{folder} holds the experts of a model directory, and not the model.", f"Give its folder: {folder.parent}"
@@ -61,7 +61,10 @@ def check_directory(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an ``experts.zarr``. Raises IncompleteStoreError if its conversion was interrupted."""
+    """Read the manifest of the store in ``folder``, an ``experts.zarr``.
+
+    Raises IncompleteStoreError if the store's conversion was interrupted, StoreFormatError or StoreReadError.
+    """
     path = folder / METADATA
     if not path.exists():
         raise _incomplete(folder)
@@ -77,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_plan(folder: Path) -> Manifest | None:
-    """Read the plan of a finished or unfinished ``experts.zarr``; None if it has none. Raises StoreError."""
+    """Read the plan (``Manifest.plan``) of a finished or unfinished store; None if there is none. Raises StoreError."""
     if (folder / METADATA).exists():
         return read_manifest(folder).plan
     if (folder / PLAN).exists():
@@ -86,7 +89,7 @@ def read_plan(folder: Path) -> Manifest | None:
 
 
 def read_origin(folder: Path) -> dict[str, str]:
-    """Read the hub ``id`` and ``revision`` (a commit) that a model directory was made from; {} if it was not."""
+    """Read which hub ``id`` and ``revision`` (a commit) a model directory was made from; {} if that is not known."""
     try:
         found = Fields(read_json(folder / ORIGIN))
         return {name: found[name].text() for name in ("id", "revision")}
@@ -110,7 +113,7 @@ def _incomplete(folder: Path) -> IncompleteStoreError:
 
 
 def resuming(target: Path, plan: Manifest) -> str:
-    """Format the command that resumes a conversion, as the converter has noted it."""
+    """Format the command that resumes the conversion into ``target``, as the converter has saved it there."""
     try:
         return shlex.join(word.text() for word in Fields(read_json(target / JOURNAL))["command"].items())
     except (StoreError, ValueError):
@@ -118,7 +121,10 @@ def resuming(target: Path, plan: Manifest) -> str:
 
 
 def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, Any]:
-    """Read a JSON object of an untrusted model directory. Raises StoreFormatError or StoreReadError."""
+    """Read a JSON object from a file of an untrusted model directory. Raises StoreFormatError or StoreReadError.
+
+    ``fix`` is the advice in a StoreFormatError.
+    """
     try:
         with read_errors(path), path.open("rb") as stream:
             data = stream.read(MAX_JSON_BYTES + 1)
@@ -132,7 +138,7 @@ def read_json(path: Path, fix: str = "Convert the model again.") -> dict[str, An
 
 
 def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
-    """Parse a JSON object of at most ``MAX_JSON_BYTES``. Raises StoreFormatError, naming ``where``."""
+    """Parse a JSON object of at most ``MAX_JSON_BYTES``. Raises StoreFormatError with ``where`` and ``fix`` in it."""
     try:
         found = json.loads(data, parse_int=_whole)
         deep = _is_deep(found)
@@ -148,7 +154,7 @@ def parse_json(data: bytes, where: str, fix: str) -> dict[str, Any]:
 
 
 def _is_deep(value: object) -> bool:
-    """Return whether a value is nested too deep, without recursion: the parser may accept more levels than that can."""
+    """Return whether a value has more than MAX_LEVELS levels. A recursive check could overflow the stack."""
     level: list[Any] = [[value]]
     for _ in range(MAX_LEVELS + 2):
         if not level:
@@ -159,7 +165,7 @@ def _is_deep(value: object) -> bool:
 
 
 def _whole(digits: str) -> float:
-    """Parse an integer. With more digits than Python converts, return a number that no field accepts."""
+    """Parse an integer. If it has too many digits for Python to convert, return infinity, which no field accepts."""
     return int(digits) if len(digits) < 100 else math.inf
 
 

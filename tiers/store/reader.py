@@ -1,7 +1,7 @@
 """ExpertStore, the SSD tier: opens and checks a store, and reads one record at a time into a slot.
 
-The sizes and the indexes of all shards are checked before anything is allocated. A read is ``preadv`` straight into the
-slot, with O_DIRECT where the file system has it.
+Opening a store checks the sizes and indexes of all shards. A read is a ``preadv`` straight into the slot, with O_DIRECT
+if the file system supports it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from .shard import (
     store_digest,
 )
 
-DIGEST_SECONDS = 0.1  # for which opening an older store waits: enough for a quick disk or a small store
-DIGEST_SHARE = 0.1  # share of the time for which its checksums are read afterwards
+# The check of an older store's digest:
+DIGEST_SECONDS = 0.1  # time for which ``open`` waits for it, enough for a quick disk or a small store
+DIGEST_SHARE = 0.1  # part of the time for which it reads afterwards, in the background
 
 NO_PREFIX = StagedPrefix(0, lambda view: None)
 
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class ExpertStore:
-    """The records of one model directory. Thread-safe. Keeps one descriptor for each block."""
+    """The records of one model directory. Thread-safe. One file descriptor is open for each block."""
 
     @classmethod
     def open(cls, folder: Path, *, readers: int = 4, damaged: bool = False) -> ExpertStore:
@@ -53,12 +54,12 @@ class ExpertStore:
         Args:
             folder: the directory.
             readers: number of threads that read pieces of large records.
-            damaged: open a store with bad shards, to scrub it. Their errors are in ``faults``, and reads of their
-                records raise them. The digest of an older store is not checked.
+            damaged: open the store even if shards are bad, to scrub it. The errors of bad shards are in ``faults``, and
+                reads of their records raise them. The digest of an older store is not checked.
 
         Raises:
             IncompleteStoreError: the conversion was interrupted.
-            StoreFormatError: the directory is not a store, or not one of this version.
+            StoreFormatError: the directory is not a store that this version can read.
             MissingExpertError: a shard is missing.
             ChecksumError: a shard belongs to another conversion.
             StoreReadError: the disk has answered with an error.
@@ -92,16 +93,17 @@ class ExpertStore:
         self._shards: dict[int, OpenShard] = {}
         self._faults: dict[int, StoreError] = {}
         self._digest_check: threading.Thread | None = None
-        self._closing = threading.Event()  # ends that thread
-        self._fault = Future[ChecksumError]()  # is done if the digest is not that of the records
-        self._use = UseCount(f"The store {folder}")  # no descriptor is closed, and reused, during a read
+        self._closing = threading.Event()  # ends the thread ``_digest_check``
+        self._fault = Future[ChecksumError]()  # done if the records turn out to have another digest than the manifest
+        self._use = UseCount(f"The store {folder}")  # a descriptor closed during a read could be reused
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
 
     def check_digest(self) -> None:
-        """Compare the stored checksums of an older store, whose manifest has no table of them, with its digest.
+        """Compare the digest of the stored checksums with the manifest's, if the manifest has no table of checksums.
 
-        This goes on in the background if it takes long. After a mismatch all reads raise the error. Raises
-        ChecksumError if it is found at once.
+        Manifests of older stores have none. If the check takes longer than DIGEST_SECONDS it goes on in the background.
+        Raises ChecksumError if a mismatch is found before that; if it is found later, all further reads raise the
+        error.
         """
         if self.manifest.record_checksums:
             return
@@ -119,24 +121,24 @@ class ExpertStore:
                 with read_errors(shard.file.path):
                     for crc in shard.file.stored_checksums(shard.descriptor):
                         checksums.append(crc)
-                        if (seconds := time.monotonic() - began) > DIGEST_SECONDS:  # reads of records come first
+                        if (seconds := time.monotonic() - began) > DIGEST_SECONDS:  # leave the disk to reads of records
                             self._closing.wait(seconds * (1 / DIGEST_SHARE - 1))
                             began = time.monotonic()
                         if self._closing.is_set():
                             return
-        except StoreError as error:  # a later read of the records will raise it
+        except StoreError as error:  # a read of these records will raise it
             _log.warning("The digest of %s is not checked: %s", self.manifest.model, error.cause)
             return
         if (digest := store_digest(checksums)) != self.manifest.digest and not self._closing.is_set():
             self._fault.set_result(foreign_shards(self.manifest, digest, self.folder))
 
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
-        """Call ``watcher``, from any thread, if the digest turns out not to be that of the records."""
+        """Register ``watcher``, which is called in any thread if the records have another digest than the manifest."""
         self._fault.add_done_callback(lambda fault: watcher(fault.result()))
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
-        """Errors of whole shards, by block; empty unless the store was opened with ``damaged``."""
+        """The errors of bad shards, by block. It is empty unless the store was opened with ``damaged``."""
         return self._faults
 
     @property
@@ -158,12 +160,12 @@ class ExpertStore:
         Args:
             key: the expert.
             buffer: the slot. After an error its content is undefined.
-            pause: if given, the record is read in pieces and ``pause`` is called between two of them, until it returns
-                False.
+            pause: if given, the record is read in pieces, and ``pause`` is called between two of them. Once it returns
+                False, the rest is read without further calls.
 
         Raises:
             MissingExpertError: the model does not have the expert.
-            StoreReadError: the disk has answered with an error, with EIO twice.
+            StoreReadError: the disk has answered with an error. EIO is raised only if a second try fails too.
             ChecksumError: the bytes are not those that were written.
         """
         self.read_rest(key, buffer, NO_PREFIX, pause)
@@ -174,7 +176,7 @@ class ExpertStore:
         return self
 
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Read a part of a record: see ``PartReader``."""
+        """Read a part of a record, as ``PartReader`` specifies."""
         with self._use:
             shard, offset = self._locate(key)
             shard.read(offset + start, part)
@@ -183,7 +185,7 @@ class ExpertStore:
     def read_rest(
         self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
     ) -> None:
-        """Read the rest of a record: see ``PartReader``. Raises the same errors as ``read_into``."""
+        """Read the rest of a record, as ``PartReader`` specifies. Raises the same errors as ``read_into``."""
         with self._use:
             shard, offset = self._locate(key)
             view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
@@ -203,9 +205,9 @@ class ExpertStore:
                 raise foreign_record(f"{_expert(self.manifest, key)}: its record in {shard.file.path}", shard.file.path)
 
     def close(self) -> None:
-        """Wait for running reads, then release all threads and descriptors. Idempotent.
+        """Wait for running reads, then end all threads and close all descriptors. Idempotent.
 
-        A forked child only closes its descriptors.
+        In a forked child, only the child's copies of the descriptors are closed.
         """
         self._closing.set()
         check = self._digest_check
@@ -244,7 +246,7 @@ class ExpertStore:
         prefix: StagedPrefix,
         pause: Callable[[], bool] | None,
     ) -> int:
-        """Read a record except for its ``prefix``. Return the CRC-32C of the payload that is in ``view`` at the end."""
+        """Read a record into ``view``, except for its ``prefix``, which is copied. Return the payload's CRC-32C."""
         payload = view[:-CHECKSUM_BYTES]
         start, step = prefix.length, interruptible_bytes(len(view))
 
@@ -268,7 +270,10 @@ class ExpertStore:
     def _read_side_by_side(
         self, shard: OpenShard, offset: int, view: memoryview, start: int, before: Callable[[], int]
     ) -> int:
-        """Read from byte ``start`` on in several pieces at once. ``before`` returns the CRC-32C up to there."""
+        """Read a record from byte ``start`` on, in several pieces in parallel. Return the whole payload's CRC-32C.
+
+        ``before`` returns the CRC-32C of the bytes before ``start``.
+        """
         payload = view[:-CHECKSUM_BYTES]
         starts = range(start, len(view), PIECE_BYTES)
         pieces: list[Future[None]] = [
@@ -276,7 +281,7 @@ class ExpertStore:
         ]
         try:
             crc = before()
-            # In order: each piece is checksummed while later ones are read. This thread reads those not yet begun.
+            # Checksum the pieces in order, while later ones are read. This thread reads pieces that no other has begun.
             for start, piece in zip(starts, pieces, strict=True):
                 if piece.cancel():
                     shard.read(offset + start, view[start : start + PIECE_BYTES])
@@ -284,7 +289,7 @@ class ExpertStore:
                     piece.result()
                 crc = crc32c(payload[start : start + PIECE_BYTES], crc)
         finally:
-            for piece in pieces:  # nothing may write to the slot after this has returned
+            for piece in pieces:  # no thread may write to the slot after this method has returned
                 if not piece.cancel():
                     piece.exception()
         return crc

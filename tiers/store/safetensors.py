@@ -1,6 +1,6 @@
-"""Header of a safetensors file, which is not trusted: the type, shape and place of each tensor.
+"""Read the header of an untrusted safetensors file: the type, shape and offset of each tensor.
 
-The format: https://github.com/huggingface/safetensors#format
+The format is specified at https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_DIMENSIONS = 16
 
 
 class Entry(NamedTuple):
-    """One tensor of a header. ``begin`` is the offset of its bytes in the file's data."""
+    """One tensor in a header. ``begin`` is the offset of its bytes, counted from the end of the header."""
 
     dtype: str  # as the file spells it: "BF16"
     shape: tuple[int, ...]
@@ -30,9 +30,9 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path, most: int) -> tuple[bytes, int]:
-    """Read the header of a file: its JSON, of at most ``most`` bytes, and the number of bytes of data after it.
+    """Read the header of a file. Return its JSON and the number of bytes of data after the header.
 
-    Raises ValueError if the file is too short for its header, and OSError.
+    Raises ValueError if the header has more than ``most`` bytes or the file is too short for it, and OSError.
     """
     with path.open("rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -43,9 +43,9 @@ def read_header(path: Path, most: int) -> tuple[bytes, int]:
 
 
 def parse_header(header: Mapping[str, object]) -> tuple[dict[str, Entry], int]:
-    """Return the tensors by name, and the number of bytes that they take.
+    """Return the tensors by name, and the total number of their bytes.
 
-    Raises ValueError, which names the field, unless the tensors lie side by side without holes.
+    Raises ValueError, which names the field, if the header is malformed or tensors overlap or leave gaps.
     """
     found: dict[str, Entry] = {}
     ranges = []

@@ -17,15 +17,15 @@ from .reader import ExpertStore
 from .shard import foreign_shards, store_digest
 from .trunk import check_sum
 
-READS = 8  # reads in flight, enough to keep a disk busy
-BUFFER_BYTES = 256 << 20  # most memory of all reads in flight, unless one record is larger
+READS = 8  # parallel reads, enough to keep a disk busy
+BUFFER_BYTES = 256 << 20  # memory for all parallel reads, unless a single record is larger
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A fault that was found.
 
-    ``block`` is None for a fault of the whole store or the trunk, ``expert`` for one of a block's whole file.
+    ``block`` is None if the fault is of the whole store or of the trunk. ``expert`` is None if it is of a whole file.
     """
 
     block: int | None
@@ -35,7 +35,10 @@ class Problem:
 
 
 def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreError]) -> Iterator[int | Problem]:
-    """Check the trunk: yield its problems, ``faults`` first, and the number of bytes of each read."""
+    """Check the trunk's files. Yield each problem, and the number of bytes of each read as progress.
+
+    ``faults`` are the errors that ``trunk_faults`` has found, by file name. They are yielded first.
+    """
     for name, fault in faults.items():
         yield Problem(None, None, str(directory / name), fault.cause)
     for name, entry in sorted(manifest.trunk.items()):
@@ -49,9 +52,9 @@ def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreE
 
 
 def scrub(store: ExpertStore) -> Iterator[int | Problem]:
-    """Check all records: yield problems as they are found, and the number of bytes of each record that was read.
+    """Check all records. Yield each problem, and the number of bytes of each record that was read as progress.
 
-    Several records are read at a time, in their order on the disk, into buffers that are reused.
+    Several records are read in parallel, in their order on the disk, into a fixed set of buffers.
     """
     manifest = store.manifest
     largest = max(layout.slot_bytes for layout in manifest.layouts.values())

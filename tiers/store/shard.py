@@ -1,7 +1,7 @@
-"""Shard: the file of one block, its geometry, its index, and reading from it.
+"""Shard: the file with the records of one block. This module computes its sizes and its index, and reads from it.
 
-A shard holds ``experts`` records of ``slot_bytes`` (payload, CRC-32C), then the index of zarr's ``sharding_indexed``
-codec: an (offset, size) pair of LE u64 for each record, then the CRC-32C of these pairs as LE u32.
+A shard holds one record of ``slot_bytes`` for each expert, its CRC-32C included, and then the index of zarr's
+``sharding_indexed`` codec: an (offset, size) pair of LE u64 for each record, then the CRC-32C of these pairs as LE u32.
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
@@ -31,11 +31,11 @@ REPAIR = "Restore the file, or remove it and run the same conversion again: it m
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """Path and geometry of one block's shard."""
+    """Path and sizes of one block's shard."""
 
     path: Path
-    experts: int
-    slot_bytes: int
+    experts: int  # number of records
+    slot_bytes: int  # size of a record with its checksum
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest, block: int) -> ShardFile:
@@ -46,21 +46,21 @@ class ShardFile:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all records with their checksums."""
+        """Size of all records with their checksums, in bytes."""
         return self.experts * self.slot_bytes
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the index with its checksum."""
+        """Size of the index with its checksum, in bytes."""
         return 16 * self.experts + CHECKSUM_BYTES
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the whole file."""
+        """Size of the whole file, in bytes."""
         return self.data_bytes + self.index_bytes
 
     def make_index(self) -> bytes:
-        """Encode the index: records lie in the order of their experts."""
+        """Encode the index, with its checksum. Records are in the order of their experts."""
         pairs = np.empty((self.experts, 2), "<u8")
         pairs[:, 0] = range(0, self.data_bytes, self.slot_bytes)
         pairs[:, 1] = self.slot_bytes
@@ -68,7 +68,10 @@ class ShardFile:
         return payload + checksum_bytes(crc32c(payload))
 
     def stored_checksums(self, descriptor: int | None = None) -> Iterator[int]:
-        """Yield the checksum stored after each record, of this very file if its open ``descriptor`` is given."""
+        """Yield the checksum that is stored after each record.
+
+        If ``descriptor`` is given, read the file that it has open, even if the path now names another file.
+        """
         place = self.path if descriptor is None else f"/proc/self/fd/{descriptor}"
         with open(place, "rb", buffering=0) as stream:  # noqa: PTH123 - a new open file description, without O_DIRECT
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # four bytes a record: no read-ahead
@@ -87,22 +90,22 @@ class OpenShard:
 
     file: ShardFile
     descriptor: int
-    direct: bool  # O_DIRECT: buffers, offsets and lengths must be of whole pages
+    direct: bool  # opened with O_DIRECT: buffers, offsets and lengths must be multiples of a page
 
     @classmethod
     def open(cls, file: ShardFile, name: str, checksums: Sequence[int] = ()) -> OpenShard:
-        """Open a shard, check its size and its index, and try O_DIRECT by a real read.
+        """Open a shard, check its size and its index, and use O_DIRECT if a trial read with it succeeds.
 
         Args:
-            file: path and expected geometry.
+            file: path and expected sizes.
             name: the block's name in errors.
-            checksums: those of the records, if they are known. The last record's, which lies before the index, is
-                compared; if it differs, all are, as the shard may belong to another conversion.
+            checksums: the records' checksums, if the manifest has them. The last record's, which is stored right before
+                the index, is compared. If it differs, all are compared, as the shard may be of another conversion.
 
         Raises:
             MissingExpertError: the file is missing.
             StoreFormatError: the file has another size, or a wrong index.
-            ChecksumError: the records are those of another conversion.
+            ChecksumError: the records are of another conversion.
             StoreReadError: the disk has answered with an error.
         """
         try:
@@ -129,7 +132,7 @@ class OpenShard:
             if checksums and checksums[-1] != int.from_bytes(end[:CHECKSUM_BYTES], "little"):
                 with read_errors(file.path):
                     differing = sum(map(operator.ne, file.stored_checksums(descriptor), checksums))
-                if differing > 1:  # a single one may be a flipped bit
+                if differing > 1:  # a single difference may be a flipped bit, which a read of that record detects
                     raise foreign_record(f"{name}: its shard {file.path}", file.path)
             return cls(file, descriptor, _try_direct(descriptor))
         except BaseException:
@@ -137,7 +140,10 @@ class OpenShard:
             raise
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill ``view``. Continues after short reads and retries once after EIO. Raises StoreReadError."""
+        """Fill ``view`` with the bytes from ``offset`` on. Continues after short reads, and retries once after EIO.
+
+        Raises StoreReadError.
+        """
         done, retried = 0, False
         with read_errors(self.file.path):
             while done < len(view):
@@ -158,7 +164,7 @@ class OpenShard:
                 done += count
 
     def uncache(self, offset: int, length: int) -> None:
-        """Without O_DIRECT, drop a range from the page cache: the host tier is the cache."""
+        """Drop a range of bytes from the page cache, as the host tier is the cache. Does nothing with O_DIRECT."""
         if not self.direct:
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
@@ -168,7 +174,10 @@ class OpenShard:
 
 
 def foreign_record(what: str, path: Path) -> ChecksumError:
-    """Make the error for intact records of another conversion: another model of the same shape, or other options."""
+    """Make the error for intact records of another conversion, of another model or with other options.
+
+    ``what`` is the subject of the error message.
+    """
     return ChecksumError(
         f"{what} is not the one that the manifest knows: it is of another conversion.",
         f"Copy {path} again from where the model directory came from, or convert the model again with --overwrite.",
@@ -176,7 +185,10 @@ def foreign_record(what: str, path: Path) -> ChecksumError:
 
 
 def foreign_shards(manifest: Manifest, digest: str, folder: Path) -> ChecksumError:
-    """Make the error for a store at ``folder`` whose ``digest``, which tells no shards apart, is not the manifest's."""
+    """Make the error for a store whose records have another ``digest`` than its manifest.
+
+    The digest is of all records together, so it does not tell which shards are wrong.
+    """
     return ChecksumError(
         f"{manifest.model}: the shards in {folder} are not all of one conversion: which of them, this manifest of an "
         f"older moetier does not say. The digest of their records is {digest}, the manifest says {manifest.digest}.",
@@ -185,7 +197,7 @@ def foreign_shards(manifest: Manifest, digest: str, folder: Path) -> ChecksumErr
 
 
 def _try_direct(descriptor: int) -> bool:
-    """Switch a descriptor to O_DIRECT if a read shows that the file system supports it. Return whether it does."""
+    """Switch a descriptor to O_DIRECT if a trial read with it succeeds. Return whether it is switched."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     with mmap.mmap(-1, PAGE) as page:
         try:

@@ -1,4 +1,4 @@
-"""The files of the trunk: their index, their headers, their checksums, and what is wrong with them."""
+"""Check the files of the trunk: their index, sizes, headers and checksums."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from .folder import MAX_JSON_BYTES, parse_json, read_json
 from .safetensors import Entry, parse_header, read_header
 
 INDEX = "model.safetensors.index.json"
-RECORD = ".record"  # suffix, in place of ".weight", of a matrix that is stored as a record
-# largest trunk whose checksums take less than a twentieth of a load (tests/measurements/trunk_checksums.py)
+RECORD = ".record"  # suffix, in place of ".weight", of the name of a matrix that is stored as a record
+# largest trunk whose checksums are compared on loading, where this takes less than a twentieth of the time
+# (tests/measurements/trunk_checksums.py)
 CHECKED_BYTES = 64 << 20
-AHEAD_BYTES = 64 << 20  # read-ahead that the kernel is asked for
+AHEAD_BYTES = 64 << 20  # size of the read-ahead that the kernel is asked for
 
 FIX = "Get that file again from where the directory came from, or remove it and run the same conversion again."
 
 
 def check_trunk(directory: Path, manifest: Manifest) -> None:
-    """Check the trunk's index and the sizes and headers of its files. Raises the first of ``trunk_faults``."""
+    """Check the trunk's index and the sizes and headers of its files. Raises the first error of ``trunk_faults``."""
     for fault in trunk_faults(directory, manifest).values():
         raise fault
 
 
 def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
-    """Find the faults of the trunk, by file name: a wrong index, and missing, cut or unreadable files.
+    """Find a wrong index, and missing, truncated or unreadable files of the trunk. Return the errors by file name.
 
-    An older manifest does not list the trunk's files. Then all files that the index names must exist.
+    The manifest of an older store does not list the trunk's files. Then the files that the index names are checked.
     """
     faults: dict[str, StoreError] = {}
     places: dict[str, str] = {}
@@ -57,7 +58,10 @@ def trunk_faults(directory: Path, manifest: Manifest) -> dict[str, StoreError]:
 
 
 def _check_file(path: Path, entry: FileSum | None, tensors: set[str] | None) -> None:
-    """Raise StoreError unless a file has the size of ``entry`` and the ``tensors`` that the index names, if known."""
+    """Raise StoreError if a file is missing or unreadable, or has not the size of ``entry`` or just ``tensors``.
+
+    ``tensors`` are the names of its tensors by the index. Either argument is None if it is not known.
+    """
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError:
@@ -73,10 +77,10 @@ def _check_file(path: Path, entry: FileSum | None, tensors: set[str] | None) -> 
 
 
 def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Find the matrices that are stored as records: the bytes of each, by module path.
+    """Find the matrices that are stored as records. Return the size of each in bytes, by module path.
 
-    Reads the index and the headers of its files. Raises StoreFormatError if a record has a wrong type or shape, or if
-    the manifest does not mention records.
+    Reads the index, and the headers of the files with records. Raises StoreFormatError if a record has a wrong type or
+    shape, or if the manifest does not mention records.
     """
     found: dict[str, int] = {}
     headers: dict[str, dict[str, Entry]] = {}
@@ -97,13 +101,13 @@ def trunk_records(directory: Path, manifest: Manifest) -> dict[str, int]:
 
 
 def _places(directory: Path) -> dict[str, str]:
-    """Read the index: the file of each tensor. Raises StoreFormatError unless all are plain names of trunk files."""
+    """Read the index. Return the file name of each tensor. Raises StoreFormatError if one is no trunk file's name."""
     path = directory / INDEX
     index = Fields(read_json(path, FIX))
     places: dict[str, str] = {}
     try:
         if metadata := index.get("metadata"):
-            for _, value in metadata.members():  # transformers adds them up
+            for _, value in metadata.members():  # transformers adds these numbers up
                 value.number(0, MAX_BYTES)
         for tensor, file in index["weight_map"].members():
             places[tensor] = file.text(TRUNK_NAME.pattern, "the name of a trunk file of its own folder")
@@ -115,7 +119,7 @@ def _places(directory: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """Read what the header of a trunk file says of each tensor. Raises StoreFormatError or StoreReadError."""
+    """Read the header of a trunk file. Return its tensors by name. Raises StoreFormatError or StoreReadError."""
     try:
         with read_errors(path):
             data, size = read_header(path, MAX_JSON_BYTES)
@@ -130,9 +134,10 @@ def _header(path: Path) -> dict[str, Entry]:
 
 
 def check_small(directory: Path, manifest: Manifest) -> None:
-    """Compare the checksums of a trunk of at most ``CHECKED_BYTES`` that ``check_trunk`` has accepted.
+    """Compare the checksums of the trunk's files if they have at most ``CHECKED_BYTES`` together.
 
-    Larger trunks are left to ``moetier verify`` and to a daemon. Raises ChecksumError or StoreReadError.
+    Call ``check_trunk`` before. Larger trunks are checked by ``moetier verify`` and by a daemon. Raises ChecksumError
+    or StoreReadError.
     """
     if sum(entry.bytes for entry in manifest.trunk.values()) <= CHECKED_BYTES:
         for name, entry in manifest.trunk.items():
@@ -141,9 +146,9 @@ def check_small(directory: Path, manifest: Manifest) -> None:
 
 
 def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[int]:
-    """Read a file and compare its checksum, yielding the number of bytes of each read.
+    """Read a file and compare its checksum at the end. Yield the number of bytes of each read as progress.
 
-    It is read from the disk, or through the page cache if ``cached``. Raises ChecksumError or StoreReadError.
+    The file is read from the disk, or through the page cache if ``cached``. Raises ChecksumError or StoreReadError.
     """
     crc = 0
     with read_errors(path), path.open("rb", buffering=0) as stream:
@@ -157,9 +162,9 @@ def check_sum(path: Path, entry: FileSum, *, cached: bool = False) -> Iterator[i
 
 
 def read_pieces(descriptor: int, *, cached: bool = False) -> Iterator[memoryview]:
-    """Yield a file in pieces, in one reused buffer.
+    """Read a file and yield it in pieces. All pieces are views of one buffer, so each is valid until the next.
 
-    Unless ``cached``, the page cache is dropped first, so that the pieces are read from the disk.
+    Unless ``cached``, the file is dropped from the page cache first, so that it is read from the disk.
     """
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(os.fstat(descriptor).st_size, 1))))
     if not cached:

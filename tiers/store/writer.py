@@ -1,9 +1,9 @@
-"""StoreWriter: writes a store record by record, so that it can be interrupted at any moment and resumed.
+"""StoreWriter: writes a store record by record. It can be interrupted at any moment and resumed later.
 
-The order on disk makes this safe. A shard is written under a name that no reader looks for, synced, renamed. Once all
-shards exist, the manifest is synced and renamed into place. A finished shard is never changed; the block that was being
-written when the process died is written again. The bytes depend neither on time nor on interruptions, so a resumed
-store equals one that was written at once.
+The order of writes makes this safe. A shard is written under a name that no reader opens, synced and then renamed. Once
+all shards exist, the manifest is written in the same way. A finished shard is never changed. The block that was being
+written when the process died is written again. The bytes depend neither on time nor on interruptions, so a store whose
+conversion was resumed is equal to one that was written in one go.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class StoreWriter:
-    """Writer of the blocks of one plan, each once, in any order. Threads may write several at a time.
+    """Writes the blocks of one plan, each once, in any order. Several threads may write different blocks in parallel.
 
-    The writer holds a lock on the folder until ``finish`` or ``close``, so a second conversion into it is refused.
+    The writer holds a lock on the folder until ``finish`` or ``close``. A second writer on the folder is refused.
     """
 
     @classmethod
     def open(cls, folder: Path, plan: Manifest) -> StoreWriter:
-        """Create a store, or resume the conversion of the same plan.
+        """Create a store, or resume the conversion with the same plan.
 
         Args:
             folder: ``experts.zarr`` of a model directory.
-            plan: the manifest, without digest and trunk.
+            plan: the manifest without the fields that are not known yet (``Manifest.plan``).
 
         Raises:
             TargetExistsError: the folder holds something else, or another process is writing to it.
@@ -96,23 +96,23 @@ class StoreWriter:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that the unfinished blocks will take on the disk."""
+        """Number of bytes that the unfinished blocks will take on the disk."""
         finished = self.finished_blocks
         return sum(file.file_bytes for block, file in enumerate(self._files) if block not in finished)
 
     @contextlib.contextmanager
     def block(self, block: int) -> Iterator[ShardWriter]:
-        """Open the shard of a block. All of its experts must be written, in order.
+        """Open the shard of a block for writing. All experts of the block must be written, in order.
 
-        The shard is renamed into place on a clean exit and removed on an exception. Raises DiskSpaceError at once if
-        the disk can't take the whole shard.
+        The shard gets its final name on a clean exit, and is removed on an exception. Raises DiskSpaceError on entry if
+        the disk has no room for the whole shard, and TargetError.
         """
         assert not self._closed
         assert block not in self.finished_blocks, f"block {block} is written twice"
         file = self._files[block]
         with self._disk_errors():
             make_folders(file.path.parent)
-            file.path.unlink(missing_ok=True)  # it may exist without being complete
+            file.path.unlink(missing_ok=True)  # remove a shard that is not complete
         with large_file(file.path, file.file_bytes, self._disk_errors) as stream:
             shard = ShardWriter(stream, file)
             yield shard
@@ -128,7 +128,7 @@ class StoreWriter:
 
         Args:
             trunk: size and checksum of each trunk file, by name.
-            source_digest: replaces that of the plan, if it was not known before.
+            source_digest: replaces the source digest of the plan, if it was not known before.
         """
         assert len(self._finished) == len(self._files), "blocks are missing"
         with self._disk_errors():
@@ -166,7 +166,7 @@ class StoreWriter:
 
 
 class ShardWriter:
-    """Writes the records of one block. Only for one thread at a time."""
+    """Writes the records of one block. Not thread-safe."""
 
     def __init__(self, stream: LargeFile, file: ShardFile) -> None:
         self._stream = stream
@@ -174,11 +174,11 @@ class ShardWriter:
 
     @property
     def written(self) -> int:
-        """The number of records so far, which is the next expert to write."""
+        """The number of records written so far. It is the index of the next expert."""
         return self._stream.written // self._file.slot_bytes
 
     def write(self, payload: memoryview | Bytes | bytes) -> None:
-        """Append the next expert's record, ``record_bytes`` long."""
+        """Append the record of the next expert, ``record_bytes`` long, and its checksum."""
         data = np.frombuffer(payload, np.uint8).data
         assert self.written < self._file.experts
         assert len(data) == self._file.slot_bytes - CHECKSUM_BYTES, f"{len(data)} bytes are no record"
@@ -191,7 +191,7 @@ class ShardWriter:
 
 
 def array_metadata(plan: Manifest, array: str) -> bytes:
-    """Make the ``zarr.json`` of an array with zarr itself."""
+    """Make the content of an array's ``zarr.json``, using zarr itself."""
     shape = plan.shape(array)
     made = zarr.create_array(
         MemoryStore(),
@@ -209,7 +209,7 @@ def array_metadata(plan: Manifest, array: str) -> bytes:
 
 
 def is_complete(file: ShardFile) -> bool:
-    """Return whether a shard is complete: it has its full size and an index with every record."""
+    """Return whether a shard exists with its full size and its index."""
     try:
         with file.path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size != file.file_bytes:
@@ -220,7 +220,7 @@ def is_complete(file: ShardFile) -> bool:
 
 
 def _check_target(folder: Path, plan: Manifest) -> None:
-    """Raise TargetExistsError unless the folder is empty or holds this plan, finished or not."""
+    """Raise TargetExistsError unless the folder is empty or holds a store of this plan, finished or not."""
     strangers = sorted(path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL))
     try:
         found = read_plan(folder)
