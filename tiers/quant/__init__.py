@@ -1,4 +1,5 @@
 """Quantisation of weights: HQQ, the packing of codes and pairs, and the encoding and decoding of whole records.
 
-Others use ``codec``, and what kernels need of ``packing``. The package imports torch and the nouns of ``tiers``.
+Other packages use ``codec``; kernels also use ``packing``. The package imports torch and the top-level modules of
+``tiers``.
 """

@@ -1,17 +1,17 @@
 """Codec: encodes the weights of one expert as the bytes of its record, and decodes them.
 
-A quantised weight is w = (c - 2^(bits-1)) * s + b, with c its code of ``bits`` bits and (s, b) the bf16 pair of its
-group. It is computed in fp32, where the product is exact and the sum is rounded once, and then rounded to the requested
-type. ``decode`` computes it, and all other dequantised weights are equal to its result.
+A quantised weight is w = (c - 2^(bits-1)) * s + b, where c is its code of ``bits`` bits and (s, b) is the bf16 pair of
+its group. It is computed in fp32, where the product is exact and the sum is rounded once, and then rounded to the
+requested type. ``decode`` does this. All other code that dequantises weights must give the same result, bit for bit.
 
-In the terms of torch's int4 kernel, w = (q - 8) * s + b with q from 0 to 15:
+Torch's int4 kernel computes w = (q - 8) * s + b with q from 0 to 15. Codes of each width are expanded to q:
 
     4 bits   q = c
-    3 bits   q = c + 4, added by the expansion: two low bits folded in half, the third bit a plane folded in four
-    2 bits   q = c + 6, likewise: folded in half
-    8 bits   the sum of two matrices: a high plane q = c >> 4 with pairs (16 s, b), a low one q = c & 15 with (s, 8 s)
+    3 bits   q = c + 4; the two low bits of c are stored folded in 2 parts, the third bit is a plane folded in 4 parts
+    2 bits   q = c + 6; c is stored folded in 2 parts (``packing`` explains folding)
+    8 bits   w is a sum of two matrices: high nibbles q = c >> 4 with pairs (16 s, b), low ones q = c & 15 with (s, 8 s)
 
-So b is the same number in all of these. It lies near the middle of its group, where rounding it to bf16 costs little.
+So b is the same number for each width. It is near the middle of its group's range, where rounding to bf16 costs little.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, ROW_TILE, Bias, Bits,
 from . import hqq
 from .packing import HALF, Bands, fold, from_kernel_order, load_pairs, store_pairs, to_kernel_order, unfold
 
-# Group size and pair format of each width: the best perplexity per stored byte on a real model (docs/quality.md).
-# 8 and 4 bits have bf16 pairs all the same, as torch's int4 kernel can then multiply a record in place.
+# Default group size and type of pairs of each width: those with the best perplexity per stored byte on a real model
+# (docs/quality.md), except that 8 and 4 bits have bf16 pairs, so that torch's int4 kernel can multiply a record in
+# place.
 DEFAULTS: dict[Bits, tuple[int, str]] = {
     8: (64, "bfloat16"),
     4: (64, "bfloat16"),
@@ -39,13 +40,13 @@ DEFAULTS: dict[Bits, tuple[int, str]] = {
 }
 STORED_AS = {"bfloat16": "bfloat16", "float16": "float16", "float32": "bfloat16"}
 TORCH_TYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # added to both nibbles by the expansion
-TILE_WEIGHTS = 2**19  # weights decoded at a time, 2 MiB in fp32
+CENTRING = {4: 0, 3: 0x44, 2: 0x66}  # by bits: what ``expand`` adds to both nibbles of a byte to get q from c
+TILE_WEIGHTS = 2**19  # number of weights decoded at a time: 2 MiB in fp32
 
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
-    """Error of stored weights: sums over all weights, so that errors can be added."""
+    """Error of stored weights. It consists of sums over weights, so errors of several matrices can be added."""
 
     squared: float = 0.0  # sum of (stored - original)^2
     squared_norm: float = 0.0  # sum of original^2
@@ -55,7 +56,7 @@ class WeightError:
 
     @property
     def relative(self) -> float:
-        """Frobenius norm of the error divided by that of the weights; 0 if all weights are 0."""
+        """Frobenius norm of the error divided by the norm of the original weights; 0 if all weights are 0."""
         return (self.squared / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
 
@@ -67,17 +68,18 @@ def layout_for(
     pairs: str | None = None,
     transposed: bool = False,
 ) -> RecordLayout:
-    """Lay out the record of an expert.
+    """Plan the layout of an expert's record.
 
-    A projection's group is the largest supported size up to ``group`` that divides its inputs. A projection that none
-    divides stays at 16 bits. What is not quantised is stored in its own type, fp32 as bf16.
+    A projection's group size is the largest supported one up to ``group`` that divides its number of columns. If there
+    is none, the projection stays at 16 bits. Parameters that are not quantised keep their type, except that fp32
+    becomes bf16.
 
     Args:
-        parameters: by name, the shape of one expert's slice as the module holds it, and the name of its dtype. Two
-            dimensions make a projection, one makes a bias.
+        parameters: shape and dtype name of each parameter of one expert, by name. The shape is that in the module,
+            without the dimension of experts. A parameter with two dimensions is a projection, one with one is a bias.
         bits: bits per weight.
-        group: weights that share a pair; None for the default of the width.
-        pairs: type of the pairs; None for the default of the width.
+        group: number of weights that share a pair; None for the default of ``bits``.
+        pairs: type of the pairs; None for the default of ``bits``.
         transposed: whether the module holds projections as [columns, rows].
 
     Raises:
@@ -106,9 +108,9 @@ def layout_for(
 
 
 def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[int, str]:
-    """Complete group size and type of pairs with the defaults of the width. At 16 bits they have no meaning.
+    """Return group size and type of pairs, with the defaults of ``bits`` for those that are None.
 
-    Raises ConfigError for settings that are not supported.
+    At 16 bits neither has a meaning. Raises ConfigError for settings that are not supported.
     """
     if bits not in BITS:
         raise ConfigError(f"{bits} bits are not supported.", f"Choose among {', '.join(map(str, BITS))}.")
@@ -127,9 +129,10 @@ def group_and_pairs(bits: Bits, group: int | None, pairs: str | None) -> tuple[i
 
 
 def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Tensor]:
-    """Return typed views of the sections of ``record``, or of those ``of`` one quantised projection, without a copy.
+    """Return views of a record's sections by name, in their types and shapes. Nothing is copied.
 
-    ``record`` is uint8 [n], with n at least payload_bytes, and aligned to 64 bytes. Views have their sections' shapes.
+    ``record`` is uint8 [n], with n at least payload_bytes, and aligned to 64 bytes. ``of`` is the name of a quantised
+    projection; if it is given, only the sections of that projection are returned.
     """
     wanted = [s for s in layout.sections if s.name.startswith(f"{of}.")] if of else layout.sections
     return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
@@ -139,20 +142,20 @@ def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Te
 def encode(
     tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
 ) -> dict[str, WeightError]:
-    """Encode one expert. The bytes depend on the weights and the layout alone, not on the number of threads.
+    """Encode one expert. The bytes depend only on the weights, the layout and ``fast``, not on the number of threads.
 
     Args:
-        tensors: the expert's slices, by name, as the module holds them: [rows, columns], or [columns, rows] if
+        tensors: the expert's parameters by name, in the module's shapes: [rows, columns], or [columns, rows] if
             transposed; a bias is [size].
         layout: the layout of the record.
-        out: record_bytes long; the record is written to it.
-        fast: plain rounding in place of HQQ.
+        out: buffer of record_bytes, to which the record is written.
+        fast: use plain rounding instead of HQQ.
 
     Returns:
         The error of each projection and bias, by name.
 
     Raises:
-        CheckpointError: weights to be quantised are not finite numbers.
+        CheckpointError: weights that are to be quantised are not finite.
     """
     record = torch.frombuffer(out, dtype=torch.uint8)
     assert len(record) == layout.record_bytes, f"a record has {layout.record_bytes} bytes, not {len(record)}"
@@ -182,7 +185,7 @@ def _copy(values: Tensor, section: Tensor) -> WeightError:
 
 
 def _square(values: Tensor) -> float:
-    """Sum of squares, computed in fp32 where the squares fit it."""
+    """Return the sum of squares. It is computed in fp32 unless the squares may overflow or underflow there."""
     norm = float(torch.linalg.vector_norm(values))
     if not 1e-12 < norm < 1e12:
         norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
@@ -194,14 +197,14 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
     bands = Bands(weights, p)
     # 8-bit pairs are quantised in runs that cross bands, so each pass covers all bands before the next one begins.
     batches = [[band] for band in bands] if p.pairs == "bfloat16" else [list(bands)]
-    # Codes in kernel order: the sections themselves, or a buffer that is folded into them at the end.
+    # ``low`` gets the codes in kernel order: a section itself, or a buffer that is folded into the sections at the end.
     if p.bits in (3, 2):
         low = torch.empty(p.padded_rows * p.columns // 2, dtype=torch.uint8)
     else:
         low = views[f"{p.name}.low" if p.bits == 8 else f"{p.name}.codes"].view(-1)
     error = WeightError()
     for batch in batches:
-        # compute with the values as they will be read
+        # compute with the stored values, as they will be read
         steps = _store(0, lambda band: hqq.steps(bands.transpose(band), p.bits), bands, batch, p, views)
 
         def find_offsets(band: range, steps: Mapping[range, Tensor] = steps) -> Tensor:
@@ -214,7 +217,7 @@ def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: b
             centred, difference, _ = bands.scratch(band)
             hqq.centred_codes(w, step, offset, p.bits, out=centred)
             error += WeightError(_square(torch.addcmul(offset, centred, step, out=difference).sub_(w)), _square(w))
-            # By way of int16: torch's cast from fp32 to uint8 is six times slower than these two.
+            # Cast to int16 first: torch's direct cast from fp32 to uint8 is six times slower than these two.
             codes = centred.add_(2 ** (p.bits - 1)).to(torch.int16).to(torch.uint8).view(len(band), -1, ROW_TILE)
             if band.stop * ROW_TILE > p.rows:
                 codes[-1, :, p.rows % ROW_TILE :] = 0
@@ -237,7 +240,11 @@ def _store(
     p: Projection,
     views: Mapping[str, Tensor],
 ) -> dict[range, Tensor]:
-    """Store s (``which`` 0) or b (1) of a batch of bands. Return the stored values of each, fp32 [n, 1, ROW_TILE]."""
+    """Store s (``which`` 0) or b (``which`` 1) of a batch of bands.
+
+    ``find`` computes the values of a band, fp32 [n, 1, ROW_TILE]. Returns them by band as they were stored, with the
+    same shape. Raises CheckpointError if some are not finite.
+    """
     found = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
     read = store_pairs(found, which, p, views, batch[0].start * ROW_TILE)
     if not read.isfinite().all():
@@ -268,7 +275,7 @@ def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) ->
 def decode(record: Tensor, layout: RecordLayout, name: str, out: Tensor) -> Tensor:
     """Dequantise the projection ``name`` of ``record`` into ``out``, and return ``out``.
 
-    ``record`` is uint8 [record bytes]. ``out`` is as the module holds it: [rows, columns], or [columns, rows] if
+    ``record`` is uint8 [record bytes]. ``out`` has the module's shape: [rows, columns], or [columns, rows] if
     transposed. Weights are computed in fp32, tile by tile, and rounded to the type of ``out``.
     """
     p = next(p for p in layout.projections if p.name == name)
@@ -292,7 +299,7 @@ def _decode(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -
         centre = 128
     else:
         codes, centre = from_kernel_order(expand(views, p, start, stop), p.columns), 8
-    # [rows, columns / group, 1] each
+    # step and offset: [rows, columns / group, 1] each
     step, offset = load_pairs(p, views, start, stop).float().transpose(0, 1).unsqueeze(3).unbind(2)
     w = codes.view(stop - start, -1, p.group).float()
     return w.sub_(centre).mul_(step).add_(offset).view(stop - start, -1)

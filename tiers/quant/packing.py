@@ -1,24 +1,25 @@
 """Packing: the byte order of codes in a record, the storage of pairs, and the bands in which weights are quantised.
 
-A *code* is the small integer to which a weight is quantised. A group of weights has a *pair* (s, b), its scale and its
-offset; ``codec`` has the formula.
+A *code* is the small integer to which a weight is quantised. Each group of weights has a *pair* (s, b) of scale and
+offset. ``codec`` has the formula.
 
 *Kernel order* is the byte order of 4-bit codes [rows, columns] in torch's AVX-512 int4 kernel. The number of rows is a
 multiple of 64. Each block of 64 rows has 32 bytes per column: byte i holds the code of row i in its low nibble and that
-of row i + 32 in its high one. On a CPU with AVX-512, ``torch.ops.aten._convert_weight_to_int4pack_for_cpu`` makes it.
+of row i + 32 in its high one. On a CPU with AVX-512, ``torch.ops.aten._convert_weight_to_int4pack_for_cpu`` produces
+this order.
 
-*Folding* stores codes of 2 bits or 1 bit, which kernel order keeps in nibbles, without the unused bits. The bytes in
-kernel order are cut into ``parts`` consecutive parts of equal length, 2 parts for codes of 2 bits and 4 for 1 bit. Byte
-j of part p is shifted left by p times the bits of a code, and stored byte j is the bitwise OR of these. So unfolding
-needs only shifts and masks, no permutation.
+*Folding* removes the unused bits of codes of 2 bits or 1 bit, each of which has a nibble in kernel order. The bytes in
+kernel order are cut into ``parts`` consecutive parts of equal length: 2 parts for codes of 2 bits, 4 parts for codes of
+1 bit. Byte j of part p is shifted left by p times the bits of a code, and stored byte j is the bitwise OR of the
+shifted bytes j of all parts. So unfolding needs only shifts and masks, no permutation.
 
 Pairs are stored in bf16 or in 8 bits. For 8 bits, the groups in [group, row] order are cut into runs of PAIR_BLOCK. A
-run has a scale and a minimum for s, and others for b, all in bf16; a value is code * scale + minimum. The result is
-rounded to bf16, so kernels see bf16 pairs in either case.
+run has a scale and a minimum for s, and others for b, all in bf16. A value is code * scale + minimum, rounded to bf16.
+So kernels get bf16 pairs in either case.
 
-A *band* is a few blocks of ROW_TILE rows of a projection, small enough for the processor's caches. It is transposed so
-that rows are the innermost dimension, [blocks, columns, ROW_TILE], which is the order of codes in a record. ``hqq``
-takes it as [n, g, ROW_TILE], with g the group size and n = blocks * columns / g.
+A *band* is a few row blocks (of ROW_TILE rows each) of a projection, small enough for the processor's caches. It is
+transposed so that rows are the innermost dimension, [blocks, columns, ROW_TILE], as in kernel order. ``hqq`` takes it
+as [n, g, ROW_TILE], with g the group size and n = blocks * columns / g.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from torch import Tensor
 from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Projection
 
 HALF = ROW_TILE // 2
-BAND_WEIGHTS = 2**19  # weights per band, 2 MiB in fp32; with fewer, workers queue for the GIL
-MASKS = {1: 0xFF, 2: 0x33, 4: 0x11}  # by number of parts: the low 4 / parts bits of both nibbles
+BAND_WEIGHTS = 2**19  # weights per band: 2 MiB in fp32; with fewer, worker threads wait for the GIL
+MASKS = {1: 0xFF, 2: 0x33, 4: 0x11}  # by number of parts: mask of the low 4 / parts bits of both nibbles
 
 
 def to_kernel_order(codes: Tensor, out: Tensor) -> None:
@@ -52,9 +53,9 @@ def from_kernel_order(nibbles: Tensor, columns: int) -> Tensor:
 
 
 def pair_columns(nibbles: Tensor, columns: int) -> Tensor:
-    """Reorder codes in kernel order, uint8 [rows * columns / 2], row by row: uint8 [rows, columns / 2].
+    """Reorder codes from kernel order, uint8 [rows * columns / 2], to row-major order, uint8 [rows, columns / 2].
 
-    A byte holds an even column in its high nibble and the next column in its low one.
+    A byte of the result holds an even column in its high nibble and the next column in its low one.
     """
     even, odd = nibbles.view(-1, columns // 2, 2, HALF).unbind(2)  # [rows / 64, columns / 2, 32] each
     upper, lower = (even << 4) | (odd & 0xF), (even & 0xF0) | (odd >> 4)  # of rows 0 to 31, and 32 to 63, of each block
@@ -70,7 +71,10 @@ def fold(nibbles: Tensor, parts: int, out: Tensor) -> None:
 
 
 def unfold(folded: Tensor, parts: int, start: int, stop: int) -> Tensor:
-    """Unfold bytes ``start`` to ``stop`` of the n in kernel order from ``folded``, uint8 [n / parts]."""
+    """Unfold a part of a folded section: bytes ``start`` to ``stop`` of the n bytes in kernel order.
+
+    ``folded`` is uint8 [n / parts]. Returns uint8 [stop - start].
+    """
     width, length = 4 // parts, len(folded)
     pieces = []
     for number in range(start // length, -(-stop // length)):
@@ -82,14 +86,14 @@ def unfold(folded: Tensor, parts: int, start: int, stop: int) -> Tensor:
 def store_pairs(
     values: Tensor, which: int, projection: Projection, sections: Mapping[str, Tensor], start: int
 ) -> Tensor:
-    """Store s (``which`` 0) or b (``which`` 1) of the rows from ``start`` on in the pair sections.
+    """Write s (``which`` 0) or b (``which`` 1) of the rows from ``start`` on to the sections of the pairs.
 
     Args:
-        values: fp32 [columns / group, rows], with padding rows, for which zeros are stored. 8-bit pairs
-            take all rows at once.
+        values: fp32 [columns / group, rows]. Padding rows are included; zeros are stored for them. If pairs have 8
+            bits, these must be all rows of the projection.
         which: 0 for s, 1 for b.
         projection: the projection.
-        sections: its sections, which are written to.
+        sections: the sections of the projection, by name.
         start: the first row.
 
     Returns:
@@ -102,7 +106,7 @@ def store_pairs(
         component[:, :real] = values[:, :real]
     else:
         assert rows == projection.padded_rows
-        # Padding repeats a real value, so as not to widen the range of its run.
+        # Padding repeats a real value, so that it does not widen the range of its run.
         padded = F.pad(values[:, :real], (0, rows - real), mode="replicate").reshape(1, -1)
         scales = sections[f"{projection.name}.pair_scales"]
         runs = F.pad(padded, (0, len(scales) * PAIR_BLOCK - padded.shape[1]), mode="replicate").view(-1, PAIR_BLOCK)
@@ -119,7 +123,7 @@ def store_pairs(
 
 
 def load_pairs(projection: Projection, sections: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
-    """Load the pairs of rows ``start`` to ``stop`` as torch's int4 kernel has them.
+    """Load the pairs of rows ``start`` to ``stop`` in the form that torch's int4 kernel takes.
 
     Returns bf16 [columns / group, stop - start, 2].
     """
@@ -135,21 +139,24 @@ def load_pairs(projection: Projection, sections: Mapping[str, Tensor], start: in
 
 
 def band_bytes(projection: Projection, itemsize: int) -> int:
-    """Bytes that quantising a projection takes beside its weights, of ``itemsize`` bytes each, and its record.
+    """Return how many bytes of working memory it takes to quantise a projection, besides its weights and its record.
 
-    They are for ``Bands`` and for the codes of one band as int16 and as bytes.
+    The memory is for ``Bands``, and for the codes of one band as int16 and as bytes. A weight has ``itemsize`` bytes.
     """
     return _blocks_of(projection) * projection.columns * ROW_TILE * (itemsize + 4 * 4 + 2 + 1)
 
 
 def _blocks_of(projection: Projection) -> int:
-    """The largest number of blocks of a band."""
+    """Return the largest number of row blocks in a band."""
     blocks = projection.padded_rows // ROW_TILE
     return min(blocks, max(1, BAND_WEIGHTS // (projection.columns * ROW_TILE)))
 
 
 class Bands:
-    """Cut ``weights`` [rows, columns], padded with rows of zeros to whole blocks, into bands: ranges of blocks."""
+    """The bands of a projection's ``weights`` [rows, columns]. A band is a range of row blocks.
+
+    The last block is padded with rows of zeros.
+    """
 
     def __init__(self, weights: Tensor, projection: Projection) -> None:
         self._weights = weights
@@ -166,20 +173,23 @@ class Bands:
             yield range(first, min(first + self._size, self._blocks))
 
     def transpose(self, band: range) -> Tensor:
-        """Return the weights of a band, fp32 [n, g, ROW_TILE]: read-only, valid until another band is transposed."""
+        """Return the weights of a band, fp32 [n, g, ROW_TILE].
+
+        They must not be changed, and are valid until another band is transposed.
+        """
         transposed = self._buffers[0, : len(band) * self._groups]
         if band != self._transposed:
             stored = self._stored[: len(band)]
             for place, block in zip(stored, band, strict=True):
                 rows = self._weights[block * ROW_TILE : (block + 1) * ROW_TILE]
-                place[:, : len(rows)] = rows.T  # same type and whole rows: five times faster in torch
+                place[:, : len(rows)] = rows.T  # torch copies whole rows of the same type five times faster
                 place[:, len(rows) :] = 0
             transposed.copy_(stored.view(transposed.shape))
             self._transposed = band
         return transposed
 
     def scratch(self, band: range) -> Tensor:
-        """Return scratch memory for a band, fp32 [3, n, g, ROW_TILE]. It is allocated once, as new pages are slow."""
+        """Return memory to work in, fp32 [3, n, g, ROW_TILE]. All bands share it, as allocating pages is slow."""
         return self._buffers[1:, : len(band) * self._groups]
 
     def by_rows(self, values: Tensor) -> Tensor:
