@@ -1,5 +1,5 @@
-"""The memory of the host cache: one file that other processes can map, with a directory of what lies in it.
+"""The memory of the host tier: one file with slots for records, and a directory of which record is in which slot.
 
-Clients map an arena without a host tier. A new owner reclaims the arena of a dead one. The package imports the nouns of
-``tiers``, ``tiers.cache`` and ``tiers.store``.
+Other processes, the clients of a daemon, can map the file. If its owner dies, a new owner can take it over. The package
+imports the top-level modules of ``tiers``, ``tiers.cache`` and ``tiers.store``.
 """

@@ -1,12 +1,12 @@
-"""Arena: the slots of one store in one memory file, with a directory of the records in them.
+"""Arena: slots for the records of one store, and their directory, in one memory file (memfd).
 
-The file is private to its user and sealed against shrinking and growing, so a process that maps it can't be made to
-fault. It is not sealed against future writes: a restarted owner of the same user must be able to fill slots that it
-reclaims. Nothing lies under /dev/shm, whose size is not ours to set.
+The file is accessible to its user only. It is sealed against shrinking and growing, so a process that maps it is safe
+from SIGBUS. It is not sealed against future writes: a restarted owner of the same user must be able to fill the slots
+that it reclaims. A file under /dev/shm is not used, because the administrator may have limited its size.
 
-The owner holds an exclusive flock(2) on the open file description that it writes through. The kernel releases the lock
-once the owner is dead and all reads that it had begun have ended. So whichever process gets the lock then is the only
-one that writes.
+The owner holds an exclusive flock(2) on the open file description through which it writes. The kernel releases the lock
+when the owner is dead and all disk reads into the memory that it had begun have ended. The process that gets the lock
+next is then the only one that writes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _TOO_MUCH = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
 
 class Arena:
-    """A directory and ``plan.slots`` slots, each of whole pages."""
+    """A memory file with a directory and ``plan.slots`` slots of whole pages, mapped into this process."""
 
     @classmethod
     def create(cls, plan: ArenaPlan) -> Arena:
-        """Create an arena and allocate all of its pages, so that no later write can fail.
+        """Create an arena and allocate all of its pages, so that later writes can't fail for lack of memory.
 
         Raises:
             BudgetError: the system does not have that much memory.
@@ -46,7 +46,7 @@ class Arena:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.fchmod(descriptor, 0o600)
-            os.posix_fallocate(descriptor, 0, plan.nbytes)  # else a full memory is a SIGBUS later
+            os.posix_fallocate(descriptor, 0, plan.nbytes)  # otherwise a lack of memory would cause a SIGBUS later
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
             mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException as error:
@@ -63,7 +63,7 @@ class Arena:
 
     @classmethod
     def map(cls, descriptor: int, plan: ArenaPlan) -> Arena:
-        """Map another process's arena for reading. ``descriptor`` stays the caller's.
+        """Map another process's arena for reading. The caller still has to close ``descriptor``.
 
         Raises:
             ArenaError: the file could shrink while it is mapped, or it is not the planned arena.
@@ -71,15 +71,16 @@ class Arena:
         header = _check_sealed(descriptor)
         if header != Header.of(plan, header.identity):
             raise ArenaError("The arena is not the one that was announced.", "Connect to it anew.")
-        # Never MAP_PRIVATE: after a stray write the page would stay stale for ever.
+        # Not MAP_PRIVATE: after a stray write, this process would never see later changes to that page.
         mapping = mmap.mmap(descriptor, plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         return cls(mapping, plan, Directory(memoryview(mapping)[: plan.directory_bytes], plan), None)
 
     @classmethod
     def reclaim(cls, descriptor: int, manifest: Manifest) -> Arena:
-        """Take over the arena of a dead owner. ``descriptor`` may be any descriptor of it and stays the caller's.
+        """Take over the arena of a dead owner.
 
-        Its records must be checked before they are used: see ``intact_slots``.
+        ``descriptor`` is any descriptor of the memory file; the caller still has to close it. The arena's records must
+        be checked with ``intact_slots`` before they are used.
 
         Raises:
             ArenaError: the owner is alive, or the file is not a sealed arena of this store.
@@ -111,42 +112,43 @@ class Arena:
         self.directory = directory
         self._fork_guard = ForkGuard()
         self._mapping: mmap.mmap | None = mapping
-        self._descriptor = descriptor  # None in a reader
+        self._descriptor = descriptor  # the owner's descriptor; None in a process that only reads
 
     def slot(self, slot: int) -> memoryview:
-        """A view of a whole slot: the record and its checksum. The owner's is writable, to fill it."""
+        """Return a view of a whole slot: the record and its checksum. In the owner's process it is writable."""
         if self._mapping is None:
             raise ClosedError("The arena was closed.", "Open the tier again.")
         start = self.plan.offset(slot)
         return memoryview(self._mapping)[start : start + self.plan.slot_bytes(slot)]
 
     def whole(self, slot: int) -> memoryview:
-        """A read-only view of the record in a slot and its checksum."""
+        """Return a read-only view of the record in a slot and its checksum."""
         return self.slot(slot).toreadonly()
 
     def view(self, slot: int) -> memoryview:
-        """A read-only view of the record in a slot, for leases."""
+        """Return a read-only view of the record in a slot, for leases."""
         return self.whole(slot)[:-CHECKSUM_BYTES]
 
     def export(self) -> int:
-        """Open a new read-only descriptor of the memory file, to pass to another process. The caller closes it.
+        """Open a new read-only descriptor of the memory file, to pass to another process. The caller has to close it.
 
-        It has an open file description of its own, so it does not carry the owner's lock.
+        It has an open file description of its own, so the process that gets it does not share the owner's lock.
         """
         assert self._descriptor is not None, "closed, or not the owner"
         return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Release the memory, now or with the last view of it: views never dangle. Idempotent."""
+        """Release the memory now, or when the last view of it is gone. Views stay valid. Idempotent."""
         mapping, self._mapping = self._mapping, None
         descriptor, self._descriptor = self._descriptor, None
         self.directory.close()
         if descriptor is not None:
             if self._fork_guard.is_owner:  # a forked child shares the lock and must not release it
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping has a duplicate, which views may keep
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # the mapping has a duplicate, which views may keep open
             os.close(descriptor)
         if mapping is not None:
-            # BufferError: there are still views. The last one holds the mapping, and both end together.
+            # BufferError means that there are still views. They keep the mapping, which is unmapped with the last of
+            # them.
             with contextlib.suppress(BufferError):
                 mapping.close()
 
@@ -167,10 +169,10 @@ def _check_sealed(descriptor: int) -> Header:
 
 
 def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, ExpertKey]:
-    """Check the records of a reclaimed arena, as its owner may have died at any moment.
+    """Check all records of a reclaimed arena, whose owner may have died at any moment.
 
-    Return the slots whose records match their checksums, with their keys: each of a key that belongs there, each key
-    once.
+    Returns the key of each slot whose record matches its checksum. Slots with a key that has another record layout are
+    left out, and no key is returned twice. ``threads`` is the number of threads that compute checksums.
     """
     plan = arena.plan
     claimed: dict[ExpertKey, int] = {}
@@ -179,7 +181,7 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
             key = arena.directory.content(slot)
             if key is not None and manifest.blocks[key.block].array == region.array:
                 claimed.setdefault(key, slot)
-    pending = iter(list(claimed.items()))  # shared by the threads: each takes the next when it is free
+    pending = iter(list(claimed.items()))  # shared by all threads: each takes the next item when it is free
 
     def check() -> list[int]:
         return [slot for key, slot in pending if _is_whole(arena.whole(slot), key, manifest)]
@@ -193,5 +195,5 @@ def intact_slots(arena: Arena, manifest: Manifest, threads: int) -> dict[int, Ex
 def _is_whole(data: memoryview, key: ExpertKey, manifest: Manifest) -> bool:
     stored = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
     if (known := manifest.checksums(key.block)) and known[key.expert] != stored:
-        return False  # an older moetier has read it from a shard of another conversion
+        return False  # an older moetier may have read it from a shard of another conversion
     return crc32c(data[:-CHECKSUM_BYTES]) == stored

@@ -1,4 +1,4 @@
-"""Directory of an arena: which record is in which slot. Only the owner writes it, any process may read it.
+"""Directory of an arena: which record is in which slot. Only the owner writes it; any process may read it.
 
 All numbers are 64-bit words, little endian:
 
@@ -7,12 +7,14 @@ All numbers are 64-bit words, little endian:
     table     for each key the slot that holds it, or -1
     slots     for each slot its generation, then for each slot the number of its key, or -1
 
-A generation is odd while its slot is being filled. A reader looks up (slot, generation), computes with the slot and
-compares the generation again before it uses the result: if it is unchanged, the slot held the key's record all the
-while. This is a seqlock: nothing is locked, no process waits, and a dead reader blocks nothing.
+The generation of a slot counts changes of its content. It is odd while the slot is being filled. A reader looks up the
+slot and generation of a key, computes with the record in the slot, and then compares the generation again. If it is
+unchanged, the slot held that record all the time and the result may be used. This is a seqlock: no process takes a
+lock or waits, and a dead reader blocks nothing.
 
-It requires that words are read and written whole, and that other processes see loads and stores in program order. That
-holds on x86-64. The owner's order is that of ``begin_fill`` and ``publish``, the reader's is that of ``find``.
+A seqlock requires that each word is read and written in one piece, and that other processes see loads and stores in
+program order. That holds on x86-64. The owner's order of stores is in ``begin_fill`` and ``publish``, the reader's
+order of loads is in ``find``.
 """
 
 from __future__ import annotations
@@ -31,21 +33,21 @@ from .plan import WORD, ArenaPlan
 
 MAGIC = int.from_bytes(b"moetier\0", "little")
 VERSION = 1
-NONE = -1  # no slot, no key
-_WORDS = 1 << 64  # number of values of a word
+NONE = -1  # stands for "no slot" and for "no key"
+_WORDS = 1 << 64  # number of different values of a word
 _FIXED = struct.Struct("<6Q16s32s4Q")
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Header of an arena, which any process with its descriptor can read."""
+    """Header of an arena. Any process that has a descriptor of the arena can read it."""
 
     nbytes: int  # size of the arena
-    keys: int
-    slots: int
+    keys: int  # number of keys, which are the experts of all blocks
+    slots: int  # number of slots
     identity: bytes  # 16 random bytes, chosen when the arena was made
-    digest: str  # digest of the store, 64 hexadecimal digits; all 0 if it has none
-    regions: tuple[tuple[int, int], ...]  # number of slots, bytes per slot
+    digest: str  # digest of the store, 64 hexadecimal digits; all are 0 if it has none
+    regions: tuple[tuple[int, int], ...]  # by region: number of slots, bytes per slot
 
     @classmethod
     def of(cls, plan: ArenaPlan, identity: bytes) -> Header:
@@ -70,7 +72,7 @@ class Header:
         return cls(nbytes, keys, slots, identity, digest.hex(), tuple(zip(pairs[::2], pairs[1::2], strict=True)))
 
     def plan(self, manifest: Manifest) -> ArenaPlan:
-        """Derive the plan of the arena. Raises ArenaError if it is not an arena of this store."""
+        """Derive the plan of the arena. Raises ArenaError if it is not an arena for the store of ``manifest``."""
         ranges = slot_ranges(manifest)
         if self.digest != manifest.digest.rjust(64, "0"):
             raise ArenaError("The arena holds records of another store.", "Use a new one.")
@@ -82,7 +84,7 @@ class Header:
         raise ArenaError("The arena's slots are divided as moetier never divides them.", "Use a new one.")
 
     def to_bytes(self) -> bytes:
-        """Encode the header."""
+        """Encode the header as bytes."""
         fixed = (MAGIC, VERSION, self.nbytes, self.keys, self.slots, len(self.regions))
         words = [word for region in self.regions for word in region]
         return _FIXED.pack(*fixed, self.identity, bytes.fromhex(self.digest), 0, 0, 0, 0) + struct.pack(
@@ -91,11 +93,11 @@ class Header:
 
 
 class Directory:
-    """The directory on the first ``plan.directory_bytes`` of an arena. Its owner makes one change at a time."""
+    """The directory in the first ``plan.directory_bytes`` of an arena. The owner makes one change at a time."""
 
     @classmethod
     def create(cls, memory: memoryview, plan: ArenaPlan) -> Directory:
-        """Write an empty directory into a new arena, whose bytes are all 0."""
+        """Write an empty directory into the ``memory`` of a new arena, whose bytes are all 0."""
         header = Header.of(plan, os.urandom(16)).to_bytes()
         assert len(header) == plan.header_words * WORD <= PAGE
         directory = cls(memory, plan)
@@ -104,11 +106,11 @@ class Directory:
         for slot in range(plan.slots):
             directory._contents[slot] = NONE
         memory[WORD : len(header)] = header[WORD:]
-        memory[:WORD] = header[:WORD]  # the magic last: an unfinished header is not an arena
+        memory[:WORD] = header[:WORD]  # the magic comes last, so that an unfinished header is not taken for an arena
         return directory
 
     def __init__(self, memory: memoryview, plan: ArenaPlan) -> None:
-        """Use the directory that is in ``memory``."""
+        """Use the directory that exists in ``memory``, which has ``plan.directory_bytes``."""
         assert len(memory) == plan.directory_bytes
         self._plan = plan
         self._closed = False
@@ -131,15 +133,18 @@ class Directory:
     # -- readers ------------------------------------------------------------------------------------------------------
 
     def find(self, key: ExpertKey) -> tuple[int, int] | None:
-        """Return (slot, generation) of a key if its record is in the arena now. The model must have the key."""
-        number = self._first_keys[key[0]] + key[1]  # ``_number``, without a call
+        """Return the slot and generation of a key's record, or None if the record is not in the arena now.
+
+        The model must have the key.
+        """
+        number = self._first_keys[key[0]] + key[1]  # like ``_number``, but without the call
         try:
             slot = self._table[number]
             if slot < 0:
                 return None
             generation = self._generations[slot]
-            # Compare the slot again *after* reading its generation: if the slot was refilled in between, this is the
-            # generation of another record.
+            # Look up the slot again *after* reading its generation. If it differs, the slot was refilled in between and
+            # the generation is that of another record.
             if generation & 1 or self._table[number] != slot:
                 return None
         except ValueError:
@@ -161,14 +166,14 @@ class Directory:
     # -- the owner ----------------------------------------------------------------------------------------------------
 
     def begin_fill(self, key: ExpertKey | None, slot: int) -> None:
-        """Announce that a slot is about to be filled. It holds the record of ``key``, or none."""
+        """Announce that a slot is about to be filled. Until now it held the record of ``key``, or none (None)."""
         if key is not None:
             self._table[self._number(key)] = NONE
         self._step(slot)
         assert self._generations[slot] & 1, f"slot {slot} was being filled"
 
     def publish(self, key: ExpertKey, slot: int) -> None:
-        """Announce that the slot, whose fill has ended, holds the record of ``key``."""
+        """Announce that a slot has been filled and holds the record of ``key``."""
         if self._retired:
             return
         number = self._number(key)
@@ -177,12 +182,12 @@ class Directory:
         self._table[number] = slot
 
     def invalidate(self, slot: int) -> None:
-        """Announce that the slot, whose fill has failed, holds no record."""
+        """Announce that the fill of a slot has failed, so that it holds no record."""
         self._contents[slot] = NONE
         self._step(slot)
 
     def retire(self) -> None:
-        """Invalidate all slots for ever: readers find nothing, and no lease that they have holds."""
+        """Invalidate all slots for good. Readers find no records any more, and none of their present leases holds."""
         self._retired = True
         for number in range(self._plan.keys):
             self._table[number] = NONE
@@ -196,23 +201,23 @@ class Directory:
     def _step(self, slot: int) -> None:
         if self._retired:
             return
-        # a dead owner may have left any number, even the last one
+        # a dead owner may have left any number, so this may overflow
         self._generations[slot] = (self._generations[slot] + 1) % _WORDS
 
     # -- reclaiming ---------------------------------------------------------------------------------------------------
 
     def content(self, slot: int) -> ExpertKey | None:
-        """Return the key of the record in a slot, or None if it is empty or a dead owner was filling it."""
+        """Return the key of the record in a slot. None if it is empty or being filled, perhaps by a dead owner."""
         number = self._contents[slot]
         if self._generations[slot] & 1 or not 0 <= number < self._plan.keys:
             return None
         return self._plan.key(number)
 
     def repair(self, states: Sequence[tuple[ExpertKey | None, bool]]) -> None:
-        """Repair the directory after an exception has cut a change, or its owner died. Readers of right entries see no
-        change.
+        """Make the directory agree with ``states`` after an exception has interrupted a change, or the owner died.
 
         ``states`` has for each slot the key that it holds or is being filled with, and whether it is being filled.
+        Entries that are right already are not changed, so readers can use them meanwhile.
         """
         if self._closed:
             return
@@ -232,14 +237,15 @@ class Directory:
             elif is_odd or self.content(slot) != key:
                 if not is_odd:
                     self._step(slot)
-                # Before the generation becomes even: if the owner dies in between, a new one finds this key.
+                # This comes before the generation becomes even: if the owner dies in between, a new owner finds this
+                # key.
                 self._contents[slot] = NONE if key is None else self._number(key)
                 self._step(slot)
         for number, slot in held.items():
             self._table[number] = slot
 
     def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
-        """Assert that the directory agrees with ``states``, which are as in ``repair``. A closed one is not checked."""
+        """Assert that the directory agrees with ``states`` (see ``repair``). Does nothing after ``close``."""
         if self._closed:
             return
         table = [NONE] * self._plan.keys
@@ -252,7 +258,7 @@ class Directory:
         assert self._table.tolist() == table
 
     def close(self) -> None:
-        """Release the memory. Idempotent."""
+        """Release the views of the arena's memory. Idempotent."""
         self._closed = True
         for view in (self._table, self._generations, self._contents, self._words):
             view.release()

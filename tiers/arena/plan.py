@@ -1,9 +1,9 @@
-"""The layout of an arena: first the pages of the directory, then the slots, one record geometry after the other. Pure.
+"""The layout of an arena: first the pages of the directory, then the slots, one region per record layout.
 
-    [directory][slots of geometry 1][slots of geometry 2]...
+    [directory][slots of layout 1][slots of layout 2]...
 
-Geometries are in the order of their arrays' names, blocks in the order of the model. So owner and readers derive the
-same offsets from the manifest and the numbers of slots alone.
+Regions are in the order of their zarr arrays' names, blocks in the order of the model. So the owner and all readers
+derive the same offsets from the manifest and the number of slots of each array.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.manifest import Manifest
 
 WORD = 8  # bytes of each number in the directory
-_HEADER_WORDS = 16  # the first twelve are in use; two more per region follow
+_HEADER_WORDS = 16  # of which the first twelve are in use; two more words per region follow
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The slots of one record geometry."""
+    """The slots for records of one layout."""
 
-    array: str
+    array: str  # name of the zarr array with these records
     slots: int
     slot_bytes: int  # a multiple of PAGE
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots of the region."""
+        """Size of all slots of the region, in bytes."""
         return self.slots * self.slot_bytes
 
 
 @dataclass(frozen=True)
 class ArenaPlan:
-    """Sizes and offsets of an arena. Slots are numbered through all regions, keys through all blocks."""
+    """Sizes and offsets of an arena. Slots are numbered across all regions, and keys across all blocks."""
 
     digest: str  # digest of the store, hexadecimal
     experts: tuple[int, ...]  # number of experts of each block
@@ -45,7 +45,7 @@ class ArenaPlan:
 
     @classmethod
     def of(cls, manifest: Manifest, slots: Mapping[str, int]) -> ArenaPlan:
-        """Plan an arena for a store. ``slots`` is the number of slots of each array, at least one."""
+        """Plan an arena for a store. ``slots`` is the number of slots by zarr array, at least one for each."""
         assert slots.keys() == manifest.layouts.keys(), f"{sorted(slots)} are not {sorted(manifest.layouts)}"
         assert all(count > 0 for count in slots.values()), f"{slots}"
         layouts = sorted(manifest.layouts.items())
@@ -59,12 +59,12 @@ class ArenaPlan:
 
     @property
     def slots_by_array(self) -> dict[str, int]:
-        """The number of slots of each array."""
+        """The number of slots, by zarr array."""
         return {region.array: region.slots for region in self.regions}
 
     @cached_property
     def slots(self) -> int:
-        """The number of all slots."""
+        """The number of slots in the arena."""
         return sum(region.slots for region in self.regions)
 
     @cached_property
@@ -73,12 +73,12 @@ class ArenaPlan:
         return tuple(accumulate((region.slots for region in self.regions), initial=0))[:-1]
 
     def offset(self, slot: int) -> int:
-        """Offset of a slot in bytes from the arena's start; a multiple of PAGE."""
+        """Return the offset of a slot from the arena's start in bytes, a multiple of PAGE."""
         number = self._region_number(slot)
         return self._starts[number] + (slot - self.first_slots[number]) * self.regions[number].slot_bytes
 
     def slot_bytes(self, slot: int) -> int:
-        """Size of a slot, in bytes."""
+        """Return the size of a slot, in bytes."""
         return self.regions[self._region_number(slot)].slot_bytes
 
     @property
@@ -98,16 +98,16 @@ class ArenaPlan:
 
     @cached_property
     def keys(self) -> int:
-        """The number of all keys."""
+        """The number of keys, which is the number of experts of all blocks."""
         return sum(self.experts)
 
     @cached_property
     def first_keys(self) -> tuple[int, ...]:
-        """The number of each block's expert 0."""
+        """By block: the number of its expert 0 among all keys."""
         return tuple(accumulate(self.experts, initial=0))[:-1]
 
     def key(self, number: int) -> ExpertKey:
-        """The key of a number."""
+        """Return the key with a number."""
         assert 0 <= number < self.keys, f"key {number} of {self.keys}"
         block = bisect_right(self.first_keys, number) - 1
         return ExpertKey(block, number - self.first_keys[block])
@@ -121,5 +121,5 @@ class ArenaPlan:
 
     @cached_property
     def directory_bytes(self) -> int:
-        """Size of the directory: a header, one word per key, two per slot; a multiple of PAGE."""
+        """Size of the directory in bytes, a multiple of PAGE: a header, one word per key and two words per slot."""
         return -(-(self.header_words + self.keys + 2 * self.slots) * WORD // PAGE) * PAGE
