@@ -1,6 +1,6 @@
-"""Entries of the host tier's ledger: pools of slots, loads, demands, their callers, and the demands that wait.
+"""Entries of the host tier's ledger: pools of slots, loads, demands and their callers, and the demands that wait.
 
-Part of the ledger: callers of these methods hold the lock of the ledger's owner.
+Callers of all methods in this module hold the host tier's lock.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.layout import ExpertKey
 
-READS_KEPT = 15  # latest reads of a pool; the median of their times is its read time
+READS_KEPT = 15  # number of latest reads of a pool over which the median of their durations is computed
 
 
 class Pool(SlotPool):
-    """The host's slots of one record geometry."""
+    """The host tier's slots for records of one layout."""
 
     def __init__(
         self, groups: Sequence[Group], make_order: Callable[[int], Order], *, first: int, slot_bytes: int
     ) -> None:
         super().__init__(groups, make_order, first=first, slot_bytes=slot_bytes)
-        self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, in order of arrival
-        self.read_seconds: float | None = None  # median time of the latest reads; None before the first
-        self._reads: deque[float] = deque(maxlen=READS_KEPT)  # seconds
+        self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, first come first
+        self.read_seconds: float | None = None  # median duration of the latest reads; None before the first
+        self._reads: deque[float] = deque(maxlen=READS_KEPT)  # durations of the latest reads in seconds
 
     def note_read(self, seconds: float) -> None:
         """Record how long the read of one record took."""
@@ -39,25 +39,25 @@ class Pool(SlotPool):
 
 
 class StagingBuffer:
-    """The first ``filled`` bytes of a record."""
+    """A buffer for the first bytes of a record, which is read piece by piece before the record has a slot."""
 
     def __init__(self, pool: Pool, key: ExpertKey, buffer: memoryview, step: int) -> None:
-        self.pool = pool  # that the record belongs to
+        self.pool = pool  # the pool of the record
         self.key = key
         self.buffer = buffer
-        self.step = step  # bytes of a piece
-        self.filled = 0
-        self.end = 0  # of the piece that is being read; else as ``filled``
-        self.seconds = 0.0  # that reading has taken
-        self.began = 0.0  # the latest piece, by the ledger's clock
-        self.error: BaseException | None = None
-        self.is_claimed = False  # by a load, which reads the rest
+        self.step = step  # size of a piece, in bytes
+        self.filled = 0  # number of bytes that have been read
+        self.end = 0  # end of the piece that is being read, in bytes; equal to ``filled`` if none is
+        self.seconds = 0.0  # duration of all reads of pieces so far
+        self.began = 0.0  # begin of the latest read of a piece, by the ledger's clock
+        self.error: BaseException | None = None  # the error of a failed read
+        self.is_claimed = False  # whether a load uses the buffer and reads the rest of the record
         self.piece_read = threading.Event()  # cleared while a piece is being read
         self.piece_read.set()
 
     @property
     def is_reading(self) -> bool:
-        """True if a piece is being read into it."""
+        """True if a piece is being read into the buffer."""
         return self.end > self.filled
 
     @property
@@ -67,11 +67,11 @@ class StagingBuffer:
 
     @property
     def is_idle(self) -> bool:
-        """True if it is neither claimed nor being read into."""
+        """True if no load has claimed the buffer and no piece is being read into it."""
         return not (self.is_claimed or self.is_reading)
 
     def begin_piece(self, now: float) -> StagingBuffer:
-        """Note that the next piece is about to be read; return the buffer itself."""
+        """Note that the next piece is about to be read. Return this object."""
         self.piece_read.clear()
         self.end = min(self.filled + self.step, len(self.buffer))
         self.began = now
@@ -85,30 +85,30 @@ class Load:
     pool: Pool
     key: ExpertKey
     slot: int
-    is_prefetch: bool  # begun for a prefetch request or for the warm-up, and not for a demand
-    is_warmup: bool
+    is_prefetch: bool  # begun for a prefetch request or for the warm-up, not for a demand
+    is_warmup: bool  # begun for the warm-up
     began: float  # seconds, by the ledger's clock
-    is_taken: bool  # by a loader; a prefetch is begun by the loader that reads it
-    has_yielded: bool = False  # paused while records were read for demands
-    staged: StagingBuffer | None = None  # holds the beginning of the record, which was read ahead
-    waiters: list[Demand] = field(default_factory=list)
+    is_taken: bool  # a loader reads the record; true at once for a prefetch, as the loader that will read it begins it
+    has_yielded: bool = False  # the read was paused while records were read for demands
+    staged: StagingBuffer | None = None  # the buffer with the beginning of the record, if that was read before
+    waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A lease: the slot of the tier holds the record, of this generation, until the lease is released."""
+    """Event: a lease was granted. Until it is released, the slot holds the record and keeps this generation."""
 
-    request: int
+    request: int  # number of the request
     key: ExpertKey
-    slot: int
-    generation: int
+    slot: int  # number of the slot in the tier
+    generation: int  # generation of the slot in the arena's directory
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request is over, and its leases have ended."""
+    """Event: a request has failed. It is over, and its leases have ended."""
 
-    request: int
+    request: int  # number of the request
     error: BaseException
 
 
@@ -116,71 +116,74 @@ Event = Granted | Failed
 
 
 class AsyncCaller:
-    """A caller that gets events instead of sleeping until its records are there.
+    """A caller that does not sleep until its records are available, but gets events.
 
-    ``deliver`` is called in any thread, with the tier's lock held: it must neither wait nor call the tier. At most
-    ``leases`` slots are held for the caller at a time, slots that are still being filled among them.
+    ``deliver`` is called with each event, in any thread and with the tier's lock held. It must not wait and must not
+    call the tier. The caller holds at most ``leases`` slots at a time, slots that are still being filled included.
     """
 
     def __init__(self, deliver: Callable[[Event], None], leases: int) -> None:
         assert leases > 0
         self.deliver = deliver
         self.leases = leases
-        self.demands: dict[int, Demand] = {}  # by number, those that are not over
+        self.demands: dict[int, Demand] = {}  # the demands that are not over, by number
 
     @property
     def outstanding(self) -> int:
-        """Number of slots that its demands hold or claim."""
+        """Number of slots that the caller's demands hold or claim."""
         return sum([demand.outstanding for demand in list(self.demands.values())])
 
     @property
     def is_full(self) -> bool:
-        """True if as many slots are held for the caller as it may have."""
+        """True if the caller holds as many slots as it may."""
         return self.outstanding >= self.leases
 
 
 @dataclass(eq=False, slots=True)
 class Demand:
-    """One call of acquire. Each key is in one of pending, loads, ready or held, or its lease has ended.
+    """One call of acquire. Each key is in one of ``pending``, ``loads``, ``ready`` or ``held``, or its lease has ended.
 
-    It shares little with a ``DeviceDemand`` of the device tier: that copies one record at a time in the caller's own
-    thread, and never waits for a read.
+    It has no base class in common with the device tier's ``DeviceDemand``, as the two have little in common: that one
+    copies one record at a time in the caller's own thread, and never waits for a read.
     """
 
     pool: Pool
     block: int
-    caller: Hashable  # whose turn at the loaders it takes
-    async_caller: AsyncCaller | None = None  # the caller, where it is one
-    number: int = 0  # by which an asynchronous caller names the demand
-    patience: float = 0.0  # seconds that an asynchronous demand waits while it has nothing
-    is_scan: bool = False  # wants more records than its block can keep
-    pending: dict[ExpertKey, None] = field(default_factory=dict)  # no slot yet
-    loads: list[Load] = field(default_factory=list)  # claims on slots that are being filled
-    ready: deque[int] = field(default_factory=deque)  # slots: pinned, not leased yet
-    residents: int = 0  # how many of ``ready`` were READY when the demand came
-    held: dict[int, None] = field(default_factory=dict)  # slots: pinned and leased
-    error: BaseException | None = None
-    stands_since: float | None = None  # seconds: since when the caller has had nothing to compute with
+    caller: Hashable  # id of the caller; loaders serve callers in turn
+    async_caller: AsyncCaller | None = None  # the caller, if it is asynchronous
+    number: int = 0  # number of the demand, given by an asynchronous caller
+    patience: float = 0.0  # seconds after which an asynchronous demand that holds nothing fails
+    is_scan: bool = False  # the demand is for more records than its block can keep
+    pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys that have no slot yet
+    loads: list[Load] = field(default_factory=list)  # loads that it waits for; it has claims on their slots
+    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for it, but not leased yet
+    residents: int = 0  # how many slots in ``ready`` were READY when the demand came
+    held: dict[int, None] = field(default_factory=dict)  # slots that are pinned and leased
+    error: BaseException | None = None  # the error of a failed load
+    stands_since: float | None = None  # time since which the caller has had no record to compute with, in seconds
 
     @property
     def is_idle(self) -> bool:
-        """True if it has nothing to compute with, and nothing in flight."""
+        """True if the demand has no slot: no lease, no record that is ready, and no load that it waits for."""
         return not self.ready and not self.loads and not self.held
 
     @property
     def is_over(self) -> bool:
-        """True if it waits for no slot and holds none."""
+        """True if the demand has no slot and needs none any more."""
         return not self.pending and self.is_idle
 
     @property
     def outstanding(self) -> int:
-        """Number of slots that it holds or claims."""
+        """Number of slots that the demand holds or claims."""
         return len(self.loads) + len(self.ready) + len(self.held)
 
 
 class Waiting:
-    """``wake`` wakes the callers that sleep and has asynchronous demands served soon, ``ring`` wakes a loader, and
-    ``watch`` tells the thread that calls ``expire`` that there is a new deadline."""
+    """The demands that wait: those without a slot, by pool, and the asynchronous ones that are to be served.
+
+    ``wake`` wakes sleeping callers and makes the tier serve asynchronous demands soon. ``ring`` wakes a loader.
+    ``watch`` tells the thread that calls ``expire`` that there is a new deadline.
+    """
 
     def __init__(
         self,
@@ -195,12 +198,12 @@ class Waiting:
         self._watch = watch
         self._clock = clock
         self._rechecks: dict[Demand, None] = {}  # asynchronous demands that may be able to go on
-        self._deadlines: dict[Demand, float] = {}  # of asynchronous demands that have nothing
+        self._deadlines: dict[Demand, float] = {}  # when asynchronous demands that have no slot will fail
 
     # -- starved demands ----------------------------------------------------------------------------------------------
 
     def starve(self, demand: Demand) -> None:
-        """Queue a demand that holds nothing and needs a slot (FIFO per pool)."""
+        """Queue a demand that holds nothing and needs a slot: it is starved. Each pool has one FIFO queue."""
         caller, starved = demand.async_caller, demand.pool.starved
         if caller is not None and demand not in self._deadlines:
             self._deadlines[demand] = self._clock() + demand.patience
@@ -209,7 +212,7 @@ class Waiting:
             starved.append(demand)
 
     def feed(self, demand: Demand) -> None:
-        """Remove a demand from the queue, if it is there."""
+        """Remove a demand from the queue of starved demands, if it is in it."""
         starved = demand.pool.starved
         if demand in starved:
             starved.remove(demand)
@@ -219,11 +222,11 @@ class Waiting:
     # -- asynchronous demands -----------------------------------------------------------------------------------------
 
     def recheck(self, demand: Demand) -> None:
-        """Have an asynchronous demand looked at again, since it may be able to go on."""
+        """Mark an asynchronous demand to be served again, since it may be able to go on."""
         self._rechecks[demand] = None
 
     def take_recheck(self) -> Demand | None:
-        """Remove and return the first demand that is to be looked at again."""
+        """Remove and return the first demand that is marked to be served again; None if there is none."""
         demand = next(iter(self._rechecks), None)
         if demand is not None:
             del self._rechecks[demand]
@@ -235,23 +238,24 @@ class Waiting:
         caller = demand.async_caller
         if caller is not None:
             self._deadlines.pop(demand, None)
-            if caller.is_full:  # its other demands must not wait behind one that may not take a slot
+            if caller.is_full:  # its starved demands may not take slots, and must not keep others waiting
                 for other in caller.demands.values():
                     self.feed(other)
 
     def gave(self, demand: Demand, slots: int) -> None:
-        """Note that an asynchronous demand holds or claims so many slots less."""
+        """Note that an asynchronous demand has given up ``slots`` slots that it held or claimed."""
         caller = demand.async_caller
         assert caller is not None
-        if caller.outstanding < caller.leases <= caller.outstanding + slots:  # it was full
-            # Demands that have nothing go first, in the order of their deadlines: one for many keys holds up no other.
+        if caller.outstanding < caller.leases <= caller.outstanding + slots:  # the caller was full before
+            # Demands that have nothing are served first, by deadline, so that a demand for many keys can't hold up
+            # others.
             for other in sorted(caller.demands.values(), key=lambda other: self._deadlines.get(other, math.inf)):
                 if other.pending:
                     self.recheck(other)
             self.wake()
 
     def expire(self) -> float | None:
-        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, None if there is none."""
+        """Fail asynchronous demands whose deadlines have passed. Return the next deadline, or None if there is none."""
         now = self._clock()
         for demand in [demand for demand, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[demand]
@@ -260,7 +264,7 @@ class Waiting:
         return min(self._deadlines.values(), default=None)
 
     def remove(self, demand: Demand) -> None:
-        """Drop what is kept of a demand that goes."""
+        """Remove a demand that has ended."""
         if demand.pool.starved:
             self.feed(demand)
         if demand.async_caller is not None:
@@ -270,7 +274,7 @@ class Waiting:
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def repair(self, demands: Collection[Demand], pools: Iterable[Pool]) -> None:
-        """Agree with ``demands`` after a step that was cut, and have all callers look again."""
+        """Make the queues agree with ``demands`` after an interrupted step, and let all callers check their demands."""
         for pool in pools:
             waiting = [demand for demand in pool.starved if demand in demands and demand.pending and demand.is_idle]
             pool.starved.clear()
@@ -286,7 +290,7 @@ class Waiting:
         self.wake()
 
     def check_integrity(self, demands: Collection[Demand]) -> None:
-        """Assert that no asynchronous demand is lost, and that none waits that could go on."""
+        """Assert that no asynchronous demand is lost, and that no demand waits although it could go on."""
         for caller in {demand.async_caller for demand in demands if demand.async_caller is not None}:
             assert set(caller.demands.values()) == {demand for demand in demands if demand.async_caller is caller}
             assert caller.outstanding <= caller.leases

@@ -1,18 +1,18 @@
-"""The host tier's books: what each caller wants, what is being loaded, and which slot it goes into.
+"""The state of the host tier: the demands of all callers, the loads in progress, and the slots of both.
 
-No I/O, no thread, no lock: its owner calls every method with its lock held. No caller waits for ever, since:
+The ledger does no I/O and has neither threads nor a lock. The host tier calls each method with its lock held.
 
-    A caller of acquire sleeps only while it holds no READY slot at all: residents and arrivals are yielded first.
-    What it may hold meanwhile are claims on LOADING slots, and loaders never wait for a slot.
+No caller waits for ever, for these reasons. A caller of ``acquire`` sleeps only while it holds no READY slot, because
+records that are READY are yielded first. While it sleeps it may have claims on LOADING slots, but a loader never waits
+for a slot, so each LOADING slot becomes READY or EMPTY. So each READY slot that is pinned belongs to a caller that is
+computing, and that returns the slot when it takes its next lease. A demand is *starved* if it has neither a slot nor a
+claim and finds no slot. Starved demands get the slots that are returned, first come, first served. While a demand is
+starved, no other demand of its pool begins a load.
 
-So every LOADING slot becomes READY or EMPTY, and every READY slot that is pinned belongs to a caller that is awake and
-computes; it gives the slot back when it takes its next lease. A demand that has nothing in flight and finds no slot is
-*starved*. It waits for the first slot that is given back, first come, first served; while a demand is starved no other
-begins a load.
-
-A caller may be a thread that sleeps until it is woken, or *asynchronous*, such as a session of another process: then
-``serve`` takes its steps and delivers events. It may hold several leases at a time, never more than it is granted, and
-a demand of it that has nothing for too long fails: what another process does not give back must not stop others.
+A caller is either a thread that sleeps until it is woken, or *asynchronous*, such as a session of another process.
+``serve`` advances the demands of asynchronous callers and delivers events to them. An asynchronous caller may hold
+several leases at a time, up to a limit. If a demand of it holds nothing for too long, the demand fails. So a process
+that does not return its slots can't block other callers.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ from .staging import StagingBuffers
 
 
 class Ledger:
-    """Demands and their slots. ``waiting`` has the demands without one, ``loads`` what is being read for them.
+    """All demands and their slots. ``waiting`` has the demands that wait for slots, ``loads`` has the loads.
 
-    ``wake`` wakes the callers that sleep, and has ``serve`` called soon; ``ring`` wakes a loader; ``watch`` tells the
-    thread that calls ``expire`` that there is a new deadline. At most ``ahead`` loads of one demand are in flight, and
-    twice as many of its arrivals wait for it; and at most ``most_prefetches`` reads for prefetches.
+    Args:
+        wake: wakes sleeping callers, and causes ``serve`` to be called soon.
+        ring: wakes a loader.
+        watch: tells the thread that calls ``expire`` that there is a new deadline.
+        ahead: the largest number of loads that one demand waits for at a time. A caller's thread gets no further loads
+            while loads and unprocessed arrivals together are twice as many.
+        most_prefetches: the largest number of reads for prefetches in progress.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class Ledger:
         self.manifest = manifest
         self.directory = directory
         self.counters = TierCounters("host")
-        self.pools: dict[str, Pool] = {}  # by array, in the order of their slots
+        self.pools: dict[str, Pool] = {}  # by zarr array, in the order of their slots
         for region, first in zip(plan.regions, plan.first_slots, strict=True):
             groups = plan_groups(region.slots, manifest.members[region.array])
             self.pools[region.array] = Pool(groups, ORDERS[order], first=first, slot_bytes=region.slot_bytes)
@@ -83,17 +87,20 @@ class Ledger:
         self._clock = clock
         self._ahead = ahead
         self._demands: set[Demand] = set()
-        self._uses: Counter[ExpertKey] | None = None  # how often each record was wanted; None: not counted
+        self._uses: Counter[ExpertKey] | None = None  # how often demands wanted each record; None: not counted
 
     def check_open(self) -> None:
-        """Raise the error with which the ledger was closed, if it was."""
+        """Raise the error with which the ledger was closed, if it is closed."""
         if (error := self.loads.closed_by) is not None:
-            raise type(error)(error.cause, error.fix)  # a new one: what was raised holds frames, and these hold slots
+            raise type(error)(error.cause, error.fix)  # a new object, as the frames of a raised one keep slots
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
     def look(self, demand: Demand, keys: Sequence[ExpertKey]) -> None:
-        """Pin what is READY, join what is being loaded, and begin what can be begun. Raises ClosedError, StoreError."""
+        """Begin a demand for ``keys``: pin READY records, join loads in progress, and begin loads as far as possible.
+
+        Raises ClosedError, or the StoreError with which the tier was condemned (``HostTier.condemn``).
+        """
         self.check_open()
         self._demands.add(demand)
         pool, caller = demand.pool, demand.async_caller
@@ -119,15 +126,16 @@ class Ledger:
         self.prefetches.use(hits)
         if demand.pending:
             self._advance(demand)
-        # what is given first is evicted last; what is pending is used when the caller may have it
+        # keys given first are evicted last; pending keys are touched later, when they get their slots
         pool.touch([key for key in reversed(distinct) if key not in demand.pending], scan=demand.is_scan)
         if caller is not None:
             self.waiting.recheck(demand)
 
     def next(self, demand: Demand) -> tuple[list[int], bool] | None:
-        """End the demand's leases and lease what is ready.
+        """End the demand's leases, and lease the slots that are ready.
 
-        Return the slots, and whether they are the last; None if the caller has to wait. Raises as ``look``.
+        Returns the leased slots and whether they are the last ones, or None if the caller has to wait. Raises the same
+        errors as ``look``.
         """
         self.release(demand)
         self.check_open()
@@ -140,19 +148,19 @@ class Ledger:
             demand.stands_since = demand.stands_since or self._clock()
             return None
         self._end_wait(demand)
-        if demand.is_scan:  # it needs its slots for what it still lacks: each is given back when it is computed
+        if demand.is_scan:  # one lease at a time, as it needs its slots for the records that it still lacks
             is_last = is_last and len(demand.ready) <= 1
         return self.take(demand, 1 if demand.is_scan else len(demand.ready)), is_last
 
     def advance(self, demand: Demand) -> None:
         """Serve the demand's pending keys as far as slots are available.
 
-        A record that is READY is pinned. For another the demand joins the load in progress, or begins a load.
+        A READY record is pinned. For other records the demand joins the load in progress, or begins a load.
         """
         demand.pool.touch(reversed(self._advance(demand)), scan=demand.is_scan)
 
     def take(self, demand: Demand, most: int = 1) -> list[int]:
-        """Lease the next slots of those that are ready."""
+        """Lease up to ``most`` of the slots that are ready, and return them."""
         slots: list[int] = []
         while demand.ready and len(slots) < most:
             slot = demand.ready.popleft()
@@ -162,7 +170,7 @@ class Ledger:
         return slots
 
     def release(self, demand: Demand, slots: Iterable[int] | None = None) -> None:
-        """End the demand's leases of ``slots``, or all. Slots that it does not hold are ignored."""
+        """End the demand's leases of ``slots`` (None: all of its leases). Slots that it does not hold are ignored."""
         ended = [slot for slot in dict.fromkeys(demand.held if slots is None else slots) if slot in demand.held]
         for slot in ended:
             del demand.held[slot]
@@ -170,10 +178,11 @@ class Ledger:
             self._detach(demand, ended)
 
     def leave(self, demand: Demand) -> None:
-        """Give back all that a demand holds and waits for.
+        """End a demand: release its leases and claims, and cancel its pending keys.
 
-        What a loader has begun goes on, and is kept. What no other demand wants is not begun any more: callers that ask
-        and go would else fill all slots with what is of no use.
+        Loads that a loader has begun go on, and their records are cached. Loads that no loader has begun are cancelled
+        unless another demand waits for them. Otherwise callers that end their demands early would fill all slots with
+        records that no caller wants.
         """
         self.waiting.remove(demand)
         demand.pending.clear()
@@ -190,12 +199,15 @@ class Ledger:
         self._demands.discard(demand)
 
     def reclaim(self, caller: Hashable) -> None:
-        """Leave all demands of a caller."""
+        """End all demands of a caller."""
         for demand in [demand for demand in self._demands if demand.caller == caller]:
             self.leave(demand)
 
     def lend(self, loan: Demand, key: ExpertKey) -> int | None:
-        """Lease the key's slot if it is READY and no demand is starved. Nothing is counted. Raises as ``look``."""
+        """Lease the key's slot to the tier above if it is READY and no demand of its pool is starved.
+
+        Returns the slot, or None. This does not count as a use. Raises the same errors as ``look``.
+        """
         self.check_open()
         slot = None if loan.pool.starved else loan.pool.pin_ready(key)
         if slot is not None:
@@ -205,7 +217,7 @@ class Ledger:
         return slot
 
     def close(self, error: MoetierError) -> None:
-        """Fail all demands, and let no loader begin anything any more."""
+        """Fail all demands with ``error``, and begin no more loads."""
         self.loads.close(error)
         for demand in self._demands:
             if demand.async_caller is not None:
@@ -217,9 +229,10 @@ class Ledger:
     # -- prefetches and uses -------------------------------------------------------------------------------------------
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None = None) -> None:
-        """Replace a caller's prefetch requests for a block; None is the tier's own process. Raises as ``look``.
+        """Replace a caller's prefetch requests for a block. The caller None stands for the tier's own process.
 
-        A requested record that is there already is evicted later for that, and no loader is woken for it.
+        While a record is requested, other records are evicted before it, even if it is READY already. Raises the same
+        errors as ``look``.
         """
         self.check_open()
         if self.prefetches.request(self.pool_of[block], block, keys, caller):
@@ -231,7 +244,7 @@ class Ledger:
         self._count(keys)
 
     def use(self, key: ExpertKey) -> None:
-        """Count the use of a record that another process found in the directory: a hit."""
+        """Count a hit of another process: it has found the record of ``key`` in the directory and used it."""
         pool = self.pool_of[key.block]
         self.counters.hits += 1
         self._count((key,))
@@ -240,7 +253,7 @@ class Ledger:
             self.prefetches.use((key,))
 
     def counted_uses(self) -> dict[ExpertKey, int]:
-        """Return how often each key was wanted since the first call, which begins the counting."""
+        """Return how often demands wanted each key. Counting begins with the first call."""
         if self._uses is None:
             self._uses = Counter()
         return dict(self._uses)
@@ -252,14 +265,14 @@ class Ledger:
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Take the steps of asynchronous demands that can go on, as a thread that acquires takes its own.
+        """Advance all asynchronous demands that can go on, as the thread of another caller advances its own demand.
 
-        To be called after every ``wake``.
+        This must be called after each ``wake``.
         """
         while True:
             while (demand := self.waiting.take_recheck()) is not None:
                 self._serve(demand)
-            # a thread whose demand is the first is awake, and comes by itself
+            # if the first starved demand is a thread's, the thread was woken and advances it itself
             firsts = [pool.starved[0] for pool in self.pools.values() if pool.starved]
             firsts = [demand for demand in firsts if demand.async_caller is not None]
             for demand in firsts:
@@ -268,13 +281,13 @@ class Ledger:
                 return
 
     def expire(self) -> float | None:
-        """Fail asynchronous demands that have waited for too long. Return the next deadline, None if there is none."""
+        """Fail asynchronous demands that have waited too long. Return the next deadline, or None if there is none."""
         until = self.waiting.expire()
         self.serve()
         return until
 
     def _serve(self, demand: Demand) -> None:
-        """Advance an asynchronous demand: deliver leases of its ready slots to its caller, or its error."""
+        """Advance an asynchronous demand, and deliver leases of its ready slots or its error to its caller."""
         caller = demand.async_caller
         assert caller is not None
         if demand.error is None and demand.pending:
@@ -303,15 +316,15 @@ class Ledger:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def _advance(self, demand: Demand) -> list[ExpertKey]:
-        """Return the keys that are not pending any more. Their records are not touched yet."""
+        """Serve pending keys as ``advance`` does. Return those that are served, which the caller has to touch."""
         pool, found = demand.pool, list[ExpertKey]()
         caller = demand.async_caller
-        full = False  # no slot is to be had
+        full = False  # no slot is available for a new load
         for key in list(demand.pending):
             if caller is not None and caller.is_full:
                 break
             slot = pool.find(key)
-            if slot is not None:  # begun by a prefetch, or by another demand since this one looked
+            if slot is not None:  # loaded by a prefetch, or by another demand that came later
                 self.counters.joined += 1
                 pool.pin(slot)
                 if pool.is_ready(slot):
@@ -344,13 +357,13 @@ class Ledger:
         return demand.async_caller is not None or len(demand.loads) + arrivals < 2 * self._ahead
 
     def _choose(self, demand: Demand) -> int | None:
-        """Return a slot for a load of the demand; that of a requested record only if there is no other."""
+        """Return a slot for a load of the demand. Evict a record that a prefetch requests only if there is no other."""
         choose = partial(demand.pool.choose, demand.block, may_borrow=demand.is_idle, scan=demand.is_scan)
         slot = choose(keep=self.prefetches.is_requested)
         return choose() if slot is None else slot
 
     def _detach(self, demand: Demand, slots: Sequence[int]) -> None:
-        """Unpin slots that a demand no longer holds or claims."""
+        """Unpin slots that a demand no longer holds or claims, and let others use them."""
         pool = demand.pool
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
@@ -364,10 +377,10 @@ class Ledger:
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def repair(self) -> None:
-        """Make all agree after a step that an exception has cut anywhere.
+        """Make the whole state consistent after an exception has interrupted a step anywhere.
 
-        What callers hold and what loaders read stays. What is cached stays, as far as it is known. Prefetch requests
-        are dropped.
+        Leases and loads in progress stay. So do cached records, except those of slots whose state is not certain.
+        Prefetch requests are dropped.
         """
         self.loads.repair(self._demands)
         for pool in self.pools.values():
@@ -389,7 +402,7 @@ class Ledger:
         self.waiting.check_integrity(self._demands)
 
     def _pins(self, pool: Pool) -> list[int]:
-        """Return how many demands hold or claim each slot of a pool."""
+        """Return the number of demands that hold or claim each slot of a pool."""
         pins = [0] * pool.count
         for demand in self._demands:
             if demand.pool is pool:
@@ -398,5 +411,5 @@ class Ledger:
         return pins
 
     def _contents(self) -> list[tuple[ExpertKey | None, bool]]:
-        """Return the key of every slot of the tier, and whether it is being loaded."""
+        """Return for each slot of the tier its key (None if it is EMPTY), and whether it is LOADING."""
         return [content for pool in self.pools.values() for content in pool.contents()]

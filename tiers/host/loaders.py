@@ -20,16 +20,17 @@ from .loads import Loads
 
 
 def most_prefetches(loaders: int, plan: ArenaPlan) -> int:
-    """Return how many reads for prefetches may be in flight, so that a demand finds a loader.
+    """Return how many reads for prefetches may be in progress at a time, so that a loader is free for demands.
 
-    It waits for no more than one read that can't be interrupted.
+    If reads can't be interrupted this is 1, so that a demand waits for at most one of them. ``loaders`` is the number
+    of threads.
     """
     is_interruptible = all(region.slot_bytes > interruptible_bytes(region.slot_bytes) for region in plan.regions)
     return max(1, loaders - 1) if is_interruptible else 1
 
 
 class Loaders:
-    """Threads that read what ``Loads`` decides under the monitor's lock. They read outside it."""
+    """Threads that read records. ``Loads`` decides which, under the monitor's lock; the reads take place without it."""
 
     def __init__(
         self,
@@ -39,8 +40,15 @@ class Loaders:
         loads: Loads,
         bell: SimpleQueue[None],
     ) -> None:
-        """``slots`` are those of the tier, writable. An item in ``bell`` wakes a loader, which works until nothing is
-        left."""
+        """Prepare the loaders; ``start`` starts them.
+
+        Args:
+            store: what they read from.
+            slots: writable views of the tier's slots, by number.
+            monitor: the tier's monitor.
+            loads: decides what is read next.
+            bell: an item in this queue wakes a loader, which then works until there is nothing to read.
+        """
         self._store = store
         self._parts = store.parts
         self._slots = slots
@@ -52,13 +60,13 @@ class Loaders:
     def start(self, count: int) -> None:
         """Start ``count`` threads."""
         for number in range(count):
-            # daemon: a tier that is never closed must not keep the interpreter from ending
+            # daemon threads, as a tier that is never closed must not keep the interpreter from ending
             loader = threading.Thread(target=self._run, name=f"moetier-loader-{number}", daemon=True)
             loader.start()
             self._threads.append(loader)
 
     def close(self) -> None:
-        """Wait for reads that have begun; the ledger has been closed."""
+        """Wait for reads that have begun, and end the threads. The ledger must have been closed before."""
         for _ in self._threads:
             self._bell.put(None)
         for thread in self._threads:
@@ -75,7 +83,7 @@ class Loaders:
 
     def _read(self, load: Load) -> None:
         slot = load.pool.first + load.slot
-        # while it is paused, another loader must be there for the demands
+        # pausing needs a second loader, which reads for the demands meanwhile
         pause = partial(self._pause, load) if load.is_prefetch and len(self._threads) > 1 else None
         began = time.monotonic()
         try:
@@ -88,30 +96,33 @@ class Loaders:
             self._monitor.run(self._loads.arrive, load, time.monotonic() - began)
         except _CancelledError:
             pass
-        except BaseException as error:  # whatever it is, those that wait must learn of it
-            traceback.clear_frames(error.__traceback__)  # they hold the slot's memory
+        except BaseException as error:  # of any kind, since the demands that wait must get it
+            traceback.clear_frames(error.__traceback__)  # the frames keep the slot's memory
             self._monitor.run(self._loads.fail, load, error)
 
     def _read_piece(self, staged: StagingBuffer) -> None:
         assert self._parts is not None
         try:
             self._parts.read_part(staged.key, staged.filled, staged.buffer[staged.filled : staged.end])
-        except BaseException as error:  # whatever it is; a demand that waits for it gets it
+        except BaseException as error:  # of any kind, since a demand that waits must get it
             traceback.clear_frames(error.__traceback__)
             self._monitor.run(self._loads.end_piece, staged, error)
         else:
             self._monitor.run(self._loads.end_piece, staged)
 
     def _copy(self, staged: StagingBuffer, slot: memoryview) -> None:
-        """Copy the beginning of a record into its slot, as soon as the piece that is being read is there."""
+        """Copy the staged beginning of a record into its slot. Waits for the piece that is being read."""
         staged.piece_read.wait()
         if staged.error is not None:
             raise staged.error
-        # numpy releases the GIL meanwhile
+        # numpy releases the GIL while it copies
         np.frombuffer(slot, np.uint8)[: staged.filled] = np.frombuffer(staged.buffer, np.uint8)[: staged.filled]
 
     def _pause(self, load: Load) -> bool:
-        """Sleep while a prefetch is to yield to demands. Return whether no demand has joined it yet."""
+        """Sleep while a prefetch has to yield to demands. Return False once a demand waits for the prefetch itself.
+
+        Raises _CancelledError if the prefetch was cancelled.
+        """
         if not self._monitor.wait_for(self._loads.go_on, load):
             raise _CancelledError
         return not load.waiters

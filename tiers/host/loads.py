@@ -1,7 +1,8 @@
-"""Loads: records on their way into slots, and which of them a loader reads next.
+"""Loads: records that are being read into slots, and which of them a loader reads next.
 
-Part of the ledger: no I/O, and its owner's lock is held. Demands go first; prefetch requests and the warm-up have what
-demands leave of the disk. Every load ends by ``arrive``, ``fail`` or ``go_on``, or before a loader takes it.
+This is a part of the ledger: callers hold the tier's lock, and there is no I/O here. Demands are served first. Records
+are read for prefetch requests, and after those for the warm-up, only while none is read for a demand. A load ends in
+``arrive``, ``fail`` or ``go_on``, or in ``leave`` before a loader has taken it.
 """
 
 from __future__ import annotations
@@ -19,21 +20,24 @@ from .prefetch import PrefetchQueue
 
 
 class FairQueue:
-    """Loads that demands have begun and no loader has taken, by caller: many of one are not before a few of another."""
+    """Loads that demands have begun and no loader has taken yet, in one queue per caller.
+
+    Callers are served in turn, so many loads of one caller don't delay the few of another.
+    """
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # the caller that was served last is last
+        self._queues: OrderedDict[Hashable, deque[Load]] = OrderedDict()  # the caller that was served last comes last
 
     def __iter__(self) -> Iterator[Load]:
-        """Yield the loads that are not taken; one that several callers want as often as that."""
+        """Iterate over the loads that are not taken. A load that several callers wait for comes once for each."""
         return (load for queue in self._queues.values() for load in queue if not load.is_taken)
 
     def add(self, caller: Hashable, load: Load) -> None:
-        """Queue a load for a caller; several may add the same."""
+        """Queue a load for a caller. Several callers may queue the same load."""
         queue = self._queues.get(caller)
         if queue is None:
-            # A caller whose queue is empty may be dropped if it was served before all that wait: it would come back to
-            # the same place. Any other would overtake those that wait, again and again.
+            # Remove callers with empty queues that were served before all callers that wait: when they come back they
+            # are first in any case. Other callers keep their place, or they would overtake those that wait each time.
             while self._queues and not next(iter(self._queues.values())):
                 self._queues.popitem(last=False)
             queue = self._queues[caller] = deque()
@@ -41,11 +45,11 @@ class FairQueue:
         queue.append(load)
 
     def take(self) -> Load | None:
-        """Take the first load of the caller that was served the longest ago; None if no caller waits."""
+        """Take the first load of the caller that has not been served for the longest time; None if no caller waits."""
         for caller, queue in self._queues.items():
             while queue:
                 load = queue.popleft()
-                if not load.is_taken:  # else in the turn of another caller, which wants it too
+                if not load.is_taken:  # a load that is taken was taken for another caller, which waits for it too
                     load.is_taken = True
                     self._queues.move_to_end(caller)
                     return load
@@ -57,7 +61,11 @@ class FairQueue:
 
 
 class Loads:
-    """``ring`` wakes a loader. At most ``most_prefetches`` reads for prefetches are in flight, pieces among them."""
+    """The loads in progress, and those that loaders have not begun.
+
+    ``ring`` wakes a loader. At most ``most_prefetches`` reads for prefetches, pieces included, are in progress at a
+    time.
+    """
 
     def __init__(
         self,
@@ -70,8 +78,8 @@ class Loads:
         most_prefetches: int,
         clock: Callable[[], float],
     ) -> None:
-        self.closed_by: MoetierError | None = None  # the error of all that is asked for from now on
-        self.lacks_slots = False  # a staging buffer is full and requested, and found no slot
+        self.closed_by: MoetierError | None = None  # the error that all further calls get; None while open
+        self.lacks_slots = False  # there is a full staging buffer, still requested, for which no slot was found
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
@@ -98,12 +106,12 @@ class Loads:
         is_scan: bool = False,
         is_warmup: bool = False,
     ) -> Load:
-        """Begin a load into a slot that is EMPTY or evictable."""
+        """Begin a load of a record into a slot that is EMPTY or evictable."""
         evicted = pool.begin(slot, key, scan=is_scan, prefetched=is_prefetch)
         if evicted is not None:
             self._counters.evictions += 1
             self._prefetches.evict(evicted)
-        self._prefetches.lose(key)  # the tier above has lost what it had borrowed
+        self._prefetches.lose(key)  # a copy that the tier above had borrowed is no longer there
         self._directory.begin_fill(evicted, pool.first + slot)
         load = Load(pool, key, slot, is_prefetch, is_warmup, began=self._clock(), is_taken=is_prefetch)
         self._loads[key] = load
@@ -122,11 +130,12 @@ class Loads:
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
-        """Let a demand, which claims the slot, wait for a load that has begun."""
+        """Let a demand wait for a load that has begun. The demand has a claim on its slot."""
         load = self._loads[key]
         if load.is_prefetch:
             self._prefetches.use((key,))
-            # Its loader may sleep, and must look at every first waiter: an earlier one may have left before it looked.
+            # The loader may sleep in ``go_on``. Wake it whenever a waiter comes, as earlier ones may have left before
+            # it looked.
             self._waiting.wake()
         load.waiters.append(demand)
         demand.loads.append(load)
@@ -134,9 +143,9 @@ class Loads:
             self._queue.add(demand.caller, load)
 
     def leave(self, demand: Demand, load: Load) -> None:
-        """End the wait of a demand, which no longer claims the slot.
+        """End the wait of a demand for a load. The demand has no claim on the slot any more.
 
-        A load that no loader has begun and no other demand wants is cancelled.
+        The load is cancelled if no loader has begun it and no other demand waits for it.
         """
         load.waiters.remove(demand)
         if load.waiters:
@@ -144,22 +153,23 @@ class Loads:
         if not load.is_taken:
             self._invalidate(load)
             load.is_taken = True
-        if not self._is_for_demands:  # prefetches that yielded to it may go on
+        if not self._is_for_demands:  # prefetches that yielded to the load may go on
             self._waiting.wake()
             self.ring_for_prefetches()
 
     # -- prefetches ---------------------------------------------------------------------------------------------------
 
     def warm(self, pool: Pool, keys: Sequence[ExpertKey]) -> None:
-        """Read these behind all requests, each into an EMPTY slot of its group or not at all."""
+        """Queue records for the warm-up. They are read after all requests, and only into EMPTY slots of their group."""
         self._prefetches.warmup.extend((pool, key) for key in keys)
         self.ring_for_prefetches()
 
     def go_on(self, load: Load) -> bool | None:
-        """Decide whether the read of a prefetch goes on: None while it yields to reads for demands, False if not.
+        """Decide whether the read of a prefetch goes on.
 
-        It does not go on where it is no longer requested, or is a warm-up in the way of a starved demand. Then it is
-        cancelled in the same step, or a demand could join it between.
+        Returns True if it does, None while it has to yield to reads for demands, and False if it is cancelled. It is
+        cancelled if it is no longer requested, or if it is for the warm-up and a demand is starved. The decision and
+        the cancellation are one step, so that no demand can join the load in between.
         """
         if load.waiters:
             return True
@@ -177,10 +187,10 @@ class Loads:
         return is_wanted
 
     def end_piece(self, staged: StagingBuffer, error: BaseException | None = None) -> None:
-        """Note that the read of a piece has ended.
+        """Note that the read of a piece has ended, with ``error`` if it failed.
 
-        If it failed, a demand that waits for it gets the error. Without one the buffer is freed, and a later demand
-        reads afresh.
+        If it failed, a load that has claimed the buffer gets the error. Otherwise the buffer is freed, and a later
+        demand reads the record from its beginning.
         """
         assert self._buffers is not None
         filled = staged.filled
@@ -191,10 +201,9 @@ class Loads:
             self._buffers.end(staged)
 
     def _begin_prefetch(self) -> Load | StagingBuffer | None:
-        """Return what is to be read for a prefetch; None while anything is read for a demand.
+        """Return what a loader reads next for a prefetch; None if there is nothing, or something is read for a demand.
 
-        Records that are staged in part go on first. Those that are staged in full go on in a slot when there is nothing
-        else to begin.
+        Partly filled staging buffers are continued first. Full ones get a slot when there is nothing else to begin.
         """
         if self._is_for_demands or self._prefetching >= self._most_prefetches:
             return None
@@ -217,11 +226,11 @@ class Loads:
             if not full or not self._prefetches.unbegun:
                 return None
             assert self._buffers is not None
-            self._buffers.end(full[0])  # others wait for its room
+            self._buffers.end(full[0])  # other requests wait for the buffer
             self._counters.cancelled += 1
 
     def ring_for_prefetches(self) -> None:
-        """Wake as many loaders as may read something for prefetches now."""
+        """Wake as many loaders as can now read something for prefetches."""
         readable = self._prefetches.readable
         if readable and not self._is_for_demands:
             for _ in range(min(readable, self._most_prefetches - self._prefetching)):
@@ -229,23 +238,23 @@ class Loads:
 
     @property
     def _is_for_demands(self) -> bool:
-        """True if anything is read for a demand."""
+        """True if a load for a demand is in progress or waits for a loader."""
         return any(load.waiters or not load.is_prefetch for load in self._loads.values())
 
     @property
     def _prefetching(self) -> int:
-        """Number of reads for prefetches in flight."""
+        """Number of reads for prefetches in progress."""
         reading = 0 if self._buffers is None else self._buffers.reading
         return reading + sum([load.is_prefetch for load in self._loads.values()])
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
     def take(self) -> Load | StagingBuffer | None:
-        """Return what a loader reads next: a record, or a piece of one; None if there is nothing to do."""
+        """Return what a loader reads next: a record, or a piece of one. None if there is nothing to read now."""
         return self._queue.take() or self._begin_prefetch()
 
     def arrive(self, load: Load, seconds: float | None = None) -> None:
-        """Note that the record is in the slot. ``seconds``: that its read took, where it was measured."""
+        """Note that a load's record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
         if seconds is not None and not load.has_yielded and load.staged is None:
             load.pool.note_read(seconds)
             self._counters.loaded(seconds)
@@ -257,21 +266,21 @@ class Loads:
         if load.is_prefetch:
             self._prefetches.outcomes.arrive(load.key)
         for demand in load.waiters:
-            demand.ready.append(load.slot)  # first: a record in both is found by repair, one in neither would be lost
+            demand.ready.append(load.slot)  # first, as an exception here must not leave it in neither list
             demand.loads.remove(load)
             if demand.async_caller is not None:
                 self._waiting.recheck(demand)
         self._waiting.wake()
         if load.waiters or not load.is_prefetch:
-            self.ring_for_prefetches()  # perhaps it was the last for a demand
+            self.ring_for_prefetches()  # this may have been the last read for a demand
 
     def fail(self, load: Load, error: BaseException) -> None:
-        """Note that a read has failed. The slot is EMPTY again, and all demands that wait for the record get the error.
+        """Note that a load has failed. Its slot becomes EMPTY, and all demands that wait for the record get the error.
 
-        Nothing is remembered: the next demand reads afresh. A prefetch that no demand waits for is only counted.
+        The error is not kept, so the next demand tries to read again. If no demand waits, the failure is only counted.
         """
         if self._loads.get(load.key) is not load:
-            return  # its arrival was cut, and repair has let its demands look again
+            return  # ``arrive`` was interrupted, and ``repair`` has made the demands pending again
         self._counters.failures += self.closed_by is None
         self._invalidate(load)
         for demand in load.waiters:
@@ -283,7 +292,7 @@ class Loads:
         self._waiting.wake()
 
     def close(self, error: MoetierError) -> None:
-        """Let no loader begin anything any more."""
+        """Begin no more reads, and fail the loads that no loader has taken with ``error``."""
         self.closed_by = error
         self._prefetches.repair()
         self._prefetches.warmup.clear()
@@ -298,7 +307,7 @@ class Loads:
             self._buffers.end(staged)
 
     def _invalidate(self, load: Load) -> None:
-        """Remove a load whose record does not come."""
+        """Remove a load whose record will not arrive. Its slot becomes EMPTY."""
         self._remove(load)
         self._prefetches.fail(load.key)
         load.pool.fail(load.slot)
@@ -307,11 +316,14 @@ class Loads:
     # -- repair and checks --------------------------------------------------------------------------------------------
 
     def repair(self, demands: Collection[Demand]) -> None:
-        """Agree with ``demands`` after a step that was cut: a load is one that a loader reads or a demand waits for."""
+        """Make the loads agree with ``demands`` after an interrupted step.
+
+        Loads stay that a loader reads or a demand waits for.
+        """
         self._prefetches.repair()
         for demand in demands:
             for load in [load for load in demand.loads if self._loads.get(load.key) is not load]:
-                if load.slot not in demand.ready:  # its arrival was cut: the demand looks for the record again
+                if load.slot not in demand.ready:  # ``arrive`` was interrupted: the demand looks for the record again
                     demand.pending[load.key] = None
                 demand.loads.remove(load)
         self._queue.clear()

@@ -1,6 +1,6 @@
-"""Prefetch queue and its outcomes: what is read before a demand comes, for requests and for the warm-up.
+"""Prefetch queue: records to be read before demands come, for prefetch requests and for the warm-up.
 
-Part of the ledger: no I/O, and its owner's lock is held.
+This is a part of the ledger: callers hold the tier's lock, and there is no I/O here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from moetier.tiers.stats import TierCounters
 from .demands import AsyncCaller, Pool
 from .staging import StagingBuffers, buffer_bytes, piece_bytes
 
-QUICK_SECONDS = 2e-3  # records that are read in less time are not staged
+QUICK_SECONDS = 2e-3  # records whose read takes less time go straight into a slot, without a staging buffer
 
 
 class Place(NamedTuple):
-    """The place that a record is to be read to."""
+    """A record to read, and where to: a slot or a staging buffer."""
 
     pool: Pool
     key: ExpertKey
@@ -30,17 +30,17 @@ class Place(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The latest request of a caller for a block."""
+    """The latest prefetch request of a caller for a block."""
 
     pool: Pool
-    keys: frozenset[ExpertKey]  # begun or not, here or not
-    unbegun: deque[ExpertKey]
+    keys: frozenset[ExpertKey]  # all requested keys, also those that are READY or being read
+    unbegun: deque[ExpertKey]  # keys whose reads have not begun
 
 
 class PrefetchQueue:
-    """Each caller's latest requests for each block; those of the tier's own process come from the caller None.
+    """The latest requests of each caller for each block. The caller None stands for the tier's own process.
 
-    Without ``buffers`` a prefetch evicts as soon as its read begins.
+    Without staging ``buffers``, a prefetch evicts a record as soon as its read begins.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class PrefetchQueue:
         self.buffers = buffers
         self.outcomes = PrefetchOutcomes(counters, clock)
         self._counters = counters
-        # by caller and block; the caller that was served last is last
+        # by caller and block; the caller that was served last comes last
         self._requests: dict[AsyncCaller | None, dict[int, Request]] = {}
-        self.warmup: deque[tuple[Pool, ExpertKey]] = deque()  # not begun
-        self.warmed: set[ExpertKey] = set()  # read or being read for the warm-up, and not used yet
-        self.lent: set[ExpertKey] = set()  # to the tier above, which may have them still when they are evicted here
+        self.warmup: deque[tuple[Pool, ExpertKey]] = deque()  # records for the warm-up whose reads have not begun
+        self.warmed: set[ExpertKey] = set()  # records that the warm-up reads or has read, and that are not used yet
+        self.lent: set[ExpertKey] = set()  # records that the tier above borrowed and may keep longer
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -65,16 +65,16 @@ class PrefetchQueue:
 
     @property
     def readable(self) -> int:
-        """Number of reads that loaders could begin or go on with."""
+        """Number of reads that loaders could begin or continue now."""
         return self.unbegun + sum([staged.is_idle and self.is_requested(staged.key) for staged in self.buffers or ()])
 
     def is_requested(self, key: ExpertKey) -> bool:
-        """Return whether any caller's latest requests name it, begun or not, here or not."""
+        """Return whether a record is in a caller's latest requests, whether or not it is READY or being read."""
         found = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
         return any(key in request.keys for request in found)
 
     def request(self, pool: Pool, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None) -> bool:
-        """Replace a caller's requests for a block. Return whether any record of them has no slot."""
+        """Replace a caller's requests for a block by ``keys``. Return whether any of these records has no slot."""
         blocks = self._requests.setdefault(caller, {})
         if (before := blocks.pop(block, None)) is not None:
             self._counters.cancelled += sum([key not in keys for key in before.unbegun])
@@ -91,22 +91,23 @@ class PrefetchQueue:
         self._counters.cancelled += sum([len(request.unbegun) for request in requests])
 
     def repair(self) -> None:
-        """Drop all requests, after a step that was cut."""
+        """Drop all requests, after an interrupted step."""
         self._requests.clear()
 
     def take(self) -> Place | None:
-        """Return what is to be read next, requests first; None if there is nothing that has a place.
+        """Take the next record to read, requests first, and the place to read it to. None if none has a place.
 
-        A request gets an EMPTY slot, else one that an earlier prefetch of any block filled in vain, else a staging
-        buffer. Where records are not staged it gets a slot of its own group that is neither held nor requested. The
-        warm-up evicts nothing. Pools where a demand is starved get nothing.
+        A requested record gets an EMPTY slot, or else the slot of an earlier prefetch, of any block, that was not used
+        and is no longer requested. If there is none, it gets a staging buffer. If records of its pool are not staged,
+        it gets a slot of its own group that is neither pinned nor requested. A record of the warm-up gets an EMPTY slot
+        only. Nothing is read for pools where a demand is starved.
         """
         for caller, pool, key in self._take_requests():
             is_staged = self.stages(pool)
             if pool.find(key) is None and key not in (self.buffers or ()):
                 slot = self._cheap_slot(pool, key) if is_staged else self.slot_for(pool, key)
                 if slot is not None or is_staged:
-                    self._requests[caller] = self._requests.pop(caller)  # the others' turns come before its next
+                    self._requests[caller] = self._requests.pop(caller)  # other callers are served before it
                     self._counters.prefetched += 1
                     return Place(pool, key, slot, is_warmup=False)
                 self._counters.cancelled += 1
@@ -119,19 +120,19 @@ class PrefetchQueue:
         return None
 
     def slot_for(self, pool: Pool, key: ExpertKey) -> int | None:
-        """Return a slot for a prefetch: one that costs nothing, else one of its group, neither held nor requested."""
+        """Return a slot for a prefetch: as ``_cheap_slot``, or else one of its group, neither pinned nor requested."""
         slot = self._cheap_slot(pool, key)
         return pool.choose(key.block, keep=self.is_requested) if slot is None else slot
 
     def _take_requests(self) -> Iterator[tuple[AsyncCaller | None, Pool, ExpertKey]]:
-        """Take requests one by one: callers by turns, and each one's blocks in the order in which they came."""
+        """Take requests one by one, from the callers in turn, and from a caller's blocks in the order of arrival."""
         for caller, blocks in list(self._requests.items()):
             for request in blocks.values():
                 while request.unbegun and not request.pool.starved:
                     yield caller, request.pool, request.unbegun.popleft()
 
     def _cheap_slot(self, pool: Pool, key: ExpertKey) -> int | None:
-        """Return an EMPTY slot, else that of an unused prefetch that is not requested any more."""
+        """Return an EMPTY slot, or else the slot of an unused prefetched record that is no longer requested."""
         if (slot := pool.vacancy(key.block)) is not None:
             return slot
         for unused in self.outcomes.unused:
@@ -143,19 +144,22 @@ class PrefetchQueue:
     # -- staging ------------------------------------------------------------------------------------------------------
 
     def stages(self, pool: Pool) -> bool:
-        """Return whether records of the pool are staged: not where a read is over before pieces would pay."""
+        """Return whether prefetches of the pool's records go to a staging buffer first. Quick reads don't."""
         seconds = pool.read_seconds
         return self.buffers is not None and (seconds is None or seconds >= QUICK_SECONDS)
 
     def make_room(self) -> bool:
-        """Return whether a staging buffer is free, perhaps one whose record is not requested any more."""
+        """Return whether a staging buffer is free. Free one whose record is no longer requested, if necessary.
+
+        Returns True if there are no staging buffers at all.
+        """
         if self.buffers is None or self.buffers.has_room:
             return True
         self._counters.cancelled += self.buffers.discard(self.is_requested)
         return self.buffers.has_room
 
     def pace(self, pool: Pool) -> Pace | None:
-        """Return how long reads of the pool's records take; None where too little is known."""
+        """Return the timing of reads of the pool's records, or None if there were too few reads yet."""
         read, whole, counted = pool.read_seconds, pool.slot_bytes, self._counters
         if read is None or not (right := counted.useful + counted.late):
             return None
@@ -167,12 +171,12 @@ class PrefetchQueue:
     # -- outcomes -----------------------------------------------------------------------------------------------------
 
     def fail(self, key: ExpertKey) -> None:
-        """Note that the record does not come."""
+        """Note that the record will not arrive."""
         self.warmed.discard(key)
         self.outcomes.began.pop(key, None)
 
     def use(self, keys: Iterable[ExpertKey]) -> None:
-        """Count demands for records, here or in the tier above."""
+        """Count the use of records by demands of this tier or of the tier above."""
         for key in keys:
             self.lent.discard(key)
             if key in self.warmed:
@@ -182,12 +186,12 @@ class PrefetchQueue:
                 self.outcomes.use(key)
 
     def evict(self, key: ExpertKey) -> None:
-        """Note that the record is evicted here; one that was lent may still be used in the tier above."""
+        """Note that the record is evicted here. If the tier above has borrowed it, it may still be used there."""
         if key not in self.lent:
             self.lose(key)
 
     def lose(self, key: ExpertKey) -> None:
-        """Note that the record is in no tier any more."""
+        """Note that the record is neither here nor in the tier above any more."""
         self.lent.discard(key)
         self.warmed.discard(key)
         self.outcomes.evict(key)

@@ -1,7 +1,7 @@
-"""Session: what another process acquires from the host tier, and the thread that fails its demands in time.
+"""Session: the interface of the host tier to another process, and the thread that fails demands at their deadlines.
 
-A session has no thread. Whatever thread changes the ledger's state takes the steps of the demands that can go on, and
-delivers their events.
+A session has no thread of its own. Any thread that changes the ledger's state also advances the sessions' demands that
+can go on, and delivers their events.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from .ledger import Ledger
 
 
 class Session(AsyncCaller):
-    """``HostTier.session`` makes it. Thread-safe; every method returns at once. Events come in their order."""
+    """An asynchronous caller of the host tier, made by ``HostTier.session``.
+
+    Thread-safe. Every method returns at once. Events are delivered in the order in which they happen.
+    """
 
     def __init__(
         self, deliver: Callable[[Event], None], monitor: Monitor, ledger: Ledger, *, leases: int, patience: float
@@ -34,11 +37,21 @@ class Session(AsyncCaller):
 
     @step
     def acquire(self, request: int, keys: Sequence[ExpertKey], patience: float | None = None) -> None:
-        """Ask for distinct keys of one block. Each is answered by a Granted, or all together by a Failed.
+        """Demand the records of distinct keys of one block.
 
-        It fails with ExhaustedError when no lease of it was granted or on its way for ``patience`` seconds.
+        A Granted event is delivered for each key, or a Failed event that ends the request.
 
-        Raises MissingExpertError for a key that the model does not have, ProtocolError for a request that is not over.
+        Args:
+            request: number of the request, which no request in progress has.
+            keys: the keys.
+            patience: the request fails with ExhaustedError if it holds no lease and no record is being read for it for
+                this many seconds; None for the session's own value.
+
+        Raises:
+            MissingExpertError: the model does not have one of the keys.
+            ProtocolError: a request with this number is not over.
+            ClosedError: the session or the tier was closed.
+            StoreError: the tier was condemned (``HostTier.condemn``).
         """
         if not keys:
             return
@@ -53,9 +66,9 @@ class Session(AsyncCaller):
 
     @step
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
-        """End leases. Without ``keys`` the request is over, and what it waits for is cancelled.
+        """End the leases of ``keys``. Without ``keys``, end the request: its leases, and what it waits for.
 
-        Keys that are not held are ignored, since their request may have failed meanwhile.
+        Keys without a lease are ignored, since their request may have failed in the meantime.
         """
         demand = self.demands.get(request)
         if demand is None:
@@ -70,9 +83,9 @@ class Session(AsyncCaller):
 
     @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Count hits: keys that were found in the directory and computed with, least recently used first.
+        """Count hits of the other process: it has found ``keys`` in the directory and used them, the latest last.
 
-        Raises MissingExpertError for one that the model does not have.
+        Raises MissingExpertError for a key that the model does not have.
         """
         for key in keys:
             self._ledger.manifest.check_keys(key.block, (key,))
@@ -82,16 +95,16 @@ class Session(AsyncCaller):
 
     @step
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Prefetch as ``ExpertSource`` says; replaces this session's requests alone."""
+        """Prefetch as ``ExpertSource`` specifies. Only requests of this session are replaced."""
         self._ledger.manifest.check_keys(block, keys)
         if self._takes_hints():
             self._ledger.prefetch(block, keys, self)
 
     @step
     def close(self) -> None:
-        """Give back all leases and claims, and cancel all requests; loads that have begun go on. Idempotent.
+        """End all demands with their leases, and cancel all prefetch requests. Loads that have begun go on. Idempotent.
 
-        Nothing is delivered any more.
+        No more events are delivered.
         """
         self._closed = True
         for demand in list(self.demands.values()):
@@ -105,7 +118,7 @@ class Session(AsyncCaller):
         self._ledger.check_open()
 
     def _takes_hints(self) -> bool:
-        """Return False for a tier that was condemned: the next acquire says why. Raises ClosedError."""
+        """Return False if the tier was condemned, which the next ``acquire`` reports. Raises ClosedError."""
         if isinstance(self._ledger.loads.closed_by, StoreError):
             return False
         self._check_open()
@@ -113,17 +126,20 @@ class Session(AsyncCaller):
 
 
 class Timekeeper:
-    """A thread that fails asynchronous demands at their deadlines. ``runs`` once there may be any."""
+    """A thread that fails asynchronous demands at their deadlines. ``runs`` is true once it was started."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.runs = False
         self._monitor = monitor
-        self._alarm: SimpleQueue[None] = SimpleQueue()  # there is a new deadline, or the thread is to end
+        self._alarm: SimpleQueue[None] = SimpleQueue()  # an item wakes the thread
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def start(self, ledger: Ledger) -> None:
-        """Start the thread, with the lock held. Idempotent. Raises ClosedError, StoreError."""
+        """Start the thread. The caller holds the tier's lock. Idempotent.
+
+        Raises ClosedError, or StoreError if the tier was condemned.
+        """
         ledger.check_open()
         if not self.runs:
             thread = threading.Thread(target=self._run, args=(ledger,), name="moetier-timekeeper", daemon=True)
@@ -131,7 +147,7 @@ class Timekeeper:
             self._thread, self.runs = thread, True
 
     def watch(self) -> None:
-        """Look at the deadlines again."""
+        """Make the thread look at the deadlines again."""
         self._alarm.put(None)
 
     def close(self) -> None:

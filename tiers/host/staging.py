@@ -1,10 +1,11 @@
-"""Staging buffers: beginnings of records, read ahead beside the slots, so that a wrong prediction evicts nothing.
+"""Staging buffers, into which prefetches read the beginnings of records, so that a wrong prediction evicts nothing.
 
-A prefetch is read piece by piece into a buffer. If its demand comes first, what is there of the record is copied into
-the slot that the demand has chosen, and the rest is read behind it: a wrong prediction has cost the demand nothing but
-the piece that was being read. A record whose buffer is full, and that is still requested, goes on in a slot.
+A prefetch reads a record piece by piece into a buffer. If a demand for the record comes, it chooses a slot; what the
+buffer holds is copied into the slot and the rest is read after it. So a wrong prediction costs other demands at most
+the time of one piece. If the buffer is full and the record is still requested, it gets a slot and the rest is read into
+it.
 
-Part of the ledger: no I/O, and its owner's lock is held.
+This is a part of the ledger: callers hold the tier's lock, and there is no I/O here.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from moetier.tiers.manifest import Manifest
 
 from .demands import Pool, StagingBuffer
 
-BUFFERS = 2
-LEAST_BYTES = 1 << 20  # of a record, if it has so many: copying them takes a tenth of a millisecond
-SHARE = 16  # a buffer holds a sixteenth of a larger record
-PIECES = 4  # at most, of a buffer
-PIECE_SECONDS = 1e-3  # that the read of a piece takes at least: each costs turns of the GIL
+BUFFERS = 2  # number of buffers of a tier
+LEAST_BYTES = 1 << 20  # smallest part of a record that is staged, if it has that many bytes; a copy takes about 0.1 ms
+SHARE = 16  # a sixteenth of a record is staged, if that is more
+PIECES = 4  # largest number of pieces of a buffer
+PIECE_SECONDS = 1e-3  # shortest duration of the read of a piece, as each piece takes the GIL several times
 
 
 def buffer_bytes(slot_bytes: int) -> int:
@@ -31,10 +32,10 @@ def buffer_bytes(slot_bytes: int) -> int:
 
 
 def piece_bytes(slot_bytes: int, seconds: float | None) -> int:
-    """Return how many bytes of a record are read at a time, so that a demand waits for no more.
+    """Return the size of a piece in bytes. A demand waits for at most one piece of a prefetch.
 
-    That is a quarter of a buffer, or what is read in PIECE_SECONDS. ``seconds``: that reading the whole record takes;
-    None if it is not known.
+    A piece is a quarter of a buffer, or as much as is read in PIECE_SECONDS if that is more. ``seconds`` is the
+    duration of the read of a whole record; None if it is not known.
     """
     least = -(-buffer_bytes(slot_bytes) // (PIECES * PAGE)) * PAGE
     if seconds is None:
@@ -43,17 +44,17 @@ def piece_bytes(slot_bytes: int, seconds: float | None) -> int:
 
 
 def staging_bytes(manifest: Manifest) -> int:
-    """Return how many bytes a tier of the model's records may allocate beside its slots."""
+    """Return how many bytes a host tier for this store allocates for staging buffers, at most."""
     return BUFFERS * buffer_bytes(max(layout.slot_bytes for layout in manifest.layouts.values()))
 
 
 class StagingBuffers:
-    """The staging buffers of one tier, at most one for each record."""
+    """The staging buffers of one tier. A record has at most one."""
 
     def __init__(self, largest: int) -> None:
-        """Allocate buffers for slots of at most ``largest`` bytes; pages are taken when they are first read into.
+        """Allocate buffers for slots of at most ``largest`` bytes. Their pages take memory only once they are used.
 
-        Raises BudgetError.
+        Raises BudgetError if the system does not give that much memory.
         """
         size = buffer_bytes(largest)
         try:
@@ -66,7 +67,7 @@ class StagingBuffers:
         self._maps = maps
         self._free = [memoryview(memory) for memory in maps]
         self._staged: dict[ExpertKey, StagingBuffer] = {}
-        self._ended: list[StagingBuffer] = []  # still being read into
+        self._ended: list[StagingBuffer] = []  # buffers to be freed when the read into them ends
 
     def __iter__(self) -> Iterator[StagingBuffer]:
         return iter(self._staged.values())
@@ -92,14 +93,17 @@ class StagingBuffers:
         return staged
 
     def claim(self, key: ExpertKey) -> StagingBuffer | None:
-        """Return the record's buffer, if there is one, for the load that reads the rest and then ends it."""
+        """Claim the record's buffer, if there is one, for a load that reads the rest of the record. Return the buffer.
+
+        The load has to ``end`` the buffer.
+        """
         staged = self._staged.get(key)
         if staged is not None:
             staged.is_claimed = True
         return staged
 
     def discard(self, is_requested: Callable[[ExpertKey], bool]) -> bool:
-        """End the oldest buffer whose record is not requested any more. Return whether there was one."""
+        """Free the oldest idle buffer whose record is no longer requested. Return whether there was one."""
         for staged in self._staged.values():
             if staged.is_idle and not is_requested(staged.key):
                 self.end(staged)
@@ -107,7 +111,7 @@ class StagingBuffers:
         return False
 
     def end(self, staged: StagingBuffer) -> None:
-        """Free the buffer, as soon as nothing is being read into it."""
+        """Free the buffer, now or when the read into it ends."""
         if staged.is_reading:
             self._ended.append(staged)
             del self._staged[staged.key]
@@ -116,7 +120,7 @@ class StagingBuffers:
             self._release(staged)
 
     def end_piece(self, staged: StagingBuffer, seconds: float, error: BaseException | None = None) -> None:
-        """Note that the read of a piece has ended after so many seconds, with ``error`` if it failed."""
+        """Note that the read of a piece, which took ``seconds``, has ended. ``error`` is its error if it failed."""
         staged.seconds += seconds
         if error is None:
             staged.filled = staged.end
@@ -128,7 +132,7 @@ class StagingBuffers:
             self._release(staged)
 
     def repair(self, claimed: Collection[StagingBuffer]) -> None:
-        """Repair after a step that was cut: loads have claimed just these, and a buffer that nothing uses is free."""
+        """Make the state consistent after an interrupted step. ``claimed`` are the buffers that loads use."""
         for staged in list(self._staged.values()):
             if staged in self._ended:
                 del self._staged[staged.key]
@@ -138,7 +142,7 @@ class StagingBuffers:
         self._free[:] = [memoryview(memory) for memory in self._maps if not any(memory is other for other in used)]
 
     def close(self) -> None:
-        """Free all memory; nothing is being read any more."""
+        """Free all memory. No read may be in progress."""
         self._staged.clear()
         self._free.clear()
         self._maps.clear()

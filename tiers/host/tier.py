@@ -1,6 +1,6 @@
-"""HostTier: records in shared memory, evicted block by block, filled by a small pool of loaders.
+"""HostTier: a cache of records in shared memory, into which a few loader threads read.
 
-The ledger decides, under the monitor's lock; records are read outside it.
+The ledger decides what is read and evicted, under the monitor's lock. Records are read without the lock.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .loaders import Loaders, most_prefetches
 from .session import Session, Timekeeper
 from .staging import StagingBuffers
 
-LOADERS = 4  # records that are read at a time
-HANDOVER = 1e-5  # seconds to sleep, to which the system adds about 6e-5, so that a loader can take the GIL and begin
+LOADERS = 4  # number of records that are read in parallel
+HANDOVER = 1e-5  # seconds to sleep so that a loader can take the GIL and begin its read; the system adds about 6e-5
 
 
 class HostTier(Closeable):
-    """The tier in host memory: a Lender that caches records of a RecordReader. It does not close the reader.
+    """The tier in host memory: a Lender that caches the records of a RecordReader, ``store``. It does not close it.
 
     A thread that iterates over ``acquire`` must not call it again inside the loop: with the smallest budget the inner
     call would wait for slots that the outer one holds.
@@ -50,16 +50,24 @@ class HostTier(Closeable):
         arena: Arena | None = None,
         policy: str = DEFAULT_ORDER,
     ) -> None:
-        """Allocate ``slots`` by array, as ``slots_for`` gives them. Raises BudgetError if the memory can't be had.
+        """Allocate the memory, and start the loaders.
 
-        ``arena`` is one with as many slots that a former owner left: it is the tier's from now on. Its records that are
-        whole are READY without a read, and processes that map it go on. ``policy`` is one of ``ORDERS``.
+        Args:
+            store: reads the records.
+            slots: number of slots by zarr array, as ``slots_for`` computes them.
+            loaders: number of threads that read records.
+            arena: a reclaimed arena with these slots, which the tier takes over. Its intact records are READY without a
+                read, and processes that have mapped it can go on.
+            policy: name of the eviction order, one of ``ORDERS``.
+
+        Raises:
+            BudgetError: the system does not give that much memory.
         """
         assert loaders > 0
         self.manifest = store.manifest
         self.plan = ArenaPlan.of(self.manifest, slots)
         assert arena is None or arena.plan == self.plan
-        self.recovered = 0  # slots that were full when it began
+        self.recovered = 0  # number of intact records in the arena that was taken over
         self._monitor = Monitor(lambda: self._ledger.repair())
         with contextlib.ExitStack() as undo:
             self._arena = arena or Arena.create(self.plan)
@@ -69,8 +77,8 @@ class HostTier(Closeable):
             self._buffers: StagingBuffers | None = None
             if store.parts is not None:
                 self._buffers = StagingBuffers(max(region.slot_bytes for region in self.plan.regions))
-            self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # to fill them
-            # by slot: always the same object, so that code that wraps it knows it again
+            self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable, to fill them
+            # by slot: always the same object, so that code that keeps data about it can recognise it
             self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
             self._ledger = Ledger(
                 self.manifest,
@@ -79,7 +87,7 @@ class HostTier(Closeable):
                 order=policy,
                 buffers=self._buffers,
                 wake=self._wake,
-                ring=partial(bell.put, None),  # reentrant, as it promises: a finalizer may come by here
+                ring=partial(bell.put, None),  # reentrant by its documentation, as a finalizer may call it
                 watch=self._timekeeper.watch,
                 ahead=2 * loaders,  # enough to keep every loader busy
                 most_prefetches=most_prefetches(loaders, self.plan),
@@ -92,7 +100,7 @@ class HostTier(Closeable):
             undo.pop_all()
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[memoryview], None, None]:
-        """Acquire as ``ExpertSource`` says. Raises MissingExpertError for a key that the model does not have."""
+        """Acquire as ``ExpertSource`` specifies. Raises MissingExpertError for a key that the model does not have."""
         if not keys:
             return
         block = keys[0].block
@@ -106,26 +114,27 @@ class HostTier(Closeable):
             while not is_last:
                 leases, is_last = found or self._monitor.wait_for(self._next, demand)
                 found = None
-                while leases:  # a caller that waits for the next keeps none of them
+                while leases:  # popped, so that no lease is kept while the caller waits for the next
                     yield leases.popleft()
                     self._check_open()
             if demand.error is not None:
                 raise demand.error
         finally:
-            # the directory is shared with a forked child, and not the child's to write
+            # a forked child shares the directory, and must not write it
             if self._monitor.fork_guard.is_owner:
                 self._monitor.post(partial(self._ledger.leave, demand))
 
     @step
     def reclaim(self) -> None:
-        """Reclaim as ``ExpertSource`` says."""
+        """End the calling thread's leases, as ``ExpertSource`` specifies."""
         self._ledger.reclaim(threading.get_ident())
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """Prefetch as ``ExpertSource`` says.
+        """Prefetch as ``ExpertSource`` specifies.
 
-        A record is read beside the slots first, unless reads are quick. Then it evicts what an earlier prefetch brought
-        in vain, or what is neither held nor requested, of its own group.
+        Unless reads are quick, a record is read into a staging buffer first. Later it takes an EMPTY slot or evicts a
+        record: one that an earlier prefetch has loaded and no demand has used, or else one of its own group that is
+        neither pinned nor requested.
         """
         self.manifest.check_keys(block, keys)
         self._monitor.run(self._ledger.prefetch, block, keys)
@@ -133,17 +142,19 @@ class HostTier(Closeable):
     def warm(self, hottest: Callable[[int, int], Sequence[ExpertKey]]) -> None:
         """Read each block's most used records into EMPTY slots, in the background. Returns at once.
 
-        ``hottest`` gives them for a block, at most as many as its second argument says.
-
-        Nothing is read while there is anything to read for demands or prefetch requests, nothing is evicted, and what
-        is there already is not read.
+        ``hottest`` is called with a block and a number, and returns at most that many keys of the block. Nothing is
+        read for the warm-up while there is anything to read for demands or prefetch requests. Nothing is evicted for
+        it, and records with a slot are not read again.
         """
         pools = list(enumerate(self._ledger.pool_of))
         self._monitor.run(self._warm, [(pool, hottest(block, pool.quota(block))) for block, pool in pools])
 
     @contextlib.contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:
-        """Lend as ``Lender`` says; nothing is lent while a demand finds no slot. Raises MissingExpertError."""
+        """Lend a record as ``Lender`` specifies. While a demand waits for a slot, None is given instead.
+
+        Raises MissingExpertError if the model does not have the key.
+        """
         self.manifest.check_keys(key.block, [key])
         loan = Demand(self._ledger.pool_of[key.block], key.block, threading.get_ident())
         try:
@@ -154,12 +165,12 @@ class HostTier(Closeable):
 
     @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses as ``Lender`` says; they are counted where uses are."""
+        """Note uses in the tier above, as ``Lender`` specifies. ``uses`` counts them too."""
         self._ledger.used_above(keys)
 
     @step
     def uses(self) -> dict[ExpertKey, int]:
-        """Return how often each record was wanted since the first call, which begins the counting."""
+        """Return how often demands wanted each record. Counting begins with the first call."""
         return self._ledger.counted_uses()
 
     def ready(self, block: int) -> list[int]:
@@ -168,35 +179,41 @@ class HostTier(Closeable):
         return [expert for expert in range(experts) if find(ExpertKey(block, expert)) is not None]
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Return absent keys as ``ExpertSource`` says. Takes no lock: the answer may be outdated at once."""
+        """Return absent keys, as ``ExpertSource`` specifies. Takes no lock, so the answer may be outdated at once."""
         self._monitor.fork_guard.check()
         pool_of = self._ledger.pool_of
         return [key for key in keys if not pool_of[key.block].holds(key)]
 
     def pace(self, block: int) -> Pace | None:
-        """Return the pace as ``ExpertSource`` says, by the median of the latest reads."""
+        """Return the timing of reads as ``ExpertSource`` specifies, from the median of the latest reads."""
         return self._monitor.run(self._ledger.prefetches.pace, self._ledger.pool_of[block])
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
-        """Open a session for another process. Closing it is the caller's.
+        """Open a session for another process. The caller has to close it.
 
-        ``deliver`` gets its events, as ``AsyncCaller`` says. At most ``leases`` slots are held for it at a time, and a
-        request that has none fails after ``patience`` seconds. Raises ClosedError, StoreError.
+        Args:
+            deliver: called with each event, as ``AsyncCaller`` specifies.
+            leases: the largest number of slots that the session may hold at a time.
+            patience: seconds after which a request that holds no slot fails.
+
+        Raises:
+            ClosedError: the tier was closed.
+            StoreError: the tier was condemned.
         """
-        # now: where no thread is to be had, nothing has been asked for yet
+        # start the thread now: if that fails, there are no requests yet
         self._monitor.run(self._timekeeper.start, self._ledger)
         return Session(deliver, self._monitor, self._ledger, leases=leases, patience=patience)
 
     def export(self) -> int:
-        """Return a new read-only descriptor of the arena, the caller's to close; ``plan`` says what is where.
+        """Return a new read-only descriptor of the arena, which the caller has to close. Its layout is ``plan``.
 
-        Raises ClosedError, or the error that condemned the tier.
+        Raises ClosedError, or the StoreError that condemned the tier.
         """
         self._check_open()
         return self._arena.export()
 
     def whole(self, slot: int) -> memoryview:
-        """Return a leased slot with its checksum, read-only, for another host that checks it there."""
+        """Return a read-only view of a leased record and its checksum, to send to another host."""
         return self._arena.whole(slot)
 
     @step
@@ -206,25 +223,25 @@ class HostTier(Closeable):
 
     @property
     def fault(self) -> StoreError | None:
-        """The error that condemned the tier, if one did."""
+        """The error that condemned the tier, or None."""
         error = self._ledger.loads.closed_by
         return error if isinstance(error, StoreError) else None
 
     @step
     def condemn(self, error: StoreError) -> None:
-        """Serve nothing any more, since slots do not hold what the manifest promises.
+        """Stop serving, since the slots don't hold the records that the manifest promises.
 
-        Every caller and every session gets ``error``, and processes that map the arena find nothing in it.
+        All callers and sessions get ``error``, and processes that have mapped the arena find no records in it.
         """
         if self._ledger.loads.closed_by is None:
             self._ledger.close(error)
             self._arena.directory.retire()
 
     def close(self) -> None:
-        """Close as ``ExpertSource`` says.
+        """Close the tier, as ``ExpertSource`` specifies.
 
-        Callers that sleep in acquire wake with ClosedError; a lease stays readable while it is held. In a forked child
-        only its own maps and descriptors go.
+        Callers that sleep in ``acquire`` wake and get ClosedError. The record of a lease stays readable while the lease
+        is held. In a forked child, only the child's mappings and descriptors are closed.
         """
         if self._monitor.fork_guard.is_owner:
             self._monitor.run(self._ledger.close, ClosedError("The host tier was closed.", "Load the model again."))
@@ -248,7 +265,7 @@ class HostTier(Closeable):
         return self._next(demand)
 
     def _next(self, demand: Demand) -> tuple[deque[Lease[memoryview]], bool] | None:
-        """End the present leases. Return those that are ready, and whether they are the last; None: wait."""
+        """End the present leases. Return the next ones and whether they are the last; None if the caller must wait."""
         found = self._ledger.next(demand)
         if found is None:
             return None
@@ -283,7 +300,7 @@ class HostTier(Closeable):
     def _wake(self) -> None:
         self._monitor.wake()
         if self._timekeeper.runs:
-            self._monitor.post(self._ledger.serve)  # is done by the thread that holds the lock now
+            self._monitor.post(self._ledger.serve)  # is run as a step by the thread that holds the lock now
 
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()

@@ -1,7 +1,7 @@
-"""Warm-up: which experts of a store are used most, by counts that are kept between runs for the next to begin with.
+"""Warm-up: count how often experts are used, save the counts, and load the most used experts when a tier is opened.
 
-The counts are in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8). They are a hint: whatever is wrong
-with the file, the tiers begin without it.
+The counts are saved in ``$XDG_CACHE_HOME/moetier`` (XDG Base Directory Specification 0.8). They are only a hint: if the
+file can't be used for any reason, the tier begins without a warm-up.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from moetier.tiers.store.atomic import make_folders, write_durably
 
 from .tier import HostTier
 
-EVERY = 300.0  # seconds between writes; a process that is killed loses the uses since the latest
-FORMAT = 1
-HALF_LIFE = 512  # after so many uses of its block, per expert that the block has, an old use counts half
-MOST_BYTES = 16 << 20
+EVERY = 300.0  # seconds between writes; a process that is killed loses the uses since the latest write
+FORMAT = 1  # version of the file format
+HALF_LIFE = 512  # a use in an earlier run counts half after 512 uses per expert of its block
+MOST_BYTES = 16 << 20  # largest file that is read
 
 _log = logging.getLogger(__name__)
 
 
 class HotSet(dict[ExpertKey, float]):
-    """Uses of each key that was used. Uses of one run count alike, those of earlier runs less."""
+    """How often each key was used. Uses in earlier runs count less than those in the latest run."""
 
     def use(self, keys: Iterable[ExpertKey]) -> None:
         """Count one use of each key."""
@@ -43,14 +43,14 @@ class HotSet(dict[ExpertKey, float]):
             self[key] = self.get(key, 0) + 1
 
     def hottest(self, block: int, most: int) -> list[ExpertKey]:
-        """Return at most so many experts of a block, the most used first; equals in ascending order."""
+        """Return the ``most`` most used experts of a block, or fewer. Equally used ones are in ascending order."""
         keys = [key for key in self if key.block == block]
         return sorted(keys, key=lambda key: (-self[key], key))[:most]
 
     def after(self, earlier: HotSet, experts: Mapping[int, int]) -> HotSet:
-        """Return the sum with the counts of earlier runs, which fade the more a block has been used since.
+        """Return the sum of these counts and those of ``earlier`` runs, which decay with each use of their block since.
 
-        ``experts``: how many each block has.
+        ``experts`` is the number of experts by block.
         """
         uses = dict.fromkeys(experts, 0.0)
         for key, count in self.items():
@@ -63,7 +63,10 @@ class HotSet(dict[ExpertKey, float]):
 
 
 class Learner:
-    """Warms an open tier and counts its uses until ``close``. Nothing waits for it, and its errors end nothing."""
+    """Thread that warms up an open tier, and saves its counts of uses until ``close``.
+
+    Nothing waits for the thread but ``close``, and its errors don't affect the tier.
+    """
 
     def __init__(self, host: HostTier, *, every: float = EVERY) -> None:
         self._host = host
@@ -77,7 +80,10 @@ class Learner:
         self._thread.start()
 
     def close(self) -> None:
-        """Keep what was counted, before or after the tier is closed. Idempotent. Does nothing in a forked child."""
+        """Save the counts and end the thread. The tier may be closed before or after. Idempotent.
+
+        Does nothing in a forked child.
+        """
         if self._fork_guard.is_owner:
             self._ending.set()
             self._thread.join()
@@ -101,9 +107,9 @@ class Learner:
 
 
 def hot_set_path(digest: str) -> Path:
-    """Return the file for the store of that digest. Raises FileNotFoundError for a user without a home directory."""
+    """Return the path of the counts for the store with ``digest``. Raises FileNotFoundError if the user has no home."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # the specification says to ignore it
+    if not folder.is_absolute():  # the specification says to ignore relative paths
         try:
             folder = Path.home() / ".cache"
         except RuntimeError:
@@ -113,10 +119,10 @@ def hot_set_path(digest: str) -> Path:
 
 
 def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
-    """Return what is kept for a store, by earlier runs.
+    """Read the counts that earlier runs have saved for the store with ``digest``.
 
-    It is empty where there is no file, and with a warning where the file is damaged or of another version, store or
-    user.
+    They are empty if there is no file. They are also empty, with a warning, if the file is damaged, or of another
+    version, store or user. ``experts`` is the number of experts by block.
     """
     try:
         path = hot_set_path(digest)
@@ -131,9 +137,10 @@ def load_hot_set(digest: str, experts: Mapping[int, int]) -> HotSet:
 
 
 def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
-    """Add the uses of one run to what is kept, whole or not at all.
+    """Add the uses of one run to the saved counts, in one atomic write.
 
-    What other processes add at the same time is kept as well. A file that can't be written is a warning.
+    A lock makes sure that no counts are lost if other processes save theirs at the same time. If the file can't be
+    written, a warning is logged. ``experts`` is the number of experts by block.
     """
     where: Path | str = "$XDG_CACHE_HOME"
     try:
@@ -141,7 +148,7 @@ def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
         make_folders(path.parent)
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the descriptor, and with the process
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the lock ends with the descriptor, or with the process
             found = used.after(load_hot_set(digest, experts), experts)
             write_durably(path, _text(found, digest).encode())
         finally:
@@ -151,7 +158,7 @@ def keep_hot_set(digest: str, experts: Mapping[int, int], used: HotSet) -> None:
 
 
 def _open(path: Path) -> Any:
-    """Open a regular file of this user's own for reading: no symbolic link, and nothing that blocks."""
+    """Open a regular file of this user for reading. Raises OSError or ValueError for anything else, such as a link."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
@@ -168,7 +175,10 @@ def _text(found: HotSet, digest: str) -> str:
 
 
 def _parse(value: Any, digest: str, experts: Mapping[int, int]) -> HotSet:
-    """Check the JSON value of a file. A value of another form raises what reading it raises."""
+    """Return the counts in the JSON ``value`` of a file.
+
+    Raises ValueError, or for a value of another form TypeError, KeyError, AttributeError or OverflowError.
+    """
     if value["format"] != FORMAT:
         raise ValueError(f"format {value['format']!r}, not {FORMAT}")
     if value["digest"] != digest:
