@@ -1,4 +1,4 @@
-"""Copies of the host's records into the device's slots, and page locks of the memory that they come from."""
+"""Copy records from the host tier's memory to slots of the device, and page-lock that memory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ Arrange = Callable[[torch.Tensor, RecordLayout], None]
 
 
 class PageLocks:
-    """Page locks of host memory. All of a memory is registered at once, when it is first copied from.
+    """Page locks of host memory, so that copies from it are fast and asynchronous.
 
-    The owner unlocks nothing while a copy out of it is under way.
+    The host tier's whole memory is locked when a record is first copied from it. The caller must not unlock memory
+    while a copy from it is in progress.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._locked: dict[int, torch.Tensor] = {}  # by the memory's id: all of it, which keeps the memory alive
-        self._retired: dict[int, torch.Tensor] = {}  # replaced by other memory of the host; to be unlocked
-        self._pageable = False  # once locking has failed
+        self._locked: dict[int, torch.Tensor] = {}  # by id of the memory: a tensor over all of it, which keeps it alive
+        self._retired: dict[int, torch.Tensor] = {}  # locked memory that the host has replaced; to be unlocked
+        self._pageable = False  # True once locking has failed
 
     @property
     def has_retired(self) -> bool:
@@ -37,10 +38,10 @@ class PageLocks:
         return bool(self._retired)
 
     def lock(self, memory: Any) -> None:
-        """Lock the pages of ``memory``. Warn once where the system refuses."""
+        """Lock the pages of ``memory``. Warn, once, if the system refuses."""
         if self._pageable or id(memory) in self._locked:
             return
-        if id(memory) in self._retired:  # a late reader of what was replaced
+        if id(memory) in self._retired:  # a record is copied from the replaced memory once more
             self._locked[id(memory)] = self._retired.pop(id(memory))
             return
         with warnings.catch_warnings():
@@ -57,12 +58,12 @@ class PageLocks:
         )
 
     def retire(self, memory: Any) -> None:
-        """Mark replaced memory, to be unlocked once its copies finish."""
+        """Mark memory that the host has replaced. ``unlock_retired`` unlocks it once copies from it have ended."""
         if (whole := self._locked.pop(id(memory), None)) is not None:
             self._retired[id(memory)] = whole
 
     def unlock_retired(self) -> None:
-        """Unlock the replaced memory."""
+        """Unlock the memory that ``retire`` has marked."""
         self._unlock(self._retired)
 
     def unlock(self) -> None:
@@ -77,16 +78,20 @@ class PageLocks:
 class Copy(NamedTuple):
     """A copy that has been queued."""
 
-    ended: Event  # the host's record may be released
-    ready: Event  # the slot may be computed on
-    uses: Mapping[Stream, Event]  # of the slot, after the copy itself: a refill waits for them
+    ended: Event  # the copy has ended, so the host's record may be released
+    ready: Event  # the record in the slot may be computed on
+    uses: Mapping[Stream, Event]  # end of later work on the slot, by stream; a refill of the slot waits for it
 
 
 class Copies:
-    """Copies into one device. Thread-safe, except for ``locks`` (see there)."""
+    """Queues copies of records to one device. Thread-safe, except for ``locks`` (see ``PageLocks``)."""
 
     def __init__(self, device: Device, arrange: Arrange | None = None) -> None:
-        """``arrange`` queues on the current stream, in place, what makes a record ready to compute with."""
+        """Prepare copies to ``device``.
+
+        ``arrange`` queues work on the current stream that brings a copied record into the byte order of the kernels, in
+        place. None: records are computed on as they are.
+        """
         self._device = device
         self._arrange = arrange
         self.locks = PageLocks(device)
@@ -115,18 +120,21 @@ class Copies:
         try:
             self._device.run(arranging, partial(self._arrange, record, pool.layout))
         except BaseException:
-            arranging.record_event().synchronize()  # no later event covers what was queued
+            arranging.record_event().synchronize()  # wait here, as no later event covers what was queued
             raise
         ready = arranging.record_event()
         return Copy(ended, ready, {arranging: ready})
 
     def abandon(self, pool: DevicePool, slot: int) -> Event:
-        """Have refills of a slot wait for its copy, which may or may not have been queued; return the copy's end."""
+        """Give up a copy that may or may not have been queued: make refills of the slot wait for it.
+
+        Returns the end of the copy.
+        """
         for stream in (self._device.copy_stream(), *([self._device.arranging_stream()] if self._arrange else ())):
             pool.used[slot][stream] = stream.record_event()
         ended = pool.copied[slot] = pool.used[slot][self._device.copy_stream()]
         return ended
 
     def clear(self) -> None:
-        """Drop the views, which keep the host's memory alive."""
+        """Drop the views of the host's memory, which keep it alive."""
         self._views.clear()

@@ -1,4 +1,4 @@
-"""Slots of the device: pools by record geometry, and their memory."""
+"""Slots of the device: one pool per record layout, and the memory of the slots."""
 
 from __future__ import annotations
 
@@ -19,22 +19,30 @@ from .stream import Device, Event, Stream
 
 
 class DevicePool(SlotPool):
-    """The device's slots of one record geometry."""
+    """The device's slots for records of one layout."""
 
     def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor, order: str) -> None:
-        """``memory`` [slots * slot_bytes] uint8, on the device."""
+        """Make the slots of a zarr array's records.
+
+        Args:
+            manifest: the store's manifest.
+            array: name of the zarr array.
+            first: number of the first slot in the tier.
+            memory: uint8 [slots * slot_bytes], on the device.
+            order: name of the eviction order, one of ``ORDERS``.
+        """
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
         groups = plan_groups(len(slots), manifest.members[array])
         super().__init__(groups, ORDERS[order], first=first, slot_bytes=layout.slot_bytes)
         self.layout = layout
         self.records = [slot[: layout.record_bytes] for slot in slots]
-        self.copied: list[Event | None] = [None] * len(slots)  # the end of the copy into a slot
-        self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # the end of each stream's last use of a slot
+        self.copied: list[Event | None] = [None] * len(slots)  # by slot: the end of the copy into it
+        self.used: list[dict[Stream, Event]] = [{} for _ in slots]  # by slot: the end of its last use, by stream
 
 
 class DeviceSlots:
-    """The pools of one tier, whose lock is held by the caller of each method."""
+    """The pools of one device tier. Callers of all methods hold the tier's lock."""
 
     def __init__(
         self, manifest: Manifest, memory: Mapping[str, torch.Tensor], policy: str, counters: TierCounters
@@ -42,27 +50,27 @@ class DeviceSlots:
         self._manifest = manifest
         self._policy = policy
         self._counters = counters
-        self.pools: dict[str, DevicePool] = {}  # by array
+        self.pools: dict[str, DevicePool] = {}  # by zarr array
         self.use(memory)
 
     def use(self, memory: Mapping[str, torch.Tensor]) -> None:
-        """Make slots, all EMPTY, of ``memory`` by array, uint8 [slots * slot_bytes] each, as ``allocate`` gives it."""
+        """Divide ``memory`` from ``allocate``, uint8 [slots * slot_bytes] by array, into slots, which are EMPTY."""
         first = 0
         for array, slots in memory.items():
             self.pools[array] = DevicePool(self._manifest, array, first, slots, self._policy)
             first += self.pools[array].count
 
     def pool(self, block: int) -> DevicePool:
-        """The pool of a block's records."""
+        """Return the pool with a block's records."""
         return self.pools[self._manifest.blocks[block].array]
 
     def find(self, key: ExpertKey) -> int | None:
-        """The slot of its pool that holds a record or is being filled with it."""
+        """Return the slot, in its pool, that holds a record or is being filled with it; None if there is none."""
         return self.pool(key.block).find(key)
 
     @property
     def copying(self) -> int:
-        """Number of slots being filled."""
+        """Number of slots that are being filled."""
         return sum(pool.loading for pool in self.pools.values())
 
     @property
@@ -72,7 +80,7 @@ class DeviceSlots:
 
     @property
     def is_dropped(self) -> bool:
-        """True if some slots have no memory."""
+        """True if slots of a pool have no memory, after ``drop`` or ``clear``."""
         return not all(pool.records for pool in self.pools.values())
 
     def wait_for_copies(self) -> None:
@@ -83,9 +91,9 @@ class DeviceSlots:
                     event.synchronize()
 
     def drop(self) -> list[ExpertKey]:
-        """Evict every record, and free the memory once the device no longer uses it. Return the keys of the evicted.
+        """Evict all records and free the memory, once the device no longer uses it. Return the keys of the records.
 
-        No slot is held or being filled.
+        No slot may be leased or being filled.
         """
         self.wait_for_copies()
         for pool in self.pools.values():
@@ -97,7 +105,7 @@ class DeviceSlots:
         return held
 
     def clear(self) -> None:
-        """Free the memory; that of a record that is still leased stays as long as the record is held."""
+        """Release the slots' memory. The memory of a leased record is freed only once nothing refers to it."""
         for pool in self.pools.values():
             pool.records.clear()
 
@@ -107,9 +115,9 @@ class DeviceSlots:
 
 
 def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Allocate memory for ``slots`` by array, or for fewer, with one warning, where the device has no room for them.
+    """Allocate memory for ``slots``, by zarr array. If the device has no room for them, warn and allocate fewer.
 
-    Returns uint8 [slots * slot_bytes] by array. Raises BudgetError when it has no room for one token's experts.
+    Returns uint8 [slots * slot_bytes] by array. Raises BudgetError if there is no room for one token's experts.
     """
     sizes = {array: layout.slot_bytes for array, layout in manifest.layouts.items()}
     counts = dict(slots)
@@ -137,6 +145,6 @@ def allocate(device: Device, manifest: Manifest, slots: Mapping[str, int]) -> di
 
 
 def fewer(manifest: Manifest, slots: Mapping[str, int]) -> dict[str, int]:
-    """Three quarters of ``slots`` by array, but at least one token's experts of one block."""
+    """Return three quarters of ``slots``, by zarr array, but at least enough for one token's experts of one block."""
     fewest = {array: least for array, (least, _) in slot_ranges(manifest).items()}
     return {array: max(fewest[array], count * 3 // 4) for array, count in slots.items()}

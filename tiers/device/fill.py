@@ -1,4 +1,4 @@
-"""Fill of the device's slots with records that the host has leased, for demands and for promotions."""
+"""Fill the device's slots with records that the host has leased, for demands and for promotions."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from .stream import Event, Stream
 class DeviceDemand:
     """One call of acquire, or a promotion: the slots that it holds, and the copies that it waits for.
 
-    It shares little with a ``Demand`` of the host tier: it copies one record at a time in the caller's own thread,
-    never waits for a read, and ends its leases by events of the device.
+    It has no base class in common with the host tier's ``Demand``, as the two have little in common: this one copies
+    one record at a time in the caller's own thread, never waits for a read, and ends its leases by events of the
+    device.
     """
 
     pool: DevicePool
-    caller: int  # a thread
-    is_scan: bool = False  # wants more records than its block can keep
-    latest: ExpertKey | None = None  # record of the latest lease
-    misses: bool = False  # lacks records: promotions wait until it ends
-    ready: deque[int] = field(default_factory=deque)  # slots: pinned, not leased yet
-    leased: tuple[int, Stream] | None = None  # slot: pinned; and the stream that computes on it
-    filling: tuple[int, ExpertKey] | None = None  # slot: LOADING, until its copy is queued
-    copied: Event | None = None  # the end of the latest copy, and with it of those before
+    caller: int  # id of the caller's thread
+    is_scan: bool = False  # the demand is for more records than its block can keep
+    latest: ExpertKey | None = None  # key of the latest lease
+    misses: bool = False  # it lacks records; promotions wait until it ends
+    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for it, but not leased yet
+    leased: tuple[int, Stream] | None = None  # the slot that is leased, and the stream that computes on it
+    filling: tuple[int, ExpertKey] | None = None  # the slot that is LOADING, and its key, until the copy is queued
+    copied: Event | None = None  # the end of the latest copy, and so of all copies before
 
     def end_copies(self) -> None:
-        """Wait until the records that were copied may be released."""
+        """Wait until all copies of the demand have ended, so that the host's records may be released."""
         if self.copied is not None:
             self.copied.synchronize()
             self.copied = None
 
 
 class DeviceFill:
-    """Fill of one tier's slots. It takes the tier's lock itself, except in methods that are part of a step."""
+    """Fills the slots of one tier. Methods take the tier's lock, except those that are documented as part of a step."""
 
-    promotion: DeviceDemand | None = None  # the latest
+    promotion: DeviceDemand | None = None  # the latest promotion
 
     def __init__(
         self,
@@ -67,13 +68,25 @@ class DeviceFill:
         self._check_open = check_open
 
     def demand(self, demand: DeviceDemand, lease: Lease[memoryview], began: float, *, wait: bool) -> bool:
-        """Put a record that the host has leased into a slot, unless the lease does not hold: then it comes again.
+        """Copy a record that the host has leased into a slot, for a demand.
 
-        Returns False if no slot can be had now and the caller does not ``wait`` for one. Raises ClosedError.
+        If the lease does not hold, nothing is copied, and the host will lease the record again.
+
+        Args:
+            demand: the demand.
+            lease: the host's lease.
+            began: time by ``time.perf_counter`` since when the demand has waited for the record.
+            wait: whether to wait for a slot.
+
+        Returns:
+            False if there is no slot now and ``wait`` is false, else True.
+
+        Raises:
+            ClosedError: the tier was closed.
         """
         if not self._monitor.wait_for(self._place, demand, lease.key, began, wait):
             return False
-        if demand.filling is not None:  # otherwise the lease was not used, so there is nothing to prove
+        if demand.filling is not None:  # otherwise the record was already on the device
             copy = self._transfer(demand, lease)
             if copy is not None:
                 demand.copied = copy.ended
@@ -81,11 +94,14 @@ class DeviceFill:
         return True
 
     def _place(self, demand: DeviceDemand, key: ExpertKey, began: float, wait: bool) -> bool | None:
-        """Begin to fill a slot for a demand, unless the record is there; None while the demand has to wait for one."""
+        """Begin to fill a slot for a demand, or pin the slot that has the record already. Part of a step.
+
+        Returns True if that succeeded. If there is no slot, returns None to wait for one, or False if not ``wait``.
+        """
         self._check_open()
         pool = demand.pool
         slot = pool.find(key)
-        if slot is not None and pool.is_ready(slot):  # since this caller looked
+        if slot is not None and pool.is_ready(slot):  # another caller has copied it meanwhile
             self._counters.joined += 1
             pool.touch((key,), scan=demand.is_scan)
             self._admit(demand, slot, began)
@@ -152,7 +168,7 @@ class DeviceFill:
             self._promoter.outcomes.evict(evicted)
 
     def _transfer(self, demand: DeviceDemand, lease: Lease[memoryview]) -> Copy | None:
-        """Queue the copy into the slot that was begun; None if the lease did not hold."""
+        """Queue the copy into the slot that is being filled. Return None if the lease did not hold."""
         assert demand.filling is not None
         try:
             copy = self._copies.queue(lease, demand.pool, demand.filling[0])
@@ -164,9 +180,9 @@ class DeviceFill:
         return copy
 
     def _arrive(self, demand: DeviceDemand, copy: Copy, began: float | None = None) -> None:
-        """Make the slot READY: what computes on it from now on waits for the copy.
+        """Make the slot READY. Computations on it from now on wait for the copy. Part of a step.
 
-        The demand has waited for it since ``began``; None for a promotion.
+        ``began`` is the time since when the demand has waited for the record; None for a promotion.
         """
         assert demand.filling is not None
         pool, (slot, _) = demand.pool, demand.filling
@@ -179,7 +195,7 @@ class DeviceFill:
             self._admit(demand, slot, began)
 
     def leave(self, demand: DeviceDemand) -> None:
-        """Cancel the copy that a demand was about to queue, as its caller goes. Part of a step."""
+        """Cancel the copy that a demand was about to queue, because the demand ends. Part of a step."""
         if demand.filling is not None:
             demand.copied = self._copies.abandon(demand.pool, demand.filling[0])
             self._cancel(demand)
@@ -207,9 +223,9 @@ class DeviceFill:
         self._counters.waited(time.perf_counter() - began)
 
     def repair(self, demands: Collection[DeviceDemand]) -> None:
-        """Make the slots agree with what is held, after a step that an exception has cut anywhere. Part of a step.
+        """Make the slots agree with the demands, after an exception has interrupted a step. Part of a step.
 
-        What callers hold stays, and so does what is being copied for them or for a promotion.
+        Leases stay, and so do records that are being copied for demands or for a promotion.
         """
         for pool in self._slots.pools.values():
             pins = [0] * pool.count

@@ -1,11 +1,11 @@
 """Promoter: a background thread that copies requested records from the host to the device, one at a time.
 
-The source's own prefetch reads a requested record from the disk. Once it is READY there the promoter borrows it, which
-the source does not count as a demand. A record that is not READY yet is looked for again after a pause that grows, as
-long as the request stands. Demands go first: while one misses records no copy is begun, and a copy that has begun is
-one record.
+The host tier prefetches a requested record from the disk. Once the record is READY there, the promoter borrows it,
+which the host tier does not count as a demand. If the record is not READY yet, the promoter looks again after a pause,
+which grows each time, until the request is replaced. Demands go first: while a demand lacks records, no promotion
+begins. A promotion that has begun copies one record only.
 
-No deadlock: the thread waits only for its own copy.
+The thread can't be in a deadlock, as it waits only for its own copy.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from moetier.tiers.locks import Monitor
 from moetier.tiers.source import Lease, Lender
 from moetier.tiers.stats import TierCounters
 
-PAUSE = 0.002  # seconds until the first new look for records that are not in the source yet; doubled each time
+PAUSE = 0.002  # seconds until the promoter looks again for records that are not READY yet; doubled each time
 LONGEST_PAUSE = 0.1  # seconds
 
 _log = logging.getLogger(__name__)
 
 
 class Promoter:
-    """Promotions of one tier. Every method but ``join`` is part of a step."""
+    """Promotions of one tier. Every method but ``join`` is part of a step: callers hold the tier's lock."""
 
     def __init__(
         self,
@@ -45,49 +45,53 @@ class Promoter:
     ) -> None:
         """
         Args:
-            promote: called without the lock to copy a record that ``may_begin``; returns when the lease may end.
-            make_room: called without the lock when the device had no memory left to promote a record.
+            source: the tier from which records are copied.
+            monitor: the device tier's monitor.
+            counters: the device tier's counters.
+            promote: called without the lock with a borrowed record. It copies the record if ``may_begin`` allows it,
+                and returns when the lease may end.
+            make_room: called without the lock if the device had no memory left for a promotion.
         """
         self._source = source
         self._monitor = monitor
         self._counters = counters
         self._promote = promote
         self._make_room = make_room
-        # the latest requests of each block, in the order of arrival; True: to be promoted, and not begun
+        # the latest requests of each block, in the order of arrival; True: its promotion has yet to begin
         self._requests: dict[int, dict[ExpertKey, bool]] = {}
         self.outcomes = PrefetchOutcomes(counters, time.perf_counter)
-        self._missing = 0  # demands that wait for records
+        self._missing = 0  # number of demands that lack records
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_over = False
         self._has_failed = False  # only the first failure is logged
 
     def __contains__(self, key: ExpertKey) -> bool:
-        """Return whether the latest requests name a record."""
+        """Return whether a record is in the latest requests of its block."""
         return key in self._requests.get(key.block, ())
 
     @property
     def waiting(self) -> list[ExpertKey]:
-        """Records that are to be promoted, and not begun."""
+        """Records whose promotion has yet to begin."""
         return [key for requests in self._requests.values() for key, waits in requests.items() if waits]
 
     # -- requests and demands -----------------------------------------------------------------------------------------
 
     def request(self, block: int, keys: Sequence[ExpertKey], lacking: Sequence[ExpertKey]) -> None:
-        """Replace a block's requests by ``keys``, and promote those that are ``lacking`` on the device."""
+        """Replace a block's requests by ``keys``, and promote those in ``lacking``, which are not on the device."""
         before = self._requests.pop(block, {})
         self._counters.cancelled += sum([waits and key not in keys for key, waits in before.items()])
         if keys:
             self._requests[block] = {key: key in lacking for key in keys}
         if lacking:
-            if self._thread is None or self._thread.ident is None:  # None: its start was cut
+            if self._thread is None or self._thread.ident is None:  # ident is None if its start was interrupted
                 self._thread = threading.Thread(target=self._run, name="moetier-promoter", daemon=True)
                 self._thread.start()
             if not self._missing:
                 self._bell.put(None)
 
     def pause(self) -> None:
-        """Begin no promotion until ``resume`` has been called as often: a demand misses records."""
+        """Begin no promotion until ``resume`` has been called as often as ``pause``, because a demand lacks records."""
         self._missing += 1
 
     def resume(self) -> None:
@@ -99,21 +103,21 @@ class Promoter:
     # -- promotions ---------------------------------------------------------------------------------------------------
 
     def may_begin(self, key: ExpertKey) -> bool:
-        """Return whether a record is still requested, and no demand goes first."""
+        """Return whether a record still waits for its promotion and no demand goes first."""
         return not self._missing and self._requests.get(key.block, {}).get(key, False)
 
     def begin(self, key: ExpertKey, began: float) -> None:
-        """Note that a promotion begins, at a time by ``time.perf_counter``."""
+        """Note that a promotion has begun, at the time ``began`` by ``time.perf_counter``."""
         self.remove(key)
         self._counters.prefetched += 1
         self.outcomes.began[key] = began
 
     def cancel(self, key: ExpertKey) -> None:
-        """Cancel a request for which there is no slot, or whose record can't be had."""
+        """Cancel a request, because there is no slot for the record or it can't be copied."""
         self._counters.cancelled += self.remove(key)
 
     def remove(self, key: ExpertKey) -> bool:
-        """Remove a request from those that wait; return whether it was there."""
+        """Remove a record from those whose promotion has yet to begin. Return whether it was one of them."""
         requests = self._requests.get(key.block, {})
         waits = requests.get(key, False)
         if waits:
@@ -121,7 +125,10 @@ class Promoter:
         return waits
 
     def repair(self, missing: int, find: Callable[[ExpertKey], int | None]) -> None:
-        """Drop all requests after a step that was cut; ``missing`` demands miss records."""
+        """Make the state consistent after an interrupted step: drop all requests.
+
+        ``missing`` is the number of demands that lack records. ``find`` returns the slot of a key.
+        """
         self._missing = missing
         self._requests.clear()
         self.outcomes.repair(find)
@@ -129,18 +136,18 @@ class Promoter:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Begin no promotion any more."""
+        """Begin no more promotions, and end the thread."""
         self._is_over = True
         self._requests.clear()
         self._bell.put(None)
 
     def join(self) -> None:
-        """Wait for the thread, without the lock."""
+        """Wait until the thread has ended. Called without the lock."""
         if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
 
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Assert that promoted records that are unused are in slots."""
+        """Assert that promoted records that are unused have slots. ``find`` returns the slot of a key."""
         assert self._missing >= 0
         assert all(find(key) is not None for key in self.outcomes.unused)
 
@@ -150,10 +157,10 @@ class Promoter:
         pause = PAUSE
         while (waiting := self._monitor.run(self._due)) is not None:
             try:
-                if any(self._bring(key) for key in waiting):  # the list of those that wait has changed
+                if any(self._bring(key) for key in waiting):  # then the list of waiting records has changed
                     pause = PAUSE
                     continue
-            except ClosedError:  # of the source, or of the tier
+            except ClosedError:  # the source or this tier was closed
                 return
             try:
                 self._bell.get(timeout=pause if waiting else None)
@@ -162,13 +169,13 @@ class Promoter:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def _due(self) -> list[ExpertKey] | None:
-        """Return the records that may be promoted now; None at the end."""
+        """Return the records that may be promoted now; None if the thread is to end."""
         if self._is_over:
             return None
         return self.waiting if not self._missing else []
 
     def _bring(self, key: ExpertKey) -> bool:
-        """Promote a record if the source has it; return whether it has, or the request was cancelled."""
+        """Promote a record if it is READY in the source. Return False if it is not and should be looked for again."""
         try:
             with self._source.borrow(key) as lease:
                 if lease is not None:
@@ -176,13 +183,13 @@ class Promoter:
                 return lease is not None
         except ClosedError:
             raise
-        except Exception as error:  # the thread serves other requests too, and a demand will meet the error again
-            if not self._has_failed:  # logged as text: the error's frames hold the lease
+        except Exception as error:  # go on with other requests: a demand for this record will raise the error again
+            if not self._has_failed:  # logged as text, because the error's frames keep the lease
                 self._has_failed = True
                 _log.warning("not promoted to the device: %s: %s: %s", key, type(error).__name__, str(error))
             self._monitor.run(self.cancel, key)
             is_full = isinstance(error, torch.OutOfMemoryError)
-        if is_full:  # not in the handler: the error's frames hold slots
-            with contextlib.suppress(BudgetError):  # the tier is closed then, and the next demand raises that
+        if is_full:  # outside the handler, because the error's frames keep slots
+            with contextlib.suppress(BudgetError):  # then the tier is closed, and the next demand raises ClosedError
                 self._make_room()
         return True

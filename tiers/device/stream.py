@@ -1,7 +1,7 @@
-"""Interface of a device to the device tier: memory, streams of work, and events that order it.
+"""Interface of a device for the device tier: memory, streams of work, and events that order the work.
 
-There are two implementations: CUDA's here, and a fake in the tests, which runs queued work as late as is legal, in any
-legal order.
+There are two implementations: one for CUDA here, and a fake in the tests. The fake runs queued work as late as the
+rules of streams and events permit, in any order that they permit.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from typing import Any, Protocol
 
 import torch
 
-_cuda: Any = torch.cuda  # half of its functions have no types
-_PORTABLE, _READ_ONLY = 0x01, 0x08  # cudaHostRegister's flags: for every device; memory that is mapped read-only
+_cuda: Any = torch.cuda  # Any, as half of its functions have no types
+_PORTABLE, _READ_ONLY = 0x01, 0x08  # flags of cudaHostRegister: pinned for all devices; read-only
 
 
 class Event(Protocol):
-    """A point in a stream's work."""
+    """A point in a stream's queue of work."""
 
     def synchronize(self) -> None:
         """Wait until all work before the event is done."""
 
 
 class Stream(Protocol):
-    """A queue of work that is done in order, while the caller goes on. Hashable; equal if the same."""
+    """A queue of work that the device does in order, while the caller goes on.
+
+    Streams are hashable. Two objects are equal if they stand for the same stream.
+    """
 
     def record_event(self) -> Event:
-        """Return the present end of the queue."""
+        """Return an event at the present end of the queue."""
 
     def wait_event(self, event: Event) -> None:
-        """Have work that is queued from now on start after ``event``. The caller does not wait."""
+        """Make work that is queued from now on start after ``event``. The caller does not wait."""
 
 
 class Device(Protocol):
@@ -40,10 +43,10 @@ class Device(Protocol):
         """Return uint8 [nbytes] on the device. Raises torch.OutOfMemoryError."""
 
     def current_stream(self) -> Stream:
-        """The stream of the calling thread's computations."""
+        """Return the stream of the calling thread's computations."""
 
     def copy_stream(self) -> Stream:
-        """The stream of copies into the device."""
+        """Return the stream of copies to the device."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy from the host on the copy stream.
@@ -52,15 +55,15 @@ class Device(Protocol):
         """
 
     def arranging_stream(self) -> Stream:
-        """The stream on which copied records are arranged, while others are copied."""
+        """Return the stream on which copied records are arranged (see ``Copies``) while others are copied."""
 
     def run(self, stream: Stream, work: Callable[[], None]) -> None:
         """Call ``work``, which queues its computations on ``stream``."""
 
     def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
-        """Page-lock host memory, so that copies out of it are quick and asynchronous; return whether that succeeded.
+        """Page-lock host memory, so that copies from it are fast and asynchronous. Return whether that succeeded.
 
-        ``memory`` is uint8 [nbytes]; ``read_only``: whether it is mapped read-only.
+        ``memory`` is uint8 [nbytes]. ``read_only`` tells whether it is mapped read-only.
         """
 
     def unlock_pages(self, memory: torch.Tensor) -> None:
@@ -77,38 +80,39 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return uint8 [nbytes] on the device, uninitialised. Raises torch.OutOfMemoryError."""
-        with torch.inference_mode(False):  # one made in inference mode could not be written outside of it
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def current_stream(self) -> Stream:
-        """The calling thread's current stream on the device, as torch has it."""
+        """Return torch's current stream of the calling thread on the device."""
         stream: Stream = _cuda.current_stream(self._device)
         return stream
 
     def copy_stream(self) -> Stream:
-        """This object's own stream for copies."""
+        """Return the stream for copies, which belongs to this object."""
         return self._copies
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy of uint8 [record bytes]; it is asynchronous only out of page-locked memory."""
+        """Queue a copy of uint8 [record bytes]. It is asynchronous only if ``source`` is page-locked."""
         with _cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
     def arranging_stream(self) -> Stream:
-        """This object's own stream for arranging records."""
+        """Return the stream for arranging records, which belongs to this object."""
         return self._arranging
 
     def run(self, stream: Stream, work: Callable[[], None]) -> None:
-        """Call ``work`` with ``stream`` as torch's current one."""
+        """Call ``work`` with ``stream`` as torch's current stream."""
         with _cuda.stream(stream):
             work()
 
     def lock_pages(self, memory: torch.Tensor, *, read_only: bool) -> bool:
-        """Register host memory, uint8 [nbytes], with CUDA; return whether that succeeded."""
+        """Register host memory, uint8 [nbytes], with CUDA. Return whether that succeeded."""
         flags = _PORTABLE | (_READ_ONLY if read_only else 0)
         if int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, flags)) == 0:
             return True
-        # CUDA keeps the error until it is read, which torch's binding can't do: the next kernel would raise it.
+        # CUDA keeps the error until it is read, which torch's binding can't do. Let this kernel raise it, not a later
+        # one.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self._device).add_(1)
         return False

@@ -1,20 +1,20 @@
-"""DeviceTier: records in the memory of the device that computes on them, copied from the tier below.
+"""DeviceTier: a cache of records in the memory of the device that computes, copied from the tier below.
 
-A device runs what it is told later, and each stream in its own time. Three orders are kept:
+A device does queued work later, and its streams run independently. The tier keeps three orders:
 
-    compute on a slot starts after the copy into it: the stream of the lease waits for the copy's event;
-    the copy that refills a slot starts after every use of it: the copy stream waits for an event that was recorded, at
-    the end of each lease, on the stream that used it;
-    a lease of the host ends after the copy out of it: the caller waits for the copy's event before it takes the next
-    that the host does not hold together with it.
+    A computation on a slot starts after the copy into the slot: the stream of the lease waits for the copy's event.
+    The copy that refills a slot starts after every use of the slot: at the end of each lease an event is recorded on
+    the stream that used the slot, and the copy stream waits for it.
+    A lease of the host ends after the copy from its record: the caller waits for the copy's event before it takes a
+    lease that ends this one.
 
-Where records are arranged on the device (``Copies``), that is done after the copy, in a stream of its own. It is a use
-of the slot like any other, and a lease waits for it.
+If records are arranged on the device (see ``Copies``), that is done after the copy, in a stream of its own. It counts
+as a use of the slot, and leases of the slot wait for it.
 
-No deadlock: a caller that waits for the host holds no slot of this tier, so all held slots belong to callers that are
-awake and compute. A caller that waits for a slot, with a lease of the host, waits for one of those.
+There is no deadlock. A caller that waits for the host holds no slot of this tier, so all leased slots belong to callers
+that are computing. A caller that holds a lease of the host and waits for a slot waits for one of those.
 
-Requested records are promoted in the background (``promoter.py``), where the tier is told to.
+If ``promotes`` is true, requested records are copied to the device in the background (``promoter``).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _log = logging.getLogger(__name__)
 
 
 class DeviceTier:
-    """Equal slots in one allocation per record geometry, evicted block by block, filled from the host's leases.
+    """A cache of records on a device, which are copied from leases of the host tier. It has one allocation per layout.
 
-    One thread must not acquire again inside the loop over an acquire.
+    A thread that iterates over ``acquire`` must not call it again inside the loop.
     """
 
     def __init__(
@@ -62,17 +62,19 @@ class DeviceTier:
         policy: str = DEFAULT_ORDER,
         arrange: Arrange | None = None,
     ) -> None:
-        """Allocate the slots, or fewer, with a warning, where the device has no room for them.
+        """Allocate the slots. If the device has no room for them, warn and allocate fewer.
 
         Args:
-            source: the tier below, which its owner closes.
-            slots: number of slots by array, as ``slots_for`` gives them.
-            promotes: whether requested records are copied to the device; otherwise requests end in the source.
-            policy: one of ``ORDERS``.
-            arrange: see ``Copies``.
+            source: the tier below. It is not closed by this tier.
+            manifest: the store's manifest.
+            slots: number of slots by zarr array, as ``slots_for`` computes them.
+            device: the device.
+            promotes: whether requested records are copied to the device; otherwise only the source prefetches them.
+            policy: name of the eviction order, one of ``ORDERS``.
+            arrange: brings a copied record into the kernels' byte order, see ``Copies``.
 
         Raises:
-            BudgetError: the device has no room for one token's experts.
+            BudgetError: the device has no room for one token's experts of one block.
         """
         assert slots.keys() == manifest.layouts.keys()
         self._source = source
@@ -90,14 +92,14 @@ class DeviceTier:
             self._monitor, self._slots, self._copies, self._counters, self._promoter, self._check_open
         )
         self._demands: dict[DeviceDemand, None] = {}  # calls of acquire that have not ended
-        self._shrinking: int | None = None  # the thread that shrinks the tier; no call of acquire begins meanwhile
-        self._requested: set[int] = set()  # blocks whose requests were passed on to the source
+        self._shrinking: int | None = None  # id of the thread that shrinks the tier; calls of acquire wait for it
+        self._requested: set[int] = set()  # blocks with requests that were passed on to the source
         self._closed = False
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """See ``ExpertSource``. Records are uint8 [record bytes] on the device.
+        """Lease records as ``ExpertSource`` specifies. They are uint8 [record bytes] on the device.
 
-        A record is computed on in the stream that is current when its lease is taken.
+        The caller must compute on a record in the stream that is current when it takes the lease.
 
         Raises MissingExpertError for a key that the model does not have.
         """
@@ -110,7 +112,7 @@ class DeviceTier:
             hits, missing, was_requested = self._monitor.wait_for(self._look, demand, distinct)
             if hits:
                 self._source.used(hits)
-            if was_requested and not missing:  # otherwise the host learns of the demand by itself
+            if was_requested and not missing:  # cancel them; otherwise the demand reaches the host and does that
                 self._source.prefetch(block, ())
             yield from self._leases(demand)
             if missing:
@@ -119,7 +121,7 @@ class DeviceTier:
             self._monitor.post(partial(self._leave, demand))
 
     def reclaim(self) -> None:
-        """See ``ExpertSource``."""
+        """End the calling thread's leases, as ``ExpertSource`` specifies."""
         self._reclaim(threading.get_ident())
         self._source.reclaim()
 
@@ -131,7 +133,10 @@ class DeviceTier:
             demand.end_copies()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
-        """See ``ExpertSource``. Records that the device lacks are requested from the host, and promoted from there."""
+        """Prefetch as ``ExpertSource`` specifies. Records that the device lacks are requested from the host.
+
+        If the tier promotes, they are copied from there to the device.
+        """
         self._manifest.check_keys(block, keys)
         self._source.prefetch(block, self._request(block, keys))
 
@@ -145,31 +150,34 @@ class DeviceTier:
         return lacking
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """See ``ExpertSource``. Where nothing is promoted, the host answers: a request brings a record only there."""
+        """Return absent keys, as ``ExpertSource`` specifies.
+
+        If nothing is promoted these are the keys absent from the host, as prefetches bring records only there.
+        """
         if not self._promotes:
             return self._source.absent(keys)
         return self._monitor.run(lambda: [key for key in keys if not self._slots.pool(key.block).holds(key)])
 
     def pace(self, block: int) -> Pace | None:
-        """Return the read timing of the host tier. The copy to the device is not counted: it is short beside a read."""
+        """Return the read timing of the host tier. Copies to the device are not counted, as they are short."""
         return self._source.pace(block)
 
     @step
     def stats(self) -> TierStats:
-        """See ``ExpertSource``."""
+        """Return the counters and the state of the slots."""
         return self._slots.stats()
 
     def shrink(self) -> int:
-        """Evict all records, and go on with three quarters of the slots, when the device has no memory left.
+        """Evict all records and go on with three quarters of the slots, because the device has no memory left.
 
-        The caller holds no lease; this waits until no other caller does.
+        The calling thread must hold no lease. The method waits until no other thread holds one.
 
         Returns:
-            The bytes that were given back; 0 where the tier can't be smaller.
+            The number of bytes that were freed; 0 if the tier can't be smaller.
 
         Raises:
             ClosedError: the tier was closed.
-            BudgetError: the device no longer has room for one token's experts, and the tier is closed now.
+            BudgetError: the device no longer has room for one token's experts. The tier is closed.
         """
         caller = threading.get_ident()
         try:
@@ -186,9 +194,9 @@ class DeviceTier:
         return nbytes - stats.slot_bytes
 
     def close(self) -> None:
-        """See ``ExpertSource``. The source stays open, and a lease stays usable while its record is held.
+        """Close the tier, as ``ExpertSource`` specifies. The source stays open, and leased records stay usable.
 
-        Does nothing in a forked child, where the device can't be used.
+        Does nothing in a forked child, as the device can't be used there.
         """
         if not self._monitor.fork_guard.is_owner:
             return
@@ -212,12 +220,12 @@ class DeviceTier:
         self._closed = True
         self._promoter.stop()
         for demand in self._demands:
-            if demand.caller == caller:  # this thread copies nothing now: an exception has cut it
+            if demand.caller == caller:  # this thread copies nothing now, so an exception has interrupted it
                 self._fill.leave(demand)
         self._monitor.wake()
 
     def _begin_shrinking(self, caller: int) -> tuple[dict[str, int], dict[str, int]] | None:
-        """Return how many slots there are, and how many there are to be; None while another thread shrinks the tier."""
+        """Return the present and the new numbers of slots by array; None while another thread shrinks the tier."""
         self._check_open()
         if self._shrinking is not None:
             return None
@@ -233,13 +241,13 @@ class DeviceTier:
         return None if self._demands or self._slots.copying else True
 
     def _use_fewer(self, less: dict[str, int]) -> tuple[int, TierStats]:
-        """Return how many bytes there were, and what there is now."""
+        """Replace the slots by ``less``. Return the bytes of the old slots, and the statistics of the new ones."""
         nbytes = self._slots.stats().slot_bytes
         for key in self._slots.drop():
             self._promoter.outcomes.evict(key)
         try:
             self._slots.use(allocate(self._device, self._manifest, less))
-        except Exception:  # after an exception from outside, such as KeyboardInterrupt, the next step repairs the rest
+        except Exception:  # after a KeyboardInterrupt the next step repairs the state
             self._closed = True
             self._promoter.stop()
             raise
@@ -256,7 +264,7 @@ class DeviceTier:
         self._copies.locks.unlock()
 
     def _repair(self) -> None:
-        if self._slots.is_dropped and not self._closed:  # shrinking was cut
+        if self._slots.is_dropped and not self._closed:  # shrinking was interrupted
             try:
                 self._slots.use(allocate(self._device, self._manifest, self._slots.counts))
             except MoetierError:  # no memory is left; every caller gets ClosedError
@@ -271,8 +279,9 @@ class DeviceTier:
     def _look(
         self, demand: DeviceDemand, keys: Sequence[ExpertKey]
     ) -> tuple[list[ExpertKey], list[ExpertKey], bool] | None:
-        """Pin the residents of distinct keys; return them, the other keys, and whether records were requested.
+        """Begin a demand for distinct keys: pin the records that are READY.
 
+        Returns the keys that are READY, the other keys, and whether prefetches of the block had been requested. Returns
         None while another thread shrinks the tier.
         """
         self._check_open()
@@ -304,7 +313,7 @@ class DeviceTier:
         return hits, missing, was_requested
 
     def _bring(self, demand: DeviceDemand, missing: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """Lease the records that the device lacks, as the host gives them."""
+        """Copy the records that the device lacks, in the order in which the host leases them, and lease them."""
         with closing(self._source.acquire(missing)) as leases:
             began = time.perf_counter()
             try:
@@ -312,8 +321,8 @@ class DeviceTier:
                     if not self._fill.demand(demand, lease, began, wait=not demand.ready):
                         yield from self._leases(demand)
                         self._fill.demand(demand, lease, time.perf_counter(), wait=True)
-                    # While this record is computed on, the next is copied, if the host has it too. A copy that needs a
-                    # proof is waited for, so nothing would be gained.
+                    # If the host has the next record too, keep this one back, so that it is computed on while the next
+                    # is copied. If the lease has a proof, that gains nothing, as the copy is waited for in any case.
                     yield from self._leases(demand, behind=int(lease.more and lease.proof is None))
                     if not lease.more:
                         demand.end_copies()
@@ -322,7 +331,7 @@ class DeviceTier:
                 demand.end_copies()
 
     def _leases(self, demand: DeviceDemand, behind: int = 0) -> Generator[Lease[torch.Tensor], None, None]:
-        """Lease the records that are ready, all but the last ``behind``."""
+        """Lease the records that are ready, except the last ``behind``."""
         while len(demand.ready) > behind:
             stream = self._device.current_stream()
             lease, copied = self._monitor.run(self._take, demand, stream)
@@ -350,7 +359,7 @@ class DeviceTier:
             self._monitor.wake()
 
     def _leave(self, demand: DeviceDemand) -> None:
-        """Release all that a demand holds."""
+        """End a demand: release its lease and its slots."""
         self._end_lease(demand)
         if demand.misses:
             demand.misses = False

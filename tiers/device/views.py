@@ -1,4 +1,4 @@
-"""Views: tensors over the host tier's memory, which a CPU computes on, and which are copied to another device."""
+"""Views: tensors over the host tier's memory, for computing on a CPU and for copying to another device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moetier.tiers.stats import TierStats
 
 
 class SlotViews:
-    """One tensor over each of the host's slots, made once, so that a decode step allocates nothing."""
+    """Tensors over the host's slots. Each is made only once, so that a decode step allocates nothing."""
 
     def __init__(
         self,
@@ -26,17 +26,17 @@ class SlotViews:
     ) -> None:
         """
         Args:
-            prepare: called with the whole of the host's memory before the first view of it is made.
-            retire: called with memory that other memory has replaced.
+            prepare: called with the host's whole memory before the first view of it is made.
+            retire: called with the former memory when the host uses another.
         """
         self._lock = threading.Lock()
         self._prepare = prepare
         self._retire = retire
-        self._memories: list[object] = []  # one, except while it is being replaced
+        self._memories: list[object] = []  # memory that has views: one, except while it is being replaced
         self._views: dict[int, tuple[memoryview, torch.Tensor]] = {}
 
     def of(self, lease: Lease[memoryview]) -> torch.Tensor:
-        """Return the record as uint8 [record bytes] on its own memory, which lives as long as the tensor. Read-only."""
+        """Return a read-only tensor, uint8 [record bytes], over a leased record's memory, which it keeps alive."""
         known = self._views.get(lease.slot)
         if known is None or known[0] is not lease.record:
             with self._lock:
@@ -56,19 +56,19 @@ class SlotViews:
             return torch.frombuffer(record, dtype=torch.uint8)
 
     def _drop(self, replaced: object) -> None:
-        """Drop the views of memory that was replaced: one of them would keep all of it."""
+        """Drop all views of memory that the host has replaced, as a single view would keep all of it."""
         self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not replaced}
         self._memories = [memory for memory in self._memories if memory is not replaced]
         self._retire(replaced)
 
     def clear(self) -> None:
         """Drop all views."""
-        self._views.clear()  # without the lock, which in a forked child may be held for ever
+        self._views.clear()  # without the lock, which may never be released in a forked child
         self._memories.clear()
 
 
 class HostViews:
-    """The device tier of a CPU, which computes on the host's records where they lie. Nothing is copied or cached."""
+    """The device tier of a CPU: views of the host's records. Nothing is copied or cached."""
 
     def __init__(self, source: ExpertSource[memoryview]) -> None:
         self._source = source
@@ -76,7 +76,7 @@ class HostViews:
         self._closed = False
 
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[torch.Tensor], None, None]:
-        """Lease the host's records as uint8 [record bytes] on the host's own memory."""
+        """Lease records as ``ExpertSource`` specifies. They are uint8 [record bytes] over the host's memory."""
         self._check_open()
         with closing(self._source.acquire(keys)) as leases:
             for lease in leases:
@@ -85,7 +85,7 @@ class HostViews:
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
 
     def reclaim(self) -> None:
-        """End the calling thread's leases, which are the source's."""
+        """End the calling thread's leases, which are leases of the source."""
         self._source.reclaim()
 
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
@@ -102,11 +102,11 @@ class HostViews:
         return self._source.pace(block)
 
     def stats(self) -> TierStats:
-        """The source's statistics: there is nothing else to count."""
+        """Return the statistics of the source, as views count nothing themselves."""
         return self._source.stats()
 
     def close(self) -> None:
-        """The source stays open."""
+        """Drop the views. The source stays open. Idempotent."""
         self._closed = True
         self._views.clear()
 
