@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts block of a model: its gate, its experts from a device tier, its products.
+"""Compute a Mixture-of-Experts block of a model: its gate, and its experts, whose records come from a device tier.
 
-Others use ``experts``, ``gates`` and ``linear``. The package imports ``runtime.kernels`` and ``tiers``.
+Other packages use ``experts``, ``gates`` and ``linear``. The package imports ``runtime.kernels`` and ``tiers``.
 """

@@ -1,12 +1,14 @@
-"""Forward pass of every Experts module, with experts that are leased from a device tier.
+"""Forward pass of all Experts modules, with experts that are leased from a device tier.
 
-transformers decorates each architecture's Experts class with ``use_experts_implementation``, which gives it the flags
-has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. moetier takes the parameters of
-such a module away. There are two ways to compute a block: exactly, expert by expert, bit for bit as the architecture's
-own eager forward does, and quickly, where experts that arrive together are multiplied together, where they lie.
+transformers decorates each architecture's Experts class with ``use_experts_implementation``. It gives the class the
+flags has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. moetier removes the
+parameters of these modules. There are two ways to compute a block. The *exact* way computes one expert after the other,
+with the same bits as the architecture's own eager forward pass. The *quick* way multiplies experts that arrive together
+in one call, directly from their records.
 
-The quick way does not depend on which experts arrive together: each row of a product depends only on that row and its
-expert (``kernels/gemm.py``), and the shapes of what torch computes between the products depend on the routing alone.
+The result of the quick way does not depend on which experts arrive together. Each row of a product depends only on that
+row and its expert (``kernels/gemm.py``), and the shapes of torch's operations between the products depend only on the
+routing.
 """
 
 from __future__ import annotations
@@ -30,26 +32,26 @@ from moetier.tiers.quant.codec import sections
 from moetier.tiers.source import ExpertSource, Lease
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
-ROWS = 256  # at most, that go through experts together in the quick way: it bounds the memory of intermediate values
+ROWS = 256  # largest number of rows computed together in the quick way, which limits memory for intermediate values
 
-_open = threading.local()  # ``source``: of this thread's leases that have not ended in order
+_open = threading.local()  # ``source``: the source of this thread's leases that have not ended regularly
 
 
 @dataclass(frozen=True, slots=True)
 class TieredBlock:
-    """Attribute ``tiered`` of an Experts module, in place of its parameters."""
+    """What an Experts module needs to compute without parameters. It is the module's attribute ``tiered``."""
 
-    block: int
+    block: int  # number of the block
     layout: RecordLayout
     source: ExpertSource[Tensor]
     kernels: Kernels
-    device: torch.device  # of the records
-    # called once for each demand with the block, its experts, and whether some of them are still to come
+    device: torch.device  # device of the records
+    # called once for each demand with the block, the experts, and whether some of them have not arrived yet
     demanded: Callable[[int, Collection[int], bool], None] | None = None
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
-    """Path -> module of all Experts modules that transformers' experts interface dispatches, in module order."""
+    """Return all Experts modules that use transformers' experts interface, by path, in module order."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -60,9 +62,9 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute the forward pass of the Experts module ``self``.
 
-    Experts are computed in the order in which they arrive. Their outputs are kept until all can be added up in a fixed
-    order, so that the result depends on no tier. They are tokens * top_k * hidden numbers at most, for which budgets
-    leave room up to 4096 tokens (``output_bytes``); a longer prefill takes more.
+    Experts are computed in the order in which they arrive. Their outputs are kept until they can be added up in a fixed
+    order, so that the result does not depend on that order. These are at most tokens * top_k * hidden numbers. Memory
+    budgets leave room for them up to 4096 tokens (``output_bytes``); a longer prefill takes more memory.
 
     Args:
         hidden_states: [tokens, hidden].
@@ -70,7 +72,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         top_k_weights: [tokens, top_k].
 
     Returns:
-        [tokens, hidden]. If a gradient through it is asked for, the backward pass raises ConfigError.
+        [tokens, hidden]. A backward pass through the result raises ConfigError.
+
+    Raises:
+        ConfigError: the hidden states are not on the device of the records.
     """
     here: TieredBlock = self.tiered
     if hidden_states.device != here.device:
@@ -84,19 +89,18 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[Tensor]], None, None]:
-    """Lease a block's experts; yield together the leases that are valid together.
+    """Lease a block's experts, and yield lists of leases that are valid at the same time.
 
-    Records are uint8 [record bytes].
-
-    ``demanded`` is called at once where all experts are there. Otherwise it is called once those that are there have
-    been computed: while the others are read it delays nothing.
+    Records are uint8 [record bytes]. ``here.demanded`` is called once. If all experts are available together, it is
+    called before they are yielded. Otherwise it is called after the first list has been computed: at that time other
+    experts are still being read, so the call delays nothing.
     """
     if (cut := getattr(_open, "source", None)) is not None:
         with suppress(MoetierError):  # the source may be closed, or belong to another process
             cut.reclaim()
     _open.source = here.source
     left = len(experts)
-    demanded = here.demanded  # None once it was called
+    demanded = here.demanded  # set to None once it was called
     with closing(here.source.acquire([ExpertKey(here.block, expert) for expert in experts])) as leases:
         group = []
         for lease in leases:
@@ -116,11 +120,11 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
 
 
 def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return expert -> (tokens, positions in their top-k), in ascending order of experts.
+    """Return by expert, in ascending order, which tokens use it and at which position in their top-k.
 
-    ``top_k_index`` is [tokens, top_k]; both results are [rows of the expert]. Rows are in the order of eager's, by
-    position and then by token. An index of ``experts`` or more means "computed elsewhere" (expert parallelism). Waits
-    for the device once.
+    ``top_k_index`` is [tokens, top_k]. Both tensors of an expert are [rows of the expert]. Rows are in the order of the
+    eager forward pass, by position and then by token. Indices of ``experts`` or more are ignored; with expert
+    parallelism they mean "computed elsewhere". Waits for the device once.
     """
     tokens = len(top_k_index)
     index = top_k_index.T.reshape(-1).clamp(max=experts)  # by position, then by token
@@ -136,9 +140,10 @@ def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor
 
 
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Return the types in which the architecture's eager forward multiplies and adds up; no flag tells them.
+    """Return the types in which the architecture's eager forward pass multiplies, and adds up outputs.
 
-    Of ``hidden_states`` [tokens, hidden] and ``top_k_weights`` [tokens, top_k] only the types are used.
+    They are listed here because no flag of the module tells them. Only the types of ``hidden_states`` [tokens, hidden]
+    and ``top_k_weights`` [tokens, top_k] are used.
     """
     match type(module).__name__:
         case "OpenAIPrivacyFilterExperts":
@@ -152,20 +157,20 @@ def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tup
 
 
 def output_bytes(module: Any, layout: RecordLayout, tokens: int, top_k: int, dtype: torch.dtype) -> int:
-    """The most bytes that experts' outputs take in a prefill of ``tokens`` of a model of ``dtype``."""
+    """Return how many bytes the experts' outputs take at most in a prefill of ``tokens``, in a model of ``dtype``."""
     width = next(projection.rows for projection in layout.projections if projection.name == "down_proj")
     numbers = torch.empty(0, dtype=dtype)
-    _, accumulate = arithmetic(module, numbers, numbers.float())  # some routers weigh in fp32
+    _, accumulate = arithmetic(module, numbers, numbers.float())  # some routers compute weights in fp32
     return tokens * top_k * width * accumulate.itemsize
 
 
 def _first(module: Any) -> str:
-    """The name of the projection before the activation."""
+    """Return the name of the projection before the activation."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def _activate(module: Any, inner: Tensor) -> Tensor:
-    """Apply the architecture's activation; its _apply_gate may interleave gate and up, or clamp."""
+    """Apply the architecture's activation, with its own handling of gate and up, as ``_apply_gate`` differs."""
     out: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     return out
 
@@ -174,7 +179,7 @@ def _activate(module: Any, inner: Tensor) -> Tensor:
 
 
 def _eager(module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute as ``experts_forward`` says; outputs are added up in ascending order of their experts."""
+    """Compute ``experts_forward`` in the exact way. Outputs are added up in ascending order of experts."""
     compute, accumulate = arithmetic(module, hidden_states, top_k_weights)
     rows = rows_of_experts(top_k_index, module.num_experts)
     waiting, computed = deque(rows), dict[int, Tensor]()
@@ -187,7 +192,7 @@ def _eager(module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: T
                 y = _expert(module, here, lease.record, hidden_states[tokens].to(compute))
                 y = (y * top_k_weights[tokens, positions, None]).to(accumulate)
                 if not lease.holds():
-                    continue  # its record was replaced while this was computed on it: it comes again
+                    continue  # the record was replaced during the computation; it will be leased again
                 computed[lease.key.expert] = y
                 while waiting and waiting[0] in computed:
                     expert = waiting.popleft()
@@ -197,7 +202,7 @@ def _eager(module: Any, here: TieredBlock, hidden_states: Tensor, top_k_index: T
 
 
 def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor:
-    """x [rows, hidden] -> [rows, hidden] through one expert."""
+    """Compute one expert: x [rows, hidden] -> [rows, hidden]."""
 
     def project(x: Tensor, name: str) -> Tensor:
         y = here.kernels.project(x, record, here.layout, name)
@@ -211,14 +216,14 @@ def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor
 
 
 def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute a single token, x [1, hidden].
+    """Compute a single token, x [1, hidden], in the quick way.
 
-    Whenever some experts arrive, torch computes all k of them, each at its place in the top-k. So the shapes stay the
-    same, and with them the bits.
+    Whenever some experts arrive, the activation is computed for all k places of the top-k. So the shapes of torch's
+    operations never differ, and neither do the bits of the result.
     """
     experts = top_k_index[0].tolist()
     places = {expert: place for place, expert in enumerate(experts) if expert < module.num_experts}
-    if len(set(experts)) < len(experts):  # some routers look their experts up in a table
+    if len(set(experts)) < len(experts):  # some routers take experts from a table, which may name one twice
         return _tokens(module, here, x, top_k_index, top_k_weights)
     compute, accumulate = arithmetic(module, x, top_k_weights)
     row, everywhere = x.to(compute), list(range(len(experts)))
@@ -243,7 +248,7 @@ def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, t
 
 
 def _put(into: Tensor | None, at: list[int], rows: Tensor, k: int) -> Tensor:
-    """Put ``rows`` at the places ``at`` of ``into`` [k, N], which is zeros at first; skip rows whose place is -1."""
+    """Put ``rows`` at the places ``at`` of ``into`` [k, N], or of new zeros if it is None. Skip rows with place -1."""
     if into is None:
         into = rows.new_zeros(k, rows.shape[1])
     for place, row in zip(at, rows, strict=True):
@@ -253,7 +258,7 @@ def _put(into: Tensor | None, at: list[int], rows: Tensor, k: int) -> Tensor:
 
 
 def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute several tokens, x [tokens, hidden]. Each expert is read once, and applied to all its tokens."""
+    """Compute several tokens, x [tokens, hidden], in the quick way. An expert is leased once for all its tokens."""
     compute, accumulate = arithmetic(module, x, top_k_weights)
     tokens, k = top_k_index.shape
     rows = rows_of_experts(top_k_index, module.num_experts)
@@ -270,7 +275,7 @@ def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_
                     part = torch.cat([module.post_expert_norm(piece) for piece in torch.split(part, counts)])
                 outer[torch.cat([token * k + position for _, token, position in batch])] = part
             for lease in leases:
-                lease.holds()  # if it does not, the expert comes again, and is computed again
+                lease.holds()  # if it does not, the expert is leased and computed again
     by_token = outer.view(tokens, k, x.shape[1])
     out = torch.zeros_like(x, dtype=torch.promote_types(accumulate, torch.float32))
     for place in range(k):
@@ -278,11 +283,11 @@ def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_
     return out.to(x.dtype)
 
 
-Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # leases, and which tokens and positions in their top-k are theirs
+Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # (lease, tokens that use it, their positions in the top-k)
 
 
 def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-    """Divide leases into batches of at most ROWS rows. An expert's rows are cut after each ROWS of its own."""
+    """Divide the rows of leased experts into batches of at most ROWS rows. ``rows`` is from ``rows_of_experts``."""
     batch: Batch = []
     left = ROWS
     for lease in leases:
@@ -298,7 +303,7 @@ def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tens
 def _project(
     here: TieredBlock, x: Tensor, records: Sequence[Tensor], counts: Sequence[int], module: Any, name: str
 ) -> Tensor:
-    """Multiply x [R, K], ``counts`` rows for each of ``records``, and add the biases -> [R, N]."""
+    """Multiply x [R, K] -> [R, N] and add biases. ``counts`` are the numbers of consecutive rows of ``records``."""
     assert isinstance(here.kernels, PackedKernels)
     y = here.kernels.multiply(x, records, counts, here.layout, name)
     if module.has_bias:
@@ -311,12 +316,11 @@ def _project(
 
 
 def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
-    """Return ``out``, which was computed from ``inputs`` without a gradient; its backward pass raises ConfigError.
+    """Return ``out``, with a backward pass that raises ConfigError. It was computed from ``inputs`` without gradients.
 
-    All may have any shape, such as [tokens, hidden].
-
-    Otherwise the gradient would silently be None. The trunk's parameters go on requiring gradients: torch multiplies in
-    another order where they don't, and the model would no longer be bit for bit the ordinary one.
+    Without this, gradients would silently be None. Gradients are not just switched off for the trunk's parameters,
+    because then torch multiplies in another order, and the model would no longer have the same bits as the original.
+    All tensors may have any shape, such as [tokens, hidden].
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return cast("Tensor", _NoGradient.apply(out, *inputs))  # type: ignore[no-untyped-call, unused-ignore]

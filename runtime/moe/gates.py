@@ -1,8 +1,8 @@
-"""Gates of a model's blocks, which predict the experts of a hidden state before the block's turn.
+"""Gates of a model's blocks, which can predict a block's experts from a hidden state of an earlier layer.
 
-A block's gate is the sibling of its Experts module. Between the residual stream and the gate there is a norm of the
-decoder layer, and before it a mixer where there are several streams. All are called by ``forward``, which bypasses
-hooks and recorders on the modules.
+A block's gate and its Experts module are children of the same module. The residual stream passes a norm of the decoder
+layer before the gate. If there are several residual streams, a mixer before the norm combines them. These modules are
+called by ``forward``, which bypasses hooks and recorders on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moetier.tiers.closeable import Closeable
 from .experts import experts_modules
 
 GATE_NAMES = ("gate", "router")
-# of the norm before the gate; the first that the decoder layer has
+# names of the norm before the gate; the first that the decoder layer has is used
 NORM_NAMES = (
     "pre_mlp_layernorm",
     "pre_feedforward_layernorm",
@@ -33,64 +33,64 @@ NORM_NAMES = (
     "norm",
     "input_layernorm",  # attention and experts side by side
 )
-# mixer of several residual streams before the norm -> index of the mixed stream among its outputs
+# name of the mixer of several residual streams -> index of the mixed stream among its outputs
 MIXERS = {
     "ffn_hc": -1,
-    "mlp_hyper_connection": 0,  # qwen4_exp: normalises, too
+    "mlp_hyper_connection": 0,  # qwen4_exp; this one also normalises
 }
-# decoder layer whose gate takes the residual stream as it is -> the module that is called on the stream first
+# class of a decoder layer whose gate takes the residual stream without a norm -> name of the first module that is
+# called with the stream in the MoE part
 WITHOUT_NORM = {
     "FlexOlmoDecoderLayer": "mlp",
     "Gemma4TextDecoderLayer": "pre_feedforward_layernorm",
     "DiffusionGemmaEncoderTextLayer": "pre_feedforward_layernorm",
     "DiffusionGemmaDecoderTextLayer": "pre_feedforward_layernorm",
 }
-SEQUENCES = {"AfmoeTokenChoiceRouter"}  # gates that take [batch, length, hidden]; all others take [tokens, hidden]
+SEQUENCES = {"AfmoeTokenChoiceRouter"}  # gates that take [batch, length, hidden]; others take [tokens, hidden]
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": lambda logits: logits.sigmoid(),
     "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).sqrt(),
     "given": lambda probabilities: probabilities,  # the gate returns probabilities in place of logits
 }
-TRIED_ROWS = 16
-SAME = 0.02  # relative: bf16 weights of a gate against those made of its logits in fp32
+TRIED_ROWS = 16  # random states with which a gate is tried
+SAME = 0.02  # relative tolerance between a gate's bf16 weights and those computed from its logits in fp32
 
 
 class Routing(NamedTuple):
-    """Experts that tokens are sent to. Probabilities rank them; they do not estimate whether a prediction is right."""
+    """The experts chosen for tokens, with probabilities. These rank experts; they don't tell how sure a choice is."""
 
     experts: Tensor  # [tokens, top_k], int64, in the gate's order
-    # [tokens, top_k], fp32, by the gate's own function of its logits, before any normalisation over the chosen
+    # [tokens, top_k], fp32; the gate's own function of its logits, before any normalisation over the chosen experts
     probabilities: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Gate of one block. ``refusal`` says why it can't be called ahead; then ``gate`` is None."""
+    """The gate of one block. If ``refusal`` says why the block can't be predicted, ``gate`` is None."""
 
     block: int
-    path: str  # of the Experts module
+    path: str  # path of the Experts module
     successor: int | None  # the block at the same path in the next layer
-    experts: Any  # the module
+    experts: Any  # the Experts module
     gate: nn.Module | None = None
-    mixer: nn.Module | None = None  # of several residual streams
-    mixed: int = 0  # which of its outputs the gate, or the norm before it, is given
-    norm: nn.Module | None = None  # None: the gate takes the residual stream, or what the mixer makes
-    decoder: nn.Module | None = None  # the layer
-    entry: nn.Module | None = None  # called on the residual stream where the layer's MoE part begins
-    holder: nn.Module | None = None  # has the gate's further arguments as attributes
-    arguments: tuple[str, ...] = ()
-    dtype: torch.dtype = torch.float32  # of what the MoE part is given
-    scores: str = ""  # a name of SCORES
+    mixer: nn.Module | None = None  # mixer of several residual streams; None if there is one stream
+    mixed: int = 0  # index of the mixer's output that the norm or the gate takes
+    norm: nn.Module | None = None  # norm before the gate; None if there is none
+    decoder: nn.Module | None = None  # the decoder layer
+    entry: nn.Module | None = None  # the first module of the layer's MoE part, called with the residual stream
+    holder: nn.Module | None = None  # module whose attributes are the gate's further arguments
+    arguments: tuple[str, ...] = ()  # names of these arguments
+    dtype: torch.dtype = torch.float32  # type of the input of the MoE part
+    scores: str = ""  # function of the logits: a key of SCORES
     refusal: str | None = None
 
     @torch.no_grad()
     def predict(self, hidden: Tensor) -> Routing:
         """Predict the routing of the residual stream [..., hidden], or of several streams [..., streams, hidden].
 
-        The routing is [tokens, top_k].
-
-        From the stream at the block's own entry this is the block's routing; from an earlier place it is less accurate.
+        The routing is [tokens, top_k]. With the stream at the block's own entry it is the block's exact routing; with
+        the stream of an earlier layer it is a prediction.
         """
         output = self.ask(hidden)
         return Routing(output[2], self.probabilities(output).gather(-1, output[2]))
@@ -103,15 +103,14 @@ class Gate:
         return self.call(states.to(self.dtype))
 
     def probabilities(self, output: Any) -> Tensor:
-        """Probabilities of all experts, [tokens, experts] in fp32.
+        """Return the probabilities of all experts, [tokens, experts] in fp32, from a gate's ``output``.
 
-        ``output`` is the gate's: logits [tokens, experts], weights [tokens, top_k], experts [tokens, top_k], and
-        whatever else.
+        The output is logits [tokens, experts], weights [tokens, top_k], experts [tokens, top_k], and perhaps more.
         """
         return SCORES[self.scores](output[0].float())
 
     def call(self, states: Tensor) -> Any:
-        """Return the gate's output for normalised states, which it takes as [tokens, hidden] or [1, tokens, hidden]."""
+        """Return the gate's output for normalised states, such as [tokens, hidden], reshaped as it takes them."""
         assert self.gate is not None
         flat = states.reshape(-1, states.shape[-1])
         shaped = flat.unsqueeze(0) if type(self.gate).__name__ in SEQUENCES else flat
@@ -119,14 +118,14 @@ class Gate:
 
 
 class Gates:
-    """Gates of a loaded model, by block: the blocks are its Experts modules, in module order."""
+    """The gates of a loaded model, by block. The blocks are the model's Experts modules in module order."""
 
     def __init__(self, model: Any) -> None:
         paths = list(experts_modules(model))
         self.blocks = tuple(_gate(model, block, path, paths) for block, path in enumerate(paths))
 
     def ahead(self, block: int, distance: int) -> int | None:
-        """The block ``distance`` layers later at the same path, or None if there is none or its gate refuses."""
+        """Return the block ``distance`` layers later at the same path; None if there is none that can be predicted."""
         found: int | None = block
         for _ in range(distance):
             found = None if found is None else self.blocks[found].successor
@@ -134,11 +133,11 @@ class Gates:
 
     @property
     def first(self) -> int | None:
-        """The first block whose successor can be asked ahead."""
+        """The first block from which the block of the next layer can be predicted; None if there is none."""
         return next((gate.block for gate in self.blocks if self.ahead(gate.block, 1) is not None), None)
 
     def refusals(self) -> str | None:
-        """One line on the blocks that can't be predicted, with the reasons; None if there are none."""
+        """Return a line on the blocks that can't be predicted, with the reasons; None if there are no such blocks."""
         refused = [gate for gate in self.blocks if gate.refusal is not None]
         if not refused:
             return None
@@ -154,18 +153,19 @@ class Gates:
         experts: Callable[[int, Tensor, Tensor], None] | None = None,
         blocks: Collection[int] | None = None,
     ) -> Observation:
-        """Call back during the model's forward passes until the observation is closed.
+        """Register hooks that call the given functions during forward passes, until the observation is closed.
 
         Args:
-            layer: called with (block, hidden) where the block's decoder layer begins; ``predict`` takes ``hidden``.
-            entry: called with the same where the MoE part of the layer begins.
+            layer: called with (block, hidden) when the block's decoder layer begins. ``hidden`` is the residual stream,
+                as ``Gate.predict`` takes it.
+            entry: called with (block, hidden) when the MoE part of the layer begins.
             gate: called with (block, probabilities of all experts [tokens, experts]) after the block's gate.
             experts: called with (block, experts [tokens, top_k], weights [tokens, top_k]) before the Experts module
                 computes.
             blocks: the blocks to observe; all by default.
 
-        For each block the calls come in this order. A block with a refusal has no gate, and may have no entry and no
-        layer; its experts are observed all the same.
+        For each block the calls come in this order. For a block that can't be predicted, ``gate`` is not called,
+        ``entry`` and ``layer`` may not be, and ``experts`` is.
         """
         observation = Observation()
         try:
@@ -185,7 +185,7 @@ class Gates:
 
 
 class Observation(Closeable):
-    """Hooks on a model, until ``close``, which is idempotent, also after an exception has cut it."""
+    """Hooks on a model. ``close`` removes them; it can be repeated if an exception has interrupted it."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -201,24 +201,27 @@ class Observation(Closeable):
 
 
 def _before(module: nn.Module, block: int, call: Callable[..., None], *places: int) -> RemovableHandle:
-    """Call back with the block and the arguments at ``places`` before a module runs; named ones come last, in order."""
+    """Register a hook that calls ``call`` with the block and some of the module's arguments before the module runs.
+
+    ``places`` are the indices of these arguments. Keyword arguments are counted after the positional ones.
+    """
 
     def hook(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
-        given = [*positional, *(named or {}).values()]  # None: the hook was removed while torch was about to call it
+        given = [*positional, *(named or {}).values()]  # None if the hook was removed while torch was about to call it
         call(block, *(given[place] for place in places))
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _at_gate(call: Callable[[int, Tensor], None], gate: Gate) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_: nn.Module, given: Any, output: Any) -> None:  # torch would take a returned value for the gate's output
+    def hook(_: nn.Module, given: Any, output: Any) -> None:  # a value returned here would replace the output
         call(gate.block, gate.probabilities(output))
 
     return hook
 
 
 def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
-    """Find a block's gate, and the modules before it."""
+    """Find a block's gate and the modules before it."""
     experts, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     place = re.match(r"(?P<before>(.*\.)?)(?P<layer>\d+)(?P<after>\..*)", path)  # the last number is the layer's
     if place is None:
@@ -260,11 +263,12 @@ def _gate(model: Any, block: int, path: str, paths: list[str]) -> Gate:
 
 @torch.no_grad()
 def _scores(gate: Gate) -> str:
-    """Find the function of the logits by which a gate weighs its experts, a name of SCORES, by calling the gate.
+    """Find by a trial which function of SCORES a gate applies to its logits to weigh experts. Return its name.
 
-    Configurations name it in many ways or not at all. Weights are the function's values up to a factor, which differs
-    from token to token where top-k values are normalised. The result is softmax where no function fits (phimoe weighs
-    each of its two experts by another softmax, over fewer logits) and where all fit (a single expert, normalised).
+    A trial is needed because configurations name the function in many ways or not at all. The weights are the
+    function's values times a factor, which differs from token to token if weights are normalised over the top-k. The
+    result is softmax if no function fits (phimoe weighs each of its two experts by another softmax, over fewer logits)
+    or all fit (a single expert with a normalised weight).
     """
     assert gate.gate is not None
     weight = next(gate.gate.parameters())
@@ -282,5 +286,5 @@ def _scores(gate: Gate) -> str:
 
 
 def _is_constant(rows: Tensor) -> bool:
-    """Return whether numbers are equal along the last dimension, but for rounding."""
+    """Return whether all numbers along the last dimension are equal up to rounding."""
     return bool(((rows.amax(-1) - rows.amin(-1)) <= SAME * rows.abs().amax(-1)).all())

@@ -1,4 +1,4 @@
-"""Linear modules whose matrices are records of the trunk, in place of nn.Linear."""
+"""Linear modules that replace nn.Linear where a matrix of the trunk is stored as a record."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from moetier.tiers.quant.codec import layout_for
 
 from .experts import without_gradient
 
-WEIGHT = "weight"  # the only projection of such a record
+WEIGHT = "weight"  # name of the only projection in a trunk record
 
 
 def matrix_layout(rows: int, columns: int, form: TrunkRecords) -> RecordLayout:
-    """Layout of the record of a matrix [rows, columns]; at 16 bits where no group divides its columns."""
+    """Return the layout of the record of a matrix [rows, columns]. It has 16 bits if no group divides the columns."""
     shape = {WEIGHT: ((rows, columns), "bfloat16")}
     return layout_for(shape, bits=form.bits, group=form.group, pairs=form.pairs)
 
 
 class QuantizedLinear(nn.Module):
-    """y = x @ W.T + bias with W in a record, which lies where the checkpoint is mapped.
+    """y = x @ W.T + bias, with W in a record, which is used in the memory to which the checkpoint is mapped.
 
-    With exact kernels the result is bit for bit that of nn.Linear with the decoded weights. There is no attribute
-    ``weight``, so that code which multiplies with it fails instead of using other numbers.
+    With exact kernels the result has the same bits as that of nn.Linear with the decoded weights. There is no attribute
+    ``weight``, so that code that wants to multiply with it fails instead of using wrong numbers.
     """
 
     record: Tensor  # uint8 [layout.payload_bytes]
     kernels: Kernels
 
     def __init__(self, linear: nn.Linear, layout: RecordLayout) -> None:
-        """Replace ``linear``, and take over its bias. The record is on meta at first."""
+        """Make a module that replaces ``linear`` and takes over its bias. The record is on the meta device at first."""
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -46,19 +46,19 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("record", torch.empty(layout.payload_bytes, dtype=torch.uint8, device="meta"))
 
     def compute_with(self, kernels: Kernels) -> None:
-        """Set the kernels, once the record is on their device."""
+        """Set the kernels. The record must be on their device by now."""
         self.kernels = kernels
         if kernels.arrange is not None:
             kernels.arrange(self.record, self.layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [tokens, in_features] -> [tokens, out_features] in its type.
+        """Multiply x [tokens, in_features] -> [tokens, out_features] in the type of x.
 
         x may have other leading dimensions. Raises ConfigError if the module was moved to another device.
         """
         if not x.device == self.record.device == self.kernels.device:
             raise moved_error(self.record.device, self.kernels.device)
-        # as in torch's own linear, where the bias of an input that does not lie like a matrix is added afterwards
+        # like torch's own linear, which adds the bias afterwards if x is neither a matrix nor contiguous
         fused = self.bias is not None and (x.dim() == 2 or x.is_contiguous())
         with torch.no_grad():
             rows = x.reshape(-1, self.in_features)
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         return without_gradient(y, x)
 
     def extra_repr(self) -> str:
-        """Sizes, bias, bits and group, for the module's repr."""
+        """Return sizes, bias, bits and group size for the module's repr."""
         (p,) = self.layout.projections
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={p.bits}, group={p.group}"
 
@@ -81,10 +81,11 @@ def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:
 
 
 def replace_linears(model: Any, records: Mapping[str, int], form: TrunkRecords) -> None:
-    """Replace each module that ``records`` names (path -> bytes of its record) by a QuantizedLinear on meta.
+    """Replace the linear modules at the paths in ``records`` by QuantizedLinear modules on the meta device.
 
-    A head that was tied to the embedding is no longer tied: it has a record, and the embedding stays as it was.
-    Raises StoreFormatError where the model has no such linear module, or one of another size.
+    ``records`` has the size of each module's record in bytes. A head that was tied to the embedding is no longer tied:
+    it has a record, and the embedding is not changed. Raises StoreFormatError if the model has no linear module at a
+    path, or one of another size.
     """
     linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     for path, nbytes in records.items():
