@@ -1,4 +1,4 @@
-"""Traces of routing decisions: their file format, how they are recorded, and how well predictions recall them.
+"""Traces of routing decisions: their file format, their recording, and the recall of predictions.
 
-Others use ``trace``, ``recorder`` and ``recall``. The package imports ``runtime.moe`` and ``tiers``.
+Other packages use ``trace``, ``recorder`` and ``recall``. The package imports ``runtime.moe`` and ``tiers``.
 """

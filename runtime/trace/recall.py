@@ -1,4 +1,7 @@
-"""Recall of predictions: the share of used experts that gates asked ahead, or simpler rules, had predicted."""
+"""Recall of predictions: the share of the experts used that a rule had predicted.
+
+A rule is to ask gates with hidden states of earlier layers, or one of two simpler rules.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,27 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Recall:
-    """Counts by block [B]. Tokens without a prediction do not count."""
+    """Counts of experts by block [B], over all tokens with a prediction."""
 
-    named: Counts  # experts used that were predicted
-    wanted: Counts  # experts used
+    named: Counts  # experts that were predicted and used
+    wanted: Counts  # experts that were used
 
     @property
     def ratio(self) -> float:
-        """Recall over all blocks; nan where nothing was predicted."""
+        """Recall over all blocks; nan if nothing was predicted."""
         return float(self.named.sum() / self.wanted.sum()) if self.wanted.any() else float("nan")
 
     def only(self, blocks: npt.NDArray[np.bool_]) -> Recall:
-        """Return the counts of some ``blocks`` [B], to compare with a rule that does not predict every block."""
+        """Return these counts with 0 for blocks that are not in the mask ``blocks`` [B].
+
+        This makes a rule comparable with another one that does not predict all blocks.
+        """
         return Recall(np.where(blocks, self.named, 0), np.where(blocks, self.wanted, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Recall of each rule, over the blocks that gates predict ``lookahead`` layers before. None: no predictions."""
+    """Recall of each rule, over the blocks that gates predict ``lookahead`` layers before. None: no prediction."""
 
     lookahead: int
     gates: float | None
@@ -40,7 +46,7 @@ class Comparison:
     previous_token: float | None
 
     def cells(self) -> list[str]:
-        """Return the table cells under the headings ``RULES``."""
+        """Return the cells of a table row with the headings ``RULES``."""
         return [
             "-" if ratio is None else f"{ratio:.3f}" for ratio in (self.gates, self.popularity, self.previous_token)
         ]
@@ -50,7 +56,7 @@ RULES = ("gates", "popularity", "previous token")
 
 
 def compare(trace: Trace) -> list[Comparison]:
-    """Compare the rules for each look-ahead of the trace, the nearest first."""
+    """Compare the rules for each look-ahead of the trace, the smallest first."""
     if not trace.lookaheads:
         return []
     popularity, previous = of_popularity(trace), of_previous_token(trace)
@@ -63,13 +69,13 @@ def compare(trace: Trace) -> list[Comparison]:
 
 
 def of_predictions(trace: Trace, lookahead: int) -> Recall:
-    """Return the recall of gates asked ``lookahead`` layers before, one of ``trace.lookaheads``."""
+    """Return the recall of gates asked ``lookahead`` layers before the block, a number in ``trace.lookaheads``."""
     assert trace.predictions is not None, "a trace with predictions"
     return _recall(trace.experts, trace.predictions[trace.lookaheads.index(lookahead)])
 
 
 def of_popularity(trace: Trace) -> Recall:
-    """Return the recall of each block's K most used experts, known in hindsight: the best fixed prediction."""
+    """Return the recall of the best fixed prediction: each block's K most used experts, as known in hindsight."""
     predicted = np.full_like(trace.experts[:1], NONE)  # [1, B, K]
     for block, count in enumerate(trace.num_experts):
         used = trace.experts[:, block]
@@ -80,7 +86,7 @@ def of_popularity(trace: Trace) -> Recall:
 
 
 def of_previous_token(trace: Trace) -> Recall:
-    """Return the recall of the experts that the previous token of the sequence used."""
+    """Return the recall of predicting the experts that the previous token of the sequence used."""
     predicted = np.full_like(trace.experts, NONE)
     for tokens in trace.sequences:
         predicted[tokens.start + 1 : tokens.stop] = trace.experts[tokens.start : tokens.stop - 1]

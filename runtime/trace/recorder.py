@@ -1,4 +1,4 @@
-"""Record a trace of a running model: what its gates score, and which experts its Experts modules are given."""
+"""Record a trace of a running model: the scores of its gates, and the experts that its Experts modules compute."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .trace import NONE, Trace
 
 Array = npt.NDArray[Any]
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-MOST_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # ends the text of tokens that end within a character
+MOST_TOKENS = 4  # largest number of tokens of one character, as UTF-8 has at most 4 bytes a character
 
 
 class Recorder(Closeable):
     """Observe a loaded model until ``close()``, without changing what it computes. A context manager.
 
-    Run one sequence at a time, and call ``end_sequence`` after its forward passes. On a GPU every observation is waited
-    for, so do not measure time while recording.
+    Run one sequence at a time, and call ``end_sequence`` after its forward passes. On a GPU each observation waits for
+    the device, so do not measure time while recording.
     """
 
     def __init__(self, model: Any, *, look_ahead: int = 2) -> None:
-        """Ask the gates of the next 1, 2, ... ``look_ahead`` layers at each block's entry."""
+        """Observe ``model``. At each block's entry, also ask the gates of the next ``look_ahead`` layers."""
         self._gates = Gates(model)
         blocks = range(len(self._gates.blocks))
         self._lookaheads = tuple(
@@ -39,7 +39,7 @@ class Recorder(Closeable):
             for distance in range(1, look_ahead + 1)
             if any(self._gates.ahead(block, distance) is not None for block in blocks)
         )
-        self._columns: dict[tuple[str, int, int], _Column] = {}  # by name, look-ahead and block
+        self._columns: dict[tuple[str, int, int], _Column] = {}  # by name of the numbers, look-ahead and block
         self._offsets = [0]
         self._n_prefill: list[int] = []
         self._token_ids: list[int] = []
@@ -48,7 +48,7 @@ class Recorder(Closeable):
 
     @property
     def refusals(self) -> str | None:
-        """One line on the blocks that have no probabilities and no predictions, and why; None where all have."""
+        """A line on the blocks without probabilities and predictions, and why they have none; None if all have them."""
         return self._gates.refusals()
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
@@ -63,7 +63,7 @@ class Recorder(Closeable):
         self._note("probabilities", 0, block, probabilities)
 
     def _at_experts(self, block: int, experts: Tensor, weights: Tensor) -> None:
-        here = experts < self._gates.blocks[block].experts.num_experts  # others are computed elsewhere, or skipped
+        here = experts < self._gates.blocks[block].experts.num_experts  # others are computed elsewhere or skipped
         self._note("experts", 0, block, experts.where(here, NONE))
         self._note("weights", 0, block, weights.where(here, 0))
 
@@ -73,15 +73,20 @@ class Recorder(Closeable):
         column.add(rows.detach().to(dtype, copy=True).cpu().numpy())
 
     def end_sequence(self, token_ids: Sequence[int], *, n_prefill: int, pieces: Sequence[str] = ()) -> None:
-        """End a sequence, whose forward passes were of ``token_ids`` in this order.
+        """End a sequence.
 
-        ``n_prefill``: number of the prompt's tokens. ``pieces``: the tokens' texts, given for all sequences or none.
-        Raises UnsupportedModelError for a model that does not pass each token once through each block that it uses.
+        Args:
+            token_ids: the tokens of all its forward passes, in order.
+            n_prefill: number of tokens of the prompt.
+            pieces: the text of each token. It must be given for all sequences or for none.
+
+        Raises:
+            UnsupportedModelError: the model does not pass each token once through each block that it uses.
         """
         before, tokens = self._offsets[-1], len(token_ids)
         assert 0 <= n_prefill <= tokens > 0
         assert len(pieces) in (0, tokens)
-        for (_, _, block), column in sorted(self._columns.items()):  # experts first: they are the cause
+        for (_, _, block), column in sorted(self._columns.items()):  # "experts" are first: they are the cause
             if column.rows == before:
                 column.rows += tokens
             elif column.rows != before + tokens:
@@ -95,7 +100,10 @@ class Recorder(Closeable):
         self._pieces += pieces
 
     def trace(self, *, model: str = "", digest: str = "") -> Trace:
-        """Return the trace of the sequences that have ended, of which there must be one."""
+        """Return the trace of all sequences that have ended. There must be at least one.
+
+        ``model`` and ``digest`` are stored in the trace as they are.
+        """
         assert len(self._offsets) > 1, "a sequence"
         counts = tuple(gate.experts.num_experts for gate in self._gates.blocks)
         told = any(name == "probabilities" for name, _, _ in self._columns)
@@ -120,7 +128,10 @@ class Recorder(Closeable):
         )
 
     def _gathered(self, name: str, distance: int, nothing: float, width: int = 0) -> Array:
-        """Return an array [T, B, width or more], with ``nothing`` where a token has no number."""
+        """Return the recorded numbers of all tokens and blocks, [T, B, at least ``width``].
+
+        ``nothing`` takes the place of missing numbers.
+        """
         tokens, blocks = self._offsets[-1], len(self._gates.blocks)
         columns = {b: c for b in range(blocks) if (c := self._columns.get((name, distance, b))) is not None}
         width = max(width, *(column.width for column in columns.values()))
@@ -137,11 +148,11 @@ class Recorder(Closeable):
 
 @dataclass
 class _Column:
-    """Rows of numbers of one block, one for each token."""
+    """The recorded numbers of one block: a row for each token."""
 
-    rows: int  # tokens, those without numbers included
-    width: int = 0
-    parts: dict[int, Array] = field(default_factory=dict)  # by the first token of each
+    rows: int  # number of tokens so far, those without numbers included
+    width: int = 0  # largest number of columns of a part
+    parts: dict[int, Array] = field(default_factory=dict)  # arrays [tokens, numbers], by their first token
 
     def add(self, part: Array) -> None:
         """Append ``part`` [tokens, numbers]."""
@@ -152,9 +163,9 @@ class _Column:
 
 
 def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, ...]:
-    """Return each token's text: what it adds to the text before it. The last token of a character has all of it."""
+    """Return for each token the text that it adds. If a character has several tokens, the last of them has its text."""
     pieces = []
-    before = begun = 0  # token_ids[before:begun] is context, whose text is in the pieces already
+    before = begun = 0  # token_ids[before:begun] is context; its text is already in ``pieces``
     for end in range(1, len(token_ids) + 1):
         context, text = (_decode(tokenizer, token_ids[before:stop]) for stop in (begun, end))
         if text.endswith(UNFINISHED) and end - begun < MOST_TOKENS and end < len(token_ids):

@@ -1,4 +1,4 @@
-"""Trace of routing: which experts a model used for each token and block. ``docs/traces.md`` specifies the file."""
+"""Trace of routing: which experts a model used for each token in each block. Files are specified in docs/traces.md."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tiers.store.atomic import write_durably
 
-NONE = -1  # in place of an expert, where a token has none
-NONE_BYTE = 255  # the same in an array of bytes, which no block with an expert of that number uses
+NONE = -1  # stands for "no expert"
+NONE_BYTE = 255  # the same in an array of bytes, which is used only if no block has an expert of that number
 MOST_EXPERTS = 2**15 - 1
 
 Ints = npt.NDArray[np.int16]
@@ -27,24 +27,24 @@ Halves = npt.NDArray[np.float16]
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Routing of T tokens of one or several sequences, B blocks, and K experts a token and block. Arrays are read-only.
+    """Routing of T tokens, of one or several sequences, in B blocks, with K experts per token and block.
 
-    Raises ValueError where parts contradict each other.
+    Arrays are read-only. The constructor raises ValueError if fields contradict each other.
     """
 
-    experts: Ints  # [T, B, K], NONE where a token has fewer; ordered only where there are weights
+    experts: Ints  # [T, B, K], NONE if a token has fewer than K; without ``weights`` their order has no meaning
     offsets: tuple[int, ...]  # sequence i is the tokens offsets[i]:offsets[i + 1]
-    num_experts: tuple[int, ...]  # by block
-    n_prefill: tuple[int, ...] = ()  # by sequence: number of the prompt's tokens; () where unknown
+    num_experts: tuple[int, ...]  # number of experts of each block
+    n_prefill: tuple[int, ...] = ()  # by sequence: number of tokens of the prompt; () if unknown
     weights: Halves | None = None  # [T, B, K], factors of the experts' outputs
     probabilities: Halves | None = None  # [T, B, E], the gates' scores of all experts; E is the largest of num_experts
     token_ids: npt.NDArray[np.int32] | None = None  # [T]
     pieces: tuple[str, ...] = ()  # by token: its text
-    lookaheads: tuple[int, ...] = ()  # [A], in blocks
-    predictions: Ints | None = None  # [A, T, B, P], predicted for block b at block b - lookahead, best first
+    lookaheads: tuple[int, ...] = ()  # [A], by how many blocks predictions were made ahead
+    predictions: Ints | None = None  # [A, T, B, P], P experts predicted for block b at block b - lookahead, best first
     prediction_probabilities: Halves | None = None  # [A, T, B, P]
     model: str = ""  # hub id or folder name
-    digest: str = ""  # of the store
+    digest: str = ""  # digest of the store
     blocks: tuple[str, ...] = ()  # by block: the path of the Experts module
 
     def __post_init__(self) -> None:
@@ -56,24 +56,24 @@ class Trace:
                 if np.dtype(dtype).kind == "i" and value.size:
                     limits = np.iinfo(dtype)
                     _require(value.min() >= limits.min and value.max() <= limits.max, f"{name} is out of range")
-                value = value.astype(dtype)  # a copy, because the caller may change the original
+                value = value.astype(dtype)  # a copy, as the caller may change the original
                 value.flags.writeable = False
                 object.__setattr__(self, name, value)
         self._check()
 
     @property
     def tokens(self) -> int:
-        """T, the number of tokens of all sequences."""
+        """T: the number of tokens of all sequences."""
         return int(self.experts.shape[0])
 
     @property
     def block_count(self) -> int:
-        """B, the number of blocks."""
+        """B: the number of blocks."""
         return int(self.experts.shape[1])
 
     @property
     def top_k(self) -> int:
-        """K, the largest number of experts of a token in one block."""
+        """K: the largest number of experts of a token in one block."""
         return int(self.experts.shape[2])
 
     @property
@@ -124,7 +124,7 @@ class Trace:
         _require(not twice.any(), f"{name} names an expert twice for one token")
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all. Raises TargetError."""
+        """Write the trace to a file, atomically. Raises TargetError if that fails."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **self._to_arrays())
         try:
@@ -158,7 +158,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Read a file, and ignore keys that are not known. Raises ConfigError for a file that is no trace."""
+        """Read a trace from a file; unknown keys are ignored. Raises ConfigError if it can't be read as a trace."""
         try:
             with path.open("rb") as stream:
                 _require(zipfile.is_zipfile(stream), "it is not an npz archive")
@@ -170,7 +170,7 @@ class Trace:
             return cls._of(found)
         except _NO_TRACE as error:
             cause = " ".join(str(error).split()) or type(error).__name__
-            if "allow_pickle" in cause:  # numpy's advice would run what the file brings
+            if "allow_pickle" in cause:  # don't show numpy's advice, which would run code from the file
                 cause = "it holds Python objects, which are not loaded"
             raise ConfigError(f"{path}: not a trace ({cause}).", "Record one with moetier trace.") from error
         except OSError as error:
@@ -216,7 +216,7 @@ _ARRAYS: Mapping[str, Any] = {
     "predictions": np.int16,
     "prediction_probabilities": np.float16,
 }
-_NO_TRACE = (  # raised by numpy and zipfile; RuntimeError for encryption or an unknown compression
+_NO_TRACE = (  # errors of numpy and zipfile; RuntimeError: the file is encrypted or has an unknown compression
     *(ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error),
 )
@@ -232,7 +232,7 @@ def _require(holds: bool, fault: str) -> None:
 
 
 def _narrow(ids: Ints, experts: int) -> npt.NDArray[Any]:
-    """Return the ids as bytes where they fit."""
+    """Return ids as bytes if they fit, else unchanged."""
     return np.where(ids == NONE, NONE_BYTE, ids).astype(np.uint8) if experts <= NONE_BYTE else ids
 
 
