@@ -1,11 +1,12 @@
-"""Decide whether speculation pays for the running workload, by decoding with and without it in turns.
+"""Decide whether speculation pays for the present workload, by decoding alternately with and without it.
 
-How long a step takes depends mostly on how many experts it misses. That varies by chance, and would hide what
-speculation gains or costs for hundreds of steps. A ghost cache counts these misses as if there were no speculation. A
-trial then fits a line through its pairs of windows: the difference of their times against the difference of their
-misses. Where the misses are equal, the line gives what speculation gains: analysis of covariance (Fisher 1932).
+A step decodes one token. Its duration depends mostly on how many experts it misses. This number varies by chance, which
+would hide the gain or loss of speculation for hundreds of steps. So a ghost cache counts the misses that each step
+would have without speculation. A trial compares pairs of windows of steps, one with speculation and one without. It
+fits a line to the pairs: the difference of their times as a function of the difference of their misses. The value of
+the line at equal misses is the gain of speculation. This is an analysis of covariance (Fisher 1932).
 
-This module does no I/O. A step is one decoded token.
+The module does no I/O.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ from typing import NamedTuple
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.layout import ExpertKey
 
-SPAN = 4  # steps of a window
-FEWEST, MOST = 8, 24  # pairs of windows (one with speculation, one without) in a trial
-CLEAR = 4  # pairs after which a trial may end early, when speculation clearly loses
-HOLD = {True: 1024, False: 256}  # steps for which a first verdict holds; predictions improve while they learn
-LONGEST = 4096  # steps for which a verdict holds that was confirmed again and again
-WARM = 64  # steps before a trial in which the ghost cache fills
-SURE, UNSURE = 2.5, 1.0  # standard errors for a verdict for, and against; a losing trial had better be short
-ODD = 4.0  # multiple of a window's median beyond which a step is left out
+SPAN = 4  # number of steps in a window
+FEWEST, MOST = 8, 24  # smallest and largest number of pairs of windows in a trial
+CLEAR = 4  # number of pairs after which a trial may end early if speculation clearly loses time
+HOLD = {True: 1024, False: 256}  # steps for which a new verdict (for, against) holds; predictions improve by learning
+LONGEST = 4096  # largest number of steps for which a verdict holds that was confirmed several times
+WARM = 64  # steps before a trial during which the ghost cache fills
+# Standard errors by which the gain must differ from 0 for a verdict: SURE for speculation, and against it in the first
+# FEWEST pairs; UNSURE against it later, as a trial costs time while speculation loses.
+SURE, UNSURE = 2.5, 1.0
+ODD = 4.0  # a step is left out if it takes longer than this multiple of its window's median
 
 
 class Window(NamedTuple):
-    """Means over a few steps, or one step."""
+    """Means over the steps of a window, or the numbers of one step."""
 
-    seconds: float
-    misses: float  # in the ghost cache
+    seconds: float  # duration of a step
+    misses: float  # misses of a step in the ghost cache
 
 
 class Mode(Enum):
-    """Whether to speculate: ``auto`` where it pays."""
+    """When to speculate: never, while it pays, or always."""
 
     OFF = "off"
     AUTO = "auto"
@@ -48,30 +51,33 @@ class Mode(Enum):
 
 @dataclass(slots=True)
 class Controller:
-    """Turn speculation on and off: ``is_on`` applies to the next step, and ``step`` reports how long it took.
+    """Turns speculation on and off. ``is_on`` applies to the next step, and ``step`` reports the result of a step.
 
     A *trial* alternates windows with and without speculation, in the order on, off, off, on, so that a drift affects
-    both alike. It ends as soon as the faster way is clear, or after MOST pairs. Its verdict holds for a number of
-    steps, which doubles each time that the verdict is the same.
+    both kinds equally. It ends as soon as it is clear which is faster, or after MOST pairs. Its verdict holds for a
+    number of steps, which doubles each time that the next trial has the same verdict.
     """
 
     mode: Mode
-    span: int = SPAN
+    span: int = SPAN  # number of steps in a window
     is_on: bool = field(init=False)
-    trials: int = field(init=False, default=0)
-    steps_on: int = field(init=False, default=0)
-    steps_off: int = field(init=False, default=0)
-    _window: list[Window] = field(init=False, default_factory=list)  # single steps of the present window
+    trials: int = field(init=False, default=0)  # number of trials that have ended
+    steps_on: int = field(init=False, default=0)  # number of steps with speculation
+    steps_off: int = field(init=False, default=0)  # number of steps without speculation
+    _window: list[Window] = field(init=False, default_factory=list)  # steps of the present window
     _windows: dict[bool, list[Window]] = field(init=False, default_factory=lambda: {True: [], False: []})
     _left: int = field(init=False, default=0)  # steps for which the verdict still holds; 0 during a trial
-    _held: int = field(init=False, default=0)  # steps for which the last verdict was to hold
+    _held: int = field(init=False, default=0)  # steps for which the latest verdict holds in all
     _verdict: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.is_on = self.mode is not Mode.OFF
 
     def step(self, seconds: float, misses: float = 0.0) -> None:
-        """Report a step, done as ``is_on`` said, with its ``misses`` in the ghost cache."""
+        """Report a step that was done with or without speculation according to ``is_on``.
+
+        ``seconds`` is its duration, ``misses`` the number of its misses in the ghost cache.
+        """
         if self.is_on:
             self.steps_on += 1
         else:
@@ -84,22 +90,22 @@ class Controller:
                 self._begin_trial()
             return
         self._window.append(Window(seconds, misses))
-        if len(self._window) >= self.span:  # more: the end of the last was cut
+        if len(self._window) >= self.span:  # more, if an exception interrupted the end of the last window
             self._windows[self.is_on].append(_typical(self._window))
             self._window.clear()
             self._turn()
 
     @property
     def is_watching(self) -> bool:
-        """Whether the ghost cache has to be fed: during a trial, and WARM steps before."""
+        """Whether the ghost cache needs all demands: during a trial, and in the WARM steps before it."""
         return self.mode is Mode.AUTO and self._left <= WARM
 
     def interrupt(self) -> None:
-        """Restart the present window: the last step is not comparable."""
+        """Restart the present window, because the last step is not comparable with others."""
         self._window.clear()
 
     def reject(self) -> None:
-        """Turn speculation off without a trial: its predictions are wrong."""
+        """Turn speculation off without a trial, because its predictions are too often wrong."""
         if self.mode is Mode.AUTO and self.is_on:
             self._conclude(pays=False)
 
@@ -123,13 +129,16 @@ class Controller:
 
 
 def _typical(steps: list[Window]) -> Window:
-    """Return the mean, because speculation avoids rare long waits; without outliers, in which another task ran."""
+    """Return the means over steps, without outliers, during which other processes ran.
+
+    Means are used rather than medians, because speculation avoids waits that are long but rare.
+    """
     limit = ODD * median(step.seconds for step in steps)
     return Window(*map(fmean, zip(*(step for step in steps if step.seconds <= limit), strict=True)))
 
 
 def _verdict(with_: list[Window], without: list[Window]) -> bool | None:
-    """Return whether speculation pays; None while that is not clear."""
+    """Return whether speculation pays, from windows ``with_`` and ``without`` it; None while that is not clear."""
     pairs = len(with_)
     if pairs < CLEAR:
         return None
@@ -145,7 +154,7 @@ def _verdict(with_: list[Window], without: list[Window]) -> bool | None:
 
 
 def _intercept(xs: list[float], ys: list[float]) -> tuple[float, float]:
-    """Return the intercept of the least-squares line and its standard error; the mean of y where all x are equal."""
+    """Return the intercept of the least-squares line and its standard error. If all x are equal, use the mean of y."""
     count, x_mean, y_mean = len(xs), fmean(xs), fmean(ys)
     spread = math.fsum((x - x_mean) ** 2 for x in xs)
     slope = math.fsum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread if spread else 0.0
@@ -156,10 +165,10 @@ def _intercept(xs: list[float], ys: list[float]) -> tuple[float, float]:
 
 
 class GhostCache:
-    """Count the misses that a tier of as many slots would have without speculation. It holds keys and no records."""
+    """Counts the misses that a tier with the same slots would have without speculation. It holds only keys."""
 
     def __init__(self, blocks: int, slots: int, policy: str = DEFAULT_ORDER) -> None:
-        """``slots``: number of slots of each block. ``policy``: the tier's, one of ``ORDERS``."""
+        """Make a cache for ``blocks`` blocks with ``slots`` slots each, and the tier's eviction order ``policy``."""
         self.misses = 0
         self._slots = slots
         self._policy = ORDERS[policy]
@@ -167,9 +176,9 @@ class GhostCache:
         self._resident: list[dict[int, ExpertKey]] = [{} for _ in range(blocks)]
 
     def demand(self, block: int, experts: Collection[int]) -> None:
-        """Demand a block's experts, of which the first are evicted last. Ignore a scan, which exceeds the slots."""
+        """Demand a block's experts. Those given first are evicted last. Ignore demands for more experts than slots."""
         resident, order = self._resident[block], self._orders[block]
-        if len(resident) != len(order):  # an asynchronous exception interrupted the last demand
+        if len(resident) != len(order):  # an exception has interrupted the last demand
             resident = self._resident[block] = {}
             order = self._orders[block] = self._policy(self._slots)
         if len(experts) > self._slots:

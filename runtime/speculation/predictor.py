@@ -1,13 +1,13 @@
-"""Shortcuts: gates asked in few operations, which learn from their predictions.
+"""Shortcuts: approximations of gates that take few operations and learn from their predictions.
 
-Most gates rank experts by a projection of the normalised residual stream. The norm's factor is the same for all experts
-of a token, so the projection alone ranks them: two operations where the modules take about twenty. Beside small
-experts, these operations are most of what speculation costs. A shortcut is used only where it chooses the experts that
-the gate chooses, which is tested when it is made.
+Most gates rank experts by a projection of the normalised residual stream. For one token, the norm multiplies the scores
+of all experts by the same factor, so the projection alone ranks them. That takes two operations, while the model's
+modules take about twenty. If experts are small, these operations are most of the cost of speculation. A shortcut is
+used only if it chooses the same experts as the gate, which is tested when it is made.
 
-A shortcut then learns what the layers in between do to the residual stream. After a wrong prediction, the row of each
-expert that was missed moves towards the state, and the row of each expert that was predicted in vain moves away from
-it, as in a perceptron (Rosenblatt 1958). The gate itself is never changed.
+A shortcut then learns how the layers in between change the residual stream. After a wrong prediction, the row of each
+expert that was missed is moved towards the state, and the row of each expert that was predicted in vain is moved away
+from it, as in a perceptron (Rosenblatt 1958). The gate itself is never changed.
 """
 
 from __future__ import annotations
@@ -22,41 +22,44 @@ from torch import Tensor, nn
 from moetier.runtime.kernels.row import Scores
 from moetier.runtime.moe.gates import Gate, Gates
 
-TRIED_ROWS = 64  # random states by which a shortcut is compared with its gate
-AGREE = 0.95  # share of them that has to agree: rounding decides between experts of about equal scores
-STEP = 0.01  # of learning, in lengths of a row
+TRIED_ROWS = 64  # number of random states with which a shortcut is compared with its gate
+AGREE = 0.95  # share of them that must agree; not all can, as rounding decides between experts with nearly equal scores
+STEP = 0.01  # step of learning, relative to the mean length of a row
 TINY = 1e-12
 
 
 class Prediction(NamedTuple):
-    """Experts of one block, best first; of several tokens the best of each before the second best."""
+    """Experts predicted for one block, best first. Of several tokens, the best of each come before the second best."""
 
-    likely: list[int]  # as many for each token as its gate chooses
-    near: list[int]  # the runners-up
+    likely: list[int]  # for each token, as many as the gate chooses
+    near: list[int]  # the next best experts
 
 
 class Ranking(NamedTuple):
-    """Experts of one block in the order of their scores, perhaps still being computed on a device."""
+    """Experts of one block in the order of their scores. A device may still be computing them."""
 
-    experts: Tensor  # [tokens, n], int64, best first: those that the gate chooses, and as many runners-up, or all
+    experts: Tensor  # [tokens, n], int64, best first: twice as many as the gate chooses, or all
     top_k: int
 
     def on_cpu(self) -> Ranking:
-        """Return a copy that can be read once the device has been waited for."""
+        """Queue a copy to the CPU and return it. It can be read once the caller has waited for the device."""
         return Ranking(self.experts.to("cpu", non_blocking=True), self.top_k)
 
     def prediction(self) -> Prediction:
-        """Return it as lists. Waits for the device if the tensor is on one."""
+        """Return the ranking as lists. Waits for the device if the tensor is on one."""
         flat = self.experts.T.flatten().tolist()
         chosen = self.top_k * len(self.experts)
         return Prediction(flat[:chosen], flat[chosen:])
 
 
 class Shortcuts:
-    """Shortcuts of a model's gates, one for each distance. A gate without a shortcut is asked itself."""
+    """Shortcuts of a model's gates, one for each gate and distance. A gate without a shortcut is called itself."""
 
     def __init__(self, gates: Gates, look_ahead: int) -> None:
-        """Ask gates 1 to ``look_ahead`` layers before theirs; if that is more than 1, at the entry of theirs, too."""
+        """Make shortcuts for predictions 1 to ``look_ahead`` layers before a block.
+
+        If ``look_ahead`` is more than 1, make them also for distance 0, the entry of the block's own layer.
+        """
         assert look_ahead >= 1
         self.gates = gates
         self.look_ahead = look_ahead
@@ -66,34 +69,45 @@ class Shortcuts:
         }
 
     def rank(self, block: int, distance: int, hidden: Tensor) -> Ranking:
-        """Rank the block's experts for the residual stream ``hidden`` of ``distance`` layers before it.
+        """Rank a block's experts by the residual stream ``hidden``, from ``distance`` layers before the block.
 
-        It is [batch, tokens, hidden], or has other leading dimensions.
+        ``hidden`` is [batch, tokens, hidden], or has other leading dimensions.
         """
         shortcut = self._of[distance][block]
         return shortcut.rank(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
 
     def predict(self, block: int, distance: int, hidden: Tensor) -> Prediction:
-        """Return ``rank(...).prediction()``, on a CPU; faster for a single token, such as [1, 1, hidden]."""
+        """Return ``rank(...).prediction()``. This is faster for a single token, such as [1, 1, hidden], on a CPU."""
         shortcut = self._of[distance][block]
         if shortcut is not None and hidden.numel() == hidden.shape[-1]:
             return shortcut.predict(hidden)
         return self.rank(block, distance, hidden).prediction()
 
     def learn(self, block: int, distance: int, hidden: Tensor, *, missed: set[int], in_vain: set[int]) -> None:
-        """Learn from the prediction for a single token: experts that it ``missed``, and those it predicted ``in_vain``.
+        """Learn from the prediction for a single token.
 
-        ``hidden`` is [1, 1, hidden], or has other leading dimensions.
+        Args:
+            block: the block that was predicted.
+            distance: from how many layers before the block.
+            hidden: the residual stream from which the prediction was made, such as [1, 1, hidden].
+            missed: experts that were used, but not predicted.
+            in_vain: experts that were predicted, but not used.
         """
         if (shortcut := self._of[distance][block]) is not None and (missed or in_vain):
             shortcut.learn(hidden, missed, in_vain)
 
 
 class Shortcut:
-    """A gate as one projection: a copy of its weights in fp32, multiplied by the norm's."""
+    """A gate as one projection: an fp32 copy of its weights, multiplied by the weights of the norm."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, top_k: int) -> None:
-        """``weight`` [experts, hidden] and ``bias`` [experts] are fp32."""
+        """Make a shortcut.
+
+        Args:
+            weight: [experts, hidden], fp32.
+            bias: [experts], fp32, or None.
+            top_k: number of experts that the gate chooses for a token.
+        """
         self._weight = weight
         self._rows = weight.unbind(0)
         self._scores = Scores(weight) if Scores.fits(weight) else None
@@ -114,7 +128,7 @@ class Shortcut:
         return Ranking(scores.topk(self._ranked, -1).indices, self._top_k)
 
     def predict(self, hidden: Tensor) -> Prediction:
-        """Return ``rank(hidden).prediction()`` for a single token, such as [1, 1, hidden], on a CPU, in one step."""
+        """Return ``rank(hidden).prediction()`` for a single token, such as [1, 1, hidden], on a CPU."""
         scores = None if self._scores is None else self._scores.of(hidden)
         if scores is None:
             return self.rank(hidden).prediction()
@@ -126,7 +140,10 @@ class Shortcut:
 
     @torch.no_grad()
     def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
-        """Learn from a single token, such as [1, 1, hidden], if its state is finite. Waits for no device."""
+        """Learn from a single token, such as [1, 1, hidden], as ``Shortcuts.learn`` specifies. Waits for no device.
+
+        A state that is not finite is ignored.
+        """
         state = hidden.reshape(-1).float()
         length, step = torch.linalg.vector_norm(state).clamp_min(TINY), self._step
         if not state.is_cpu:
@@ -143,7 +160,7 @@ class Shortcut:
 
 @torch.no_grad()
 def ask(gate: Gate, hidden: Tensor) -> Ranking:
-    """Rank the experts by calling the gate itself with ``hidden`` [batch, tokens, hidden], or as it takes it."""
+    """Rank the experts by calling the gate with ``hidden``, such as [batch, tokens, hidden] (see ``Gate.ask``)."""
     output = gate.ask(hidden)
     probabilities, experts = gate.probabilities(output), output[2]
     top_k = experts.shape[-1]
@@ -152,13 +169,13 @@ def ask(gate: Gate, hidden: Tensor) -> Ranking:
 
 
 def _ranked(top_k: int, experts: int) -> int:
-    """Return how many experts of a block are ranked."""
+    """Return how many experts of a block are ranked: twice ``top_k``, or all."""
     return min(2 * top_k, experts)
 
 
 @torch.no_grad()
 def shortcut_of(gate: Gate) -> Shortcut | None:
-    """Return a gate's shortcut; None where it chooses other experts than the gate."""
+    """Return a gate's shortcut, or None if the shortcut would choose other experts than the gate."""
     weight = getattr(gate.gate, "weight", None)
     if gate.mixer is not None or not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
@@ -180,10 +197,10 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
 
 
 def _scales(norm: nn.Module | None) -> Iterator[Tensor | float]:
-    """Yield the factors by which the norm may multiply."""
+    """Yield the factors by which the norm may multiply the state. Which is right depends on the norm's class."""
     weight = getattr(norm, "weight", None)
     if norm is None:
         yield 1.0
     elif isinstance(weight, Tensor) and weight.ndim == 1:
         yield weight.float()
-        yield 1.0 + weight.float()  # Gemma's
+        yield 1.0 + weight.float()  # norms of Gemma

@@ -1,9 +1,10 @@
 """Speculative gating: ask the gates of the next layers with the present hidden state, and prefetch what they choose.
 
-Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. At the entry of a block's MoE part the blocks of the next layers
-are predicted. On a CPU, where asking takes the caller's time, that happens a little later: while the block's own reads
-are under way. With more than one layer ahead, a block is predicted once more at the entry of its own layer. Prefetches
-are requested only after the block's own demand, so that no prefetch is read before it.
+The method is from Eliseev & Mazur 2023 (arXiv 2312.17238), section 3.2. The blocks of the next layers are predicted
+from the hidden state at the entry of a block's MoE part. On a GPU the predictions are computed there at once. On a CPU,
+where they take time of the caller, they are computed after the block's own demand, while its records are being read. If
+predictions look more than one layer ahead, a block is predicted once more at the entry of its own layer. Prefetches
+from a block are requested only after the block's own demand, so that the demand's reads come first.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ from moetier.tiers.source import ExpertSource
 from .controller import Controller, GhostCache, Mode
 from .predictor import Prediction, Ranking, Shortcuts
 
-MOST_ROWS = 8  # tokens of a step; a prefill wants nearly all experts, and is bound by computing
-MOST_UNJUDGED = 32  # predictions whose judgement waits for a moment that costs nothing
-JUDGED = 128  # latest predictions by which speculation is rejected ...
-POOR = 0.1  # ... where a smaller share than this is right
+MOST_ROWS = 8  # most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
+MOST_UNJUDGED = 32  # number of predictions that may wait to be judged until the caller waits for reads anyway
+JUDGED = 128  # number of latest predictions by which speculation may be rejected
+POOR = 0.1  # speculation is rejected if less than this share of the predicted experts was right
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
     """Counters of one model's speculation.
 
-    ``guesses`` and ``right`` are by layers ahead; 0 is the prediction at the entry of a block's own layer.
+    ``guesses`` and ``right`` are indexed by the number of layers that a prediction looks ahead. Index 0 is for
+    predictions at the entry of a block's own layer.
     """
 
     mode: str
     is_on: bool
-    steps_on: int  # decoded tokens; those of all sequences of a batch count as one
-    steps_off: int
-    guesses: tuple[int, ...]  # predicted experts
-    right: tuple[int, ...]  # of these, those that were demanded
-    seconds: float  # of the caller's time, for predicting, requesting and judging
+    steps_on: int  # steps with speculation; a step decodes one token of each sequence of a batch
+    steps_off: int  # steps without speculation
+    guesses: tuple[int, ...]  # number of predicted experts
+    right: tuple[int, ...]  # number of predicted experts that were demanded
+    seconds: float  # time of the caller that predicting, requesting and judging took
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields, by name."""
@@ -51,21 +53,25 @@ class SpeculationStats:
 
 
 class Admission:
-    """Prefetch the predicted experts that ``source`` lacks.
+    """Requests prefetches of the predicted experts that ``source`` lacks.
 
-    A request also names the predicted experts, and the runners-up, that are resident: a requested record is not
-    evicted for a prefetch, and a wrong prediction is mostly wrong by a little.
+    A request also has the predicted and next best experts that are READY, because no prefetch evicts a requested
+    record. The next best experts are included because many wrong predictions are nearly right.
     """
 
     def __init__(self, source: ExpertSource[Any], experts: Sequence[int], *, most: int | None = None) -> None:
-        """``experts``: number of experts of each block. At most ``most`` of a block are read for one request."""
+        """Request from ``source``.
+
+        ``experts`` is the number of experts of each block. ``most`` is the largest number of absent records in a
+        request; None for any number.
+        """
         self._source = source
         self._most = most
         self._keys = [[ExpertKey(block, expert) for expert in range(count)] for block, count in enumerate(experts)]
-        self.requested: set[int] = set()  # blocks with prefetches requested since their last demand
+        self.requested: set[int] = set()  # blocks for which prefetches were requested since their latest demand
 
     def admit(self, block: int, prediction: Prediction) -> list[int]:
-        """Prefetch for a block. Return the predicted experts, as often as tokens want them."""
+        """Request prefetches for a block. Return the predicted experts, each once for every token that wants it."""
         keys = self._keys[block]
         likely = [expert for expert in prediction.likely if expert < len(keys)]  # larger indices have no record
         near = [expert for expert in prediction.near if expert < len(keys)]
@@ -83,16 +89,16 @@ class Admission:
 
 
 class _Asked(NamedTuple):
-    """A ranking that a device may still be computing. It is on the CPU once the demand path has waited."""
+    """A ranking that a device may still be computing. It can be read once the caller has waited for the device."""
 
-    block: int
-    distance: int  # layers ahead
-    hidden: Tensor  # residual stream that it was asked with
+    block: int  # the block that is predicted
+    distance: int  # number of layers that the prediction looks ahead
+    hidden: Tensor  # residual stream from which the block is predicted
     ranking: Ranking
 
 
 class _Predicted(NamedTuple):
-    """A prediction that is not judged yet."""
+    """A prediction of one block that was not yet compared with its demand. Fields are as in ``_Asked``."""
 
     distance: int
     hidden: Tensor
@@ -100,9 +106,9 @@ class _Predicted(NamedTuple):
 
 
 class Speculation:
-    """Predict and prefetch experts during a model's forward passes, between ``attach`` and ``detach``.
+    """Predicts and prefetches experts during a model's forward passes, between ``attach`` and ``detach``.
 
-    Only the time that a token takes depends on it: a prefetch changes no result.
+    It changes only the time that a token takes, not the result.
     """
 
     def __init__(
@@ -115,17 +121,22 @@ class Speculation:
         most: int | None = None,
         policy: str = DEFAULT_ORDER,
     ) -> None:
-        """Predict for the blocks that acquire from ``source``, as many layers ahead as ``shortcuts`` were made for.
+        """Prepare speculation.
 
-        ``slots``: about how many slots of ``source`` a block has. ``policy``: its order of eviction.
-        ``most``: number of experts of a block that one request reads, at most.
+        Args:
+            shortcuts: make the predictions, as many layers ahead as they were made for.
+            source: the tier from which the model's blocks acquire experts.
+            slots: about how many slots of ``source`` a block has.
+            mode: when to speculate.
+            most: the largest number of absent records in one prefetch request; None for any number.
+            policy: the eviction order of ``source``.
         """
         self._shortcuts: Shortcuts | None = shortcuts  # None after detach
         gates = shortcuts.gates
         look_ahead = shortcuts.look_ahead
         self._controller = Controller(mode)
         self._ghost_cache = GhostCache(len(gates.blocks), slots, policy)
-        self._misses_before = 0  # of the ghost cache, at the beginning of the step
+        self._misses_before = 0  # misses of the ghost cache at the beginning of the step
         self._admission = Admission(source, [gate.experts.num_experts for gate in gates.blocks], most=most)
         self._distances = range(1, look_ahead + 1)
         self._targets = {
@@ -133,23 +144,23 @@ class Speculation:
             for gate in gates.blocks
         }
         self._first = gates.first
-        self._entered: Tensor | None = None  # hidden state at the present block's entry, until the gates are asked
-        self._pending: list[_Asked] = []
-        self._predicted: dict[int, list[_Predicted]] = {}  # by block, until its demand
+        self._entered: Tensor | None = None  # hidden state at the present block's entry, until it was used
+        self._pending: list[_Asked] = []  # rankings that are to be read after the present block's demand
+        self._predicted: dict[int, list[_Predicted]] = {}  # predictions by block, until the block's demand
         self._unjudged: list[tuple[int, _Predicted, frozenset[int]]] = []  # block, prediction, demanded experts
-        self._judged: deque[float] = deque(maxlen=JUDGED)  # shares that were right
-        self._is_poor = False
-        self._began = 0.0  # of the present step; 0 where it is not timed
-        self._rows = 0  # tokens of the present step
-        self._is_predicting = False  # in the present step
+        self._judged: deque[float] = deque(maxlen=JUDGED)  # by prediction: share of experts that was right
+        self._is_poor = False  # the latest predictions were too often wrong
+        self._began = 0.0  # time at which the present step began; 0 if it is not timed
+        self._rows = 0  # number of tokens of the present step
+        self._is_predicting = False  # whether the present step is predicted
         self._guesses = [0] * (look_ahead + 1)
         self._right = [0] * (look_ahead + 1)
         self._seconds = 0.0
-        self._first_observation: Observation | None = None  # of the first block, at which a step begins
-        self._observation: Observation | None = None  # of the other blocks, only while predicting
+        self._first_observation: Observation | None = None  # hooks on the first block, at which a step begins
+        self._observation: Observation | None = None  # hooks on the other blocks, only while predicting
 
     def attach(self) -> None:
-        """Register hooks on the model."""
+        """Register hooks on the model, unless the mode is OFF. Idempotent."""
         shortcuts = self._shortcuts
         assert shortcuts is not None, "it was detached"
         if self._first_observation is None and self._first is not None and self._controller.mode is not Mode.OFF:
@@ -158,7 +169,7 @@ class Speculation:
     def detach(self) -> None:
         """Remove the hooks, and drop all references to the model and its tensors, for good. Idempotent.
 
-        Waits for nothing. Any thread may call it, also while another one computes.
+        Waits for nothing. Any thread may call this, even while another thread computes.
         """
         self._shortcuts = None
         observation, self._first_observation = self._first_observation, None
@@ -172,16 +183,17 @@ class Speculation:
         self._judge_all()
 
     def demanded(self, block: int, experts: Collection[int], waiting: bool) -> None:
-        """Predict and prefetch for later blocks, after a block has demanded ``experts``.
+        """Predict and prefetch experts of later blocks, after ``block`` has demanded ``experts``.
 
-        ``waiting``: whether some of these are still being read, so that the caller's time costs nothing.
+        ``waiting`` tells whether some of these are still being read. Then the caller would wait in any case, and work
+        done here costs no time.
         """
         if self._controller.is_watching:
             self._ghost_cache.demand(block, experts)
         if not self._is_predicting:
             return
         began = time.perf_counter()
-        self._admission.requested.discard(block)  # the tier has dropped its requests
+        self._admission.requested.discard(block)  # the demand has cancelled the block's requests
         self._ask(block)
         for target, distance, hidden, ranking in self._pending:
             self._admit(target, distance, hidden, ranking.prediction())
@@ -193,7 +205,7 @@ class Speculation:
         self._seconds += time.perf_counter() - began
 
     def stats(self) -> SpeculationStats:
-        """Return the counters. Call it from the thread that decodes, between two steps."""
+        """Return the counters. Call this in the thread that decodes, between two steps."""
         self._judge_all()
         control = self._controller
         return SpeculationStats(
@@ -214,19 +226,19 @@ class Speculation:
         self._at_entry(block, hidden)
 
     def _observe_others(self, on: bool) -> None:
-        """Register or remove the hooks on all blocks but the first."""
+        """Register (``on``) or remove the hooks on all blocks but the first."""
         shortcuts = self._shortcuts
         if on and self._observation is None and shortcuts is not None:
             layer = self._at_layer if len(self._distances) > 1 else None
             others = [gate.block for gate in shortcuts.gates.blocks if gate.block != self._first]
             self._observation = shortcuts.gates.observe(entry=self._at_entry, layer=layer, blocks=others)
-        is_over = not on or self._shortcuts is None  # another thread may have detached it meanwhile
+        is_over = not on or self._shortcuts is None  # another thread may have called ``detach`` meanwhile
         if is_over and (observation := self._observation) is not None:
             observation.close()
             self._observation = None
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
-        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # not of another tower or thread
+        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # not of another model part or thread
         self._entered = hidden if is_of_step else None
         if hidden.device.type != "cpu":
             began = time.perf_counter()
@@ -234,7 +246,7 @@ class Speculation:
             self._seconds += time.perf_counter() - began
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
-        """Predict the block of this very layer, where that waits for no device."""
+        """Predict the block of the layer that begins. Only on a CPU, as this would have to wait for a GPU."""
         if self._is_predicting and hidden.device.type == "cpu" and block in self._admission.requested:
             began = time.perf_counter()
             self._predict(block, 0, hidden)
@@ -257,12 +269,12 @@ class Speculation:
         self._pending.clear()
         self._predicted.clear()
         if not self._is_predicting:
-            self._admission.requested.clear()  # their demands may not come
+            self._admission.requested.clear()  # their demands may never come
 
     # -- predictions --------------------------------------------------------------------------------------------------
 
     def _ask(self, block: int) -> None:
-        """Predict the blocks ahead of this one, with the hidden state at its entry."""
+        """Predict the blocks ahead of ``block`` from the hidden state at its entry."""
         hidden, self._entered = self._entered, None
         if hidden is not None:
             for distance, target in self._targets[block]:
@@ -273,7 +285,7 @@ class Speculation:
             return
         if hidden.device.type == "cpu":
             self._admit(target, distance, hidden, shortcuts.predict(target, distance, hidden))
-        else:  # do not wait for the device: the result is read after the demand path has waited
+        else:  # don't wait for the device: the result is read after ``block`` has waited for it
             ranking = shortcuts.rank(target, distance, hidden)
             self._pending.append(_Asked(target, distance, hidden, ranking.on_cpu()))
 
@@ -301,5 +313,5 @@ class Speculation:
 
 
 def _tokens(hidden: Tensor) -> int:
-    """Return the number of tokens of [T, H], [B, T, H], or [B, T, S, H] with S residual streams."""
+    """Return the number of tokens of a hidden state [T, H], [B, T, H], or [B, T, S, H] with S residual streams."""
     return hidden.shape[: min(hidden.ndim - 1, 2)].numel()
