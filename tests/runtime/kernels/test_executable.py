@@ -26,6 +26,7 @@ linked = pytest.mark.skipif(platform.machine() != "x86_64", reason="objects of t
 # what a process computes, and what it says of itself
 COMPUTE = f"""
 import ctypes, json, sys, warnings
+from dataclasses import asdict
 sys.path.insert(0, {str(HELPERS)!r})
 import torch
 import moetier, restricted
@@ -44,7 +45,7 @@ with warnings.catch_warnings(record=True) as said:
         last = model.generate(ids[:, :8], do_sample=False, max_new_tokens=4, min_new_tokens=4)[0, 8:].tolist()
     ours = [str(each.message) for each in said if each.category is RuntimeWarning]
 (found,) = kernel()
-print(json.dumps([loss, last, type(model.tiers.kernels).__name__, ours, found.to_json()]))
+print(json.dumps([loss, last, type(model.tiers.kernels).__name__, ours, asdict(found)]))
 """
 
 
