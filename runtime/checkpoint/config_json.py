@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").exists():
         raise UnsafeCheckpointError(
             f"{folder} has an adapter_config.json, which can make transformers load another model in its place.",
-            "Don't use this directory, or move that file out of it.",
+            "Use another directory, or move that file out of this one.",
         )
     return config
 

@@ -268,7 +268,7 @@ def _folder_of(model: PreTrainedModel, files: list[str]) -> Path:
         if file.parent.resolve() != folder.resolve() or not TRUNK_NAME.fullmatch(file.name):
             raise UnsafeCheckpointError(
                 f"{folder} would load its trunk from {file}, which is no trunk file of its own folder.",
-                "Don't use this directory, or convert the model again.",
+                "Use another directory, or convert the model again.",
             )
     return folder
 

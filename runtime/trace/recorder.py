@@ -155,7 +155,7 @@ class _Column:
     parts: dict[int, Array] = field(default_factory=dict)  # arrays [tokens, numbers], by their first token
 
     def add(self, part: Array) -> None:
-        """Append ``part`` [tokens, numbers]."""
+        """Append the rows of the next tokens: ``part`` is [tokens, numbers]."""
         if len(part):
             self.parts[self.rows] = part
             self.width = max(self.width, part.shape[1])

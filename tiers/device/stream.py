@@ -71,7 +71,7 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """A CUDA device, with a stream of its own for copies and one for arranging them."""
+    """A CUDA device with two streams of its own: one copies records to it, the other arranges copied records."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -322,7 +322,8 @@ class DeviceTier:
                         yield from self._leases(demand)
                         self._fill.demand(demand, lease, time.perf_counter(), wait=True)
                     # If the host has the next record too, keep this one back, so that it is computed on while the next
-                    # is copied. If the lease has a proof, that gains nothing, as the copy is waited for in any case.
+                    # is copied. A lease with a proof (its record may be replaced meanwhile) is not kept back: the copy
+                    # of its record is waited for in any case.
                     yield from self._leases(demand, behind=int(lease.more and lease.proof is None))
                     if not lease.more:
                         demand.end_copies()

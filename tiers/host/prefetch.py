@@ -95,12 +95,16 @@ class PrefetchQueue:
         self._requests.clear()
 
     def take(self) -> Place | None:
-        """Take the next record to read, requests first, and the place to read it to. None if none has a place.
+        """Take the next record to read, and a place for it. Return None if there is none.
 
-        A requested record gets an EMPTY slot, or else the slot of an earlier prefetch, of any block, that was not used
-        and is no longer requested. If there is none, it gets a staging buffer. If records of its pool are not staged,
-        it gets a slot of its own group that is neither pinned nor requested. A record of the warm-up gets an EMPTY slot
-        only. Nothing is read for pools where a demand is starved.
+        Requests come before the warm-up. A requested record gets the first of these that exists:
+
+        1. an EMPTY slot;
+        2. the slot of an earlier prefetch, of any block, that was not used and is no longer requested;
+        3. a staging buffer; or, if records of its pool are not staged, a slot of its own group that is neither pinned
+           nor requested. Without such a slot the request is cancelled.
+
+        A record of the warm-up gets an EMPTY slot only. Nothing is read for a pool in which a demand waits for a slot.
         """
         for caller, pool, key in self._take_requests():
             is_staged = self.stages(pool)

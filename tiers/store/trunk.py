@@ -114,7 +114,7 @@ def _places(directory: Path) -> dict[str, str]:
         if not places:
             raise ValueError("its weight_map is empty")
     except ValueError as error:
-        raise StoreFormatError(f"{path}: {error}.", "Don't use this directory, or convert the model again.") from error
+        raise StoreFormatError(f"{path}: {error}.", "Use another directory, or convert the model again.") from error
     return places
 
 

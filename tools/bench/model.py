@@ -203,7 +203,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
 
 
 def result_of(setting: Setting, runs: list[dict[str, Any]], work: Work, floor: Floor, rates: Rates) -> dict[str, Any]:
-    """Return one row of the table as JSON, in bytes and seconds. A step is one measured piece."""
+    """Return the result of one setting as JSON, in bytes and seconds. A step is one of the timed pieces of ``work``."""
     tokens = work.measured * work.step_tokens
     speed = Spread.of(tokens / sum(run["seconds"]) for run in runs)
     steps = Spread.of(second for run in runs for second in run["seconds"])

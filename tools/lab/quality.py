@@ -295,7 +295,10 @@ def _row(
     error: float | None,
     losses: Mapping[str, Loss],
 ) -> Row:
-    """Make the row of one way; ``blocks`` are each block's layout and number of experts."""
+    """Make the table's row for one way of storing the weights.
+
+    ``blocks`` has each block's layout and number of experts.
+    """
     projections = [p for layout, _ in blocks for p in layout.projections]
     quantised = [p for p in projections if p.bits != 16]
     stored_bytes = sum(layout.slot_bytes * experts for layout, experts in blocks)

@@ -67,7 +67,7 @@ class Fit:
 
     @property
     def slot_count(self) -> int:
-        """Slots of the host tier, over all arrays."""
+        """Number of slots of the host tier, summed over the store's zarr arrays (one for each record layout)."""
         return sum(self.slots.values())
 
     @property
