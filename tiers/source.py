@@ -89,7 +89,8 @@ class RecordReader(Protocol):
                 exception from ``pause`` ends the read.
 
         Raises:
-            StoreError: the record can't be read.
+            StoreError: the record can't be read. A reader of other hosts may also raise UnavailableError and
+                ExhaustedError.
         """
 
 
