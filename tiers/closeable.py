@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Self
 
 
-class Closeable:
+class Closeable(ABC):
     """An object that can be used as a context manager: leaving the ``with`` block calls ``close``."""
 
     def __enter__(self) -> Self:
@@ -14,6 +15,6 @@ class Closeable:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
         """Release what the object holds. Idempotent."""
-        raise NotImplementedError

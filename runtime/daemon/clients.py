@@ -51,11 +51,12 @@ class Client:
 
     def describe(self) -> pb.Client:
         """Return the message that describes the client in ``Stats``."""
+        call = self.call  # the thread of the stream sets it to None
         return pb.Client(
             number=self.number,
             pid=self.pid,
             connected_s=time.monotonic() - self.began,
-            leases=0 if self.call is None else self.call.leases,
+            leases=0 if call is None else call.leases,
             hits=self.hits,
             misses=self.misses,
         )
@@ -169,7 +170,7 @@ class Clients:
         """Return the counters of all models."""
         found = []
         for model, clients in self._by_model():
-            calls = [client.call for client in clients if client.call is not None]
+            calls = [call for client in clients if (call := client.call) is not None]
             leases = sum(call.leases for call in calls)
             found.append(model.stats(clients=len(clients), sessions=len(calls), leases=leases))
         return found
@@ -222,7 +223,7 @@ class Clients:
         return [(model, [one for one in clients if one.model is model]) for model in self.models.values()]
 
     def _calls(self) -> list[SessionCall]:
-        return [client.call for client in self._clients.values() if client.call is not None]
+        return [call for client in self._clients.values() if (call := client.call) is not None]
 
     def _settled(self) -> None:
         with self._changed:

@@ -39,7 +39,7 @@ _open = threading.local()  # ``source``: the source of this thread's leases that
 
 @dataclass(frozen=True, slots=True)
 class TieredBlock:
-    """What an Experts module needs to compute without parameters. It is the module's attribute ``tiered``."""
+    """State of an experts module whose parameters were removed, stored as the module's attribute ``tiered``."""
 
     block: int  # number of the block
     layout: RecordLayout

@@ -1,4 +1,4 @@
-"""What each part of speculation saves: decoding replayed on a virtual clock, with everything on and without one part.
+"""Measure what each part of speculation saves: replay decoding on a virtual clock, with all parts and without one.
 
     python tests/measurements/leave_one_out.py --traces tinymix,mixtral --disks .1,.2,.5,1,2 --records .2,2,20,90
 

@@ -191,8 +191,10 @@ def prediction(model: Any, tokenizer: Any, recorder: Recorder) -> list[Call]:
 
 
 def predictions(calls: list[Call]) -> Iterator[list[Call]]:
-    """Of the calls of one thread each that enters ``runtime.speculation``, with all that it calls, if the host tier's
-    ``prefetch`` is among them."""
+    """Yield each call of one thread that enters ``runtime.speculation``, with all calls inside it.
+
+    A call is left out if the host tier's ``prefetch`` is not among those.
+    """
     inside: list[Call] = []
     for call in calls:
         if inside and call.depth > inside[0].depth:

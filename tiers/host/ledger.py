@@ -1,6 +1,7 @@
 """The state of the host tier: the demands of all callers, the loads in progress, and the slots of both.
 
-The ledger does no I/O and has neither threads nor a lock. The host tier calls each method with its lock held.
+The ledger does no I/O and has neither threads nor a lock. The host tier calls each method with its lock held. It is a
+long module because its parts change in the same steps: a reader needs all of them to see that a step is whole.
 
 No caller waits for ever, for these reasons. A caller of ``acquire`` sleeps only while it holds no READY slot, because
 records that are READY are yielded first. While it sleeps it may have claims on LOADING slots, but a loader never waits

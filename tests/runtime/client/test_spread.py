@@ -161,7 +161,7 @@ def read(reader: SpreadReader, key: ExpertKey) -> None:
 
 
 def peers(reader: SpreadReader) -> list[Share]:
-    """What was read from each daemon."""
+    """Return what was read from each daemon, without the local store."""
     return [share for share in reader.shares() if share.place != "the local store"]
 
 

@@ -1,4 +1,4 @@
-"""What a token and a prompt cost follows from sizes and rates."""
+"""Estimates of the time for a token and for a prompt follow from sizes and rates."""
 
 from __future__ import annotations
 
