@@ -1,27 +1,50 @@
 """Two releases compared: one command of each, run by turns.
 
-    python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python --rounds 10 \
-        -- bench decode DIR --ram 50% --rounds 1 --json {json}
+    python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python --decode DIR --ram 2GiB
+    python tests/measurements/pairs.py OLD/.venv/bin/python NEW/.venv/bin/python -- convert SOURCE {new} --bits 4
 
-``{json}`` stands for a file, and ``--key`` says which number in it counts, such as ``runs.0.tokens_per_s``: the larger
-the better. Without ``{json}`` the time of the whole command counts; ``{new}`` stands for a folder that is empty each
-time. Prints both medians, and the geometric mean of NEW's speed over OLD's with its 95 % interval over the rounds.
+With ``--decode`` each release loads the model once, in a process of its own, and decodes the same tokens by turns; the
+other process sleeps meanwhile. Otherwise the time of a whole command counts, and ``{new}`` stands for a folder that is
+empty each time. Prints both medians, and the geometric mean of NEW's speed over OLD's with its 95 % interval over the
+rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from speculation import student
+
+
+STEPS = 32  # tokens of a round
+# decodes STEPS tokens for each line that it reads, and prints the median seconds of a step
+DECODER = """
+import sys, time, statistics, warnings, torch, moetier
+warnings.simplefilter("ignore")
+model, _ = moetier.load(sys.argv[1], ram=sys.argv[2], daemon=None, speculate="off")
+random = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    model(torch.randint(1000, (1, 1024), generator=random), use_cache=False)  # loads what there is room for
+for line in sys.stdin:
+    ids = torch.randint(1000, (1, STEPS + 1), generator=random)
+    seconds, past = [], None
+    with torch.no_grad():
+        for step in range(STEPS + 1):
+            began = time.perf_counter()
+            past = model(ids[:, step : step + 1], past_key_values=past, use_cache=True).past_key_values
+            seconds.append(time.perf_counter() - began)
+    print(statistics.mean(seconds[1:]), flush=True)
+""".replace("STEPS", str(STEPS))
 
 
 def main() -> None:
@@ -29,42 +52,56 @@ def main() -> None:
     parser.add_argument("old", help="an interpreter with a release of moetier")
     parser.add_argument("new", help="another")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--key", default="", help="of the number in {json}, with dots")
-    parser.add_argument("command", nargs="+", metavar="ARGUMENT", help="of moetier, behind --")
+    parser.add_argument("--decode", metavar="DIR", help="a model directory")
+    parser.add_argument("--ram", default="80%", help="for its experts (default: %(default)s)")
+    parser.add_argument("command", nargs="*", metavar="ARGUMENT", help="of moetier, behind --")
     arguments = parser.parse_args()
-    speeds: dict[str, list[float]] = {"old": [], "new": []}
-    for number in range(arguments.rounds):
-        for name in ("old", "new") if number % 2 == 0 else ("new", "old"):
-            speeds[name].append(run(getattr(arguments, name), arguments.command, arguments.key))
-        print(f"{number + 1}: {speeds['old'][-1]:.4g} {speeds['new'][-1]:.4g}", file=sys.stderr, flush=True)
-    ratios = [math.log(new / old) for old, new in zip(speeds["old"], speeds["new"], strict=True)]
+    found: dict[str, list[float]] = {"old": [], "new": []}
+    with contextlib.ExitStack() as ends:
+        if arguments.decode:
+            measure = {name: decoder(ends, getattr(arguments, name), arguments) for name in found}
+        else:
+            measure = {name: partial(run, getattr(arguments, name), arguments.command) for name in found}
+        for call in measure.values():
+            call()  # caches fill
+        for number in range(arguments.rounds):
+            for name in ("old", "new") if number % 2 == 0 else ("new", "old"):
+                found[name].append(measure[name]())
+            print(f"{number + 1}: {found['old'][-1]:.4g} {found['new'][-1]:.4g}", file=sys.stderr, flush=True)
+    ratios = [math.log(old / new) for old, new in zip(found["old"], found["new"], strict=True)]
     mean, half = statistics.fmean(ratios), student(len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
-    shown = {name: statistics.median(found) for name, found in speeds.items()}
-    if not arguments.key:
-        shown = {name: 1 / speed for name, speed in shown.items()}
     print(
-        f"old {shown['old']:.4g}, new {shown['new']:.4g}{'' if arguments.key else ' s'}: {math.exp(mean):.3f} times as "
-        f"fast ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}), {arguments.rounds} pairs"
+        f"old {statistics.median(found['old']):.4g} s, new {statistics.median(found['new']):.4g} s: "
+        f"{math.exp(mean):.3f} times as fast ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f}), "
+        f"{arguments.rounds} pairs"
     )
 
 
-def run(python: str, command: list[str], key: str) -> float:
-    """Run a command, and return how fast it was."""
+def decoder(ends: contextlib.ExitStack, python: str, arguments: argparse.Namespace) -> Callable[[], float]:
+    """Start a process that has loaded a model, and return a function that decodes in it and returns seconds a step."""
+    words = [python, "-c", DECODER, arguments.decode, arguments.ram]
+    process = ends.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    ends.callback(process.kill)
+    assert process.stdin is not None and process.stdout is not None
+
+    def decode() -> float:
+        print(file=process.stdin, flush=True)
+        return float(process.stdout.readline())
+
+    return decode
+
+
+def run(python: str, command: list[str]) -> float:
+    """Run a command, and return how many seconds it took."""
     with tempfile.TemporaryDirectory(dir=".") as name:
-        places = {"{json}": str(Path(name) / "found.json"), "{new}": str(Path(name) / "new")}
-        words = [places.get(word, word) for word in command]
+        new = str(Path(name) / "new")
+        words = [python, "-m", "moetier.tools.main", *(new if word == "{new}" else word for word in command)]
         began = time.perf_counter()
-        done = subprocess.run([python, "-m", "moetier.tools.main", *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - began
         if done.returncode:
             sys.exit(f"{python}: {done.stderr}")
-        shutil.rmtree(places["{new}"], ignore_errors=True)
-        if not key:
-            return 1 / seconds
-        found = json.loads(Path(places["{json}"]).read_text())
-        for part in key.split("."):
-            found = found[int(part) if part.isdigit() else part]
-        return float(found)
+        return seconds
 
 
 if __name__ == "__main__":
