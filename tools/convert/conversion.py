@@ -43,7 +43,7 @@ class Conversion:
     encoder: Encoder
     options: Options
     records: list[MatrixRecord]  # of the trunk's quantised matrices
-    resuming: Sequence[str]  # words of the command that resumes a cut run, without its options
+    command: list[str]  # words of the command line that resumes a cut run
     download: Download | None  # files of a hub checkpoint, each here for a while; None: a folder
     quiet: bool  # print nothing on standard error
 
@@ -77,8 +77,9 @@ class Conversion:
             )
         small = small_files(checkpoint, options.bits, options.trunk_bits, draft.blueprint.dtype, trunk)
         target = Target(folder, plan, trunk, small, passing=download is not None)
-        words = resuming or ("convert", checkpoint.source, str(folder.resolve()))
-        return cls(checkpoint, draft, target, encoder, options, list(records.values()), words, download, quiet)
+        command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
+        command += _words(options, checkpoint, keeps=download is not None and download.keep)
+        return cls(checkpoint, draft, target, encoder, options, list(records.values()), command, download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""
@@ -204,19 +205,6 @@ class Conversion:
                     self.say(f"{entry.path}: {entry.experts} experts, relative error {error.relative:.4f}")
 
     @property
-    def command(self) -> list[str]:
-        """Words of the command that resumes this conversion."""
-        options, words = self.options, ["moetier", *self.resuming, "--bits", str(self.options.bits)]
-        if options.trunk_bits != 16:
-            words += ["--trunk-bits", str(options.trunk_bits)]
-        if options.group_size is not None:
-            words += ["--group-size", str(options.group_size)]
-        if options.pairs is not None:
-            words += ["--pairs", options.pairs]
-        words += ["--fast"] * options.fast + ["--ignore-code"] * self.checkpoint.ignored_code
-        return words + ["--keep-source"] * (self.download is not None and self.download.keep)
-
-    @property
     def _weights(self) -> int:
         plan = self.target.plan
         return sum(block.experts * plan.layout(index).weights for index, block in enumerate(plan.blocks))
@@ -245,6 +233,18 @@ class Conversion:
             resumed_blocks=resumed_blocks,
             was_complete=was_complete,
         )
+
+
+def _words(options: Options, checkpoint: Checkpoint, *, keeps: bool) -> list[str]:
+    """Return the words of a command line that stand for ``options`` and the way in which ``checkpoint`` was opened."""
+    words = ["--bits", str(options.bits)]
+    if options.trunk_bits != 16:
+        words += ["--trunk-bits", str(options.trunk_bits)]
+    if options.group_size is not None:
+        words += ["--group-size", str(options.group_size)]
+    if options.pairs is not None:
+        words += ["--pairs", options.pairs]
+    return words + ["--fast"] * options.fast + ["--ignore-code"] * checkpoint.ignored_code + ["--keep-source"] * keeps
 
 
 def _encoder(draft: Draft, plan: Manifest, options: Options) -> Encoder:
