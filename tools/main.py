@@ -34,7 +34,7 @@ COMMANDS = {  # name -> its line in --help
     "verify": "check all weights against their checksums",
     "inspect": "show what a model directory holds",
     "quality": "measure what quantised weights cost: bytes, error, perplexity",
-    "synthetic": "make a checkpoint of a large model's geometry with random weights",
+    "synthetic": "make a model of a large geometry with random weights",
     "trace": "record which experts the routers choose and predict",
     "replay": "simulate tiers on traces: hit ratios by policy, recall of predictions, bytes and speed",
     "plot": "draw a trace, or which experts a daemon holds",

@@ -1,4 +1,4 @@
-"""``moetier synthetic``: make a checkpoint with a large model's shapes and random weights, to try a machine with."""
+"""``moetier synthetic``: make a model with a large model's shapes and random weights, to try a machine with."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from moetier.runtime.config import COUNT, format_bytes
 from moetier.runtime.generation.decoding import SEED
 from moetier.tools.cli.arguments import add_option
+from moetier.tools.cli.parser import UsageError
 from moetier.tools.lab.synthetic import (
     GEOMETRIES,
     ROUTINGS,
     TOKENS_FILE,
     TRACED,
+    WHOLE,
     curve_table,
     lru_curve,
     make_synthetic,
@@ -24,15 +26,23 @@ from moetier.tools.lab.synthetic import (
 
 if TYPE_CHECKING:
     from moetier.runtime.trace.trace import Trace
+    from moetier.tools.convert.conversion import ConversionReport
 
-EXAMPLES = ("moetier synthetic build/mixtral-4L --store build/mixtral-4L-4bit",)
+EXAMPLES = (
+    "moetier synthetic build/mixtral-4L --store build/mixtral-4L-4bit",
+    "moetier synthetic build/qwen3-30b --geometry qwen3-30b-a3b",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier synthetic`."""
-    parser.add_argument("target", metavar="DST", type=Path, help="folder of the new checkpoint")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder of the new checkpoint; of the new model directory with a geometry of a whole model")
     parser.add_argument(
-        "--geometry", choices=GEOMETRIES, default="mixtral-4L", help="which model's geometry (default: %(default)s)"
+        "--geometry",
+        choices=GEOMETRIES,
+        default="mixtral-4L",
+        help=f"which model's geometry; {' and '.join(WHOLE)} are whole models, of which no checkpoint is written "
+        "(default: %(default)s)",
     )
     parser.add_argument("--blocks", type=COUNT, metavar="N", help="number of blocks (default: the geometry's own)")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="seed of the weights (default: %(default)s)")
@@ -47,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return 0. Raises MoetierError."""
+    """Run the command; return 0, or 128 plus the signal's number if one stopped it. Raises MoetierError."""
+    if arguments.geometry in WHOLE:
+        return _run_whole(arguments)
     from moetier.runtime.threads import use_threads
 
     use_threads(arguments.threads)
@@ -68,6 +80,27 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found))
     return 0
+
+
+def _run_whole(arguments: argparse.Namespace) -> int:
+    from .convert import report_of
+
+    if arguments.store is not None:
+        raise UsageError(f"{arguments.geometry} is made as a model directory at once.", "Leave out --store.")
+
+    def make() -> ConversionReport:
+        from moetier.tools.lab.synthetic_store import make_store
+
+        return make_store(
+            arguments.target,
+            geometry=arguments.geometry,
+            blocks=arguments.blocks,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            quiet=False,
+        )
+
+    return report_of(make, arguments.json)
 
 
 def convert_synthetic(source: Path, target: Path, *, threads: int | None = None, quiet: bool = True) -> None:

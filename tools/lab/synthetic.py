@@ -79,7 +79,23 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "rope_theta": 1000000.0,
     },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 131072,
+        "vocab_size": 201088,
+    },
 }
+GEOMETRIES["qwen3-30b-a3b"] = GEOMETRIES["qwen3-8L"] | {"num_hidden_layers": 48, "vocab_size": 151936}
+WHOLE = ("gpt-oss-20b", "qwen3-30b-a3b")  # models with all blocks and their own vocabulary, made without a checkpoint
 COMMON = {
     "vocab_size": 4096,
     "max_position_embeddings": 32768,
@@ -111,13 +127,16 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.self_attn.k_proj.weight"] = (keys, hidden)
         shapes[f"{prefix}.self_attn.v_proj.weight"] = (keys, hidden)
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, queries)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        experts = config.get("num_experts") or config["num_local_experts"]
+        if config["model_type"] == "gpt_oss":
+            shapes |= _of_gpt_oss(prefix, config, queries, keys)
+            continue
         if config["model_type"] == "qwen3_moe":
             shapes[f"{prefix}.self_attn.q_norm.weight"] = shapes[f"{prefix}.self_attn.k_norm.weight"] = (head,)
             moe, names, inner = "mlp", ("gate_proj", "down_proj", "up_proj"), config["moe_intermediate_size"]
         else:
             moe, names, inner = "block_sparse_moe", ("w1", "w2", "w3"), config["intermediate_size"]
-        experts = config.get("num_experts") or config["num_local_experts"]
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}.{moe}.gate.weight"] = (experts, hidden)
         for expert in range(experts):
             for name, shape in zip(names, ((inner, hidden), (hidden, inner), (inner, hidden)), strict=True):
@@ -125,14 +144,37 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
+def _of_gpt_oss(prefix: str, config: dict[str, Any], queries: int, keys: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer of gpt-oss that other architectures have not: biases, and experts in one tensor."""
+    hidden, inner, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    return {
+        f"{prefix}.self_attn.q_proj.bias": (queries,),
+        f"{prefix}.self_attn.k_proj.bias": (keys,),
+        f"{prefix}.self_attn.v_proj.bias": (keys,),
+        f"{prefix}.self_attn.o_proj.bias": (hidden,),
+        f"{prefix}.self_attn.sinks": (config["num_attention_heads"],),
+        f"{prefix}.mlp.router.weight": (experts, hidden),
+        f"{prefix}.mlp.router.bias": (experts,),
+        f"{prefix}.mlp.experts.gate_up_proj": (experts, hidden, 2 * inner),
+        f"{prefix}.mlp.experts.gate_up_proj_bias": (experts, 2 * inner),
+        f"{prefix}.mlp.experts.down_proj": (experts, inner, hidden),
+        f"{prefix}.mlp.experts.down_proj_bias": (experts, hidden),
+    }
+
+
 def deviation_of(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
-    """Return the standard deviation of a matrix's weights."""
-    plain = 1 / math.sqrt(shape[1])
-    if name.endswith(".gate.weight"):
+    """Return the standard deviation of a matrix's weights, or the value of each element of a vector."""
+    if name.endswith(("bias", "sinks")):
+        return 0.0
+    if len(shape) == 1:
+        return 1.0
+    plain = 1 / math.sqrt(shape[1])  # the inputs, in a matrix and in gpt-oss's [experts, inputs, outputs]
+    if name.endswith((".gate.weight", ".router.weight")):
         return GATE_GAIN * plain
     if name.endswith("o_proj.weight"):
         return OUTPUT_GAIN * plain
-    if name.endswith(("w2.weight", "down_proj.weight")):  # the mean of k independent outputs is smaller by sqrt(k)
+    if name.endswith(("w2.weight", "down_proj.weight", "down_proj")):
+        # the mean of k independent outputs is smaller by sqrt(k)
         return OUTPUT_GAIN * math.sqrt(config["num_experts_per_tok"]) * plain
     return plain
 
@@ -159,7 +201,10 @@ ROUTINGS = {
     "qwen3-8L": Routing(0.8, 0.96, "Qwen3-30B-A3B", {8: 0.428, 16: 0.611, 32: 0.807, 64: 0.912}),
     # no model's trace: Qwen3's curve at the same multiples of the experts that a token uses
     "fine-4L": Routing(0.8, 0.97, "as Qwen3-30B-A3B", {10: 0.428, 20: 0.611, 40: 0.807, 80: 0.912}),
+    # no model's trace
+    "gpt-oss-20b": Routing(0.8, 0.96, "as Qwen3-30B-A3B", {4: 0.428, 8: 0.611, 16: 0.807}),
 }
+ROUTINGS["qwen3-30b-a3b"] = ROUTINGS["qwen3-8L"]
 
 
 def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int = 0) -> list[int]:
@@ -174,6 +219,12 @@ def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int 
         rank = ranks[bisect.bisect(chances, numbers.random() * chances[-1], hi=len(ranks) - 1)]
         found.append(topic + TOPICS * rank)
     return found
+
+
+def tokens_json(geometry: str, vocabulary: int, seed: int) -> bytes:
+    """Make the content of TOKENS_FILE."""
+    ids = token_ids(geometry, vocabulary, seed=seed)
+    return json.dumps({"geometry": geometry, "seed": seed, "token_ids": ids}).encode() + b"\n"
 
 
 def read_tokens(folder: Path) -> list[int]:
@@ -221,6 +272,17 @@ POOL_WEIGHTS = (1 << 24) - 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
+def tinymix() -> Path:
+    """Return the folder of the bundled model, whose tokenizer synthetic models have."""
+    return Path(str(files("moetier.assets"))) / "tinymix"
+
+
+def special_tokens() -> dict[str, Any]:
+    """Return the ids of special tokens for a config.json, those of the bundled model."""
+    config = json.loads((tinymix() / "config.json").read_bytes())
+    return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+
+
 def make_synthetic(
     folder: Path,
     *,
@@ -243,30 +305,29 @@ def make_synthetic(
     config = config_of(geometry, blocks, sizes)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TargetExistsError(f"{folder} exists and is not an empty folder.", "Choose another place.")
-    shards = plan_trunk(_tensors(config, ROUTINGS[geometry].share, seed), "model")
+    shards = plan_trunk(make_tensors(config, ROUTINGS[geometry].share, seed), "model")
     size = sum(shard.size for shard in shards)
     if size > (free := free_bytes(folder)):
         raise DiskSpaceError(f"{folder} needs {size:,} bytes; {free:,} are free.", "Free some space.")
-    own = files("moetier.assets") / "tinymix"
-    tokens = json.loads((own / "config.json").read_bytes())
-    config |= {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in tokens}
+    config |= special_tokens()
     make_folders(folder)
     with disk_errors(folder / "model"), Progress("weights", size, quiet=quiet) as progress:
         for shard in shards:
             shard.write(folder, progress.advance)
         write_durably(folder / INDEX, index_of(shards))
         for name in TOKENIZER:
-            write_durably(folder / name, (own / name).read_bytes())
-        ids = token_ids(geometry, config["vocab_size"], seed=seed)
-        tokens_json = {"geometry": geometry, "seed": seed, "token_ids": ids}
-        write_durably(folder / TOKENS_FILE, json.dumps(tokens_json).encode() + b"\n")
+            write_durably(folder / name, (tinymix() / name).read_bytes())
+        write_durably(folder / TOKENS_FILE, tokens_json(geometry, config["vocab_size"], seed))
         write_durably(folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     return size
 
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """Tensor in bf16 of random normal numbers: those of ``pool``, repeated, from ``start`` on. Vectors are all ones."""
+    """Tensor in bf16 of random normal numbers: those of ``pool``, repeated, from ``start`` on.
+
+    A vector has ``deviation`` as each of its elements.
+    """
 
     shape: tuple[int, ...]
     start: int
@@ -276,15 +337,15 @@ class RandomTensor:
     parts: tuple[StoredTensor, ...] = ()  # it is made, not stored
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Make ``count`` rows from ``first`` on, all by default: bf16 [count, columns], or ones [count]."""
+        """Make ``count`` rows from ``first`` on, all by default: bf16 [count, ...]."""
         import torch
 
         rows = self.shape[0] - first if count is None else count
         out = torch.empty((rows, *self.shape[1:]), dtype=torch.bfloat16)
         if len(self.shape) == 1:
-            return out.fill_(1.0)
+            return out.fill_(self.deviation)
         flat, done = out.view(-1), 0
-        position = (self.start + first * self.shape[1]) % POOL_WEIGHTS
+        position = (self.start + first * math.prod(self.shape[1:])) % POOL_WEIGHTS
         while done < len(flat):
             length = min(len(flat) - done, POOL_WEIGHTS - position)
             torch.mul(self.pool[position : position + length], self.deviation, out=flat[done : done + length])
@@ -317,7 +378,7 @@ class Embeddings:
         return own.add_(self.topics.read()[torch.arange(first, first + len(own)) % TOPICS])
 
 
-def _tensors(config: dict[str, Any], share: float, seed: int) -> dict[str, SourceTensor]:
+def make_tensors(config: dict[str, Any], share: float, seed: int) -> dict[str, SourceTensor]:
     """Make the tensors by name; ``share`` of an embedding's variance is its topic's."""
     import torch
 
@@ -327,8 +388,7 @@ def _tensors(config: dict[str, Any], share: float, seed: int) -> dict[str, Sourc
         return RandomTensor(shape, zlib.crc32(name.encode()) % POOL_WEIGHTS, deviation, pool)
 
     found: dict[str, SourceTensor] = {
-        name: tensor(name, shape, deviation_of(name, shape, config) if len(shape) > 1 else 0.0)
-        for name, shape in shapes_of(config).items()
+        name: tensor(name, shape, deviation_of(name, shape, config)) for name, shape in shapes_of(config).items()
     }
     embeddings = found["model.embed_tokens.weight"].shape
     return found | {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,14 @@ import torch
 import transformers
 from checkpoints import tree
 
-from moetier.tiers.errors import DiskSpaceError, TargetExistsError
+import moetier
+from moetier.tiers.errors import DiskSpaceError, IncompleteStoreError, TargetExistsError
+from moetier.tiers.store.atomic import PARTIAL
+from moetier.tiers.store.folder import GROUP, read_manifest
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.writer import ShardWriter
 from moetier.tools.commands.convert import convert
-from moetier.tools.lab.synthetic import GEOMETRIES, config_of, make_synthetic, shapes_of
+from moetier.tools.lab.synthetic import GEOMETRIES, WHOLE, config_of, make_synthetic, read_tokens, shapes_of
 from moetier.tools.main import main
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -25,6 +33,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "fine-4L": {
         "hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 16, "num_experts": 16,
+    },
+    "qwen3-30b-a3b": {
+        "hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_experts": 16,
+    },
+    "gpt-oss-20b": {
+        "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_local_experts": 16,
     },
 }  # fmt: skip
 
@@ -63,8 +79,9 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 
 def test_the_geometries_are_what_they_say() -> None:
-    """Parameters: 5.84, 5.07 and 6.6 thousand million."""
-    for name, expected in (("mixtral-4L", 5.84e9), ("qwen3-8L", 5.0e9), ("fine-4L", 6.55e9)):
+    """Two of them have the published numbers of parameters."""
+    sizes = {"mixtral-4L": 5.84e9, "qwen3-8L": 5.0e9, "fine-4L": 6.55e9, "qwen3-30b-a3b": 30.53e9, "gpt-oss-20b": 20.91e9}
+    for name, expected in sizes.items():
         weights = sum(torch.Size(shape).numel() for shape in shapes_of(config_of(name)).values())
         assert abs(weights / expected - 1) < 0.02, weights
 
@@ -86,3 +103,47 @@ def test_it_writes_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
         make_synthetic(tmp_path / "dst", blocks=1000)
     assert main(["synthetic", str(tmp_path)]) == 1
     assert "not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("geometry", WHOLE)
+@pytest.mark.usefixtures("small")
+def test_a_whole_model_is_made_without_a_checkpoint(
+    geometry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is made, and resumed after a cut, is what ``convert`` makes of the checkpoint."""
+    make_synthetic(tmp_path / "src", geometry=geometry, blocks=3, seed=5)
+    convert(tmp_path / "src", tmp_path / "converted", bits=4, trunk_bits=4, fast=True)
+    words = ["synthetic", str(tmp_path / "dst"), "--geometry", geometry, "--blocks", "3", "--seed", "5"]
+    write, written = ShardWriter.write, 0
+
+    def cut(shard: ShardWriter, payload: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(shard, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", cut)
+        assert main(words) == 130
+    assert "resumes where it stopped" in capsys.readouterr().err
+    assert not [path for path in tree(tmp_path / "dst") if path.endswith(PARTIAL)]
+    with pytest.raises(IncompleteStoreError) as caught:
+        ExpertStore.open(tmp_path / "dst")
+    resume = shlex.split(caught.value.fix.partition(": ")[2])
+    assert main(resume[1:]) == 0
+    assert "resumed: 2 of 3 blocks" in capsys.readouterr().err
+    made, wanted = (read_manifest(tmp_path / name / GROUP) for name in ("dst", "converted"))
+    assert (made.digest, made.trunk) == (wanted.digest, wanted.trunk)
+    assert main(["verify", str(tmp_path / "dst")]) == 0
+    model, _ = moetier.load(tmp_path / "dst", daemon=None)
+    with model.tiers, torch.inference_mode():
+        assert torch.isfinite(model(torch.tensor([read_tokens(tmp_path / "dst")[:64]])).logits).all()
+    assert main(words) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_whole_model_has_no_store_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["synthetic", str(tmp_path / "dst"), "--geometry", WHOLE[0], "--store", str(tmp_path / "store")]
+    assert main(words) == 2
+    assert "Leave out --store." in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Synthetic models of a published model's whole size, as a model directory: no checkpoint is written on the way.
+
+The converter reads tensors that are made when they are asked for. A cut run is resumed by the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from moetier.runtime.checkpoint.files import Checkpoint
+from moetier.runtime.checkpoint.tensors import StoredTensor
+from moetier.runtime.threads import use_threads
+from moetier.tiers.store.atomic import write_durably
+from moetier.tools.convert.conversion import Conversion, ConversionReport
+from moetier.tools.convert.draft import Options
+
+from .synthetic import (
+    COMMON,
+    ROUTINGS,
+    TOKENIZER,
+    TOKENS_FILE,
+    config_of,
+    make_tensors,
+    shapes_of,
+    special_tokens,
+    tinymix,
+    tokens_json,
+)
+
+
+class UnwrittenCheckpoint(Checkpoint):
+    """Checkpoint whose tensors are made when they are read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, in bf16."""
+        return 2 * sum(map(math.prod, shapes_of(dict(self.config)).values()))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what the tensors follow from."""
+        return hashlib.sha256(json.dumps([self.config, self.source]).encode()).hexdigest()
+
+
+def make_store(
+    folder: Path,
+    *,
+    geometry: str,
+    blocks: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    quiet: bool = True,
+) -> ConversionReport:
+    """Make the model directory ``folder``, or resume a cut run. All weights have 4 bits, by plain rounding.
+
+    The file of fixed tokens uses the bundled tokenizer's part of the vocabulary. Raises TargetError,
+    TargetExistsError or DiskSpaceError.
+    """
+    use_threads(threads)
+    config = config_of(geometry, blocks) | special_tokens()
+    source = UnwrittenCheckpoint(
+        name=geometry,
+        folder=tinymix(),
+        source=f"{geometry} {seed}",
+        ignored_code=False,
+        config=config,
+        tensors=cast("dict[str, StoredTensor]", make_tensors(config, ROUTINGS[geometry].share, seed)),
+        copied=TOKENIZER,
+    )
+    options = Options(bits=4, trunk_bits=4, fast=True, threads=threads)
+    words: list[Any] = ["moetier", "synthetic", folder.resolve(), "--geometry", geometry, "--seed", seed]
+    words += [] if blocks is None else ["--blocks", blocks]
+    conversion = replace(Conversion.plan(source, folder, options, quiet=quiet), command=[*map(str, words)])
+    if conversion.target.is_complete():
+        report = conversion.report({}, seconds=0.0, was_complete=True)
+    else:
+        for line in conversion.announce():
+            conversion.say(line)
+        report = conversion.run()
+    write_durably(folder / TOKENS_FILE, tokens_json(geometry, COMMON["vocab_size"], seed))
+    return report
