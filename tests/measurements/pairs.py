@@ -25,7 +25,6 @@ from pathlib import Path
 
 from speculation import student
 
-
 STEPS = 32  # tokens of a round
 # decodes STEPS tokens for each line that it reads, and prints the median seconds of a step
 DECODER = """
@@ -82,7 +81,8 @@ def decoder(ends: contextlib.ExitStack, python: str, arguments: argparse.Namespa
     words = [python, "-c", DECODER, arguments.decode, arguments.ram]
     process = ends.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     ends.callback(process.kill)
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
 
     def decode() -> float:
         print(file=process.stdin, flush=True)
