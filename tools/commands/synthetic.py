@@ -36,7 +36,12 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier synthetic`."""
-    parser.add_argument("target", metavar="DST", type=Path, help="folder of the new checkpoint; of the new model directory with a geometry of a whole model")
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        type=Path,
+        help="folder of the new checkpoint; of the new model directory with a geometry of a whole model",
+    )
     parser.add_argument(
         "--geometry",
         choices=GEOMETRIES,

@@ -96,7 +96,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 GEOMETRIES["qwen3-30b-a3b"] = GEOMETRIES["qwen3-8L"] | {"num_hidden_layers": 48, "vocab_size": 151936}
 WHOLE = ("gpt-oss-20b", "qwen3-30b-a3b")  # models with all blocks and their own vocabulary, made without a checkpoint
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 4096,
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-05,

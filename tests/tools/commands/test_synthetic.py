@@ -80,7 +80,13 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 
 def test_the_geometries_are_what_they_say() -> None:
     """Two of them have the published numbers of parameters."""
-    sizes = {"mixtral-4L": 5.84e9, "qwen3-8L": 5.0e9, "fine-4L": 6.55e9, "qwen3-30b-a3b": 30.53e9, "gpt-oss-20b": 20.91e9}
+    sizes = {
+        "mixtral-4L": 5.84e9,
+        "qwen3-8L": 5.0e9,
+        "fine-4L": 6.55e9,
+        "qwen3-30b-a3b": 30.53e9,
+        "gpt-oss-20b": 20.91e9,
+    }
     for name, expected in sizes.items():
         weights = sum(torch.Size(shape).numel() for shape in shapes_of(config_of(name)).values())
         assert abs(weights / expected - 1) < 0.02, weights
