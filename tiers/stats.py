@@ -33,7 +33,7 @@ class Counts:
     warmed: int = 0  # records that a warm-up has loaded
     recalled: int = 0  # warmed records that a demand has used since
     evictions: int = 0
-    failures: int = 0  # loads that ended in an error
+    failures: int = 0  # loads that ended in an error, and reads that were recovered from a mirror
     discarded: int = 0  # copies or results discarded because their record was replaced while it was in use
     bytes_in: int = 0  # bytes moved into this tier
     # histogram: loads by duration, with LOAD_BOUNDS as upper bounds and one bin above the last; loads that began in a

@@ -28,6 +28,7 @@ COMMANDS = {  # name -> its line in --help
     "list": "list the models that were pulled",
     "rm": "remove pulled models",
     "convert": "turn a Hugging Face checkpoint into a model directory with quantised experts",
+    "mirror": "copy the experts to another disk, and read from both disks at once",
     "generate": "generate text from a prompt",
     "chat": "talk with a model",
     "serve": "serve a model over HTTP, with the OpenAI API",

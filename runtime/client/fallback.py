@@ -11,7 +11,7 @@ from moetier.tiers.errors import BudgetError, ClosedError, StoreError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.mirror import open_store
 
 
 class Fallback:
@@ -40,12 +40,14 @@ class Fallback:
                 self._closing.close()  # opened by an attempt that an exception has interrupted
                 with contextlib.ExitStack() as opening:
                     try:
-                        store = opening.enter_context(ExpertStore.open(self._directory))
+                        store = open_store(self._directory)
+                        opening.callback(store.close)
                         if store.manifest.digest != self._manifest.digest:
                             raise StoreError(f"{self._directory} holds another store by now.", "Load the model again.")
                         slots = slots_for(self._manifest, smallest_budget(self._manifest))
                         host = opening.enter_context(HostTier(store, slots=slots))
                         store.on_fault(host.condemn)
+                        store.on_recovery(host.count_failure)
                     except (StoreError, BudgetError) as error:
                         self.error = error.cause
                     else:

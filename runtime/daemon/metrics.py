@@ -49,7 +49,7 @@ COUNTERS = {
     "misses": ("misses", "Demands whose record was not there."),
     "joined": ("joined", "Misses whose load was under way already."),
     "evictions": ("evictions", "Records that made room for others."),
-    "load_failures": ("failures", "Loads that ended in an error."),
+    "load_failures": ("failures", "Loads that ended in an error, and reads that a mirror made good."),
     "discarded": ("discarded", "Results thrown away, as their record had been replaced meanwhile."),
     "loaded_bytes": ("bytes_in", "Bytes of records that came into the tier."),
     "prefetches": ("prefetched", "Loads that a prefetch request began."),

@@ -16,6 +16,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.store.mirror import MirroredStore, open_store
 from moetier.tiers.store.reader import ExpertStore
 
 from .log import log_event
@@ -72,6 +73,7 @@ def open_models(
         closing.callback(model.close)
         models[digest] = model
         store.on_fault(model.condemn)
+        store.on_recovery(host.count_failure)
         _give_to_systemd(model, taken, manager)
         if taken is not None:
             seconds = f"{time.monotonic() - began:.3f}"
@@ -84,11 +86,12 @@ def open_models(
     return models
 
 
-def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, ExpertStore]:
+def _open_stores(directories: Sequence[Path], closing: contextlib.ExitStack) -> dict[str, ExpertStore | MirroredStore]:
     """Open the stores of the model directories, by digest. Raises ConfigError if two hold the same experts."""
-    stores: dict[str, ExpertStore] = {}
+    stores: dict[str, ExpertStore | MirroredStore] = {}
     for directory in directories:
-        store = closing.enter_context(ExpertStore.open(directory.resolve()))  # absolute, for the log
+        store = open_store(directory.resolve())  # absolute, for the log
+        closing.callback(store.close)
         if (other := stores.get(store.manifest.digest)) is not None:
             raise ConfigError(
                 f"{other.folder.parent} and {directory} hold the same experts.", "Name one of the directories."

@@ -20,6 +20,7 @@ from moetier.tiers.host.warmup import Learner
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.source import Lender, RecordReader
 from moetier.tiers.stats import Share
+from moetier.tiers.store.mirror import MirroredStore, open_store
 from moetier.tiers.store.reader import ExpertStore
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _mapped(daemon: Address, folder: Path, manifest: Manifest) -> Origin:
 def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: TierConfig) -> Origin:
     """Open a host tier of this process, which reads from its store, or from daemons of other hosts and the store."""
     reader: RecordReader
-    store: ExpertStore | None
+    store: ExpertStore | MirroredStore | None
     shares: Callable[[], list[Share]] = list
     where = "this process"
     with contextlib.ExitStack() as closing:
@@ -96,11 +97,13 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
             reader, store, shares = closing.enter_context(spread), spread.local, spread.shares
             where = f"the daemons {', '.join(map(str, config.daemon.addresses))}"
         else:
-            reader = store = closing.enter_context(ExpertStore.open(folder))
+            reader = store = open_store(folder)
+            closing.callback(store.close)
         host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
         if store is not None:
             store.on_fault(host.condemn)
+            store.on_recovery(host.count_failure)
         if config.daemon.addresses:
             # closed first: the tier's close() waits for reads, which may wait for daemons
             closing.callback(spread.close)

@@ -221,6 +221,11 @@ class HostTier(Closeable):
         """Return a snapshot of the counters."""
         return snapshot(self._ledger.counters, self._ledger.pools.values())
 
+    @step
+    def count_failure(self) -> None:
+        """Count a failed read that the store has recovered from a mirror."""
+        self._ledger.counters.failures += 1
+
     @property
     def fault(self) -> StoreError | None:
         """The error that condemned the tier, or None."""

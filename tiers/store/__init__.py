@@ -1,7 +1,7 @@
 """A store on disk: a zarr v3 group with one shard of records per block, and the files of the trunk beside it.
 
-Other packages use ``reader.ExpertStore``, ``writer.StoreWriter``, ``folder``, ``trunk``, ``scrub`` and ``atomic``. The
-package imports only the top-level modules of ``tiers``. Only ``writer`` imports zarr.
+Other packages use ``mirror.open_store``, ``reader.ExpertStore``, ``writer.StoreWriter``, ``folder``, ``trunk``,
+``scrub`` and ``atomic``. The package imports only the top-level modules of ``tiers``. Only ``writer`` imports zarr.
 """
 
 from typing import TYPE_CHECKING

@@ -20,6 +20,7 @@ METADATA = "zarr.json"  # metadata of the group, which holds the manifest and is
 PLAN = "plan.json"  # the plan of an unfinished conversion (``Manifest.plan``)
 JOURNAL = "conversion.json"  # beside the store during a conversion: its state, and the command that resumes it
 ORIGIN = "origin.json"  # beside a store whose source is on the Hugging Face hub: the source's id and commit
+MIRRORS = "mirrors.json"  # beside a store: the folders of its mirrors
 MAX_JSON_BYTES = 2 << 20  # largest JSON file or header that is read: ten times the largest known one
 MAX_LEVELS = 100  # deepest nesting of JSON values
 

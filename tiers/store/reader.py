@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,24 @@ DIGEST_SECONDS = 0.1  # time for which ``open`` waits for it, enough for a quick
 DIGEST_SHARE = 0.1  # part of the time for which it reads afterwards, in the background
 
 NO_PREFIX = StagedPrefix(0, lambda view: None)
+
+Crc = Callable[[], int]  # the CRC-32C of a record's bytes up to some place
+Fill = Callable[[int, memoryview, memoryview, int, Crc], int]
+"""Reads a part of a record.
+
+Called with the part's start in the record, the memory for it, the part of that memory that counts for the checksum, the
+most bytes of a single read, and the CRC-32C of what is before the part, to be called once the read has begun. Returns
+the CRC-32C with the part.
+"""
+
+
+class Read(NamedTuple):
+    """The read of a piece of a record."""
+
+    pool: ThreadPoolExecutor  # of the disk that it is read from
+    call: Callable[[], None]
+    payload: memoryview  # where the piece is read to, without the record's checksum
+
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +115,7 @@ class ExpertStore:
         self._closing = threading.Event()  # ends the thread ``_digest_check``
         self._fault = Future[ChecksumError]()  # done if the records turn out to have another digest than the manifest
         self._use = UseCount(f"The store {folder}")  # a descriptor closed during a read could be reused
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
+        self.pool = ThreadPoolExecutor(readers, thread_name_prefix="moetier-store")  # starts no thread yet
 
     def check_digest(self) -> None:
         """Compare the digest of the stored checksums with the manifest's, if the manifest has no table of checksums.
@@ -135,6 +154,9 @@ class ExpertStore:
     def on_fault(self, watcher: Callable[[ChecksumError], None]) -> None:
         """Register ``watcher``, which is called in any thread if the records have another digest than the manifest."""
         self._fault.add_done_callback(lambda fault: watcher(fault.result()))
+
+    def on_recovery(self, watcher: Callable[[], None]) -> None:
+        """Do nothing: a store of one copy recovers no read. See ``MirroredStore``."""
 
     @property
     def faults(self) -> Mapping[int, StoreError]:
@@ -178,7 +200,7 @@ class ExpertStore:
     def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
         """Read a part of a record, as ``PartReader`` specifies."""
         with self._use:
-            shard, offset = self._locate(key)
+            shard, offset = self.locate(key)
             shard.read(offset + start, part)
             shard.uncache(offset + start, len(part))
 
@@ -187,22 +209,27 @@ class ExpertStore:
     ) -> None:
         """Read the rest of a record, as ``PartReader`` specifies. Raises the same errors as ``read_into``."""
         with self._use:
-            shard, offset = self._locate(key)
-            view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
+            shard, offset = self.locate(key)
+            view = as_bytes(buffer)
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or _address(view) % PAGE == 0, "not on a page"
             try:
-                crc = self._read(shard, offset, view, prefix, pause)
+                crc = read_in_steps(view, prefix, pause, partial(self._fill, shard, offset))
             except StoreReadError as error:
                 raise StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix) from error
             shard.uncache(offset, len(view))
-            if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
-                raise ChecksumError(
-                    f"{_expert(self.manifest, key)}: checksum mismatch in {shard.file.path}.",
-                    f"{REPAIR} {command('verify', self.folder.parent)} lists all that is damaged.",
-                )
-            if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
-                raise foreign_record(f"{_expert(self.manifest, key)}: its record in {shard.file.path}", shard.file.path)
+            self.check_record(key, view, crc)
+
+    def check_record(self, key: ExpertKey, view: memoryview, crc: int) -> None:
+        """Raise ChecksumError unless ``crc``, that of the payload in ``view``, is the stored one and the manifest's."""
+        if crc != int.from_bytes(view[-CHECKSUM_BYTES:], "little"):
+            raise ChecksumError(
+                f"{_expert(self.manifest, key)}: checksum mismatch in {self.path(key.block)}.",
+                f"{REPAIR} {command('verify', self.folder.parent)} lists all that is damaged.",
+            )
+        if (known := self.manifest.checksums(key.block)) and crc != known[key.expert]:
+            path = self.path(key.block)
+            raise foreign_record(f"{_expert(self.manifest, key)}: its record in {path}", path)
 
     def close(self) -> None:
         """Wait for running reads, then end all threads and close all descriptors. Idempotent.
@@ -216,7 +243,7 @@ class ExpertStore:
         self._use.close()
         shards, self._shards = self._shards, {}
         if self._fork_guard.is_owner:
-            self._pool.shutdown()
+            self.pool.shutdown()
         for shard in shards.values():
             shard.close()
 
@@ -228,7 +255,7 @@ class ExpertStore:
     ) -> None:
         self.close()
 
-    def _locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
+    def locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
         block, expert = key
         self.manifest.check_keys(block, (key,))
         if self._fault.done():
@@ -238,61 +265,67 @@ class ExpertStore:
         shard = self._shards[block]
         return shard, expert * shard.file.slot_bytes
 
-    def _read(
-        self,
-        shard: OpenShard,
-        offset: int,
-        view: memoryview,
-        prefix: StagedPrefix,
-        pause: Callable[[], bool] | None,
+    def _fill(
+        self, shard: OpenShard, record: int, start: int, part: memoryview, payload: memoryview, piece: int, before: Crc
     ) -> int:
-        """Read a record into ``view``, except for its ``prefix``, which is copied. Return the payload's CRC-32C."""
-        payload = view[:-CHECKSUM_BYTES]
-        start, step = prefix.length, interruptible_bytes(len(view))
-
-        def before() -> int:
-            prefix.copy(view)
-            return crc32c(payload[: prefix.length])
-
-        crc = before
-        while pause is not None and start < len(view):
-            shard.read(offset + start, view[start : start + step])
-            crc = partial(int, crc32c(payload[start : start + step], crc()))
-            start += step
-            if start < len(view) and not pause():
-                pause = None  # read the rest without interruption
-        if len(view) - start > PIECE_BYTES:
-            return self._read_side_by_side(shard, offset, view, start, crc)
-        if start < len(view):
-            shard.read(offset + start, view[start:])
-        return crc32c(payload[start:], crc())
-
-    def _read_side_by_side(
-        self, shard: OpenShard, offset: int, view: memoryview, start: int, before: Callable[[], int]
-    ) -> int:
-        """Read a record from byte ``start`` on, in several pieces in parallel. Return the whole payload's CRC-32C.
-
-        ``before`` returns the CRC-32C of the bytes before ``start``.
-        """
-        payload = view[:-CHECKSUM_BYTES]
-        starts = range(start, len(view), PIECE_BYTES)
-        pieces: list[Future[None]] = [
-            self._pool.submit(shard.read, offset + start, view[start : start + PIECE_BYTES]) for start in starts
+        """Read a part of the record at offset ``record``, as a ``Fill`` for ``read_in_steps``."""
+        reads = [
+            Read(self.pool, partial(shard.read, record + start + at, part[at : at + piece]), payload[at : at + piece])
+            for at in range(0, len(part), piece)
         ]
-        try:
-            crc = before()
-            # Checksum the pieces in order, while later ones are read. This thread reads pieces that no other has begun.
-            for start, piece in zip(starts, pieces, strict=True):
-                if piece.cancel():
-                    shard.read(offset + start, view[start : start + PIECE_BYTES])
-                else:
-                    piece.result()
-                crc = crc32c(payload[start : start + PIECE_BYTES], crc)
-        finally:
-            for piece in pieces:  # no thread may write to the slot after this method has returned
-                if not piece.cancel():
-                    piece.exception()
-        return crc
+        return run_reads(reads, before)
+
+
+def read_in_steps(view: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None, fill: Fill) -> int:
+    """Read a record into ``view`` with ``fill``, except for its ``prefix``, which is copied.
+
+    ``pause`` is called as ``RecordReader`` specifies. Returns the CRC-32C of the payload.
+    """
+    payload = view[:-CHECKSUM_BYTES]
+    start, step = prefix.length, interruptible_bytes(len(view))
+
+    def before() -> int:
+        prefix.copy(view)
+        return crc32c(payload[: prefix.length])
+
+    crc: Crc = before
+    while pause is not None and start < len(view):
+        stop = start + step
+        crc = partial(int, fill(start, view[start:stop], payload[start:stop], step, crc))
+        start = stop
+        if start < len(view) and not pause():
+            pause = None  # read the rest without interruption
+    return fill(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc()
+
+
+def run_reads(reads: Sequence[Read], before: Crc) -> int:
+    """Run reads of consecutive pieces side by side. Return the CRC-32C of the payload, pieces before them included.
+
+    ``before`` is called when the reads have begun.
+    """
+    if len(reads) == 1:
+        reads[0].call()
+        return crc32c(reads[0].payload, before())
+    futures = [read.pool.submit(read.call) for read in reads]
+    try:
+        crc = before()
+        # Checksum the pieces in order, while later ones are read. This thread reads pieces that no other has begun.
+        for read, future in zip(reads, futures, strict=True):
+            if future.cancel():
+                read.call()
+            else:
+                future.result()
+            crc = crc32c(read.payload, crc)
+    finally:
+        for future in futures:  # no thread may write to the slot after this function has returned
+            if not future.cancel():
+                future.exception()
+    return crc
+
+
+def as_bytes(buffer: memoryview) -> memoryview:
+    """Return a buffer as a memoryview of bytes [n]."""
+    return buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
 
 
 def _name(manifest: Manifest, block: int) -> str:

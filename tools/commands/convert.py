@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moetier convert`."""
     parser.add_argument("source", metavar="SRC", help="folder of the checkpoint, or its id on the Hugging Face hub")
     parser.add_argument("target", metavar="DST", type=Path, help="folder of the new model directory")
+    parser.add_argument(
+        "--mirror",
+        type=Path,
+        metavar="FOLDER",
+        help="also copy the experts into this folder on another disk, and read from both (as moetier mirror)",
+    )
     add_options(parser)
 
 
@@ -90,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises UsageError, CheckpointError, TargetError or ConfigError.
     """
-    options = options_of(arguments)
+    options = options_of(arguments) | {"mirror": arguments.mirror}
     return report_of(lambda: convert(arguments.source, arguments.target, **options), arguments.json)
 
 
@@ -127,19 +133,25 @@ def convert(
     revision: str | None = None,
     keep_source: bool = False,
     ignore_code: bool = False,
+    mirror: Path | None = None,
     **how: Any,
 ) -> ConversionReport:
     """Make the model directory ``dst`` from the checkpoint ``src``, a folder or a hub id, or resume a cut run.
 
     Files of a hub id are downloaded when they are needed and removed when they are converted. Files that are in
-    huggingface_hub's cache already stay there; with ``keep_source`` all files are downloaded into it and stay. ``how``
-    are further parameters of ``write``. Everything that can be checked is checked before anything is written. Raises
-    CheckpointError, TargetError or ConfigError.
+    huggingface_hub's cache already stay there; with ``keep_source`` all files are downloaded into it and stay. With
+    ``mirror`` the experts are copied into that folder too. ``how`` are further parameters of ``write``. Everything that
+    can be checked is checked before anything is written. Raises CheckpointError, TargetError or ConfigError.
     """
     from moetier.runtime.checkpoint.files import check_source, open_checkpoint
+    from moetier.tools.convert.target import check_place
 
-    if check_source(src) is None:
-        return pull(
+    folder = check_source(src)
+    if mirror is not None:
+        check_place(mirror, Path(dst))
+        how["resuming"] = ("convert", str(folder or src), str(Path(dst).resolve()), "--mirror", str(mirror.resolve()))
+    if folder is None:
+        report = pull(
             str(src),
             Path(dst),
             revision=revision,
@@ -148,12 +160,18 @@ def convert(
             or_folder=True,
             **how,
         )
-    if revision is not None or keep_source:
+    elif revision is not None or keep_source:
         raise ConfigError(
             f"{src} is a folder, of which nothing is downloaded or removed.",
             "Leave out --revision and --keep-source.",
         )
-    return write(open_checkpoint(src, ignore_code=ignore_code), Path(dst), **how)
+    else:
+        report = write(open_checkpoint(src, ignore_code=ignore_code), Path(dst), **how)
+    if mirror is not None:
+        from .mirror import mirror_to
+
+        mirror_to(Path(dst), mirror)
+    return report
 
 
 def pull(

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from moetier.runtime.config import format_bytes
@@ -54,6 +55,7 @@ def _text(found: dict[str, Any]) -> str:
         f"tokenizer        {'there' if found['tokenizer'] else NO_TOKENIZER}",
         f"reads            {'O_DIRECT' if found['direct'] else 'buffered (no O_DIRECT on this file system)'}",
     ]
+    lines += [f"mirror           {path}" + ("" if Path(path).exists() else " (not there)") for path in found["mirrors"]]
     for name, layout in found["layouts"].items():
         lines.append(f"array {name:<11}{format_bytes(layout['slot_bytes'])} a record, checksum and padding included")
         lines += [f"  {_projection(p)}" for p in layout["projections"]]

@@ -57,9 +57,13 @@ def _look(name: str, folder: Path) -> dict[str, Any]:
         read_origin,
         resuming,
     )
+    from moetier.tiers.store.mirror import read_mirrors
     from moetier.tools.convert.files import disk_bytes
 
     store, resume = folder / GROUP, None
+    mirrors: list[Path] = []
+    with contextlib.suppress(StoreError):
+        mirrors = read_mirrors(folder)
     last = next((path for path in (store / METADATA, store / PLAN) if path.exists()), store)
     manifest: Manifest | None = None
     try:
@@ -80,6 +84,7 @@ def _look(name: str, folder: Path) -> dict[str, Any]:
         "bytes": disk_bytes(folder),  # including an incomplete download
         "pulled_unix": last.stat().st_mtime,  # when it was completed, or last worked on
         "revision": read_origin(folder).get("revision"),
+        "mirrors": [*map(str, mirrors)],
         "resume": resume,
         "complete": resume is None,
     }
@@ -101,7 +106,9 @@ def _text(found: list[dict[str, Any]]) -> str:
                 format_bytes(model["bytes"]),
                 "?" if experts is None else f"{blocks} x {experts // (blocks or 1)}",
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(model["pulled_unix"])),
-                "complete" if model["complete"] else f"incomplete: {plain(model['resume'])} {does} it",
+                ", ".join(["complete", *(f"mirror {plain(path)}" for path in model["mirrors"])])
+                if model["complete"]
+                else f"incomplete: {plain(model['resume'])} {does} it",
             ]
         )
     return table(rows)

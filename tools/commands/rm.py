@@ -10,6 +10,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+from moetier.tools.cli.failure import plain
+
 EXAMPLES = ("moetier rm Qwen/Qwen3-30B-A3B:4bit",)
 
 
@@ -33,14 +35,26 @@ def run(arguments: argparse.Namespace) -> int:
     for name, folder in found.items():
         _check(name, folder)
     for name, folder in found.items():
-        size = format_bytes(disk_bytes(folder))
+        size, mirrors = format_bytes(disk_bytes(folder)), _mirrors(folder)
         if not arguments.yes and sys.stdin.isatty():
             print(f"Remove {name} ({size})? [y/N] ", end="", file=sys.stderr, flush=True)
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 continue
         _remove(name, folder)
         print(f"{name}: removed, {size}")
+        for mirror in mirrors:
+            print(f"{plain(str(mirror))}: its mirror, which is not removed")
     return 0
+
+
+def _mirrors(folder: Path) -> list[Path]:
+    from moetier.tiers.errors import StoreError
+    from moetier.tiers.store.mirror import read_mirrors
+
+    try:
+        return [mirror for mirror in read_mirrors(folder) if mirror.exists()]
+    except StoreError:
+        return []
 
 
 def _check(name: str, folder: Path) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetier.runtime.config import format_bytes
 from moetier.tools.cli.failure import EXIT_ERROR, plain
 from moetier.tools.cli.parser import DIRECTORY, directory
 from moetier.tools.doctor.survey import MEND, NO_TOKENIZER
+
+if TYPE_CHECKING:
+    from moetier.tiers.store.reader import ExpertStore
+    from moetier.tiers.store.scrub import Problem
 
 EXAMPLES = ("moetier verify ./mixtral-4bit",)
 
@@ -30,22 +37,29 @@ def run(arguments: argparse.Namespace) -> int:
     from moetier.tools.cli.progress import Progress
     from moetier.tools.convert.files import has_tokenizer, small_faults
 
-    with ExpertStore.open(arguments.directory, readers=READS, damaged=True) as store:
+    with ExitStack() as opened:
+        store = opened.enter_context(ExpertStore.open(arguments.directory, readers=READS, damaged=True))
         manifest, folder = store.manifest, store.folder.parent
-        readable = [entry for block, entry in enumerate(manifest.blocks) if block not in store.faults]
-        total = sum(entry.experts * manifest.layouts[entry.array].slot_bytes for entry in readable)
+        mirrors, absent, problems = _open_mirrors(folder, manifest.digest, opened)
+        stores = [store, *mirrors]
+        total = sum(
+            entry.experts * manifest.layouts[entry.array].slot_bytes
+            for each in stores
+            for block, entry in enumerate(manifest.blocks)
+            if block not in each.faults
+        )
         faults = trunk_faults(folder, manifest) if manifest.trunk else {}
         total += sum(entry.bytes for name, entry in manifest.trunk.items() if name not in faults)
-        problems = []
         small = small_faults(folder) if manifest.trunk else ()  # faults of small files, which have no checksums
         tokenizer = not manifest.trunk or has_tokenizer(folder)
         of_small = (Problem(None, None, str(folder), fault.cause) for fault in small)
+        bad: list[Problem] = []
         with Progress("verify", total) as progress:
-            for found in chain(scrub(store), scrub_trunk(folder, manifest, faults), of_small):
+            for found in chain(problems, *map(scrub, stores), scrub_trunk(folder, manifest, faults), of_small):
                 if isinstance(found, int):
                     progress.advance(found)
                 else:
-                    problems.append(found)
+                    bad.append(found)
                     if not arguments.json:
                         progress.say(f"bad: {found.cause}")
             seconds = progress.seconds
@@ -60,19 +74,49 @@ def run(arguments: argparse.Namespace) -> int:
             "seconds": seconds,
             "tokenizer": tokenizer,
             "direct": store.direct,
-            "bad": [asdict(problem) for problem in problems],
+            "mirrors": [str(mirror.folder.parent) for mirror in mirrors],
+            "absent_mirrors": [*map(str, absent)],
+            "bad": [asdict(problem) for problem in bad],
         }
         print(json.dumps(report, indent=2))
     else:
         files = len(manifest.trunk)
         trunk = f"{files} file{'s' * (files > 1)} of the trunk" if files else "no checksums of the trunk"
+        copies = f" in {len(stores)} copies" if mirrors else ""
         print(
-            f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks, {trunk}, "
-            f"{format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
-            f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(problems)} bad' if problems else 'all good'}"
+            f"{plain(manifest.model)}: {manifest.record_count:,} records in {len(manifest.blocks)} blocks{copies}, "
+            f"{trunk}, {format_bytes(total)} read in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s, "
+            f"{'O_DIRECT' if store.direct else 'buffered'}): {f'{len(bad)} bad' if bad else 'all good'}"
         )
         if not tokenizer:
             print(f"tokenizer: {NO_TOKENIZER}")
-        if problems:
+        for path in absent:
+            print(f"mirror {path}: not there, and not checked")
+        if bad:
             print(MEND, file=sys.stderr)
-    return EXIT_ERROR if problems else 0
+    return EXIT_ERROR if bad else 0
+
+
+def _open_mirrors(folder: Path, digest: str, opened: ExitStack) -> tuple[list[ExpertStore], list[Path], list[Problem]]:
+    """Open the mirrors of a store that has this digest; ``opened`` closes them.
+
+    Returns also the folders that are not there, as a disk may be away, and the problems of mirrors that can't be used.
+    """
+    from moetier.tiers.errors import StoreError
+    from moetier.tiers.store.mirror import open_mirror, read_mirrors
+    from moetier.tiers.store.scrub import READS, Problem
+
+    mirrors, absent, problems = [], [], []
+    try:
+        listed = read_mirrors(folder)
+    except StoreError as error:
+        return [], [], [Problem(None, None, str(folder), error.cause)]
+    for path in listed:
+        if not path.exists():
+            absent.append(path)
+            continue
+        try:
+            mirrors.append(opened.enter_context(open_mirror(path, digest, readers=READS)))
+        except StoreError as error:
+            problems.append(Problem(None, None, str(path), error.cause))
+    return mirrors, absent, problems

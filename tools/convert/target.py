@@ -17,7 +17,17 @@ from moetier.runtime.checkpoint.files import COPIED, INDEX, Checkpoint, carried,
 from moetier.tiers.errors import CheckpointError, DiskSpaceError, StoreError, TargetError, TargetExistsError
 from moetier.tiers.manifest import FORMAT, Manifest
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_durably
-from moetier.tiers.store.folder import GROUP, JOURNAL, METADATA, ORIGIN, PLAN, read_json, read_origin, read_plan
+from moetier.tiers.store.folder import (
+    GROUP,
+    JOURNAL,
+    METADATA,
+    MIRRORS,
+    ORIGIN,
+    PLAN,
+    read_json,
+    read_origin,
+    read_plan,
+)
 from moetier.tiers.store.shard import ShardFile
 from moetier.tiers.store.writer import is_complete
 from moetier.tools.convert.files import free_bytes
@@ -62,7 +72,7 @@ def difference(found: Manifest, asked: Manifest) -> str:
 
 CONFIG = "config.json"
 DOWNLOAD = "download"  # folder of the download; removed when the conversion is finished
-WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}")
+WRITTEN = re.compile(rf"trunk-[\d-]+of-\d+\.safetensors|{re.escape(INDEX)}|{CONFIG}|{ORIGIN}|{JOURNAL}|{MIRRORS}")
 SLACK_BYTES = 1 << 20  # folders and small files
 COMMIT_LENGTH = 40  # characters of the hub's commits; a digest has more
 

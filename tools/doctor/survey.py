@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def survey(store: ExpertStore) -> dict[str, Any]:
     """Return what ``moetier inspect --json`` prints. Sizes are in bytes; no record is read."""
     from moetier.tiers.errors import StoreError
     from moetier.tiers.manifest import FORMAT
+    from moetier.tiers.store.mirror import read_mirrors
     from moetier.tiers.store.trunk import trunk_faults, trunk_records
     from moetier.tools.convert.files import has_tokenizer, small_faults
 
@@ -35,6 +37,11 @@ def survey(store: ExpertStore) -> dict[str, Any]:
             matrices = len(trunk_records(directory, manifest))
         except StoreError as error:
             faults.append(error)
+    mirrors: list[Path] = []
+    try:
+        mirrors = read_mirrors(directory)
+    except StoreError as error:
+        faults.append(error)
     small = list(small_faults(directory)) if manifest.trunk else []
     weights = sum(block.experts * manifest.layouts[block.array].weights for block in manifest.blocks)
     return {
@@ -60,6 +67,7 @@ def survey(store: ExpertStore) -> dict[str, Any]:
         "direct": store.direct,
         "trunk_files": {name: asdict(entry) for name, entry in sorted(manifest.trunk.items())},
         "tokenizer": has_tokenizer(directory),
+        "mirrors": [*map(str, mirrors)],
         "faults": [fault.cause for fault in [*faults, *small]],
     }
 

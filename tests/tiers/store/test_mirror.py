@@ -1,0 +1,375 @@
+"""A mirrored store reads from all disks at once, at their rates, and survives what happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from disks import throttled_disks
+from faults import flip_bit
+from stores import layout_of, make_plan, make_store, without_table
+
+from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError, StoreReadError
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
+from moetier.tiers.source import StagedPrefix
+from moetier.tiers.store import mirror
+from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS
+from moetier.tiers.store.mirror import LEAST_BYTES, MirroredStore, open_store
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import OpenShard, ShardFile
+from moetier.tools.convert.mirror import make_mirror
+
+SMALL = RecordLayout(layout_of().projections)  # 16 KiB: read whole
+MIDDLE = RecordLayout(layout_of(512, 512).projections)  # 1.5 MiB: a read from each disk
+LARGE = RecordLayout(layout_of(2048, 1560).projections)  # 18.3 MiB: several
+KEY = ExpertKey(0, 1)
+
+Records = dict[ExpertKey, bytes]
+
+
+def make(place: Path, layout: RecordLayout = MIDDLE, *, blocks: int = 2, experts: int = 3) -> Records:
+    """Make the store ``place / "a"`` and its mirror ``place / "b"``."""
+    records = make_store(place / "a", blocks=blocks, experts=experts, layout=layout)
+    make_mirror(place / "a", place / "b")
+    return records
+
+
+def path_of(folder: Path, block: int = 0, layout: RecordLayout = MIDDLE) -> Path:
+    return ShardFile.of(folder / GROUP, make_plan(blocks=2, experts=3, layout=layout), block).path
+
+
+def open_both(place: Path) -> MirroredStore:
+    store = open_store(place / "a")
+    assert isinstance(store, MirroredStore)
+    return store
+
+
+def slot_of(layout: RecordLayout) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.frombuffer(mmap.mmap(-1, layout.slot_bytes), np.uint8)
+
+
+def read(store: MirroredStore, key: ExpertKey) -> bytes:
+    slot = slot_of(store.manifest.layout(key.block))
+    store.read_into(key, slot.data)
+    return bytes(slot[:-4])
+
+
+class Reads:
+    """Bytes that were read of each copy; a copy may be slow."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+        """``seconds``: what a MiB takes, by the name of the copy's folder."""
+        self.bytes = {"a": 0, "b": 0}
+        self.seconds = seconds
+        own, lock = OpenShard.read, {name: threading.Lock() for name in self.bytes}
+
+        def spy(shard: OpenShard, offset: int, view: memoryview) -> None:
+            name = shard.file.path.parents[5].name
+            with lock[name]:  # a disk reads one after the other
+                time.sleep(self.seconds.get(name, 0.0) * len(view) / (1 << 20))
+                self.bytes[name] += len(view)
+            own(shard, offset, view)
+
+        monkeypatch.setattr(OpenShard, "read", spy)
+
+
+@pytest.mark.parametrize("layout", [SMALL, MIDDLE, LARGE], ids=["small", "middle", "large"])
+@pytest.mark.parametrize("pauses", [False, True])
+def test_every_record_reads_back_whole_and_behind_its_beginning(
+    tmp_path: Path, layout: RecordLayout, pauses: bool
+) -> None:
+    records = make(tmp_path, layout)
+    slot, head, asked = slot_of(layout), slot_of(layout), []
+
+    def pause() -> bool:
+        asked.append(len(asked))
+        return len(asked) < 3
+
+    with open_both(tmp_path) as store:
+        assert store.parts is store
+        for key, record in records.items():
+            for share in (0, 0.25, 1):
+                length = int(layout.slot_bytes * share) // PAGE * PAGE
+                slot[:], head[:] = 0, 0
+                store.read_part(key, 0, head.data[:length])
+                prefix = StagedPrefix(
+                    length, lambda view, length=length: view.__setitem__(slice(length), head.data[:length])
+                )
+                asked.clear()
+                store.read_rest(key, slot.data, prefix, pause if pauses else None)
+                assert bytes(slot[:-4]) == record
+                assert bool(asked) == (pauses and layout is LARGE and share < 1)
+
+
+def test_both_disks_read_a_record_and_a_small_one_is_read_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    with open_both(tmp_path) as store:
+        reads = Reads(monkeypatch)
+        read(store, KEY)
+        assert sum(reads.bytes.values()) == MIDDLE.slot_bytes
+        assert min(reads.bytes.values()) > MIDDLE.slot_bytes // 2 - 2 * PAGE
+        assert MIDDLE.slot_bytes > 2 * LEAST_BYTES
+        reads.bytes = {"a": 0, "b": 0}
+        store.read_part(KEY, 0, slot_of(MIDDLE).data[: 2 * LEAST_BYTES - PAGE])
+        assert sorted(reads.bytes.values()) == [0, 2 * LEAST_BYTES - PAGE]
+
+
+@pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
+def test_a_quicker_disk_reads_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: RecordLayout) -> None:
+    """A disk of three times the rate reads three parts of four. A real disk would have to read 0.4 GB/s beside."""
+    mib, times = layout.slot_bytes / (1 << 20), 5 if layout is SMALL else 2
+    records = make(tmp_path, layout)
+    with open_both(tmp_path) as store:
+        reads = Reads(monkeypatch, a=0.05 / mib, b=0.15 / mib)
+
+        def work() -> None:
+            for _ in range(times):
+                for key in records:
+                    assert read(store, key) == records[key]
+
+        for _ in range(2):  # first it learns
+            reads.bytes = {"a": 0, "b": 0}
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert 0.65 < reads.bytes["a"] / sum(reads.bytes.values()) < 0.85
+
+
+def test_a_disk_that_was_slow_for_a_while_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    monkeypatch.setattr(mirror, "STALE", 0.2)
+    monkeypatch.setattr(mirror, "MEMORY", 0.1)
+    reads = Reads(monkeypatch, a=0.005, b=0.2)
+    with open_both(tmp_path) as store:
+        for _ in range(3):
+            read(store, KEY)
+        before = reads.bytes["b"]
+        read(store, KEY)
+        assert reads.bytes["b"] == before, "it is too slow"
+        reads.seconds["b"] = 0.005
+        time.sleep(0.3)
+        read(store, KEY)
+        assert reads.bytes["b"] == before + LEAST_BYTES
+        for _ in range(20):
+            time.sleep(0.21)
+            read(store, KEY)
+            if reads.bytes["b"] - before > MIDDLE.slot_bytes:
+                return
+        pytest.fail("it is not known to be quick again")
+
+
+@pytest.mark.parametrize("bad", ["a", "b"])
+@pytest.mark.parametrize("layout", [SMALL, MIDDLE], ids=["small", "middle"])
+def test_a_damaged_record_is_read_from_the_other_copy(
+    tmp_path: Path,
+    bad: str,
+    layout: RecordLayout,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = make(tmp_path, layout)
+    for position in (100, layout.record_bytes - 10):  # one of them is in the part that this copy reads
+        flip_bit(path_of(tmp_path / bad, layout=layout), layout.slot_bytes + position)
+    other = {"a": "b", "b": "a"}[bad]
+    Reads(monkeypatch, **{other: 0.1})  # so that most is read from the copy that is bad
+    recovered: list[None] = []
+    with open_both(tmp_path) as store:
+        store.on_recovery(lambda: recovered.append(None))
+        for _ in range(4):
+            for key in records:
+                assert read(store, key) == records[key]
+        (said,) = caplog.messages
+        assert f"{tmp_path / bad}/" in said, "once: it is remembered"
+        assert said.endswith(f"It was read from {tmp_path / other} instead.")
+        assert len(recovered) == 1
+    flip_bit(path_of(tmp_path / other, layout=layout), layout.slot_bytes + 200)
+    with open_both(tmp_path) as store:
+        for _ in range(2):
+            with pytest.raises(ChecksumError, match="checksum mismatch"):
+                read(store, KEY)
+        assert read(store, ExpertKey(0, 0)) == records[ExpertKey(0, 0)]
+
+
+def test_a_damaged_beginning_is_not_kept(tmp_path: Path) -> None:
+    records = make(tmp_path)
+    slot, head = slot_of(MIDDLE), slot_of(MIDDLE)
+
+    def copy(view: memoryview) -> None:
+        view[:PAGE] = head.data[:PAGE]
+
+    def broken(view: memoryview) -> None:
+        raise StoreReadError("The piece was not read.", "Check the disk.")
+
+    with open_both(tmp_path) as store:
+        for prefix in (copy, broken):
+            store.read_rest(KEY, slot.data, StagedPrefix(PAGE, prefix))
+            assert bytes(slot[:-4]) == records[KEY]
+
+
+@pytest.mark.parametrize("bad", ["a", "b"])
+def test_a_copy_that_fails_is_set_aside_and_tried_again(
+    tmp_path: Path, bad: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = make(tmp_path)
+    path = path_of(tmp_path / bad)
+    whole = path.read_bytes()
+    later = [0.0]
+    monkeypatch.setattr(mirror, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later[0]))
+    reads = Reads(monkeypatch, a=0.005, b=0.005)
+    recovered: list[None] = []
+    of_block = [key for key in records if key.block == 0]
+    with open_both(tmp_path) as store:
+        store.on_recovery(lambda: recovered.append(None))
+        os.truncate(path, 0)
+        for _ in range(5):
+            for key in of_block:
+                assert read(store, key) == records[key]
+        assert len(recovered) == mirror.FAILURES
+        assert [said for said in caplog.messages if f"{tmp_path / bad} is set aside for 60 s" in said]
+        slot = slot_of(MIDDLE)
+        store.read_part(KEY, 0, slot.data[:PAGE])
+        assert bytes(slot[:PAGE]) == records[KEY][:PAGE]
+        later[0] += mirror.REST + 1
+        assert read(store, KEY) == records[KEY]
+        assert len(recovered) == mirror.FAILURES + 1, "it is tried, and set aside again"
+        assert read(store, KEY) == records[KEY]
+        assert len(recovered) == mirror.FAILURES + 1
+        path.write_bytes(whole)
+        later[0] += mirror.REST + 1
+        before = reads.bytes[bad]
+        for _ in range(5):
+            assert read(store, KEY) == records[KEY]
+        assert reads.bytes[bad] > before + 2 * LEAST_BYTES
+        assert len(recovered) == mirror.FAILURES + 1
+
+
+def test_a_shard_that_is_bad_at_the_start_is_read_from_the_other_copy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = make(tmp_path)
+    path_of(tmp_path / "a", 0).unlink()
+    path_of(tmp_path / "b", 1).write_bytes(b"short")
+    with open_both(tmp_path) as store:
+        assert len(caplog.messages) == 2
+        for key in records:
+            assert read(store, key) == records[key]
+        assert len(caplog.messages) == 2
+    path_of(tmp_path / "b", 0).unlink()
+    with pytest.raises(MissingExpertError, match="is missing"):
+        open_store(tmp_path / "a")
+
+
+def test_a_mirror_that_cannot_be_used_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path)
+    make_store(tmp_path / "other", blocks=2, experts=3, layout=MIDDLE, seed=1)
+
+    def says(text: str) -> None:
+        caplog.clear()
+        with open_store(tmp_path / "a") as store:
+            assert isinstance(store, ExpertStore)
+        (said,) = caplog.messages
+        assert text in said
+
+    (tmp_path / "b").rename(tmp_path / "away")
+    says(f"There is no folder {tmp_path / 'b'}")
+    shutil.copytree(tmp_path / "other", tmp_path / "b")
+    says("is the copy of another store")
+    (tmp_path / "b" / GROUP / METADATA).unlink()
+    says("is incomplete")
+    (tmp_path / "a" / MIRRORS).write_text(json.dumps({"mirrors": [7]}))
+    says("is 7, not a text")
+    (tmp_path / "a" / MIRRORS).unlink()
+    with open_store(tmp_path / "a") as store:
+        assert isinstance(store, ExpertStore)
+
+
+def test_a_store_without_a_table_of_checksums(tmp_path: Path) -> None:
+    records = make_store(tmp_path / "a", blocks=2, experts=3, layout=MIDDLE)
+    without_table(tmp_path / "a")
+    make_mirror(tmp_path / "a", tmp_path / "b")
+    with open_both(tmp_path) as store:
+        assert all(read(store, key) == records[key] for key in records)
+
+
+def test_what_is_opened_is_closed(tmp_path: Path) -> None:
+    records = make(tmp_path, LARGE)
+    descriptors, threads = Path("/proc/self/fd"), threading.active_count()
+    before = {path.name for path in descriptors.iterdir()}
+    store = open_both(tmp_path)
+    assert read(store, KEY) == records[KEY]
+    with pytest.raises(MissingExpertError):
+        read(store, ExpertKey(0, 3))
+    store.close()
+    store.close()
+    assert {path.name for path in descriptors.iterdir()} == before
+    assert threading.active_count() == threads
+    with pytest.raises(ClosedError):
+        read(store, KEY)
+    with pytest.raises(ClosedError):
+        store.read_part(KEY, 0, slot_of(LARGE).data[:PAGE])
+
+
+def test_the_host_tier_counts_what_was_recovered_as_a_failure(tmp_path: Path) -> None:
+    records = make(tmp_path)
+    flip_bit(path_of(tmp_path / "b"), MIDDLE.slot_bytes + 10)
+    flip_bit(path_of(tmp_path / "b"), 2 * MIDDLE.slot_bytes - 10)
+    with open_store(tmp_path / "a") as store, HostTier(store, slots={"records": 3}) as host:
+        store.on_recovery(host.count_failure)
+        for _ in range(3):
+            for block in range(2):
+                for lease in host.acquire([ExpertKey(block, expert) for expert in range(3)]):
+                    assert bytes(lease.record) == records[lease.key]
+        stats = host.stats()
+        assert (stats.failures, stats.misses) == (1, 18)
+
+
+READER = """
+import mmap, sys, time
+from pathlib import Path
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.store.mirror import open_store
+with open_store(Path(sys.argv[1])) as store:
+    slot = memoryview(mmap.mmap(-1, store.manifest.layout(0).slot_bytes))
+    for times in range(2):  # the first is for the bytes that a disk may give at once, and to learn
+        began = time.monotonic()
+        for expert in range(3):
+            store.read_into(ExpertKey(times, expert), slot)
+    print(time.monotonic() - began)
+"""
+
+
+def test_two_disks_are_read_in_little_more_than_half_of_the_time(tmp_path: Path) -> None:
+    """55 MiB, from disks of 40 MB/s."""
+    try:
+        with throttled_disks(tmp_path, 2, size=256 << 20, rate=40_000_000) as disks:
+            one, two = (folder / "model" for folder in disks.folders)
+            make_store(one, blocks=2, experts=3, layout=LARGE)
+
+            def seconds() -> float:
+                words = disks.command([sys.executable, "-c", READER, str(one)])
+                done = subprocess.run(words, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+                return float(done.stdout)
+
+            before = seconds()
+            make_mirror(one, two)
+            after = seconds()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disks on loop devices with a bounded rate: {error}")
+    assert before > 1.2, "the bound holds"
+    assert before / after > 1.6

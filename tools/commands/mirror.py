@@ -1,0 +1,38 @@
+"""``moetier mirror DIR FOLDER``: copy a model directory's records to another disk, and read from both from then on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moetier.runtime.config import format_bytes
+from moetier.tools.cli.parser import DIRECTORY, directory
+
+EXAMPLES = ("moetier mirror ./mixtral-4bit /mnt/second/mixtral-4bit",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moetier mirror`."""
+    parser.add_argument("directory", type=directory, metavar="DIR", help=DIRECTORY)
+    parser.add_argument("target", type=Path, metavar="FOLDER", help="folder of the copy, on another disk")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises StoreError or TargetError."""
+    from moetier.tiers.store.folder import read_manifest, store_folder
+
+    mirror_to(arguments.directory, arguments.target)
+    stored = read_manifest(store_folder(arguments.directory)).stored_bytes
+    print(f"{arguments.target}: mirror of {arguments.directory}, {format_bytes(stored)}")
+    return 0
+
+
+def mirror_to(folder: Path, target: Path) -> None:
+    """Make a mirror of the model directory ``folder``, and say if it is on the same disk. Raises as ``make_mirror``."""
+    from moetier.tiers.store.folder import store_folder
+    from moetier.tools.convert.mirror import make_mirror
+
+    make_mirror(folder, target, quiet=False)
+    if target.stat().st_dev == store_folder(folder).stat().st_dev:
+        print(f"{target} is on the same disk as {folder}: it makes nothing faster.", file=sys.stderr)

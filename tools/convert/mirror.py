@@ -1,0 +1,79 @@
+"""Make a mirror: a complete copy of a store's records in a folder on another disk."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+
+from moetier.tiers.errors import ChecksumError, DiskSpaceError, StoreError, TargetExistsError
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.manifest import FileSum
+from moetier.tiers.store.atomic import disk_errors, write_durably
+from moetier.tiers.store.folder import GROUP, MIRRORS, read_manifest, store_folder
+from moetier.tiers.store.mirror import read_mirrors
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import ShardFile
+from moetier.tiers.store.writer import StoreWriter, is_complete
+from moetier.tools.cli.progress import Progress
+
+from .files import free_bytes
+from .target import check_place
+
+
+def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
+    """Copy the records of a model directory into ``target``, or those that a cut run has left out; note the mirror.
+
+    Raises StoreError for a record that can't be read, TargetError, TargetExistsError or DiskSpaceError.
+    """
+    directory = store_folder(directory).parent
+    check_place(target, directory)
+    with ExpertStore.open(directory) as store:
+        manifest = store.manifest
+        shards = [ShardFile.of(target / GROUP, manifest, block) for block in range(len(manifest.blocks))]
+        missing = sum(shard.file_bytes for shard in shards if not is_complete(shard))
+        digest, trunk = _found(target)
+        if digest not in ("", manifest.digest):
+            raise TargetExistsError(f"{target} holds the experts of another model.", "Choose another folder.")
+        if missing or digest != manifest.digest:
+            if missing > (free := free_bytes(target)):
+                raise DiskSpaceError(f"{target} needs {missing:,} bytes more; {free:,} are free.", "Free some space.")
+            digest = _copy(store, target / GROUP, shards, trunk, Progress("mirror", missing, quiet=quiet))
+    if digest != manifest.digest:
+        raise ChecksumError(
+            f"{target} has records of another conversion than {directory}.",
+            "Remove that folder, and run the same command again.",
+        )
+    try:
+        listed = read_mirrors(directory)
+    except StoreError:
+        listed = []
+    folders = [str(folder) for folder in dict.fromkeys([*listed, target.resolve()])]
+    with disk_errors(directory / GROUP):
+        write_durably(directory / MIRRORS, json.dumps({"mirrors": folders}, indent=2).encode() + b"\n")
+
+
+def _found(target: Path) -> tuple[str, Mapping[str, FileSum]]:
+    """Return digest and trunk of a complete store in ``target``, which may be a whole model directory."""
+    try:
+        manifest = read_manifest(target / GROUP)
+    except StoreError:
+        return "", {}
+    return manifest.digest, manifest.trunk
+
+
+def _copy(
+    store: ExpertStore, folder: Path, shards: list[ShardFile], trunk: Mapping[str, FileSum], progress: Progress
+) -> str:
+    """Copy the shards that are missing in ``folder``, write its manifest, and return its digest."""
+    buffer = memoryview(mmap.mmap(-1, max(shard.slot_bytes for shard in shards)))
+    with StoreWriter.open(folder, store.manifest.plan) as writer, progress:
+        for block in sorted(set(range(len(shards))) - writer.finished_blocks):
+            slot = buffer[: shards[block].slot_bytes]
+            with writer.block(block) as shard:
+                for expert in range(shards[block].experts):
+                    store.read_into(ExpertKey(block, expert), slot)
+                    shard.write(slot[:-CHECKSUM_BYTES])
+                    progress.advance(len(slot))
+        return writer.finish(trunk).digest
