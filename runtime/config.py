@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.source import LOADERS
 
 SPECULATE = ("auto", "off", "always")
 DEFAULT_CONTEXT = 4096  # tokens
@@ -203,6 +204,14 @@ class TierConfig:
         bool,
         "True or False",
     )
+    loaders: int = _option(
+        LOADERS,
+        "experts to read from the disk at a time",
+        int,
+        "a whole number",
+        metavar="N",
+        numbers=Number(int, 1, 64, "Give 1 to 64."),
+    )
     context: int = _option(
         DEFAULT_CONTEXT,
         "tokens of context that budgets leave room for; a longer one takes more. No effect with a daemon of this "
@@ -298,7 +307,12 @@ class TierConfig:
     @property
     def of_own_tier(self) -> list[str]:
         """Names of the given options that have an effect only on a host tier of this process."""
-        asked = {"`ram`": self.ram is not None, "`policy`": self.policy != DEFAULT_ORDER, "`learn`": self.learn}
+        asked = {
+            "`ram`": self.ram is not None,
+            "`policy`": self.policy != DEFAULT_ORDER,
+            "`learn`": self.learn,
+            "`loaders`": self.loaders != LOADERS,
+        }
         return [name for name in asked if asked[name]]
 
     @property
@@ -322,6 +336,7 @@ class TierOptions(TypedDict, total=False):
     look_ahead: int
     prefetch: int | None
     learn: bool
+    loaders: int
     context: int
     exact: bool
     threads: int | None

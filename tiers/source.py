@@ -17,6 +17,7 @@ from .stats import TierStats
 
 Record = TypeVar("Record", covariant=True)  # memoryview in the host tier, torch.Tensor in the device tier
 
+LOADERS = 4  # records that a host tier reads at a time, by default
 INTERRUPTIBLE_BYTES = 2 << 20  # smallest piece of a read that may be interrupted between pieces
 
 

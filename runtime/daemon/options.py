@@ -10,6 +10,7 @@ from moetier.runtime.config import OPTIONS, Size
 from moetier.runtime.wire.address import Address
 from moetier.tiers.cache.orders import DEFAULT_ORDER
 from moetier.tiers.errors import ConfigError
+from moetier.tiers.source import LOADERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class DaemonConfig:
     ram: Size | None = None
     policy: str = DEFAULT_ORDER  # a key of ORDERS
     learn: bool = False
+    loaders: int = LOADERS
     listen: str = ""  # HOST:PORT; port 0 for any
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -49,6 +51,7 @@ class DaemonConfig:
     def check(self) -> None:
         """Raise ConfigError for options that contradict each other, or a TCP address that is not protected."""
         OPTIONS["policy"].read("policy", self.policy)
+        OPTIONS["loaders"].read("loaders", self.loaders)
         if self.metrics:
             _tcp(self.metrics_address, self.metrics)
         tls = self.tls_cert is not None

@@ -68,7 +68,7 @@ def open_models(
         began = time.monotonic()
         taken = kept.get(digest)
         arena = None if taken is None else taken.arena
-        host = HostTier(store, slots=slots[digest], arena=arena, policy=config.policy)
+        host = HostTier(store, slots=slots[digest], loaders=config.loaders, arena=arena, policy=config.policy)
         model = HostedModel(store.manifest, host, store.folder.parent, patience=config.wait, learn=config.learn)
         closing.callback(model.close)
         models[digest] = model

@@ -69,6 +69,7 @@ def load(
         prefetch: most experts of a block to load on a prediction. Default: as many as are worth it.
         learn: keep which experts are used most, in $XDG_CACHE_HOME/moetier, and read those of earlier runs at the
             start, in the background.
+        loaders: number of experts that are read from the disk at a time.
         context: tokens of context that budgets leave room for. A longer context works where there is more memory.
         exact: compute bit for bit as the ordinary model does with the decoded weights and
             ``experts_implementation="eager"``, which is slower. Otherwise quantised experts are multiplied as they are

@@ -99,7 +99,7 @@ def _own(folder: Path, manifest: Manifest, slots: Mapping[str, int], config: Tie
         else:
             reader = store = open_store(folder)
             closing.callback(store.close)
-        host = closing.enter_context(HostTier(reader, slots=slots, policy=config.policy))
+        host = closing.enter_context(HostTier(reader, slots=slots, loaders=config.loaders, policy=config.policy))
         learner = closing.enter_context(contextlib.closing(Learner(host))) if config.learn else None
         if store is not None:
             store.on_fault(host.condemn)

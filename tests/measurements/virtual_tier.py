@@ -18,8 +18,8 @@ from moetier.tiers.host.demands import Load, StagingBuffer
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loaders import Loaders, most_prefetches
 from moetier.tiers.host.staging import StagingBuffers
-from moetier.tiers.host.tier import LOADERS, HostTier
-from moetier.tiers.source import interruptible_bytes
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.source import LOADERS, interruptible_bytes
 
 Process = Generator[Any, None, None]
 

@@ -21,7 +21,7 @@ from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
-from moetier.tiers.source import Lease, Pace, RecordReader
+from moetier.tiers.source import LOADERS, Lease, Pace, RecordReader
 from moetier.tiers.stats import TierStats
 
 from .demands import Demand, Event, Pool
@@ -30,7 +30,6 @@ from .loaders import Loaders, most_prefetches
 from .session import Session, Timekeeper
 from .staging import StagingBuffers
 
-LOADERS = 4  # number of records that are read in parallel
 HANDOVER = 1e-5  # seconds to sleep so that a loader can take the GIL and begin its read; the system adds about 6e-5
 
 

@@ -201,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises MoetierError."""
-    from moetier.tiers.host.tier import LOADERS
+    from moetier.tiers.source import LOADERS
     from moetier.tiers.store.reader import ExpertStore
 
     check_bench(arguments)

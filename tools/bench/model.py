@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace, work: Work) -> int:
 
     Disk, kernels and memory are measured in the same rounds, for the bounds.
     """
-    from moetier.tiers.host.tier import LOADERS
+    from moetier.tiers.source import LOADERS
     from moetier.tiers.store.folder import read_manifest, store_folder
 
     check_bench(arguments)

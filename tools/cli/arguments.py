@@ -83,7 +83,7 @@ def resources_of(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     where = TierConfig.of(daemon=arguments.daemon)
     unused: dict[str, Any] = {}
     if where.mapped is not None:
-        unused = {name: OPTIONS[name].default for name in ("ram", "policy", "learn")}
+        unused = {name: OPTIONS[name].default for name in ("ram", "policy", "learn", "loaders")}
     if not where.remote:
         unused |= dict.fromkeys(("token_file", "tls_ca", "tls_cert", "tls_key"))
     for name, default in unused.items():

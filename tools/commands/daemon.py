@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "ram", help='host memory for all of them: "8GiB", "50%%" (default: 80%% of what is free)')
     add_option(parser, "policy")
     add_option(parser, "learn")
+    add_option(parser, "loaders")
     parser.add_argument(
         "--folder",
         metavar="NAME|PATH",

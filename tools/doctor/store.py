@@ -110,7 +110,7 @@ def disk(directory: Path | None, seconds: float) -> Iterator[Finding]:
     Reads records of ``directory``, else a temporary file in the current folder. Raises StoreError, OSError.
     """
     from moetier.tiers.errors import TargetError
-    from moetier.tiers.host.tier import LOADERS
+    from moetier.tiers.source import LOADERS
     from moetier.tools.bench.disk import RandomReads
     from moetier.tools.bench.output import place_of
 

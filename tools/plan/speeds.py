@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetier.runtime.checkpoint.tensors import StoredTensor
-from moetier.tiers.host.tier import LOADERS
 from moetier.tiers.layout import ROW_TILE, Bits, RecordLayout
+from moetier.tiers.source import LOADERS
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tools.bench.disk import RandomReads
 from moetier.tools.bench.rates import (
