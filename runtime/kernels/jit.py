@@ -283,9 +283,14 @@ class Processor:
         return code, machine
 
 
-@functools.cache
 def this_processor() -> Processor:
-    """Return the processor of this machine."""
+    """Return the processor of this machine, the same one in all threads: it owns the code that it compiles."""
+    with compile_lock:
+        return _this_processor()
+
+
+@functools.cache
+def _this_processor() -> Processor:
     return Processor()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from prepared import Prepared
 from readers import PATIENCE
 from threads import Task
 
+from moetier.runtime.kernels import jit
 from moetier.runtime.kernels.gemm import product_kernel
 from moetier.runtime.kernels.gemm_tile import Form
 from moetier.runtime.kernels.jit import Processor
@@ -62,6 +65,20 @@ def test_who_compiles_may_fork() -> None:
     found: list[str] = []
     assert product_kernel(Forking(), FORM).address
     assert found == ["returned here"]
+
+
+def test_all_threads_get_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a second one would be unmapped with it, perhaps while it runs."""
+    waiting = threading.Barrier(2)
+
+    def make() -> Processor:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            waiting.wait(0.2)
+        return Processor()
+
+    monkeypatch.setattr(jit, "_this_processor", functools.cache(make))
+    tasks = [Task(jit.this_processor) for _ in range(2)]
+    assert tasks[0].result() is tasks[1].result()
 
 
 LOOK = """
