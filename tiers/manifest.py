@@ -23,6 +23,7 @@ FEATURES = frozenset({TRUNK_RECORDS})  # features that a store may require and t
 MAX_EXPERTS = 1 << 16  # largest number of experts of a block
 MAX_BYTES = 1 << 50  # largest size of a file
 MAX_NAME_BYTES = 255  # longest name of a file or folder, in bytes (NAME_MAX of Linux)
+MAX_SOLVER = 1 << 16
 SOURCE_DIGEST = "[0-9a-f]{64}|[0-9a-f]{40}"  # a sha256, or the hub's commit during a conversion that streams the source
 TRUNK_NAME = re.compile(r"trunk-[\w-]+(\.[\w-]+)*\.safetensors")  # a trunk file, which lies beside experts.zarr
 
@@ -67,6 +68,7 @@ class Manifest:
     digest: str = ""  # sha256 over the CRC-32C (LE u32) of every record, block by block; identifies the store
     requires: tuple[str, ...] = ()  # names of features without which the store can't be read
     method: str = "hqq"  # method of quantisation: "hqq" or "rounding"
+    solver: int = 1  # version of the program that finds codes: another one may find others for the same weights
     trunk: Mapping[str, FileSum] = field(default_factory=dict)  # by file name; empty until they are written
     trunk_records: TrunkRecords | None = None  # None: no matrix of the trunk is quantised
     record_checksums: bytes = field(default=b"", repr=False)  # LE u32 each; ``digest`` is their sha256; b"" if old
@@ -149,6 +151,7 @@ class Manifest:
             "version": self.version,
             "digest": self.digest,
             "method": self.method,
+            "solver": self.solver,
             **({"trunk_records": asdict(self.trunk_records)} if self.trunk_records else {}),
             **({"record_checksums": base64.b64encode(self.record_checksums).decode()} if self.record_checksums else {}),
             **({"trunk": {name: asdict(entry) for name, entry in sorted(self.trunk.items())}} if self.trunk else {}),
@@ -191,6 +194,7 @@ class Manifest:
                 digest=fields["digest"].text("([0-9a-f]{64})?", "a sha256"),
                 requires=requires,
                 method=method.text() if (method := fields.get("method")) else "hqq",
+                solver=solver.number(1, MAX_SOLVER) if (solver := fields.get("solver")) else 1,
                 trunk=dict(map(_file, trunk.members())) if (trunk := fields.get("trunk")) else {},
                 trunk_records=_trunk_records(form) if (form := fields.get("trunk_records")) else None,
                 record_checksums=_table(table) if (table := fields.get("record_checksums")) else b"",

@@ -138,9 +138,18 @@ def sections(record: Tensor, layout: RecordLayout, of: str = "") -> dict[str, Te
     return {s.name: record[s.offset : s.offset + s.nbytes].view(TORCH_TYPES[s.dtype]).view(s.shape) for s in wanted}
 
 
+# quantises weights [rows, columns] into the sections of a projection; the last argument is ``fast``
+Quantise = Callable[[Tensor, Projection, Mapping[str, Tensor], bool], WeightError]
+
+
 @torch.no_grad()
 def encode(
-    tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
+    tensors: Mapping[str, Tensor],
+    layout: RecordLayout,
+    out: memoryview | np.ndarray,
+    *,
+    fast: bool = False,
+    quantise: Quantise | None = None,
 ) -> dict[str, WeightError]:
     """Encode one expert. The bytes depend only on the weights, the layout and ``fast``, not on the number of threads.
 
@@ -150,6 +159,7 @@ def encode(
         layout: the layout of the record.
         out: buffer of record_bytes, to which the record is written.
         fast: use plain rounding instead of HQQ.
+        quantise: what quantises a projection; None for torch. All that do must make the same bytes.
 
     Returns:
         The error of each projection and bias, by name.
@@ -168,7 +178,7 @@ def encode(
         if p.bits == 16:
             errors[p.name] = _copy(weights, views[p.name])
         else:
-            errors[p.name] = _encode(weights.T if p.transposed else weights, p, views, fast)
+            errors[p.name] = (quantise or _quantise)(weights.T if p.transposed else weights, p, views, fast)
     for b in layout.biases:
         errors[b.name] = _copy(tensors[b.name], views[b.name])
     return errors
@@ -192,7 +202,7 @@ def _square(values: Tensor) -> float:
     return norm**2
 
 
-def _encode(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
+def _quantise(weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool) -> WeightError:
     """Quantise ``weights`` [rows, columns] into the sections of one projection, a band at a time."""
     bands = Bands(weights, p)
     # 8-bit pairs are quantised in runs that cross bands, so each pass covers all bands before the next one begins.
@@ -248,12 +258,17 @@ def _store(
     found = torch.cat([bands.by_rows(find(band)) for band in batch], 1)
     read = store_pairs(found, which, p, views, batch[0].start * ROW_TILE)
     if not read.isfinite().all():
-        raise CheckpointError(
-            f"{p.name} has weights that are not finite numbers.",
-            "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
-        )
+        raise not_finite(p)
     parts = torch.split(read, [len(band) * ROW_TILE for band in batch], 1)
     return dict(zip(batch, map(bands.by_blocks, parts), strict=True))
+
+
+def not_finite(p: Projection) -> CheckpointError:
+    """Return the error for weights that can't be quantised, as they or their range are not finite numbers."""
+    return CheckpointError(
+        f"{p.name} has weights that are not finite numbers.",
+        "Get an intact copy of the checkpoint; 16 bits would keep such weights as they are.",
+    )
 
 
 def expand(views: Mapping[str, Tensor], p: Projection, start: int, stop: int) -> Tensor:

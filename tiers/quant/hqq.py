@@ -10,11 +10,16 @@ weights most of their bits. And each group keeps the best offset of all iteratio
 own weights: not on other groups, the number of threads or the processor. Up to the last bits of fp32, the result is
 never worse than plain rounding.
 
+This is the reference. ``runtime.kernels.quantise`` does the same operations in compiled code, and makes the same bytes.
+
 Tensors of weights are w [n, g, LANES]: n * LANES groups of g weights each, where LANES groups are side by side in the
 last dimension. So the processor's vector instructions work on several groups at a time, even for sums over a group.
 """
 
 from __future__ import annotations
+
+import operator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,7 +31,12 @@ ITERATIONS = 15
 LP_NORM = 0.7  # p of the norm of the error
 BETA = 10.0  # weight of the proximal step at first
 KAPPA = 1.01  # factor of that weight from one iteration to the next
+SOLVER = 2  # version of the solver; another one may find other codes for the same weights
 TINY = torch.finfo(torch.float32).tiny  # a smaller step would be a denormal number, so the group is treated as constant
+# First guess of the bits of x^-0.3 as an fp32 number: GUESS[0] times the bits of x, plus GUESS[1]; and the number of
+# iterations of Newton's method from there, at which fp64 has nothing to gain
+GUESS = (-0.3, 1.3 * 127 * 2**23)
+NEWTON = 6
 
 
 def steps(w: Tensor, bits: int) -> Tensor:
@@ -63,23 +73,22 @@ def solve(w: Tensor, step: Tensor, bits: int, scratch: Tensor | None = None) -> 
     """
     scaled, error, codes = torch.empty(3, *w.shape) if scratch is None else scratch
     half = 2 ** (bits - 1)
-    plain, inverse, beta = plain_offsets(w, step), _inverse(step), BETA
+    plain, inverse = plain_offsets(w, step), _inverse(step)
     torch.sub(w, plain, out=scaled).mul_(inverse)  # from here on, in units of a step and relative to ``plain``
     best = offset = torch.zeros_like(step)
     least = torch.full_like(step, torch.inf)
-    for _ in range(ITERATIONS):
+    for threshold, beta in shrinking():
         torch.sub(scaled, offset, out=error)
         torch.round(error, out=codes).clamp_(-half, half - 1)
         error.sub_(codes)
         size = torch.abs(error, out=codes).sum(1, keepdim=True)
         better = size < least
         best, least = torch.where(better, offset, best), torch.where(better, size, least)
-        if float((codes.amax(1, keepdim=True) * step).max()) > _threshold(beta):  # not for weights of usual size
-            large = (codes.mul_(step) > _threshold(beta)).nonzero(as_tuple=True)
+        if float((codes.amax(1, keepdim=True) * step).max()) > threshold:  # not for weights of usual size
+            large = (codes.mul_(step) > threshold).nonzero(as_tuple=True)
             shrunk = _shrink(error[large] * step.expand_as(error)[large], beta)
             error[large] -= shrunk * inverse.expand_as(error)[large]
         offset = offset + error.sum(1, keepdim=True) / w.shape[1]
-        beta *= KAPPA
     return (best * step).add_(plain)
 
 
@@ -87,13 +96,30 @@ def _inverse(step: Tensor) -> Tensor:
     return torch.where(step < TINY, 0.0, 1 / step)
 
 
-def _threshold(beta: float) -> float:
-    """Return the largest error that ``_shrink`` maps to 0."""
-    return float(beta ** (-1 / (2 - LP_NORM)))
+def shrinking() -> list[tuple[float, float]]:
+    """Return for each iteration the largest error that ``_shrink`` maps to 0, and the weight of the proximal step."""
+    betas = list(accumulate([BETA] + [KAPPA] * (ITERATIONS - 1), operator.mul))
+    return [(beta ** (-1 / (2 - LP_NORM)), beta) for beta in betas]
 
 
 def _shrink(error: Tensor, beta: float) -> Tensor:
     """Apply the proximal operator of the l_p norm to errors e: sign(e) max(0, |e| - |e|^(p-1) / beta)."""
     size = error.abs()
-    power = size.double().pow(LP_NORM - 1).float()  # in fp64, as the last bit of an fp32 power depends on the processor
-    return (size - power / beta).clamp_min_(0.0).mul_(error.sign())
+    return (size - power(size) / beta).clamp_min_(0.0).mul_(error.sign())
+
+
+def power(x: Tensor) -> Tensor:
+    """Compute x^(p-1) = x^-0.3 of fp32 numbers x [n], rounded to fp32. They are at least 0; 0 gives some large number.
+
+    y = x^-0.3 solves y^-10 = x^3. Newton's method takes only operations that every processor rounds alike, and computes
+    in fp64; processors differ in the last bit of an fp32 power.
+    """
+    y = (x.view(torch.int32).double() * GUESS[0] + GUESS[1]).to(torch.int32).view(torch.float32).double()
+    wide = x.double()
+    cube = wide * wide * wide
+    for _ in range(NEWTON):
+        y2 = y * y
+        y4 = y2 * y2
+        y10 = y4 * y4 * y2
+        y = y + y * (1 - cube * y10) / 10
+    return y.float()

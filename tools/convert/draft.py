@@ -29,6 +29,7 @@ from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import TRUNK_RECORDS, Block, Manifest, TrunkRecords
 from moetier.tiers.quant.codec import DEFAULTS, group_and_pairs, layout_for
+from moetier.tiers.quant.hqq import SOLVER
 from moetier.tiers.store.trunk import RECORD
 
 from .encoder import MatrixRecord
@@ -194,6 +195,7 @@ class Draft:
             version=version("moetier"),
             requires=(TRUNK_RECORDS,) if self.form else (),
             method="rounding" if options.fast else "hqq",
+            solver=SOLVER,
             trunk_records=self.form,
         )
 

@@ -23,11 +23,12 @@ import torch
 from moetier.runtime.checkpoint.blueprint import Blueprint
 from moetier.runtime.checkpoint.recipe import Expert, Recipe
 from moetier.runtime.checkpoint.tensors import CHUNK_BYTES, Bytes, StoredTensor
+from moetier.runtime.kernels.quantise import encode
 from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError
 from moetier.tiers.layout import ROW_TILE, ExpertKey, RecordLayout
 from moetier.tiers.manifest import Manifest, TrunkRecords
-from moetier.tiers.quant.codec import WeightError, encode, sections
+from moetier.tiers.quant.codec import WeightError, sections
 from moetier.tiers.quant.packing import band_bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from moetier.runtime.checkpoint.files import Checkpoint, open_checkpoint
 from moetier.runtime.context import first_ids, longest_context
+from moetier.runtime.kernels.quantise import encode
 from moetier.runtime.model.load import TOKENIZER_FILES, load
 from moetier.runtime.moe.experts import EXPERT_PARAMETERS, experts_modules
 from moetier.runtime.moe.linear import WEIGHT
 from moetier.tiers.errors import ConfigError, UnsupportedModelError
 from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
-from moetier.tiers.quant.codec import WeightError, decode, encode, layout_for, sections
+from moetier.tiers.quant.codec import WeightError, decode, layout_for, sections
 from moetier.tiers.store.folder import read_manifest
 from moetier.tools.convert.draft import choose_matrices, trunk_form
 

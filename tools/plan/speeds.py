@@ -188,7 +188,8 @@ def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
     import numpy as np
     import torch
 
-    from moetier.tiers.quant.codec import encode, layout_for
+    from moetier.runtime.kernels.quantise import encode
+    from moetier.tiers.quant.codec import layout_for
     from moetier.tools.convert.encoder import one_thread_each
 
     found = {}

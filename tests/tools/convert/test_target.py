@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from stores import make_plan
 
 from moetier.tiers.manifest import Manifest, TrunkRecords
 from moetier.tiers.quant.codec import layout_for
@@ -38,6 +39,7 @@ def manifest(bits: Any = 4, group: int = 64, pairs: str = "uint8", trunk: Any = 
         (manifest(method="rounding"), manifest(), "with plain rounding (--fast), and HQQ was asked for"),
         (manifest(), manifest(model="n", bits=3), "of m, and n was asked for"),
         (manifest(), manifest(source_digest="b"), "they differ in source_digest"),
+        (manifest(), manifest(solver=2), "they differ in solver"),
         (
             manifest(),
             manifest(bits=8, trunk=8, source_digest="b"),
@@ -48,3 +50,10 @@ def manifest(bits: Any = 4, group: int = 64, pairs: str = "uint8", trunk: Any = 
 )
 def test_options_are_named_with_both_values(found: Manifest, asked: Manifest, said: str) -> None:
     assert difference(found, asked) == said
+
+
+def test_a_manifest_that_names_no_solver_is_of_the_first() -> None:
+    stored = make_plan().to_json()
+    del stored["solver"]
+    assert Manifest.from_json(stored, "here").solver == 1
+    assert Manifest.from_json(stored | {"solver": 2}, "here").solver == 2
