@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from moetier.tiers.host import tier
-from moetier.tiers.host.demands import Load, StagingBuffer
+from moetier.tiers.host.demands import Load
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.loaders import Loaders, most_prefetches
-from moetier.tiers.host.staging import StagingBuffers
+from moetier.tiers.host.staging import StagingBuffer, StagingBuffers
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.source import LOADERS, interruptible_bytes
 

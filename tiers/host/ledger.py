@@ -32,10 +32,11 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Failed, Granted, Pool, Waiting
+from .demands import AsyncCaller, Demand, Failed, Granted, Pool
 from .loads import Loads
 from .prefetch import PrefetchQueue
 from .staging import StagingBuffers
+from .waiting import Waiting
 
 
 class Ledger:

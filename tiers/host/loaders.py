@@ -15,8 +15,9 @@ from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.locks import Monitor
 from moetier.tiers.source import RecordReader, StagedPrefix, interruptible_bytes
 
-from .demands import Load, StagingBuffer
+from .demands import Load
 from .loads import Loads
+from .staging import StagingBuffer
 
 
 def most_prefetches(loaders: int, plan: ArenaPlan) -> int:

@@ -15,8 +15,10 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
 
-from .demands import Demand, Load, Pool, StagingBuffer, Waiting
+from .demands import Demand, Load, Pool
 from .prefetch import PrefetchQueue
+from .staging import StagingBuffer
+from .waiting import Waiting
 
 
 class FairQueue:
@@ -216,17 +218,22 @@ class Loads:
                 if place is not None and place.slot is not None:
                     return self.begin(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
                 if place is not None and self._buffers is not None:
-                    return self._buffers.begin(place.pool, place.key).begin_piece(self._clock())
-            full = [staged for staged in self._buffers or () if staged.is_full and staged.is_idle]
-            full = [staged for staged in full if self._prefetches.is_requested(staged.key) and not staged.pool.starved]
-            for staged in full:
-                if (slot := self._prefetches.slot_for(staged.pool, staged.key)) is not None:
-                    return self.begin(staged.pool, staged.key, slot, is_prefetch=True)
+                    staged = self._buffers.begin(place.key, place.pool.slot_bytes, place.pool.read_seconds)
+                    return staged.begin_piece(self._clock())
+            full = [
+                (staged, pool)
+                for staged in self._buffers or ()
+                if staged.is_full and staged.is_idle
+                if (pool := self._prefetches.pool_of(staged.key)) is not None and not pool.starved
+            ]
+            for staged, pool in full:
+                if (slot := self._prefetches.slot_for(pool, staged.key)) is not None:
+                    return self.begin(pool, staged.key, slot, is_prefetch=True)
             self.lacks_slots = bool(full)
             if not full or not self._prefetches.unbegun:
                 return None
             assert self._buffers is not None
-            self._buffers.end(full[0])  # other requests wait for the buffer
+            self._buffers.end(full[0][0])  # other requests wait for the buffer
             self._counters.cancelled += 1
 
     def ring_for_prefetches(self) -> None:

@@ -70,8 +70,12 @@ class PrefetchQueue:
 
     def is_requested(self, key: ExpertKey) -> bool:
         """Return whether a record is in a caller's latest requests, whether or not it is READY or being read."""
+        return self.pool_of(key) is not None
+
+    def pool_of(self, key: ExpertKey) -> Pool | None:
+        """Return the pool of a requested record; None if the record is not requested."""
         found = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
-        return any(key in request.keys for request in found)
+        return next((request.pool for request in found if key in request.keys), None)
 
     def request(self, pool: Pool, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None) -> bool:
         """Replace a caller's requests for a block by ``keys``. Return whether any of these records has no slot."""

@@ -11,13 +11,12 @@ This is a part of the ledger: callers hold the tier's lock, and there is no I/O 
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Collection, Iterator
 
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.manifest import Manifest
-
-from .demands import Pool, StagingBuffer
 
 BUFFERS = 2  # number of buffers of a tier
 LEAST_BYTES = 1 << 20  # smallest part of a record that is staged, if it has that many bytes; a copy takes about 0.1 ms
@@ -46,6 +45,45 @@ def piece_bytes(slot_bytes: int, seconds: float | None) -> int:
 def staging_bytes(manifest: Manifest) -> int:
     """Return how many bytes a host tier for this store allocates for staging buffers, at most."""
     return BUFFERS * buffer_bytes(max(layout.slot_bytes for layout in manifest.layouts.values()))
+
+
+class StagingBuffer:
+    """A buffer for the first bytes of a record, which is read piece by piece before the record has a slot."""
+
+    def __init__(self, key: ExpertKey, buffer: memoryview, step: int) -> None:
+        self.key = key
+        self.buffer = buffer
+        self.step = step  # size of a piece, in bytes
+        self.filled = 0  # number of bytes that have been read
+        self.end = 0  # end of the piece that is being read, in bytes; equal to ``filled`` if none is
+        self.seconds = 0.0  # duration of all reads of pieces so far
+        self.began = 0.0  # begin of the latest read of a piece, by the ledger's clock
+        self.error: BaseException | None = None  # the error of a failed read
+        self.is_claimed = False  # whether a load uses the buffer and reads the rest of the record
+        self.piece_read = threading.Event()  # cleared while a piece is being read
+        self.piece_read.set()
+
+    @property
+    def is_reading(self) -> bool:
+        """True if a piece is being read into the buffer."""
+        return self.end > self.filled
+
+    @property
+    def is_full(self) -> bool:
+        """True if all of the buffer is filled."""
+        return self.filled == len(self.buffer)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no load has claimed the buffer and no piece is being read into it."""
+        return not (self.is_claimed or self.is_reading)
+
+    def begin_piece(self, now: float) -> StagingBuffer:
+        """Note that the next piece is about to be read. Return this object."""
+        self.piece_read.clear()
+        self.end = min(self.filled + self.step, len(self.buffer))
+        self.began = now
+        return self
 
 
 class StagingBuffers:
@@ -85,11 +123,10 @@ class StagingBuffers:
         """True if a buffer is free."""
         return bool(self._free)
 
-    def begin(self, pool: Pool, key: ExpertKey) -> StagingBuffer:
-        """Give a free buffer to a record of ``pool``."""
-        buffer = self._free.pop()[: buffer_bytes(pool.slot_bytes)]
-        step = piece_bytes(pool.slot_bytes, pool.read_seconds)
-        staged = self._staged[key] = StagingBuffer(pool, key, buffer, step)
+    def begin(self, key: ExpertKey, slot_bytes: int, read_seconds: float | None) -> StagingBuffer:
+        """Give a free buffer to a record. ``slot_bytes`` and ``read_seconds`` are those of its pool."""
+        buffer = self._free.pop()[: buffer_bytes(slot_bytes)]
+        staged = self._staged[key] = StagingBuffer(key, buffer, piece_bytes(slot_bytes, read_seconds))
         return staged
 
     def claim(self, key: ExpertKey) -> StagingBuffer | None:

@@ -20,10 +20,10 @@ from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import slot_ranges
 from moetier.tiers.cache.orders import ORDERS
 from moetier.tiers.errors import ExhaustedError
-from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool, StagingBuffer
+from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.session import Session
-from moetier.tiers.host.staging import StagingBuffers
+from moetier.tiers.host.staging import StagingBuffer, StagingBuffers
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.locks import Monitor
 
