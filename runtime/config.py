@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any, TypedDict, Unpack
 
 from moetier.runtime.wire.address import Address, Credentials
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.source import LOADERS
 
@@ -191,12 +191,12 @@ class TierConfig:
     )
     device: str = _option("auto", '"auto", "cpu", "cuda" or "cuda:N"', str, "a text", parse=_device)
     policy: str = _option(
-        DEFAULT_ORDER,
+        DEFAULT_POLICY,
         "which experts are evicted first: lru, the least recently used; scan, the same, but a long prompt leaves what "
         "is cached in place; lrfu, as scan, but the least often used of late",
         str,
         "a text",
-        choices=tuple(ORDERS),
+        choices=tuple(POLICIES),
     )
     learn: bool = _option(
         False,
@@ -309,7 +309,7 @@ class TierConfig:
         """Names of the given options that have an effect only on a host tier of this process."""
         asked = {
             "`ram`": self.ram is not None,
-            "`policy`": self.policy != DEFAULT_ORDER,
+            "`policy`": self.policy != DEFAULT_POLICY,
             "`learn`": self.learn,
             "`loaders`": self.loaders != LOADERS,
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moetier.runtime.config import OPTIONS, Size
 from moetier.runtime.wire.address import Address
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.source import LOADERS
 
@@ -20,7 +20,7 @@ class DaemonConfig:
     directories: tuple[Path, ...]
     folder: Path
     ram: Size | None = None
-    policy: str = DEFAULT_ORDER  # a key of ORDERS
+    policy: str = DEFAULT_POLICY  # a key of POLICIES
     learn: bool = False
     loaders: int = LOADERS
     listen: str = ""  # HOST:PORT; port 0 for any

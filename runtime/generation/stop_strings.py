@@ -17,7 +17,7 @@ class StopStrings:
         self._held = ""
         self.ended = False
 
-    def take(self, item: Any) -> list[Any]:
+    def feed(self, item: Any) -> list[Any]:
         """Return what to pass on after ``item`` has come: a piece of text, None at the end, or anything else unchanged.
 
         The result ends with None where a stop string was found. After the end, nothing is passed on.

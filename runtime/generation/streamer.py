@@ -41,10 +41,10 @@ class TimedStreamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Take text that ``put`` has decoded."""
-        pieces = self._stops.take(text)
+        pieces = self._stops.feed(text)
         self.stopped = self._stops.ended
         if stream_end:
-            pieces += self._stops.take(None)
+            pieces += self._stops.feed(None)
         text = "".join(piece for piece in pieces if piece is not None)
         self.text += text
         if self._echo is not None:

@@ -19,7 +19,7 @@ from itertools import islice
 from statistics import fmean, median
 from typing import NamedTuple
 
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.layout import ExpertKey
 
 SPAN = 4  # number of steps in a window
@@ -167,31 +167,31 @@ def _intercept(xs: list[float], ys: list[float]) -> tuple[float, float]:
 class GhostCache:
     """Counts the misses that a tier with the same slots would have without speculation. It holds only keys."""
 
-    def __init__(self, blocks: int, slots: int, policy: str = DEFAULT_ORDER) -> None:
-        """Make a cache for ``blocks`` blocks with ``slots`` slots each, and the tier's eviction order ``policy``."""
+    def __init__(self, blocks: int, slots: int, policy: str = DEFAULT_POLICY) -> None:
+        """Make a cache for ``blocks`` blocks with ``slots`` slots each, and the tier's ``policy``."""
         self.misses = 0
         self._slots = slots
-        self._policy = ORDERS[policy]
-        self._orders = [self._policy(slots) for _ in range(blocks)]
+        self._make_policy = POLICIES[policy]
+        self._policies = [self._make_policy(slots) for _ in range(blocks)]
         self._resident: list[dict[int, ExpertKey]] = [{} for _ in range(blocks)]
 
     def demand(self, block: int, experts: Collection[int]) -> None:
         """Demand a block's experts. Those given first are evicted last. Ignore demands for more experts than slots."""
-        resident, order = self._resident[block], self._orders[block]
-        if len(resident) != len(order):  # an exception has interrupted the last demand
+        resident, policy = self._resident[block], self._policies[block]
+        if len(resident) != len(policy):  # an exception has interrupted the last demand
             resident = self._resident[block] = {}
-            order = self._orders[block] = self._policy(self._slots)
+            policy = self._policies[block] = self._make_policy(self._slots)
         if len(experts) > self._slots:
             return
         missing = [expert for expert in experts if expert not in resident]
         self.misses += len(missing)
         excess = len(resident) + len(missing) - self._slots
         if excess > 0:
-            victims = (key.expert for key in order.victims(scan=False) if key.expert not in experts)
+            victims = (key.expert for key in policy.victims(scan=False) if key.expert not in experts)
             for expert in list(islice(victims, excess)):
-                order.remove(resident.pop(expert))
+                policy.remove(resident.pop(expert))
         for expert in missing:
             resident[expert] = ExpertKey(block, expert)
-            order.add(resident[expert], scan=False)
+            policy.add(resident[expert], scan=False)
         for expert in reversed([*experts]):
-            order.touch(resident[expert], scan=False)
+            policy.touch(resident[expert], scan=False)

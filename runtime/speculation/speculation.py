@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moetier.runtime.moe.gates import Observation
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource
 
@@ -119,7 +119,7 @@ class Speculation:
         slots: int,
         mode: Mode = Mode.AUTO,
         most: int | None = None,
-        policy: str = DEFAULT_ORDER,
+        policy: str = DEFAULT_POLICY,
     ) -> None:
         """Prepare speculation.
 
@@ -129,7 +129,7 @@ class Speculation:
             slots: about how many slots of ``source`` a block has.
             mode: when to speculate.
             most: the largest number of absent records in one prefetch request; None for any number.
-            policy: the eviction order of ``source``.
+            policy: the policy of ``source``, a key of ``POLICIES``.
         """
         self._shortcuts: Shortcuts | None = shortcuts  # None after detach
         gates = shortcuts.gates

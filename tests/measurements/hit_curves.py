@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moetier.runtime.trace.trace import Trace
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tools.lab.simulation import demands_of, simulate
 
 POINTS = (1 / 128, 1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, *(part / 16 for part in range(2, 17)))
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     curves = [curve_of(path) for path in arguments.traces]
     lines = ",\n".join("    " + json.dumps(curve) for curve in curves)
-    arguments.target.write_text(f'{{\n  "policy": "{DEFAULT_ORDER}",\n  "curves": [\n{lines}\n  ]\n}}\n')
+    arguments.target.write_text(f'{{\n  "policy": "{DEFAULT_POLICY}",\n  "curves": [\n{lines}\n  ]\n}}\n')
 
 
 def curve_of(path: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def curve_of(path: Path) -> dict[str, Any]:
     first = first_uses(trace)
     ratios = []
     for slots in counts:
-        found = simulate(trace, DEFAULT_ORDER, slots).decoding
+        found = simulate(trace, DEFAULT_POLICY, slots).decoding
         ratios.append(round((found.hits + first * slots / experts) / found.lookups, 4))
     shares = [round(slots / experts, 5) for slots in counts]
     return {"trace": path.stem, "experts": experts, "top_k": trace.top_k, "shares": shares, "hit_ratios": ratios}

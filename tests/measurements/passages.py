@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetier.runtime.trace.trace import Trace
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.lab.simulation import SimulatedTier, demands_of
 
@@ -39,7 +39,7 @@ def main() -> None:
     print(f"{arguments.trace.stem}, {len(places)} places")
     for tokens in AFTER:
         for slots in map(int, arguments.slots.split(",")):
-            found = [f"{order} {_spread(blocks, order, slots, places, tokens)}" for order in ORDERS]
+            found = [f"{policy} {_spread(blocks, policy, slots, places, tokens)}" for policy in POLICIES]
             print(f"{slots:>3} cached, {tokens:>3} tokens behind: {'; '.join(found)}", flush=True)
 
 
@@ -48,11 +48,11 @@ def rows_of(trace: Trace, block: int) -> Rows:
     return [demand.keys for sequence in range(len(trace.sequences)) for demand in demands_of(trace, sequence, block)]
 
 
-def ratio_after(blocks: Sequence[Rows], order: str, slots: int, start: int, tokens: int, *, prefill: bool) -> float:
+def ratio_after(blocks: Sequence[Rows], policy: str, slots: int, start: int, tokens: int, *, prefill: bool) -> float:
     """Hit ratio of ``tokens`` that are decoded; before them 100 other tokens, and then perhaps a prefill of 512."""
     hits = wanted = 0
     for block in blocks:
-        tier = SimulatedTier.of_block(block[0][0].block, slots, ORDERS[order])
+        tier = SimulatedTier.of_block(block[0][0].block, slots, POLICIES[policy])
         rows = block[start:]
         for keys in rows[:BEFORE]:
             tier.demand(keys)
@@ -66,11 +66,11 @@ def ratio_after(blocks: Sequence[Rows], order: str, slots: int, start: int, toke
     return hits / wanted
 
 
-def _spread(blocks: Sequence[Rows], order: str, slots: int, places: Sequence[int], tokens: int) -> str:
+def _spread(blocks: Sequence[Rows], policy: str, slots: int, places: Sequence[int], tokens: int) -> str:
     points = [
-        100 * (ratio_after(blocks, order, slots, place, tokens, prefill=True) - before)
+        100 * (ratio_after(blocks, policy, slots, place, tokens, prefill=True) - before)
         for place in places
-        for before in [ratio_after(blocks, order, slots, place, tokens, prefill=False)]
+        for before in [ratio_after(blocks, policy, slots, place, tokens, prefill=False)]
     ]
     return f"{statistics.fmean(points):z.1f}, {min(points):z.1f}"
 

@@ -23,7 +23,7 @@ from speculation import slow_down, tokens_of
 import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.store.folder import read_manifest, store_folder
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.disk:
         slow_down(arguments.disk * 1e9)
     models = {
-        name: moetier.load(arguments.directory, ram=ram, daemon=None, policy=name, speculate="off") for name in ORDERS
+        name: moetier.load(arguments.directory, ram=ram, daemon=None, policy=name, speculate="off") for name in POLICIES
     }
     found: dict[str, list[list[float]]] = {name: [[] for _ in range(4)] for name in models}
     part = 2 * arguments.tokens + arguments.prompt + 1

@@ -39,7 +39,7 @@ from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation import controller
 from moetier.runtime.speculation.controller import Controller
 from moetier.runtime.speculation.predictor import Prediction
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.host import tier as host_tier
 from moetier.tiers.host.staging import StagingBuffers
 from moetier.tiers.stats import TierStats
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=0.0, metavar="GB/S", help="0: as fast as it is (default)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64, help="of a round (default: %(default)s)")
-    parser.add_argument("--policy", choices=list(ORDERS), default=DEFAULT_ORDER, help="(default: %(default)s)")
+    parser.add_argument("--policy", choices=list(POLICIES), default=DEFAULT_POLICY, help="(default: %(default)s)")
     parser.add_argument("--look-ahead", type=int, default=OPTIONS["look_ahead"].default)
     ways = [name for name in WAYS if name not in PARTS]
     parser.add_argument("--ways", default=",".join(ways), help=f"and {', '.join(PARTS)} (default: %(default)s)")

@@ -131,10 +131,10 @@ class VirtualLoaders(Loaders):
             while not self._rings:
                 yield self._idle
             self._rings -= 1
-            while (task := self._monitor.run(self._loads.take)) is not None:
+            while (task := self._monitor.run(self._loads.next_read)) is not None:
                 if isinstance(task, StagingBuffer):
                     yield self._read_bytes(task.end - task.filled)
-                    self._loads.end_piece(task)
+                    self._loads.finish_piece(task)
                     self._monitor.wake()
                 else:
                     yield from self._read_record(task)

@@ -2,13 +2,13 @@
 
 The pool knows keys and slot numbers; it holds no records and has no lock.
 
-    EMPTY -- begin(key) --> LOADING -- fill --> READY -- begin(other key) --> LOADING
+    EMPTY -- begin_fill --> LOADING -- fill --> READY -- begin_fill (another key) --> LOADING
                                `------ fail --> EMPTY
 
 A *pin* keeps the record of a READY slot from being evicted. A pin on a LOADING slot is a *claim*: a demand waits for
 its record.
 
-Blocks form *groups* (``budget.plan_groups``). A group evicts only its own records, in an eviction order (``orders``). A
+Blocks form *groups* (``budget.plan_groups``). A group evicts only its own records, by a policy (``policies``). A
 prefetch takes the slot of an earlier prefetch of any block that turned out wrong, or else evicts the next victim of its
 own group. Until it is used, a prefetched record is itself the next victim. So a right prediction evicts what its demand
 would have evicted, and of several wrong predictions in a row only the first evicts a record that was in use.
@@ -22,26 +22,26 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .budget import Group
-from .orders import DEFAULT_ORDER, ORDERS, Order
+from .policies import DEFAULT_POLICY, POLICIES, Policy
 
 
 class SlotPool:
     """Slots of ``slot_bytes`` each. They are numbered from 0 here, and from ``first`` on in the tier.
 
-    With the order "lru", a group within its quota holds the same records as a least-recently-used cache of that size.
+    With the policy "lru", a group within its quota holds the same records as a least-recently-used cache of that size.
     """
 
     def __init__(
         self,
         groups: Sequence[Group],
-        make_order: Callable[[int], Order] = ORDERS[DEFAULT_ORDER],
+        make_policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY],
         *,
         first: int = 0,
         slot_bytes: int = 0,
     ) -> None:
         """Make as many slots as the quotas of ``groups`` add up to.
 
-        ``make_order`` makes an eviction order from the quota of a group.
+        ``make_policy`` makes a policy from the quota of a group.
         """
         self.count = sum(group.quota for group in groups)
         self.first = first
@@ -55,7 +55,7 @@ class SlotPool:
         self._free = dict.fromkeys(reversed(range(self.count)))  # an ordered set; the end is taken first
         self._quotas = [group.quota for group in groups]
         self._group_of = {block: number for number, group in enumerate(groups) for block in group.blocks}
-        self._orders = [make_order(quota) for quota in self._quotas]
+        self._policies = [make_policy(quota) for quota in self._quotas]
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class SlotPool:
         """The number of READY slots that are pinned."""
         return sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
 
-    def begin(self, slot: int, key: ExpertKey, *, scan: bool = False, prefetched: bool = False) -> ExpertKey | None:
+    def begin_fill(self, slot: int, key: ExpertKey, *, scan: bool = False, prefetched: bool = False) -> ExpertKey | None:
         """Begin to fill a slot that is EMPTY or evictable, which makes it LOADING.
 
         Args:
@@ -128,14 +128,14 @@ class SlotPool:
         if evicted is None:
             del self._free[slot]
         else:
-            self._order(evicted).remove(evicted)
+            self._policy(evicted).remove(evicted)
             del self._slot_of[evicted]
         self._keys[slot] = key
         self._slot_of[key] = slot
-        order = self._order(key)
-        order.add(key, scan=scan)
+        policy = self._policy(key)
+        policy.add(key, scan=scan)
         if prefetched:
-            order.demote(key)
+            policy.demote(key)
         return evicted
 
     def fill(self, slot: int) -> None:
@@ -147,7 +147,7 @@ class SlotPool:
         assert slot in self._loading, f"slot {slot} is not loading"
         key = self.key(slot)
         self._pins[slot] = 0
-        self._order(key).remove(key)
+        self._policy(key).remove(key)
         del self._slot_of[key]
         self._keys[slot] = None
         self._loading.remove(slot)
@@ -221,10 +221,10 @@ class SlotPool:
     def touch(self, keys: Iterable[ExpertKey], *, scan: bool = False) -> None:
         """Note that the records of ``keys``, which have slots, are used in this order."""
         for key in keys:
-            self._orders[self._group_of[key[0]]].touch(key, scan=scan)
+            self._policies[self._group_of[key[0]]].touch(key, scan=scan)
 
-    def _order(self, key: ExpertKey) -> Order:
-        return self._orders[self._group_of[key.block]]
+    def _policy(self, key: ExpertKey) -> Policy:
+        return self._policies[self._group_of[key.block]]
 
     def _empty(self) -> int | None:
         return next(reversed(self._free), None)
@@ -234,18 +234,18 @@ class SlotPool:
     ) -> int | None:
         """Return the first victim of the first group in ``numbers`` that has an evictable one; None if none has."""
         for number in numbers:
-            for key in self._orders[number].victims(scan=scan):
+            for key in self._policies[number].victims(scan=scan):
                 slot = self._slot_of[key]
                 if self.is_evictable(slot) and not keep(key):
                     return slot
         return None
 
     def _surplus(self, number: int) -> int:
-        return len(self._orders[number]) - self._quotas[number]
+        return len(self._policies[number]) - self._quotas[number]
 
     def _by_surplus(self) -> list[int]:
         """Return all group numbers, beginning with the group that is furthest above its quota."""
-        return sorted(range(len(self._orders)), key=lambda number: -self._surplus(number))
+        return sorted(range(len(self._policies)), key=lambda number: -self._surplus(number))
 
     # -- repair and checks --------------------------------------------------------------------------------------------
 
@@ -276,13 +276,13 @@ class SlotPool:
                 self._free[slot] = None
             else:
                 self._slot_of[key] = slot
-        for order in self._orders:
-            for key in set(order).difference(self._slot_of):
-                order.remove(key)
-        grouped = set[ExpertKey]().union(*self._orders)
+        for policy in self._policies:
+            for key in set(policy).difference(self._slot_of):
+                policy.remove(key)
+        grouped = set[ExpertKey]().union(*self._policies)
         for key in self._slot_of:
             if key not in grouped:
-                self._order(key).add(key, scan=False)
+                self._policy(key).add(key, scan=False)
 
     def check_integrity(self) -> None:
         """Assert that each slot is in exactly one state, and each key in at most one slot and in its group."""
@@ -292,9 +292,9 @@ class SlotPool:
         assert self._loading <= set(held.values())
         assert all(pins >= 0 for pins in self._pins)
         assert not any(self._pins[slot] for slot in self._free)
-        grouped = [(key, number) for number, order in enumerate(self._orders) for key in order]
+        grouped = [(key, number) for number, policy in enumerate(self._policies) for key in policy]
         assert sorted(grouped) == sorted((key, self._group_of[key.block]) for key in held)
-        assert [len(order) for order in self._orders] == [len(list(order)) for order in self._orders]
+        assert [len(policy) for policy in self._policies] == [len(list(policy)) for policy in self._policies]
 
 
 def snapshot(counters: TierCounters, pools: Iterable[SlotPool]) -> TierStats:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from moetier.tiers.cache.budget import plan_groups, slot_ranges
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import SlotPool, snapshot
 from moetier.tiers.errors import BudgetError
 from moetier.tiers.layout import ExpertKey
@@ -21,7 +21,7 @@ from .stream import Device, Event, Stream
 class DevicePool(SlotPool):
     """The device's slots for records of one layout."""
 
-    def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor, order: str) -> None:
+    def __init__(self, manifest: Manifest, array: str, first: int, memory: torch.Tensor, policy: str) -> None:
         """Make the slots of a zarr array's records.
 
         Args:
@@ -29,12 +29,12 @@ class DevicePool(SlotPool):
             array: name of the zarr array.
             first: number of the first slot in the tier.
             memory: uint8 [slots * slot_bytes], on the device.
-            order: name of the eviction order, one of ``ORDERS``.
+            policy: a key of ``POLICIES``.
         """
         layout = manifest.layouts[array]
         slots = memory.view(-1, layout.slot_bytes)
         groups = plan_groups(len(slots), manifest.members[array])
-        super().__init__(groups, ORDERS[order], first=first, slot_bytes=layout.slot_bytes)
+        super().__init__(groups, POLICIES[policy], first=first, slot_bytes=layout.slot_bytes)
         self.layout = layout
         self.records = [slot[: layout.record_bytes] for slot in slots]
         self.copied: list[Event | None] = [None] * len(slots)  # by slot: the end of the copy into it

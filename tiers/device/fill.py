@@ -138,7 +138,7 @@ class DeviceFill:
             return None
         self.promotion = DeviceDemand(pool, threading.get_ident())
         self._begin(self.promotion, slot, key, prefetched=True)
-        promoter.begin(key, began)
+        promoter.note_begun(key, began)
         return self.promotion
 
     def _end_promotion(self, key: ExpertKey, began: float) -> None:
@@ -162,7 +162,7 @@ class DeviceFill:
 
     def _begin(self, demand: DeviceDemand, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
         demand.filling = (slot, key)
-        evicted = demand.pool.begin(slot, key, scan=demand.is_scan, prefetched=prefetched)
+        evicted = demand.pool.begin_fill(slot, key, scan=demand.is_scan, prefetched=prefetched)
         if evicted is not None:
             self._counters.evictions += 1
             self._promoter.outcomes.evict(evicted)

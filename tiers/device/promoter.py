@@ -106,7 +106,7 @@ class Promoter:
         """Return whether a record still waits for its promotion and no demand goes first."""
         return not self._missing and self._requests.get(key.block, {}).get(key, False)
 
-    def begin(self, key: ExpertKey, began: float) -> None:
+    def note_begun(self, key: ExpertKey, began: float) -> None:
         """Note that a promotion has begun, at the time ``began`` by ``time.perf_counter``."""
         self.remove(key)
         self._counters.prefetched += 1

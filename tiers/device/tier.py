@@ -28,7 +28,7 @@ from functools import partial
 
 import torch
 
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
@@ -59,7 +59,7 @@ class DeviceTier:
         slots: Mapping[str, int],
         device: Device,
         promotes: bool = False,
-        policy: str = DEFAULT_ORDER,
+        policy: str = DEFAULT_POLICY,
         arrange: Arrange | None = None,
     ) -> None:
         """Allocate the slots. If the device has no room for them, warn and allocate fewer.
@@ -70,7 +70,7 @@ class DeviceTier:
             slots: number of slots by zarr array, as ``slots_for`` computes them.
             device: the device.
             promotes: whether requested records are copied to the device; otherwise only the source prefetches them.
-            policy: name of the eviction order, one of ``ORDERS``.
+            policy: a key of ``POLICIES``.
             arrange: brings a copied record into the kernels' byte order, see ``Copies``.
 
         Raises:

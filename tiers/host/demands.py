@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from moetier.tiers.cache.budget import Group
-from moetier.tiers.cache.orders import Order
+from moetier.tiers.cache.policies import Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.layout import ExpertKey
 
@@ -24,9 +24,9 @@ class Pool(SlotPool):
     """The host tier's slots for records of one layout."""
 
     def __init__(
-        self, groups: Sequence[Group], make_order: Callable[[int], Order], *, first: int, slot_bytes: int
+        self, groups: Sequence[Group], make_policy: Callable[[int], Policy], *, first: int, slot_bytes: int
     ) -> None:
-        super().__init__(groups, make_order, first=first, slot_bytes=slot_bytes)
+        super().__init__(groups, make_policy, first=first, slot_bytes=slot_bytes)
         self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, first come first
         self.read_seconds: float | None = None  # median duration of the latest reads; None before the first
         self._reads: deque[float] = deque(maxlen=READS_KEPT)  # durations of the latest reads in seconds

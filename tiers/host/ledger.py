@@ -26,7 +26,7 @@ from functools import partial
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import plan_groups
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
@@ -57,7 +57,7 @@ class Ledger:
         plan: ArenaPlan,
         directory: Directory,
         *,
-        order: str = DEFAULT_ORDER,
+        policy: str = DEFAULT_POLICY,
         buffers: StagingBuffers | None = None,
         wake: Callable[[], None],
         ring: Callable[[], None],
@@ -72,7 +72,7 @@ class Ledger:
         self.pools: dict[str, Pool] = {}  # by zarr array, in the order of their slots
         for region, first in zip(plan.regions, plan.first_slots, strict=True):
             groups = plan_groups(region.slots, manifest.members[region.array])
-            self.pools[region.array] = Pool(groups, ORDERS[order], first=first, slot_bytes=region.slot_bytes)
+            self.pools[region.array] = Pool(groups, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # the pool of each block's records
         self.prefetches = PrefetchQueue(self.counters, clock, buffers)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
@@ -152,7 +152,7 @@ class Ledger:
         self._end_wait(demand)
         if demand.is_scan:  # one lease at a time, as it needs its slots for the records that it still lacks
             is_last = is_last and len(demand.ready) <= 1
-        return self.take(demand, 1 if demand.is_scan else len(demand.ready)), is_last
+        return self.lease(demand, 1 if demand.is_scan else len(demand.ready)), is_last
 
     def advance(self, demand: Demand) -> None:
         """Serve the demand's pending keys as far as slots are available.
@@ -161,7 +161,7 @@ class Ledger:
         """
         demand.pool.touch(reversed(self._advance(demand)), scan=demand.is_scan)
 
-    def take(self, demand: Demand, most: int = 1) -> list[int]:
+    def lease(self, demand: Demand, most: int = 1) -> list[int]:
         """Lease up to ``most`` of the slots that are ready, and return them."""
         slots: list[int] = []
         while demand.ready and len(slots) < most:
@@ -301,7 +301,7 @@ class Ledger:
         if demand.ready:
             self._end_wait(demand)
         while demand.ready:
-            (slot,) = self.take(demand)
+            (slot,) = self.lease(demand)
             number = demand.pool.first + slot
             key = demand.pool.key(slot)
             caller.deliver(Granted(demand.number, key, number, self.directory.generation(number)))
@@ -337,7 +337,7 @@ class Ledger:
             elif full or not self._may_begin(demand):
                 continue
             elif (slot := self._choose(demand)) is not None:
-                self.loads.begin(pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
+                self.loads.begin_load(pool, key, slot, is_prefetch=False, is_scan=demand.is_scan)
                 pool.pin(slot)
                 self.loads.join(demand, key)
                 self._ring()

@@ -76,7 +76,7 @@ class Loaders:
     def _run(self) -> None:
         while self._loads.closed_by is None:
             self._bell.get()
-            while (task := self._monitor.run(self._loads.take)) is not None:
+            while (task := self._monitor.run(self._loads.next_read)) is not None:
                 if isinstance(task, Load):
                     self._read(task)
                 else:
@@ -107,9 +107,9 @@ class Loaders:
             self._parts.read_part(staged.key, staged.filled, staged.buffer[staged.filled : staged.end])
         except BaseException as error:  # of any kind, since a demand that waits must get it
             traceback.clear_frames(error.__traceback__)
-            self._monitor.run(self._loads.end_piece, staged, error)
+            self._monitor.run(self._loads.finish_piece, staged, error)
         else:
-            self._monitor.run(self._loads.end_piece, staged)
+            self._monitor.run(self._loads.finish_piece, staged)
 
     def _copy(self, staged: StagingBuffer, slot: memoryview) -> None:
         """Copy the staged beginning of a record into its slot. Waits for the piece that is being read."""

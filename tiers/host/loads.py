@@ -46,7 +46,7 @@ class FairQueue:
             self._queues.move_to_end(caller, last=False)
         queue.append(load)
 
-    def take(self) -> Load | None:
+    def pop(self) -> Load | None:
         """Take the first load of the caller that has not been served for the longest time; None if no caller waits."""
         for caller, queue in self._queues.items():
             while queue:
@@ -98,7 +98,7 @@ class Loads:
 
     # -- demands ------------------------------------------------------------------------------------------------------
 
-    def begin(
+    def begin_load(
         self,
         pool: Pool,
         key: ExpertKey,
@@ -109,7 +109,7 @@ class Loads:
         is_warmup: bool = False,
     ) -> Load:
         """Begin a load of a record into a slot that is EMPTY or evictable."""
-        evicted = pool.begin(slot, key, scan=is_scan, prefetched=is_prefetch)
+        evicted = pool.begin_fill(slot, key, scan=is_scan, prefetched=is_prefetch)
         if evicted is not None:
             self._counters.evictions += 1
             self._prefetches.evict(evicted)
@@ -188,7 +188,7 @@ class Loads:
             self._waiting.wake()
         return is_wanted
 
-    def end_piece(self, staged: StagingBuffer, error: BaseException | None = None) -> None:
+    def finish_piece(self, staged: StagingBuffer, error: BaseException | None = None) -> None:
         """Note that the read of a piece has ended, with ``error`` if it failed.
 
         If it failed, a load that has claimed the buffer gets the error. Otherwise the buffer is freed, and a later
@@ -200,7 +200,7 @@ class Loads:
         self._counters.bytes_in += staged.filled - filled
         if error is not None and not staged.is_claimed:
             self._counters.failures += 1
-            self._buffers.end(staged)
+            self._buffers.free(staged)
 
     def _begin_prefetch(self) -> Load | StagingBuffer | None:
         """Return what a loader reads next for a prefetch; None if there is nothing, or something is read for a demand.
@@ -214,11 +214,11 @@ class Loads:
                 return staged.begin_piece(self._clock())
         while True:
             if self._prefetches.unbegun and self._prefetches.make_room():
-                place = self._prefetches.take()
+                place = self._prefetches.next_place()
                 if place is not None and place.slot is not None:
-                    return self.begin(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
+                    return self.begin_load(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
                 if place is not None and self._buffers is not None:
-                    staged = self._buffers.begin(place.key, place.pool.slot_bytes, place.pool.read_seconds)
+                    staged = self._buffers.assign(place.key, place.pool.slot_bytes, place.pool.read_seconds)
                     return staged.begin_piece(self._clock())
             full = [
                 (staged, pool)
@@ -228,12 +228,12 @@ class Loads:
             ]
             for staged, pool in full:
                 if (slot := self._prefetches.slot_for(pool, staged.key)) is not None:
-                    return self.begin(pool, staged.key, slot, is_prefetch=True)
+                    return self.begin_load(pool, staged.key, slot, is_prefetch=True)
             self.lacks_slots = bool(full)
             if not full or not self._prefetches.unbegun:
                 return None
             assert self._buffers is not None
-            self._buffers.end(full[0][0])  # other requests wait for the buffer
+            self._buffers.free(full[0][0])  # other requests wait for the buffer
             self._counters.cancelled += 1
 
     def ring_for_prefetches(self) -> None:
@@ -256,9 +256,9 @@ class Loads:
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
-    def take(self) -> Load | StagingBuffer | None:
+    def next_read(self) -> Load | StagingBuffer | None:
         """Return what a loader reads next: a record, or a piece of one. None if there is nothing to read now."""
-        return self._queue.take() or self._begin_prefetch()
+        return self._queue.pop() or self._begin_prefetch()
 
     def arrive(self, load: Load, seconds: float | None = None) -> None:
         """Note that a load's record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
@@ -303,7 +303,7 @@ class Loads:
         self.closed_by = error
         self._prefetches.repair()
         self._prefetches.warmup.clear()
-        while (load := self._queue.take()) is not None:
+        while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
     def _remove(self, load: Load) -> None:
@@ -311,7 +311,7 @@ class Loads:
         if (staged := load.staged) is not None:
             assert self._buffers is not None
             load.staged = None
-            self._buffers.end(staged)
+            self._buffers.free(staged)
 
     def _invalidate(self, load: Load) -> None:
         """Remove a load whose record will not arrive. Its slot becomes EMPTY."""

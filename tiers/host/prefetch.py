@@ -98,7 +98,7 @@ class PrefetchQueue:
         """Drop all requests, after an interrupted step."""
         self._requests.clear()
 
-    def take(self) -> Place | None:
+    def next_place(self) -> Place | None:
         """Take the next record to read, and a place for it. Return None if there is none.
 
         Requests come before the warm-up. A requested record gets the first of these that exists:

@@ -103,7 +103,7 @@ class StagingBuffers:
                 "Give the host tier less memory, or free some.",
             ) from error
         self._maps = maps
-        self._free = [memoryview(memory) for memory in maps]
+        self._unused = [memoryview(memory) for memory in maps]
         self._staged: dict[ExpertKey, StagingBuffer] = {}
         self._ended: list[StagingBuffer] = []  # buffers to be freed when the read into them ends
 
@@ -121,18 +121,18 @@ class StagingBuffers:
     @property
     def has_room(self) -> bool:
         """True if a buffer is free."""
-        return bool(self._free)
+        return bool(self._unused)
 
-    def begin(self, key: ExpertKey, slot_bytes: int, read_seconds: float | None) -> StagingBuffer:
+    def assign(self, key: ExpertKey, slot_bytes: int, read_seconds: float | None) -> StagingBuffer:
         """Give a free buffer to a record. ``slot_bytes`` and ``read_seconds`` are those of its pool."""
-        buffer = self._free.pop()[: buffer_bytes(slot_bytes)]
+        buffer = self._unused.pop()[: buffer_bytes(slot_bytes)]
         staged = self._staged[key] = StagingBuffer(key, buffer, piece_bytes(slot_bytes, read_seconds))
         return staged
 
     def claim(self, key: ExpertKey) -> StagingBuffer | None:
         """Claim the record's buffer, if there is one, for a load that reads the rest of the record. Return the buffer.
 
-        The load has to ``end`` the buffer.
+        The load has to ``free`` the buffer.
         """
         staged = self._staged.get(key)
         if staged is not None:
@@ -143,11 +143,11 @@ class StagingBuffers:
         """Free the oldest idle buffer whose record is no longer requested. Return whether there was one."""
         for staged in self._staged.values():
             if staged.is_idle and not is_requested(staged.key):
-                self.end(staged)
+                self.free(staged)
                 return True
         return False
 
-    def end(self, staged: StagingBuffer) -> None:
+    def free(self, staged: StagingBuffer) -> None:
         """Free the buffer, now or when the read into it ends."""
         if staged.is_reading:
             self._ended.append(staged)
@@ -174,18 +174,18 @@ class StagingBuffers:
             if staged in self._ended:
                 del self._staged[staged.key]
             elif staged.is_claimed and staged not in claimed:
-                self.end(staged)
+                self.free(staged)
         used = [staged.buffer.obj for staged in (*self._staged.values(), *self._ended)]
-        self._free[:] = [memoryview(memory) for memory in self._maps if not any(memory is other for other in used)]
+        self._unused[:] = [memoryview(memory) for memory in self._maps if not any(memory is other for other in used)]
 
     def close(self) -> None:
         """Free all memory. No read may be in progress."""
         self._staged.clear()
-        self._free.clear()
+        self._unused.clear()
         self._maps.clear()
 
     def _release(self, staged: StagingBuffer) -> None:
         whole = staged.buffer.obj
         assert isinstance(whole, mmap.mmap)
-        self._free.append(memoryview(whole))
+        self._unused.append(memoryview(whole))
         staged.buffer.release()

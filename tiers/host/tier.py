@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 from moetier.tiers.arena.arena import Arena, intact_slots
 from moetier.tiers.arena.plan import ArenaPlan
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.cache.pool import snapshot
 from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
@@ -47,7 +47,7 @@ class HostTier(Closeable):
         slots: Mapping[str, int],
         loaders: int = LOADERS,
         arena: Arena | None = None,
-        policy: str = DEFAULT_ORDER,
+        policy: str = DEFAULT_POLICY,
     ) -> None:
         """Allocate the memory, and start the loaders.
 
@@ -57,7 +57,7 @@ class HostTier(Closeable):
             loaders: number of threads that read records.
             arena: a reclaimed arena with these slots, which the tier takes over. Its intact records are READY without a
                 read, and processes that have mapped it can go on.
-            policy: name of the eviction order, one of ``ORDERS``.
+            policy: a key of ``POLICIES``.
 
         Raises:
             BudgetError: the system does not give that much memory.
@@ -83,7 +83,7 @@ class HostTier(Closeable):
                 self.manifest,
                 self.plan,
                 self._arena.directory,
-                order=policy,
+                policy=policy,
                 buffers=self._buffers,
                 wake=self._wake,
                 ring=partial(bell.put, None),  # reentrant by its documentation, as a finalizer may call it
@@ -297,7 +297,7 @@ class HostTier(Closeable):
         arena.directory.repair([(kept.get(slot), False) for slot in range(self.plan.slots)])
         for slot, key in kept.items():
             pool = self._ledger.pool_of[key.block]
-            pool.begin(slot - pool.first, key)
+            pool.begin_fill(slot - pool.first, key)
             pool.fill(slot - pool.first)
         self.recovered = len(kept)
 

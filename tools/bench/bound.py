@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moetier.tiers.cache.budget import Group, plan_groups
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tools.lab.simulation import SimulatedTier
@@ -71,13 +71,13 @@ class Bound:
         return asdict(self) | {"seconds": self.seconds, "by": self.by}
 
 
-def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_ORDER) -> list[list[int]]:
+def misses_of(routing: Routing, groups: Sequence[Group], policy: str = DEFAULT_POLICY) -> list[list[int]]:
     """Return how many experts a simulated cache has to read, by step and block.
 
-    The cache is empty at the start and evicts by ``policy``, one of ``ORDERS``. All experts of a step and block are
+    The cache is empty at the start and evicts by ``policy``, one of ``POLICIES``. All experts of a step and block are
     looked up before any of them is loaded. Steps of many tokens are treated like others.
     """
-    tier = SimulatedTier(groups, ORDERS[policy])
+    tier = SimulatedTier(groups, POLICIES[policy])
     return [
         [
             len(tier.demand([ExpertKey(block, expert) for expert in sorted(set(experts))]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetier.runtime.config import MOST, Number
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.arguments import CREDENTIALS, add_credentials, asked, credentials
 from moetier.tools.cli.parser import UsageError, file_or_address
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cached",
         type=CACHED,
         metavar="N",
-        help=f"figure1, heatmap: experts of each block in a cache with the policy {DEFAULT_ORDER} (default: top-k)",
+        help=f"figure1, heatmap: experts of each block in a cache with the policy {DEFAULT_POLICY} (default: top-k)",
     )
     add_credentials(parser)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import TINY, Number, Size, format_bytes
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tools.cli.arguments import size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="experts of each block in a device tier above, with the same policy "
-        f"({DEFAULT_ORDER} with learned and belady)",
+        f"({DEFAULT_POLICY} with learned and belady)",
     )
     speed = parser.add_argument_group("speed")
     speed.add_argument("--record", type=size, metavar="SIZE", help="size of an expert, as inspect shows it")
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int | None) -> dict[str, Any]:
     from moetier.runtime.trace.recall import compare
     from moetier.tiers.errors import ConfigError
-    from moetier.tools.lab.simulation import POLICIES, simulate
+    from moetier.tools.lab.simulation import SIMULATED, simulate
 
     most = max(trace.num_experts)
     if arguments.slots and arguments.slots[-1] > most:
@@ -99,7 +99,7 @@ def _report(path: Path, trace: Trace, arguments: argparse.Namespace, record: int
     results = [
         _result(simulate(trace, policy, number, device_slots=arguments.device_slots), arguments, record)
         for number in slots
-        for policy in arguments.policy or POLICIES
+        for policy in arguments.policy or SIMULATED
     ]
     return {
         "model": trace.model,
@@ -188,10 +188,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _policies(text: str) -> list[str]:
-    from moetier.tools.lab.simulation import POLICIES
+    from moetier.tools.lab.simulation import SIMULATED
 
     names = list(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in POLICIES]
+    unknown = [name for name in names if name not in SIMULATED]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among {', '.join(POLICIES)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among {', '.join(SIMULATED)}")
     return names

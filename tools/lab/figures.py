@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from moetier.proto.expert_store_pb2 import Block, StatsReply
 from moetier.runtime.trace.recall import compare
 from moetier.runtime.trace.trace import NONE, Trace
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.report import format_seconds
@@ -31,7 +31,7 @@ Uses = npt.NDArray[np.float64]  # [blocks, experts]; nan where there is no exper
 Ready = npt.NDArray[np.bool_]
 
 
-def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_ORDER) -> Figure:
+def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_POLICY) -> Figure:
     """Draw Figure 1: the experts that each token uses, darker by their weight.
 
     A small square marks the experts that a cache holds before the token; it has ``cached`` slots for each block (0: no
@@ -76,7 +76,7 @@ def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int,
     return figure
 
 
-def draw_hits(trace: Trace, *, policy: str = DEFAULT_ORDER) -> Figure:
+def draw_hits(trace: Trace, *, policy: str = DEFAULT_POLICY) -> Figure:
     """Draw Figure 2, left: hit ratio by experts cached for each block, with ``policy``, Belady's bound, and chance."""
     most = max(trace.num_experts)
     slots = sorted({max(round(number), 1) for number in np.linspace(1, most, min(most, 16))})
@@ -121,7 +121,7 @@ def draw_recall(trace: Trace) -> Figure:
     return figure
 
 
-def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_ORDER) -> Figure:
+def draw_heatmap(trace: Trace, *, cached: int, policy: str = DEFAULT_POLICY) -> Figure:
     """Draw two maps by block and expert: an expert's uses relative to an even share, and its hit ratio in a cache.
 
     The cache holds ``cached`` experts of each block and evicts by ``policy``.
@@ -240,7 +240,7 @@ def _resident(trace: Trace, tokens: range, block: int, cached: int, policy: str)
     experts = trace.num_experts[block]
     found = np.zeros((len(tokens), experts), np.bool_)
     for span in trace.sequences:
-        tier = SimulatedTier.of_block(block, min(cached, experts), ORDERS[policy])
+        tier = SimulatedTier.of_block(block, min(cached, experts), POLICIES[policy])
         for token in range(span.start, min(span.stop, tokens.stop)):
             if token in tokens:
                 found[token - tokens.start, [key.expert for key in tier.resident]] = True
@@ -258,7 +258,7 @@ def _uses(trace: Trace, cached: int, policy: str) -> tuple[npt.NDArray[np.float6
     hits = np.zeros_like(used)
     for block, experts in enumerate(trace.num_experts):
         for sequence, span in enumerate(trace.sequences):
-            tier = SimulatedTier.of_block(block, min(cached, experts), ORDERS[policy])
+            tier = SimulatedTier.of_block(block, min(cached, experts), POLICIES[policy])
             rows = trace.experts[span.start : span.stop, block]
             np.add.at(used[block], rows[rows != NONE], 1)
             for demand in demands_of(trace, sequence, block):

@@ -12,12 +12,12 @@ import numpy as np
 
 from moetier.runtime.trace.trace import NONE, Trace
 from moetier.tiers.cache.budget import Group
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
 
-POLICIES = (*ORDERS, "learned", "belady")  # those of tiers, and two for comparison
+SIMULATED = (*POLICIES, "learned", "belady")  # those of tiers, and two for comparison
 AHEAD = 8  # loads that a host tier of four loaders has in flight for one caller
 
 
@@ -66,7 +66,7 @@ class Outcome:
 
 
 class Clairvoyant:
-    """Order that evicts the key whose next use is furthest in the future. None hits more often (Belady 1966)."""
+    """Policy that evicts the key whose next use is furthest in the future. None hits more often (Belady 1966)."""
 
     def __init__(self, uses: Mapping[ExpertKey, Sequence[int]]) -> None:
         """Take the ``uses``: the times at which each key is used, ascending."""
@@ -109,13 +109,13 @@ class Clairvoyant:
 class SimulatedTier:
     """Tier whose loads take no time, with slots for one block, or for several blocks in groups."""
 
-    def __init__(self, groups: Sequence[Group], make_order: Callable[[int], Order]) -> None:
-        self._pool = SlotPool(groups, make_order)
+    def __init__(self, groups: Sequence[Group], make_policy: Callable[[int], Policy]) -> None:
+        self._pool = SlotPool(groups, make_policy)
 
     @classmethod
-    def of_block(cls, block: int, quota: int, make_order: Callable[[int], Order]) -> SimulatedTier:
+    def of_block(cls, block: int, quota: int, make_policy: Callable[[int], Policy]) -> SimulatedTier:
         """Make a tier of ``quota`` slots for one block."""
-        return cls([Group((block,), quota)], make_order)
+        return cls([Group((block,), quota)], make_policy)
 
     def demand(self, keys: Sequence[ExpertKey], *, is_prompt: bool = False) -> list[ExpertKey]:
         """Load those of one block's ``keys`` that are missing, and return them. The first key is evicted last."""
@@ -173,7 +173,7 @@ class SimulatedTier:
             self._pool.unpin(slot)
 
     def _fill(self, slot: int, key: ExpertKey, *, scan: bool) -> None:
-        self._pool.begin(slot, key, scan=scan)
+        self._pool.begin_fill(slot, key, scan=scan)
         self._pool.fill(slot)
 
     def _slot(self, key: ExpertKey) -> int:
@@ -205,13 +205,13 @@ def simulate(trace: Trace, policy: str, slots: int, *, device_slots: int = 0) ->
             demands = demands_of(trace, sequence, block)
             if device_slots:
                 above = SimulatedTier.of_block(
-                    block, min(device_slots, experts), ORDERS[policy if policy in ORDERS else DEFAULT_ORDER]
+                    block, min(device_slots, experts), POLICIES[policy if policy in POLICIES else DEFAULT_POLICY]
                 )
                 demands = _missed(above, demands, device)
             if policy == "belady":
                 missed = _foresee(block, quota, demands)
             else:
-                tier = SimulatedTier.of_block(block, quota, ORDERS["lru" if policy == "learned" else policy])
+                tier = SimulatedTier.of_block(block, quota, POLICIES["lru" if policy == "learned" else policy])
                 if policy == "learned":
                     preloads += tier.preload(known.hottest(block, quota))
                     used = HotSet()
@@ -241,17 +241,17 @@ def _missed(tier: SimulatedTier, demands: Sequence[Demand], count: Count) -> lis
 
 
 def _foresee(block: int, quota: int, demands: Sequence[Demand]) -> list[list[ExpertKey]]:
-    """Return the misses of each demand with the order ``Clairvoyant``."""
+    """Return the misses of each demand with the policy ``Clairvoyant``."""
     uses: dict[ExpertKey, list[int]] = {}
     for now, demand in enumerate(demands):
         for key in demand.keys:
             uses.setdefault(key, []).append(now)
-    order = Clairvoyant(uses)
-    tier = SimulatedTier.of_block(block, quota, lambda quota: order)
+    policy = Clairvoyant(uses)
+    tier = SimulatedTier.of_block(block, quota, lambda quota: policy)
     missed = []
-    for order.now, demand in enumerate(demands):
+    for policy.now, demand in enumerate(demands):
         # if not all of them can stay, those whose next use is nearest must be loaded last
-        keys = sorted(demand.keys, key=order.next_use, reverse=demand.is_prompt)
+        keys = sorted(demand.keys, key=policy.next_use, reverse=demand.is_prompt)
         missed.append(tier.demand(keys, is_prompt=demand.is_prompt))
     return missed
 

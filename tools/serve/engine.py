@@ -109,7 +109,7 @@ class Answer:
 
     def _pass_on(self, pieces: Iterable[Any]) -> None:
         for piece in pieces:
-            for found in self._stops.take(piece):
+            for found in self._stops.feed(piece):
                 if found is None:
                     self._end("answered")
                 self._send(found)

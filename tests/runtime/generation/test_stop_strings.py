@@ -12,20 +12,20 @@ TEXT = st.text("abc", max_size=12)
 def test_text_ends_where_the_first_string_begins(pieces: list[str], strings: list[str]) -> None:
     stops, passed = StopStrings(strings), []
     for piece in [*pieces, None]:
-        passed += stops.take(piece)
+        passed += stops.feed(piece)
     text = "".join(pieces)
     places = [at for at in map(text.find, strings) if at >= 0]
     assert "".join(passed[:-1]) == text[: min(places, default=len(text))]
     assert passed[-1] is None
     assert stops.ended
-    assert stops.take("more") == []
+    assert stops.feed("more") == []
 
 
 def test_what_can_be_no_beginning_is_passed_on_at_once() -> None:
     stops = StopStrings(["\n\nUser:"])
-    assert stops.take("Sì.\n") == ["Sì."]
-    assert stops.take("\nUs") == []
-    assert stops.take("o di") == ["\n\nUso di"]
+    assert stops.feed("Sì.\n") == ["Sì."]
+    assert stops.feed("\nUs") == []
+    assert stops.feed("o di") == ["\n\nUso di"]
 
 
 def test_other_things_come_in_their_turn() -> None:
@@ -33,7 +33,7 @@ def test_other_things_come_in_their_turn() -> None:
         __slots__ = ()
 
     stops, thought = StopStrings(["ab"]), Reasoning("ab")
-    assert stops.take("xa") == ["x"]
-    assert stops.take(thought) == ["a", thought]
-    assert stops.take("b") == ["b"]
-    assert stops.take("ab") == [None]
+    assert stops.feed("xa") == ["x"]
+    assert stops.feed(thought) == ["a", thought]
+    assert stops.feed("b") == ["b"]
+    assert stops.feed("ab") == [None]

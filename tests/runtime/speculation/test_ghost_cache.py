@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetier.runtime.speculation.controller import GhostCache
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.layout import ExpertKey
 from moetier.tools.lab.simulation import SimulatedTier
 
@@ -26,12 +26,12 @@ def test_it_misses_what_an_lru_misses(policy: str, demands: list[tuple[int, list
     assert ghost.misses == missed
 
 
-@pytest.mark.parametrize("policy", ORDERS)
+@pytest.mark.parametrize("policy", POLICIES)
 @given(demands=demands, slots=st.integers(TOP_K, 8))
 def test_it_misses_what_a_tier_misses(policy: str, demands: list[tuple[int, list[int]]], slots: int) -> None:
     ghost, tiers = (
         GhostCache(2, slots, policy),
-        [SimulatedTier.of_block(block, slots, ORDERS[policy]) for block in range(2)],
+        [SimulatedTier.of_block(block, slots, POLICIES[policy]) for block in range(2)],
     )
     for block, experts in demands:
         before = ghost.misses
@@ -40,7 +40,7 @@ def test_it_misses_what_a_tier_misses(policy: str, demands: list[tuple[int, list
         assert ghost.misses - before == len(missed)
 
 
-@pytest.mark.parametrize("policy", ORDERS)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_scan_evicts_nothing(policy: str) -> None:
     ghost = GhostCache(1, 2, policy)
     for experts in ({0, 1}, {2, 3, 4}, {0, 1}):

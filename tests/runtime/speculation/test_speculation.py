@@ -17,7 +17,7 @@ from moetier.runtime.speculation import controller
 from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Prediction, Shortcuts
 from moetier.runtime.speculation.speculation import JUDGED, MOST_ROWS, Speculation
-from moetier.tiers.cache.orders import Recency
+from moetier.tiers.cache.policies import Recency
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import ExpertKey
 
@@ -88,12 +88,12 @@ def test_the_text_is_the_same_and_experts_are_there_before_they_are_needed(tinym
     assert with_.host.stats().hit_ratio > without.host.stats().hit_ratio
 
 
-def test_what_a_step_lacks_by_itself_is_by_the_tier_s_order(tinymix_4bit: Path) -> None:
+def test_what_a_step_lacks_by_itself_is_by_the_tier_s_policy(tinymix_4bit: Path) -> None:
     model, _ = moetier.load(tinymix_4bit, ram=RAM, daemon=None, policy="lru")
     with model.tiers:
-        orders = model.tiers.speculation._ghost_cache._orders
-    assert len(orders) == BLOCKS
-    assert all(isinstance(order, Recency) for order in orders)
+        policies = model.tiers.speculation._ghost_cache._policies
+    assert len(policies) == BLOCKS
+    assert all(isinstance(policy, Recency) for policy in policies)
 
 
 def test_predictions_are_better_than_chance_and_worse_from_afar(tinymix_4bit: Path) -> None:

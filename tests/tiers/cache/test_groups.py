@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetier.tiers.cache.budget import Group, plan_groups
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Order
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Block
@@ -89,10 +89,10 @@ class Cache:
     """Drive a pool as a tier does, with loads that are done at once."""
 
     def __init__(
-        self, count: int, blocks: Mapping[int, Block], make_order: Callable[[int], Order] = ORDERS[DEFAULT_ORDER]
+        self, count: int, blocks: Mapping[int, Block], make_policy: Callable[[int], Policy] = POLICIES[DEFAULT_POLICY]
     ) -> None:
         self.groups = plan_groups(count, blocks)
-        self.pool = SlotPool(self.groups, make_order)
+        self.pool = SlotPool(self.groups, make_policy)
 
     def demand(self, block: int, experts: Iterable[int]) -> int:
         """Return the number of hits."""
@@ -119,7 +119,7 @@ class Cache:
         self.pool.check_integrity()
 
     def _fill(self, slot: int, key: ExpertKey, *, prefetched: bool = False) -> None:
-        self.pool.begin(slot, key, prefetched=prefetched)
+        self.pool.begin_fill(slot, key, prefetched=prefetched)
         self.pool.fill(slot)
 
     def resident(self, blocks: Iterable[int]) -> set[ExpertKey]:
@@ -157,7 +157,7 @@ def test_it_is_a_least_recently_used_cache_block_by_block(
     plan: tuple[dict[int, Block], int], data: st.DataObject
 ) -> None:
     blocks, slots = plan
-    cache = Cache(slots, blocks, ORDERS["lru"])
+    cache = Cache(slots, blocks, POLICIES["lru"])
     oracle = Oracle(cache.groups)
     for _ in range(data.draw(st.integers(1, 40))):
         block = data.draw(st.sampled_from(sorted(blocks)))
@@ -168,7 +168,7 @@ def test_it_is_a_least_recently_used_cache_block_by_block(
         assert cache.resident(blocks) == oracle.resident()
 
 
-@pytest.mark.parametrize("policy", ORDERS)
+@pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=100)
 @given(planned(), st.data())
 def test_a_prefetch_evicts_its_own_blocks_next_and_goes_first_itself(
@@ -176,7 +176,7 @@ def test_a_prefetch_evicts_its_own_blocks_next_and_goes_first_itself(
 ) -> None:
     """A right prediction evicts what the demand would have evicted, wrong ones cost one record."""
     blocks, slots = plan
-    cache = Cache(slots, blocks, ORDERS[policy])
+    cache = Cache(slots, blocks, POLICIES[policy])
     for _ in range(data.draw(st.integers(1, 40))):
         block = data.draw(st.sampled_from(sorted(blocks)))
         expert = data.draw(st.integers(0, blocks[block].experts - 1))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from moetier.tiers.cache.budget import Group
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.layout import ExpertKey
 
@@ -19,7 +19,7 @@ KEYS = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 3))
 
 def pool_of(*quotas: int) -> SlotPool:
     """A pool with a group for each block."""
-    return SlotPool([Group((block,), quota) for block, quota in enumerate(quotas)], ORDERS["lru"])
+    return SlotPool([Group((block,), quota) for block, quota in enumerate(quotas)], POLICIES["lru"])
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -38,9 +38,9 @@ class PoolMachine(RuleBasedStateMachine):
         held, state, pins = self.model.get(slot, (None, READY, 0))
         if self.holder(key) is not None or state == LOADING or pins:
             with pytest.raises(AssertionError):
-                self.pool.begin(slot, key)
+                self.pool.begin_fill(slot, key)
         else:
-            assert self.pool.begin(slot, key) == held
+            assert self.pool.begin_fill(slot, key) == held
             self.model[slot] = (key, LOADING, 0)
 
     @precondition(lambda self: self.model)
@@ -122,7 +122,7 @@ def test_an_empty_slot_can_not_be_used() -> None:
 def filled(pool: SlotPool, key: ExpertKey, *, may_borrow: bool = False) -> int:
     slot = pool.choose(key.block, may_borrow=may_borrow)
     assert slot is not None
-    pool.begin(slot, key)
+    pool.begin_fill(slot, key)
     pool.fill(slot)
     pool.check_integrity()
     return slot
@@ -135,8 +135,8 @@ def test_a_change_that_was_cut_leaves_no_slot_ready_without_its_record(act: str,
     old, new = ExpertKey(0, 0), ExpertKey(0, 1)
     slot = filled(pool, old) if act == "evict" else 0
     if act in ("fill", "fail"):
-        pool.begin(slot, new)
-    work = {"fill": lambda: pool.fill(slot), "fail": lambda: pool.fail(slot)}.get(act, lambda: pool.begin(slot, new))
+        pool.begin_fill(slot, new)
+    work = {"fill": lambda: pool.fill(slot), "fail": lambda: pool.fail(slot)}.get(act, lambda: pool.begin_fill(slot, new))
     cut(work, steps)
     before = act == "evict" and pool.is_ready(slot)
     assert not pool.is_ready(slot) or pool.key(slot) == (old if before else new)
@@ -190,8 +190,8 @@ def test_what_is_to_be_kept_is_not_chosen() -> None:
         lambda pool: pool._loading.add(2),
         lambda pool: pool._pins.__setitem__(0, -1),
         lambda pool: pool._pins.__setitem__(2, 1),
-        lambda pool: pool._orders[1].add(ExpertKey(0, 0), scan=False),
-        lambda pool: pool._orders[0].remove(ExpertKey(0, 0)),
+        lambda pool: pool._policies[1].add(ExpertKey(0, 0), scan=False),
+        lambda pool: pool._policies[0].remove(ExpertKey(0, 0)),
     ],
 )
 def test_check_integrity_sees_what_is_wrong(corrupt: Callable[[SlotPool], None]) -> None:

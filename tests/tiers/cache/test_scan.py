@@ -10,7 +10,7 @@ from readers import RamReader
 from stores import make_plan, make_records
 from threads import run_all
 
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 
@@ -55,7 +55,7 @@ def test_what_passed_and_is_used_again_stays(policy: str) -> None:
         assert hits(tier, 0, 62, 63) == 2
 
 
-@pytest.mark.parametrize("policy", ORDERS)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_all_that_a_demand_brings_is_used(policy: str) -> None:
     """Records that begin to load only after others have arrived stay before records that were used earlier."""
     with HostTier(RamReader(PLAN, RECORDS), slots=SLOTS, policy=policy) as tier:

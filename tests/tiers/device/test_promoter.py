@@ -473,14 +473,14 @@ def guesses(host: HostTier) -> tuple[int, ...]:
 
 def test_a_promotion_is_no_demand_of_the_host(host: HostTier, tier: DeviceTier) -> None:
     host.uses()
-    order = list(host._ledger.pools["records"]._orders[0])
+    order = list(host._ledger.pools["records"]._policies[0])
     before = host.stats()
     tier.prefetch(0, keys(0, 0, 1))
     promoted(tier, 2)
     idle(tier)
     assert host.stats() == before
     assert host.uses() == {}
-    assert list(host._ledger.pools["records"]._orders[0]) == order
+    assert list(host._ledger.pools["records"]._policies[0]) == order
 
 
 def test_a_right_guess_is_useful_once_in_each_tier(tier: DeviceTier, host: HostTier, device: FakeDevice) -> None:

@@ -18,7 +18,7 @@ from stores import layout_of, make_plan
 from moetier.tiers.arena.directory import Directory
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.cache.budget import slot_ranges
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool
 from moetier.tiers.host.ledger import Ledger
@@ -122,7 +122,7 @@ class LedgerMachine(RuleBasedStateMachine):
             MANIFEST,
             plan,
             self.directory,
-            order=data.draw(st.sampled_from(sorted(ORDERS)), "order"),
+            policy=data.draw(st.sampled_from(sorted(POLICIES)), "policy"),
             buffers=StagingBuffers(SLOT_BYTES) if data.draw(st.booleans(), "buffers") else None,
             wake=self.wake,
             ring=lambda: None,
@@ -305,7 +305,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin_read(self) -> None:
         with step_of(self.monitor):
             evictions = self.ledger.counters.evictions
-            load = self.ledger.loads.take()
+            load = self.ledger.loads.next_read()
         if isinstance(load, StagingBuffer):
             assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
             assert self.ledger.counters.evictions == evictions, "and evicts nothing"
@@ -345,7 +345,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.reading.remove(load)
         if isinstance(load, StagingBuffer):
             with step_of(self.monitor):
-                self.ledger.loads.end_piece(load, error)
+                self.ledger.loads.finish_piece(load, error)
             return
         if load.staged is not None:
             error = error or load.staged.error
@@ -415,7 +415,7 @@ class LedgerMachine(RuleBasedStateMachine):
                     if held and request in client.held:
                         client.release(request, [next(iter(held))])
             with step_of(self.monitor):
-                while len(self.reading) < self.loaders and (load := self.ledger.loads.take()) is not None:
+                while len(self.reading) < self.loaders and (load := self.ledger.loads.next_read()) is not None:
                     self.reading.append(load)
             if self.awake():
                 self.end(self.awake()[0], None)
@@ -464,7 +464,7 @@ def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
 
 def take_load(ledger: Ledger) -> Load | None:
     """Without staging buffers there is nothing else to take."""
-    load = ledger.loads.take()
+    load = ledger.loads.next_read()
     assert load is None or isinstance(load, Load)
     return load
 
@@ -481,7 +481,7 @@ def test_the_starved_are_served_in_order_and_nobody_reads_ahead_of_them() -> Non
     second = demand(ledger, pool, 4, 0)
     assert list(pool.starved) == [first, second]
     arrive_all(ledger)
-    ledger.take(greedy)
+    ledger.lease(greedy)
     ledger.release(greedy)
     ledger.advance(greedy)  # a slot is free, and it may not have it
     ledger.advance(second)
@@ -490,7 +490,7 @@ def test_the_starved_are_served_in_order_and_nobody_reads_ahead_of_them() -> Non
     ledger.advance(first)
     assert [load.key for load in first.loads] == [ExpertKey(3, 0)], "one, for another demand is starved"
     assert list(pool.starved) == [second]
-    ledger.take(greedy)
+    ledger.lease(greedy)
     ledger.release(greedy)
     ledger.advance(first)
     ledger.advance(second)

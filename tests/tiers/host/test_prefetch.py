@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetier.tiers.cache.budget import Group
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.host.demands import AsyncCaller, Demand, Pool
 from moetier.tiers.host.prefetch import PrefetchQueue
 from moetier.tiers.layout import ExpertKey
@@ -22,7 +22,7 @@ def keys(block: int, *experts: int) -> list[ExpertKey]:
 
 def make_pool() -> Pool:
     """More slots for each block than it has experts."""
-    return Pool([Group((block,), 20) for block in range(10)], ORDERS["lru"], first=0, slot_bytes=1)
+    return Pool([Group((block,), 20) for block in range(10)], POLICIES["lru"], first=0, slot_bytes=1)
 
 
 class Queue:
@@ -46,7 +46,7 @@ class Queue:
 
     def take(self, count: int = 100) -> list[ExpertKey]:
         found: list[ExpertKey] = []
-        while len(found) < count and (place := self.queue.take()) is not None:
+        while len(found) < count and (place := self.queue.next_place()) is not None:
             found.append(place.key)
         return found
 
@@ -97,7 +97,7 @@ ACTIONS = st.lists(
 def test_nothing_is_lost_and_nothing_comes_twice(actions: list[tuple[str, int, int, list[int]]]) -> None:
     queue = Queue()
     for block in range(3):  # expert 0 has a slot
-        queue.pool.begin(block, ExpertKey(block, 0))
+        queue.pool.begin_fill(block, ExpertKey(block, 0))
     waiting: dict[tuple[int, int], list[ExpertKey]] = {}
     latest: dict[tuple[int, int], list[ExpertKey]] = {}
     for action, caller, block, experts in actions:

@@ -25,7 +25,7 @@ from stores import make_plan, make_records
 from threads import Task, run_all, wait_until
 
 from moetier.tiers.cache.budget import slots_for, smallest_budget
-from moetier.tiers.cache.orders import ORDERS
+from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
 from moetier.tiers.host import prefetch
 from moetier.tiers.host.tier import HostTier
@@ -750,7 +750,7 @@ class HostMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
 
     @initialize(
-        count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(ORDERS)), parts=st.booleans()
+        count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(POLICIES)), parts=st.booleans()
     )
     def open(self, count: int, loaders: int, policy: str, parts: bool) -> None:
         self.count = count

@@ -19,7 +19,7 @@ from places import ASSETS
 from stores import NASTY
 
 from moetier.runtime.trace.trace import NONE, Trace
-from moetier.tiers.cache.orders import DEFAULT_ORDER
+from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.errors import ConfigError, TargetError
 from moetier.tools.commands import plot
 from moetier.tools.lab import figures
@@ -165,14 +165,14 @@ def test_the_heatmap() -> None:
 def test_the_default_policy_is_drawn_and_named(kind: str, tmp_path: Path) -> None:
     run(kind, MIXTRAL, "-o", tmp_path / "a.svg")
     words = " ".join(ElementTree.parse(tmp_path / "a.svg").getroot().itertext())
-    assert re.findall(r"policy (\w+)", words) == [DEFAULT_ORDER]
+    assert re.findall(r"policy (\w+)", words) == [DEFAULT_POLICY]
     assert "LRU" not in words
 
 
 def test_hit_ratios_are_those_of_the_default_policy() -> None:
     trace = Trace.load(MIXTRAL)
     line = figures.draw_hits(trace).axes[0].lines[1]
-    expected = [simulate(trace, DEFAULT_ORDER, number).decoding.hit_ratio for number in range(1, 9)]
+    expected = [simulate(trace, DEFAULT_POLICY, number).decoding.hit_ratio for number in range(1, 9)]
     np.testing.assert_allclose(np.asarray(line.get_ydata(), float), expected)
     assert expected != [simulate(trace, "lru", number).decoding.hit_ratio for number in range(1, 9)]
     use, hits = images(figures.draw_heatmap(trace, cached=4))

@@ -15,7 +15,7 @@ from moetier.runtime.trace.trace import Trace
 from moetier.tiers.errors import ConfigError
 from moetier.tools.cli.parser import CommandParser
 from moetier.tools.commands import replay
-from moetier.tools.lab.simulation import POLICIES
+from moetier.tools.lab.simulation import SIMULATED
 
 TRACES = ASSETS / "traces"
 MIXTRAL = str(TRACES / "mixtral_8x7b_instruct_h39s.npz")
@@ -29,13 +29,13 @@ def run(*words: str) -> int:
 
 
 def test_it_offers_every_policy_of_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["--policy", ",".join(POLICIES)]):
+    for words in ([], ["--policy", ",".join(SIMULATED)]):
         assert run(GPT_OSS, "--slots", "4", "--json", *words) == 0
         (report,) = json.loads(capsys.readouterr().out)["traces"]
-        assert tuple(result["policy"] for result in report["results"]) == POLICIES
+        assert tuple(result["policy"] for result in report["results"]) == SIMULATED
     parser = ArgumentParser()
     replay.add_arguments(parser)
-    assert all(name in parser.format_help() for name in POLICIES)
+    assert all(name in parser.format_help() for name in SIMULATED)
 
 
 def test_hit_ratios_bytes_and_speed(capsys: pytest.CaptureFixture[str]) -> None:

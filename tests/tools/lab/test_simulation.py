@@ -1,4 +1,4 @@
-"""Against a second implementation that shares nothing with the first, on real routing; and what the orders promise."""
+"""Against a second implementation that shares nothing with the first, on real routing; what the policies promise."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from places import ASSETS
 
 from moetier.runtime.trace.trace import Trace
-from moetier.tiers.cache.orders import DEFAULT_ORDER, ORDERS, Recency
+from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES, Recency
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.lab.simulation import POLICIES, Demand, demands_of, simulate
+from moetier.tools.lab.simulation import SIMULATED, Demand, demands_of, simulate
 
 TRACES = ASSETS / "traces"
 MIXTRAL = "mixtral_8x7b_instruct_h39s"
@@ -175,15 +175,15 @@ def traces(draw: st.DrawFn) -> Trace:
 @settings(max_examples=150, deadline=None)
 @given(traces(), st.integers(1, 8))
 def test_belady_is_the_bound(trace: Trace, slots: int) -> None:
-    outcomes = {policy: simulate(trace, policy, slots) for policy in POLICIES}
+    outcomes = {policy: simulate(trace, policy, slots) for policy in SIMULATED}
     best = outcomes["belady"]
     for name, found in outcomes.items():
         assert found.decoding.lookups == best.decoding.lookups
         assert found.prompts.lookups == best.prompts.lookups
-        if slots >= trace.top_k or name in ORDERS:
+        if slots >= trace.top_k or name in POLICIES:
             loads = found.decoding.misses + found.prompts.misses + found.preloads
             assert best.decoding.misses + best.prompts.misses <= loads
-        if name in ORDERS:
+        if name in POLICIES:
             assert found.decoding.hits <= best.decoding.hits
     if slots >= trace.num_experts[0]:
         distinct = {
@@ -196,17 +196,17 @@ def test_belady_is_the_bound(trace: Trace, slots: int) -> None:
 
 
 @pytest.mark.parametrize("name", [MIXTRAL, GPT_OSS])
-def test_no_order_is_above_the_bound_on_real_routing(name: str) -> None:
+def test_no_policy_is_above_the_bound_on_real_routing(name: str) -> None:
     slots = load(name).num_experts[0] // 2
-    assert all(ratio(name, policy, slots) < ratio(name, "belady", slots) for policy in ORDERS)
+    assert all(ratio(name, policy, slots) < ratio(name, "belady", slots) for policy in POLICIES)
 
 
 @pytest.mark.parametrize("part", [2, 4])
 @pytest.mark.parametrize("name", SLOTS)
-def test_no_order_hits_more_often_than_the_default(name: str, part: int) -> None:
+def test_no_policy_hits_more_often_than_the_default(name: str, part: int) -> None:
     """Beyond two thousandths, of a quarter and of half the experts: else another had better be the default."""
     slots = load(name).num_experts[0] // part
-    assert ratio(name, DEFAULT_ORDER, slots) >= max(ratio(name, order, slots) for order in ORDERS) - 0.002
+    assert ratio(name, DEFAULT_POLICY, slots) >= max(ratio(name, policy, slots) for policy in POLICIES) - 0.002
 
 
 @pytest.mark.parametrize(("name", "slots", "points"), [(MIXTRAL, 4, 1.5), (GPT_OSS, 8, 3.5), (GPT_OSS, 16, 1.0)])
@@ -224,13 +224,13 @@ def some_rows(name: str) -> list[list[tuple[ExpertKey, ...]]]:
 
 
 @cache
-def ratio_after(name: str, order: str, slots: int, start: int, tokens: int, *, prefill: bool) -> float:
-    found: float = MEASUREMENT["ratio_after"](some_rows(name), order, slots, start, tokens, prefill=prefill)
+def ratio_after(name: str, policy: str, slots: int, start: int, tokens: int, *, prefill: bool) -> float:
+    found: float = MEASUREMENT["ratio_after"](some_rows(name), policy, slots, start, tokens, prefill=prefill)
     return found
 
 
 @pytest.mark.parametrize(
-    ("order", "tokens"),  # of LRU the first tokens suffer, more than is promised of the others
+    ("policy", "tokens"),  # of LRU the first tokens suffer, more than is promised of the others
     [("scan", 32), ("scan", 128), ("lrfu", 32), ("lrfu", 128), ("lru", 128)],
 )
 @pytest.mark.parametrize(
@@ -238,17 +238,17 @@ def ratio_after(name: str, order: str, slots: int, start: int, tokens: int, *, p
     [(MIXTRAL, 4, 0), (MIXTRAL, 6, 0), (GPT_OSS, 8, 0), (GPT_OSS, 16, 611), (GPT_OSS, 16, 1952), (GPT_OSS, 24, 3200)],
 )
 def test_a_prefill_costs_the_decoding_behind_it_two_points_at_most(
-    name: str, slots: int, start: int, order: str, tokens: int
+    name: str, slots: int, start: int, policy: str, tokens: int
 ) -> None:
-    before = ratio_after(name, order, slots, start, tokens, prefill=False)
-    assert ratio_after(name, order, slots, start, tokens, prefill=True) >= before - 0.02
+    before = ratio_after(name, policy, slots, start, tokens, prefill=False)
+    assert ratio_after(name, policy, slots, start, tokens, prefill=True) >= before - 0.02
 
 
 def test_a_prefill_does_cost_recency_something() -> None:
     """Else the test above would prove nothing of the others."""
     costs = [
-        ratio_after(GPT_OSS, order, 16, 611, 32, prefill=False) - ratio_after(GPT_OSS, order, 16, 611, 32, prefill=True)
-        for order in ("lru", "scan", "lrfu")
+        ratio_after(GPT_OSS, policy, 16, 611, 32, prefill=False) - ratio_after(GPT_OSS, policy, 16, 611, 32, prefill=True)
+        for policy in ("lru", "scan", "lrfu")
     ]
     assert costs[0] > 0.02 > max(costs[1:])
 
@@ -271,29 +271,29 @@ def test_a_device_tier_above() -> None:
 
 
 class NewestFirst(Recency):
-    """An order that no policy has."""
+    """A policy that tiers do not have."""
 
     def victims(self, *, scan: bool) -> Iterator[ExpertKey]:
         return reversed(self._keys)
 
 
 @pytest.mark.parametrize(
-    ("policy", "order"), [*zip(ORDERS, ORDERS, strict=True), ("learned", DEFAULT_ORDER), ("belady", DEFAULT_ORDER)]
+    ("policy", "above"), [*zip(POLICIES, POLICIES, strict=True), ("learned", DEFAULT_POLICY), ("belady", DEFAULT_POLICY)]
 )
-def test_a_device_tier_has_the_order_of_the_policy(policy: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt that comes first leaves the same behind in any of tiers' orders, and two of them are the same from then
+def test_a_device_tier_has_the_same_policy(policy: str, above: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that comes first leaves the same behind by each of tiers' policies, and two are the same from then
     on. So one that leaves something else stands in for each: it is seen in the device tier where its name is asked for,
     and nowhere else."""
     trace = load("gptoss_120b_top2_bigmoeonedge")
     assert sum(trace.n_prefill) == 85
     demands = [sets_of(trace, 0, block) for block in range(trace.block_count)]
-    expected = sum(SECOND[order](of_block, 4) for of_block in demands)
+    expected = sum(SECOND[above](of_block, 4) for of_block in demands)
     assert simulate(trace, policy, 16, device_slots=4).device.hits == expected
-    for name in ORDERS:
+    for name in POLICIES:
         with monkeypatch.context() as patch:
-            patch.setitem(ORDERS, name, NewestFirst)
+            patch.setitem(POLICIES, name, NewestFirst)
             hits = simulate(trace, policy, 16, device_slots=4).device.hits
-        assert (hits != expected) == (name == order)
+        assert (hits != expected) == (name == above)
 
 
 def test_what_was_learned_is_kept_least_recently_used() -> None:

@@ -1,4 +1,4 @@
-"""Eviction orders of the records of one group. They hold keys only, and have no locks.
+"""Policies: which record of a group is evicted next. They hold keys only, and have no locks.
 
 A demand for more records than its group has slots is a *scan*: the group can't keep all that the demand loads. A
 prefill is a scan if few experts of a block can be cached.
@@ -17,8 +17,8 @@ from moetier.tiers.layout import ExpertKey
 HALF_LIFE = 30  # number of uses of the group's records after which an earlier use counts half
 
 
-class Order(Protocol):
-    """Interface of an eviction order of one group's keys. A key is in the order from ``add`` to ``remove``.
+class Policy(Protocol):
+    """Interface of a policy for the keys of one group. A policy has a key from ``add`` to ``remove``.
 
     The argument ``scan`` of the methods is true if the demand for the key is a scan.
     """
@@ -72,7 +72,7 @@ class Recency:
         self._keys.move_to_end(key, last=False)
 
     def remove(self, key: ExpertKey) -> None:
-        """Remove the key from the order."""
+        """Remove the key."""
         del self._keys[key]
 
 
@@ -168,6 +168,6 @@ class Frequency(ScanResistant):
         self._settled[key] = -inf
 
 
-# by name of the policy: the function that makes an order from a group's quota
-ORDERS: Mapping[str, Callable[[int], Order]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
-DEFAULT_ORDER = "lrfu"
+# by name of the policy: the function that makes a policy from a group's quota
+POLICIES: Mapping[str, Callable[[int], Policy]] = {"lru": Recency, "scan": ScanResistant, "lrfu": Frequency}
+DEFAULT_POLICY = "lrfu"
