@@ -33,7 +33,7 @@ class DaemonProcess:
         environment: dict[str, str],
         descriptors: Sequence[int] = (),
     ) -> None:
-        self._command = list(command)
+        self.command = list(command)
         self._environment = environment
         self._descriptors = descriptors
         self.folder = folder
@@ -49,7 +49,7 @@ class DaemonProcess:
         try:
             with self._log.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [*self._command, "--ready-fd", str(writing)],
+                    [*self.command, "--ready-fd", str(writing)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

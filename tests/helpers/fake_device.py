@@ -93,6 +93,7 @@ class FakeDevice:
         self.waits_of_the_host = 0  # for events
         self.page_lock_calls = 0
         self.copy_error: Exception | None = None  # of the next copy
+        self.copying = 0  # copies that callers are about to queue
         self.copy_may_begin = threading.Event()  # a copy from pageable memory holds up its caller
         self.copy_may_begin.set()
         self.copy_may_end = threading.Event()  # for who waits for it
@@ -125,7 +126,12 @@ class FakeDevice:
         return self.copies
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        assert self.copy_may_begin.wait(PATIENCE)
+        with self.lock:
+            self.copying += 1
+        may_begin = self.copy_may_begin.wait(PATIENCE)
+        with self.lock:
+            self.copying -= 1
+        assert may_begin
         with self.lock:
             error, self.copy_error = self.copy_error, None
         if error is not None:

@@ -31,16 +31,16 @@ class RawClient:
         self._map = mmap.mmap(self.control.descriptor, self.plan.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self.channel = open_channel(Address.of(folder), Credentials(), bearer=self.control.session_id)
         self.stub = ExpertStoreStub(self.channel)
-        self._messages: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
+        self.messages: SimpleQueue[pb.ClientMessage | None] = SimpleQueue()
         self.open_stream()
 
     def open_stream(self) -> None:
-        self._messages.put(None)  # gRPC has a thread that waits for the former stream's
+        self.messages.put(None)  # gRPC has a thread that waits for the former stream's
         self.answers: SimpleQueue[pb.ServerMessage | None] = SimpleQueue()
         self.error: grpc.RpcError | None = None
-        self._messages = SimpleQueue()
-        self.stream = self.stub.Session(iter(self._messages.get, None))
-        self._reader = Task(lambda: self._read(self.stream, self.answers), "raw client")
+        self.messages = SimpleQueue()
+        self.stream = self.stub.Session(iter(self.messages.get, None))
+        self.reader = Task(lambda: self._read(self.stream, self.answers), "raw client")
 
     def _read(self, stream: Iterable[pb.ServerMessage], answers: SimpleQueue[pb.ServerMessage | None]) -> None:
         try:
@@ -51,7 +51,7 @@ class RawClient:
         answers.put(None)
 
     def send(self, **message: object) -> None:
-        self._messages.put(pb.ClientMessage(**message))
+        self.messages.put(pb.ClientMessage(**message))
 
     def acquire(self, request: int, block: int, experts: Iterable[int], deadline_ms: int = 0) -> None:
         self.send(acquire=pb.Acquire(request=request, block=block, experts=experts, deadline_ms=deadline_ms))
@@ -89,9 +89,9 @@ class RawClient:
         return self._map[start : start + self.plan.slot_bytes(slot) - 4]
 
     def close(self) -> None:
-        self._messages.put(None)
+        self.messages.put(None)
         self.stream.cancel()
-        self._reader.result()
+        self.reader.result()
         self.channel.close()
         self._map.close()
         self.control.close()

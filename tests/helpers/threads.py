@@ -47,6 +47,12 @@ class Task(Generic[Result]):
         return self._result  # type: ignore[return-value]  # None only if the function says so
 
 
+def sleeps(thread: threading.Thread) -> bool:
+    """Whether it sleeps in a tier's monitor (``Monitor.wait_for``)."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and (frame.f_globals["__name__"], frame.f_code.co_name) == ("moetier.tiers.locks", "_wait")
+
+
 def run_all(functions: Iterable[Callable[[], Result]]) -> list[Result]:
     """All at the same time."""
     tasks = [Task(function, f"caller {number}") for number, function in enumerate(functions)]

@@ -26,7 +26,7 @@ import moetier
 from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.locks import UNINTERRUPTIBLE, postpone_interrupts, raise_interrupts
+from moetier.tiers.locks import UNINTERRUPTIBLE, Monitor, postpone_interrupts, raise_interrupts
 from moetier.tiers.store.folder import read_manifest, store_folder
 
 SCRIPT = HELPERS / "interrupted.py"
@@ -89,7 +89,7 @@ def test_a_wait_for_a_read_ends_at_once() -> None:
 def test_a_step_is_not_cut_and_the_signal_comes_behind_it() -> None:
     """However long the step takes."""
     reached: list[str] = []
-    with HostTier(GatedReader(PLAN, make_records(PLAN)), slots={"records": 1}) as tier, held_back():
+    with held_back():
 
         def step() -> None:
             signal.raise_signal(signal.SIGINT)
@@ -97,7 +97,7 @@ def test_a_step_is_not_cut_and_the_signal_comes_behind_it() -> None:
             reached.append("the end of the step")
 
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            tier._monitor.run(step)
+            Monitor().run(step)
             while True:
                 threading.Event().wait(PATIENCE)
         assert reached

@@ -24,10 +24,12 @@ from stores import layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 from workers import WorkerError
 
+from moetier.runtime.client.link import MappedArena
 from moetier.runtime.client.tier import DaemonTier, Misses
 from moetier.runtime.wire.control import ControlConnection
 from moetier.tiers.errors import ClosedError, ProtocolError, UnavailableError, UnknownModelError
 from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import Lease
 
 
@@ -334,15 +336,16 @@ def test_nobody_and_a_daemon_of_another_model(store: MappedStore, tmp_path: Path
 
 def test_what_is_granted_while_it_closes(store: MappedStore, tmp_path: Path) -> None:
     """Is no fault of the daemon's; a slot that there is not is."""
-    with store.daemon(2, tmp_path / "daemon") as daemon, store.tier(daemon) as tier:
-        store.take(tier, 0, 0)
-        arena, place = tier._arena, tier._arena.directory.find(keys(0, 0)[0])
-        assert place is not None
+    with (
+        store.daemon(2, tmp_path / "daemon") as daemon,
+        ControlConnection.open(daemon.folder, store.manifest.digest) as control,
+    ):
+        arena = MappedArena.of(control, store.manifest)
         with pytest.raises(ProtocolError, match="no slot 2"):
-            arena.lease(keys(0, 0)[0], 2, 2)
-        tier.close()
+            arena.lease(ExpertKey(0, 0), 2, 2)
+        arena.close()
         with pytest.raises(ClosedError):
-            arena.lease(keys(0, 0)[0], *place)
+            arena.lease(ExpertKey(0, 0), 1, 2)
 
 
 LIMITED = """

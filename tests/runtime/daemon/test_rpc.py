@@ -218,8 +218,8 @@ def test_a_second_stream_takes_the_place_of_the_first(daemon: DaemonProcess, sto
     with RawClient(daemon.folder, store[1]) as client:
         client.acquire(1, 0, [0])
         client.granted()
-        first, reader = client.stream, client._reader
-        said, client._messages = client._messages, SimpleQueue()  # the first is not ended from here
+        first, reader = client.stream, client.reader
+        said, client.messages = client.messages, SimpleQueue()  # the first is not ended from here
         client.open_stream()
         client.acquire(1, 0, [1])
         assert client.granted().expert == 1

@@ -52,11 +52,11 @@ class Served:
         self.target = daemon.card.listen
         self.tls = not credentials.insecure
         self._manifest = manifest
-        self._credentials = credentials
+        self.credentials = credentials
 
     @contextlib.contextmanager
     def remote(self) -> Iterator[grpc.Channel]:
-        with open_channel(Address(target=self.target), self._credentials) as channel:
+        with open_channel(Address(target=self.target), self.credentials) as channel:
             yield channel
 
     def use(self) -> None:
@@ -160,7 +160,7 @@ def test_health_checks_over_tcp_need_the_token(served: Served) -> None:
     with served.remote() as channel:
         reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=PATIENCE)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
-    strange = Credentials(insecure=True) if not served.tls else Credentials(ca=served._credentials.ca)
+    strange = Credentials(insecure=True) if not served.tls else Credentials(ca=served.credentials.ca)
     with open_channel(Address(target=served.target), strange) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         calls: list[Callable[[], object]] = [

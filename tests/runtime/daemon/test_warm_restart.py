@@ -73,7 +73,7 @@ def test_a_clients_memory_is_taken_back(store: Store, tmp_path: Path, ram: str |
             daemon.kill()
             began = time.monotonic()
             options = ["--ram", str(ram)] if ram is not None else []
-            daemon._command = [*daemon._command[: daemon._command.index("--ram")], *options]
+            daemon.command = [*daemon.command[: daemon.command.index("--ram")], *options]
             daemon.start()
             assert time.monotonic() - began < 5
             stats = daemon.stats()
@@ -144,7 +144,7 @@ def test_other_slots_are_not_taken_back_and_in_nobodys_way(store: Store, tmp_pat
     ):
         slots = fill(client, store)
         daemon.kill()
-        daemon._command[daemon._command.index("--ram") + 1] = str(15 * SLOT)
+        daemon.command[daemon.command.index("--ram") + 1] = str(15 * SLOT)
         daemon.start()
         stats = daemon.stats()
         assert (stats.recovered, stats.host.slots) == (0, 15)

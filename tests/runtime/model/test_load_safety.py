@@ -86,7 +86,8 @@ def test_the_store_is_that_of_the_directory_asked_for(directory: Path, monkeypat
     for name in (directory, link, Path(), Path("../model")):
         model, _ = moetier.load(name)
         with model.tiers:
-            assert model.tiers.host._loaders._store.folder.samefile(directory / GROUP)
+            opened = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+            assert any(path.is_relative_to((directory / GROUP).resolve()) for path in opened)
 
 
 class Witness:

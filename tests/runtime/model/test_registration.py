@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import mmap
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from forks import in_fork
 from prepared import Prepared
 from readers import PATIENCE
 from threads import Task, wait_until
+from tier_states import held_lock
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 import moetier
@@ -41,6 +41,7 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import GROUP, METADATA
+from moetier.tiers.store.reader import ExpertStore
 
 IDS = torch.tensor([[5, 17, 200, 31, 99, 4, 4, 120]])
 
@@ -266,34 +267,36 @@ def test_the_end_of_the_model_is_the_end_of_its_tiers(tiny: tuple[Any, Path]) ->
 
 def test_a_lost_model_is_closed_also_when_found_by_who_holds_its_lock(tiny: tuple[Any, Path]) -> None:
     model, _ = moetier.load(tiny[1])
-    monitor = model.tiers.host._monitor
-    lost = _lose(model)
-    del model
+    host, found = model.tiers.host, list[Any]()
+    list(host.acquire([ExpertKey(0, 0)]))
 
-    def collect() -> None:
+    def collect(event: object) -> None:
         gc.collect()
-        assert lost() is None
+        found.append(lost())
 
-    Task(lambda: monitor.run(collect)).result()
+    session = host.session(collect)  # which is told of leases by who holds the lock
+    lost = _lose(model)
+    del model, host
+    Task(lambda: session.acquire(1, [ExpertKey(0, 0)])).result()
+    assert found == [None]
     wait_until(lambda: not _loaders())
 
 
-def test_a_lost_model_is_closed_also_when_found_by_its_loader(tiny: tuple[Any, Path]) -> None:
-    class Collecting:
-        """The store, in whose reads the collector comes by."""
-
-        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-            assert go.wait(PATIENCE)
-            gc.collect()
-            store.read_into(key, buffer)
-            found.append(lost())
-
+def test_a_lost_model_is_closed_also_when_found_by_its_loader(
+    tiny: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     go, found = threading.Event(), list[Any]()
+    read_into = ExpertStore.read_into
+
+    def collect_and_read(store: ExpertStore, key: ExpertKey, buffer: memoryview, pause: Any = None) -> None:
+        assert go.wait(PATIENCE)
+        gc.collect()
+        read_into(store, key, buffer)
+        found.append(lost())
+
+    monkeypatch.setattr(ExpertStore, "read_into", collect_and_read)
     model, _ = moetier.load(tiny[1])
-    host = model.tiers.host
-    store = host._loaders._store
-    host._loaders._store = Collecting()
-    host.prefetch(0, [ExpertKey(0, 0)])
+    model.tiers.host.prefetch(0, [ExpertKey(0, 0)])
     lost = _lose(model)
     del model
     go.set()
@@ -360,10 +363,9 @@ def test_a_forked_child_is_told_and_closes_its_own(tiny: tuple[Any, Path]) -> No
     key, tiers = ExpertKey(0, 0), model.tiers
     with tiers:
         expected = logits(model)
-        buffer = memoryview(mmap.mmap(-1, tiers.manifest.layout(0).slot_bytes))
+        list(tiers.host.acquire([key]))
         assert "another process's tier" in in_fork(lambda: logits(model))
-        assert "another process's tier" in in_fork(lambda: tiers.host._loaders._store.read_into(key, buffer))
-        with tiers.host._monitor._lock, tiers.host._loaders._store._use._lock:
+        with held_lock(tiers.host, key):
             assert in_fork(tiers.close) == "returned None"
         assert torch.equal(logits(model), expected)
 

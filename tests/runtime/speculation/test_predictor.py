@@ -61,11 +61,11 @@ def test_a_prediction_for_several_tokens_begins_with_the_best_of_each() -> None:
 def test_of_nothing_nothing_is_learned() -> None:
     gates, found = entries("mixtral")
     shortcuts = Shortcuts(gates, 1)
-    hidden = found[0].reshape(-1, found[0].shape[-1])[:1]
-    before = shortcuts._of[1][1]._weight.clone()  # type: ignore[union-attr]
+    states = found[0].reshape(-1, found[0].shape[-1])
+    hidden, before = states[:1], shortcuts.rank(1, 1, states).experts
     for nothing in (0.0, math.nan, math.inf):
         shortcuts.learn(1, 1, torch.full_like(hidden, nothing), missed={0}, in_vain={1})
-    assert torch.equal(before, shortcuts._of[1][1]._weight)  # type: ignore[union-attr]
+    assert torch.equal(before, shortcuts.rank(1, 1, states).experts)
 
 
 @pytest.mark.parametrize(

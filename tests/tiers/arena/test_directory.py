@@ -184,7 +184,9 @@ def test_an_owner_killed_behind_any_word_leaves_all_but_the_slot_that_it_was_fil
     recovered = Counter[int]()
     for content in life(steps):
         with take(content) as tier:
-            directory = tier._arena.directory
+            descriptor = tier.export()
+            directory = Arena.map(descriptor, tier.plan).directory
+            os.close(descriptor)
             recovered[tier.recovered] += 1
             assert sum(directory.find(key) is not None for key in RECORDS) == tier.recovered
             for slot in range(2):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys
 from readers import PATIENCE, RamReader
-from threads import Task, run_all, wait_until
+from threads import Task, run_all, sleeps, wait_until
 
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.errors import BudgetError, ClosedError
@@ -65,7 +65,7 @@ def test_it_waits_for_who_computes_and_the_next_waits_for_it(host: HostTier) -> 
         first = Task(compute, "computes")
         assert computing.wait(PATIENCE)
         shrinking = Task(tier.shrink, "shrinks")
-        wait_until(lambda: tier._shrinking)
+        wait_until(lambda: sleeps(shrinking.thread))
         after = Task(lambda: [tier.stats().slots for _ in tier.acquire(keys(1, 2))], "comes later")
         assert tier.stats().slots == 12
         go_on.set()
@@ -121,7 +121,7 @@ def test_one_that_is_closed_does_not_wait(host: HostTier) -> None:
     leases = tier.acquire(keys(0, 0, 1))
     next(leases)
     shrinking = Task(tier.shrink, "shrinks")
-    wait_until(lambda: tier._shrinking)
+    wait_until(lambda: sleeps(shrinking.thread))
     tier.close()
     with pytest.raises(ClosedError):
         shrinking.result()

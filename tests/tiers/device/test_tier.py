@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys, record_bytes
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import GatedReader, RamReader
 from stores import make_plan, make_records, make_store
-from threads import Task, run_all, wait_until
+from threads import Task, run_all, sleeps, wait_until
 from unsteady import UnsteadySource
 
 from moetier.tiers.arena.arena import Arena
@@ -31,7 +34,9 @@ from moetier.tiers.store.reader import ExpertStore
 
 
 def arena_address(host: HostTier) -> int:
-    return torch.frombuffer(host._arena._mapping, dtype=torch.uint8).data_ptr()
+    with contextlib.closing(host.acquire(keys(0, 0))) as leases:
+        lease = next(leases)
+        return int(np.frombuffer(lease.record, np.uint8).ctypes.data) - host.plan.offset(lease.slot)
 
 
 @pytest.fixture
@@ -421,7 +426,7 @@ def test_a_caller_waits_for_a_slot_that_another_computes_on(reader: RamReader, e
         holder = tier.acquire(keys(0, 0, 1))
         next(holder)
         waiting = Task(lambda: consumer.run(1, [2]))
-        wait_until(lambda: tier._monitor.sleepers > 0)
+        wait_until(lambda: sleeps(waiting.thread))
         if end == "next":
             next(holder)
         else:
@@ -443,9 +448,9 @@ def test_who_waits_for_a_copy_gets_it_when_it_is_queued(reader: RamReader) -> No
         device.copy_may_begin.clear()
         leases = tier.acquire(keys(0, 3))
         first = Task(lambda: next(leases))
-        wait_until(lambda: tier._slots.copying == 1)
+        wait_until(lambda: device.copying == 1)
         second = Task(lambda: consumer.run(0, [3]))
-        wait_until(lambda: tier._monitor.sleepers > 0)
+        wait_until(lambda: sleeps(second.thread))
         device.copy_may_begin.set()
         second.result()
         assert first.result().key == ExpertKey(0, 3)
@@ -463,9 +468,9 @@ def test_who_waits_for_a_copy_that_fails_copies_for_itself(reader: RamReader) ->
         device.copy_may_begin.clear()
         device.copy_error = RuntimeError("lost")
         first = Task(lambda: consumer.run(0, [3]))
-        wait_until(lambda: tier._slots.copying == 1)
+        wait_until(lambda: device.copying == 1)
         second = Task(lambda: consumer.run(0, [3]))
-        wait_until(lambda: tier._monitor.sleepers > 0)
+        wait_until(lambda: sleeps(second.thread))
         device.copy_may_begin.set()
         with pytest.raises(RuntimeError, match="lost"):
             first.result()
@@ -483,7 +488,7 @@ def test_a_lease_of_the_host_ends_when_the_copy_is_done(host: HostTier) -> None:
     assert device.copies.queue, "the copy has not run"
     leases.close()
     host.check_integrity()
-    assert not host._ledger._demands
+    assert host.stats().leased == 0
     assert not any(device.pending.values()), "it has run by now"
     tier.close()
 
@@ -563,13 +568,13 @@ def test_memory_that_can_not_be_page_locked_is_copied_all_the_same(host: HostTie
 
 
 def test_the_hosts_memory_is_page_locked_as_a_whole_and_let_go(host: HostTier) -> None:
-    device = device_of()
+    device, address = device_of(), arena_address(host)
     tier = DeviceTier(host, PLAN, slots=SMALLEST, device=device)
     consumer = Consumer(tier, device)
     for block in (0, 1, 2, 0):
         consumer.run(block, [0, 1, 2, 3])
     assert device.page_lock_calls == 1
-    assert device.locked == {arena_address(host): Locked(host._arena.plan.nbytes, read_only=False)}
+    assert device.locked == {address: Locked(host.plan.nbytes, read_only=False)}
     consumer.wrong()
     tier.close()
     assert not device.locked
@@ -578,14 +583,15 @@ def test_the_hosts_memory_is_page_locked_as_a_whole_and_let_go(host: HostTier) -
 @pytest.mark.parametrize("maps", [False, True])
 def test_what_is_mapped_read_only_is_page_locked_so(host: HostTier, maps: bool) -> None:
     """As the arena of a daemon is."""
-    device, arena, descriptor = device_of(), host._arena, host._arena.export()
-    if maps:
-        arena = Arena.map(descriptor, arena.plan)
+    device, owner = device_of(), Arena.create(host.plan)
+    descriptor = owner.export()
+    arena = Arena.map(descriptor, owner.plan) if maps else owner
     views = SlotViews(PageLocks(device).lock)
     for slot in range(arena.plan.slots):
         views.of(Lease(ExpertKey(0, slot), arena.view(slot), slot))
     assert list(device.locked.values()) == [Locked(arena.plan.nbytes, read_only=maps)]
     os.close(descriptor)
+    owner.close()
 
 
 def test_memory_that_comes_back_before_it_was_unlocked_is_not_locked_twice() -> None:
@@ -608,7 +614,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(host: HostTier) -> None:
         Consumer(tier, device).run(0, [0, 1])
     tier.check_integrity()
     host.check_integrity()
-    assert not host._ledger._demands
+    assert host.stats().leased == 0
     assert (tier.stats().failures, tier.stats().ready) == (1, 0)
     consumer = Consumer(tier, device)
     consumer.run(0, [0, 1, 2, 3])
@@ -643,7 +649,7 @@ def test_close_waits_for_copies_and_wakes_who_waits(host: HostTier) -> None:
     held = next(readers[0])
     waiting = Task(lambda: list(tier.acquire(keys(1, 2))))
     wait_until(lambda: host.stats().ready == 2 and host.stats().misses == 3)
-    wait_until(lambda: tier._monitor.sleepers > 0)
+    wait_until(lambda: sleeps(waiting.thread))
     tier.close()
     with pytest.raises(ClosedError):
         waiting.result()
@@ -664,10 +670,9 @@ def test_close_waits_for_a_copy_that_is_being_begun(host: HostTier) -> None:
     device.copy_may_begin.clear()
     caller = Task(lambda: list(tier.acquire(keys(0, 0))))
     wait_until(lambda: bool(device.locked))
-    wait_until(lambda: tier._slots.copying == 1)
+    wait_until(lambda: device.copying == 1)
     closer = Task(tier.close)
-    wait_until(lambda: tier._closed)
-    wait_until(lambda: tier._monitor.sleepers > 0)
+    wait_until(lambda: sleeps(closer.thread))
     assert device.locked, "the memory that is copied from is still page-locked"
     device.copy_may_begin.set()
     closer.result()
@@ -731,18 +736,27 @@ def test_on_a_cpu_records_are_the_hosts_own_memory(host: HostTier) -> None:
         del seen, lease
 
 
+class Attached:
+    """A source that goes on with another tier's memory, as a client does that attaches to a new arena."""
+
+    def __init__(self, tier: HostTier) -> None:
+        self.tier = tier
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tier, name)
+
+
 def test_views_follow_a_source_whose_memory_changes() -> None:
-    views = HostViews(HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST))
-    source = views._source
+    source = Attached(HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST))
+    views = HostViews(source)
     first = [lease.record for lease in views.acquire(keys(0, 0))]
-    other = HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST)
-    views._source = other  # a client that has attached to a new arena
+    before, source.tier = source.tier, HostTier(RamReader(PLAN, RECORDS), slots=SMALLEST)
     second = [lease.record for lease in views.acquire(keys(0, 1))]
     assert first[0].data_ptr() != second[0].data_ptr()
     assert record_bytes(second[0]) == RECORDS[ExpertKey(0, 1)]
     views.close()
-    source.close()
-    other.close()
+    before.close()
+    source.tier.close()
 
 
 # -- a real one --------------------------------------------------------------------------------------------------------
@@ -788,8 +802,8 @@ def test_cuda_page_locks_and_recovers_from_a_refusal() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_copies_out_of_what_is_mapped_read_only(host: HostTier) -> None:
     """Page-locked, or pageable where the device has no such locks."""
-    cuda, descriptor = CudaDevice(torch.device("cuda")), host._arena.export()
-    arena = Arena.map(descriptor, host._arena.plan)
+    cuda, descriptor = CudaDevice(torch.device("cuda")), host.export()
+    arena = Arena.map(descriptor, host.plan)
     locks = PageLocks(cuda)
     views = SlotViews(locks.lock, locks.retire)
     target = cuda.allocate(PLAN.layouts["records"].record_bytes)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from readers import PATIENCE, GatedReader, RamReader
 from stores import layout_of, make_plan, make_records
 from threads import Task, run_all, wait_until
 
+from moetier.tiers.arena.arena import Arena
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ClosedError, ExhaustedError, MissingExpertError, ProtocolError, StoreReadError
 from moetier.tiers.host.demands import Event, Failed, Granted
@@ -34,7 +36,9 @@ class Client:
     """A session and the events that it was told, in their order."""
 
     def __init__(self, tier: HostTier, *, leases: int = 8, patience: float = PATIENCE) -> None:
-        self.tier = tier
+        descriptor = tier.export()
+        self.arena = Arena.map(descriptor, tier.plan)  # as another process does
+        os.close(descriptor)
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.session = tier.session(self.events.put, leases=leases, patience=patience)
 
@@ -45,8 +49,11 @@ class Client:
         event = self.event()
         assert isinstance(event, Granted), event
         assert event.request == request
-        assert self.tier._arena.directory.find(event.key) == (event.slot, event.generation)
+        assert self.arena.directory.find(event.key) == (event.slot, event.generation)
         return event
+
+    def record(self, event: Granted) -> bytes:
+        return bytes(self.arena.view(event.slot))
 
     def failed(self, request: int) -> BaseException:
         event = self.event()
@@ -62,10 +69,6 @@ class Client:
             event = self.granted(request)
             left.remove(event.key)
             self.session.release(request, [event.key])
-
-
-def record(tier: HostTier, event: Granted) -> bytes:
-    return bytes(tier._records[event.slot])
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ def test_what_is_ready_is_granted_at_once_and_the_rest_as_it_arrives(gate: Gated
             gate.release(ExpertKey(0, expert))
             event = client.granted(2)
             assert event.key == ExpertKey(0, expert)
-            assert record(tier, event) == RECORDS[event.key]
+            assert client.record(event) == RECORDS[event.key]
         assert client.session.outstanding == 3
         tier.check_integrity()
         client.session.release(2)
@@ -133,11 +136,11 @@ def test_what_is_leased_stays_and_what_is_released_may_go() -> None:
         held = client.granted(1)
         for step in range(6):
             other.take(step, keys(1, 0, 1, 2, 3))
-            assert tier._arena.directory.generation(held.slot) == held.generation
-            assert record(tier, held) == RECORDS[held.key]
+            assert client.arena.directory.generation(held.slot) == held.generation
+            assert client.record(held) == RECORDS[held.key]
         client.session.release(1, keys(0, 0))
         other.take(9, keys(1, 0, 1, 2, 3))
-        assert tier._arena.directory.generation(held.slot) != held.generation
+        assert client.arena.directory.generation(held.slot) != held.generation
         tier.check_integrity()
 
 
@@ -238,9 +241,7 @@ def test_used_are_hits_and_are_evicted_later() -> None:
         client.session.used([ExpertKey(0, 0), ExpertKey(2, 3)])
         assert tier.stats().hits == 4
         client.take(2, keys(0, 2))
-        find = tier._arena.directory.find
-        assert find(ExpertKey(0, 0)) is not None
-        assert find(ExpertKey(0, 1)) is None
+        assert tier.absent(keys(0, 0, 1)) == keys(0, 1)
 
 
 # -- errors and ends ---------------------------------------------------------------------------------------------------
@@ -384,7 +385,6 @@ def test_who_asks_and_goes_evicts_no_more_than_he_may_have_read() -> None:
             client.session.release(request)
         tier.check_integrity()
         assert client.session.outstanding == 0
-        assert len(list(tier._ledger.loads)) <= 2, "one for each loader"
         assert ready - tier.stats().ready <= 4
         gate.open()
 
@@ -520,7 +520,7 @@ def test_a_storm_of_sessions_and_threads(slots: int) -> None:
                     one.session.acquire(request, sorted(wanted))
                     while wanted:
                         event = one.granted(request)
-                        assert record(tier, event) == RECORDS[event.key], "a lease whose bytes are another's"
+                        assert one.record(event) == RECORDS[event.key], "a lease whose bytes are another's"
                         wanted.remove(event.key)
                         if chance.random() < 0.1:
                             one.session.release(request)
@@ -557,7 +557,7 @@ def test_a_storm_of_sessions_and_threads(slots: int) -> None:
         done.set()
         checker.result()
         tier.check_integrity()
-        assert not tier._ledger._demands
+        assert tier.stats().leased == 0
         stats = tier.stats()
         assert sum(reader.reads.values()) - stats.prefetched <= stats.misses - stats.joined
 

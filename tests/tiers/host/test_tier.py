@@ -22,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from places import HELPERS
 from readers import PATIENCE, GatedReader, RamReader
 from stores import make_plan, make_records
-from threads import Task, run_all, wait_until
+from threads import Task, run_all, sleeps, wait_until
+from tier_states import held_lock, is_closed
 
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.cache.policies import POLICIES
@@ -310,7 +311,7 @@ def test_a_lost_iterator_gives_back_wherever_the_collector_finds_it() -> None:
             gc.set_threshold(*threshold)
         gc.collect()
         tier.check_integrity()
-        assert not tier._ledger._demands
+        assert tier.stats().leased == 0
 
 
 def test_when_all_slots_are_held_a_caller_waits_until_they_are_given_back() -> None:
@@ -351,32 +352,6 @@ def test_a_prefetch_is_there_when_the_demand_comes() -> None:
         assert set(take(tier, 1, 2, 3)) == set(keys(1, 2, 3))
         stats = tier.stats()
         assert (stats.hits, stats.misses, stats.prefetched) == (2, 0, 2)
-
-
-def test_of_records_that_were_never_read_no_pace_is_known() -> None:
-    manifest = two_geometries()
-    with HostTier(RamReader(manifest, make_records(manifest)), slots={"big": 3, "small": 6}) as tier:
-        tier.prefetch(1, keys(1, 0))
-        wait_until(partial(_is_there, tier, 1, 0))
-        assert [lease.key for lease in tier.acquire(keys(1, 0))] == keys(1, 0)
-        assert tier.pace(3) is not None
-        assert tier.pace(0) is None
-
-
-def _is_there(tier: HostTier, block: int, expert: int) -> bool:
-    return tier.absent(keys(block, expert)) == []
-
-
-def test_how_long_a_read_takes_is_known_once_a_prefetch_was_right() -> None:
-    with HostTier(RamReader(PLAN, RECORDS), slots={"records": 6}) as tier:
-        tier.prefetch(1, keys(1, 0))
-        wait_until(partial(_is_there, tier, 1, 0))
-        assert tier.pace(1) is None
-        take(tier, 1, 0)
-        pace = tier.pace(1)
-        assert pace is not None
-        assert 0 < pace.read == pace.grain, "so small a record is read at once"
-        assert pace.saved == pytest.approx(tier.stats().saved_seconds)
 
 
 def test_a_demand_joins_a_prefetch_that_is_being_read(gate: GatedReader) -> None:
@@ -483,10 +458,14 @@ def test_a_prefetch_that_yields_is_cancelled_when_its_block_wants_others(gate: G
         assert take(tier, 0, 0, 1) == keys(0, 1, 0)
 
 
+def loaders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("moetier-loader")]
+
+
 def test_a_demand_joins_a_yielding_prefetch_that_another_demand_joined_and_left(gate: GatedReader) -> None:
     """The other one leaves before the loader, which it has woken, looks whether there is a demand."""
     with standing_back(gate) as (tier, task), contextlib.closing(tier.session(lambda event: None)) as session:
-        wait_until(lambda: tier._monitor.sleepers == 2)
+        wait_until(lambda: sleeps(task.thread) and any(sleeps(thread) for thread in loaders()))
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1000.0)  # no other thread runs until this one waits
         try:
@@ -494,7 +473,7 @@ def test_a_demand_joins_a_yielding_prefetch_that_another_demand_joined_and_left(
             session.release(1)
         finally:
             sys.setswitchinterval(interval)
-        wait_until(lambda: tier._monitor.sleepers == 2)
+        time.sleep(0.02)  # until the loader has looked
         second = Task(lambda: take(tier, 0, 0))
         try:
             assert second.result(PATIENCE / 6) == keys(0, 0)
@@ -566,7 +545,7 @@ def test_nothing_is_lent_while_a_demand_finds_no_slot() -> None:
             assert lease.record is held[0].record
             assert lease.slot == held[0].slot
         task = Task(lambda: take(tier, 1, 0))
-        wait_until(lambda: bool(tier._ledger.pools["records"].starved))
+        wait_until(lambda: sleeps(task.thread))
         with tier.borrow(ExpertKey(0, 0)) as lease:
             assert lease is None
         first.close()
@@ -590,7 +569,7 @@ def test_a_warm_up_ends_with_the_tier(gate: GatedReader, loaders: int) -> None:
     tier.warm(HotSet(dict.fromkeys(RECORDS, 1.0)).hottest)
     gate.wait_begun(*keys(0, 0))
     closing = Task(tier.close)
-    wait_until(lambda: tier._ledger.loads.closed_by is not None)
+    wait_until(lambda: is_closed(tier))
     gate.open()
     closing.result()
     assert len(gate.reads) <= 1
@@ -696,7 +675,7 @@ def test_a_forked_child_is_told_and_does_not_wait(locked: bool) -> None:
         lambda: tier.warm(HotSet({ExpertKey(1, 0): 1.0}).hottest),
         lambda: next(leases),
     ]
-    with tier._monitor._lock if locked else contextlib.nullcontext():
+    with held_lock(tier, ExpertKey(0, 0)) if locked else contextlib.nullcontext():
         for use in uses:
             assert re.match(r"ClosedError\(.*another process's tier.*spawn", in_fork(use), re.DOTALL)
     leases.close()
@@ -714,7 +693,7 @@ def test_closing_in_a_forked_child_closes_the_childs_alone(locked: bool) -> None
 
     with HostTier(RamReader(PLAN, RECORDS), slots={"records": 12}) as tier:
         take(tier, 0, 0)
-        with tier._monitor._lock if locked else contextlib.nullcontext():
+        with held_lock(tier, ExpertKey(0, 0)) if locked else contextlib.nullcontext():
             assert in_fork(close) == "returned (False, False)"
         assert set(take(tier, 1, 0, 1)) == set(keys(1, 0, 1))
 
