@@ -156,11 +156,6 @@ class Monitor:
                 sleeper.release()
         self._sleepers.clear()
 
-    @property
-    def sleepers(self) -> int:
-        """The number of threads that sleep in ``wait_for``."""
-        return len(self._sleepers)
-
     def post(self, work: Callable[[], None]) -> None:
         """Run ``work`` as a step, now or when the running step has ended. Never waits.
 

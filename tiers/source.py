@@ -7,9 +7,11 @@ A *lease* pins a record for as long as its holder computes on it.
 
 from __future__ import annotations
 
+import warnings
+from collections import namedtuple
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from .layout import PAGE, ExpertKey
 from .manifest import Manifest
@@ -50,15 +52,6 @@ class Lease(NamedTuple, Generic[Record]):
     def holds(self) -> bool:
         """Return whether the record is still the one that was leased. Call it once."""
         return self.proof is None or self.proof()
-
-
-class Pace(NamedTuple):
-    """Timing of the reads of one block's records, in seconds."""
-
-    read: float  # duration of the read of a whole record
-    grain: float  # duration of the longest part of a read that can't be interrupted
-    saved: float  # mean time that a right prefetch has saved, which is how long it had read when its demand came
-    beside: float = 0.0  # time for which a prefetch reads into a staging buffer, before it evicts anything
 
 
 class StagedPrefix(NamedTuple):
@@ -148,9 +141,6 @@ class ExpertSource(Protocol[Record]):
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the keys whose records are not READY here, so that a demand would wait. Never waits for a read."""
 
-    def pace(self, block: int) -> Pace | None:
-        """Return the timing of the latest reads of the block's records, or None if there were too few reads yet."""
-
     def stats(self) -> TierStats:
         """Return the counters of this tier since it was opened."""
 
@@ -174,3 +164,12 @@ class Lender(ExpertSource[Record], Protocol[Record]):
         A prefetch of this tier then counts as useful if the tier above copied its record through ``borrow``. The order
         of eviction does not change.
         """
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name != "Pace":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn(f"{__name__}.Pace has no use any more; it goes with the next release.", DeprecationWarning, 2)
+        return namedtuple("Pace", ("read", "grain", "saved", "beside"), defaults=(0.0,))

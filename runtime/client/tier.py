@@ -25,7 +25,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import POLL_SECONDS, ForkGuard, interruptible
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lease, Pace
+from moetier.tiers.source import Lease
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .fallback import Fallback
@@ -150,10 +150,6 @@ class DaemonTier(Closeable):
         """Return absent keys as ``ExpertSource`` says: those that are not in the arena's directory."""
         find = self._arena.directory.find
         return [key for key in keys if find(key) is None]
-
-    def pace(self, block: int) -> Pace | None:
-        """Return None: the read timing is not known, as a daemon does not tell its clients how long its reads take."""
-        return None
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Lease[memoryview] | None]:

@@ -92,12 +92,6 @@ class Fetches:
         with self._state:
             self.count += 1
 
-    @property
-    def held(self) -> int:
-        """Number of slots that fetches hold or are about to hold."""
-        with self._state:
-            return sum(len(keys) for keys in self._held.values())
-
     def close(self) -> None:
         """Refuse new calls, and end those under way. Idempotent."""
         with self._state:

@@ -78,10 +78,6 @@ class SlotPool:
         assert key is not None, f"slot {slot} is empty"
         return key
 
-    def is_loading(self, slot: int) -> bool:
-        """Return whether the slot is being filled."""
-        return slot in self._loading
-
     def is_ready(self, slot: int) -> bool:
         """Return whether the slot holds a whole record."""
         return self._keys[slot] is not None and slot not in self._loading

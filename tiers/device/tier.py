@@ -33,7 +33,7 @@ from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lease, Lender, Pace
+from moetier.tiers.source import Lease, Lender
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .copies import Arrange, Copies
@@ -157,10 +157,6 @@ class DeviceTier:
         if not self._promotes:
             return self._source.absent(keys)
         return self._monitor.run(lambda: [key for key in keys if not self._slots.pool(key.block).holds(key)])
-
-    def pace(self, block: int) -> Pace | None:
-        """Return the read timing of the host tier. Copies to the device are not counted, as they are short."""
-        return self._source.pace(block)
 
     @step
     def stats(self) -> TierStats:

@@ -12,7 +12,7 @@ import torch
 
 from moetier.tiers.errors import ClosedError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import ExpertSource, Lease, Pace
+from moetier.tiers.source import ExpertSource, Lease
 from moetier.tiers.stats import TierStats
 
 
@@ -96,10 +96,6 @@ class HostViews:
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Return the keys whose records are not READY in the source."""
         return self._source.absent(keys)
-
-    def pace(self, block: int) -> Pace | None:
-        """Return the timing of the source's reads, or None if too little is known."""
-        return self._source.pace(block)
 
     def stats(self) -> TierStats:
         """Return the statistics of the source, as views count nothing themselves."""

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from moetier.tiers.cache.outcomes import PrefetchOutcomes
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Pace, interruptible_bytes
 from moetier.tiers.stats import TierCounters
 
 from .demands import AsyncCaller, Pool
-from .staging import StagingBuffers, buffer_bytes, piece_bytes
+from .staging import StagingBuffers
 
 QUICK_SECONDS = 2e-3  # records whose read takes less time go straight into a slot, without a staging buffer
 
@@ -165,16 +164,6 @@ class PrefetchQueue:
             return True
         self._counters.cancelled += self.buffers.discard(self.is_requested)
         return self.buffers.has_room
-
-    def pace(self, pool: Pool) -> Pace | None:
-        """Return the timing of reads of the pool's records, or None if there were too few reads yet."""
-        read, whole, counted = pool.read_seconds, pool.slot_bytes, self._counters
-        if read is None or not (right := counted.useful + counted.late):
-            return None
-        saved = counted.saved_seconds / right
-        if not self.stages(pool):
-            return Pace(read, read * interruptible_bytes(whole) / whole, saved)
-        return Pace(read, read * piece_bytes(whole, read) / whole, saved, read * buffer_bytes(whole) / whole)
 
     # -- outcomes -----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
-from moetier.tiers.source import LOADERS, Lease, Pace, RecordReader
+from moetier.tiers.source import LOADERS, Lease, RecordReader
 from moetier.tiers.stats import TierStats
 
 from .demands import Demand, Event, Pool
@@ -182,10 +182,6 @@ class HostTier(Closeable):
         self._monitor.fork_guard.check()
         pool_of = self._ledger.pool_of
         return [key for key in keys if not pool_of[key.block].holds(key)]
-
-    def pace(self, block: int) -> Pace | None:
-        """Return the timing of reads as ``ExpertSource`` specifies, from the median of the latest reads."""
-        return self._monitor.run(self._ledger.prefetches.pace, self._ledger.pool_of[block])
 
     def session(self, deliver: Callable[[Event], None], *, leases: int = 8, patience: float = 10.0) -> Session:
         """Open a session for another process. The caller has to close it.
