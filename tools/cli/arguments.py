@@ -35,6 +35,11 @@ def size(text: str) -> str:
     return text
 
 
+def numbers(text: str) -> list[int]:
+    """Parse numbers that are separated by commas."""
+    return [int(part) for part in text.split(",")]
+
+
 def add_option(parser: argparse._ActionsContainer, name: str, *, help: str = "") -> None:
     """Add the option of TierConfig that is called ``name``; ``help`` replaces its own help text."""
     option = OPTIONS[name]

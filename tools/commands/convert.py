@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of ``convert`` from the options of ``add_options``. Raises UsageError."""
-    from moetier.tools.convert.draft import Options
+    from moetier.tools.convert.plan import Options
 
     how = {field.name: getattr(arguments, field.name) for field in fields(Options)}
     with checked():
@@ -225,7 +225,7 @@ def write(
     """
     from moetier.runtime.threads import use_threads
     from moetier.tools.convert.conversion import Conversion
-    from moetier.tools.convert.draft import Options
+    from moetier.tools.convert.plan import Options
     from moetier.tools.convert.files import check_unused
     from moetier.tools.convert.target import check_place, is_ours, remove
 

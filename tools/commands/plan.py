@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import COUNT, DEFAULT_CONTEXT, format_bytes
-from moetier.tools.cli.arguments import add_option, size
+from moetier.tools.cli.arguments import add_option, numbers, size
 from moetier.tools.cli.failure import plain
 from moetier.tools.cli.parser import UsageError, source
 from moetier.tools.cli.report import table
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint's folder, where config.json and the index suffice; its id on the Hugging Face hub, whose "
         "weights are not downloaded; or a model directory or pulled model (ID:TAG)",
     )
-    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
+    parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
     parser.add_argument(
-        "--trunk-bits", type=_numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
+        "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16,8,4)"
     )
     parser.add_argument(
         "--ram", type=size, metavar="SIZE", help="memory for experts (default: as much as generate takes)"
@@ -61,10 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--disk", type=float, metavar="GB/S", help="disk speed to assume instead of measuring")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _numbers(value: str) -> list[int]:
-    return [int(part) for part in value.split(",")]
 
 
 def run(arguments: argparse.Namespace) -> int:

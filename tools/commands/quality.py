@@ -15,7 +15,7 @@ from moetier.runtime.config import MOST, Number, format_bytes
 from moetier.runtime.memory import shortage
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import BITS
-from moetier.tools.cli.arguments import add_resource_arguments, asked, resources_of
+from moetier.tools.cli.arguments import add_resource_arguments, asked, numbers, resources_of
 from moetier.tools.cli.parser import UsageError, checked, source
 from moetier.tools.cli.report import table
 
@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens from the beginning of each text (default: %(default)s)",
     )
-    parser.add_argument("--bits", type=_numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
+    parser.add_argument("--bits", type=numbers, metavar="N,...", help="bits per expert weight (default: 16,8,4,3,2)")
     parser.add_argument(
-        "--trunk-bits", type=_numbers, metavar="N,...", help="bits per weight of everything else (default: 16)"
+        "--trunk-bits", type=numbers, metavar="N,...", help="bits per weight of everything else (default: 16)"
     )
     parser.add_argument(
-        "--group-size", type=_numbers, metavar="N,...", help="weights that share a scale (default: depends on --bits)"
+        "--group-size", type=numbers, metavar="N,...", help="weights that share a scale (default: depends on --bits)"
     )
     parser.add_argument(
         "--pairs", type=_names, metavar="TYPE,...", help="formats of the scales (default: depends on --bits)"
@@ -67,10 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast", action="store_true", help="the same as --method rounding; called so in convert")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_resource_arguments(parser)
-
-
-def _numbers(value: str) -> list[int]:
-    return [int(part) for part in value.split(",")]
 
 
 def _names(value: str) -> list[str]:
@@ -143,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_ways(ways: Iterable[Way]) -> None:
     """Raise ConfigError, before anything is measured, for a combination with which weights can't be stored."""
     from moetier.tiers.quant.codec import group_and_pairs
-    from moetier.tools.convert.draft import trunk_form
+    from moetier.tools.convert.plan import trunk_form
 
     for bits, group, pairs, trunk_bits, _ in ways:
         group_and_pairs(bits, group, pairs)

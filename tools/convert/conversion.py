@@ -27,7 +27,7 @@ from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
 from moetier.tools.convert.files import free_bytes, nearest_folder
 
-from .draft import Draft, Options, Stage, stages
+from .plan import ConversionPlan, Options, Stage, stages
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
 from .streaming import Download
 from .target import Target, small_files
@@ -38,7 +38,7 @@ class Conversion:
     """Planned conversion of one checkpoint into one model directory."""
 
     checkpoint: Checkpoint
-    draft: Draft
+    planned: ConversionPlan
     target: Target
     encoder: Encoder
     options: Options
@@ -65,21 +65,21 @@ class Conversion:
         """
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype)
         tensors = source_tensors(checkpoint.tensors, checkpoint.quantization, str(dtype).removeprefix("torch."))
-        draft = Draft.of(model, dtype, tensors, options.trunk_bits)
+        planned = ConversionPlan.of(model, dtype, tensors, options.trunk_bits)
         digest = checkpoint.digest if download is None else download.revision
-        plan = draft.manifest(options, model=checkpoint.name, digest=digest)
-        encoder = _encoder(draft, plan, options)
-        records = draft.records(workers=encoder.workers, fast=options.fast)
-        trunk = draft.trunk(records)
+        plan = planned.manifest(options, model=checkpoint.name, digest=digest)
+        encoder = _encoder(planned, plan, options)
+        records = planned.records(workers=encoder.workers, fast=options.fast)
+        trunk = planned.trunk(records)
         if download is not None:
             download.keep_tensors(
                 [part.name for file in trunk for tensor in file.tensors.values() for part in tensor.parts]
             )
-        small = small_files(checkpoint, options.bits, options.trunk_bits, draft.blueprint.dtype, trunk)
+        small = small_files(checkpoint, options.bits, options.trunk_bits, planned.blueprint.dtype, trunk)
         target = Target(folder, plan, trunk, small, passing=download is not None)
         command = ["moetier", *(resuming or ("convert", checkpoint.source, str(folder.resolve())))]
         command += _words(options, checkpoint, keeps=download is not None and download.keep)
-        return cls(checkpoint, draft, target, encoder, options, list(records.values()), command, download, quiet)
+        return cls(checkpoint, planned, target, encoder, options, list(records.values()), command, download, quiet)
 
     def say(self, line: str) -> None:
         """Print a line on standard error, unless ``quiet``."""
@@ -88,7 +88,7 @@ class Conversion:
 
     def announce(self) -> list[str]:
         """Return lines that describe what the conversion is going to do."""
-        plan, blueprint, trunk = self.target.plan, self.draft.blueprint, sum(file.size for file in self.target.trunk)
+        plan, blueprint, trunk = self.target.plan, self.planned.blueprint, sum(file.size for file in self.target.trunk)
         bits = plan.stored_bytes * 8 / self._weights
         peaks = [self.encoder.peak_bytes, *(record.peak_bytes for record in self.records)]
         workers, memory = self.encoder.workers, INTERPRETER_BYTES + max(peaks)
@@ -170,7 +170,7 @@ class Conversion:
         missing = [block for block in range(len(self.target.plan.blocks)) if block not in done]
         if self.download is None:
             return [Stage(tuple(missing))]
-        return stages({block: self.draft.blueprint.blocks[block].files for block in missing})
+        return stages({block: self.planned.blueprint.blocks[block].files for block in missing})
 
     def _write_trunk(self) -> dict[str, FileSum]:
         with Progress("trunk", sum(file.size for file in self.target.trunk), quiet=self.quiet) as progress:
@@ -247,12 +247,12 @@ def _words(options: Options, checkpoint: Checkpoint, *, keeps: bool) -> list[str
     return words + ["--fast"] * options.fast + ["--ignore-code"] * checkpoint.ignored_code + ["--keep-source"] * keeps
 
 
-def _encoder(draft: Draft, plan: Manifest, options: Options) -> Encoder:
+def _encoder(planned: ConversionPlan, plan: Manifest, options: Options) -> Encoder:
     """Make an encoder, by default with a worker per thread or CPU, or fewer if memory is short. Raises ConfigError."""
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"{options.workers} workers can't work.", "Give at least one.")
     workers = options.workers or options.threads or usable_cpus()
-    encoder = Encoder(draft.blueprint, plan, workers=workers, fast=options.fast)
+    encoder = Encoder(planned.blueprint, plan, workers=workers, fast=options.fast)
     most = min(available_memory().bytes, encoder.promised_bytes - INTERPRETER_BYTES)
     while options.workers is None and encoder.workers > 1 and encoder.peak_bytes > most:
         encoder.workers -= 1

@@ -32,7 +32,7 @@ from moetier.tiers.quant.codec import WeightError, sections
 from moetier.tiers.quant.packing import band_bytes
 
 INTERPRETER_BYTES = 450 << 20  # torch, transformers, the solver's temporaries
-SPARE_BYTES, MOST_SPARE = 16 << 20, 8  # finished records that may wait for the disk; one always may
+QUEUED_BYTES, MOST_QUEUED = 16 << 20, 8  # finished records that may wait for the disk; one always may
 PIECE_WEIGHTS = 1 << 20  # of a matrix of the trunk that a worker quantises at a time
 
 
@@ -125,7 +125,7 @@ class Encoder:
 
     def _slots(self, record_bytes: int) -> int:
         """Return how many records are in memory at a time: one for each worker, and finished ones."""
-        return self.workers + max(1, min(MOST_SPARE, SPARE_BYTES // max(1, record_bytes)))
+        return self.workers + max(1, min(MOST_QUEUED, QUEUED_BYTES // max(1, record_bytes)))
 
     def _may_start(self, key: ExpertKey, ahead: Sequence[tuple[ExpertKey, object]]) -> bool:
         """Return whether ``key`` may be encoded beside the keys ``ahead``: a block that is read whole must be alone."""

@@ -47,7 +47,7 @@ from moetier.tiers.layout import PAGE
 from moetier.tiers.store.atomic import PARTIAL, make_folders, sync_folder, write_all, write_durably
 from moetier.tools.cli.progress import Progress
 
-from .draft import Stage
+from .plan import Stage
 
 GRACE = 15.0  # seconds that a download under way has to end: huggingface_hub gives up a silent hub after ten
 MIN_START = 8 + len("{}")  # bytes before a file's tensors: the header's length and an empty header

@@ -25,7 +25,7 @@ from moetier.tiers.layout import Bits, RecordLayout
 from moetier.tiers.manifest import TrunkRecords
 from moetier.tiers.quant.codec import WeightError, decode, layout_for, sections
 from moetier.tiers.store.folder import read_manifest
-from moetier.tools.convert.draft import choose_matrices, trunk_form
+from moetier.tools.convert.plan import choose_matrices, trunk_form
 
 
 class Trial:

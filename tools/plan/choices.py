@@ -37,7 +37,7 @@ from moetier.tiers.layout import BITS, TRUNK_BITS, Bits, RecordLayout
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.folder import check_directory, read_manifest, store_folder
 from moetier.tiers.store.trunk import check_trunk, trunk_records
-from moetier.tools.convert.draft import Draft, Options, most_bytes
+from moetier.tools.convert.plan import ConversionPlan, Options, most_bytes
 from moetier.tools.convert.target import is_ours
 from moetier.tools.convert.trunk import SPELLINGS
 
@@ -214,14 +214,14 @@ def open_choices(source: str | Path) -> ModelChoices:
     checkpoint, choices, model, passing = headers.checkpoint, list[Choice](), None, 0
     for trunk_bits in TRUNK_BITS:
         model, dtype = build_on_meta(checkpoint.config, checkpoint.first_dtype if headers.shaped else None)
-        draft = Draft.of(model, dtype, headers.tensors(model, dtype), trunk_bits)
+        planned = ConversionPlan.of(model, dtype, headers.tensors(model, dtype), trunk_bits)
         if headers.on_hub:
-            passing = max(passing, most_bytes(draft, checkpoint.tensors.values()))
-        records = draft.records(workers=1, fast=False)
+            passing = max(passing, most_bytes(planned, checkpoint.tensors.values()))
+        records = planned.records(workers=1, fast=False)
         layouts = {path: record.layout for path, record in records.items()}
-        size = sum(file.size for file in draft.trunk(records))
+        size = sum(file.size for file in planned.trunk(records))
         for bits in BITS:
-            manifest = draft.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
+            manifest = planned.manifest(Options(bits, trunk_bits), model=checkpoint.name, digest="")
             choices.append(_choice(bits, trunk_bits, manifest, size, layouts, model))
     return ModelChoices(checkpoint.name, str(source), headers, model, tuple(choices), passing)
 

@@ -14,7 +14,7 @@ from moetier.runtime.daemon.metrics import registry_of
 from .completions import ChatCompletions, TextCompletions
 from .engine import Engine
 from .metrics import ServeCollector
-from .middleware import HEALTH, App, Bounds, Gate
+from .middleware import HEALTH, App, RequestLimits, AccessControl
 from .refusal import Refusal
 from .request import unknown_model
 
@@ -57,7 +57,7 @@ def application(name: str, engine: Engine, key: str | None, most: int) -> App:
         exception_handlers={HTTPException: _refused, RecursionError: _refused, Exception: _refused},
     )
     app.router.redirect_slashes = False
-    return Gate(Bounds(app, most), key)
+    return AccessControl(RequestLimits(app, most), key)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -69,5 +69,5 @@ async def _refused(request: Request, error: Exception) -> Response:
             return Refusal(404, message, code="unknown_url").response()
         case RecursionError():
             return Refusal(400, "The body is nested too deeply.").response()
-        case _:  # raised again by Starlette, and logged by Gate
+        case _:  # raised again by Starlette, and logged by AccessControl
             return Refusal(500, "The request failed; the server's log says why.").response()

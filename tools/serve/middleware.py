@@ -26,7 +26,7 @@ BODY_SECONDS = 60.0  # for a whole body to arrive
 RETRY_SECONDS = 5
 
 
-class Gate:
+class AccessControl:
     """Pass on requests that show ``key``, and log errors of the application.
 
     Without a key (None), pass on only requests whose Host header names this machine as local. Otherwise a web page
@@ -85,7 +85,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-class Bounds:
+class RequestLimits:
     """Read the body of a POST request, pass it on as one message, and end the request when its client goes away.
 
     Up to ``most`` POST requests are served at a time, including those that wait for their turn; further ones are

@@ -64,7 +64,7 @@ def test_each_expert_is_what_transformers_loads(model_type: str, tmp_path: Path)
         )
     of_experts = sum(t.nbytes for parameters in stored.values() for t in parameters.values())
     assert of_experts + sum(t.nbytes for t in trunk.values()) == sum(t.nbytes for t in original.values())
-    apart = {block.apart for block in plan(source).draft.blueprint.blocks}
+    apart = {block.apart for block in plan(source).planned.blueprint.blocks}
     assert apart == {model_type not in READ_WHOLE}
 
 
@@ -91,13 +91,13 @@ def test_other_types_of_weights(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_the_config_decides_the_type_and_else_the_weights(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "src")
-    assert plan(source).draft.blueprint.dtype == "bfloat16"
+    assert plan(source).planned.blueprint.dtype == "bfloat16"
     edit_json(source / "config.json", dtype=None)
     found = plan(source)
-    assert found.draft.blueprint.dtype == "bfloat16"
+    assert found.planned.blueprint.dtype == "bfloat16"
     assert json.loads(found.target.small["config.json"])["dtype"] == "bfloat16"
     edit_json(source / "config.json", torch_dtype="float16")
-    assert plan(source).draft.blueprint.dtype == "float16"
+    assert plan(source).planned.blueprint.dtype == "float16"
 
 
 def test_one_expert_only(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_tensors_that_the_model_does_not_use_are_left_out_and_named(tmp_path: Pa
     extra["model.layers.9.eh_proj.weight"] = torch.ones(4, 4).bfloat16()
     edit_tensors(source, lambda tensors: tensors.update(extra))
     found = plan(source)
-    assert set(found.draft.blueprint.unused) == set(extra)
+    assert set(found.planned.blueprint.unused) == set(extra)
     assert any("4 tensors (128 B) are left out" in line for line in found.announce())
     convert(source, tmp_path / "dst", bits=16)
     assert not trunk_tensors(tmp_path / "dst").keys() & extra.keys()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from threads import wait_until
 
 from moetier.tools.commands.convert import convert
-from moetier.tools.convert.draft import stages
+from moetier.tools.convert.plan import stages
 from moetier.tools.convert.target import JOURNAL
 
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main(sys.argv[1:]))"

@@ -49,7 +49,7 @@ def test_a_block_that_is_read_whole_is_read_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(BlockBlueprint, "release", tell)
     monkeypatch.setattr(records, "encode", hold)
     conversion = Conversion.plan(open_checkpoint(source), tmp_path / "two", Options(workers=2, fast=True))
-    blocks = conversion.draft.blueprint.blocks
+    blocks = conversion.planned.blueprint.blocks
     assert not any(block.apart for block in blocks)
     conversion.run()
     assert made == {(recipe.target, None): 1 for block in blocks for recipe in block.recipes.values()}

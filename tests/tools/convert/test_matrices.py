@@ -21,7 +21,7 @@ from moetier.tiers.quant.codec import encode
 from moetier.tools.commands.convert import convert
 from moetier.tools.convert import conversion, encoder
 from moetier.tools.convert.conversion import Conversion, Options
-from moetier.tools.convert.draft import choose_matrices, trunk_form
+from moetier.tools.convert.plan import choose_matrices, trunk_form
 
 BF16 = torch.bfloat16
 
@@ -29,7 +29,7 @@ BF16 = torch.bfloat16
 def matrices_of(folder: Path, bits: Bits = 4) -> set[str]:
     """Module paths of the matrices that become records."""
     planned = Conversion.plan(open_checkpoint(folder), folder.parent / "dst", Options(trunk_bits=bits))
-    return set(planned.draft.blueprint.matrices)
+    return set(planned.planned.blueprint.matrices)
 
 
 def saved(folder: Path, model_type: str, **changes: object) -> Path:

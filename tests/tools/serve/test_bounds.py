@@ -19,7 +19,7 @@ from readers import PATIENCE
 from threads import wait_until
 
 from moetier.tools.serve.listen import Server, bind
-from moetier.tools.serve.middleware import MOST_BYTES, Bounds, Gate
+from moetier.tools.serve.middleware import MOST_BYTES, RequestLimits, AccessControl
 
 MOST, CONNECTIONS = 3, 8
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -79,7 +79,7 @@ def serving(
     application: Application, body_seconds: float = PATIENCE, key: str | None = None, **seconds: float
 ) -> Iterator[tuple[str, int]]:
     ready = threading.Event()
-    app = Gate(Bounds(application, MOST, body_seconds=body_seconds), key)
+    app = AccessControl(RequestLimits(application, MOST, body_seconds=body_seconds), key)
     seconds = {"header_seconds": PATIENCE, "answer_seconds": PATIENCE} | seconds
     with bind("127.0.0.1", 0) as bound:
         server = Server(app, connections=CONNECTIONS, ready=ready.set, ending=lambda: None, **seconds)

@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn", reason='pip install ".[serve]"')
 import httpx2
 
 from moetier.tools.serve.listen import bind, is_loopback, url_of
-from moetier.tools.serve.middleware import Gate
+from moetier.tools.serve.middleware import AccessControl
 
 PATH = "/v1/models"
 
@@ -26,7 +26,7 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
 
 def asked(key: str | None, **headers: str) -> httpx2.Response:
     async def ask() -> httpx2.Response:
-        transport = httpx2.ASGITransport(app=Gate(behind, key))
+        transport = httpx2.ASGITransport(app=AccessControl(behind, key))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             return await client.get(PATH, headers=headers)
 

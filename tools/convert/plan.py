@@ -149,7 +149,7 @@ def _names_read(made_by: type) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Draft:
+class ConversionPlan:
     """Plan of a conversion with one width of the trunk; ``manifest`` takes the width of experts."""
 
     blueprint: Blueprint
@@ -159,7 +159,7 @@ class Draft:
     @classmethod
     def of(
         cls, model: PreTrainedModel, dtype: torch.dtype, tensors: Mapping[str, SourceTensor], trunk_bits: Bits
-    ) -> Draft:
+    ) -> ConversionPlan:
         """Plan the conversion of a ``model`` on the meta device, and cut down its Experts modules to one expert each.
 
         Experts that can't be read one by one are not cut down. ``tensors``: the checkpoint's by name, of any shape.
@@ -250,7 +250,7 @@ def stages(files: Mapping[int, frozenset[Path]]) -> list[Stage]:
     return route
 
 
-def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
+def most_bytes(planned: ConversionPlan, tensors: Iterable[StoredTensor]) -> int:
     """Estimate the most bytes of a hub checkpoint that are on the disk at a time: files, and the trunk's tensors.
 
     ``tensors``: all of the checkpoint's, of any shape.
@@ -258,7 +258,7 @@ def most_bytes(draft: Draft, tensors: Iterable[StoredTensor]) -> int:
     sizes = Counter[Path]()
     for tensor in tensors:
         sizes[tensor.file] += tensor.nbytes
-    route = stages(dict(enumerate(block.files for block in draft.blueprint.blocks)))
-    parts = {part for file in draft.trunk({}) for tensor in file.tensors.values() for part in tensor.parts}
-    parts |= {part for recipe in draft.blueprint.matrices.values() for part in recipe.parts}
+    route = stages(dict(enumerate(block.files for block in planned.blueprint.blocks)))
+    parts = {part for file in planned.trunk({}) for tensor in file.tensors.values() for part in tensor.parts}
+    parts |= {part for recipe in planned.blueprint.matrices.values() for part in recipe.parts}
     return max(sum(sizes[path] for path in stage.at_once) for stage in route) + sum(part.nbytes for part in parts)
