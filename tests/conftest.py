@@ -113,7 +113,7 @@ def tinymix() -> Path:
 @pytest.fixture(scope="session")
 def tinymix_4bit(tinymix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its model directory at 4 bits, made once. Tests must not change it."""
-    from moetier.tools.commands.convert import convert
+    from moetier.tools.convert.convert import convert
 
     folder = tmp_path_factory.mktemp("tinymix") / "4bit"
     convert(tinymix, folder, bits=4)

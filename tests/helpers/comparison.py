@@ -19,7 +19,7 @@ from moetier.tiers.cache.budget import smallest_budget
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import decode
 from moetier.tiers.store.folder import read_manifest, store_folder
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 
 stores.make_plan()  # its import starts zarr's thread, which stays, before a test looks for threads
 transformers.utils.logging.disable_progress_bar()  # tqdm's monitor is another one

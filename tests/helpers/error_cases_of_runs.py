@@ -16,7 +16,7 @@ from daemons import running_daemon
 from error_bench import BYTES, RUN, SIZE, Bench, Said, case
 from stores import layout_of, make_store
 
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 
 # Budgets
 

@@ -16,7 +16,7 @@ from pathlib import Path
 # what converting a mixtral imports
 COMMANDS = (
     "moetier.tools.commands.convert",
-    "moetier.tools.convert.conversion",
+    "moetier.tools.convert.convert",
     "transformers.models.mixtral.modeling_mixtral",
 )
 MAIN = "import sys; from moetier.tools.main import main; sys.exit(main())"  # the arguments are the command line

@@ -7,7 +7,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -15,15 +15,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from moetier.runtime.config import COUNT
-from moetier.tiers.errors import ConfigError, TargetExistsError
 from moetier.tiers.layout import BITS, GROUPS, PAIR_TYPES, TRUNK_BITS
 from moetier.tools.cli.arguments import add_option
 from moetier.tools.cli.parser import checked
 
 if TYPE_CHECKING:
-    from moetier.runtime.checkpoint.files import Checkpoint
     from moetier.tools.convert.conversion import ConversionReport
-    from moetier.tools.convert.streaming import Download
 
 EXAMPLES = (
     "moetier convert ./Mixtral-8x7B-v0.1 ./mixtral-4bit",
@@ -97,11 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises UsageError, CheckpointError, TargetError or ConfigError.
     """
     options = options_of(arguments) | {"mirror": arguments.mirror}
+    from moetier.tools.convert.convert import convert
+
     return report_of(lambda: convert(arguments.source, arguments.target, **options), arguments.json)
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of ``convert`` from the options of ``add_options``. Raises UsageError."""
+    """Return the options of ``add_options`` as keyword arguments of ``convert``. Raises UsageError."""
     from moetier.tools.convert.plan import Options
 
     how = {field.name: getattr(arguments, field.name) for field in fields(Options)}
@@ -124,133 +123,6 @@ def report_of(work: Callable[[], ConversionReport], as_json: bool) -> int:
         return 128 + stop.number
     print(json.dumps(report.to_json()) if as_json else report.table())
     return 0
-
-
-def convert(
-    src: str | Path,
-    dst: str | Path,
-    *,
-    revision: str | None = None,
-    keep_source: bool = False,
-    ignore_code: bool = False,
-    mirror: Path | None = None,
-    **how: Any,
-) -> ConversionReport:
-    """Make the model directory ``dst`` from the checkpoint ``src``, a folder or a hub id, or resume a cut run.
-
-    Files of a hub id are downloaded when they are needed and removed when they are converted. Files that are in
-    huggingface_hub's cache already stay there; with ``keep_source`` all files are downloaded into it and stay. With
-    ``mirror`` the experts are copied into that folder too. ``how`` are further parameters of ``write``. Everything that
-    can be checked is checked before anything is written. Raises CheckpointError, TargetError or ConfigError.
-    """
-    from moetier.runtime.checkpoint.files import check_source, open_checkpoint
-    from moetier.tools.convert.target import check_place
-
-    folder = check_source(src)
-    if mirror is not None:
-        check_place(mirror, Path(dst))
-        how["resuming"] = ("convert", str(folder or src), str(Path(dst).resolve()), "--mirror", str(mirror.resolve()))
-    if folder is None:
-        report = pull(
-            str(src),
-            Path(dst),
-            revision=revision,
-            keep_source=keep_source,
-            ignore_code=ignore_code,
-            or_folder=True,
-            **how,
-        )
-    elif revision is not None or keep_source:
-        raise ConfigError(
-            f"{src} is a folder, of which nothing is downloaded or removed.",
-            "Leave out --revision and --keep-source.",
-        )
-    else:
-        report = write(open_checkpoint(src, ignore_code=ignore_code), Path(dst), **how)
-    if mirror is not None:
-        from .mirror import mirror_to
-
-        mirror_to(Path(dst), mirror)
-    return report
-
-
-def pull(
-    name: str,
-    dst: Path,
-    *,
-    revision: str | None = None,
-    keep_source: bool = False,
-    ignore_code: bool = False,
-    or_folder: bool = False,
-    resuming: Sequence[str] | None = None,
-    **how: Any,
-) -> ConversionReport:
-    """Make the model directory ``dst`` from a hub id, or resume a cut run with the commit that it began with.
-
-    ``or_folder``: errors say that ``name`` may have been meant as a folder. Further parameters and errors are as in
-    ``convert``.
-    """
-    from moetier.tools.convert.streaming import open_on_hub
-    from moetier.tools.convert.target import DOWNLOAD, revision_under_way
-
-    checkpoint, download = open_on_hub(
-        name,
-        dst / DOWNLOAD,
-        revision=revision or revision_under_way(dst, name),
-        keep=keep_source,
-        or_folder=or_folder,
-        ignore_code=ignore_code,
-    )
-    return write(checkpoint, dst, download=download, resuming=resuming, **how)
-
-
-def write(
-    checkpoint: Checkpoint,
-    dst: Path,
-    *,
-    overwrite: bool = False,
-    quiet: bool = True,
-    download: Download | None = None,
-    resuming: Sequence[str] | None = None,
-    **options: Any,
-) -> ConversionReport:
-    """Make the model directory ``dst`` from an open checkpoint, or resume a cut run.
-
-    Args:
-        overwrite: replace the model directory that is there, if it is another conversion or a complete one.
-        quiet: print nothing on standard error.
-        download: the files of a hub id, which are downloaded one after the other; None for a folder.
-        resuming: words of the command that resumes a cut run, without its options; by default those of `convert`.
-        options: fields of ``Options``; ``threads`` is the number of threads of this process, as in ``load``.
-    """
-    from moetier.runtime.threads import use_threads
-    from moetier.tools.convert.conversion import Conversion
-    from moetier.tools.convert.plan import Options
-    from moetier.tools.convert.files import check_unused
-    from moetier.tools.convert.target import check_place, is_ours, remove
-
-    how = Options(**options)
-    use_threads(how.threads)
-    check_place(dst, checkpoint.folder)
-    conversion = Conversion.plan(checkpoint, dst, how, download=download, resuming=resuming, quiet=quiet)
-    try:
-        complete = conversion.target.is_complete()
-        replaced = complete and overwrite  # its bytes may be damaged, which is not checked here
-    except TargetExistsError:
-        if not (overwrite and is_ours(dst)):
-            raise
-        replaced = True
-    if replaced:
-        check_unused(str(dst), dst)
-        conversion.check_disks(replacing=True)
-        conversion.say(f"{dst}: what is there is removed first")
-        remove(dst)
-    elif complete:
-        conversion.target.tidy()
-        return conversion.report({}, seconds=0.0, was_complete=True)
-    for line in conversion.announce():
-        conversion.say(line)
-    return conversion.run()
 
 
 class Stopped(BaseException):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from moetier.runtime.config import format_bytes
@@ -21,18 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises StoreError or TargetError."""
     from moetier.tiers.store.folder import read_manifest, store_folder
+    from moetier.tools.convert.mirror import mirror_to
 
     mirror_to(arguments.directory, arguments.target)
     stored = read_manifest(store_folder(arguments.directory)).stored_bytes
     print(f"{arguments.target}: mirror of {arguments.directory}, {format_bytes(stored)}")
     return 0
-
-
-def mirror_to(folder: Path, target: Path) -> None:
-    """Make a mirror of the model directory ``folder``, and say if it is on the same disk. Raises as ``make_mirror``."""
-    from moetier.tiers.store.folder import store_folder
-    from moetier.tools.convert.mirror import make_mirror
-
-    make_mirror(folder, target, quiet=False)
-    if target.stat().st_dev == store_folder(folder).stat().st_dev:
-        print(f"{target} is on the same disk as {folder}: it makes nothing faster.", file=sys.stderr)

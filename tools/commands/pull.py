@@ -20,8 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     from moetier.runtime.checkpoint import hub
     from moetier.runtime.pulled import place_of, tag_of
-
-    from .convert import pull
+    from moetier.tools.convert.convert import pull
 
     hub.check_id(arguments.id)
     folder = place_of(arguments.id, tag_of(arguments.bits, arguments.trunk_bits))

@@ -114,8 +114,7 @@ def convert_synthetic(source: Path, target: Path, *, threads: int | None = None,
     Raises CheckpointError, TargetError or ConfigError.
     """
     from moetier.tiers.store.atomic import write_durably
-
-    from .convert import convert
+    from moetier.tools.convert.convert import convert
 
     convert(source, target, bits=4, fast=True, threads=threads, quiet=quiet)
     write_durably(target / TOKENS_FILE, (source / TOKENS_FILE).read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,6 +53,13 @@ def make_mirror(directory: Path, target: Path, *, quiet: bool = True) -> None:
     folders = [str(folder) for folder in dict.fromkeys([*listed, target.resolve()])]
     with disk_errors(directory / GROUP):
         write_durably(directory / MIRRORS, json.dumps({"mirrors": folders}, indent=2).encode() + b"\n")
+
+
+def mirror_to(folder: Path, target: Path) -> None:
+    """Make a mirror of the model directory ``folder``, and say if it is on the same disk. Raises as ``make_mirror``."""
+    make_mirror(folder, target, quiet=False)
+    if target.stat().st_dev == store_folder(folder).stat().st_dev:
+        print(f"{target} is on the same disk as {folder}: it makes nothing faster.", file=sys.stderr)
 
 
 def _found(target: Path) -> tuple[str, Mapping[str, FileSum]]:

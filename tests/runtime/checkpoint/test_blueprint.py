@@ -19,7 +19,7 @@ from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.checkpoint.tensors import source_tensors
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 from moetier.tools.convert.conversion import Conversion, Options
 
 # beside the required ones: fused, interleaved or transposed checkpoints, two Experts modules in a layer, several towers

@@ -16,7 +16,7 @@ from moetier.runtime.checkpoint import tensors as dequantize
 from moetier.runtime.checkpoint.tensors import E2M1, Scaled, read_tensors, source_tensors
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.errors import CheckpointError, UnsupportedModelError
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 
 
 def from_fp8(weight: Tensor, scale: Tensor, rows: int = BLOCK, columns: int = BLOCK) -> Tensor:

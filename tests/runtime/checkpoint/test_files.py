@@ -18,7 +18,7 @@ from prepared import MAIN, Prepared, prepared
 
 from moetier.runtime.checkpoint.files import INDEX, WEIGHTS, open_checkpoint
 from moetier.tiers.errors import CheckpointError, UnsafeCheckpointError
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 
 TOUCH = "import pathlib; pathlib.Path({!r}).write_text('run')"
 

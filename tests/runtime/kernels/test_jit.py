@@ -25,7 +25,7 @@ from moetier.runtime.kernels import jit
 from moetier.runtime.kernels.gemm import product_kernel
 from moetier.runtime.kernels.gemm_tile import Form
 from moetier.runtime.kernels.jit import Processor
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 
 FORM, OTHER = Form(4, 64, "bfloat16", torch.bfloat16), Form(8, 64, "bfloat16", torch.bfloat16)
 

@@ -33,7 +33,8 @@ from moetier.tiers.manifest import FileSum
 from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
-from moetier.tools.commands.convert import convert, options_of
+from moetier.tools.commands.convert import options_of
+from moetier.tools.convert.convert import convert
 from moetier.tools.convert.conversion import Conversion, Options
 from moetier.tools.main import build_parser, main
 
@@ -358,7 +359,7 @@ from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tools.convert.conversion import Conversion, Options
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 from moetier.tools.main import main
 source, target = sys.argv[1:3]
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from places import ASSETS
 
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 from moetier.tools.lab import quality as perplexity
 from moetier.tools.lab.quality import WINDOW, Change, Loss, loss, ranks
 from moetier.tools.main import main

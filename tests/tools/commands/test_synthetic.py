@@ -20,7 +20,7 @@ from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP, read_manifest
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.writer import ShardWriter
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 from moetier.tools.lab.synthetic import GEOMETRIES, WHOLE, config_of, make_synthetic, read_tokens, shapes_of
 from moetier.tools.main import main
 

@@ -17,7 +17,7 @@ from removals import IN_CHILD
 from moetier.tiers.errors import DiskSpaceError, TargetError, TargetExistsError
 from moetier.tiers.layout import PAGE, Bits
 from moetier.tiers.store.folder import GROUP
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 from moetier.tools.convert.target import SLACK_BYTES
 
 KILLED = """
@@ -25,7 +25,7 @@ import json, shutil
 from pathlib import Path
 import moetier.tools.convert.conversion, transformers.models.mixtral.modeling_mixtral
 from moetier.tiers.errors import TargetExistsError
-from moetier.tools.commands.convert import convert
+from moetier.tools.convert.convert import convert
 source, old, work = sys.argv[1:]
 
 def converted(target, kill_at=None, overwrite=True):
