@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from fake_device import FakeDevice
-from stores import make_plan, make_records
+from stores import keys, make_plan, make_records
 
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.tier import DeviceTier
@@ -17,10 +17,6 @@ from moetier.tiers.source import Lease
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)
 SMALLEST = slots_for(PLAN, smallest_budget(PLAN))
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]
 
 
 class Consumer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemons import DaemonProcess, running_daemon
-from stores import make_plan, make_records, write_store
+from stores import keys, make_plan, make_records, write_store
 from workers import Crew, crew
 
 from moetier.runtime.client.tier import DaemonTier
@@ -61,7 +61,3 @@ class MappedStore:
                 assert data == self.records[lease.key], f"wrong bytes for {lease.key}"
                 arrived.append(lease.key.expert)
         return arrived
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]

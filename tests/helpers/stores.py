@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from moetier.tiers.layout import ExpertKey, Projection, RecordLayout
+from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey, Projection, RecordLayout
 from moetier.tiers.manifest import Block, Manifest
-from moetier.tiers.store.folder import GROUP, METADATA
+from moetier.tiers.source import RecordReader
+from moetier.tiers.store.folder import GROUP, METADATA, read_manifest, store_folder
 from moetier.tiers.store.writer import StoreWriter, array_metadata
 
 # A daemon takes back the memory of a killed one that served a store of the same digest, whoever started it: that of the
@@ -21,6 +24,10 @@ _RUN = os.environ.setdefault("MOETIER_TEST_RUN", secrets.token_hex(8)) + os.envi
 SOURCE_DIGEST = hashlib.sha256(_RUN.encode()).hexdigest()
 
 NASTY = "x\x1b[31m\x1b]0;owned\x07\ny"  # as a model may call itself: it sets a terminal's colour and title
+
+
+def keys(block: int, *experts: int) -> list[ExpertKey]:
+    return [ExpertKey(block, expert) for expert in experts]
 
 
 def layout_of(rows: int = 64, columns: int = 32) -> RecordLayout:
@@ -89,6 +96,35 @@ def make_store(
     records = make_records(plan, seed)
     write_store(folder, plan, records)
     return records
+
+
+def manifest_of(folder: Path) -> Manifest:
+    return read_manifest(store_folder(folder))
+
+
+def slot_of(manifest: Manifest, key: ExpertKey) -> memoryview:
+    """A slot for a record, which begins on a page."""
+    return memoryview(mmap.mmap(-1, manifest.layout(key.block).slot_bytes))
+
+
+def read_record(reader: RecordReader, key: ExpertKey) -> bytes:
+    """A record without its checksum."""
+    slot = slot_of(reader.manifest, key)
+    reader.read_into(key, slot)
+    return bytes(slot[:-CHECKSUM_BYTES])
+
+
+def read_records(reader: RecordReader) -> dict[ExpertKey, bytes]:
+    return {
+        key: read_record(reader, key)
+        for block, entry in enumerate(reader.manifest.blocks)
+        for key in keys(block, *range(entry.experts))
+    }
+
+
+def without_shards(folder: Path, target: Path) -> Path:
+    """A copy of a model directory without its records."""
+    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("c")))
 
 
 def without_table(folder: Path) -> None:

@@ -17,7 +17,7 @@ from cuts import cut
 from fake_device import FakeDevice
 from local_daemons import local_daemon
 from outlets import PLAIN, served
-from stores import make_plan, make_records, write_store
+from stores import keys, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 
 from moetier.runtime.client.remote import RemoteReader
@@ -64,10 +64,6 @@ class Opened:
         self.host.check_integrity()
         if isinstance(self.source, DeviceTier):
             self.source.check_integrity()
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]
 
 
 @pytest.fixture(scope="module")

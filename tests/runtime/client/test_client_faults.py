@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from daemons import DaemonProcess
 from forks import in_fork
-from mapped_store import MappedStore, keys
+from mapped_store import MappedStore
 from readers import PATIENCE
 from relays import relay
+from stores import keys
 from threads import Task, wait_until
 from workers import WorkerError
 

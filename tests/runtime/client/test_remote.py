@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +13,10 @@ from typing import Any
 
 import google_crc32c
 import grpc
-import numpy as np
 import pytest
 from forks import in_fork
 from outlets import Behaviour, Outlet, outlet_of, serving
-from stores import layout_of, make_plan, make_records, write_store
+from stores import layout_of, make_plan, make_records, manifest_of, slot_of, write_store
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
@@ -31,7 +29,6 @@ from moetier.tiers.errors import (
     ChecksumError,
     ClosedError,
     ExhaustedError,
-    MissingExpertError,
     MoetierError,
     ProtocolError,
     UnavailableError,
@@ -97,15 +94,6 @@ def hostile(folder: Path, behaviour: Behaviour, **bounds: float) -> Iterator[tup
         yield reader, outlet
 
 
-def manifest_of(folder: Path) -> Manifest:
-    with ExpertStore.open(folder) as store:
-        return store.manifest
-
-
-def slot_of(manifest: Manifest, key: ExpertKey) -> memoryview:
-    return memoryview(np.zeros(manifest.layout(key.block).slot_bytes, np.uint8)).cast("B")
-
-
 def slot_with(record: bytes) -> bytes:
     return record + checksum_bytes(google_crc32c.value(record))
 
@@ -136,22 +124,6 @@ def test_a_cold_record_wanted_by_eight_is_read_once(large: Path) -> None:
         assert all(slot == slot_with(LARGE_RECORDS[key]) for slot in slots)
         stats = host.stats()
         assert stats.bytes_in == LARGE.slot_bytes
-
-
-def test_a_host_tier_stands_on_it(small: Path) -> None:
-    """Two tiers, one above the other, both at the smallest budget."""
-    manifest = manifest_of(small)
-    with (
-        served(small, slots=2) as (address, _, _),
-        RemoteReader(address, PLAIN, manifest) as reader,
-        HostTier(reader, slots={"records": 2}) as host,
-    ):
-        for seed in range(20):
-            chance = random.Random(seed)
-            keys = [ExpertKey(seed % 2, expert) for expert in chance.sample(range(3), 2)]
-            seen = {lease.key: bytes(lease.record) for lease in host.acquire(keys)}
-            assert seen == {key: RECORDS[key] for key in keys}
-        host.check_integrity()
 
 
 # -- what a hostile or broken daemon sends ----------------------------------------------------------------------------
@@ -382,15 +354,6 @@ def test_names_of_a_stranger_are_told_in_one_line(small: Path) -> None:
     assert len(caught.value.cause) < 400
 
 
-def test_what_the_model_does_not_have_is_not_asked_for(small: Path) -> None:
-    with hostile(small, empty) as (reader, outlet):
-        slot = slot_of(reader.manifest, ExpertKey(0, 0))
-        for key in (ExpertKey(2, 0), ExpertKey(0, 3), ExpertKey(-1, 0), ExpertKey(0, -1)):
-            with pytest.raises(MissingExpertError):
-                reader.read_into(key, slot)
-        assert not outlet.requests
-
-
 def test_nobody_there(small: Path) -> None:
     with RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small)) as reader:
         with pytest.raises(UnavailableError):
@@ -399,38 +362,12 @@ def test_nobody_there(small: Path) -> None:
             reader.read_into(ExpertKey(0, 0), slot_of(reader.manifest, ExpertKey(0, 0)))
 
 
-def test_an_error_of_the_daemons_store_is_told(tmp_path: Path) -> None:
-    write_store(tmp_path, PLAN, RECORDS)
-    manifest, key = manifest_of(tmp_path), ExpertKey(1, 2)
-    with served(tmp_path) as (address, host, _), RemoteReader(address, PLAIN, manifest) as reader:
-        with ExpertStore.open(tmp_path) as store:
-            path = store.path(1)
-        data = bytearray(path.read_bytes())
-        data[data.index(RECORDS[key]) + 100] ^= 1
-        path.write_bytes(data)
-        slot = slot_of(manifest, key)
-        with pytest.raises(ChecksumError, match="expert 2"):
-            reader.read_into(key, slot)
-        reader.read_into(ExpertKey(1, 1), slot)
-        assert slot == slot_with(RECORDS[ExpertKey(1, 1)])
-        assert host.stats().failures == 2, "once, and once more"
-
-
-def test_after_close_and_in_a_fork(small: Path) -> None:
-    key = ExpertKey(0, 0)
-    with served(small) as (address, _, _):
-        reader = RemoteReader(address, PLAIN, manifest_of(small))
-        slot = slot_of(reader.manifest, key)
-        reader.read_into(key, slot)
-        reader.close()
-        reader.close()
-        for use in (lambda: reader.read_into(key, slot), reader.check):
-            with pytest.raises(ClosedError):
-                use()
-    child = RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small))
-    assert "ClosedError" in in_fork(child.check)
-    assert "ClosedError" in in_fork(lambda: child.read_into(key, slot))
-    child.close()
+def test_a_check_in_a_fork_or_after_close_is_an_error(small: Path) -> None:
+    reader = RemoteReader(Address(target="127.0.0.1:1"), PLAIN, manifest_of(small))
+    assert "ClosedError" in in_fork(reader.check)
+    reader.close()
+    with pytest.raises(ClosedError):
+        reader.check()
 
 
 def test_closing_ends_what_is_being_read(large: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
-import shutil
 import signal
 import socket
 import threading
@@ -20,7 +18,7 @@ import pytest
 import trustme
 from daemons import DaemonProcess, running_daemon
 from networks import network
-from stores import layout_of, make_plan, make_records, write_store
+from stores import layout_of, make_plan, make_records, manifest_of, read_record, without_shards, write_store
 from threads import Task, wait_until
 
 from moetier.runtime.client.remote import RemoteReader
@@ -28,9 +26,7 @@ from moetier.runtime.client.spread import Peer, SpreadReader, rendezvous
 from moetier.runtime.wire.address import Address, Credentials
 from moetier.tiers.errors import UnavailableError
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
-from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.folder import read_manifest, store_folder
+from moetier.tiers.layout import ExpertKey
 
 PLAN = make_plan(blocks=4, experts=12)
 RECORDS = make_records(PLAN)
@@ -62,23 +58,12 @@ def token(tmp_path: Path) -> Path:
     return path
 
 
-def manifest_of(folder: Path) -> Manifest:
-    return read_manifest(store_folder(folder))
-
-
-def without_shards(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("c"))
-    return target
-
-
 def address_of(daemon: DaemonProcess) -> Address:
     return Address.parse(daemon.card.listen)
 
 
 def read(reader: RemoteReader | SpreadReader, key: ExpertKey, records: dict[ExpertKey, bytes]) -> None:
-    slot = memoryview(mmap.mmap(-1, reader.manifest.layout(key.block).slot_bytes))
-    reader.read_into(key, slot)
-    assert slot[:-CHECKSUM_BYTES] == records[key], f"wrong bytes for {key}"
+    assert read_record(reader, key) == records[key], f"wrong bytes for {key}"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import random
 import shutil
 import threading
@@ -16,11 +15,10 @@ from pathlib import Path
 
 import google_crc32c
 import pytest
-from forks import in_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outlets import Outlet, outlet_of, serving
-from stores import make_plan, make_records, write_store
+from stores import make_plan, make_records, manifest_of, read_record, without_shards, write_store
 from threads import Task, run_all, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
@@ -36,17 +34,15 @@ from moetier.tiers.errors import (
     ClosedError,
     ConfigError,
     ExhaustedError,
-    MissingExpertError,
     MoetierError,
     UnavailableError,
     UnknownModelError,
 )
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import Share
 from moetier.tiers.store.checksum import checksum_bytes
-from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.reader import ExpertStore
 
 PLAIN = Credentials(insecure=True)
@@ -98,8 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> Manifest:
-    with ExpertStore.open(folder) as store:
-        return store.manifest
+    return manifest_of(folder)
 
 
 class Daemon:
@@ -141,8 +136,7 @@ def three(folder: Path) -> Iterator[list[Daemon]]:
 @pytest.fixture
 def bare(folder: Path, tmp_path: Path) -> Path:
     """A model directory without shards."""
-    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("c"))
-    return tmp_path / "bare"
+    return without_shards(folder, tmp_path / "bare")
 
 
 @contextmanager
@@ -155,9 +149,7 @@ def spread_over(
 
 
 def read(reader: SpreadReader, key: ExpertKey) -> None:
-    slot = memoryview(mmap.mmap(-1, reader.manifest.layout(key.block).slot_bytes))  # on a page
-    reader.read_into(key, slot)
-    assert slot[:-CHECKSUM_BYTES] == RECORDS[key], f"wrong bytes for {key}"
+    assert read_record(reader, key) == RECORDS[key], f"wrong bytes for {key}"
 
 
 def peers(reader: SpreadReader) -> list[Share]:
@@ -313,7 +305,7 @@ def test_one_that_serves_another_store_is_not_used(
         with pytest.raises(UnknownModelError, match="acme/other"):
             SpreadReader.open([other.address], PLAIN, manifest, bare)
         write_store(tmp_path / "again", PLAN, make_records(PLAN, seed=1))  # of the same name
-        again = read_manifest(store_folder(tmp_path / "again"))
+        again = manifest_of(tmp_path / "again")
         with pytest.raises(
             UnknownModelError, match=rf"\({again.digest[:12]}\).*{PLAN.model} \({manifest.digest[:12]}\)"
         ):
@@ -443,20 +435,8 @@ def test_a_host_tier_on_three_daemons(three: list[Daemon], bare: Path, manifest:
         run_all([lambda seed=seed: caller(seed) for seed in range(4)])
 
 
-def test_what_the_model_does_not_have(three: list[Daemon], manifest: Manifest) -> None:
+def test_closing_ends_a_read_that_waits_for_daemons(three: list[Daemon], manifest: Manifest) -> None:
     with spread_over(three, manifest) as reader:
-        for key in (ExpertKey(4, 0), ExpertKey(0, 8), ExpertKey(-1, 0)):
-            with pytest.raises(MissingExpertError):
-                reader.read_into(key, memoryview(b""))
-        assert none_away(reader)
-
-
-def test_after_close_and_in_a_fork(three: list[Daemon], manifest: Manifest) -> None:
-    with spread_over(three, manifest) as reader:
-        read(reader, KEYS[0])
-        assert "ClosedError" in in_fork(lambda: read(reader, KEYS[0]))
-        assert in_fork(reader.close) == "returned None"
-        read(reader, KEYS[0])
         for daemon in three:
             daemon.go()
         task = Task(lambda: read(reader, KEYS[0]))
@@ -464,6 +444,3 @@ def test_after_close_and_in_a_fork(three: list[Daemon], manifest: Manifest) -> N
         reader.close()
         with pytest.raises((ClosedError, UnavailableError)):
             task.result(10)
-        with pytest.raises(ClosedError):
-            read(reader, KEYS[0])
-        reader.close()

@@ -17,10 +17,10 @@ import pytest
 from daemons import running_daemon
 from faults import strace
 from local_daemons import local_daemon
-from mapped_store import MappedStore, keys
+from mapped_store import MappedStore
 from readers import PATIENCE, GatedReader
 from relays import relay
-from stores import layout_of, make_plan, make_records, write_store
+from stores import keys, layout_of, make_plan, make_records, write_store
 from threads import Task, run_all, wait_until
 from workers import WorkerError
 

@@ -17,10 +17,9 @@ import grpc
 import pytest
 from daemons import DaemonProcess, running_daemon
 from faults import flip_bit, need_strace, only
-from mapped_store import keys
 from outlets import PLAIN, served
 from readers import PATIENCE, RamReader
-from stores import make_plan, make_records, make_store, without_table
+from stores import keys, make_plan, make_records, make_store, without_table
 from threads import wait_until
 
 import moetier

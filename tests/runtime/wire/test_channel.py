@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import socket
 import threading
 import time
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-import numpy as np
 import outlets  # noqa: F401 - keeps gRPC's event loop from one test to the next
 import pytest
 import trustme
@@ -25,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from daemons import DaemonProcess, running_daemon
-from stores import make_plan, make_records, write_store
+from stores import make_plan, make_records, manifest_of, read_record, slot_of, write_store
 from threads import Task, wait_until
 
 from moetier.proto import expert_store_pb2 as pb
@@ -36,7 +34,6 @@ from moetier.runtime.wire.channel import open_channel, read_identity, read_pem, 
 from moetier.tiers.errors import ConfigError, MoetierError, RefusedError, UnavailableError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.store.reader import ExpertStore
 
 PLAN = make_plan(blocks=1, experts=2)
 RECORDS = make_records(PLAN)
@@ -83,8 +80,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(store: Path) -> Manifest:
-    with ExpertStore.open(store) as opened:
-        return opened.manifest
+    return manifest_of(store)
 
 
 @contextmanager
@@ -118,7 +114,7 @@ def read(address: str, credentials: Credentials, manifest: Manifest) -> None:
     key = ExpertKey(0, 1)
     with RemoteReader(Address.parse(address), credentials, manifest) as reader:
         errors = []
-        slot = memoryview(np.zeros(manifest.layout(0).slot_bytes, np.uint8)).cast("B")
+        slot = slot_of(manifest, ExpertKey(0, 0))
         for step in (reader.check, lambda: reader.read_into(key, slot)):
             try:
                 step()
@@ -224,12 +220,10 @@ def test_one_that_is_not_there_behind_somebody_who_answers_for_it_is_away(
         threading.Thread(target=hang_up, daemon=True).start()
         address = Address.parse(f"127.0.0.1:{forwarder.getsockname()[1]}")
         with SpreadReader.open([address], credentials, manifest, store) as reader:
-            slot = memoryview(mmap.mmap(-1, manifest.layout(0).slot_bytes))
-            reader.read_into(ExpertKey(0, 1), slot)
-            assert slot[:-CHECKSUM_BYTES] == RECORDS[ExpertKey(0, 1)]
+            assert read_record(reader, ExpertKey(0, 1)) == RECORDS[ExpertKey(0, 1)]
             away, local = reader.shares()
             assert (away.records, away.bytes, bool(away.away)) == (0, 0, True)
-            assert (local.place, local.records, local.bytes) == ("the local store", 1, len(slot))
+            assert (local.place, local.records, local.bytes) == ("the local store", 1, manifest.layout(0).slot_bytes)
         forwarder.shutdown(socket.SHUT_RDWR)
 
 
@@ -280,7 +274,7 @@ def test_a_client_without_the_right_certificate(
 def test_over_its_unix_socket_too(with_tls: DaemonProcess, manifest: Manifest) -> None:
     """By a credential of the control socket; a new one after a restart."""
     key = ExpertKey(0, 0)
-    slot = memoryview(np.zeros(manifest.layout(0).slot_bytes, np.uint8)).cast("B")
+    slot = slot_of(manifest, ExpertKey(0, 0))
     with RemoteReader(with_tls.address, Credentials(), manifest) as reader:
         reader.check()
         reader.read_into(key, slot)

@@ -9,8 +9,9 @@ from contextlib import closing
 
 import pytest
 import torch
-from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys
+from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of
 from readers import PATIENCE, RamReader
+from stores import keys
 from threads import Task, run_all, sleeps, wait_until
 
 from moetier.tiers.device.tier import DeviceTier

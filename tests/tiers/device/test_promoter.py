@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys
+from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of
 from fake_device import FakeDevice, Order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import PATIENCE, GatedReader, RamReader
+from stores import keys
 from threads import Task, run_all, sleeps, wait_until
 from unsteady import UnsteadySource
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, keys, record_bytes
+from consumers import PLAN, RECORDS, SMALLEST, Consumer, device_of, record_bytes
 from fake_device import Locked, Order
 from geometries import two_geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import GatedReader, RamReader
-from stores import make_plan, make_records, make_store
+from stores import keys, make_plan, make_records, make_store
 from threads import Task, run_all, sleeps, wait_until
 from unsteady import UnsteadySource
 

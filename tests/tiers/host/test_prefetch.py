@@ -4,6 +4,7 @@ import time
 
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import keys
 
 from moetier.tiers.cache.budget import Group
 from moetier.tiers.cache.policies import POLICIES
@@ -14,10 +15,6 @@ from moetier.tiers.stats import TierCounters
 
 CALLERS = tuple(AsyncCaller(lambda event: None, 1) for _ in range(3))
 FIRST, SECOND, THIRD = CALLERS
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]
 
 
 def make_pool() -> Pool:

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 import pytest
 from readers import PATIENCE, GatedReader, RamReader
-from stores import layout_of, make_plan, make_records
+from stores import layout_of, keys, make_plan, make_records
 from threads import Task, run_all, wait_until
 
 from moetier.tiers.arena.arena import Arena
@@ -26,10 +26,6 @@ RECORDS = make_records(PLAN)  # no two alike
 SMALLEST = slots_for(PLAN, smallest_budget(PLAN))
 WIDE = make_plan(blocks=2, experts=200, top_k=2, layout=layout_of(32, 16))
 WIDE_RECORDS = make_records(WIDE)
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]
 
 
 class Client:

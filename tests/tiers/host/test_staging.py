@@ -15,7 +15,7 @@ from geometries import two_geometries
 from hypothesis import given
 from hypothesis import strategies as st
 from readers import GatedReader, RamReader
-from stores import make_plan, make_records, write_store
+from stores import keys, make_plan, make_records, write_store
 from threads import Task, wait_until
 from tier_states import is_closed
 
@@ -35,10 +35,6 @@ RECORDS = make_records(PLAN)
 SLOT = PLAN.layouts["records"].slot_bytes
 PIECE = piece_bytes(SLOT, None)
 REQUESTED = ExpertKey(0, 2)
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]
 
 
 def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from places import HELPERS
 from readers import PATIENCE, GatedReader, RamReader
-from stores import make_plan, make_records
+from stores import keys, make_plan, make_records
 from threads import Task, run_all, sleeps, wait_until
 from tier_states import held_lock, is_closed
 
@@ -37,10 +37,6 @@ from moetier.tiers.source import Lease, StagedPrefix
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)  # no two alike
 SMALLEST = slots_for(PLAN, smallest_budget(PLAN))
-
-
-def keys(block: int, *experts: int) -> list[ExpertKey]:
-    return [ExpertKey(block, expert) for expert in experts]
 
 
 def take(tier: HostTier, block: int, *experts: int) -> list[ExpertKey]:

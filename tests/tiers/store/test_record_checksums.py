@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 import shutil
 from pathlib import Path
 
 import pytest
-from stores import make_plan, make_records, make_store, without_table, write_store
+from stores import make_plan, make_records, make_store, read_record, without_table, write_store
 
 from moetier.tiers.errors import ChecksumError
 from moetier.tiers.layout import ExpertKey
@@ -20,12 +19,6 @@ PLAN = make_plan()
 
 def shard(folder: Path, block: int) -> Path:
     return ShardFile.of(folder / GROUP, PLAN, block).path
-
-
-def read(store: ExpertStore, key: ExpertKey) -> bytes:
-    slot = memoryview(mmap.mmap(-1, store.layout(key.block).slot_bytes))
-    store.read_into(key, slot)
-    return bytes(slot[:-4])
 
 
 @pytest.fixture
@@ -57,9 +50,9 @@ def test_a_record_of_another_conversion_is_refused_when_it_is_read(tmp_path: Pat
     with ExpertStore.open(tmp_path) as store:
         for each in records:
             if each != key:
-                assert read(store, each) == records[each]
+                assert read_record(store, each) == records[each]
         with pytest.raises(ChecksumError, match="of another conversion") as caught:
-            read(store, key)
+            read_record(store, key)
     assert "block 1 (model.layers.1.mlp.experts), expert 2: its record in" in caught.value.cause
     assert str(shard(tmp_path, 1)) in caught.value.cause
     assert str(shard(tmp_path, 1)) in caught.value.fix

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 from faults import mounted, only, strace
 from places import HELPERS
-from stores import layout_of, make_plan, make_records, make_store, write_store
+from stores import layout_of, make_plan, make_records, make_store, read_records, write_store
 
 from moetier.tiers.errors import DiskSpaceError, IncompleteStoreError, TargetError, TargetExistsError
 from moetier.tiers.layout import ExpertKey, Projection, RecordLayout
@@ -37,15 +36,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def read_all(folder: Path) -> dict[ExpertKey, bytes]:
-    records = {}
     with ExpertStore.open(folder) as store:
-        for block, entry in enumerate(store.manifest.blocks):
-            with mmap.mmap(-1, store.layout(block).slot_bytes) as slot:
-                for expert in range(entry.experts):
-                    with memoryview(slot) as view:
-                        store.read_into(ExpertKey(block, expert), view)
-                    records[ExpertKey(block, expert)] = slot[:-4]
-    return records
+        return read_records(store)
 
 
 def two_geometries() -> Manifest:

@@ -1,0 +1,211 @@
+"""The contracts of RecordReader and PartReader (moetier.tiers.source), checked for each reader over a real store."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+from faults import flip_bit
+from forks import in_fork
+from outlets import PLAIN, served
+from readers import RamReader
+from stores import layout_of, make_plan, make_records, manifest_of, read_record, slot_of, write_store
+from threads import run_all
+
+from moetier.runtime.client.remote import RemoteReader
+from moetier.runtime.client.spread import SpreadReader
+from moetier.runtime.wire.address import Address
+from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
+from moetier.tiers.host.tier import HostTier
+from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import PartReader, RecordReader, StagedPrefix
+from moetier.tiers.store.checksum import PIECE_BYTES, checksum_bytes
+from moetier.tiers.store.folder import GROUP
+from moetier.tiers.store.reader import ExpertStore
+from moetier.tiers.store.shard import ShardFile
+
+SMALL = make_plan(blocks=2, experts=4)
+LARGE = make_plan(blocks=1, experts=2, layout=layout_of(2048, 1560))  # 18 MB: read in several pieces
+RECORDS = {"small": make_records(SMALL), "large": make_records(LARGE)}
+KEY = ExpertKey(0, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two model directories, ``small`` and ``large``."""
+    assert LARGE.layout(0).slot_bytes > 2 * PIECE_BYTES
+    made = tmp_path_factory.mktemp("stores")
+    for name, plan in (("small", SMALL), ("large", LARGE)):
+        write_store(made / name, plan, RECORDS[name])
+    return made
+
+
+@contextlib.contextmanager
+def open_reader(kind: str, folder: Path) -> Iterator[RecordReader]:
+    with contextlib.ExitStack() as closing:
+        store = closing.enter_context(ExpertStore.open(folder))
+        if kind == "store":
+            yield store
+            return
+        if kind == "spread over none":  # and so from the store
+            nobody = [Address(target="127.0.0.1:1")]
+            yield closing.enter_context(SpreadReader.open(nobody, PLAIN, store.manifest, folder))
+            return
+        host = closing.enter_context(HostTier(store, slots={"records": store.manifest.record_count}))
+        address = closing.enter_context(served(host))
+        if kind == "remote":
+            yield closing.enter_context(RemoteReader(address, PLAIN, store.manifest))
+        else:
+            second = closing.enter_context(served(host))
+            yield closing.enter_context(SpreadReader.open([address, second], PLAIN, store.manifest))
+
+
+@pytest.fixture(params=["store", "remote", "spread", "spread over none"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("size", RECORDS)
+def test_each_record_is_read_with_its_checksum(kind: str, folder: Path, size: str) -> None:
+    with open_reader(kind, folder / size) as reader:
+        assert reader.manifest == manifest_of(folder / size)
+        for key, record in RECORDS[size].items():
+            slot = slot_of(reader.manifest, key)
+            reader.read_into(key, slot)
+            assert slot == record + checksum_bytes(google_crc32c.value(record))
+
+
+def test_many_threads_read_at_once(kind: str, folder: Path) -> None:
+    def work(reader: RecordReader, seed: int) -> list[bool]:
+        keys = list(RECORDS["large"])
+        random.Random(seed).shuffle(keys)
+        return [read_record(reader, key) == RECORDS["large"][key] for key in keys]
+
+    with open_reader(kind, folder / "large") as reader:
+        assert all(map(all, run_all([lambda seed=seed: work(reader, seed) for seed in range(6)])))
+
+
+def test_a_pause_changes_nothing_and_its_exception_ends_the_read(kind: str, folder: Path) -> None:
+    """Of a reader that asks for a pause at all."""
+    asked = 0
+
+    def pause() -> bool:
+        nonlocal asked
+        asked += 1
+        if raises:
+            raise InterruptedError
+        return asked < most
+
+    with open_reader(kind, folder / "large") as reader:
+        slot = slot_of(reader.manifest, KEY)
+        for most in (100, 2):
+            asked, raises = 0, False
+            slot[:] = bytes(len(slot))
+            reader.read_into(KEY, slot, pause)
+            assert slot[:-4] == RECORDS["large"][KEY]
+            assert asked <= most
+        asks, asked, raises = asked > 0, 0, True
+        with pytest.raises(InterruptedError) if asks else contextlib.nullcontext():
+            reader.read_into(KEY, slot, pause)
+        assert asked == asks
+        assert read_record(reader, KEY) == RECORDS["large"][KEY]
+
+
+def test_what_the_model_does_not_have_is_an_error(kind: str, folder: Path) -> None:
+    with open_reader(kind, folder / "small") as reader:
+        slot = slot_of(reader.manifest, KEY)
+        for key in (ExpertKey(-1, 0), ExpertKey(2, 0), ExpertKey(0, -1), ExpertKey(0, 4), ExpertKey(0, 10**9)):
+            with pytest.raises(MissingExpertError, match="acme/tiny-moe") as caught:
+                reader.read_into(key, slot)
+            assert "are 0 to" in caught.value.fix
+        assert not any(slot)
+        assert read_record(reader, KEY) == RECORDS["small"][KEY]
+
+
+def test_a_bad_record_is_an_error_and_others_are_read(kind: str, tmp_path: Path) -> None:
+    write_store(tmp_path, SMALL, RECORDS["small"])
+    bad, slot_bytes = ExpertKey(1, 2), SMALL.layout(1).slot_bytes
+    path = ShardFile.of(tmp_path / GROUP, SMALL, 1).path
+    with open_reader(kind, tmp_path) as reader:
+        flip_bit(path, 2 * slot_bytes + 1000)
+        for _ in range(2):
+            with pytest.raises(ChecksumError, match="expert 2"):
+                read_record(reader, bad)
+            for key in (KEY, ExpertKey(1, 1), ExpertKey(1, 3)):
+                assert read_record(reader, key) == RECORDS["small"][key]
+        flip_bit(path, 2 * slot_bytes + 1000)
+        assert read_record(reader, bad) == RECORDS["small"][bad], "an error is not remembered"
+
+
+def test_after_close_a_read_is_an_error(kind: str, folder: Path) -> None:
+    with open_reader(kind, folder / "small") as reader:
+        slot = slot_of(reader.manifest, KEY)
+        reader.read_into(KEY, slot)
+        for _ in range(2):
+            reader.close()  # type: ignore[attr-defined]  # which a host tier does not call
+            with pytest.raises(ClosedError):
+                reader.read_into(KEY, slot)
+
+
+def test_a_forked_child_is_told_and_closes_its_own(kind: str, folder: Path) -> None:
+    with open_reader(kind, folder / "small") as reader:
+        assert read_record(reader, KEY) == RECORDS["small"][KEY]
+        assert "ClosedError" in in_fork(lambda: read_record(reader, KEY))
+        assert in_fork(reader.close) == "returned None"  # type: ignore[attr-defined]
+        assert read_record(reader, KEY) == RECORDS["small"][KEY], "the parent goes on"
+
+
+def test_a_host_tier_stands_on_it(kind: str, folder: Path) -> None:
+    """At the smallest budget."""
+    with open_reader(kind, folder / "small") as reader, HostTier(reader, slots={"records": 2}) as host:
+        for seed in range(20):
+            wanted = [ExpertKey(seed % 2, expert) for expert in random.Random(seed).sample(range(4), 3)]
+            seen = {lease.key: bytes(lease.record) for lease in host.acquire(wanted)}
+            assert seen == {key: RECORDS["small"][key] for key in wanted}
+        host.check_integrity()
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_parts(kind: str, folder: Path, manifest: Manifest, records: dict[ExpertKey, bytes]) -> Iterator[PartReader]:
+    with contextlib.ExitStack() as closing:
+        reader: RecordReader = RamReader(manifest, records, in_parts=True)
+        if kind == "store":
+            reader = closing.enter_context(ExpertStore.open(folder))
+        assert reader.parts is not None
+        yield reader.parts
+
+
+@pytest.mark.parametrize("kind", ["store", "a test's double"])
+@pytest.mark.parametrize("size", RECORDS)
+@pytest.mark.parametrize("pause", [None, lambda: True], ids=["at once", "with pauses"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_the_rest_of_a_record_is_read_behind_its_beginning(
+    kind: str, folder: Path, size: str, pause: Callable[[], bool] | None, share: float
+) -> None:
+    plan, records = (SMALL if size == "small" else LARGE), RECORDS[size]
+    whole = plan.layout(0).slot_bytes
+    length = int(whole * share) // PAGE * PAGE
+    slot, beginning = (np.frombuffer(slot_of(plan, KEY), np.uint8) for _ in range(2))
+    before: list[bool] = []
+
+    def copy(view: memoryview) -> None:
+        before.append(bool(slot[length:].any()))
+        view[:length] = beginning.data[:length]
+
+    with open_parts(kind, folder / size, plan, records) as reader:
+        for start in range(0, length, PAGE):
+            reader.read_part(KEY, start, beginning.data[start : start + PAGE])
+        reader.read_rest(KEY, slot.data, StagedPrefix(length, copy), pause)
+        assert bytes(slot[:-4]) == records[KEY]
+        assert len(before) == 1, "it is copied once"
+        if length == whole or size == "small":
+            assert before == [length < whole], "when the rest is there, or has been asked for"
