@@ -245,7 +245,7 @@ class Directory:
             self._table[number] = slot
 
     def check_integrity(self, states: list[tuple[ExpertKey | None, bool]]) -> None:
-        """Assert that the directory agrees with ``states`` (see ``repair``). Does nothing after ``close``."""
+        """Assert that the directory, unless closed, agrees with ``states`` (see ``repair``). Tests call it."""
         if self._closed:
             return
         table = [NONE] * self._plan.keys

@@ -105,7 +105,9 @@ class SlotPool:
         """The number of READY slots that are pinned."""
         return sum(pins > 0 and slot not in self._loading for slot, pins in enumerate(self._pins))
 
-    def begin_fill(self, slot: int, key: ExpertKey, *, scan: bool = False, prefetched: bool = False) -> ExpertKey | None:
+    def begin_fill(
+        self, slot: int, key: ExpertKey, *, scan: bool = False, prefetched: bool = False
+    ) -> ExpertKey | None:
         """Begin to fill a slot that is EMPTY or evictable, which makes it LOADING.
 
         Args:
@@ -281,7 +283,7 @@ class SlotPool:
                 self._policy(key).add(key, scan=False)
 
     def check_integrity(self) -> None:
-        """Assert that each slot is in exactly one state, and each key in at most one slot and in its group."""
+        """Assert that each slot has one state, and each key one slot at most and its group. Tests call it."""
         held = {key: slot for slot, key in enumerate(self._keys) if key is not None}
         assert held == self._slot_of
         assert sorted([*held.values(), *self._free]) == list(range(self.count))

@@ -147,7 +147,7 @@ class Promoter:
             self._thread.join()
 
     def check_integrity(self, find: Callable[[ExpertKey], int | None]) -> None:
-        """Assert that promoted records that are unused have slots. ``find`` returns the slot of a key."""
+        """Assert that unused promoted records have slots. ``find`` returns the slot of a key. Tests call it."""
         assert self._missing >= 0
         assert all(find(key) is not None for key in self.outcomes.unused)
 

@@ -205,7 +205,7 @@ class DeviceTier:
 
     @step
     def check_integrity(self) -> None:
-        """Assert that slots, groups and promotions agree."""
+        """Assert that slots, groups and promotions agree. Tests call it."""
         for pool in self._slots.pools.values():
             pool.check_integrity()
         self._promoter.check_integrity(self._slots.find)

@@ -391,7 +391,7 @@ class Ledger:
         self.waiting.repair(self._demands, self.pools.values())
 
     def check_integrity(self) -> None:
-        """Assert that slots, groups, loads, demands and the directory agree."""
+        """Assert that slots, groups, loads, demands and the directory agree. Tests call it."""
         for pool in self.pools.values():
             pool.check_integrity()
             assert self._pins(pool) == [pool.pins(slot) for slot in range(pool.count)]

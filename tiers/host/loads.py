@@ -216,7 +216,9 @@ class Loads:
             if self._prefetches.unbegun and self._prefetches.make_room():
                 place = self._prefetches.next_place()
                 if place is not None and place.slot is not None:
-                    return self.begin_load(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
+                    return self.begin_load(
+                        place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup
+                    )
                 if place is not None and self._buffers is not None:
                     staged = self._buffers.assign(place.key, place.pool.slot_bytes, place.pool.read_seconds)
                     return staged.begin_piece(self._clock())
@@ -346,7 +348,7 @@ class Loads:
             self._buffers.repair([load.staged for load in self._loads.values() if load.staged is not None])
 
     def check_integrity(self) -> None:
-        """Assert that loads, the demands that wait for them, the queue and the staging buffers agree."""
+        """Assert that loads, the demands that wait for them, the queue and the staging buffers agree. Tests call it."""
         for key, load in self._loads.items():
             assert load.key == key
             assert load.waiters == [demand for demand in load.waiters if load in demand.loads]

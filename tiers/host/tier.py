@@ -255,7 +255,7 @@ class HostTier(Closeable):
 
     @step
     def check_integrity(self) -> None:
-        """Assert that slots, groups, loads, callers and the directory agree."""
+        """Assert that slots, groups, loads, callers and the directory agree. Tests call it."""
         self._ledger.check_integrity()
 
     # -- steps --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from moetier.tiers.errors import ExhaustedError
 
-from .demands import Demand
+from .demands import Demand, Pool
 
 
 class Waiting:
@@ -125,7 +125,7 @@ class Waiting:
         self.wake()
 
     def check_integrity(self, demands: Collection[Demand]) -> None:
-        """Assert that no asynchronous demand is lost, and that no demand waits although it could go on."""
+        """Assert that no asynchronous demand is lost, and that none waits although it could go on. Tests call it."""
         for caller in {demand.async_caller for demand in demands if demand.async_caller is not None}:
             assert set(caller.demands.values()) == {demand for demand in demands if demand.async_caller is caller}
             assert caller.outstanding <= caller.leases

@@ -27,8 +27,8 @@ from moetier.tools.cli.progress import Progress
 from moetier.tools.cli.report import table
 from moetier.tools.convert.files import free_bytes, nearest_folder
 
-from .plan import ConversionPlan, Options, Stage, stages
 from .encoder import INTERPRETER_BYTES, Encoder, MatrixRecord
+from .plan import ConversionPlan, Options, Stage, stages
 from .streaming import Download
 from .target import Target, small_files
 

@@ -31,7 +31,9 @@ Uses = npt.NDArray[np.float64]  # [blocks, experts]; nan where there is no exper
 Ready = npt.NDArray[np.bool_]
 
 
-def draw_use(trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_POLICY) -> Figure:
+def draw_use(
+    trace: Trace, *, tokens: range, blocks: Sequence[int], cached: int, policy: str = DEFAULT_POLICY
+) -> Figure:
     """Draw Figure 1: the experts that each token uses, darker by their weight.
 
     A small square marks the experts that a cache holds before the token; it has ``cached`` slots for each block (0: no

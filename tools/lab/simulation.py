@@ -141,7 +141,7 @@ class SimulatedTier:
         return self._pool.held()
 
     def check_integrity(self) -> None:
-        """Assert that slots and policy are consistent."""
+        """Assert that slots and policy are consistent. Tests call it."""
         self._pool.check_integrity()
 
     def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:

@@ -14,7 +14,7 @@ from moetier.runtime.daemon.metrics import registry_of
 from .completions import ChatCompletions, TextCompletions
 from .engine import Engine
 from .metrics import ServeCollector
-from .middleware import HEALTH, App, RequestLimits, AccessControl
+from .middleware import HEALTH, AccessControl, App, RequestLimits
 from .refusal import Refusal
 from .request import unknown_model
 

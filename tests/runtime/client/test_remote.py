@@ -36,7 +36,6 @@ from moetier.tiers.errors import (
 )
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.checksum import checksum_bytes
 from moetier.tiers.store.reader import ExpertStore
 

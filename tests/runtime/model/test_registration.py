@@ -278,7 +278,7 @@ def test_a_lost_model_is_closed_also_when_found_by_who_holds_its_lock(tiny: tupl
     lost = _lose(model)
     del model, host
     Task(lambda: session.acquire(1, [ExpertKey(0, 0)])).result()
-    assert found == [None]
+    assert found[0] is None
     wait_until(lambda: not _loaders())
 
 

@@ -14,10 +14,9 @@ import moetier
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
 from moetier.runtime.speculation import controller
-from moetier.runtime.speculation.controller import Mode
+from moetier.runtime.speculation.controller import GhostCache, Mode
 from moetier.runtime.speculation.predictor import Prediction, Shortcuts
 from moetier.runtime.speculation.speculation import JUDGED, MOST_ROWS, Speculation
-from moetier.tiers.cache.policies import Recency
 from moetier.tiers.errors import ConfigError
 from moetier.tiers.layout import ExpertKey
 
@@ -88,12 +87,20 @@ def test_the_text_is_the_same_and_experts_are_there_before_they_are_needed(tinym
     assert with_.host.stats().hit_ratio > without.host.stats().hit_ratio
 
 
-def test_what_a_step_lacks_by_itself_is_by_the_tier_s_policy(tinymix_4bit: Path) -> None:
+def test_what_a_step_lacks_by_itself_is_by_the_tier_s_policy(
+    tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, str]] = []
+
+    class Noted(GhostCache):
+        def __init__(self, blocks: int, slots: int, policy: str) -> None:
+            made.append((blocks, policy))
+            super().__init__(blocks, slots, policy)
+
+    monkeypatch.setattr("moetier.runtime.speculation.speculation.GhostCache", Noted)
     model, _ = moetier.load(tinymix_4bit, ram=RAM, daemon=None, policy="lru")
-    with model.tiers:
-        policies = model.tiers.speculation._ghost_cache._policies
-    assert len(policies) == BLOCKS
-    assert all(isinstance(policy, Recency) for policy in policies)
+    model.tiers.close()
+    assert made == [(BLOCKS, "lru")]
 
 
 def test_predictions_are_better_than_chance_and_worse_from_afar(tinymix_4bit: Path) -> None:
@@ -116,11 +123,13 @@ def model(tinymix_4bit: Path) -> Any:
         yield model
 
 
-def attached(model: Any, gates: Any, mode: Mode, look_ahead: int = 2) -> tuple[Speculation, Requests]:
+def attached(
+    model: Any, gates: Any, mode: Mode, look_ahead: int = 2, shortcuts: Shortcuts | None = None
+) -> tuple[Speculation, Requests]:
     from dataclasses import replace
 
     requests: Any = Requests()
-    speculation = Speculation(Shortcuts(gates, look_ahead), requests, slots=2, mode=mode)
+    speculation = Speculation(shortcuts or Shortcuts(gates, look_ahead), requests, slots=2, mode=mode)
     speculation.attach()
     for module in experts_modules(model).values():
         module.tiered = replace(module.tiered, demanded=speculation.demanded)
@@ -191,8 +200,7 @@ def test_wrong_predictions_turn_it_off(model: Any, monkeypatch: pytest.MonkeyPat
         wrong.step += hidden.shape[1] == 1
 
     with gates.observe(entry=count, blocks=[0]):
-        speculation, _ = attached(model, gates, Mode.AUTO, look_ahead=1)
-        speculation._shortcuts = wrong
+        speculation, _ = attached(model, gates, Mode.AUTO, look_ahead=1, shortcuts=wrong)
         decode(model, steps=60)
     stats = speculation.stats()
     assert not stats.is_on
@@ -201,15 +209,19 @@ def test_wrong_predictions_turn_it_off(model: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_token_that_is_no_number_teaches_nothing(model: Any) -> None:
-    speculation, _ = attached(model, Gates(model), Mode.ALWAYS, look_ahead=1)
+    gates = Gates(model)
+    shortcuts = Shortcuts(gates, 1)
+    speculation, _ = attached(model, gates, Mode.ALWAYS, look_ahead=1, shortcuts=shortcuts)
     hidden = torch.ones(1, 1, model.config.hidden_size, dtype=model.dtype)
+    states = torch.randn(1, 64, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     with torch.no_grad():
         model(torch.tensor([[5]]))
+        before = shortcuts.rank(3, 1, states).experts
         speculation._at_entry(2, hidden * float("nan"))
         speculation.demanded(2, {0, 1}, waiting=False)
         speculation.demanded(3, set(range(8)), waiting=False)
     speculation.stats()
-    assert bool(speculation._shortcuts._of[1][3]._weight.isfinite().all())
+    assert torch.equal(shortcuts.rank(3, 1, states).experts, before)
 
 
 def test_another_tower_beside_it_is_left_alone(model: Any) -> None:

@@ -136,7 +136,8 @@ def test_a_change_that_was_cut_leaves_no_slot_ready_without_its_record(act: str,
     slot = filled(pool, old) if act == "evict" else 0
     if act in ("fill", "fail"):
         pool.begin_fill(slot, new)
-    work = {"fill": lambda: pool.fill(slot), "fail": lambda: pool.fail(slot)}.get(act, lambda: pool.begin_fill(slot, new))
+    acts = {"fill": lambda: pool.fill(slot), "fail": lambda: pool.fail(slot)}
+    work = acts.get(act, lambda: pool.begin_fill(slot, new))
     cut(work, steps)
     before = act == "evict" and pool.is_ready(slot)
     assert not pool.is_ready(slot) or pool.key(slot) == (old if before else new)

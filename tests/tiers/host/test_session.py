@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 import pytest
 from readers import PATIENCE, GatedReader, RamReader
-from stores import layout_of, keys, make_plan, make_records
+from stores import keys, layout_of, make_plan, make_records
 from threads import Task, run_all, wait_until
 
 from moetier.tiers.arena.arena import Arena

@@ -10,7 +10,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -725,7 +724,10 @@ class HostMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
 
     @initialize(
-        count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(POLICIES)), parts=st.booleans()
+        count=st.integers(4, 12),
+        loaders=st.integers(1, 3),
+        policy=st.sampled_from(sorted(POLICIES)),
+        parts=st.booleans(),
     )
     def open(self, count: int, loaders: int, policy: str, parts: bool) -> None:
         self.count = count

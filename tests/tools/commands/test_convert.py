@@ -34,8 +34,8 @@ from moetier.tiers.store.atomic import PARTIAL
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tools.commands.convert import options_of
-from moetier.tools.convert.convert import convert
 from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.convert import convert
 from moetier.tools.main import build_parser, main
 
 

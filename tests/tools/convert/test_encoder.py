@@ -17,9 +17,9 @@ from checkpoints import save_checkpoint, tree
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.runtime.checkpoint.recipe import BlockBlueprint, Recipe
 from moetier.tiers.layout import ExpertKey
-from moetier.tools.convert.convert import convert
 from moetier.tools.convert import encoder as records
 from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.convert import convert
 from moetier.tools.lab.synthetic import GEOMETRIES, make_synthetic
 
 

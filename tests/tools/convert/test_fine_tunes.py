@@ -16,8 +16,8 @@ from moetier.runtime.checkpoint import files as checkpoint
 from moetier.runtime.checkpoint.files import open_checkpoint
 from moetier.tiers.errors import ChecksumError, TargetExistsError
 from moetier.tiers.store.folder import GROUP, METADATA
-from moetier.tools.convert.convert import convert
 from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.convert import convert
 from moetier.tools.main import main
 
 BEGUN = 1  # blocks that a cut conversion has finished

@@ -18,9 +18,9 @@ from moetier.runtime.moe.linear import WEIGHT, matrix_layout
 from moetier.tiers.errors import CheckpointError, ConfigError
 from moetier.tiers.layout import Bits
 from moetier.tiers.quant.codec import encode
-from moetier.tools.convert.convert import convert
 from moetier.tools.convert import conversion, encoder
 from moetier.tools.convert.conversion import Conversion, Options
+from moetier.tools.convert.convert import convert
 from moetier.tools.convert.plan import choose_matrices, trunk_form
 
 BF16 = torch.bfloat16

@@ -247,7 +247,8 @@ def test_a_prefill_costs_the_decoding_behind_it_two_points_at_most(
 def test_a_prefill_does_cost_recency_something() -> None:
     """Else the test above would prove nothing of the others."""
     costs = [
-        ratio_after(GPT_OSS, policy, 16, 611, 32, prefill=False) - ratio_after(GPT_OSS, policy, 16, 611, 32, prefill=True)
+        ratio_after(GPT_OSS, policy, 16, 611, 32, prefill=False)
+        - ratio_after(GPT_OSS, policy, 16, 611, 32, prefill=True)
         for policy in ("lru", "scan", "lrfu")
     ]
     assert costs[0] > 0.02 > max(costs[1:])
@@ -278,7 +279,8 @@ class NewestFirst(Recency):
 
 
 @pytest.mark.parametrize(
-    ("policy", "above"), [*zip(POLICIES, POLICIES, strict=True), ("learned", DEFAULT_POLICY), ("belady", DEFAULT_POLICY)]
+    ("policy", "above"),
+    [*zip(POLICIES, POLICIES, strict=True), ("learned", DEFAULT_POLICY), ("belady", DEFAULT_POLICY)],
 )
 def test_a_device_tier_has_the_same_policy(policy: str, above: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt that comes first leaves the same behind by each of tiers' policies, and two are the same from then

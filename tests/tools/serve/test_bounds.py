@@ -19,7 +19,7 @@ from readers import PATIENCE
 from threads import wait_until
 
 from moetier.tools.serve.listen import Server, bind
-from moetier.tools.serve.middleware import MOST_BYTES, RequestLimits, AccessControl
+from moetier.tools.serve.middleware import MOST_BYTES, AccessControl, RequestLimits
 
 MOST, CONNECTIONS = 3, 8
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
