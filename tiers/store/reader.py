@@ -256,6 +256,7 @@ class ExpertStore:
         self.close()
 
     def locate(self, key: ExpertKey) -> tuple[OpenShard, int]:
+        """Return the shard that has the record of ``key``, and the offset of the record in it. Raises StoreError."""
         block, expert = key
         self.manifest.check_keys(block, (key,))
         if self._fault.done():
