@@ -54,23 +54,12 @@ class Lease(NamedTuple, Generic[Record]):
         return self.proof is None or self.proof()
 
 
-class StagedPrefix(NamedTuple):
-    """The first bytes of a record, which are in a staging buffer or are being read into it."""
-
-    length: int  # in bytes, a multiple of a page
-    copy: Callable[[memoryview], None]  # waits for these bytes and copies them into a slot
-
-
 class RecordReader(Protocol):
     """Interface of a host tier's source: a store, or another object that reads records into slots. Thread-safe."""
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of the records."""
-
-    @property
-    def parts(self) -> PartReader | None:
-        """The reader itself if it can read parts of records, else None."""
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         """Read a record and its checksum into ``buffer``: a writable slot of ``slot_bytes`` that begins on a page.
@@ -85,26 +74,6 @@ class RecordReader(Protocol):
         Raises:
             StoreError: the record can't be read. A reader of other hosts may also raise UnavailableError and
                 ExhaustedError.
-        """
-
-
-class PartReader(Protocol):
-    """Interface to read parts of records, for prefetches that begin in a staging buffer."""
-
-    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Fill ``part`` with the bytes of a record and its checksum from byte ``start`` on.
-
-        ``start`` is a multiple of a page; ``part`` has whole pages, or ends with the slot. No checksum is compared.
-        Raises a StoreError that does not name the record.
-        """
-
-    def read_rest(
-        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
-    ) -> None:
-        """Copy the ``prefix`` of a record into ``buffer`` and read the rest, as ``read_into`` does.
-
-        The read of the rest begins first; only then is ``prefix.copy`` called, which may wait for the prefix. Raises
-        StoreError, and any exception of ``prefix.copy``.
         """
 
 

@@ -36,8 +36,7 @@ class Counts:
     failures: int = 0  # loads that ended in an error, and reads that were recovered from a mirror
     discarded: int = 0  # copies or results discarded because their record was replaced while it was in use
     bytes_in: int = 0  # bytes moved into this tier
-    # histogram: loads by duration, with LOAD_BOUNDS as upper bounds and one bin above the last; loads that began in a
-    # staging buffer are not in it
+    # histogram: loads by duration, with LOAD_BOUNDS as upper bounds and one bin above the last
     loads: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BOUNDS) + 1))
     load_seconds: float = 0.0  # total duration of the loads in the histogram
     waits: int = 0

@@ -47,8 +47,6 @@ class RemoteReader(Closeable):
     Every call has a deadline: ``patience`` seconds, plus the time that its bytes take at ``SLOWEST``.
     """
 
-    parts = None  # it can't read parts of records
-
     def __init__(
         self,
         address: Address,

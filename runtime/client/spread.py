@@ -69,8 +69,6 @@ class SpreadReader(Closeable):
     background check finds it again, so no other read waits for it.
     """
 
-    parts = None  # it can't read parts of records
-
     @classmethod
     def open(
         cls, addresses: Sequence[Address], credentials: Credentials, manifest: Manifest, folder: Path | None = None

@@ -13,7 +13,6 @@ from moetier.runtime.config import Size
 from moetier.runtime.memory import Available, available_memory, budget_for
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.errors import ConfigError
-from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.store.mirror import MirroredStore, open_store
@@ -47,9 +46,7 @@ def open_models(
     manifests = {digest: store.manifest for digest, store in stores.items()}
     passed = [(_systemd_holder(name), descriptor) for name, descriptor in manager.passed]
     found = reclaim_arenas(manifests, passed, patience=_DYING if was_killed else 0.0)
-    there = available_memory()
-    free = max(there.bytes - sum(map(staging_bytes, manifests.values())), 0)
-    slots, kept = plan_slots(manifests, config.ram, Available(free, there.limiter), found)
+    slots, kept = plan_slots(manifests, config.ram, available_memory(), found)
     for digest, arenas in found.items():
         for reclaimed in arenas:
             if reclaimed is not kept.get(digest):

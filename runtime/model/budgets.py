@@ -16,7 +16,6 @@ from moetier.runtime.kernels.api import Kernels
 from moetier.runtime.memory import Available, budget_for
 from moetier.runtime.moe.experts import ROWS, experts_modules, output_bytes
 from moetier.tiers.cache.budget import smallest_budget
-from moetier.tiers.host.staging import staging_bytes
 from moetier.tiers.layout import RecordLayout
 from moetier.tiers.manifest import Manifest
 
@@ -40,13 +39,12 @@ class Needs:
 
     def host_budget(self, manifest: Manifest, asked: Size | None, available: Available, device: torch.device) -> int:
         """Return the bytes for the host tier's slots, given what is ``available`` on the host. Raises BudgetError."""
-        taken = self.trunk + staging_bytes(manifest)
         return budget_for(
             asked,
             smallest=smallest_budget(manifest),
             largest=manifest.stored_bytes,
             reserve=self.reserve if device.type == "cpu" else 0,
-            available=Available(max(available.bytes - taken, 0), available.limiter),
+            available=Available(max(available.bytes - self.trunk, 0), available.limiter),
         )
 
     def device_budget(self, manifest: Manifest, asked: Size | None, available: Available) -> int:

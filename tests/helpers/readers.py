@@ -12,45 +12,25 @@ import google_crc32c
 from moetier.tiers.errors import StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import PartReader, StagedPrefix
 
 PATIENCE = 60.0  # seconds until a test that hangs fails
 
 
 class RamReader:
-    """Records from a dict, ``in_parts`` if it is told so. ``broken`` ones can't be read. Counts its reads."""
+    """Records from a dict. ``broken`` ones can't be read. Counts its reads."""
 
-    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes], *, in_parts: bool = False) -> None:
+    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
         self.manifest = manifest
         self.records = records
         self.broken: set[ExpertKey] = set()
-        self.reads: Counter[ExpertKey] = Counter()  # of whole records, or of all the rest
-        self.parts_read: list[tuple[ExpertKey, int, int]] = []  # from where to where
-        self._in_parts = in_parts
+        self.reads: Counter[ExpertKey] = Counter()
         self._lock = threading.Lock()
 
-    @property
-    def parts(self) -> PartReader | None:
-        return self if self._in_parts else None
-
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        self.read_rest(key, buffer, StagedPrefix(0, lambda view: None), pause)
-
-    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        with self._lock:
-            self.parts_read.append((key, start, start + len(part)))
-        part[:] = self._whole(key)[start : start + len(part)]
-
-    def read_rest(
-        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
-    ) -> None:
         with self._lock:
             self.reads[key] += 1
         buffer[:] = b"\xff" * len(buffer)  # a slot that is being filled holds nothing of use
-        whole, start = self._whole(key), prefix.length
-        buffer[start:] = whole[start:]
-        prefix.copy(buffer)
-        assert buffer[:start] == whole[:start]
+        buffer[:] = self._whole(key)
 
     def _whole(self, key: ExpertKey) -> bytes:
         if key in self.broken:
@@ -62,24 +42,18 @@ class RamReader:
 class GatedReader(RamReader):
     """Reads of a key begin at once and end when the test lets them; those that may pause do so once before."""
 
-    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes], *, in_parts: bool = False) -> None:
-        super().__init__(manifest, records, in_parts=in_parts)
+    def __init__(self, manifest: Manifest, records: dict[ExpertKey, bytes]) -> None:
+        super().__init__(manifest, records)
         self.begun: list[ExpertKey] = []  # in order; those that have not ended
         self._changed = threading.Condition()
         self._open = False
         self._passes: Counter[ExpertKey] = Counter()
 
-    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        with self._gate(key):
-            super().read_part(key, start, part)
-
-    def read_rest(
-        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
-    ) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
         with self._gate(key):
             if pause is not None:
                 pause()
-            super().read_rest(key, buffer, prefix)
+            super().read_into(key, buffer)
 
     @contextlib.contextmanager
     def _gate(self, key: ExpertKey) -> Iterator[None]:

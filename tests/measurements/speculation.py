@@ -5,8 +5,7 @@
 Feeds fixed token ids, one at a time, to one model for each way: ``off``; ``off again``, which shows the noise;
 ``auto``; ``always``; ``asking``, which asks and judges, and wishes for nothing; ``perfect``, whose guesses are the
 routing, recorded beforehand; and ``adversary``: ``auto``, all of whose guesses are wrong, once the first have been
-right. Three more leave out one part of ``auto``, or of ``always``: ``no staging`` has no staging buffers, ``no
-learning`` leaves shortcuts as they are, and ``means`` has a controller that compares means and knows no misses.
+right.
 
 A round is a new sequence, which all ways decode in turns of a few steps, in an order that rotates. Prints the median
 time of a step, and the ratio of the first way to each with the 95 % interval of its mean over the rounds. ``--disk``
@@ -27,7 +26,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -36,12 +34,8 @@ import moetier
 from moetier.runtime.config import OPTIONS, Size, format_bytes
 from moetier.runtime.generation.compat import CACHE
 from moetier.runtime.moe.gates import Gates
-from moetier.runtime.speculation import controller
-from moetier.runtime.speculation.controller import Controller
 from moetier.runtime.speculation.predictor import Prediction
 from moetier.tiers.cache.policies import DEFAULT_POLICY, POLICIES
-from moetier.tiers.host import tier as host_tier
-from moetier.tiers.host.staging import StagingBuffers
 from moetier.tiers.stats import TierStats
 from moetier.tiers.store.folder import read_manifest, store_folder
 from moetier.tiers.store.shard import OpenShard
@@ -54,11 +48,7 @@ WAYS = {
     "asking": "always",
     "perfect": "always",
     "adversary": "auto",
-    "no staging": "auto",
-    "no learning": "auto",
-    "means": "auto",
 }
-PARTS = ("no staging", "no learning", "means")  # of which each leaves out one
 TURN = 8  # steps
 TRUSTED = 16  # steps for which the adversary is right
 
@@ -72,31 +62,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of a round (default: %(default)s)")
     parser.add_argument("--policy", choices=list(POLICIES), default=DEFAULT_POLICY, help="(default: %(default)s)")
     parser.add_argument("--look-ahead", type=int, default=OPTIONS["look_ahead"].default)
-    ways = [name for name in WAYS if name not in PARTS]
-    parser.add_argument("--ways", default=",".join(ways), help=f"and {', '.join(PARTS)} (default: %(default)s)")
-    parser.add_argument("--parts-of", choices=["auto", "always"], default="auto", help="(default: %(default)s)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="(default: %(default)s)")
     parser.add_argument("--text", type=Path, help="whose tokens are fed; random ones without it")
     arguments = parser.parse_args()
     manifest = read_manifest(store_folder(arguments.directory))
     ram = Size.parse(arguments.ram).of(manifest.stored_bytes)
     if arguments.disk:
         slow_down(arguments.disk * 1e9)
-    modes = WAYS | dict.fromkeys(PARTS, arguments.parts_of)
-    ways = {name: modes[name] for name in arguments.ways.split(",")}
+    ways = {name: WAYS[name] for name in arguments.ways.split(",")}
     models = {}
     for name, mode in ways.items():
-        with patch.object(
-            host_tier, "StagingBuffers", (lambda largest: None) if name == "no staging" else StagingBuffers
-        ):
-            models[name], tokenizer = moetier.load(
-                arguments.directory,
-                ram=ram,
-                daemon=None,
-                speculate=mode,
-                look_ahead=arguments.look_ahead,
-                policy=arguments.policy,
-            )
-        leave_out(name, models[name].tiers.speculation)
+        models[name], tokenizer = moetier.load(
+            arguments.directory,
+            ram=ram,
+            daemon=None,
+            speculate=mode,
+            look_ahead=arguments.look_ahead,
+            policy=arguments.policy,
+        )
     ids = tokens_of(arguments, next(iter(models.values())), tokenizer)
     print(
         f"machine  {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; {manifest.model}, "
@@ -119,30 +102,6 @@ def main() -> None:
                 times[name].append(seconds[name] / arguments.tokens)
     for name in ways:
         report(next(iter(ways)), name, times, models[name], before[name], len(ids) - 1)
-
-
-def leave_out(name: str, speculation: Any) -> None:
-    """Take its part out of a way."""
-    if name == "no learning":
-        speculation._shortcuts.learn = lambda *_, **__: None
-    if name == "means":
-        speculation._controller = Plain(speculation._controller.mode)
-
-
-class Plain(Controller):
-    """Controller that compares mean times after the most pairs of windows."""
-
-    is_watching = False  # type: ignore[assignment]
-
-    def step(self, seconds: float, misses: float = 0.0) -> None:
-        super().step(seconds)
-
-    def _turn(self) -> None:
-        with_, without = self._windows[True], self._windows[False]
-        if len(with_) == len(without) == controller.MOST:
-            self._conclude(sum(window.seconds for window in with_) < sum(window.seconds for window in without))
-        else:
-            self.is_on = (len(with_) + len(without)) % 4 in (0, 3)
 
 
 def report(base: str, name: str, times: dict[str, list[float]], model: Any, before: TierStats, steps: int) -> None:

@@ -1,19 +1,17 @@
-"""The contracts of RecordReader and PartReader (moetier.tiers.source), checked for each reader over a real store."""
+"""The contract of RecordReader (moetier.tiers.source), checked for each reader over a real store."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
-import numpy as np
 import pytest
 from faults import flip_bit
 from forks import in_fork
 from outlets import PLAIN, served
-from readers import RamReader
 from stores import layout_of, make_plan, make_records, manifest_of, read_record, slot_of, write_store
 from threads import run_all
 
@@ -22,9 +20,8 @@ from moetier.runtime.client.spread import SpreadReader
 from moetier.runtime.wire.address import Address
 from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
 from moetier.tiers.host.tier import HostTier
-from moetier.tiers.layout import PAGE, ExpertKey
-from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import PartReader, RecordReader, StagedPrefix
+from moetier.tiers.layout import ExpertKey
+from moetier.tiers.source import RecordReader
 from moetier.tiers.store.checksum import PIECE_BYTES, checksum_bytes
 from moetier.tiers.store.folder import GROUP
 from moetier.tiers.store.reader import ExpertStore
@@ -169,42 +166,3 @@ def test_a_host_tier_stands_on_it(kind: str, folder: Path) -> None:
             seen = {lease.key: bytes(lease.record) for lease in host.acquire(wanted)}
             assert seen == {key: RECORDS["small"][key] for key in wanted}
         host.check_integrity()
-
-
-# -- parts -------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def open_parts(kind: str, folder: Path, manifest: Manifest, records: dict[ExpertKey, bytes]) -> Iterator[PartReader]:
-    with contextlib.ExitStack() as closing:
-        reader: RecordReader = RamReader(manifest, records, in_parts=True)
-        if kind == "store":
-            reader = closing.enter_context(ExpertStore.open(folder))
-        assert reader.parts is not None
-        yield reader.parts
-
-
-@pytest.mark.parametrize(("kind", "size"), [("store", "small"), ("store", "large"), ("a double", "small")])
-@pytest.mark.parametrize("pause", [None, lambda: True], ids=["at once", "with pauses"])
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_the_rest_of_a_record_is_read_behind_its_beginning(
-    kind: str, folder: Path, size: str, pause: Callable[[], bool] | None, share: float
-) -> None:
-    plan, records = (SMALL if size == "small" else LARGE), RECORDS[size]
-    whole = plan.layout(0).slot_bytes
-    length = int(whole * share) // PAGE * PAGE
-    slot, beginning = (np.frombuffer(slot_of(plan, KEY), np.uint8) for _ in range(2))
-    before: list[bool] = []
-
-    def copy(view: memoryview) -> None:
-        before.append(bool(slot[length:].any()))
-        view[:length] = beginning.data[:length]
-
-    with open_parts(kind, folder / size, plan, records) as reader:
-        for start in range(0, length, PAGE):
-            reader.read_part(KEY, start, beginning.data[start : start + PAGE])
-        reader.read_rest(KEY, slot.data, StagedPrefix(length, copy), pause)
-        assert bytes(slot[:-4]) == records[KEY]
-        assert len(before) == 1, "it is copied once"
-        if length == whole or size == "small":
-            assert before == [length < whole], "when the rest is there, or has been asked for"

@@ -22,6 +22,10 @@ class PrefetchOutcomes:
         self.began: dict[ExpertKey, float] = {}
         self.unused: dict[ExpertKey, float] = {}
 
+    def begin(self, key: ExpertKey) -> None:
+        """Note that the read of a prefetch begins."""
+        self.began[key] = self._clock()
+
     def arrive(self, key: ExpertKey) -> None:
         """Note that the record has arrived. It counts as unused if no demand has come since its read began."""
         if (began := self.began.pop(key, None)) is not None:
@@ -33,12 +37,8 @@ class PrefetchOutcomes:
             self._counters.useful += 1
             self._counters.saved_seconds += seconds
         elif (began := self.began.pop(key, None)) is not None:
-            self.late(self._clock() - began)
-
-    def late(self, seconds: float) -> None:
-        """Count a demand for a record that had been read for ``seconds`` when the demand came."""
-        self._counters.late += 1
-        self._counters.saved_seconds += seconds
+            self._counters.late += 1
+            self._counters.saved_seconds += self._clock() - began
 
     def evict(self, key: ExpertKey) -> None:
         """Note that the record was evicted. If no demand has used it, its prefetch was wasted."""

@@ -1,8 +1,8 @@
 """The host tier: a cache of experts in host memory, filled from a store on demand or by prefetches.
 
-Other packages use ``tier.HostTier``, the events of ``demands``, ``warmup`` and ``staging.staging_bytes``. The tier's
-state changes only under the lock of a ``tiers.locks.Monitor``. The package imports ``arena``, ``cache``, ``store`` and
-the top-level modules of ``tiers``. It does not import torch.
+Other packages use ``tier.HostTier``, the events of ``demands`` and ``warmup``. The tier's state changes only under the
+lock of a ``tiers.locks.Monitor``. The package imports ``arena``, ``cache``, ``store`` and the top-level modules of
+``tiers``. It does not import torch.
 """
 
 from typing import TYPE_CHECKING

@@ -8,16 +8,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 from moetier.tiers.cache.budget import Group
 from moetier.tiers.cache.policies import Policy
 from moetier.tiers.cache.pool import SlotPool
 from moetier.tiers.layout import ExpertKey
-
-from .staging import StagingBuffer
-
-READS_KEPT = 15  # number of latest reads of a pool over which the median of their durations is computed
 
 
 class Pool(SlotPool):
@@ -28,13 +23,6 @@ class Pool(SlotPool):
     ) -> None:
         super().__init__(groups, make_policy, first=first, slot_bytes=slot_bytes)
         self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, first come first
-        self.read_seconds: float | None = None  # median duration of the latest reads; None before the first
-        self._reads: deque[float] = deque(maxlen=READS_KEPT)  # durations of the latest reads in seconds
-
-    def note_read(self, seconds: float) -> None:
-        """Record how long the read of one record took."""
-        self._reads.append(seconds)
-        self.read_seconds = median(self._reads)
 
 
 @dataclass(eq=False, slots=True)
@@ -46,10 +34,8 @@ class Load:
     slot: int
     is_prefetch: bool  # begun for a prefetch request or for the warm-up, not for a demand
     is_warmup: bool  # begun for the warm-up
-    began: float  # seconds, by the ledger's clock
     is_taken: bool  # a loader reads the record; true at once for a prefetch, as the loader that will read it begins it
     has_yielded: bool = False  # the read was paused while records were read for demands
-    staged: StagingBuffer | None = None  # the buffer with the beginning of the record, if that was read before
     waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
 
 

@@ -35,7 +35,6 @@ from moetier.tiers.stats import TierCounters
 from .demands import AsyncCaller, Demand, Failed, Granted, Pool
 from .loads import Loads
 from .prefetch import PrefetchQueue
-from .staging import StagingBuffers
 from .waiting import Waiting
 
 
@@ -58,7 +57,6 @@ class Ledger:
         directory: Directory,
         *,
         policy: str = DEFAULT_POLICY,
-        buffers: StagingBuffers | None = None,
         wake: Callable[[], None],
         ring: Callable[[], None],
         watch: Callable[[], None],
@@ -74,16 +72,10 @@ class Ledger:
             groups = plan_groups(region.slots, manifest.members[region.array])
             self.pools[region.array] = Pool(groups, POLICIES[policy], first=first, slot_bytes=region.slot_bytes)
         self.pool_of = [self.pools[block.array] for block in manifest.blocks]  # the pool of each block's records
-        self.prefetches = PrefetchQueue(self.counters, clock, buffers)
+        self.prefetches = PrefetchQueue(self.counters, clock)
         self.waiting = Waiting(wake=wake, ring=ring, watch=watch, clock=clock)
         self.loads = Loads(
-            directory,
-            self.counters,
-            self.prefetches,
-            self.waiting,
-            ring=ring,
-            most_prefetches=most_prefetches,
-            clock=clock,
+            directory, self.counters, self.prefetches, self.waiting, ring=ring, most_prefetches=most_prefetches
         )
         self._ring = ring
         self._clock = clock
@@ -370,9 +362,6 @@ class Ledger:
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
             self.waiting.wake()
-        elif self.loads.lacks_slots:
-            for _ in freed:
-                self._ring()
         if demand.async_caller is not None:
             self.waiting.gave(demand, len(slots))
 

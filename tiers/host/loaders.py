@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from functools import partial
 from queue import SimpleQueue
 
-import numpy as np
-
 from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.locks import Monitor
-from moetier.tiers.source import RecordReader, StagedPrefix, interruptible_bytes
+from moetier.tiers.source import RecordReader, interruptible_bytes
 
 from .demands import Load
 from .loads import Loads
-from .staging import StagingBuffer
 
 
 def most_prefetches(loaders: int, plan: ArenaPlan) -> int:
@@ -51,7 +48,6 @@ class Loaders:
             bell: an item in this queue wakes a loader, which then works until there is nothing to read.
         """
         self._store = store
-        self._parts = store.parts
         self._slots = slots
         self._monitor = monitor
         self._loads = loads
@@ -76,11 +72,8 @@ class Loaders:
     def _run(self) -> None:
         while self._loads.closed_by is None:
             self._bell.get()
-            while (task := self._monitor.run(self._loads.next_read)) is not None:
-                if isinstance(task, Load):
-                    self._read(task)
-                else:
-                    self._read_piece(task)
+            while (load := self._monitor.run(self._loads.next_read)) is not None:
+                self._read(load)
 
     def _read(self, load: Load) -> None:
         slot = load.pool.first + load.slot
@@ -88,36 +81,13 @@ class Loaders:
         pause = partial(self._pause, load) if load.is_prefetch and len(self._threads) > 1 else None
         began = time.monotonic()
         try:
-            if load.staged is None:
-                self._store.read_into(load.key, self._slots[slot], pause)
-            else:
-                assert self._parts is not None
-                prefix = StagedPrefix(load.staged.end, partial(self._copy, load.staged))
-                self._parts.read_rest(load.key, self._slots[slot], prefix, pause)
+            self._store.read_into(load.key, self._slots[slot], pause)
             self._monitor.run(self._loads.arrive, load, time.monotonic() - began)
         except _CancelledError:
             pass
         except BaseException as error:  # of any kind, since the demands that wait must get it
             traceback.clear_frames(error.__traceback__)  # the frames keep the slot's memory
             self._monitor.run(self._loads.fail, load, error)
-
-    def _read_piece(self, staged: StagingBuffer) -> None:
-        assert self._parts is not None
-        try:
-            self._parts.read_part(staged.key, staged.filled, staged.buffer[staged.filled : staged.end])
-        except BaseException as error:  # of any kind, since a demand that waits must get it
-            traceback.clear_frames(error.__traceback__)
-            self._monitor.run(self._loads.finish_piece, staged, error)
-        else:
-            self._monitor.run(self._loads.finish_piece, staged)
-
-    def _copy(self, staged: StagingBuffer, slot: memoryview) -> None:
-        """Copy the staged beginning of a record into its slot. Waits for the piece that is being read."""
-        staged.piece_read.wait()
-        if staged.error is not None:
-            raise staged.error
-        # numpy releases the GIL while it copies
-        np.frombuffer(slot, np.uint8)[: staged.filled] = np.frombuffer(staged.buffer, np.uint8)[: staged.filled]
 
     def _pause(self, load: Load) -> bool:
         """Sleep while a prefetch has to yield to demands. Return False once a demand waits for the prefetch itself.

@@ -17,7 +17,6 @@ from moetier.tiers.stats import TierCounters
 
 from .demands import Demand, Load, Pool
 from .prefetch import PrefetchQueue
-from .staging import StagingBuffer
 from .waiting import Waiting
 
 
@@ -65,8 +64,7 @@ class FairQueue:
 class Loads:
     """The loads in progress, and those that loaders have not begun.
 
-    ``ring`` wakes a loader. At most ``most_prefetches`` reads for prefetches, pieces included, are in progress at a
-    time.
+    ``ring`` wakes a loader. At most ``most_prefetches`` reads for prefetches are in progress at a time.
     """
 
     def __init__(
@@ -78,18 +76,14 @@ class Loads:
         *,
         ring: Callable[[], None],
         most_prefetches: int,
-        clock: Callable[[], float],
     ) -> None:
         self.closed_by: MoetierError | None = None  # the error that all further calls get; None while open
-        self.lacks_slots = False  # there is a full staging buffer, still requested, for which no slot was found
         self._directory = directory
         self._counters = counters
         self._prefetches = prefetches
-        self._buffers = prefetches.buffers
         self._waiting = waiting
         self._ring = ring
         self._most_prefetches = most_prefetches
-        self._clock = clock
         self._queue = FairQueue()
         self._loads: dict[ExpertKey, Load] = {}
 
@@ -115,20 +109,12 @@ class Loads:
             self._prefetches.evict(evicted)
         self._prefetches.lose(key)  # a copy that the tier above had borrowed is no longer there
         self._directory.begin_fill(evicted, pool.first + slot)
-        load = Load(pool, key, slot, is_prefetch, is_warmup, began=self._clock(), is_taken=is_prefetch)
+        load = Load(pool, key, slot, is_prefetch, is_warmup, is_taken=is_prefetch)
         self._loads[key] = load
-        if self._buffers is not None and (staged := self._buffers.claim(key)) is not None:
-            load.staged = staged
-            seconds = staged.seconds + (load.began - staged.began if staged.is_reading else 0.0)
-            if is_prefetch:
-                load.began -= seconds
-            else:
-                self._counters.joined += 1
-                self._prefetches.outcomes.late(seconds)
         if is_warmup:
             self._prefetches.warmed.add(key)
         elif is_prefetch:
-            self._prefetches.outcomes.began[key] = load.began
+            self._prefetches.outcomes.begin(key)
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
@@ -188,61 +174,19 @@ class Loads:
             self._waiting.wake()
         return is_wanted
 
-    def finish_piece(self, staged: StagingBuffer, error: BaseException | None = None) -> None:
-        """Note that the read of a piece has ended, with ``error`` if it failed.
-
-        If it failed, a load that has claimed the buffer gets the error. Otherwise the buffer is freed, and a later
-        demand reads the record from its beginning.
-        """
-        assert self._buffers is not None
-        filled = staged.filled
-        self._buffers.end_piece(staged, self._clock() - staged.began, error)
-        self._counters.bytes_in += staged.filled - filled
-        if error is not None and not staged.is_claimed:
-            self._counters.failures += 1
-            self._buffers.free(staged)
-
-    def _begin_prefetch(self) -> Load | StagingBuffer | None:
-        """Return what a loader reads next for a prefetch; None if there is nothing, or something is read for a demand.
-
-        Partly filled staging buffers are continued first. Full ones get a slot when there is nothing else to begin.
-        """
+    def _begin_prefetch(self) -> Load | None:
+        """Begin a load for a prefetch; None if there is nothing to read, or something is read for a demand."""
         if self._is_for_demands or self._prefetching >= self._most_prefetches:
             return None
-        for staged in self._buffers or ():
-            if staged.is_idle and not staged.is_full and self._prefetches.is_requested(staged.key):
-                return staged.begin_piece(self._clock())
-        while True:
-            if self._prefetches.unbegun and self._prefetches.make_room():
-                place = self._prefetches.next_place()
-                if place is not None and place.slot is not None:
-                    return self.begin_load(
-                        place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup
-                    )
-                if place is not None and self._buffers is not None:
-                    staged = self._buffers.assign(place.key, place.pool.slot_bytes, place.pool.read_seconds)
-                    return staged.begin_piece(self._clock())
-            full = [
-                (staged, pool)
-                for staged in self._buffers or ()
-                if staged.is_full and staged.is_idle
-                if (pool := self._prefetches.pool_of(staged.key)) is not None and not pool.starved
-            ]
-            for staged, pool in full:
-                if (slot := self._prefetches.slot_for(pool, staged.key)) is not None:
-                    return self.begin_load(pool, staged.key, slot, is_prefetch=True)
-            self.lacks_slots = bool(full)
-            if not full or not self._prefetches.unbegun:
-                return None
-            assert self._buffers is not None
-            self._buffers.free(full[0][0])  # other requests wait for the buffer
-            self._counters.cancelled += 1
+        if (place := self._prefetches.next_place()) is None:
+            return None
+        return self.begin_load(place.pool, place.key, place.slot, is_prefetch=True, is_warmup=place.is_warmup)
 
     def ring_for_prefetches(self) -> None:
         """Wake as many loaders as can now read something for prefetches."""
-        readable = self._prefetches.readable
-        if readable and not self._is_for_demands:
-            for _ in range(min(readable, self._most_prefetches - self._prefetching)):
+        unbegun = self._prefetches.unbegun
+        if unbegun and not self._is_for_demands:
+            for _ in range(min(unbegun, self._most_prefetches - self._prefetching)):
                 self._ring()
 
     @property
@@ -253,23 +197,21 @@ class Loads:
     @property
     def _prefetching(self) -> int:
         """Number of reads for prefetches in progress."""
-        reading = 0 if self._buffers is None else self._buffers.reading
-        return reading + sum([load.is_prefetch for load in self._loads.values()])
+        return sum([load.is_prefetch for load in self._loads.values()])
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
-    def next_read(self) -> Load | StagingBuffer | None:
-        """Return what a loader reads next: a record, or a piece of one. None if there is nothing to read now."""
+    def next_read(self) -> Load | None:
+        """Return what a loader reads next; None if there is nothing to read now."""
         return self._queue.pop() or self._begin_prefetch()
 
     def arrive(self, load: Load, seconds: float | None = None) -> None:
         """Note that a load's record is in its slot. ``seconds`` is the duration of the read, if it was measured."""
-        if seconds is not None and not load.has_yielded and load.staged is None:
-            load.pool.note_read(seconds)
+        if seconds is not None and not load.has_yielded:
             self._counters.loaded(seconds)
-        self._counters.bytes_in += load.pool.slot_bytes - (load.staged.filled if load.staged is not None else 0)
+        self._counters.bytes_in += load.pool.slot_bytes
         self._counters.warmed += load.is_warmup
-        self._remove(load)
+        del self._loads[load.key]
         load.pool.fill(load.slot)
         self._directory.publish(load.key, load.pool.first + load.slot)
         if load.is_prefetch:
@@ -308,16 +250,9 @@ class Loads:
         while (load := self._queue.pop()) is not None:
             self.fail(load, error)
 
-    def _remove(self, load: Load) -> None:
-        del self._loads[load.key]
-        if (staged := load.staged) is not None:
-            assert self._buffers is not None
-            load.staged = None
-            self._buffers.free(staged)
-
     def _invalidate(self, load: Load) -> None:
         """Remove a load whose record will not arrive. Its slot becomes EMPTY."""
-        self._remove(load)
+        del self._loads[load.key]
         self._prefetches.fail(load.key)
         load.pool.fail(load.slot)
         self._directory.invalidate(load.pool.first + load.slot)
@@ -344,16 +279,12 @@ class Loads:
                 for demand in load.waiters:
                     self._queue.add(demand.caller, load)
                 self._ring()
-        if self._buffers is not None:
-            self._buffers.repair([load.staged for load in self._loads.values() if load.staged is not None])
 
     def check_integrity(self) -> None:
-        """Assert that loads, the demands that wait for them, the queue and the staging buffers agree. Tests call it."""
+        """Assert that loads, the demands that wait for them and the queue agree. Tests call it."""
         for key, load in self._loads.items():
             assert load.key == key
             assert load.waiters == [demand for demand in load.waiters if load in demand.loads]
         queued = list(self._queue)
         assert all(self._loads[load.key] is load for load in queued)
-        for staged in self._buffers or ():
-            assert staged.is_claimed == (staged.key in self._loads and self._loads[staged.key].staged is staged)
         assert {load.key for load in queued} == {key for key, load in self._loads.items() if not load.is_taken}

@@ -14,17 +14,14 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
 
 from .demands import AsyncCaller, Pool
-from .staging import StagingBuffers
-
-QUICK_SECONDS = 2e-3  # records whose read takes less time go straight into a slot, without a staging buffer
 
 
 class Place(NamedTuple):
-    """A record to read, and where to: a slot or a staging buffer."""
+    """A record to read, and the slot for it."""
 
     pool: Pool
     key: ExpertKey
-    slot: int | None  # None: a staging buffer
+    slot: int
     is_warmup: bool
 
 
@@ -37,15 +34,9 @@ class Request(NamedTuple):
 
 
 class PrefetchQueue:
-    """The latest requests of each caller for each block. The caller None stands for the tier's own process.
+    """The latest requests of each caller for each block. The caller None stands for the tier's own process."""
 
-    Without staging ``buffers``, a prefetch evicts a record as soon as its read begins.
-    """
-
-    def __init__(
-        self, counters: TierCounters, clock: Callable[[], float], buffers: StagingBuffers | None = None
-    ) -> None:
-        self.buffers = buffers
+    def __init__(self, counters: TierCounters, clock: Callable[[], float]) -> None:
         self.outcomes = PrefetchOutcomes(counters, clock)
         self._counters = counters
         # by caller and block; the caller that was served last comes last
@@ -62,19 +53,10 @@ class PrefetchQueue:
         requests = [request for blocks in self._requests.values() for request in blocks.values()]
         return sum([len(request.unbegun) for request in requests]) + len(self.warmup)
 
-    @property
-    def readable(self) -> int:
-        """Number of reads that loaders could begin or continue now."""
-        return self.unbegun + sum([staged.is_idle and self.is_requested(staged.key) for staged in self.buffers or ()])
-
     def is_requested(self, key: ExpertKey) -> bool:
         """Return whether a record is in a caller's latest requests, whether or not it is READY or being read."""
-        return self.pool_of(key) is not None
-
-    def pool_of(self, key: ExpertKey) -> Pool | None:
-        """Return the pool of a requested record; None if the record is not requested."""
         found = [blocks[key.block] for blocks in self._requests.values() if key.block in blocks]
-        return next((request.pool for request in found if key in request.keys), None)
+        return any(key in request.keys for request in found)
 
     def request(self, pool: Pool, block: int, keys: Sequence[ExpertKey], caller: AsyncCaller | None) -> bool:
         """Replace a caller's requests for a block by ``keys``. Return whether any of these records has no slot."""
@@ -83,9 +65,8 @@ class PrefetchQueue:
             self._counters.cancelled += sum([key not in keys for key in before.unbegun])
         if not keys:
             return False
-        lacking = [key for key in keys if pool.find(key) is None]
-        unbegun = dict.fromkeys(key for key in lacking if key not in (self.buffers or ()))
-        blocks[block] = Request(pool, frozenset(keys), deque(unbegun))
+        lacking = dict.fromkeys(key for key in keys if pool.find(key) is None)
+        blocks[block] = Request(pool, frozenset(keys), deque(lacking))
         return bool(lacking)
 
     def cancel(self, caller: AsyncCaller) -> None:
@@ -104,16 +85,14 @@ class PrefetchQueue:
 
         1. an EMPTY slot;
         2. the slot of an earlier prefetch, of any block, that was not used and is no longer requested;
-        3. a staging buffer; or, if records of its pool are not staged, a slot of its own group that is neither pinned
-           nor requested. Without such a slot the request is cancelled.
+        3. a slot of its own group that is neither pinned nor requested.
 
-        A record of the warm-up gets an EMPTY slot only. Nothing is read for a pool in which a demand waits for a slot.
+        Without such a slot the request is cancelled. A record of the warm-up gets an EMPTY slot only. Nothing is read
+        for a pool in which a demand waits for a slot.
         """
         for caller, pool, key in self._take_requests():
-            is_staged = self.stages(pool)
-            if pool.find(key) is None and key not in (self.buffers or ()):
-                slot = self._cheap_slot(pool, key) if is_staged else self.slot_for(pool, key)
-                if slot is not None or is_staged:
+            if pool.find(key) is None:
+                if (slot := self._slot_for(pool, key)) is not None:
                     self._requests[caller] = self._requests.pop(caller)  # other callers are served before it
                     self._counters.prefetched += 1
                     return Place(pool, key, slot, is_warmup=False)
@@ -126,11 +105,6 @@ class PrefetchQueue:
                     return Place(pool, key, slot, is_warmup=True)
         return None
 
-    def slot_for(self, pool: Pool, key: ExpertKey) -> int | None:
-        """Return a slot for a prefetch: as ``_cheap_slot``, or else one of its group, neither pinned nor requested."""
-        slot = self._cheap_slot(pool, key)
-        return pool.choose(key.block, keep=self.is_requested) if slot is None else slot
-
     def _take_requests(self) -> Iterator[tuple[AsyncCaller | None, Pool, ExpertKey]]:
         """Take requests one by one, from the callers in turn, and from a caller's blocks in the order of arrival."""
         for caller, blocks in list(self._requests.items()):
@@ -138,32 +112,15 @@ class PrefetchQueue:
                 while request.unbegun and not request.pool.starved:
                     yield caller, request.pool, request.unbegun.popleft()
 
-    def _cheap_slot(self, pool: Pool, key: ExpertKey) -> int | None:
-        """Return an EMPTY slot, or else the slot of an unused prefetched record that is no longer requested."""
+    def _slot_for(self, pool: Pool, key: ExpertKey) -> int | None:
+        """Return a slot for a requested record, as ``next_place`` specifies; None if there is none."""
         if (slot := pool.vacancy(key.block)) is not None:
             return slot
         for unused in self.outcomes.unused:
             slot = pool.find(unused)
             if slot is not None and not self.is_requested(unused) and pool.is_evictable(slot):
                 return slot
-        return None
-
-    # -- staging ------------------------------------------------------------------------------------------------------
-
-    def stages(self, pool: Pool) -> bool:
-        """Return whether prefetches of the pool's records go to a staging buffer first. Quick reads don't."""
-        seconds = pool.read_seconds
-        return self.buffers is not None and (seconds is None or seconds >= QUICK_SECONDS)
-
-    def make_room(self) -> bool:
-        """Return whether a staging buffer is free. Free one whose record is no longer requested, if necessary.
-
-        Returns True if there are no staging buffers at all.
-        """
-        if self.buffers is None or self.buffers.has_room:
-            return True
-        self._counters.cancelled += self.buffers.discard(self.is_requested)
-        return self.buffers.has_room
+        return pool.choose(key.block, keep=self.is_requested)
 
     # -- outcomes -----------------------------------------------------------------------------------------------------
 

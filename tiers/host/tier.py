@@ -28,7 +28,6 @@ from .demands import Demand, Event, Pool
 from .ledger import Ledger
 from .loaders import Loaders, most_prefetches
 from .session import Session, Timekeeper
-from .staging import StagingBuffers
 
 HANDOVER = 1e-5  # seconds to sleep so that a loader can take the GIL and begin its read; the system adds about 6e-5
 
@@ -73,9 +72,6 @@ class HostTier(Closeable):
             undo.callback(self._arena.close)
             bell: SimpleQueue[None] = SimpleQueue()
             self._timekeeper = Timekeeper(self._monitor)
-            self._buffers: StagingBuffers | None = None
-            if store.parts is not None:
-                self._buffers = StagingBuffers(max(region.slot_bytes for region in self.plan.regions))
             self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable, to fill them
             # by slot: always the same object, so that code that keeps data about it can recognise it
             self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
@@ -84,7 +80,6 @@ class HostTier(Closeable):
                 self.plan,
                 self._arena.directory,
                 policy=policy,
-                buffers=self._buffers,
                 wake=self._wake,
                 ring=partial(bell.put, None),  # reentrant by its documentation, as a finalizer may call it
                 watch=self._timekeeper.watch,
@@ -131,9 +126,8 @@ class HostTier(Closeable):
     def prefetch(self, block: int, keys: Sequence[ExpertKey]) -> None:
         """Prefetch as ``ExpertSource`` specifies.
 
-        Unless reads are quick, a record is read into a staging buffer first. Later it takes an EMPTY slot or evicts a
-        record: one that an earlier prefetch has loaded and no demand has used, or else one of its own group that is
-        neither pinned nor requested.
+        A record takes an EMPTY slot or evicts a record: one that an earlier prefetch has loaded and no demand has used,
+        or else one of its own group that is neither pinned nor requested.
         """
         self.manifest.check_keys(block, keys)
         self._monitor.run(self._ledger.prefetch, block, keys)
@@ -246,8 +240,6 @@ class HostTier(Closeable):
         if self._monitor.fork_guard.is_owner:
             self._monitor.run(self._ledger.close, ClosedError("The host tier was closed.", "Load the model again."))
             self._loaders.close()
-            if self._buffers is not None:
-                self._buffers.close()
             self._timekeeper.close()
         self._slots.clear()
         self._records.clear()

@@ -22,11 +22,9 @@ from moetier.tiers.fields import Fields
 from moetier.tiers.layout import PAGE, ExpertKey
 from moetier.tiers.locks import UseCount
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import StagedPrefix
 
-from .checksum import PIECE_BYTES
 from .folder import MIRRORS, read_json, read_manifest, store_folder
-from .reader import NO_PREFIX, Crc, ExpertStore, Read, as_bytes, read_in_steps, run_reads
+from .reader import ExpertStore, Read, as_bytes, read_in_steps, run_reads
 
 LEAST_BYTES = 256 << 10  # least part of a record that is worth a read of its own
 MEMORY = 1.0  # seconds of reading over which a disk's rate is averaged
@@ -127,36 +125,19 @@ class MirroredStore(Closeable):
         """Register ``watcher``, which is called in any thread after a read that one copy failed and another did."""
         self._watchers.append(watcher)
 
-    @property
-    def parts(self) -> MirroredStore:
-        """The store itself: it can read parts of records."""
-        return self
-
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record, as ``RecordReader`` specifies. Raises the same errors as ``ExpertStore.read_into``."""
-        self.read_rest(key, buffer, NO_PREFIX, pause)
+        """Read a record, as ``RecordReader`` specifies. After an error, the whole is read from one copy.
 
-    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Read a part of a record, as ``PartReader`` specifies."""
-        with self._use:
-            self.manifest.check_keys(key.block, (key,))
-            try:
-                self._fill(key, set(), start, part, part[:0], PIECE_BYTES, int)
-            except StoreError as error:
-                self._recover(key, (), error, lambda store: store.read_part(key, start, part))
-
-    def read_rest(
-        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
-    ) -> None:
-        """Read the rest of a record, as ``PartReader`` specifies. After an error, the whole is read from one copy."""
+        Raises the same errors as ``ExpertStore.read_into``.
+        """
         with self._use:
             self.manifest.check_keys(key.block, (key,))
             view, used = as_bytes(buffer), set[_Copy]()
             try:
-                crc = read_in_steps(view, prefix, pause, partial(self._fill, key, used))
+                crc = read_in_steps(view, pause, partial(self._fill, key, used))
                 self._copies[0].store.check_record(key, view, crc)
             except StoreError as error:
-                self._recover(key, used, error, lambda store: store.read_into(key, buffer, pause))
+                self._recover(key, buffer, pause, used, error)
             else:
                 for copy in used:
                     copy.failures = 0
@@ -175,7 +156,7 @@ class MirroredStore(Closeable):
         part: memoryview,
         payload: memoryview,
         piece: int,
-        before: Crc,
+        crc: int,
     ) -> int:
         """Read a part of a record, as a ``Fill`` for ``read_in_steps``. Adds the copies that are read to ``used``."""
         shares = self._share(key, len(part))
@@ -188,7 +169,7 @@ class MirroredStore(Closeable):
                 reads.append(Read(copy.store.pool, read, payload[begin:end]))
             first += length
         try:
-            return run_reads(reads, before)
+            return run_reads(reads, crc)
         finally:
             with self._lock:
                 for copy, length in shares:
@@ -238,9 +219,14 @@ class MirroredStore(Closeable):
             raise
 
     def _recover(
-        self, key: ExpertKey, used: Collection[_Copy], error: StoreError, read: Callable[[ExpertStore], None]
+        self,
+        key: ExpertKey,
+        buffer: memoryview,
+        pause: Callable[[], bool] | None,
+        used: Collection[_Copy],
+        error: StoreError,
     ) -> None:
-        """Call ``read`` with one copy after another until one succeeds. Raises the last error if none does.
+        """Read a record from one copy after another until one succeeds. Raises the last error if none does.
 
         ``error`` is that of a read from the copies ``used``.
         """
@@ -249,7 +235,7 @@ class MirroredStore(Closeable):
             copies = sorted(self._copies, key=lambda copy: (not copy.may_read(key, now), copy in used, copy.failures))
         for copy in copies:
             try:
-                read(copy.store)
+                copy.store.read_into(key, buffer, pause)
             except StoreError as again:
                 self._fail(copy, key, again)
                 failed.append(copy)

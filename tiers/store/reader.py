@@ -22,7 +22,7 @@ from moetier.tiers.errors import ChecksumError, StoreError, StoreReadError
 from moetier.tiers.layout import CHECKSUM_BYTES, PAGE, ExpertKey, RecordLayout
 from moetier.tiers.locks import ForkGuard, UseCount
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import StagedPrefix, interruptible_bytes
+from moetier.tiers.source import interruptible_bytes
 
 from .atomic import read_errors
 from .checksum import PIECE_BYTES, crc32c
@@ -40,15 +40,11 @@ from .shard import (
 DIGEST_SECONDS = 0.1  # time for which ``open`` waits for it, enough for a quick disk or a small store
 DIGEST_SHARE = 0.1  # part of the time for which it reads afterwards, in the background
 
-NO_PREFIX = StagedPrefix(0, lambda view: None)
-
-Crc = Callable[[], int]  # the CRC-32C of a record's bytes up to some place
-Fill = Callable[[int, memoryview, memoryview, int, Crc], int]
+Fill = Callable[[int, memoryview, memoryview, int, int], int]
 """Reads a part of a record.
 
 Called with the part's start in the record, the memory for it, the part of that memory that counts for the checksum, the
-most bytes of a single read, and the CRC-32C of what is before the part, to be called once the read has begun. Returns
-the CRC-32C with the part.
+most bytes of a single read, and the CRC-32C of what is before the part. Returns the CRC-32C with the part.
 """
 
 
@@ -190,31 +186,13 @@ class ExpertStore:
             StoreReadError: the disk has answered with an error. EIO is raised only if a second try fails too.
             ChecksumError: the bytes are not those that were written.
         """
-        self.read_rest(key, buffer, NO_PREFIX, pause)
-
-    @property
-    def parts(self) -> ExpertStore:
-        """The store itself: it can read parts of records."""
-        return self
-
-    def read_part(self, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Read a part of a record, as ``PartReader`` specifies."""
-        with self._use:
-            shard, offset = self.locate(key)
-            shard.read(offset + start, part)
-            shard.uncache(offset + start, len(part))
-
-    def read_rest(
-        self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
-    ) -> None:
-        """Read the rest of a record, as ``PartReader`` specifies. Raises the same errors as ``read_into``."""
         with self._use:
             shard, offset = self.locate(key)
             view = as_bytes(buffer)
             assert len(view) == shard.file.slot_bytes, f"{len(view)} bytes are no slot"
             assert not shard.direct or _address(view) % PAGE == 0, "not on a page"
             try:
-                crc = read_in_steps(view, prefix, pause, partial(self._fill, shard, offset))
+                crc = read_in_steps(view, pause, partial(self._fill, shard, offset))
             except StoreReadError as error:
                 raise StoreReadError(f"{_expert(self.manifest, key)}: {error.cause}", error.fix) from error
             shard.uncache(offset, len(view))
@@ -267,49 +245,42 @@ class ExpertStore:
         return shard, expert * shard.file.slot_bytes
 
     def _fill(
-        self, shard: OpenShard, record: int, start: int, part: memoryview, payload: memoryview, piece: int, before: Crc
+        self, shard: OpenShard, record: int, start: int, part: memoryview, payload: memoryview, piece: int, crc: int
     ) -> int:
         """Read a part of the record at offset ``record``, as a ``Fill`` for ``read_in_steps``."""
         reads = [
             Read(self.pool, partial(shard.read, record + start + at, part[at : at + piece]), payload[at : at + piece])
             for at in range(0, len(part), piece)
         ]
-        return run_reads(reads, before)
+        return run_reads(reads, crc)
 
 
-def read_in_steps(view: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None, fill: Fill) -> int:
-    """Read a record into ``view`` with ``fill``, except for its ``prefix``, which is copied.
+def read_in_steps(view: memoryview, pause: Callable[[], bool] | None, fill: Fill) -> int:
+    """Read a record into ``view`` with ``fill``. Return the CRC-32C of the payload.
 
-    ``pause`` is called as ``RecordReader`` specifies. Returns the CRC-32C of the payload.
+    ``pause`` is called as ``RecordReader`` specifies.
     """
     payload = view[:-CHECKSUM_BYTES]
-    start, step = prefix.length, interruptible_bytes(len(view))
-
-    def before() -> int:
-        prefix.copy(view)
-        return crc32c(payload[: prefix.length])
-
-    crc: Crc = before
+    start, step, crc = 0, interruptible_bytes(len(view)), 0
     while pause is not None and start < len(view):
         stop = start + step
-        crc = partial(int, fill(start, view[start:stop], payload[start:stop], step, crc))
+        crc = fill(start, view[start:stop], payload[start:stop], step, crc)
         start = stop
         if start < len(view) and not pause():
             pause = None  # read the rest without interruption
-    return fill(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc()
+    return fill(start, view[start:], payload[start:], PIECE_BYTES, crc) if start < len(view) else crc
 
 
-def run_reads(reads: Sequence[Read], before: Crc) -> int:
+def run_reads(reads: Sequence[Read], crc: int) -> int:
     """Run reads of consecutive pieces side by side. Return the CRC-32C of the payload, pieces before them included.
 
-    ``before`` is called when the reads have begun.
+    ``crc`` is the CRC-32C of what is before them.
     """
     if len(reads) == 1:
         reads[0].call()
-        return crc32c(reads[0].payload, before())
+        return crc32c(reads[0].payload, crc)
     futures = [read.pool.submit(read.call) for read in reads]
     try:
-        crc = before()
         # Checksum the pieces in order, while later ones are read. This thread reads pieces that no other has begun.
         for read, future in zip(reads, futures, strict=True):
             if future.cancel():

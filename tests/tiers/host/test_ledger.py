@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 
@@ -24,15 +23,13 @@ from moetier.tiers.errors import ExhaustedError
 from moetier.tiers.host.demands import AsyncCaller, Demand, Event, Failed, Granted, Load, Pool
 from moetier.tiers.host.ledger import Ledger
 from moetier.tiers.host.session import Session
-from moetier.tiers.host.staging import StagingBuffer, StagingBuffers
-from moetier.tiers.layout import PAGE, ExpertKey
+from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
 
 MANIFEST = two_geometries()
 EXPERTS = 4
 BLOCKS = st.integers(0, 4)
 PATIENCE = 10.0
-SLOT_BYTES = 8 * PAGE
 
 
 class Steps(Monitor):
@@ -123,7 +120,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.memory: dict[tuple[Pool, int], ExpertKey | None] = {}
         self.callers: list[Caller] = []
         self.clients: list[Client] = []
-        self.reading: list[Load | StagingBuffer] = []
+        self.reading: list[Load] = []
         self.yielding: list[Load] = []  # of these: a loader sleeps until demands have been read
         self.seen: list[tuple[ExpertKey, int, int]] = []  # what a client found in the directory, and computes on
         self.now = 0.0
@@ -142,7 +139,6 @@ class LedgerMachine(RuleBasedStateMachine):
             plan,
             self.directory,
             policy=data.draw(st.sampled_from(sorted(POLICIES)), "policy"),
-            buffers=StagingBuffers(SLOT_BYTES) if data.draw(st.booleans(), "buffers") else None,
             wake=self.wake,
             ring=lambda: None,
             watch=lambda: None,
@@ -150,8 +146,6 @@ class LedgerMachine(RuleBasedStateMachine):
             most_prefetches=data.draw(st.integers(1, 2), "prefetches"),
             clock=lambda: self.now,
         )
-        for pool in self.ledger.pools.values():
-            pool.slot_bytes = SLOT_BYTES
         self.loaders = data.draw(st.integers(1, 3), "loaders")
 
     def wake(self) -> None:
@@ -325,17 +319,13 @@ class LedgerMachine(RuleBasedStateMachine):
         with self.monitor.step():
             evictions = self.ledger.counters.evictions
             load = self.ledger.loads.next_read()
-        if isinstance(load, StagingBuffer):
-            assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
-            assert self.ledger.counters.evictions == evictions, "and evicts nothing"
-            assert self.ledger.prefetches.is_requested(load.key)
         if load is not None:
-            if isinstance(load, Load) and load.is_warmup:
+            if load.is_warmup:
                 assert not any(other.waiters for other in self.ledger.loads), "it has what demands leave of the disk"
                 assert self.ledger.counters.evictions == evictions, "and of the slots"
             self.reading.append(load)
 
-    def awake(self) -> list[Load | StagingBuffer]:
+    def awake(self) -> list[Load]:
         return [load for load in self.reading if load not in self.yielding]
 
     @precondition(lambda self: self.awake())
@@ -344,13 +334,11 @@ class LedgerMachine(RuleBasedStateMachine):
         load = data.draw(st.sampled_from(self.awake()))
         self.end(load, OSError("broken") if fails else None)
 
-    @precondition(lambda self: any(isinstance(load, Load) and load.is_prefetch for load in self.awake()))
+    @precondition(lambda self: any(load.is_prefetch for load in self.awake()))
     @rule(data=st.data())
     def pause(self, data: st.DataObject) -> None:
         """A loader yields between two pieces, or finds that what it reads is unwanted."""
-        load = data.draw(
-            st.sampled_from([load for load in self.awake() if isinstance(load, Load) and load.is_prefetch])
-        )
+        load = data.draw(st.sampled_from([load for load in self.awake() if load.is_prefetch]))
         with self.monitor.step():
             found = self.ledger.loads.go_on(load)
             if found is None and len(self.yielding) < self.loaders - 1:  # one is always there for the demands
@@ -358,16 +346,8 @@ class LedgerMachine(RuleBasedStateMachine):
             elif found is False:
                 self.reading.remove(load)
 
-    def end(self, load: Load | StagingBuffer, error: OSError | None) -> None:
-        if isinstance(load, Load) and load.staged is not None and load.staged in self.reading:
-            self.end(load.staged, None)  # a loader waits for that
+    def end(self, load: Load, error: OSError | None) -> None:
         self.reading.remove(load)
-        if isinstance(load, StagingBuffer):
-            with self.monitor.step():
-                self.ledger.loads.finish_piece(load, error)
-            return
-        if load.staged is not None:
-            error = error or load.staged.error
         with self.monitor.step():
             waiters = list(load.waiters)
             if error is not None:
@@ -408,15 +388,8 @@ class LedgerMachine(RuleBasedStateMachine):
             if self.directory.generation(slot) == generation:
                 assert content[slot] == key, "a proof that proves nothing"
         for pool in self.ledger.pools.values():
-            assert (
-                max(
-                    Counter(
-                        load.slot for load in self.reading if isinstance(load, Load) and load.pool is pool
-                    ).values(),
-                    default=0,
-                )
-                <= 1
-            )
+            slots = [load.slot for load in self.reading if load.pool is pool]
+            assert len(set(slots)) == len(slots), "two loads into one slot"
 
     def teardown(self) -> None:
         """From here on everybody does his work, and nothing else happens: all must come to an end."""
@@ -481,15 +454,8 @@ def demand(ledger: Ledger, pool: Pool, block: int, *experts: int) -> Demand:
     return made
 
 
-def take_load(ledger: Ledger) -> Load | None:
-    """Without staging buffers there is nothing else to take."""
-    load = ledger.loads.next_read()
-    assert load is None or isinstance(load, Load)
-    return load
-
-
 def arrive_all(ledger: Ledger) -> None:
-    while (load := take_load(ledger)) is not None:
+    while (load := ledger.loads.next_read()) is not None:
         ledger.loads.arrive(load)
 
 
@@ -543,16 +509,16 @@ def test_what_is_given_first_is_evicted_last() -> None:
 def test_what_a_loader_has_begun_goes_on_when_its_caller_is_gone_and_no_more() -> None:
     ledger, pool = ledger_of(3)
     caller, other = demand(ledger, pool, 1, 0, 1, 2), demand(ledger, pool, 1, 2)
-    begun = take_load(ledger)
+    begun = ledger.loads.next_read()
     assert begun is not None
     assert begun.key == ExpertKey(1, 0)
     ledger.leave(caller)
     ledger.check_integrity()
     assert pool.find(ExpertKey(1, 1)) is None
-    wanted = take_load(ledger)
+    wanted = ledger.loads.next_read()
     assert wanted is not None
     assert wanted.key == ExpertKey(1, 2), "somebody else wants it"
-    assert take_load(ledger) is None
+    assert ledger.loads.next_read() is None
     ledger.loads.arrive(begun)
     ledger.loads.arrive(wanted)
     slot = pool.find(ExpertKey(1, 0))
@@ -566,7 +532,7 @@ def test_a_record_whose_arrival_was_cut_is_looked_for_again() -> None:
     while True:
         ledger, pool = ledger_of(6)
         caller = demand(ledger, pool, 1, 0)
-        load = take_load(ledger)
+        load = ledger.loads.next_read()
         assert load is not None
         is_cut = cut(lambda: ledger.loads.arrive(load), number) is not None  # noqa: B023
         if not is_cut:
@@ -612,7 +578,7 @@ def test_a_prefetch_that_yields_is_woken_when_the_load_goes_that_it_yields_to() 
 
     ledger, pool = ledger_of(6, wake=wake)
     ledger.prefetch(1, [ExpertKey(1, 0)])
-    prefetch = take_load(ledger)
+    prefetch = ledger.loads.next_read()
     assert prefetch is not None
     other = demand(ledger, pool, 3, 0)
     assert ledger.loads.go_on(prefetch) is None
@@ -657,19 +623,19 @@ def test_prefetches_yield_for_the_starved_and_are_bounded() -> None:
     starved = demand(ledger, pool, 3, 0)
     ledger.prefetch(4, [ExpertKey(4, 0), ExpertKey(4, 1)])
     ledger.leave(holder)
-    assert take_load(ledger) is None, "three slots could be had, but a demand is starved"
+    assert ledger.loads.next_read() is None, "three slots could be had, but a demand is starved"
     ledger.advance(starved)
-    load = take_load(ledger)
+    load = ledger.loads.next_read()
     assert load is not None
     assert load.key == ExpertKey(3, 0), "demands first"
-    assert take_load(ledger) is None, "and alone: they don't share the disk with prefetches"
+    assert ledger.loads.next_read() is None, "and alone: they don't share the disk with prefetches"
     ledger.loads.arrive(load)
-    requested = take_load(ledger)
+    requested = ledger.loads.next_read()
     assert requested is not None
     assert requested.key == ExpertKey(4, 0)
-    assert take_load(ledger) is None, "one prefetch at a time, so that a demand finds a loader"
+    assert ledger.loads.next_read() is None, "one prefetch at a time, so that a demand finds a loader"
     ledger.loads.arrive(requested)
-    other = take_load(ledger)
+    other = ledger.loads.next_read()
     assert other is not None
     assert other.key == ExpertKey(4, 1)
     assert pool.find(ExpertKey(4, 0)) is not None, "a prefetch does not evict what is requested"
@@ -682,7 +648,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
     ledger, pool = ledger_of(3, clock=lambda: now[0])
 
     def read(seconds: float) -> None:
-        load = take_load(ledger)
+        load = ledger.loads.next_read()
         assert load is not None
         now[0] += seconds
         ledger.loads.arrive(load)
@@ -694,7 +660,7 @@ def test_what_becomes_of_prefetches_is_counted() -> None:
 
     ledger.prefetch(1, [ExpertKey(1, 0), ExpertKey(1, 1), ExpertKey(1, 2)])
     read(0.5)
-    late = take_load(ledger)
+    late = ledger.loads.next_read()
     assert late is not None
     now[0] += 0.25
     first = demand(ledger, pool, 1, 0, 1)
@@ -765,7 +731,7 @@ def test_a_prefetch_that_finds_no_slot_or_whose_caller_goes_is_given_up() -> Non
 def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -> None:
     ledger, _ = ledger_of(3)
     ledger.prefetch(1, [ExpertKey(1, 0)])
-    load = take_load(ledger)
+    load = ledger.loads.next_read()
     assert load is not None
     ledger.loads.arrive(load)
     ledger.use(ExpertKey(1, 0))
@@ -773,7 +739,7 @@ def test_a_record_that_a_client_finds_in_the_directory_was_requested_rightly() -
 
 
 def read_next(ledger: Ledger) -> ExpertKey | None:
-    load = take_load(ledger)
+    load = ledger.loads.next_read()
     if load is None:
         return None
     ledger.loads.arrive(load)
@@ -788,10 +754,10 @@ def test_a_warm_up_fills_what_is_empty_behind_demands_and_requests() -> None:
     ledger.loads.warm(pool, [ExpertKey(4, 0), ExpertKey(4, 1)])
     assert read_next(ledger) == ExpertKey(1, 3), "the hottest first"
     wanted = demand(ledger, pool, 4, 0)
-    begun = take_load(ledger)
+    begun = ledger.loads.next_read()
     assert begun is not None
     assert begun.key == ExpertKey(4, 0)
-    assert take_load(ledger) is None, "not while anything is read for a demand"
+    assert ledger.loads.next_read() is None, "not while anything is read for a demand"
     ledger.loads.arrive(begun)
     ledger.leave(wanted)
     ledger.prefetch(3, [ExpertKey(3, 3)])
@@ -815,7 +781,7 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
     ledger, pool = ledger_of(6)
     ledger.loads.warm(pool, [ExpertKey(1, 0), ExpertKey(1, 1)])
     assert read_next(ledger) == ExpertKey(1, 0)
-    load = take_load(ledger)
+    load = ledger.loads.next_read()
     assert load is not None
     for _ in range(2):
         made = demand(ledger, pool, 1, 0, 1)
@@ -830,7 +796,7 @@ def test_what_was_warmed_and_then_wanted_is_counted_once() -> None:
 def test_a_warm_up_that_yields_goes_when_somebody_finds_no_slot() -> None:
     ledger, pool = ledger_of(2)  # shared by three blocks
     ledger.loads.warm(pool, [ExpertKey(1, 0)])
-    load = take_load(ledger)
+    load = ledger.loads.next_read()
     assert load is not None
     assert ledger.loads.go_on(load)
     demand(ledger, pool, 3, 0)
@@ -840,7 +806,7 @@ def test_a_warm_up_that_yields_goes_when_somebody_finds_no_slot() -> None:
     arrive_all(ledger)
     assert ledger.loads.go_on(load) is False
     ledger.loads.warm(pool, [ExpertKey(1, 1)])
-    assert take_load(ledger) is None, "the slot is for the demand that is starved"
+    assert ledger.loads.next_read() is None, "the slot is for the demand that is starved"
     ledger.advance(starved)
     assert starved.loads
 
@@ -880,7 +846,7 @@ def test_callers_who_come_again_and_again_overtake_nobody_for_ever() -> None:
         ledger.look(Demand(pool, 0, caller), [ExpertKey(0, next(experts))])
 
     def serve() -> Hashable:
-        load = take_load(ledger)
+        load = ledger.loads.next_read()
         assert load is not None
         (demand,) = load.waiters
         ledger.loads.arrive(load)

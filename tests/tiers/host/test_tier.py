@@ -27,11 +27,10 @@ from tier_states import held_lock, is_closed
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.cache.policies import POLICIES
 from moetier.tiers.errors import ClosedError, MissingExpertError, StoreReadError
-from moetier.tiers.host import prefetch
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.host.warmup import HotSet
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import Lease, StagedPrefix
+from moetier.tiers.source import Lease
 
 PLAN = make_plan(blocks=3, experts=4, top_k=2)
 RECORDS = make_records(PLAN)  # no two alike
@@ -481,11 +480,9 @@ def test_a_demand_for_a_prefetch_that_is_being_cancelled_is_read() -> None:
     ending, join = threading.Event(), threading.Event()
 
     class Reader(GatedReader):
-        def read_rest(
-            self, key: ExpertKey, buffer: memoryview, prefix: StagedPrefix, pause: Callable[[], bool] | None = None
-        ) -> None:
+        def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
             try:
-                super().read_rest(key, buffer, prefix, pause)
+                super().read_into(key, buffer, pause)
             except BaseException:  # the loader has found that it is unwanted
                 ending.set()
                 assert join.wait(PATIENCE)
@@ -721,18 +718,11 @@ class HostMachine(RuleBasedStateMachine):
         self.suspended: list[tuple[Generator[Lease[memoryview], None, None], set[ExpertKey]]] = []
         self.leases: dict[int, Lease[memoryview]] = {}  # by the iterator's id
         self.most: dict[int, int] = {}  # likewise: slots that it may hold, as those that come together end together
-        self.patch = pytest.MonkeyPatch()
 
-    @initialize(
-        count=st.integers(4, 12),
-        loaders=st.integers(1, 3),
-        policy=st.sampled_from(sorted(POLICIES)),
-        parts=st.booleans(),
-    )
-    def open(self, count: int, loaders: int, policy: str, parts: bool) -> None:
+    @initialize(count=st.integers(4, 12), loaders=st.integers(1, 3), policy=st.sampled_from(sorted(POLICIES)))
+    def open(self, count: int, loaders: int, policy: str) -> None:
         self.count = count
-        self.reader = GatedReader(PLAN, self.oracle, in_parts=parts)
-        self.patch.setattr(prefetch, "QUICK_SECONDS", 0.0)  # else these reads would have no staging buffers
+        self.reader = GatedReader(PLAN, self.oracle)
         self.tier = HostTier(self.reader, slots={"records": count}, loaders=loaders, policy=policy)
 
     def spare(self) -> int:
@@ -824,7 +814,6 @@ class HostMachine(RuleBasedStateMachine):
                 assert bytes(lease.record) == self.oracle[lease.key], "a lease is valid until the next is taken"
 
     def teardown(self) -> None:
-        self.patch.undo()
         if hasattr(self, "tier"):
             self.reader.open()
             self.leases.clear()

@@ -19,10 +19,9 @@ from disks import throttled_disks
 from faults import flip_bit
 from stores import layout_of, make_plan, make_store, without_table
 
-from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError, StoreReadError
+from moetier.tiers.errors import ChecksumError, ClosedError, MissingExpertError
 from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
-from moetier.tiers.source import StagedPrefix
 from moetier.tiers.store import mirror
 from moetier.tiers.store.folder import GROUP, METADATA, MIRRORS
 from moetier.tiers.store.mirror import LEAST_BYTES, MirroredStore, open_store
@@ -86,45 +85,38 @@ class Reads:
 
 @pytest.mark.parametrize("layout", [SMALL, MIDDLE, LARGE], ids=["small", "middle", "large"])
 @pytest.mark.parametrize("pauses", [False, True])
-def test_every_record_reads_back_whole_and_behind_its_beginning(
-    tmp_path: Path, layout: RecordLayout, pauses: bool
-) -> None:
+def test_every_record_reads_back(tmp_path: Path, layout: RecordLayout, pauses: bool) -> None:
     records = make(tmp_path, layout)
-    slot, head, asked = slot_of(layout), slot_of(layout), []
+    slot, asked = slot_of(layout), list[int]()
 
     def pause() -> bool:
         asked.append(len(asked))
         return len(asked) < 3
 
     with open_both(tmp_path) as store:
-        assert store.parts is store
         for key, record in records.items():
-            for share in (0, 0.25, 1):
-                length = int(layout.slot_bytes * share) // PAGE * PAGE
-                slot[:], head[:] = 0, 0
-                store.read_part(key, 0, head.data[:length])
-                prefix = StagedPrefix(
-                    length, lambda view, length=length: view.__setitem__(slice(length), head.data[:length])
-                )
-                asked.clear()
-                store.read_rest(key, slot.data, prefix, pause if pauses else None)
-                assert bytes(slot[:-4]) == record
-                assert bool(asked) == (pauses and layout is LARGE and share < 1)
+            slot[:] = 0
+            asked.clear()
+            store.read_into(key, slot.data, pause if pauses else None)
+            assert bytes(slot[:-4]) == record
+            assert bool(asked) == (pauses and layout is LARGE)
 
 
 def test_both_disks_read_a_record_and_a_small_one_is_read_from_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path)
+    make(tmp_path / "small", SMALL)
     with open_both(tmp_path) as store:
         reads = Reads(monkeypatch)
         read(store, KEY)
         assert sum(reads.bytes.values()) == MIDDLE.slot_bytes
         assert min(reads.bytes.values()) > MIDDLE.slot_bytes // 2 - 2 * PAGE
         assert MIDDLE.slot_bytes > 2 * LEAST_BYTES
+    with open_both(tmp_path / "small") as store:
         reads.bytes = {"a": 0, "b": 0}
-        store.read_part(KEY, 0, slot_of(MIDDLE).data[: 2 * LEAST_BYTES - PAGE])
-        assert sorted(reads.bytes.values()) == [0, 2 * LEAST_BYTES - PAGE]
+        read(store, KEY)
+        assert sorted(reads.bytes.values()) == [0, SMALL.slot_bytes]
 
 
 @pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
@@ -205,22 +197,6 @@ def test_a_damaged_record_is_read_from_the_other_copy(
         assert read(store, ExpertKey(0, 0)) == records[ExpertKey(0, 0)]
 
 
-def test_a_damaged_beginning_is_not_kept(tmp_path: Path) -> None:
-    records = make(tmp_path)
-    slot, head = slot_of(MIDDLE), slot_of(MIDDLE)
-
-    def copy(view: memoryview) -> None:
-        view[:PAGE] = head.data[:PAGE]
-
-    def broken(view: memoryview) -> None:
-        raise StoreReadError("The piece was not read.", "Check the disk.")
-
-    with open_both(tmp_path) as store:
-        for prefix in (copy, broken):
-            store.read_rest(KEY, slot.data, StagedPrefix(PAGE, prefix))
-            assert bytes(slot[:-4]) == records[KEY]
-
-
 @pytest.mark.parametrize("bad", ["a", "b"])
 def test_a_copy_that_fails_is_set_aside_and_tried_again(
     tmp_path: Path, bad: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -241,9 +217,6 @@ def test_a_copy_that_fails_is_set_aside_and_tried_again(
                 assert read(store, key) == records[key]
         assert len(recovered) == mirror.FAILURES
         assert [said for said in caplog.messages if f"{tmp_path / bad} is set aside for 60 s" in said]
-        slot = slot_of(MIDDLE)
-        store.read_part(KEY, 0, slot.data[:PAGE])
-        assert bytes(slot[:PAGE]) == records[KEY][:PAGE]
         later[0] += mirror.REST + 1
         assert read(store, KEY) == records[KEY]
         assert len(recovered) == mirror.FAILURES + 1, "it is tried, and set aside again"
@@ -320,8 +293,6 @@ def test_what_is_opened_is_closed(tmp_path: Path) -> None:
     assert threading.active_count() == threads
     with pytest.raises(ClosedError):
         read(store, KEY)
-    with pytest.raises(ClosedError):
-        store.read_part(KEY, 0, slot_of(LARGE).data[:PAGE])
 
 
 def test_the_host_tier_counts_what_was_recovered_as_a_failure(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from faults import flip_bit, mounted, only, strace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import HELPERS
-from stores import layout_of, make_plan, make_store, read_record, read_records, slot_of
+from stores import layout_of, make_plan, make_store, read_record, read_records
 
 from moetier.tiers.errors import (
     ChecksumError,
@@ -34,8 +34,7 @@ from moetier.tiers.errors import (
     StoreFormatError,
     StoreReadError,
 )
-from moetier.tiers.layout import PAGE, ExpertKey, RecordLayout
-from moetier.tiers.source import StagedPrefix
+from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.store.checksum import PIECE_BYTES
 from moetier.tiers.store.folder import GROUP, METADATA
 from moetier.tiers.store.reader import ExpertStore
@@ -115,27 +114,6 @@ def test_a_large_record_is_read_with_pauses_and_not_beyond_one_that_raises(tmp_p
         assert len(read) == 3, "it asks no more once the read is to be over"
         assert any("moetier-store" in thread.name for thread in threading.enumerate()), "the rest is read side by side"
         assert read_records(store) == records
-
-
-def test_a_wrong_beginning_of_a_record_is_noticed(tmp_path: Path) -> None:
-    make_store(tmp_path, blocks=1, experts=2)
-    key = ExpertKey(0, 1)
-    with ExpertStore.open(tmp_path) as store:
-        assert store.parts is store
-        slot, beginning = slot_of(store.manifest, key), slot_of(store.manifest, key)[:PAGE]
-
-        def copy(view: memoryview) -> None:
-            view[:PAGE] = beginning
-
-        store.read_part(key, 0, beginning)
-        store.read_rest(key, slot, StagedPrefix(PAGE, copy))
-        beginning[100] ^= 1
-        with pytest.raises(ChecksumError):
-            store.read_rest(key, slot, StagedPrefix(PAGE, copy))
-        with pytest.raises(MissingExpertError):
-            store.read_part(ExpertKey(0, 2), 0, beginning)
-    with pytest.raises(ClosedError):
-        store.read_part(key, 0, beginning)
 
 
 def test_what_is_opened_is_closed(tmp_path: Path) -> None:
