@@ -75,10 +75,7 @@ def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
 
 
 class Scores:
-    """An fp32 matrix [N, K] on a CPU that is multiplied with one row at a time, to score experts for a prediction.
-
-    The matrix may be changed in place between products.
-    """
+    """An fp32 matrix [N, K] on a CPU that is multiplied with one row at a time, to score experts for a prediction."""
 
     def __init__(self, weight: Tensor) -> None:
         assert self.fits(weight)

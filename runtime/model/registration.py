@@ -217,14 +217,12 @@ class MoetierQuantizer(HfQuantizer):
                 module.config.__dict__.pop("_is_quantized", None)
         demanded = None
         if shortcuts is not None:
-            slots = max(1, tiers.device.stats().slots // len(shortcuts.gates.blocks))
             speculation = Speculation(
                 shortcuts,
                 tiers.device,
-                slots=slots,
+                look_ahead=asked.look_ahead,
                 mode=Mode(asked.speculate),
                 most=asked.prefetch,
-                policy=asked.policy,
             )
             speculation.attach()
             tiers.speculation, demanded = speculation, speculation.demanded
@@ -280,7 +278,7 @@ def _shortcuts(model: PreTrainedModel, asked: TierConfig) -> Shortcuts | None:
     gates = Gates(model)
     if (refusals := gates.refusals()) is not None:
         warnings.warn(f"{type(model).__name__}: {refusals}", RuntimeWarning, stacklevel=2)
-    return Shortcuts(gates, asked.look_ahead) if gates.first is not None else None
+    return Shortcuts(gates) if gates.first is not None else None
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:

@@ -1,19 +1,15 @@
-"""Shortcuts: approximations of gates that take few operations and learn from their predictions.
+"""Shortcuts: approximations of gates that take few operations.
 
 Most gates rank experts by a projection of the normalised residual stream. For one token, the norm multiplies the scores
 of all experts by the same factor, so the projection alone ranks them. That takes two operations, while the model's
 modules take about twenty. If experts are small, these operations are most of the cost of speculation. A shortcut is
 used only if it chooses the same experts as the gate, which is tested when it is made.
-
-A shortcut then learns how the layers in between change the residual stream. After a wrong prediction, the row of each
-expert that was missed is moved towards the state, and the row of each expert that was predicted in vain is moved away
-from it, as in a perceptron (Rosenblatt 1958). The gate itself is never changed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,8 +20,6 @@ from moetier.runtime.moe.gates import Gate, Gates
 
 TRIED_ROWS = 64  # number of random states with which a shortcut is compared with its gate
 AGREE = 0.95  # share of them that must agree; not all can, as rounding decides between experts with nearly equal scores
-STEP = 0.01  # step of learning, relative to the mean length of a row
-TINY = 1e-12
 
 
 class Prediction(NamedTuple):
@@ -53,48 +47,26 @@ class Ranking(NamedTuple):
 
 
 class Shortcuts:
-    """Shortcuts of a model's gates, one for each gate and distance. A gate without a shortcut is called itself."""
+    """Shortcuts of a model's gates. A gate without a shortcut is called itself."""
 
-    def __init__(self, gates: Gates, look_ahead: int) -> None:
-        """Make shortcuts for predictions 1 to ``look_ahead`` layers before a block.
-
-        If ``look_ahead`` is more than 1, make them also for distance 0, the entry of the block's own layer.
-        """
-        assert look_ahead >= 1
+    def __init__(self, gates: Gates) -> None:
         self.gates = gates
-        self.look_ahead = look_ahead
-        self._of = {
-            distance: [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks]
-            for distance in range(0 if look_ahead > 1 else 1, look_ahead + 1)
-        }
+        self._of = [None if gate.refusal else shortcut_of(gate) for gate in gates.blocks]
 
-    def rank(self, block: int, distance: int, hidden: Tensor) -> Ranking:
-        """Rank a block's experts by the residual stream ``hidden``, from ``distance`` layers before the block.
+    def rank(self, block: int, hidden: Tensor) -> Ranking:
+        """Rank a block's experts by the residual stream ``hidden`` at the block's own layer or at an earlier one.
 
         ``hidden`` is [batch, tokens, hidden], or has other leading dimensions.
         """
-        shortcut = self._of[distance][block]
+        shortcut = self._of[block]
         return shortcut.rank(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
 
-    def predict(self, block: int, distance: int, hidden: Tensor) -> Prediction:
+    def predict(self, block: int, hidden: Tensor) -> Prediction:
         """Return ``rank(...).prediction()``. This is faster for a single token, such as [1, 1, hidden], on a CPU."""
-        shortcut = self._of[distance][block]
+        shortcut = self._of[block]
         if shortcut is not None and hidden.numel() == hidden.shape[-1]:
             return shortcut.predict(hidden)
-        return self.rank(block, distance, hidden).prediction()
-
-    def learn(self, block: int, distance: int, hidden: Tensor, *, missed: set[int], in_vain: set[int]) -> None:
-        """Learn from the prediction for a single token.
-
-        Args:
-            block: the block that was predicted.
-            distance: from how many layers before the block.
-            hidden: the residual stream from which the prediction was made, such as [1, 1, hidden].
-            missed: experts that were used, but not predicted.
-            in_vain: experts that were predicted, but not used.
-        """
-        if (shortcut := self._of[distance][block]) is not None and (missed or in_vain):
-            shortcut.learn(hidden, missed, in_vain)
+        return self.rank(block, hidden).prediction()
 
 
 class Shortcut:
@@ -109,14 +81,12 @@ class Shortcut:
             top_k: number of experts that the gate chooses for a token.
         """
         self._weight = weight
-        self._rows = weight.unbind(0)
         self._scores = Scores(weight) if Scores.fits(weight) else None
         self._bias = bias
         self._biases = None if bias is None else bias.tolist()
         self._top_k = top_k
         self._ranked = _ranked(top_k, len(weight))
         self._root = math.sqrt(weight.shape[1])
-        self._step = STEP * float(weight.norm(dim=1).mean())
 
     @torch.no_grad()
     def rank(self, hidden: Tensor) -> Ranking:
@@ -137,25 +107,6 @@ class Shortcut:
             scores = [score / unit + bias if unit else bias for score, bias in zip(scores, self._biases, strict=True)]
         ranked = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         return Prediction(ranked[: self._top_k], ranked[self._top_k : self._ranked])
-
-    @torch.no_grad()
-    def learn(self, hidden: Tensor, missed: Iterable[int], in_vain: Iterable[int]) -> None:
-        """Learn from a single token, such as [1, 1, hidden], as ``Shortcuts.learn`` specifies. Waits for no device.
-
-        A state that is not finite is ignored.
-        """
-        state = hidden.reshape(-1).float()
-        length, step = torch.linalg.vector_norm(state).clamp_min(TINY), self._step
-        if not state.is_cpu:
-            state = (state / length).nan_to_num(0.0)
-        elif math.isfinite(length):
-            step /= float(length)
-        else:
-            return
-        for expert in missed:
-            self._rows[expert].add_(state, alpha=step)
-        for expert in in_vain:
-            self._rows[expert].add_(state, alpha=-step)
 
 
 @torch.no_grad()

@@ -18,15 +18,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moetier.runtime.moe.gates import Observation
-from moetier.tiers.cache.policies import DEFAULT_POLICY
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import ExpertSource
 
-from .controller import Controller, GhostCache, Mode
+from .controller import Controller, Mode
 from .predictor import Prediction, Ranking, Shortcuts
 
 MOST_ROWS = 8  # most tokens of a step that is predicted; a prefill uses nearly all experts, and is limited by computing
-MOST_UNJUDGED = 32  # number of predictions that may wait to be judged until the caller waits for reads anyway
 JUDGED = 128  # number of latest predictions by which speculation may be rejected
 POOR = 0.1  # speculation is rejected if less than this share of the predicted experts was right
 
@@ -93,16 +91,7 @@ class _Asked(NamedTuple):
 
     block: int  # the block that is predicted
     distance: int  # number of layers that the prediction looks ahead
-    hidden: Tensor  # residual stream from which the block is predicted
     ranking: Ranking
-
-
-class _Predicted(NamedTuple):
-    """A prediction of one block that was not yet compared with its demand. Fields are as in ``_Asked``."""
-
-    distance: int
-    hidden: Tensor
-    experts: list[int]
 
 
 class Speculation:
@@ -116,27 +105,22 @@ class Speculation:
         shortcuts: Shortcuts,
         source: ExpertSource[Any],
         *,
-        slots: int,
+        look_ahead: int,
         mode: Mode = Mode.AUTO,
         most: int | None = None,
-        policy: str = DEFAULT_POLICY,
     ) -> None:
         """Prepare speculation.
 
         Args:
-            shortcuts: make the predictions, as many layers ahead as they were made for.
+            shortcuts: make the predictions.
             source: the tier from which the model's blocks acquire experts.
-            slots: about how many slots of ``source`` a block has.
+            look_ahead: number of layers, after the present one, whose blocks are predicted.
             mode: when to speculate.
             most: the largest number of absent records in one prefetch request; None for any number.
-            policy: the policy of ``source``, a key of ``POLICIES``.
         """
         self._shortcuts: Shortcuts | None = shortcuts  # None after detach
         gates = shortcuts.gates
-        look_ahead = shortcuts.look_ahead
         self._controller = Controller(mode)
-        self._ghost_cache = GhostCache(len(gates.blocks), slots, policy)
-        self._misses_before = 0  # misses of the ghost cache at the beginning of the step
         self._admission = Admission(source, [gate.experts.num_experts for gate in gates.blocks], most=most)
         self._distances = range(1, look_ahead + 1)
         self._targets = {
@@ -146,8 +130,8 @@ class Speculation:
         self._first = gates.first
         self._entered: Tensor | None = None  # hidden state at the present block's entry, until it was used
         self._pending: list[_Asked] = []  # rankings that are to be read after the present block's demand
-        self._predicted: dict[int, list[_Predicted]] = {}  # predictions by block, until the block's demand
-        self._unjudged: list[tuple[int, _Predicted, frozenset[int]]] = []  # block, prediction, demanded experts
+        # by block, until the block's demand: for each prediction, how many layers it looked ahead, and the experts
+        self._predicted: dict[int, list[tuple[int, list[int]]]] = {}
         self._judged: deque[float] = deque(maxlen=JUDGED)  # by prediction: share of experts that was right
         self._is_poor = False  # the latest predictions were too often wrong
         self._began = 0.0  # time at which the present step began; 0 if it is not timed
@@ -180,7 +164,6 @@ class Speculation:
         self._entered = None
         self._pending.clear()
         self._predicted.clear()
-        self._judge_all()
 
     def demanded(self, block: int, experts: Collection[int], waiting: bool) -> None:
         """Predict and prefetch experts of later blocks, after ``block`` has demanded ``experts``.
@@ -188,25 +171,20 @@ class Speculation:
         ``waiting`` tells whether some of these are still being read. Then the caller would wait in any case, and work
         done here costs no time.
         """
-        if self._controller.is_watching:
-            self._ghost_cache.demand(block, experts)
         if not self._is_predicting:
             return
         began = time.perf_counter()
         self._admission.requested.discard(block)  # the demand has cancelled the block's requests
         self._ask(block)
-        for target, distance, hidden, ranking in self._pending:
-            self._admit(target, distance, hidden, ranking.prediction())
+        for target, distance, ranking in self._pending:
+            self._admit(target, distance, ranking.prediction())
         self._pending.clear()
-        for predicted in self._predicted.pop(block, ()):
-            self._unjudged.append((block, predicted, frozenset(experts)))
-        if waiting or len(self._unjudged) > MOST_UNJUDGED:
-            self._judge_all()
+        for distance, predicted in self._predicted.pop(block, ()):
+            self._judge(distance, predicted, set(experts))
         self._seconds += time.perf_counter() - began
 
     def stats(self) -> SpeculationStats:
         """Return the counters. Call this in the thread that decodes, between two steps."""
-        self._judge_all()
         control = self._controller
         return SpeculationStats(
             mode=control.mode.value,
@@ -255,7 +233,7 @@ class Speculation:
     def _begin_step(self, rows: int) -> None:
         now = time.perf_counter()
         if self._began and rows == self._rows:
-            self._controller.step(now - self._began, self._ghost_cache.misses - self._misses_before)
+            self._controller.step(now - self._began)
         else:
             self._controller.interrupt()
         if self._is_poor:
@@ -263,7 +241,6 @@ class Speculation:
             self._controller.reject()
         counts = 0 < rows <= MOST_ROWS
         self._began = now if counts else 0.0
-        self._misses_before = self._ghost_cache.misses
         self._rows = rows
         self._is_predicting = counts and self._controller.is_on
         self._pending.clear()
@@ -284,29 +261,20 @@ class Speculation:
         if (shortcuts := self._shortcuts) is None:
             return
         if hidden.device.type == "cpu":
-            self._admit(target, distance, hidden, shortcuts.predict(target, distance, hidden))
+            self._admit(target, distance, shortcuts.predict(target, hidden))
         else:  # don't wait for the device: the result is read after ``block`` has waited for it
-            ranking = shortcuts.rank(target, distance, hidden)
-            self._pending.append(_Asked(target, distance, hidden, ranking.on_cpu()))
+            self._pending.append(_Asked(target, distance, shortcuts.rank(target, hidden).on_cpu()))
 
-    def _admit(self, block: int, distance: int, hidden: Tensor, prediction: Prediction) -> None:
+    def _admit(self, block: int, distance: int, prediction: Prediction) -> None:
         if experts := self._admission.admit(block, prediction):
-            self._predicted.setdefault(block, []).append(_Predicted(distance, hidden, experts))
+            self._predicted.setdefault(block, []).append((distance, experts))
 
-    def _judge_all(self) -> None:
-        unjudged, self._unjudged = self._unjudged, []
-        for block, predicted, demanded in unjudged:
-            self._judge(block, predicted, demanded)
-
-    def _judge(self, block: int, predicted: _Predicted, demanded: frozenset[int]) -> None:
-        distance, hidden, experts = predicted
-        right = sum(expert in demanded for expert in experts)
-        self._guesses[distance] += len(experts)
+    def _judge(self, distance: int, predicted: list[int], demanded: set[int]) -> None:
+        """Compare a prediction with the experts that were demanded."""
+        right = sum(expert in demanded for expert in predicted)
+        self._guesses[distance] += len(predicted)
         self._right[distance] += right
-        self._judged.append(right / len(experts))
-        if hidden.numel() == hidden.shape[-1] and (shortcuts := self._shortcuts) is not None:
-            named = {*experts}
-            shortcuts.learn(block, distance, hidden, missed={*demanded - named}, in_vain=named - demanded)
+        self._judged.append(right / len(predicted))
         if len(self._judged) == JUDGED and sum(self._judged) < POOR * JUDGED:
             self._judged.clear()
             self._is_poor = True

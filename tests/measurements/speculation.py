@@ -204,11 +204,11 @@ def tell(model: Any, routing: dict[tuple[int, int, int], Tensor], *, is_right: b
     shortcuts = model.tiers.speculation._shortcuts
     ask = shortcuts.predict
 
-    def predict(block: int, distance: int, hidden: Tensor) -> Prediction:
+    def predict(block: int, hidden: Tensor) -> Prediction:
         used = routing[*model.present, block].flatten().tolist()
         if is_right:
             return Prediction(used, [])
-        said = ask(block, distance, hidden).likely
+        said = ask(block, hidden).likely
         if model.present < (0, TRUSTED):
             return Prediction(used, [])
         others = [expert for expert in range(model.tiers.manifest.blocks[block].experts) if expert not in used]

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from moetier.runtime.speculation.controller import CLEAR, FEWEST, HOLD, LONGEST, MOST, SPAN, WARM, Controller, Mode
+from moetier.runtime.speculation.controller import HOLD, LONGEST, PAIRS, SPAN, Controller, Mode
 
-TRIAL = 2 * MOST * SPAN  # steps of the longest
+TRIAL = 2 * PAIRS * SPAN  # steps
 
 
 def run(controller: Controller, steps: int, *, on: float, off: float = 1.0, noise: float = 0.0, seed: int = 0) -> float:
@@ -40,49 +40,24 @@ def test_what_gains_stays_on(on: float, noise: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("on", [0.93, 1.07])
-def test_what_steps_lack_is_no_noise(on: float, seed: int) -> None:
-    """Their times differ by a third, as chance has it how many experts they need."""
+@pytest.mark.parametrize("on", [0.85, 1.15])
+def test_chance_does_not_decide(on: float, seed: int) -> None:
+    """Times of steps differ by a third, as chance has it how many experts they lack."""
     chance, controller = random.Random(seed), Controller(Mode.AUTO)
     for _ in range(TRIAL):
         misses = sum(chance.random() < 0.3 for _ in range(16))
-        seconds = (on if controller.is_on else 1.0) * (0.5 + 0.1 * misses) * chance.gauss(1.0, 0.03)
-        controller.step(seconds, misses)
-        if controller.trials:
-            break
+        controller.step((on if controller.is_on else 1.0) * (0.5 + 0.1 * misses) * chance.gauss(1.0, 0.03))
+    assert controller.trials == 1
     assert controller.is_on == (on < 1)
 
 
 @pytest.mark.parametrize("on", [1.02, 1.1, 2.0])
 def test_what_loses_is_off_soon_and_costs_little(on: float) -> None:
     controller = Controller(Mode.AUTO)
-    run(controller, 2 * FEWEST * SPAN, on=on, noise=0.002)
+    total = run(controller, TRIAL, on=on, noise=0.002)
     assert not controller.is_on
-    total = run(Controller(Mode.AUTO), 2_000, on=on, noise=0.0)
-    assert total < 2_000 * (1 + 0.08 * (on - 1))
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_what_loses_clearly_is_off_sooner(seed: int) -> None:
-    controller = Controller(Mode.AUTO)
-    run(controller, 2 * CLEAR * SPAN, on=1.1, noise=0.03, seed=seed)
-    assert not controller.is_on
-    run(controller := Controller(Mode.AUTO), 2 * CLEAR * SPAN, on=0.9, noise=0.03, seed=seed)
-    assert not controller.trials, "it takes more to be for it"
-
-
-def test_it_watches_in_trials_and_before_them() -> None:
-    controller = Controller(Mode.AUTO)
-    while not controller.trials:
-        assert controller.is_watching
-        run(controller, 1, on=1.1)
-    unwatched = 0
-    while controller.trials == 1 and not controller.is_on:
-        unwatched += not controller.is_watching
-        run(controller, 1, on=1.1)
-    assert unwatched == HOLD[False] - WARM
-    assert controller.is_watching
-    assert not Controller(Mode.OFF).is_watching
+    assert total < TRIAL * (1 + 0.55 * (on - 1))
+    assert run(Controller(Mode.AUTO), 2_000, on=on) < 2_000 * (1 + 0.1 * (on - 1))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -90,7 +65,7 @@ def test_a_trial_ends_in_time(seed: int) -> None:
     """Also where there is nothing to be found but noise."""
     controller = Controller(Mode.AUTO)
     run(controller, TRIAL, on=1.0, noise=0.1, seed=seed)
-    assert controller.trials >= 1
+    assert controller.trials == 1
 
 
 def test_drift_is_not_taken_for_a_gain() -> None:
@@ -105,15 +80,13 @@ def test_drift_is_not_taken_for_a_gain() -> None:
 def test_a_verdict_is_tried_again() -> None:
     """What lost gains later, and the other way round."""
     controller = Controller(Mode.AUTO)
-    run(controller, HOLD[False], on=1.1)
+    run(controller, TRIAL, on=1.1)
     assert not controller.is_on
-    run(controller, HOLD[False] + TRIAL, on=0.9)
+    run(controller, HOLD + TRIAL, on=0.9)
     assert controller.is_on
-    trials = controller.trials
-    while controller.trials == trials:
-        run(controller, 1, on=1.1)
+    run(controller, HOLD + TRIAL, on=1.1)
     assert not controller.is_on
-    assert controller.steps_on + controller.steps_off < 2 * HOLD[False] + TRIAL + HOLD[True] + TRIAL
+    assert controller.trials == 3
 
 
 def test_the_same_verdict_holds_ever_longer() -> None:
@@ -135,7 +108,7 @@ def test_no_after_no_is_tried_ever_less_often() -> None:
     controller = Controller(Mode.AUTO)
     run(controller, 100_000, on=1.1)
     assert controller.trials <= 100_000 / LONGEST + 10
-    assert controller.steps_on < 0.01 * 100_000
+    assert controller.steps_on < 0.03 * 100_000
 
 
 def test_wrong_guesses_end_it_at_once() -> None:
@@ -143,7 +116,7 @@ def test_wrong_guesses_end_it_at_once() -> None:
     run(controller, 3, on=1.0)
     controller.reject()
     assert not controller.is_on
-    run(controller, HOLD[False], on=1.0)
+    run(controller, HOLD, on=1.0)
     assert controller.is_on, "until they are tried again"
 
 

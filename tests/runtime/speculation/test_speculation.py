@@ -13,8 +13,7 @@ from torch import Tensor
 import moetier
 from moetier.runtime.moe.experts import experts_modules
 from moetier.runtime.moe.gates import Gates
-from moetier.runtime.speculation import controller
-from moetier.runtime.speculation.controller import GhostCache, Mode
+from moetier.runtime.speculation.controller import Mode
 from moetier.runtime.speculation.predictor import Prediction, Shortcuts
 from moetier.runtime.speculation.speculation import JUDGED, MOST_ROWS, Speculation
 from moetier.tiers.errors import ConfigError
@@ -46,11 +45,11 @@ class Wrong(Shortcuts):
     """Once they have been right for a while they name what is not used, which ``real`` says: by step, by block."""
 
     def __init__(self, gates: Gates, real: list[dict[int, set[int]]]) -> None:
-        super().__init__(gates, 1)
+        super().__init__(gates)
         self.real = real
         self.step = -1
 
-    def predict(self, block: int, distance: int, hidden: Tensor) -> Prediction:
+    def predict(self, block: int, hidden: Tensor) -> Prediction:
         used = self.real[self.step][block]
         others = [expert for expert in range(8) if expert not in used]
         return Prediction([*used] if self.step < TRUSTED else others[:2], [])
@@ -87,22 +86,6 @@ def test_the_text_is_the_same_and_experts_are_there_before_they_are_needed(tinym
     assert with_.host.stats().hit_ratio > without.host.stats().hit_ratio
 
 
-def test_what_a_step_lacks_by_itself_is_by_the_tier_s_policy(
-    tinymix_4bit: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[tuple[int, str]] = []
-
-    class Noted(GhostCache):
-        def __init__(self, blocks: int, slots: int, policy: str) -> None:
-            made.append((blocks, policy))
-            super().__init__(blocks, slots, policy)
-
-    monkeypatch.setattr("moetier.runtime.speculation.speculation.GhostCache", Noted)
-    model, _ = moetier.load(tinymix_4bit, ram=RAM, daemon=None, policy="lru")
-    model.tiers.close()
-    assert made == [(BLOCKS, "lru")]
-
-
 def test_predictions_are_better_than_chance_and_worse_from_afar(tinymix_4bit: Path) -> None:
     """Of eight experts two are right: chance is a quarter."""
     _, tiers = text(tinymix_4bit, speculate="always", look_ahead=2)
@@ -129,7 +112,7 @@ def attached(
     from dataclasses import replace
 
     requests: Any = Requests()
-    speculation = Speculation(shortcuts or Shortcuts(gates, look_ahead), requests, slots=2, mode=mode)
+    speculation = Speculation(shortcuts or Shortcuts(gates), requests, look_ahead=look_ahead, mode=mode)
     speculation.attach()
     for module in experts_modules(model).values():
         module.tiered = replace(module.tiered, demanded=speculation.demanded)
@@ -179,8 +162,7 @@ def test_several_sequences_want_what_any_of_them_wants(model: Any) -> None:
     assert one == 3 * 2 * (BLOCKS - 1) * 7
 
 
-def test_wrong_predictions_turn_it_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "CLEAR", controller.MOST)  # not by the clock, which would do it sooner
+def test_wrong_predictions_turn_it_off(model: Any) -> None:
     gates = Gates(model)
     real: list[dict[int, set[int]]] = []
 
@@ -206,22 +188,6 @@ def test_wrong_predictions_turn_it_off(model: Any, monkeypatch: pytest.MonkeyPat
     assert not stats.is_on
     assert sum(stats.right) == TRUSTED * (BLOCKS - 1), "half of the steps of a trial are without"
     assert stats.steps_on <= TRUSTED + 2 + JUDGED / (BLOCKS - 1)
-
-
-def test_a_token_that_is_no_number_teaches_nothing(model: Any) -> None:
-    gates = Gates(model)
-    shortcuts = Shortcuts(gates, 1)
-    speculation, _ = attached(model, gates, Mode.ALWAYS, look_ahead=1, shortcuts=shortcuts)
-    hidden = torch.ones(1, 1, model.config.hidden_size, dtype=model.dtype)
-    states = torch.randn(1, 64, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
-    with torch.no_grad():
-        model(torch.tensor([[5]]))
-        before = shortcuts.rank(3, 1, states).experts
-        speculation._at_entry(2, hidden * float("nan"))
-        speculation.demanded(2, {0, 1}, waiting=False)
-        speculation.demanded(3, set(range(8)), waiting=False)
-    speculation.stats()
-    assert torch.equal(shortcuts.rank(3, 1, states).experts, before)
 
 
 def test_another_tower_beside_it_is_left_alone(model: Any) -> None:
