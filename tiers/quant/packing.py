@@ -104,6 +104,7 @@ def store_pairs(
     component = sections[f"{projection.name}.pairs"][:, start : start + rows, which]  # [columns / group, rows]
     if projection.pairs == "bfloat16":
         component[:, :real] = values[:, :real]
+        read = component.float()
     else:
         assert rows == projection.padded_rows
         # Padding repeats a real value, so that it does not widen the range of its run.
@@ -116,8 +117,8 @@ def store_pairs(
         scale, minimum = scales[:, which].float().unsqueeze(2).unbind(1)  # [runs, 1] each
         codes = torch.where(scale > 0, (runs - minimum) / scale, 0.0).round_().clamp_(0, 255)
         component[:, :real] = codes.view(-1)[: padded.shape[1]].view(groups, -1)[:, :real]
+        read = (codes * scale + minimum).bfloat16().float().view(-1)[: padded.shape[1]].view(groups, -1)
     component[:, real:] = 0
-    read = load_pairs(projection, sections, start, start + rows)[:, :, which].float()
     read[:, real:] = 0
     return read
 

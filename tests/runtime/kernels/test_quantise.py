@@ -83,13 +83,13 @@ def test_it_makes_torchs_bytes(
     both(weights.T.contiguous() if transposed else weights, layout, fast=fast)
 
 
-@pytest.mark.parametrize("name", ["", "haswell", "nehalem", "x86-64"])
+@pytest.mark.parametrize("name", ["haswell", "x86-64"])
 @pytest.mark.parametrize("bits", QUANTISED)
-@pytest.mark.parametrize("pairs", PAIRS)
-def test_the_bytes_do_not_depend_on_the_processor(name: str, bits: Bits, pairs: str) -> None:
-    for dtype, std in (("bfloat16", 0.02), ("float16", 3.0)):
-        weights = normal(200, 256, std).to(getattr(torch, dtype))
-        both(weights, layout_of(200, 256, dtype, bits=bits, pairs=pairs), fast=False, name=name)
+@pytest.mark.parametrize(("pairs", "dtype"), [("bfloat16", "bfloat16"), ("uint8", "float16")])
+def test_the_bytes_do_not_depend_on_the_processor(name: str, bits: Bits, pairs: str, dtype: str) -> None:
+    """Some weights are small and some so large that their errors shrink."""
+    weights = torch.cat([normal(100, 256, std) for std in (0.02, 3.0)]).to(getattr(torch, dtype))
+    both(weights, layout_of(200, 256, dtype, bits=bits, pairs=pairs), fast=False, name=name)
 
 
 @pytest.mark.parametrize("bits", QUANTISED)
@@ -119,13 +119,12 @@ def test_all_fp16_numbers_are_read() -> None:
     both(finite, layout_of(len(finite), 256, "float16", bits=8), fast=False)
 
 
-@pytest.mark.parametrize("bits", QUANTISED)
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("fast", [False, True])
-def test_weights_that_are_no_numbers_are_refused(bits: Bits, pairs: str, dtype: str, wrong: float, fast: bool) -> None:
-    layout = layout_of(70, 96, dtype, bits=bits, pairs=pairs)
+def test_weights_that_are_no_numbers_are_refused(pairs: str, dtype: str, wrong: float, fast: bool) -> None:
+    layout = layout_of(70, 96, dtype, bits=4, pairs=pairs)
     for place in ((0, 0), (69, 95), (40, 33)):
         weights = normal(70, 96).to(getattr(torch, dtype))
         weights[place] = wrong
