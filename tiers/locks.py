@@ -46,6 +46,7 @@ UNINTERRUPTIBLE = frozenset(
     for name in names
 )
 POLL_SECONDS = 0.05  # longest single wait, because a signal that comes just before a wait is only seen after it
+MOST_DEFERRED = 32  # number of functions that wait for a step, at most
 _AGAIN = 0.001  # seconds until a postponed signal is sent again
 
 _waits: set[CodeType] = set()  # functions that only wait
@@ -108,6 +109,7 @@ class Monitor:
         self._is_torn = False  # a step is running, or an exception has interrupted one
         self._sleepers: list[threading.Lock] = []
         self._posted: deque[Callable[[], None]] = deque()
+        self._deferred: deque[Callable[[], None]] = deque()
         self._attempted: Callable[[], None] | None = None  # the first of ``_posted``, once it has begun
 
     def run(self, step: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
@@ -121,6 +123,8 @@ class Monitor:
                 if self._is_torn:
                     self._repair()
                 self._is_torn = True
+                while self._deferred:
+                    self._deferred.popleft()()
                 try:
                     result = step(*arguments)
                 except MoetierError:
@@ -165,6 +169,15 @@ class Monitor:
         self._posted.append(work)
         self._settle()
 
+    def defer(self, work: Callable[[], None]) -> None:
+        """Run ``work`` when the next step begins, which costs less than a step of its own.
+
+        If MOST_DEFERRED functions wait already, they are run now. An interrupt may prevent the work.
+        """
+        self._deferred.append(work)
+        if len(self._deferred) > MOST_DEFERRED:
+            self.run(lambda: None)
+
     def _settle(self) -> None:
         # The thread that runs a step comes here after it and finds the work that was posted meanwhile. Another thread
         # may take the lock between the check and ``with``. Its step is short, and so is this wait.
@@ -173,6 +186,8 @@ class Monitor:
                 if self._is_torn:
                     self._repair()
                 self._is_torn = True
+                while self._deferred:
+                    self._deferred.popleft()()
                 while self._posted:
                     work = self._posted[0]
                     if work is self._attempted:

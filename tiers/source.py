@@ -54,6 +54,24 @@ class Lease(NamedTuple, Generic[Record]):
         return self.proof is None or self.proof()
 
 
+class Residents(NamedTuple):
+    """Where compiled code finds a block's records in an arena: numbers, addresses, and sizes in bytes."""
+
+    experts: int  # number of the block's experts
+    table: int  # i64 [experts]: the slot of each expert's record, or -1
+    generations: int  # i64 [slots of the arena]
+    first_slot: int  # the first slot for records of the block's size
+    slots: int  # number of these slots
+    records: int  # where the first of them begins
+    slot_bytes: int
+    memory: object  # keeps the arena's memory mapped
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All fields but ``memory``."""
+        return self[:7]
+
+
 class RecordReader(Protocol):
     """Interface of a host tier's source: a store, or another object that reads records into slots. Thread-safe."""
 
@@ -93,6 +111,23 @@ class ExpertSource(Protocol[Record]):
             StoreError: a load has failed. Its record is not cached; other records stay. Every caller that waits for
                 this record gets the error and no further leases.
         """
+
+    def residents(self, block: int) -> Residents | None:
+        """Return where compiled code finds the block's records without a lease; None if it can't.
+
+        Such a record may be replaced at any time. So look it up together with its slot's generation, compute, and use
+        the result only if the generation is the same afterwards (``arena/directory.py``). Raises ClosedError.
+        """
+
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Note that a demand for ``experts`` of a block is about to be met through ``residents``.
+
+        It counts as a demand that has a lease of each: its prefetch requests are cancelled, and the order of eviction
+        follows before anything is evicted. Returns at once.
+        """
+
+    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Note that records were replaced before they were used, so that the demand of ``note_uses`` is repeated."""
 
     def reclaim(self) -> None:
         """End all leases of the calling thread that an exception may have kept from ending in the regular way.

@@ -32,7 +32,7 @@ from moetier.tiers.arena.plan import ArenaPlan
 from moetier.tiers.errors import ArenaError, ClosedError, MoetierError, ProtocolError, UnavailableError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lease
+from moetier.tiers.source import Lease, Residents
 
 REPORT_KEPT = 65_536  # latest hits that wait to be reported; older ones are dropped while the daemon is away
 REPORT_SECONDS = 0.5  # longest time until the daemon is told of hits
@@ -92,6 +92,13 @@ class MappedArena:
         self._arena = arena
         # by slot; the objects stay the same, so that callers can recognise a record that they have wrapped before
         self._records = [arena.view(slot) for slot in range(arena.plan.slots)]
+        self._residents: dict[int, Residents | None] = {}  # by block
+
+    def residents(self, block: int, array: str) -> Residents | None:
+        """Return where compiled code finds a block's records, as ``Arena.residents`` does."""
+        if block not in self._residents:
+            self._residents[block] = self._arena.residents(block, array)
+        return self._residents[block]
 
     def lease(
         self, key: ExpertKey, slot: int, generation: int, *, more: bool = False
@@ -115,6 +122,7 @@ class MappedArena:
         Idempotent.
         """
         self._records.clear()
+        self._residents.clear()
         self._arena.close()
 
 

@@ -25,7 +25,7 @@ from moetier.tiers.host.tier import HostTier
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import POLL_SECONDS, ForkGuard, interruptible
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lease
+from moetier.tiers.source import Lease, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .fallback import Fallback
@@ -121,6 +121,31 @@ class DaemonTier(Closeable):
                 yield from rest.leases()
         finally:
             rest.close()
+
+    def residents(self, block: int) -> Residents | None:
+        """Return where the block's records are in the daemon's arena, as ``ExpertSource`` says."""
+        self._fork_guard.check()
+        self._check_open()
+        return self._arena.residents(block, self._manifest.blocks[block].array)
+
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Report uses to the daemon, as ``ExpertSource`` says."""
+        distinct = dict.fromkeys(experts)
+        if self._borrowed:
+            self._borrowed.difference_update([ExpertKey(block, expert) for expert in distinct])
+        self._link.report([ExpertKey(block, expert) for expert in reversed(distinct)])
+        if block in self._prefetching:
+            self._prefetching.discard(block)
+            self._link.prefetch(block, [])
+        with self._counting:
+            self._counters.hits += len(distinct)
+
+    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Take back uses, as ``ExpertSource`` says. The daemon is not told, as it counts the demand that follows."""
+        count = len(set(experts))
+        with self._counting:
+            self._counters.hits -= count
+            self._counters.discarded += count
 
     def reclaim(self) -> None:
         """End this thread's leases as ``ExpertSource`` says."""

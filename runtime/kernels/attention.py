@@ -28,8 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from . import jit
-from .jit import F32, I32, LANES, POINTER, Emitter, Value, new_module, vector
+from .emitter import F32, FLOATS, I32, LANES, POINTER, Emitter, Value, new_module, vector
+from .jit import this_processor
+from .team import Kernel, Scratch, compile_kernel, threads_for
 
 _ASKS = re.compile(r'_attn_implementation\s*(?:==|!=|in|not in)\s[^\n]*"sdpa"')
 NAME = "moetier_sdpa"  # among transformers' attention functions
@@ -40,8 +41,7 @@ HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positio
 # mask (0 if there is none), the output and the scratch memory; strides of K, then of V, over sequences, heads and
 # positions, in elements; the bits of the fp32 scale
 CONTEXT = 20
-_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2^f, for f in -.5 .. .5
-_scratch = jit.Scratch()
+_scratch = Scratch()
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
@@ -114,8 +114,8 @@ def decode_attention(
     shape = (0, items, key_heads, share, length, width, values)
     places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr())
     context = array("q", (*shape, *places, out.data_ptr(), scratch, *key.stride()[:3], *value.stride()[:3], scale))
-    threads = min(items, jit.threads_for(items * share * length * (width + values)))
-    _kernel(query.dtype).run(context.buffer_info()[0], threads)
+    threads = min(items, threads_for(items * share * length * (width + values)))
+    _kernel(query.dtype).run(context, threads)
     return out, None
 
 
@@ -126,7 +126,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         and key.shape[1:3] == value.shape[1:3]
         and query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
-        and query.dtype in jit.FLOATS
+        and query.dtype in FLOATS
         and query.shape[3] % LANES == value.shape[3] % LANES == 0
         and query.shape[1] % key.shape[1] == 0
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -146,8 +146,8 @@ def _added(mask: Tensor, batch: int) -> Tensor:
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype) -> jit.Kernel:
-    return jit.this_processor().kernel(attention_module(dtype), ATTEND)
+def _kernel(dtype: torch.dtype) -> Kernel:
+    return compile_kernel(this_processor(), attention_module(dtype), ATTEND)
 
 
 def scratch_numbers(heads: int, positions: int, width: int, values: int) -> int:
@@ -280,7 +280,7 @@ class _Attention(Emitter):
             top = self.spread(self.reduce(at.load(largest), self._larger), LANES)
             at.store(self.all(F32, 0.0, LANES), total)
             with self.loop(n(0), self._padded, LANES) as i:
-                share = self._exp(at.fsub(self._floats(self._scores, at.add(begin, i)), top))
+                share = self.exp(at.fsub(self._floats(self._scores, at.add(begin, i)), top))
                 self._keep(share, self._scores, at.add(begin, i))
                 at.store(at.fadd(at.load(total), share), total)
             inverse = at.fdiv(ir.Constant(F32, 1.0), self.reduce(at.load(total), at.fadd))
@@ -315,20 +315,3 @@ class _Attention(Emitter):
 
     def _larger(self, a: Value, b: Value) -> Value:
         return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
-
-    def _exp(self, x: Value) -> Value:
-        """Emit e^x for x <= 0, with a relative error of about 1e-7."""
-        at = self.at
-        lowest = self.all(F32, -87.0, LANES)
-        is_nothing = at.fcmp_ordered("<", x, lowest)
-        powers = at.fmul(at.select(is_nothing, lowest, x), self.all(F32, 1 / math.log(2), LANES))
-        shift = self.all(F32, 1.5 * 2**23, LANES)
-        whole = at.fsub(at.fadd(powers, shift), shift)
-        rest = at.fsub(powers, whole)
-        value = self.all(F32, _POWERS[-1], LANES)
-        for power in reversed(_POWERS[:-1]):
-            value = self.multiply_add(value, rest, self.all(F32, power, LANES))
-        finite = at.select(at.fcmp_ordered("ord", whole, whole), whole, self.all(F32, 0.0, LANES))
-        exponent = at.add(at.fptosi(finite, vector(I32, LANES)), self.all(I32, 127, LANES))
-        scaled = at.fmul(value, at.bitcast(at.shl(exponent, self.all(I32, 23, LANES)), vector(F32, LANES)))
-        return at.select(is_nothing, self.all(F32, 0.0, LANES), scaled)

@@ -13,10 +13,9 @@ the processor.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from llvmlite import ir
@@ -24,10 +23,11 @@ from torch import Tensor
 
 from moetier.tiers.layout import ROW_TILE, RecordLayout
 
-from . import jit
 from .api import Kernels, projection_of
+from .emitter import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Value, new_module, vector
 from .gemm_tile import Form, Tile
-from .jit import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Kernel, Processor, Value, new_module, vector
+from .jit import Processor, this_processor
+from .team import Kernel, Scratch, Step, compile_kernel, run_all, threads_for
 
 JOB = 3  # i64 fields of each job: pointer to its record, its first row of x and y, its number of rows
 # Number of i64 fields in the context of the compiled function. In order: items that threads have taken, all items, row
@@ -35,6 +35,9 @@ JOB = 3  # i64 fields of each job: pointer to its record, its first row of x and
 # 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record of the codes, their second plane,
 # the pairs and the pairs' scales
 CONTEXT = 16
+# likewise of the function that rounds, in order: rows that threads have taken, all rows; pointers to x, n, to t and t *
+# sum of n, and to sum of n; K
+ROUND_CONTEXT = 7
 # names of the compiled functions; they must not be names in the C library
 WORK, ROUND = "moetier_work", "moetier_round"
 
@@ -44,9 +47,9 @@ class PackedKernels(Kernels):
 
     def __init__(self, processor: Processor | None = None) -> None:
         super().__init__()
-        self._processor = processor or jit.this_processor()
-        self._plans: dict[tuple[int, str, torch.dtype], _GemmPlan] = {}
-        self._rounded = jit.Scratch()
+        self.processor = processor or this_processor()
+        self._plans: dict[tuple[int, str, torch.dtype], GemmPlan] = {}
+        self._rounded = Scratch()
 
     def packs(self, layout: RecordLayout) -> bool:
         """Return whether all projections of the layout are quantised."""
@@ -79,7 +82,8 @@ class PackedKernels(Kernels):
         if plan is None:
             if x.dtype not in FLOATS:
                 return self.multiply(x.float(), records, rows, layout, name).to(x.dtype)
-            plan = self._plans[id(layout), name, x.dtype] = _GemmPlan(layout, name, x.dtype, self._processor)
+            plan = GemmPlan(layout, name, x.dtype, x.dtype, self.processor)
+            self._plans[id(layout), name, x.dtype] = plan
         own, columns = x.shape
         total = len(rows) if own == 1 else sum(rows)
         assert columns == plan.columns, f"{name} takes {plan.columns} numbers, not {columns}"
@@ -92,49 +96,77 @@ class PackedKernels(Kernels):
         for record, count in zip(records, rows, strict=True):
             jobs += (record.data_ptr(), first, count)
             first += count
-        numbers = self._rounded.take(own * plan.row_bytes)
-        scales = numbers + own * columns
-        sums = scales + own * plan.groups * 8
-        plan.round(x.data_ptr(), numbers, scales, sums, own, columns)
+        rounded = Rounded(self._rounded.take(own * plan.row_bytes), own, plan)
+        rounding = rounded.context(x.data_ptr())
         table = array("q", jobs)
-        items = (0, len(records) * plan.tiles, plan.tiles, table.buffer_info()[0])
-        places = (numbers, scales, sums, y.data_ptr())
-        context = array("q", (*items, *places, *plan.shape, int(own == total), *plan.offsets))
-        plan.kernel.run(context.buffer_info()[0], jit.threads_for(plan.rows * columns * total))
+        product = plan.context(len(records), table, rounded, y.data_ptr(), has_own_rows=own == total)
+        threads = threads_for(plan.rows * columns * total)
+        run_all([Step(plan.round, rounding, threads_for(own * columns)), Step(plan.kernel, product, threads)])
         return y
 
 
-class _GemmPlan:
-    """Compiled functions, sizes and offsets that all products with one projection of a layout share."""
+class GemmPlan:
+    """Compiled functions, sizes and offsets that all products with one projection of a layout share.
 
-    __slots__ = ("columns", "groups", "kernel", "layout", "offsets", "round", "row_bytes", "rows", "shape", "tiles")
+    Args:
+        layout: the layout of the records.
+        name: the projection's name.
+        given: the type of x: torch.bfloat16 or torch.float32.
+        out: the type of y, likewise.
+        processor: compiles the functions.
+    """
 
-    def __init__(self, layout: RecordLayout, name: str, dtype: torch.dtype, processor: Processor) -> None:
+    def __init__(
+        self, layout: RecordLayout, name: str, given: torch.dtype, out: torch.dtype, processor: Processor
+    ) -> None:
         p = projection_of(layout, name)
         self.layout = layout  # kept alive, because plans are found by its id()
-        self.kernel = product_kernel(processor, Form(p.bits, p.group, p.pairs, dtype))
-        self.round = _round_function(processor, p.group, dtype)
-        self.rows, self.columns, self.groups = p.rows, p.columns, p.columns // p.group
+        self.kernel = product_kernel(processor, Form(p.bits, p.group, p.pairs, out))
+        self.round = rounding_kernel(processor, p.group, given)
+        self.rows, self.columns, self.group, self.groups = p.rows, p.columns, p.group, p.columns // p.group
         self.tiles = p.padded_rows // ROW_TILE
         # of a rounded row of x: n, and by group t, t * sum of n, and sum of n
         self.row_bytes = p.columns + 12 * self.groups
-        self.shape = (p.columns, p.rows, p.padded_rows)
+        self._shape = (p.columns, p.rows, p.padded_rows)
         # offsets in a record, in bytes: of codes, second plane, pairs and scales of pairs; 0 for what it lacks
         places = {section.name.removeprefix(f"{name}."): section.offset for section in layout.sections}
         kinds = (("codes", "high"), ("plane", "low"), ("pairs",), ("pair_scales",))
-        self.offsets = tuple(sum(places.get(kind, 0) for kind in group) for group in kinds)
+        self._offsets = tuple(sum(places.get(kind, 0) for kind in group) for group in kinds)
+
+    def context(self, count: int, jobs: array[int], x: Rounded, y: int, *, has_own_rows: bool) -> array[int]:
+        """Make the context of a product of ``count`` jobs, whose result is written to the address ``y``.
+
+        ``jobs`` has JOB numbers for each job. With ``has_own_rows``, each has rows of x of its own, otherwise all have
+        the same row.
+        """
+        items = (0, count * self.tiles, self.tiles, jobs.buffer_info()[0])
+        return array("q", (*items, *x.places, y, *self._shape, int(has_own_rows), *self._offsets))
+
+
+class Rounded:
+    """Scratch memory at ``address`` for ``rows`` rows of x that are rounded to 8 bits, for products of one plan."""
+
+    def __init__(self, address: int, rows: int, plan: GemmPlan) -> None:
+        scales = address + rows * plan.columns
+        self.rows = rows
+        self.places = (address, scales, scales + rows * plan.groups * 8)  # of n, of t and t * sum of n, of sum of n
+        self._columns = plan.columns
+
+    def context(self, x: int) -> array[int]:
+        """Make the context for rounding the rows of x at an address."""
+        return array("q", (0, self.rows, x, *self.places, self._columns))
 
 
 @functools.cache
 def product_kernel(processor: Processor, form: Form) -> Kernel:
     """Compile ``product_module``, once for each form and processor."""
-    return processor.kernel(product_module(form, processor), WORK)
+    return compile_kernel(processor, product_module(form, processor), WORK)
 
 
 @functools.cache
-def _round_function(processor: Processor, group: int, dtype: torch.dtype) -> Callable[..., None]:
-    arguments = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)
-    return processor.function(rounding_module(group, dtype), ROUND, *arguments)
+def rounding_kernel(processor: Processor, group: int, dtype: torch.dtype) -> Kernel:
+    """Compile ``rounding_module``, once for each group size, type and processor."""
+    return compile_kernel(processor, rounding_module(group, dtype), ROUND)
 
 
 def product_module(form: Form, processor: Processor) -> ir.Module:
@@ -187,35 +219,46 @@ def product_module(form: Form, processor: Processor) -> ir.Module:
 
 
 def rounding_module(group: int, dtype: torch.dtype) -> ir.Module:
-    """Emit the function ``ROUND(x, n, t, sums, rows, K)``, which rounds rows of x to 8 bits.
+    """Emit the function ``ROUND(context)``, which rounds rows of x to 8 bits until none is left.
 
     x [rows, K] of ``dtype`` -> n [rows, K] int8; t and t * sum of n [rows, K / group, 2] fp32; sum of n [rows, K /
     group] int32. In a group with a number that is not finite, t is not finite.
     """
     module = new_module()
-    emit = Emitter(module, ROUND, [POINTER] * 4 + [I64] * 2)
+    emit = Emitter(module, ROUND, [POINTER])
     at, n = emit.at, emit.number
-    x, out, scales, sums, rows, columns = emit.function.args
+    begun, (rows, *addresses, columns) = emit.fields(ROUND_CONTEXT)
+    x, out, scales, sums = (at.inttoptr(address, POINTER) for address in addresses)
     groups = at.udiv(columns, n(group))
-    with emit.loop(n(0), at.mul(rows, groups)) as g:
-        first = at.mul(g, n(group))
-        values = emit.load_floats(x, at.mul(first, n(dtype.itemsize)), dtype, group)
-        # the bits of numbers without their signs, read as integers, have the numbers' order; NaN is above infinity
-        sizes = at.and_(at.bitcast(values, vector(I32, group)), emit.all(I32, 0x7FFFFFFF, group))
-        largest = at.bitcast(emit.intrinsic(f"llvm.vector.reduce.smax.v{group}i32", I32, sizes), F32)
-        step = at.fmul(largest, ir.Constant(F32, 1 / 127))
-        some = at.fcmp_ordered(">", step, ir.Constant(F32, 0.0))
-        inverse = at.select(some, at.fdiv(ir.Constant(F32, 1.0), step), ir.Constant(F32, 0.0))
-        scaled = at.fmul(values, emit.spread(inverse, group))
-        shift, zero = emit.all(F32, 1.5 * 2**23, group), emit.all(F32, 0.0, group)
-        rounded = at.fsub(at.fadd(scaled, shift), shift)  # to the nearest, ties to even
-        top, bottom = emit.all(F32, 127.0, group), emit.all(F32, -127.0, group)
-        fits = at.and_(at.fcmp_ordered("<=", rounded, top), at.fcmp_ordered(">=", rounded, bottom))
-        whole = at.fptosi(at.select(fits, rounded, zero), vector(I32, group))
-        emit.store(at.trunc(whole, vector(I8, group)), out, first)
-        total = emit.intrinsic(f"llvm.vector.reduce.add.v{group}i32", I32, whole)
-        emit.store(total, sums, at.mul(g, n(4)))
-        emit.store(step, scales, at.mul(g, n(8)))
-        emit.store(at.fmul(step, at.sitofp(total, F32)), scales, at.add(at.mul(g, n(8)), n(4)))
+    with emit.items(begun, rows) as row:
+        first = at.mul(row, groups)
+        with emit.loop(first, at.add(first, groups)) as g:
+            values = emit.load_floats(x, at.mul(g, n(group * dtype.itemsize)), dtype, group)
+            emit_rounding(emit, values, g, out, scales, sums)
     at.ret_void()
     return module
+
+
+def emit_rounding(emit: Emitter, values: Value, g: Value, out: Value, scales: Value, sums: Value) -> None:
+    """Emit the rounding of ``values``, an fp32 vector, which are the group ``g`` of x.
+
+    n is written to ``out``, t and t * sum of n to ``scales``, and sum of n to ``sums``, as in ``rounding_module``.
+    """
+    at, n, group = emit.at, emit.number, values.type.count
+    # the bits of numbers without their signs, read as integers, have the numbers' order; NaN is above infinity
+    sizes = at.and_(at.bitcast(values, vector(I32, group)), emit.all(I32, 0x7FFFFFFF, group))
+    largest = at.bitcast(emit.intrinsic(f"llvm.vector.reduce.smax.v{group}i32", I32, sizes), F32)
+    step = at.fmul(largest, ir.Constant(F32, 1 / 127))
+    some = at.fcmp_ordered(">", step, ir.Constant(F32, 0.0))
+    inverse = at.select(some, at.fdiv(ir.Constant(F32, 1.0), step), ir.Constant(F32, 0.0))
+    scaled = at.fmul(values, emit.spread(inverse, group))
+    shift, zero = emit.all(F32, 1.5 * 2**23, group), emit.all(F32, 0.0, group)
+    rounded = at.fsub(at.fadd(scaled, shift), shift)  # to the nearest, ties to even
+    top, bottom = emit.all(F32, 127.0, group), emit.all(F32, -127.0, group)
+    fits = at.and_(at.fcmp_ordered("<=", rounded, top), at.fcmp_ordered(">=", rounded, bottom))
+    whole = at.fptosi(at.select(fits, rounded, zero), vector(I32, group))
+    emit.store(at.trunc(whole, vector(I8, group)), out, at.mul(g, n(group)))
+    total = emit.intrinsic(f"llvm.vector.reduce.add.v{group}i32", I32, whole)
+    emit.store(total, sums, at.mul(g, n(4)))
+    emit.store(step, scales, at.mul(g, n(8)))
+    emit.store(at.fmul(step, at.sitofp(total, F32)), scales, at.add(at.mul(g, n(8)), n(4)))

@@ -14,7 +14,8 @@ from llvmlite import ir
 
 from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits
 
-from .jit import F32, I8, I16, I32, I64, LANES, POINTER, Emitter, Processor, Value, vector
+from .emitter import F32, I8, I16, I32, I64, LANES, POINTER, Emitter, Value, vector
+from .jit import Processor
 
 STEP = 4  # columns that one step multiplies
 # how far ahead memory is prefetched: the hardware prefetchers of most processors stop at the end of a page

@@ -18,8 +18,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor, nn
 
-from . import jit
-from .jit import F32, FLOATS, I64, LANES, POINTER, Emitter, new_module, vector
+from .emitter import F32, FLOATS, I64, LANES, POINTER, Emitter, new_module, vector
+from .jit import this_processor
 
 NORM = "moetier_norm"  # name of the compiled function
 _EPS = ("variance_epsilon", "eps")  # names that modules give to eps
@@ -117,7 +117,7 @@ def _quick(kind: type, scale: Scale, eps: str) -> type:
 @functools.cache
 def _compiled(dtype: torch.dtype, scale: Scale) -> Callable[..., None]:
     arguments = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_float)
-    return jit.this_processor().function(norm_module(dtype, scale), NORM, *arguments)
+    return this_processor().function(norm_module(dtype, scale), NORM, *arguments)
 
 
 def norm_module(dtype: torch.dtype, scale: Scale) -> ir.Module:

@@ -27,8 +27,9 @@ from moetier.tiers.quant import codec, hqq
 from moetier.tiers.quant.codec import WeightError
 from moetier.tiers.quant.packing import HALF, fold, store_pairs
 
-from . import jit
-from .jit import F32, I8, I16, I32, LANES, POINTER, Emitter, Processor, Value, new_module, vector
+from .emitter import F32, I8, I16, I32, LANES, POINTER, Emitter, Value, compile_lock, new_module, vector
+from .jit import Processor, refusal, this_processor
+from .team import Kernel, compile_kernel
 
 QUANTISE = "moetier_quantise"  # name of the compiled function
 # Number of i64 fields in the context. In order: row blocks that threads have taken, all row blocks; K; pointer to the
@@ -68,7 +69,7 @@ def encode(
 
     ``tensors`` has matrices [rows, columns], or [columns, rows] if transposed, and biases [size].
     """
-    return codec.encode(tensors, layout, out, fast=fast, quantise=None if jit.refusal() else quantise)
+    return codec.encode(tensors, layout, out, fast=fast, quantise=None if refusal() else quantise)
 
 
 def quantise(
@@ -80,7 +81,7 @@ def quantise(
     """
     if 1 not in weights.stride():
         weights = weights.contiguous()
-    work = _Work(weights, p, views, fast, processor or jit.this_processor())
+    work = _Work(weights, p, views, fast, processor or this_processor())
     if p.pairs == "bfloat16":
         work.run(Step.ALL)
     else:
@@ -146,7 +147,7 @@ class _Work:
                 self._table.buffer_info()[0],
             )
             context = array("q", fields)
-            kernel.run(context.buffer_info()[0], 1)
+            kernel.run(context, 1)
 
     def error(self) -> WeightError:
         """Return the error, once codes are found."""
@@ -172,15 +173,15 @@ class _Work:
             fold(self._low.view(-1) >> 2, 4, self._views[f"{p.name}.plane"])
 
 
-def quantising_kernel(processor: Processor, form: Form) -> jit.Kernel:
+def quantising_kernel(processor: Processor, form: Form) -> Kernel:
     """Compile ``quantising_module``, once for each form and processor, also if several threads need it at once."""
-    with jit.compile_lock:
+    with compile_lock:
         return _compiled(processor, form)
 
 
 @functools.cache
-def _compiled(processor: Processor, form: Form) -> jit.Kernel:
-    return processor.kernel(quantising_module(form), QUANTISE)
+def _compiled(processor: Processor, form: Form) -> Kernel:
+    return compile_kernel(processor, quantising_module(form), QUANTISE)
 
 
 def quantising_module(form: Form) -> ir.Module:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor, nn
 
-from . import jit
-from .jit import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, vector
+from .emitter import F32, FLOATS, I32, LANES, POINTER, Emitter, new_module, vector
+from .jit import refusal, this_processor
+from .team import Kernel, compile_kernel, is_small, threads_for
 
 GEMV = "moetier_gemv"  # name of the compiled function
 ROWS = 4  # rows of W that are read together
@@ -63,7 +64,7 @@ def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
     x may have other leading dimensions. Returns None for other inputs. Sums are fp32; they are rounded to bf16 before
     the bias is added.
     """
-    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or jit.refusal():
+    if x.dtype != torch.bfloat16 or not x.is_cpu or not _fits(weight) or torch.is_grad_enabled() or refusal():
         return None
     rows, columns = weight.shape
     if x.numel() != columns or x.shape[-1] != columns:
@@ -86,7 +87,7 @@ class Scores:
     @staticmethod
     def fits(weight: Tensor) -> bool:
         """Return whether this machine's kernel can multiply with ``weight`` [rows, columns] as it is in memory."""
-        return weight.dtype == torch.float32 and _lies_in_rows(weight) and not jit.refusal()
+        return weight.dtype == torch.float32 and _lies_in_rows(weight) and not refusal()
 
     def of(self, x: Tensor) -> list[float] | None:
         """Return ``weight @ x`` for one row x [1, columns] of bf16 or fp32; None for other inputs.
@@ -105,8 +106,8 @@ def _multiply(x: Tensor, weight: Tensor, y: int) -> None:
     rows, columns = weight.shape
     items, weights = -(-rows // ROWS), rows * columns
     context = array("q", (0, items, rows, columns, x.data_ptr(), weight.data_ptr(), y))
-    threads = min(items, jit.threads_for(weights))
-    _kernel(x.dtype, weight.dtype).run(context.buffer_info()[0], threads, locked=jit.is_small(weights))
+    threads = min(items, threads_for(weights))
+    _kernel(x.dtype, weight.dtype).run(context, threads, locked=is_small(weights))
 
 
 def _lies_in_rows(weight: Tensor) -> bool:
@@ -118,8 +119,8 @@ def _fits(weight: Tensor) -> bool:
 
 
 @functools.cache
-def _kernel(given: torch.dtype, kept: torch.dtype) -> jit.Kernel:
-    return jit.this_processor().kernel(gemv_module(given, kept), GEMV)
+def _kernel(given: torch.dtype, kept: torch.dtype) -> Kernel:
+    return compile_kernel(this_processor(), gemv_module(given, kept), GEMV)
 
 
 def gemv_module(given: torch.dtype, kept: torch.dtype) -> ir.Module:

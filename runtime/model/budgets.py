@@ -87,12 +87,12 @@ def largest_decoded(matrices: Iterable[RecordLayout], kernels: Kernels) -> int:
 def scratch_numbers(manifest: Manifest, kernels: Kernels) -> int:
     """Return the size of the scratch memory for computing with experts, in numbers.
 
-    It holds the largest projection that has to be decoded, or the inputs and outputs of the widest other projection for
-    ROWS tokens.
+    It holds the largest projection that has to be decoded, or what compiled code keeps between products for ROWS
+    tokens: less than three times the inputs and outputs of the widest projection.
     """
     layouts = manifest.layouts.values()
     decoded = [p.rows * p.columns for layout in layouts for p in layout.projections if not kernels.packs(layout)]
-    wide = [2 * ROWS * (p.rows + p.columns) for layout in layouts for p in layout.projections if kernels.packs(layout)]
+    wide = [3 * ROWS * (p.rows + p.columns) for layout in layouts for p in layout.projections if kernels.packs(layout)]
     return max(decoded + wide)
 
 

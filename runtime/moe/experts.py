@@ -3,21 +3,20 @@
 transformers decorates each architecture's Experts class with ``use_experts_implementation``. It gives the class the
 flags has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. moetier removes the
 parameters of these modules. There are two ways to compute a block. The *exact* way computes one expert after the other,
-with the same bits as the architecture's own eager forward pass. The *quick* way multiplies experts that arrive together
-in one call, directly from their records.
-
-The result of the quick way does not depend on which experts arrive together. Each row of a product depends only on that
-row and its expert (``kernels/gemm.py``), and the shapes of torch's operations between the products depend only on the
-routing.
+with the same bits as the architecture's own eager forward pass. The *quick* way computes experts that are available
+together in one call of compiled code, directly from their records (``kernels/experts.py``). If all experts of a single
+token are resident, it takes no lease: compiled code looks the records up, and proves afterwards that none of them was
+replaced. The result of the quick way does not depend on which experts are available together.
 """
 
 from __future__ import annotations
 
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -25,11 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from moetier.runtime.kernels.api import Kernels, moved_error
+from moetier.runtime.kernels.emitter import FLOATS
+from moetier.runtime.kernels.experts import ExpertKernels
 from moetier.runtime.kernels.gemm import PackedKernels
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.layout import ExpertKey, RecordLayout
 from moetier.tiers.quant.codec import sections
 from moetier.tiers.source import ExpertSource, Lease
+
+from .activation import activation_of
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 ROWS = 256  # largest number of rows computed together in the quick way, which limits memory for intermediate values
@@ -48,6 +51,8 @@ class TieredBlock:
     device: torch.device  # device of the records
     # called once for each demand with the block, the experts, and whether some of them have not arrived yet
     demanded: Callable[[int, Collection[int], bool], None] | None = None
+    # by type of the hidden states: what computes the block in the quick way; None: it is computed in the exact way
+    compiled: dict[torch.dtype, ExpertKernels | None] = field(default_factory=dict)
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
@@ -80,11 +85,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     here: TieredBlock = self.tiered
     if hidden_states.device != here.device:
         raise moved_error(hidden_states.device, here.device)
-    forward: Callable[..., Tensor] = _eager
-    if here.kernels.packs(here.layout):
-        forward = _one_token if len(hidden_states) == 1 else _tokens
+    if (cut := getattr(_open, "source", None)) is not None:
+        _open.source = None
+        with suppress(MoetierError):  # the source may be closed, or belong to another process
+            cut.reclaim()
     with torch.no_grad():
-        out = here.kernels.with_room(partial(forward, self, here, hidden_states, top_k_index, top_k_weights))
+        if (kernels := _kernels_of(self, here, hidden_states.dtype)) is not None:
+            out = _quick(kernels, here, hidden_states, top_k_index, top_k_weights)
+        else:
+            work = partial(_eager, self, here, hidden_states, top_k_index, top_k_weights)
+            out = here.kernels.with_room(work)
     return without_gradient(out, hidden_states, top_k_weights)
 
 
@@ -95,9 +105,6 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
     called before they are yielded. Otherwise it is called after the first list has been computed: at that time other
     experts are still being read, so the call delays nothing.
     """
-    if (cut := getattr(_open, "source", None)) is not None:
-        with suppress(MoetierError):  # the source may be closed, or belong to another process
-            cut.reclaim()
     _open.source = here.source
     left = len(experts)
     demanded = here.demanded  # set to None once it was called
@@ -161,7 +168,8 @@ def output_bytes(module: Any, layout: RecordLayout, tokens: int, top_k: int, dty
     width = next(projection.rows for projection in layout.projections if projection.name == "down_proj")
     numbers = torch.empty(0, dtype=dtype)
     _, accumulate = arithmetic(module, numbers, numbers.float())  # some routers compute weights in fp32
-    return tokens * top_k * width * accumulate.itemsize
+    kept = torch.float32 if dtype == torch.float16 else accumulate  # compiled code has no float16
+    return tokens * top_k * width * kept.itemsize
 
 
 def _first(module: Any) -> str:
@@ -173,6 +181,19 @@ def _activate(module: Any, inner: Tensor) -> Tensor:
     """Apply the architecture's activation, with its own handling of gate and up, as ``_apply_gate`` differs."""
     out: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     return out
+
+
+def _kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
+    """Return what computes the block in the quick way, for hidden states of a type; None if nothing does."""
+    if dtype not in here.compiled:
+        found = None
+        if isinstance(here.kernels, PackedKernels):
+            activation = activation_of(module)
+            if activation is not None and ExpertKernels.fit(here.layout, activation):
+                kind = dtype if dtype in FLOATS else torch.float32
+                found = ExpertKernels(here.layout, activation, kind, module.num_experts, here.kernels.processor)
+        here.compiled[dtype] = found
+    return here.compiled[dtype]
 
 
 # -- exactly -----------------------------------------------------------------------------------------------------------
@@ -215,72 +236,67 @@ def _expert(module: Any, here: TieredBlock, record: Tensor, x: Tensor) -> Tensor
 # -- quickly -----------------------------------------------------------------------------------------------------------
 
 
-def _one_token(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute a single token, x [1, hidden], in the quick way.
+def _quick(
+    kernels: ExpertKernels, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute ``experts_forward`` in the quick way."""
+    if hidden_states.shape[1] != kernels.width or top_k_index.shape != top_k_weights.shape:
+        given = f"{[*hidden_states.shape]}, {[*top_k_index.shape]} and {[*top_k_weights.shape]}"
+        raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
+    x, weights = hidden_states.to(kernels.dtype).contiguous(), top_k_weights.float().contiguous()
+    out = _one_token(kernels, here, x, top_k_index, weights) if len(x) == 1 else None
+    return (_tokens(kernels, here, x, top_k_index, weights) if out is None else out).to(hidden_states.dtype)
 
-    Whenever some experts arrive, the activation is computed for all k places of the top-k. So the shapes of torch's
-    operations never differ, and neither do the bits of the result.
+
+def _one_token(
+    kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor
+) -> Tensor | None:
+    """Compute a single token, x [1, hidden]. Returns None if the router names an expert twice, or one not of the block.
+
+    If all experts are resident, they are found and used without a lease.
     """
     experts = top_k_index[0].tolist()
-    places = {expert: place for place, expert in enumerate(experts) if expert < module.num_experts}
-    if len(set(experts)) < len(experts):  # some routers take experts from a table, which may name one twice
-        return _tokens(module, here, x, top_k_index, top_k_weights)
-    compute, accumulate = arithmetic(module, x, top_k_weights)
-    row, everywhere = x.to(compute), list(range(len(experts)))
-    inner = outer = None
-
+    places = {expert: place for place, expert in enumerate(experts)}
+    if len(places) < len(experts) or max(experts, default=kernels.experts) >= kernels.experts:
+        return None
+    residents = here.source.residents(here.block)
+    if residents is not None and (found := kernels.find(experts, residents)) is not None:
+        here.source.note_uses(here.block, experts)
+        if here.demanded is not None:
+            here.demanded(here.block, experts, False)
+        if (out := kernels.compute_found(x, weights, found, residents)) is not None:
+            return out
+        here.source.take_back_uses(here.block, experts)
+        here = replace(here, demanded=None)  # it was told
+    outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype)
     with closing(groups(here, places)) as arriving:
         for leases in arriving:
-            at, ones = [places[lease.key.expert] for lease in leases], [1] * len(leases)
-            records = [lease.record for lease in leases]
-            part = _project(here, row, records, ones, module, _first(module))
-            inner = part if at == everywhere else _put(inner, at, part, len(everywhere))
-            part = _activate(module, inner)
-            part = _project(here, part if at == everywhere else part[at], records, ones, module, "down_proj")
-            at = [place if lease.holds() else -1 for place, lease in zip(at, leases, strict=True)]
-            outer = part if at == everywhere else _put(outer, at, part, len(everywhere))
-    if outer is None:
-        return torch.zeros_like(x)
-    if module.has_post_expert_norm:
-        outer = module.post_expert_norm(outer)
-    weighted = (outer * top_k_weights.T).to(torch.promote_types(accumulate, torch.float32))
-    return weighted.sum(0, keepdim=True).to(x.dtype)
+            jobs = [number for row, lease in enumerate(leases) for number in (lease.record.data_ptr(), row, 1)]
+            at = array("q", [places[lease.key.expert] for lease in leases])
+            kernels.compute(x, array("q", jobs), at, outputs)
+            for lease in leases:
+                lease.holds()  # if it does not, the expert is leased and computed again
+    return kernels.add_up(outputs, weights)
 
 
-def _put(into: Tensor | None, at: list[int], rows: Tensor, k: int) -> Tensor:
-    """Put ``rows`` at the places ``at`` of ``into`` [k, N], or of new zeros if it is None. Skip rows with place -1."""
-    if into is None:
-        into = rows.new_zeros(k, rows.shape[1])
-    for place, row in zip(at, rows, strict=True):
-        if place >= 0:
-            into[place] = row
-    return into
-
-
-def _tokens(module: Any, here: TieredBlock, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute several tokens, x [tokens, hidden], in the quick way. An expert is leased once for all its tokens."""
-    compute, accumulate = arithmetic(module, x, top_k_weights)
+def _tokens(kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+    """Compute several tokens, x [tokens, hidden]. An expert is leased once for all tokens that use it."""
     tokens, k = top_k_index.shape
-    rows = rows_of_experts(top_k_index, module.num_experts)
-    outer = torch.zeros(tokens * k, x.shape[1], dtype=compute)
+    rows = rows_of_experts(top_k_index, kernels.experts)
+    outputs = x.new_zeros(tokens * k, x.shape[1])
     with closing(groups(here, rows)) as arriving:
         for leases in arriving:
             for batch in _batches(leases, rows):
-                records, counts = [lease.record for lease, _, _ in batch], [len(token) for _, token, _ in batch]
+                jobs, first = array("q"), 0
+                for lease, token, _ in batch:
+                    jobs.extend((lease.record.data_ptr(), first, len(token)))
+                    first += len(token)
                 gathered = torch.cat([token for _, token, _ in batch])
-                inner = _project(here, x.index_select(0, gathered).to(compute), records, counts, module, _first(module))
-                inner = torch.cat([_activate(module, part) for part in torch.split(inner, counts)])
-                part = _project(here, inner, records, counts, module, "down_proj")
-                if module.has_post_expert_norm:
-                    part = torch.cat([module.post_expert_norm(piece) for piece in torch.split(part, counts)])
-                outer[torch.cat([token * k + position for _, token, position in batch])] = part
+                places = gathered * k + torch.cat([position for _, _, position in batch])
+                kernels.compute(x.index_select(0, gathered), jobs, array("q", places.tolist()), outputs)
             for lease in leases:
-                lease.holds()  # if it does not, the expert is leased and computed again
-    by_token = outer.view(tokens, k, x.shape[1])
-    out = torch.zeros_like(x, dtype=torch.promote_types(accumulate, torch.float32))
-    for place in range(k):
-        out += (by_token[:, place] * top_k_weights[:, place, None]).to(accumulate)
-    return out.to(x.dtype)
+                lease.holds()  # as above
+    return kernels.add_up(outputs, weights)
 
 
 Batch = list[tuple[Lease[Tensor], Tensor, Tensor]]  # (lease, tokens that use it, their positions in the top-k)
@@ -298,18 +314,6 @@ def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tens
             batch.append((lease, tokens, positions))
             left -= len(tokens)
     yield batch
-
-
-def _project(
-    here: TieredBlock, x: Tensor, records: Sequence[Tensor], counts: Sequence[int], module: Any, name: str
-) -> Tensor:
-    """Multiply x [R, K] -> [R, N] and add biases. ``counts`` are the numbers of consecutive rows of ``records``."""
-    assert isinstance(here.kernels, PackedKernels)
-    y = here.kernels.multiply(x, records, counts, here.layout, name)
-    if module.has_bias:
-        for part, record in zip(torch.split(y, list(counts)), records, strict=True):
-            part += sections(record, here.layout)[f"{name}_bias"]
-    return y
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

@@ -43,6 +43,14 @@ class OneSlot:
         finally:
             self.open -= 1
 
+    def residents(self, block: int) -> None:
+        return None
+
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        raise AssertionError("nothing is resident here")
+
+    take_back_uses = note_uses
+
     def reclaim(self) -> None:
         """Nothing is kept of who acquired."""
 

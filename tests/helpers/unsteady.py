@@ -51,6 +51,14 @@ class UnsteadySource:
     def used(self, keys: Sequence[ExpertKey]) -> None:
         self.source.used(keys)
 
+    def residents(self, block: int) -> None:
+        return None  # so that all is leased
+
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        raise AssertionError("nothing is resident here")
+
+    take_back_uses = note_uses
+
     def reclaim(self) -> None:
         self.source.reclaim()
 

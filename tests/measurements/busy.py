@@ -1,10 +1,11 @@
-"""Decoding beside busy processes, with a bounded spin of OpenMP's threads and with OpenMP's own.
+"""Decoding beside busy processes, with one release or several.
 
-    python tests/measurements/busy.py DIR [--busy 0 1 2] [--threads 2] [--tokens 64] [--rounds 5]
+    python tests/measurements/busy.py DIR [--release NAME=INTERPRETER ...] [--busy 0 1 2] [--tokens 64] [--rounds 5]
 
-One process for each spin decodes the same tokens (``decoder.py``), by turns, beside so many processes that only count.
-``bounded`` is what moetier sets (GOMP_SPINCOUNT=2000), ``own`` is libgomp's default, 300,000. Prints tokens/s: medians
-(least to most) of the rounds, and each as a share of ``own`` with nothing beside. Nothing else should run.
+One process of each release decodes the same tokens (``decoder.py``), by turns, beside so many processes that only
+count. Without ``--release`` it is the one that runs this. Prints tokens/s: medians (least to most) of the rounds, and
+each as a share of the same release's with nothing beside; and the slowest step as a multiple of the median one with
+nothing beside. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from moetier.runtime.config import Size
 from moetier.tiers.store.folder import read_manifest, store_folder
 
 DECODER = Path(__file__).with_name("decoder.py")
-SPINS = {"own": "300000", "bounded": "2000"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
+    parser.add_argument(
+        "--release",
+        nargs="+",
+        metavar="NAME=INTERPRETER",
+        default=[f"this={sys.executable}"],
+        help="(default: this one)",
+    )
     parser.add_argument("--ram", default="100%", help="a share is of all experts (default: %(default)s)")
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="processes beside (default: 0 1 2)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
@@ -40,41 +47,47 @@ def main() -> None:
     ram = Size.parse(arguments.ram).of(read_manifest(store_folder(arguments.directory)).stored_bytes)
     options = ["--ram", ram, "--threads", arguments.threads, "--tokens", arguments.tokens, "--warm", arguments.warm]
     print(f"machine  {platform.machine()}, {os.cpu_count()} CPUs, load before {os.getloadavg()[0]:.2f}")
-    found: dict[tuple[int, str], list[float]] = {}
+    found: dict[tuple[int, str], list[list[float]]] = {}
     with contextlib.ExitStack() as stack:
+        releases = dict(release.split("=", 1) for release in arguments.release)
         decoders = {
-            spin: stack.enter_context(decoder(arguments.directory, [*map(str, options)], count))
-            for spin, count in SPINS.items()
+            name: stack.enter_context(decoder(interpreter, arguments.directory, [*map(str, options)]))
+            for name, interpreter in releases.items()
         }
         for busy in arguments.busy:
             with beside(busy):
                 for _ in range(arguments.rounds):
-                    for spin, process in decoders.items():
-                        found.setdefault((busy, spin), []).append(tokens_per_second(process))
+                    for name, process in decoders.items():
+                        found.setdefault((busy, name), []).append(steps_of(process))
     (first, *_) = arguments.busy
-    quiet = statistics.median(found[first, "own"])
-    for (busy, spin), rates in found.items():
-        median = statistics.median(rates)
-        spread = f"{median:7.2f} ({min(rates):.2f} to {max(rates):.2f})"
-        print(f"{busy} beside  {spin:<8}{spread} tokens/s, {median / quiet:.2f}")
+    for (busy, name), rounds in found.items():
+        rates = [len(steps) / sum(steps) for steps in rounds]
+        quiet = statistics.median(len(steps) / sum(steps) for steps in found[first, name])
+        typical = statistics.median(step for steps in found[first, name] for step in steps)
+        slowest = max(step for steps in rounds for step in steps)
+        print(
+            f"{busy} beside  {name:<8}{statistics.median(rates):7.2f} ({min(rates):.2f} to {max(rates):.2f}) tokens/s, "
+            f"{statistics.median(rates) / quiet:.2f} of quiet; the slowest of {sum(map(len, rounds))} steps took "
+            f"{slowest / typical:.1f} times the median quiet one"
+        )
 
 
-def tokens_per_second(process: subprocess.Popen[str]) -> float:
+def steps_of(process: subprocess.Popen[str]) -> list[float]:
+    """Seconds of each step of a round."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("go\n")
     process.stdin.flush()
-    found = json.loads(process.stdout.readline())
-    return float((len(found["tokens"][0]) - 1) / found["seconds"])
+    steps: list[float] = json.loads(process.stdout.readline())["steps"]
+    return steps
 
 
 @contextlib.contextmanager
-def decoder(directory: Path, options: list[str], spin: str) -> Iterator[subprocess.Popen[str]]:
+def decoder(interpreter: str, directory: Path, options: list[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, str(DECODER), str(directory), *options],
+        [interpreter, str(DECODER), str(directory), *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"GOMP_SPINCOUNT": spin},
         text=True,
     )
     try:

@@ -7,6 +7,7 @@ found as a line of JSON; ends with its input.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -37,8 +38,8 @@ def main() -> None:
         ]
     )
 
-    def decode(tokens: int) -> tuple[list[list[int]], float]:
-        """The new tokens, and seconds for those behind the first."""
+    def decode(tokens: int) -> tuple[list[list[int]], list[float]]:
+        """The new tokens, and seconds of each step behind the first."""
         times: list[float] = []
 
         class Clock(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]
@@ -59,8 +60,8 @@ def main() -> None:
             streamer=None if many else Clock(),
             logits_processor=transformers.LogitsProcessorList(processors),
         )
-        first = times[0] if many else times[1]  # a streamer is shown the prompt before the first new token
-        return found[:, prompts.shape[1] :].tolist(), times[-1] - first
+        times = times[0 if many else 1 :]  # a streamer is shown the prompt before the first new token
+        return found[:, prompts.shape[1] :].tolist(), [end - begin for begin, end in itertools.pairwise(times)]
 
     with model.tiers:
         if arguments.warm:
@@ -68,11 +69,12 @@ def main() -> None:
         print("ready", flush=True)
         for _ in sys.stdin:
             before = model.tiers.host.stats()
-            tokens, seconds = decode(arguments.tokens)
+            tokens, steps = decode(arguments.tokens)
             after = model.tiers.host.stats()
             found = {
                 "tokens": tokens,
-                "seconds": seconds,
+                "seconds": sum(steps),
+                "steps": steps,
                 "where": model.tiers.where,
                 "hits": after.hits - before.hits,
                 "misses": after.misses - before.misses,

@@ -1,13 +1,13 @@
-"""Microseconds of our own for each expert of a decode step, beyond the products, when all experts are resident.
+"""Microseconds of our own for each block of a decode step, beyond the products, when all experts are resident.
 
     python tests/measurements/overhead.py [DIR]
 
 Without DIR a store of random weights is made in a temporary folder: 4 layers of 128 experts of 256 x 128, top 8. Every
 expert is demanded once; then fixed tokens are decoded one at a time. Timed are the forward of each Experts module
-(``forward``) and within it what runs on records (``products``: from the start of all threads to their end) and the
-activation that torch computes between them (``activation``). ``beyond`` is the forward without its products, ``Python``
-that without the activation too: leases, the rounding of what goes in, small tensors. All of them of a step, divided by
-the experts that it calls: medians (quartiles) over the steps. The clocks are in it: some tenths of a microsecond.
+(``forward``), within it the compiled code (``compiled``), and in that the two products (``products``). ``beyond`` is
+the forward without its products: lookup, rounding, activation, weighted sum and Python. ``Python`` is the forward
+without the compiled code. All of them of a block: medians (quartiles) over the steps. Compiled steps are called one by
+one, so that each has its time, which adds some microseconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ import transformers
 import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels.jit import Kernel
-from moetier.runtime.moe import experts as moe
+from moetier.runtime.kernels import experts as kernels
+from moetier.runtime.kernels.team import Step
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.store.folder import read_manifest, store_folder
@@ -39,7 +39,7 @@ from moetier.tools.lab.synthetic import TOKENS_FILE, make_synthetic, read_tokens
 
 GEOMETRY, LAYERS = "qwen3-8L", 4
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64}
-CLOCKS = ("forward", "products", "activation")
+CLOCKS = ("forward", "compiled", "products")
 
 
 class Clocks:
@@ -47,36 +47,31 @@ class Clocks:
 
     def __init__(self, experts: type) -> None:
         self.seconds: dict[str, float] = {}
-        self.calls = 0  # of an expert by a token
-        self._inside = False
-        self._watch(Kernel, "run", "products")
-        self._watch(moe, "_activate", "activation")
-        forward = experts.forward
+        self.calls = 0  # of a block
+        compiled, forward = kernels.run_all, experts.forward
 
-        def watched(module: Any, hidden: Any, top_k_index: Any, *others: Any) -> Any:
-            self._inside, began = True, time.perf_counter()
-            found = forward(module, hidden, top_k_index, *others)
+        def run(steps: Sequence[Step]) -> None:
+            for number, step in enumerate(steps):
+                began = time.perf_counter()
+                compiled([step])
+                seconds = time.perf_counter() - began
+                self.seconds["compiled"] += seconds
+                if number in (1, 3):  # the order: rounding, product, activation, product, placing, ...
+                    self.seconds["products"] += seconds
+
+        kernels.run_all = run
+
+        def watched(module: Any, *arguments: Any) -> Any:
+            began = time.perf_counter()
+            found = forward(module, *arguments)
             self.seconds["forward"] += time.perf_counter() - began
-            self._inside, self.calls = False, self.calls + top_k_index.numel()
+            self.calls += 1
             return found
 
         experts.forward = watched
 
     def reset(self) -> None:
         self.seconds, self.calls = dict.fromkeys(CLOCKS, 0.0), 0
-
-    def _watch(self, module: Any, function: str, name: str) -> None:
-        call: Callable[..., Any] = getattr(module, function)
-
-        def watched(*arguments: Any, **named: Any) -> Any:
-            if not self._inside:  # the trunk's
-                return call(*arguments, **named)
-            began = time.perf_counter()
-            found = call(*arguments, **named)
-            self.seconds[name] += time.perf_counter() - began
-            return found
-
-        setattr(module, function, watched)
 
 
 def main() -> None:
@@ -97,11 +92,11 @@ def main() -> None:
     print(
         f"machine     {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; "
         f"{manifest.model}, {len(manifest.blocks)} blocks of {manifest.blocks[0].experts} experts, "
-        f"{steps[0]['calls']:.0f} calls a step"
+        f"{steps[0]['calls']:.0f} calls of a block a step"
     )
     for name in (*CLOCKS, "beyond", "Python"):
         low, middle, high = statistics.quantiles((1e6 * step[name] / step["calls"] for step in steps), n=4)
-        print(f"{name:<12}{middle:7.2f} ({low:.2f} to {high:.2f}) us an expert")
+        print(f"{name:<12}{middle:7.2f} ({low:.2f} to {high:.2f}) us a block")
     print(f"a step      {1e3 * statistics.median(step['step'] for step in steps):7.2f} ms")
 
 
@@ -142,7 +137,7 @@ def decode(model: Any, ids: list[int], clocks: Clocks) -> list[dict[str, float]]
         output = model(torch.tensor([[token]]), **{CACHE: cache}, use_cache=True)
         step, cache = time.perf_counter() - began, output.past_key_values
         beyond = clocks.seconds["forward"] - clocks.seconds["products"]
-        python = beyond - clocks.seconds["activation"]
+        python = clocks.seconds["forward"] - clocks.seconds["compiled"]
         steps.append(clocks.seconds | {"beyond": beyond, "Python": python, "step": step, "calls": clocks.calls})
     return steps
 

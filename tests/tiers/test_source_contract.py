@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import random
 import tempfile
@@ -22,6 +23,7 @@ from threads import Task, run_all, wait_until
 
 from moetier.runtime.client.remote import RemoteReader
 from moetier.runtime.client.tier import DaemonTier
+from moetier.tiers.arena.arena import Residents
 from moetier.tiers.cache.budget import slots_for, smallest_budget
 from moetier.tiers.device.tier import DeviceTier
 from moetier.tiers.device.views import HostViews
@@ -450,3 +452,90 @@ def test_a_storm(kind: str, folder: Path, slots: int) -> None:
         run_all([lambda seed=seed: caller(opened, seed) for seed in range(8)])
         opened.check()
         assert sorted(opened.take(0, 0, 1, 2)) == keys(0, 0, 1, 2)
+
+
+# -- records without a lease -------------------------------------------------------------------------------------------
+
+
+def look(found: Residents, expert: int) -> tuple[bytes, int] | None:
+    """Find a record as compiled code does; return its bytes and its slot's generation."""
+    slot = ctypes.c_int64.from_address(found.table + 8 * expert).value
+    if slot < 0:
+        return None
+    generation = ctypes.c_int64.from_address(found.generations + 8 * slot).value
+    return ctypes.string_at(found.records + slot * found.slot_bytes, PLAN.layout(0).record_bytes), generation
+
+
+def residents_of(opened: Opened, block: int) -> Residents:
+    found = opened.source.residents(block)
+    if found is None:
+        assert isinstance(opened.source, DeviceTier)
+        pytest.skip("a device can't look records up")
+    return found
+
+
+def test_resident_records_are_found_without_a_lease(roomy: Opened) -> None:
+    for block in range(3):
+        found = residents_of(roomy, block)
+        assert found.experts == 6
+        assert [look(found, expert) for expert in range(6)] == [None] * 6
+        roomy.take(block, 1, 4)
+        for expert in range(6):
+            record = look(found, expert)
+            assert (record is not None) == (expert in (1, 4))
+            assert record is None or record[0] == RECORDS[ExpertKey(block, expert)]
+
+
+def test_a_slot_that_was_refilled_has_another_generation(smallest: Opened) -> None:
+    found = residents_of(smallest, 0)
+    smallest.take(0, 0, 1)
+    before = [look(found, expert) for expert in (0, 1)]
+    smallest.take(0, 2, 3)
+    after = [look(found, expert) for expert in (2, 3)]
+    assert {generation for _, generation in filter(None, before)}.isdisjoint(
+        {generation for _, generation in filter(None, after)}
+    )
+    assert [look(found, expert) for expert in (0, 1)] == [None, None]
+
+
+def test_a_noted_use_counts_as_a_hit_and_cancels_prefetches(roomy: Opened) -> None:
+    residents_of(roomy, 0)
+    roomy.take(0, 0, 1, 2)
+    before = roomy.source.stats()
+    roomy.source.note_uses(0, [2, 1])
+    roomy.source.note_uses(0, [0])
+    after = roomy.source.stats()
+    assert after.hits - before.hits == 3
+    assert after.misses == before.misses
+
+
+def test_many_noted_uses_need_no_other_call(roomy: Opened) -> None:
+    residents_of(roomy, 0)
+    roomy.take(0, 0)
+    before = roomy.source.stats().hits
+    for _ in range(2000):
+        roomy.source.note_uses(0, [0])
+    assert roomy.source.stats().hits - before == 2000
+
+
+@pytest.mark.parametrize("kind", ["host", "views", "remote"])
+def test_noted_uses_decide_what_is_evicted(kind: str, folder: Path) -> None:
+    """Of three records with a slot each, those that were used most stay."""
+    with open_source(kind, folder, {"records": 9}) as opened:
+        opened.take(0, 0)
+        opened.take(0, 1)
+        opened.take(0, 2)
+        for _ in range(20):
+            opened.source.note_uses(0, [0])
+            opened.source.note_uses(0, [2])
+        opened.take(0, 3)
+        found = residents_of(opened, 0)
+        assert [expert for expert in range(6) if look(found, expert)] == [0, 2, 3]
+        opened.check()
+
+
+def test_a_closed_source_shows_no_records(roomy: Opened) -> None:
+    residents_of(roomy, 0)
+    roomy.source.close()
+    with pytest.raises(ClosedError):
+        roomy.source.residents(0)

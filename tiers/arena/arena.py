@@ -16,16 +16,18 @@ import errno
 import fcntl
 import mmap
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
 
 from moetier.tiers.errors import ArenaError, BudgetError, ClosedError
 from moetier.tiers.layout import CHECKSUM_BYTES, ExpertKey
 from moetier.tiers.locks import ForkGuard
 from moetier.tiers.manifest import Manifest
+from moetier.tiers.source import Residents
 from moetier.tiers.store.checksum import crc32c
 
 from .directory import Directory, Header
-from .plan import ArenaPlan
+from .plan import WORD, ArenaPlan
 
 NAME = "moetier-arena"  # /proc/*/fd show "/memfd:moetier-arena (deleted)"
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -128,6 +130,34 @@ class Arena:
     def view(self, slot: int) -> memoryview:
         """Return a read-only view of the record in a slot, for leases."""
         return self.whole(slot)[:-CHECKSUM_BYTES]
+
+    def residents(self, block: int, array: str) -> Residents | None:
+        """Return where compiled code finds the records of a block. ``array`` is the zarr array of its records.
+
+        The memory stays mapped as long as the result is referenced. Returns None on processors on which other threads
+        may see the directory's words change in another order (see ``Directory``). Raises ClosedError.
+        """
+        if self._mapping is None:
+            raise ClosedError("The arena was closed.", "Open the tier again.")
+        if platform.machine() != "x86_64":
+            return None
+        import numpy as np  # late, as most arenas are opened by processes that do not compute
+
+        memory = np.frombuffer(self._mapping, np.uint8)
+        start, plan = int(memory.__array_interface__["data"][0]), self.plan
+        table = start + WORD * plan.header_words
+        number = next(number for number, region in enumerate(plan.regions) if region.array == array)
+        first, region = plan.first_slots[number], plan.regions[number]
+        return Residents(
+            experts=plan.experts[block],
+            table=table + WORD * plan.first_keys[block],
+            generations=table + WORD * plan.keys,
+            first_slot=first,
+            slots=region.slots,
+            records=start + plan.offset(first),
+            slot_bytes=region.slot_bytes,
+            memory=memory,
+        )
 
     def export(self) -> int:
         """Open a new read-only descriptor of the memory file, to pass to another process. The caller has to close it.

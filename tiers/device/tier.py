@@ -33,7 +33,7 @@ from moetier.tiers.errors import ClosedError, MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
 from moetier.tiers.manifest import Manifest
-from moetier.tiers.source import Lease, Lender
+from moetier.tiers.source import Lease, Lender, Residents
 from moetier.tiers.stats import TierCounters, TierStats
 
 from .copies import Arrange, Copies
@@ -119,6 +119,16 @@ class DeviceTier:
                 yield from self._bring(demand, missing)
         finally:
             self._monitor.post(partial(self._leave, demand))
+
+    def residents(self, block: int) -> Residents | None:
+        """Return None: a device can't look records up by itself."""
+        return None
+
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Never called, as there are no ``residents``."""
+        raise NotImplementedError
+
+    take_back_uses = note_uses
 
     def reclaim(self) -> None:
         """End the calling thread's leases, as ``ExpertSource`` specifies."""

@@ -12,7 +12,7 @@ import torch
 
 from moetier.tiers.errors import ClosedError
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.source import ExpertSource, Lease
+from moetier.tiers.source import ExpertSource, Lease, Residents
 from moetier.tiers.stats import TierStats
 
 
@@ -83,6 +83,19 @@ class HostViews:
                 if self._closed:
                     self._check_open()
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
+
+    def residents(self, block: int) -> Residents | None:
+        """Return where the source's records are."""
+        self._check_open()
+        return self._source.residents(block)
+
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Note uses of the source's records."""
+        self._source.note_uses(block, experts)
+
+    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Take back uses of the source's records."""
+        self._source.take_back_uses(block, experts)
 
     def reclaim(self) -> None:
         """End the calling thread's leases, which are leases of the source."""

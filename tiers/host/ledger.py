@@ -246,6 +246,23 @@ class Ledger:
             pool.touch((key,))
             self.prefetches.use((key,))
 
+    def use_found(self, block: int, experts: Sequence[int]) -> None:
+        """Count a demand of this process that has found all its records in the directory, as ``look`` counts hits."""
+        pool = self.pool_of[block]
+        keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
+        self.prefetches.request(pool, block, (), None)
+        self._count(keys)
+        self.counters.hits += len(keys)
+        here = [key for key in keys if pool.holds(key)]  # others were evicted since
+        self.prefetches.use(here)
+        pool.touch(reversed(here), scan=len(keys) > pool.quota(block))
+
+    def take_back(self, experts: Sequence[int]) -> None:
+        """Take back hits that ``use_found`` counted: the records were replaced before they were used."""
+        count = len(set(experts))
+        self.counters.hits -= count
+        self.counters.discarded += count
+
     def counted_uses(self) -> dict[ExpertKey, int]:
         """Return how often demands wanted each key. Counting begins with the first call."""
         if self._uses is None:

@@ -21,7 +21,7 @@ from moetier.tiers.closeable import Closeable
 from moetier.tiers.errors import ClosedError, StoreError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor, step
-from moetier.tiers.source import LOADERS, Lease, RecordReader
+from moetier.tiers.source import LOADERS, Lease, RecordReader, Residents
 from moetier.tiers.stats import TierStats
 
 from .demands import Demand, Event, Pool
@@ -75,6 +75,7 @@ class HostTier(Closeable):
             self._slots = [self._arena.slot(slot) for slot in range(self.plan.slots)]  # writable, to fill them
             # by slot: always the same object, so that code that keeps data about it can recognise it
             self._records = [self._arena.view(slot) for slot in range(self.plan.slots)]
+            self._residents: dict[int, Residents | None] = {}  # by block
             self._ledger = Ledger(
                 self.manifest,
                 self.plan,
@@ -117,6 +118,21 @@ class HostTier(Closeable):
             # a forked child shares the directory, and must not write it
             if self._monitor.fork_guard.is_owner:
                 self._monitor.post(partial(self._ledger.leave, demand))
+
+    def residents(self, block: int) -> Residents | None:
+        """Return where the block's records are, as ``ExpertSource`` specifies."""
+        self._check_open()
+        if block not in self._residents:
+            self._residents[block] = self._arena.residents(block, self.manifest.blocks[block].array)
+        return self._residents[block]
+
+    def note_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Note uses, as ``ExpertSource`` specifies. They are counted when the next step begins."""
+        self._monitor.defer(partial(self._ledger.use_found, block, experts))
+
+    def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
+        """Take back uses, as ``ExpertSource`` specifies."""
+        self._monitor.defer(partial(self._ledger.take_back, experts))
 
     @step
     def reclaim(self) -> None:
@@ -243,6 +259,7 @@ class HostTier(Closeable):
             self._timekeeper.close()
         self._slots.clear()
         self._records.clear()
+        self._residents.clear()
         self._arena.close()
 
     @step

@@ -162,7 +162,7 @@ def kernel() -> Iterator[Finding]:
     """Check how products with quantised experts are computed on the CPU."""
     from moetier.runtime.kernels.choose import PROTECTED, WITHOUT_ONEDNN
     from moetier.runtime.kernels.executable import can_become_executable
-    from moetier.runtime.kernels.jit import openmp, refusal, this_processor
+    from moetier.runtime.kernels.jit import refusal, this_processor
 
     protected = not can_become_executable()
     if why := refusal():
@@ -177,9 +177,7 @@ def kernel() -> Iterator[Finding]:
     processor, threads = this_processor(), use_threads()
     form = "AVX-512 VNNI" if processor.has_vnni else "AVX2" if processor.has_avx2 else "no AVX2"
     found = f"quantised experts are multiplied where they lie, by code compiled for {form}, in {threads} threads"
-    if threads > 1 and openmp() is None:
-        yield warn("kernel", f"{found}, but for OpenMP, which torch lacks: in one.", "Install torch's own wheels.")
-    elif form == "no AVX2":
+    if form == "no AVX2":
         yield warn("kernel", found, "Expect few tokens a second: it is made for processors with AVX2 or AVX-512 VNNI.")
     elif protected:
         yield warn(

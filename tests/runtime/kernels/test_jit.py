@@ -91,8 +91,8 @@ import torch
 assert Path(torch.__file__).parents[1] == folder
 ctypes.CDLL(str(folder / "after.libs/libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
 torch.set_num_threads(3)
-from moetier.runtime.kernels.jit import openmp
-address = ctypes.cast(openmp().GOMP_parallel, ctypes.c_void_p).value
+from moetier.runtime.kernels.openmp import openmp
+address = ctypes.cast(openmp().omp_get_max_threads, ctypes.c_void_p).value
 for line in open("/proc/self/maps"):
     start, end = (int(text, 16) for text in line.split()[0].split("-"))
     if start <= address < end:

@@ -33,6 +33,9 @@ class Groups:
         self.broken = broken
         self.lost = 0
 
+    def residents(self, block: int) -> None:
+        return None
+
     def acquire(self, keys: Sequence[ExpertKey]) -> Generator[Lease[Tensor], None, None]:
         wanted = list(keys)
         self.random.shuffle(wanted)

@@ -1,0 +1,199 @@
+"""An emitter of LLVM IR, with which all compiled kernels are written."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+
+FLOATS = frozenset({torch.float32, torch.bfloat16})  # types that kernels read and write; they compute in fp32
+
+# A fork waits for this lock: a child must not inherit LLVM's state, or llvmlite's own lock, in the middle of a step.
+compile_lock = threading.RLock()
+os.register_at_fork(
+    before=compile_lock.acquire, after_in_parent=compile_lock.release, after_in_child=compile_lock.release
+)
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+POINTER = I8.as_pointer()
+LANES = 16  # fp32 numbers of a vector: a register of AVX-512
+_POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2^f, for f in -.5 .. .5
+
+Value = Any  # llvmlite has no types
+
+
+def vector(kind: Any, count: int) -> Any:
+    """Return the type of a vector of ``count`` elements of type ``kind``."""
+    return ir.VectorType(kind, count)
+
+
+def new_module() -> ir.Module:
+    """Return an empty module for this kind of machine."""
+    module = ir.Module("moetier")
+    with compile_lock:
+        module.triple = llvm.get_process_triple()
+    return module
+
+
+class Emitter:
+    """Emitter of one function, ``void name(pointer, ..., i64, ...)``: loops, and frequent operations on vectors.
+
+    Values are of LLVM: they exist when the function runs, not when it is emitted.
+    """
+
+    def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
+        self.module = module
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+        self.at = ir.IRBuilder(self.function.append_basic_block("entry"))
+
+    def number(self, value: int) -> Value:
+        """Return a constant of type i64."""
+        return ir.Constant(I64, value)
+
+    def all(self, kind: Any, value: float, count: int) -> Value:
+        """Return a constant vector of ``count`` elements of type ``kind``, which all are ``value``."""
+        return ir.Constant(vector(kind, count), [value] * count)
+
+    def fields(self, count: int) -> tuple[Value, list[Value]]:
+        """Return a pointer to the first of ``count`` i64 fields in the function's context, and the others' values."""
+        (context,) = self.function.args
+        places = [self.place(context, self.number(8 * i), I64) for i in range(count)]
+        return places[0], [self.at.load(place) for place in places[1:]]
+
+    @contextlib.contextmanager
+    def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
+        """Emit a loop over indices from ``start`` to before ``stop``.
+
+        Yields the index, i64; emit the body inside the context.
+        """
+        at, before = self.at, self.at.block
+        head, body, end = (self.function.append_basic_block(name) for name in ("head", "body", "end"))
+        at.branch(head)
+        at.position_at_end(head)
+        index = at.phi(I64)
+        index.add_incoming(start, before)
+        at.cbranch(at.icmp_signed("<", index, stop), body, end)
+        at.position_at_end(body)
+        yield index
+        index.add_incoming(at.add(index, self.number(step)), at.block)
+        at.branch(head)
+        at.position_at_end(end)
+
+    @contextlib.contextmanager
+    def items(self, begun: Value, count: Value) -> Iterator[Value]:
+        """Emit a loop over items that no other thread has taken, until ``count`` are taken. Yields the item's index.
+
+        ``begun`` points to the number of items that are taken. Emit the body inside the context.
+        """
+        at = self.at
+        next_, work, done = (self.function.append_basic_block(name) for name in ("next", "work", "done"))
+        at.branch(next_)
+        at.position_at_end(next_)
+        item = at.atomic_rmw("add", begun, self.number(1), "monotonic")
+        at.cbranch(at.icmp_signed("<", item, count), work, done)
+        at.position_at_end(work)
+        yield item
+        at.branch(next_)
+        at.position_at_end(done)
+
+    def place(self, pointer: Value, offset: Value, kind: Any) -> Value:
+        """Emit the address ``pointer`` + ``offset`` bytes, as a pointer to ``kind``."""
+        return self.at.bitcast(self.at.gep(pointer, [offset]), kind.as_pointer())
+
+    def load(self, pointer: Value, offset: Value, kind: Any) -> Value:
+        """Emit a load of ``kind`` from ``pointer`` + ``offset`` bytes. The address need not be aligned."""
+        return self.at.load(self.place(pointer, offset, kind), align=1)
+
+    def store(self, value: Value, pointer: Value, offset: Value) -> None:
+        """Emit a store of ``value`` at ``pointer`` + ``offset`` bytes. The address need not be aligned."""
+        self.at.store(value, self.place(pointer, offset, value.type), align=1)
+
+    def prefetch(self, pointer: Value, offset: Value, nbytes: int) -> None:
+        """Emit prefetches of ``nbytes`` bytes from ``pointer`` + ``offset`` bytes on. The memory need not be mapped."""
+        read, everywhere, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+        for line in range(0, nbytes, 64):
+            place = self.at.gep(pointer, [self.at.add(offset, self.number(line))])
+            self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, read, everywhere, data)
+
+    def spread(self, value: Value, count: int) -> Value:
+        """Emit a vector of ``count`` elements, which all are the scalar ``value``."""
+        nothing = ir.Constant(vector(value.type, count), ir.Undefined)
+        return self.pick(self.at.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, [0] * count)
+
+    def pick(self, first: Value, second: Value, indices: Sequence[int]) -> Value:
+        """Emit a vector of the elements at ``indices`` of ``first`` and ``second``, numbered through both."""
+        return self.at.shuffle_vector(first, second, ir.Constant(vector(I32, len(indices)), list(indices)))
+
+    def widen(self, bf16: Value, count: int) -> Value:
+        """Emit the conversion of ``count`` bf16 numbers, given as i16, to fp32."""
+        at = self.at
+        bits = at.shl(at.zext(bf16, vector(I32, count)), self.all(I32, 16, count))
+        return at.bitcast(bits, vector(F32, count))
+
+    def narrow(self, value: Value, count: int) -> Value:
+        """Emit the conversion of ``count`` fp32 numbers to bf16, given as i16, rounded to the nearest, ties to even."""
+        at, wide = self.at, vector(I32, count)
+        bits = at.bitcast(value, wide)
+        odd = at.and_(at.lshr(bits, self.all(I32, 16, count)), self.all(I32, 1, count))
+        rounded = at.add(at.add(bits, self.all(I32, 0x7FFF, count)), odd)
+        rounded = at.select(at.fcmp_unordered("uno", value, value), self.all(I32, 0x7FC00000, count), rounded)
+        return at.trunc(at.lshr(rounded, self.all(I32, 16, count)), vector(I16, count))
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        """Emit a * b + c of fp32 vectors."""
+        return self.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+
+    def reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
+        """Emit the reduction of a vector to one number, by applying ``unite`` to its halves again and again.
+
+        So the order is always the same. The number of elements is a power of two.
+        """
+        count = value.type.count
+        while count > 1:
+            count //= 2
+            value = unite(self.pick(value, value, range(count)), self.pick(value, value, range(count, 2 * count)))
+        return self.at.extract_element(value, ir.Constant(I32, 0))
+
+    def intrinsic(self, name: str, result: Any, *arguments: Value) -> Value:
+        """Emit a call of LLVM's intrinsic function ``name``."""
+        known = self.module.globals.get(name)
+        if known is None:
+            known = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
+        return self.at.call(known, arguments)
+
+    def load_floats(self, pointer: Value, offset: Value, dtype: torch.dtype, count: int) -> Value:
+        """Emit a load of ``count`` numbers of ``dtype`` from ``pointer`` + ``offset`` bytes, as an fp32 vector."""
+        if dtype == torch.float32:
+            return self.load(pointer, offset, vector(F32, count))
+        return self.widen(self.load(pointer, offset, vector(I16, count)), count)
+
+    def store_floats(self, value: Value, pointer: Value, offset: Value, dtype: torch.dtype) -> None:
+        """Emit a store of an fp32 vector as numbers of ``dtype``, at ``pointer`` + ``offset`` bytes."""
+        self.store(value if dtype == torch.float32 else self.narrow(value, value.type.count), pointer, offset)
+
+    def exp(self, x: Value) -> Value:
+        """Emit e^x of an fp32 vector for x <= 0, with a relative error of about 1e-7. Below -87 it is 0.
+
+        The bits are the same on every processor, as no operations are fused.
+        """
+        at, count = self.at, x.type.count
+        lowest = self.all(F32, -87.0, count)
+        is_nothing = at.fcmp_ordered("<", x, lowest)
+        powers = at.fmul(at.select(is_nothing, lowest, x), self.all(F32, 1 / math.log(2), count))
+        shift = self.all(F32, 1.5 * 2**23, count)
+        whole = at.fsub(at.fadd(powers, shift), shift)
+        rest = at.fsub(powers, whole)
+        value = self.all(F32, _POWERS[-1], count)
+        for power in reversed(_POWERS[:-1]):
+            value = at.fadd(at.fmul(value, rest), self.all(F32, power, count))
+        finite = at.select(at.fcmp_ordered("ord", whole, whole), whole, self.all(F32, 0.0, count))
+        exponent = at.add(at.fptosi(finite, vector(I32, count)), self.all(I32, 127, count))
+        scaled = at.fmul(value, at.bitcast(at.shl(exponent, self.all(I32, 23, count)), vector(F32, count)))
+        return at.select(is_nothing, self.all(F32, 0.0, count), scaled)

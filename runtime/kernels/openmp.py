@@ -1,0 +1,45 @@
+"""The OpenMP library that torch computes with, whose threads must not be there when the process forks.
+
+Kernels have threads of their own (``team.py``); torch uses OpenMP's where it computes many tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+
+from moetier.runtime.memory import mapped_files
+
+# A function of OpenMP 5.0, its argument omp_pause_hard, and a function that GNU's OpenMP lacks. In GNU's, the call ends
+# the threads of the calling thread's team; in LLVM's and Intel's, it ends those of all teams.
+_PAUSE, _HARD, _NOT_GNU = "omp_pause_resource_all", 2, "__kmpc_fork_call"
+_TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
+
+
+@functools.cache
+def openmp() -> ctypes.CDLL | None:
+    """Return the OpenMP library that torch calls, or None.
+
+    Other packages may have loaded other OpenMP libraries. The search is the dynamic linker's for torch: first libraries
+    that are loaded for all others, then those that torch needs.
+    """
+    for name in (None, *sorted({path for _, path in mapped_files() if _TORCH.search(path)})):
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            if hasattr(library, "omp_get_max_threads"):
+                return library
+    return None
+
+
+def end_threads() -> None:
+    """End the threads that GNU's OpenMP keeps for the calling thread; its next parallel operation starts new ones.
+
+    Call it before a fork. A forked child would inherit a record of these threads without the threads, and wait for them
+    for ever. Other OpenMP libraries handle forks themselves.
+    """
+    library = openmp()
+    if library is not None and hasattr(library, _PAUSE) and not hasattr(library, _NOT_GNU):
+        getattr(library, _PAUSE)(_HARD)

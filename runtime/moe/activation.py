@@ -1,0 +1,70 @@
+"""The activation of an Experts module, found by a trial, as architectures write it in many ways."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetier.runtime.kernels.experts_code import FUNCTIONS, Activation
+
+_SCALES = (0.3, 3.0, 30.0, 300.0)  # of the numbers of a trial: an activation may change beyond some size
+_TRIED = (64, 64)  # rows and numbers of each
+_ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")  # names of attributes
+_QUICK_GELU = 1.702  # alpha with which x * sigmoid(alpha * x) stands for GELU
+
+
+def activation_of(module: Any) -> Activation | None:
+    """Return the activation that gives the same numbers as the module's own code on a trial; None if none does.
+
+    Returns None also if the module norms the outputs of its experts, as compiled code does not.
+    """
+    if getattr(module, "has_post_expert_norm", False):
+        return None
+    numbers = torch.randn(_TRIED, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    x = torch.cat([scale * numbers for scale in _SCALES])
+    try:
+        wanted = (module._apply_gate(x) if module.has_gate else module.act_fn(x)).float()
+    except Exception:  # it needs more than numbers: the module computes by itself
+        return None
+    for activation in _candidates(module):
+        found = _apply(activation, x)
+        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
+            return activation
+    return None
+
+
+def _candidates(module: Any) -> list[Activation]:
+    alphas, limits = (
+        [first, *(float(value) for name in names if isinstance(value := getattr(module, name, None), float | int))]
+        for first, names in ((1.0, _ALPHAS), (math.inf, _LIMITS))
+    )
+    alphas.append(_QUICK_GELU)
+    if not module.has_gate:
+        return [Activation(function, alpha=alpha, gated=False) for function in FUNCTIONS for alpha in alphas]
+    return [Activation(*way) for way in itertools.product(FUNCTIONS, (False, True), alphas, limits, (0.0, 1.0))]
+
+
+def _apply(activation: Activation, x: Tensor) -> Tensor:
+    """Apply an activation to x [rows, 2 * columns] -> [rows, columns]; without gates, [rows, columns] to itself."""
+    if not activation.gated:
+        return _function(activation, x)
+    gate, up = (x[:, ::2], x[:, 1::2]) if activation.interleaved else x.chunk(2, -1)
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return _function(activation, gate) * (up + activation.shift)
+
+
+def _function(activation: Activation, x: Tensor) -> Tensor:
+    match activation.function:
+        case "silu":
+            return x * torch.sigmoid(activation.alpha * x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu2":
+            return F.relu(x).square()
