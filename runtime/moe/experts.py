@@ -49,8 +49,8 @@ class TieredBlock:
     source: ExpertSource[Tensor]
     kernels: Kernels
     device: torch.device  # device of the records
-    # called once for each demand with the block, the experts, and whether some of them have not arrived yet
-    demanded: Callable[[int, Collection[int], bool], None] | None = None
+    # called once for each demand with the block and the experts
+    demanded: Callable[[int, Collection[int]], None] | None = None
     # by type of the hidden states: what computes the block in the quick way; None: it is computed in the exact way
     compiled: dict[torch.dtype, ExpertKernels | None] = field(default_factory=dict)
 
@@ -116,12 +116,12 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
             if lease.more:
                 continue
             if demanded is not None and left <= 0:
-                demanded(here.block, experts, False)
+                demanded(here.block, experts)
                 demanded = None
             yield group
             group = []
             if demanded is not None:
-                demanded(here.block, experts, True)
+                demanded(here.block, experts)
                 demanded = None
     _open.source = None
 
@@ -263,7 +263,7 @@ def _one_token(
     if residents is not None and (found := kernels.find(experts, residents)) is not None:
         here.source.note_uses(here.block, experts)
         if here.demanded is not None:
-            here.demanded(here.block, experts, False)
+            here.demanded(here.block, experts)
         if (out := kernels.compute_found(x, weights, found, residents)) is not None:
             return out
         here.source.take_back_uses(here.block, experts)

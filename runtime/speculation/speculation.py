@@ -165,12 +165,8 @@ class Speculation:
         self._pending.clear()
         self._predicted.clear()
 
-    def demanded(self, block: int, experts: Collection[int], waiting: bool) -> None:
-        """Predict and prefetch experts of later blocks, after ``block`` has demanded ``experts``.
-
-        ``waiting`` tells whether some of these are still being read. Then the caller would wait in any case, and work
-        done here costs no time.
-        """
+    def demanded(self, block: int, experts: Collection[int]) -> None:
+        """Predict and prefetch experts of later blocks, after ``block`` has demanded ``experts``."""
         if not self._is_predicting:
             return
         began = time.perf_counter()

@@ -12,7 +12,7 @@ import moetier
 from moetier.runtime.moe.experts import experts_modules, groups
 
 RAM = 4 << 20  # 18 of 64 experts: two or three of a block
-Events = list[tuple[set[int], bool] | list[int]]  # a demand and whether it waits; experts that came together
+Events = list[set[int] | list[int]]  # a demand; experts that came together
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def demand(tinymix_4bit: Path) -> Iterator[Callable[..., Events]]:
     with model.tiers:
         module = [*experts_modules(model).values()][3]
         events: Events = []
-        here = replace(module.tiered, demanded=lambda block, experts, waiting: events.append(({*experts}, waiting)))
+        here = replace(module.tiered, demanded=lambda block, experts: events.append({*experts}))
 
         def run(*experts: int) -> Events:
             events.clear()
@@ -36,11 +36,11 @@ def demand(tinymix_4bit: Path) -> Iterator[Callable[..., Events]]:
 def test_where_all_are_resident_it_tells_before_it_computes(demand: Callable[..., Events]) -> None:
     demand(1, 2)
     told, together = demand(2, 1)
-    assert told == ({1, 2}, False)
+    assert told == {1, 2}
     assert sorted(together) == [1, 2]
 
 
 def test_where_some_are_absent_it_tells_while_they_are_read(demand: Callable[..., Events]) -> None:
     for experts in ((1, 2), (4, 3), (3, 5)):
         demand(*experts)  # 3 is resident for sure, 1 is not
-    assert demand(3, 1) == [[3], ({1, 3}, True), [1]]
+    assert demand(3, 1) == [[3], {1, 3}, [1]]

@@ -50,7 +50,7 @@ def test_what_is_in_memory_takes_no_lease(model: Any) -> None:
     demands: list[tuple[Any, ...]] = []
     assert torch.equal(compute(model, [0, 1], lambda *arguments: demands.append(arguments)), read)
     after = model.tiers.host.stats()
-    assert demands == [(BLOCK, [0, 1], False)]
+    assert demands == [(BLOCK, [0, 1])]
     assert (after.hits - before.hits, after.misses - before.misses, after.loads) == (2, 0, before.loads)
 
 

@@ -199,8 +199,8 @@ def test_another_tower_beside_it_is_left_alone(model: Any) -> None:
         guessed = speculation.stats().guesses
         for rows in (3, PROMPT):
             speculation._at_entry(2, torch.ones(1, rows, model.config.hidden_size, dtype=model.dtype))
-            speculation.demanded(2, {0, 1}, waiting=False)
-            speculation.demanded(3, {0, 1}, waiting=False)
+            speculation.demanded(2, {0, 1})
+            speculation.demanded(3, {0, 1})
     assert requests.made == []
     assert speculation.stats().guesses == guessed
 
