@@ -24,6 +24,7 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.source import RecordReader
 from moetier.tiers.store.checksum import PIECE_BYTES, checksum_bytes
 from moetier.tiers.store.folder import GROUP
+from moetier.tiers.store.mirror import MirroredStore
 from moetier.tiers.store.reader import ExpertStore
 from moetier.tiers.store.shard import ShardFile
 
@@ -50,6 +51,10 @@ def open_reader(kind: str, folder: Path) -> Iterator[RecordReader]:
         if kind == "store":
             yield store
             return
+        if kind == "mirrored":
+            second = closing.enter_context(ExpertStore.open(folder))
+            yield closing.enter_context(MirroredStore([store, second]))
+            return
         if kind == "spread over none":  # and so from the store
             nobody = [Address(target="127.0.0.1:1")]
             yield closing.enter_context(SpreadReader.open(nobody, PLAIN, store.manifest, folder))
@@ -59,11 +64,11 @@ def open_reader(kind: str, folder: Path) -> Iterator[RecordReader]:
         if kind == "remote":
             yield closing.enter_context(RemoteReader(address, PLAIN, store.manifest))
         else:
-            second = closing.enter_context(served(host))
-            yield closing.enter_context(SpreadReader.open([address, second], PLAIN, store.manifest))
+            other = closing.enter_context(served(host))
+            yield closing.enter_context(SpreadReader.open([address, other], PLAIN, store.manifest))
 
 
-@pytest.fixture(params=["store", "remote", "spread", "spread over none"])
+@pytest.fixture(params=["store", "mirrored", "remote", "spread", "spread over none"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
