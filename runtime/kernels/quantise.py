@@ -22,16 +22,16 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from moetier.tiers.layout import ROW_TILE, Bits, Projection, RecordLayout
+from moetier.tiers.layout import PAIR_BLOCK, ROW_TILE, Bits, Projection, RecordLayout
 from moetier.tiers.quant import codec, hqq
 from moetier.tiers.quant.codec import WeightError
-from moetier.tiers.quant.packing import HALF, fold, store_pairs
+from moetier.tiers.quant.packing import HALF, fold, load_pairs
 
 from .emitter import F32, I8, I16, I32, LANES, POINTER, Emitter, Value, compile_lock, new_module, vector
 from .jit import Processor, refusal, this_processor
 from .team import Kernel, compile_kernel
 
-QUANTISE = "moetier_quantise"  # name of the compiled function
+QUANTISE, PAIRS = "moetier_quantise", "moetier_pairs"  # names of the compiled functions
 # Number of i64 fields in the context. In order: row blocks that threads have taken, all row blocks; K; pointer to the
 # weights, bytes from one row to the next (if the columns of a row are contiguous, else from one column to the next);
 # padded rows of the projection; pointers to pairs, steps, offsets, low and high nibbles of codes, errors and table
@@ -88,12 +88,10 @@ def quantise(
         # pairs are rounded in runs that cross row blocks, so each pass covers all rows before the next one begins
         for which, step, found in ((0, Step.STEPS, work.steps), (1, Step.OFFSETS, work.offsets)):
             work.run(step)
-            found.copy_(store_pairs(found, which, p, views, 0))
-            if not found.isfinite().all():
-                raise codec.not_finite(p)
+            work.store_pairs(found, which)
         work.run(Step.CODES)
     error = work.error()
-    # squares of fp32 numbers can't overflow in fp64, so the second sum shows weights that are not finite
+    # the squares of fp32 numbers don't overflow in fp64, so the second sum shows weights that are not finite
     if not (math.isfinite(error.squared) or (math.isfinite(error.squared_norm) and work.has_finite_pairs())):
         raise codec.not_finite(p)
     work.fold()
@@ -149,14 +147,36 @@ class _Work:
             context = array("q", fields)
             kernel.run(context, 1)
 
+    def store_pairs(self, found: Tensor, which: int) -> None:
+        """Store s (``which`` 0) or b (``which`` 1) in 8 bits, as ``packing.store_pairs`` does.
+
+        ``found`` [columns / group, padded rows] becomes what will be read, and 0 in padding rows.
+        """
+        p = self._p
+        pairs, scales = (self._views[f"{p.name}.{section}"] for section in ("pairs", "pair_scales"))
+        found[:, p.rows :] = found[:, p.rows - 1 : p.rows]
+        fields = (
+            0,
+            len(scales),
+            found.numel(),
+            found.data_ptr(),
+            pairs.data_ptr() + which,
+            scales.data_ptr() + 4 * which,
+        )
+        context = array("q", fields)
+        with compile_lock:
+            kernel = _pairs_kernel(self._processor)
+        kernel.run(context, 1)
+        found[:, p.rows :] = 0
+        pairs[:, p.rows :, which] = 0
+
     def error(self) -> WeightError:
         """Return the error, once codes are found."""
         return WeightError(*self._errors.sum(0).tolist())
 
     def has_finite_pairs(self) -> bool:
         """Return whether the stored pairs are finite numbers."""
-        pairs = self._views[f"{self._p.name}.pairs"]
-        return pairs.dtype == torch.uint8 or bool(pairs.isfinite().all())  # those of 8 bits were checked before
+        return bool(load_pairs(self._p, self._views, 0, self._p.padded_rows).isfinite().all())
 
     def fold(self) -> None:
         """Set the codes of padding rows to 0, and fold codes of 3 and 2 bits into the record."""
@@ -184,6 +204,78 @@ def _compiled(processor: Processor, form: Form) -> Kernel:
     return compile_kernel(processor, quantising_module(form), QUANTISE)
 
 
+class _Vectors(Emitter):
+    """Emitter of operations on vectors of LANES fp32 numbers."""
+
+    def numbers(self, value: float) -> Value:
+        """Return a constant vector whose elements all are ``value``."""
+        return self.all(F32, float(value), LANES)
+
+    def least(self, a: Value, b: Value) -> Value:
+        """Emit the lesser numbers; b where one is NaN."""
+        return self.at.select(self.at.fcmp_ordered("<", a, b), a, b)
+
+    def most(self, a: Value, b: Value) -> Value:
+        """Emit the greater numbers; b where one is NaN."""
+        return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
+
+    def nearest(self, values: Value, low: int, high: int) -> tuple[Value, Value]:
+        """Emit the nearest integers from ``low`` to ``high``: numbers whose lowest bits they are, and as numbers."""
+        clamped = self.least(self.most(values, self.numbers(low)), self.numbers(high))
+        shifted = self.at.fadd(clamped, self.numbers(ROUNDING))
+        return shifted, self.at.fsub(shifted, self.numbers(ROUNDING))
+
+
+@functools.cache
+def _pairs_kernel(processor: Processor) -> Kernel:
+    return compile_kernel(processor, pairs_module(), PAIRS)
+
+
+def pairs_module() -> ir.Module:
+    """Emit the function ``PAIRS(context)``, which rounds runs of PAIR_BLOCK numbers to 8 bits until none is left.
+
+    The context: runs that threads have taken, all runs, all numbers; pointers to the numbers, which are replaced by
+    those that will be read, to the first code, where each second byte is a code, and to the first scale and minimum.
+    """
+    module = new_module()
+    emit = _Vectors(module, PAIRS, [POINTER])
+    at, n, wide = emit.at, emit.number, vector(F32, LANES)
+    begun, (runs, count, *addresses) = emit.fields(6)
+    numbers, codes, scales = (at.inttoptr(address, POINTER) for address in addresses)
+    low, high = (at.alloca(wide) for _ in range(2))
+
+    with emit.items(begun, runs) as run:
+        first = at.mul(run, n(PAIR_BLOCK))
+        last = at.add(first, n(PAIR_BLOCK))
+        last = at.select(at.icmp_signed("<", last, count), last, count)  # a multiple of LANES
+        at.store(emit.numbers(math.inf), low)
+        at.store(emit.numbers(-math.inf), high)
+        with emit.loop(first, last, LANES) as place:
+            values = emit.load(numbers, at.mul(place, n(4)), wide)
+            at.store(emit.least(values, at.load(low)), low)
+            at.store(emit.most(values, at.load(high)), high)
+        bottom = emit.spread(emit.reduce(at.load(low), emit.least), LANES)
+        top = emit.spread(emit.reduce(at.load(high), emit.most), LANES)
+        stored = [emit.narrow(v, LANES) for v in (at.fdiv(at.fsub(top, bottom), emit.numbers(255)), bottom)]
+        for number, value in enumerate(stored):
+            one = at.extract_element(value, ir.Constant(I32, 0))
+            emit.store(one, scales, at.add(at.mul(run, n(8)), n(2 * number)))
+        scale, minimum = (emit.widen(value, LANES) for value in stored)
+        some = at.fcmp_ordered(">", scale, emit.numbers(0))
+        with emit.loop(first, last, LANES) as place:
+            values = emit.load(numbers, at.mul(place, n(4)), wide)
+            scaled = at.select(some, at.fdiv(at.fsub(values, minimum), scale), emit.numbers(0))
+            shifted, code = emit.nearest(scaled, 0, 255)
+            read = at.fadd(at.fmul(code, scale), minimum)
+            emit.store(emit.widen(emit.narrow(read, LANES), LANES), numbers, at.mul(place, n(4)))
+            bytes_ = at.trunc(at.bitcast(shifted, vector(I32, LANES)), vector(I8, LANES))
+            for i in range(LANES):
+                byte = at.extract_element(bytes_, ir.Constant(I32, i))
+                emit.store(byte, codes, at.add(at.mul(place, n(2)), n(2 * i)))
+    at.ret_void()
+    return module
+
+
 def quantising_module(form: Form) -> ir.Module:
     """Emit the function ``QUANTISE(context)``, which quantises row blocks until none is left."""
     module = new_module()
@@ -191,7 +283,7 @@ def quantising_module(form: Form) -> ir.Module:
     return module
 
 
-class _Quantiser(Emitter):
+class _Quantiser(_Vectors):
     """The function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
 
     def __init__(self, module: ir.Module, form: Form) -> None:
@@ -236,9 +328,6 @@ class _Quantiser(Emitter):
     def _get(self, name: str) -> Value:
         return self.at.load(self._variables[name])
 
-    def _number(self, value: float) -> Value:
-        return self.all(F32, float(value), LANES)
-
     def _quantise(self, row: Value, column: Value, half: Value) -> None:
         """Emit the work on the slice at ``row`` and ``column``, the ``half``-th of two whose codes share bytes."""
         at, n, form = self.at, self.number, self._form
@@ -246,8 +335,8 @@ class _Quantiser(Emitter):
         place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # of its pairs
         self._load(row, column)
         if form.step in (Step.ALL, Step.STEPS):
-            step = at.fdiv(at.fsub(self._get("high"), self._get("low")), self._number(2**form.bits - 1))
-            step = at.select(at.fcmp_ordered("<", step, self._number(hqq.TINY)), self._number(0.0), step)
+            step = at.fdiv(at.fsub(self._get("high"), self._get("low")), self.numbers(2**form.bits - 1))
+            step = at.select(at.fcmp_ordered("<", step, self.numbers(hqq.TINY)), self.numbers(0.0), step)
             if form.step is Step.STEPS:
                 self.store(step, self._steps, place)
                 return
@@ -255,12 +344,12 @@ class _Quantiser(Emitter):
             step = self.widen(stored_step, LANES)
         else:
             step = self.load(self._steps, place, vector(F32, LANES))
-        inverse = at.fdiv(self._number(1.0), step)
-        inverse = at.select(at.fcmp_ordered("<", step, self._number(hqq.TINY)), self._number(0.0), inverse)
+        inverse = at.fdiv(self.numbers(1.0), step)
+        inverse = at.select(at.fcmp_ordered("<", step, self.numbers(hqq.TINY)), self.numbers(0.0), inverse)
         if form.step is Step.CODES:
             offset = self.load(self._offsets, place, vector(F32, LANES))
         else:
-            low, two = self._get("low"), self._number(2.0)
+            low, two = self._get("low"), self.numbers(2.0)
             centre = at.fadd(low, at.fdiv(at.fsub(self._get("high"), low), two))
             offset = at.fadd(centre, at.fdiv(step, two))
             if not form.fast:
@@ -281,8 +370,8 @@ class _Quantiser(Emitter):
         """Emit the loading of a slice, and the search for the lowest and highest weight of each group."""
         at, n, form = self.at, self.number, self._form
         itemsize = form.dtype.itemsize
-        self._set("low", self._number(math.inf))
-        self._set("high", self._number(-math.inf))
+        self._set("low", self.numbers(math.inf))
+        self._set("high", self.numbers(-math.inf))
         if not form.turned:  # hardware prefetchers can't follow so many rows
             following = at.mul(at.add(column, n(form.group)), n(itemsize))
             with self.loop(n(0), n(LANES)) as each:
@@ -303,7 +392,7 @@ class _Quantiser(Emitter):
                 columns = self._transposed(columns)
             low, high = self._get("low"), self._get("high")
             for number, values in enumerate(columns):
-                low, high = self._least(values, low), self._most(values, high)
+                low, high = self.least(values, low), self.most(values, high)
                 self.store(values, self._slice, at.add(at.mul(tile, n(BYTES)), n(number * BYTES)))
             self._set("low", low)
             self._set("high", high)
@@ -318,9 +407,9 @@ class _Quantiser(Emitter):
         number = at.bitcast(
             at.shl(at.and_(bits, self.all(I32, 0x7FFF, LANES)), self.all(I32, 13, LANES)), vector(F32, LANES)
         )
-        number = at.fmul(number, self._number(2.0**112))  # exact, also for denormal numbers
-        finite = at.fcmp_ordered("<", number, self._number(2.0**16))
-        number = at.select(finite, number, self._number(math.nan))
+        number = at.fmul(number, self.numbers(2.0**112))  # exact, also for denormal numbers
+        finite = at.fcmp_ordered("<", number, self.numbers(2.0**16))
+        number = at.select(finite, number, self.numbers(math.nan))
         sign = at.shl(at.and_(bits, self.all(I32, 0x8000, LANES)), self.all(I32, 16, LANES))
         return at.bitcast(at.or_(at.bitcast(number, wide), sign), vector(F32, LANES))
 
@@ -338,12 +427,6 @@ class _Quantiser(Emitter):
             size //= 2
         return rows
 
-    def _least(self, a: Value, b: Value) -> Value:
-        return self.at.select(self.at.fcmp_ordered("<", a, b), a, b)
-
-    def _most(self, a: Value, b: Value) -> Value:
-        return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
-
     # -- the solver ----------------------------------------------------------------------------------------------------
 
     def _solve(self, plain: Value, step: Value, inverse: Value) -> Value:
@@ -354,12 +437,12 @@ class _Quantiser(Emitter):
             weight = self.load(self._slice, place, vector(F32, LANES))
             self.store(at.fmul(at.fsub(weight, plain), inverse), self._scaled, place)
         for name, value in (("offset", 0.0), ("best", 0.0), ("least", math.inf)):
-            self._set(name, self._number(value))
+            self._set(name, self.numbers(value))
         with self.loop(n(0), n(8 * hqq.ITERATIONS), 8) as row:
             threshold, beta = (self.spread(self.load(self._table, at.add(row, n(4 * i)), F32), LANES) for i in range(2))
             offset = self._get("offset")
             for name in ("sizes", "errors", "largest"):
-                self._set(name, self._number(0.0))
+                self._set(name, self.numbers(0.0))
             with self.loop(n(0), size, SUM_RUN * BYTES) as run:
                 self._sum(run, offset)
             better = at.fcmp_ordered("<", self._get("sizes"), self._get("least"))
@@ -368,10 +451,10 @@ class _Quantiser(Emitter):
             large = at.fcmp_ordered(">", at.fmul(self._get("largest"), step), threshold)
             some = at.icmp_unsigned("!=", at.bitcast(large, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
             with at.if_then(some, likely=False):  # not for weights of usual size
-                self._set("errors", self._number(0.0))
+                self._set("errors", self.numbers(0.0))
                 with self.loop(n(0), size, SUM_RUN * BYTES) as run:
                     self._sum_shrunk(run, offset, step, inverse, threshold, beta)
-            mean = at.fmul(self._get("errors"), self._number(1 / form.group))
+            mean = at.fmul(self._get("errors"), self.numbers(1 / form.group))
             self._set("offset", at.fadd(offset, mean))
         return at.fadd(at.fmul(self._get("best"), step), plain)
 
@@ -385,7 +468,7 @@ class _Quantiser(Emitter):
             size = self.intrinsic(f"llvm.fabs.v{LANES}f32", error.type, error)
             errors = error if errors is None else at.fadd(errors, error)
             sizes = size if sizes is None else at.fadd(sizes, size)
-            largest = self._most(size, largest)
+            largest = self.most(size, largest)
         self._set("largest", largest)
         self._set("errors", at.fadd(self._get("errors"), errors))
         self._set("sizes", at.fadd(self._get("sizes"), sizes))
@@ -393,26 +476,24 @@ class _Quantiser(Emitter):
     def _error(self, place: Value, offset: Value) -> Value:
         """Emit the difference between a weight and its code, in units of a step."""
         scaled = self.at.fsub(self.load(self._scaled, place, vector(F32, LANES)), offset)
-        return self.at.fsub(scaled, self._nearest(scaled)[1])
+        return self.at.fsub(scaled, self._code(scaled)[1])
 
-    def _nearest(self, scaled: Value) -> tuple[Value, Value]:
-        """Emit the nearest code: a number whose lowest bits it is, and the code as a number."""
+    def _code(self, scaled: Value) -> tuple[Value, Value]:
+        """Emit the codes nearest to weights in units of a step, as ``nearest`` does."""
         half = 2 ** (self._form.bits - 1)
-        clamped = self._least(self._most(scaled, self._number(-half)), self._number(half - 1))
-        shifted = self.at.fadd(clamped, self._number(ROUNDING))
-        return shifted, self.at.fsub(shifted, self._number(ROUNDING))
+        return self.nearest(scaled, -half, half - 1)
 
     def _sum_shrunk(
         self, run: Value, offset: Value, step: Value, inverse: Value, threshold: Value, beta: Value
     ) -> None:
         """Emit the sum of errors over a run where the proximal step takes away from large ones."""
         at = self.at
-        self._set("run", self._number(0.0))
+        self._set("run", self.numbers(0.0))
         with self.loop(run, at.add(run, self.number(SUM_RUN * BYTES)), BYTES) as place:
             error = self._error(place, offset)
             product = at.fmul(error, step)
             size = self.intrinsic(f"llvm.fabs.v{LANES}f32", product.type, product)
-            shrunk = self._most(at.fsub(size, at.fdiv(self._power(size), beta)), self._number(0.0))
+            shrunk = self.most(at.fsub(size, at.fdiv(self._power(size), beta)), self.numbers(0.0))
             shrunk = self.intrinsic(f"llvm.copysign.v{LANES}f32", shrunk.type, shrunk, product)
             smaller = at.fsub(error, at.fmul(shrunk, inverse))
             large = at.fcmp_ordered(">", size, threshold)
@@ -447,7 +528,7 @@ class _Quantiser(Emitter):
         half = self.all(I32, 2 ** (form.bits - 1), LANES)
         with self.loop(n(0), n(form.group)) as column:
             weight = self.load(self._slice, at.mul(column, n(BYTES)), vector(F32, LANES))
-            shifted, code = self._nearest(at.fmul(at.fsub(weight, offset), inverse))
+            shifted, code = self._code(at.fmul(at.fsub(weight, offset), inverse))
             byte = at.trunc(at.add(at.bitcast(shifted, half.type), half), vector(I8, LANES))
             self.store(byte, self._codes, at.add(codes, at.mul(column, n(LANES))))
             difference = at.fsub(at.fadd(at.fmul(code, step), offset), weight)
