@@ -22,7 +22,7 @@ from .control_groups import ControlGroup, control_groups
 DEFAULT_SHARE = 0.8  # of the free memory: a page cache, other programs and a longer context need the rest
 MARGIN_SHARE = 1 / 64  # of the free memory: page tables and the kernel's index of shared memory grow with the maps
 MARGIN_BYTES = 16 << 20  # the kernel charges memory to a group in batches for each core, and loader threads have stacks
-PROCESS_BYTES = 330 << 20  # anonymous memory of Python, torch, transformers and a tokenizer, without a model
+PROCESS_BYTES = 250 << 20  # anonymous memory of a command: Python, torch, transformers and a tokenizer, without a model
 LEAST_BYTES = 10_000  # a smaller budget was probably given without its unit: "6" for "6GiB"
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes a huge number for "no limit"
 # by version of control groups: the files of a group's limit and usage, and the prefix of those entries of memory.stat

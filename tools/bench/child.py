@@ -17,7 +17,10 @@ from moetier.tiers.errors import ConfigError, MoetierError
 
 def idle(work: dict[str, Any]) -> dict[str, Any]:
     """Return the peak memory of a process that has only imported torch and transformers."""
-    import transformers.generation.utils  # noqa: F401 - transformers imports its parts only when they are named
+    from moetier.tools.cli.loading import lean_imports
+
+    with lean_imports():
+        import transformers.generation.utils  # noqa: F401 - transformers imports its parts only when they are named
 
     return {"peak_bytes": peak_bytes()}
 
@@ -28,21 +31,24 @@ def model(work: dict[str, Any]) -> dict[str, Any]:
     ``pieces`` has the number of tokens of each piece. With ``record``, ``used`` in the result has the experts that
     each piece used, by block; recording makes the run slower.
     """
-    import torch
-    import transformers
+    from moetier.tools.cli.loading import lean_imports
 
-    from moetier.runtime.context import longest_context
-    from moetier.runtime.generation.compat import CACHE
-    from moetier.runtime.model.budgets import kv_cache_bytes
-    from moetier.runtime.model.load import load
-    from moetier.runtime.moe.gates import Gates
+    with lean_imports():
+        import torch
+        import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    began = time.perf_counter()
-    options = {"context": sum(map(len, work["ids"])), "threads": work.get("threads")} | work.get("options", {})
-    found, _ = load(work["directory"], daemon=None, ram=work.get("ram"), **options)
-    load_seconds = time.perf_counter() - began
+        from moetier.runtime.context import longest_context
+        from moetier.runtime.generation.compat import CACHE
+        from moetier.runtime.model.budgets import kv_cache_bytes
+        from moetier.runtime.model.load import load
+        from moetier.runtime.moe.gates import Gates
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        began = time.perf_counter()
+        options = {"context": sum(map(len, work["ids"])), "threads": work.get("threads")} | work.get("options", {})
+        found, _ = load(work["directory"], daemon=None, ram=work.get("ram"), **options)
+        load_seconds = time.perf_counter() - began
     ids = torch.tensor(work["ids"], device=found.device)  # [sequences, tokens]
     used: list[list[list[int]]] = []
 

@@ -78,9 +78,9 @@ def _look(tiers: Tiers) -> tuple[tuple[int, ...], int, int]:
 
     The identity is (pid, start in ms since 1970). Returns (), 0, 0 if no daemon answers.
     """
-    from moetier.runtime.wire.probe import probe
-
     if tiers.daemon is not None:
+        from moetier.runtime.wire.probe import probe
+
         with contextlib.suppress(MoetierError), probe(tiers.daemon.address, patience=PATIENCE) as connected:
             described, stats = connected.describe(), connected.stats()
             for model in stats.models:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import time
@@ -28,7 +29,7 @@ def loaded(directory: Path, resources: dict[str, Any], *, sequences: int = 1) ->
     """
     if short := shortage():
         _log.warning("%s", short)
-    with uncollected():
+    with lean_imports():
         import transformers
 
         from moetier.runtime.model.load import load
@@ -65,16 +66,21 @@ def _warn(model: Any, ram: str | None, context: int) -> None:
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Turn off Python's garbage collector within the block, for a faster start.
+def lean_imports() -> Iterator[None]:
+    """Import and load in this block with as little time and memory as can be (docs/benchmarks.md, First token).
 
-    Imports make a million objects that stay in memory, and the collector would visit them again and again
-    (docs/benchmarks.md, First token).
+    Python's garbage collector is off, because imports make half a million objects that stay in memory, and it would
+    visit them again and again.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        from moetier.runtime.lean import lean_loading
+
+        with lean_loading():
+            yield
     finally:
         if was_enabled:
             gc.enable()
+        with contextlib.suppress(AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)  # returns to the kernel what was freed

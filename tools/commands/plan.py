@@ -140,14 +140,14 @@ def plan(
         context=DEFAULT_CONTEXT if context is None else context,
     )
 
-    from moetier.tools.cli.loading import uncollected
+    from moetier.tools.cli.loading import lean_imports
 
     if short := shortage():
         _log.warning("%s", short)
     say(f"reading what {source} says of itself")
-    with uncollected():
+    with lean_imports():
         import torch
-        import transformers.generation.utils  # its memory counts as that of an idle process
+        import transformers
 
         from moetier.runtime.kernels.choose import kernels_for
         from moetier.runtime.memory import memory_for_model, resident_bytes

@@ -45,17 +45,20 @@ def memory(directory: Path | None, root: Path = Path("/")) -> Iterator[Finding]:
 
 def _memory_for(directory: Path, left: Available, found: str) -> Finding:
     """Compare memory with the budgets that the model would load with, as ``moetier plan`` does. Raises MoetierError."""
-    import torch
+    from moetier.tools.cli.loading import lean_imports
 
-    from moetier.runtime.config import TierConfig
-    from moetier.runtime.kernels.choose import kernels_for
-    from moetier.runtime.model.load import place_of
-    from moetier.tiers.cache.budget import smallest_budget
-    from moetier.tools.plan.choices import open_choices
-    from moetier.tools.plan.fit import Room, fit_of
+    with lean_imports():
+        import torch
 
-    device = torch.device(place_of("auto"))
-    model_choices = open_choices(directory)
+        from moetier.runtime.config import TierConfig
+        from moetier.runtime.kernels.choose import kernels_for
+        from moetier.runtime.model.load import place_of
+        from moetier.tiers.cache.budget import smallest_budget
+        from moetier.tools.plan.choices import open_choices
+        from moetier.tools.plan.fit import Room, fit_of
+
+        device = torch.device(place_of("auto"))
+        model_choices = open_choices(directory)
     config = TierConfig.of(context=model_choices.context)
     (choice,) = model_choices.choices
     fit = fit_of(model_choices, choice, config, Room.here(device, directory, left, 0), kernels_for(device))

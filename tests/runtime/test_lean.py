@@ -1,0 +1,83 @@
+"""Commands import little, and models are made as they are made without that (``runtime.lean``)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import FURTHER, REQUIRED, model_class, tiny_config
+
+import moetier
+from moetier.runtime.lean import _MadeOnMeta
+
+UNUSED = {
+    *("hqq", "networkx", "pandas", "peft", "scipy", "sklearn", "sympy", "torchvision", "triton"),
+    *("torch._dynamo.utils", "torch._inductor.utils", "torch.distributed.tensor", "torch.nn.attention.flex_attention"),
+    *("torch.fx.experimental.symbolic_shapes", "grpc", "zarr"),
+}
+MOST = 250 << 20  # bytes; 209 MiB on an EPYC with torch 2.13 and transformers 5.24
+
+
+def run(code: str, *words: str) -> str:
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_generating_imports_and_keeps_little(tinymix_4bit: Path) -> None:
+    code = """
+import re, sys
+from pathlib import Path
+from moetier.tools.main import main
+assert main(["generate", sys.argv[1], "Il vecchio", "--max-new-tokens", "8", "--temperature", "0", "--json"]) == 0
+rollup = Path("/proc/self/smaps_rollup").read_text()
+print(int(re.search(r"Anonymous: +(\\d+) kB", rollup)[1]) * 1024)
+print(*sys.modules)
+"""
+    said, anonymous, modules = run(code, str(tinymix_4bit)).splitlines()
+    assert UNUSED & set(modules.split()) == set()
+    assert int(anonymous) < MOST
+    model, tokenizer = moetier.load(tinymix_4bit, daemon=None)
+    with model.tiers:
+        ids = tokenizer("Il vecchio", return_tensors="pt").input_ids
+        text = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
+    assert json.loads(said)["text"] == text
+
+
+def test_transformers_has_all_its_names() -> None:
+    names = "import transformers; print(*sorted(dir(transformers)))"
+    lean = "from moetier.runtime.lean import lean_loading\nwith lean_loading():\n    "
+    assert run(lean + names) == run(names)
+
+
+def test_the_compiler_is_there_when_it_is_used() -> None:
+    code = """
+import sys
+from moetier.runtime.lean import lean_loading
+with lean_loading():
+    import transformers.modeling_utils
+    from transformers.masking_utils import TransformGetItemToIndex
+assert "sympy" not in sys.modules
+import torch
+with TransformGetItemToIndex():
+    found = torch.vmap(lambda index: torch.arange(3)[index])(torch.tensor([2, 0]))
+print(found.tolist(), torch._dynamo.config.disable, torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)))
+"""
+    assert run(code) == "[2, 0] False tensor([2.])\n"
+
+
+@pytest.mark.parametrize("model_type", sorted(REQUIRED | FURTHER))
+def test_models_are_made_alike(model_type: str) -> None:
+    def made() -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
+        with torch.device("meta"):
+            model = of._from_config(tiny_config(of.config_class))
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()}
+
+    of = model_class(model_type)
+    with _MadeOnMeta():
+        lean = made()
+    assert lean == made()
