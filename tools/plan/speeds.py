@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moetier.runtime.checkpoint.tensors import StoredTensor
@@ -201,8 +201,5 @@ def quantising_rates(widths: Collection[Bits]) -> dict[Bits, float]:
         for bits in widths:
             layout = layout_for({"weight": (shape, "bfloat16")}, bits=bits)
             record = np.empty(layout.record_bytes, np.uint8)
-            encode(weights, layout, record)
-            began = time.perf_counter()
-            encode(weights, layout, record)
-            found[bits] = QUANTISED_WEIGHTS / (time.perf_counter() - began)
+            found[bits] = QUANTISED_WEIGHTS / median_seconds(partial(encode, weights, layout, record), least_runs=TIMES)
     return found
