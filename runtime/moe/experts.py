@@ -6,7 +6,9 @@ parameters of these modules. There are two ways to compute a block. The *exact* 
 with the same bits as the architecture's own eager forward pass. The *quick* way computes experts that are available
 together in one call of compiled code, directly from their records (``kernels/experts.py``). If all experts of a single
 token are resident, it takes no lease: compiled code looks the records up, and proves afterwards that none of them was
-replaced. The result of the quick way does not depend on which experts are available together.
+replaced. The result of the quick way does not depend on which experts are available together. A module whose activation
+compiled code does not have (``activation.py``), or which norms its outputs, is computed one expert after the other too,
+but with products from records (``kernels/gemm.py``).
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Raises:
         ConfigError: the hidden states are not on the device of the records.
+        ValueError: the shapes do not fit each other, or not the records.
     """
     here: TieredBlock = self.tiered
     if hidden_states.device != here.device:
@@ -240,8 +243,9 @@ def _quick(
     kernels: ExpertKernels, here: TieredBlock, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Compute ``experts_forward`` in the quick way."""
-    if hidden_states.shape[1] != kernels.width or top_k_index.shape != top_k_weights.shape:
-        given = f"{[*hidden_states.shape]}, {[*top_k_index.shape]} and {[*top_k_weights.shape]}"
+    shape = top_k_index.shape
+    if hidden_states.shape != (shape[0], kernels.width) or top_k_weights.shape != shape:
+        given = f"{[*hidden_states.shape]}, {[*shape]} and {[*top_k_weights.shape]}"
         raise ValueError(f"hidden states, experts and weights of shapes {given}, where hidden is {kernels.width}")
     x, weights = hidden_states.to(kernels.dtype).contiguous(), top_k_weights.float().contiguous()
     out = _one_token(kernels, here, x, top_k_index, weights) if len(x) == 1 else None
