@@ -32,7 +32,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
 from .errors import ClosedError, MoetierError
 
-# modules that change state that several callers share
+# modules that change state shared by several callers
 UNINTERRUPTIBLE = frozenset(
     f"moetier.{package}.{name}"
     for package, names in (
@@ -172,15 +172,16 @@ class Monitor:
     def defer(self, work: Callable[[], None]) -> None:
         """Run ``work`` when the next step begins, which costs less than a step of its own.
 
-        If MOST_DEFERRED functions wait already, they are run now. An interrupt may prevent the work.
+        If more than MOST_DEFERRED functions wait, all of them are run now. If an interrupt ends that step, the work may
+        not be done.
         """
         self._deferred.append(work)
         if len(self._deferred) > MOST_DEFERRED:
             self.run(lambda: None)
 
     def _settle(self) -> None:
-        # The thread that runs a step comes here after it and finds the work that was posted meanwhile. Another thread
-        # may take the lock between the check and ``with``. Its step is short, and so is this wait.
+        # A thread that has run a step comes here and finds the work that was posted meanwhile. Another thread may take
+        # the lock between the check and ``with``. Its step is short, and so is this wait.
         while self._posted and not self._lock.locked():
             with self._lock:
                 if self._is_torn:
@@ -266,7 +267,7 @@ def postpone_interrupts() -> None:
 
 
 def raise_interrupts() -> None:
-    """Restore Python's own handler of SIGINT if this module's handler is installed."""
+    """Install Python's own handler of SIGINT again if this module's handler is installed."""
     if _signal.getsignal(signal.SIGINT) is _on_interrupt and _is_main():
         _signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -287,7 +288,7 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _may_interrupt(frame: FrameType | None) -> bool:
-    """Return whether an exception raised at ``frame`` can't leave shared state half changed."""
+    """Return whether an exception raised at ``frame`` leaves shared state whole."""
     if frame is not None and frame.f_code in _waits:
         return True
     while frame is not None:

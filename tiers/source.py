@@ -55,20 +55,20 @@ class Lease(NamedTuple, Generic[Record]):
 
 
 class Residents(NamedTuple):
-    """Where compiled code finds a block's records in an arena: numbers, addresses, and sizes in bytes."""
+    """Place of a block's records in an arena, for compiled code that looks them up."""
 
     experts: int  # number of the block's experts
-    table: int  # i64 [experts]: the slot of each expert's record, or -1
-    generations: int  # i64 [slots of the arena]
-    first_slot: int  # the first slot for records of the block's size
-    slots: int  # number of these slots
-    records: int  # where the first of them begins
-    slot_bytes: int
+    table: int  # address of an array i64 [experts]: the slot of each expert's record, or -1
+    generations: int  # address of an array i64 [slots of the arena]: the generation of each slot
+    first_slot: int  # number of the first slot for records of the block's size
+    slots: int  # number of slots for such records
+    records: int  # address at which the first of these slots begins
+    slot_bytes: int  # size of each of them
     memory: object  # keeps the arena's memory mapped
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """All fields but ``memory``."""
+        """All fields except ``memory``."""
         return self[:7]
 
 
@@ -113,21 +113,26 @@ class ExpertSource(Protocol[Record]):
         """
 
     def residents(self, block: int) -> Residents | None:
-        """Return where compiled code finds the block's records without a lease; None if it can't.
+        """Return where compiled code finds the block's records without a lease; None if it can't read them here.
 
-        Such a record may be replaced at any time. So look it up together with its slot's generation, compute, and use
-        the result only if the generation is the same afterwards (``arena/directory.py``). Raises ClosedError.
+        A record without a lease may be replaced at any time. So look it up together with its slot's generation,
+        compute, and use the result only if the generation is the same afterwards (``arena/directory.py``).
+
+        Raises ClosedError.
         """
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Note that a demand for ``experts`` of a block is about to be met through ``residents``.
+        """Count a demand for ``experts`` of a block that is about to be met through ``residents``, without leases.
 
-        It counts as a demand that has a lease of each: its prefetch requests are cancelled, and the order of eviction
-        follows before anything is evicted. Returns at once.
+        The effect is that of a demand that finds all its records: each is a hit, and the block's prefetch requests are
+        cancelled. The order of eviction is updated later, but before the next record is evicted. Returns at once.
         """
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Note that records were replaced before they were used, so that the demand of ``note_uses`` is repeated."""
+        """Count the hits of a ``note_uses`` as discarded: records were replaced before they were used.
+
+        The caller repeats the demand, which is counted then.
+        """
 
     def reclaim(self) -> None:
         """End all leases of the calling thread that an exception may have kept from ending in the regular way.

@@ -1,4 +1,5 @@
-"""The ``moetier`` command, as a person types it.
+"""The command line.
 
-``main`` finds a command, imports its module and reports errors; ``program`` runs ``python -m moetier -m MODULE``.
+``main`` is the ``moetier`` command: it finds the subcommand, imports its module and reports errors. ``program`` is
+``python -m moetier``: the same, or with ``-m MODULE`` it runs a Python program and gives its models budgets.
 """

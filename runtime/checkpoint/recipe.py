@@ -110,7 +110,10 @@ class Recipe:
 
 
 def _keeps_experts_apart(operation: loading.ConversionOps) -> bool:
-    """Return whether an operation treats each expert's slice of [experts, ...] alike."""
+    """Return whether an operation handles each expert by itself: the experts are dimension 0 of its result, unmixed.
+
+    Only then can a parameter [experts, ...] be made for one expert at a time. False for an unknown operation.
+    """
     match operation:
         case loading.MergeModulelist():
             return operation.dim == 0

@@ -52,9 +52,10 @@ _log = logging.getLogger(__name__)
 
 
 def local_server(clients: Clients, *, sessions: int) -> grpc.Server:
-    """Return the server of the Unix socket, where every call carries the id of an open control connection.
+    """Return the gRPC server of the Unix socket.
 
-    Health checks need none. Each of ``sessions`` clients has a thread for its session, so fetches can't take it.
+    Every call except a health check must carry the id of an open control connection. The pool has ``sessions`` threads,
+    one for each possible session, in addition to those for fetches. So fetches can't keep a session waiting.
     """
     return _server(Service(clients), clients, AuthInterceptor(clients.knows, exempt=HEALTH), sessions)
 

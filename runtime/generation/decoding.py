@@ -35,10 +35,11 @@ SEED = Number(int, 0, (1 << 64) - 1, "Give a number from 0 to 2^64 - 1.")
 
 
 def sampling_of(asked: Mapping[str, float]) -> dict[str, Any]:
-    """Return the arguments of ``generate()`` for the samplers in ``asked``, by names of SAMPLING, without PENALTIES.
+    """Return the keyword arguments of ``generate()`` for the sampling options in ``asked``, whose keys are in SAMPLING.
 
-    A temperature turns sampling on, and so does a sampler that excludes tokens; a temperature of 0 decodes greedily. If
-    ``asked`` has neither, the model's generation_config.json decides.
+    PENALTIES are ignored here, because transformers has no such arguments; see ``penalties_of``. A temperature of 0
+    decodes greedily. A higher one turns sampling on, and so does a top_k, top_p or min_p that excludes tokens. If
+    ``asked`` has none of these, the model's generation_config.json decides.
     """
     temperature = asked.get("temperature")
     given: dict[str, Any] = {name: asked[name] for name in ("repetition_penalty",) if name in asked}

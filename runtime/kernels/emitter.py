@@ -1,4 +1,4 @@
-"""An emitter of LLVM IR, with which all compiled kernels are written."""
+"""Emitter of LLVM IR, with which all compiled kernels are written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ os.register_at_fork(
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 POINTER = I8.as_pointer()
-LANES = 16  # fp32 numbers of a vector: a register of AVX-512
+LANES = 16  # fp32 numbers in a vector, as many as a register of AVX-512 has
 _POWERS = [math.log(2) ** k / math.factorial(k) for k in range(7)]  # Taylor coefficients of 2^f, for f in -.5 .. .5
 
 Value = Any  # llvmlite has no types
@@ -45,7 +45,7 @@ def new_module() -> ir.Module:
 class Emitter:
     """Emitter of one function, ``void name(pointer, ..., i64, ...)``: loops, and frequent operations on vectors.
 
-    Values are of LLVM: they exist when the function runs, not when it is emitted.
+    Values stand for results of LLVM instructions. They are known when the function runs, not when it is emitted.
     """
 
     def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
@@ -62,7 +62,10 @@ class Emitter:
         return ir.Constant(vector(kind, count), [value] * count)
 
     def fields(self, count: int) -> tuple[Value, list[Value]]:
-        """Return a pointer to the first of ``count`` i64 fields in the function's context, and the others' values."""
+        """Return a pointer to the first of ``count`` i64 fields in the function's context, and the others' values.
+
+        The function changes the first field while it runs, such as the number of items taken (see ``items``).
+        """
         (context,) = self.function.args
         places = [self.place(context, self.number(8 * i), I64) for i in range(count)]
         return places[0], [self.at.load(place) for place in places[1:]]
@@ -128,7 +131,7 @@ class Emitter:
         return self.pick(self.at.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, [0] * count)
 
     def pick(self, first: Value, second: Value, indices: Sequence[int]) -> Value:
-        """Emit a vector of the elements at ``indices`` of ``first`` and ``second``, numbered through both."""
+        """Emit a vector of the elements at ``indices``, which count the elements of ``first``, then of ``second``."""
         return self.at.shuffle_vector(first, second, ir.Constant(vector(I32, len(indices)), list(indices)))
 
     def widen(self, bf16: Value, count: int) -> Value:
@@ -153,7 +156,7 @@ class Emitter:
     def reduce(self, value: Value, unite: Callable[[Value, Value], Value]) -> Value:
         """Emit the reduction of a vector to one number, by applying ``unite`` to its halves again and again.
 
-        So the order is always the same. The number of elements is a power of two.
+        So the order of operations is always the same. The number of elements must be a power of two.
         """
         count = value.type.count
         while count > 1:

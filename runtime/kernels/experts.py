@@ -1,6 +1,6 @@
-"""Experts of a block on a CPU in one call: gate and up, activation, down, biases, and the weighted sum.
+"""Compute experts of a block on a CPU in one call: both products, the activation, the biases and the weighted sum.
 
-Between the products everything is fp32, and the activation is rounded to 8 bits as every input of a product is
+Values between the products are fp32. The result of the activation is rounded to 8 bits, as every input of a product is
 (``gemm.py``). Each row of an expert's output is rounded to the type of x. A token's outputs are multiplied by their
 weights and added up in fp32, in the order of its top-k. So a token's result depends only on that token and its routing:
 not on other tokens, on the order in which experts arrive, or on the number of threads.
@@ -95,7 +95,7 @@ class ExpertKernels:
     # -- experts as they arrive ---------------------------------------------------------------------------------------
 
     def compute(self, x: Tensor, jobs: array[int], places: array[int], outputs: Tensor) -> None:
-        """Compute experts, and write a row of ``outputs`` for each of their rows.
+        """Compute experts for rows of x, and write each resulting row to a row of ``outputs``.
 
         Args:
             x: [R, hidden]: the rows of the first expert, then those of the second, and so on; or [1, hidden], one row
@@ -107,7 +107,7 @@ class ExpertKernels:
         run_all(self._steps(x, jobs, len(jobs) // JOB, places, outputs.data_ptr())[0])
 
     def add_up(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """Multiply outputs [tokens * top_k, hidden] by weights fp32 [tokens, top_k]; add up over top_k.
+        """Multiply outputs [tokens * top_k, hidden] by weights, fp32 [tokens, top_k], and add up those of each token.
 
         Returns [tokens, hidden] in the type of the outputs.
         """
@@ -120,8 +120,8 @@ class ExpertKernels:
     def find(self, experts: Sequence[int], residents: Residents) -> array[int] | None:
         """Look up the experts of one token.
 
-        Returns a job for each expert (see ``compute``), then the slots of all, then the slots' generations; None if a
-        record is not resident.
+        Returns the jobs of all experts (see ``compute``), then their slots, then the slots' generations; None if one of
+        the records is not resident.
         """
         top_k, wanted = len(experts), array("q", experts)
         found = array("q", bytes(8 * top_k * (JOB + 2)))
@@ -153,7 +153,7 @@ class ExpertKernels:
         Returns the steps and the address of the outputs. If ``outputs`` is 0, they are in scratch memory.
         """
         up, down, own, rows = self._up, self._down, len(x), len(places)
-        sizes = (  # of x rounded, the first product, the activation rounded, the second product, the outputs
+        sizes = (  # bytes of x rounded, the first product, the activation rounded, the second product, the outputs
             own * up.row_bytes,
             4 * rows * up.rows,
             rows * down.row_bytes,

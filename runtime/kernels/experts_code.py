@@ -1,4 +1,4 @@
-"""The code for experts of a block that is compiled besides the products (``experts.py`` tells how they go together)."""
+"""Emit the compiled functions that a block's experts need besides the products. ``experts.py`` runs them in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .gemm import JOB, emit_rounding
 
 # names of the compiled functions
 ACTIVATE, PLACE, ADD_UP, FIND, PROVE = (f"moetier_{name}" for name in ("activate", "place", "add_up", "find", "prove"))
-# Numbers of i64 fields in their contexts, which the functions' docstrings list
+# Numbers of i64 fields in their contexts. The docstring of the function that emits each lists them.
 ACTIVATE_CONTEXT, PLACE_CONTEXT, ADD_UP_CONTEXT, FIND_CONTEXT, PROVE_CONTEXT = 9, 8, 7, 13, 5
 
 
@@ -32,7 +32,7 @@ class Activation:
     """
 
     function: Function = "silu"
-    interleaved: bool = False  # gate and up are even and odd numbers of a row; otherwise its first and second half
+    interleaved: bool = False  # gate and up are the even and odd elements of a row; otherwise its first and second half
     alpha: float = 1.0
     limit: float = math.inf
     shift: float = 0.0
@@ -42,9 +42,9 @@ class Activation:
 def activation_module(activation: Activation, group: int, has_bias: bool) -> ir.Module:
     """Emit the function ``ACTIVATE(context)``, which computes items until none is left. An item is the rows of a job.
 
-    The context: jobs that threads have taken, all jobs; pointers to the jobs, to the first product, fp32 [R, 2 * K] or
-    without gates [R, K], and to n, t and sums as ``rounding_module`` writes them; K; the offset of the bias in a
-    record, bf16 [2 * K] or [K].
+    The context: number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the first product,
+    fp32 [R, 2 * K] or without gates [R, K], and to n, t and sums as ``rounding_module`` writes them; K; the offset in a
+    record of the bias, bf16 [2 * K] or [K].
     """
     module = new_module()
     emit = Emitter(module, ACTIVATE, [POINTER])
@@ -54,7 +54,7 @@ def activation_module(activation: Activation, group: int, has_bias: bool) -> ir.
     groups = at.udiv(columns, n(group))
 
     def load(row: Value, biases: Value, first: Value, count: int) -> Value:
-        """Load ``count`` numbers of a row, beginning with number ``first``, with their biases."""
+        """Emit a load of ``count`` elements of a row, from element ``first`` on, and the addition of their biases."""
         values = emit.load(row, at.mul(first, n(4)), vector(F32, count))
         if has_bias:
             values = at.fadd(values, emit.load_floats(biases, at.mul(first, n(2)), torch.bfloat16, count))
@@ -83,9 +83,10 @@ def activation_module(activation: Activation, group: int, has_bias: bool) -> ir.
 def placing_module(dtype: torch.dtype, has_bias: bool) -> ir.Module:
     """Emit the function ``PLACE(context)``, which computes items until none is left. An item is the rows of a job.
 
-    It adds biases to the rows of the last product and writes them where they belong. The context: jobs that threads
-    have taken, all jobs; pointers to the jobs, to the product, fp32 [R, N], to the row of the outputs for each row,
-    i64 [R], and to the outputs [*, N] of ``dtype``; N; the offset of the bias in a record, bf16 [N].
+    PLACE adds biases to the rows of the last product, and writes each row to its row of the outputs. The context:
+    number of jobs that threads have taken, number of all jobs; pointers to the jobs, to the product, fp32 [R, N], to
+    the number of each row's row in the outputs, i64 [R], and to the outputs [*, N] of ``dtype``; N; the offset in a
+    record of the bias, bf16 [N].
     """
     module = new_module()
     emit = Emitter(module, PLACE, [POINTER])
@@ -111,8 +112,9 @@ def placing_module(dtype: torch.dtype, has_bias: bool) -> ir.Module:
 def adding_module(dtype: torch.dtype) -> ir.Module:
     """Emit the function ``ADD_UP(context)``, which computes items until none is left. An item is a token.
 
-    The context: tokens that threads have taken, all tokens; pointers to the outputs [tokens, top_k, N] of ``dtype`` and
-    to the weights, fp32 [tokens, top_k]; top_k; a pointer to the sums [tokens, N] of ``dtype``; N.
+    The context: number of tokens that threads have taken, number of all tokens; pointers to the outputs
+    [tokens, top_k, N] of ``dtype`` and to the weights, fp32 [tokens, top_k]; top_k; a pointer to the sums [tokens, N]
+    of ``dtype``; N.
     """
     module = new_module()
     emit = Emitter(module, ADD_UP, [POINTER])
@@ -138,8 +140,9 @@ def adding_module(dtype: torch.dtype) -> ir.Module:
 def find_module() -> ir.Module:
     """Emit the function ``FIND(context)``, which looks experts up in a directory (``tiers/arena/directory.py``).
 
-    The context: the number of experts that were found, in order, before one was not; top_k; a pointer to the experts,
-    i64 [top_k]; the numbers of ``Residents``; pointers to the jobs, slots and generations to write, of each expert.
+    FIND stops at the first expert that is not resident. The context: number of experts found, which FIND writes; top_k;
+    a pointer to the experts, i64 [top_k]; the fields in ``Residents.numbers``; pointers to the arrays into which the
+    jobs, slots and generations of the experts are written.
     """
     module = new_module()
     emit = Emitter(module, FIND, [POINTER])
@@ -184,8 +187,8 @@ def find_module() -> ir.Module:
 def prove_module() -> ir.Module:
     """Emit the function ``PROVE(context)``, which counts the slots whose generations are unchanged.
 
-    The context: that number; top_k; pointers to the directory's generations, and to the slots and generations of the
-    experts, [top_k] each.
+    The context: number of such slots, which PROVE writes; top_k; pointers to the directory's generations, and to the
+    slots and the generations that FIND has written, i64 [top_k] each.
     """
     module = new_module()
     emit = Emitter(module, PROVE, [POINTER])

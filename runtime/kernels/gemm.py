@@ -1,6 +1,7 @@
 """CPU kernels that multiply with quantised matrices as they are stored in records: y = x @ W.T.
 
-First x is rounded to 8 bits. Each group of a row, along K, has a scale t of its own: x = n * t, with n in -127 .. 127.
+x is [R, K] and W is [N, K]. First x is rounded to 8 bits. Each group of numbers in a row of x has a scale t of its own:
+x = n * t, with n in -127 .. 127.
 With w = (q - centre) * s + b of ``tiers/quant/codec.py``, the products of a group add up in integers, exactly:
 
     sum of w * x = s * t * (sum of q * n - centre * sum of n) + b * t * sum of n
@@ -30,13 +31,13 @@ from .jit import Processor, this_processor
 from .team import Kernel, Scratch, Step, compile_kernel, run_all, threads_for
 
 JOB = 3  # i64 fields of each job: pointer to its record, its first row of x and y, its number of rows
-# Number of i64 fields in the context of the compiled function. In order: items that threads have taken, all items, row
-# tiles of a matrix, pointer to the jobs; pointers to n, to t and t * sum of n, to sum of n, and to y; K, N, N padded;
-# 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record of the codes, their second plane,
-# the pairs and the pairs' scales
+# Number of i64 fields in the context of WORK. In order: number of items that threads have taken, number of all items,
+# row tiles of a matrix, pointer to the jobs; pointers to n, to t and t * sum of n, to sum of n, and to y; K, N, N
+# padded; 1 if each job has its own rows of x, 0 if all have the same row; offsets in a record of the codes, their
+# second plane, the pairs and the pairs' scales
 CONTEXT = 16
-# likewise of the function that rounds, in order: rows that threads have taken, all rows; pointers to x, n, to t and t *
-# sum of n, and to sum of n; K
+# Number of i64 fields in the context of ROUND. In order: number of rows that threads have taken, number of all rows;
+# pointers to x, to n, to t and t * sum of n, and to sum of n; K
 ROUND_CONTEXT = 7
 # names of the compiled functions; they must not be names in the C library
 WORK, ROUND = "moetier_work", "moetier_round"
@@ -56,7 +57,7 @@ class PackedKernels(Kernels):
         return all(p.bits != 16 for p in layout.projections)
 
     def project(self, x: Tensor, record: Tensor, layout: RecordLayout, name: str, bias: Tensor | None = None) -> Tensor:
-        """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but not bit for bit.
+        """Multiply as ``Kernels.project`` does, [tokens, columns] -> [tokens, rows], but with other bits.
 
         A row of the result depends on that row of x alone.
         """
@@ -125,10 +126,10 @@ class GemmPlan:
         self.round = rounding_kernel(processor, p.group, given)
         self.rows, self.columns, self.group, self.groups = p.rows, p.columns, p.group, p.columns // p.group
         self.tiles = p.padded_rows // ROW_TILE
-        # of a rounded row of x: n, and by group t, t * sum of n, and sum of n
+        # bytes of a rounded row of x: n; and for each group t, t * sum of n, and sum of n
         self.row_bytes = p.columns + 12 * self.groups
         self._shape = (p.columns, p.rows, p.padded_rows)
-        # offsets in a record, in bytes: of codes, second plane, pairs and scales of pairs; 0 for what it lacks
+        # offsets in a record, in bytes, of codes, second plane, pairs and scales of pairs; 0 for sections that it lacks
         places = {section.name.removeprefix(f"{name}."): section.offset for section in layout.sections}
         kinds = (("codes", "high"), ("plane", "low"), ("pairs",), ("pair_scales",))
         self._offsets = tuple(sum(places.get(kind, 0) for kind in group) for group in kinds)
@@ -136,8 +137,8 @@ class GemmPlan:
     def context(self, count: int, jobs: array[int], x: Rounded, y: int, *, has_own_rows: bool) -> array[int]:
         """Make the context of a product of ``count`` jobs, whose result is written to the address ``y``.
 
-        ``jobs`` has JOB numbers for each job. With ``has_own_rows``, each has rows of x of its own, otherwise all have
-        the same row.
+        ``jobs`` has JOB numbers for each job. With ``has_own_rows``, each job has rows of x of its own, otherwise all
+        jobs have the same row.
         """
         items = (0, count * self.tiles, self.tiles, jobs.buffer_info()[0])
         return array("q", (*items, *x.places, y, *self._shape, int(has_own_rows), *self._offsets))
@@ -149,7 +150,7 @@ class Rounded:
     def __init__(self, address: int, rows: int, plan: GemmPlan) -> None:
         scales = address + rows * plan.columns
         self.rows = rows
-        self.places = (address, scales, scales + rows * plan.groups * 8)  # of n, of t and t * sum of n, of sum of n
+        self.places = (address, scales, scales + rows * plan.groups * 8)  # of n; t and t * sum of n; sum of n
         self._columns = plan.columns
 
     def context(self, x: int) -> array[int]:
@@ -240,7 +241,7 @@ def rounding_module(group: int, dtype: torch.dtype) -> ir.Module:
 
 
 def emit_rounding(emit: Emitter, values: Value, g: Value, out: Value, scales: Value, sums: Value) -> None:
-    """Emit the rounding of ``values``, an fp32 vector, which are the group ``g`` of x.
+    """Emit the rounding of ``values``, an fp32 vector, which is group ``g`` of x.
 
     n is written to ``out``, t and t * sum of n to ``scales``, and sum of n to ``sums``, as in ``rounding_module``.
     """

@@ -1,6 +1,6 @@
-"""The OpenMP library that torch computes with, whose threads must not be there when the process forks.
+"""Find the OpenMP library that torch computes with, and end its threads before a fork.
 
-Kernels have threads of their own (``team.py``); torch uses OpenMP's where it computes many tokens.
+moetier's kernels have threads of their own (``team.py``). torch uses OpenMP's threads when it computes many tokens.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import re
 
 from moetier.runtime.memory import mapped_files
 
-# A function of OpenMP 5.0, its argument omp_pause_hard, and a function that GNU's OpenMP lacks. In GNU's, the call ends
-# the threads of the calling thread's team; in LLVM's and Intel's, it ends those of all teams.
+# A function of OpenMP 5.0, its argument omp_pause_hard, and the name of a function that all libraries but GNU's have.
+# In GNU's library, the call of the first ends the threads of the calling thread's team; in LLVM's and Intel's, it ends
+# the threads of all teams.
 _PAUSE, _HARD, _NOT_GNU = "omp_pause_resource_all", 2, "__kmpc_fork_call"
 _TORCH = re.compile(r"/libtorch_cpu\.so[^/]*$")
 
 
 @functools.cache
 def openmp() -> ctypes.CDLL | None:
-    """Return the OpenMP library that torch calls, or None.
+    """Return the OpenMP library that torch calls; None if there is none.
 
-    Other packages may have loaded other OpenMP libraries. The search is the dynamic linker's for torch: first libraries
-    that are loaded for all others, then those that torch needs.
+    Other packages may have loaded other OpenMP libraries. So search in the order in which the dynamic linker searches
+    for torch: first the libraries whose symbols are visible to all others, then those that torch needs.
     """
     for name in (None, *sorted({path for _, path in mapped_files() if _TORCH.search(path)})):
         with contextlib.suppress(OSError):

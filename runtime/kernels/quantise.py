@@ -1,11 +1,13 @@
-"""Quantisation in compiled code: the bytes that ``tiers.quant`` computes with torch, in one pass over the weights.
+"""Quantise weights in compiled code, to the same bytes that ``tiers.quant`` computes with torch.
 
-Every number is found by the operations of ``hqq`` and ``codec`` in their order, and none is fused with another. So the
-bytes are the same, on every processor and with torch alone. Sums follow torch's order: runs of SUM_RUN numbers are
+The compiled code does the operations of ``hqq`` and ``codec`` in the same order, and fuses none of them. So the bytes
+are the same on every processor, and the same as those of torch. Sums follow torch's order: runs of SUM_RUN numbers are
 added up from the left, then the runs' sums are.
 
-A *slice* is one group of weights in each of LANES neighbouring rows: the rows are the elements of vectors, so that a
+A *slice* is one group of weights in each of LANES neighbouring rows. The rows are the elements of vectors, so that a
 sum over a group is a sum of vectors. A slice stays in the first-level cache while the solver goes over it repeatedly.
+
+The module is long because most of it emits a single function, whose parts share memory for slices and variables.
 """
 
 from __future__ import annotations
@@ -32,18 +34,19 @@ from .jit import Processor, refusal, this_processor
 from .team import Kernel, compile_kernel
 
 QUANTISE, PAIRS = "moetier_quantise", "moetier_pairs"  # names of the compiled functions
-# Number of i64 fields in the context. In order: row blocks that threads have taken, all row blocks; K; pointer to the
-# weights, bytes from one row to the next (if the columns of a row are contiguous, else from one column to the next);
-# padded rows of the projection; pointers to pairs, steps, offsets, low and high nibbles of codes, errors and table
+# Number of i64 fields in the context of QUANTISE. In order: number of row blocks that threads have taken, number of all
+# row blocks; number of columns; pointer to the weights, bytes from one row to the next (or from one column to the next
+# if the rows of a column are contiguous); number of padded rows of the projection; pointers to pairs, steps, offsets,
+# low nibbles of codes, high nibbles of codes, errors, and the table of ``hqq.shrinking``
 CONTEXT = 13
-SUM_RUN = 16  # torch's cascade sum: numbers that are added up from the left
+SUM_RUN = 16  # numbers that torch's cascade sum adds up from the left, before it adds up the sums of such runs
 ROUNDING = 1.5 * 2**23  # x + ROUNDING - ROUNDING is x rounded to an integer, ties to even
 F64 = ir.DoubleType()
-BYTES = LANES * 4  # of an fp32 vector
+BYTES = LANES * 4  # bytes of an fp32 vector
 
 
 class Step(Enum):
-    """What a compiled function computes: all in one pass, or, where pairs are rounded together, in three."""
+    """Pass of a compiled function over the weights: a single one, or one of three if pairs are rounded to 8 bits."""
 
     ALL = "weights -> pairs, codes"
     STEPS = "weights -> steps"
@@ -52,20 +55,20 @@ class Step(Enum):
 
 
 class Form(NamedTuple):
-    """Properties that the code depends on."""
+    """Properties of weights, of their encoding and of the pass, on which the emitted code depends."""
 
-    dtype: torch.dtype  # of the weights
-    turned: bool  # whether the rows of a column are contiguous, and not the columns of a row
+    dtype: torch.dtype  # type of the weights
+    turned: bool  # whether the rows of a column are contiguous in memory, rather than the columns of a row
     bits: Bits
     group: int
-    fast: bool  # plain rounding in place of HQQ
+    fast: bool  # whether offsets are those of plain rounding, in place of HQQ's
     step: Step
 
 
 def encode(
     tensors: Mapping[str, Tensor], layout: RecordLayout, out: memoryview | np.ndarray, *, fast: bool = False
 ) -> dict[str, WeightError]:
-    """Encode one expert as ``codec.encode`` does, in compiled code where code can be compiled here.
+    """Encode one expert as ``codec.encode`` does, in compiled code if this machine can compile it.
 
     ``tensors`` has matrices [rows, columns], or [columns, rows] if transposed, and biases [size].
     """
@@ -75,9 +78,10 @@ def encode(
 def quantise(
     weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool, processor: Processor | None = None
 ) -> WeightError:
-    """Quantise ``weights`` [rows, columns] into the sections of one projection, on one thread.
+    """Quantise ``weights`` [rows, columns] of one projection on one thread, and return the error of what is stored.
 
-    Raises CheckpointError as ``codec.encode`` does.
+    The result is written into ``views``, which has the sections of the record by name. Raises CheckpointError as
+    ``codec.encode`` does.
     """
     if 1 not in weights.stride():
         weights = weights.contiguous()
@@ -99,7 +103,7 @@ def quantise(
 
 
 class _Work:
-    """Memory of one projection's quantisation, and the runs of compiled functions over it."""
+    """Memory for quantising one projection, and the runs of compiled functions over it."""
 
     def __init__(
         self, weights: Tensor, p: Projection, views: Mapping[str, Tensor], fast: bool, processor: Processor
@@ -108,7 +112,7 @@ class _Work:
         self._processor = processor
         turned = weights.stride(1) != 1
         self._form = Form(weights.dtype, turned, p.bits, p.group, fast, Step.ALL)
-        # the last row block, padded with rows of zeros, is a matrix of its own
+        # if the last row block is not full, it becomes a matrix of its own, padded with rows of zeros
         rest = p.rows % ROW_TILE
         self._parts = [(0, weights[: p.rows - rest])] if p.rows > rest else []
         if rest:
@@ -129,7 +133,7 @@ class _Work:
         self._table = array("f", (number for pair in hqq.shrinking() for number in pair))
 
     def run(self, step: Step) -> None:
-        """Run a step over all rows."""
+        """Run the compiled function of a step over all rows."""
         p, kernel = self._p, quantising_kernel(self._processor, self._form._replace(step=step))
         for first, weights in self._parts:
             stride = weights.stride(1 if self._form.turned else 0) * weights.dtype.itemsize
@@ -148,9 +152,10 @@ class _Work:
             kernel.run(context, 1)
 
     def store_pairs(self, found: Tensor, which: int) -> None:
-        """Store s (``which`` 0) or b (``which`` 1) in 8 bits, as ``packing.store_pairs`` does.
+        """Round the values ``found`` of s (``which`` 0) or b (``which`` 1) to 8 bits, and store them in the record.
 
-        ``found`` [columns / group, padded rows] becomes what will be read, and 0 in padding rows.
+        The bytes are those of ``packing.store_pairs``. ``found`` [columns / group, padded rows] is changed in place: it
+        then holds the rounded values, as kernels will read them from the record. Padding rows become 0 in both.
         """
         p = self._p
         pairs, scales = (self._views[f"{p.name}.{section}"] for section in ("pairs", "pair_scales"))
@@ -171,7 +176,7 @@ class _Work:
         pairs[:, p.rows :, which] = 0
 
     def error(self) -> WeightError:
-        """Return the error, once codes are found."""
+        """Return the error of the stored weights. Call this after the pass that finds the codes."""
         return WeightError(*self._errors.sum(0).tolist())
 
     def has_finite_pairs(self) -> bool:
@@ -212,15 +217,18 @@ class _Vectors(Emitter):
         return self.all(F32, float(value), LANES)
 
     def least(self, a: Value, b: Value) -> Value:
-        """Emit the lesser numbers; b where one is NaN."""
+        """Emit the lesser of ``a`` and ``b`` for each element; ``b`` where either is NaN."""
         return self.at.select(self.at.fcmp_ordered("<", a, b), a, b)
 
     def most(self, a: Value, b: Value) -> Value:
-        """Emit the greater numbers; b where one is NaN."""
+        """Emit the greater of ``a`` and ``b`` for each element; ``b`` where either is NaN."""
         return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)
 
     def nearest(self, values: Value, low: int, high: int) -> tuple[Value, Value]:
-        """Emit the nearest integers from ``low`` to ``high``: numbers whose lowest bits they are, and as numbers."""
+        """Emit the integers from ``low`` to ``high`` that are nearest to ``values``, ties to even.
+
+        Return fp32 numbers whose lowest bits are these integers, and the integers as fp32 numbers.
+        """
         clamped = self.least(self.most(values, self.numbers(low)), self.numbers(high))
         shifted = self.at.fadd(clamped, self.numbers(ROUNDING))
         return shifted, self.at.fsub(shifted, self.numbers(ROUNDING))
@@ -234,8 +242,9 @@ def _pairs_kernel(processor: Processor) -> Kernel:
 def pairs_module() -> ir.Module:
     """Emit the function ``PAIRS(context)``, which rounds runs of PAIR_BLOCK numbers to 8 bits until none is left.
 
-    The context: runs that threads have taken, all runs, all numbers; pointers to the numbers, which are replaced by
-    those that will be read, to the first code, where each second byte is a code, and to the first scale and minimum.
+    The context: number of runs that threads have taken, number of all runs, number of all numbers; pointers to the
+    numbers (the function replaces them by their rounded values), to the first code (only each second byte is a code of
+    these numbers), and to the scale and minimum of the first run, bf16.
     """
     module = new_module()
     emit = _Vectors(module, PAIRS, [POINTER])
@@ -284,7 +293,7 @@ def quantising_module(form: Form) -> ir.Module:
 
 
 class _Quantiser(_Vectors):
-    """The function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
+    """Emitter of the function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
 
     def __init__(self, module: ir.Module, form: Form) -> None:
         super().__init__(module, QUANTISE, [POINTER])
@@ -296,7 +305,7 @@ class _Quantiser(_Vectors):
         self._pairs, self._steps, self._offsets, low, high, errors, self._table = (
             at.inttoptr(address, POINTER) for address in addresses
         )
-        # memory of a slice: weights; weights in units of a step; codes of two slices as bytes
+        # memory for the weights of a slice, for its weights in units of a step, and for the codes of two slices
         self._slice, self._scaled = (self._memory(form.group * BYTES) for _ in range(2))
         self._codes = self._memory(2 * form.group * LANES)
         self._variables = {name: at.alloca(vector(F32, LANES)) for name in _VARIABLES}
@@ -329,10 +338,13 @@ class _Quantiser(_Vectors):
         return self.at.load(self._variables[name])
 
     def _quantise(self, row: Value, column: Value, half: Value) -> None:
-        """Emit the work on the slice at ``row`` and ``column``, the ``half``-th of two whose codes share bytes."""
+        """Emit the work on the slice at ``row`` and ``column``.
+
+        ``half`` is its number, 0 or 1, of the two slices whose codes share bytes.
+        """
         at, n, form = self.at, self.number, self._form
         group = at.udiv(column, n(form.group))
-        place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # of its pairs
+        place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # byte offset of pairs, steps and offsets
         self._load(row, column)
         if form.step in (Step.ALL, Step.STEPS):
             step = at.fdiv(at.fsub(self._get("high"), self._get("low")), self.numbers(2**form.bits - 1))
@@ -367,7 +379,7 @@ class _Quantiser(_Vectors):
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def _load(self, row: Value, column: Value) -> None:
-        """Emit the loading of a slice, and the search for the lowest and highest weight of each group."""
+        """Emit the loading of a slice into its memory, and the search for the lowest and highest weight of each row."""
         at, n, form = self.at, self.number, self._form
         itemsize = form.dtype.itemsize
         self._set("low", self.numbers(math.inf))
@@ -430,7 +442,10 @@ class _Quantiser(_Vectors):
     # -- the solver ----------------------------------------------------------------------------------------------------
 
     def _solve(self, plain: Value, step: Value, inverse: Value) -> Value:
-        """Emit ``hqq.solve`` for a slice, and return the offsets."""
+        """Emit code that does what ``hqq.solve`` does, for the slice that was loaded. Return the offset b of each row.
+
+        ``plain`` has the offsets of plain rounding. ``inverse`` is 1 / ``step``, or 0 where the step is 0.
+        """
         at, n, form = self.at, self.number, self._form
         size = n(form.group * BYTES)
         with self.loop(n(0), size, BYTES) as place:
@@ -450,7 +465,7 @@ class _Quantiser(_Vectors):
             self._set("least", at.select(better, self._get("sizes"), self._get("least")))
             large = at.fcmp_ordered(">", at.fmul(self._get("largest"), step), threshold)
             some = at.icmp_unsigned("!=", at.bitcast(large, ir.IntType(LANES)), ir.Constant(ir.IntType(LANES), 0))
-            with at.if_then(some, likely=False):  # not for weights of usual size
+            with at.if_then(some, likely=False):  # not if the weights are of usual size: their errors are smaller
                 self._set("errors", self.numbers(0.0))
                 with self.loop(n(0), size, SUM_RUN * BYTES) as run:
                     self._sum_shrunk(run, offset, step, inverse, threshold, beta)
@@ -459,7 +474,7 @@ class _Quantiser(_Vectors):
         return at.fadd(at.fmul(self._get("best"), step), plain)
 
     def _sum(self, run: Value, offset: Value) -> None:
-        """Emit the sums of errors and of their sizes over a run of SUM_RUN weights."""
+        """Emit the addition of a run's errors and of their absolute values, and the search for the largest of these."""
         at = self.at
         errors = sizes = None
         largest = self._get("largest")
@@ -474,19 +489,19 @@ class _Quantiser(_Vectors):
         self._set("sizes", at.fadd(self._get("sizes"), sizes))
 
     def _error(self, place: Value, offset: Value) -> Value:
-        """Emit the difference between a weight and its code, in units of a step."""
+        """Emit the difference between weights and their codes, in units of a step."""
         scaled = self.at.fsub(self.load(self._scaled, place, vector(F32, LANES)), offset)
         return self.at.fsub(scaled, self._code(scaled)[1])
 
     def _code(self, scaled: Value) -> tuple[Value, Value]:
-        """Emit the codes nearest to weights in units of a step, as ``nearest`` does."""
+        """Emit the codes nearest to weights that are given in units of a step, in the two forms of ``nearest``."""
         half = 2 ** (self._form.bits - 1)
         return self.nearest(scaled, -half, half - 1)
 
     def _sum_shrunk(
         self, run: Value, offset: Value, step: Value, inverse: Value, threshold: Value, beta: Value
     ) -> None:
-        """Emit the sum of errors over a run where the proximal step takes away from large ones."""
+        """Emit the addition of a run's errors, less the result of the proximal step where they exceed ``threshold``."""
         at = self.at
         self._set("run", self.numbers(0.0))
         with self.loop(run, at.add(run, self.number(SUM_RUN * BYTES)), BYTES) as place:
@@ -501,7 +516,7 @@ class _Quantiser(_Vectors):
         self._set("errors", at.fadd(self._get("errors"), self._get("run")))
 
     def _power(self, size: Value) -> Value:
-        """Emit ``hqq.power``."""
+        """Emit code that does what ``hqq.power`` does."""
         at = self.at
 
         def number(value: float) -> Value:
@@ -523,7 +538,10 @@ class _Quantiser(_Vectors):
     # -- codes ---------------------------------------------------------------------------------------------------------
 
     def _round(self, step: Value, inverse: Value, offset: Value, codes: Value) -> None:
-        """Emit the rounding of a slice to bytes at ``codes``, and the sums of squares for the error."""
+        """Emit the rounding of a slice to codes, and the addition to the sums of squares for the error.
+
+        Each code becomes a byte, from the offset ``codes`` on in the memory for codes.
+        """
         at, n, form = self.at, self.number, self._form
         half = self.all(I32, 2 ** (form.bits - 1), LANES)
         with self.loop(n(0), n(form.group)) as column:
@@ -537,7 +555,10 @@ class _Quantiser(_Vectors):
                 at.store(at.fadd(at.load(place), at.fmul(wide, wide)), place)
 
     def _pack(self, low: Value, high: Value) -> None:
-        """Emit the packing of two slices' codes in kernel order at ``low``, and their high nibbles at ``high``."""
+        """Emit the packing of two slices' codes in the order in which kernels read them, two nibbles a byte.
+
+        They are written to ``low``, or with 8 bits the low nibbles to ``low`` and the high nibbles to ``high``.
+        """
         at, n, form = self.at, self.number, self._form
         with self.loop(n(0), n(form.group)) as column:
             first, second = (

@@ -1,4 +1,4 @@
-"""The threads that run kernels: a team whose caller waits only for workers that have begun.
+"""Team of threads that run kernels. The calling thread waits only for workers that have begun.
 
 The work of a kernel is a number of items, which threads take one by one. With OpenMP all threads meet at the end, so
 that all wait for a thread that the system has not scheduled, because another process is busy. Here the calling thread
@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
     def run(self, context: array[int], most: int, *, locked: bool = False) -> None:
         """Run the kernel in up to ``most`` threads at once, and return when all its work is done.
 
-        With ``locked``, a single thread keeps the GIL.
+        With ``locked``, the GIL is kept if ``most`` is 1.
         """
         if most > 1:
             run_all([Step(self, context, most)])
@@ -128,8 +128,8 @@ class Scratch(threading.local):
 class Team:
     """Threads that run kernels together with the thread that calls ``run``.
 
-    Any thread may call it. While another thread's kernel is in progress, the calling thread computes alone. On machines
-    without a known number of the system call futex, every thread does.
+    Any thread may call ``run``. While another thread's kernel is in progress, the calling thread computes alone. On
+    machines for which the number of the system call futex is not known here, it always computes alone.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class Team:
         return len(self._workers)
 
     def _start(self, workers: int) -> None:
-        # a new thread inherits the mask: signals are for the threads that Python expects them in
+        # a new thread inherits the signal mask: workers block signals, which Python expects in its other threads
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         with self._starting:
             try:
@@ -184,7 +184,7 @@ class Team:
 
 @functools.cache
 def compiled(processor: Processor) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Compile ``team_module``; return its functions RUN_ALL and WORK, which release the GIL."""
+    """Compile ``team_module``. Return its functions RUN_ALL and WORK, which run without the GIL."""
     run_all_, work = processor.compile_all(team_module(), [RUN_ALL, WORK])
     arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     return ctypes.CFUNCTYPE(None, *arguments)(run_all_), ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
@@ -195,7 +195,7 @@ _making = threading.Lock()
 
 
 def the_team() -> Team:
-    """Return the team of this process, which is made at the first call."""
+    """Return the team of this process. The first call makes it."""
     global _team
     if _team is None:
         with _making:
@@ -206,7 +206,7 @@ def the_team() -> Team:
 
 
 def _forget() -> None:
-    """In a forked child, which has none of the threads, forget the team: the next kernel makes a new one."""
+    """Discard the team in a forked child, which has none of its threads. The next kernel makes a new team."""
     global _team, _making
     _team, _making = None, threading.Lock()
 

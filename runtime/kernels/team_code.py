@@ -1,4 +1,4 @@
-"""The compiled code of a team of threads, of its callers and its workers. ``team.py`` tells the protocol."""
+"""Emit the compiled code of a team of threads, for its callers and its workers. ``team.py`` describes the protocol."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from llvmlite import ir
 
 from .emitter import I32, I64, POINTER, Emitter, Value, new_module
 
-# Words (i64) of a team's memory. Words that several threads write are in cache lines of their own.
+# Numbers of the words (i64) in a team's memory. Words that several threads write are in cache lines of their own.
+# STATE: see below. BELL: goes up with each job; workers sleep on it. FINISHED: number of workers that have finished the
+# job. SLEEPERS: number of workers that sleep. BUSY: 1 while a job is in progress. CALLER_SLEEPS: 1 if the caller sleeps
+# on FINISHED.
 STATE, BELL, FINISHED, SLEEPERS, BUSY, CALLER_SLEEPS = 0, 8, 16, 24, 32, 40
 SPIN = 48  # nanoseconds for which a worker spins before it sleeps
 JOB, CONTEXT = 56, 57  # addresses of the function to run, and of its context
-STOPPED = 64  # 1: workers end
+STOPPED = 64  # 1 if workers must end
 WORKERS = 65  # number of workers
 SYSCALL, CLOCK = 66, 67  # addresses of two functions of the C library
 LINE, WORDS = 64, 72  # bytes of a cache line, all words
 
-# STATE: bits 0 to 14, workers that have joined; bit 15, job is open; bits 16 to 31, most workers; bits 32 to 63, number
+# Bits of STATE. 0 to 14: number of workers that have joined; 15: whether the job is open; 16 to 31: most workers that
+# may join; 32 to 63: number of the job
 JOINED, OPEN, MOST_SHIFT, NUMBER_SHIFT = 0x7FFF, 0x8000, 16, 32
 MOST_WORKERS = JOINED
 
 # A worker that sleeps takes some 50 us to wake. Python's code between two products takes less than that, so a worker
-# that spins is there in time; but beside a busy process it would use up its share of the core by spinning.
+# that spins is there in time. But if another process is busy on its core, a worker that spins long uses up its share.
 FIRST_SPIN, LONGEST_SPIN = 20_000, 200_000  # ns
 LONGER = 2_000  # ns by which workers spin longer after one had to be woken
 CALLER_SPIN = 50_000  # ns for which the caller spins before it sleeps
 
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine())  # number of the system call; None if it is not known
-WAIT, WAKE = 128, 129  # its operations, for memory of one process
-_MONOTONIC = 1  # a clock of clock_gettime
+WAIT, WAKE = 128, 129  # operations of futex, for memory of one process
+_MONOTONIC = 1  # number of a clock for clock_gettime
 _PAUSE = {"x86_64": "llvm.x86.sse2.pause"}
 # names of the compiled functions
 RUN, RUN_ALL, WORK = "moetier_team_run", "moetier_team_run_all", "moetier_team_work"
@@ -39,8 +43,8 @@ RUN, RUN_ALL, WORK = "moetier_team_run", "moetier_team_run_all", "moetier_team_w
 def team_module() -> ir.Module:
     """Emit ``RUN(team, function, context, workers)``, ``RUN_ALL(team, steps, count)`` and ``WORK(team)``.
 
-    RUN_ALL calls RUN for each step: the address of a function, of its context, and the most workers. WORK is what a
-    worker does until the team is stopped.
+    RUN_ALL calls RUN for each step. A step is three words: the address of a function, the address of its context, and
+    the most workers. Workers execute WORK until the team is stopped.
     """
     module = new_module()
     run = _TeamEmitter(module, RUN, [POINTER, I64, I64, I64])
@@ -81,7 +85,7 @@ class _TeamEmitter(Emitter):
         self.at.atomic_rmw("add", self.word(number), self.number(value), "seq_cst")
 
     def swap(self, number: int, old: Value, new: Value) -> Value:
-        """Emit a compare-and-swap of a word; return whether it was ``old``, and is ``new`` now."""
+        """Emit a compare-and-swap of a word. Return whether the word was ``old``, and so is ``new`` now."""
         return self.at.extract_value(self.at.cmpxchg(self.word(number), old, new, "seq_cst", "seq_cst"), 1)
 
     def call(self, function: Value, context: Value) -> None:

@@ -1,4 +1,4 @@
-"""The activation of an Experts module, found by a trial, as architectures write it in many ways."""
+"""Find the activation of an Experts module by a trial, because architectures write it in many ways."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from moetier.runtime.kernels.experts_code import FUNCTIONS, Activation
 
-_SCALES = (0.3, 3.0, 30.0, 300.0)  # of the numbers of a trial: an activation may change beyond some size
-_TRIED = (64, 64)  # rows and numbers of each
-_ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")  # names of attributes
-_QUICK_GELU = 1.702  # alpha with which x * sigmoid(alpha * x) stands for GELU
+_SCALES = (0.3, 3.0, 30.0, 300.0)  # scales of a trial's random numbers, as an activation may be limited to some size
+_TRIED = (64, 64)  # number of rows at each scale, and of numbers in each row
+_ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")  # attributes of modules that hold these values
+_QUICK_GELU = 1.702  # alpha with which x * sigmoid(alpha * x) approximates GELU
 
 
 def activation_of(module: Any) -> Activation | None:
-    """Return the activation that gives the same numbers as the module's own code on a trial; None if none does.
+    """Return the activation that gives the same results for random numbers as the module's own code; None if none does.
 
-    Returns None also if the module norms the outputs of its experts, as compiled code does not.
+    Returns None also if the module normalises the outputs of its experts, which compiled code can't do.
     """
     if getattr(module, "has_post_expert_norm", False):
         return None
@@ -29,7 +29,7 @@ def activation_of(module: Any) -> Activation | None:
     x = torch.cat([scale * numbers for scale in _SCALES])
     try:
         wanted = (module._apply_gate(x) if module.has_gate else module.act_fn(x)).float()
-    except Exception:  # it needs more than numbers: the module computes by itself
+    except Exception:  # the module's code needs more than these numbers
         return None
     for activation in _candidates(module):
         found = _apply(activation, x)
@@ -50,7 +50,7 @@ def _candidates(module: Any) -> list[Activation]:
 
 
 def _apply(activation: Activation, x: Tensor) -> Tensor:
-    """Apply an activation to x [rows, 2 * columns] -> [rows, columns]; without gates, [rows, columns] to itself."""
+    """Apply an activation to x: [rows, 2 * columns], or without gates [rows, columns] -> [rows, columns]."""
     if not activation.gated:
         return _function(activation, x)
     gate, up = (x[:, ::2], x[:, 1::2]) if activation.interleaved else x.chunk(2, -1)

@@ -53,7 +53,7 @@ class TieredBlock:
     device: torch.device  # device of the records
     # called once for each demand with the block and the experts
     demanded: Callable[[int, Collection[int]], None] | None = None
-    # by type of the hidden states: what computes the block in the quick way; None: it is computed in the exact way
+    # kernels for the quick way, by type of the hidden states; None: the block is computed in the exact way
     compiled: dict[torch.dtype, ExpertKernels | None] = field(default_factory=dict)
 
 
@@ -70,8 +70,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """Compute the forward pass of the Experts module ``self``.
 
     Experts are computed in the order in which they arrive. Their outputs are kept until they can be added up in a fixed
-    order, so that the result does not depend on that order. These are at most tokens * top_k * hidden numbers. Memory
-    budgets leave room for them up to 4096 tokens (``output_bytes``); a longer prefill takes more memory.
+    order, so that the result does not depend on the order of arrival. The outputs are at most tokens * top_k * hidden
+    numbers. Memory budgets leave room for those of 4096 tokens (``output_bytes``); a longer prefill takes more memory.
 
     Args:
         hidden_states: [tokens, hidden].
@@ -130,10 +130,10 @@ def groups(here: TieredBlock, experts: Collection[int]) -> Generator[list[Lease[
 
 
 def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return by expert, in ascending order, which tokens use it and at which position in their top-k.
+    """Return for each expert that is used, in ascending order, the tokens that use it and its positions in their top-k.
 
-    ``top_k_index`` is [tokens, top_k]. Both tensors of an expert are [rows of the expert]. Rows are in the order of the
-    eager forward pass, by position and then by token. Indices of ``experts`` or more are ignored; with expert
+    ``top_k_index`` is [tokens, top_k]. Both tensors of an expert are [n] if n tokens use it. They are in the order of
+    the eager forward pass, by position and then by token. Indices of ``experts`` or more are ignored; with expert
     parallelism they mean "computed elsewhere". Waits for the device once.
     """
     tokens = len(top_k_index)
@@ -150,10 +150,10 @@ def rows_of_experts(top_k_index: Tensor, experts: int) -> dict[int, tuple[Tensor
 
 
 def arithmetic(module: Any, hidden_states: Tensor, top_k_weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Return the types in which the architecture's eager forward pass multiplies, and adds up outputs.
+    """Return the types in which the architecture's eager forward pass multiplies, and in which it adds up outputs.
 
-    They are listed here because no flag of the module tells them. Only the types of ``hidden_states`` [tokens, hidden]
-    and ``top_k_weights`` [tokens, top_k] are used.
+    Exceptions are listed here because no flag of the module tells them. Only the types of ``hidden_states``
+    [tokens, hidden] and ``top_k_weights`` [tokens, top_k] are used.
     """
     match type(module).__name__:
         case "OpenAIPrivacyFilterExperts":
@@ -181,13 +181,13 @@ def _first(module: Any) -> str:
 
 
 def _activate(module: Any, inner: Tensor) -> Tensor:
-    """Apply the architecture's activation, with its own handling of gate and up, as ``_apply_gate`` differs."""
+    """Apply the module's own activation to ``inner``, the result of the first projection: [rows, *] -> [rows, *]."""
     out: Tensor = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     return out
 
 
 def _kernels_of(module: Any, here: TieredBlock, dtype: torch.dtype) -> ExpertKernels | None:
-    """Return what computes the block in the quick way, for hidden states of a type; None if nothing does."""
+    """Return the kernels for the quick way with hidden states of ``dtype``; None if only the exact way is possible."""
     if dtype not in here.compiled:
         found = None
         if isinstance(here.kernels, PackedKernels):
@@ -271,7 +271,7 @@ def _one_token(
         if (out := kernels.compute_found(x, weights, found, residents)) is not None:
             return out
         here.source.take_back_uses(here.block, experts)
-        here = replace(here, demanded=None)  # it was told
+        here = replace(here, demanded=None)  # it was called already
     outputs = torch.empty(len(experts), x.shape[1], dtype=x.dtype)
     with closing(groups(here, places)) as arriving:
         for leases in arriving:
@@ -279,7 +279,7 @@ def _one_token(
             at = array("q", [places[lease.key.expert] for lease in leases])
             kernels.compute(x, array("q", jobs), at, outputs)
             for lease in leases:
-                lease.holds()  # if it does not, the expert is leased and computed again
+                lease.holds()  # if a lease does not hold, its expert is leased and computed again
     return kernels.add_up(outputs, weights)
 
 
@@ -299,7 +299,7 @@ def _tokens(kernels: ExpertKernels, here: TieredBlock, x: Tensor, top_k_index: T
                 places = gathered * k + torch.cat([position for _, _, position in batch])
                 kernels.compute(x.index_select(0, gathered), jobs, array("q", places.tolist()), outputs)
             for lease in leases:
-                lease.holds()  # as above
+                lease.holds()  # as in ``_one_token``
     return kernels.add_up(outputs, weights)
 
 
@@ -324,11 +324,11 @@ def _batches(leases: Sequence[Lease[Tensor]], rows: dict[int, tuple[Tensor, Tens
 
 
 def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
-    """Return ``out``, with a backward pass that raises ConfigError. It was computed from ``inputs`` without gradients.
+    """Return ``out``, computed from ``inputs`` without gradients, with a backward pass that raises ConfigError.
 
     Without this, gradients would silently be None. Gradients are not just switched off for the trunk's parameters,
-    because then torch multiplies in another order, and the model would no longer have the same bits as the original.
-    All tensors may have any shape, such as [tokens, hidden].
+    because then torch would multiply in another order, and the results would no longer have the same bits as the
+    original model's. All tensors may have any shape, such as [tokens, hidden].
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return cast("Tensor", _NoGradient.apply(out, *inputs))  # type: ignore[no-untyped-call, unused-ignore]

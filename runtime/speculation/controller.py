@@ -26,11 +26,11 @@ class Mode(Enum):
 
 @dataclass(slots=True)
 class Controller:
-    """Turns speculation on and off. ``is_on`` applies to the next step, and ``step`` reports the result of a step.
+    """Turn speculation on and off. ``is_on`` applies to the next step; ``step`` takes the duration of each step.
 
     A step decodes one token. A *trial* alternates windows of steps with and without speculation, in the order on, off,
-    off, on, so that a drift affects both kinds equally. Its verdict is for the kind with the smaller mean time. It
-    holds for a number of steps, which doubles each time that the next trial has the same verdict.
+    off, on, so that a drift affects both kinds equally. The trial's verdict is the kind with the smaller mean time. A
+    verdict holds for a number of steps, which doubles each time that the next trial has the same verdict.
     """
 
     mode: Mode
@@ -41,8 +41,8 @@ class Controller:
     _window: list[float] = field(init=False, default_factory=list)  # durations of the present window's steps in seconds
     _means: dict[bool, list[float]] = field(init=False)  # mean step of each window of the trial, with and without
     _left: int = field(init=False, default=0)  # steps for which the verdict still holds; 0 during a trial
-    _held: int = field(init=False, default=0)  # steps for which the latest verdict holds in all
-    _verdict: bool | None = field(init=False, default=None)
+    _held: int = field(init=False, default=0)  # all steps for which the latest verdict holds, from its trial on
+    _verdict: bool | None = field(init=False, default=None)  # whether speculation pays; None before the first verdict
 
     def __post_init__(self) -> None:
         self._begin_trial()
@@ -96,7 +96,7 @@ class Controller:
 
 
 def _typical(steps: list[float]) -> float:
-    """Return the mean duration of steps, without outliers, during which other processes ran.
+    """Return the mean duration of steps, leaving out those that other processes have probably delayed.
 
     A mean is used rather than a median, because speculation avoids waits that are long but rare.
     """

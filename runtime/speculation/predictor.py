@@ -19,11 +19,11 @@ from moetier.runtime.kernels.row import Scores
 from moetier.runtime.moe.gates import Gate, Gates
 
 TRIED_ROWS = 64  # number of random states with which a shortcut is compared with its gate
-AGREE = 0.95  # share of them that must agree; not all can, as rounding decides between experts with nearly equal scores
+AGREE = 0.95  # share of states that must agree; not all can, as rounding decides between nearly equal scores
 
 
 class Prediction(NamedTuple):
-    """Experts predicted for one block, best first. Of several tokens, the best of each come before the second best."""
+    """Experts predicted for a block, best first. With several tokens, the best of each come before the second best."""
 
     likely: list[int]  # for each token, as many as the gate chooses
     near: list[int]  # the next best experts
@@ -62,7 +62,7 @@ class Shortcuts:
         return shortcut.rank(hidden) if shortcut is not None else ask(self.gates.blocks[block], hidden)
 
     def predict(self, block: int, hidden: Tensor) -> Prediction:
-        """Return ``rank(...).prediction()``. This is faster for a single token, such as [1, 1, hidden], on a CPU."""
+        """Return ``rank(...).prediction()``, in less time for a single token, such as [1, 1, hidden], on a CPU."""
         shortcut = self._of[block]
         if shortcut is not None and hidden.numel() == hidden.shape[-1]:
             return shortcut.predict(hidden)
@@ -148,7 +148,7 @@ def shortcut_of(gate: Gate) -> Shortcut | None:
 
 
 def _scales(norm: nn.Module | None) -> Iterator[Tensor | float]:
-    """Yield the factors by which the norm may multiply the state. Which is right depends on the norm's class."""
+    """Yield the factors by which the norm may multiply the state. The right one depends on the norm's class."""
     weight = getattr(norm, "weight", None)
     if norm is None:
         yield 1.0

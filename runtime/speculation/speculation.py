@@ -43,7 +43,7 @@ class SpeculationStats:
     steps_off: int  # steps without speculation
     guesses: tuple[int, ...]  # number of predicted experts
     right: tuple[int, ...]  # number of predicted experts that were demanded
-    seconds: float  # time of the caller that predicting, requesting and judging took
+    seconds: float  # the caller's time for predictions, requests and judgements
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields, by name."""
@@ -51,14 +51,14 @@ class SpeculationStats:
 
 
 class Admission:
-    """Requests prefetches of the predicted experts that ``source`` lacks.
+    """Request prefetches of the predicted experts that ``source`` lacks.
 
-    A request also has the predicted and next best experts that are READY, because no prefetch evicts a requested
+    A request also names the predicted and next best experts that are READY, because no prefetch evicts a requested
     record. The next best experts are included because many wrong predictions are nearly right.
     """
 
     def __init__(self, source: ExpertSource[Any], experts: Sequence[int], *, most: int | None = None) -> None:
-        """Request from ``source``.
+        """Make an object that requests prefetches from ``source``.
 
         ``experts`` is the number of experts of each block. ``most`` is the largest number of absent records in a
         request; None for any number.
@@ -95,9 +95,9 @@ class _Asked(NamedTuple):
 
 
 class Speculation:
-    """Predicts and prefetches experts during a model's forward passes, between ``attach`` and ``detach``.
+    """Predict and prefetch experts during a model's forward passes, between ``attach`` and ``detach``.
 
-    It changes only the time that a token takes, not the result.
+    Speculation changes only the time that a token takes, not the result.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class Speculation:
             for gate in gates.blocks
         }
         self._first = gates.first
-        self._entered: Tensor | None = None  # hidden state at the present block's entry, until it was used
+        self._entered: Tensor | None = None  # hidden state at the present block's entry, until it is used
         self._pending: list[_Asked] = []  # rankings that are to be read after the present block's demand
         # by block, until the block's demand: for each prediction, how many layers it looked ahead, and the experts
         self._predicted: dict[int, list[tuple[int, list[int]]]] = {}
-        self._judged: deque[float] = deque(maxlen=JUDGED)  # by prediction: share of experts that was right
+        self._judged: deque[float] = deque(maxlen=JUDGED)  # share of experts that was right, by prediction
         self._is_poor = False  # the latest predictions were too often wrong
         self._began = 0.0  # time at which the present step began; 0 if it is not timed
         self._rows = 0  # number of tokens of the present step
@@ -212,7 +212,7 @@ class Speculation:
             self._observation = None
 
     def _at_entry(self, block: int, hidden: Tensor) -> None:
-        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # not of another model part or thread
+        is_of_step = self._is_predicting and _tokens(hidden) == self._rows  # else of another model part or thread
         self._entered = hidden if is_of_step else None
         if hidden.device.type != "cpu":
             began = time.perf_counter()
@@ -220,7 +220,7 @@ class Speculation:
             self._seconds += time.perf_counter() - began
 
     def _at_layer(self, block: int, hidden: Tensor) -> None:
-        """Predict the block of the layer that begins. Only on a CPU, as this would have to wait for a GPU."""
+        """Predict the block of the layer that begins, if it runs on a CPU. For a GPU, this would have to wait."""
         if self._is_predicting and hidden.device.type == "cpu" and block in self._admission.requested:
             began = time.perf_counter()
             self._predict(block, 0, hidden)
@@ -242,7 +242,7 @@ class Speculation:
         self._pending.clear()
         self._predicted.clear()
         if not self._is_predicting:
-            self._admission.requested.clear()  # their demands may never come
+            self._admission.requested.clear()  # demands of these blocks may never come
 
     # -- predictions --------------------------------------------------------------------------------------------------
 

@@ -132,16 +132,18 @@ class Arena:
         return self.whole(slot)[:-CHECKSUM_BYTES]
 
     def residents(self, block: int, array: str) -> Residents | None:
-        """Return where compiled code finds the records of a block. ``array`` is the zarr array of its records.
+        """Return where compiled code finds the records of a block. ``array`` names the zarr array that they belong to.
 
-        The memory stays mapped as long as the result is referenced. Returns None on processors on which other threads
-        may see the directory's words change in another order (see ``Directory``). Raises ClosedError.
+        The memory stays mapped as long as the result is referenced. Returns None on processors on which a thread may
+        see the directory's words change in another order than they were written in (see ``arena/directory.py``).
+
+        Raises ClosedError.
         """
         if self._mapping is None:
             raise ClosedError("The arena was closed.", "Open the tier again.")
         if platform.machine() != "x86_64":
             return None
-        import numpy as np  # late, as most arenas are opened by processes that do not compute
+        import numpy as np  # not at the top: most processes that open arenas do not compute
 
         memory = np.frombuffer(self._mapping, np.uint8)
         start, plan = int(memory.__array_interface__["data"][0]), self.plan

@@ -17,7 +17,7 @@ from moetier.tiers.stats import TierStats
 
 
 class SlotViews:
-    """Tensors over the host's slots. Each is made only once, so that a decode step allocates nothing."""
+    """Tensors over the host tier's slots. Each is made only once, so that a decode step allocates nothing."""
 
     def __init__(
         self,
@@ -56,19 +56,19 @@ class SlotViews:
             return torch.frombuffer(record, dtype=torch.uint8)
 
     def _drop(self, replaced: object) -> None:
-        """Drop all views of memory that the host has replaced, as a single view would keep all of it."""
+        """Release all views of memory that the host has replaced, as a single view would keep all of it mapped."""
         self._views = {slot: known for slot, known in self._views.items() if known[0].obj is not replaced}
         self._memories = [memory for memory in self._memories if memory is not replaced]
         self._retire(replaced)
 
     def clear(self) -> None:
-        """Drop all views."""
+        """Release all views."""
         self._views.clear()  # without the lock, which may never be released in a forked child
         self._memories.clear()
 
 
 class HostViews:
-    """The device tier of a CPU: views of the host's records. Nothing is copied or cached."""
+    """The device tier of a CPU: it gives views of the host tier's records, and copies and caches nothing."""
 
     def __init__(self, source: ExpertSource[memoryview]) -> None:
         self._source = source
@@ -85,16 +85,16 @@ class HostViews:
                 yield Lease(lease.key, self._views.of(lease), lease.slot, lease.proof, lease.more)
 
     def residents(self, block: int) -> Residents | None:
-        """Return where the source's records are."""
+        """Return where compiled code finds the block's records in the source's memory, or None if it can't."""
         self._check_open()
         return self._source.residents(block)
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Note uses of the source's records."""
+        """Tell the source that a demand is about to be met with its records, without leases."""
         self._source.note_uses(block, experts)
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Take back uses of the source's records."""
+        """Take back the hits of ``note_uses`` in the source: records were replaced before they were used."""
         self._source.take_back_uses(block, experts)
 
     def reclaim(self) -> None:
@@ -115,7 +115,7 @@ class HostViews:
         return self._source.stats()
 
     def close(self) -> None:
-        """Drop the views. The source stays open. Idempotent."""
+        """Release the views. The source stays open. Idempotent."""
         self._closed = True
         self._views.clear()
 

@@ -22,7 +22,7 @@ class Pool(SlotPool):
         self, groups: Sequence[Group], make_policy: Callable[[int], Policy], *, first: int, slot_bytes: int
     ) -> None:
         super().__init__(groups, make_policy, first=first, slot_bytes=slot_bytes)
-        self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, first come first
+        self.starved: deque[Demand] = deque()  # demands that hold nothing and wait for a slot, in order of arrival
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +34,7 @@ class Load:
     slot: int
     is_prefetch: bool  # begun for a prefetch request or for the warm-up, not for a demand
     is_warmup: bool  # begun for the warm-up
-    is_taken: bool  # a loader reads the record; true at once for a prefetch, as the loader that will read it begins it
+    is_taken: bool  # a loader reads the record; true at once for a prefetch, which is begun by the loader that reads it
     has_yielded: bool = False  # the read was paused while records were read for demands
     waiters: list[Demand] = field(default_factory=list)  # demands that wait for the record
 
@@ -61,7 +61,7 @@ Event = Granted | Failed
 
 
 class AsyncCaller:
-    """A caller that does not sleep until its records are available, but gets events.
+    """A caller that gets events instead of sleeping until its records are available.
 
     ``deliver`` is called with each event, in any thread and with the tier's lock held. It must not wait and must not
     call the tier. The caller holds at most ``leases`` slots at a time, slots that are still being filled included.
@@ -88,7 +88,7 @@ class AsyncCaller:
 class Demand:
     """One call of acquire. Each key is in one of ``pending``, ``loads``, ``ready`` or ``held``, or its lease has ended.
 
-    It has no base class in common with the device tier's ``DeviceDemand``, as the two have little in common: that one
+    The class shares no base with the device tier's ``DeviceDemand``, as the two have little in common: a DeviceDemand
     copies one record at a time in the caller's own thread, and never waits for a read.
     """
 
@@ -100,8 +100,8 @@ class Demand:
     patience: float = 0.0  # seconds after which an asynchronous demand that holds nothing fails
     is_scan: bool = False  # the demand is for more records than its block can keep
     pending: dict[ExpertKey, None] = field(default_factory=dict)  # keys that have no slot yet
-    loads: list[Load] = field(default_factory=list)  # loads that it waits for; it has claims on their slots
-    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for it, but not leased yet
+    loads: list[Load] = field(default_factory=list)  # loads that the demand waits for; it has claims on their slots
+    ready: deque[int] = field(default_factory=deque)  # slots that are pinned for the demand, but not leased yet
     residents: int = 0  # how many slots in ``ready`` were READY when the demand came
     held: dict[int, None] = field(default_factory=dict)  # slots that are pinned and leased
     error: BaseException | None = None  # the error of a failed load

@@ -39,7 +39,7 @@ from .waiting import Waiting
 
 
 class Ledger:
-    """All demands and their slots. ``waiting`` has the demands that wait for slots, ``loads`` has the loads.
+    """All demands and their slots. ``waiting`` has the demands that wait for slots, ``loads`` the loads in progress.
 
     Args:
         wake: wakes sleeping callers, and causes ``serve`` to be called soon.
@@ -233,7 +233,7 @@ class Ledger:
             self.loads.ring_for_prefetches()
 
     def used_above(self, keys: Sequence[ExpertKey]) -> None:
-        """Count uses of records that demands found in the tier above."""
+        """Count uses of records that demands have found in the tier above."""
         self.prefetches.use(keys)
         self._count(keys)
 
@@ -247,18 +247,18 @@ class Ledger:
             self.prefetches.use((key,))
 
     def use_found(self, block: int, experts: Sequence[int]) -> None:
-        """Count a demand of this process that has found all its records in the directory, as ``look`` counts hits."""
+        """Count a demand of this process that has found all its records in the directory: as hits, like ``look``."""
         pool = self.pool_of[block]
         keys = [ExpertKey(block, expert) for expert in dict.fromkeys(experts)]
         self.prefetches.request(pool, block, (), None)
         self._count(keys)
         self.counters.hits += len(keys)
-        here = [key for key in keys if pool.holds(key)]  # others were evicted since
+        here = [key for key in keys if pool.holds(key)]  # the other records were evicted after they were found
         self.prefetches.use(here)
         pool.touch(reversed(here), scan=len(keys) > pool.quota(block))
 
     def take_back(self, experts: Sequence[int]) -> None:
-        """Take back hits that ``use_found`` counted: the records were replaced before they were used."""
+        """Count the hits of a ``use_found`` as discarded: records were replaced before they were used."""
         count = len(set(experts))
         self.counters.hits -= count
         self.counters.discarded += count
@@ -276,7 +276,7 @@ class Ledger:
     # -- asynchronous callers -----------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Advance all asynchronous demands that can go on, as the thread of another caller advances its own demand.
+        """Advance all asynchronous demands that can go on; other demands are advanced by their callers' threads.
 
         This must be called after each ``wake``.
         """
@@ -327,7 +327,7 @@ class Ledger:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def _advance(self, demand: Demand) -> list[ExpertKey]:
-        """Serve pending keys as ``advance`` does. Return those that are served, which the caller has to touch."""
+        """Serve pending keys as ``advance`` does. Return the keys that were served; the caller has to touch them."""
         pool, found = demand.pool, list[ExpertKey]()
         caller = demand.async_caller
         full = False  # no slot is available for a new load
@@ -374,7 +374,7 @@ class Ledger:
         return choose() if slot is None else slot
 
     def _detach(self, demand: Demand, slots: Sequence[int]) -> None:
-        """Unpin slots that a demand no longer holds or claims, and let others use them."""
+        """Unpin slots that a demand no longer holds or claims, and let other demands use them."""
         pool = demand.pool
         freed = [slot for slot in slots if not pool.unpin(slot)]
         if freed and pool.starved:
@@ -388,7 +388,7 @@ class Ledger:
         """Make the whole state consistent after an exception has interrupted a step anywhere.
 
         Leases and loads in progress stay. So do cached records, except those of slots whose state is not certain.
-        Prefetch requests are dropped.
+        Prefetch requests are removed.
         """
         self.loads.repair(self._demands)
         for pool in self.pools.values():

@@ -1,8 +1,8 @@
 """Loads: records that are being read into slots, and which of them a loader reads next.
 
-This is a part of the ledger: callers hold the tier's lock, and there is no I/O here. Demands are served first. Records
-are read for prefetch requests, and after those for the warm-up, only while none is read for a demand. A load ends in
-``arrive``, ``fail`` or ``go_on``, or in ``leave`` before a loader has taken it.
+This is a part of the ledger: callers hold the tier's lock, and there is no I/O here. Demands are served first. Only
+while no record is read for a demand, records are read for prefetch requests and, after those, for the warm-up. A load
+ends in ``arrive``, ``fail`` or ``go_on``, or in ``leave`` before a loader has taken it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class FairQueue:
         """Queue a load for a caller. Several callers may queue the same load."""
         queue = self._queues.get(caller)
         if queue is None:
-            # Remove callers with empty queues that were served before all callers that wait: when they come back they
-            # are first in any case. Other callers keep their place, or they would overtake those that wait each time.
+            # Remove callers with empty queues if they were served before all callers that wait: when they come back,
+            # they are first in any case. Keep the place of other callers with empty queues: without it, they would
+            # overtake the callers that wait each time they come back.
             while self._queues and not next(iter(self._queues.values())):
                 self._queues.popitem(last=False)
             queue = self._queues[caller] = deque()
@@ -118,7 +119,7 @@ class Loads:
         return load
 
     def join(self, demand: Demand, key: ExpertKey) -> None:
-        """Let a demand wait for a load that has begun. The demand has a claim on its slot."""
+        """Let a demand wait for the load of ``key``, which has begun. The demand has a claim on the load's slot."""
         load = self._loads[key]
         if load.is_prefetch:
             self._prefetches.use((key,))
@@ -175,7 +176,7 @@ class Loads:
         return is_wanted
 
     def _begin_prefetch(self) -> Load | None:
-        """Begin a load for a prefetch; None if there is nothing to read, or something is read for a demand."""
+        """Begin a load for a prefetch and return it; None if no record is to be read, or one is read for a demand."""
         if self._is_for_demands or self._prefetching >= self._most_prefetches:
             return None
         if (place := self._prefetches.next_place()) is None:
@@ -202,7 +203,7 @@ class Loads:
     # -- loaders ------------------------------------------------------------------------------------------------------
 
     def next_read(self) -> Load | None:
-        """Return what a loader reads next; None if there is nothing to read now."""
+        """Return the load whose record a loader reads next; None if there is nothing to read now."""
         return self._queue.pop() or self._begin_prefetch()
 
     def arrive(self, load: Load, seconds: float | None = None) -> None:
@@ -217,7 +218,7 @@ class Loads:
         if load.is_prefetch:
             self._prefetches.outcomes.arrive(load.key)
         for demand in load.waiters:
-            demand.ready.append(load.slot)  # first, as an exception here must not leave it in neither list
+            demand.ready.append(load.slot)  # before ``remove``: if an exception comes here, it is in one of the lists
             demand.loads.remove(load)
             if demand.async_caller is not None:
                 self._waiting.recheck(demand)
@@ -262,7 +263,7 @@ class Loads:
     def repair(self, demands: Collection[Demand]) -> None:
         """Make the loads agree with ``demands`` after an interrupted step.
 
-        Loads stay that a loader reads or a demand waits for.
+        Loads that a loader reads or that a demand waits for stay. Others are removed.
         """
         self._prefetches.repair()
         for demand in demands:

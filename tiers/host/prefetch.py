@@ -49,7 +49,7 @@ class PrefetchQueue:
 
     @property
     def unbegun(self) -> int:
-        """Number of reads that have not begun."""
+        """Number of requested reads and reads for the warm-up that have not begun."""
         requests = [request for blocks in self._requests.values() for request in blocks.values()]
         return sum([len(request.unbegun) for request in requests]) + len(self.warmup)
 
@@ -75,7 +75,7 @@ class PrefetchQueue:
         self._counters.cancelled += sum([len(request.unbegun) for request in requests])
 
     def repair(self) -> None:
-        """Drop all requests, after an interrupted step."""
+        """Remove all requests, after an interrupted step."""
         self._requests.clear()
 
     def next_place(self) -> Place | None:
@@ -93,7 +93,7 @@ class PrefetchQueue:
         for caller, pool, key in self._take_requests():
             if pool.find(key) is None:
                 if (slot := self._slot_for(pool, key)) is not None:
-                    self._requests[caller] = self._requests.pop(caller)  # other callers are served before it
+                    self._requests[caller] = self._requests.pop(caller)  # other callers are served before this one
                     self._counters.prefetched += 1
                     return Place(pool, key, slot, is_warmup=False)
                 self._counters.cancelled += 1
@@ -125,7 +125,7 @@ class PrefetchQueue:
     # -- outcomes -----------------------------------------------------------------------------------------------------
 
     def fail(self, key: ExpertKey) -> None:
-        """Note that the record will not arrive."""
+        """Note that the record will not arrive, as its read has failed or was cancelled."""
         self.warmed.discard(key)
         self.outcomes.began.pop(key, None)
 
@@ -140,12 +140,12 @@ class PrefetchQueue:
                 self.outcomes.use(key)
 
     def evict(self, key: ExpertKey) -> None:
-        """Note that the record is evicted here. If the tier above has borrowed it, it may still be used there."""
+        """Note that a record is evicted from this tier. If the tier above borrowed it, it may still be used there."""
         if key not in self.lent:
             self.lose(key)
 
     def lose(self, key: ExpertKey) -> None:
-        """Note that the record is neither here nor in the tier above any more."""
+        """Note that a record is neither in this tier nor in the tier above any more."""
         self.lent.discard(key)
         self.warmed.discard(key)
         self.outcomes.evict(key)

@@ -33,7 +33,7 @@ HANDOVER = 1e-5  # seconds to sleep so that a loader can take the GIL and begin 
 
 
 class HostTier(Closeable):
-    """The tier in host memory: a Lender that caches the records of a RecordReader, ``store``. It does not close it.
+    """The tier in host memory: a Lender that caches the records of ``store``, a RecordReader, which it does not close.
 
     A thread that iterates over ``acquire`` must not call it again inside the loop: with the smallest budget the inner
     call would wait for slots that the outer one holds.
@@ -127,11 +127,11 @@ class HostTier(Closeable):
         return self._residents[block]
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Note uses, as ``ExpertSource`` specifies. They are counted when the next step begins."""
+        """Count a demand, as ``ExpertSource`` specifies. It is counted when the monitor's next step begins."""
         self._monitor.defer(partial(self._ledger.use_found, block, experts))
 
     def take_back_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Take back uses, as ``ExpertSource`` specifies."""
+        """Count the hits of a ``note_uses`` as discarded, as ``ExpertSource`` specifies."""
         self._monitor.defer(partial(self._ledger.take_back, experts))
 
     @step
@@ -174,7 +174,7 @@ class HostTier(Closeable):
 
     @step
     def used(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses in the tier above, as ``Lender`` specifies. ``uses`` counts them too."""
+        """Note uses in the tier above, as ``Lender`` specifies. They are part of what ``uses`` returns."""
         self._ledger.used_above(keys)
 
     @step
@@ -188,7 +188,10 @@ class HostTier(Closeable):
         return [expert for expert in range(experts) if find(ExpertKey(block, expert)) is not None]
 
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Return absent keys, as ``ExpertSource`` specifies. Takes no lock, so the answer may be outdated at once."""
+        """Return the absent keys, as ``ExpertSource`` specifies.
+
+        No lock is taken, so the result may be outdated at once.
+        """
         self._monitor.fork_guard.check()
         pool_of = self._ledger.pool_of
         return [key for key in keys if not pool_of[key.block].holds(key)]
@@ -309,7 +312,7 @@ class HostTier(Closeable):
     def _wake(self) -> None:
         self._monitor.wake()
         if self._timekeeper.runs:
-            self._monitor.post(self._ledger.serve)  # is run as a step by the thread that holds the lock now
+            self._monitor.post(self._ledger.serve)  # the thread that holds the lock now runs it as a step
 
     def _check_open(self) -> None:
         self._monitor.fork_guard.check()

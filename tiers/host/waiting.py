@@ -1,4 +1,4 @@
-"""Waiting: the demands that wait for slots, and the asynchronous ones that are to be served.
+"""Queues of the ledger: demands that wait for slots, and asynchronous demands that are to be served.
 
 Callers hold the host tier's lock.
 """
@@ -14,7 +14,7 @@ from .demands import Demand, Pool
 
 
 class Waiting:
-    """The demands that wait: those without a slot, by pool, and the asynchronous ones that are to be served.
+    """Queues of demands: of those that lack a slot, one for each pool; and of asynchronous ones that are to be served.
 
     ``wake`` wakes sleeping callers and makes the tier serve asynchronous demands soon. ``ring`` wakes a loader.
     ``watch`` tells the thread that calls ``expire`` that there is a new deadline.
@@ -33,7 +33,7 @@ class Waiting:
         self._watch = watch
         self._clock = clock
         self._rechecks: dict[Demand, None] = {}  # asynchronous demands that may be able to go on
-        self._deadlines: dict[Demand, float] = {}  # when asynchronous demands that have no slot will fail
+        self._deadlines: dict[Demand, float] = {}  # time at which each asynchronous demand without a slot fails
 
     # -- starved demands ----------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ class Waiting:
             starved.append(demand)
 
     def feed(self, demand: Demand) -> None:
-        """Remove a demand from the queue of starved demands, if it is in it."""
+        """Remove a demand from its pool's queue of starved demands, if it is there."""
         starved = demand.pool.starved
         if demand in starved:
             starved.remove(demand)
@@ -73,7 +73,7 @@ class Waiting:
         caller = demand.async_caller
         if caller is not None:
             self._deadlines.pop(demand, None)
-            if caller.is_full:  # its starved demands may not take slots, and must not keep others waiting
+            if caller.is_full:  # the caller's starved demands may not take slots, and must not keep others waiting
                 for other in caller.demands.values():
                     self.feed(other)
 
@@ -99,7 +99,7 @@ class Waiting:
         return min(self._deadlines.values(), default=None)
 
     def remove(self, demand: Demand) -> None:
-        """Remove a demand that has ended."""
+        """Remove a demand that has ended from all queues."""
         if demand.pool.starved:
             self.feed(demand)
         if demand.async_caller is not None:

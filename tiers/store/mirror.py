@@ -1,8 +1,8 @@
-"""Mirrors: complete copies of a store's records on other disks, which are read from at the same time.
+"""Mirrors: complete copies of a store's records on other disks, which are read at the same time as the store itself.
 
 The file MIRRORS beside the store lists the copies' folders. Each record is read in two parts, from the two disks that
-finish soonest by their rates of late. Each copy is enough if the others fail. ``open_store`` opens a store with its
-mirrors, or one that has none.
+should finish soonest, judging by their recent rates. If all other copies fail, one is enough. ``open_store`` opens a
+store with its mirrors, or one that has none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .reader import ExpertStore, Read, as_bytes, read_in_steps, run_reads
 LEAST_BYTES = 256 << 10  # least part of a record that is worth a read of its own
 MEMORY = 1.0  # seconds of reading over which a disk's rate is averaged
 FAILURES = 3  # failures in a row after which a copy is set aside
-REST = 60.0  # seconds for which it is set aside
+REST = 60.0  # seconds for which such a copy is set aside
 STALE = 10.0  # seconds without a read after which a disk's rate is measured again
 
 _log = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ def read_mirrors(directory: Path) -> list[Path]:
 
 
 def open_mirror(folder: Path, digest: str, *, readers: int = 4) -> ExpertStore:
-    """Open the mirror of a store that has this digest. The errors of bad shards are in its ``faults``.
+    """Open the mirror in ``folder`` of the store with ``digest``. The result's ``faults`` has the errors of bad shards.
 
-    Raises StoreError if it is missing, incomplete, or the copy of another store.
+    Raises StoreError if the mirror is missing, incomplete, or the copy of another store.
     """
     if (found := read_manifest(store_folder(folder)).digest) != digest:
         raise StoreFormatError(
@@ -63,8 +63,8 @@ def open_mirror(folder: Path, digest: str, *, readers: int = 4) -> ExpertStore:
 def open_store(folder: Path) -> ExpertStore | MirroredStore:
     """Open a model directory or its ``experts.zarr``, with its mirrors.
 
-    Mirrors that can't be used are named in the log. If there are others, a shard that is bad in one copy is read from
-    another. Otherwise this is ``ExpertStore.open``, and raises the same errors.
+    Mirrors that can't be used are named in the log. If any mirror can be used, a shard that is bad in one copy is read
+    from another. If there is none, this does the same as ``ExpertStore.open``, and raises the same errors.
     """
     directory = store_folder(folder).parent
     try:
@@ -92,7 +92,7 @@ def open_store(folder: Path) -> ExpertStore | MirroredStore:
 
 
 def _check(store: ExpertStore) -> None:
-    """Check the digest of an older store. Log what is bad of a store that was opened although it may be damaged."""
+    """Log each bad shard of a store that was opened with ``damaged``. If there is none, check the digest."""
     for _, fault in sorted(store.faults.items()):
         _log.warning("%s Another copy is read.", fault.cause)
     if not store.faults:
@@ -122,11 +122,11 @@ class MirroredStore(Closeable):
         self._copies[0].store.on_fault(watcher)
 
     def on_recovery(self, watcher: Callable[[], None]) -> None:
-        """Register ``watcher``, which is called in any thread after a read that one copy failed and another did."""
+        """Register ``watcher``. It is called in any thread after each record that one copy failed and another gave."""
         self._watchers.append(watcher)
 
     def read_into(self, key: ExpertKey, buffer: memoryview, pause: Callable[[], bool] | None = None) -> None:
-        """Read a record, as ``RecordReader`` specifies. After an error, the whole is read from one copy.
+        """Read a record, as ``RecordReader`` specifies. After an error, the whole record is read from a single copy.
 
         Raises the same errors as ``ExpertStore.read_into``.
         """
@@ -158,7 +158,7 @@ class MirroredStore(Closeable):
         piece: int,
         crc: int,
     ) -> int:
-        """Read a part of a record, as a ``Fill`` for ``read_in_steps``. Adds the copies that are read to ``used``."""
+        """Read a part of a record, as a ``Fill`` for ``read_in_steps``. Add the copies that are read to ``used``."""
         shares = self._share(key, len(part))
         used.update(copy for copy, _ in shares)
         reads, first = [], 0
@@ -176,10 +176,12 @@ class MirroredStore(Closeable):
                     copy.queued -= length
 
     def _share(self, key: ExpertKey, length: int) -> list[tuple[_Copy, int]]:
-        """Divide ``length`` bytes between the two copies that finish soonest, so that both finish at the same time.
+        """Divide ``length`` bytes between two copies so that both finish at the same time.
 
-        If one would get less than LEAST_BYTES, the other one gets all. But a copy that was not read for long gets that
-        much, so that its rate is known.
+        Return each copy and its number of bytes. The copies are the two that would finish soonest. If the second of
+        them would get less than LEAST_BYTES, the first gets all, as so little is not worth a read. But a copy that was
+        not read for STALE seconds takes the place of the second, and gets at least LEAST_BYTES (or all if ``length`` is
+        less). So its rate is measured again.
         """
         with self._lock:
             now = time.monotonic()
@@ -201,7 +203,7 @@ class MirroredStore(Closeable):
             return shares
 
     def _read(self, copy: _Copy, key: ExpertKey, start: int, part: memoryview) -> None:
-        """Read ``part`` from one copy, and note how long it took or that it failed."""
+        """Read ``part`` from one copy, and note how long the read took or that it failed."""
         try:
             shard, record = copy.store.locate(key)
             with self._lock:
@@ -228,7 +230,7 @@ class MirroredStore(Closeable):
     ) -> None:
         """Read a record from one copy after another until one succeeds. Raises the last error if none does.
 
-        ``error`` is that of a read from the copies ``used``.
+        ``error`` was raised by the read of the record from the copies ``used``.
         """
         now, failed, last = time.monotonic(), [], error
         with self._lock:
@@ -242,7 +244,7 @@ class MirroredStore(Closeable):
                 last = again
                 continue
             cause = (last if failed else error).cause
-            if isinstance(error, ChecksumError):  # of a record of which each copy gave a part
+            if isinstance(error, ChecksumError):  # this copy is good, so the part of another one was wrong
                 for other in {*used} - {copy, *failed}:
                     self._fail(other, key, error)
                     cause = f"{key}: checksum mismatch in {other.store.path(key.block)}."
@@ -253,7 +255,7 @@ class MirroredStore(Closeable):
         raise last
 
     def _fail(self, copy: _Copy, key: ExpertKey, error: StoreError) -> None:
-        """Note that a copy failed a read. After several failures in a row it is set aside for a while."""
+        """Note that a copy failed a read. After FAILURES failures in a row, set the copy aside for REST seconds."""
         with self._lock:
             if isinstance(error, ChecksumError):
                 copy.damaged.add(key)
@@ -267,25 +269,26 @@ class MirroredStore(Closeable):
 
 
 class _Copy:
-    """One copy of the records: the rate of its disk of late, and the bytes that it still has to read."""
+    """One copy of the records, the recent rate of its disk, and the number of bytes still to be read from it."""
 
     def __init__(self, store: ExpertStore) -> None:
         self.store = store
         self.queued = 0  # bytes of parts that are not read yet
         self.damaged: set[ExpertKey] = set()  # records with a wrong checksum
-        self.failures = 0  # since its last good read
-        self.rests_until = 0.0  # time before which it is set aside
-        self._bytes, self._seconds = 1e6, 1e-3  # read of late, and the time for it; a first guess with little weight
-        self._reading = 0  # reads under way
-        self._since = 0.0  # when the last of them ended, or the first began
+        self.failures = 0  # failed reads since the last good one
+        self.rests_until = 0.0  # time until which the copy is set aside
+        # bytes that were read recently, and the seconds that it took; they begin with a guess of little weight
+        self._bytes, self._seconds = 1e6, 1e-3
+        self._reading = 0  # number of reads in progress
+        self._since = 0.0  # when the latest read ended or, if that is later, the first of those in progress began
 
     @property
     def rate(self) -> float:
-        """Bytes a second."""
+        """Recent rate of the disk, in bytes per second."""
         return self._bytes / self._seconds
 
     def seconds(self, length: int) -> float:
-        """Return the time after which ``length`` more bytes would be read."""
+        """Return the seconds until the queued bytes and ``length`` more would be read."""
         return (self.queued + length) / self.rate
 
     def begin(self, now: float) -> None:
@@ -303,9 +306,9 @@ class _Copy:
         self._reading -= 1
 
     def is_stale(self, now: float) -> bool:
-        """Return whether its rate may have changed since it was last read."""
+        """Return whether the copy was not read for so long that its rate may have changed."""
         return not self._reading and now - self._since > STALE
 
     def may_read(self, key: ExpertKey, now: float) -> bool:
-        """Return whether a record may be read from this copy while another one has it too."""
+        """Return whether a record should be read from this copy if another copy has it too."""
         return now >= self.rests_until and key not in self.damaged and key.block not in self.store.faults

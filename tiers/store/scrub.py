@@ -35,7 +35,7 @@ class Problem:
 
 
 def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreError]) -> Iterator[int | Problem]:
-    """Check the trunk's files. Yield each problem, and the number of bytes of each read as progress.
+    """Check the trunk's files. Yield each problem that is found and, to show progress, the size in bytes of each read.
 
     ``faults`` are the errors that ``trunk_faults`` has found, by file name. They are yielded first.
     """
@@ -52,7 +52,7 @@ def scrub_trunk(directory: Path, manifest: Manifest, faults: Mapping[str, StoreE
 
 
 def scrub(store: ExpertStore) -> Iterator[int | Problem]:
-    """Check all records. Yield each problem, and the number of bytes of each record that was read as progress.
+    """Check all records. Yield each problem that is found and, to show progress, the size in bytes of each record read.
 
     Several records are read in parallel, in their order on the disk, into a fixed set of buffers.
     """

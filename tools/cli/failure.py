@@ -130,7 +130,10 @@ class PlainFormatter(logging.Formatter):
 
 
 class ReadableFormatter(logging.Formatter):
-    """Format log records of libraries. Their messages may have several lines and quote a model's files."""
+    """Format log records of libraries, and replace control characters as ``readable`` does.
+
+    The messages may quote a model's files, which may contain such characters. Line breaks stay.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the formatted record without control characters."""

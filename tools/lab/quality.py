@@ -58,7 +58,7 @@ class Trial:
         # conversion to fp32 and back is exact, so these are the checkpoint's own weights
         own = str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", "float32")))
         self._dtype: torch.dtype = getattr(torch, own)
-        self._trunk: dict[str, Tensor] = {}  # originals of what was replaced, by module path
+        self._trunk: dict[str, Tensor] = {}  # original weights of the trunk's replaced matrices, by module path
         self._originals: list[dict[str, Tensor]] = [
             {name: p.detach().to(self._dtype) for name, p in module.named_parameters() if name in EXPERT_PARAMETERS}
             for module in self._modules
@@ -68,7 +68,9 @@ class Trial:
     def store(
         self, bits: Bits, group: int | None, pairs: str | None, *, fast: bool
     ) -> tuple[list[tuple[RecordLayout, int]], WeightError]:
-        """Replace every expert by what is read back from its record. ``fast``: plain rounding in place of HQQ.
+        """Replace the weights of every expert by those that are read back from its record.
+
+        With ``fast``, round plainly in place of HQQ.
 
         Returns each block's layout and number of experts, and the error over all weights.
         """
@@ -86,9 +88,9 @@ class Trial:
 
     @torch.no_grad()
     def store_trunk(self, form: TrunkRecords | None, *, fast: bool) -> None:
-        """Replace each matrix of the trunk that a conversion would quantise by what is read back from its record.
+        """Replace each matrix of the trunk that a conversion would quantise by the one that its record gives back.
 
-        With None, restore all matrices.
+        If ``form`` is None, restore all matrices. With ``fast``, round plainly in place of HQQ.
         """
         chosen = choose_matrices(self.model, torch.float32, form) if form else {}
         for path in {**self._trunk, **chosen}:
@@ -110,7 +112,7 @@ def _read_back(module: Any, expert: int, record: Tensor, layout: RecordLayout) -
 
 
 WINDOW = 512  # tokens of a window, which a model reads without the text before it
-LEAST_WINDOWS = 8  # for ranks; with fewer windows, standard errors are too uncertain
+LEAST_WINDOWS = 8  # least number of windows for ranks; with fewer, standard errors are too uncertain
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of the logarithm of a perplexity, with its standard error, None where only one window was read."""
+    """Change of the logarithm of a perplexity, and its standard error, which is None if only one window was read."""
 
     log: float
     log_error: float | None
@@ -168,10 +170,10 @@ class Change:
 
 
 def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
-    """Return the best and the worst rank by perplexity that each of ``losses`` may have.
+    """Return the best and the worst rank by perplexity that each of ``losses`` may have; 1 is the lowest perplexity.
 
-    Two whose difference is not clear share ranks. None for less than two losses, or for less than LEAST_WINDOWS
-    windows.
+    Losses whose difference is not clear share ranks. Returns None for fewer than two losses, or fewer than
+    LEAST_WINDOWS windows.
     """
     if len(losses) < 2 or len(losses[0].windows) < LEAST_WINDOWS:
         return None
@@ -180,7 +182,11 @@ def ranks(losses: Sequence[Loss]) -> list[tuple[int, int]] | None:
 
 
 def read_texts(paths: Iterable[Path]) -> dict[str, str]:
-    """Read texts by file name without suffix; of a folder, all of its .txt files. Raises ConfigError."""
+    """Read text files, and return their contents; the keys are the file names without suffix.
+
+    For a folder in ``paths``, all of its .txt files are read. Raises ConfigError if there is nothing to read, or if two
+    files have the same name without suffix.
+    """
     files: list[Path] = []
     for path in paths:
         found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -211,7 +217,7 @@ def tokenize(tokenizer: Any, texts: Mapping[str, str], tokens: int) -> dict[str,
 def loss(model: Any, ids: Tensor) -> Loss:
     """Return a causal language model's loss on one text, in windows of WINDOW tokens.
 
-    Windows are shorter where the model's context is; the last may be shorter.
+    If the model's context is shorter than WINDOW, windows have its length. The last window may be shorter.
     """
     total, size = Loss(), min(WINDOW, longest_context(model.config) or WINDOW)
     for start in range(0, len(ids) - 1, size):
@@ -228,7 +234,7 @@ Way = tuple[Bits, int | None, str | None, Bits, str]  # bits, group size, pairs,
 
 @dataclass(frozen=True)
 class Row:
-    """Cost of one way to store experts and trunk. ``error`` is relative, over all weights of experts."""
+    """Size and quality of one way to store experts and trunk. ``error`` is relative, over all weights of experts."""
 
     bits: int | None  # None: the checkpoint as it is
     group: str  # "64", or "32, 64" where projections differ; "" where nothing is quantised
@@ -268,7 +274,7 @@ def measure_directory(folder: Path, texts: Mapping[str, str], tokens: int, resou
 
 
 def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways: Iterable[Way]) -> Iterator[Row]:
-    """Measure a checkpoint as it is, then with its weights stored in each of the ``ways``."""
+    """Measure a checkpoint as it is, then with its weights stored in each of the ``ways``. Yields a row for each."""
     checkpoint = open_checkpoint(source)
     _check_tokenizer(checkpoint.folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -284,7 +290,7 @@ def measure_checkpoint(source: str, texts: Mapping[str, str], tokens: int, ways:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise ConfigError where ``folder`` has no tokenizer, before a model is loaded."""
+    """Raise ConfigError if ``folder`` has no tokenizer. Call this before a model is loaded, which takes long."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ConfigError(f"{folder} has no tokenizer.", "Copy the tokenizer files of its model into it.")
 

@@ -109,13 +109,13 @@ OUTPUT_GAIN = 0.55  # factor for weights that write to the residual stream
 
 
 def config_of(geometry: str, blocks: int | None = None, sizes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the config.json of a geometry; ``blocks`` and ``sizes`` replace values of the geometry."""
+    """Return the values of a geometry's config.json. ``blocks`` and ``sizes`` replace some of them."""
     config = {**COMMON, **GEOMETRIES[geometry], **(sizes or {})}
     return config if blocks is None else config | {"num_hidden_layers": blocks}
 
 
 def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor, in the published names of the architecture."""
+    """Return the shape of every tensor of a checkpoint, by its name in published checkpoints of the architecture."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     head = config.get("head_dim", hidden // config["num_attention_heads"])
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
@@ -145,7 +145,7 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _of_gpt_oss(prefix: str, config: dict[str, Any], queries: int, keys: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer of gpt-oss that other architectures have not: biases, and experts in one tensor."""
+    """Return the shapes that only layers of gpt-oss have: biases, sinks, the router, and all experts in one tensor."""
     hidden, inner, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
     return {
         f"{prefix}.self_attn.q_proj.bias": (queries,),
@@ -163,12 +163,12 @@ def _of_gpt_oss(prefix: str, config: dict[str, Any], queries: int, keys: int) ->
 
 
 def deviation_of(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> float:
-    """Return the standard deviation of a matrix's weights, or the value of each element of a vector."""
+    """Return the standard deviation of a matrix's weights. Of a vector, return the value that all its elements have."""
     if name.endswith(("bias", "sinks")):
         return 0.0
     if len(shape) == 1:
         return 1.0
-    plain = 1 / math.sqrt(shape[1])  # the inputs, in a matrix and in gpt-oss's [experts, inputs, outputs]
+    plain = 1 / math.sqrt(shape[1])  # number of inputs, in a matrix and in gpt-oss's [experts, inputs, outputs]
     if name.endswith((".gate.weight", ".router.weight")):
         return GATE_GAIN * plain
     if name.endswith("o_proj.weight"):
@@ -181,18 +181,18 @@ def deviation_of(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> f
 
 TOPICS = 64
 TOKENS_FILE = "tokens.json"
-TOKENS = 8192  # token ids in TOKENS_FILE
-TRACED = 1024  # number of those, from the first on, with which hit ratios are measured
+TOKENS = 8192  # number of token ids in TOKENS_FILE
+TRACED = 1024  # number of token ids, the first of the file, with which hit ratios are measured
 
 
 @dataclass(frozen=True)
 class Routing:
     """Parameters of a geometry's routing, and the hit ratios that it should have."""
 
-    share: float  # part of an embedding's variance that its topic makes
+    share: float  # fraction of an embedding's variance that all tokens of its topic have in common
     stay: float  # probability that the next token has the same topic
-    model: str  # trained model whose hit ratios these are
-    curve: Mapping[int, float]  # hit ratio by slots for each block, of an LRU that begins empty
+    model: str  # trained model whose hit ratios ``curve`` has
+    curve: Mapping[int, float]  # hit ratio of an LRU that begins empty, by the number of slots that each block has
 
 
 MIXTRAL = {1: 0.166, 2: 0.327, 3: 0.453, 4: 0.574, 5: 0.689, 6: 0.799, 7: 0.902, 8: 0.995}
@@ -208,9 +208,9 @@ ROUTINGS["qwen3-30b-a3b"] = ROUTINGS["qwen3-8L"]
 
 
 def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int = 0) -> list[int]:
-    """Return ``count`` fixed token ids, which every measured engine is fed."""
+    """Return ``count`` token ids that are always the same, so that all measured engines decode the same tokens."""
     numbers = random.Random(f"{geometry} {seed}")
-    ranks = range(1, vocabulary // TOPICS)  # the first tokens of a vocabulary are no words
+    ranks = range(1, vocabulary // TOPICS)  # from 1: the first tokens of a vocabulary are no words
     chances = list(itertools.accumulate(1 / rank for rank in ranks))
     topic, found = numbers.randrange(TOPICS), []
     for _ in range(count):
@@ -222,21 +222,21 @@ def token_ids(geometry: str, vocabulary: int, *, count: int = TOKENS, seed: int 
 
 
 def tokens_json(geometry: str, vocabulary: int, seed: int) -> bytes:
-    """Make the content of TOKENS_FILE."""
+    """Return the content of TOKENS_FILE for a synthetic model."""
     ids = token_ids(geometry, vocabulary, seed=seed)
     return json.dumps({"geometry": geometry, "seed": seed, "token_ids": ids}).encode() + b"\n"
 
 
 def read_tokens(folder: Path) -> list[int]:
-    """Read the tokens of a folder that ``moetier synthetic`` made: a checkpoint, or its model directory."""
+    """Read the token ids from a folder that ``moetier synthetic`` made: a checkpoint, or its model directory."""
     ids: list[int] = json.loads((folder / TOKENS_FILE).read_bytes())["token_ids"]
     return ids
 
 
 def record_tokens(model: Any, ids: Sequence[int]) -> Trace:
-    """Record the experts that a loaded model uses for these tokens.
+    """Record a trace of the experts that a loaded model uses for the tokens ``ids``.
 
-    They are fed at once, but the trace has no prompt: to a simulation they were decoded one by one.
+    The model gets all tokens at once, but the trace has no prompt, so that a simulation decodes them one by one.
     """
     import torch
 
@@ -249,14 +249,14 @@ def record_tokens(model: Any, ids: Sequence[int]) -> Trace:
 
 
 def lru_curve(trace: Trace, slots: Sequence[int]) -> dict[int, float]:
-    """Return the hit ratio of an LRU for each number of ``slots`` for each block."""
+    """Simulate LRU caches on a trace. Return the hit ratio for each number in ``slots``, the slots that a block has."""
     from .simulation import simulate
 
     return {number: simulate(trace, "lru", number).decoding.hit_ratio for number in slots}
 
 
 def curve_table(geometry: str, trace: Trace) -> str:
-    """Return a trace's hit ratios as a table, beside those of the trained model and of chance."""
+    """Return a table of a trace's hit ratios, those of the trained model, and those of experts chosen by chance."""
     routing = ROUTINGS[geometry]
     found = lru_curve(trace, list(routing.curve))
     chance = trace.num_experts[0]
@@ -267,18 +267,18 @@ def curve_table(geometry: str, trace: Trace) -> str:
     return f"hit ratio of an LRU in each block, {trace.tokens} tokens\n{table(rows)}"
 
 
-# size of the pool of random numbers; a prime, so that rows whose length is a power of two begin anywhere in it
+# size of the pool of random numbers; a prime, so that rows whose length is a power of two begin at many places in it
 POOL_WEIGHTS = (1 << 24) - 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def tinymix() -> Path:
-    """Return the folder of the bundled model, whose tokenizer synthetic models have."""
+    """Return the folder of the bundled model, whose tokenizer is copied into synthetic models."""
     return Path(str(files("moetier.assets"))) / "tinymix"
 
 
 def special_tokens() -> dict[str, Any]:
-    """Return the ids of special tokens for a config.json, those of the bundled model."""
+    """Return the bundled model's ids of special tokens, by their names in a config.json."""
     config = json.loads((tinymix() / "config.json").read_bytes())
     return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
 
@@ -292,7 +292,7 @@ def make_synthetic(
     seed: int = 0,
     quiet: bool = True,
 ) -> int:
-    """Write a synthetic checkpoint into ``folder``, and return the bytes of its weights.
+    """Write a synthetic checkpoint into ``folder``, and return the size of its weights in bytes.
 
     ``blocks`` and ``sizes`` replace values of the geometry's config.json. Raises ConfigError, TargetExistsError or
     DiskSpaceError.
@@ -324,9 +324,9 @@ def make_synthetic(
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """Tensor in bf16 of random normal numbers: those of ``pool``, repeated, from ``start`` on.
+    """Tensor in bf16 of random normal numbers: those of ``pool``, repeated, from ``start`` on, times ``deviation``.
 
-    A vector has ``deviation`` as each of its elements.
+    All elements of a vector are ``deviation`` itself.
     """
 
     shape: tuple[int, ...]
@@ -334,7 +334,7 @@ class RandomTensor:
     deviation: float
     pool: torch.Tensor  # [POOL_WEIGHTS]
     dtype: str = "bfloat16"
-    parts: tuple[StoredTensor, ...] = ()  # it is made, not stored
+    parts: tuple[StoredTensor, ...] = ()  # empty, as the tensor is made and not stored
 
     def read(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Make ``count`` rows from ``first`` on, all by default: bf16 [count, ...]."""
@@ -355,9 +355,9 @@ class RandomTensor:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings [V, H] of tokens with topics: the sums of a token's own part (``tokens``) and its topic's part.
+    """Embeddings [V, H] of tokens with topics. Each is the sum of the token's own part and its topic's part.
 
-    ``tokens`` are [V, H], ``topics`` [TOPICS, H].
+    ``tokens`` [V, H] has the parts of the tokens, ``topics`` [TOPICS, H] those of the topics.
     """
 
     tokens: RandomTensor
@@ -379,7 +379,11 @@ class Embeddings:
 
 
 def make_tensors(config: dict[str, Any], share: float, seed: int) -> dict[str, SourceTensor]:
-    """Make the tensors by name; ``share`` of an embedding's variance is its topic's."""
+    """Return all tensors of a random checkpoint, by name. Their values are made when they are read.
+
+    A token's embedding is a part of its own plus a part that all tokens of its topic have in common. ``share`` is the
+    fraction of the variance, from 0 to 1, that comes from the common part.
+    """
     import torch
 
     pool = torch.empty(POOL_WEIGHTS).normal_(generator=torch.Generator().manual_seed(seed)).bfloat16()

@@ -1,6 +1,6 @@
-"""Synthetic models of a published model's whole size, as a model directory: no checkpoint is written on the way.
+"""Make a model directory with random weights, of the size of a whole published model, without writing a checkpoint.
 
-The converter reads tensors that are made when they are asked for. A cut run is resumed by the same command.
+The converter reads tensors whose values are made when they are read. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class UnwrittenCheckpoint(Checkpoint):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, in bf16."""
+        """Size of all tensors in bytes, in bf16."""
         return 2 * sum(map(math.prod, shapes_of(dict(self.config)).values()))
 
     @property
     def digest(self) -> str:
-        """sha256 over what the tensors follow from."""
+        """sha256 of the configuration, the geometry and the seed, which determine all tensors."""
         return hashlib.sha256(json.dumps([self.config, self.source]).encode()).hexdigest()
 
 
@@ -56,10 +56,9 @@ def make_store(
     threads: int | None = None,
     quiet: bool = True,
 ) -> ConversionReport:
-    """Make the model directory ``folder``, or resume a cut run. All weights have 4 bits, by plain rounding.
+    """Make the model directory ``folder``, or resume an interrupted run. All matrices get 4 bits by plain rounding.
 
-    The file of fixed tokens uses the bundled tokenizer's part of the vocabulary. Raises TargetError,
-    TargetExistsError or DiskSpaceError.
+    TOKENS_FILE has only ids that the bundled tokenizer knows. Raises TargetError, TargetExistsError or DiskSpaceError.
     """
     use_threads(threads)
     config = config_of(geometry, blocks) | special_tokens()
