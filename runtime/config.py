@@ -290,8 +290,9 @@ class TierConfig:
             )
         if found.credentials != Credentials() and not found.remote:
             raise ConfigError(
-                "A token, certificates or their absence are for daemons of other hosts, and none is named.",
-                "Name one with `daemon` (HOST:PORT), or leave them out.",
+                "A token, certificates and `credentials.insecure` are only for a daemon on another host, and `daemon` "
+                "names none.",
+                "Give `daemon` as HOST:PORT, or leave them out.",
             )
         return found
 

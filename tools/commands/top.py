@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if not all(os.isatty(number) for number in (0, 1, 2)) or os.environ.get("TERM", "dumb") == "dumb":
         raise ConfigError(
-            "moetier top draws on a whole terminal, and here is none.",
-            "Use moetier stats: once, with --watch again and again, with --json for programs.",
+            "moetier top needs a terminal that it can draw on, and there is none here.",
+            "Use moetier stats. It prints the counters once. --watch prints what changes, --json is for programs.",
         )
     if importlib.util.find_spec("textual") is None:
         raise ConfigError(

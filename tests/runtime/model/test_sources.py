@@ -291,7 +291,7 @@ def test_what_is_no_text(daemon: Any) -> None:
 def test_credentials_for_nobody(daemon: str | None, tmp_path: Path) -> None:
     """A token that is given and shown to nobody is a mistake."""
     for credentials in (Credentials(token_file=tmp_path), Credentials(insecure=True)):
-        with pytest.raises(ConfigError, match="none is named"):
+        with pytest.raises(ConfigError, match="`daemon` names none"):
             TierConfig.of(daemon=daemon, credentials=credentials)
         assert TierConfig.of(daemon="a,host:1", credentials=credentials).credentials == credentials
 
