@@ -151,7 +151,7 @@ class Speculation:
             self._first_observation = shortcuts.gates.observe(entry=self._at_first, blocks=[self._first])
 
     def detach(self) -> None:
-        """Remove the hooks, and drop all references to the model and its tensors, for good. Idempotent.
+        """Remove the hooks and all references to the model and its tensors. ``attach`` must not follow. Idempotent.
 
         Waits for nothing. Any thread may call this, even while another thread computes.
         """

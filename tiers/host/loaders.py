@@ -100,4 +100,4 @@ class Loaders:
 
 
 class _CancelledError(Exception):
-    """Ends the read of a load that was cancelled."""
+    """Exception that ends the read of a load that was cancelled."""

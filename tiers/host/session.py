@@ -66,7 +66,7 @@ class Session(AsyncCaller):
 
     @step
     def release(self, request: int, keys: Sequence[ExpertKey] = ()) -> None:
-        """End the leases of ``keys``. Without ``keys``, end the request: its leases, and what it waits for.
+        """End the leases of ``keys``. Without ``keys``, end the request: its leases, and its wait for other records.
 
         Keys without a lease are ignored, since their request may have failed in the meantime.
         """

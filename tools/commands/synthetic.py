@@ -109,7 +109,7 @@ def _run_whole(arguments: argparse.Namespace) -> int:
 
 
 def convert_synthetic(source: Path, target: Path, *, threads: int | None = None, quiet: bool = True) -> None:
-    """Convert a synthetic checkpoint to 4 bits, and copy the file of its fixed tokens.
+    """Convert a synthetic checkpoint to 4 bits, and copy its TOKENS_FILE.
 
     Raises CheckpointError, TargetError or ConfigError.
     """
@@ -121,7 +121,7 @@ def convert_synthetic(source: Path, target: Path, *, threads: int | None = None,
 
 
 def routing_of(directory: Path, *, threads: int | None = None) -> Trace:
-    """Return a trace of the experts that a directory from ``convert_synthetic`` uses for its first TRACED tokens."""
+    """Return a trace of the experts that a directory from ``convert_synthetic`` uses for its first TRACED token ids."""
     from moetier.runtime.model.load import load
 
     model, _ = load(directory, daemon=None, speculate="off", threads=threads)
