@@ -45,7 +45,7 @@ F64 = ir.DoubleType()
 BYTES = LANES * 4  # bytes of an fp32 vector
 
 
-class Step(Enum):
+class Stage(Enum):
     """Pass of a compiled function over the weights: a single one, or one of three if pairs are rounded to 8 bits."""
 
     ALL = "weights -> pairs, codes"
@@ -54,7 +54,7 @@ class Step(Enum):
     CODES = "weights, stored steps and offsets -> codes"
 
 
-class Form(NamedTuple):
+class QuantiserForm(NamedTuple):
     """Properties of weights, of their encoding and of the pass, on which the emitted code depends."""
 
     dtype: torch.dtype  # type of the weights
@@ -62,7 +62,7 @@ class Form(NamedTuple):
     bits: Bits
     group: int
     fast: bool  # whether offsets are those of plain rounding, in place of HQQ's
-    step: Step
+    stage: Stage
 
 
 def encode(
@@ -87,13 +87,13 @@ def quantise(
         weights = weights.contiguous()
     work = _Work(weights, p, views, fast, processor or this_processor())
     if p.pairs == "bfloat16":
-        work.run(Step.ALL)
+        work.run(Stage.ALL)
     else:
         # pairs are rounded in runs that cross row blocks, so each pass covers all rows before the next one begins
-        for which, step, found in ((0, Step.STEPS, work.steps), (1, Step.OFFSETS, work.offsets)):
-            work.run(step)
+        for which, stage, found in ((0, Stage.STEPS, work.steps), (1, Stage.OFFSETS, work.offsets)):
+            work.run(stage)
             work.store_pairs(found, which)
-        work.run(Step.CODES)
+        work.run(Stage.CODES)
     error = work.error()
     # the squares of fp32 numbers don't overflow in fp64, so the second sum shows weights that are not finite
     if not (math.isfinite(error.squared) or (math.isfinite(error.squared_norm) and work.has_finite_pairs())):
@@ -111,7 +111,7 @@ class _Work:
         self._p, self._views = p, views
         self._processor = processor
         turned = weights.stride(1) != 1
-        self._form = Form(weights.dtype, turned, p.bits, p.group, fast, Step.ALL)
+        self._form = QuantiserForm(weights.dtype, turned, p.bits, p.group, fast, Stage.ALL)
         # if the last row block is not full, it becomes a matrix of its own, padded with rows of zeros
         rest = p.rows % ROW_TILE
         self._parts = [(0, weights[: p.rows - rest])] if p.rows > rest else []
@@ -132,9 +132,9 @@ class _Work:
         self._errors = torch.empty(p.padded_rows // ROW_TILE, 2, dtype=torch.float64)
         self._table = array("f", (number for pair in hqq.shrinking() for number in pair))
 
-    def run(self, step: Step) -> None:
-        """Run the compiled function of a step over all rows."""
-        p, kernel = self._p, quantising_kernel(self._processor, self._form._replace(step=step))
+    def run(self, stage: Stage) -> None:
+        """Run the compiled function of a stage over all rows."""
+        p, kernel = self._p, quantising_kernel(self._processor, self._form._replace(stage=stage))
         for first, weights in self._parts:
             stride = weights.stride(1 if self._form.turned else 0) * weights.dtype.itemsize
             block, items = first // ROW_TILE, len(weights) // ROW_TILE
@@ -198,14 +198,14 @@ class _Work:
             fold(self._low.view(-1) >> 2, 4, self._views[f"{p.name}.plane"])
 
 
-def quantising_kernel(processor: Processor, form: Form) -> Kernel:
+def quantising_kernel(processor: Processor, form: QuantiserForm) -> Kernel:
     """Compile ``quantising_module``, once for each form and processor, also if several threads need it at once."""
     with compile_lock:
         return _compiled(processor, form)
 
 
 @functools.cache
-def _compiled(processor: Processor, form: Form) -> Kernel:
+def _compiled(processor: Processor, form: QuantiserForm) -> Kernel:
     return compile_kernel(processor, quantising_module(form), QUANTISE)
 
 
@@ -285,7 +285,7 @@ def pairs_module() -> ir.Module:
     return module
 
 
-def quantising_module(form: Form) -> ir.Module:
+def quantising_module(form: QuantiserForm) -> ir.Module:
     """Emit the function ``QUANTISE(context)``, which quantises row blocks until none is left."""
     module = new_module()
     _Quantiser(module, form)
@@ -295,7 +295,7 @@ def quantising_module(form: Form) -> ir.Module:
 class _Quantiser(_Vectors):
     """Emitter of the function QUANTISE: loops over row blocks, groups and slices, and the work on a slice."""
 
-    def __init__(self, module: ir.Module, form: Form) -> None:
+    def __init__(self, module: ir.Module, form: QuantiserForm) -> None:
         super().__init__(module, QUANTISE, [POINTER])
         self._form = form
         at, n = self.at, self.number
@@ -317,10 +317,10 @@ class _Quantiser(_Vectors):
             with self.loop(n(0), self._columns, form.group) as column, self.loop(n(0), n(HALF), LANES) as row:
                 with self.loop(n(0), n(2)) as half:
                     self._quantise(at.add(at.add(first, row), at.mul(half, n(HALF))), column, half)
-                if form.step in (Step.ALL, Step.CODES):
+                if form.stage in (Stage.ALL, Stage.CODES):
                     start = at.add(at.mul(at.add(at.mul(block, self._columns), column), n(HALF)), row)
                     self._pack(at.gep(low, [start]), at.gep(high, [start]))
-            if form.step in (Step.ALL, Step.CODES):
+            if form.stage in (Stage.ALL, Stage.CODES):
                 for number, place in enumerate(self._sums):
                     total = self.reduce(at.load(place), at.fadd)
                     self.store(total, errors, at.add(at.mul(block, n(16)), n(8 * number)))
@@ -346,10 +346,10 @@ class _Quantiser(_Vectors):
         group = at.udiv(column, n(form.group))
         place = at.mul(at.add(at.mul(group, self._rows), row), n(4))  # byte offset of pairs, steps and offsets
         self._load(row, column)
-        if form.step in (Step.ALL, Step.STEPS):
+        if form.stage in (Stage.ALL, Stage.STEPS):
             step = at.fdiv(at.fsub(self._get("high"), self._get("low")), self.numbers(2**form.bits - 1))
             step = at.select(at.fcmp_ordered("<", step, self.numbers(hqq.TINY)), self.numbers(0.0), step)
-            if form.step is Step.STEPS:
+            if form.stage is Stage.STEPS:
                 self.store(step, self._steps, place)
                 return
             stored_step = self.narrow(step, LANES)
@@ -358,7 +358,7 @@ class _Quantiser(_Vectors):
             step = self.load(self._steps, place, vector(F32, LANES))
         inverse = at.fdiv(self.numbers(1.0), step)
         inverse = at.select(at.fcmp_ordered("<", step, self.numbers(hqq.TINY)), self.numbers(0.0), inverse)
-        if form.step is Step.CODES:
+        if form.stage is Stage.CODES:
             offset = self.load(self._offsets, place, vector(F32, LANES))
         else:
             low, two = self._get("low"), self.numbers(2.0)
@@ -366,7 +366,7 @@ class _Quantiser(_Vectors):
             offset = at.fadd(centre, at.fdiv(step, two))
             if not form.fast:
                 offset = self._solve(offset, step, inverse)
-            if form.step is Step.OFFSETS:
+            if form.stage is Stage.OFFSETS:
                 self.store(offset, self._offsets, place)
                 return
             stored = self.narrow(offset, LANES)

@@ -4,11 +4,11 @@ transformers decorates each architecture's Experts class with ``use_experts_impl
 flags has_gate, has_bias, is_transposed and has_post_expert_norm, and the method _apply_gate. moetier removes the
 parameters of these modules. There are two ways to compute a block. The *exact* way computes one expert after the other,
 with the same bits as the architecture's own eager forward pass. The *quick* way computes experts that are available
-together in one call of compiled code, directly from their records (``kernels/experts.py``). If all experts of a single
-token are resident, it takes no lease: compiled code looks the records up, and proves afterwards that none of them was
-replaced. The result of the quick way does not depend on which experts are available together. A module whose activation
-compiled code does not have (``activation.py``), or which norms its outputs, is computed one expert after the other too,
-but with products from records (``kernels/gemm.py``).
+together in one call of compiled code, directly from their records (``kernels/expert_kernels.py``). If all experts of a
+single token are resident, it takes no lease: compiled code looks the records up, and proves afterwards that none of
+them was replaced. The result of the quick way does not depend on which experts are available together. A module whose
+activation compiled code does not have (``activation.py``), or which norms its outputs, is computed one expert after the
+other too, but with products from records (``kernels/gemm.py``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from moetier.runtime.kernels.api import Kernels, moved_error
 from moetier.runtime.kernels.emitter import FLOATS
-from moetier.runtime.kernels.experts import ExpertKernels
+from moetier.runtime.kernels.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.gemm import PackedKernels
 from moetier.tiers.errors import ConfigError, MoetierError
 from moetier.tiers.layout import ExpertKey, RecordLayout

@@ -29,7 +29,7 @@ import transformers
 import moetier
 from moetier.runtime.config import Size
 from moetier.runtime.generation.compat import CACHE
-from moetier.runtime.kernels import experts as kernels
+from moetier.runtime.kernels import expert_kernels as kernels
 from moetier.runtime.kernels.team import Step
 from moetier.runtime.moe.experts import experts_modules
 from moetier.tiers.layout import ExpertKey

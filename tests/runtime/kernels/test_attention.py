@@ -82,8 +82,9 @@ def test_what_does_not_fit_is_not_read(wrong: str) -> None:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_model_says_the_same_as_with_sdpa(tinymix_4bit: Path, cache: str) -> None:
-    """Two sequences, one of them padded on the left; step by step."""
-    model, _ = load(tinymix_4bit, daemon=None)
+    """Two sequences, one of them padded on the left; step by step. In fp32, where a router hardly ever changes its mind
+    over the last bits."""
+    model, _ = load(tinymix_4bit, daemon=None, dtype=torch.float32)
     with model.tiers, torch.inference_mode():
         found = {}
         for way in (NAME, "sdpa"):
@@ -96,7 +97,7 @@ def test_a_model_says_the_same_as_with_sdpa(tinymix_4bit: Path, cache: str) -> N
             )
     assert torch.equal(found[NAME].sequences, found["sdpa"].sequences)
     for ours, theirs in zip(found[NAME].logits, found["sdpa"].logits, strict=True):
-        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.002
 
 
 def test_a_gradient_flows() -> None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from architectures import tiny_model
 from torch import Tensor
 
-from moetier.runtime.kernels.experts import ExpertKernels
-from moetier.runtime.kernels.experts_code import FUNCTIONS, Activation
+from moetier.runtime.kernels.expert_code import FUNCTIONS, Activation
+from moetier.runtime.kernels.expert_kernels import ExpertKernels
 from moetier.runtime.kernels.jit import Processor
 from moetier.runtime.moe.activation import activation_of
 from moetier.runtime.moe.experts import experts_modules

@@ -22,7 +22,7 @@ from moetier.tiers.layout import RecordLayout
 from moetier.tiers.source import Residents
 
 from .emitter import FLOATS, LANES
-from .experts_code import (
+from .expert_code import (
     ACTIVATE,
     ADD_UP,
     FIND,

@@ -1,4 +1,4 @@
-"""Emit the compiled functions that a block's experts need besides the products. ``experts.py`` runs them in order."""
+"""Emit the functions that a block's experts need besides products; ``expert_kernels.py`` runs them in order."""
 
 from __future__ import annotations
 
