@@ -2,7 +2,8 @@
 
 The daemon's arena is mapped read-only. A hit is found in the arena's directory, without a message to the daemon; the
 slot's generation proves afterwards that the record was not replaced meanwhile. The misses of a block are one request.
-While the daemon is away or full, misses are read from the local store.
+While the daemon is away or full, misses are read from the local store. The tier and its misses are in one long module,
+because each changes the state of the other.
 """
 
 from __future__ import annotations

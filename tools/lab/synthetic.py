@@ -8,7 +8,7 @@ A trained model uses some experts more often than others while a text keeps to i
 random tokens would use all experts alike, and a cache would hit only by chance. So tokens have topics here: token t has
 the topic t mod TOPICS, and a part (``share``) of its embedding's variance is the same for all tokens of the topic. The
 fixed token ids keep to a topic for a while, and follow Zipf's law within it. Gates are random; what they choose depends
-on the token and on its topic.
+on the token and on its topic. It is one long module, as sizes, tensors and routing depend on each other.
 """
 
 from __future__ import annotations
