@@ -94,7 +94,7 @@ def test_many_threads_read_at_once(kind: str, folder: Path) -> None:
 
 
 def test_a_pause_changes_nothing_and_its_exception_ends_the_read(kind: str, folder: Path) -> None:
-    """Of a reader that asks for a pause at all."""
+    """Only readers that call ``pause`` are tested here."""
     asked = 0
 
     def pause() -> bool:

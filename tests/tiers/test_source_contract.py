@@ -520,7 +520,7 @@ def test_many_noted_uses_need_no_other_call(roomy: Opened) -> None:
 
 @pytest.mark.parametrize("kind", ["host", "views", "remote"])
 def test_noted_uses_decide_what_is_evicted(kind: str, folder: Path) -> None:
-    """Of three records with a slot each, those that were used most stay."""
+    """Three records have slots. When a fourth comes, the one that was used least is evicted."""
     with open_source(kind, folder, {"records": 9}) as opened:
         opened.take(0, 0)
         opened.take(0, 1)

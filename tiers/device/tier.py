@@ -125,8 +125,7 @@ class DeviceTier:
         return None
 
     def note_uses(self, block: int, experts: Sequence[int]) -> None:
-        """Never called, as there are no ``residents``."""
-        raise NotImplementedError
+        """Do nothing: nobody has used records through ``residents``, as there are none."""
 
     take_back_uses = note_uses
 

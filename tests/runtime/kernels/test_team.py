@@ -87,7 +87,7 @@ def test_a_worker_that_is_late_is_left_out(team: Team) -> None:
 
 
 def test_many_callers_and_short_jobs(team: Team) -> None:
-    """Every step of every caller runs at least once in the caller itself, whoever else has joined."""
+    """Each caller runs every one of its steps itself, whether or not workers run it too."""
     counts = [0] * 4
 
     def call(number: int) -> None:

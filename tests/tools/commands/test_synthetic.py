@@ -116,7 +116,7 @@ def test_it_writes_nowhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_whole_model_is_made_without_a_checkpoint(
     geometry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is made, and resumed after a cut, is what ``convert`` makes of the checkpoint."""
+    """The store equals the one that ``convert`` makes of the same checkpoint, also if it was resumed."""
     make_synthetic(tmp_path / "src", geometry=geometry, blocks=3, seed=5)
     convert(tmp_path / "src", tmp_path / "converted", bits=4, trunk_bits=4, fast=True)
     words = ["synthetic", str(tmp_path / "dst"), "--geometry", geometry, "--blocks", "3", "--seed", "5"]
