@@ -160,7 +160,7 @@ def test_a_wrong_command_line_is_two_lines_too(
         (["daemon", "./DIR", "--listen", "a:b"], "'a:b' is not HOST:PORT."),
         (["daemon", "./DIR", "--folder", "a:7070"], "'a:7070' is not a folder."),
         (["daemon", "./DIR", "--insecure"], "are for TCP"),
-        (["generate", "./DIR", "x", "--daemon", "none", "--insecure"], "for daemons of other hosts"),
+        (["generate", "./DIR", "x", "--daemon", "none", "--insecure"], "only for a daemon on another host"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -252,7 +252,7 @@ def test_no_gradient_vanishes(tiny: tuple[Any, Path]) -> None:
 
 
 def _loaders() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("moetier")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("moetier-loader")]
 
 
 def test_the_end_of_the_model_is_the_end_of_its_tiers(tiny: tuple[Any, Path]) -> None:

@@ -180,7 +180,7 @@ def test_a_template_that_does_not_like_what_it_is_given(tinymix_4bit: Path) -> N
     assert error["message"].startswith("The model's chat template refuses these messages: can only concatenate str")
 
 
-SLOW_TO_RENDER = "{% for a in range(2000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ 'a' + 5 }}"
+SLOW_TO_RENDER = "{% for a in range(20000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ 'a' + 5 }}"
 
 
 @pytest.mark.parametrize(
