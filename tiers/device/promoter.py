@@ -19,12 +19,11 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from moetier.tiers.cache.outcomes import PrefetchOutcomes
 from moetier.tiers.errors import BudgetError, ClosedError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.locks import Monitor
 from moetier.tiers.source import Lease, Lender
-from moetier.tiers.stats import TierCounters
+from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
 PAUSE = 0.002  # seconds until the promoter looks again for records that are not READY yet; doubled each time
 LONGEST_PAUSE = 0.1  # seconds

@@ -32,10 +32,9 @@ from moetier.tiers.layout import ExpertKey
 from moetier.tiers.manifest import Manifest
 from moetier.tiers.stats import TierCounters
 
-from .demands import AsyncCaller, Demand, Failed, Granted, Pool
+from .demands import AsyncCaller, Demand, Failed, Granted, Pool, Waiting
 from .loads import Loads
 from .prefetch import PrefetchQueue
-from .waiting import Waiting
 
 
 class Ledger:

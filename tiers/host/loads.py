@@ -15,9 +15,8 @@ from moetier.tiers.errors import MoetierError
 from moetier.tiers.layout import ExpertKey
 from moetier.tiers.stats import TierCounters
 
-from .demands import Demand, Load, Pool
+from .demands import Demand, Load, Pool, Waiting
 from .prefetch import PrefetchQueue
-from .waiting import Waiting
 
 
 class FairQueue:

@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from moetier.tiers.cache.outcomes import PrefetchOutcomes
 from moetier.tiers.layout import ExpertKey
-from moetier.tiers.stats import TierCounters
+from moetier.tiers.stats import PrefetchOutcomes, TierCounters
 
 from .demands import AsyncCaller, Pool
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,6 @@ from moetier.tiers.quant.codec import layout_for
 QUANTISED: tuple[Bits, ...] = (8, 4, 3, 2)
 PAIRS = ("bfloat16", "uint8")
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from moetier.tiers.quant.packing import load_pairs
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 QUANTISED: tuple[Bits, ...] = (8, 4, 3, 2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def layout_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,6 @@ from moetier.tools.lab.quality import WINDOW, Change, Loss, loss, ranks
 from moetier.tools.main import main
 
 TEXTS = ASSETS / "texts"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices: a second thread would wait more than it helps."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quality(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
