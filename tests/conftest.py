@@ -77,6 +77,14 @@ def only_its_own_garbage() -> None:
 
 
 @pytest.fixture(autouse=True)
+def restores_threads() -> Iterator[None]:
+    """Give torch its one thread again after each test, as commands and some tests change the number."""
+    yield
+    if "torch" in sys.modules and sys.modules["torch"].get_num_threads() != 1:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
     """Fails a test that leaks a thread, a descriptor or a map of a memory file."""
     threads, descriptors, arenas = _threads(), _descriptors(), _arenas()
