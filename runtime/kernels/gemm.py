@@ -26,6 +26,7 @@ from moetier.tiers.layout import ROW_TILE, RecordLayout
 
 from .api import Kernels, projection_of
 from .emitter import F32, FLOATS, I8, I32, I64, POINTER, Emitter, Value, new_module, vector
+from .gemm_avx2 import MOST_ROWS, Avx2Tile, is_narrow
 from .gemm_tile import Form, Tile
 from .jit import Processor, this_processor
 from .team import Kernel, Scratch, Step, compile_kernel, run_all, threads_for
@@ -161,7 +162,8 @@ class Rounded:
 @functools.cache
 def product_kernel(processor: Processor, form: Form) -> Kernel:
     """Compile ``product_module``, once for each form and processor."""
-    return compile_kernel(processor, product_module(form, processor), WORK)
+    # unrolled loops would need more registers than AVX2 has
+    return compile_kernel(processor, product_module(form, processor), WORK, unroll=not is_narrow(processor))
 
 
 @functools.cache
@@ -176,7 +178,10 @@ def product_module(form: Form, processor: Processor) -> ir.Module:
     An item is ROW_TILE rows of one job's matrix.
     """
     module = new_module()
-    tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
+    if is_narrow(processor):
+        one, several = (Avx2Tile(module, form, processor, several=several).function for several in (False, True))
+    else:
+        tiles = {rows: Tile(module, form, processor, rows).function for rows in (4, 2, 1)}
     emit = Emitter(module, WORK, [POINTER])
     at, n = emit.at, emit.number
     begun, fields = emit.fields(CONTEXT)
@@ -190,10 +195,10 @@ def product_module(form: Form, processor: Processor) -> ir.Module:
         sections = [at.inttoptr(at.add(record, offset), POINTER) for offset in offsets]
         read = at.mul(first, own)
 
-        def call(height: int, row: Value) -> None:
+        def call(tile_of: Value, row: Value, *count: Value) -> None:
             source, target = at.add(read, row), at.add(first, row)
             at.call(
-                tiles[height],
+                tile_of,
                 [
                     *sections,
                     at.gep(xn, [at.mul(source, columns)]),
@@ -204,17 +209,26 @@ def product_module(form: Form, processor: Processor) -> ir.Module:
                     columns,
                     out_rows,
                     padded,
+                    *count,
                 ],
             )
 
-        whole = at.and_(rows, n(~3))
-        with emit.loop(n(0), whole, 4) as row:
-            call(4, row)
-        twos = at.and_(rows, n(2))
-        with emit.loop(whole, at.add(whole, twos), 2) as row:
-            call(2, row)
-        with emit.loop(at.add(whole, twos), rows) as row:
-            call(1, row)
+        if is_narrow(processor):
+            with emit.loop(n(0), rows, MOST_ROWS) as row:
+                left = at.sub(rows, row)
+                with at.if_else(at.icmp_signed("==", left, n(1))) as (then, otherwise):
+                    with then:
+                        call(one, row)
+                    with otherwise:
+                        few = at.icmp_signed("<", left, n(MOST_ROWS))
+                        call(several, row, at.select(few, left, n(MOST_ROWS)))
+        else:
+            begin = n(0)
+            for height in (4, 2, 1):
+                whole = at.and_(rows, n(-height))
+                with emit.loop(begin, whole, height) as row:
+                    call(tiles[height], row)
+                begin = whole
     at.ret_void()
     return module
 

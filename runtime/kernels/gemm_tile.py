@@ -36,82 +36,39 @@ class Form:
     out: torch.dtype
 
 
-class Tile(Emitter):
-    """The function ``tile_H``, which multiplies ROW_TILE rows of W with H rows of x; ``height`` is H."""
+class TileEmitter(Emitter):
+    """Emitter of a function that multiplies ROW_TILE rows of W with rows of x; ``counts`` are its last arguments."""
 
-    def __init__(self, module: ir.Module, form: Form, processor: Processor, height: int) -> None:
-        super().__init__(module, f"tile_{height}", [POINTER] * 8 + [I64] * 4)
+    def __init__(self, module: ir.Module, name: str, form: Form, processor: Processor, counts: int = 4) -> None:
+        super().__init__(module, name, [POINTER] * 8 + [I64] * counts)
         self.function.linkage = "internal"
         self._form = form
         self._processor = processor
-        self._codes, self._second, self._pairs, self._scales, xn, xt, xs, y = self.function.args[:8]
-        self._tile, self._columns, out_rows, self._padded = self.function.args[8:]
-        at, n = self.at, self.number
-        group = form.group
-        groups = at.udiv(self._columns, n(group))
-        integers = [[at.alloca(vector(I32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
-        sums = [[at.alloca(vector(F32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
-        zero = self.all(F32, 0.0, LANES)
-        for places in sums:
-            for place in places:
-                at.store(zero, place)
+        self._codes, self._second, self._pairs, self._scales, self._xn, self._xt, self._xs, self._y = (
+            self.function.args[:8]
+        )
+        self._tile, self._columns, self._out_rows, self._padded = self.function.args[8:12]
+        self._groups = self.at.udiv(self._columns, self.number(form.group))
         # offset of the tile in a plane of 4-bit codes, in bytes
-        start = at.mul(at.mul(self._tile, self._columns), n(COLUMN))
-        with self.loop(n(0), groups) as g:
-            rows = [at.add(at.mul(n(row), groups), g) for row in range(height)]
-            for row in range(height):
-                total = self.load(xs, at.mul(rows[row], n(4)), I32)
-                begin = self.spread(at.mul(total, ir.Constant(I32, -CENTRES[form.bits])), LANES)
-                for place in integers[row]:
-                    at.store(begin, place)
-            first = at.mul(g, n(group))
-            self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
-            with self.loop(n(0), n(group), 2 * STEP) as step:
-                for half in range(2):
-                    column = at.add(first, at.add(step, n(half * STEP)))
-                    codes = self._unpack(at.add(start, at.mul(column, n(COLUMN))))
-                    for row in range(height):
-                        four = self.load(xn, at.add(at.mul(n(row), self._columns), column), I32)
-                        x = at.bitcast(self.spread(four, LANES), vector(I8, 4 * LANES))
-                        for place, q in zip(integers[row], codes, strict=True):
-                            at.store(self._dot(at.load(place), q, x), place)
-            pairs = self._load_pairs(g)
-            for row in range(height):
-                place = at.mul(rows[row], n(8))
-                t = self.spread(self.load(xt, place, F32), LANES)
-                t_sum = self.spread(self.load(xt, at.add(place, n(4)), F32), LANES)
-                for (s, b), whole, total in zip(pairs, integers[row], sums[row], strict=True):
-                    part = at.sitofp(at.load(whole), vector(F32, LANES))
-                    value = at.fadd(at.load(total), at.fmul(part, at.fmul(s, t)))
-                    at.store(at.fadd(value, at.fmul(b, t_sum)), total)
-        for row in range(height):
-            for number, place in enumerate(sums[row]):
-                self._write(at.load(place), y, row, number * LANES, out_rows)
-        at.ret_void()
+        self._start = self.at.mul(self.at.mul(self._tile, self._columns), self.number(COLUMN))
 
-    def _unpack(self, place: Value) -> list[Value]:
-        """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
+    def _planes_at(self, place: Value) -> list[list[Value]]:
+        """Load STEP columns, beginning at byte ``place`` of a plane of 4-bit codes, as ``_columns_at`` does.
 
-        Returns, for each vector of LANES rows, i8 [4 * LANES] with four codes of each row. Without VNNI, codes of 8
-        bits are returned as two such vectors, of their high and their low halves.
+        Codes of 8 bits have two planes, of their high and their low halves; others are unfolded to one.
         """
         match self._form.bits:
             case 8:
-                high, low = self._nibbles(self._columns_at(self._codes, place)), self._columns_at(self._second, place)
-                shift = self.all(I8, 4, 4 * LANES)
-                pairs = zip(high, self._nibbles(low), strict=True)
-                if self._processor.has_vnni:
-                    return [self.at.or_(self.at.shl(h, shift), q) for h, q in pairs]
-                return list(pairs)  # codes of 8 bits would overflow the 16-bit sums in _dot
+                return [self._columns_at(self._codes, place), self._columns_at(self._second, place)]
             case 4:
-                return self._nibbles(self._columns_at(self._codes, place))
+                return [self._columns_at(self._codes, place)]
             case _:
                 codes = self._folded(self._codes, place, 2, 0x33)
                 if self._form.bits == 3:
                     two = self.all(I8, 2, 4 * LANES)
                     plane = self._folded(self._second, place, 4, 0x11)
                     codes = [self.at.or_(c, self.at.shl(p, two)) for c, p in zip(codes, plane, strict=True)]
-                return self._nibbles(codes)
+                return [codes]
 
     def _columns_at(self, plane: Value, place: Value) -> list[Value]:
         """Load STEP columns of a plane as they are stored: two vectors of 64 bytes."""
@@ -134,6 +91,114 @@ class Tile(Emitter):
             moved = at.lshr(at.bitcast(piece, vector(I16, COLUMN)), shift)  # bits that move to the next byte are masked
             found.append(at.and_(at.bitcast(moved, vector(I8, 2 * COLUMN)), self.all(I8, mask, 2 * COLUMN)))
         return found
+
+    def _prefetch_pairs(self, g: Value) -> None:
+        """Prefetch the pairs of group ``g``. They are not in the page of the codes."""
+        at, n = self.at, self.number
+        nbytes = 4 if self._form.pairs == "bfloat16" else 2
+        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
+        self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
+
+    def _load_pairs(self, g: Value) -> list[tuple[Value, Value]]:
+        """Load the pairs (s, b) of group ``g`` in fp32: for each vector of LANES rows, one vector of s and one of b."""
+        at, n = self.at, self.number
+        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # index of the tile's first pair
+        even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+        found = []
+        if self._form.pairs == "bfloat16":
+            for number in range(VECTORS):
+                place = at.mul(at.add(first, n(number * LANES)), n(4))
+                both = self.widen(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
+                found.append((self.pick(both, both, even), self.pick(both, both, odd)))
+            return found
+        run = at.mul(at.udiv(first, n(PAIR_BLOCK)), n(8))
+        four = [self.widen(self.load(self._scales, at.add(run, n(2 * i)), vector(I16, 1)), 1) for i in range(4)]
+        scale_s, low_s, scale_b, low_b = (
+            self.spread(at.extract_element(value, ir.Constant(I32, 0)), LANES) for value in four
+        )
+        for number in range(VECTORS):
+            place = at.mul(at.add(first, n(number * LANES)), n(2))
+            codes = at.uitofp(self.load(self._pairs, place, vector(I8, 2 * LANES)), vector(F32, 2 * LANES))
+            pair = []
+            for indices, scale, low in ((even, scale_s, low_s), (odd, scale_b, low_b)):
+                value = at.fadd(at.fmul(self.pick(codes, codes, indices), scale), low)
+                pair.append(self.widen(self.narrow(value, LANES), LANES))
+            found.append((pair[0], pair[1]))
+        return found
+
+    def _write(self, value: Value, row: Value, first: int) -> None:
+        """Write LANES numbers of a row of y, except those beyond the row's end."""
+        at, n, form = self.at, self.number, self._form
+        column = at.add(at.mul(self._tile, n(ROW_TILE)), n(first))
+        left = self.spread(at.sub(self._out_rows, column), LANES)
+        mask = at.icmp_signed(">", left, ir.Constant(vector(I64, LANES), list(range(LANES))))
+        code = "f32"
+        if form.out == torch.bfloat16:
+            value, code = self.narrow(value, LANES), "i16"
+        place = at.mul(at.add(at.mul(row, self._out_rows), column), n(form.out.itemsize))
+        target = self.place(self._y, place, value.type)
+        self.intrinsic(f"llvm.masked.store.v{LANES}{code}.p0", ir.VoidType(), value, target, ir.Constant(I32, 1), mask)
+
+
+class Tile(TileEmitter):
+    """The function ``tile_H``, which multiplies ROW_TILE rows of W with H rows of x; ``height`` is H."""
+
+    def __init__(self, module: ir.Module, form: Form, processor: Processor, height: int) -> None:
+        super().__init__(module, f"tile_{height}", form, processor)
+        at, n = self.at, self.number
+        group = form.group
+        integers = [[at.alloca(vector(I32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
+        sums = [[at.alloca(vector(F32, LANES)) for _ in range(VECTORS)] for _ in range(height)]
+        zero = self.all(F32, 0.0, LANES)
+        for places in sums:
+            for place in places:
+                at.store(zero, place)
+        with self.loop(n(0), self._groups) as g:
+            rows = [at.add(at.mul(n(row), self._groups), g) for row in range(height)]
+            for row in range(height):
+                total = self.load(self._xs, at.mul(rows[row], n(4)), I32)
+                begin = self.spread(at.mul(total, ir.Constant(I32, -CENTRES[form.bits])), LANES)
+                for place in integers[row]:
+                    at.store(begin, place)
+            first = at.mul(g, n(group))
+            self._prefetch_pairs(at.add(g, n(PAIRS_AHEAD)))
+            with self.loop(n(0), n(group), 2 * STEP) as step:
+                for half in range(2):
+                    column = at.add(first, at.add(step, n(half * STEP)))
+                    codes = self._unpack(at.add(self._start, at.mul(column, n(COLUMN))))
+                    for row in range(height):
+                        four = self.load(self._xn, at.add(at.mul(n(row), self._columns), column), I32)
+                        x = at.bitcast(self.spread(four, LANES), vector(I8, 4 * LANES))
+                        for place, q in zip(integers[row], codes, strict=True):
+                            at.store(self._dot(at.load(place), q, x), place)
+            pairs = self._load_pairs(g)
+            for row in range(height):
+                place = at.mul(rows[row], n(8))
+                t = self.spread(self.load(self._xt, place, F32), LANES)
+                t_sum = self.spread(self.load(self._xt, at.add(place, n(4)), F32), LANES)
+                for (s, b), whole, total in zip(pairs, integers[row], sums[row], strict=True):
+                    part = at.sitofp(at.load(whole), vector(F32, LANES))
+                    value = at.fadd(at.load(total), at.fmul(part, at.fmul(s, t)))
+                    at.store(at.fadd(value, at.fmul(b, t_sum)), total)
+        for row in range(height):
+            for number, place in enumerate(sums[row]):
+                self._write(at.load(place), n(row), number * LANES)
+        at.ret_void()
+
+    def _unpack(self, place: Value) -> list[Value]:
+        """Load the codes of STEP columns, beginning at byte ``place`` of a plane of 4-bit codes.
+
+        Returns, for each vector of LANES rows, i8 [4 * LANES] with four codes of each row. Without VNNI, codes of 8
+        bits are returned as two such vectors, of their high and their low halves.
+        """
+        first, *second = (self._nibbles(columns) for columns in self._planes_at(place))
+        if not second:
+            return first
+        pairs = list(zip(first, *second, strict=True))
+        if self._processor.has_vnni:
+            shift = self.all(I8, 4, 4 * LANES)
+            return [self.at.or_(self.at.shl(high, shift), low) for high, low in pairs]
+        return pairs  # codes of 8 bits would overflow the 16-bit sums in _dot
 
     def _nibbles(self, columns: list[Value]) -> list[Value]:
         """Regroup STEP columns of 64 rows into vectors of LANES rows, with four codes of each row."""
@@ -171,50 +236,3 @@ class Tile(Emitter):
         pairs = at.add(*(self.pick(products, products, range(i, 4 * LANES, 2)) for i in range(2)))
         pairs = at.sext(pairs, vector(I32, 2 * LANES))
         return at.add(total, at.add(*(self.pick(pairs, pairs, range(i, 2 * LANES, 2)) for i in range(2))))
-
-    def _prefetch_pairs(self, g: Value) -> None:
-        """Prefetch the pairs of group ``g``. They are not in the page of the codes."""
-        at, n = self.at, self.number
-        nbytes = 4 if self._form.pairs == "bfloat16" else 2
-        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))
-        self.prefetch(self._pairs, at.mul(first, n(nbytes)), nbytes * ROW_TILE)
-
-    def _load_pairs(self, g: Value) -> list[tuple[Value, Value]]:
-        """Load the pairs (s, b) of group ``g`` in fp32: for each vector of LANES rows, one vector of s and one of b."""
-        at, n = self.at, self.number
-        first = at.add(at.mul(g, self._padded), at.mul(self._tile, n(ROW_TILE)))  # index of the tile's first pair
-        even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
-        found = []
-        if self._form.pairs == "bfloat16":
-            for number in range(VECTORS):
-                place = at.mul(at.add(first, n(number * LANES)), n(4))
-                both = self.widen(self.load(self._pairs, place, vector(I16, 2 * LANES)), 2 * LANES)
-                found.append((self.pick(both, both, even), self.pick(both, both, odd)))
-            return found
-        run = at.mul(at.udiv(first, n(PAIR_BLOCK)), n(8))
-        four = [self.widen(self.load(self._scales, at.add(run, n(2 * i)), vector(I16, 1)), 1) for i in range(4)]
-        scale_s, low_s, scale_b, low_b = (
-            self.spread(at.extract_element(value, ir.Constant(I32, 0)), LANES) for value in four
-        )
-        for number in range(VECTORS):
-            place = at.mul(at.add(first, n(number * LANES)), n(2))
-            codes = at.uitofp(self.load(self._pairs, place, vector(I8, 2 * LANES)), vector(F32, 2 * LANES))
-            pair = []
-            for indices, scale, low in ((even, scale_s, low_s), (odd, scale_b, low_b)):
-                value = at.fadd(at.fmul(self.pick(codes, codes, indices), scale), low)
-                pair.append(self.widen(self.narrow(value, LANES), LANES))
-            found.append((pair[0], pair[1]))
-        return found
-
-    def _write(self, value: Value, y: Value, row: int, first: int, out_rows: Value) -> None:
-        """Write LANES numbers of a row of y, except those beyond the row's end."""
-        at, n, form = self.at, self.number, self._form
-        column = at.add(at.mul(self._tile, n(ROW_TILE)), n(first))
-        left = self.spread(at.sub(out_rows, column), LANES)
-        mask = at.icmp_signed(">", left, ir.Constant(vector(I64, LANES), list(range(LANES))))
-        code = "f32"
-        if form.out == torch.bfloat16:
-            value, code = self.narrow(value, LANES), "i16"
-        place = at.mul(at.add(at.mul(n(row), out_rows), column), n(form.out.itemsize))
-        target = self.place(y, place, value.type)
-        self.intrinsic(f"llvm.masked.store.v{LANES}{code}.p0", ir.VoidType(), value, target, ir.Constant(I32, 1), mask)

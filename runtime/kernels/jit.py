@@ -31,8 +31,9 @@ class Processor:
             self._cpu = {"cpu": name or llvm.get_host_cpu_name(), "features": features}
         known = set(features.split(","))
         self.has_vnni = known >= {"+avx512vnni", "+avx512bw"}
-        # Zen 4's hardware prefetchers load a long run of memory in time; software prefetches would cost 15 % there
-        self.has_stream_prefetch = self._cpu["cpu"].startswith("znver")
+        # Zen 4's hardware prefetchers load a long run of memory in time; software prefetches would cost 15 % there. On
+        # Zen 3 they gain 14 to 21 %.
+        self.has_stream_prefetch = self._cpu["cpu"] in ("znver4", "znver5")
         self.has_avx2 = "+avx2" in known or name == "haswell"
         self._owners: list[Any] = []  # objects that keep the compiled code in memory
 
@@ -40,21 +41,21 @@ class Processor:
         """Compile the function ``name`` of ``module``, which takes ``arguments`` (types of ctypes). Raises OSError."""
         return ctypes.CFUNCTYPE(None, *arguments)(self.compile(module, name))
 
-    def compile(self, module: ir.Module, name: str) -> int:
+    def compile(self, module: ir.Module, name: str, *, unroll: bool = True) -> int:
         """Compile a module; return the address of its function ``name``, which stays valid as long as this object.
 
-        Raises OSError where no memory can be made executable.
+        With ``unroll``, LLVM may unroll loops. Raises OSError where no memory can be made executable.
         """
-        (address,) = self.compile_all(module, [name])
+        (address,) = self.compile_all(module, [name], unroll=unroll)
         return address
 
-    def compile_all(self, module: ir.Module, names: Sequence[str]) -> list[int]:
+    def compile_all(self, module: ir.Module, names: Sequence[str], *, unroll: bool = True) -> list[int]:
         """Compile a module as ``compile`` does; return the addresses of several of its functions."""
         with compile_lock:
             why = "the code is linked by LLVM"
             if llvm.Target.from_default_triple().name == "x86-64":
                 try:
-                    code, machine = self._optimised(module, reloc="pic", codemodel="small")
+                    code, machine = self._optimised(module, unroll, reloc="pic", codemodel="small")
                     executable = Executable(machine.emit_object(code))
                 except (LinkError, OSError) as error:
                     why = str(error)
@@ -63,17 +64,19 @@ class Processor:
                     return [executable.address(name) for name in names]
             if not can_become_executable():  # LLVM would not notice, and its code would end the process
                 raise OSError(f"memory that was written can't be made executable, and {why}")
-            engine = llvm.create_mcjit_compiler(*self._optimised(module))
+            engine = llvm.create_mcjit_compiler(*self._optimised(module, unroll))
             engine.finalize_object()
             self._owners.append(engine)
             return [int(engine.get_function_address(name)) for name in names]
 
-    def _optimised(self, module: ir.Module, **options: str) -> tuple[Any, Any]:
+    def _optimised(self, module: ir.Module, unroll: bool, **options: str) -> tuple[Any, Any]:
         """Return ``module`` as an optimised module of LLVM, and its target machine."""
         code = llvm.parse_assembly(str(module))
         code.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(**self._cpu, opt=3, **options)
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+        tuning.loop_unrolling = unroll
+        passes = llvm.create_pass_builder(machine, tuning)
         passes.getModulePassManager().run(code, passes)
         return code, machine
 

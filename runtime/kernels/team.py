@@ -71,10 +71,10 @@ class Kernel(NamedTuple):
             (self.call_locked if locked else self.call)(context.buffer_info()[0])
 
 
-def compile_kernel(processor: Processor, module: ir.Module, name: str) -> Kernel:
+def compile_kernel(processor: Processor, module: ir.Module, name: str, *, unroll: bool = True) -> Kernel:
     """Compile the function ``name`` of ``module``, which takes a context. Raises OSError as ``compile`` does."""
     with compile_lock:
-        address = processor.compile(module, name)
+        address = processor.compile(module, name, unroll=unroll)
     call, call_locked = (kind(None, ctypes.c_void_p)(address) for kind in (ctypes.CFUNCTYPE, ctypes.PYFUNCTYPE))
     return Kernel(address, call, call_locked)
 
