@@ -3,9 +3,9 @@
 torch's scaled_dot_product_attention takes many times as long as it takes to read keys and values, and compiles its
 matrix products anew for each length of a context (docs/benchmarks.md, Attention).
 
-The compiled code divides its work into items, which threads take one by one. An item is one head of keys and values
-with all the heads of queries that share it, so that keys and values are read once. The result of an item does not
-depend on the other items or on the number of threads.
+The compiled code divides its work into items, which threads take one by one. An item is at most PIECE positions of one
+head of keys and values with all the heads of queries that share it, so that keys and values are read once, and a few
+heads can use many threads. The result does not depend on other sequences or on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention_code import ATTEND, attention_module, scratch_numbers
+from .attention_code import ATTEND, PIECE, attention_module, scratch_numbers
 from .emitter import FLOATS, LANES
 from .jit import this_processor
 from .team import Kernel, Scratch, compile_kernel, threads_for
@@ -97,15 +97,18 @@ def decode_attention(
     query = query.contiguous()
     out = torch.empty((batch, 1, heads, values), dtype=query.dtype)
     mask = None if attention_mask is None else _added(attention_mask, batch)
-    share = heads // key_heads
-    items = batch * key_heads
-    nbytes = 4 * items * scratch_numbers(share, length, width, values)
+    share, groups, pieces = heads // key_heads, batch * key_heads, -(-length // PIECE)
+    items = groups * pieces
+    threads = min(items, threads_for(batch * heads * length * (width + values)))
+    of_thread, of_item = scratch_numbers(share, width, values)
+    nbytes = 4 * (threads * of_thread + items * of_item)
     scratch = _scratch.take(nbytes, spare=nbytes // 4)  # spare memory, because the context grows with each token
     scale = struct.unpack("I", struct.pack("f", width**-0.5 if scaling is None else scaling))[0]
-    shape = (0, items, key_heads, share, length, width, values)
+    shape = (0, 0, items, key_heads, share, length, width, values, pieces)
     places = (query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr())
-    context = array("q", (*shape, *places, out.data_ptr(), scratch, *key.stride()[:3], *value.stride()[:3], scale))
-    threads = min(items, threads_for(items * share * length * (width + values)))
+    memory = (out.data_ptr(), scratch, scratch + 4 * threads * of_thread)
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    context = array("q", (*shape, *places, *memory, *strides, scale, *bytes(groups)))
     _kernel(query.dtype).run(context, threads)
     return out, None
 

@@ -1,4 +1,10 @@
-"""Emit the compiled code of one token's attention. ``attention.py`` runs it."""
+"""Emit the compiled code of one token's attention. ``attention.py`` runs it.
+
+A *group* is one head of keys and values of a sequence, with all the heads of queries that share it. An item is a piece
+of a group: at most PIECE positions. For each head of queries it has three results: the largest score m, the sum z of
+exp(score - m), and the sum s of the values, each multiplied by its exp(score - m). The thread that computes the last
+item of a group merges the group's items, in the order of their positions (Milakov & Gimelshein 2018, arXiv 1805.02867).
+"""
 
 from __future__ import annotations
 
@@ -8,28 +14,33 @@ from collections.abc import Callable
 import torch
 from llvmlite import ir
 
-from .emitter import F32, I32, LANES, POINTER, Emitter, Value, new_module, vector
+from .emitter import F32, I32, I64, LANES, POINTER, Emitter, Value, new_module, vector
 
 ATTEND = "moetier_attend"  # name of the compiled function
+PIECE = 512  # positions; a multiple of LANES. Each piece begins to read from memory anew, which takes time
 HEADS, POSITIONS = 4, 4  # heads for which scores are computed together, positions whose values are added together
-# Number of i64 fields in the context of the compiled function. In order: items that threads have taken, all items, key
-# heads, query heads per key head; L (positions), D (width of a key), V (width of a value); pointers to q, K, V, the
-# mask (0 if there is none), the output and the scratch memory; strides of K, then of V, over sequences, heads and
-# positions, in elements; the bits of the fp32 scale
-CONTEXT = 20
+# Number of i64 fields in the context of the compiled function. In order: items that threads have taken, threads that
+# have begun, all items; key heads, query heads per key head; L (positions), D (width of a key), V (width of a value);
+# items of a group; pointers to q, K, V, the mask (0 if there is none), the output, the threads' scratch memory and the
+# results of items; strides of K, then of V, over sequences, heads and positions, in elements; the bits of the fp32
+# scale. Then follows, for each group, the number of its items that are finished.
+CONTEXT = 23
 
 
-def scratch_numbers(heads: int, positions: int, width: int, values: int) -> int:
-    """Return the size of an item's scratch memory in fp32 numbers: queries, rows of keys or values, scores, sums."""
-    padded = -(-positions // LANES) * LANES
-    return heads * (width + padded + values) + POSITIONS * max(width, values)
+def scratch_numbers(heads: int, width: int, values: int) -> tuple[int, int]:
+    """Return the sizes of memory in fp32 numbers: a thread's scratch memory, and the results of an item.
+
+    A thread needs queries, scores, and rows of keys or values. The results of an item are all s, then all m, then all
+    z. ``heads`` are those of queries that share a key head.
+    """
+    return heads * (width + PIECE) + POSITIONS * max(width, values), heads * (values + 2)
 
 
 def attention_module(dtype: torch.dtype) -> ir.Module:
     """Emit the function ``ATTEND(context)``, which computes items until none is left.
 
-    q [items, heads, D], keys, values and out [items, heads, V] are of ``dtype``; heads are those of queries that share
-    a key head. The mask is fp32 [B, L rounded up to LANES]. D and V are multiples of LANES.
+    q [groups, heads, D], keys, values and out [groups, heads, V] are of ``dtype``. The mask is fp32 [B, L rounded up to
+    LANES]. D and V are multiples of LANES.
     """
     return _Attention(new_module(), dtype).module
 
@@ -39,39 +50,55 @@ class _Attention(Emitter):
         super().__init__(module, ATTEND, [POINTER])
         self._dtype = dtype
         at, n = self.at, self.number
+        (context,) = self.function.args
         begun, fields = self.fields(CONTEXT)
-        items, key_heads, self._heads, self._length, self._width, self._values = fields[:6]
-        q, k, v, mask, out, scratch = fields[6:12]
-        k_strides, v_strides = fields[12:15], fields[15:18]
-        scale = at.bitcast(at.trunc(fields[18], I32), F32)
-        self._padded = at.mul(at.udiv(at.add(self._length, n(LANES - 1)), n(LANES)), n(LANES))
+        items, key_heads, self._heads, length, self._width, self._values, self._pieces = fields[1:8]
+        q, k, v, mask, out, scratch, results = fields[8:15]
+        k_strides, v_strides = fields[15:18], fields[18:21]
+        scale = at.bitcast(at.trunc(fields[21], I32), F32)
         self._accumulators = [at.alloca(vector(F32, LANES)) for _ in range(HEADS)]
         wide = at.select(at.icmp_signed(">", self._width, self._values), self._width, self._values)
-        numbers = at.mul(self._heads, at.add(self._width, at.add(self._padded, self._values)))
-        numbers = at.add(numbers, at.mul(n(POSITIONS), wide))
+        numbers = at.add(at.mul(self._heads, at.add(self._width, n(PIECE))), at.mul(n(POSITIONS), wide))
+        thread = at.atomic_rmw("add", self.place(context, n(8), I64), n(1), "monotonic")
+        self._queries = at.inttoptr(at.add(scratch, at.mul(thread, at.mul(numbers, n(4)))), POINTER)
+        self._rows = at.gep(self._queries, [at.mul(at.mul(self._heads, self._width), n(4))])
+        self._scores = at.gep(self._rows, [at.mul(wide, n(4 * POSITIONS))])  # [heads, PIECE]
+        sums = at.mul(self._heads, self._values)
+        self._result_numbers = at.add(sums, at.mul(self._heads, n(2)))
         with self.items(begun, items) as item:
-            sequence, head = at.udiv(item, key_heads), at.urem(item, key_heads)
-            self._queries = at.inttoptr(at.add(scratch, at.mul(item, at.mul(numbers, n(4)))), POINTER)
-            self._rows = at.gep(self._queries, [at.mul(at.mul(self._heads, self._width), n(4))])
-            self._scores = at.gep(self._rows, [at.mul(wide, n(4 * POSITIONS))])
-            self._sums = at.gep(self._scores, [at.mul(at.mul(self._heads, self._padded), n(4))])
+            group, piece = at.udiv(item, self._pieces), at.urem(item, self._pieces)
+            sequence, head = at.udiv(group, key_heads), at.urem(group, key_heads)
+            first = at.mul(piece, n(PIECE))
+            left = at.sub(length, first)
+            count = at.select(at.icmp_signed("<", left, n(PIECE)), left, n(PIECE))
+            result = at.inttoptr(at.add(results, at.mul(item, at.mul(self._result_numbers, n(4)))), POINTER)
 
             queries = at.mul(self._heads, self._width)
-            self._take(self._address(q, at.mul(item, queries)), self._queries, queries, scale)
-            self._score(self._begin(k, k_strides, sequence, head), k_strides[2])
-            self._soften(mask, at.mul(sequence, self._padded))
-            self._unite(self._begin(v, v_strides, sequence, head), v_strides[2])
-            result = self._address(out, at.mul(item, at.mul(self._heads, self._values)))
-            with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
-                self.store_floats(self._floats(self._sums, i), result, at.mul(i, n(dtype.itemsize)), dtype)
+            self._take(self._address(q, at.mul(group, queries)), self._queries, queries, scale)
+            self._score(self._begin(k, k_strides, sequence, head, first), k_strides[2], count)
+            self._soften(mask, at.add(at.mul(sequence, self._padded(length)), first), self._padded(count), result)
+            self._unite(self._begin(v, v_strides, sequence, head, first), v_strides[2], count, result)
+
+            finished = self.place(context, at.mul(at.add(n(CONTEXT), group), n(8)), I64)
+            others = at.atomic_rmw("add", finished, n(1), "acq_rel")  # the last thread sees what the others wrote
+            with at.if_then(at.icmp_signed("==", at.add(others, n(1)), self._pieces)):
+                start = at.mul(at.mul(group, self._pieces), at.mul(self._result_numbers, n(4)))
+                start = at.inttoptr(at.add(results, start), POINTER)
+                self._merge(start, self._address(out, at.mul(group, sums)))
         at.ret_void()
+
+    def _padded(self, count: Value) -> Value:
+        """Emit ``count`` rounded up to LANES."""
+        return self.at.and_(self.at.add(count, self.number(LANES - 1)), self.number(-LANES))
 
     def _address(self, base: Value, elements: Value) -> Value:
         return self.at.inttoptr(self.at.add(base, self.at.mul(elements, self.number(self._dtype.itemsize))), POINTER)
 
-    def _begin(self, base: Value, strides: list[Value], sequence: Value, head: Value) -> Value:
-        at = self.at
-        return self._address(base, at.add(at.mul(sequence, strides[0]), at.mul(head, strides[1])))
+    def _begin(self, base: Value, strides: list[Value], *indices: Value) -> Value:
+        at, elements = self.at, self.number(0)
+        for stride, index in zip(strides, indices, strict=True):
+            elements = at.add(elements, at.mul(index, stride))
+        return self._address(base, elements)
 
     def _floats(self, pointer: Value, index: Value) -> Value:
         return self.load(pointer, self.at.mul(index, self.number(4)), vector(F32, LANES))
@@ -100,13 +127,13 @@ class _Attention(Emitter):
         with self.loop(whole, count) as first:
             body(1, first)
 
-    def _score(self, keys: Value, stride: Value) -> None:
-        """Emit the scores of all positions, with -inf in the padding after them."""
+    def _score(self, keys: Value, stride: Value, count: Value) -> None:
+        """Emit the scores of ``count`` positions, with -inf in the padding after them."""
         at, n = self.at, self.number
-        nothing = self.all(F32, -math.inf, LANES)
+        last = at.sub(self._padded(count), n(LANES))
         with self.loop(n(0), self._heads) as head:
-            self._keep(nothing, self._scores, at.sub(at.mul(at.add(head, n(1)), self._padded), n(LANES)))
-        with self.loop(n(0), self._length) as position:
+            self._keep(self.all(F32, -math.inf, LANES), self._scores, at.add(at.mul(head, n(PIECE)), last))
+        with self.loop(n(0), count) as position:
             key = at.gep(keys, [at.mul(at.mul(position, stride), n(self._dtype.itemsize))])
             self._take(key, self._rows, self._width)
 
@@ -121,47 +148,42 @@ class _Attention(Emitter):
                         at.store(self.multiply_add(query, row, at.load(place)), place)
                 for h, place in zip(heads, self._accumulators, strict=False):
                     total = self.reduce(at.load(place), at.fadd)
-                    self.store(total, self._scores, at.mul(at.add(at.mul(h, self._padded), position), n(4)))
+                    self._keep(total, self._scores, at.add(at.mul(h, n(PIECE)), position))
 
             self._some(self._heads, HEADS, dots)
 
-    def _soften(self, mask: Value, first: Value) -> None:
-        """Emit the softmax of the scores, to which the mask is added first if there is one.
+    def _soften(self, mask: Value, first: Value, count: Value, result: Value) -> None:
+        """Emit exp(score - m) in place of ``count`` scores of each head, and all m and z of an item.
 
-        ``first``: index in the mask of the sequence's first number.
+        The mask is added to the scores first if there is one; ``first`` is the index in it of the item's first number.
         """
         at, n = self.at, self.number
         largest, total = self._accumulators[:2]
-        rest, masked = self.function.append_basic_block("plain"), self.function.append_basic_block("masked")
-        at.cbranch(at.icmp_signed("==", mask, n(0)), rest, masked)
-        at.position_at_end(masked)
-        added = at.inttoptr(at.add(mask, at.mul(first, n(4))), POINTER)
-        with self.loop(n(0), self._heads) as head, self.loop(n(0), self._padded, LANES) as i:
-            place = at.add(at.mul(head, self._padded), i)
-            self._keep(at.fadd(self._floats(self._scores, place), self._floats(added, i)), self._scores, place)
-        at.branch(rest)
-        at.position_at_end(rest)
+        with at.if_then(at.icmp_signed("!=", mask, n(0))):
+            added = at.inttoptr(at.add(mask, at.mul(first, n(4))), POINTER)
+            with self.loop(n(0), self._heads) as head, self.loop(n(0), count, LANES) as i:
+                place = at.add(at.mul(head, n(PIECE)), i)
+                self._keep(at.fadd(self._floats(self._scores, place), self._floats(added, i)), self._scores, place)
         with self.loop(n(0), self._heads) as head:
-            begin = at.mul(head, self._padded)
-            at.store(self.all(F32, -math.inf, LANES), largest)
-            with self.loop(n(0), self._padded, LANES) as i:
+            begin = at.mul(head, n(PIECE))
+            at.store(self._lowest(), largest)
+            with self.loop(n(0), count, LANES) as i:
                 at.store(self._larger(self._floats(self._scores, at.add(begin, i)), at.load(largest)), largest)
-            top = self.spread(self.reduce(at.load(largest), self._larger), LANES)
+            top = self.reduce(at.load(largest), self._larger)
             at.store(self.all(F32, 0.0, LANES), total)
-            with self.loop(n(0), self._padded, LANES) as i:
-                share = self.exp(at.fsub(self._floats(self._scores, at.add(begin, i)), top))
-                self._keep(share, self._scores, at.add(begin, i))
-                at.store(at.fadd(at.load(total), share), total)
-            inverse = at.fdiv(ir.Constant(F32, 1.0), self.reduce(at.load(total), at.fadd))
-            with self.loop(n(0), self._padded, LANES) as i:
+            with self.loop(n(0), count, LANES) as i:
                 place = at.add(begin, i)
-                self._keep(at.fmul(self._floats(self._scores, place), self.spread(inverse, LANES)), self._scores, place)
+                share = self.exp(at.fsub(self._floats(self._scores, place), self.spread(top, LANES)))
+                self._keep(share, self._scores, place)
+                at.store(at.fadd(at.load(total), share), total)
+            self._keep(top, result, self._index_of_m(head))
+            self._keep(self.reduce(at.load(total), at.fadd), result, self._index_of_z(head))
 
-    def _unite(self, values: Value, stride: Value) -> None:
-        """Emit the sum of all values, weighted by the scores."""
+    def _unite(self, values: Value, stride: Value, count: Value, result: Value) -> None:
+        """Emit all s of an item: the sums of ``count`` values, weighted by what ``_soften`` has left."""
         at, n = self.at, self.number
         with self.loop(n(0), at.mul(self._heads, self._values), LANES) as i:
-            self._keep(self.all(F32, 0.0, LANES), self._sums, i)
+            self._keep(self.all(F32, 0.0, LANES), result, i)
 
         def add(count: int, position: Value) -> None:
             positions = [at.add(position, n(i)) for i in range(count)]
@@ -169,18 +191,60 @@ class _Attention(Emitter):
             for p, row in zip(positions, rows, strict=True):
                 self._take(at.gep(values, [at.mul(at.mul(p, stride), n(self._dtype.itemsize))]), row, self._values)
             with self.loop(n(0), self._heads) as head:
-                begin = at.mul(head, self._padded)
-                shares = [
-                    self.spread(self.load(self._scores, at.mul(at.add(begin, p), n(4)), F32), LANES) for p in positions
-                ]
+                begin = at.mul(head, n(PIECE))
+                shares = [self._number(self._scores, at.add(begin, p)) for p in positions]
                 with self.loop(n(0), self._values, LANES) as i:
                     place = at.add(at.mul(head, self._values), i)
-                    value = self._floats(self._sums, place)
+                    value = self._floats(result, place)
                     for share, row in zip(shares, rows, strict=True):
                         value = self.multiply_add(share, self._floats(row, i), value)
-                    self._keep(value, self._sums, place)
+                    self._keep(value, result, place)
 
-        self._some(self._length, POSITIONS, add)
+        self._some(count, POSITIONS, add)
+
+    def _merge(self, results: Value, out: Value) -> None:
+        """Emit the output of a group: the sum of all s / the sum of all z, each multiplied by exp(m - largest m)."""
+        at, n = self.at, self.number
+        accumulator, total = self._accumulators[:2]
+
+        def index(piece: Value, number: Value) -> Value:
+            return at.add(at.mul(piece, self._result_numbers), number)
+
+        with self.loop(n(0), self._heads) as head:
+            m, z = self._index_of_m(head), self._index_of_z(head)
+            at.store(self._lowest(), accumulator)
+            with self.loop(n(0), self._pieces) as piece:
+                at.store(self._larger(self._number(results, index(piece, m)), at.load(accumulator)), accumulator)
+            top = at.load(accumulator)
+            at.store(self.all(F32, 0.0, LANES), total)
+            with self.loop(n(0), self._pieces) as piece:
+                share = self.exp(at.fsub(self._number(results, index(piece, m)), top))
+                at.store(self.multiply_add(share, self._number(results, index(piece, z)), at.load(total)), total)
+                # the share takes the place of m, which is not needed any more
+                self._keep(at.extract_element(share, ir.Constant(I32, 0)), results, index(piece, m))
+            inverse = at.fdiv(self.all(F32, 1.0, LANES), at.load(total))
+            with self.loop(n(0), self._values, LANES) as i:
+                place = at.add(at.mul(head, self._values), i)
+                at.store(self.all(F32, 0.0, LANES), accumulator)
+                with self.loop(n(0), self._pieces) as piece:
+                    share, value = self._number(results, index(piece, m)), self._floats(results, index(piece, place))
+                    at.store(self.multiply_add(share, value, at.load(accumulator)), accumulator)
+                value = at.fmul(at.load(accumulator), inverse)
+                self.store_floats(value, out, at.mul(place, n(self._dtype.itemsize)), self._dtype)
+
+    def _index_of_m(self, head: Value) -> Value:
+        return self.at.add(self.at.mul(self._heads, self._values), head)
+
+    def _index_of_z(self, head: Value) -> Value:
+        return self.at.add(self._index_of_m(head), self._heads)
+
+    def _number(self, pointer: Value, index: Value) -> Value:
+        """Emit a vector whose elements all are the fp32 number at an index."""
+        return self.spread(self.load(pointer, self.at.mul(index, self.number(4)), F32), LANES)
+
+    def _lowest(self) -> Value:
+        """Return the least finite numbers. As no m is less, there is no NaN where all scores of an item are -inf."""
+        return self.all(F32, torch.finfo(torch.float32).min, LANES)
 
     def _larger(self, a: Value, b: Value) -> Value:
         return self.at.select(self.at.fcmp_ordered(">", a, b), a, b)

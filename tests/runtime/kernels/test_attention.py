@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4ForCausalLM
 
 from moetier.runtime.kernels.attention import NAME, _fits, decode_attention, use_decode_attention
+from moetier.runtime.kernels.attention_code import PIECE
+from moetier.runtime.kernels.team import Kernel
 from moetier.runtime.model.load import load
 
 
@@ -46,6 +49,80 @@ def test_it_is_what_torch_says(
     )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # the result is rounded to bf16
     torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=tolerance, rtol=tolerance)
+
+
+LENGTHS = [PIECE - 1, PIECE, PIECE + 1, PIECE + 17, 2 * PIECE, 3 * PIECE + 5]
+MASKS = {
+    "no mask": lambda length: None,
+    "padding": lambda length: torch.arange(length) >= length - 3,  # whole pieces are masked
+    "a window": lambda length: (torch.arange(length) // 50) % 9 == 1,
+    "-inf": lambda length: torch.zeros(length).masked_fill(torch.arange(length) < length - 3, -math.inf),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_contexts_are_divided_into_pieces(dtype: torch.dtype, length: int, mask: str) -> None:
+    query, key, value = attended(length, dtype)
+    given = None if (row := MASKS[mask](length)) is None else row.expand(2, 1, 1, length)
+    with torch.inference_mode():
+        found, _ = decode_attention(nn.Module(), query, key, value, given)
+    expected = scaled_dot_product_attention(
+        query.double(),
+        key.double(),
+        value.double(),
+        given if given is None or given.dtype == torch.bool else given.double(),
+        enable_gqa=True,
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), expected.transpose(1, 2), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("length", [*LENGTHS, 20 * PIECE + 9])
+def test_the_number_of_threads_changes_no_bit(length: int) -> None:
+    query, key, value = attended(length, torch.bfloat16)
+    before, found = torch.get_num_threads(), []
+    try:
+        with torch.inference_mode():
+            for threads in (1, 2, 3, 4):
+                torch.set_num_threads(threads)
+                # again and again, because other threads take other pieces and finish in another order
+                found += [decode_attention(nn.Module(), query, key, value, None)[0] for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_one_head_of_keys_uses_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, run = [], Kernel.run
+    monkeypatch.setattr(Kernel, "run", lambda kernel, context, most: asked.append(most) or run(kernel, context, most))
+    query, key, value = torch.randn(1, 4, 1, 64), torch.randn(1, 1, 9 * PIECE, 64), torch.randn(1, 1, 9 * PIECE, 64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with torch.inference_mode():
+            decode_attention(nn.Module(), query, key, value, None)
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [4]
+
+
+def test_a_sequence_does_not_depend_on_others() -> None:
+    query, key, value = attended(2 * PIECE + 1, torch.float32)
+    with torch.inference_mode():
+        both, _ = decode_attention(nn.Module(), query, key, value, None)
+        for i in range(2):
+            alone, _ = decode_attention(nn.Module(), query[i : i + 1], key[i : i + 1], value[i : i + 1], None)
+            assert torch.equal(alone[0], both[i])
+
+
+def attended(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, keys and values of two sequences. The largest scores are anywhere."""
+    torch.manual_seed(length)
+    query = 3 * torch.randn(2, 6, 1, 32)
+    key, value = torch.randn(2, 2, length, 32), torch.randn(2, 2, length, 48)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 @pytest.mark.parametrize("tokens", [2, 5])
